@@ -1,0 +1,187 @@
+// Package delivery owns the promise made to a publisher and how it stands: events, their deliveries,
+// the attempts at them, the pure rule that says what follows an attempt (Next), and the Journal that
+// keeps it all on disk.
+//
+// A delivery moves like this; final states never change, but RetryDelivery reopens a failed one:
+//
+//	PENDING ──▶ IN_FLIGHT ──▶ SUCCEEDED
+//	   │            │ ▲
+//	   │            ▼ │
+//	   │        SCHEDULED ──▶ EXHAUSTED | REJECTED
+//	   └──────────┴─────────▶ CANCELLED            SKIPPED (at once, subscription disabled)
+//
+// IN_FLIGHT exists in memory only: on disk the delivery keeps the state it would have to be resumed in.
+package delivery
+
+import (
+	"time"
+)
+
+// State of a delivery. The numbers are those of grapnel.v1.Delivery.State.
+type State uint8
+
+// States of a delivery.
+const (
+	Pending   State = 1
+	Scheduled State = 2
+	InFlight  State = 3
+	Succeeded State = 4
+	Exhausted State = 5
+	Rejected  State = 6
+	Cancelled State = 7
+	Skipped   State = 8
+)
+
+// Final reports whether no further attempt follows by itself.
+func (s State) Final() bool { return s >= Succeeded }
+
+// Outcome of an attempt. The numbers are those of grapnel.v1.Attempt.Outcome.
+type Outcome uint8
+
+// Outcomes of an attempt.
+const (
+	OutcomeSucceeded   Outcome = 1
+	OutcomeRetryable   Outcome = 2
+	OutcomePermanent   Outcome = 3
+	OutcomeTimedOut    Outcome = 4
+	OutcomeUnreachable Outcome = 5
+	OutcomePluginError Outcome = 6
+	OutcomeInterrupted Outcome = 7
+)
+
+// UID is a subscription's server-made UUID.
+type UID [16]byte
+
+// LaneKey names the queue of one subscription, by the last segments of its resource name.
+type LaneKey struct {
+	Namespace    string
+	Subscription string
+}
+
+// Event is an accepted event. It is immutable once Append has returned; Payload and Attributes are
+// shared by everything that reads it and must not be changed.
+type Event struct {
+	Namespace   string
+	ID          string
+	Source      string
+	Type        string
+	Subject     string
+	Time        time.Time
+	ContentType string
+	Schema      string
+	Attributes  map[string]string
+	Payload     []byte
+	// DeliverTime is zero, or the time before which no attempt is made.
+	DeliverTime time.Time
+	// TTL is zero, or a bound on every target's MaxAge.
+	TTL time.Duration
+	// Targets are the matching subscriptions; a delivery's ordinal is its index here.
+	Targets []Target
+	// ContentHash covers what the publisher sent; equal hashes make a repeated ID a duplicate.
+	ContentHash [16]byte
+
+	// Set by Append, and when read back.
+	Partition  uint16
+	Seq        uint64
+	AcceptTime time.Time
+	// UID is the webhook-id: derived from journal, partition and sequence; no dot in it.
+	UID string
+}
+
+// Target is a matching subscription as it was when the event was accepted.
+type Target struct {
+	Subscription string
+	UID          UID
+	MaxAttempts  int
+	MaxAge       time.Duration
+	// Skip records the delivery as SKIPPED: the subscription is disabled.
+	Skip bool
+}
+
+// Job is a delivery in memory on its way to an attempt. Its owner is, in turn, the journal, the lane and
+// the attempt; only the owner may change it.
+type Job struct {
+	ID              ID
+	Event           *Event
+	Subscription    string
+	SubscriptionUID UID
+	// Attempts that have ended.
+	Attempts    int
+	MaxAttempts int
+	// Expire is when the last attempt may start.
+	Expire time.Time
+	// Due is zero for a job of the FIFO, else the due time in its timer's key.
+	Due time.Time
+	// Manual marks an attempt that a caller asked for.
+	Manual bool
+	// Indeterminate counts attempts that were in flight when a plugin died.
+	Indeterminate int
+}
+
+// Lane is the queue that the job belongs to.
+func (j *Job) Lane() LaneKey { return LaneKey{j.Event.Namespace, j.Subscription} }
+
+// Delivery is where a delivery stands, joined with its event, as read by callers.
+type Delivery struct {
+	ID              ID
+	Namespace       string
+	EventID         string
+	EventType       string
+	Subscription    string
+	SubscriptionUID UID
+	State           State
+	StateReason     string
+	Attempts        int
+	MaxAttempts     int
+	NextAttempt     time.Time
+	Expire          time.Time
+	Last            *Attempt
+	CreateTime      time.Time
+	CompleteTime    time.Time
+}
+
+// Attempt is one try that ended.
+type Attempt struct {
+	Number          int
+	Start           time.Time
+	Duration        time.Duration
+	Outcome         Outcome
+	ResponseCode    int
+	Error           string
+	RetryAfter      time.Duration
+	Peer            string
+	Manual          bool
+	ResponseBody    []byte
+	ResponseHeaders []Header
+	RequestHeaders  []Header
+}
+
+// Header is one header field; the name is lower case.
+type Header struct {
+	Name  string
+	Value string
+}
+
+// Cause says whose fault a failed attempt is.
+type Cause uint8
+
+// Causes of a failed attempt.
+const (
+	// CauseEndpoint is the receiver or the way to it.
+	CauseEndpoint Cause = iota
+	// CausePlugin never counts against the receiver.
+	CausePlugin
+	// CausePolicy is a refusal by Grapnel: egress denied.
+	CausePolicy
+	// CauseUnspent means that nothing was tried (plugin gone before the attempt was written, instance
+	// being configured): the job is to be offered again, no attempt is spent, none is recorded.
+	CauseUnspent
+)
+
+// Result is how an attempt ended: a value, not an error.
+type Result struct {
+	Attempt
+	Cause Cause
+	// Indeterminate is set when the plugin died with the attempt written and unanswered.
+	Indeterminate bool
+}
