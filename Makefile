@@ -1,0 +1,66 @@
+# Grapnel. `make` lists the targets; `make check` is what CI runs.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-builtin-rules --warn-undefined-variables
+
+TOOL := go tool -modfile=tools/go.mod
+KILL_CYCLES ?= 500
+
+.PHONY: help build test race bench lint generate verify check demo kill fuzz clean
+
+help: ## list the targets
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+build: ## build grapnel and grapnel-bench into bin/
+	go build -trimpath -o bin/ ./cmd/...
+
+test: ## the tests, as the README says
+	go test ./...
+
+race: ## the tests under the race detector
+	go test -race ./...
+
+bench: build ## throughput, latency, start and backlog against the raw bound of the same run
+	bin/grapnel-bench
+
+kill: ## kill -9 the server KILL_CYCLES times under load; nothing acknowledged may be lost
+	go test ./cmd/grapnel-bench -run TestKill -count=1 -timeout 4h -v -kill.cycles=$(KILL_CYCLES)
+
+fuzz: ## a minute of each fuzz target
+	go list ./... | while read -r p; do \
+	  go test -list '^Fuzz' "$$p" | grep '^Fuzz' | while read -r f; do \
+	    go test "$$p" -run '^$$' -fuzz "^$$f$$" -fuzztime 60s; done; done
+
+# buf validates our rules against protovalidate's own proto, which is taken out of its Go module.
+proto/buf/validate/validate.proto: tools/go.mod
+	dir=$$(cd tools && go mod download -json github.com/bufbuild/protovalidate@v1.2.2 | sed -n 's/.*"Dir": "\(.*\)".*/\1/p'); \
+	mkdir -p $(@D); \
+	install -m 644 "$$dir/proto/protovalidate/buf/validate/validate.proto" $@
+
+generate: proto/buf/validate/validate.proto ## regenerate the .pb.go files and the descriptor image
+	$(TOOL) buf generate
+	$(TOOL) buf build --path proto/grapnel -o proto/grapnel/v1/descriptors.binpb
+
+lint: proto/buf/validate/validate.proto ## gofmt, vet, staticcheck, buf lint and format
+	test -z "$$(git ls-files '*.go' | xargs gofmt -l | tee /dev/stderr)"
+	go vet ./...
+	$(TOOL) staticcheck ./...
+	$(TOOL) buf lint
+	$(TOOL) buf format -d --exit-code --path proto/grapnel
+
+verify: generate ## generated code is up to date; other systems compile
+	git diff --exit-code --stat -- proto
+	GOOS=darwin go build ./...
+	GOOS=windows go build ./...
+
+check: lint verify ## all of it: lint, verify, import directions, race tests, and last the README's test command
+	go test -run TestImports -count=1 .
+	go test -race -timeout 20m ./...
+	go test ./...
+
+demo: ## see what it does
+	go run ./cmd/grapnel demo
+
+clean: ## remove what was built
+	rm -rf bin proto/buf

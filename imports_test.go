@@ -1,0 +1,115 @@
+package grapnel_test
+
+import (
+	"encoding/json"
+	"os/exec"
+	"slices"
+	"strings"
+	"testing"
+)
+
+const module = "github.com/grapnel/grapnel"
+
+// allowed is the architecture: which packages of this module each package may import, tests left out.
+// A trailing /... covers everything below.
+var allowed = map[string][]string{
+	"proto/grapnel/v1":        {},
+	"proto/grapnel/plugin/v1": {},
+	"proto/grapnel/store/v1":  {},
+	"sdk/client":              {"proto/grapnel/v1"},
+	"sdk/plugin":              {"proto/grapnel/plugin/v1"},
+	"sdk/plugintest":          {"proto/grapnel/plugin/v1", "sdk/plugin"},
+	"sdk/webhook":             {},
+	"plugins/...":             {"sdk/plugin", "sdk/webhook", "proto/grapnel/plugin/v1"},
+	"server/keyspace":         {},
+	"server/delivery":         {"proto/..."},
+	"server/subscription":     {"proto/...", "server/keyspace"},
+	"server/secret":           {"proto/...", "server/keyspace"},
+	"server/ingest":           {"server/subscription", "server/delivery", "proto/grapnel/v1"},
+	"server/dispatch":         {"server/subscription", "server/delivery", "proto/grapnel/v1"},
+	"server/pluginhost":       {"server/subscription", "server/delivery", "proto/grapnel/v1", "proto/grapnel/plugin/v1", "sdk/plugin"},
+	"server/api":              {"server/ingest", "server/subscription", "server/secret", "server/delivery", "server/api/filter", "proto/grapnel/v1"},
+	"server/api/filter":       {},
+	"server":                  {"server/...", "proto/grapnel/v1"},
+	"server/servertest":       {"server", "sdk/...", "plugins/...", "proto/grapnel/v1"},
+	"cmd/grapnel":             {"server", "sdk/...", "plugins/...", "proto/grapnel/v1"},
+	"cmd/grapnel-bench":       {"sdk/...", "proto/grapnel/v1"},
+}
+
+// fenced are the outside modules that only some packages may touch.
+var fenced = map[string][]string{
+	"go.etcd.io/etcd/client/v3":       {"server", "server/keyspace", "server/subscription", "server/secret"},
+	"go.etcd.io/etcd/server/v3":       {"server"},
+	"github.com/cockroachdb/pebble":   {"server/delivery"},
+	"github.com/hashicorp/go-plugin":  {"server/pluginhost", "sdk/plugin", "sdk/plugintest"},
+	"github.com/spf13/cobra":          {"cmd/grapnel"},
+	"google.golang.org/grpc/status":   {"server/api", "server/pluginhost", "sdk/client", "sdk/plugin", "sdk/plugintest", "cmd/grapnel", "cmd/grapnel-bench", "proto/grapnel/v1", "proto/grapnel/plugin/v1"},
+	"go.etcd.io/etcd/client/pkg/v3":   {"server", "server/keyspace"},
+	"github.com/prometheus/":          {"server", "server/api", "server/delivery", "server/dispatch", "server/pluginhost", "server/ingest", "server/subscription", "server/secret"},
+	"cel.dev/":                        {"server/subscription"},
+	"github.com/santhosh-tekuri/":     {"server/pluginhost", "sdk/plugin"},
+	"buf.build/go/protovalidate":      {"server/api"},
+	"github.com/standard-webhooks/":   {},
+	"github.com/svix/":                {},
+	"google.golang.org/grpc/testdata": {},
+}
+
+// TestImports holds the import directions: a package that is not in the table, or imports what its row
+// does not name, fails.
+func TestImports(t *testing.T) {
+	out, err := exec.Command("go", "list", "-json=ImportPath,Imports", "./...").Output()
+	if err != nil {
+		t.Fatalf("go list: %v", err)
+	}
+	dec := json.NewDecoder(strings.NewReader(string(out)))
+	for dec.More() {
+		var pkg struct {
+			ImportPath string
+			Imports    []string
+		}
+		if err := dec.Decode(&pkg); err != nil {
+			t.Fatal(err)
+		}
+		from := strings.TrimPrefix(strings.TrimPrefix(pkg.ImportPath, module), "/")
+		if from == "" {
+			continue
+		}
+		row, ok := lookup(from)
+		if !ok {
+			t.Errorf("%s: not in the table; a new package needs a place in ARCHITECTURE.md and here", from)
+			continue
+		}
+		for _, imp := range pkg.Imports {
+			if to, inside := strings.CutPrefix(imp, module+"/"); inside {
+				if !slices.ContainsFunc(row, func(p string) bool { return covers(p, to) }) {
+					t.Errorf("%s imports %s, which its row does not allow", from, to)
+				}
+				continue
+			}
+			for prefix, may := range fenced {
+				if strings.HasPrefix(imp, prefix) && !slices.Contains(may, from) {
+					t.Errorf("%s imports %s, which is fenced to %v", from, imp, may)
+				}
+			}
+		}
+	}
+}
+
+func lookup(pkg string) ([]string, bool) {
+	if row, ok := allowed[pkg]; ok {
+		return row, true
+	}
+	for p, row := range allowed {
+		if strings.HasSuffix(p, "/...") && covers(p, pkg) {
+			return row, true
+		}
+	}
+	return nil, false
+}
+
+func covers(pattern, pkg string) bool {
+	if below, ok := strings.CutSuffix(pattern, "/..."); ok {
+		return pkg == below || strings.HasPrefix(pkg, below+"/")
+	}
+	return pattern == pkg
+}
