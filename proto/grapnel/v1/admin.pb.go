@@ -568,9 +568,10 @@ const file_grapnel_v1_admin_proto_rawDesc = "" +
 	"\x05nodes\x18\x03 \x03(\v2\x10.grapnel.v1.NodeR\x05nodes\x12#\n" +
 	"\rstore_healthy\x18\x04 \x01(\bR\fstoreHealthy\x12\x1d\n" +
 	"\n" +
-	"cluster_id\x18\a \x01(\tR\tclusterIdJ\x04\b\x05\x10\x06J\x04\b\x06\x10\a\"\xaf\x01\n" +
-	"\x0fGetStatsRequest\x12\x1f\n" +
-	"\x06parent\x18\x01 \x01(\tB\a\xbaH\x04r\x02\x10\x01R\x06parent\x12C\n" +
+	"cluster_id\x18\a \x01(\tR\tclusterIdJ\x04\b\x05\x10\x06J\x04\b\x06\x10\a\"\xb4\x02\n" +
+	"\x0fGetStatsRequest\x12\xa3\x01\n" +
+	"\x06parent\x18\x01 \x01(\tB\x8a\x01\xbaH\x86\x01\xba\x01\x82\x01\n" +
+	"\x10namespace_or_all\x127must look like namespaces/NAME, or namespaces/- for all\x1a5this.matches('^namespaces/(-|[a-z][a-z0-9-]{0,62})$')R\x06parent\x12C\n" +
 	"\x06window\x18\x02 \x01(\v2\x19.google.protobuf.DurationB\x10\xbaH\r\xaa\x01\n" +
 	"\"\x04\b\x80\xa3\x052\x02\b<R\x06window\x126\n" +
 	"\x11top_subscriptions\x18\x03 \x01(\x05B\t\xbaH\x06\x1a\x04\x18d(\x00R\x10topSubscriptions\"\x8b\x03\n" +

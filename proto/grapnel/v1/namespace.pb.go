@@ -888,10 +888,10 @@ var File_grapnel_v1_namespace_proto protoreflect.FileDescriptor
 const file_grapnel_v1_namespace_proto_rawDesc = "" +
 	"\n" +
 	"\x1agrapnel/v1/namespace.proto\x12\n" +
-	"grapnel.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xdb\x04\n" +
+	"grapnel.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xe9\x04\n" +
 	"\tNamespace\x12\x12\n" +
-	"\x04name\x18\x01 \x01(\tR\x04name\x12C\n" +
-	"\x06labels\x18\x02 \x03(\v2!.grapnel.v1.Namespace.LabelsEntryB\b\xbaH\x05\x9a\x01\x02\x10@R\x06labels\x12'\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12Q\n" +
+	"\x06labels\x18\x02 \x03(\v2!.grapnel.v1.Namespace.LabelsEntryB\x16\xbaH\x13\x9a\x01\x10\x10@\"\x06r\x04\x10\x01\x18?*\x04r\x02\x18?R\x06labels\x12'\n" +
 	"\x05quota\x18\x03 \x01(\v2\x11.grapnel.v1.QuotaR\x05quota\x12'\n" +
 	"\x05usage\x18\x04 \x01(\v2\x11.grapnel.v1.UsageR\x05usage\x121\n" +
 	"\x05state\x18\x05 \x01(\x0e2\x1b.grapnel.v1.Namespace.StateR\x05state\x12!\n" +
@@ -921,14 +921,16 @@ const file_grapnel_v1_namespace_proto_rawDesc = "" +
 	"\rsubscriptions\x18\x01 \x01(\x05R\rsubscriptions\x12'\n" +
 	"\x0fopen_deliveries\x18\x02 \x01(\x05R\x0eopenDeliveries\x12!\n" +
 	"\fpublish_rate\x18\x03 \x01(\x01R\vpublishRate\x12?\n" +
-	"\x0eoldest_due_age\x18\x04 \x01(\v2\x19.google.protobuf.DurationR\foldestDueAge\"\x8f\x01\n" +
-	"\x16CreateNamespaceRequest\x12@\n" +
-	"\fnamespace_id\x18\x01 \x01(\tB\x1d\xbaH\x1ar\x182\x16^[a-z][a-z0-9-]{0,62}$R\vnamespaceId\x123\n" +
+	"\x0eoldest_due_age\x18\x04 \x01(\v2\x19.google.protobuf.DurationR\foldestDueAge\"\x82\x02\n" +
+	"\x16CreateNamespaceRequest\x12\xb2\x01\n" +
+	"\fnamespace_id\x18\x01 \x01(\tB\x8e\x01\xbaH\x8a\x01\xba\x01\x86\x01\n" +
+	"\vresource_id\x12Omust be 1 to 63 lower-case letters, digits and hyphens, and begin with a letter\x1a&this.matches('^[a-z][a-z0-9-]{0,62}$')R\vnamespaceId\x123\n" +
 	"\tnamespace\x18\x02 \x01(\v2\x15.grapnel.v1.NamespaceR\tnamespace\"N\n" +
 	"\x17CreateNamespaceResponse\x123\n" +
-	"\tnamespace\x18\x01 \x01(\v2\x15.grapnel.v1.NamespaceR\tnamespace\"2\n" +
-	"\x13GetNamespaceRequest\x12\x1b\n" +
-	"\x04name\x18\x01 \x01(\tB\a\xbaH\x04r\x02\x10\x01R\x04name\"K\n" +
+	"\tnamespace\x18\x01 \x01(\v2\x15.grapnel.v1.NamespaceR\tnamespace\"\x94\x01\n" +
+	"\x13GetNamespaceRequest\x12}\n" +
+	"\x04name\x18\x01 \x01(\tBi\xbaHf\xba\x01c\n" +
+	"\x0enamespace_name\x12\x1emust look like namespaces/NAME\x1a1this.matches('^namespaces/[a-z][a-z0-9-]{0,62}$')R\x04name\"K\n" +
 	"\x14GetNamespaceResponse\x123\n" +
 	"\tnamespace\x18\x01 \x01(\v2\x15.grapnel.v1.NamespaceR\tnamespace\"\x7f\n" +
 	"\x15ListNamespacesRequest\x12$\n" +
@@ -946,9 +948,10 @@ const file_grapnel_v1_namespace_proto_rawDesc = "" +
 	"\vupdate_mask\x18\x02 \x01(\v2\x1a.google.protobuf.FieldMaskR\n" +
 	"updateMask\"N\n" +
 	"\x17UpdateNamespaceResponse\x123\n" +
-	"\tnamespace\x18\x01 \x01(\v2\x15.grapnel.v1.NamespaceR\tnamespace\"_\n" +
-	"\x16DeleteNamespaceRequest\x12\x1b\n" +
-	"\x04name\x18\x01 \x01(\tB\a\xbaH\x04r\x02\x10\x01R\x04name\x12\x12\n" +
+	"\tnamespace\x18\x01 \x01(\v2\x15.grapnel.v1.NamespaceR\tnamespace\"\xc1\x01\n" +
+	"\x16DeleteNamespaceRequest\x12}\n" +
+	"\x04name\x18\x01 \x01(\tBi\xbaHf\xba\x01c\n" +
+	"\x0enamespace_name\x12\x1emust look like namespaces/NAME\x1a1this.matches('^namespaces/[a-z][a-z0-9-]{0,62}$')R\x04name\x12\x12\n" +
 	"\x04etag\x18\x02 \x01(\tR\x04etag\x12\x14\n" +
 	"\x05force\x18\x03 \x01(\bR\x05force\"N\n" +
 	"\x17DeleteNamespaceResponse\x123\n" +

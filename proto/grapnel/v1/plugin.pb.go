@@ -810,13 +810,15 @@ const file_grapnel_v1_plugin_proto_rawDesc = "" +
 	"page_token\x18\x02 \x01(\tR\tpageToken\"k\n" +
 	"\x13ListPluginsResponse\x12,\n" +
 	"\aplugins\x18\x01 \x03(\v2\x12.grapnel.v1.PluginR\aplugins\x12&\n" +
-	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"/\n" +
-	"\x10GetPluginRequest\x12\x1b\n" +
-	"\x04name\x18\x01 \x01(\tB\a\xbaH\x04r\x02\x10\x01R\x04name\"?\n" +
+	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\x88\x01\n" +
+	"\x10GetPluginRequest\x12t\n" +
+	"\x04name\x18\x01 \x01(\tB`\xbaH]\xba\x01Z\n" +
+	"\vplugin_name\x12\x1bmust look like plugins/NAME\x1a.this.matches('^plugins/[a-z][a-z0-9-]{0,62}$')R\x04name\"?\n" +
 	"\x11GetPluginResponse\x12*\n" +
-	"\x06plugin\x18\x01 \x01(\v2\x12.grapnel.v1.PluginR\x06plugin\"k\n" +
-	"\x1bValidatePluginConfigRequest\x12\x1b\n" +
-	"\x04name\x18\x01 \x01(\tB\a\xbaH\x04r\x02\x10\x01R\x04name\x12/\n" +
+	"\x06plugin\x18\x01 \x01(\v2\x12.grapnel.v1.PluginR\x06plugin\"\xc4\x01\n" +
+	"\x1bValidatePluginConfigRequest\x12t\n" +
+	"\x04name\x18\x01 \x01(\tB`\xbaH]\xba\x01Z\n" +
+	"\vplugin_name\x12\x1bmust look like plugins/NAME\x1a.this.matches('^plugins/[a-z][a-z0-9-]{0,62}$')R\x04name\x12/\n" +
 	"\x06config\x18\x02 \x01(\v2\x17.google.protobuf.StructR\x06config\"\x1e\n" +
 	"\x1cValidatePluginConfigResponse2\xa3\x02\n" +
 	"\rPluginService\x12S\n" +

@@ -468,7 +468,7 @@ func (x *GetSecretResponse) GetSecret() *Secret {
 // ListSecretsRequest asks for a page.
 type ListSecretsRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// namespaces/{namespace}
+	// namespaces/{namespace}, or namespaces/- for all that the caller may see.
 	Parent string `protobuf:"bytes,1,opt,name=parent,proto3" json:"parent,omitempty"`
 	// 1 to 1000; 0 means 50.
 	PageSize int32 `protobuf:"varint,2,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"`
@@ -839,37 +839,43 @@ const file_grapnel_v1_secret_proto_rawDesc = "" +
 	"\vcreate_time\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\n" +
 	"createTime\x12;\n" +
 	"\vexpire_time\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\n" +
-	"expireTime\"\xcd\x01\n" +
-	"\x13CreateSecretRequest\x12\x1f\n" +
-	"\x06parent\x18\x01 \x01(\tB\a\xbaH\x04r\x02\x10\x01R\x06parent\x12:\n" +
-	"\tsecret_id\x18\x02 \x01(\tB\x1d\xbaH\x1ar\x182\x16^[a-z][a-z0-9-]{0,62}$R\bsecretId\x125\n" +
+	"expireTime\"\xa3\x03\n" +
+	"\x13CreateSecretRequest\x12\x81\x01\n" +
+	"\x06parent\x18\x01 \x01(\tBi\xbaHf\xba\x01c\n" +
+	"\x0enamespace_name\x12\x1emust look like namespaces/NAME\x1a1this.matches('^namespaces/[a-z][a-z0-9-]{0,62}$')R\x06parent\x12\xac\x01\n" +
+	"\tsecret_id\x18\x02 \x01(\tB\x8e\x01\xbaH\x8a\x01\xba\x01\x86\x01\n" +
+	"\vresource_id\x12Omust be 1 to 63 lower-case letters, digits and hyphens, and begin with a letter\x1a&this.matches('^[a-z][a-z0-9-]{0,62}$')R\bsecretId\x125\n" +
 	"\x04kind\x18\x03 \x01(\x0e2\x17.grapnel.v1.Secret.KindB\b\xbaH\x05\x82\x01\x02\x10\x01R\x04kind\x12\"\n" +
 	"\x05value\x18\x04 \x01(\tB\f\xbaH\x06r\x04(\x80\x80\x04\x80\x01\x01R\x05value\"p\n" +
 	"\x14CreateSecretResponse\x12*\n" +
 	"\x06secret\x18\x01 \x01(\v2\x12.grapnel.v1.SecretR\x06secret\x12,\n" +
-	"\x0fgenerated_value\x18\x02 \x01(\tB\x03\x80\x01\x01R\x0egeneratedValue\"/\n" +
-	"\x10GetSecretRequest\x12\x1b\n" +
-	"\x04name\x18\x01 \x01(\tB\a\xbaH\x04r\x02\x10\x01R\x04name\"?\n" +
+	"\x0fgenerated_value\x18\x02 \x01(\tB\x03\x80\x01\x01R\x0egeneratedValue\"\xbc\x01\n" +
+	"\x10GetSecretRequest\x12\xa7\x01\n" +
+	"\x04name\x18\x01 \x01(\tB\x92\x01\xbaH\x8e\x01\xba\x01\x8a\x01\n" +
+	"\vsecret_name\x12+must look like namespaces/NAME/secrets/NAME\x1aNthis.matches('^namespaces/[a-z][a-z0-9-]{0,62}/secrets/[a-z][a-z0-9-]{0,62}$')R\x04name\"?\n" +
 	"\x11GetSecretResponse\x12*\n" +
-	"\x06secret\x18\x01 \x01(\v2\x12.grapnel.v1.SecretR\x06secret\"z\n" +
-	"\x12ListSecretsRequest\x12\x1f\n" +
-	"\x06parent\x18\x01 \x01(\tB\a\xbaH\x04r\x02\x10\x01R\x06parent\x12$\n" +
+	"\x06secret\x18\x01 \x01(\v2\x12.grapnel.v1.SecretR\x06secret\"\xff\x01\n" +
+	"\x12ListSecretsRequest\x12\xa3\x01\n" +
+	"\x06parent\x18\x01 \x01(\tB\x8a\x01\xbaH\x86\x01\xba\x01\x82\x01\n" +
+	"\x10namespace_or_all\x127must look like namespaces/NAME, or namespaces/- for all\x1a5this.matches('^namespaces/(-|[a-z][a-z0-9-]{0,62})$')R\x06parent\x12$\n" +
 	"\tpage_size\x18\x02 \x01(\x05B\a\xbaH\x04\x1a\x02(\x00R\bpageSize\x12\x1d\n" +
 	"\n" +
 	"page_token\x18\x03 \x01(\tR\tpageToken\"k\n" +
 	"\x13ListSecretsResponse\x12,\n" +
 	"\asecrets\x18\x01 \x03(\v2\x12.grapnel.v1.SecretR\asecrets\x12&\n" +
-	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\xaf\x01\n" +
-	"\x13RotateSecretRequest\x12\x1b\n" +
-	"\x04name\x18\x01 \x01(\tB\a\xbaH\x04r\x02\x10\x01R\x04name\x12\"\n" +
+	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\xbc\x02\n" +
+	"\x13RotateSecretRequest\x12\xa7\x01\n" +
+	"\x04name\x18\x01 \x01(\tB\x92\x01\xbaH\x8e\x01\xba\x01\x8a\x01\n" +
+	"\vsecret_name\x12+must look like namespaces/NAME/secrets/NAME\x1aNthis.matches('^namespaces/[a-z][a-z0-9-]{0,62}/secrets/[a-z][a-z0-9-]{0,62}$')R\x04name\x12\"\n" +
 	"\x05value\x18\x02 \x01(\tB\f\xbaH\x06r\x04(\x80\x80\x04\x80\x01\x01R\x05value\x12C\n" +
 	"\aoverlap\x18\x03 \x01(\v2\x19.google.protobuf.DurationB\x0e\xbaH\v\xaa\x01\b\"\x04\b\x80\xf5$2\x00R\aoverlap\x12\x12\n" +
 	"\x04etag\x18\x04 \x01(\tR\x04etag\"p\n" +
 	"\x14RotateSecretResponse\x12*\n" +
 	"\x06secret\x18\x01 \x01(\v2\x12.grapnel.v1.SecretR\x06secret\x12,\n" +
-	"\x0fgenerated_value\x18\x02 \x01(\tB\x03\x80\x01\x01R\x0egeneratedValue\"k\n" +
-	"\x13DeleteSecretRequest\x12\x1b\n" +
-	"\x04name\x18\x01 \x01(\tB\a\xbaH\x04r\x02\x10\x01R\x04name\x12\x12\n" +
+	"\x0fgenerated_value\x18\x02 \x01(\tB\x03\x80\x01\x01R\x0egeneratedValue\"\xf8\x01\n" +
+	"\x13DeleteSecretRequest\x12\xa7\x01\n" +
+	"\x04name\x18\x01 \x01(\tB\x92\x01\xbaH\x8e\x01\xba\x01\x8a\x01\n" +
+	"\vsecret_name\x12+must look like namespaces/NAME/secrets/NAME\x1aNthis.matches('^namespaces/[a-z][a-z0-9-]{0,62}/secrets/[a-z][a-z0-9-]{0,62}$')R\x04name\x12\x12\n" +
 	"\x04etag\x18\x02 \x01(\tR\x04etag\x12#\n" +
 	"\rallow_missing\x18\x03 \x01(\bR\fallowMissing\"\x16\n" +
 	"\x14DeleteSecretResponse2\xb2\x03\n" +

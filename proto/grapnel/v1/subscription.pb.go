@@ -1353,14 +1353,16 @@ var File_grapnel_v1_subscription_proto protoreflect.FileDescriptor
 const file_grapnel_v1_subscription_proto_rawDesc = "" +
 	"\n" +
 	"\x1dgrapnel/v1/subscription.proto\x12\n" +
-	"grapnel.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17grapnel/v1/common.proto\x1a\x19grapnel/v1/delivery.proto\x1a\x16grapnel/v1/event.proto\"\xdf\t\n" +
+	"grapnel.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17grapnel/v1/common.proto\x1a\x19grapnel/v1/delivery.proto\x1a\x16grapnel/v1/event.proto\"\xff\n" +
+	"\n" +
 	"\fSubscription\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x10\n" +
 	"\x03uid\x18\x02 \x01(\tR\x03uid\x12*\n" +
-	"\fdisplay_name\x18\x03 \x01(\tB\a\xbaH\x04r\x02\x18?R\vdisplayName\x12F\n" +
-	"\x06labels\x18\x04 \x03(\v2$.grapnel.v1.Subscription.LabelsEntryB\b\xbaH\x05\x9a\x01\x02\x10@R\x06labels\x12\x1a\n" +
-	"\x03uri\x18\x05 \x01(\tB\b\xbaH\x05r\x03\x18\x80\x10R\x03uri\x12H\n" +
-	"\vevent_types\x18\x06 \x03(\tB'\xbaH$\x92\x01!\x10@\x18\x01\"\x1br\x19\x10\x01\x18\x80\x012\x12^[A-Za-z0-9._*-]+$R\n" +
+	"\fdisplay_name\x18\x03 \x01(\tB\a\xbaH\x04r\x02\x18?R\vdisplayName\x12T\n" +
+	"\x06labels\x18\x04 \x03(\v2$.grapnel.v1.Subscription.LabelsEntryB\x16\xbaH\x13\x9a\x01\x10\x10@\"\x06r\x04\x10\x01\x18?*\x04r\x02\x18?R\x06labels\x12\x1a\n" +
+	"\x03uri\x18\x05 \x01(\tB\b\xbaH\x05r\x03\x18\x80\x10R\x03uri\x12\xd9\x01\n" +
+	"\vevent_types\x18\x06 \x03(\tB\xb7\x01\xbaH\xb3\x01\x92\x01\xaf\x01\x10@\x18\x01\"\xa8\x01\xba\x01\x9d\x01\n" +
+	"\x0fevent_type_glob\x12fmust be letters, digits, dots, underscores and hyphens, with * for any run of characters, like order.*\x1a\"this.matches('^[A-Za-z0-9._*-]*$')r\x05\x10\x01\x18\x80\x01R\n" +
 	"eventTypes\x12&\n" +
 	"\tcondition\x18\a \x01(\tB\b\xbaH\x05r\x03\x18\x80\x10R\tcondition\x12I\n" +
 	"\aheaders\x18\b \x03(\v2%.grapnel.v1.Subscription.HeadersEntryB\b\xbaH\x05\x9a\x01\x02\x10 R\aheaders\x121\n" +
@@ -1407,23 +1409,27 @@ const file_grapnel_v1_subscription_proto_rawDesc = "" +
 	"\rFailurePolicy\x12O\n" +
 	"\rdisable_after\x18\x01 \x01(\v2\x19.google.protobuf.DurationB\x0f\xbaH\f\xaa\x01\t\"\x05\b\x80\x9a\x9e\x012\x00R\fdisableAfter\x12\x1f\n" +
 	"\vignore_gone\x18\x02 \x01(\bR\n" +
-	"ignoreGone\"\xbf\x02\n" +
-	"\x19CreateSubscriptionRequest\x12@\n" +
-	"\x06parent\x18\x01 \x01(\tB(\xbaH%r#2!^namespaces/[a-z][a-z0-9-]{0,62}$R\x06parent\x12I\n" +
-	"\x0fsubscription_id\x18\x02 \x01(\tB \xbaH\x1dr\x1b2\x19^([a-z][a-z0-9-]{0,62})?$R\x0esubscriptionId\x12D\n" +
+	"ignoreGone\"\x8a\x04\n" +
+	"\x19CreateSubscriptionRequest\x12\x81\x01\n" +
+	"\x06parent\x18\x01 \x01(\tBi\xbaHf\xba\x01c\n" +
+	"\x0enamespace_name\x12\x1emust look like namespaces/NAME\x1a1this.matches('^namespaces/[a-z][a-z0-9-]{0,62}$')R\x06parent\x12\xd1\x01\n" +
+	"\x0fsubscription_id\x18\x02 \x01(\tB\xa7\x01\xbaH\xa3\x01\xba\x01\x9f\x01\n" +
+	"\x14resource_id_or_empty\x12\\must be 1 to 63 lower-case letters, digits and hyphens, and begin with a letter, or be empty\x1a)this.matches('^([a-z][a-z0-9-]{0,62})?$')R\x0esubscriptionId\x12D\n" +
 	"\fsubscription\x18\x03 \x01(\v2\x18.grapnel.v1.SubscriptionB\x06\xbaH\x03\xc8\x01\x01R\fsubscription\x12*\n" +
 	"\n" +
 	"request_id\x18\x04 \x01(\tB\v\xbaH\b\xd8\x01\x01r\x03\xb0\x01\x01R\trequestId\x12#\n" +
 	"\rvalidate_only\x18\x05 \x01(\bR\fvalidateOnly\"v\n" +
 	"\x1aCreateSubscriptionResponse\x12<\n" +
 	"\fsubscription\x18\x01 \x01(\v2\x18.grapnel.v1.SubscriptionR\fsubscription\x12\x1a\n" +
-	"\bwarnings\x18\x02 \x03(\tR\bwarnings\"5\n" +
-	"\x16GetSubscriptionRequest\x12\x1b\n" +
-	"\x04name\x18\x01 \x01(\tB\a\xbaH\x04r\x02\x10\x01R\x04name\"W\n" +
+	"\bwarnings\x18\x02 \x03(\tR\bwarnings\"\xd4\x01\n" +
+	"\x16GetSubscriptionRequest\x12\xb9\x01\n" +
+	"\x04name\x18\x01 \x01(\tB\xa4\x01\xbaH\xa0\x01\xba\x01\x9c\x01\n" +
+	"\x11subscription_name\x121must look like namespaces/NAME/subscriptions/NAME\x1aTthis.matches('^namespaces/[a-z][a-z0-9-]{0,62}/subscriptions/[a-z][a-z0-9-]{0,62}$')R\x04name\"W\n" +
 	"\x17GetSubscriptionResponse\x12<\n" +
-	"\fsubscription\x18\x01 \x01(\v2\x18.grapnel.v1.SubscriptionR\fsubscription\"\xa2\x01\n" +
-	"\x18ListSubscriptionsRequest\x12\x1f\n" +
-	"\x06parent\x18\x01 \x01(\tB\a\xbaH\x04r\x02\x10\x01R\x06parent\x12$\n" +
+	"\fsubscription\x18\x01 \x01(\v2\x18.grapnel.v1.SubscriptionR\fsubscription\"\xa7\x02\n" +
+	"\x18ListSubscriptionsRequest\x12\xa3\x01\n" +
+	"\x06parent\x18\x01 \x01(\tB\x8a\x01\xbaH\x86\x01\xba\x01\x82\x01\n" +
+	"\x10namespace_or_all\x127must look like namespaces/NAME, or namespaces/- for all\x1a5this.matches('^namespaces/(-|[a-z][a-z0-9-]{0,62})$')R\x06parent\x12$\n" +
 	"\tpage_size\x18\x02 \x01(\x05B\a\xbaH\x04\x1a\x02(\x00R\bpageSize\x12\x1d\n" +
 	"\n" +
 	"page_token\x18\x03 \x01(\tR\tpageToken\x12 \n" +
@@ -1439,24 +1445,28 @@ const file_grapnel_v1_subscription_proto_rawDesc = "" +
 	"\rvalidate_only\x18\x04 \x01(\bR\fvalidateOnly\"v\n" +
 	"\x1aUpdateSubscriptionResponse\x12<\n" +
 	"\fsubscription\x18\x01 \x01(\v2\x18.grapnel.v1.SubscriptionR\fsubscription\x12\x1a\n" +
-	"\bwarnings\x18\x02 \x03(\tR\bwarnings\"q\n" +
-	"\x19DeleteSubscriptionRequest\x12\x1b\n" +
-	"\x04name\x18\x01 \x01(\tB\a\xbaH\x04r\x02\x10\x01R\x04name\x12\x12\n" +
+	"\bwarnings\x18\x02 \x03(\tR\bwarnings\"\x90\x02\n" +
+	"\x19DeleteSubscriptionRequest\x12\xb9\x01\n" +
+	"\x04name\x18\x01 \x01(\tB\xa4\x01\xbaH\xa0\x01\xba\x01\x9c\x01\n" +
+	"\x11subscription_name\x121must look like namespaces/NAME/subscriptions/NAME\x1aTthis.matches('^namespaces/[a-z][a-z0-9-]{0,62}/subscriptions/[a-z][a-z0-9-]{0,62}$')R\x04name\x12\x12\n" +
 	"\x04etag\x18\x02 \x01(\tR\x04etag\x12#\n" +
 	"\rallow_missing\x18\x03 \x01(\bR\fallowMissing\"O\n" +
 	"\x1aDeleteSubscriptionResponse\x121\n" +
-	"\x14cancelled_deliveries\x18\x01 \x01(\x05R\x13cancelledDeliveries\"Y\n" +
-	"\x18PauseSubscriptionRequest\x12\x1b\n" +
-	"\x04name\x18\x01 \x01(\tB\a\xbaH\x04r\x02\x10\x01R\x04name\x12 \n" +
+	"\x14cancelled_deliveries\x18\x01 \x01(\x05R\x13cancelledDeliveries\"\xf8\x01\n" +
+	"\x18PauseSubscriptionRequest\x12\xb9\x01\n" +
+	"\x04name\x18\x01 \x01(\tB\xa4\x01\xbaH\xa0\x01\xba\x01\x9c\x01\n" +
+	"\x11subscription_name\x121must look like namespaces/NAME/subscriptions/NAME\x1aTthis.matches('^namespaces/[a-z][a-z0-9-]{0,62}/subscriptions/[a-z][a-z0-9-]{0,62}$')R\x04name\x12 \n" +
 	"\x06reason\x18\x02 \x01(\tB\b\xbaH\x05r\x03\x18\x80\x02R\x06reason\"Y\n" +
 	"\x19PauseSubscriptionResponse\x12<\n" +
-	"\fsubscription\x18\x01 \x01(\v2\x18.grapnel.v1.SubscriptionR\fsubscription\"8\n" +
-	"\x19ResumeSubscriptionRequest\x12\x1b\n" +
-	"\x04name\x18\x01 \x01(\tB\a\xbaH\x04r\x02\x10\x01R\x04name\"Z\n" +
+	"\fsubscription\x18\x01 \x01(\v2\x18.grapnel.v1.SubscriptionR\fsubscription\"\xd7\x01\n" +
+	"\x19ResumeSubscriptionRequest\x12\xb9\x01\n" +
+	"\x04name\x18\x01 \x01(\tB\xa4\x01\xbaH\xa0\x01\xba\x01\x9c\x01\n" +
+	"\x11subscription_name\x121must look like namespaces/NAME/subscriptions/NAME\x1aTthis.matches('^namespaces/[a-z][a-z0-9-]{0,62}/subscriptions/[a-z][a-z0-9-]{0,62}$')R\x04name\"Z\n" +
 	"\x1aResumeSubscriptionResponse\x12<\n" +
-	"\fsubscription\x18\x01 \x01(\v2\x18.grapnel.v1.SubscriptionR\fsubscription\"_\n" +
-	"\x17TestSubscriptionRequest\x12\x1b\n" +
-	"\x04name\x18\x01 \x01(\tB\a\xbaH\x04r\x02\x10\x01R\x04name\x12'\n" +
+	"\fsubscription\x18\x01 \x01(\v2\x18.grapnel.v1.SubscriptionR\fsubscription\"\xfe\x01\n" +
+	"\x17TestSubscriptionRequest\x12\xb9\x01\n" +
+	"\x04name\x18\x01 \x01(\tB\xa4\x01\xbaH\xa0\x01\xba\x01\x9c\x01\n" +
+	"\x11subscription_name\x121must look like namespaces/NAME/subscriptions/NAME\x1aTthis.matches('^namespaces/[a-z][a-z0-9-]{0,62}/subscriptions/[a-z][a-z0-9-]{0,62}$')R\x04name\x12'\n" +
 	"\x05event\x18\x02 \x01(\v2\x11.grapnel.v1.EventR\x05event\"I\n" +
 	"\x18TestSubscriptionResponse\x12-\n" +
 	"\aattempt\x18\x01 \x01(\v2\x13.grapnel.v1.AttemptR\aattempt2\xbe\x06\n" +
