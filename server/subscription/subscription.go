@@ -1,5 +1,10 @@
 // Package subscription owns tenants and who gets what: Namespace and Subscription, their rules, their
 // storage in etcd by compare-and-set, and the immutable snapshot that the publish path matches on.
+//
+// A Registry guarantees that a write returns only after its own snapshot shows it, that no write is lost
+// to a concurrent one, and that readers never wait for etcd: while it is away they keep the last
+// snapshot, and writes answer ErrUnavailable within seconds. It does not know plugins, journals or the
+// wire; secrets are names to it, whose existence it checks in the same transaction that refers to them.
 package subscription
 
 import (
@@ -32,7 +37,8 @@ type Subscription struct {
 	IgnoreGone   bool
 	DisableAfter time.Duration
 
-	// … compiled globs and condition, unexported
+	globs     []string
+	condition *condition
 }
 
 // Namespace is one tenant as stored. Immutable.
@@ -42,4 +48,60 @@ type Namespace struct {
 	Proto    *grapnelv1.Namespace
 	ID       string
 	Revision int64
+}
+
+// Change is one subscription before and after. Old is nil for a new one, New for a deleted one; when both
+// are set their UIDs may differ: deleted and made again between two looks.
+type Change struct {
+	Old, New *Subscription
+}
+
+// CreateOptions for CreateSubscription.
+type CreateOptions struct {
+	// RequestID, when set, makes the call idempotent for 24 hours.
+	RequestID string
+	// ValidateOnly checks everything and stores nothing; the result has no etag.
+	ValidateOnly bool
+}
+
+// UpdateOptions for UpdateSubscription.
+type UpdateOptions struct {
+	// AllowMissing creates the subscription when it is absent; mutate then gets an empty message.
+	AllowMissing bool
+	// ValidateOnly checks everything and stores nothing.
+	ValidateOnly bool
+}
+
+// Deleted reports whether the namespace waits to be erased.
+func (n *Namespace) Deleted() bool {
+	return n.Proto.GetState() == grapnelv1.Namespace_STATE_DELETED
+}
+
+// Quota holds a namespace's limits with the cluster defaults filled in.
+type Quota struct {
+	MaxSubscriptions  int
+	MaxPublishRate    int
+	MaxEventBytes     int
+	MaxOpenDeliveries int
+	Retention         time.Duration
+}
+
+// Quota returns the limits in force.
+func (n *Namespace) Quota() Quota {
+	q := n.Proto.GetQuota()
+	return Quota{
+		MaxSubscriptions:  positive(q.GetMaxSubscriptions(), 1000),
+		MaxPublishRate:    positive(q.GetMaxPublishRate(), 1000),
+		MaxEventBytes:     positive(q.GetMaxEventBytes(), 256<<10),
+		MaxOpenDeliveries: positive(q.GetMaxOpenDeliveries(), 1_000_000),
+		Retention:         positive(q.GetRetention().AsDuration(), 72*time.Hour),
+	}
+}
+
+// positive returns v, or the default when v is not above zero.
+func positive[T int32 | time.Duration, D int | time.Duration](v T, def D) D {
+	if v > 0 {
+		return D(v)
+	}
+	return def
 }

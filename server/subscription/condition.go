@@ -1,0 +1,3 @@
+package subscription
+
+type condition struct{}
