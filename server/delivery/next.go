@@ -1,6 +1,17 @@
 package delivery
 
-import "time"
+import (
+	"fmt"
+	"net/http"
+	"time"
+)
+
+const (
+	// maxRetryAfter bounds what a target may ask for.
+	maxRetryAfter = 24 * time.Hour
+	// quarantineAt is how many plugin deaths with this delivery in flight put it aside.
+	quarantineAt = 2
+)
 
 // Policy is a subscription's retry policy in the form Next needs.
 type Policy struct {
@@ -21,4 +32,83 @@ type Step struct {
 	Reason string
 	// Disable asks for the subscription to be disabled, with Reason.
 	Disable bool
+}
+
+// Next is the rule that says what follows an attempt. It is pure: the same arguments give the same
+// step. job is as it was before the attempt (Attempts and Indeterminate do not count it yet), rnd is
+// uniform in [0, 1). Due lies after now and never after job.Expire. An unspent result keeps the
+// delivery Pending, which is never settled.
+func Next(p Policy, job *Job, r Result, now time.Time, rnd float64) Step {
+	if r.Cause == CauseUnspent {
+		return Step{State: Pending}
+	}
+	if r.Outcome == OutcomeSucceeded {
+		return Step{State: Succeeded}
+	}
+	if step, ok := rejected(p, job, r); ok {
+		return step
+	}
+	made := job.Attempts + 1
+	if made >= job.MaxAttempts {
+		return Step{State: Exhausted, Reason: fmt.Sprintf("all %d attempts failed", made)}
+	}
+	delay := p.delay(made, rnd)
+	if asked := min(r.RetryAfter, maxRetryAfter); asked > delay {
+		// What the target asks for may not make a delivery miss its last chance.
+		delay = asked
+		if left := job.Expire.Sub(now); delay > left && left > 0 {
+			delay = left
+		}
+	}
+	due := now.Add(delay)
+	if due.After(job.Expire) {
+		return Step{State: Exhausted, Reason: "expired: the next attempt would start after the maximum age"}
+	}
+	return Step{State: Scheduled, Due: due}
+}
+
+// rejected reports whether trying again is useless.
+func rejected(p Policy, job *Job, r Result) (Step, bool) {
+	crashes := job.Indeterminate
+	if r.Indeterminate {
+		crashes++
+	}
+	switch {
+	case crashes >= quarantineAt && r.Indeterminate:
+		return Step{State: Rejected, Reason: fmt.Sprintf("quarantined: in flight at %d plugin crashes", crashes)}, true
+	case r.Cause == CausePolicy:
+		return Step{State: Rejected, Reason: reasonOr("refused by policy", r.Error)}, true
+	case r.Cause == CauseEndpoint && r.ResponseCode == http.StatusGone && !p.IgnoreGone:
+		return Step{State: Rejected, Reason: "the target answered 410 Gone", Disable: true}, true
+	case r.Outcome == OutcomePermanent && r.ResponseCode != http.StatusGone:
+		return Step{State: Rejected, Reason: reasonOr("permanent failure", r.Error)}, true
+	}
+	return Step{}, false
+}
+
+func reasonOr(what, detail string) string {
+	if detail == "" {
+		return what
+	}
+	return what + ": " + detail
+}
+
+// delay before the attempt that follows the made'th, spread by jitter and never below a millisecond,
+// so that a failing target is not hammered without pause.
+func (p Policy) delay(made int, rnd float64) time.Duration {
+	if len(p.Schedule) == 0 {
+		return time.Second
+	}
+	i := min(max(made, 1), len(p.Schedule)) - 1
+	base := max(p.Schedule[i], time.Millisecond)
+	spread := min(max(p.Jitter, 0), 1) * (2*rnd - 1)
+	if !(spread >= -1 && spread <= 1) { // also catches NaN
+		spread = 0
+	}
+	delay := float64(base) * (1 + spread)
+	const longest = 10 * 365 * 24 * time.Hour
+	if delay > float64(longest) {
+		return longest
+	}
+	return max(time.Duration(delay), time.Millisecond)
 }

@@ -331,8 +331,10 @@ type DeliveryRecord struct {
 	StateReason string `protobuf:"bytes,10,opt,name=state_reason,json=stateReason,proto3" json:"state_reason,omitempty"`
 	// Attempts that were in flight when a plugin died.
 	IndeterminateCount uint32 `protobuf:"varint,11,opt,name=indeterminate_count,json=indeterminateCount,proto3" json:"indeterminate_count,omitempty"`
-	unknownFields      protoimpl.UnknownFields
-	sizeCache          protoimpl.SizeCache
+	// The next attempt was asked for by a caller.
+	Manual        bool `protobuf:"varint,12,opt,name=manual,proto3" json:"manual,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *DeliveryRecord) Reset() {
@@ -440,6 +442,13 @@ func (x *DeliveryRecord) GetIndeterminateCount() uint32 {
 		return x.IndeterminateCount
 	}
 	return 0
+}
+
+func (x *DeliveryRecord) GetManual() bool {
+	if x != nil {
+		return x.Manual
+	}
+	return false
 }
 
 // AttemptRecord is one attempt that ended.
@@ -688,6 +697,53 @@ func (x *LaneRecord) GetLowWater() uint64 {
 	return 0
 }
 
+// PartitionRecord is what must survive a restart about one partition.
+type PartitionRecord struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// No event has a higher sequence than this or than those that are stored: written before the newest
+	// events of a namespace are erased, so that a sequence is never given twice.
+	LastSeq       uint64 `protobuf:"varint,1,opt,name=last_seq,json=lastSeq,proto3" json:"last_seq,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PartitionRecord) Reset() {
+	*x = PartitionRecord{}
+	mi := &file_grapnel_store_v1_store_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PartitionRecord) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PartitionRecord) ProtoMessage() {}
+
+func (x *PartitionRecord) ProtoReflect() protoreflect.Message {
+	mi := &file_grapnel_store_v1_store_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PartitionRecord.ProtoReflect.Descriptor instead.
+func (*PartitionRecord) Descriptor() ([]byte, []int) {
+	return file_grapnel_store_v1_store_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *PartitionRecord) GetLastSeq() uint64 {
+	if x != nil {
+		return x.LastSeq
+	}
+	return 0
+}
+
 // MetaRecord describes a journal; written once, when it is made.
 type MetaRecord struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -703,7 +759,7 @@ type MetaRecord struct {
 
 func (x *MetaRecord) Reset() {
 	*x = MetaRecord{}
-	mi := &file_grapnel_store_v1_store_proto_msgTypes[7]
+	mi := &file_grapnel_store_v1_store_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -715,7 +771,7 @@ func (x *MetaRecord) String() string {
 func (*MetaRecord) ProtoMessage() {}
 
 func (x *MetaRecord) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_store_v1_store_proto_msgTypes[7]
+	mi := &file_grapnel_store_v1_store_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -728,7 +784,7 @@ func (x *MetaRecord) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MetaRecord.ProtoReflect.Descriptor instead.
 func (*MetaRecord) Descriptor() ([]byte, []int) {
-	return file_grapnel_store_v1_store_proto_rawDescGZIP(), []int{7}
+	return file_grapnel_store_v1_store_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *MetaRecord) GetFormat() uint32 {
@@ -769,7 +825,7 @@ type SecretRecord struct {
 
 func (x *SecretRecord) Reset() {
 	*x = SecretRecord{}
-	mi := &file_grapnel_store_v1_store_proto_msgTypes[8]
+	mi := &file_grapnel_store_v1_store_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -781,7 +837,7 @@ func (x *SecretRecord) String() string {
 func (*SecretRecord) ProtoMessage() {}
 
 func (x *SecretRecord) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_store_v1_store_proto_msgTypes[8]
+	mi := &file_grapnel_store_v1_store_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -794,7 +850,7 @@ func (x *SecretRecord) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SecretRecord.ProtoReflect.Descriptor instead.
 func (*SecretRecord) Descriptor() ([]byte, []int) {
-	return file_grapnel_store_v1_store_proto_rawDescGZIP(), []int{8}
+	return file_grapnel_store_v1_store_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *SecretRecord) GetName() string {
@@ -848,7 +904,7 @@ type SecretVersionRecord struct {
 
 func (x *SecretVersionRecord) Reset() {
 	*x = SecretVersionRecord{}
-	mi := &file_grapnel_store_v1_store_proto_msgTypes[9]
+	mi := &file_grapnel_store_v1_store_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -860,7 +916,7 @@ func (x *SecretVersionRecord) String() string {
 func (*SecretVersionRecord) ProtoMessage() {}
 
 func (x *SecretVersionRecord) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_store_v1_store_proto_msgTypes[9]
+	mi := &file_grapnel_store_v1_store_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -873,7 +929,7 @@ func (x *SecretVersionRecord) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SecretVersionRecord.ProtoReflect.Descriptor instead.
 func (*SecretVersionRecord) Descriptor() ([]byte, []int) {
-	return file_grapnel_store_v1_store_proto_rawDescGZIP(), []int{9}
+	return file_grapnel_store_v1_store_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *SecretVersionRecord) GetVersion() uint32 {
@@ -959,7 +1015,7 @@ const file_grapnel_store_v1_store_proto_rawDesc = "" +
 	"\x11IdempotencyRecord\x12\x10\n" +
 	"\x03seq\x18\x01 \x01(\x04R\x03seq\x12!\n" +
 	"\fcontent_hash\x18\x02 \x01(\fR\vcontentHash\x12\x18\n" +
-	"\atargets\x18\x03 \x01(\rR\atargets\"\xbd\x03\n" +
+	"\atargets\x18\x03 \x01(\rR\atargets\"\xd5\x03\n" +
 	"\x0eDeliveryRecord\x12\x14\n" +
 	"\x05state\x18\x01 \x01(\rR\x05state\x12\x18\n" +
 	"\aordinal\x18\x02 \x01(\rR\aordinal\x12)\n" +
@@ -973,7 +1029,8 @@ const file_grapnel_store_v1_store_proto_rawDesc = "" +
 	"\rcomplete_time\x18\t \x01(\x03R\fcompleteTime\x12!\n" +
 	"\fstate_reason\x18\n" +
 	" \x01(\tR\vstateReason\x12/\n" +
-	"\x13indeterminate_count\x18\v \x01(\rR\x12indeterminateCount\"\xb1\x03\n" +
+	"\x13indeterminate_count\x18\v \x01(\rR\x12indeterminateCount\x12\x16\n" +
+	"\x06manual\x18\f \x01(\bR\x06manual\"\xb1\x03\n" +
 	"\rAttemptRecord\x12\x16\n" +
 	"\x06number\x18\x01 \x01(\rR\x06number\x12\x1d\n" +
 	"\n" +
@@ -995,7 +1052,9 @@ const file_grapnel_store_v1_store_proto_rawDesc = "" +
 	"\x05value\x18\x02 \x01(\tR\x05value\")\n" +
 	"\n" +
 	"LaneRecord\x12\x1b\n" +
-	"\tlow_water\x18\x01 \x01(\x04R\blowWater\"c\n" +
+	"\tlow_water\x18\x01 \x01(\x04R\blowWater\",\n" +
+	"\x0fPartitionRecord\x12\x19\n" +
+	"\blast_seq\x18\x01 \x01(\x04R\alastSeq\"c\n" +
 	"\n" +
 	"MetaRecord\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\rR\x06format\x12\x1e\n" +
@@ -1034,7 +1093,7 @@ func file_grapnel_store_v1_store_proto_rawDescGZIP() []byte {
 	return file_grapnel_store_v1_store_proto_rawDescData
 }
 
-var file_grapnel_store_v1_store_proto_msgTypes = make([]protoimpl.MessageInfo, 11)
+var file_grapnel_store_v1_store_proto_msgTypes = make([]protoimpl.MessageInfo, 12)
 var file_grapnel_store_v1_store_proto_goTypes = []any{
 	(*EventRecord)(nil),         // 0: grapnel.store.v1.EventRecord
 	(*Target)(nil),              // 1: grapnel.store.v1.Target
@@ -1043,18 +1102,19 @@ var file_grapnel_store_v1_store_proto_goTypes = []any{
 	(*AttemptRecord)(nil),       // 4: grapnel.store.v1.AttemptRecord
 	(*Header)(nil),              // 5: grapnel.store.v1.Header
 	(*LaneRecord)(nil),          // 6: grapnel.store.v1.LaneRecord
-	(*MetaRecord)(nil),          // 7: grapnel.store.v1.MetaRecord
-	(*SecretRecord)(nil),        // 8: grapnel.store.v1.SecretRecord
-	(*SecretVersionRecord)(nil), // 9: grapnel.store.v1.SecretVersionRecord
-	nil,                         // 10: grapnel.store.v1.EventRecord.AttributesEntry
+	(*PartitionRecord)(nil),     // 7: grapnel.store.v1.PartitionRecord
+	(*MetaRecord)(nil),          // 8: grapnel.store.v1.MetaRecord
+	(*SecretRecord)(nil),        // 9: grapnel.store.v1.SecretRecord
+	(*SecretVersionRecord)(nil), // 10: grapnel.store.v1.SecretVersionRecord
+	nil,                         // 11: grapnel.store.v1.EventRecord.AttributesEntry
 }
 var file_grapnel_store_v1_store_proto_depIdxs = []int32{
-	10, // 0: grapnel.store.v1.EventRecord.attributes:type_name -> grapnel.store.v1.EventRecord.AttributesEntry
+	11, // 0: grapnel.store.v1.EventRecord.attributes:type_name -> grapnel.store.v1.EventRecord.AttributesEntry
 	1,  // 1: grapnel.store.v1.EventRecord.targets:type_name -> grapnel.store.v1.Target
 	4,  // 2: grapnel.store.v1.DeliveryRecord.last_attempt:type_name -> grapnel.store.v1.AttemptRecord
 	5,  // 3: grapnel.store.v1.AttemptRecord.response_headers:type_name -> grapnel.store.v1.Header
 	5,  // 4: grapnel.store.v1.AttemptRecord.request_headers:type_name -> grapnel.store.v1.Header
-	9,  // 5: grapnel.store.v1.SecretRecord.versions:type_name -> grapnel.store.v1.SecretVersionRecord
+	10, // 5: grapnel.store.v1.SecretRecord.versions:type_name -> grapnel.store.v1.SecretVersionRecord
 	6,  // [6:6] is the sub-list for method output_type
 	6,  // [6:6] is the sub-list for method input_type
 	6,  // [6:6] is the sub-list for extension type_name
@@ -1073,7 +1133,7 @@ func file_grapnel_store_v1_store_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_grapnel_store_v1_store_proto_rawDesc), len(file_grapnel_store_v1_store_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   11,
+			NumMessages:   12,
 			NumExtensions: 0,
 			NumServices:   0,
 		},
