@@ -1,0 +1,188 @@
+package plugin
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"regexp"
+
+	pluginv1 "github.com/grapnel/grapnel/proto/grapnel/plugin/v1"
+)
+
+// Kind is one signer or transport that a plugin offers, made by Signer or Transport.
+type Kind struct {
+	id       string
+	options  kindOptions
+	signer   bool
+	schema   *schema
+	slots    []slot
+	example  []byte
+	err      error
+	assemble func(spec) (built, []Problem)
+}
+
+// spec is one instance as configured.
+type spec struct {
+	config  []byte
+	secrets map[string][][]byte
+	target  Target
+	// shapeOnly leaves out the author's build, for want of secrets.
+	shapeOnly bool
+}
+
+// built is one instance ready for use; one of the two is set.
+type built struct {
+	sign    SignFunc
+	attempt AttemptFunc
+}
+
+type kindOptions struct {
+	doc     string
+	schemes []string
+	emits   []string
+	example any
+	maxBody int
+	check   any
+}
+
+// Option adds to a Kind.
+type Option func(*kindOptions)
+
+// Doc is one line about the kind for people.
+func Doc(text string) Option { return func(o *kindOptions) { o.doc = text } }
+
+// Schemes are the URI schemes that a transport is the default for.
+func Schemes(schemes ...string) Option { return func(o *kindOptions) { o.schemes = schemes } }
+
+// Emits are the headers that a signer sets, or that a transport may add after signing.
+func Emits(headers ...string) Option {
+	return func(o *kindOptions) {
+		for _, h := range headers {
+			o.emits = append(o.emits, lower(h))
+		}
+	}
+}
+
+// Example is a config that passes the schema: a value of the config struct, or anything that marshals
+// to the JSON meant.
+func Example(config any) Option { return func(o *kindOptions) { o.example = config } }
+
+// MaxBody is the largest body a transport carries; 0 means no limit of its own.
+func MaxBody(bytes int) Option { return func(o *kindOptions) { o.maxBody = bytes } }
+
+// Check adds a check of meaning, after the schema's of shape. It does no I/O. Secrets may be empty: then
+// only the config is checked. C must be the config type of the kind.
+func Check[C any](check func(C, Target) []Problem) Option {
+	return func(o *kindOptions) { o.check = check }
+}
+
+// Signer offers a signer. C is the config struct; build is called once per instance and generation, also
+// to validate a config, so it does no I/O. A fault in the declaration (a bad id, a field type that has no
+// JSON Schema) is reported by Serve.
+func Signer[C any](id string, build func(C, Target) (SignFunc, error), opts ...Option) Kind {
+	k := newKind[C](id, true, opts)
+	check, err := checkOf[C](k.options.check)
+	k.err = errors.Join(k.err, err)
+	schema, slots := k.schema, k.slots
+	k.assemble = func(s spec) (built, []Problem) {
+		config, problems := decode[C](schema, slots, s, check)
+		if s.shapeOnly || hasErrors(problems) {
+			return built{}, problems
+		}
+		sign, err := build(config, s.target)
+		return built{sign: sign}, append(problems, buildProblem(err, sign == nil)...)
+	}
+	return k
+}
+
+// Transport offers a transport. It is the same as Signer otherwise.
+func Transport[C any](id string, build func(C, Target) (AttemptFunc, error), opts ...Option) Kind {
+	k := newKind[C](id, false, opts)
+	check, err := checkOf[C](k.options.check)
+	k.err = errors.Join(k.err, err)
+	schema, slots := k.schema, k.slots
+	k.assemble = func(s spec) (built, []Problem) {
+		config, problems := decode[C](schema, slots, s, check)
+		if s.shapeOnly || hasErrors(problems) {
+			return built{}, problems
+		}
+		attempt, err := build(config, s.target)
+		return built{attempt: attempt}, append(problems, buildProblem(err, attempt == nil)...)
+	}
+	return k
+}
+
+func newKind[C any](id string, signer bool, opts []Option) Kind {
+	k := Kind{id: id, signer: signer}
+	for _, o := range opts {
+		o(&k.options)
+	}
+	if !regexp.MustCompile(`^[a-z][a-z0-9-]{0,62}$`).MatchString(id) {
+		k.err = fmt.Errorf("kind %q: the id must match ^[a-z][a-z0-9-]{0,62}$", id)
+	}
+	var err error
+	if k.schema, k.slots, err = schemaOf[C](); err != nil {
+		k.err = errors.Join(k.err, fmt.Errorf("kind %q: %w", id, err))
+	}
+	if k.options.example != nil {
+		if k.example, err = json.Marshal(k.options.example); err != nil {
+			k.err = errors.Join(k.err, fmt.Errorf("kind %q: marshal the example: %w", id, err))
+		}
+	}
+	return k
+}
+
+func checkOf[C any](given any) (func(C, Target) []Problem, error) {
+	if given == nil {
+		return nil, nil
+	}
+	check, ok := given.(func(C, Target) []Problem)
+	if !ok {
+		return nil, fmt.Errorf("option Check takes %T, want func(%T, Target) []Problem", given, *new(C))
+	}
+	return check, nil
+}
+
+func buildProblem(err error, absent bool) []Problem {
+	switch {
+	case err != nil:
+		return []Problem{{Code: "config.rejected", Summary: err.Error()}}
+	case absent:
+		return []Problem{{Code: "config.rejected", Summary: "the plugin built nothing for this config"}}
+	}
+	return nil
+}
+
+func hasErrors(problems []Problem) bool {
+	for _, p := range problems {
+		if !p.Warning {
+			return true
+		}
+	}
+	return false
+}
+
+// describe is the kind as told to the host.
+func (k *Kind) describe() (*pluginv1.Kind, error) {
+	out := &pluginv1.Kind{Id: k.id, Description: k.options.doc, ConfigExample: string(k.example)}
+	doc, err := k.schema.document()
+	if err != nil {
+		return nil, fmt.Errorf("kind %q: %w", k.id, err)
+	}
+	out.ConfigSchema = string(doc)
+	for _, s := range k.slots {
+		out.SecretSlots = append(out.SecretSlots, &pluginv1.SecretSlot{
+			Name: s.name, Description: s.doc, Required: s.required, Kinds: s.kinds,
+		})
+	}
+	if k.signer {
+		out.Traits = &pluginv1.Kind_Signer{Signer: &pluginv1.SignerTraits{
+			EmitsHeaders: k.options.emits, Deterministic: true,
+		}}
+		return out, nil
+	}
+	out.Traits = &pluginv1.Kind_Transport{Transport: &pluginv1.TransportTraits{
+		UriSchemes: k.options.schemes, MayAddHeaders: k.options.emits, MaxBodyBytes: uint32(k.options.maxBody),
+	}}
+	return out, nil
+}

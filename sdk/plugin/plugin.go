@@ -1,0 +1,220 @@
+// Package plugin is the kit that plugin authors write with: a signer or a transport is one function and
+// one config struct, and Main makes a process of it that the Grapnel host can run.
+//
+//	func main() {
+//		plugin.Main("acme/sign", "1.0.0",
+//			plugin.Signer("acme-v2", func(c Config, _ plugin.Target) (plugin.SignFunc, error) {
+//				return func(r *plugin.Request) error {
+//					r.Set("acme-signature", sign(c.Key, r.MessageID, r.Created, r.Body))
+//					return nil
+//				}, nil
+//			}))
+//	}
+//
+// The package owns the handshake, the gRPC services of grapnel.plugin.v1, batching, flow control,
+// recovery of panics, drain, heartbeats, logs and the JSON Schema of the config struct; an author needs
+// neither gRPC nor go-plugin. It guarantees that every attempt the host sends is answered exactly once
+// while the process lives, that a panic in one attempt spares the others, and that the process ends when
+// its host does. It does not restart, retry or store anything: that is the host's.
+package plugin
+
+import (
+	"context"
+	"fmt"
+	"strings"
+	"time"
+)
+
+// SignFunc signs one request: it adds headers with r.Set or r.Add and may change the query of r.URL. It
+// is pure: the same request gives the same bytes, so it takes the time from r.Created and randomness
+// from r.Nonce, and does no I/O. It runs concurrently and must not keep r after it returns.
+type SignFunc func(r *Request) error
+
+// AttemptFunc makes one attempt. It ends when ctx does, whose deadline is the attempt's, and must not
+// keep r after it returns, though strings and the body taken from r stay valid. A *Failure as error says
+// what went wrong; any other error counts as the plugin's own fault.
+type AttemptFunc func(ctx context.Context, r *Request) (*Response, error)
+
+// Header is one header field; the name is lower case.
+type Header struct {
+	Name  string
+	Value string
+}
+
+// Request is what is to be signed and sent. Body is shared and must not be changed.
+type Request struct {
+	// MessageID is the webhook-id: the same on every attempt at every subscription.
+	MessageID string
+	// Created is the host's time of this attempt; signers use it instead of a clock.
+	Created time.Time
+	// Nonce is 16 random bytes from the host; signers use it instead of a source of randomness.
+	Nonce []byte
+	// Method and URL come from the subscription; a signer may have changed the query.
+	Method string
+	URL    string
+	// Headers in the order they are to be sent.
+	Headers []Header
+	Body    []byte
+	// AttemptNumber is 1 for the first.
+	AttemptNumber int
+	// Traceparent is the W3C trace context to send, or empty.
+	Traceparent string
+	// MaxResponseBody is how much of a response's body the host keeps.
+	MaxResponseBody int
+
+	// base is how many headers were there before signers and transport added theirs.
+	base int
+}
+
+// Get returns the first value of the header, or "" when there is none. The name is compared without
+// regard to case.
+func (r *Request) Get(name string) string {
+	for i := range r.Headers {
+		if equalFold(r.Headers[i].Name, name) {
+			return r.Headers[i].Value
+		}
+	}
+	return ""
+}
+
+// Set replaces the header's values by one, or appends it.
+func (r *Request) Set(name, value string) {
+	for i := range r.Headers {
+		if equalFold(r.Headers[i].Name, name) {
+			r.Headers[i].Value = value
+			r.deleteFrom(i+1, name)
+			return
+		}
+	}
+	r.Add(name, value)
+}
+
+// Add appends a value to the header.
+func (r *Request) Add(name, value string) {
+	r.Headers = append(r.Headers, Header{Name: lower(name), Value: value})
+}
+
+func (r *Request) deleteFrom(from int, name string) {
+	for i := from; i < len(r.Headers); {
+		if !equalFold(r.Headers[i].Name, name) {
+			i++
+			continue
+		}
+		r.Headers = append(r.Headers[:i], r.Headers[i+1:]...)
+		if i < r.base {
+			r.base--
+		}
+	}
+}
+
+// equalFold spares the general comparison where lengths differ or the names are one and the same,
+// which is nearly always.
+func equalFold(a, b string) bool {
+	return len(a) == len(b) && (a == b || strings.EqualFold(a, b))
+}
+
+func lower(s string) string {
+	for i := range len(s) {
+		if c := s[i]; 'A' <= c && c <= 'Z' {
+			return strings.ToLower(s)
+		}
+	}
+	return s
+}
+
+// Response is the receiver's answer. Transports other than HTTP map theirs onto HTTP's status codes.
+type Response struct {
+	Status int
+	// Headers matter only when the status is not 2xx; retry-after always.
+	Headers []Header
+	// Body is the start of the body, Request.MaxResponseBody bytes at most.
+	Body []byte
+	// Truncated says that there was more.
+	Truncated bool
+	// Peer is the host:port connected to, when known.
+	Peer string
+}
+
+// Source says whose fault a failure is. The numbers are those of grapnel.plugin.v1.Failure.Source.
+type Source int
+
+// Sources of failure.
+const (
+	// SourceEndpoint is the receiver or the way to it; it counts against the subscription.
+	SourceEndpoint Source = 1
+	// SourcePlugin is the plugin itself; it never counts against the subscription.
+	SourcePlugin Source = 2
+	// SourcePolicy is a refusal: egress denied, body too large.
+	SourcePolicy Source = 3
+	// SourceConfig is an instance that has to be configured again.
+	SourceConfig Source = 4
+)
+
+// WireState says what may have reached the receiver. The numbers are those of
+// grapnel.plugin.v1.Failure.WireState.
+type WireState int
+
+// Wire states; the zero value is read as MaybeSent.
+const (
+	NotSent   WireState = 1
+	MaybeSent WireState = 2
+	Sent      WireState = 3
+)
+
+// Codes of Failure that the host knows.
+const (
+	CodeDNS       = "dns"
+	CodeConnect   = "connect"
+	CodeTLS       = "tls"
+	CodeTimeout   = "timeout"
+	CodeReset     = "reset"
+	CodeProtocol  = "protocol"
+	CodeEgress    = "egress"
+	CodeCancelled = "cancelled"
+	CodeSign      = "sign"
+	CodeConfig    = "config"
+	CodePanic     = "panic"
+)
+
+// Failure is an attempt that got no answer. Message is for people: no secret, no internal address.
+type Failure struct {
+	Source    Source
+	Code      string
+	Message   string
+	WireState WireState
+	// Peer is the host:port connected to, when known.
+	Peer string
+}
+
+// Error is the code and the message.
+func (f *Failure) Error() string {
+	if f.Message == "" {
+		return f.Code
+	}
+	return fmt.Sprintf("%s: %s", f.Code, f.Message)
+}
+
+// Target is where an instance's requests go, and what the host says about sending them.
+type Target struct {
+	Method  string
+	URL     string
+	Headers []Header
+	// MaxInFlight is the most attempts the host will have in flight for the instance.
+	MaxInFlight int
+	// Egress says which addresses may be dialled; never nil.
+	Egress *Egress
+	// UserAgent is for the user-agent header.
+	UserAgent string
+}
+
+// Problem is one complaint about a config, returned by the function given to Check.
+type Problem struct {
+	// Pointer is an RFC 6901 pointer: /config/…, /secrets/SLOT or /target/uri; empty means the whole.
+	Pointer string
+	// Code is stable and for machines; empty means config.invalid.
+	Code string
+	// Summary says what is wrong, what was given and what would be right. Never a secret's value.
+	Summary string
+	// Warning marks what works but looks wrong.
+	Warning bool
+}
