@@ -1,0 +1,99 @@
+package client
+
+import (
+	"context"
+	"time"
+
+	"github.com/google/uuid"
+	"google.golang.org/protobuf/types/known/durationpb"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
+)
+
+// Event is what happened. Only Type is required.
+type Event struct {
+	// ID is unique in the namespace and makes publishing idempotent: the same ID with the same content
+	// is accepted once, with other content it is ErrEventIDConflict. Empty: a fresh UUIDv7.
+	ID string
+	// Source is a URI reference; empty means //grapnel/NAMESPACE.
+	Source string
+	// Type is for example order.created.
+	Type string
+	// Subject is what the event is about, for example an order's number.
+	Subject string
+	// Time is when it happened; zero means when it was accepted.
+	Time time.Time
+	// ContentType of Data; empty means application/json.
+	ContentType string
+	// DataSchema is the URI of Data's schema.
+	DataSchema string
+	// Attributes are CloudEvents extension attributes, with names of a to z and 0 to 9.
+	Attributes map[string]string
+	// Data is the body, sent byte for byte as it is here.
+	Data []byte
+	// DeliverTime delays the first attempt, 7 days at most; zero means at once.
+	DeliverTime time.Time
+	// TTL lowers for how long failed attempts are repeated; zero leaves it to the subscriptions.
+	TTL time.Duration
+}
+
+// NewID returns a fresh event ID, a UUIDv7: sortable by the time it was made.
+func NewID() string { return uuid.Must(uuid.NewV7()).String() }
+
+// proto returns the event in wire form, with an ID.
+func (e Event) proto() *grapnelv1.Event {
+	p := &grapnelv1.Event{
+		Id:              e.ID,
+		Source:          e.Source,
+		Type:            e.Type,
+		Subject:         e.Subject,
+		DataContentType: e.ContentType,
+		DataSchema:      e.DataSchema,
+		Attributes:      e.Attributes,
+		Payload:         &grapnelv1.Event_Data{Data: e.Data},
+	}
+	if p.Id == "" {
+		p.Id = NewID()
+	}
+	if p.DataContentType == "" {
+		p.DataContentType = "application/json"
+	}
+	if !e.Time.IsZero() {
+		p.Time = timestamppb.New(e.Time)
+	}
+	if !e.DeliverTime.IsZero() {
+		p.DeliverTime = timestamppb.New(e.DeliverTime)
+	}
+	if e.TTL != 0 {
+		p.Ttl = durationpb.New(e.TTL)
+	}
+	return p
+}
+
+// payloadSize is what the server's windows count.
+func payloadSize(e *grapnelv1.Event) int {
+	switch p := e.GetPayload().(type) {
+	case *grapnelv1.Event_Data:
+		return len(p.Data)
+	case *grapnelv1.Event_Text:
+		return len(p.Text)
+	case *grapnelv1.Event_Json:
+		// Never smaller than the compact text by more than a few bytes per value.
+		return 2 * protoSize(p.Json)
+	}
+	return 0
+}
+
+// Publish publishes one event to a namespace, given by its last segment, and returns when it is stored
+// durably. It repeats what may be repeated, always with the same ID, so that the event is accepted
+// once. When it fails with ErrUnavailable or a deadline the event may have been accepted: publish it
+// again with the same ID to find out.
+func (c *Client) Publish(ctx context.Context, namespace string, e Event) (*grapnelv1.PublishResponse, error) {
+	return c.PublishService().Publish(ctx, &grapnelv1.PublishRequest{
+		Parent: namespaceName(namespace),
+		Event:  e.proto(),
+	})
+}
+
+func namespaceName(id string) string { return "namespaces/" + id }
