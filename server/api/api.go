@@ -1,0 +1,209 @@
+// Package api is the gRPC edge: it turns requests into calls of the domain packages and their answers and
+// errors into what API.md promises. It owns interceptors, request checks, resource names, page tokens,
+// field masks and the one mapping of errors to codes (errors.go). It holds no rule of the domain and keeps
+// no state but counters.
+//
+// Every error that leaves it carries a google.rpc.ErrorInfo with domain "grapnel", and no request or
+// answer reaches a log except through redact.
+package api
+
+import (
+	"context"
+	"crypto/rand"
+	"log/slog"
+	"sync"
+	"time"
+
+	"buf.build/go/protovalidate"
+	"github.com/prometheus/client_golang/prometheus"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/health"
+	healthpb "google.golang.org/grpc/health/grpc_health_v1"
+
+	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
+	"github.com/grapnel/grapnel/server/delivery"
+	"github.com/grapnel/grapnel/server/ingest"
+	"github.com/grapnel/grapnel/server/secret"
+	"github.com/grapnel/grapnel/server/subscription"
+)
+
+// Engine is what the edge needs of dispatch.
+type Engine interface {
+	Cancel(ctx context.Context, id delivery.ID, lane delivery.LaneKey) (*delivery.Delivery, error)
+	Retry(ctx context.Context, id delivery.ID, lane delivery.LaneKey, ifAttempts int) (*delivery.Delivery, error)
+	CancelLane(ctx context.Context, lane delivery.LaneKey, uid delivery.UID, reason string) (int, error)
+	// InFlight reports whether an attempt of the delivery is running now.
+	InFlight(id delivery.ID) bool
+	// Test makes one attempt and stores nothing.
+	Test(ctx context.Context, sub *subscription.Subscription, event *delivery.Event) (delivery.Attempt, error)
+	// Stats are counters over the window; namespace "" is the whole server. Per-subscription rows carry the
+	// full subscription name.
+	Stats(namespace string, window time.Duration, top int) (total *grapnelv1.Stats, per []*grapnelv1.Stats)
+	OldestDue(namespace string) time.Duration
+	// Running is the number of attempts in flight.
+	Running() int
+}
+
+// Plugins is what the edge needs of the plugin host.
+type Plugins interface {
+	// Plugins lists the kinds in name order.
+	Plugins() []*grapnelv1.Plugin
+	Plugin(id string) (*grapnelv1.Plugin, bool)
+	// Check examines the bindings of a subscription. Errors: ErrPluginUnavailable.
+	Check(ctx context.Context, sub *grapnelv1.Subscription) ([]Diagnostic, error)
+	// CheckConfig examines one configuration. Errors: ErrPluginUnavailable, ErrUnknownPlugin.
+	CheckConfig(ctx context.Context, id string, configJSON []byte) ([]Diagnostic, error)
+}
+
+// Diagnostic is a complaint of a plugin about its configuration.
+type Diagnostic struct {
+	// Field is the proto path, for example subscription.transport.config.method.
+	Field   string
+	Code    string
+	Summary string
+	// Warning marks what works but looks wrong.
+	Warning bool
+}
+
+// Options of a Server. Registry, Secrets, Journal, Ingest, Engine, Plugins and Logger are required.
+type Options struct {
+	Registry *subscription.Registry
+	Secrets  *secret.Store
+	Journal  *delivery.Journal
+	Ingest   *ingest.Ingest
+	Engine   Engine
+	Plugins  Plugins
+
+	Version string
+	Commit  string
+	// NodeName is the last segment of nodes/{node}.
+	NodeName string
+	// Address is what the node advertises.
+	Address    string
+	ClusterID  string
+	Partitions int
+
+	// PageKey seals page tokens; nodes of one cluster share it. Empty: a random one, so that tokens end
+	// with the process.
+	PageKey []byte
+	// MaxCalls bounds the unary calls and, apart, the streams in progress. Default 4096.
+	MaxCalls int
+
+	Logger *slog.Logger
+	// Registerer takes the metrics; nil keeps none.
+	Registerer prometheus.Registerer
+}
+
+// Server serves the public API. Build it with New, give ServerOptions to grpc.NewServer, then Register.
+type Server struct {
+	Options
+	log     *slog.Logger
+	started time.Time
+	pages   pager
+	rules   protovalidate.Validator
+	health  *health.Server
+	edge    *edge
+
+	drainOnce sync.Once
+	// draining is closed by Drain.
+	draining chan struct{}
+}
+
+// New builds a Server. It panics on a fault of the linked protos only, which no input can cause.
+func New(o Options) *Server {
+	if len(o.PageKey) == 0 {
+		o.PageKey = make([]byte, 32)
+		rand.Read(o.PageKey) //nolint:errcheck // never fails
+	}
+	if o.MaxCalls <= 0 {
+		o.MaxCalls = 4096
+	}
+	if o.Logger == nil {
+		o.Logger = slog.New(slog.DiscardHandler)
+	}
+	s := &Server{
+		Options:  o,
+		log:      o.Logger.With("component", "api"),
+		started:  time.Now(),
+		pages:    pager{key: o.PageKey},
+		rules:    newRules(),
+		health:   health.NewServer(),
+		draining: make(chan struct{}),
+	}
+	s.edge = newEdge(s)
+	return s
+}
+
+// The services, one small type each, so that the methods of one cannot satisfy another.
+type (
+	publishService struct {
+		grapnelv1.UnsafePublishServiceServer
+		*Server
+	}
+	eventService struct {
+		grapnelv1.UnsafeEventServiceServer
+		*Server
+	}
+	deliveryService struct {
+		grapnelv1.UnsafeDeliveryServiceServer
+		*Server
+	}
+	namespaceService struct {
+		grapnelv1.UnsafeNamespaceServiceServer
+		*Server
+	}
+	subscriptionService struct {
+		grapnelv1.UnsafeSubscriptionServiceServer
+		*Server
+	}
+	secretService struct {
+		grapnelv1.UnsafeSecretServiceServer
+		*Server
+	}
+	pluginService struct {
+		grapnelv1.UnsafePluginServiceServer
+		*Server
+	}
+	adminService struct {
+		grapnelv1.UnsafeAdminServiceServer
+		*Server
+	}
+)
+
+// Register adds all services and health to g. It may be called for several grpc servers (public, admin),
+// each before it serves.
+func (s *Server) Register(g *grpc.Server) {
+	register(g, &grapnelv1.PublishService_ServiceDesc, publishService{Server: s})
+	register(g, &grapnelv1.EventService_ServiceDesc, eventService{Server: s})
+	register(g, &grapnelv1.DeliveryService_ServiceDesc, deliveryService{Server: s})
+	register(g, &grapnelv1.NamespaceService_ServiceDesc, namespaceService{Server: s})
+	register(g, &grapnelv1.SubscriptionService_ServiceDesc, subscriptionService{Server: s})
+	register(g, &grapnelv1.SecretService_ServiceDesc, secretService{Server: s})
+	register(g, &grapnelv1.PluginService_ServiceDesc, pluginService{Server: s})
+	register(g, &grapnelv1.AdminService_ServiceDesc, adminService{Server: s})
+	healthpb.RegisterHealthServer(g, s.health)
+	for name := range g.GetServiceInfo() {
+		s.SetServing(name, true)
+	}
+	s.SetServing("", true)
+	s.SetServing("liveness", true)
+}
+
+// SetServing sets the health of one service name; "" is the server, "liveness" the process.
+func (s *Server) SetServing(service string, serving bool) {
+	status := healthpb.HealthCheckResponse_NOT_SERVING
+	if serving {
+		status = healthpb.HealthCheckResponse_SERVING
+	}
+	s.health.SetServingStatus(service, status)
+}
+
+// Drain tells clients that the server is about to stop: health of "" and PublishService becomes
+// NOT_SERVING, and publish streams are asked to end. Calls go on being served. It returns at once.
+func (s *Server) Drain() {
+	s.drainOnce.Do(func() {
+		s.SetServing("", false)
+		s.SetServing(grapnelv1.PublishService_ServiceDesc.ServiceName, false)
+		close(s.draining)
+	})
+}

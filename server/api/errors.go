@@ -1,0 +1,504 @@
+package api
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"strconv"
+	"strings"
+	"time"
+
+	"google.golang.org/genproto/googleapis/rpc/errdetails"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/protoadapt"
+	"google.golang.org/protobuf/types/known/durationpb"
+
+	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
+	"github.com/grapnel/grapnel/server/delivery"
+	"github.com/grapnel/grapnel/server/ingest"
+	"github.com/grapnel/grapnel/server/secret"
+	"github.com/grapnel/grapnel/server/subscription"
+)
+
+// errorDomain is google.rpc.ErrorInfo.domain of every error.
+const errorDomain = "grapnel"
+
+// Errors that adapters of the Plugins interface return.
+var (
+	ErrPluginUnavailable = errors.New("plugin is not serving")
+	ErrUnknownPlugin     = errors.New("no such plugin")
+)
+
+// Error is a refusal as the caller sees it. Its text, metadata and details are made for outsiders; the
+// cause is for the log alone.
+type Error struct {
+	code     codes.Code
+	reason   grapnelv1.ErrorReason
+	message  string
+	metadata map[string]string
+	details  []protoadapt.MessageV1
+	retry    time.Duration
+	// field of the request that is at fault, when there is one.
+	field string
+	cause error
+}
+
+func (e *Error) Error() string { return e.message }
+
+// Unwrap returns the cause, which is not shown to callers.
+func (e *Error) Unwrap() error { return e.cause }
+
+// Reason is the value name of ErrorReason without its prefix.
+func (e *Error) Reason() string { return reasonText(e.reason) }
+
+// GRPCStatus makes Error an error of grpc's status package.
+func (e *Error) GRPCStatus() *status.Status {
+	st := status.New(e.code, e.message)
+	details := make([]protoadapt.MessageV1, 0, 1+len(e.details))
+	details = append(details, &errdetails.ErrorInfo{Reason: e.Reason(), Domain: errorDomain, Metadata: e.metadata})
+	details = append(details, e.details...)
+	with, err := st.WithDetails(details...)
+	if err != nil {
+		return st
+	}
+	return with
+}
+
+// item is the error of one element of a batch or a stream.
+func (e *Error) item() *grapnelv1.ItemStatus {
+	return &grapnelv1.ItemStatus{
+		Code:      codeName(e.code),
+		Reason:    e.Reason(),
+		Message:   e.message,
+		Field:     e.field,
+		Retryable: e.retry > 0 || e.code == codes.Unavailable || e.code == codes.Internal,
+	}
+}
+
+// codeName is the name of a code as google.rpc.Code spells it.
+func codeName(c codes.Code) string {
+	switch c {
+	case codes.OK:
+		return "OK"
+	case codes.Canceled:
+		return "CANCELLED"
+	}
+	var b strings.Builder
+	for i, r := range c.String() {
+		if i > 0 && r >= 'A' && r <= 'Z' {
+			b.WriteByte('_')
+		}
+		b.WriteRune(r)
+	}
+	return strings.ToUpper(b.String())
+}
+
+func reasonText(r grapnelv1.ErrorReason) string {
+	return strings.TrimPrefix(r.String(), "ERROR_REASON_")
+}
+
+// Violation is one fault of a request: the field's proto path, what is wrong with it in words, and the
+// rule's id.
+type Violation struct {
+	Field       string
+	Description string
+	Reason      string
+}
+
+// invalid refuses a request for its fields; all violations are told at once.
+func invalid(faults ...Violation) *Error {
+	bad := &errdetails.BadRequest{}
+	texts := make([]string, 0, len(faults))
+	for _, f := range faults {
+		bad.FieldViolations = append(bad.FieldViolations, &errdetails.BadRequest_FieldViolation{
+			Field: f.Field, Description: f.Description, Reason: f.Reason,
+		})
+		text := f.Description
+		if f.Field != "" {
+			text = f.Field + ": " + f.Description
+		}
+		texts = append(texts, text)
+	}
+	e := &Error{
+		code:    codes.InvalidArgument,
+		reason:  grapnelv1.ErrorReason_ERROR_REASON_INVALID_FIELD,
+		message: strings.Join(texts, "; "),
+		details: []protoadapt.MessageV1{bad},
+	}
+	if len(faults) > 0 {
+		e.field = faults[0].Field
+		e.metadata = map[string]string{"field": e.field}
+	}
+	return e
+}
+
+// filterError refuses a filter: offset is the byte at which it went wrong, fields are those that exist.
+func filterError(message string, offset int, fields []string) *Error {
+	return &Error{
+		code:    codes.InvalidArgument,
+		reason:  grapnelv1.ErrorReason_ERROR_REASON_INVALID_FILTER,
+		message: "filter: " + message,
+		metadata: map[string]string{
+			"field":  "filter",
+			"offset": strconv.Itoa(offset),
+			"fields": strings.Join(fields, ","),
+		},
+		field: "filter",
+		details: []protoadapt.MessageV1{&errdetails.BadRequest{FieldViolations: []*errdetails.BadRequest_FieldViolation{
+			{Field: "filter", Description: message, Reason: "filter"},
+		}}},
+	}
+}
+
+// pageTokenError refuses a page token.
+func pageTokenError(message string) *Error {
+	return &Error{
+		code:     codes.InvalidArgument,
+		reason:   grapnelv1.ErrorReason_ERROR_REASON_INVALID_PAGE_TOKEN,
+		message:  "page_token: " + message,
+		metadata: map[string]string{"field": "page_token"},
+		field:    "page_token",
+		details: []protoadapt.MessageV1{&errdetails.BadRequest{FieldViolations: []*errdetails.BadRequest_FieldViolation{
+			{Field: "page_token", Description: message, Reason: "page_token"},
+		}}},
+	}
+}
+
+// notFound says that a resource is not there. what is the noun for people, for example "subscription".
+func notFound(name, what string) *Error {
+	return &Error{
+		code:     codes.NotFound,
+		reason:   grapnelv1.ErrorReason_ERROR_REASON_RESOURCE_NOT_FOUND,
+		message:  what + " " + name + " does not exist",
+		metadata: map[string]string{"resource": name},
+		details:  []protoadapt.MessageV1{&errdetails.ResourceInfo{ResourceType: typeOf(name), ResourceName: name}},
+	}
+}
+
+// exists says that a resource is already there.
+func exists(name, what string) *Error {
+	return &Error{
+		code:     codes.AlreadyExists,
+		reason:   grapnelv1.ErrorReason_ERROR_REASON_RESOURCE_EXISTS,
+		message:  what + " " + name + " exists already",
+		metadata: map[string]string{"resource": name},
+		details:  []protoadapt.MessageV1{&errdetails.ResourceInfo{ResourceType: typeOf(name), ResourceName: name}},
+	}
+}
+
+// eventConflict says that the id of an event was used before for other content.
+func eventConflict(name string) *Error {
+	return &Error{
+		code:     codes.AlreadyExists,
+		reason:   grapnelv1.ErrorReason_ERROR_REASON_EVENT_ID_CONFLICT,
+		message:  "event " + name + " was published before with other content; a retry must be the same, another event needs another id",
+		metadata: map[string]string{"resource": name},
+		field:    "event.id",
+		details:  []protoadapt.MessageV1{&errdetails.ResourceInfo{ResourceType: typeOf(name), ResourceName: name}},
+	}
+}
+
+// etagMismatch says that the resource changed since it was read.
+func etagMismatch(current string) *Error {
+	return &Error{
+		code:     codes.Aborted,
+		reason:   grapnelv1.ErrorReason_ERROR_REASON_ETAG_MISMATCH,
+		message:  "the resource has changed since it was read; read it again and repeat the change",
+		metadata: map[string]string{"currentEtag": current},
+	}
+}
+
+// inUse says who still refers to the resource.
+func inUse(name string, users []string) *Error {
+	const most = 10
+	failure := &errdetails.PreconditionFailure{}
+	for _, u := range users[:min(len(users), most)] {
+		failure.Violations = append(failure.Violations, &errdetails.PreconditionFailure_Violation{
+			Type: "IN_USE", Subject: u, Description: u + " refers to " + name,
+		})
+	}
+	message := name + " is in use"
+	if len(users) > 0 {
+		message += " by " + strings.Join(users[:min(len(users), most)], ", ")
+	}
+	if len(users) > most {
+		message += " and " + strconv.Itoa(len(users)-most) + " more"
+	}
+	return &Error{
+		code:     codes.FailedPrecondition,
+		reason:   grapnelv1.ErrorReason_ERROR_REASON_RESOURCE_IN_USE,
+		message:  message,
+		metadata: map[string]string{"resource": name, "users": strconv.Itoa(len(users))},
+		details:  []protoadapt.MessageV1{failure},
+	}
+}
+
+// invalidState says that the resource is not in a state that allows the call.
+func invalidState(name, message string) *Error {
+	return &Error{
+		code:     codes.FailedPrecondition,
+		reason:   grapnelv1.ErrorReason_ERROR_REASON_INVALID_STATE,
+		message:  message,
+		metadata: map[string]string{"resource": name},
+		details: []protoadapt.MessageV1{&errdetails.PreconditionFailure{Violations: []*errdetails.PreconditionFailure_Violation{
+			{Type: "STATE", Subject: name, Description: message},
+		}}},
+	}
+}
+
+// quota says that a limit is reached which waiting a little does not lift.
+func quota(subject, description string) *Error {
+	return &Error{
+		code:     codes.ResourceExhausted,
+		reason:   grapnelv1.ErrorReason_ERROR_REASON_QUOTA_EXCEEDED,
+		message:  description,
+		metadata: map[string]string{"subject": subject},
+		details: []protoadapt.MessageV1{&errdetails.QuotaFailure{Violations: []*errdetails.QuotaFailure_Violation{
+			{Subject: subject, Description: description},
+		}}},
+	}
+}
+
+// rateLimited says that the same call may succeed after the wait.
+func rateLimited(subject, description string, retryAfter time.Duration) *Error {
+	e := quota(subject, description)
+	e.reason = grapnelv1.ErrorReason_ERROR_REASON_RATE_LIMITED
+	return e.after(retryAfter)
+}
+
+// unavailable says that the server cannot serve the call just now.
+func unavailable(reason grapnelv1.ErrorReason, message string, retryAfter time.Duration) *Error {
+	return (&Error{code: codes.Unavailable, reason: reason, message: message}).after(retryAfter)
+}
+
+// pluginUnavailable says that the plugin a resource needs is not serving.
+func pluginUnavailable(name, message string) *Error {
+	return &Error{
+		code:     codes.FailedPrecondition,
+		reason:   grapnelv1.ErrorReason_ERROR_REASON_PLUGIN_UNAVAILABLE,
+		message:  message,
+		metadata: map[string]string{"resource": name},
+		details: []protoadapt.MessageV1{&errdetails.PreconditionFailure{Violations: []*errdetails.PreconditionFailure_Violation{
+			{Type: "PLUGIN", Subject: name, Description: message},
+		}}},
+	}
+}
+
+// internal hides its cause behind neutral words; the interceptor logs it and adds the request id.
+func internal(cause error) *Error {
+	return &Error{
+		code:    codes.Internal,
+		reason:  grapnelv1.ErrorReason_ERROR_REASON_INTERNAL,
+		message: "internal error; the server's log has the cause under the request id",
+		cause:   cause,
+	}
+}
+
+// unknownMethod answers calls of methods that are not served.
+func unknownMethod(method string) *Error {
+	return &Error{
+		code:     codes.Unimplemented,
+		reason:   grapnelv1.ErrorReason_ERROR_REASON_UNKNOWN_METHOD,
+		message:  "this server does not serve " + method,
+		metadata: map[string]string{"method": method},
+	}
+}
+
+func abandoned(code codes.Code, message string, cause error) *Error {
+	return &Error{code: code, reason: grapnelv1.ErrorReason_ERROR_REASON_ABANDONED, message: message, cause: cause}
+}
+
+// after adds RetryInfo.
+func (e *Error) after(d time.Duration) *Error {
+	if d <= 0 {
+		d = time.Second
+	}
+	e.retry = d
+	e.details = append(e.details, &errdetails.RetryInfo{RetryDelay: durationpb.New(d)})
+	return e
+}
+
+// withRequest adds RequestInfo to an internal error.
+func (e *Error) withRequest(id string) *Error {
+	if e.code != codes.Internal {
+		return e
+	}
+	c := *e
+	c.metadata = maps.Clone(e.metadata)
+	c.details = append(c.details[:len(c.details):len(c.details)], &errdetails.RequestInfo{RequestId: id})
+	return &c
+}
+
+// serverFault reports whether an operator should look at the error.
+func (e *Error) serverFault() bool { return e.code == codes.Internal }
+
+// toStatus turns any error into the one that the caller sees. resource is the name the request was about;
+// errors that say "not found" without saying what take it. nil stays nil.
+func toStatus(err error, resource string) *Error {
+	if err == nil {
+		return nil
+	}
+	if e, ok := errors.AsType[*Error](err); ok {
+		return e
+	}
+	for _, translate := range []func(error, string) *Error{fromContext, fromSubscription, fromSecret, fromDelivery, fromIngest, fromPlugin} {
+		if e := translate(err, resource); e != nil {
+			e.cause = err
+			return e
+		}
+	}
+	return internal(err)
+}
+
+func fromContext(err error, _ string) *Error {
+	switch {
+	case errors.Is(err, context.DeadlineExceeded) || status.Code(err) == codes.DeadlineExceeded:
+		return abandoned(codes.DeadlineExceeded, "the call's deadline passed before there was an answer; what it asked for may or may not have happened", err)
+	case errors.Is(err, context.Canceled) || status.Code(err) == codes.Canceled:
+		return abandoned(codes.Canceled, "the caller gave up before there was an answer; what it asked for may or may not have happened", err)
+	}
+	return nil
+}
+
+func fromSubscription(err error, resource string) *Error {
+	if e, ok := errors.AsType[*subscription.InvalidError](err); ok {
+		faults := make([]Violation, 0, len(e.Violations))
+		for _, v := range e.Violations {
+			faults = append(faults, Violation{v.Field, v.Description, v.Reason})
+		}
+		return invalid(faults...)
+	}
+	if e, ok := errors.AsType[*subscription.EtagError](err); ok {
+		return etagMismatch(e.Current)
+	}
+	if e, ok := errors.AsType[*subscription.QuotaError](err); ok {
+		return quota(namespaceName(e.Namespace), e.Error())
+	}
+	if e, ok := errors.AsType[*subscription.InUseError](err); ok {
+		return inUse(e.Name, e.Users)
+	}
+	if e, ok := errors.AsType[*subscription.NotFoundError](err); ok {
+		missing := notFound(e.Name, noun(e.Name))
+		if e.Field != "" {
+			missing.field = e.Field
+			missing.metadata["field"] = e.Field
+		}
+		return missing
+	}
+	switch {
+	case errors.Is(err, subscription.ErrNotFound):
+		return notFound(resource, noun(resource))
+	case errors.Is(err, subscription.ErrExists):
+		return exists(resource, noun(resource))
+	case errors.Is(err, subscription.ErrInUse):
+		return inUse(resource, nil)
+	case errors.Is(err, subscription.ErrNamespaceDeleted):
+		return invalidState(resource, "the namespace of "+resource+" is deleted")
+	case errors.Is(err, subscription.ErrUnavailable):
+		return storeUnavailable()
+	}
+	return nil
+}
+
+func fromSecret(err error, resource string) *Error {
+	if e, ok := errors.AsType[*secret.InvalidError](err); ok {
+		faults := make([]Violation, 0, len(e.Violations))
+		for _, v := range e.Violations {
+			faults = append(faults, Violation{v.Field, v.Description, v.Reason})
+		}
+		return invalid(faults...)
+	}
+	if e, ok := errors.AsType[*secret.EtagError](err); ok {
+		return etagMismatch(e.Current)
+	}
+	if e, ok := errors.AsType[*secret.InUseError](err); ok {
+		return inUse(e.Name, e.Users)
+	}
+	if e, ok := errors.AsType[*secret.NotFoundError](err); ok {
+		return notFound(e.Name, noun(e.Name))
+	}
+	switch {
+	case errors.Is(err, secret.ErrNotFound):
+		return notFound(resource, noun(resource))
+	case errors.Is(err, secret.ErrExists):
+		return exists(resource, noun(resource))
+	case errors.Is(err, secret.ErrTooManyVersions):
+		return invalidState(resource, resource+" has ten live versions; wait until one expires, or rotate with a shorter overlap")
+	case errors.Is(err, secret.ErrNamespaceDeleted):
+		return invalidState(resource, "the namespace of "+resource+" is deleted")
+	case errors.Is(err, secret.ErrUnavailable):
+		return storeUnavailable()
+	}
+	return nil
+}
+
+func fromDelivery(err error, resource string) *Error {
+	switch {
+	case errors.Is(err, delivery.ErrNotFound):
+		return notFound(resource, noun(resource))
+	case errors.Is(err, delivery.ErrEventConflict):
+		return eventConflict(resource)
+	case errors.Is(err, delivery.ErrFinal):
+		return invalidState(resource, "the delivery has ended already and cannot be cancelled")
+	case errors.Is(err, delivery.ErrInvalidState):
+		return invalidState(resource, "the delivery is not in a state that allows this call")
+	case errors.Is(err, delivery.ErrDiskFull):
+		e := rateLimited("journal", "the server's disk is nearly full; deliveries go on, new events are refused until there is room", 30*time.Second)
+		e.reason = grapnelv1.ErrorReason_ERROR_REASON_STORE_FULL
+		return e
+	case errors.Is(err, delivery.ErrClosed):
+		return unavailable(grapnelv1.ErrorReason_ERROR_REASON_DRAINING, "the server is stopping", time.Second)
+	}
+	return nil
+}
+
+func fromIngest(err error, resource string) *Error {
+	if e, ok := errors.AsType[*ingest.FieldError](err); ok {
+		return invalid(Violation{"event." + e.Field, e.Description, e.Rule})
+	}
+	if e, ok := errors.AsType[*ingest.RateError](err); ok {
+		return rateLimited(namespaceName(e.Namespace), e.Error(), e.RetryAfter)
+	}
+	if e, ok := errors.AsType[*ingest.QuotaError](err); ok {
+		return quota(namespaceName(e.Namespace), e.Error())
+	}
+	switch {
+	case errors.Is(err, ingest.ErrDraining):
+		return unavailable(grapnelv1.ErrorReason_ERROR_REASON_DRAINING, "the server is stopping and takes no more events", time.Second)
+	case errors.Is(err, ingest.ErrNamespaceNotFound):
+		return notFound(resource, "namespace")
+	case errors.Is(err, ingest.ErrNamespaceDeleted):
+		return invalidState(resource, "namespace "+resource+" is deleted and takes no more events")
+	}
+	return nil
+}
+
+func fromPlugin(err error, resource string) *Error {
+	switch {
+	case errors.Is(err, ErrPluginUnavailable):
+		return pluginUnavailable(resource, "a plugin that "+resource+" needs is not serving: "+err.Error())
+	case errors.Is(err, ErrUnknownPlugin):
+		return notFound(resource, noun(resource))
+	}
+	return nil
+}
+
+func storeUnavailable() *Error {
+	return unavailable(grapnelv1.ErrorReason_ERROR_REASON_STORE_UNAVAILABLE,
+		"the configuration store cannot be reached; deliveries go on, changes have to wait", 2*time.Second)
+}
+
+// noun is the word for a resource, out of its name.
+func noun(name string) string {
+	if t := strings.TrimPrefix(typeOf(name), "grapnel.v1."); t != "" {
+		return strings.ToLower(t)
+	}
+	return "resource"
+}
+
+// panicked is the internal error of a recovered panic.
+func panicked(value any, stack []byte) *Error {
+	return internal(fmt.Errorf("panic: %v\n%s", value, stack))
+}

@@ -1,0 +1,166 @@
+package api
+
+import (
+	"strings"
+
+	"github.com/grapnel/grapnel/server/delivery"
+)
+
+// Collections of a namespace, as they stand in resource names.
+const (
+	collectionSubscriptions = "subscriptions"
+	collectionSecrets       = "secrets"
+	collectionEvents        = "events"
+	collectionDeliveries    = "deliveries"
+)
+
+// allNamespaces is the wildcard of parents in reading calls.
+const allNamespaces = "-"
+
+func namespaceName(ns string) string        { return "namespaces/" + ns }
+func subscriptionName(ns, id string) string { return resourceName(ns, collectionSubscriptions, id) }
+func secretName(ns, id string) string       { return resourceName(ns, collectionSecrets, id) }
+func eventName(ns, id string) string        { return resourceName(ns, collectionEvents, id) }
+func pluginName(id string) string           { return "plugins/" + id }
+func nodeName(id string) string             { return "nodes/" + id }
+
+func deliveryName(ns string, id delivery.ID) string {
+	return resourceName(ns, collectionDeliveries, id.String())
+}
+
+func resourceName(ns, collection, id string) string {
+	return "namespaces/" + ns + "/" + collection + "/" + id
+}
+
+// parseNamespace takes the id out of namespaces/NAME. field is the request field that a refusal names.
+func parseNamespace(field, name string) (string, error) {
+	ns, ok := strings.CutPrefix(name, "namespaces/")
+	if ok && ns == allNamespaces {
+		return "", invalid(Violation{field, "must name one namespace; namespaces/- is for reading calls that say so", "name"})
+	}
+	if !ok || !isResourceID(ns) {
+		return "", invalid(badName(field, "namespaces/NAME", name))
+	}
+	return ns, nil
+}
+
+// parseParent is parseNamespace that also takes namespaces/-, for which it returns "".
+func parseParent(field, name string) (string, error) {
+	if name == "namespaces/"+allNamespaces {
+		return "", nil
+	}
+	return parseNamespace(field, name)
+}
+
+// parseName takes namespace and id out of namespaces/NAME/collection/ID.
+func parseName(field, name, collection string) (ns, id string, err error) {
+	form := "namespaces/NAME/" + collection + "/ID"
+	parts := strings.Split(name, "/")
+	if len(parts) != 4 || parts[0] != "namespaces" || parts[2] != collection || !isResourceID(parts[1]) {
+		return "", "", invalid(badName(field, form, name))
+	}
+	valid := isResourceID
+	switch collection {
+	case collectionEvents:
+		valid = isEventID
+	case collectionDeliveries:
+		valid = func(id string) bool { _, err := delivery.ParseID(id); return err == nil }
+	}
+	if !valid(parts[3]) {
+		return "", "", invalid(badName(field, form, name))
+	}
+	return parts[1], parts[3], nil
+}
+
+// parseDelivery takes namespace and id out of the name of a delivery.
+func parseDelivery(field, name string) (string, delivery.ID, error) {
+	ns, text, err := parseName(field, name, collectionDeliveries)
+	if err != nil {
+		return "", delivery.ID{}, err
+	}
+	id, err := delivery.ParseID(text)
+	if err != nil {
+		return "", delivery.ID{}, invalid(badName(field, "namespaces/NAME/deliveries/ID", name))
+	}
+	return ns, id, nil
+}
+
+// parsePlugin takes the id out of plugins/NAME.
+func parsePlugin(field, name string) (string, error) {
+	id, ok := strings.CutPrefix(name, "plugins/")
+	if !ok || !isResourceID(id) {
+		return "", invalid(badName(field, "plugins/NAME", name))
+	}
+	return id, nil
+}
+
+func badName(field, form, got string) Violation {
+	if got == "" {
+		return Violation{field, "is required; it looks like " + form, "name"}
+	}
+	return Violation{field, "must look like " + form + ", not " + quote(got), "name"}
+}
+
+// quote shows what a caller sent without letting it fill the message.
+func quote(s string) string {
+	const most = 80
+	if len(s) > most {
+		s = strings.ToValidUTF8(s[:most], "") + "…"
+	}
+	return `"` + s + `"`
+}
+
+// isResourceID reports whether s is an id that a user may choose: it fits a DNS label and an etcd path.
+func isResourceID(s string) bool {
+	if s == "" || len(s) > 63 || s[0] < 'a' || s[0] > 'z' {
+		return false
+	}
+	for i := 1; i < len(s); i++ {
+		if c := s[i]; (c < 'a' || c > 'z') && (c < '0' || c > '9') && c != '-' {
+			return false
+		}
+	}
+	return true
+}
+
+// isEventID reports whether s may be an event's id.
+func isEventID(s string) bool {
+	if s == "" || len(s) > 128 {
+		return false
+	}
+	for i := range len(s) {
+		if c := s[i]; !isAlnum(c) && c != '.' && c != '_' && c != '~' && c != '-' {
+			return false
+		}
+	}
+	return true
+}
+
+func isAlnum(c byte) bool {
+	return c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c >= '0' && c <= '9'
+}
+
+// typeOf names the message type of a resource, for ResourceInfo.
+func typeOf(name string) string {
+	parts := strings.Split(name, "/")
+	if len(parts) < 2 {
+		return ""
+	}
+	switch parts[len(parts)-2] {
+	case "namespaces":
+		return "grapnel.v1.Namespace"
+	case collectionSubscriptions:
+		return "grapnel.v1.Subscription"
+	case collectionSecrets:
+		return "grapnel.v1.Secret"
+	case collectionEvents:
+		return "grapnel.v1.Event"
+	case collectionDeliveries:
+		return "grapnel.v1.Delivery"
+	case "plugins":
+		return "grapnel.v1.Plugin"
+	case "nodes":
+		return "grapnel.v1.Node"
+	}
+	return ""
+}

@@ -1,0 +1,211 @@
+// Package ingest owns what "accepted" means: an event is accepted when its namespace exists, its limits
+// allow it, it has been matched against the subscriptions of one snapshot, and the journal has stored it
+// with all its deliveries. Publishing, and whatever else makes events, goes through it.
+//
+// It keeps nothing on disk itself: rates are counted in memory and begin anew with the process.
+package ingest
+
+import (
+	"context"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/google/uuid"
+	"github.com/prometheus/client_golang/prometheus"
+
+	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
+	"github.com/grapnel/grapnel/server/delivery"
+	"github.com/grapnel/grapnel/server/subscription"
+)
+
+// Journal is what ingest needs of *delivery.Journal.
+type Journal interface {
+	Append(ctx context.Context, events []*delivery.Event) []delivery.AppendResult
+	// OpenIn counts the open deliveries of a namespace.
+	OpenIn(namespace string) int64
+}
+
+// Options of an Ingest. Snapshot and Journal are required.
+type Options struct {
+	// Snapshot returns the current subscriptions; it is called once per Publish and must be cheap.
+	Snapshot func() *subscription.Snapshot
+	Journal  Journal
+	// Registerer takes the metrics; nil keeps none.
+	Registerer prometheus.Registerer
+}
+
+// Result is what became of one event.
+type Result struct {
+	// Event is the stored one: for a duplicate the original. nil when refused.
+	Event *delivery.Event
+	// Duplicate is set when the same event was accepted before; nothing new was queued.
+	Duplicate bool
+	// Err is nil, one of the errors of this package, or what the journal said.
+	Err error
+}
+
+// Ingest accepts events. Its methods may be called at the same time.
+type Ingest struct {
+	snapshot func() *subscription.Snapshot
+	journal  Journal
+	metrics  metrics
+	draining atomic.Bool
+	// meters holds a *meter per namespace that has published; namespaces that do not exist never enter.
+	meters sync.Map
+}
+
+// New builds an Ingest.
+func New(o Options) *Ingest {
+	return &Ingest{snapshot: o.Snapshot, journal: o.Journal, metrics: newMetrics(o.Registerer)}
+}
+
+// Drain makes every later Publish refuse all events with ErrDraining. Calls under way are finished.
+func (i *Ingest) Drain() { i.draining.Store(true) }
+
+// Rate is how many events a second the namespace has had accepted over the last minute.
+func (i *Ingest) Rate(namespace string) float64 {
+	if m, ok := i.meters.Load(namespace); ok {
+		return m.(*meter).rate(time.Now())
+	}
+	return 0
+}
+
+// Publish accepts or refuses each event on its own; results[k] answers events[k]. It returns when the
+// accepted ones are durable. The events become the journal's: the caller must not change them or their
+// payloads any more. Events whose ID is empty get a new one. Errors of a Result: those of this package,
+// delivery.ErrEventConflict, ErrDiskFull, ErrClosed, or the context's.
+func (i *Ingest) Publish(ctx context.Context, namespace string, events []*delivery.Event) []Result {
+	results := make([]Result, len(events))
+	n := i.admit(namespace, events, results)
+	if n > 0 {
+		i.store(ctx, namespace, events, results, n)
+	}
+	i.metrics.count(results)
+	return results
+}
+
+// admit refuses by setting an Err, prepares the rest, and returns how many are left.
+func (i *Ingest) admit(namespace string, events []*delivery.Event, results []Result) int {
+	snap := i.snapshot()
+	ns := snap.Namespace(namespace)
+	if err := i.refusal(namespace, ns); err != nil {
+		for k := range results {
+			results[k].Err = err
+		}
+		return 0
+	}
+	limits := ns.Quota()
+	left := 0
+	for k, ev := range events {
+		if size := len(ev.Payload); size > limits.MaxEventBytes {
+			results[k].Err = tooLarge(size, limits.MaxEventBytes)
+			continue
+		}
+		left++
+	}
+	now := time.Now()
+	granted, wait := i.meter(namespace).take(now, left, limits.MaxPublishRate)
+	var candidate subscription.Candidate
+	n := 0
+	for k, ev := range events {
+		if results[k].Err != nil {
+			continue
+		}
+		if n == granted {
+			results[k].Err = &RateError{Namespace: namespace, Limit: limits.MaxPublishRate, RetryAfter: wait}
+			continue
+		}
+		n++
+		ev.Namespace = namespace
+		if ev.ID == "" {
+			ev.ID = uuid.Must(uuid.NewV7()).String()
+		}
+		ev.Targets = targets(snap, &candidate, ev)
+	}
+	return n
+}
+
+// refusal is the reason to take no event at all, or nil.
+func (i *Ingest) refusal(namespace string, ns *subscription.Namespace) error {
+	switch {
+	case i.draining.Load():
+		return ErrDraining
+	case ns == nil:
+		return ErrNamespaceNotFound
+	case ns.Deleted():
+		return ErrNamespaceDeleted
+	}
+	if limit := int64(ns.Quota().MaxOpenDeliveries); i.journal.OpenIn(namespace) >= limit {
+		return &QuotaError{Namespace: namespace, Name: "max_open_deliveries", Limit: limit}
+	}
+	return nil
+}
+
+// store appends the n events that have no error yet.
+func (i *Ingest) store(ctx context.Context, namespace string, events []*delivery.Event, results []Result, n int) {
+	admitted := events
+	if n < len(events) {
+		admitted = make([]*delivery.Event, 0, n)
+		for k, ev := range events {
+			if results[k].Err == nil {
+				admitted = append(admitted, ev)
+			}
+		}
+	}
+	stored := i.journal.Append(ctx, admitted)
+	next, accepted := 0, 0
+	for k := range results {
+		if results[k].Err != nil {
+			continue
+		}
+		r := stored[next]
+		next++
+		if r.Err != nil {
+			results[k].Err = r.Err
+			continue
+		}
+		results[k].Event, results[k].Duplicate = r.Event, r.Duplicate
+		if !r.Duplicate {
+			accepted++
+		}
+	}
+	i.meter(namespace).add(time.Now(), accepted)
+}
+
+// targets lists the subscriptions that match ev, in the snapshot's order.
+func targets(snap *subscription.Snapshot, c *subscription.Candidate, ev *delivery.Event) []delivery.Target {
+	*c = subscription.Candidate{
+		ID:          ev.ID,
+		Source:      ev.Source,
+		Type:        ev.Type,
+		Subject:     ev.Subject,
+		Time:        ev.Time,
+		ContentType: ev.ContentType,
+		Attributes:  ev.Attributes,
+		Data:        ev.Payload,
+	}
+	subs := snap.Match(ev.Namespace, c)
+	if len(subs) == 0 {
+		return nil
+	}
+	out := make([]delivery.Target, len(subs))
+	for k, sub := range subs {
+		out[k] = delivery.Target{
+			Subscription: sub.ID,
+			UID:          sub.UID,
+			MaxAttempts:  sub.MaxAttempts,
+			MaxAge:       sub.MaxAge,
+			Skip:         sub.Proto.GetState() == grapnelv1.Subscription_STATE_DISABLED,
+		}
+	}
+	return out
+}
+
+func (i *Ingest) meter(namespace string) *meter {
+	if m, ok := i.meters.Load(namespace); ok {
+		return m.(*meter)
+	}
+	m, _ := i.meters.LoadOrStore(namespace, newMeter())
+	return m.(*meter)
+}
