@@ -1,0 +1,153 @@
+// Command grapnel-bench measures Grapnel as its users would meet it: the real binary as a process of its
+// own with durable defaults, a receiver as another process, and a publisher. Every throughput is printed
+// beside the raw bound of the same run, a bare net/http loop against the same receiver, because absolute
+// figures on shared machines mean little.
+//
+// Arrivals are counted at the receiver, which checks every signature; a missing delivery or a bad
+// signature fails the run.
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"os"
+	"os/exec"
+	"os/signal"
+	"path/filepath"
+	"runtime"
+	"syscall"
+	"time"
+)
+
+// options are the command line.
+type options struct {
+	grapnel     string
+	json        bool
+	events      int
+	events10    int
+	payload     int
+	concurrency int
+	repeat      int
+	latencyFor  time.Duration
+	latencyRate int
+	backlog     int
+	only        string
+	profile     string
+}
+
+func main() {
+	if len(os.Args) > 1 && os.Args[1] == "sink" {
+		exit(runSink(os.Args[2:]))
+	}
+	var o options
+	flag.StringVar(&o.grapnel, "grapnel", "", "grapnel `binary`; default beside this one, else built with go")
+	flag.BoolVar(&o.json, "json", false, "print one JSON object instead of the table")
+	flag.IntVar(&o.events, "events", 100_000, "events of each fan-out 1 run")
+	flag.IntVar(&o.events10, "events10", 20_000, "events of each fan-out 10 run")
+	flag.IntVar(&o.payload, "payload", 1024, "payload `bytes`")
+	flag.IntVar(&o.concurrency, "concurrency", 64, "connections of the raw loop and callers of unary Publish")
+	flag.IntVar(&o.repeat, "repeat", 1, "times to repeat raw bound and throughput; medians are printed")
+	flag.DurationVar(&o.latencyFor, "latency", 20*time.Second, "length of the latency run")
+	flag.IntVar(&o.latencyRate, "rate", 100, "events per second of the latency run")
+	flag.IntVar(&o.backlog, "backlog", 1_000_000, "waiting deliveries of the backlog run; 0 leaves it out")
+	flag.StringVar(&o.only, "only", "", "run one part: start, throughput, latency, neighbour or backlog")
+	flag.StringVar(&o.profile, "profile", "", "`directory` for CPU profiles of the server during the batch runs")
+	flag.Parse()
+
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	exit(run(ctx, o))
+}
+
+func exit(err error) {
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "grapnel-bench:", err)
+		os.Exit(1)
+	}
+	os.Exit(0)
+}
+
+// run does the parts in turn; each starts from an empty data directory.
+func run(ctx context.Context, o options) error {
+	dir, err := os.MkdirTemp("", "grapnel-bench-")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(dir)
+	if o.grapnel, err = findGrapnel(ctx, o.grapnel, dir); err != nil {
+		return err
+	}
+	snk, err := startSink(ctx)
+	if err != nil {
+		return err
+	}
+	defer snk.stop()
+
+	rep := &report{CPUs: runtime.NumCPU(), GoVersion: runtime.Version(), Payload: o.payload}
+	b := &bench{options: o, dir: dir, sink: snk, report: rep}
+	parts := []struct {
+		name string
+		run  func(context.Context) error
+	}{
+		{"start", b.start}, {"throughput", b.throughput}, {"latency", b.latency}, {"neighbour", b.neighbour}, {"backlog", b.waiting},
+	}
+	var errs error
+	for _, p := range parts {
+		if o.only != "" && o.only != p.name {
+			continue
+		}
+		if err := p.run(ctx); err != nil {
+			errs = errors.Join(errs, fmt.Errorf("%s: %w", p.name, err))
+		}
+		if ctx.Err() != nil {
+			break
+		}
+	}
+	if o.json {
+		out, err := json.MarshalIndent(rep, "", "  ")
+		if err != nil {
+			return err
+		}
+		fmt.Println(string(out))
+	} else {
+		rep.print(os.Stdout)
+	}
+	return errs
+}
+
+// bench holds what the parts share.
+type bench struct {
+	options
+	dir    string
+	sink   *sinkProcess
+	report *report
+	runs   int
+}
+
+// dataDir names a new data directory.
+func (b *bench) dataDir() string {
+	b.runs++
+	return filepath.Join(b.dir, fmt.Sprintf("data-%d", b.runs))
+}
+
+// findGrapnel settles which binary is measured.
+func findGrapnel(ctx context.Context, given, dir string) (string, error) {
+	if given != "" {
+		return filepath.Abs(given)
+	}
+	if self, err := os.Executable(); err == nil {
+		beside := filepath.Join(filepath.Dir(self), "grapnel")
+		if _, err := os.Stat(beside); err == nil {
+			return beside, nil
+		}
+	}
+	bin := filepath.Join(dir, "grapnel")
+	cmd := exec.CommandContext(ctx, "go", "build", "-trimpath", "-o", bin, "github.com/grapnel/grapnel/cmd/grapnel")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return "", fmt.Errorf("build grapnel (or name one with -grapnel): %w\n%s", err, out)
+	}
+	return bin, nil
+}

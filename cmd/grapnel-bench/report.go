@@ -1,0 +1,126 @@
+package main
+
+import (
+	"fmt"
+	"io"
+	"slices"
+	"text/tabwriter"
+)
+
+// report is the whole result; its JSON form is what -json prints. Times are seconds unless named
+// otherwise, memory is MiB, CPU is microseconds per delivery.
+type report struct {
+	CPUs       int              `json:"cpus"`
+	GoVersion  string           `json:"go_version"`
+	Payload    int              `json:"payload_bytes"`
+	Start      *startReport     `json:"start,omitempty"`
+	Throughput []throughput     `json:"throughput,omitempty"`
+	Latency    *latencyReport   `json:"latency,omitempty"`
+	Neighbour  *neighbourReport `json:"slow_neighbour,omitempty"`
+	Backlog    *backlogReport   `json:"backlog,omitempty"`
+
+	runs map[string][]throughput
+}
+
+// startReport is a cold start on an empty data directory.
+type startReport struct {
+	Ready         float64 `json:"ready_seconds"`
+	FirstDelivery float64 `json:"first_delivery_seconds"`
+	Processes     int     `json:"processes"`
+	ServerRSS     float64 `json:"server_rss_mib"`
+	PluginRSS     float64 `json:"plugin_rss_mib"`
+}
+
+// throughput is one run from the first publish to the last recorded delivery.
+type throughput struct {
+	Name           string  `json:"name"`
+	Deliveries     int     `json:"deliveries"`
+	Seconds        float64 `json:"seconds"`
+	PublishSeconds float64 `json:"publish_seconds,omitempty"`
+	PerSecond      float64 `json:"per_second"`
+	// Ratio is PerSecond over the raw bound's.
+	Ratio      float64 `json:"ratio"`
+	Duplicates int64   `json:"duplicates"`
+	ServerCPU  float64 `json:"server_cpu_us"`
+	PluginCPU  float64 `json:"plugin_cpu_us"`
+	SinkCPU    float64 `json:"sink_cpu_us"`
+	ClientCPU  float64 `json:"client_cpu_us"`
+	ServerRSS  float64 `json:"server_rss_mib,omitempty"`
+}
+
+// latencyReport is publish to arrival, in milliseconds.
+type latencyReport struct {
+	Rate    int     `json:"events_per_second"`
+	Samples int     `json:"samples"`
+	P50     float64 `json:"p50_ms"`
+	P99     float64 `json:"p99_ms"`
+	Max     float64 `json:"max_ms"`
+}
+
+// neighbourReport compares a healthy subscription alone and beside a hanging one.
+type neighbourReport struct {
+	Alone    latencyReport `json:"alone"`
+	Beside   latencyReport `json:"beside"`
+	P99Ratio float64       `json:"p99_ratio"`
+}
+
+// backlogReport is what waiting deliveries cost.
+type backlogReport struct {
+	Deliveries       int     `json:"deliveries"`
+	PublishPerSecond float64 `json:"publish_per_second"`
+	RSSAfterPublish  float64 `json:"rss_after_publish_mib"`
+	RSSAfterRestart  float64 `json:"rss_after_restart_mib"`
+	RSSAfterDrain    float64 `json:"rss_after_drain_mib"`
+	Restart          float64 `json:"restart_seconds"`
+	DrainPerSecond   float64 `json:"drain_per_second"`
+}
+
+// add keeps the run; of several runs of one name the one with the median ratio is reported.
+func (r *report) add(t throughput) {
+	if r.runs == nil {
+		r.runs = map[string][]throughput{}
+	}
+	r.runs[t.Name] = append(r.runs[t.Name], t)
+	all := slices.Clone(r.runs[t.Name])
+	slices.SortFunc(all, func(a, b throughput) int {
+		switch {
+		case a.Ratio < b.Ratio || a.Ratio == b.Ratio && a.PerSecond < b.PerSecond:
+			return -1
+		default:
+			return 1
+		}
+	})
+	median := all[len(all)/2]
+	if i := slices.IndexFunc(r.Throughput, func(x throughput) bool { return x.Name == t.Name }); i >= 0 {
+		r.Throughput[i] = median
+		return
+	}
+	r.Throughput = append(r.Throughput, median)
+}
+
+func (r *report) print(out io.Writer) {
+	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', tabwriter.AlignRight)
+	if s := r.Start; s != nil {
+		fmt.Fprintf(out, "cold start       ready %.2fs, first delivery %.2fs; idle RSS server %.0f MiB, plugin %.0f MiB; %d processes\n",
+			s.Ready, s.FirstDelivery, s.ServerRSS, s.PluginRSS, s.Processes)
+	}
+	if len(r.Throughput) > 0 {
+		fmt.Fprintf(out, "throughput       %d-byte payloads, first publish to last recorded; CPU in µs per delivery\n", r.Payload)
+		fmt.Fprintln(w, "run\tdeliveries\t/s\tratio\tserver\tplugin\tsink\tpublisher\tRSS MiB\tduplicates\t")
+		for _, t := range r.Throughput {
+			fmt.Fprintf(w, "%s\t%d\t%.0f\t%.2f\t%.1f\t%.1f\t%.1f\t%.1f\t%.0f\t%d\t\n",
+				t.Name, t.Deliveries, t.PerSecond, t.Ratio, t.ServerCPU, t.PluginCPU, t.SinkCPU, t.ClientCPU, t.ServerRSS, t.Duplicates)
+		}
+		_ = w.Flush()
+	}
+	if l := r.Latency; l != nil {
+		fmt.Fprintf(out, "latency          at %d events/s: p50 %.2f ms, p99 %.2f ms, max %.2f ms (%d samples)\n", l.Rate, l.P50, l.P99, l.Max, l.Samples)
+	}
+	if n := r.Neighbour; n != nil {
+		fmt.Fprintf(out, "slow neighbour   p99 alone %.2f ms, beside a hanging receiver %.2f ms: ratio %.2f\n", n.Alone.P99, n.Beside.P99, n.P99Ratio)
+	}
+	if b := r.Backlog; b != nil {
+		fmt.Fprintf(out, "backlog          %d waiting: RSS %.0f MiB, %.0f MiB after restart, %.0f MiB drained; restart %.2fs; published %.0f/s, drained %.0f/s\n",
+			b.Deliveries, b.RSSAfterPublish, b.RSSAfterRestart, b.RSSAfterDrain, b.Restart, b.PublishPerSecond, b.DrainPerSecond)
+	}
+}

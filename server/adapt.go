@@ -1,0 +1,95 @@
+package server
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"path/filepath"
+
+	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
+	"github.com/grapnel/grapnel/server/api"
+	"github.com/grapnel/grapnel/server/pluginhost"
+	"github.com/grapnel/grapnel/server/subscription"
+)
+
+// newPlugins builds the host over the first-party process and whatever lies in the plugin directory.
+func (s *Server) newPlugins(closers *stack) (*pluginhost.Host, error) {
+	o := s.options
+	specs := []pluginhost.Spec{{Path: o.BuiltinPlugin[0], Args: o.BuiltinPlugin[1:], Builtin: true}}
+	if o.PluginDir != "" {
+		found, err := executables(o.PluginDir)
+		if err != nil {
+			return nil, err
+		}
+		specs = append(specs, found...)
+	}
+	// A directory of our own in the system's temporary one: a unix socket's path may hold only about a
+	// hundred characters, and a data directory is often deeper than that.
+	dir, err := os.MkdirTemp("", "grapnel-")
+	if err != nil {
+		return nil, fmt.Errorf("make the directory for plugin sockets: %w", err)
+	}
+	closers.push(func() error { return os.RemoveAll(dir) })
+	return pluginhost.New(pluginhost.Options{
+		Plugins: specs, Dir: dir, EgressAllow: o.EgressAllow, UserAgent: "grapnel/" + o.Version,
+		Secrets: s.secretVersions, Logger: o.Logger, Registerer: s.metrics,
+	})
+}
+
+// executables lists the plugins of a directory; what is not executable is left alone.
+func executables(dir string) ([]pluginhost.Spec, error) {
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return nil, fmt.Errorf("read the plugin directory: %w", err)
+	}
+	var specs []pluginhost.Spec
+	for _, e := range entries {
+		path := filepath.Join(dir, e.Name())
+		info, err := os.Stat(path)
+		if err != nil {
+			return nil, fmt.Errorf("read the plugin directory: %w", err)
+		}
+		if info.Mode().IsRegular() && (info.Mode()&0o111 != 0 || filepath.Ext(path) == ".exe") {
+			specs = append(specs, pluginhost.Spec{Path: path})
+		}
+	}
+	return specs, nil
+}
+
+func (s *Server) secretVersions(name string) ([]pluginhost.SecretVersion, bool) {
+	versions, ok := s.secrets.Versions(name)
+	if !ok {
+		return nil, false
+	}
+	out := make([]pluginhost.SecretVersion, len(versions))
+	for i, v := range versions {
+		out[i] = pluginhost.SecretVersion{Number: v.Number, Value: v.Value, Expire: v.ExpireTime}
+	}
+	return out, true
+}
+
+// disable is what dispatch asks for when a receiver is gone or has failed for too long.
+func (s *Server) disable(ctx context.Context, sub *subscription.Subscription, reason string) error {
+	_, err := s.registry.SetState(ctx, sub.Namespace, sub.ID, sub.UID, grapnelv1.Subscription_STATE_DISABLED, reason)
+	return err
+}
+
+// subscriptions is the registry as dispatch sees it.
+type subscriptions struct{ *subscription.Registry }
+
+func (r subscriptions) Subscription(ns, id string) *subscription.Subscription {
+	return r.Snapshot().Subscription(ns, id)
+}
+
+// plugins is the host as the API sees it.
+type plugins struct{ *pluginhost.Host }
+
+func (p plugins) Check(ctx context.Context, sub *grapnelv1.Subscription) ([]api.Diagnostic, error) {
+	ds, err := p.Host.Check(ctx, sub)
+	return diagnostics(ds, err)
+}
+
+func (p plugins) CheckConfig(ctx context.Context, id string, config []byte) ([]api.Diagnostic, error) {
+	ds, err := p.Host.CheckConfig(ctx, id, config)
+	return diagnostics(ds, err)
+}

@@ -1,0 +1,116 @@
+package server
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/netip"
+	"os"
+	"time"
+)
+
+// Options of a Server. The zero value of a field means the default named in its comment; New fills it.
+type Options struct {
+	// DataDir holds the journal, the embedded etcd and the key of the secrets. Required.
+	DataDir string
+	// Listen is the address of the public API, default 127.0.0.1:7070.
+	Listen string
+	// AdminListen serves metrics, health, pprof and reflection, default 127.0.0.1:7071.
+	AdminListen string
+	// EtcdEndpoints of an external cluster; empty starts the embedded server.
+	EtcdEndpoints []string
+	EtcdTLS       EtcdTLS
+	// Partitions of a new journal, default 16; an existing one keeps its own.
+	Partitions int
+	// PluginDir holds third-party plugins: every executable file in it. Empty means none.
+	PluginDir string
+	// EgressAllow opens private or reserved ranges to deliveries.
+	EgressAllow []netip.Prefix
+	// TLSCert and TLSKey are PEM files for the public API.
+	TLSCert, TLSKey string
+	// Insecure allows a public address without TLS and authentication.
+	Insecure bool
+	// NodeName is the last segment of nodes/{node}; default the host name.
+	NodeName string
+	// Grace bounds the wait for attempts in flight at the end; default 30 s.
+	Grace time.Duration
+	// BuiltinPlugin is the command of the process that serves the first-party plugins; default this
+	// executable with the arguments plugin serve.
+	BuiltinPlugin   []string
+	Version, Commit string
+	// Logger, default none.
+	Logger *slog.Logger
+	// Abandon, when closed, ends the wait for attempts in flight at once.
+	Abandon <-chan struct{}
+}
+
+// EtcdTLS names the files for TLS to an external etcd. All empty means plain text.
+type EtcdTLS struct {
+	CAFile, CertFile, KeyFile string
+}
+
+// fill puts the defaults in and reports every fault at once.
+func (o *Options) fill() error {
+	var errs []error
+	if o.DataDir == "" {
+		errs = append(errs, errors.New("data-dir: required"))
+	}
+	if o.Listen == "" {
+		o.Listen = "127.0.0.1:7070"
+	}
+	if o.AdminListen == "" {
+		o.AdminListen = "127.0.0.1:7071"
+	}
+	if o.Partitions == 0 {
+		o.Partitions = 16
+	}
+	if o.Partitions < 1 || o.Partitions > 1024 {
+		errs = append(errs, fmt.Errorf("partitions: %d given, 1 to 1024 allowed", o.Partitions))
+	}
+	if o.Grace == 0 {
+		o.Grace = 30 * time.Second
+	}
+	if o.Logger == nil {
+		o.Logger = slog.New(slog.DiscardHandler)
+	}
+	if o.NodeName == "" {
+		o.NodeName, _ = os.Hostname()
+	}
+	if o.NodeName == "" {
+		o.NodeName = "node"
+	}
+	if (o.TLSCert == "") != (o.TLSKey == "") {
+		errs = append(errs, errors.New("tls-cert and tls-key: both or neither"))
+	}
+	if (o.EtcdTLS.CertFile == "") != (o.EtcdTLS.KeyFile == "") {
+		errs = append(errs, errors.New("etcd-cert and etcd-key: both or neither"))
+	}
+	errs = append(errs, o.checkExposure())
+	if len(o.BuiltinPlugin) == 0 {
+		self, err := os.Executable()
+		if err != nil {
+			errs = append(errs, fmt.Errorf("find the builtin plugin: %w", err))
+		}
+		o.BuiltinPlugin = []string{self, "plugin", "serve"}
+	}
+	return errors.Join(errs...)
+}
+
+// checkExposure refuses a public address that anybody could use: authentication is not built yet, so such
+// an address needs --insecure even with TLS.
+func (o *Options) checkExposure() error {
+	for flag, addr := range map[string]string{"listen": o.Listen, "admin-listen": o.AdminListen} {
+		host, _, err := net.SplitHostPort(addr)
+		if err != nil {
+			return fmt.Errorf("%s: %w", flag, err)
+		}
+		ip, err := netip.ParseAddr(host)
+		loopback := host == "localhost" || err == nil && ip.IsLoopback()
+		if !loopback && !o.Insecure {
+			return fmt.Errorf("%s: %s is not a loopback address and callers are not authenticated; "+
+				"listen on 127.0.0.1 behind a proxy that authenticates, or give --insecure", flag, addr)
+		}
+	}
+	return nil
+}
