@@ -1,0 +1,168 @@
+package server_test
+
+import (
+	"net/http"
+	"os/exec"
+	"path/filepath"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	standard "github.com/standard-webhooks/standard-webhooks/libraries/go"
+	svix "github.com/svix/svix-webhooks/go"
+	"google.golang.org/protobuf/types/known/durationpb"
+	"google.golang.org/protobuf/types/known/structpb"
+
+	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
+	"github.com/grapnel/grapnel/server"
+	"github.com/grapnel/grapnel/server/servertest"
+)
+
+func seconds(s ...int) []*durationpb.Duration {
+	var out []*durationpb.Duration
+	for _, n := range s {
+		out = append(out, durationpb.New(time.Duration(n)*time.Second))
+	}
+	return out
+}
+
+// TestOfficialVerifiers holds what arrives against the libraries that receivers use.
+func TestOfficialVerifiers(t *testing.T) {
+	s := servertest.Start(t, servertest.Options{})
+	rcv := servertest.NewReceiver(t, nil)
+	key := s.Namespace("acme")
+	s.Subscribe("acme", "orders", rcv.URL, nil)
+	for id, body := range map[string]string{"empty": "", "json": `{"a":1}`, "binary": "\x00\xff\r\n", "unicode": "żółć 🐙"} {
+		s.Publish("acme", id, "order.created", []byte(body))
+	}
+	servertest.Await(t, "the deliveries", func() bool { return rcv.Accepted() == 4 })
+	std, err := standard.NewWebhook(key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	svx, err := svix.NewWebhook(key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, q := range rcv.Requests() {
+		if err := std.Verify(q.Body, q.Header); err != nil {
+			t.Errorf("%s: standard-webhooks: %v", q.Header.Get("Ce-Id"), err)
+		}
+		if err := svx.Verify(q.Body, q.Header); err != nil {
+			t.Errorf("%s: svix: %v", q.Header.Get("Ce-Id"), err)
+		}
+	}
+}
+
+// TestOutcomes publishes one event for each way a receiver can answer.
+func TestOutcomes(t *testing.T) {
+	s := servertest.Start(t, servertest.Options{})
+	s.Namespace("acme")
+	redirected := servertest.NewReceiver(t, nil)
+	rcv := servertest.NewReceiver(t, nil)
+	mux := http.NewServeMux()
+	mux.HandleFunc("/redirect", func(w http.ResponseWriter, r *http.Request) {
+		http.Redirect(w, r, redirected.URL, http.StatusTemporaryRedirect)
+	})
+	redirecting := newServer(t, mux)
+	failTwice := &atomic.Int32{}
+	rcv.Answer(func(q servertest.Request) int {
+		switch q.Path {
+		case "/gone":
+			return http.StatusGone
+		case "/twice":
+			if failTwice.Add(1) <= 2 {
+				return http.StatusServiceUnavailable
+			}
+		case "/never":
+			return http.StatusInternalServerError
+		}
+		return http.StatusNoContent
+	})
+	retry := &grapnelv1.RetryPolicy{MaxAttempts: 3, Schedule: seconds(0, 1)}
+	for id, uri := range map[string]string{
+		"ok": rcv.URL + "/ok", "gone": rcv.URL + "/gone", "twice": rcv.URL + "/twice", "never": rcv.URL + "/never",
+		"redirect": redirecting + "/redirect", "refused": "http://" + freeAddr(t) + "/",
+		"forbidden": "http://10.0.0.1/",
+	} {
+		s.Subscribe("acme", id, uri, func(sub *grapnelv1.Subscription) { sub.RetryPolicy = retry })
+	}
+	s.Publish("acme", "e1", "order.created", []byte(`{}`))
+	servertest.Await(t, "all deliveries to end", func() bool { return open(s, "acme") == 0 })
+	type end struct {
+		state    grapnelv1.Delivery_State
+		attempts int32
+		outcome  grapnelv1.Attempt_Outcome
+	}
+	want := map[string]end{
+		"ok":        {grapnelv1.Delivery_STATE_SUCCEEDED, 1, grapnelv1.Attempt_OUTCOME_SUCCEEDED},
+		"gone":      {grapnelv1.Delivery_STATE_REJECTED, 1, grapnelv1.Attempt_OUTCOME_PERMANENT},
+		"twice":     {grapnelv1.Delivery_STATE_SUCCEEDED, 3, grapnelv1.Attempt_OUTCOME_SUCCEEDED},
+		"never":     {grapnelv1.Delivery_STATE_EXHAUSTED, 3, grapnelv1.Attempt_OUTCOME_RETRYABLE},
+		"redirect":  {grapnelv1.Delivery_STATE_EXHAUSTED, 3, grapnelv1.Attempt_OUTCOME_RETRYABLE},
+		"refused":   {grapnelv1.Delivery_STATE_EXHAUSTED, 3, grapnelv1.Attempt_OUTCOME_UNREACHABLE},
+		"forbidden": {grapnelv1.Delivery_STATE_REJECTED, 1, grapnelv1.Attempt_OUTCOME_UNREACHABLE},
+	}
+	for id, w := range want {
+		name := "namespaces/acme/subscriptions/" + id
+		got := s.Deliveries("acme", "subscription = "+name)
+		if len(got) != 1 {
+			t.Errorf("%s has %d deliveries", id, len(got))
+			continue
+		}
+		d := got[0]
+		if g := (end{d.GetState(), d.GetAttemptCount(), d.GetLastAttempt().GetOutcome()}); g != w {
+			t.Errorf("%s ended as %v, want %v (%s)", id, g, w, d.GetLastAttempt().GetError())
+		}
+	}
+	if n := len(redirected.Requests()); n != 0 {
+		t.Errorf("a redirect was followed %d times", n)
+	}
+	sub, err := grapnelv1.NewSubscriptionServiceClient(s.Conn).GetSubscription(t.Context(),
+		&grapnelv1.GetSubscriptionRequest{Name: "namespaces/acme/subscriptions/gone"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if st := sub.GetSubscription().GetState(); st != grapnelv1.Subscription_STATE_DISABLED {
+		t.Errorf("after 410 the subscription is %v", st)
+	}
+	s.Publish("acme", "e2", "order.created", []byte(`{}`))
+	skipped := s.Deliveries("acme", "state = SKIPPED")
+	if len(skipped) != 1 || skipped[0].GetSubscription() != "namespaces/acme/subscriptions/gone" {
+		t.Errorf("skipped: %v", skipped)
+	}
+}
+
+// TestThirdPartyPlugin builds the example plugin, a module of its own, and delivers with its signer and
+// its transport.
+func TestThirdPartyPlugin(t *testing.T) {
+	dir := t.TempDir()
+	build := exec.Command("go", "build", "-o", filepath.Join(dir, "example"), ".")
+	build.Dir = "../plugins/example"
+	if out, err := build.CombinedOutput(); err != nil {
+		t.Fatalf("build plugins/example: %v\n%s", err, out)
+	}
+	s := servertest.Start(t, servertest.Options{Adjust: func(o *server.Options) { o.PluginDir = dir }})
+	rcv := servertest.NewReceiver(t, nil)
+	s.Namespace("acme")
+	servertest.Await(t, "the plugin to be listed", func() bool {
+		got, err := grapnelv1.NewPluginServiceClient(s.Conn).GetPlugin(t.Context(), &grapnelv1.GetPluginRequest{Name: "plugins/example-signer"})
+		return err == nil && got.GetPlugin().GetHealth() == grapnelv1.Plugin_HEALTH_SERVING
+	})
+	s.Subscribe("acme", "signed", rcv.URL, func(sub *grapnelv1.Subscription) { sub.Signer.Plugin = "plugins/example-signer" })
+	spool := t.TempDir()
+	s.Subscribe("acme", "spooled", "file-spool:///orders", func(sub *grapnelv1.Subscription) {
+		sub.Transport = &grapnelv1.PluginBinding{Config: &structpb.Struct{Fields: map[string]*structpb.Value{
+			"dir": structpb.NewStringValue(spool),
+		}}}
+	})
+	s.Publish("acme", "e1", "order.created", []byte(`{"n":1}`))
+	servertest.Await(t, "both deliveries", func() bool { return len(s.Deliveries("acme", "state = SUCCEEDED")) == 2 })
+	if got := rcv.Requests()[0].Header.Get("X-Example-Signature"); got == "" {
+		t.Error("the request has no x-example-signature")
+	}
+	files, err := filepath.Glob(filepath.Join(spool, "*"))
+	if err != nil || len(files) != 1 {
+		t.Errorf("spool holds %v, %v", files, err)
+	}
+}
