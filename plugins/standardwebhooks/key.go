@@ -1,0 +1,85 @@
+package standardwebhooks
+
+import (
+	"bytes"
+	"crypto/ed25519"
+	"encoding/base64"
+	"errors"
+	"fmt"
+	"strings"
+)
+
+// Complaints about a key. They say what is wrong with its form and never show any of it.
+var (
+	errNoKey       = errors.New("no key is given")
+	errPrefix      = errors.New("the key must start with whsec_ (HMAC) or whsk_ (ed25519 private key)")
+	errPublic      = errors.New("the key starts with whpk_, which is a public key; signing needs the private one, whsk_")
+	errURLAlphabet = errors.New("the part after the prefix uses the URL alphabet of base64 (- or _); it must be standard base64 (+ and /)")
+	errSpace       = errors.New("the key has a space or a line break in or around it; remove it")
+	errHex         = errors.New("the part after the prefix looks like hex; it must be standard base64 of the raw key bytes")
+	errBase64      = errors.New("the part after the prefix is not standard base64")
+	errPair        = errors.New("the ed25519 key's public half does not belong to its private half")
+)
+
+// Bounds of the specification for HMAC keys.
+const (
+	minHMACBytes = 24
+	maxHMACBytes = 64
+)
+
+func parseKey(value []byte) (*key, error) {
+	text := string(value)
+	kind, encoded, found := strings.Cut(text, "_")
+	switch {
+	case len(text) == 0:
+		return nil, errNoKey
+	case strings.ContainsAny(text, " \t\r\n"):
+		return nil, errSpace
+	case found && kind == "whpk":
+		return nil, errPublic
+	case !found || kind != "whsec" && kind != "whsk":
+		return nil, errPrefix
+	}
+	raw, err := decode(encoded)
+	if err != nil {
+		return nil, err
+	}
+	if kind == "whsk" {
+		return parseEd25519(raw)
+	}
+	if len(raw) < minHMACBytes || len(raw) > maxHMACBytes {
+		return nil, fmt.Errorf("an HMAC key is %d to %d bytes before base64; this one is %d", minHMACBytes, maxHMACBytes, len(raw))
+	}
+	return newHMACKey(raw), nil
+}
+
+// decode reads standard base64, padded or not. Hex is refused although it decodes: the receiver would be
+// given the same text and the two sides would still agree, but on a key that nobody meant.
+func decode(encoded string) ([]byte, error) {
+	if strings.ContainsAny(encoded, "-_") {
+		return nil, errURLAlphabet
+	}
+	if len(encoded) >= 2*minHMACBytes && strings.Trim(encoded, "0123456789abcdef") == "" {
+		return nil, errHex
+	}
+	raw, err := base64.RawStdEncoding.Strict().DecodeString(strings.TrimRight(encoded, "="))
+	if err != nil {
+		return nil, errBase64
+	}
+	return raw, nil
+}
+
+func parseEd25519(raw []byte) (*key, error) {
+	switch len(raw) {
+	case ed25519.SeedSize:
+		return &key{private: ed25519.NewKeyFromSeed(raw)}, nil
+	case ed25519.PrivateKeySize:
+		private := ed25519.NewKeyFromSeed(raw[:ed25519.SeedSize])
+		if !bytes.Equal(private, raw) {
+			return nil, errPair
+		}
+		return &key{private: private}, nil
+	}
+	return nil, fmt.Errorf("an ed25519 key is %d bytes (seed) or %d (seed and public key) before base64; this one is %d",
+		ed25519.SeedSize, ed25519.PrivateKeySize, len(raw))
+}
