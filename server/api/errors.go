@@ -77,6 +77,14 @@ func (e *Error) item() *grapnelv1.ItemStatus {
 	}
 }
 
+// codeName is the code's name; that of nil is OK.
+func (e *Error) codeName() string {
+	if e == nil {
+		return codeName(codes.OK)
+	}
+	return codeName(e.code)
+}
+
 // codeName is the name of a code as google.rpc.Code spells it.
 func codeName(c codes.Code) string {
 	switch c {
@@ -352,6 +360,38 @@ func toStatus(err error, resource string) *Error {
 	return internal(err)
 }
 
+// fromStatus is toStatus for the services of grpc itself, health and reflection, which make statuses of
+// their own.
+func fromStatus(err error) *Error {
+	st, ok := status.FromError(err)
+	if !ok {
+		return toStatus(err, "")
+	}
+	e := &Error{code: st.Code(), message: st.Message(), cause: err}
+	switch st.Code() {
+	case codes.OK:
+		return nil
+	case codes.NotFound:
+		e.reason = grapnelv1.ErrorReason_ERROR_REASON_RESOURCE_NOT_FOUND
+	case codes.InvalidArgument:
+		e.reason = grapnelv1.ErrorReason_ERROR_REASON_INVALID_FIELD
+	case codes.Unimplemented:
+		e.reason = grapnelv1.ErrorReason_ERROR_REASON_UNKNOWN_METHOD
+	case codes.Canceled, codes.DeadlineExceeded:
+		e.reason = grapnelv1.ErrorReason_ERROR_REASON_ABANDONED
+	case codes.Unavailable:
+		e.reason = grapnelv1.ErrorReason_ERROR_REASON_DRAINING
+	case codes.ResourceExhausted:
+		e.reason = grapnelv1.ErrorReason_ERROR_REASON_RATE_LIMITED
+	default:
+		e.reason = grapnelv1.ErrorReason_ERROR_REASON_INTERNAL
+	}
+	if own, ok := errors.AsType[*Error](err); ok {
+		return own
+	}
+	return e
+}
+
 func fromContext(err error, _ string) *Error {
 	switch {
 	case errors.Is(err, context.DeadlineExceeded) || status.Code(err) == codes.DeadlineExceeded:
@@ -448,6 +488,10 @@ func fromDelivery(err error, resource string) *Error {
 		e := rateLimited("journal", "the server's disk is nearly full; deliveries go on, new events are refused until there is room", 30*time.Second)
 		e.reason = grapnelv1.ErrorReason_ERROR_REASON_STORE_FULL
 		return e
+	case errors.Is(err, delivery.ErrInvalidEvent):
+		return invalid(Violation{"event", err.Error(), "event"})
+	case errors.Is(err, delivery.ErrInvalidCursor):
+		return pageTokenError("the page token does not fit this server's journal; begin at the first page")
 	case errors.Is(err, delivery.ErrClosed):
 		return unavailable(grapnelv1.ErrorReason_ERROR_REASON_DRAINING, "the server is stopping", time.Second)
 	}

@@ -3,6 +3,9 @@ package api
 import (
 	"strings"
 
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/reflect/protoreflect"
+
 	"github.com/grapnel/grapnel/server/delivery"
 )
 
@@ -138,6 +141,52 @@ func isEventID(s string) bool {
 
 func isAlnum(c byte) bool {
 	return c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c >= '0' && c <= '9'
+}
+
+// isResourceName reports whether name is well formed, so that it may go to a log whatever a caller sent.
+func isResourceName(name string) bool {
+	parts := strings.Split(name, "/")
+	switch len(parts) {
+	case 2:
+		return (parts[0] == "namespaces" && parts[1] == allNamespaces) ||
+			(parts[0] == "namespaces" || parts[0] == "plugins" || parts[0] == "nodes") && isResourceID(parts[1])
+	case 4:
+		if parts[0] != "namespaces" || !isResourceID(parts[1]) {
+			return false
+		}
+		switch parts[2] {
+		case collectionSubscriptions, collectionSecrets, collectionDeliveries:
+			return isResourceID(parts[3]) || parts[2] == collectionDeliveries && isEventID(parts[3])
+		case collectionEvents:
+			return isEventID(parts[3])
+		}
+	}
+	return false
+}
+
+// resourceOf is the name that a request is about: its name, its parent, or the name of the resource in it.
+// It is what the caller sent, not yet checked.
+func resourceOf(req any) string {
+	if m, ok := req.(interface{ GetName() string }); ok {
+		return m.GetName()
+	}
+	if m, ok := req.(interface{ GetParent() string }); ok {
+		return m.GetParent()
+	}
+	m, ok := req.(proto.Message)
+	if !ok {
+		return ""
+	}
+	name := ""
+	m.ProtoReflect().Range(func(_ protoreflect.FieldDescriptor, v protoreflect.Value) bool {
+		if sub, ok := v.Interface().(protoreflect.Message); ok && name == "" {
+			if named, ok := sub.Interface().(interface{ GetName() string }); ok {
+				name = named.GetName()
+			}
+		}
+		return true
+	})
+	return name
 }
 
 // typeOf names the message type of a resource, for ResourceInfo.
