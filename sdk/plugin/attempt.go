@@ -1,0 +1,261 @@
+package plugin
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"runtime/debug"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+	"unicode/utf8"
+
+	pluginv1 "github.com/grapnel/grapnel/proto/grapnel/plugin/v1"
+)
+
+// errTimeout is the cause of a context that ended because the attempt's time is up.
+var errTimeout = fmt.Errorf("the attempt's time is up: %w", context.DeadlineExceeded)
+
+// task is one attempt on its way through a worker.
+type task struct {
+	attempt
+	content  content
+	received time.Time
+	// maxBody is Hello.max_response_body.
+	maxBody int
+}
+
+// scratch is what a worker uses again for each attempt.
+type scratch struct {
+	request Request
+	headers []Header
+}
+
+// run signs and sends, and never panics. It does not touch t afterwards.
+func (s *server) run(ctx context.Context, t *task, sc *scratch) (out result) {
+	defer func() {
+		if p := recover(); p != nil {
+			s.log().Error("panic in attempt", "stack", string(debug.Stack()))
+			out = result{failure: failure{source: SourcePlugin, code: CodePanic, message: "the plugin panicked", wire: MaybeSent}}
+		}
+		out.seq = t.seq
+		out.total = time.Since(t.received)
+	}()
+	if ctx.Err() != nil {
+		return result{failure: failure{source: SourcePlugin, code: CodeCancelled, message: "cancelled before it began", wire: NotSent}}
+	}
+	inst := s.instances.get(t.ref)
+	if inst == nil || inst.built.attempt == nil {
+		return stale(t.ref)
+	}
+	r := sc.prepare(t, inst)
+	for _, ref := range t.signHere {
+		signer := s.instances.get(ref)
+		if signer == nil || signer.built.sign == nil {
+			return stale(ref)
+		}
+		if err := signer.built.sign(r); err != nil {
+			return result{failure: signFailure(err, signer.secrets)}
+		}
+	}
+	resp, err := inst.built.attempt(ctx, r)
+	sc.headers = r.Headers
+	if err == nil && resp == nil {
+		err = errors.New("the transport returned neither response nor error")
+	}
+	if err != nil {
+		f, peer := failureOf(ctx, err, inst.secrets)
+		return result{failure: f, peer: peer, sent: r.added()}
+	}
+	out = result{response: resp, peer: resp.Peer}
+	if len(resp.Body) > t.maxBody {
+		resp.Body, resp.Truncated = resp.Body[:t.maxBody], true
+	}
+	if resp.Status < 200 || resp.Status > 299 {
+		out.sent = r.added()
+	}
+	return out
+}
+
+// prepare fills the worker's Request. The header slice is the worker's own; the strings in it are not.
+func (sc *scratch) prepare(t *task, inst *instance) *Request {
+	r := &sc.request
+	*r = Request{
+		MessageID: t.content.messageID, Created: time.Unix(0, t.created), Nonce: t.nonce,
+		Method: inst.target.Method, URL: inst.target.URL, Body: t.content.body,
+		AttemptNumber: int(t.number), Traceparent: t.traceparent, MaxResponseBody: t.maxBody,
+		Headers: append(sc.headers[:0], t.content.headers...),
+	}
+	if t.uri != "" {
+		r.URL = t.uri
+	}
+	for _, h := range inst.target.Headers {
+		r.Set(h.Name, h.Value)
+	}
+	r.base = len(r.Headers)
+	r.Headers = append(r.Headers, t.headers...)
+	return r
+}
+
+// added are the headers that signers and transport put on top, without credentials. The copy is the
+// result's: the worker goes on with its own slice.
+func (r *Request) added() []Header {
+	var out []Header
+	for _, h := range r.Headers[min(r.base, len(r.Headers)):] {
+		if !credential(h.Name) {
+			out = append(out, h)
+		}
+	}
+	return out
+}
+
+func credential(name string) bool {
+	switch name {
+	case "authorization", "proxy-authorization", "cookie", "set-cookie":
+		return true
+	}
+	return slices.ContainsFunc([]string{"api-key", "apikey", "token", "secret", "password"}, func(part string) bool {
+		return strings.Contains(name, part)
+	})
+}
+
+func stale(ref uint32) result {
+	return result{failure: failure{
+		source: SourceConfig, code: CodeConfig, message: fmt.Sprintf("no instance with ref %d", ref), wire: NotSent,
+	}}
+}
+
+func signFailure(err error, secrets [][]byte) failure {
+	return failure{source: SourcePlugin, code: CodeSign, message: valid(redact(err.Error(), secrets)), wire: NotSent}
+}
+
+// failureOf reads an AttemptFunc's error.
+func failureOf(ctx context.Context, err error, secrets [][]byte) (failure, string) {
+	var f *Failure
+	if errors.As(err, &f) {
+		out := failure{source: f.Source, code: f.Code, message: valid(redact(f.Message, secrets)), wire: f.WireState}
+		if out.source == 0 {
+			out.source = SourcePlugin
+		}
+		return out, f.Peer
+	}
+	out := failure{source: SourcePlugin, message: valid(redact(err.Error(), secrets)), wire: MaybeSent}
+	switch cause := context.Cause(ctx); {
+	case errors.Is(cause, context.DeadlineExceeded):
+		out.source, out.code = SourceEndpoint, CodeTimeout
+	case cause != nil:
+		out.code = CodeCancelled
+	}
+	return out, ""
+}
+
+func valid(s string) string {
+	if utf8.ValidString(s) {
+		return s
+	}
+	return strings.ToValidUTF8(s, "\uFFFD")
+}
+
+// attemptContext ends with the attempt's time. A task without timeout has no deadline.
+func attemptContext(t *task) (context.Context, context.CancelFunc) {
+	if t.timeout <= 0 {
+		return context.WithCancel(context.Background())
+	}
+	return context.WithDeadlineCause(context.Background(), t.received.Add(t.timeout), errTimeout)
+}
+
+// AttemptOne is one attempt by itself.
+func (s *server) AttemptOne(ctx context.Context, req *pluginv1.AttemptOneRequest) (*pluginv1.AttemptOneResponse, error) {
+	a, c := req.GetAttempt(), req.GetContent()
+	t := &task{
+		attempt: attempt{
+			seq: a.GetSeq(), ref: a.GetInstanceRef(), number: a.GetAttemptNumber(),
+			timeout: time.Duration(a.GetTimeoutMs()) * time.Millisecond, created: a.GetCreatedUnixNano(),
+			traceparent: a.GetTraceparent(), signHere: a.GetSignHere(), headers: headersOf(a.GetHeaders()),
+			uri: a.GetUri(), nonce: a.GetNonce(),
+		},
+		content:  content{messageID: c.GetMessageId(), body: c.GetBody(), headers: headersOf(c.GetHeaders())},
+		received: time.Now(), maxBody: int(req.GetMaxResponseBody()),
+	}
+	s.inFlight.Add(1)
+	defer s.inFlight.Add(-1)
+	if t.timeout > 0 {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithDeadlineCause(ctx, t.received.Add(t.timeout), errTimeout)
+		defer cancel()
+	}
+	res := s.run(ctx, t, &scratch{})
+	return &pluginv1.AttemptOneResponse{Result: res.pb()}, nil
+}
+
+func headersOf(in []*pluginv1.Header) []Header {
+	out := make([]Header, len(in))
+	for i, h := range in {
+		out[i] = Header{Name: lower(h.GetName()), Value: h.GetValue()}
+	}
+	return out
+}
+
+func wireHeaders(in []Header) []*pluginv1.Header {
+	out := make([]*pluginv1.Header, len(in))
+	for i, h := range in {
+		out[i] = &pluginv1.Header{Name: valid(lower(h.Name)), Value: valid(h.Value)}
+	}
+	return out
+}
+
+// wire is the result as a message, off the hot path.
+func (r *result) pb() *pluginv1.AttemptResult {
+	out := &pluginv1.AttemptResult{
+		Seq: r.seq, TotalUs: r.total.Microseconds(), Peer: valid(r.peer), SentHeaders: wireHeaders(r.sent),
+	}
+	if r.response == nil {
+		out.Outcome = &pluginv1.AttemptResult_Failure{Failure: r.failure.pb()}
+		return out
+	}
+	resp := &pluginv1.Response{
+		Status: uint32(r.response.Status), Body: r.response.Body, BodyTruncated: r.response.Truncated,
+		Headers: wireHeaders(r.response.Headers),
+	}
+	out.Outcome = &pluginv1.AttemptResult_Response{Response: resp}
+	return out
+}
+
+func (f *failure) pb() *pluginv1.Failure {
+	return &pluginv1.Failure{
+		Source: pluginv1.Failure_Source(f.source), Code: f.code, Message: f.message,
+		WireState: pluginv1.Failure_WireState(f.wire),
+	}
+}
+
+// results collects what workers have finished until the sender takes it.
+type results struct {
+	mu    sync.Mutex
+	ready []result
+	wake  chan struct{} // capacity 1: one signal stands for all that is ready
+}
+
+func newResults() *results { return &results{wake: make(chan struct{}, 1)} }
+
+func (q *results) put(r result) {
+	q.mu.Lock()
+	q.ready = append(q.ready, r)
+	first := len(q.ready) == 1
+	q.mu.Unlock()
+	if first {
+		select {
+		case q.wake <- struct{}{}:
+		default:
+		}
+	}
+}
+
+// take swaps what is ready for an empty slice to be filled.
+func (q *results) take(empty []result) []result {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	ready := q.ready
+	q.ready = empty[:0]
+	return ready
+}

@@ -1,0 +1,70 @@
+package plugin
+
+import "sync/atomic"
+
+const (
+	chunkSize = 256
+	// maxRef bounds the table against a host that counts from the wrong end.
+	maxRef = 1 << 26
+)
+
+// instances finds an instance by its ref without a lock: refs are small rising numbers, so it is a table
+// in chunks. Writers hold the server's mutex.
+type instances struct {
+	chunks atomic.Pointer[[]atomic.Pointer[chunk]]
+}
+
+type chunk struct {
+	slots [chunkSize]atomic.Pointer[instance]
+	live  int // guarded by the writers' mutex
+}
+
+func (t *instances) get(ref uint32) *instance {
+	chunks := t.chunks.Load()
+	if chunks == nil || int(ref/chunkSize) >= len(*chunks) {
+		return nil
+	}
+	c := (*chunks)[ref/chunkSize].Load()
+	if c == nil {
+		return nil
+	}
+	return c.slots[ref%chunkSize].Load()
+}
+
+func (t *instances) put(ref uint32, inst *instance) {
+	at := int(ref / chunkSize)
+	chunks := t.chunks.Load()
+	if chunks == nil || at >= len(*chunks) {
+		grown := make([]atomic.Pointer[chunk], at+1+at/2)
+		if chunks != nil {
+			for i := range *chunks {
+				grown[i].Store((*chunks)[i].Load())
+			}
+		}
+		chunks = &grown
+		t.chunks.Store(chunks)
+	}
+	c := (*chunks)[at].Load()
+	if c == nil {
+		c = &chunk{}
+		(*chunks)[at].Store(c)
+	}
+	if c.slots[ref%chunkSize].Swap(inst) == nil {
+		c.live++
+	}
+}
+
+// remove forgets ref and returns what it was.
+func (t *instances) remove(ref uint32) *instance {
+	inst := t.get(ref)
+	if inst == nil {
+		return nil
+	}
+	at := &(*t.chunks.Load())[ref/chunkSize]
+	c := at.Load()
+	c.slots[ref%chunkSize].Store(nil)
+	if c.live--; c.live == 0 {
+		at.Store(nil)
+	}
+	return inst
+}

@@ -1,0 +1,365 @@
+package plugin
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/netip"
+	"runtime/debug"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	pluginv1 "github.com/grapnel/grapnel/proto/grapnel/plugin/v1"
+)
+
+const (
+	protocolMinor = 1
+	// window is how many attempts the plugin takes at once.
+	window = 1024
+	// batchMax is the most results in one message.
+	batchMax = 64
+	// receiveMax is far above the host's batches, so that one large body still passes.
+	receiveMax = 32 << 20
+)
+
+// server is the plugin's side of the protocol. It knows nothing of processes: Serve adds that.
+type server struct {
+	pluginv1.UnimplementedPluginServiceServer
+	pluginv1.UnimplementedSignerServiceServer
+	pluginv1.UnimplementedTransportServiceServer
+
+	name      string
+	version   string
+	kinds     map[string]*Kind
+	describe  *pluginv1.DescribeResponse
+	logs      *logSink
+	inFlight  atomic.Int64
+	draining  chan struct{} // closed when Control says drain
+	drainOnce sync.Once
+	// hostSeen and hostGone are closed when Control starts and ends.
+	hostSeen     chan struct{}
+	hostSeenOnce sync.Once
+	hostGone     chan struct{}
+	hostGoneOnce sync.Once
+	// described runs at the first Describe.
+	described     func()
+	describedOnce sync.Once
+
+	mu       sync.Mutex // guards what follows, and changes of instances
+	egress   *Egress
+	agent    string
+	newestOf map[string]generation // by instance id
+
+	instances instances
+}
+
+// generation is the newest of an instance id, and how many of its refs are held.
+type generation struct {
+	number uint64
+	refs   int
+}
+
+// instance is one configured (id, generation).
+type instance struct {
+	id      string
+	built   built
+	target  Target
+	secrets [][]byte
+}
+
+func newServer(name, version string, kinds []Kind) (*server, error) {
+	s := &server{
+		name: name, version: version, kinds: map[string]*Kind{}, newestOf: map[string]generation{},
+		logs: newLogSink(), egress: NewEgress(nil),
+		draining: make(chan struct{}), hostSeen: make(chan struct{}), hostGone: make(chan struct{}),
+		described: func() {},
+	}
+	s.describe = &pluginv1.DescribeResponse{Name: name, Version: version, ProtocolMinor: protocolMinor}
+	var errs []error
+	signs, carries := false, false
+	for _, k := range kinds {
+		if k.err != nil {
+			errs = append(errs, k.err)
+			continue
+		}
+		if s.kinds[k.id] != nil {
+			errs = append(errs, fmt.Errorf("kind %q is offered twice", k.id))
+			continue
+		}
+		s.kinds[k.id] = &k
+		described, err := k.describe()
+		errs = append(errs, err)
+		s.describe.Kinds = append(s.describe.Kinds, described)
+		signs, carries = signs || k.signer, carries || !k.signer
+	}
+	if len(kinds) == 0 {
+		errs = append(errs, errors.New("a plugin offers at least one kind"))
+	}
+	if carries {
+		s.describe.Capabilities = append(s.describe.Capabilities, "attempt.stream", "attempt.unary")
+	}
+	if signs {
+		s.describe.Capabilities = append(s.describe.Capabilities, "sign.stream")
+	}
+	return s, errors.Join(errs...)
+}
+
+// NewGRPCServer is a server for the kinds without a process around it, for test harnesses: it serves
+// whoever connects, and outlives them.
+func NewGRPCServer(name, version string, kinds ...Kind) (*grpc.Server, error) {
+	s, err := newServer(name, version, kinds)
+	if err != nil {
+		return nil, err
+	}
+	return s.grpc(nil), nil
+}
+
+func (s *server) grpc(opts []grpc.ServerOption) *grpc.Server {
+	g := grpc.NewServer(append(opts,
+		grpc.MaxRecvMsgSize(receiveMax),
+		grpc.ForceServerCodecV2(newCodec()),
+		grpc.ChainUnaryInterceptor(s.recoverUnary),
+		grpc.ChainStreamInterceptor(s.recoverStream),
+	)...)
+	pluginv1.RegisterPluginServiceServer(g, s)
+	pluginv1.RegisterSignerServiceServer(g, s)
+	pluginv1.RegisterTransportServiceServer(g, s)
+	return g
+}
+
+func (s *server) recoverUnary(ctx context.Context, req any, info *grpc.UnaryServerInfo, next grpc.UnaryHandler) (resp any, err error) {
+	defer s.recovered(info.FullMethod, &err)
+	return next(ctx, req)
+}
+
+func (s *server) recoverStream(srv any, stream grpc.ServerStream, info *grpc.StreamServerInfo, next grpc.StreamHandler) (err error) {
+	defer s.recovered(info.FullMethod, &err)
+	return next(srv, stream)
+}
+
+func (s *server) recovered(method string, err *error) {
+	if p := recover(); p != nil {
+		s.log().Error("panic in call", "method", method, "stack", string(debug.Stack()))
+		*err = status.Errorf(codes.Internal, "panic in %s", method)
+	}
+}
+
+func (s *server) log() *slog.Logger { return slog.New(s.logs) }
+
+// Describe tells what the plugin offers.
+func (s *server) Describe(context.Context, *pluginv1.DescribeRequest) (*pluginv1.DescribeResponse, error) {
+	s.describedOnce.Do(func() { s.described() })
+	return s.describe, nil
+}
+
+// Validate builds the instance and throws it away; without the secrets it needs, only its shape is
+// checked.
+func (s *server) Validate(_ context.Context, req *pluginv1.ValidateRequest) (*pluginv1.ValidateResponse, error) {
+	s.mu.Lock()
+	egress, agent := s.egress, s.agent
+	s.mu.Unlock()
+	_, diagnostics := s.build(req.GetInstance(), egress, agent, true)
+	return &pluginv1.ValidateResponse{Diagnostics: diagnostics}, nil
+}
+
+// Configure takes instances one by one; a bad one does not keep the others out.
+func (s *server) Configure(_ context.Context, req *pluginv1.ConfigureRequest) (*pluginv1.ConfigureResponse, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if set := req.GetSettings(); set != nil {
+		allow := make([]netip.Prefix, 0, len(set.GetEgressAllow()))
+		for _, text := range set.GetEgressAllow() {
+			p, err := netip.ParsePrefix(text)
+			if err != nil {
+				return nil, status.Errorf(codes.InvalidArgument, "settings.egress_allow: %v", err)
+			}
+			allow = append(allow, p)
+		}
+		s.egress, s.agent = NewEgress(allow), set.GetUserAgent()
+	}
+	out := &pluginv1.ConfigureResponse{}
+	for _, in := range req.GetInstances() {
+		st := &pluginv1.InstanceStatus{Ref: in.GetRef()}
+		out.Statuses = append(out.Statuses, st)
+		newest := s.newestOf[in.GetId()]
+		switch {
+		case in.GetGeneration() < newest.number:
+			st.Diagnostics = []*pluginv1.Diagnostic{refusal("config.stale",
+				fmt.Sprintf("generation %d is older than %d", in.GetGeneration(), newest.number))}
+			continue
+		case in.GetRef() >= maxRef:
+			st.Diagnostics = []*pluginv1.Diagnostic{refusal("config.ref", fmt.Sprintf("ref %d is not below %d", in.GetRef(), maxRef))}
+			continue
+		}
+		inst, diagnostics := s.build(in, s.egress, s.agent, false)
+		st.Diagnostics = diagnostics
+		if inst == nil {
+			continue
+		}
+		if s.instances.get(in.GetRef()) == nil {
+			newest.refs++
+		}
+		s.instances.put(in.GetRef(), inst)
+		s.newestOf[in.GetId()] = generation{number: in.GetGeneration(), refs: newest.refs}
+	}
+	return out, nil
+}
+
+// Remove forgets instances. Attempts at work keep theirs.
+func (s *server) Remove(_ context.Context, req *pluginv1.RemoveRequest) (*pluginv1.RemoveResponse, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, ref := range req.GetRefs() {
+		inst := s.instances.remove(ref)
+		if inst == nil {
+			continue
+		}
+		g := s.newestOf[inst.id]
+		if g.refs--; g.refs > 0 {
+			s.newestOf[inst.id] = g
+		} else {
+			delete(s.newestOf, inst.id)
+		}
+	}
+	return &pluginv1.RemoveResponse{}, nil
+}
+
+func refusal(code, summary string) *pluginv1.Diagnostic {
+	return &pluginv1.Diagnostic{Severity: pluginv1.Diagnostic_SEVERITY_ERROR, Code: code, Summary: summary}
+}
+
+// build makes an instance, or nil when a diagnostic is an error.
+func (s *server) build(in *pluginv1.Instance, egress *Egress, agent string, validate bool) (inst *instance, diagnostics []*pluginv1.Diagnostic) {
+	k := s.kinds[in.GetKind()]
+	if k == nil {
+		return nil, []*pluginv1.Diagnostic{refusal("config.unknown_kind", fmt.Sprintf("%s offers no kind %q", s.name, in.GetKind()))}
+	}
+	sp := specOf(in, egress, agent)
+	var values [][]byte
+	for _, v := range sp.secrets {
+		values = append(values, v...)
+	}
+	for _, sl := range k.slots {
+		sp.shapeOnly = sp.shapeOnly || validate && sl.required && len(sp.secrets[sl.name]) == 0
+	}
+	defer func() {
+		if p := recover(); p != nil {
+			s.log().Error("panic in build", "kind", k.id, "panic", redact(fmt.Sprint(p), values), "stack", string(debug.Stack()))
+			inst, diagnostics = nil, []*pluginv1.Diagnostic{refusal(CodePanic, "the plugin panicked on this config")}
+		}
+	}()
+	b, problems := k.assemble(sp)
+	for _, p := range problems {
+		diagnostics = append(diagnostics, p.wire(values))
+	}
+	if hasErrors(problems) {
+		return nil, diagnostics
+	}
+	return &instance{id: in.GetId(), built: b, target: sp.target, secrets: values}, diagnostics
+}
+
+func (p Problem) wire(secrets [][]byte) *pluginv1.Diagnostic {
+	d := &pluginv1.Diagnostic{
+		Severity: pluginv1.Diagnostic_SEVERITY_ERROR, Code: p.Code,
+		Summary: redact(p.Summary, secrets), Pointer: p.Pointer,
+	}
+	if p.Warning {
+		d.Severity = pluginv1.Diagnostic_SEVERITY_WARNING
+	}
+	if d.Code == "" {
+		d.Code = "config.invalid"
+	}
+	return d
+}
+
+func specOf(in *pluginv1.Instance, egress *Egress, agent string) spec {
+	sp := spec{config: in.GetConfigJson(), secrets: map[string][][]byte{}}
+	now := time.Now()
+	for name, versions := range in.GetSecrets() {
+		var values [][]byte
+		for _, v := range versions.GetVersions() {
+			if v.GetExpireTime() == nil || v.GetExpireTime().AsTime().After(now) {
+				values = append(values, slices.Clone(v.GetValue()))
+			}
+		}
+		sp.secrets[name] = values
+	}
+	sp.target = Target{
+		Method: in.GetTarget().GetMethod(), URL: in.GetTarget().GetUri(),
+		MaxInFlight: int(in.GetMaxInFlight()), Egress: egress, UserAgent: agent,
+	}
+	for _, h := range in.GetTarget().GetHeaders() {
+		sp.target.Headers = append(sp.target.Headers, Header{Name: lower(h.GetName()), Value: h.GetValue()})
+	}
+	return sp
+}
+
+// Control lives as long as the host is there.
+func (s *server) Control(stream grpc.BidiStreamingServer[pluginv1.ControlRequest, pluginv1.ControlResponse]) error {
+	s.hostSeenOnce.Do(func() { close(s.hostSeen) })
+	defer s.hostGoneOnce.Do(func() { close(s.hostGone) })
+	beats := make(chan uint64, 16)
+	ctx, cancel := context.WithCancel(stream.Context())
+	var wg sync.WaitGroup
+	wg.Go(func() { s.controlSender(ctx, stream, beats) })
+	defer wg.Wait()
+	defer cancel()
+	for {
+		req, err := stream.Recv()
+		if errors.Is(err, io.EOF) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		switch f := req.GetFrame().(type) {
+		case *pluginv1.ControlRequest_Heartbeat:
+			select {
+			case beats <- f.Heartbeat.GetNumber():
+			default: // the host asks faster than it reads; the next one answers
+			}
+		case *pluginv1.ControlRequest_Drain:
+			s.drainOnce.Do(func() { close(s.draining) })
+		case *pluginv1.ControlRequest_SetLogLevel:
+			s.logs.setLevel(f.SetLogLevel.GetLevel())
+		}
+	}
+}
+
+func (s *server) isDraining() bool {
+	select {
+	case <-s.draining:
+		return true
+	default:
+		return false
+	}
+}
+
+func (s *server) controlSender(ctx context.Context, stream grpc.BidiStreamingServer[pluginv1.ControlRequest, pluginv1.ControlResponse], beats <-chan uint64) {
+	s.logs.attach()
+	defer s.logs.detach()
+	for {
+		out := &pluginv1.ControlResponse{}
+		select {
+		case <-ctx.Done():
+			return
+		case n := <-beats:
+			out.Frame = &pluginv1.ControlResponse_Heartbeat{Heartbeat: &pluginv1.Heartbeat{
+				Number: n, InFlight: uint32(max(0, s.inFlight.Load())),
+			}}
+		case first := <-s.logs.records:
+			out.Frame = &pluginv1.ControlResponse_Logs{Logs: s.logs.batch(first)}
+		}
+		if err := stream.Send(out); err != nil {
+			return
+		}
+	}
+}
