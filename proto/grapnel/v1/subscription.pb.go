@@ -697,7 +697,8 @@ type ListSubscriptionsRequest struct {
 	PageSize int32 `protobuf:"varint,2,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"`
 	// From the previous page's next_page_token; the other fields must not change.
 	PageToken string `protobuf:"bytes,3,opt,name=page_token,json=pageToken,proto3" json:"page_token,omitempty"`
-	// Filter over: state, event_type, uri, labels.KEY, signer, transport, create_time.
+	// Filter over: state, event_type (one of event_types as written, order.* for all that begin with
+	// order.), uri, labels.KEY, signer, transport, create_time.
 	Filter        string `protobuf:"bytes,4,opt,name=filter,proto3" json:"filter,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1305,7 +1306,8 @@ func (x *TestSubscriptionRequest) GetEvent() *Event {
 // TestSubscriptionResponse is the result of TestSubscription.
 type TestSubscriptionResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// What happened.
+	// What happened, with headers and the start of the response body. A target that fails is not an
+	// error of the call: look at outcome.
 	Attempt       *Attempt `protobuf:"bytes,1,opt,name=attempt,proto3" json:"attempt,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache

@@ -49,7 +49,8 @@ type SubscriptionServiceClient interface {
 	PauseSubscription(ctx context.Context, in *PauseSubscriptionRequest, opts ...grpc.CallOption) (*PauseSubscriptionResponse, error)
 	// ResumeSubscription restarts attempts after a pause or an automatic disable.
 	ResumeSubscription(ctx context.Context, in *ResumeSubscriptionRequest, opts ...grpc.CallOption) (*ResumeSubscriptionResponse, error)
-	// TestSubscription makes one attempt now and returns it; nothing is stored or retried.
+	// TestSubscription makes one attempt now and returns it; nothing is stored or retried. At most one
+	// call a second for each subscription.
 	TestSubscription(ctx context.Context, in *TestSubscriptionRequest, opts ...grpc.CallOption) (*TestSubscriptionResponse, error)
 }
 
@@ -161,7 +162,8 @@ type SubscriptionServiceServer interface {
 	PauseSubscription(context.Context, *PauseSubscriptionRequest) (*PauseSubscriptionResponse, error)
 	// ResumeSubscription restarts attempts after a pause or an automatic disable.
 	ResumeSubscription(context.Context, *ResumeSubscriptionRequest) (*ResumeSubscriptionResponse, error)
-	// TestSubscription makes one attempt now and returns it; nothing is stored or retried.
+	// TestSubscription makes one attempt now and returns it; nothing is stored or retried. At most one
+	// call a second for each subscription.
 	TestSubscription(context.Context, *TestSubscriptionRequest) (*TestSubscriptionResponse, error)
 	mustEmbedUnimplementedSubscriptionServiceServer()
 }
