@@ -2,78 +2,190 @@ package subscription
 
 import (
 	"context"
-	"iter"
+	"fmt"
 	"log/slog"
-	"time"
+	"strings"
+	"sync/atomic"
 
 	clientv3 "go.etcd.io/etcd/client/v3"
+	"google.golang.org/protobuf/proto"
 
 	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
+	"github.com/grapnel/grapnel/server/keyspace"
 )
 
 // Options for Open.
 type Options struct {
+	// Client is required; the Registry does not close it.
 	Client *clientv3.Client
+	// Prefix of all keys, ending in a slash. Default /grapnel/v1/.
 	Prefix string
+	// Logger defaults to none.
 	Logger *slog.Logger
 }
 
-type Registry struct{}
+// Registry is all namespaces and subscriptions: read from memory, written to etcd. Its methods may be
+// called from any goroutine. Writes wait until the snapshot shows them, and so need Run.
+type Registry struct {
+	space      *keyspace.Space
+	conditions *conditions
+	log        *slog.Logger
+	snapshot   atomic.Pointer[Snapshot]
+	onChange   []func([]Change)
 
-func Open(ctx context.Context, o Options) (*Registry, error) { return nil, ErrUnavailable }
-func (r *Registry) Run(ctx context.Context) error            { return ErrUnavailable }
-func (r *Registry) Snapshot() *Snapshot                      { return nil }
-func (r *Registry) OnChange(func([]Change))                  {}
-func (r *Registry) Healthy() bool                            { return false }
-func (r *Registry) ConditionErrors() uint64                  { return 0 }
-func (r *Registry) CreateNamespace(ctx context.Context, id string, n *grapnelv1.Namespace) (*Namespace, error) {
-	return nil, ErrUnavailable
-}
-func (r *Registry) UpdateNamespace(ctx context.Context, id, etag string, mutate func(*grapnelv1.Namespace) error) (*Namespace, error) {
-	return nil, ErrUnavailable
-}
-func (r *Registry) DeleteNamespace(ctx context.Context, id, etag string, force bool) (*Namespace, error) {
-	return nil, ErrUnavailable
-}
-func (r *Registry) PurgeNamespace(ctx context.Context, id string) error { return ErrUnavailable }
-func (r *Registry) CreateSubscription(ctx context.Context, ns, id string, s *grapnelv1.Subscription, o CreateOptions) (*Subscription, error) {
-	return nil, ErrUnavailable
-}
-func (r *Registry) UpdateSubscription(ctx context.Context, ns, id, etag string, mutate func(*grapnelv1.Subscription) error, o UpdateOptions) (*Subscription, error) {
-	return nil, ErrUnavailable
-}
-func (r *Registry) DeleteSubscription(ctx context.Context, ns, id, etag string) (*Subscription, error) {
-	return nil, ErrUnavailable
-}
-func (r *Registry) SetState(ctx context.Context, ns, id string, uid [16]byte, state grapnelv1.Subscription_State, reason string) (*Subscription, error) {
-	return nil, ErrUnavailable
+	// creates bounds concurrent creates, which keeps the count of a quota close to the truth; nearQuota
+	// lets one at a time of those by that the quota might be overrun.
+	creates   chan struct{}
+	nearQuota chan struct{}
 }
 
-// New validates a subscription, fills its defaults and compiles it without etcd.
-func New(p *grapnelv1.Subscription) (*Subscription, error) { return nil, ErrUnavailable }
-
-// Warnings lists what works but looks wrong.
-func Warnings(p *grapnelv1.Subscription) []string { return nil }
-
-type Snapshot struct{}
-
-// NewSnapshot builds a snapshot without etcd, for tests of readers.
-func NewSnapshot(revision int64, namespaces []*Namespace, subs []*Subscription) *Snapshot { return nil }
-
-type Candidate struct {
-	ID          string
-	Source      string
-	Type        string
-	Subject     string
-	Time        time.Time
-	ContentType string
-	Attributes  map[string]string
-	Data        []byte
+// Open reads everything once. ctx bounds that only.
+func Open(ctx context.Context, o Options) (*Registry, error) {
+	if o.Prefix == "" {
+		o.Prefix = "/grapnel/v1/"
+	}
+	if o.Logger == nil {
+		o.Logger = slog.New(slog.DiscardHandler)
+	}
+	conds, err := newConditions()
+	if err != nil {
+		return nil, err
+	}
+	r := &Registry{
+		conditions: conds,
+		log:        o.Logger.With("component", "subscription"),
+		creates:    make(chan struct{}, maxConcurrentCreates),
+		nearQuota:  make(chan struct{}, 1),
+	}
+	r.snapshot.Store(&Snapshot{errors: new(atomic.Uint64)})
+	r.space, err = keyspace.Open(ctx, keyspace.Options{
+		Client: o.Client,
+		Prefix: o.Prefix,
+		Watch:  "namespaces/",
+		Keep:   keep,
+		Apply:  r.apply,
+		Logger: r.log,
+	})
+	if err != nil {
+		return nil, err
+	}
+	return r, nil
 }
 
-func (s *Snapshot) Revision() int64                                        { return 0 }
-func (s *Snapshot) Namespace(id string) *Namespace                         { return nil }
-func (s *Snapshot) Subscription(ns, id string) *Subscription               { return nil }
-func (s *Snapshot) Namespaces(after string) iter.Seq[*Namespace]           { return nil }
-func (s *Snapshot) Subscriptions(ns, after string) iter.Seq[*Subscription] { return nil }
-func (s *Snapshot) Match(ns string, c *Candidate) []*Subscription          { return nil }
+// Run keeps the snapshot up to date until ctx ends, and then returns nil.
+func (r *Registry) Run(ctx context.Context) error { return r.space.Run(ctx) }
+
+// Snapshot returns the latest snapshot. It never blocks and never returns nil.
+func (r *Registry) Snapshot() *Snapshot { return r.snapshot.Load() }
+
+// Healthy reports whether etcd has been heard within the last seconds.
+func (r *Registry) Healthy() bool { return r.space.Healthy() }
+
+// ConditionErrors counts conditions that could not be evaluated for an event, since Open.
+func (r *Registry) ConditionErrors() uint64 { return r.Snapshot().errors.Load() }
+
+// OnChange registers a function that is told of every change after the snapshot shows it, in order, from
+// the goroutine of Run. Register before Run. The function must not block and must not write to the
+// Registry: writers wait for it. A change of a namespace alone is not told.
+func (r *Registry) OnChange(f func([]Change)) { r.onChange = append(r.onChange, f) }
+
+// keep says what of namespaces/ belongs to the registry; secrets, for one, do not.
+func keep(key string) bool {
+	_, kind, _, _ := splitName(key)
+	return kind == "" || kind == "subscriptions"
+}
+
+// apply takes stored changes into the next snapshot. A value that cannot be read is skipped: what was
+// known before stays, and nothing else suffers.
+func (r *Registry) apply(revision int64, stored []keyspace.Change) {
+	edit := newEditor(r.snapshot.Load())
+	var changes []Change
+	for _, c := range stored {
+		ns, kind, id, ok := splitName(c.Key)
+		var err error
+		switch {
+		case !ok:
+			err = fmt.Errorf("not the key of a resource")
+		case kind == "" && c.Deleted:
+			edit.tenant(ns).namespace = nil
+		case kind == "":
+			var n *Namespace
+			if n, err = decodeNamespace(c.Key, c.Value, c.Revision); err == nil {
+				edit.tenant(ns).namespace = n
+			}
+		case c.Deleted:
+			if old := edit.drop(ns, id); old != nil {
+				changes = append(changes, Change{Old: old})
+			}
+		default:
+			var s *Subscription
+			if s, err = decode(c.Key, c.Value, c.Revision, r.conditions); err == nil {
+				changes = append(changes, Change{Old: edit.put(s), New: s})
+			}
+		}
+		if err != nil {
+			r.log.Error("stored value skipped", "key", r.space.Key(c.Key), "revision", c.Revision, "err", err)
+		}
+	}
+	r.snapshot.Store(edit.snapshot(revision))
+	if len(changes) == 0 {
+		return
+	}
+	for _, f := range r.onChange {
+		f(changes)
+	}
+}
+
+// decodeNamespace reads a stored value.
+func decodeNamespace(key string, value []byte, revision int64) (*Namespace, error) {
+	p := &grapnelv1.Namespace{}
+	if err := proto.Unmarshal(value, p); err != nil {
+		return nil, fmt.Errorf("read namespace: %w", err)
+	}
+	if p.Name != key {
+		return nil, fmt.Errorf("holds the namespace %q", p.Name)
+	}
+	p.Etag = etag(revision)
+	return &Namespace{Proto: p, ID: strings.TrimPrefix(key, "namespaces/"), Revision: revision}, nil
+}
+
+// namespace reads an item as a namespace, *NotFoundError when it does not exist.
+func (r *Registry) namespace(it keyspace.Item) (*Namespace, error) {
+	if it.Revision == 0 {
+		return nil, &NotFoundError{Name: it.Key}
+	}
+	n, err := decodeNamespace(it.Key, it.Value, it.Revision)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", r.space.Key(it.Key), err)
+	}
+	return n, nil
+}
+
+// activeNamespace is namespace for those who want to change something in it.
+func (r *Registry) activeNamespace(it keyspace.Item) (*Namespace, error) {
+	n, err := r.namespace(it)
+	if err == nil && n.Deleted() {
+		err = fmt.Errorf("%s: %w and will be erased on %s", it.Key, ErrNamespaceDeleted, n.Proto.PurgeTime.AsTime().Format("2006-01-02"))
+	}
+	return n, err
+}
+
+// subscription reads an item as a subscription, *NotFoundError when it does not exist.
+func (r *Registry) subscription(it keyspace.Item) (*Subscription, error) {
+	if it.Revision == 0 {
+		return nil, &NotFoundError{Name: it.Key}
+	}
+	s, err := decode(it.Key, it.Value, it.Revision, r.conditions)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", r.space.Key(it.Key), err)
+	}
+	return s, nil
+}
+
+// checkEtag compares a caller's etag, where there is one, with the revision read.
+func checkEtag(given string, it keyspace.Item) error {
+	if current := etag(it.Revision); given != "" && given != current {
+		return &EtagError{Name: it.Key, Current: current}
+	}
+	return nil
+}

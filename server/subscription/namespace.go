@@ -1,0 +1,209 @@
+package subscription
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	clientv3 "go.etcd.io/etcd/client/v3"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
+	"github.com/grapnel/grapnel/server/keyspace"
+)
+
+const (
+	// purgeAfter is how long a deleted namespace can still be read.
+	purgeAfter = 7 * 24 * time.Hour
+	purgeBatch = 500
+	// maxUsers bounds the list in an InUseError.
+	maxUsers = 10
+)
+
+// CreateNamespace adds a namespace. Of n, which may be nil, only labels and quota count. It returns
+// ErrExists as long as one of that ID is not erased.
+func (r *Registry) CreateNamespace(ctx context.Context, id string, n *grapnelv1.Namespace) (*Namespace, error) {
+	if err := checkIDs("namespace_id", id); err != nil {
+		return nil, err
+	}
+	p := &grapnelv1.Namespace{
+		Name:       namespaceName(id),
+		Labels:     n.GetLabels(),
+		Quota:      proto.CloneOf(n.GetQuota()),
+		State:      grapnelv1.Namespace_STATE_ACTIVE,
+		CreateTime: timestamppb.Now(),
+	}
+	return r.editNamespace(ctx, id, func(it keyspace.Item) (*grapnelv1.Namespace, []clientv3.Cmp, error) {
+		if it.Revision != 0 {
+			return nil, nil, fmt.Errorf("%s %w", it.Key, ErrExists)
+		}
+		return p, nil, nil
+	})
+}
+
+// UpdateNamespace lets mutate change labels and quota of a copy; whatever else it changes is put back.
+// mutate may run several times. With an etag it returns an *EtagError unless that is current.
+func (r *Registry) UpdateNamespace(ctx context.Context, id, etag string, mutate func(*grapnelv1.Namespace) error) (*Namespace, error) {
+	if err := checkIDs("namespace.name", id); err != nil {
+		return nil, err
+	}
+	return r.editNamespace(ctx, id, func(it keyspace.Item) (*grapnelv1.Namespace, []clientv3.Cmp, error) {
+		n, err := r.activeNamespace(it)
+		if err != nil {
+			return nil, nil, err
+		}
+		if err := checkEtag(etag, it); err != nil {
+			return nil, nil, err
+		}
+		wanted := proto.CloneOf(n.Proto)
+		if err := mutate(wanted); err != nil {
+			return nil, nil, err
+		}
+		p := proto.CloneOf(n.Proto)
+		p.Labels, p.Quota = wanted.Labels, wanted.Quota
+		return p, nil, nil
+	})
+}
+
+// DeleteNamespace marks a namespace deleted; PurgeNamespace erases it, which is due at its purge_time,
+// seven days later. It returns an *InUseError while there are subscriptions, unless forced. A namespace
+// that is already deleted is returned as it is.
+func (r *Registry) DeleteNamespace(ctx context.Context, id, etag string, force bool) (*Namespace, error) {
+	if err := checkIDs("name", id); err != nil {
+		return nil, err
+	}
+	subs := namespaceName(id) + "/subscriptions/"
+	return r.editNamespace(ctx, id, func(it keyspace.Item) (*grapnelv1.Namespace, []clientv3.Cmp, error) {
+		n, err := r.namespace(it)
+		if err != nil {
+			return nil, nil, err
+		}
+		if err := checkEtag(etag, it); err != nil || n.Deleted() {
+			return n.Proto, nil, err
+		}
+		var conds []clientv3.Cmp
+		if !force {
+			users, _, err := r.space.Below(ctx, subs, maxUsers)
+			if err != nil {
+				return nil, nil, err
+			}
+			if len(users) > 0 {
+				return nil, nil, &InUseError{Name: it.Key, Users: users}
+			}
+			// None may be made while this is being written.
+			conds = []clientv3.Cmp{clientv3.Compare(clientv3.CreateRevision(r.space.Key(subs)).WithPrefix(), "=", 0)}
+		}
+		now := time.Now()
+		p := proto.CloneOf(n.Proto)
+		p.State = grapnelv1.Namespace_STATE_DELETED
+		p.StateReason = "deleted by a caller"
+		p.DeleteTime = timestamppb.New(now)
+		p.PurgeTime = timestamppb.New(now.Add(purgeAfter))
+		return p, conds, nil
+	})
+}
+
+// editNamespace stores what plan makes of the namespace, unless that is what it is already.
+func (r *Registry) editNamespace(ctx context.Context, id string, plan func(keyspace.Item) (*grapnelv1.Namespace, []clientv3.Cmp, error)) (*Namespace, error) {
+	var out *Namespace
+	key := namespaceName(id)
+	revision, err := r.space.Edit(ctx, []string{key}, func(items []keyspace.Item) (keyspace.Txn, error) {
+		it := items[0]
+		p, conds, err := plan(it)
+		if err != nil {
+			return keyspace.Txn{}, err
+		}
+		p = proto.CloneOf(p)
+		p.Etag, p.Usage = "", nil
+		var c checker
+		c.labels("namespace.labels", p.Labels)
+		c.quota("namespace.quota", p.Quota)
+		if err := c.err(); err != nil {
+			return keyspace.Txn{}, err
+		}
+		out = &Namespace{Proto: p, ID: id, Revision: it.Revision}
+		value, err := marshal(p)
+		if err != nil || string(value) == string(it.Value) {
+			return keyspace.Txn{}, err
+		}
+		return keyspace.Txn{If: conds, Then: []clientv3.Op{clientv3.OpPut(r.space.Key(key), string(value))}}, nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	if revision != 0 {
+		out.Revision = revision
+	}
+	out.Proto.Etag = etag(out.Revision)
+	return out, nil
+}
+
+// PurgeNamespace erases a deleted namespace with all its subscriptions and secrets, in batches; it can be
+// repeated when it failed. The caller sees to it that purge_time has come and that the journal holds
+// nothing of the namespace any more.
+func (r *Registry) PurgeNamespace(ctx context.Context, id string) error {
+	if err := checkIDs("name", id); err != nil {
+		return err
+	}
+	name := namespaceName(id)
+	if err := r.purge(ctx, name, name+"/", false); err != nil {
+		return err
+	}
+	for _, prefix := range []string{"refs/" + name + "/", requestKey(id, "")} {
+		if err := r.purge(ctx, name, prefix, true); err != nil {
+			return err
+		}
+	}
+	_, err := r.space.Edit(ctx, []string{name}, func(items []keyspace.Item) (keyspace.Txn, error) {
+		return keyspace.Txn{
+			If: []clientv3.Cmp{clientv3.Compare(clientv3.CreateRevision(r.space.Key(name+"/")).WithPrefix(), "=", 0)},
+			Then: []clientv3.Op{
+				clientv3.OpDelete(r.space.Key(name)),
+				clientv3.OpDelete(r.space.Key(quotaKey(id))),
+			},
+		}, r.checkPurge(items[0])
+	})
+	return err
+}
+
+// purge erases the keys below a prefix as long as the namespace is deleted: then no new ones can appear.
+func (r *Registry) purge(ctx context.Context, name, prefix string, unwatched bool) error {
+	for {
+		keys, _, err := r.space.Below(ctx, prefix, purgeBatch)
+		if err != nil {
+			return err
+		}
+		_, err = r.space.Edit(ctx, []string{name}, func(items []keyspace.Item) (keyspace.Txn, error) {
+			if err := r.checkPurge(items[0]); err != nil || len(keys) == 0 {
+				return keyspace.Txn{}, err
+			}
+			last := r.space.Key(keys[len(keys)-1]) + "\x00"
+			batch := clientv3.OpDelete(r.space.Key(keys[0]), clientv3.WithRange(last))
+			return keyspace.Txn{Then: []clientv3.Op{batch}, Unwatched: unwatched}, nil
+		})
+		if err != nil || len(keys) < purgeBatch {
+			return err
+		}
+	}
+}
+
+func (r *Registry) checkPurge(it keyspace.Item) error {
+	n, err := r.namespace(it)
+	if err != nil {
+		return err
+	}
+	if !n.Deleted() {
+		return fmt.Errorf("purge %s: it is not deleted", it.Key)
+	}
+	return nil
+}
+
+// marshal encodes what is stored: the same message always gives the same bytes.
+func marshal(m proto.Message) ([]byte, error) {
+	value, err := proto.MarshalOptions{Deterministic: true}.Marshal(m)
+	if err != nil {
+		return nil, fmt.Errorf("encode: %w", err)
+	}
+	return value, nil
+}

@@ -1,0 +1,397 @@
+package subscription
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"unicode"
+	"unicode/utf8"
+
+	"github.com/google/uuid"
+	clientv3 "go.etcd.io/etcd/client/v3"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
+	"github.com/grapnel/grapnel/server/keyspace"
+)
+
+const (
+	maxConcurrentCreates = 64
+	// quotaMargin is how close to the quota creates begin to exclude each other: more than all servers of a
+	// cluster have under way at once.
+	quotaMargin = 256
+	maxReason   = 256
+)
+
+// newID makes an ID for a caller who gave none.
+func newID() string { return "s-" + strings.ToLower(rand.Text()[:20]) }
+
+// CreateSubscription stores a new subscription; an empty id lets the server pick one. Of p, output only
+// fields are ignored. Errors: *InvalidError, ErrExists, *QuotaError, ErrNamespaceDeleted, ErrUnavailable,
+// and *NotFoundError for the namespace or a secret.
+func (r *Registry) CreateSubscription(ctx context.Context, ns, id string, p *grapnelv1.Subscription, o CreateOptions) (*Subscription, error) {
+	req, err := newRequest(ns, id, p, o)
+	if err != nil {
+		return nil, err
+	}
+	if id == "" {
+		id = newID()
+	}
+	if err := checkIDs("parent", ns, "subscription_id", id); err != nil {
+		return nil, err
+	}
+	ctx, cancel := r.space.Bound(ctx)
+	defer cancel()
+	w := &writing{registry: r, ns: ns, id: id, only: o.ValidateOnly, request: req}
+	return w.run(ctx, func(_ *Namespace, it keyspace.Item) (*grapnelv1.Subscription, error) {
+		if it.Revision != 0 {
+			return nil, fmt.Errorf("%s %w", it.Key, ErrExists)
+		}
+		return p, nil
+	})
+}
+
+// UpdateSubscription lets mutate change a copy of what is stored; output only fields that it changes are
+// put back, and defaults are filled in again where it cleared them. mutate may run several times: the
+// update is repeated until nobody was faster, unless an etag was given, which must then be current
+// (*EtagError). Other errors as for CreateSubscription.
+func (r *Registry) UpdateSubscription(ctx context.Context, ns, id, etag string, mutate func(*grapnelv1.Subscription) error, o UpdateOptions) (*Subscription, error) {
+	if err := checkIDs("subscription.name", ns, "subscription.name", id); err != nil {
+		return nil, err
+	}
+	ctx, cancel := r.space.Bound(ctx)
+	defer cancel()
+	w := &writing{registry: r, ns: ns, id: id, only: o.ValidateOnly}
+	return w.run(ctx, func(_ *Namespace, it keyspace.Item) (*grapnelv1.Subscription, error) {
+		if it.Revision == 0 {
+			if !o.AllowMissing || etag != "" {
+				return nil, &NotFoundError{Name: it.Key}
+			}
+			p := &grapnelv1.Subscription{Name: it.Key}
+			return p, mutate(p)
+		}
+		old, err := r.subscription(it)
+		if err != nil {
+			return nil, err
+		}
+		if err := checkEtag(etag, it); err != nil {
+			return nil, err
+		}
+		p := proto.CloneOf(old.Proto)
+		return p, mutate(p)
+	})
+}
+
+// SetState pauses, resumes or disables a subscription. Resuming clears the reason. With a uid that is not
+// zero it returns a *NotFoundError when the name has been given to another subscription since.
+func (r *Registry) SetState(ctx context.Context, ns, id string, uid [16]byte, state grapnelv1.Subscription_State, reason string) (*Subscription, error) {
+	if err := checkIDs("name", ns, "name", id); err != nil {
+		return nil, err
+	}
+	if state == grapnelv1.Subscription_STATE_ACTIVE {
+		reason = ""
+	}
+	var out *Subscription
+	name := subscriptionName(ns, id)
+	revision, err := r.space.Edit(ctx, []string{namespaceName(ns), name}, func(items []keyspace.Item) (keyspace.Txn, error) {
+		if _, err := r.activeNamespace(items[0]); err != nil {
+			return keyspace.Txn{}, err
+		}
+		old, err := r.subscription(items[1])
+		if err != nil {
+			return keyspace.Txn{}, err
+		}
+		if uid != [16]byte{} && uid != old.UID {
+			return keyspace.Txn{}, &NotFoundError{Name: name}
+		}
+		out = old
+		if old.Proto.State == state && old.Proto.StateReason == oneLine(reason) {
+			return keyspace.Txn{}, nil
+		}
+		p := proto.CloneOf(old.Proto)
+		p.State, p.StateReason = state, oneLine(reason)
+		if state != grapnelv1.Subscription_STATE_DISABLED {
+			p.UpdateTime = timestamppb.Now()
+		}
+		out = compile(p, ns, id, old.UID, old.condition)
+		return r.putSubscription(p)
+	})
+	return stored(out, revision, err)
+}
+
+// DeleteSubscription removes a subscription and returns what it was.
+func (r *Registry) DeleteSubscription(ctx context.Context, ns, id, etag string) (*Subscription, error) {
+	if err := checkIDs("name", ns, "name", id); err != nil {
+		return nil, err
+	}
+	var old *Subscription
+	name := subscriptionName(ns, id)
+	_, err := r.space.Edit(ctx, []string{namespaceName(ns), name}, func(items []keyspace.Item) (keyspace.Txn, error) {
+		_, err := r.activeNamespace(items[0])
+		if err != nil {
+			return keyspace.Txn{}, err
+		}
+		if old, err = r.subscription(items[1]); err != nil {
+			return keyspace.Txn{}, err
+		}
+		if err := checkEtag(etag, items[1]); err != nil {
+			return keyspace.Txn{}, err
+		}
+		ops := []clientv3.Op{clientv3.OpDelete(r.space.Key(name))}
+		for secretName := range secretFields(old.Proto) {
+			ops = append(ops, clientv3.OpDelete(r.space.Key(refKey(secretName, name))))
+		}
+		return keyspace.Txn{Then: ops}, nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	return old, nil
+}
+
+// writing is one call of CreateSubscription or UpdateSubscription.
+type writing struct {
+	registry *Registry
+	ns, id   string
+	only     bool
+	request  *request
+
+	out  *Subscription
+	slot bool
+	near bool
+}
+
+// run stores what change makes of the subscription.
+func (w *writing) run(ctx context.Context, change func(*Namespace, keyspace.Item) (*grapnelv1.Subscription, error)) (*Subscription, error) {
+	r := w.registry
+	defer w.release()
+	keys := []string{namespaceName(w.ns), subscriptionName(w.ns, w.id), quotaKey(w.ns)}
+	if w.request != nil {
+		keys = append(keys, w.request.key)
+	}
+	revision, err := r.space.Edit(ctx, keys, func(items []keyspace.Item) (keyspace.Txn, error) {
+		n, err := r.activeNamespace(items[0])
+		if err != nil {
+			return keyspace.Txn{}, err
+		}
+		if w.request != nil && items[3].Revision != 0 {
+			w.out, err = r.repeated(w.request, items[3])
+			return keyspace.Txn{}, err
+		}
+		p, err := change(n, items[1])
+		if err != nil {
+			return keyspace.Txn{}, err
+		}
+		return w.plan(ctx, n, items[1], p)
+	})
+	if w.request != nil {
+		r.settleLease(ctx, w.request, revision != 0, err)
+	}
+	return stored(w.out, revision, err)
+}
+
+// plan checks the new content in all ways and makes the transaction.
+func (w *writing) plan(ctx context.Context, n *Namespace, it keyspace.Item, content *grapnelv1.Subscription) (keyspace.Txn, error) {
+	r := w.registry
+	var old *Subscription
+	if it.Revision != 0 {
+		var err error
+		if old, err = r.subscription(it); err != nil {
+			return keyspace.Txn{}, err
+		}
+	}
+	p, uid := withOutput(content, it.Key, old)
+	fillDefaults(p)
+	cond, err := validate(p, w.ns, r.conditions)
+	if err != nil {
+		return keyspace.Txn{}, err
+	}
+	if old != nil && sameContent(p, old.Proto) {
+		w.out = old
+		return keyspace.Txn{}, nil
+	}
+	p.UpdateTime = timestamppb.Now()
+	secrets := secretFields(p)
+	if err := r.secretsExist(ctx, secrets); err != nil {
+		return keyspace.Txn{}, err
+	}
+	if old == nil {
+		if err := w.admit(ctx, n); err != nil {
+			return keyspace.Txn{}, err
+		}
+	}
+	w.out = compile(p, w.ns, w.id, uid, cond)
+	if w.only {
+		w.out.Revision = it.Revision
+		return keyspace.Txn{}, nil
+	}
+	txn, err := r.putSubscription(p)
+	if err != nil {
+		return keyspace.Txn{}, err
+	}
+	r.refer(&txn, it.Key, old, secrets)
+	if w.near {
+		txn.Then = append(txn.Then, clientv3.OpPut(r.space.Key(quotaKey(w.ns)), ""))
+	}
+	if w.request != nil {
+		err = r.remember(ctx, w.request, p, &txn)
+	}
+	return txn, err
+}
+
+// admit checks the quota. Far from it creates run side by side and counting is enough; close to it they
+// go one by one, and each makes the others' transactions fail.
+func (w *writing) admit(ctx context.Context, n *Namespace) error {
+	r := w.registry
+	if !w.slot {
+		if err := acquire(ctx, r.creates); err != nil {
+			return err
+		}
+		w.slot = true
+	}
+	limit := n.Quota().MaxSubscriptions
+	_, count, err := r.space.Below(ctx, namespaceName(w.ns)+"/subscriptions/", 0)
+	if err != nil {
+		return err
+	}
+	if count >= int64(limit) {
+		return &QuotaError{Namespace: w.ns, Quota: "max_subscriptions", Limit: limit}
+	}
+	if count+quotaMargin >= int64(limit) && !w.near {
+		if err := acquire(ctx, r.nearQuota); err != nil {
+			return err
+		}
+		w.near = true
+	}
+	return nil
+}
+
+func (w *writing) release() {
+	if w.slot {
+		<-w.registry.creates
+	}
+	if w.near {
+		<-w.registry.nearQuota
+	}
+}
+
+// acquire takes a place in a channel used as a semaphore.
+func acquire(ctx context.Context, sem chan struct{}) error {
+	select {
+	case sem <- struct{}{}:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
+// withOutput returns a copy of content with the output only fields of what is stored, or new ones.
+func withOutput(content *grapnelv1.Subscription, name string, old *Subscription) (*grapnelv1.Subscription, uuid.UUID) {
+	p := proto.CloneOf(content)
+	if p == nil {
+		p = &grapnelv1.Subscription{}
+	}
+	p.Name, p.Etag = name, ""
+	if old != nil {
+		p.Uid, p.State, p.StateReason = old.Proto.Uid, old.Proto.State, old.Proto.StateReason
+		p.CreateTime, p.UpdateTime = old.Proto.CreateTime, old.Proto.UpdateTime
+		return p, old.UID
+	}
+	uid := uuid.New()
+	p.Uid, p.State, p.StateReason = uid.String(), grapnelv1.Subscription_STATE_ACTIVE, ""
+	p.CreateTime = timestamppb.Now()
+	return p, uid
+}
+
+// sameContent reports whether an update changes nothing.
+func sameContent(p, old *grapnelv1.Subscription) bool {
+	old = proto.CloneOf(old)
+	old.Etag = ""
+	return proto.Equal(p, old)
+}
+
+// secretFields maps the names of secrets that a subscription refers to, to the fields that do.
+func secretFields(p *grapnelv1.Subscription) map[string]string {
+	out := make(map[string]string)
+	for _, b := range []struct {
+		field   string
+		binding *grapnelv1.PluginBinding
+	}{{"subscription.transport", p.Transport}, {"subscription.signer", p.Signer}} {
+		for _, slot := range sortedKeys(b.binding.GetSecrets()) {
+			out[b.binding.Secrets[slot]] = fmt.Sprintf("%s.secrets[%q]", b.field, slot)
+		}
+	}
+	return out
+}
+
+func (r *Registry) secretsExist(ctx context.Context, fields map[string]string) error {
+	missing, err := r.space.Missing(ctx, slices.Sorted(maps.Keys(fields))...)
+	if err != nil || len(missing) == 0 {
+		return err
+	}
+	return &NotFoundError{Name: missing[0], Field: fields[missing[0]]}
+}
+
+// refer keeps the reference keys in step, on condition that the secrets still exist: deleting a secret
+// asks for the opposite, so that one of the two fails.
+func (r *Registry) refer(txn *keyspace.Txn, name string, old *Subscription, secrets map[string]string) {
+	before := map[string]string{}
+	if old != nil {
+		before = secretFields(old.Proto)
+	}
+	for _, secretName := range slices.Sorted(maps.Keys(secrets)) {
+		txn.If = append(txn.If, clientv3.Compare(clientv3.CreateRevision(r.space.Key(secretName)), ">", 0))
+		if _, ok := before[secretName]; !ok {
+			txn.Then = append(txn.Then, clientv3.OpPut(r.space.Key(refKey(secretName, name)), ""))
+		}
+	}
+	for _, secretName := range slices.Sorted(maps.Keys(before)) {
+		if _, ok := secrets[secretName]; !ok {
+			txn.Then = append(txn.Then, clientv3.OpDelete(r.space.Key(refKey(secretName, name))))
+		}
+	}
+}
+
+// putSubscription makes the transaction that stores a message, without its etag, which is not known yet.
+func (r *Registry) putSubscription(p *grapnelv1.Subscription) (keyspace.Txn, error) {
+	p.Etag = ""
+	value, err := marshal(p)
+	if err != nil {
+		return keyspace.Txn{}, err
+	}
+	return keyspace.Txn{Then: []clientv3.Op{clientv3.OpPut(r.space.Key(p.Name), string(value))}}, nil
+}
+
+// stored completes the result of a write with its revision; zero means that nothing was written.
+func stored(s *Subscription, revision int64, err error) (*Subscription, error) {
+	if err != nil {
+		return nil, err
+	}
+	if s == nil {
+		return nil, errors.New("nothing was written")
+	}
+	if revision != 0 {
+		s.Revision = revision
+		s.Proto.Etag = etag(revision)
+	}
+	return s, nil
+}
+
+// oneLine makes a reason fit to be shown.
+func oneLine(s string) string {
+	s = strings.Map(func(c rune) rune {
+		if unicode.IsControl(c) || c == utf8.RuneError {
+			return ' '
+		}
+		return c
+	}, s)
+	if utf8.RuneCountInString(s) > maxReason {
+		s = string([]rune(s)[:maxReason-1]) + "…"
+	}
+	return s
+}
