@@ -203,7 +203,7 @@ func eventConflict(name string) *Error {
 		reason:   grapnelv1.ErrorReason_ERROR_REASON_EVENT_ID_CONFLICT,
 		message:  "event " + name + " was published before with other content; a retry must be the same, another event needs another id",
 		metadata: map[string]string{"resource": name},
-		field:    "event.id",
+		field:    "id",
 		details:  []protoadapt.MessageV1{&errdetails.ResourceInfo{ResourceType: typeOf(name), ResourceName: name}},
 	}
 }
@@ -358,6 +358,19 @@ func toStatus(err error, resource string) *Error {
 		}
 	}
 	return internal(err)
+}
+
+// fromReceive is toStatus for what reading from a stream of a caller says.
+func fromReceive(err error) *Error {
+	switch status.Code(err) {
+	case codes.ResourceExhausted:
+		return invalid(Violation{"frame", "is larger than 4 MiB", "frame_bytes"})
+	case codes.Internal, codes.Unimplemented:
+		return invalid(Violation{"frame", "cannot be read: " + status.Convert(err).Message(), "frame"})
+	case codes.Unavailable:
+		return abandoned(codes.Canceled, "the connection broke", err)
+	}
+	return toStatus(err, "")
 }
 
 // fromStatus is toStatus for the services of grpc itself, health and reflection, which make statuses of

@@ -7,6 +7,7 @@ package ingest
 
 import (
 	"context"
+	"log/slog"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -26,11 +27,18 @@ type Journal interface {
 	OpenIn(namespace string) int64
 }
 
-// Options of an Ingest. Snapshot and Journal are required.
-type Options struct {
+// Registry is what ingest needs of *subscription.Registry.
+type Registry interface {
 	// Snapshot returns the current subscriptions; it is called once per Publish and must be cheap.
-	Snapshot func() *subscription.Snapshot
+	Snapshot() *subscription.Snapshot
+}
+
+// Options of an Ingest. Registry and Journal are required.
+type Options struct {
+	Registry Registry
 	Journal  Journal
+	// Logger gets a line per refused event at Debug; nil discards.
+	Logger *slog.Logger
 	// Registerer takes the metrics; nil keeps none.
 	Registerer prometheus.Registerer
 }
@@ -47,8 +55,9 @@ type Result struct {
 
 // Ingest accepts events. Its methods may be called at the same time.
 type Ingest struct {
-	snapshot func() *subscription.Snapshot
+	registry Registry
 	journal  Journal
+	log      *slog.Logger
 	metrics  metrics
 	draining atomic.Bool
 	// meters holds a *meter per namespace that has published; namespaces that do not exist never enter.
@@ -57,7 +66,15 @@ type Ingest struct {
 
 // New builds an Ingest.
 func New(o Options) *Ingest {
-	return &Ingest{snapshot: o.Snapshot, journal: o.Journal, metrics: newMetrics(o.Registerer)}
+	if o.Logger == nil {
+		o.Logger = slog.New(slog.DiscardHandler)
+	}
+	return &Ingest{
+		registry: o.Registry,
+		journal:  o.Journal,
+		log:      o.Logger.With("component", "ingest"),
+		metrics:  newMetrics(o.Registerer),
+	}
 }
 
 // Drain makes every later Publish refuse all events with ErrDraining. Calls under way are finished.
@@ -82,12 +99,30 @@ func (i *Ingest) Publish(ctx context.Context, namespace string, events []*delive
 		i.store(ctx, namespace, events, results, n)
 	}
 	i.metrics.count(results)
+	if i.log.Enabled(ctx, slog.LevelDebug) {
+		i.logRefusals(ctx, namespace, events, results)
+	}
 	return results
+}
+
+// Refusal is why no event at all would be taken for the namespace now, or nil: ErrDraining,
+// ErrNamespaceNotFound, ErrNamespaceDeleted or a *QuotaError. Publish looks again.
+func (i *Ingest) Refusal(namespace string) error {
+	return i.refusal(namespace, i.registry.Snapshot().Namespace(namespace))
+}
+
+func (i *Ingest) logRefusals(ctx context.Context, namespace string, events []*delivery.Event, results []Result) {
+	for k := range results {
+		if err := results[k].Err; err != nil {
+			i.log.LogAttrs(ctx, slog.LevelDebug, "event refused",
+				slog.String("namespace", namespace), slog.String("event_id", events[k].ID), slog.Any("err", err))
+		}
+	}
 }
 
 // admit refuses by setting an Err, prepares the rest, and returns how many are left.
 func (i *Ingest) admit(namespace string, events []*delivery.Event, results []Result) int {
-	snap := i.snapshot()
+	snap := i.registry.Snapshot()
 	ns := snap.Namespace(namespace)
 	if err := i.refusal(namespace, ns); err != nil {
 		for k := range results {

@@ -1119,7 +1119,7 @@ const file_grapnel_v1_delivery_proto_rawDesc = "" +
 	"\rSTATE_SKIPPED\x10\b\"=\n" +
 	"\aTrigger\x12\x17\n" +
 	"\x13TRIGGER_UNSPECIFIED\x10\x00\x12\x13\n" +
-	"\x0fTRIGGER_PUBLISH\x10\x01\"\x04\b\x02\x10\x02J\x04\b\a\x10\b\"\xa1\a\n" +
+	"\x0fTRIGGER_PUBLISH\x10\x01\"\x04\b\x02\x10\x02J\x04\b\a\x10\b\"\xb0\a\n" +
 	"\aAttempt\x12\x16\n" +
 	"\x06number\x18\x01 \x01(\x05R\x06number\x129\n" +
 	"\n" +
@@ -1133,10 +1133,10 @@ const file_grapnel_v1_delivery_proto_rawDesc = "" +
 	"\x04peer\x18\b \x01(\tR\x04peer\x12\x12\n" +
 	"\x04node\x18\t \x01(\tR\x04node\x12\x16\n" +
 	"\x06manual\x18\n" +
-	" \x01(\bR\x06manual\x12#\n" +
-	"\rresponse_body\x18\v \x01(\fR\fresponseBody\x12S\n" +
-	"\x10response_headers\x18\f \x03(\v2(.grapnel.v1.Attempt.ResponseHeadersEntryR\x0fresponseHeaders\x12P\n" +
-	"\x0frequest_headers\x18\r \x03(\v2'.grapnel.v1.Attempt.RequestHeadersEntryR\x0erequestHeaders\x1aB\n" +
+	" \x01(\bR\x06manual\x12(\n" +
+	"\rresponse_body\x18\v \x01(\fB\x03\x80\x01\x01R\fresponseBody\x12X\n" +
+	"\x10response_headers\x18\f \x03(\v2(.grapnel.v1.Attempt.ResponseHeadersEntryB\x03\x80\x01\x01R\x0fresponseHeaders\x12U\n" +
+	"\x0frequest_headers\x18\r \x03(\v2'.grapnel.v1.Attempt.RequestHeadersEntryB\x03\x80\x01\x01R\x0erequestHeaders\x1aB\n" +
 	"\x14ResponseHeadersEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\x1aA\n" +
@@ -1151,13 +1151,15 @@ const file_grapnel_v1_delivery_proto_rawDesc = "" +
 	"\x11OUTCOME_TIMED_OUT\x10\x04\x12\x17\n" +
 	"\x13OUTCOME_UNREACHABLE\x10\x05\x12\x18\n" +
 	"\x14OUTCOME_PLUGIN_ERROR\x10\x06\x12\x17\n" +
-	"\x13OUTCOME_INTERRUPTED\x10\a\"1\n" +
-	"\x12GetDeliveryRequest\x12\x1b\n" +
-	"\x04name\x18\x01 \x01(\tB\a\xbaH\x04r\x02\x10\x01R\x04name\"G\n" +
+	"\x13OUTCOME_INTERRUPTED\x10\a\"\xbc\x01\n" +
+	"\x12GetDeliveryRequest\x12\xa5\x01\n" +
+	"\x04name\x18\x01 \x01(\tB\x90\x01\xbaH\x8c\x01\xba\x01\x88\x01\n" +
+	"\rdelivery_name\x12,must look like namespaces/NAME/deliveries/ID\x1aIthis.matches('^namespaces/[a-z][a-z0-9-]{0,62}/deliveries/[0-9a-v]{20}$')R\x04name\"G\n" +
 	"\x13GetDeliveryResponse\x120\n" +
-	"\bdelivery\x18\x01 \x01(\v2\x14.grapnel.v1.DeliveryR\bdelivery\"\x9f\x01\n" +
-	"\x15ListDeliveriesRequest\x12\x1f\n" +
-	"\x06parent\x18\x01 \x01(\tB\a\xbaH\x04r\x02\x10\x01R\x06parent\x12$\n" +
+	"\bdelivery\x18\x01 \x01(\v2\x14.grapnel.v1.DeliveryR\bdelivery\"\x82\x02\n" +
+	"\x15ListDeliveriesRequest\x12\x81\x01\n" +
+	"\x06parent\x18\x01 \x01(\tBi\xbaHf\xba\x01c\n" +
+	"\x0enamespace_name\x12\x1emust look like namespaces/NAME\x1a1this.matches('^namespaces/[a-z][a-z0-9-]{0,62}$')R\x06parent\x12$\n" +
 	"\tpage_size\x18\x02 \x01(\x05B\a\xbaH\x04\x1a\x02(\x00R\bpageSize\x12\x1d\n" +
 	"\n" +
 	"page_token\x18\x03 \x01(\tR\tpageToken\x12 \n" +
@@ -1166,24 +1168,27 @@ const file_grapnel_v1_delivery_proto_rawDesc = "" +
 	"\n" +
 	"deliveries\x18\x01 \x03(\v2\x14.grapnel.v1.DeliveryR\n" +
 	"deliveries\x12&\n" +
-	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\xa2\x01\n" +
-	"\x13ListAttemptsRequest\x12\x1f\n" +
-	"\x06parent\x18\x01 \x01(\tB\a\xbaH\x04r\x02\x10\x01R\x06parent\x12$\n" +
+	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\xad\x02\n" +
+	"\x13ListAttemptsRequest\x12\xa9\x01\n" +
+	"\x06parent\x18\x01 \x01(\tB\x90\x01\xbaH\x8c\x01\xba\x01\x88\x01\n" +
+	"\rdelivery_name\x12,must look like namespaces/NAME/deliveries/ID\x1aIthis.matches('^namespaces/[a-z][a-z0-9-]{0,62}/deliveries/[0-9a-v]{20}$')R\x06parent\x12$\n" +
 	"\tpage_size\x18\x02 \x01(\x05B\a\xbaH\x04\x1a\x02(\x00R\bpageSize\x12\x1d\n" +
 	"\n" +
 	"page_token\x18\x03 \x01(\tR\tpageToken\x12%\n" +
 	"\x0einclude_bodies\x18\x04 \x01(\bR\rincludeBodies\"o\n" +
 	"\x14ListAttemptsResponse\x12/\n" +
 	"\battempts\x18\x01 \x03(\v2\x13.grapnel.v1.AttemptR\battempts\x12&\n" +
-	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"w\n" +
-	"\x14RetryDeliveryRequest\x12\x1b\n" +
-	"\x04name\x18\x01 \x01(\tB\a\xbaH\x04r\x02\x10\x01R\x04name\x12-\n" +
-	"\x10if_attempt_count\x18\x02 \x01(\x05H\x00R\x0eifAttemptCount\x88\x01\x01B\x13\n" +
+	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\x8b\x02\n" +
+	"\x14RetryDeliveryRequest\x12\xa5\x01\n" +
+	"\x04name\x18\x01 \x01(\tB\x90\x01\xbaH\x8c\x01\xba\x01\x88\x01\n" +
+	"\rdelivery_name\x12,must look like namespaces/NAME/deliveries/ID\x1aIthis.matches('^namespaces/[a-z][a-z0-9-]{0,62}/deliveries/[0-9a-v]{20}$')R\x04name\x126\n" +
+	"\x10if_attempt_count\x18\x02 \x01(\x05B\a\xbaH\x04\x1a\x02(\x00H\x00R\x0eifAttemptCount\x88\x01\x01B\x13\n" +
 	"\x11_if_attempt_count\"I\n" +
 	"\x15RetryDeliveryResponse\x120\n" +
-	"\bdelivery\x18\x01 \x01(\v2\x14.grapnel.v1.DeliveryR\bdelivery\"4\n" +
-	"\x15CancelDeliveryRequest\x12\x1b\n" +
-	"\x04name\x18\x01 \x01(\tB\a\xbaH\x04r\x02\x10\x01R\x04name\"J\n" +
+	"\bdelivery\x18\x01 \x01(\v2\x14.grapnel.v1.DeliveryR\bdelivery\"\xbf\x01\n" +
+	"\x15CancelDeliveryRequest\x12\xa5\x01\n" +
+	"\x04name\x18\x01 \x01(\tB\x90\x01\xbaH\x8c\x01\xba\x01\x88\x01\n" +
+	"\rdelivery_name\x12,must look like namespaces/NAME/deliveries/ID\x1aIthis.matches('^namespaces/[a-z][a-z0-9-]{0,62}/deliveries/[0-9a-v]{20}$')R\x04name\"J\n" +
 	"\x16CancelDeliveryResponse\x120\n" +
 	"\bdelivery\x18\x01 \x01(\v2\x14.grapnel.v1.DeliveryR\bdelivery2\xd2\x03\n" +
 	"\x0fDeliveryService\x12S\n" +

@@ -45,7 +45,8 @@ type Event struct {
 	DataContentType string `protobuf:"bytes,7,opt,name=data_content_type,json=dataContentType,proto3" json:"data_content_type,omitempty"`
 	// CloudEvents dataschema.
 	DataSchema string `protobuf:"bytes,8,opt,name=data_schema,json=dataSchema,proto3" json:"data_schema,omitempty"`
-	// CloudEvents extension attributes: ^[a-z0-9]{1,20}$, at most 32, values at most 256 characters.
+	// CloudEvents extension attributes: ^[a-z0-9]{1,20}$, at most 32, values at most 256 printable
+	// characters. Names that CloudEvents itself uses (id, source, type, data ...) are refused.
 	Attributes map[string]string `protobuf:"bytes,9,rep,name=attributes,proto3" json:"attributes,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	// The body, exactly as it will be sent, 256 KiB at most unless the namespace allows more.
 	//
@@ -1181,24 +1182,30 @@ var File_grapnel_v1_event_proto protoreflect.FileDescriptor
 const file_grapnel_v1_event_proto_rawDesc = "" +
 	"\n" +
 	"\x16grapnel/v1/event.proto\x12\n" +
-	"grapnel.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17grapnel/v1/common.proto\"\xad\a\n" +
+	"grapnel.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17grapnel/v1/common.proto\"\xb7\f\n" +
 	"\x05Event\x12\x12\n" +
-	"\x04name\x18\x01 \x01(\tR\x04name\x12/\n" +
-	"\x02id\x18\x02 \x01(\tB\x1f\xbaH\x1cr\x1a2\x18^[A-Za-z0-9._~-]{0,128}$R\x02id\x12 \n" +
-	"\x06source\x18\x03 \x01(\tB\b\xbaH\x05r\x03\x18\x80\x02R\x06source\x12H\n" +
-	"\x04type\x18\x04 \x01(\tB4\xbaH1r/\x18\x80\x012*^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?$R\x04type\x12\"\n" +
-	"\asubject\x18\x05 \x01(\tB\b\xbaH\x05r\x03\x18\x80\x02R\asubject\x12.\n" +
-	"\x04time\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x124\n" +
-	"\x11data_content_type\x18\a \x01(\tB\b\xbaH\x05r\x03\x18\x80\x01R\x0fdataContentType\x12)\n" +
-	"\vdata_schema\x18\b \x01(\tB\b\xbaH\x05r\x03\x18\x80\x02R\n" +
-	"dataSchema\x12K\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12y\n" +
+	"\x02id\x18\x02 \x01(\tBi\xbaHf\xba\x01c\n" +
+	"\bevent_id\x12-must be up to 128 letters, digits and . _ ~ -\x1a(this.matches('^[A-Za-z0-9._~-]{0,128}$')R\x02id\x12 \n" +
+	"\x06source\x18\x03 \x01(\tB\b\xbaH\x05r\x03\x18\x80\x02R\x06source\x12\xd1\x01\n" +
+	"\x04type\x18\x04 \x01(\tB\xbc\x01\xbaH\xb8\x01\xba\x01\xb4\x01\n" +
 	"\n" +
-	"attributes\x18\t \x03(\v2!.grapnel.v1.Event.AttributesEntryB\b\xbaH\x05\x9a\x01\x02\x10 R\n" +
-	"attributes\x12\x14\n" +
+	"event_type\x12Tmust be 1 to 128 letters, digits and . _ -, and begin and end with a letter or digit\x1aPthis.size() <= 128 && this.matches('^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?$')R\x04type\x12\"\n" +
+	"\asubject\x18\x05 \x01(\tB\b\xbaH\x05r\x03\x18\x80\x02R\asubject\x12.\n" +
+	"\x04time\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x12\xce\x01\n" +
+	"\x11data_content_type\x18\a \x01(\tB\xa1\x01\xbaH\x9d\x01\xba\x01\x99\x01\n" +
+	"\n" +
+	"media_type\x12Cmust be a media type such as application/json, up to 128 characters\x1aFthis == '' || this.size() <= 128 && this.matches('^[!-.0-~]+/[ -~]+$')R\x0fdataContentType\x12)\n" +
+	"\vdata_schema\x18\b \x01(\tB\b\xbaH\x05r\x03\x18\x80\x02R\n" +
+	"dataSchema\x12\xd6\x02\n" +
+	"\n" +
+	"attributes\x18\t \x03(\v2!.grapnel.v1.Event.AttributesEntryB\x92\x02\xbaH\x8e\x02\x9a\x01\x8a\x02\x10 \"\xfe\x01\xba\x01\xfa\x01\n" +
+	"\x0eattribute_name\x12Smust be 1 to 20 lower-case letters and digits, and not a name of CloudEvents itself\x1a\x92\x01this.matches('^[a-z0-9]{1,20}$') && !(this in ['id', 'source', 'type', 'subject', 'time', 'data', 'specversion', 'datacontenttype', 'dataschema'])*\x05r\x03\x18\x80\x02R\n" +
+	"attributes\x12\x19\n" +
 	"\x04data\x18\n" +
-	" \x01(\fH\x00R\x04data\x12\x14\n" +
-	"\x04text\x18\v \x01(\tH\x00R\x04text\x12,\n" +
-	"\x04json\x18\f \x01(\v2\x16.google.protobuf.ValueH\x00R\x04json\x12=\n" +
+	" \x01(\fB\x03\x80\x01\x01H\x00R\x04data\x12\x19\n" +
+	"\x04text\x18\v \x01(\tB\x03\x80\x01\x01H\x00R\x04text\x121\n" +
+	"\x04json\x18\f \x01(\v2\x16.google.protobuf.ValueB\x03\x80\x01\x01H\x00R\x04json\x12=\n" +
 	"\fdeliver_time\x18\x0e \x01(\v2\x1a.google.protobuf.TimestampR\vdeliverTime\x12>\n" +
 	"\x03ttl\x18\x0f \x01(\v2\x19.google.protobuf.DurationB\x11\xbaH\x0e\xaa\x01\v\"\x05\b\x80\x9a\x9e\x012\x02\b\x01R\x03ttl\x12;\n" +
 	"\vaccept_time\x18\x10 \x01(\v2\x1a.google.protobuf.TimestampR\n" +
@@ -1211,18 +1218,20 @@ const file_grapnel_v1_event_proto_rawDesc = "" +
 	"\x0fAttributesEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01B\t\n" +
-	"\apayloadJ\x04\b\r\x10\x0e\"\x83\x01\n" +
-	"\x0ePublishRequest\x12@\n" +
-	"\x06parent\x18\x01 \x01(\tB(\xbaH%r#2!^namespaces/[a-z][a-z0-9-]{0,62}$R\x06parent\x12/\n" +
+	"\apayloadJ\x04\b\r\x10\x0e\"\xc5\x01\n" +
+	"\x0ePublishRequest\x12\x81\x01\n" +
+	"\x06parent\x18\x01 \x01(\tBi\xbaHf\xba\x01c\n" +
+	"\x0enamespace_name\x12\x1emust look like namespaces/NAME\x1a1this.matches('^namespaces/[a-z][a-z0-9-]{0,62}$')R\x06parent\x12/\n" +
 	"\x05event\x18\x02 \x01(\v2\x11.grapnel.v1.EventB\x06\xbaH\x03\xc8\x01\x01R\x05event\"\xb5\x01\n" +
 	"\x0fPublishResponse\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1c\n" +
 	"\tduplicate\x18\x02 \x01(\bR\tduplicate\x123\n" +
 	"\x15matched_subscriptions\x18\x03 \x01(\x05R\x14matchedSubscriptions\x12;\n" +
 	"\vaccept_time\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\n" +
-	"acceptTime\"n\n" +
-	"\x13BatchPublishRequest\x12\x1f\n" +
-	"\x06parent\x18\x01 \x01(\tB\a\xbaH\x04r\x02\x10\x01R\x06parent\x126\n" +
+	"acceptTime\"\xd1\x01\n" +
+	"\x13BatchPublishRequest\x12\x81\x01\n" +
+	"\x06parent\x18\x01 \x01(\tBi\xbaHf\xba\x01c\n" +
+	"\x0enamespace_name\x12\x1emust look like namespaces/NAME\x1a1this.matches('^namespaces/[a-z][a-z0-9-]{0,62}$')R\x06parent\x126\n" +
 	"\x06events\x18\x02 \x03(\v2\x11.grapnel.v1.EventB\v\xbaH\b\x92\x01\x05\b\x01\x10\xf4\x03R\x06events\"o\n" +
 	"\rPublishResult\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1c\n" +
@@ -1230,12 +1239,13 @@ const file_grapnel_v1_event_proto_rawDesc = "" +
 	"\x05error\x18\x03 \x01(\v2\x16.grapnel.v1.ItemStatusR\x05error\"n\n" +
 	"\x14BatchPublishResponse\x123\n" +
 	"\aresults\x18\x01 \x03(\v2\x19.grapnel.v1.PublishResultR\aresults\x12!\n" +
-	"\ffailed_count\x18\x02 \x01(\x05R\vfailedCount\"\xc7\x02\n" +
+	"\ffailed_count\x18\x02 \x01(\x05R\vfailedCount\"\xab\x03\n" +
 	"\x14PublishStreamRequest\x12;\n" +
 	"\x04open\x18\x01 \x01(\v2%.grapnel.v1.PublishStreamRequest.OpenH\x00R\x04open\x12;\n" +
-	"\x04item\x18\x02 \x01(\v2%.grapnel.v1.PublishStreamRequest.ItemH\x00R\x04item\x1aN\n" +
-	"\x04Open\x12\x1f\n" +
-	"\x06parent\x18\x01 \x01(\tB\a\xbaH\x04r\x02\x10\x01R\x06parent\x12%\n" +
+	"\x04item\x18\x02 \x01(\v2%.grapnel.v1.PublishStreamRequest.ItemH\x00R\x04item\x1a\xb1\x01\n" +
+	"\x04Open\x12\x81\x01\n" +
+	"\x06parent\x18\x01 \x01(\tBi\xbaHf\xba\x01c\n" +
+	"\x0enamespace_name\x12\x1emust look like namespaces/NAME\x1a1this.matches('^namespaces/[a-z][a-z0-9-]{0,62}$')R\x06parent\x12%\n" +
 	"\tclient_id\x18\x02 \x01(\tB\b\xbaH\x05r\x03\x18\x80\x01R\bclientId\x1a\\\n" +
 	"\x04Item\x12#\n" +
 	"\bsequence\x18\x01 \x01(\x04B\a\xbaH\x042\x02 \x00R\bsequence\x12/\n" +
@@ -1250,14 +1260,17 @@ const file_grapnel_v1_event_proto_rawDesc = "" +
 	"\x06result\x18\x02 \x01(\v2\x19.grapnel.v1.PublishResultR\x06result\x1ar\n" +
 	"\x06Window\x124\n" +
 	"\x16max_outstanding_events\x18\x01 \x01(\x05R\x14maxOutstandingEvents\x122\n" +
-	"\x15max_outstanding_bytes\x18\x02 \x01(\x05R\x13maxOutstandingBytes\"W\n" +
-	"\x0fGetEventRequest\x12\x1b\n" +
-	"\x04name\x18\x01 \x01(\tB\a\xbaH\x04r\x02\x10\x01R\x04name\x12'\n" +
+	"\x15max_outstanding_bytes\x18\x02 \x01(\x05R\x13maxOutstandingBytes\"\xe1\x01\n" +
+	"\x0fGetEventRequest\x12\xa4\x01\n" +
+	"\x04name\x18\x01 \x01(\tB\x8f\x01\xbaH\x8b\x01\xba\x01\x87\x01\n" +
+	"\n" +
+	"event_name\x12(must look like namespaces/NAME/events/ID\x1aOthis.matches('^namespaces/[a-z][a-z0-9-]{0,62}/events/[A-Za-z0-9._~-]{1,128}$')R\x04name\x12'\n" +
 	"\x0finclude_payload\x18\x02 \x01(\bR\x0eincludePayload\";\n" +
 	"\x10GetEventResponse\x12'\n" +
-	"\x05event\x18\x01 \x01(\v2\x11.grapnel.v1.EventR\x05event\"\x9b\x01\n" +
-	"\x11ListEventsRequest\x12\x1f\n" +
-	"\x06parent\x18\x01 \x01(\tB\a\xbaH\x04r\x02\x10\x01R\x06parent\x12$\n" +
+	"\x05event\x18\x01 \x01(\v2\x11.grapnel.v1.EventR\x05event\"\xfe\x01\n" +
+	"\x11ListEventsRequest\x12\x81\x01\n" +
+	"\x06parent\x18\x01 \x01(\tBi\xbaHf\xba\x01c\n" +
+	"\x0enamespace_name\x12\x1emust look like namespaces/NAME\x1a1this.matches('^namespaces/[a-z][a-z0-9-]{0,62}$')R\x06parent\x12$\n" +
 	"\tpage_size\x18\x02 \x01(\x05B\a\xbaH\x04\x1a\x02(\x00R\bpageSize\x12\x1d\n" +
 	"\n" +
 	"page_token\x18\x03 \x01(\tR\tpageToken\x12 \n" +

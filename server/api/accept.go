@@ -1,0 +1,314 @@
+package api
+
+import (
+	"bytes"
+	"crypto/sha256"
+	"encoding/binary"
+	"encoding/json"
+	"maps"
+	"slices"
+	"strconv"
+	"time"
+	"unicode/utf8"
+
+	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
+	"github.com/grapnel/grapnel/server/delivery"
+)
+
+// Bounds of an event, as in its proto.
+const (
+	maxEventType      = 128
+	maxEventText      = 256
+	maxContentType    = 128
+	maxAttributes     = 32
+	maxAttributeName  = 20
+	maxAttributeValue = 256
+	maxDeliverAhead   = 7 * 24 * time.Hour
+	minTTL            = time.Second
+	maxTTL            = 30 * 24 * time.Hour
+)
+
+// eventOf checks an event as a publisher sent it and makes it the domain's, defaults filled in. The paths
+// of the faults are those inside Event. The payload's bytes are shared with e, which must not change any
+// more.
+//
+// These are the rules of the proto, written out: publishing is the one path on which reflection over the
+// rules would show.
+func eventOf(ns string, e *grapnelv1.Event, now time.Time) (*delivery.Event, []Violation) {
+	if e == nil {
+		return nil, []Violation{{"", "is required", "required"}}
+	}
+	var c checks
+	c.attributesOf(e)
+	ev := &delivery.Event{
+		Namespace:   ns,
+		ID:          e.GetId(),
+		Source:      e.GetSource(),
+		Type:        e.GetType(),
+		Subject:     e.GetSubject(),
+		Time:        now,
+		ContentType: e.GetDataContentType(),
+		Schema:      e.GetDataSchema(),
+		Attributes:  e.GetAttributes(),
+	}
+	c.times(e, ev, now)
+	standard := c.payload(e, ev)
+	if len(c.faults) > 0 {
+		return nil, c.faults
+	}
+	if ev.ID != "" {
+		ev.ContentHash = contentHash(e, ev.Payload)
+	}
+	if ev.Source == "" {
+		ev.Source = "//grapnel/" + ns
+	}
+	if ev.ContentType == "" {
+		ev.ContentType = standard
+	}
+	return ev, nil
+}
+
+// under puts the field that holds the event before the paths of its faults.
+func under(field string, faults []Violation) []Violation {
+	for i := range faults {
+		if faults[i].Field == "" {
+			faults[i].Field = field
+		} else {
+			faults[i].Field = field + "." + faults[i].Field
+		}
+	}
+	return faults
+}
+
+// checks collects faults.
+type checks struct {
+	faults []Violation
+}
+
+func (c *checks) fault(field, rule, description string) {
+	c.faults = append(c.faults, Violation{field, description, rule})
+}
+
+// attributesOf checks the CloudEvents attributes.
+func (c *checks) attributesOf(e *grapnelv1.Event) {
+	if id := e.GetId(); id != "" && !isEventID(id) {
+		c.fault("id", "event_id", "must be up to 128 letters, digits and . _ ~ -")
+	}
+	switch t := e.GetType(); {
+	case t == "":
+		c.fault("type", "event_type", "is required, for example order.created")
+	case !isEventType(t):
+		c.fault("type", "event_type", "must be 1 to 128 letters, digits and . _ -, and begin and end with a letter or digit")
+	}
+	c.text("source", e.GetSource(), false)
+	c.text("subject", e.GetSubject(), true)
+	c.text("data_schema", e.GetDataSchema(), false)
+	if t := e.GetDataContentType(); t != "" && !isMediaType(t) {
+		c.fault("data_content_type", "media_type", "must be a media type such as application/json, up to 128 characters")
+	}
+	attributes := e.GetAttributes()
+	if len(attributes) > maxAttributes {
+		c.fault("attributes", "map.max_pairs", "has "+strconv.Itoa(len(attributes))+" entries; at most "+strconv.Itoa(maxAttributes)+" are allowed")
+		return
+	}
+	if len(attributes) == 0 {
+		return
+	}
+	for name, value := range attributes {
+		if !isAttributeName(name) || !isText(value, maxAttributeValue, true) {
+			c.badAttributes(attributes)
+			return
+		}
+	}
+}
+
+// badAttributes tells the faults of attributes in the order of their names.
+func (c *checks) badAttributes(attributes map[string]string) {
+	for _, name := range slices.Sorted(maps.Keys(attributes)) {
+		field := "attributes[" + quote(name) + "]"
+		switch {
+		case isReserved(name):
+			c.fault(field, "attribute_name", "is a name of CloudEvents itself; use the field of the event")
+		case !isAttributeName(name):
+			c.fault(field, "attribute_name", "must be named with 1 to 20 lower-case letters and digits")
+		}
+		if !isText(attributes[name], maxAttributeValue, true) {
+			c.fault(field, "text", "must be at most 256 printable characters")
+		}
+	}
+}
+
+func (c *checks) text(field, s string, spaces bool) {
+	if isText(s, maxEventText, spaces) {
+		return
+	}
+	if spaces {
+		c.fault(field, "text", "must be at most 256 printable characters")
+		return
+	}
+	c.fault(field, "text", "must be at most 256 printable characters without spaces")
+}
+
+// times reads time, deliver_time and ttl.
+func (c *checks) times(e *grapnelv1.Event, ev *delivery.Event, now time.Time) {
+	if t := e.GetTime(); t != nil {
+		if t.CheckValid() != nil {
+			c.fault("time", "timestamp", "is not a time between the years 1 and 9999")
+		}
+		ev.Time = t.AsTime()
+	}
+	if t := e.GetDeliverTime(); t != nil {
+		switch at := t.AsTime(); {
+		case t.CheckValid() != nil:
+			c.fault("deliver_time", "timestamp", "is not a time between the years 1 and 9999")
+		case at.After(now.Add(maxDeliverAhead)):
+			c.fault("deliver_time", "deliver_time", "must be at most 7 days ahead")
+		case at.After(now):
+			ev.DeliverTime = at
+		}
+	}
+	if d := e.GetTtl(); d != nil {
+		ev.TTL = d.AsDuration()
+		if d.CheckValid() != nil || ev.TTL < minTTL || ev.TTL > maxTTL {
+			c.fault("ttl", "duration.gte_lte", "must be between 1s and 30 days (2592000s)")
+		}
+	}
+}
+
+// payload takes the bytes that will be sent and returns their standard content type.
+func (c *checks) payload(e *grapnelv1.Event, ev *delivery.Event) string {
+	switch p := e.GetPayload().(type) {
+	case *grapnelv1.Event_Data:
+		ev.Payload = p.Data
+	case *grapnelv1.Event_Text:
+		ev.Payload = []byte(p.Text)
+	case *grapnelv1.Event_Json:
+		b, err := compactJSON(p.Json.AsInterface())
+		if err != nil {
+			c.fault("json", "json", "cannot be written as JSON: numbers must be finite")
+		}
+		ev.Payload = b
+		return "application/json"
+	}
+	return "application/octet-stream"
+}
+
+// compactJSON writes v without white space, keys in order, and no more escapes than JSON needs.
+func compactJSON(v any) ([]byte, error) {
+	var b bytes.Buffer
+	enc := json.NewEncoder(&b)
+	enc.SetEscapeHTML(false)
+	if err := enc.Encode(v); err != nil {
+		return nil, err
+	}
+	return bytes.TrimSuffix(b.Bytes(), []byte("\n")), nil
+}
+
+// contentHash is over all that the publisher sent except the id, before defaults, so that the same call
+// sent again has the same hash at any time. It is kept on disk for the deduplication window: a change of
+// it makes conflicts out of repeats sent across an upgrade.
+func contentHash(e *grapnelv1.Event, payload []byte) [16]byte {
+	b := make([]byte, 0, 512)
+	b = append(b, 1) // version of this form
+	for _, s := range [...]string{e.GetSource(), e.GetType(), e.GetSubject(), e.GetDataContentType(), e.GetDataSchema()} {
+		b = appendString(b, s)
+	}
+	b = appendStamp(b, e.GetTime() != nil, e.GetTime().GetSeconds(), e.GetTime().GetNanos())
+	b = appendStamp(b, e.GetDeliverTime() != nil, e.GetDeliverTime().GetSeconds(), e.GetDeliverTime().GetNanos())
+	b = appendStamp(b, e.GetTtl() != nil, e.GetTtl().GetSeconds(), e.GetTtl().GetNanos())
+	b = binary.AppendUvarint(b, uint64(len(e.GetAttributes())))
+	if len(e.GetAttributes()) > 0 {
+		for _, name := range slices.Sorted(maps.Keys(e.GetAttributes())) {
+			b = appendString(b, name)
+			b = appendString(b, e.GetAttributes()[name])
+		}
+	}
+	// What is sent counts, not how it was given, but the default content type depends on that.
+	_, isJSON := e.GetPayload().(*grapnelv1.Event_Json)
+	b = appendStamp(b, isJSON, int64(len(payload)), 0)
+	h := sha256.New()
+	h.Write(b)
+	h.Write(payload)
+	var sum [sha256.Size]byte
+	h.Sum(sum[:0])
+	return [16]byte(sum[:16])
+}
+
+func appendString(b []byte, s string) []byte {
+	b = binary.AppendUvarint(b, uint64(len(s)))
+	return append(b, s...)
+}
+
+func appendStamp(b []byte, set bool, seconds int64, nanos int32) []byte {
+	if !set {
+		b = append(b, 0)
+	} else {
+		b = append(b, 1)
+	}
+	b = binary.AppendVarint(b, seconds)
+	return binary.AppendVarint(b, int64(nanos))
+}
+
+func isEventType(s string) bool {
+	if s == "" || len(s) > maxEventType || !isAlnum(s[0]) || !isAlnum(s[len(s)-1]) {
+		return false
+	}
+	for i := range len(s) {
+		if c := s[i]; !isAlnum(c) && c != '.' && c != '_' && c != '-' {
+			return false
+		}
+	}
+	return true
+}
+
+// isMediaType is loose: two parts of printable ASCII around a slash.
+func isMediaType(s string) bool {
+	if len(s) > maxContentType {
+		return false
+	}
+	slash := -1
+	for i := range len(s) {
+		switch c := s[i]; {
+		case c == '/' && slash < 0:
+			slash = i
+		case c < ' ' || c > '~' || c == ' ' && slash < 0:
+			return false
+		}
+	}
+	return slash > 0 && slash < len(s)-1
+}
+
+func isAttributeName(s string) bool {
+	if s == "" || len(s) > maxAttributeName || isReserved(s) {
+		return false
+	}
+	for i := range len(s) {
+		if c := s[i]; (c < 'a' || c > 'z') && (c < '0' || c > '9') {
+			return false
+		}
+	}
+	return true
+}
+
+// isReserved tells the names that CloudEvents gives a meaning.
+func isReserved(s string) bool {
+	switch s {
+	case "id", "source", "type", "subject", "time", "data", "specversion", "datacontenttype", "dataschema":
+		return true
+	}
+	return false
+}
+
+// isText reports whether s has at most most characters, none of which is a control character, which could
+// not travel in a header.
+func isText(s string, most int, spaces bool) bool {
+	if len(s) > most && utf8.RuneCountInString(s) > most {
+		return false
+	}
+	for _, r := range s {
+		if r < ' ' || r >= 0x7f && r <= 0x9f || r == ' ' && !spaces {
+			return false
+		}
+	}
+	return true
+}

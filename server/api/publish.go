@@ -1,0 +1,137 @@
+package api
+
+import (
+	"context"
+	"errors"
+	"strconv"
+	"time"
+
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
+	"github.com/grapnel/grapnel/server/delivery"
+	"github.com/grapnel/grapnel/server/ingest"
+)
+
+// maxBatch is the most events of one BatchPublish.
+const maxBatch = 500
+
+// Publish accepts one event; the answer means that it is durable.
+func (s publishService) Publish(ctx context.Context, r *grapnelv1.PublishRequest) (*grapnelv1.PublishResponse, error) {
+	ns, err := parseNamespace("parent", r.GetParent())
+	if err != nil {
+		return nil, err
+	}
+	ev, faults := eventOf(ns, r.GetEvent(), time.Now())
+	if len(faults) > 0 {
+		return nil, invalid(under("event", faults)...)
+	}
+	result := s.Ingest.Publish(ctx, ns, []*delivery.Event{ev})[0]
+	if result.Err != nil {
+		return nil, toStatus(result.Err, publishedName(ns, ev, result.Err))
+	}
+	return &grapnelv1.PublishResponse{
+		Name:                 eventName(ns, result.Event.ID),
+		Duplicate:            result.Duplicate,
+		MatchedSubscriptions: queuedFor(result.Event),
+		AcceptTime:           timestamppb.New(result.Event.AcceptTime),
+	}, nil
+}
+
+// BatchPublish accepts or refuses each event on its own. The call fails only when no event was looked at.
+func (s publishService) BatchPublish(ctx context.Context, r *grapnelv1.BatchPublishRequest) (*grapnelv1.BatchPublishResponse, error) {
+	ns, err := parseNamespace("parent", r.GetParent())
+	if err != nil {
+		return nil, err
+	}
+	switch n := len(r.GetEvents()); {
+	case n == 0:
+		return nil, invalid(Violation{"events", "must have at least 1 event", "repeated.min_items"})
+	case n > maxBatch:
+		return nil, invalid(Violation{"events", "has " + strconv.Itoa(n) + " events; a batch takes at most " + strconv.Itoa(maxBatch), "repeated.max_items"})
+	}
+	if size := proto.Size(r); size > maxMessage {
+		return nil, invalid(Violation{"events", "is " + strconv.Itoa(size) + " bytes in all; a batch takes at most " + strconv.Itoa(maxMessage), "batch_bytes"})
+	}
+	if err := s.Ingest.Refusal(ns); err != nil {
+		return nil, toStatus(err, r.GetParent())
+	}
+	results, err := s.publishAll(ctx, ns, r.GetEvents())
+	if err != nil {
+		return nil, toStatus(err, r.GetParent())
+	}
+	out := &grapnelv1.BatchPublishResponse{Results: results}
+	for _, result := range results {
+		if result.GetError() != nil {
+			out.FailedCount++
+		}
+	}
+	return out, nil
+}
+
+// publishAll publishes what passes the checks; results[k] answers events[k]. The error is that of a server
+// or namespace that took none of them.
+func (s publishService) publishAll(ctx context.Context, ns string, events []*grapnelv1.Event) ([]*grapnelv1.PublishResult, error) {
+	results := make([]*grapnelv1.PublishResult, len(events))
+	accepted := make([]*delivery.Event, 0, len(events))
+	places := make([]int, 0, len(events))
+	now := time.Now()
+	for k, e := range events {
+		ev, faults := eventOf(ns, e, now)
+		if len(faults) > 0 {
+			results[k] = &grapnelv1.PublishResult{Error: invalid(faults...).item()}
+			continue
+		}
+		accepted = append(accepted, ev)
+		places = append(places, k)
+	}
+	if len(accepted) == 0 {
+		return results, nil
+	}
+	for i, r := range s.Ingest.Publish(ctx, ns, accepted) {
+		if r.Err != nil && ofNamespace(r.Err) {
+			return nil, r.Err
+		}
+		results[places[i]] = publishResult(ns, accepted[i], r)
+	}
+	return results, nil
+}
+
+// ofNamespace tells the refusals that are about the server or the namespace, not the event: Ingest refuses
+// all events of a call with them, or none.
+func ofNamespace(err error) bool {
+	if _, ok := errors.AsType[*ingest.QuotaError](err); ok {
+		return true
+	}
+	return errors.Is(err, ingest.ErrDraining) || errors.Is(err, ingest.ErrNamespaceNotFound) || errors.Is(err, ingest.ErrNamespaceDeleted)
+}
+
+func publishResult(ns string, ev *delivery.Event, r ingest.Result) *grapnelv1.PublishResult {
+	if r.Err == nil {
+		return &grapnelv1.PublishResult{Name: eventName(ns, r.Event.ID), Duplicate: r.Duplicate}
+	}
+	if bad, ok := errors.AsType[*ingest.FieldError](r.Err); ok {
+		return &grapnelv1.PublishResult{Error: invalid(Violation{bad.Field, bad.Description, bad.Rule}).item()}
+	}
+	return &grapnelv1.PublishResult{Error: toStatus(r.Err, publishedName(ns, ev, r.Err)).item()}
+}
+
+// publishedName is the resource that a refusal is about: the event when it is one of the event's id.
+func publishedName(ns string, ev *delivery.Event, err error) string {
+	if errors.Is(err, delivery.ErrEventConflict) {
+		return eventName(ns, ev.ID)
+	}
+	return namespaceName(ns)
+}
+
+// queuedFor counts the subscriptions that the event will be sent to.
+func queuedFor(ev *delivery.Event) int32 {
+	n := int32(0)
+	for i := range ev.Targets {
+		if !ev.Targets[i].Skip {
+			n++
+		}
+	}
+	return n
+}
