@@ -52,13 +52,10 @@ func Next(p Policy, job *Job, r Result, now time.Time, rnd float64) Step {
 	if made >= job.MaxAttempts {
 		return Step{State: Exhausted, Reason: fmt.Sprintf("all %d attempts failed", made)}
 	}
-	delay := p.delay(made, rnd)
-	if asked := min(r.RetryAfter, maxRetryAfter); asked > delay {
-		// What the target asks for may not make a delivery miss its last chance.
+	delay, left := p.delay(made, rnd), job.Expire.Sub(now)
+	if asked := min(r.RetryAfter, maxRetryAfter, left); asked > delay {
+		// What the target asks for may not make a delivery miss its last chance, hence left above.
 		delay = asked
-		if left := job.Expire.Sub(now); delay > left && left > 0 {
-			delay = left
-		}
 	}
 	due := now.Add(delay)
 	if due.After(job.Expire) {
