@@ -173,14 +173,14 @@ type (
 // Register adds all services and health to g. It may be called for several grpc servers (public, admin),
 // each before it serves.
 func (s *Server) Register(g *grpc.Server) {
-	register(g, &grapnelv1.PublishService_ServiceDesc, publishService{Server: s})
-	register(g, &grapnelv1.EventService_ServiceDesc, eventService{Server: s})
-	register(g, &grapnelv1.DeliveryService_ServiceDesc, deliveryService{Server: s})
-	register(g, &grapnelv1.NamespaceService_ServiceDesc, namespaceService{Server: s})
-	register(g, &grapnelv1.SubscriptionService_ServiceDesc, subscriptionService{Server: s})
-	register(g, &grapnelv1.SecretService_ServiceDesc, secretService{Server: s})
-	register(g, &grapnelv1.PluginService_ServiceDesc, pluginService{Server: s})
-	register(g, &grapnelv1.AdminService_ServiceDesc, adminService{Server: s})
+	grapnelv1.RegisterPublishServiceServer(g, publishService{Server: s})
+	grapnelv1.RegisterEventServiceServer(g, eventService{Server: s})
+	grapnelv1.RegisterDeliveryServiceServer(g, deliveryService{Server: s})
+	grapnelv1.RegisterNamespaceServiceServer(g, namespaceService{Server: s})
+	grapnelv1.RegisterSubscriptionServiceServer(g, subscriptionService{Server: s})
+	grapnelv1.RegisterSecretServiceServer(g, secretService{Server: s})
+	grapnelv1.RegisterPluginServiceServer(g, pluginService{Server: s})
+	grapnelv1.RegisterAdminServiceServer(g, adminService{Server: s})
 	healthpb.RegisterHealthServer(g, s.health)
 	for name := range g.GetServiceInfo() {
 		s.SetServing(name, true)

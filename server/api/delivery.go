@@ -1,0 +1,367 @@
+package api
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strconv"
+	"strings"
+	"time"
+
+	"google.golang.org/protobuf/types/known/durationpb"
+
+	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
+	"github.com/grapnel/grapnel/server/api/filter"
+	"github.com/grapnel/grapnel/server/delivery"
+)
+
+// maxAttemptsPage is the most attempts of one page, and of one delivery's usual life.
+const maxAttemptsPage = 100
+
+// GetDelivery reads one delivery.
+func (s deliveryService) GetDelivery(_ context.Context, r *grapnelv1.GetDeliveryRequest) (*grapnelv1.GetDeliveryResponse, error) {
+	d, err := s.delivery("name", r.GetName())
+	if err != nil {
+		return nil, err
+	}
+	return &grapnelv1.GetDeliveryResponse{Delivery: s.deliveryProto(d, s.inFlight(d))}, nil
+}
+
+// ListDeliveries reads one page, newest first. A page may be short, or empty, before the end.
+func (s deliveryService) ListDeliveries(_ context.Context, r *grapnelv1.ListDeliveriesRequest) (*grapnelv1.ListDeliveriesResponse, error) {
+	ns, err := s.existingNamespace("parent", r.GetParent())
+	if err != nil {
+		return nil, err
+	}
+	size, err := pageSize(r.GetPageSize())
+	if err != nil {
+		return nil, err
+	}
+	f, err := parseFilter(r.GetFilter(), deliveryFields(ns))
+	if err != nil {
+		return nil, err
+	}
+	query := []string{"ListDeliveries", r.GetParent(), r.GetFilter()}
+	after, err := s.pages.open(r.GetPageToken(), query...)
+	if err != nil {
+		return nil, err
+	}
+	// Whether an attempt runs can change from one look to the next: it is looked up once per delivery, so
+	// that what is shown is what the filter saw.
+	running := map[delivery.ID]bool{}
+	q := delivery.Query{Namespace: ns, Limit: size, After: after}
+	if !narrow(&q, f) {
+		return &grapnelv1.ListDeliveriesResponse{}, nil
+	}
+	q.Match = func(d *delivery.Delivery) bool {
+		busy := s.inFlight(d)
+		if !f.Match(shownDelivery{d, busy}) {
+			return false
+		}
+		if busy {
+			running[d.ID] = true
+		}
+		return true
+	}
+	page, err := s.Journal.Deliveries(q)
+	if err != nil {
+		return nil, toStatus(err, r.GetParent())
+	}
+	out := &grapnelv1.ListDeliveriesResponse{NextPageToken: s.pages.seal(page.Next, query...)}
+	for _, d := range page.Deliveries {
+		out.Deliveries = append(out.Deliveries, s.deliveryProto(d, running[d.ID]))
+	}
+	return out, nil
+}
+
+// ListAttempts reads the attempts of one delivery, first to last.
+func (s deliveryService) ListAttempts(_ context.Context, r *grapnelv1.ListAttemptsRequest) (*grapnelv1.ListAttemptsResponse, error) {
+	d, err := s.delivery("parent", r.GetParent())
+	if err != nil {
+		return nil, err
+	}
+	size, err := boundedPageSize(r.GetPageSize(), maxAttemptsPage, maxAttemptsPage)
+	if err != nil {
+		return nil, err
+	}
+	query := []string{"ListAttempts", r.GetParent()}
+	token, err := s.pages.open(r.GetPageToken(), query...)
+	if err != nil {
+		return nil, err
+	}
+	after, _ := strconv.Atoi(token) // "" is before the first
+	attempts, err := s.Journal.Attempts(d.ID)
+	if err != nil {
+		return nil, toStatus(err, r.GetParent())
+	}
+	out := &grapnelv1.ListAttemptsResponse{}
+	for i := range attempts {
+		if attempts[i].Number <= after {
+			continue
+		}
+		if len(out.Attempts) == size {
+			last := out.Attempts[size-1].GetNumber()
+			out.NextPageToken = s.pages.seal(strconv.Itoa(int(last)), query...)
+			break
+		}
+		out.Attempts = append(out.Attempts, s.attemptProto(&attempts[i], r.GetIncludeBodies()))
+	}
+	return out, nil
+}
+
+// RetryDelivery makes a delivery due now.
+func (s deliveryService) RetryDelivery(ctx context.Context, r *grapnelv1.RetryDeliveryRequest) (*grapnelv1.RetryDeliveryResponse, error) {
+	d, err := s.delivery("name", r.GetName())
+	if err != nil {
+		return nil, err
+	}
+	attempts := -1
+	if r.IfAttemptCount != nil {
+		attempts = int(r.GetIfAttemptCount())
+	}
+	after, err := s.Engine.Retry(ctx, d.ID, laneOf(d), attempts)
+	if errors.Is(err, delivery.ErrInvalidState) {
+		return nil, s.cannot("retried", r.GetName(), d.ID, attempts)
+	}
+	if err != nil {
+		return nil, toStatus(err, r.GetName())
+	}
+	return &grapnelv1.RetryDeliveryResponse{Delivery: s.deliveryProto(after, false)}, nil
+}
+
+// CancelDelivery stops a delivery for good; an attempt that is running is left to end.
+func (s deliveryService) CancelDelivery(ctx context.Context, r *grapnelv1.CancelDeliveryRequest) (*grapnelv1.CancelDeliveryResponse, error) {
+	d, err := s.delivery("name", r.GetName())
+	if err != nil {
+		return nil, err
+	}
+	after, err := s.Engine.Cancel(ctx, d.ID, laneOf(d))
+	if errors.Is(err, delivery.ErrFinal) {
+		return nil, s.cannot("cancelled", r.GetName(), d.ID, -1)
+	}
+	if err != nil {
+		return nil, toStatus(err, r.GetName())
+	}
+	return &grapnelv1.CancelDeliveryResponse{Delivery: s.deliveryProto(after, false)}, nil
+}
+
+// delivery reads the delivery of a name. One of another namespace does not exist.
+func (s *Server) delivery(field, name string) (*delivery.Delivery, error) {
+	ns, id, err := parseDelivery(field, name)
+	if err != nil {
+		return nil, err
+	}
+	d, err := s.Journal.Delivery(id)
+	if err != nil {
+		return nil, toStatus(err, name)
+	}
+	if d.Namespace != ns {
+		return nil, notFound(name, "delivery")
+	}
+	return d, nil
+}
+
+func laneOf(d *delivery.Delivery) delivery.LaneKey {
+	return delivery.LaneKey{Namespace: d.Namespace, Subscription: d.Subscription}
+}
+
+// cannot says why a delivery cannot be retried or cancelled, as it stands now.
+func (s *Server) cannot(what, name string, id delivery.ID, attempts int) error {
+	d, err := s.Journal.Delivery(id)
+	if err != nil {
+		return toStatus(err, name)
+	}
+	state := stateText(d, s.inFlight(d))
+	if attempts >= 0 && d.Attempts != attempts {
+		return invalidState(name, fmt.Sprintf("the delivery has ended %d attempts, not %d as if_attempt_count says; its state is %s", d.Attempts, attempts, state))
+	}
+	return invalidState(name, "the delivery is "+state+" and cannot be "+what)
+}
+
+// inFlight reports whether an attempt of the delivery runs now; on disk it has the state it would be
+// resumed in.
+func (s *Server) inFlight(d *delivery.Delivery) bool {
+	return !d.State.Final() && s.Engine.InFlight(d.ID)
+}
+
+// shownDelivery is a delivery as callers see it.
+type shownDelivery struct {
+	*delivery.Delivery
+	inFlight bool
+}
+
+func stateText(d *delivery.Delivery, inFlight bool) string {
+	return strings.TrimPrefix(stateOf(d, inFlight).String(), "STATE_")
+}
+
+func stateOf(d *delivery.Delivery, inFlight bool) grapnelv1.Delivery_State {
+	if inFlight {
+		return grapnelv1.Delivery_STATE_IN_FLIGHT
+	}
+	return grapnelv1.Delivery_State(d.State)
+}
+
+// narrow puts into q what the index can use of f. It reports false when nothing can pass.
+func narrow(q *delivery.Query, f *filter.Filter[shownDelivery]) bool {
+	q.Since, q.Until = f.Between("create_time")
+	if values, known := f.OneOf("subscription"); known {
+		if len(values) == 0 {
+			return false
+		}
+		if len(values) == 1 {
+			q.Subscription = values[0]
+		}
+	}
+	if values, known := f.OneOf("event"); known {
+		if len(values) == 0 {
+			return false
+		}
+		if len(values) == 1 {
+			q.EventID = values[0]
+		}
+	}
+	if values, known := f.OneOf("state"); known {
+		if len(values) == 0 {
+			return false
+		}
+		q.States = storedStates(values)
+	}
+	return true
+}
+
+// storedStates are those that deliveries shown in the given states have on disk.
+func storedStates(names []string) []delivery.State {
+	var states []delivery.State
+	for _, name := range names {
+		state := delivery.State(grapnelv1.Delivery_State_value["STATE_"+name])
+		if state == delivery.InFlight {
+			states = append(states, delivery.Pending, delivery.Scheduled)
+			continue
+		}
+		states = append(states, state)
+	}
+	return states
+}
+
+func deliveryFields(ns string) []filter.Field[shownDelivery] {
+	type field = filter.Field[shownDelivery]
+	return []field{
+		{
+			Name: "state", Text: func(d shownDelivery) string { return stateText(d.Delivery, d.inFlight) },
+			Values: enumNames(grapnelv1.Delivery_State_name, "STATE_"), Prefix: "STATE_",
+		},
+		{
+			Name: "subscription", Text: func(d shownDelivery) string { return d.Subscription },
+			Canonical: ownID(ns, collectionSubscriptions),
+		},
+		{Name: "event", Text: func(d shownDelivery) string { return d.EventID }, Canonical: ownID(ns, collectionEvents)},
+		{Name: "event_type", Text: func(d shownDelivery) string { return d.EventType }},
+		{
+			Name: "trigger", Text: func(shownDelivery) string { return "PUBLISH" },
+			Values: enumNames(grapnelv1.Delivery_Trigger_name, "TRIGGER_"), Prefix: "TRIGGER_",
+		},
+		{Name: "create_time", Time: func(d shownDelivery) time.Time { return d.CreateTime }},
+		{Name: "attempt_count", Int: func(d shownDelivery) int64 { return int64(d.Attempts) }},
+		{
+			Name: "last_attempt.outcome", Text: func(d shownDelivery) string {
+				if d.Last == nil {
+					return ""
+				}
+				return strings.TrimPrefix(grapnelv1.Attempt_Outcome(d.Last.Outcome).String(), "OUTCOME_")
+			},
+			Values: enumNames(grapnelv1.Attempt_Outcome_name, "OUTCOME_"), Prefix: "OUTCOME_",
+		},
+		{Name: "last_attempt.response_code", Int: func(d shownDelivery) int64 {
+			if d.Last == nil {
+				return 0
+			}
+			return int64(d.Last.ResponseCode)
+		}},
+	}
+}
+
+// enumNames lists the values of an enum that stand for something, without their prefix, in order.
+func enumNames(names map[int32]string, prefix string) []string {
+	var out []string
+	for n := int32(1); len(out) < len(names)-1; n++ {
+		if name, ok := names[n]; ok {
+			out = append(out, strings.TrimPrefix(name, prefix))
+		}
+	}
+	return out
+}
+
+// ownID turns a resource name of the namespace into its id; an id stays as it is.
+func ownID(ns, collection string) func(string) (string, error) {
+	return func(value string) (string, error) {
+		if !strings.Contains(value, "/") {
+			return value, nil
+		}
+		id, ok := strings.CutPrefix(value, resourceName(ns, collection, ""))
+		if !ok || strings.Contains(id, "/") {
+			return "", errors.New("is an id, or a name that begins with " + resourceName(ns, collection, ""))
+		}
+		return id, nil
+	}
+}
+
+func (s *Server) deliveryProto(d *delivery.Delivery, inFlight bool) *grapnelv1.Delivery {
+	m := &grapnelv1.Delivery{
+		Name:            deliveryName(d.Namespace, d.ID),
+		Event:           eventName(d.Namespace, d.EventID),
+		EventType:       d.EventType,
+		Subscription:    subscriptionName(d.Namespace, d.Subscription),
+		State:           stateOf(d, inFlight),
+		Trigger:         grapnelv1.Delivery_TRIGGER_PUBLISH,
+		AttemptCount:    int32(d.Attempts),
+		MaxAttempts:     int32(d.MaxAttempts),
+		NextAttemptTime: stamp(d.NextAttempt),
+		ExpireTime:      stamp(d.Expire),
+		CreateTime:      stamp(d.CreateTime),
+		CompleteTime:    stamp(d.CompleteTime),
+		StateReason:     d.StateReason,
+	}
+	if d.Last != nil {
+		m.LastAttempt = s.attemptProto(d.Last, false)
+	}
+	return m
+}
+
+func (s *Server) attemptProto(a *delivery.Attempt, bodies bool) *grapnelv1.Attempt {
+	m := &grapnelv1.Attempt{
+		Number:       int32(a.Number),
+		StartTime:    stamp(a.Start),
+		Duration:     durationpb.New(a.Duration),
+		Outcome:      grapnelv1.Attempt_Outcome(a.Outcome),
+		ResponseCode: int32(a.ResponseCode),
+		Error:        a.Error,
+		Peer:         a.Peer,
+		Node:         nodeName(s.NodeName),
+		Manual:       a.Manual,
+	}
+	if a.RetryAfter > 0 {
+		m.RetryAfter = durationpb.New(a.RetryAfter)
+	}
+	if bodies {
+		m.ResponseBody = a.ResponseBody
+		m.ResponseHeaders = headerMap(a.ResponseHeaders)
+		m.RequestHeaders = headerMap(a.RequestHeaders)
+	}
+	return m
+}
+
+// headerMap joins the values of a name as HTTP does.
+func headerMap(headers []delivery.Header) map[string]string {
+	if len(headers) == 0 {
+		return nil
+	}
+	m := make(map[string]string, len(headers))
+	for _, h := range headers {
+		if before, ok := m[h.Name]; ok {
+			m[h.Name] = before + ", " + h.Value
+		} else {
+			m[h.Name] = h.Value
+		}
+	}
+	return m
+}
