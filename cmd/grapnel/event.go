@@ -1,0 +1,129 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"strings"
+
+	"github.com/spf13/cobra"
+	"google.golang.org/protobuf/encoding/protojson"
+
+	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
+	"github.com/grapnel/grapnel/sdk/client"
+)
+
+func newEventCommand(c *cli) *cobra.Command {
+	cmd := group("event", "Events that were accepted", newEventGet(c), newEventList(c))
+	cmd.Aliases = []string{"events"}
+	return c.connectFlags(cmd, true)
+}
+
+func eventColumns() []column[*grapnelv1.Event] {
+	type event = *grapnelv1.Event
+	return []column[event]{
+		{head: "ID", value: event.GetId},
+		{head: "TYPE", value: event.GetType},
+		{head: "WEBHOOK-ID", detail: true, value: event.GetUid},
+		{head: "SUBJECT", value: event.GetSubject},
+		{head: "SOURCE", detail: true, value: event.GetSource},
+		{head: "CONTENT TYPE", detail: true, value: event.GetDataContentType},
+		{head: "ATTRIBUTES", detail: true, value: func(e event) string { return pairsText(e.GetAttributes()) }},
+		{head: "BYTES", value: func(e event) string { return number(e.GetSizeBytes()) }},
+		{head: "MATCHED", value: func(e event) string { return fmt.Sprint(e.GetMatchedSubscriptions()) }},
+		{head: "TIME", detail: true, value: func(e event) string { return timeText(e.GetTime()) }},
+		{head: "ACCEPTED", value: func(e event) string { return timeText(e.GetAcceptTime()) }},
+		{head: "DELIVER TIME", detail: true, value: func(e event) string { return timeText(e.GetDeliverTime()) }},
+		{head: "TTL", detail: true, value: func(e event) string { return durationText(e.GetTtl()) }},
+		{head: "PAYLOAD", detail: true, value: payloadText},
+	}
+}
+
+func payloadText(e *grapnelv1.Event) string {
+	switch p := e.GetPayload().(type) {
+	case *grapnelv1.Event_Data:
+		return strings.ToValidUTF8(string(p.Data), "\uFFFD")
+	case *grapnelv1.Event_Text:
+		return p.Text
+	case *grapnelv1.Event_Json:
+		return string(payloadBytes(e))
+	}
+	if e.GetPayloadPurged() {
+		return "no longer kept"
+	}
+	return ""
+}
+
+// payloadBytes is the body as receivers get it.
+func payloadBytes(e *grapnelv1.Event) []byte {
+	switch p := e.GetPayload().(type) {
+	case *grapnelv1.Event_Data:
+		return p.Data
+	case *grapnelv1.Event_Text:
+		return []byte(p.Text)
+	case *grapnelv1.Event_Json:
+		text, err := protojson.Marshal(p.Json)
+		if err == nil {
+			return text
+		}
+	}
+	return nil
+}
+
+func newEventGet(c *cli) *cobra.Command {
+	var payload, raw bool
+	cmd := &cobra.Command{
+		Use: "get ID", Short: "Show an event", Args: cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			name, err := c.name(events, args[0])
+			if err != nil {
+				return err
+			}
+			return c.with(cmd, func(ctx context.Context, cl *client.Client) error {
+				r, err := cl.EventService().GetEvent(ctx, &grapnelv1.GetEventRequest{Name: name, IncludePayload: payload || raw})
+				if err != nil {
+					return err
+				}
+				if raw {
+					if r.GetEvent().GetPayloadPurged() {
+						return fmt.Errorf("the payload of %s is no longer kept", name)
+					}
+					_, err := c.stdout.Write(payloadBytes(r.GetEvent()))
+					return err
+				}
+				return show(c, r.GetEvent(), eventColumns())
+			})
+		},
+	}
+	cmd.Flags().BoolVar(&payload, "payload", false, "show the payload too")
+	cmd.Flags().BoolVar(&raw, "raw", false, "print the payload only, byte for byte")
+	return cmd
+}
+
+func newEventList(c *cli) *cobra.Command {
+	var filter string
+	var limit int
+	cmd := &cobra.Command{
+		Use: "list", Short: "List events, newest first", Aliases: []string{"ls"}, Args: cobra.NoArgs,
+		Example: `  grapnel event list -n acme --filter 'type = "order.*"'`,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			ns, err := c.namespaceID()
+			if err != nil {
+				return err
+			}
+			return c.with(cmd, func(ctx context.Context, cl *client.Client) error {
+				return list(c, cl.Events(ctx, ns, client.Filter(filter), pageFor(limit)), limit, eventColumns())
+			})
+		},
+	}
+	cmd.Flags().StringVar(&filter, "filter", "", "`expression` over type, subject, source, accept_time, attributes.KEY")
+	cmd.Flags().IntVar(&limit, "limit", 100, "show at most this many; 0 shows all")
+	return cmd
+}
+
+// pageFor fetches no more than is shown, and one more to know whether there is more.
+func pageFor(limit int) client.ListOption {
+	if limit <= 0 || limit >= 1000 {
+		return client.PageSize(1000)
+	}
+	return client.PageSize(limit + 1)
+}

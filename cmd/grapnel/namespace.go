@@ -1,0 +1,227 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"iter"
+	"time"
+
+	"github.com/spf13/cobra"
+	"google.golang.org/protobuf/types/known/durationpb"
+	"google.golang.org/protobuf/types/known/fieldmaskpb"
+
+	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
+	"github.com/grapnel/grapnel/sdk/client"
+)
+
+func newNamespaceCommand(c *cli) *cobra.Command {
+	cmd := group("namespace", "Tenants and their limits",
+		newNamespaceCreate(c), newNamespaceGet(c), newNamespaceList(c), newNamespaceUpdate(c), newNamespaceDelete(c))
+	cmd.Aliases = []string{"namespaces", "ns"}
+	return c.connectFlags(cmd, false)
+}
+
+func namespaceColumns() []column[*grapnelv1.Namespace] {
+	type ns = *grapnelv1.Namespace
+	return []column[ns]{
+		{head: "ID", value: func(n ns) string { return lastSegment(n.GetName()) }},
+		{head: "STATE", value: func(n ns) string { return enumText(n.GetState()) }},
+		{head: "REASON", detail: true, value: ns.GetStateReason},
+		{head: "LABELS", value: func(n ns) string { return pairsText(n.GetLabels()) }},
+		{head: "MAX SUBSCRIPTIONS", detail: true, value: func(n ns) string { return number(n.GetQuota().GetMaxSubscriptions()) }},
+		{head: "MAX PUBLISH RATE", detail: true, value: func(n ns) string { return number(n.GetQuota().GetMaxPublishRate()) }},
+		{head: "MAX EVENT BYTES", detail: true, value: func(n ns) string { return number(n.GetQuota().GetMaxEventBytes()) }},
+		{head: "MAX OPEN DELIVERIES", detail: true, value: func(n ns) string { return number(n.GetQuota().GetMaxOpenDeliveries()) }},
+		{head: "RETENTION", value: func(n ns) string { return durationText(n.GetQuota().GetRetention()) }},
+		{head: "SUBSCRIPTIONS", detail: true, value: func(n ns) string { return number(n.GetUsage().GetSubscriptions()) }},
+		{head: "OPEN DELIVERIES", detail: true, value: func(n ns) string { return number(n.GetUsage().GetOpenDeliveries()) }},
+		{head: "OLDEST DUE", detail: true, value: func(n ns) string { return durationText(n.GetUsage().GetOldestDueAge()) }},
+		{head: "CREATED", detail: true, value: func(n ns) string { return timeText(n.GetCreateTime()) }},
+		{head: "AGE", value: func(n ns) string { return age(n.GetCreateTime()) }},
+		{head: "ERASED", detail: true, value: func(n ns) string { return timeText(n.GetPurgeTime()) }},
+		{head: "ETAG", detail: true, value: ns.GetEtag},
+	}
+}
+
+func completeNamespaces(c *cli) cobra.CompletionFunc {
+	return complete(c, func(ctx context.Context, cl *client.Client) iter.Seq2[*grapnelv1.Namespace, error] {
+		return cl.Namespaces(ctx)
+	})
+}
+
+// namespaceFlags are what create and update set.
+type namespaceFlags struct {
+	labels                                     []string
+	subscriptions, rate, bytes, openDeliveries int32
+	retention                                  time.Duration
+}
+
+func (f *namespaceFlags) register(cmd *cobra.Command) {
+	flags := cmd.Flags()
+	flags.StringArrayVarP(&f.labels, "label", "l", nil, "label as `name=value`; repeat for more")
+	flags.Int32Var(&f.subscriptions, "max-subscriptions", 0, "most subscriptions; 0 is the cluster's default")
+	flags.Int32Var(&f.rate, "max-publish-rate", 0, "most events accepted per second; 0 is the cluster's default")
+	flags.Int32Var(&f.bytes, "max-event-bytes", 0, "most bytes of one payload; 0 is the cluster's default")
+	flags.Int32Var(&f.openDeliveries, "max-open-deliveries", 0, "most open deliveries; 0 is the cluster's default")
+	flags.DurationVar(&f.retention, "retention", 0, "how long final deliveries are kept; 0 is the cluster's default")
+}
+
+// apply puts the flags that were given into n and returns the paths of what it set.
+func (f *namespaceFlags) apply(cmd *cobra.Command, n *grapnelv1.Namespace) (paths []string, err error) {
+	changed := cmd.Flags().Changed
+	n.Quota = &grapnelv1.Quota{}
+	if changed("label") {
+		if n.Labels, err = parsePairs("label", f.labels); err != nil {
+			return nil, err
+		}
+		paths = append(paths, "labels")
+	}
+	for _, limit := range []struct {
+		flag, path string
+		set        func()
+	}{
+		{"max-subscriptions", "max_subscriptions", func() { n.Quota.MaxSubscriptions = f.subscriptions }},
+		{"max-publish-rate", "max_publish_rate", func() { n.Quota.MaxPublishRate = f.rate }},
+		{"max-event-bytes", "max_event_bytes", func() { n.Quota.MaxEventBytes = f.bytes }},
+		{"max-open-deliveries", "max_open_deliveries", func() { n.Quota.MaxOpenDeliveries = f.openDeliveries }},
+		{"retention", "retention", func() {
+			if f.retention != 0 {
+				n.Quota.Retention = durationpb.New(f.retention)
+			}
+		}},
+	} {
+		if changed(limit.flag) {
+			limit.set()
+			paths = append(paths, "quota."+limit.path)
+		}
+	}
+	return paths, nil
+}
+
+func newNamespaceCreate(c *cli) *cobra.Command {
+	var f namespaceFlags
+	cmd := &cobra.Command{
+		Use: "create ID", Short: "Add a namespace", Args: cobra.ExactArgs(1),
+		Example: "  grapnel namespace create acme --max-subscriptions 200 --retention 72h",
+	}
+	f.register(cmd)
+	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		name, err := c.name(namespaces, args[0])
+		if err != nil {
+			return err
+		}
+		n := &grapnelv1.Namespace{}
+		if _, err := f.apply(cmd, n); err != nil {
+			return err
+		}
+		return c.with(cmd, func(ctx context.Context, cl *client.Client) error {
+			r, err := cl.NamespaceService().CreateNamespace(ctx, &grapnelv1.CreateNamespaceRequest{NamespaceId: lastSegment(name), Namespace: n})
+			if err != nil {
+				return err
+			}
+			return show(c, r.GetNamespace(), namespaceColumns())
+		})
+	}
+	return cmd
+}
+
+func newNamespaceGet(c *cli) *cobra.Command {
+	return &cobra.Command{
+		Use: "get ID", Short: "Show a namespace with its limits and how much of them is used",
+		Args: cobra.ExactArgs(1), ValidArgsFunction: completeNamespaces(c),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			name, err := c.name(namespaces, args[0])
+			if err != nil {
+				return err
+			}
+			return c.with(cmd, func(ctx context.Context, cl *client.Client) error {
+				r, err := cl.NamespaceService().GetNamespace(ctx, &grapnelv1.GetNamespaceRequest{Name: name})
+				if err != nil {
+					return err
+				}
+				return show(c, r.GetNamespace(), namespaceColumns())
+			})
+		},
+	}
+}
+
+func newNamespaceList(c *cli) *cobra.Command {
+	var deleted bool
+	cmd := &cobra.Command{
+		Use: "list", Short: "List namespaces", Aliases: []string{"ls"}, Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return c.with(cmd, func(ctx context.Context, cl *client.Client) error {
+				var options []client.ListOption
+				if deleted {
+					options = append(options, client.ShowDeleted())
+				}
+				return list(c, cl.Namespaces(ctx, options...), 0, namespaceColumns())
+			})
+		},
+	}
+	cmd.Flags().BoolVar(&deleted, "show-deleted", false, "also those that wait to be erased")
+	return cmd
+}
+
+func newNamespaceUpdate(c *cli) *cobra.Command {
+	var f namespaceFlags
+	var etag string
+	cmd := &cobra.Command{
+		Use: "update ID", Short: "Change labels and limits; what is not given stays",
+		Args: cobra.ExactArgs(1), ValidArgsFunction: completeNamespaces(c),
+	}
+	f.register(cmd)
+	cmd.Flags().StringVar(&etag, "etag", "", "fail unless this is the current etag")
+	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		name, err := c.name(namespaces, args[0])
+		if err != nil {
+			return err
+		}
+		n := &grapnelv1.Namespace{Name: name, Etag: etag}
+		paths, err := f.apply(cmd, n)
+		if err != nil {
+			return err
+		}
+		if len(paths) == 0 {
+			return usagef("nothing to change: give at least one flag")
+		}
+		return c.with(cmd, func(ctx context.Context, cl *client.Client) error {
+			r, err := cl.NamespaceService().UpdateNamespace(ctx, &grapnelv1.UpdateNamespaceRequest{
+				Namespace: n, UpdateMask: &fieldmaskpb.FieldMask{Paths: paths},
+			})
+			if err != nil {
+				return err
+			}
+			return show(c, r.GetNamespace(), namespaceColumns())
+		})
+	}
+	return cmd
+}
+
+func newNamespaceDelete(c *cli) *cobra.Command {
+	r := &grapnelv1.DeleteNamespaceRequest{}
+	cmd := &cobra.Command{
+		Use: "delete ID", Short: "Mark a namespace deleted; it is erased after seven days",
+		Args: cobra.ExactArgs(1), ValidArgsFunction: completeNamespaces(c),
+	}
+	cmd.Flags().BoolVar(&r.Force, "force", false, "delete although it has subscriptions")
+	cmd.Flags().StringVar(&r.Etag, "etag", "", "fail unless this is the current etag")
+	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		var err error
+		if r.Name, err = c.name(namespaces, args[0]); err != nil {
+			return err
+		}
+		return c.with(cmd, func(ctx context.Context, cl *client.Client) error {
+			answer, err := cl.NamespaceService().DeleteNamespace(ctx, r)
+			if err != nil {
+				return err
+			}
+			if c.output == "json" {
+				return show(c, answer.GetNamespace(), namespaceColumns())
+			}
+			_, err = fmt.Fprintf(c.stdout, "%s deleted; it will be erased %s\n", r.Name, age(answer.GetNamespace().GetPurgeTime()))
+			return err
+		})
+	}
+	return cmd
+}

@@ -1,0 +1,174 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"iter"
+	"strings"
+
+	"github.com/spf13/cobra"
+	"google.golang.org/protobuf/types/known/structpb"
+
+	"github.com/grapnel/grapnel/plugins/http"
+	"github.com/grapnel/grapnel/plugins/standardwebhooks"
+	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
+	"github.com/grapnel/grapnel/sdk/client"
+	"github.com/grapnel/grapnel/sdk/plugin"
+)
+
+func newPluginCommand(c *cli) *cobra.Command {
+	cmd := group("plugin", "Signers and transports", newPluginList(c), newPluginGet(c), newPluginValidate(c), newPluginServe(c))
+	cmd.Aliases = []string{"plugins"}
+	return c.connectFlags(cmd, false)
+}
+
+func pluginColumns() []column[*grapnelv1.Plugin] {
+	type plug = *grapnelv1.Plugin
+	return []column[plug]{
+		{head: "ID", value: func(p plug) string { return lastSegment(p.GetName()) }},
+		{head: "ROLES", value: func(p plug) string {
+			var roles []string
+			for _, r := range p.GetRoles() {
+				roles = append(roles, strings.ToLower(enumText(r)))
+			}
+			return strings.Join(roles, ",")
+		}},
+		{head: "VERSION", value: plug.GetVersion},
+		{head: "HEALTH", value: func(p plug) string { return enumText(p.GetHealth()) }},
+		{head: "SCHEMES", value: func(p plug) string { return strings.Join(p.GetUriSchemes(), ",") }},
+		{head: "DESCRIPTION", value: plug.GetDescription},
+		{head: "PROTOCOL", detail: true, value: plug.GetProtocolVersion},
+		{head: "SECRETS", detail: true, value: slotsText},
+		{head: "CONFIG SCHEMA", detail: true, value: func(p plug) string { return structText(p.GetConfigSchema()) }},
+		{head: "CONFIG EXAMPLE", detail: true, value: func(p plug) string { return structText(p.GetConfigExample()) }},
+		{head: "INSTANCES", detail: true, value: instancesText},
+	}
+}
+
+func slotsText(p *grapnelv1.Plugin) string {
+	var words []string
+	for _, s := range p.GetSecretSlots() {
+		word := s.GetSlot()
+		if s.GetRequired() {
+			word += " (required)"
+		}
+		words = append(words, strings.TrimSpace(word+" "+strings.ToLower(strings.Join(s.GetKinds(), "|"))+" "+s.GetDescription()))
+	}
+	return strings.Join(words, "; ")
+}
+
+func structText(s *structpb.Struct) string {
+	if s == nil {
+		return ""
+	}
+	text, err := marshal(s)
+	if err != nil {
+		return ""
+	}
+	return string(text)
+}
+
+func instancesText(p *grapnelv1.Plugin) string {
+	var words []string
+	for _, i := range p.GetInstances() {
+		word := fmt.Sprintf("%s %s, %d restarts", i.GetNode(), enumText(i.GetHealth()), i.GetRestartCount())
+		if i.GetLastError() != "" {
+			word += ", last error: " + i.GetLastError()
+		}
+		words = append(words, word)
+	}
+	return strings.Join(words, "; ")
+}
+
+func completePlugins(c *cli) cobra.CompletionFunc {
+	return complete(c, func(ctx context.Context, cl *client.Client) iter.Seq2[*grapnelv1.Plugin, error] {
+		return cl.Plugins(ctx)
+	})
+}
+
+func newPluginList(c *cli) *cobra.Command {
+	return &cobra.Command{
+		Use: "list", Short: "List plugins and their health", Aliases: []string{"ls"}, Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return c.with(cmd, func(ctx context.Context, cl *client.Client) error {
+				return list(c, cl.Plugins(ctx), 0, pluginColumns())
+			})
+		},
+	}
+}
+
+func newPluginGet(c *cli) *cobra.Command {
+	var schema bool
+	cmd := &cobra.Command{
+		Use: "get ID", Short: "Show a plugin with its settings, secrets and processes",
+		Args: cobra.ExactArgs(1), ValidArgsFunction: completePlugins(c),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			name, err := c.name(plugins, args[0])
+			if err != nil {
+				return err
+			}
+			return c.with(cmd, func(ctx context.Context, cl *client.Client) error {
+				r, err := cl.PluginService().GetPlugin(ctx, &grapnelv1.GetPluginRequest{Name: name})
+				if err != nil {
+					return err
+				}
+				if !schema {
+					return show(c, r.GetPlugin(), pluginColumns())
+				}
+				var text bytes.Buffer
+				if err := json.Indent(&text, []byte(structText(r.GetPlugin().GetConfigSchema())), "", "  "); err != nil {
+					return fmt.Errorf("%s has no schema", name)
+				}
+				_, err = fmt.Fprintln(c.stdout, text.String())
+				return err
+			})
+		},
+	}
+	cmd.Flags().BoolVar(&schema, "schema", false, "print the JSON Schema of its settings only")
+	return cmd
+}
+
+func newPluginValidate(c *cli) *cobra.Command {
+	var config string
+	cmd := &cobra.Command{
+		Use: "validate ID", Short: "Check settings the way creating a subscription would",
+		Args: cobra.ExactArgs(1), ValidArgsFunction: completePlugins(c),
+		Example: `  grapnel plugin validate http --config '{"method":"PUT"}'`,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			name, err := c.name(plugins, args[0])
+			if err != nil {
+				return err
+			}
+			settings, err := c.readStruct("config", config)
+			if err != nil {
+				return err
+			}
+			return c.with(cmd, func(ctx context.Context, cl *client.Client) error {
+				r, err := cl.PluginService().ValidatePluginConfig(ctx, &grapnelv1.ValidatePluginConfigRequest{Name: name, Config: settings})
+				if err != nil {
+					return err
+				}
+				if c.output == "json" {
+					return show(c, r, nil)
+				}
+				c.said("valid")
+				return nil
+			})
+		},
+	}
+	cmd.Flags().StringVar(&config, "config", "{}", "the settings: JSON, `@file` or - for standard input")
+	return cmd
+}
+
+// newPluginServe is what the server starts this binary as; people have no use for it.
+func newPluginServe(c *cli) *cobra.Command {
+	return &cobra.Command{
+		Use: "serve", Short: "Serve the first-party plugins to a Grapnel server", Hidden: true, Args: cobra.NoArgs,
+		RunE: func(*cobra.Command, []string) error {
+			c.releaseSignals() // the SDK decides what ends a plugin
+			return plugin.Serve("grapnel", version().number, http.Kind(), standardwebhooks.Kind())
+		},
+	}
+}

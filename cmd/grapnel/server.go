@@ -1,0 +1,195 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/netip"
+	"os"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+	"gopkg.in/yaml.v3"
+
+	"github.com/grapnel/grapnel/server"
+)
+
+// serverFlags are the knobs of grapnel server. Every one is a flag, a key of the configuration file, and an
+// environment variable.
+type serverFlags struct {
+	options       server.Options
+	egressAllow   []string
+	logLevel      string
+	logFormat     string
+	config        string
+	printTheFlags bool
+}
+
+func newServerCommand(c *cli) *cobra.Command {
+	f := &serverFlags{}
+	cmd := &cobra.Command{
+		Use:   "server",
+		Short: "Run a Grapnel server",
+		Long: `Runs a server until it is interrupted. The first SIGINT or SIGTERM stops it in order: it takes no new
+work and waits for the attempts in flight, --grace at the longest. The second ends that wait; the deliveries
+are attempted again after the next start.
+
+Each flag can also be set by the environment, GRAPNEL_DATA_DIR for --data-dir, and by a YAML file given by
+--config, with the flag's name as key. Flags beat the environment, which beats the file.
+
+When the server is ready it prints one line on standard output:
+
+  grapnel ready addr=127.0.0.1:7070 admin=127.0.0.1:7071 data-dir=./grapnel-data pid=4711`,
+		Example: `  grapnel server
+  grapnel server --data-dir /var/lib/grapnel --config /etc/grapnel.yaml
+  grapnel server --egress-allow 127.0.0.0/8      # allow deliveries to this machine, for development`,
+		Args: cobra.NoArgs,
+	}
+	f.register(cmd)
+	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
+		if err := f.complete(cmd, c); err != nil {
+			return err
+		}
+		if f.printTheFlags {
+			return printConfig(c.stdout, cmd)
+		}
+		return runServer(cmd.Context(), c, f.options)
+	}
+	return cmd
+}
+
+func (f *serverFlags) register(cmd *cobra.Command) {
+	o, flags := &f.options, cmd.Flags()
+	flags.StringVar(&o.DataDir, "data-dir", "./grapnel-data", "directory of the journal and the embedded etcd")
+	flags.StringVar(&o.Listen, "listen", "127.0.0.1:7070", "address of the public API; port 0 picks a free one")
+	flags.StringVar(&o.AdminListen, "admin-listen", "127.0.0.1:7071", "address of metrics, health and profiles")
+	flags.StringSliceVar(&o.EtcdEndpoints, "etcd-endpoints", nil, "an external etcd cluster; none runs the embedded one")
+	flags.StringVar(&o.EtcdTLS.CAFile, "etcd-ca", "", "PEM `file` of the external etcd's roots")
+	flags.StringVar(&o.EtcdTLS.CertFile, "etcd-cert", "", "PEM `file` of the client certificate for etcd")
+	flags.StringVar(&o.EtcdTLS.KeyFile, "etcd-key", "", "PEM `file` of the client key for etcd")
+	flags.IntVar(&o.Partitions, "partitions", 16, "partitions of the journal; fixed when the data directory is made")
+	flags.StringVar(&o.PluginDir, "plugin-dir", "", "`directory` of third-party plugins")
+	flags.StringSliceVar(&f.egressAllow, "egress-allow", nil, "private or reserved `ranges` that deliveries may go to, such as 127.0.0.0/8")
+	flags.StringVar(&o.TLSCert, "tls-cert", "", "PEM `file` of the public API's certificate")
+	flags.StringVar(&o.TLSKey, "tls-key", "", "PEM `file` of the public API's key")
+	flags.BoolVar(&o.Insecure, "insecure", false, "allow an address that others can reach without TLS and authentication")
+	flags.StringVar(&o.NodeName, "node-name", "", "name of this node; default the host's")
+	flags.DurationVar(&o.Grace, "grace", 30*time.Second, "longest wait for attempts in flight when stopping")
+	flags.StringVar(&f.logLevel, "log-level", "info", "debug, info, warn or error")
+	flags.StringVar(&f.logFormat, "log-format", "text", "text or json")
+	flags.StringVar(&f.config, "config", "", "YAML `file` with flag names as keys")
+	flags.BoolVar(&f.printTheFlags, "print-config", false, "print the configuration in force as a file and exit")
+	must(cmd.RegisterFlagCompletionFunc("log-level", fixed("debug", "info", "warn", "error")))
+	must(cmd.RegisterFlagCompletionFunc("log-format", fixed("text", "json")))
+	must(cmd.MarkFlagDirname("data-dir"))
+	must(cmd.MarkFlagDirname("plugin-dir"))
+	must(cmd.MarkFlagFilename("config", "yaml", "yml"))
+}
+
+// complete applies the configuration file and turns what is left into options.
+func (f *serverFlags) complete(cmd *cobra.Command, c *cli) error {
+	if f.config != "" {
+		if err := applyFile(cmd, newServerCommand(c), f.config); err != nil {
+			return err
+		}
+	}
+	var faults []error
+	for _, text := range f.egressAllow {
+		prefix, err := parsePrefix(text)
+		if err != nil {
+			faults = append(faults, err)
+			continue
+		}
+		f.options.EgressAllow = append(f.options.EgressAllow, prefix)
+	}
+	logger, err := newLogger(c.stderr, f.logLevel, f.logFormat)
+	if err := errors.Join(append(faults, err)...); err != nil {
+		return usageError{err}
+	}
+	build := version()
+	f.options.Version, f.options.Commit = build.number, build.commit
+	f.options.Logger = logger
+	f.options.Abandon = c.abandon
+	return nil
+}
+
+// parsePrefix reads a range, or a single address.
+func parsePrefix(text string) (netip.Prefix, error) {
+	text = strings.TrimSpace(text)
+	if addr, err := netip.ParseAddr(text); err == nil {
+		return addr.Prefix(addr.BitLen())
+	}
+	prefix, err := netip.ParsePrefix(text)
+	if err != nil {
+		return netip.Prefix{}, fmt.Errorf("egress-allow: %q is not a range such as 127.0.0.0/8", text)
+	}
+	return prefix.Masked(), nil
+}
+
+func newLogger(w io.Writer, level, format string) (*slog.Logger, error) {
+	var l slog.Level
+	if err := l.UnmarshalText([]byte(level)); err != nil {
+		return nil, fmt.Errorf("log-level: %q is not debug, info, warn or error", level)
+	}
+	options := &slog.HandlerOptions{Level: l}
+	switch format {
+	case "text":
+		return slog.New(slog.NewTextHandler(w, options)), nil
+	case "json":
+		return slog.New(slog.NewJSONHandler(w, options)), nil
+	}
+	return nil, fmt.Errorf("log-format: %q is not text or json", format)
+}
+
+// runServer runs a server until ctx ends, and prints the ready line in between.
+func runServer(ctx context.Context, c *cli, o server.Options) error {
+	s, err := server.New(o)
+	if err != nil {
+		return usageError{err}
+	}
+	ended := make(chan error, 1)
+	go func() { ended <- s.Run(ctx) }()
+	select {
+	case err := <-ended:
+		return err
+	case <-s.Ready():
+		fmt.Fprintf(c.stdout, "grapnel ready addr=%s admin=%s data-dir=%s pid=%d\n", s.Addr(), s.AdminAddr(), o.DataDir, os.Getpid())
+	}
+	return <-ended
+}
+
+// printConfig prints the flags in force as a configuration file.
+func printConfig(w io.Writer, cmd *cobra.Command) error {
+	root := &yaml.Node{Kind: yaml.MappingNode}
+	for _, name := range flagNames(cmd) {
+		if !configurable(cmd, name) || name == "config" {
+			continue
+		}
+		flag := cmd.Flags().Lookup(name)
+		value := &yaml.Node{Kind: yaml.ScalarNode, Value: flag.Value.String()}
+		switch flag.Value.Type() {
+		case "string":
+			value.Tag = "!!str"
+		case "stringSlice":
+			items, err := cmd.Flags().GetStringSlice(name)
+			if err != nil {
+				return err
+			}
+			value = &yaml.Node{Kind: yaml.SequenceNode, Style: yaml.FlowStyle}
+			for _, item := range items {
+				value.Content = append(value.Content, &yaml.Node{Kind: yaml.ScalarNode, Tag: "!!str", Value: item})
+			}
+		}
+		key := &yaml.Node{Kind: yaml.ScalarNode, Value: name, HeadComment: flag.Usage}
+		root.Content = append(root.Content, key, value)
+	}
+	text, err := yaml.Marshal(root)
+	if err != nil {
+		return err
+	}
+	_, err = w.Write(text)
+	return err
+}

@@ -1,0 +1,348 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"iter"
+	"strings"
+
+	"github.com/spf13/cobra"
+	"google.golang.org/protobuf/types/known/fieldmaskpb"
+
+	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
+	"github.com/grapnel/grapnel/sdk/client"
+)
+
+func newSubscriptionCommand(c *cli) *cobra.Command {
+	cmd := group("subscription", "Who receives which events, where and how",
+		newSubscriptionCreate(c), newSubscriptionGet(c), newSubscriptionList(c), newSubscriptionUpdate(c),
+		newSubscriptionDelete(c), newSubscriptionPause(c), newSubscriptionResume(c), newSubscriptionTest(c))
+	cmd.Aliases = []string{"subscriptions", "sub"}
+	return c.connectFlags(cmd, true)
+}
+
+func subscriptionColumns() []column[*grapnelv1.Subscription] {
+	type sub = *grapnelv1.Subscription
+	return []column[sub]{
+		{head: "ID", value: func(s sub) string { return lastSegment(s.GetName()) }},
+		{head: "NAME", detail: true, value: sub.GetName},
+		{head: "DISPLAY NAME", detail: true, value: sub.GetDisplayName},
+		{head: "STATE", value: func(s sub) string { return enumText(s.GetState()) }},
+		{head: "REASON", detail: true, value: sub.GetStateReason},
+		{head: "TYPES", value: func(s sub) string { return cmp.Or(strings.Join(s.GetEventTypes(), ","), "*") }},
+		{head: "CONDITION", detail: true, value: sub.GetCondition},
+		{head: "URI", value: sub.GetUri},
+		{head: "HEADERS", detail: true, value: func(s sub) string { return pairsText(s.GetHeaders()) }},
+		{head: "LABELS", detail: true, value: func(s sub) string { return pairsText(s.GetLabels()) }},
+		{head: "SIGNER", detail: true, value: func(s sub) string { return bindingText(s.GetSigner()) }},
+		{head: "TRANSPORT", detail: true, value: func(s sub) string { return bindingText(s.GetTransport()) }},
+		{head: "ATTEMPT TIMEOUT", detail: true, value: func(s sub) string { return durationText(s.GetAttemptTimeout()) }},
+		{head: "RETRY", detail: true, value: func(s sub) string { return retryText(s.GetRetryPolicy()) }},
+		{head: "MAX AGE", detail: true, value: func(s sub) string { return durationText(s.GetRetryPolicy().GetMaxAge()) }},
+		{head: "MAX IN FLIGHT", detail: true, value: func(s sub) string { return number(s.GetMaxInFlight()) }},
+		{head: "MAX RATE", detail: true, value: func(s sub) string { return rateText(s.GetMaxRate()) }},
+		{head: "DISABLE AFTER", detail: true, value: func(s sub) string { return durationText(s.GetFailurePolicy().GetDisableAfter()) }},
+		{head: "CREATED", detail: true, value: func(s sub) string { return timeText(s.GetCreateTime()) }},
+		{head: "UPDATED", detail: true, value: func(s sub) string { return timeText(s.GetUpdateTime()) }},
+		{head: "AGE", value: func(s sub) string { return age(s.GetCreateTime()) }},
+		{head: "UID", detail: true, value: sub.GetUid},
+		{head: "ETAG", detail: true, value: sub.GetEtag},
+	}
+}
+
+func bindingText(b *grapnelv1.PluginBinding) string {
+	words := []string{lastSegment(b.GetPlugin())}
+	if len(b.GetSecrets()) > 0 {
+		words = append(words, pairsText(b.GetSecrets()))
+	}
+	if len(b.GetConfig().GetFields()) > 0 {
+		if text, err := marshal(b.GetConfig()); err == nil {
+			words = append(words, string(text))
+		}
+	}
+	return strings.TrimSpace(strings.Join(words, " "))
+}
+
+func retryText(p *grapnelv1.RetryPolicy) string {
+	if p == nil {
+		return ""
+	}
+	var delays []string
+	for _, d := range p.GetSchedule() {
+		delays = append(delays, durationText(d))
+	}
+	how := "after " + strings.Join(delays, ", ")
+	if len(delays) == 0 {
+		how = fmt.Sprintf("after %s, times %g up to %s", cmp.Or(durationText(p.GetInitialBackoff()), "5s"),
+			cmp.Or(p.GetMultiplier(), 2.5), cmp.Or(durationText(p.GetMaxBackoff()), "6h"))
+	}
+	if p.GetMaxAttempts() > 0 {
+		return fmt.Sprintf("%d attempts, %s", p.GetMaxAttempts(), how)
+	}
+	return how
+}
+
+func rateText(rate float64) string {
+	if rate == 0 {
+		return ""
+	}
+	return fmt.Sprintf("%g/s", rate)
+}
+
+func completeSubscriptions(c *cli) cobra.CompletionFunc {
+	return complete(c, func(ctx context.Context, cl *client.Client) iter.Seq2[*grapnelv1.Subscription, error] {
+		return cl.Subscriptions(c.namespace).List(ctx)
+	})
+}
+
+func newSubscriptionCreate(c *cli) *cobra.Command {
+	var f subscriptionFlags
+	var validateOnly bool
+	cmd := &cobra.Command{
+		Use: "create ID", Short: "Add a subscription", Args: cobra.ExactArgs(1),
+		Example: `  grapnel subscription create orders -n acme --uri https://hooks.example.com/orders \
+      --type 'order.*' --secret orders-key
+  grapnel subscription create large -n acme --uri https://example.com/x --secret orders-key \
+      --condition 'event.data.total > 100.0' --schedule 10s,1m,10m
+  grapnel subscription create orders -n acme -f orders.yaml --validate-only`,
+	}
+	f.register(cmd, c)
+	cmd.Flags().BoolVar(&validateOnly, "validate-only", false, "check everything and store nothing")
+	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		parent, id, err := c.created(subscriptions, args[0])
+		if err != nil {
+			return err
+		}
+		s := &grapnelv1.Subscription{}
+		if _, err := f.apply(cmd, c, parent, s); err != nil {
+			return err
+		}
+		return c.with(cmd, func(ctx context.Context, cl *client.Client) error {
+			r, err := cl.SubscriptionService().CreateSubscription(ctx, &grapnelv1.CreateSubscriptionRequest{
+				Parent: parent, SubscriptionId: id, Subscription: s, RequestId: client.NewID(), ValidateOnly: validateOnly,
+			})
+			if err != nil {
+				return err
+			}
+			c.warn(r.GetWarnings())
+			return show(c, r.GetSubscription(), subscriptionColumns())
+		})
+	}
+	return cmd
+}
+
+func newSubscriptionGet(c *cli) *cobra.Command {
+	return &cobra.Command{
+		Use: "get ID", Short: "Show a subscription", Args: cobra.ExactArgs(1), ValidArgsFunction: completeSubscriptions(c),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			name, err := c.name(subscriptions, args[0])
+			if err != nil {
+				return err
+			}
+			return c.with(cmd, func(ctx context.Context, cl *client.Client) error {
+				s, err := cl.Subscriptions("").Get(ctx, name)
+				if err != nil {
+					return err
+				}
+				return show(c, s, subscriptionColumns())
+			})
+		},
+	}
+}
+
+func newSubscriptionList(c *cli) *cobra.Command {
+	var filter string
+	var all bool
+	cmd := &cobra.Command{
+		Use: "list", Short: "List subscriptions", Aliases: []string{"ls"}, Args: cobra.NoArgs,
+		Example: "  grapnel subscription list -n acme --filter 'state = DISABLED'\n  grapnel subscription list --all-namespaces",
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			ns, columns := "-", subscriptionColumns()
+			if all {
+				columns[0] = columns[1] // full names, as IDs repeat
+				columns[0].detail = false
+			} else {
+				var err error
+				if ns, err = c.namespaceID(); err != nil {
+					return err
+				}
+			}
+			return c.with(cmd, func(ctx context.Context, cl *client.Client) error {
+				return list(c, cl.Subscriptions(ns).List(ctx, client.Filter(filter)), 0, columns)
+			})
+		},
+	}
+	cmd.Flags().StringVar(&filter, "filter", "", "`expression` over state, event_type, uri, labels.KEY, signer, transport, create_time")
+	cmd.Flags().BoolVarP(&all, "all-namespaces", "A", false, "of all namespaces")
+	return cmd
+}
+
+func newSubscriptionUpdate(c *cli) *cobra.Command {
+	var f subscriptionFlags
+	var etag string
+	var allowMissing, validateOnly bool
+	cmd := &cobra.Command{
+		Use: "update ID", Short: "Change a subscription; what is not given stays",
+		Long: `Changes what the flags name and leaves the rest. A flag with an empty value clears: --condition ''.
+With --file the whole content is replaced by the file's.`,
+		Args: cobra.ExactArgs(1), ValidArgsFunction: completeSubscriptions(c),
+		Example: "  grapnel subscription update orders -n acme --uri https://new.example.com/orders\n" +
+			"  grapnel subscription update orders -n acme --schedule 5s,1m,1h",
+	}
+	f.register(cmd, c)
+	cmd.Flags().StringVar(&etag, "etag", "", "fail unless this is the current etag")
+	cmd.Flags().BoolVar(&allowMissing, "allow-missing", false, "create it when absent")
+	cmd.Flags().BoolVar(&validateOnly, "validate-only", false, "check everything and store nothing")
+	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		name, err := c.name(subscriptions, args[0])
+		if err != nil {
+			return err
+		}
+		parent := strings.TrimSuffix(name, "/subscriptions/"+lastSegment(name))
+		s := &grapnelv1.Subscription{}
+		paths, err := f.apply(cmd, c, parent, s)
+		if err != nil {
+			return err
+		}
+		if len(paths) == 0 {
+			return usagef("nothing to change: give at least one flag")
+		}
+		s.Name, s.Etag = name, cmp.Or(etag, s.GetEtag())
+		return c.with(cmd, func(ctx context.Context, cl *client.Client) error {
+			r, err := cl.SubscriptionService().UpdateSubscription(ctx, &grapnelv1.UpdateSubscriptionRequest{
+				Subscription: s, UpdateMask: &fieldmaskpb.FieldMask{Paths: paths},
+				AllowMissing: allowMissing, ValidateOnly: validateOnly,
+			})
+			if err != nil {
+				return err
+			}
+			c.warn(r.GetWarnings())
+			return show(c, r.GetSubscription(), subscriptionColumns())
+		})
+	}
+	return cmd
+}
+
+func newSubscriptionDelete(c *cli) *cobra.Command {
+	r := &grapnelv1.DeleteSubscriptionRequest{}
+	cmd := &cobra.Command{
+		Use: "delete ID", Short: "Remove a subscription and cancel its open deliveries",
+		Args: cobra.ExactArgs(1), ValidArgsFunction: completeSubscriptions(c),
+	}
+	cmd.Flags().StringVar(&r.Etag, "etag", "", "fail unless this is the current etag")
+	cmd.Flags().BoolVar(&r.AllowMissing, "allow-missing", false, "succeed when it is already gone")
+	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		var err error
+		if r.Name, err = c.name(subscriptions, args[0]); err != nil {
+			return err
+		}
+		return c.with(cmd, func(ctx context.Context, cl *client.Client) error {
+			answer, err := cl.SubscriptionService().DeleteSubscription(ctx, r)
+			if err != nil {
+				return err
+			}
+			if c.output == "json" {
+				return show(c, answer, nil)
+			}
+			c.said("%s deleted, %d deliveries cancelled", r.Name, answer.GetCancelledDeliveries())
+			return nil
+		})
+	}
+	return cmd
+}
+
+func newSubscriptionPause(c *cli) *cobra.Command {
+	var reason string
+	cmd := &cobra.Command{
+		Use: "pause ID", Short: "Stop attempts while events keep queueing",
+		Args: cobra.ExactArgs(1), ValidArgsFunction: completeSubscriptions(c),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			name, err := c.name(subscriptions, args[0])
+			if err != nil {
+				return err
+			}
+			return c.with(cmd, func(ctx context.Context, cl *client.Client) error {
+				r, err := cl.SubscriptionService().PauseSubscription(ctx, &grapnelv1.PauseSubscriptionRequest{Name: name, Reason: reason})
+				return c.newState(r.GetSubscription(), err)
+			})
+		},
+	}
+	cmd.Flags().StringVar(&reason, "reason", "", "shown to those who wonder")
+	return cmd
+}
+
+func newSubscriptionResume(c *cli) *cobra.Command {
+	return &cobra.Command{
+		Use: "resume ID", Short: "Restart attempts after a pause or an automatic disable",
+		Args: cobra.ExactArgs(1), ValidArgsFunction: completeSubscriptions(c),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			name, err := c.name(subscriptions, args[0])
+			if err != nil {
+				return err
+			}
+			return c.with(cmd, func(ctx context.Context, cl *client.Client) error {
+				r, err := cl.SubscriptionService().ResumeSubscription(ctx, &grapnelv1.ResumeSubscriptionRequest{Name: name})
+				return c.newState(r.GetSubscription(), err)
+			})
+		},
+	}
+}
+
+func (c *cli) newState(s *grapnelv1.Subscription, err error) error {
+	if err != nil {
+		return err
+	}
+	if c.output == "json" {
+		return show(c, s, nil)
+	}
+	c.said("%s is %s", s.GetName(), enumText(s.GetState()))
+	return nil
+}
+
+// errNotAccepted is the outcome of a test that reached the server but not the receiver's approval.
+var errNotAccepted = errors.New("the receiver did not accept the test")
+
+func newSubscriptionTest(c *cli) *cobra.Command {
+	var eventType, data, contentType string
+	cmd := &cobra.Command{
+		Use: "test ID", Short: "Make one attempt now and show it; nothing is stored or retried",
+		Long: "Makes one attempt now and shows it. Nothing is stored or retried. Exits with 1 when the receiver does not accept it.",
+		Args: cobra.ExactArgs(1), ValidArgsFunction: completeSubscriptions(c),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			name, err := c.name(subscriptions, args[0])
+			if err != nil {
+				return err
+			}
+			r := &grapnelv1.TestSubscriptionRequest{Name: name}
+			if eventType != "" || data != "" {
+				body, err := c.readValue(data)
+				if err != nil {
+					return fmt.Errorf("read --data: %w", err)
+				}
+				r.Event = &grapnelv1.Event{
+					Id: client.NewID(), Type: cmp.Or(eventType, "grapnel.test"),
+					DataContentType: cmp.Or(contentType, guessContentType(body)), Payload: &grapnelv1.Event_Data{Data: body},
+				}
+			}
+			return c.with(cmd, func(ctx context.Context, cl *client.Client) error {
+				answer, err := cl.SubscriptionService().TestSubscription(ctx, r)
+				if err != nil {
+					return err
+				}
+				if err := show(c, answer.GetAttempt(), attemptColumns()); err != nil {
+					return err
+				}
+				if answer.GetAttempt().GetOutcome() != grapnelv1.Attempt_OUTCOME_SUCCEEDED {
+					return errNotAccepted
+				}
+				return nil
+			})
+		},
+	}
+	cmd.Flags().StringVar(&eventType, "type", "", "type of the event to send; default grapnel.test")
+	cmd.Flags().StringVar(&data, "data", "", "body: text, `@file` or - for standard input")
+	cmd.Flags().StringVar(&contentType, "content-type", "", "media type of --data")
+	return cmd
+}

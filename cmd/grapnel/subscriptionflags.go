@@ -1,0 +1,277 @@
+package main
+
+import (
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"os"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+	"google.golang.org/protobuf/encoding/protojson"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/durationpb"
+	"google.golang.org/protobuf/types/known/structpb"
+	"gopkg.in/yaml.v3"
+
+	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
+)
+
+// subscriptionFlags are what create and update set.
+type subscriptionFlags struct {
+	file, displayName, uri, condition    string
+	types, labels, headers, secrets      []string
+	signer, signerConfig                 string
+	transport, transportConfig           string
+	transportSecrets                     []string
+	attemptTimeout, maxAge, disableAfter time.Duration
+	initialBackoff, maxBackoff           time.Duration
+	multiplier, jitter, maxRate          float64
+	schedule                             []string
+	maxAttempts, maxInFlight             int32
+	ignoreGone                           bool
+}
+
+func (f *subscriptionFlags) register(cmd *cobra.Command, c *cli) {
+	flags := cmd.Flags()
+	flags.StringVarP(&f.file, "file", "f", "", "content as YAML or JSON in a `file`, or - for standard input; flags go on top")
+	flags.StringVar(&f.displayName, "display-name", "", "name for people")
+	flags.StringVar(&f.uri, "uri", "", "where to deliver")
+	flags.StringSliceVar(&f.types, "type", nil, "event type `globs` such as order.*; none matches every type")
+	flags.StringVar(&f.condition, "condition", "", "CEL expression over event; empty is true")
+	flags.StringArrayVarP(&f.labels, "label", "l", nil, "label as `name=value`; repeat for more")
+	flags.StringArrayVarP(&f.headers, "header", "H", nil, "static header as `name=value`; repeat for more; not for secrets")
+	flags.StringVar(&f.signer, "signer", "", "plugin that signs; default standard-webhooks")
+	flags.StringVar(&f.signerConfig, "signer-config", "", "its settings: JSON or `@file`")
+	flags.StringArrayVar(&f.secrets, "secret", nil, "key to sign with: an ID, or `slot=ID` where the plugin has several")
+	flags.StringVar(&f.transport, "transport", "", "plugin that sends; default by the scheme of --uri")
+	flags.StringVar(&f.transportConfig, "transport-config", "", "its settings: JSON or `@file`")
+	flags.StringArrayVar(&f.transportSecrets, "transport-secret", nil, "secret for the transport as `slot=ID`")
+	flags.DurationVar(&f.attemptTimeout, "attempt-timeout", 0, "longest time one attempt may take; default 15s")
+	flags.StringSliceVar(&f.schedule, "schedule", nil, "`delays` before attempt 2, 3, … such as 5s,5m,1h")
+	flags.DurationVar(&f.initialBackoff, "initial-backoff", 0, "first delay, instead of --schedule")
+	flags.DurationVar(&f.maxBackoff, "max-backoff", 0, "longest delay, instead of --schedule")
+	flags.Float64Var(&f.multiplier, "backoff-multiplier", 0, "growth of the delay, instead of --schedule")
+	flags.Float64Var(&f.jitter, "jitter", 0.2, "random spread of delays, 0 to 1")
+	flags.Int32Var(&f.maxAttempts, "max-attempts", 0, "attempts in all")
+	flags.DurationVar(&f.maxAge, "max-age", 0, "no attempt starts later than this after the event; default 96h")
+	flags.Int32Var(&f.maxInFlight, "max-in-flight", 0, "most attempts at a time; default 16")
+	flags.Float64Var(&f.maxRate, "max-rate", 0, "most attempts started per second; 0 is no limit")
+	flags.DurationVar(&f.disableAfter, "disable-after", 0, "disable after failing for this long; 0s never, default 120h")
+	flags.BoolVar(&f.ignoreGone, "ignore-gone", false, "keep it enabled when the target answers 410 Gone")
+	must(cmd.RegisterFlagCompletionFunc("secret", completeSecrets(c)))
+	must(cmd.RegisterFlagCompletionFunc("signer", completePlugins(c)))
+	must(cmd.RegisterFlagCompletionFunc("transport", completePlugins(c)))
+	must(cmd.MarkFlagFilename("file", "yaml", "yml", "json"))
+}
+
+// field is one flag, the path of what it sets, and how.
+type field struct {
+	flag, path string
+	set        func() error
+}
+
+// apply puts the file and the flags that were given into s and returns the paths of what it set, "*" when
+// there was a file.
+func (f *subscriptionFlags) apply(cmd *cobra.Command, c *cli, parent string, s *grapnelv1.Subscription) ([]string, error) {
+	var paths []string
+	if f.file != "" {
+		if err := c.readMessage(f.file, s); err != nil {
+			return nil, err
+		}
+		paths = []string{"*"}
+	}
+	for _, field := range slices.Concat(f.plain(s), f.bindings(c, parent, s), f.retry(cmd, s)) {
+		if !cmd.Flags().Changed(field.flag) {
+			continue
+		}
+		if err := field.set(); err != nil {
+			return nil, err
+		}
+		if f.file == "" && !slices.Contains(paths, field.path) {
+			paths = append(paths, field.path)
+		}
+	}
+	return paths, nil
+}
+
+func (f *subscriptionFlags) plain(s *grapnelv1.Subscription) []field {
+	failure := func() *grapnelv1.FailurePolicy {
+		if s.FailurePolicy == nil {
+			s.FailurePolicy = &grapnelv1.FailurePolicy{}
+		}
+		return s.FailurePolicy
+	}
+	pairs := func(flag string, words []string, to *map[string]string) func() error {
+		return func() (err error) { *to, err = parsePairs(flag, words); return err }
+	}
+	return []field{
+		{"display-name", "display_name", func() error { s.DisplayName = f.displayName; return nil }},
+		{"uri", "uri", func() error { s.Uri = f.uri; return nil }},
+		{"type", "event_types", func() error { s.EventTypes = nonEmpty(f.types); return nil }},
+		{"condition", "condition", func() error { s.Condition = f.condition; return nil }},
+		{"label", "labels", pairs("label", f.labels, &s.Labels)},
+		{"header", "headers", pairs("header", f.headers, &s.Headers)},
+		{"attempt-timeout", "attempt_timeout", func() error { s.AttemptTimeout = durationpb.New(f.attemptTimeout); return nil }},
+		{"max-in-flight", "max_in_flight", func() error { s.MaxInFlight = f.maxInFlight; return nil }},
+		{"max-rate", "max_rate", func() error { s.MaxRate = f.maxRate; return nil }},
+		{"disable-after", "failure_policy.disable_after", func() error { failure().DisableAfter = durationpb.New(f.disableAfter); return nil }},
+		{"ignore-gone", "failure_policy.ignore_gone", func() error { failure().IgnoreGone = f.ignoreGone; return nil }},
+	}
+}
+
+// bindings: a change of one flag of a binding replaces that part only.
+func (f *subscriptionFlags) bindings(c *cli, parent string, s *grapnelv1.Subscription) []field {
+	binding := func(b **grapnelv1.PluginBinding) *grapnelv1.PluginBinding {
+		if *b == nil {
+			*b = &grapnelv1.PluginBinding{}
+		}
+		return *b
+	}
+	part := func(flag, value string, b **grapnelv1.PluginBinding) func() error {
+		return func() (err error) {
+			binding(b).Config, err = c.readStruct(flag, value)
+			return err
+		}
+	}
+	slots := func(flag string, words []string, b **grapnelv1.PluginBinding) func() error {
+		return func() error {
+			binding(b).Secrets = map[string]string{}
+			for _, word := range nonEmpty(words) {
+				slot, id, ok := strings.Cut(word, "=")
+				if !ok {
+					slot, id = "key", word
+				}
+				if !strings.Contains(id, "/") {
+					id = parent + "/secrets/" + id
+				}
+				if _, twice := (*b).Secrets[slot]; twice {
+					return usagef("--%s: slot %q is given twice", flag, slot)
+				}
+				(*b).Secrets[slot] = id
+			}
+			return nil
+		}
+	}
+	return []field{
+		{"signer", "signer.plugin", func() error { binding(&s.Signer).Plugin = pluginName(f.signer); return nil }},
+		{"signer-config", "signer.config", part("signer-config", f.signerConfig, &s.Signer)},
+		{"secret", "signer.secrets", slots("secret", f.secrets, &s.Signer)},
+		{"transport", "transport.plugin", func() error { binding(&s.Transport).Plugin = pluginName(f.transport); return nil }},
+		{"transport-config", "transport.config", part("transport-config", f.transportConfig, &s.Transport)},
+		{"transport-secret", "transport.secrets", slots("transport-secret", f.transportSecrets, &s.Transport)},
+	}
+}
+
+func pluginName(id string) string {
+	if id == "" || strings.Contains(id, "/") {
+		return id
+	}
+	return "plugins/" + id
+}
+
+// retry: a schedule and backoff exclude each other, so that giving either replaces the whole of both.
+func (f *subscriptionFlags) retry(cmd *cobra.Command, s *grapnelv1.Subscription) []field {
+	policy := func() *grapnelv1.RetryPolicy {
+		if s.RetryPolicy == nil {
+			s.RetryPolicy = &grapnelv1.RetryPolicy{}
+		}
+		return s.RetryPolicy
+	}
+	const in = "retry_policy."
+	fields := []field{
+		{"max-attempts", in + "max_attempts", func() error { policy().MaxAttempts = f.maxAttempts; return nil }},
+		{"jitter", in + "jitter", func() error { policy().Jitter = &f.jitter; return nil }},
+		{"max-age", in + "max_age", func() error { policy().MaxAge = durationpb.New(f.maxAge); return nil }},
+		{"schedule", in + "schedule", func() error { return f.setSchedule(policy()) }},
+		{"initial-backoff", in + "initial_backoff", func() error { policy().InitialBackoff = durationpb.New(f.initialBackoff); return nil }},
+		{"max-backoff", in + "max_backoff", func() error { policy().MaxBackoff = durationpb.New(f.maxBackoff); return nil }},
+		{"backoff-multiplier", in + "multiplier", func() error { policy().Multiplier = f.multiplier; return nil }},
+	}
+	backoff := []string{"initial-backoff", "max-backoff", "backoff-multiplier"}
+	reset := func(flag string, paths ...string) {
+		for _, path := range paths {
+			fields = append(fields, field{flag, in + path, func() error { policy(); return nil }})
+		}
+	}
+	reset("schedule", "initial_backoff", "max_backoff", "multiplier")
+	for _, flag := range backoff {
+		reset(flag, "schedule")
+	}
+	// The number of attempts follows the delays unless it is given too.
+	if slices.ContainsFunc(append(backoff, "schedule"), cmd.Flags().Changed) && !cmd.Flags().Changed("max-attempts") {
+		reset("schedule", "max_attempts")
+		for _, flag := range backoff {
+			reset(flag, "max_attempts")
+		}
+	}
+	return fields
+}
+
+func (f *subscriptionFlags) setSchedule(p *grapnelv1.RetryPolicy) error {
+	p.Schedule = nil
+	for _, text := range nonEmpty(f.schedule) {
+		d, err := time.ParseDuration(strings.TrimSpace(text))
+		if err != nil {
+			return usagef("--schedule: %q is not a duration such as 5s", text)
+		}
+		p.Schedule = append(p.Schedule, durationpb.New(d))
+	}
+	return nil
+}
+
+// nonEmpty drops empty words, so that an empty flag clears.
+func nonEmpty(words []string) []string {
+	return slices.DeleteFunc(slices.Clone(words), func(w string) bool { return w == "" })
+}
+
+// readMessage reads YAML or JSON into m; unknown fields are refused by name.
+func (c *cli) readMessage(path string, m proto.Message) error {
+	var text []byte
+	var err error
+	if path == "-" {
+		text, err = c.readValue("-")
+	} else {
+		text, err = os.ReadFile(path)
+	}
+	if err != nil {
+		return fmt.Errorf("read --file: %w", err)
+	}
+	if !json.Valid(text) {
+		var tree any
+		if err := yaml.Unmarshal(text, &tree); err != nil {
+			return usagef("%s: %w", path, err)
+		}
+		if text, err = json.Marshal(tree); err != nil {
+			return usagef("%s: %w", path, err)
+		}
+	}
+	if err := protojson.Unmarshal(text, m); err != nil {
+		return usagef("%s: %s", path, protoText(err))
+	}
+	return nil
+}
+
+// protoText is protojson's complaint without the library's own prefix, whose blank varies.
+func protoText(err error) string {
+	text := strings.ReplaceAll(err.Error(), "\u00a0", " ")
+	return strings.TrimPrefix(text, "proto: ")
+}
+
+// readStruct reads a JSON object from a flag; empty is none.
+func (c *cli) readStruct(flag, value string) (*structpb.Struct, error) {
+	if value == "" {
+		return nil, nil
+	}
+	text, err := c.readValue(value)
+	if err != nil {
+		return nil, fmt.Errorf("read --%s: %w", flag, err)
+	}
+	s := &structpb.Struct{}
+	if err := protojson.Unmarshal(bytes.TrimSpace(text), s); err != nil {
+		return nil, usagef("--%s: must be a JSON object: %s", flag, protoText(err))
+	}
+	return s, nil
+}
