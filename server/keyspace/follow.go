@@ -57,9 +57,10 @@ func (s *Space) follow(ctx context.Context) error {
 	defer cancel()
 
 	watch := s.client.Watch(ctx, s.watch, clientv3.WithPrefix(), clientv3.WithRev(s.revision+1))
-	probing.Go(func() { s.probe(ctx) })
-	silent := time.NewTimer(abandonAfter)
-	defer silent.Stop()
+	revisions := make(chan int64)
+	probing.Go(func() { s.probe(ctx, revisions) })
+	// spoken is the latest revision the watch has told of; owes is since when etcd is known to be further.
+	spoken, owes := s.revision, time.Time{}
 	for {
 		select {
 		case resp, ok := <-watch:
@@ -69,24 +70,38 @@ func (s *Space) follow(ctx context.Context) error {
 			if err := resp.Err(); err != nil {
 				return err
 			}
-			s.heard.Store(time.Now().UnixNano())
-			silent.Reset(abandonAfter)
-			if resp.IsProgressNotify() && resp.Header.GetRevision() < s.revision {
-				return errPast
-			}
+			spoken, owes = max(spoken, resp.Header.GetRevision()), time.Time{}
 			s.take(resp.Events)
-		case <-silent.C:
-			return errSilent
+		case revision := <-revisions:
+			s.heard.Store(time.Now().UnixNano())
+			switch {
+			case revision < s.revision:
+				return errPast
+			case revision <= spoken:
+				owes = time.Time{}
+			case owes.IsZero():
+				owes = time.Now()
+			case time.Since(owes) > abandonAfter:
+				return errSilent
+			}
 		}
 	}
 }
 
-// probe asks the watch for a sign of life now and then; the answers come through the watch itself.
-func (s *Space) probe(ctx context.Context) {
+// probe asks etcd for its revision now and then, and the watch to tell how far it is: on its own it would
+// be silent as long as no watched key changes. A watch that has nothing to catch up with does not answer.
+func (s *Space) probe(ctx context.Context, revisions chan<- int64) {
 	for pause(ctx, probeEvery) == nil {
 		asking, cancel := context.WithTimeout(ctx, healthyFor)
-		// An error shows as silence.
-		_ = s.client.RequestProgress(asking)
+		resp, err := s.client.Get(asking, s.watch, clientv3.WithCountOnly())
+		if err == nil {
+			// An error shows as silence.
+			_ = s.client.RequestProgress(asking)
+			select {
+			case revisions <- resp.Header.Revision:
+			case <-ctx.Done():
+			}
+		}
 		cancel()
 	}
 }

@@ -29,8 +29,8 @@ var ErrUnavailable = errors.New("etcd is unavailable")
 const (
 	// timeout bounds one operation, retries and the wait for its own watch event included.
 	timeout = 5 * time.Second
-	// A watch that is alive answers a probe; unheard for healthyFor it counts as unhealthy, unheard for
-	// abandonAfter it is given up for a new one.
+	// etcd unheard for healthyFor counts as unhealthy. A watch that is behind and silent for abandonAfter
+	// is given up for a new one.
 	probeEvery   = time.Second
 	healthyFor   = 4 * time.Second
 	abandonAfter = 15 * time.Second

@@ -285,3 +285,29 @@ func TestOutage(t *testing.T) {
 		t.Errorf("the view holds %q", got)
 	}
 }
+
+func TestHistoryThatBeginsAnew(t *testing.T) {
+	own, err := keyspacetest.Start()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { own.Close() })
+	for range 20 {
+		put(t, own.Client, "/past/a/old", "x")
+	}
+	s, v := open(t, own.Client, "/past/")
+	run(t, s)
+	own.Stop()
+	if err := own.Wipe(); err != nil {
+		t.Fatal(err)
+	}
+	if err := own.Restart(); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "etcd answers", func() bool {
+		_, err := own.Client.Put(t.Context(), "/past/a/new", "y")
+		return err == nil
+	})
+	want := map[string]string{"a/new": "y"}
+	eventually(t, "the new history is seen", func() bool { return cmp.Equal(want, v.get()) })
+}

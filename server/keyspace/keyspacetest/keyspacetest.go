@@ -13,6 +13,8 @@ import (
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.etcd.io/etcd/server/v3/embed"
 	"go.uber.org/zap"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/backoff"
 )
 
 // Etcd is a server with a client of it. The client survives Stop and Restart of the server.
@@ -37,7 +39,9 @@ func Start() (*Etcd, error) {
 		Endpoints: []string{"unix://" + filepath.Join(dir, "client")},
 		Logger:    zap.NewNop(),
 		// Tests should not wait for a reconnect longer than they must.
-		BackoffWaitBetween: 10 * time.Millisecond,
+		DialOptions: []grpc.DialOption{grpc.WithConnectParams(grpc.ConnectParams{
+			Backoff: backoff.Config{BaseDelay: 10 * time.Millisecond, Multiplier: 1.5, MaxDelay: 100 * time.Millisecond},
+		})},
 	})
 	if err != nil {
 		e.Close()
@@ -83,6 +87,9 @@ func (e *Etcd) Stop() {
 		e.server = nil
 	}
 }
+
+// Wipe removes the data of a stopped server: after Restart its history begins anew.
+func (e *Etcd) Wipe() error { return os.RemoveAll(filepath.Join(e.dir, "data")) }
 
 // Close ends everything and removes the data.
 func (e *Etcd) Close() error {
