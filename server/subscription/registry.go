@@ -82,7 +82,7 @@ func (r *Registry) Snapshot() *Snapshot { return r.snapshot.Load() }
 func (r *Registry) Healthy() bool { return r.space.Healthy() }
 
 // ConditionErrors counts conditions that could not be evaluated for an event, since Open.
-func (r *Registry) ConditionErrors() uint64 { return r.Snapshot().errors.Load() }
+func (r *Registry) ConditionErrors() uint64 { return r.Snapshot().ConditionErrors() }
 
 // OnChange registers a function that is told of every change after the snapshot shows it, in order, from
 // the goroutine of Run. Register before Run. The function must not block and must not write to the

@@ -76,6 +76,10 @@ func NewSnapshot(revision int64, namespaces []*Namespace, subs []*Subscription) 
 // Revision is etcd's revision that the snapshot shows.
 func (s *Snapshot) Revision() int64 { return s.revision }
 
+// ConditionErrors counts conditions that could not be evaluated for an event, over all snapshots of one
+// Registry.
+func (s *Snapshot) ConditionErrors() uint64 { return s.errors.Load() }
+
 // Namespace returns one namespace, nil when absent. Deleted ones are shown until they are erased.
 func (s *Snapshot) Namespace(id string) *Namespace {
 	if t := s.tenant(id); t != nil {

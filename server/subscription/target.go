@@ -36,9 +36,9 @@ func (c *checker) uri(field, uri string) {
 	}
 	switch {
 	case u.Scheme == "":
-		c.add(field, "uri.scheme", "%q has no scheme; want an absolute URL, such as https://%s", uri, strings.TrimLeft(uri, "/"))
+		c.add(field, "uri.scheme", "has no scheme; want an absolute URL, such as https://hooks.example.com/orders")
 	case u.Hostname() == "":
-		c.add(field, "uri.host", "%q has no host; want an absolute URL, such as %s://hooks.example.com/orders", uri, u.Scheme)
+		c.add(field, "uri.host", "has no host behind %s:; want an absolute URL, such as %s://hooks.example.com/orders", u.Scheme, u.Scheme)
 	}
 	if u.Fragment != "" || strings.Contains(uri, "#") {
 		c.add(field, "uri.fragment", "has a fragment (%q), which is never sent; leave it out", "#"+u.Fragment)

@@ -3,6 +3,7 @@ package subscription
 import (
 	"fmt"
 	"math"
+	"net/url"
 	"slices"
 	"strings"
 	"time"
@@ -130,10 +131,13 @@ func (c *checker) condition(field, text string) *condition {
 	return cond
 }
 
+// transport complains of a scheme that needs a transport to be named. It shows nothing but the scheme: a
+// URI may hold a password.
 func (c *checker) transport(p *grapnelv1.Subscription) {
-	if p.Transport.Plugin == "" && p.Uri != "" {
+	u, err := url.Parse(p.Uri)
+	if p.Transport.Plugin == "" && err == nil && u.Scheme != "" {
 		c.add("subscription.transport.plugin", "transport.required",
-			"no transport is the default for %q; want http or https in uri, or the name of a transport, plugins/NAME", p.Uri)
+			"no transport is the default for the scheme %q; want http or https in uri, or the name of a transport, plugins/NAME", u.Scheme)
 	}
 }
 

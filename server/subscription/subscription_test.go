@@ -1,0 +1,249 @@
+package subscription_test
+
+import (
+	"errors"
+	"fmt"
+	"math"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/testing/protocmp"
+	"google.golang.org/protobuf/types/known/durationpb"
+	"google.golang.org/protobuf/types/known/structpb"
+
+	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
+	"github.com/grapnel/grapnel/server/subscription"
+)
+
+const ordersName = "namespaces/acme/subscriptions/orders"
+
+func valid() *grapnelv1.Subscription {
+	return &grapnelv1.Subscription{
+		Name:       ordersName,
+		Uri:        "https://hooks.example.com/orders",
+		EventTypes: []string{"order.*"},
+	}
+}
+
+func TestNewFillsDefaults(t *testing.T) {
+	given := valid()
+	s, err := subscription.New(given)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(valid(), given, protocmp.Transform()); diff != "" {
+		t.Errorf("New changed its argument (-want +got):\n%s", diff)
+	}
+	want := valid()
+	want.Uid = s.Proto.Uid
+	want.Signer = &grapnelv1.PluginBinding{Plugin: "plugins/standard-webhooks"}
+	want.Transport = &grapnelv1.PluginBinding{Plugin: "plugins/http"}
+	want.AttemptTimeout = durationpb.New(15 * time.Second)
+	want.MaxInFlight = 16
+	want.RetryPolicy = &grapnelv1.RetryPolicy{MaxAttempts: 10, Jitter: proto.Float64(.2), MaxAge: durationpb.New(96 * time.Hour)}
+	delays := []time.Duration{
+		5 * time.Second, 5 * time.Minute, 30 * time.Minute, 2 * time.Hour, 5 * time.Hour,
+		10 * time.Hour, 14 * time.Hour, 20 * time.Hour, 24 * time.Hour,
+	}
+	for _, d := range delays {
+		want.RetryPolicy.Schedule = append(want.RetryPolicy.Schedule, durationpb.New(d))
+	}
+	want.FailurePolicy = &grapnelv1.FailurePolicy{DisableAfter: durationpb.New(120 * time.Hour)}
+	want.State = grapnelv1.Subscription_STATE_ACTIVE
+	if diff := cmp.Diff(want, s.Proto, protocmp.Transform()); diff != "" {
+		t.Errorf("stored message (-want +got):\n%s", diff)
+	}
+	if diff := cmp.Diff(delays, s.Schedule); diff != "" {
+		t.Errorf("schedule (-want +got):\n%s", diff)
+	}
+	if s.Namespace != "acme" || s.ID != "orders" || s.MaxAttempts != 10 || s.MaxInFlight != 16 ||
+		s.AttemptTimeout != 15*time.Second || s.DisableAfter != 120*time.Hour || s.UID == [16]byte{} {
+		t.Errorf("unpacked: %+v", s)
+	}
+}
+
+func TestNewUnrollsBackoff(t *testing.T) {
+	p := valid()
+	p.RetryPolicy = &grapnelv1.RetryPolicy{
+		MaxAttempts: 5, InitialBackoff: durationpb.New(time.Second), Multiplier: 3, MaxBackoff: durationpb.New(10 * time.Second),
+	}
+	s, err := subscription.New(p)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := []time.Duration{time.Second, 3 * time.Second, 9 * time.Second, 10 * time.Second}
+	if diff := cmp.Diff(want, s.Schedule); diff != "" {
+		t.Errorf("(-want +got):\n%s", diff)
+	}
+	p.RetryPolicy = &grapnelv1.RetryPolicy{InitialBackoff: durationpb.New(5 * time.Second)}
+	if s, err = subscription.New(p); err != nil || s.MaxAttempts != 12 || len(s.Schedule) != 11 {
+		t.Errorf("backoff with defaults: %d attempts, %v, %v", s.MaxAttempts, s.Schedule, err)
+	}
+}
+
+func TestNewNamesEveryFault(t *testing.T) {
+	secrets := func(slot, name string) *grapnelv1.PluginBinding {
+		return &grapnelv1.PluginBinding{Secrets: map[string]string{slot: name}}
+	}
+	config := func(v map[string]any) *grapnelv1.PluginBinding {
+		s, err := structpb.NewStruct(v)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return &grapnelv1.PluginBinding{Config: s}
+	}
+	type sub = grapnelv1.Subscription
+	tests := []struct {
+		name   string
+		change func(*sub)
+		// want are field, reason and a part of the description.
+		want [][3]string
+	}{
+		{"no uri", func(p *sub) { p.Uri = "" }, [][3]string{{"subscription.uri", "uri.required", "https://"}}},
+		{"relative", func(p *sub) { p.Uri = "hooks.example.com/x" }, [][3]string{
+			{"subscription.uri", "uri.scheme", "no scheme"}}},
+		{"no host", func(p *sub) { p.Uri = "https:///x" }, [][3]string{{"subscription.uri", "uri.host", "no host"}}},
+		{"fragment", func(p *sub) { p.Uri = "https://h/x#top" }, [][3]string{{"subscription.uri", "uri.fragment", "#top"}}},
+		{"control", func(p *sub) { p.Uri = "https://h/\r\nx" }, [][3]string{{"subscription.uri", "uri.characters", "position 10"}}},
+		{"idn", func(p *sub) { p.Uri = "https://bücher.example/" }, [][3]string{{"subscription.uri", "uri.characters", "xn--"}}},
+		{"port", func(p *sub) { p.Uri = "https://h:70000/" }, [][3]string{{"subscription.uri", "uri.port", "70000"}}},
+		{"no port", func(p *sub) { p.Uri = "https://h:/" }, [][3]string{{"subscription.uri", "uri.port", "leave"}}},
+		{"unknown scheme", func(p *sub) { p.Uri = "kafka://h/topic" }, [][3]string{{"subscription.transport.plugin", "transport.required", `"kafka"`}}},
+		{"globs", func(p *sub) { p.EventTypes = []string{"a", "", "ä.b", "a"} }, [][3]string{
+			{"subscription.event_types[1]", "event_types.length", "0 characters"},
+			{"subscription.event_types[2]", "event_types.characters", `"ä"`},
+			{"subscription.event_types[3]", "event_types.unique", "twice"}}},
+		{"condition", func(p *sub) { p.Condition = "event.type == 'a' &&\n evnt.id == 'b'" }, [][3]string{
+			{"subscription.condition", "cel.compile", "line 2, column 2"}}},
+		{"condition field", func(p *sub) { p.Condition = "event.tipe == 'a'" }, [][3]string{{"subscription.condition", "cel.compile", "tipe"}}},
+		{"condition type", func(p *sub) { p.Condition = "event.type" }, [][3]string{{"subscription.condition", "cel.compile", "string; want a boolean"}}},
+		{"condition regexp", func(p *sub) { p.Condition = "event.type.matches('(')" }, [][3]string{{"subscription.condition", "cel.compile", "missing closing"}}},
+		{"headers", func(p *sub) {
+			p.Headers = map[string]string{"Webhook-Id": "x", "X-A": "1", "x-a": "2", "bad name": "x", "X-B": "a\r\nb: c", "Authorization": "Bearer x", "X-S": "whsec_abc", "CE-Id": "1", "Host": "h"}
+		}, [][3]string{
+			{`subscription.headers["Authorization"]`, "headers.reserved", "CreateSecret"},
+			{`subscription.headers["CE-Id"]`, "headers.reserved", "attributes"},
+			{`subscription.headers["Host"]`, "headers.reserved", "transport"},
+			{`subscription.headers["Webhook-Id"]`, "headers.reserved", "signer"},
+			{`subscription.headers["X-B"]`, "headers.value", "line break"},
+			{`subscription.headers["X-S"]`, "headers.secret", "CreateSecret"},
+			{`subscription.headers["bad name"]`, "headers.name", "bad name"},
+			{`subscription.headers["x-a"]`, "headers.unique", "X-A"}}},
+		{"labels", func(p *sub) { p.Labels = map[string]string{"": "x", "k": strings.Repeat("x", 64)} }, [][3]string{
+			{`subscription.labels[""]`, "labels.key", "empty"}, {`subscription.labels["k"]`, "string.max_len", "64 characters"}}},
+		{"both policies", func(p *sub) {
+			p.RetryPolicy = &grapnelv1.RetryPolicy{Schedule: []*durationpb.Duration{durationpb.New(1)}, Multiplier: 2}
+		}, [][3]string{{"subscription.retry_policy.schedule", "retry_policy.exclusive", "clear one"}}},
+		{"backoff order", func(p *sub) {
+			p.RetryPolicy = &grapnelv1.RetryPolicy{InitialBackoff: durationpb.New(time.Hour), MaxBackoff: durationpb.New(time.Minute)}
+		}, [][3]string{{"subscription.retry_policy.initial_backoff", "retry_policy.order", "1h0m0s is longer than max_backoff"}}},
+		{"nan", func(p *sub) { p.MaxRate = math.NaN() }, [][3]string{{"subscription.max_rate", "range", "NaN"}}},
+		{"plugin name", func(p *sub) { p.Signer = &grapnelv1.PluginBinding{Plugin: "plugins/../x"} }, [][3]string{{"subscription.signer.plugin", "plugin.name", "plugins/NAME"}}},
+		{"secret elsewhere", func(p *sub) { p.Signer = secrets("key", "namespaces/other/secrets/k") }, [][3]string{{`subscription.signer.secrets["key"]`, "secrets.namespace", "namespaces/acme/secrets/NAME"}}},
+		{"secret path", func(p *sub) { p.Signer = secrets("key", "namespaces/acme/secrets/../x") }, [][3]string{{`subscription.signer.secrets["key"]`, "secrets.name", "want namespaces/acme"}}},
+		{"secret in config", func(p *sub) { p.Transport = config(map[string]any{"a": []any{map[string]any{"b": "-----BEGIN RSA"}}}) }, [][3]string{{"subscription.transport.config.a[0].b", "config.secret", "CreateSecret"}}},
+		{"too big", func(p *sub) { p.Transport = config(map[string]any{"a": strings.Repeat("x", 300<<10)}) }, [][3]string{{"subscription", "size", "at most 262144"}}},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			p := valid()
+			tt.change(p)
+			_, err := subscription.New(p)
+			var invalid *subscription.InvalidError
+			if !errors.As(err, &invalid) {
+				t.Fatalf("got %v, want an InvalidError", err)
+			}
+			if len(invalid.Violations) != len(tt.want) {
+				t.Fatalf("got %d violations, want %d: %v", len(invalid.Violations), len(tt.want), err)
+			}
+			for i, v := range invalid.Violations {
+				if v.Field != tt.want[i][0] || v.Reason != tt.want[i][1] || !strings.Contains(v.Description, tt.want[i][2]) {
+					t.Errorf("violation %d is %+v, want %q", i, v, tt.want[i])
+				}
+			}
+		})
+	}
+}
+
+func TestViolationsDoNotRepeatSecrets(t *testing.T) {
+	const canary = "c4n4ry"
+	p := valid()
+	p.Uri = "https://user:" + canary + "@h/%zz"
+	p.Headers = map[string]string{"Authorization": canary, "X-S": "whsec_" + canary, "X-N": canary + "\n"}
+	p.Signer = &grapnelv1.PluginBinding{Secrets: map[string]string{"key": "whsec_" + canary}}
+	_, err := subscription.New(p)
+	if err == nil || strings.Contains(err.Error(), canary) {
+		t.Errorf("got %v", err)
+	}
+	for _, uri := range []string{"https://user:" + canary + "@h/", "user:" + canary + "@h", "//u:" + canary + "@h"} {
+		p.Uri = uri
+		if _, err = subscription.New(p); err == nil || strings.Contains(err.Error(), canary) {
+			t.Errorf("%s: got %v", uri, err)
+		}
+	}
+}
+
+func TestWarnings(t *testing.T) {
+	key := &grapnelv1.PluginBinding{Secrets: map[string]string{"key": "namespaces/acme/secrets/k"}}
+	tests := []struct {
+		name   string
+		change func(*grapnelv1.Subscription)
+		want   []string
+	}{
+		{"none", func(*grapnelv1.Subscription) {}, nil},
+		{"plain", func(p *grapnelv1.Subscription) { p.Uri = "http://h/" }, []string{"plain http"}},
+		{"everything", func(p *grapnelv1.Subscription) { p.EventTypes = nil }, []string{"every event"}},
+		{"covered", func(p *grapnelv1.Subscription) { p.EventTypes = []string{"order.*", "order.paid"} }, []string{`"order.paid" is already covered by "order.*"`}},
+		{"unsigned", func(p *grapnelv1.Subscription) { p.Signer = nil }, []string{"no secret"}},
+		{"too old", func(p *grapnelv1.Subscription) {
+			p.RetryPolicy = &grapnelv1.RetryPolicy{MaxAge: durationpb.New(time.Hour)}
+		}, []string{"longer than max_age"}},
+		{"unused delays", func(p *grapnelv1.Subscription) { p.RetryPolicy = &grapnelv1.RetryPolicy{MaxAttempts: 3} }, []string{"only 2 of the 9 delays"}},
+		{"never disabled", func(p *grapnelv1.Subscription) {
+			p.FailurePolicy = &grapnelv1.FailurePolicy{DisableAfter: durationpb.New(0)}
+		}, []string{"for ever"}},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			p := valid()
+			p.Signer = key
+			tt.change(p)
+			s, err := subscription.New(p)
+			if err != nil {
+				t.Fatal(err)
+			}
+			got := subscription.Warnings(s.Proto)
+			if len(got) != len(tt.want) {
+				t.Fatalf("got %q, want %q", got, tt.want)
+			}
+			for i := range got {
+				if !strings.Contains(got[i], tt.want[i]) {
+					t.Errorf("got %q, want %q", got[i], tt.want[i])
+				}
+			}
+		})
+	}
+}
+
+func TestQuotaDefaults(t *testing.T) {
+	n := &subscription.Namespace{Proto: &grapnelv1.Namespace{Quota: &grapnelv1.Quota{MaxPublishRate: 5}}}
+	want := subscription.Quota{MaxSubscriptions: 1000, MaxPublishRate: 5, MaxEventBytes: 262144, MaxOpenDeliveries: 1_000_000, Retention: 72 * time.Hour}
+	if diff := cmp.Diff(want, n.Quota()); diff != "" {
+		t.Errorf("(-want +got):\n%s", diff)
+	}
+}
+
+func mustNew(t testing.TB, id string, change func(*grapnelv1.Subscription)) *subscription.Subscription {
+	t.Helper()
+	p := valid()
+	p.Name = "namespaces/acme/subscriptions/" + id
+	change(p)
+	s, err := subscription.New(p)
+	if err != nil {
+		t.Fatal(fmt.Errorf("%s: %w", id, err))
+	}
+	return s
+}
