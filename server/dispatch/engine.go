@@ -16,7 +16,7 @@
 //
 // Of two locks the left one is taken first:
 //
-//	lane.io → lane.start → lane.mu → ring.mu, alarms.mu, refills.mu, index shard, Engine.mu
+//	lane.io → lane.start → lane.mu → ring.mu, alarms.mu, refills.mu, shard.mu, Engine.mu
 //
 // No lock but lane.io is held while the journal is read, and none but lane.io and lane.start while it
 // is written or an attempt is handed over, because the journal calls Offer on the goroutine that does
@@ -28,6 +28,8 @@ import (
 	"errors"
 	"iter"
 	"log/slog"
+	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -63,8 +65,6 @@ type Settler interface {
 	// SetLowWater says that nothing of the FIFO below a sequence is pending once the writes so far are
 	// applied.
 	SetLowWater(lane delivery.LaneKey, partition uint16, seq uint64)
-	// Flush returns when all that was settled before the call can be read back.
-	Flush(context.Context) error
 }
 
 // Editor changes deliveries on behalf of callers, durably.
@@ -119,7 +119,69 @@ type Options struct {
 }
 
 // Engine dispatches deliveries. Its methods may be called from any goroutine.
-type Engine struct{ o Options }
+type Engine struct {
+	journal   Journal
+	subs      Subscriptions
+	attempter Attempter
+	disable   func(ctx context.Context, sub *subscription.Subscription, reason string) error
+	log       *slog.Logger
+	metrics   *metrics
+
+	slots       int
+	share       int
+	windowBytes int64
+
+	inFlight atomic.Int64 // attempts that hold a slot
+	memory   atomic.Int64 // bytes of the jobs in memory
+	ready    atomic.Bool  // recovery is done; until then every job is left on disk
+	stopping atomic.Bool  // takes no new work
+
+	ring    ring
+	alarms  alarms
+	refills refills
+	index   index
+	tests   tests
+
+	// taking ends when no new work is taken, work when what is under way is abandoned.
+	taking, work       context.Context //nolint:containedctx // the lives of the engine's own goroutines
+	endTaking, endWork context.CancelFunc
+	stopped            <-chan struct{} // taking.Done()
+	drained            chan struct{}   // size 1: the last slot was released while stopping
+	aside              sync.WaitGroup  // what runs beside Run: disabling, cancelling
+
+	mu       sync.RWMutex
+	lanes    map[delivery.LaneKey]*lane
+	dirty    []*lane       // lanes to look after in the next round of upkeep
+	running  chan struct{} // closed when Run's goroutines have ended; nil before Run
+	finished chan struct{} // closed when Stop is done
+	stops    bool          // Stop has been called
+	closed   bool          // nothing more may start beside Run
+}
 
 // New makes an Engine that takes jobs at once and starts attempts when Run is called.
-func New(o Options) *Engine { return &Engine{o} }
+func New(o Options) *Engine {
+	if o.Logger == nil {
+		o.Logger = slog.New(slog.DiscardHandler)
+	}
+	if o.Slots <= 0 {
+		o.Slots = 1024
+	}
+	if o.WindowBytes <= 0 {
+		o.WindowBytes = 64 << 20
+	}
+	e := &Engine{
+		journal: o.Journal, subs: o.Subscriptions, attempter: o.Attempter, disable: o.Disable,
+		log:   o.Logger.With("component", "dispatch"),
+		slots: o.Slots, share: max(1, o.Slots/10), windowBytes: o.WindowBytes,
+		lanes:   make(map[delivery.LaneKey]*lane),
+		drained: make(chan struct{}, 1), finished: make(chan struct{}),
+	}
+	e.ring.wake = make(chan struct{}, 1)
+	e.alarms.wake = make(chan struct{}, 1)
+	e.refills.wake = make(chan struct{}, 1)
+	e.taking, e.endTaking = context.WithCancel(context.Background())
+	e.work, e.endWork = context.WithCancel(context.Background())
+	e.stopped = e.taking.Done()
+	e.metrics = newMetrics(e, o.Registerer)
+	return e
+}

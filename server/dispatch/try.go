@@ -1,0 +1,105 @@
+package dispatch
+
+import (
+	"context"
+	"crypto/rand"
+	"fmt"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/grapnel/grapnel/server/delivery"
+	"github.com/grapnel/grapnel/server/subscription"
+)
+
+// testEvery is how often one subscription may be tested.
+const testEvery = time.Second
+
+// tests remembers who was tested within the last second.
+type tests struct {
+	mu   sync.Mutex
+	last map[delivery.LaneKey]time.Time
+}
+
+func (t *tests) allow(key delivery.LaneKey, now time.Time) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for k, at := range t.last {
+		if now.Sub(at) >= testEvery {
+			delete(t.last, k)
+		}
+	}
+	if _, ok := t.last[key]; ok {
+		return false
+	}
+	if t.last == nil {
+		t.last = make(map[delivery.LaneKey]time.Time)
+	}
+	t.last[key] = now
+	return true
+}
+
+// trial is the sink of one test.
+type trial chan delivery.Result
+
+func (t trial) Complete(_ *delivery.Job, r delivery.Result) {
+	select {
+	case t <- r:
+	default:
+	}
+}
+
+// Test makes one attempt outside the lanes and returns it. Nothing is stored, repeated or counted. An
+// event without a UID gets one. It returns ErrTestLimit for a second test of a subscription within a
+// second, ErrUnspent when the plugin is not ready, ErrStopped, and ctx's cause when it ends first; the
+// attempt may then still be made.
+func (e *Engine) Test(ctx context.Context, sub *subscription.Subscription, event *delivery.Event) (delivery.Attempt, error) {
+	if e.stopping.Load() {
+		return delivery.Attempt{}, ErrStopped
+	}
+	now := time.Now()
+	key := delivery.LaneKey{Namespace: sub.Namespace, Subscription: sub.ID}
+	if !e.tests.allow(key, now) {
+		return delivery.Attempt{}, fmt.Errorf("test %s/%s: %w", key.Namespace, key.Subscription, ErrTestLimit)
+	}
+	sample := *event
+	sample.Namespace = sub.Namespace
+	if sample.UID == "" {
+		sample.UID = "test_" + strings.ToLower(rand.Text())
+	}
+	if sample.AcceptTime.IsZero() {
+		sample.AcceptTime = now
+	}
+	job := &delivery.Job{
+		Event: &sample, Subscription: sub.ID, SubscriptionUID: sub.UID,
+		MaxAttempts: 1, Expire: now.Add(time.Hour), Manual: true,
+	}
+	sink := make(trial, 1)
+	e.attempter.Attempt(sub, job, sink)
+	select {
+	case <-ctx.Done():
+		return delivery.Attempt{}, fmt.Errorf("test %s/%s: %w", key.Namespace, key.Subscription, context.Cause(ctx))
+	case <-e.work.Done():
+		return delivery.Attempt{}, ErrStopped
+	case r := <-sink:
+		return tested(r, now)
+	}
+}
+
+func tested(r delivery.Result, started time.Time) (delivery.Attempt, error) {
+	if r.Cause == delivery.CauseUnspent {
+		if r.Error == "" {
+			return delivery.Attempt{}, ErrUnspent
+		}
+		return delivery.Attempt{}, fmt.Errorf("%w: %s", ErrUnspent, r.Error)
+	}
+	a := r.Attempt
+	a.Number, a.Manual = 1, true
+	if a.Start.IsZero() {
+		a.Start = started
+	}
+	if a.Duration == 0 {
+		a.Duration = time.Since(started)
+	}
+	return a, nil
+}
