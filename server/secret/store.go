@@ -31,6 +31,7 @@ type Options struct {
 // Writes wait until memory shows them, and so need Run.
 type Store struct {
 	space    *keyspace.Space
+	prefix   string
 	keys     *keyring
 	log      *slog.Logger
 	onChange []func(string)
@@ -60,6 +61,7 @@ func Open(ctx context.Context, o Options) (*Store, error) {
 		return nil, err
 	}
 	s := &Store{
+		prefix:   o.Prefix,
 		keys:     keys,
 		log:      o.Logger.With("component", "secret"),
 		expiring: make(chan struct{}, 1),
@@ -171,7 +173,7 @@ func (s *Store) apply(_ int64, stored []keyspace.Change) {
 			}
 		}
 		if err != nil {
-			s.log.Error("stored secret cannot be used", "key", s.space.Key(c.Key), "revision", c.Revision, "err", err)
+			s.log.Error("stored secret cannot be used", "key", s.prefix+c.Key, "revision", c.Revision, "err", err)
 		}
 		s.set(c.Key, sec)
 		expires = expires || sec != nil && !sec.nextExpiry().IsZero()

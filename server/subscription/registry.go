@@ -28,6 +28,7 @@ type Options struct {
 // called from any goroutine. Writes wait until the snapshot shows them, and so need Run.
 type Registry struct {
 	space      *keyspace.Space
+	prefix     string
 	conditions *conditions
 	log        *slog.Logger
 	snapshot   atomic.Pointer[Snapshot]
@@ -52,6 +53,7 @@ func Open(ctx context.Context, o Options) (*Registry, error) {
 		return nil, err
 	}
 	r := &Registry{
+		prefix:     o.Prefix,
 		conditions: conds,
 		log:        o.Logger.With("component", "subscription"),
 		creates:    make(chan struct{}, maxConcurrentCreates),
@@ -124,7 +126,7 @@ func (r *Registry) apply(revision int64, stored []keyspace.Change) {
 			}
 		}
 		if err != nil {
-			r.log.Error("stored value skipped", "key", r.space.Key(c.Key), "revision", c.Revision, "err", err)
+			r.log.Error("stored value skipped", "key", r.prefix+c.Key, "revision", c.Revision, "err", err)
 		}
 	}
 	r.snapshot.Store(edit.snapshot(revision))
