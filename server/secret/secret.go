@@ -59,10 +59,10 @@ type Version struct {
 }
 
 // String returns the name.
-func (s *Secret) String() string { return s.name() }
+func (s Secret) String() string { return s.name() }
 
 // GoString keeps values out of %#v.
-func (s *Secret) GoString() string { return "secret.Secret(" + s.name() + ")" }
+func (s Secret) GoString() string { return "secret.Secret(" + s.name() + ")" }
 
 // String leaves the value out.
 func (v Version) String() string { return "version " + strconv.Itoa(v.Number) }
@@ -75,7 +75,7 @@ func (v Version) MarshalJSON() ([]byte, error) {
 	return fmt.Appendf(nil, `{"Number":%d}`, v.Number), nil
 }
 
-func (s *Secret) name() string { return secretName(s.Namespace, s.ID) }
+func (s Secret) name() string { return secretName(s.Namespace, s.ID) }
 
 // decode opens a stored record. A version that cannot be opened is left out and named in Fault; an error
 // means that the record as a whole is of no use.
