@@ -113,8 +113,10 @@ func (e *Engine) Stop(ctx context.Context) error {
 	if running != nil {
 		<-running
 	}
-	for _, l := range e.allLanes() {
-		l.setLowWater()
+	if e.ready.Load() { // before recovery the read positions mean nothing
+		for _, l := range e.allLanes() {
+			l.setLowWater()
+		}
 	}
 	return err
 }
