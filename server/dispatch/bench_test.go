@@ -1,0 +1,116 @@
+package dispatch_test
+
+import (
+	"context"
+	"fmt"
+	"iter"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
+	"github.com/grapnel/grapnel/server/delivery"
+	"github.com/grapnel/grapnel/server/dispatch"
+	"github.com/grapnel/grapnel/server/subscription"
+)
+
+// nullJournal counts settles and costs nothing.
+type nullJournal struct {
+	dispatch.Journal
+	settled atomic.Int64
+	want    int64
+	done    chan struct{}
+}
+
+func (*nullJournal) Lanes() iter.Seq2[delivery.LaneState, error] {
+	return func(func(delivery.LaneState, error) bool) {}
+}
+
+func (j *nullJournal) Settle(*delivery.Job, delivery.Step, *delivery.Attempt) {
+	if j.settled.Add(1) == j.want {
+		close(j.done)
+	}
+}
+
+func (*nullJournal) SetLowWater(delivery.LaneKey, uint16, uint64) {}
+
+// pipe is an Attempter that answers from another goroutine, as the plugin host's receiver does.
+type pipe chan flight
+
+func (p pipe) Attempt(_ *subscription.Subscription, job *delivery.Job, sink delivery.Sink) {
+	p <- flight{job, sink}
+}
+
+type instant struct{}
+
+func (instant) Attempt(_ *subscription.Subscription, job *delivery.Job, sink delivery.Sink) {
+	sink.Complete(job, *ok())
+}
+
+// BenchmarkEngine reports the engine's own cost of a delivery, from Offer to Settle.
+func BenchmarkEngine(b *testing.B) {
+	for _, lanes := range []int{1, 10, 1000} {
+		b.Run(fmt.Sprintf("instant/lanes=%d", lanes), func(b *testing.B) { benchmark(b, lanes, instant{}) })
+		b.Run(fmt.Sprintf("stream/lanes=%d", lanes), func(b *testing.B) {
+			p := make(pipe, 2048)
+			go func() {
+				for f := range p {
+					f.sink.Complete(f.job, *ok())
+				}
+			}()
+			benchmark(b, lanes, p)
+			close(p)
+		})
+	}
+}
+
+func benchmark(b *testing.B, lanes int, attempter dispatch.Attempter) {
+	journal := &nullJournal{want: int64(b.N), done: make(chan struct{})}
+	reg := subs{}
+	for i := range lanes {
+		s := &subscription.Subscription{
+			Proto:     &grapnelv1.Subscription{State: grapnelv1.Subscription_STATE_ACTIVE},
+			Namespace: "acme", ID: fmt.Sprint("sub", i), MaxInFlight: 64,
+		}
+		reg[delivery.LaneKey{Namespace: "acme", Subscription: s.ID}] = s
+	}
+	e := dispatch.New(dispatch.Options{
+		Journal: journal, Subscriptions: reg, Attempter: attempter, WindowBytes: 1 << 40,
+	})
+	go func() { _ = e.Run(context.Background()) }()
+	time.Sleep(50 * time.Millisecond) // what is offered before the recovery ends is left on disk
+	event := &delivery.Event{Namespace: "acme", AcceptTime: time.Now(), Payload: make([]byte, 1024)}
+	names := make([]string, lanes)
+	for i := range names {
+		names[i] = fmt.Sprint("sub", i)
+	}
+	b.ReportAllocs()
+	b.ResetTimer()
+	const group = 32
+	for n := 0; n < b.N; {
+		// A window's worth ahead of what is settled, so that nothing has to be left on disk.
+		for int64(n)-journal.settled.Load() > 4000 {
+			time.Sleep(20 * time.Microsecond)
+		}
+		jobs := make([]delivery.Job, min(group, b.N-n))
+		offer := make([]*delivery.Job, len(jobs))
+		for i := range jobs {
+			n++
+			jobs[i] = delivery.Job{
+				ID: delivery.ID{Seq: uint64(n), Partition: uint16(n / group % 16)}, Event: event,
+				Subscription: names[n%lanes], MaxAttempts: 1,
+			}
+			offer[i] = &jobs[i]
+		}
+		e.Offer(offer)
+	}
+	<-journal.done
+	b.StopTimer()
+	_ = e.Stop(context.Background())
+}
+
+type subs map[delivery.LaneKey]*subscription.Subscription
+
+func (s subs) Subscription(ns, id string) *subscription.Subscription {
+	return s[delivery.LaneKey{Namespace: ns, Subscription: id}]
+}
