@@ -148,18 +148,44 @@ func TestOpenReadsManyPages(t *testing.T) {
 	}
 }
 
+// It holds for a client in the server's process as for one over the network.
 func TestEditReturnsWhenApplyHasSeenIt(t *testing.T) {
-	s, v := open(t, etcd.Client, "/ryw/")
-	run(t, s)
-	for i := range 50 {
-		want := fmt.Sprint(i)
-		revision, err := s.Edit(t.Context(), []string{"a/k"}, set(s, "a/k", want))
-		if err != nil || revision == 0 {
-			t.Fatal(revision, err)
-		}
-		if got := v.get()["a/k"]; got != want {
-			t.Fatalf("after Edit the view holds %q, want %q", got, want)
-		}
+	for name, client := range map[string]*clientv3.Client{"network": etcd.Client, "process": etcd.Local()} {
+		t.Run(name, func(t *testing.T) {
+			s, v := open(t, client, "/ryw-"+name+"/")
+			run(t, s)
+			for i := range 50 {
+				want := fmt.Sprint(i)
+				revision, err := s.Edit(t.Context(), []string{"a/k"}, set(s, "a/k", want))
+				if err != nil || revision == 0 {
+					t.Fatal(revision, err)
+				}
+				if got := v.get()["a/k"]; got != want {
+					t.Fatalf("after Edit the view holds %q, want %q", got, want)
+				}
+			}
+		})
+	}
+}
+
+// A watch that has nothing to tell is not taken for a dead one.
+func TestIdleStaysHealthy(t *testing.T) {
+	t.Parallel()
+	for name, client := range map[string]*clientv3.Client{"network": etcd.Client, "process": etcd.Local()} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			s, v := open(t, client, "/idle-"+name+"/")
+			run(t, s)
+			for range 6 {
+				wait(time.Second)
+				if !s.Healthy() {
+					t.Fatal("it is unhealthy")
+				}
+			}
+			if v.changes != 0 {
+				t.Error("changes out of nothing")
+			}
+		})
 	}
 }
 

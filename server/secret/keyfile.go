@@ -52,33 +52,37 @@ func loadKey(path string) ([]byte, error) {
 
 // createKey makes the file whole or not at all, and never replaces one: a link, unlike a rename, fails
 // when the name is taken.
-func createKey(path string) (err error) {
+func createKey(path string) error {
 	key := make([]byte, keySize)
 	if _, err := rand.Read(key); err != nil {
 		return err
 	}
+	text := hex.EncodeToString(key) + "\n"
 	dir := filepath.Dir(path)
-	tmp, err := os.CreateTemp(dir, ".key-*")
+	tmp := filepath.Join(dir, ".key-"+rand.Text())
+	if err := writeNew(tmp, text); err != nil {
+		return err
+	}
+	defer os.Remove(tmp)
+	if err := os.Link(tmp, path); errors.Is(err, fs.ErrExist) {
+		return err
+	} else if err != nil {
+		// A file system without links; the worst case is a torn file, which is refused and named.
+		if err := writeNew(path, text); err != nil {
+			return err
+		}
+	}
+	return syncDir(dir)
+}
+
+// writeNew makes a synced file that only its owner can use, and fails when there is one.
+func writeNew(path, text string) error {
+	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 	if err != nil {
 		return err
 	}
-	defer func() {
-		tmp.Close()
-		os.Remove(tmp.Name())
-	}()
-	if err := tmp.Chmod(0o600); err != nil && runtime.GOOS != "windows" {
-		return err
-	}
-	if _, err := tmp.WriteString(hex.EncodeToString(key) + "\n"); err != nil {
-		return err
-	}
-	if err := tmp.Sync(); err != nil {
-		return err
-	}
-	if err := os.Link(tmp.Name(), path); err != nil {
-		return err
-	}
-	return syncDir(dir)
+	_, err = f.WriteString(text)
+	return errors.Join(err, f.Sync(), f.Close())
 }
 
 // syncDir makes a new name durable where the system can; a lost key would make every secret unreadable.

@@ -86,15 +86,15 @@ type Quota struct {
 	Retention         time.Duration
 }
 
-// Quota returns the limits in force.
+// Quota returns the limits in force; stored ones that are out of bounds are brought within them.
 func (n *Namespace) Quota() Quota {
 	q := n.Proto.GetQuota()
 	return Quota{
 		MaxSubscriptions:  positive(q.GetMaxSubscriptions(), 1000),
 		MaxPublishRate:    positive(q.GetMaxPublishRate(), 1000),
-		MaxEventBytes:     positive(q.GetMaxEventBytes(), 256<<10),
+		MaxEventBytes:     min(positive(q.GetMaxEventBytes(), 256<<10), 1<<20),
 		MaxOpenDeliveries: positive(q.GetMaxOpenDeliveries(), 1_000_000),
-		Retention:         positive(q.GetRetention().AsDuration(), 72*time.Hour),
+		Retention:         clamp(positive(q.GetRetention().AsDuration(), 72*time.Hour), time.Hour, 90*24*time.Hour),
 	}
 }
 

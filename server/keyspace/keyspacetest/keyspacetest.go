@@ -12,6 +12,7 @@ import (
 
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.etcd.io/etcd/server/v3/embed"
+	"go.etcd.io/etcd/server/v3/etcdserver/api/v3client"
 	"go.uber.org/zap"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/backoff"
@@ -49,6 +50,9 @@ func Start() (*Etcd, error) {
 	}
 	return e, nil
 }
+
+// Local returns a client in the server's own process, as an embedding server would use. It ends with Stop.
+func (e *Etcd) Local() *clientv3.Client { return v3client.New(e.server.Server) }
 
 // Restart starts a stopped server on its data.
 func (e *Etcd) Restart() error {
