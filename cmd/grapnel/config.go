@@ -27,6 +27,22 @@ func environmentFlag(cmd *cobra.Command, name string) bool {
 	return false
 }
 
+// wrongValue says in words what a flag takes, where the flag library would tell of strconv.
+func wrongValue(flag *pflag.Flag, value string) error {
+	wanted := "a " + flag.Value.Type()
+	switch flag.Value.Type() {
+	case "int", "int32":
+		wanted = "a whole number"
+	case "float64":
+		wanted = "a number"
+	case "duration":
+		wanted = "a duration such as 30s"
+	case "bool":
+		wanted = "true or false"
+	}
+	return fmt.Errorf("%q is not %s", value, wanted)
+}
+
 // environmentName is GRAPNEL_ and the flag's name in capitals.
 func environmentName(flag string) string {
 	return "GRAPNEL_" + strings.ToUpper(strings.ReplaceAll(flag, "-", "_"))
@@ -43,7 +59,7 @@ func (c *cli) applyEnvironment(cmd *cobra.Command) error {
 			continue
 		}
 		if err := cmd.Flags().Set(name, value); err != nil {
-			return usagef("environment variable %s: %w", environmentName(name), err)
+			return usagef("environment variable %s: %w", environmentName(name), wrongValue(cmd.Flags().Lookup(name), value))
 		}
 	}
 	return nil
@@ -112,7 +128,7 @@ func applyKey(cmd, scratch *cobra.Command, key string, value *yaml.Node) error {
 	}
 	// Checked even where something stronger overrides it: a wrong file should not wait to be found.
 	if err := scratch.Flags().Set(key, text); err != nil {
-		return fmt.Errorf("%s: %w", key, err)
+		return fmt.Errorf("%s: %w", key, wrongValue(scratch.Flags().Lookup(key), text))
 	}
 	if cmd.Flags().Changed(key) {
 		return nil

@@ -72,7 +72,7 @@ func attemptColumns() []column[*grapnelv1.Attempt] {
 
 func newDeliveryGet(c *cli) *cobra.Command {
 	return &cobra.Command{
-		Use: "get ID", Short: "Show a delivery", Args: cobra.ExactArgs(1),
+		Use: "get ID", Short: "Show a delivery", Args: oneID,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			name, err := c.name(deliveries, args[0])
 			if err != nil {
@@ -175,7 +175,7 @@ func newDeliveryList(c *cli) *cobra.Command {
 func newDeliveryAttempts(c *cli) *cobra.Command {
 	var bodies bool
 	cmd := &cobra.Command{
-		Use: "attempts ID", Short: "List the attempts at a delivery, first to last", Args: cobra.ExactArgs(1),
+		Use: "attempts ID", Short: "List the attempts at a delivery, first to last", Args: oneID,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			name, err := c.name(deliveries, args[0])
 			if err != nil {
@@ -199,7 +199,7 @@ func newDeliveryAttempts(c *cli) *cobra.Command {
 func newDeliveryRetry(c *cli) *cobra.Command {
 	var after int32
 	cmd := &cobra.Command{
-		Use: "retry ID", Short: "Make a delivery due now", Args: cobra.ExactArgs(1),
+		Use: "retry ID", Short: "Make a delivery due now", Args: oneID,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			name, err := c.name(deliveries, args[0])
 			if err != nil {
@@ -221,7 +221,7 @@ func newDeliveryRetry(c *cli) *cobra.Command {
 
 func newDeliveryCancel(c *cli) *cobra.Command {
 	return &cobra.Command{
-		Use: "cancel ID", Short: "Stop a delivery for good", Args: cobra.ExactArgs(1),
+		Use: "cancel ID", Short: "Stop a delivery for good", Args: oneID,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			name, err := c.name(deliveries, args[0])
 			if err != nil {

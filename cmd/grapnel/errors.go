@@ -44,7 +44,11 @@ func (c *cli) report(err error) int {
 		fmt.Fprintf(c.stderr, "error: %v\n", err)
 		return exitUsage
 	case errors.As(err, &answer):
-		fmt.Fprintf(c.stderr, "error: %s", describe(answer))
+		if unreached(answer) {
+			fmt.Fprintf(c.stderr, "error: cannot reach a server at %s: %s\n", c.addr, connectFault(answer.Message))
+		} else {
+			fmt.Fprintf(c.stderr, "error: %s", describe(answer))
+		}
 		if hint := c.hint(answer); hint != "" {
 			fmt.Fprintf(c.stderr, "hint: %s\n", hint)
 		}
@@ -85,10 +89,22 @@ func summary(e *client.Error) string {
 	return e.Message
 }
 
+// unreached reports whether the error is that of the connection, not a server's answer.
+func unreached(e *client.Error) bool { return e.Code == codes.Unavailable && e.Reason == "" }
+
+// connectFault is the innermost cause in gRPC's nested message about a connection.
+func connectFault(message string) string {
+	if _, cause, ok := strings.Cut(message, "transport: "); ok {
+		cause = strings.TrimPrefix(strings.TrimRight(cause, `"`), "Error while dialing: ")
+		return strings.ReplaceAll(cause, `\"`, `"`)
+	}
+	return message
+}
+
 // hint says what to do next where that is not obvious.
 func (c *cli) hint(e *client.Error) string {
 	switch {
-	case e.Code == codes.Unavailable && e.Reason == "":
+	case unreached(e):
 		return fmt.Sprintf("is `grapnel server` running at %s? (--addr, GRAPNEL_ADDR)", c.addr)
 	case errors.Is(e, client.ErrEtagMismatch):
 		return "it changed since it was read; read it again"

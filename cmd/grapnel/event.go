@@ -72,7 +72,7 @@ func payloadBytes(e *grapnelv1.Event) []byte {
 func newEventGet(c *cli) *cobra.Command {
 	var payload, raw bool
 	cmd := &cobra.Command{
-		Use: "get ID", Short: "Show an event", Args: cobra.ExactArgs(1),
+		Use: "get ID", Short: "Show an event", Args: oneID,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			name, err := c.name(events, args[0])
 			if err != nil {

@@ -103,7 +103,7 @@ func newPluginGet(c *cli) *cobra.Command {
 	var schema bool
 	cmd := &cobra.Command{
 		Use: "get ID", Short: "Show a plugin with its settings, secrets and processes",
-		Args: cobra.ExactArgs(1), ValidArgsFunction: completePlugins(c),
+		Args: oneID, ValidArgsFunction: completePlugins(c),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			name, err := c.name(plugins, args[0])
 			if err != nil {
@@ -134,7 +134,7 @@ func newPluginValidate(c *cli) *cobra.Command {
 	var config string
 	cmd := &cobra.Command{
 		Use: "validate ID", Short: "Check settings the way creating a subscription would",
-		Args: cobra.ExactArgs(1), ValidArgsFunction: completePlugins(c),
+		Args: oneID, ValidArgsFunction: completePlugins(c),
 		Example: `  grapnel plugin validate http --config '{"method":"PUT"}'`,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			name, err := c.name(plugins, args[0])

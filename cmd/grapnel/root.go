@@ -52,7 +52,7 @@ func group(use, short string, commands ...*cobra.Command) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:                        use,
 		Short:                      short,
-		SuggestionsMinimumDistance: 2,
+		SuggestionsMinimumDistance: 1,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if len(args) == 0 {
 				return cmd.Help()
@@ -80,4 +80,12 @@ func markRunning(c *cli, cmd *cobra.Command) {
 	for _, below := range cmd.Commands() {
 		markRunning(c, below)
 	}
+}
+
+// oneID is for commands about one resource.
+func oneID(cmd *cobra.Command, args []string) error {
+	if len(args) != 1 {
+		return usagef("%s takes one ID or full name, %d given; see %s --help", cmd.CommandPath(), len(args), cmd.CommandPath())
+	}
+	return nil
 }

@@ -94,7 +94,7 @@ func (c *cli) showSecret(answer interface {
 func newSecretCreate(c *cli) *cobra.Command {
 	var kind, value string
 	cmd := &cobra.Command{
-		Use: "create ID", Short: "Store a key, or have one made and see it once", Args: cobra.ExactArgs(1),
+		Use: "create ID", Short: "Store a key, or have one made and see it once", Args: oneID,
 		Example: `  grapnel secret create orders-key -n acme
   grapnel secret create old-key -n acme --value @key.txt
   grapnel secret create pair -n acme --kind ed25519`,
@@ -131,7 +131,7 @@ func newSecretCreate(c *cli) *cobra.Command {
 func newSecretGet(c *cli) *cobra.Command {
 	return &cobra.Command{
 		Use: "get ID", Short: "Show a secret's metadata, never its value",
-		Args: cobra.ExactArgs(1), ValidArgsFunction: completeSecrets(c),
+		Args: oneID, ValidArgsFunction: completeSecrets(c),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			name, err := c.name(secrets, args[0])
 			if err != nil {
@@ -168,7 +168,7 @@ func newSecretRotate(c *cli) *cobra.Command {
 	var overlap time.Duration
 	cmd := &cobra.Command{
 		Use: "rotate ID", Short: "Add a new version; the old one stays in use for a while",
-		Args: cobra.ExactArgs(1), ValidArgsFunction: completeSecrets(c),
+		Args: oneID, ValidArgsFunction: completeSecrets(c),
 		Example: "  grapnel secret rotate orders-key -n acme --overlap 48h",
 	}
 	cmd.Flags().StringVar(&value, "value", "", "`@file` or - for standard input; empty makes one")
@@ -200,7 +200,7 @@ func newSecretDelete(c *cli) *cobra.Command {
 	r := &grapnelv1.DeleteSecretRequest{}
 	cmd := &cobra.Command{
 		Use: "delete ID", Short: "Remove a secret that nothing refers to",
-		Args: cobra.ExactArgs(1), ValidArgsFunction: completeSecrets(c),
+		Args: oneID, ValidArgsFunction: completeSecrets(c),
 	}
 	cmd.Flags().StringVar(&r.Etag, "etag", "", "fail unless this is the current etag")
 	cmd.Flags().BoolVar(&r.AllowMissing, "allow-missing", false, "succeed when it is already gone")

@@ -183,7 +183,7 @@ func printConfig(w io.Writer, cmd *cobra.Command) error {
 				value.Content = append(value.Content, &yaml.Node{Kind: yaml.ScalarNode, Tag: "!!str", Value: item})
 			}
 		}
-		key := &yaml.Node{Kind: yaml.ScalarNode, Value: name, HeadComment: flag.Usage}
+		key := &yaml.Node{Kind: yaml.ScalarNode, Value: name, HeadComment: strings.ReplaceAll(flag.Usage, "`", "")}
 		root.Content = append(root.Content, key, value)
 	}
 	text, err := yaml.Marshal(root)

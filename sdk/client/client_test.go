@@ -312,3 +312,21 @@ func TestUpdateRepeatsOnEtagMismatch(t *testing.T) {
 		t.Errorf("err = %v, want the function's own", err)
 	}
 }
+
+func TestErrorAfterAllRetriesIsTheServers(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := &fake{publish: func(int, *grapnelv1.Event) error {
+			return failure(codes.Unavailable, "STORE_UNAVAILABLE", "the store has no quorum")
+		}}
+		c, stop := start(t, f)
+		defer stop()
+		_, err := c.Publish(t.Context(), "acme", event(1))
+		e := client.FromError(err)
+		if e.Reason != "STORE_UNAVAILABLE" || e.Message != "the store has no quorum" {
+			t.Errorf("error = %+v", e)
+		}
+		if !errors.Is(err, client.ErrUnavailable) || errors.Is(err, client.ErrDraining) {
+			t.Errorf("errors.Is is wrong for %v", err)
+		}
+	})
+}

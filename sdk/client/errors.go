@@ -193,9 +193,11 @@ func FromError(err error) *Error {
 	if errors.As(err, &e) {
 		return e
 	}
-	st, ok := status.FromError(err)
-	if !ok {
-		st = status.FromContextError(err)
+	// The innermost status: gRPC wraps the last answer into one about its retries.
+	var answer interface{ GRPCStatus() *status.Status }
+	st := status.FromContextError(err)
+	if errors.As(err, &answer) {
+		st = answer.GRPCStatus()
 	}
 	e = &Error{Code: st.Code(), Message: st.Message(), status: st}
 	for _, detail := range st.Details() {
