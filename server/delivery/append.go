@@ -224,12 +224,15 @@ func (p *partition) appendOne(b *pebble.Batch, e *Event, many bool) AppendResult
 	}
 	today := dayOf(seq)
 	p.key = appendIdempotencyKey(p.key[:0], p.index, today, e.Namespace, e.ID)
-	if result, known := p.lookUp(e, today); known {
+	p.filter.turn(today)
+	hash := p.filter.hash(p.key)
+	if result, known := p.lookUp(e, today, hash); known {
 		if many {
 			delete(p.seen, eventKey{e.Namespace, e.ID})
 		}
 		return result
 	}
+	p.filter.add(hash)
 	p.lastSeq = seq
 	e.Seq, e.AcceptTime, e.UID = seq, p.now, eventUID(p.j.id, p.index, seq)
 	p.idem.Seq, p.idem.ContentHash, p.idem.Targets = seq, e.ContentHash[:], uint32(len(e.Targets))
@@ -258,7 +261,10 @@ func (p *partition) known(original *Event, same bool) AppendResult {
 }
 
 // lookUp finds the event of this id in the records of today and yesterday; p.key is today's key.
-func (p *partition) lookUp(e *Event, today uint32) (AppendResult, bool) {
+func (p *partition) lookUp(e *Event, today uint32, hash uint64) (AppendResult, bool) {
+	if p.filter.fresh(hash) {
+		return AppendResult{}, false
+	}
 	for d := today; d+2 > today; d-- {
 		binary.BigEndian.PutUint32(p.key[bodyOffset:], d)
 		value, closer, err := p.j.db.Get(p.key)

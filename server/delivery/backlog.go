@@ -134,7 +134,7 @@ func (j *Journal) lowWaterIn(r pebble.Reader, partition uint16, lane LaneKey) ui
 // It returns only what onCommit has been given, before Backlog was called or in an earlier run of the
 // journal, and all of that: a lane that turns fresh jobs away while it reads the backlog, and looks at what
 // it turned away once next is 0, neither loses nor doubles a job. Settles made before the call count. It must
-// not be called from onCommit.
+// not be called from onCommit, nor under a lock that onCommit takes.
 func (j *Journal) Backlog(lane LaneKey, partition uint16, from uint64, max int, maxBytes int) (jobs []*Job, next uint64, err error) {
 	r, err := j.openReader(partition)
 	if err != nil {
@@ -182,7 +182,7 @@ func (j *Journal) Backlog(lane LaneKey, partition uint16, from uint64, max int, 
 // Timers reads jobs of a lane in one partition that are due by until, in order of their due times: at most max,
 // and no more after maxBytes of payload. They stay until they are settled, so that a second call returns the
 // same ones. nextDue is the due time of the first one not returned, which may be before until; zero means
-// that there is none. Settles made before the call count. It must not be called from onCommit.
+// that there is none. Settles made before the call count; the rules of Backlog for callers hold here too.
 func (j *Journal) Timers(lane LaneKey, partition uint16, until time.Time, max int, maxBytes int) (jobs []*Job, nextDue time.Time, err error) {
 	r, err := j.openReader(partition)
 	if err != nil {

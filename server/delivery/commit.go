@@ -37,6 +37,7 @@ type partition struct {
 	handed atomic.Uint64
 	// reopened counts changes that make final deliveries open again; Retain starts over when it moves.
 	reopened atomic.Uint64
+	filter   *idFilter
 	wake     chan struct{}
 	timer    *time.Timer
 
@@ -95,7 +96,7 @@ type work struct {
 }
 
 func newPartition(j *Journal, index uint16, lastSeq uint64) *partition {
-	p := &partition{j: j, index: index, wake: make(chan struct{}, 1)}
+	p := &partition{j: j, index: index, filter: newIDFilter(), wake: make(chan struct{}, 1)}
 	p.room.L = &p.mu
 	p.lastSeq = lastSeq
 	p.handed.Store(lastSeq)

@@ -300,7 +300,10 @@ func (j *Journal) Start(onCommit func([]*Job)) {
 	}
 	snapshot := j.opened
 	j.opened = nil
-	j.background.Go(func() { j.countOpen(snapshot) })
+	j.background.Go(func() {
+		j.loadFilters(snapshot)
+		j.countOpen(snapshot)
+	})
 	j.background.Go(j.syncLoop)
 	j.background.Go(func() { j.space.watch(j.stop) })
 }
