@@ -61,6 +61,11 @@ func (v *view) get() map[string]string {
 
 func open(t *testing.T, c *clientv3.Client, prefix string) (*keyspace.Space, *view) {
 	t.Helper()
+	t.Cleanup(func() {
+		if _, err := etcd.Client.Delete(context.Background(), prefix, clientv3.WithPrefix()); err != nil {
+			t.Error(err)
+		}
+	})
 	v := &view{values: make(map[string]string)}
 	s, err := keyspace.Open(t.Context(), keyspace.Options{
 		Client: c, Prefix: prefix, Watch: "a/", Apply: v.apply,

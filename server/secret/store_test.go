@@ -64,6 +64,11 @@ func run(t *testing.T, f func(context.Context) error) {
 // store opens one under the test's own prefix, in which the namespace acme exists.
 func store(t *testing.T, c *clientv3.Client, onChange ...func(string)) (*secret.Store, *subscription.Registry) {
 	t.Helper()
+	t.Cleanup(func() {
+		if _, err := etcd.Client.Delete(context.Background(), prefix(t), clientv3.WithPrefix()); err != nil {
+			t.Error(err)
+		}
+	})
 	r, err := subscription.Open(t.Context(), subscription.Options{Client: c, Prefix: prefix(t)})
 	if err != nil {
 		t.Fatal(err)

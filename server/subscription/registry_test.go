@@ -40,6 +40,7 @@ func prefix(t *testing.T) string { return "/" + t.Name() + "/" }
 // registry opens one under the test's own prefix and runs it until stop or the end of the test.
 func registry(t *testing.T, c *clientv3.Client, onChange ...func([]subscription.Change)) (r *subscription.Registry, stop func()) {
 	t.Helper()
+	erase(t)
 	r, err := subscription.Open(t.Context(), subscription.Options{Client: c, Prefix: prefix(t)})
 	if err != nil {
 		t.Fatal(err)
@@ -48,6 +49,15 @@ func registry(t *testing.T, c *clientv3.Client, onChange ...func([]subscription.
 		r.OnChange(f)
 	}
 	return r, run(t, r)
+}
+
+// erase removes what the test stored when it ends, so that it can be run again.
+func erase(t *testing.T) {
+	t.Cleanup(func() {
+		if _, err := etcd.Client.Delete(context.Background(), prefix(t), clientv3.WithPrefix()); err != nil {
+			t.Error(err)
+		}
+	})
 }
 
 func run(t *testing.T, r *subscription.Registry) (stop func()) {
@@ -512,6 +522,7 @@ func TestPurgeInBatches(t *testing.T) {
 }
 
 func TestUnreadableValuesAreSkipped(t *testing.T) {
+	erase(t)
 	put := func(key, value string) {
 		if _, err := etcd.Client.Put(t.Context(), prefix(t)+key, value); err != nil {
 			t.Fatal(err)
