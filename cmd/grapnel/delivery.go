@@ -57,7 +57,7 @@ func attemptColumns() []column[*grapnelv1.Attempt] {
 	return []column[attempt]{
 		{head: "NUMBER", value: func(a attempt) string { return number(a.GetNumber()) }},
 		{head: "START", value: func(a attempt) string { return timeText(a.GetStartTime()) }},
-		{head: "TOOK", value: func(a attempt) string { return fmt.Sprintf("%dms", a.GetDuration().AsDuration().Milliseconds()) }},
+		{head: "TOOK", value: func(a attempt) string { return roundDuration(a.GetDuration().AsDuration()) }},
 		{head: "OUTCOME", value: func(a attempt) string { return enumText(a.GetOutcome()) }},
 		{head: "CODE", value: func(a attempt) string { return number(a.GetResponseCode()) }},
 		{head: "PEER", value: attempt.GetPeer},

@@ -176,9 +176,9 @@ func take(ts *testscript.TestScript, _ bool, args []string) {
 
 // await REGEXP COMMAND... repeats a command until its output matches.
 func await(ts *testscript.TestScript, _ bool, args []string) {
-	pattern := regexp.MustCompile(args[0])
+	pattern := regexp.MustCompile("(?m)" + args[0])
 	deadline := time.Now().Add(patience)
-	tick := time.NewTicker(20 * time.Millisecond)
+	tick := time.NewTicker(100 * time.Millisecond)
 	defer tick.Stop()
 	for {
 		_ = ts.Exec(args[1], args[2:]...)
