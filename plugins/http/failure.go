@@ -1,0 +1,152 @@
+package httpplugin
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"io"
+	"net"
+	"os"
+	"syscall"
+
+	"github.com/grapnel/grapnel/sdk/plugin"
+)
+
+var (
+	errHeaderTooLarge = errors.New("the response's header is larger than 64 KiB")
+	errUpgrade        = errors.New("the receiver wants to switch protocols")
+)
+
+// dialError is a connection that did not come about; nothing was sent.
+type dialError struct {
+	code string // of plugin.Failure
+	err  error
+}
+
+func (e *dialError) Error() string { return e.err.Error() }
+func (e *dialError) Unwrap() error { return e.err }
+
+// failure says what went wrong in words of our own: texts of errors below name addresses and repeat what
+// receivers send.
+func failure(ctx context.Context, err error, state plugin.WireState, peer string) *plugin.Failure {
+	f := &plugin.Failure{Source: plugin.SourceEndpoint, WireState: state, Peer: peer}
+	var dial *dialError
+	dialling := errors.As(err, &dial)
+	if dialling {
+		f.WireState = plugin.NotSent
+	}
+	switch {
+	case errors.Is(err, plugin.ErrEgressDenied):
+		f.Source, f.Code, f.Message, f.Peer = plugin.SourcePolicy, plugin.CodeEgress, plugin.ErrEgressDenied.Error(), ""
+	case errors.Is(ctx.Err(), context.Canceled):
+		f.Source, f.Code, f.Message = plugin.SourcePlugin, plugin.CodeCancelled, "cancelled by the host"
+	case ctx.Err() != nil:
+		f.Code, f.Message = plugin.CodeTimeout, timeoutMessage(state, dialling)
+	case ownFault(err):
+		f.Source, f.Code, f.Message = plugin.SourcePlugin, plugin.CodeConnect, "out of sockets or file descriptors"
+	case dialling:
+		f.Code, f.Message = dial.code, dialMessage(dial)
+	case isTimeout(err):
+		f.Code, f.Message = plugin.CodeTimeout, timeoutMessage(state, false)
+	case tlsMessage(err) != "":
+		f.Code, f.Message = plugin.CodeTLS, tlsMessage(err)
+	case errors.Is(err, errHeaderTooLarge), errors.Is(err, errUpgrade):
+		f.Code, f.Message = plugin.CodeProtocol, err.Error()
+	case isReset(err):
+		f.Code, f.Message = plugin.CodeReset, "the receiver closed the connection without an answer"
+	default:
+		f.Code, f.Message = plugin.CodeProtocol, "the receiver did not answer in HTTP"
+	}
+	return f
+}
+
+func isTimeout(err error) bool {
+	if errors.Is(err, os.ErrDeadlineExceeded) || errors.Is(err, context.DeadlineExceeded) {
+		return true
+	}
+	var ne net.Error
+	return errors.As(err, &ne) && ne.Timeout()
+}
+
+func timeoutMessage(state plugin.WireState, dialling bool) string {
+	switch {
+	case dialling || state == plugin.NotSent:
+		return "no connection before the attempt's time was up"
+	case state == plugin.Sent:
+		return "no answer in time"
+	}
+	return "the receiver did not take the request in time"
+}
+
+// isReset includes the texts of net/http, which has no types for them.
+func isReset(err error) bool {
+	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, syscall.ECONNRESET) ||
+		errors.Is(err, syscall.EPIPE) || errors.Is(err, net.ErrClosed) {
+		return true
+	}
+	return err.Error() == "http: server closed idle connection"
+}
+
+// ownFault reports what no receiver can be blamed for.
+func ownFault(err error) bool {
+	for _, errno := range []syscall.Errno{syscall.EMFILE, syscall.ENFILE, syscall.ENOBUFS, syscall.ENOMEM, syscall.EADDRNOTAVAIL} {
+		if errors.Is(err, errno) {
+			return true
+		}
+	}
+	return false
+}
+
+func dialMessage(e *dialError) string {
+	var dns *net.DNSError
+	switch {
+	case e.code == plugin.CodeTLS && isTimeout(e.err):
+		return "the TLS handshake was not done in time"
+	case e.code == plugin.CodeTLS:
+		if text := tlsMessage(e.err); text != "" {
+			return text
+		}
+		return "the TLS handshake failed"
+	case errors.As(e.err, &dns) && dns.IsNotFound:
+		return "the host name does not exist"
+	case errors.As(e.err, &dns) && dns.IsTimeout:
+		return "looking up the host name took too long"
+	case errors.As(e.err, &dns):
+		return "the host name could not be looked up"
+	case isTimeout(e.err):
+		return "no connection in time"
+	case errors.Is(e.err, syscall.ECONNREFUSED):
+		return "connection refused"
+	case errors.Is(e.err, syscall.EHOSTUNREACH), errors.Is(e.err, syscall.ENETUNREACH):
+		return "host unreachable"
+	}
+	return "no connection"
+}
+
+// tlsMessage is empty when err is not about TLS.
+func tlsMessage(err error) string {
+	var (
+		authority x509.UnknownAuthorityError
+		hostname  x509.HostnameError
+		invalid   x509.CertificateInvalidError
+		verify    *tls.CertificateVerificationError
+		record    tls.RecordHeaderError
+		alert     tls.AlertError
+	)
+	switch {
+	case errors.As(err, &authority):
+		return "the certificate is by an unknown authority"
+	case errors.As(err, &hostname):
+		return "the certificate is not valid for the host"
+	case errors.As(err, &invalid) && invalid.Reason == x509.Expired:
+		return "the certificate has expired or is not valid yet"
+	case errors.As(err, &invalid), errors.As(err, &verify):
+		return "the certificate is not valid"
+	case errors.As(err, &record):
+		return "the receiver does not speak TLS on this port"
+	case errors.As(err, &alert):
+		return "the receiver refused the TLS handshake: " + alert.Error()
+	}
+	return ""
+}

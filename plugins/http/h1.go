@@ -1,0 +1,270 @@
+package httpplugin
+
+import (
+	"bufio"
+	"context"
+	"crypto/tls"
+	"errors"
+	"math"
+	"net"
+	"net/http"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"github.com/grapnel/grapnel/sdk/plugin"
+)
+
+// errHTTP2 means that the receiver has chosen HTTP/2, which net/http speaks. Nothing was sent.
+var errHTTP2 = errors.New("the receiver speaks HTTP/2")
+
+// long is far enough in the past to interrupt whatever a connection is waiting for.
+const long = time.Hour
+
+// origin keeps idle HTTP/1.1 connections to one scheme, host and port.
+type origin struct {
+	pool   *pool
+	addr   string
+	secure bool
+	// http2 is set once the receiver has chosen HTTP/2.
+	http2 atomic.Bool
+
+	mu       sync.Mutex
+	idle     []*conn // the longest idle first
+	sweeping bool
+}
+
+// conn is one HTTP/1.1 connection, owned by one attempt or by its origin's idle list.
+type conn struct {
+	net.Conn
+	reader *bufio.Reader // over the conn itself, which counts
+	left   int64         // bytes that may still be read
+	probe  *probe
+	peer   string
+	// interrupt ends reads and writes; made once, so that an attempt need not.
+	interrupt func()
+	made      time.Time
+	idleSince time.Time
+}
+
+// Read counts down left, which bounds the header.
+func (c *conn) Read(p []byte) (int, error) {
+	if c.left <= 0 {
+		return 0, errHeaderTooLarge
+	}
+	if int64(len(p)) > c.left {
+		p = p[:c.left]
+	}
+	n, err := c.Conn.Read(p)
+	c.left -= int64(n)
+	return n, err
+}
+
+// take returns an idle connection that still stands, or nil.
+func (o *origin) take(now time.Time) *conn {
+	for {
+		o.mu.Lock()
+		n := len(o.idle)
+		if n == 0 {
+			o.mu.Unlock()
+			return nil
+		}
+		c := o.idle[n-1]
+		o.idle[n-1] = nil
+		o.idle = o.idle[:n-1]
+		o.mu.Unlock()
+		if now.Sub(c.idleSince) < idleTimeout && c.probe.quiet(now.Sub(c.idleSince)) {
+			return c
+		}
+		_ = c.Close()
+	}
+}
+
+// put takes a connection back.
+func (o *origin) put(c *conn) {
+	c.idleSince = time.Now()
+	if c.idleSince.Sub(c.made) > maxAge {
+		_ = c.Close()
+		return
+	}
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if len(o.idle) >= maxIdlePerHost {
+		_ = c.Close()
+		return
+	}
+	o.idle = append(o.idle, c)
+	if !o.sweeping {
+		o.sweeping = true
+		time.AfterFunc(idleTimeout, o.sweep)
+	}
+}
+
+// sweep closes what has been idle for too long, and comes again while there is anything to watch.
+func (o *origin) sweep() {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	limit := time.Now().Add(-idleTimeout)
+	n := 0
+	for n < len(o.idle) && o.idle[n].idleSince.Before(limit) {
+		_ = o.idle[n].Close()
+		n++
+	}
+	o.idle = slices.Delete(o.idle, 0, n)
+	if o.sweeping = len(o.idle) > 0; o.sweeping {
+		time.AfterFunc(idleTimeout/2, o.sweep)
+	} else {
+		o.idle = nil
+	}
+}
+
+func (o *origin) dial(ctx context.Context) (*conn, error) {
+	c := &conn{made: time.Now()}
+	var raw net.Conn
+	if o.secure {
+		secure, err := o.pool.dialTLS(ctx, o.addr)
+		if err != nil {
+			return nil, err
+		}
+		if secure.ConnectionState().NegotiatedProtocol == "h2" {
+			o.http2.Store(true)
+			_ = secure.Close()
+			return nil, errHTTP2
+		}
+		c.Conn, raw = secure, secure.NetConn()
+	} else {
+		plain, err := o.pool.dial(ctx, "tcp", o.addr)
+		if err != nil {
+			return nil, err
+		}
+		c.Conn, raw = plain, plain
+	}
+	if sc, ok := raw.(syscall.Conn); ok {
+		c.probe = newProbe(sc)
+	}
+	c.peer = raw.RemoteAddr().String()
+	c.reader = bufio.NewReaderSize(c, 4096)
+	c.interrupt = func() { _ = c.SetDeadline(time.Now().Add(-long)) }
+	return c, nil
+}
+
+// attemptDirect sends over HTTP/1.1 on the caller's goroutine: write, then read.
+func (i *instance) attemptDirect(ctx context.Context, t *target, r *plugin.Request) (*plugin.Response, error) {
+	buffer := i.pool.buffers.Get().(*[]byte)
+	defer i.pool.buffers.Put(buffer)
+	request, err := i.appendHead((*buffer)[:0], t, r)
+	if err != nil {
+		return nil, refused(err)
+	}
+	request = append(request, r.Body...)
+	if cap(request) <= maxKeptBuffer {
+		*buffer = request[:0]
+	}
+	for range maxFreshTries {
+		c := i.origin.take(time.Now())
+		reused := c != nil
+		if !reused {
+			if c, err = i.origin.dial(ctx); err != nil {
+				if errors.Is(err, errHTTP2) {
+					return nil, err
+				}
+				return nil, failure(ctx, err, plugin.NotSent, "")
+			}
+		}
+		x := exchange{conn: c, header: i.pool.settings.header, keep: r.MaxResponseBody}
+		resp, err := x.do(ctx, request)
+		if x.reusable {
+			i.origin.put(c)
+		} else {
+			_ = c.Close()
+		}
+		if err == nil {
+			return resp, nil
+		}
+		if !reused || x.state != plugin.NotSent || ctx.Err() != nil {
+			return nil, failure(ctx, err, x.state, c.peer)
+		}
+		// The idle connection had been closed and took no byte: another one.
+	}
+	return nil, failure(ctx, syscall.EPIPE, plugin.NotSent, "")
+}
+
+// exchange is one request and its response on one connection.
+type exchange struct {
+	conn   *conn
+	header time.Duration // the longest wait for the response's header
+	keep   int           // of the response's body
+
+	state    plugin.WireState
+	reusable bool
+}
+
+func (x *exchange) do(ctx context.Context, request []byte) (*plugin.Response, error) {
+	x.state = plugin.NotSent
+	c := x.conn
+	deadline, _ := ctx.Deadline()
+	headerBy := time.Now().Add(x.header)
+	early := headerBy.Before(deadline)
+	if !early {
+		headerBy = deadline
+	}
+	if err := c.SetDeadline(headerBy); err != nil {
+		return nil, err
+	}
+	stop := context.AfterFunc(ctx, c.interrupt)
+	defer func() {
+		// Once interrupt has begun, it may strike the connection's next user.
+		x.reusable = stop() && x.reusable
+	}()
+	if err := x.write(request); err != nil {
+		return nil, err
+	}
+	resp, err := x.readHead()
+	if err != nil {
+		return nil, err
+	}
+	kept := body{whole: true}
+	if resp.Body != http.NoBody {
+		c.left = math.MaxInt64 // readBody has its own bound
+		if early {
+			if err := c.SetDeadline(deadline); err != nil || ctx.Err() != nil {
+				c.interrupt()
+			}
+		}
+		kept = readBody(resp, x.keep)
+	}
+	// Bytes behind the response belong to no request: whoever sent them is not to be asked again here.
+	x.reusable = kept.whole && !resp.Close && c.reader.Buffered() == 0
+	return answer(resp, kept, c.peer), nil
+}
+
+func (x *exchange) write(request []byte) error {
+	n, err := x.conn.Write(request)
+	if err == nil {
+		x.state = plugin.Sent
+		return nil
+	}
+	// A TLS record may be on its way although no byte counts as written.
+	if _, secure := x.conn.Conn.(*tls.Conn); n > 0 || secure {
+		x.state = plugin.MaybeSent
+	}
+	return err
+}
+
+// readHead reads up to the final response's header; interim responses share its bound.
+func (x *exchange) readHead() (*http.Response, error) {
+	x.conn.left = maxHeaderBytes
+	for {
+		resp, err := http.ReadResponse(x.conn.reader, nil)
+		switch {
+		case err != nil:
+			return nil, err
+		case resp.StatusCode == http.StatusSwitchingProtocols:
+			return nil, errUpgrade
+		case resp.StatusCode >= 200:
+			return resp, nil
+		}
+	}
+}
