@@ -1,0 +1,52 @@
+package api
+
+import (
+	"context"
+	"time"
+
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
+)
+
+// defaultStatsWindow is how far GetStats looks back when the caller does not say.
+const defaultStatsWindow = 5 * time.Minute
+
+// GetCluster reads versions, nodes and whether the configuration store can be written to.
+func (s adminService) GetCluster(context.Context, *grapnelv1.GetClusterRequest) (*grapnelv1.GetClusterResponse, error) {
+	state := grapnelv1.Node_STATE_READY
+	select {
+	case <-s.draining:
+		state = grapnelv1.Node_STATE_DRAINING
+	default:
+	}
+	return &grapnelv1.GetClusterResponse{
+		Version:      s.Version,
+		Commit:       s.Commit,
+		StoreHealthy: s.Registry.Healthy(),
+		ClusterId:    s.ClusterID,
+		Nodes: []*grapnelv1.Node{{
+			Name:            nodeName(s.NodeName),
+			Address:         s.Address,
+			Version:         s.Version,
+			State:           state,
+			OwnedPartitions: clampInt32(int64(s.Partitions)),
+			InFlight:        clampInt32(int64(s.Engine.Running())),
+			StartTime:       timestamppb.New(s.started),
+		}},
+	}, nil
+}
+
+// GetStats reads counters over a window, in all and for the subscriptions with the most failures.
+func (s adminService) GetStats(_ context.Context, r *grapnelv1.GetStatsRequest) (*grapnelv1.GetStatsResponse, error) {
+	ns, err := s.listedNamespace(r.GetParent())
+	if err != nil {
+		return nil, err
+	}
+	window := defaultStatsWindow
+	if r.GetWindow() != nil {
+		window = r.GetWindow().AsDuration()
+	}
+	total, per := s.Engine.Stats(ns, window, int(r.GetTopSubscriptions()))
+	return &grapnelv1.GetStatsResponse{Total: total, Subscriptions: per}, nil
+}

@@ -1,0 +1,116 @@
+package api
+
+import (
+	"context"
+	"errors"
+	"maps"
+	"slices"
+	"strings"
+
+	"google.golang.org/protobuf/proto"
+
+	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
+	"github.com/grapnel/grapnel/server/secret"
+	"github.com/grapnel/grapnel/server/subscription"
+)
+
+// check examines a subscription before it is stored: the rules of the domain, whether its secrets exist,
+// and what the plugins say of their settings. All faults come in one refusal. The warnings are about what
+// works but looks wrong. p is not changed; its name may still be empty.
+func (s *Server) check(ctx context.Context, name string, p *grapnelv1.Subscription) (warnings []string, err error) {
+	p = proto.CloneOf(p)
+	p.Name = name
+	var faults []Violation
+	full, err := subscription.New(p)
+	switch bad, ok := errors.AsType[*subscription.InvalidError](err); {
+	case ok:
+		for _, v := range bad.Violations {
+			faults = append(faults, Violation{v.Field, v.Description, v.Reason})
+		}
+	case err != nil:
+		return nil, err
+	default:
+		p = full.Proto
+		warnings = subscription.Warnings(p)
+	}
+	missing := s.missingSecrets(p)
+	if len(faults) == 0 && len(missing) > 0 {
+		return nil, toStatus(&subscription.NotFoundError{Name: missing[0].name, Field: missing[0].Field}, name)
+	}
+	for _, m := range missing {
+		faults = append(faults, m.Violation)
+	}
+	if full == nil && !s.completeBindings(p, faults) {
+		return nil, invalid(faults...)
+	}
+	diagnostics, err := s.Plugins.Check(ctx, p)
+	switch {
+	case err != nil && len(faults) > 0:
+		return nil, invalid(faults...)
+	case errors.Is(err, ErrUnknownPlugin):
+		return nil, pluginUnavailable(name, "a plugin that "+name+" names is not installed: "+err.Error())
+	case err != nil:
+		return warnings, err
+	}
+	said, warned := sortDiagnostics(diagnostics)
+	faults = append(faults, said...)
+	if len(faults) > 0 {
+		return nil, invalid(faults...)
+	}
+	return append(warnings, warned...), nil
+}
+
+// completeBindings prepares a subscription that breaks a rule for the plugins' opinion, so that the caller
+// hears everything at once. It reports false when the faults concern what plugins would be asked about.
+func (s *Server) completeBindings(p *grapnelv1.Subscription, faults []Violation) bool {
+	for _, f := range faults {
+		for _, part := range []string{"subscription.uri", "subscription.headers", "subscription.signer", "subscription.transport"} {
+			if strings.HasPrefix(f.Field, part) {
+				return false
+			}
+		}
+	}
+	bare, err := subscription.New(&grapnelv1.Subscription{
+		Name: p.GetName(), Uri: p.GetUri(), Headers: p.GetHeaders(), Signer: p.GetSigner(), Transport: p.GetTransport(),
+	})
+	if err != nil {
+		return false
+	}
+	p.Signer, p.Transport = bare.Proto.GetSigner(), bare.Proto.GetTransport()
+	return true
+}
+
+// missingSecret is a reference to a secret that does not exist.
+type missingSecret struct {
+	Violation
+	name string
+}
+
+// missingSecrets finds the secrets that p refers to and that do not exist. The registry checks them again
+// in the transaction that writes; here it is so that they stand beside the other faults.
+func (s *Server) missingSecrets(p *grapnelv1.Subscription) []missingSecret {
+	owner, _, _ := parseName("", p.GetName(), collectionSubscriptions)
+	var missing []missingSecret
+	look := func(field string, b *grapnelv1.PluginBinding) {
+		for _, slot := range slices.Sorted(maps.Keys(b.GetSecrets())) {
+			name := b.GetSecrets()[slot]
+			ns, id, err := parseName(field, name, collectionSecrets)
+			if err != nil || ns != owner {
+				continue // a fault of its own, and nobody's business whether it exists
+			}
+			if _, err := s.Secrets.Get(ns, id); errors.Is(err, secret.ErrNotFound) {
+				at := field + ".secrets[" + quote(slot) + "]"
+				missing = append(missing, missingSecret{Violation{at, name + " does not exist", "secrets.exists"}, name})
+			}
+		}
+	}
+	look("subscription.signer", p.GetSigner())
+	look("subscription.transport", p.GetTransport())
+	return missing
+}
+
+// sameTarget reports whether two versions of a subscription look the same to plugins.
+func sameTarget(a, b *grapnelv1.Subscription) bool {
+	return a.GetUri() == b.GetUri() && maps.Equal(a.GetHeaders(), b.GetHeaders()) &&
+		proto.Equal(a.GetSigner(), b.GetSigner()) && proto.Equal(a.GetTransport(), b.GetTransport())
+}

@@ -1,0 +1,227 @@
+package api
+
+import (
+	"context"
+	"crypto/rand"
+	"crypto/sha256"
+	"encoding/base32"
+	"errors"
+	"iter"
+	"strings"
+	"time"
+
+	"google.golang.org/protobuf/proto"
+
+	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
+	"github.com/grapnel/grapnel/server/delivery"
+	"github.com/grapnel/grapnel/server/subscription"
+)
+
+// subscriptionOutputOnly are the fields of Subscription that callers cannot set.
+var subscriptionOutputOnly = []string{
+	"name", "uid", "state", "state_reason", "create_time", "update_time", "etag",
+}
+
+// cancelTime bounds how long DeleteSubscription waits for its open deliveries to be cancelled. The rest is
+// cancelled by dispatch, which sees the subscription gone.
+const cancelTime = 10 * time.Second
+
+// CreateSubscription adds a subscription when everything about it is right, its plugins' opinion included.
+func (s subscriptionService) CreateSubscription(ctx context.Context, r *grapnelv1.CreateSubscriptionRequest) (*grapnelv1.CreateSubscriptionResponse, error) {
+	ns, err := parseNamespace("parent", r.GetParent())
+	if err != nil {
+		return nil, err
+	}
+	id := r.GetSubscriptionId()
+	if id == "" {
+		id = pickID(ns, r.GetRequestId())
+	}
+	name := subscriptionName(ns, id)
+	if err := s.writable(ns); err != nil {
+		return nil, err
+	}
+	content := &grapnelv1.Subscription{}
+	if err := applyMask(content, proto.CloneOf(r.GetSubscription()), nil, subscriptionOutputOnly...); err != nil {
+		return nil, err
+	}
+	warnings, err := s.check(ctx, name, content)
+	if err != nil {
+		return nil, toStatus(err, name)
+	}
+	made, err := s.Registry.CreateSubscription(ctx, ns, id, content, subscription.CreateOptions{
+		RequestID: r.GetRequestId(), ValidateOnly: r.GetValidateOnly(),
+	})
+	if err != nil {
+		return nil, toStatus(err, name)
+	}
+	return &grapnelv1.CreateSubscriptionResponse{Subscription: made.Proto, Warnings: warnings}, nil
+}
+
+// pickID makes the id of a subscription for which the caller named none. The same request id gives the
+// same id, so that a repeated call finds what the first one made.
+func pickID(ns, requestID string) string {
+	text := rand.Text()
+	if requestID != "" {
+		sum := sha256.Sum256([]byte(ns + "/" + strings.ToLower(requestID)))
+		text = base32.StdEncoding.EncodeToString(sum[:])
+	}
+	return "sub-" + strings.ToLower(text[:16])
+}
+
+// writable refuses changes in a namespace that is not there or waits to be erased. The registry checks it
+// again in the transaction that writes.
+func (s *Server) writable(ns string) error {
+	n := s.Registry.Snapshot().Namespace(ns)
+	switch {
+	case n == nil:
+		return notFound(namespaceName(ns), "namespace")
+	case n.Deleted():
+		return invalidState(namespaceName(ns), namespaceName(ns)+" is deleted; nothing in it can be changed")
+	}
+	return nil
+}
+
+// GetSubscription reads one subscription.
+func (s subscriptionService) GetSubscription(_ context.Context, r *grapnelv1.GetSubscriptionRequest) (*grapnelv1.GetSubscriptionResponse, error) {
+	sub, err := s.find(r.GetName())
+	if err != nil {
+		return nil, err
+	}
+	return &grapnelv1.GetSubscriptionResponse{Subscription: sub.Proto}, nil
+}
+
+// find looks a subscription up by its full name.
+func (s subscriptionService) find(name string) (*subscription.Subscription, error) {
+	ns, id, err := parseName("name", name, collectionSubscriptions)
+	if err != nil {
+		return nil, err
+	}
+	sub := s.Registry.Snapshot().Subscription(ns, id)
+	if sub == nil {
+		return nil, notFound(name, "subscription")
+	}
+	return sub, nil
+}
+
+// ListSubscriptions reads one page in name order, of one namespace or of all.
+func (s subscriptionService) ListSubscriptions(_ context.Context, r *grapnelv1.ListSubscriptionsRequest) (*grapnelv1.ListSubscriptionsResponse, error) {
+	ns, err := s.listedNamespace(r.GetParent())
+	if err != nil {
+		return nil, err
+	}
+	size, err := pageSize(r.GetPageSize())
+	if err != nil {
+		return nil, err
+	}
+	keep, err := subscriptionFilter(r.GetFilter())
+	if err != nil {
+		return nil, err
+	}
+	query := []string{"ListSubscriptions", r.GetParent(), r.GetFilter()}
+	after, err := s.pages.open(r.GetPageToken(), query...)
+	if err != nil {
+		return nil, err
+	}
+	snapshot := s.Registry.Snapshot()
+	list := func(ns, after string) iter.Seq[*subscription.Subscription] { return snapshot.Subscriptions(ns, after) }
+	page := takePage(inNamespaces(snapshot, ns, after, list), size, keep,
+		func(sub *subscription.Subscription) string { return sub.Namespace + "/" + sub.ID })
+	out := &grapnelv1.ListSubscriptionsResponse{NextPageToken: s.pages.seal(page.next, query...)}
+	for _, sub := range page.items {
+		out.Subscriptions = append(out.Subscriptions, sub.Proto)
+	}
+	return out, nil
+}
+
+// UpdateSubscription changes the fields that the mask names, under an etag when one is sent.
+func (s subscriptionService) UpdateSubscription(ctx context.Context, r *grapnelv1.UpdateSubscriptionRequest) (*grapnelv1.UpdateSubscriptionResponse, error) {
+	name := r.GetSubscription().GetName()
+	ns, id, err := parseName("subscription.name", name, collectionSubscriptions)
+	if err != nil {
+		return nil, err
+	}
+	if err := s.writable(ns); err != nil {
+		return nil, err
+	}
+	var warnings []string
+	// The registry calls this again when somebody else's change comes between, each time with what is
+	// stored then; so what it works on is copied from the request each time.
+	mutate := func(stored *grapnelv1.Subscription) error {
+		before := proto.CloneOf(stored)
+		mask := r.GetUpdateMask()
+		if before.GetUid() == "" {
+			mask = nil // made anew: everything in the request counts
+		}
+		if err := applyMask(stored, proto.CloneOf(r.GetSubscription()), mask, subscriptionOutputOnly...); err != nil {
+			return err
+		}
+		warnings, err = s.check(ctx, name, stored)
+		if errors.Is(err, ErrPluginUnavailable) && sameTarget(before, stored) {
+			// What the plugin would be asked about is stored already: limits can be changed without it.
+			err = nil
+		}
+		return err
+	}
+	sub, err := s.Registry.UpdateSubscription(ctx, ns, id, r.GetSubscription().GetEtag(), mutate, subscription.UpdateOptions{
+		AllowMissing: r.GetAllowMissing(), ValidateOnly: r.GetValidateOnly(),
+	})
+	if err != nil {
+		return nil, toStatus(err, name)
+	}
+	return &grapnelv1.UpdateSubscriptionResponse{Subscription: sub.Proto, Warnings: warnings}, nil
+}
+
+// DeleteSubscription removes a subscription, cancels its open deliveries and says how many.
+func (s subscriptionService) DeleteSubscription(ctx context.Context, r *grapnelv1.DeleteSubscriptionRequest) (*grapnelv1.DeleteSubscriptionResponse, error) {
+	ns, id, err := parseName("name", r.GetName(), collectionSubscriptions)
+	if err != nil {
+		return nil, err
+	}
+	gone, err := s.Registry.DeleteSubscription(ctx, ns, id, r.GetEtag())
+	if err != nil {
+		if r.GetAllowMissing() && errors.Is(err, subscription.ErrNotFound) {
+			return &grapnelv1.DeleteSubscriptionResponse{}, nil
+		}
+		return nil, toStatus(err, r.GetName())
+	}
+	bounded, cancel := context.WithTimeout(ctx, cancelTime)
+	defer cancel()
+	lane := delivery.LaneKey{Namespace: ns, Subscription: id}
+	n, err := s.Engine.CancelLane(bounded, lane, gone.UID, "subscription deleted")
+	if err != nil {
+		// It is deleted, so the answer is OK. Dispatch cancels what is left when it meets it.
+		s.log.WarnContext(ctx, "open deliveries of a deleted subscription are left to dispatch",
+			"subscription_id", id, "cancelled", n, "err", err)
+	}
+	return &grapnelv1.DeleteSubscriptionResponse{CancelledDeliveries: clampInt32(int64(n))}, nil
+}
+
+// PauseSubscription stops attempts while events keep queueing. Repeating it changes the reason only.
+func (s subscriptionService) PauseSubscription(ctx context.Context, r *grapnelv1.PauseSubscriptionRequest) (*grapnelv1.PauseSubscriptionResponse, error) {
+	sub, err := s.setState(ctx, r.GetName(), grapnelv1.Subscription_STATE_PAUSED, r.GetReason())
+	if err != nil {
+		return nil, err
+	}
+	return &grapnelv1.PauseSubscriptionResponse{Subscription: sub}, nil
+}
+
+// ResumeSubscription restarts attempts after a pause or an automatic disable.
+func (s subscriptionService) ResumeSubscription(ctx context.Context, r *grapnelv1.ResumeSubscriptionRequest) (*grapnelv1.ResumeSubscriptionResponse, error) {
+	sub, err := s.setState(ctx, r.GetName(), grapnelv1.Subscription_STATE_ACTIVE, "")
+	if err != nil {
+		return nil, err
+	}
+	return &grapnelv1.ResumeSubscriptionResponse{Subscription: sub}, nil
+}
+
+func (s subscriptionService) setState(ctx context.Context, name string, state grapnelv1.Subscription_State, reason string) (*grapnelv1.Subscription, error) {
+	ns, id, err := parseName("name", name, collectionSubscriptions)
+	if err != nil {
+		return nil, err
+	}
+	sub, err := s.Registry.SetState(ctx, ns, id, [16]byte{}, state, reason)
+	if err != nil {
+		return nil, toStatus(err, name)
+	}
+	return sub.Proto, nil
+}

@@ -1,0 +1,77 @@
+package api
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"strings"
+	"time"
+
+	"google.golang.org/protobuf/proto"
+
+	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
+	"github.com/grapnel/grapnel/server/delivery"
+	"github.com/grapnel/grapnel/server/subscription"
+)
+
+// Errors that adapters of the Engine interface return.
+var (
+	// ErrTestLimited means that the subscription was tested less than a second ago.
+	ErrTestLimited = errors.New("tested less than a second ago")
+	// ErrStopping means that dispatch takes no more work.
+	ErrStopping = errors.New("dispatch is stopping")
+)
+
+// testEventType is the type of the event that TestSubscription sends when the caller brings none.
+const testEventType = "grapnel.test"
+
+// TestSubscription makes one attempt now. It is OK whatever the target does; paused and disabled
+// subscriptions can be tested too, so that one can look before resuming.
+func (s subscriptionService) TestSubscription(ctx context.Context, r *grapnelv1.TestSubscriptionRequest) (*grapnelv1.TestSubscriptionResponse, error) {
+	sub, err := s.find(r.GetName())
+	if err != nil {
+		return nil, err
+	}
+	if err := s.writable(sub.Namespace); err != nil {
+		return nil, err
+	}
+	event, err := testEvent(sub, r.GetEvent(), time.Now())
+	if err != nil {
+		return nil, err
+	}
+	attempt, err := s.Engine.Test(ctx, sub, event)
+	switch {
+	case errors.Is(err, ErrTestLimited):
+		return nil, rateLimited(r.GetName(), "one test a second is made of a subscription", time.Second)
+	case errors.Is(err, ErrStopping):
+		return nil, unavailable(grapnelv1.ErrorReason_ERROR_REASON_DRAINING, "the server is stopping", time.Second)
+	case err != nil:
+		return nil, toStatus(err, r.GetName())
+	}
+	attempt.Number, attempt.Manual = max(attempt.Number, 1), true
+	return &grapnelv1.TestSubscriptionResponse{Attempt: s.attemptProto(&attempt, true)}, nil
+}
+
+// testEvent makes the event of a test: what the caller brings, or a sample. It is never stored, so it gets
+// here what the journal gives to others.
+func testEvent(sub *subscription.Subscription, e *grapnelv1.Event, now time.Time) (*delivery.Event, error) {
+	if proto.Size(e) == 0 {
+		e = &grapnelv1.Event{
+			Type:            testEventType,
+			Subject:         sub.ID,
+			DataContentType: "application/json",
+			Payload:         &grapnelv1.Event_Text{Text: `{"message":"A test of this subscription by Grapnel. There is nothing to do."}`},
+		}
+	}
+	event, faults := eventOf(sub.Namespace, e, now)
+	if len(faults) > 0 {
+		return nil, invalid(under("event", faults)...)
+	}
+	random := strings.ToLower(rand.Text())
+	if event.ID == "" {
+		event.ID = "test-" + random
+	}
+	event.UID = "test_" + random
+	event.AcceptTime = now
+	return event, nil
+}
