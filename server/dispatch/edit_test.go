@@ -36,12 +36,13 @@ func TestEngineCancel(t *testing.T) {
 		if _, err := w.engine.Cancel(t.Context(), done, lane); !errors.Is(err, delivery.ErrFinal) {
 			t.Errorf("cancel of a delivered one: %v", err)
 		}
-		w.journal.failing = delivery.ErrClosed
+		w.journal.fail(delivery.ErrClosed)
 		for _, id := range []delivery.ID{ids[3], ids[4]} { // one in flight, one waiting: neither is lost
 			if _, err := w.engine.Cancel(t.Context(), id, lane); !errors.Is(err, delivery.ErrClosed) {
 				t.Errorf("cancel without a journal: %v", err)
 			}
 		}
+		w.journal.fail(nil)
 		time.Sleep(time.Minute)
 		wantStates(t, w, map[delivery.State]int{delivery.Cancelled: 3, delivery.Succeeded: 37})
 		for id, attempts := range map[delivery.ID]int{flying: 1, waiting: 0, onDisk: 0} {

@@ -131,8 +131,8 @@ func TestEngineGoneDisables(t *testing.T) {
 		w.receiver.set(always(time.Millisecond, func() *delivery.Result { return refused(410) }))
 		w.publishN(sub, 0, 3)
 		time.Sleep(time.Minute)
-		if n := len(w.receiver.starts()); n != 1 || len(w.disabled) != 1 || !strings.Contains(w.disabled[0], "410") {
-			t.Errorf("%d attempts, disabled %q", n, w.disabled)
+		if n := len(w.receiver.starts()); n != 1 || len(w.wasDisabled()) != 1 || !strings.Contains(w.wasDisabled()[0], "410") {
+			t.Errorf("%d attempts, disabled %q", n, w.wasDisabled())
 		}
 		wantStates(t, w, map[delivery.State]int{delivery.Rejected: 1, delivery.Pending: 2})
 	})
@@ -155,13 +155,13 @@ func TestEngineDisablesAfterFailingForLong(t *testing.T) {
 				w.receiver.set(always(time.Millisecond, func() *delivery.Result { r := tt.result; return &r }))
 				sub := w.sub("orders")
 				for range 40 {
-					if len(w.disabled) == 0 {
+					if len(w.wasDisabled()) == 0 {
 						w.publish(sub, 0)
 					}
 					time.Sleep(time.Minute)
 				}
-				if len(w.disabled) != tt.want {
-					t.Errorf("disabled %q", w.disabled)
+				if len(w.wasDisabled()) != tt.want {
+					t.Errorf("disabled %q", w.wasDisabled())
 				}
 			})
 		})
@@ -182,11 +182,11 @@ func TestEngineRespectsLimits(t *testing.T) {
 		w.publishN(many, 2, 100)
 		time.Sleep(time.Minute)
 		wantStates(t, w, map[delivery.State]int{delivery.Succeeded: 140})
-		if w.receiver.most["few"] != 3 {
-			t.Errorf("few: %d at once", w.receiver.most["few"])
+		if w.receiver.atOnce("few") != 3 {
+			t.Errorf("few: %d at once", w.receiver.atOnce("few"))
 		}
-		if w.receiver.most["many"] > 10 {
-			t.Errorf("many: %d at once", w.receiver.most["many"])
+		if w.receiver.atOnce("many") > 10 {
+			t.Errorf("many: %d at once", w.receiver.atOnce("many"))
 		}
 		var last time.Duration
 		for _, s := range w.receiver.starts() {
@@ -212,7 +212,7 @@ func TestEngineSlowLaneDoesNotStopAnother(t *testing.T) {
 		hangs := w.sub("hangs", func(s *subscription.Subscription) { s.MaxInFlight = 1000 })
 		w.publishN(hangs, 0, 500)
 		time.Sleep(time.Second)
-		if n := w.receiver.most["hangs"]; n > 10 {
+		if n := w.receiver.atOnce("hangs"); n > 10 {
 			t.Errorf("the hanging lane holds %d of 20 slots", n)
 		}
 		quick := w.sub("quick")
@@ -240,7 +240,7 @@ func TestEngineBacklogKeepsOrder(t *testing.T) {
 		ids := w.publishN(sub, 0, 2000)
 		time.Sleep(10 * time.Second)
 		wantStates(t, w, map[delivery.State]int{delivery.Succeeded: 2000})
-		if w.journal.reads == 0 {
+		if w.journal.readCount() == 0 {
 			t.Error("nothing was left on disk")
 		}
 		var got []delivery.ID
@@ -307,8 +307,7 @@ func TestEngineDeliverTime(t *testing.T) {
 		for i := range 3 {
 			j := w.journal.add(sub, 5, 10)
 			due := time.Now().Add(time.Duration(i) * time.Hour)
-			w.journal.records[j.ID].due = due
-			w.journal.records[j.ID].job.Expire = due.Add(time.Hour)
+			w.journal.postpone(j.ID, due)
 			w.engine.Timer(j.Lane(), 5, due)
 			time.Sleep(50 * time.Millisecond) // a read may come before the journal shows the job
 			w.journal.nowHanded(5, j.ID.Seq)
@@ -371,9 +370,8 @@ func TestEngineStop(t *testing.T) {
 func TestEngineRecovers(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
-		n := 0
 		w.receiver.set(func(*subscription.Subscription, *delivery.Job) (time.Duration, *delivery.Result) {
-			if n++; n%2 == 0 {
+			if len(w.receiver.starts())%2 == 0 {
 				return time.Millisecond, refused(500)
 			}
 			return time.Minute, ok()
@@ -411,7 +409,9 @@ func TestEngineCancelsDeleted(t *testing.T) {
 			time.Sleep(time.Second)
 			if restart {
 				_ = w.kill()
-				delete(w.registry.subs, delivery.LaneKey{Namespace: "acme", Subscription: "orders"})
+				w.registry.mu.Lock()
+				clear(w.registry.subs)
+				w.registry.mu.Unlock()
 				w.start()
 			} else {
 				w.remove("orders")

@@ -33,17 +33,22 @@ type memoryJournal struct {
 
 	mu       sync.Mutex
 	records  map[delivery.ID]*record
+	lanes    map[laneID][]*record // in the order of their sequences
 	counter  uint64
 	handed   map[uint16]uint64
 	lowWater map[delivery.LaneKey]map[uint16]uint64
 	failing  error // of edits
 	reads    int
-	biggest  int // most jobs given to the engine at once
+}
+
+type laneID struct {
+	lane      delivery.LaneKey
+	partition uint16
 }
 
 func newJournal(t *testing.T) *memoryJournal {
 	return &memoryJournal{
-		t: t, records: make(map[delivery.ID]*record), handed: make(map[uint16]uint64),
+		t: t, records: make(map[delivery.ID]*record), lanes: make(map[laneID][]*record), handed: make(map[uint16]uint64),
 		lowWater: make(map[delivery.LaneKey]map[uint16]uint64),
 	}
 }
@@ -64,7 +69,10 @@ func (f *memoryJournal) add(sub *subscription.Subscription, partition uint16, si
 		},
 		Subscription: sub.ID, SubscriptionUID: sub.UID, MaxAttempts: cmp.Or(sub.MaxAttempts, 5), Expire: now.Add(maxAge),
 	}
-	f.records[job.ID] = &record{job: job, state: delivery.Pending}
+	r := &record{job: job, state: delivery.Pending}
+	f.records[job.ID] = r
+	k := laneID{job.Lane(), partition}
+	f.lanes[k] = append(f.lanes[k], r)
 	return &job
 }
 
@@ -74,10 +82,16 @@ func (f *memoryJournal) nowHanded(partition uint16, seq uint64) {
 	f.handed[partition] = max(f.handed[partition], seq)
 }
 
-func (f *memoryJournal) selectJobs(lane delivery.LaneKey, partition uint16, want func(*record) bool) []*delivery.Job {
+// selectJobs returns at most limit jobs.
+func (f *memoryJournal) selectJobs(lane delivery.LaneKey, partition uint16, from uint64, limit int, want func(*record) bool) []*delivery.Job {
 	var jobs []*delivery.Job
-	for id, r := range f.records {
-		if id.Partition == partition && r.job.Lane() == lane && id.Seq <= f.handed[partition] && want(r) {
+	all := f.lanes[laneID{lane, partition}]
+	first, _ := slices.BinarySearchFunc(all, from, func(r *record, seq uint64) int { return cmp.Compare(r.job.ID.Seq, seq) })
+	for _, r := range all[first:] {
+		if r.job.ID.Seq > f.handed[partition] || len(jobs) == limit {
+			break
+		}
+		if want(r) {
 			j := r.job
 			j.Due, j.Attempts = r.due, len(r.attempts)
 			jobs = append(jobs, &j)
@@ -87,17 +101,13 @@ func (f *memoryJournal) selectJobs(lane delivery.LaneKey, partition uint16, want
 }
 
 func (f *memoryJournal) Lanes() iter.Seq2[delivery.LaneState, error] {
-	type key struct {
-		lane      delivery.LaneKey
-		partition uint16
-	}
 	f.mu.Lock()
-	states := make(map[key]delivery.LaneState)
+	states := make(map[laneID]delivery.LaneState)
 	for id, r := range f.records {
 		if r.state.Final() {
 			continue
 		}
-		k := key{r.job.Lane(), id.Partition}
+		k := laneID{r.job.Lane(), id.Partition}
 		s := states[k]
 		s.Lane, s.Partition = k.lane, k.partition
 		if r.due.IsZero() {
@@ -133,12 +143,10 @@ func (f *memoryJournal) Backlog(lane delivery.LaneKey, partition uint16, from ui
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.reads++
-	jobs := f.selectJobs(lane, partition, func(r *record) bool {
-		return r.state == delivery.Pending && r.due.IsZero() && r.job.ID.Seq >= from
+	jobs := f.selectJobs(lane, partition, from, limit+1, func(r *record) bool {
+		return r.state == delivery.Pending && r.due.IsZero()
 	})
-	slices.SortFunc(jobs, func(a, b *delivery.Job) int { return cmp.Compare(a.ID.Seq, b.ID.Seq) })
 	got, rest := f.cut(jobs, limit, maxBytes)
-	f.biggest = max(f.biggest, len(got))
 	if len(rest) > 0 {
 		return got, rest[0].ID.Seq, nil
 	}
@@ -149,7 +157,7 @@ func (f *memoryJournal) Timers(lane delivery.LaneKey, partition uint16, until ti
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.reads++
-	jobs := f.selectJobs(lane, partition, func(r *record) bool { return !r.state.Final() && !r.due.IsZero() })
+	jobs := f.selectJobs(lane, partition, 0, -1, func(r *record) bool { return !r.state.Final() && !r.due.IsZero() })
 	slices.SortFunc(jobs, func(a, b *delivery.Job) int {
 		return cmp.Or(a.Due.Compare(b.Due), cmp.Compare(a.ID.Seq, b.ID.Seq))
 	})
@@ -161,7 +169,6 @@ func (f *memoryJournal) Timers(lane delivery.LaneKey, partition uint16, until ti
 		}
 	}
 	got, _ := f.cut(jobs[:due], limit, maxBytes)
-	f.biggest = max(f.biggest, len(got))
 	if len(got) < len(jobs) {
 		return got, jobs[len(got)].Due, nil
 	}
@@ -197,9 +204,9 @@ func (f *memoryJournal) SetLowWater(lane delivery.LaneKey, partition uint16, seq
 		f.lowWater[lane] = make(map[uint16]uint64)
 	}
 	f.lowWater[lane][partition] = seq
-	for id, r := range f.records {
-		if r.job.Lane() == lane && id.Partition == partition && id.Seq < seq && r.state == delivery.Pending && r.due.IsZero() {
-			f.t.Errorf("low water %d passes pending delivery %v", seq, id)
+	for _, r := range f.lanes[laneID{lane, partition}] {
+		if r.job.ID.Seq < seq && r.state == delivery.Pending && r.due.IsZero() {
+			f.t.Errorf("low water %d passes pending delivery %v", seq, r.job.ID)
 		}
 	}
 }
@@ -283,6 +290,31 @@ func (f *memoryJournal) states() map[delivery.State]int {
 		m[r.state]++
 	}
 	return m
+}
+
+func (f *memoryJournal) low(lane delivery.LaneKey, partition uint16) uint64 {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.lowWater[lane][partition]
+}
+
+// postpone makes a stored delivery due later.
+func (f *memoryJournal) postpone(id delivery.ID, due time.Time) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.records[id].due, f.records[id].job.Expire = due, due.Add(time.Hour)
+}
+
+func (f *memoryJournal) fail(err error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.failing = err
+}
+
+func (f *memoryJournal) readCount() int {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.reads
 }
 
 func (f *memoryJournal) get(id delivery.ID) record {
@@ -379,6 +411,13 @@ func (r *receiver) starts() []start {
 	return slices.Clone(r.started)
 }
 
+// atOnce is the highest number of attempts in flight for a subscription.
+func (r *receiver) atOnce(sub string) int {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.most[sub]
+}
+
 func (r *receiver) set(answer func(*subscription.Subscription, *delivery.Job) (time.Duration, *delivery.Result)) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -396,7 +435,9 @@ func refused(code int) *delivery.Result {
 func unspent() *delivery.Result { return &delivery.Result{Cause: delivery.CauseUnspent} }
 
 func always(delay time.Duration, result func() *delivery.Result) func(*subscription.Subscription, *delivery.Job) (time.Duration, *delivery.Result) {
-	return func(*subscription.Subscription, *delivery.Job) (time.Duration, *delivery.Result) { return delay, result() }
+	return func(*subscription.Subscription, *delivery.Job) (time.Duration, *delivery.Result) {
+		return delay, result()
+	}
 }
 
 // world is an engine with everything around it.
@@ -408,6 +449,8 @@ type world struct {
 	engine   *dispatch.Engine
 	options  dispatch.Options
 	ran      chan error
+
+	mu       sync.Mutex
 	disabled []string
 }
 
@@ -494,9 +537,18 @@ func inState(state grapnelv1.Subscription_State) func(*subscription.Subscription
 }
 
 func (w *world) disable(_ context.Context, sub *subscription.Subscription, reason string) error {
+	w.mu.Lock()
 	w.disabled = append(w.disabled, sub.ID+": "+reason)
+	w.mu.Unlock()
 	w.sub(sub.ID, inState(grapnelv1.Subscription_STATE_DISABLED))
 	return nil
+}
+
+// wasDisabled lists what was disabled, and why.
+func (w *world) wasDisabled() []string {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return slices.Clone(w.disabled)
 }
 
 // publish stores one delivery per subscription and offers it.

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"slices"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -31,11 +32,13 @@ func randomRun(t *testing.T, rnd *rand.Rand) {
 		o.Slots = 1 + rnd.IntN(20)
 	})
 	names := []string{"a", "b", "c"}
-	limit := func(s *subscription.Subscription) { s.MaxInFlight, s.MaxAttempts, s.MaxAge = 1+rnd.IntN(6), 50, 300*time.Hour }
+	limit := func(s *subscription.Subscription) {
+		s.MaxInFlight, s.MaxAttempts, s.MaxAge = 1+rnd.IntN(6), 50, 300*time.Hour
+	}
 	for _, n := range names {
 		w.sub(n, limit)
 	}
-	w.receiver.set(randomAnswer(rnd))
+	w.receiver.set(randomAnswer(rnd.Uint64()))
 	var ids []delivery.ID
 	lives := []int{0} // where each life of the engine begins in the receiver's list
 	for range 400 {
@@ -72,6 +75,7 @@ func randomRun(t *testing.T, rnd *rand.Rand) {
 	}
 	time.Sleep(4 * time.Hour)
 	w.stop()
+	synctest.Wait()
 	for id, r := range w.journal.records {
 		if r.state != delivery.Succeeded && r.state != delivery.Cancelled {
 			t.Errorf("%v ended in state %d with %d attempts", id, r.state, len(r.attempts))
@@ -83,8 +87,12 @@ func randomRun(t *testing.T, rnd *rand.Rand) {
 	}
 }
 
-func randomAnswer(rnd *rand.Rand) func(*subscription.Subscription, *delivery.Job) (time.Duration, *delivery.Result) {
+func randomAnswer(seed uint64) func(*subscription.Subscription, *delivery.Job) (time.Duration, *delivery.Result) {
+	var mu sync.Mutex
+	rnd := rand.New(rand.NewPCG(seed, 2))
 	return func(*subscription.Subscription, *delivery.Job) (time.Duration, *delivery.Result) {
+		mu.Lock()
+		defer mu.Unlock()
 		delay := time.Duration(0) // ends within Attempt
 		if rnd.IntN(3) > 0 {
 			delay = time.Duration(rnd.IntN(2000)) * time.Millisecond
@@ -144,12 +152,12 @@ func TestEngineLowWaterAfterRandomCompletion(t *testing.T) {
 				first = id.Seq
 			}
 		}
-		if got := w.journal.lowWater[lane][2]; got != first || first == 0 {
+		if got := w.journal.low(lane, 2); got != first || first == 0 {
 			t.Errorf("low water %d, first pending %d", got, first)
 		}
 		time.Sleep(2 * time.Hour)
 		w.stop()
-		if got, want := w.journal.lowWater[lane][2], ids[199].Seq+1; got != want {
+		if got, want := w.journal.low(lane, 2), ids[199].Seq+1; got != want {
 			t.Errorf("low water %d at the end, want %d", got, want)
 		}
 	})
