@@ -2,12 +2,18 @@ package server
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
+	"time"
+
+	"google.golang.org/protobuf/types/known/durationpb"
 
 	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
 	"github.com/grapnel/grapnel/server/api"
+	"github.com/grapnel/grapnel/server/delivery"
+	"github.com/grapnel/grapnel/server/dispatch"
 	"github.com/grapnel/grapnel/server/pluginhost"
 	"github.com/grapnel/grapnel/server/subscription"
 )
@@ -92,4 +98,58 @@ func (p plugins) Check(ctx context.Context, sub *grapnelv1.Subscription) ([]api.
 func (p plugins) CheckConfig(ctx context.Context, id string, config []byte) ([]api.Diagnostic, error) {
 	ds, err := p.Host.CheckConfig(ctx, id, config)
 	return diagnostics(ds, err)
+}
+
+// diagnostics puts the host's complaints and errors into the words of the API.
+func diagnostics(ds []pluginhost.Diagnostic, err error) ([]api.Diagnostic, error) {
+	switch {
+	case errors.Is(err, pluginhost.ErrUnavailable):
+		err = fmt.Errorf("%w: %w", api.ErrPluginUnavailable, err)
+	case errors.Is(err, pluginhost.ErrUnknownPlugin):
+		err = fmt.Errorf("%w: %w", api.ErrUnknownPlugin, err)
+	}
+	out := make([]api.Diagnostic, len(ds))
+	for i, d := range ds {
+		out[i] = api.Diagnostic(d)
+	}
+	return out, err
+}
+
+// engine is dispatch as the API sees it.
+type engine struct{ *dispatch.Engine }
+
+func (e engine) Stats(ns string, window time.Duration, top int) (*grapnelv1.Stats, []*grapnelv1.Stats) {
+	total, rows := e.Engine.Stats(ns, window, top)
+	per := make([]*grapnelv1.Stats, len(rows))
+	for i, r := range rows {
+		per[i] = stats(r)
+		per[i].Subscription = "namespaces/" + r.Lane.Namespace + "/subscriptions/" + r.Lane.Subscription
+	}
+	return stats(total), per
+}
+
+func (e engine) Test(ctx context.Context, sub *subscription.Subscription, event *delivery.Event) (delivery.Attempt, error) {
+	a, err := e.Engine.Test(ctx, sub, event)
+	switch {
+	case errors.Is(err, dispatch.ErrTestLimit):
+		err = fmt.Errorf("%w: %w", api.ErrTestLimited, err)
+	case errors.Is(err, dispatch.ErrStopped):
+		err = fmt.Errorf("%w: %w", api.ErrStopping, err)
+	case errors.Is(err, dispatch.ErrUnspent):
+		err = fmt.Errorf("%w: %w", api.ErrPluginUnavailable, err)
+	}
+	return a, err
+}
+
+func (e engine) Running() int {
+	total, _ := e.Engine.Stats("", time.Minute, 0)
+	return int(total.InFlight)
+}
+
+func stats(s dispatch.Stats) *grapnelv1.Stats {
+	return &grapnelv1.Stats{
+		Events: s.Events, Attempts: s.Attempts, FailedAttempts: s.FailedAttempts,
+		Succeeded: s.Succeeded, Failed: s.Failed, Open: s.Open,
+		P50Latency: durationpb.New(s.P50), P99Latency: durationpb.New(s.P99), OldestDueAge: durationpb.New(s.OldestDue),
+	}
 }

@@ -136,6 +136,7 @@ func (s *Server) open(ctx context.Context, closers *stack) (err error) {
 		s.engine.Changed(changes)
 	})
 	s.secrets.OnChange(s.plugins.SecretChanged)
+	s.journal.OnTimer(s.engine.Timer)
 	s.journal.Start(s.engine.Offer)
 	return nil
 }

@@ -27,7 +27,7 @@ func (s *Server) sweep(ctx context.Context) error {
 			if n := snapshot.Namespace(ns); n != nil {
 				return n.Quota().Retention
 			}
-			return subscription.DefaultQuota().Retention
+			return new(subscription.Namespace).Quota().Retention
 		}
 		if err := s.journal.Retain(ctx, retention); err != nil && ctx.Err() == nil {
 			s.log.Error("history past its retention could not be dropped", "err", err)

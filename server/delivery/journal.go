@@ -2,6 +2,7 @@ package delivery
 
 import (
 	"crypto/rand"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -314,6 +315,9 @@ func (j *Journal) OnTimer(f func(lane LaneKey, partition uint16, due time.Time))
 
 // Partitions is how many there are.
 func (j *Journal) Partitions() int { return len(j.partitions) }
+
+// ID tells this journal from every other: ten hexadecimal digits, drawn when it was made.
+func (j *Journal) ID() string { return hex.EncodeToString(j.id[:]) }
 
 // Close does what has been queued, makes it durable and closes the journal. Everything afterwards gets
 // ErrClosed. Only the first call does anything.
