@@ -84,10 +84,7 @@ const (
 
 // complete offers IDs from the server; without one within reach, nothing.
 func complete[T interface{ GetName() string }](c *cli, items func(context.Context, *client.Client) iter.Seq2[T, error]) cobra.CompletionFunc {
-	return func(cmd *cobra.Command, args []string, _ string) ([]string, cobra.ShellCompDirective) {
-		if len(args) > 0 {
-			return nil, cobra.ShellCompDirectiveNoFileComp
-		}
+	return func(cmd *cobra.Command, _ []string, _ string) ([]string, cobra.ShellCompDirective) {
 		_ = c.applyEnvironment(cmd)
 		ctx, cancel := context.WithTimeout(context.Background(), completionTimeout)
 		defer cancel()
@@ -104,5 +101,15 @@ func complete[T interface{ GetName() string }](c *cli, items func(context.Contex
 			ids = append(ids, lastSegment(item.GetName()))
 		}
 		return ids, cobra.ShellCompDirectiveNoFileComp
+	}
+}
+
+// firstArg completes the one argument of a command, and nothing after it.
+func firstArg(f cobra.CompletionFunc) cobra.CompletionFunc {
+	return func(cmd *cobra.Command, args []string, typed string) ([]string, cobra.ShellCompDirective) {
+		if len(args) > 0 {
+			return nil, cobra.ShellCompDirectiveNoFileComp
+		}
+		return f(cmd, args, typed)
 	}
 }

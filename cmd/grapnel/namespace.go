@@ -128,7 +128,7 @@ func newNamespaceCreate(c *cli) *cobra.Command {
 func newNamespaceGet(c *cli) *cobra.Command {
 	return &cobra.Command{
 		Use: "get ID", Short: "Show a namespace with its limits and how much of them is used",
-		Args: oneID, ValidArgsFunction: completeNamespaces(c),
+		Args: oneID, ValidArgsFunction: firstArg(completeNamespaces(c)),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			name, err := c.name(namespaces, args[0])
 			if err != nil {
@@ -168,7 +168,7 @@ func newNamespaceUpdate(c *cli) *cobra.Command {
 	var etag string
 	cmd := &cobra.Command{
 		Use: "update ID", Short: "Change labels and limits; what is not given stays",
-		Args: oneID, ValidArgsFunction: completeNamespaces(c),
+		Args: oneID, ValidArgsFunction: firstArg(completeNamespaces(c)),
 	}
 	f.register(cmd)
 	cmd.Flags().StringVar(&etag, "etag", "", "fail unless this is the current etag")
@@ -202,7 +202,7 @@ func newNamespaceDelete(c *cli) *cobra.Command {
 	r := &grapnelv1.DeleteNamespaceRequest{}
 	cmd := &cobra.Command{
 		Use: "delete ID", Short: "Mark a namespace deleted; it is erased after seven days",
-		Args: oneID, ValidArgsFunction: completeNamespaces(c),
+		Args: oneID, ValidArgsFunction: firstArg(completeNamespaces(c)),
 	}
 	cmd.Flags().BoolVar(&r.Force, "force", false, "delete although it has subscriptions")
 	cmd.Flags().StringVar(&r.Etag, "etag", "", "fail unless this is the current etag")

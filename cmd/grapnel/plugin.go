@@ -11,7 +11,7 @@ import (
 	"github.com/spf13/cobra"
 	"google.golang.org/protobuf/types/known/structpb"
 
-	"github.com/grapnel/grapnel/plugins/http"
+	httpplugin "github.com/grapnel/grapnel/plugins/http"
 	"github.com/grapnel/grapnel/plugins/standardwebhooks"
 	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
 	"github.com/grapnel/grapnel/sdk/client"
@@ -103,7 +103,7 @@ func newPluginGet(c *cli) *cobra.Command {
 	var schema bool
 	cmd := &cobra.Command{
 		Use: "get ID", Short: "Show a plugin with its settings, secrets and processes",
-		Args: oneID, ValidArgsFunction: completePlugins(c),
+		Args: oneID, ValidArgsFunction: firstArg(completePlugins(c)),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			name, err := c.name(plugins, args[0])
 			if err != nil {
@@ -134,7 +134,7 @@ func newPluginValidate(c *cli) *cobra.Command {
 	var config string
 	cmd := &cobra.Command{
 		Use: "validate ID", Short: "Check settings the way creating a subscription would",
-		Args: oneID, ValidArgsFunction: completePlugins(c),
+		Args: oneID, ValidArgsFunction: firstArg(completePlugins(c)),
 		Example: `  grapnel plugin validate http --config '{"method":"PUT"}'`,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			name, err := c.name(plugins, args[0])
@@ -168,7 +168,7 @@ func newPluginServe(c *cli) *cobra.Command {
 		Use: "serve", Short: "Serve the first-party plugins to a Grapnel server", Hidden: true, Args: cobra.NoArgs,
 		RunE: func(*cobra.Command, []string) error {
 			c.releaseSignals() // the SDK decides what ends a plugin
-			return plugin.Serve("grapnel", version().number, http.Kind(), standardwebhooks.Kind())
+			return plugin.Serve("grapnel", version().number, httpplugin.Kind(), standardwebhooks.Kind())
 		},
 	}
 }

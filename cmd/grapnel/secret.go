@@ -131,7 +131,7 @@ func newSecretCreate(c *cli) *cobra.Command {
 func newSecretGet(c *cli) *cobra.Command {
 	return &cobra.Command{
 		Use: "get ID", Short: "Show a secret's metadata, never its value",
-		Args: oneID, ValidArgsFunction: completeSecrets(c),
+		Args: oneID, ValidArgsFunction: firstArg(completeSecrets(c)),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			name, err := c.name(secrets, args[0])
 			if err != nil {
@@ -168,7 +168,7 @@ func newSecretRotate(c *cli) *cobra.Command {
 	var overlap time.Duration
 	cmd := &cobra.Command{
 		Use: "rotate ID", Short: "Add a new version; the old one stays in use for a while",
-		Args: oneID, ValidArgsFunction: completeSecrets(c),
+		Args: oneID, ValidArgsFunction: firstArg(completeSecrets(c)),
 		Example: "  grapnel secret rotate orders-key -n acme --overlap 48h",
 	}
 	cmd.Flags().StringVar(&value, "value", "", "`@file` or - for standard input; empty makes one")
@@ -200,7 +200,7 @@ func newSecretDelete(c *cli) *cobra.Command {
 	r := &grapnelv1.DeleteSecretRequest{}
 	cmd := &cobra.Command{
 		Use: "delete ID", Short: "Remove a secret that nothing refers to",
-		Args: oneID, ValidArgsFunction: completeSecrets(c),
+		Args: oneID, ValidArgsFunction: firstArg(completeSecrets(c)),
 	}
 	cmd.Flags().StringVar(&r.Etag, "etag", "", "fail unless this is the current etag")
 	cmd.Flags().BoolVar(&r.AllowMissing, "allow-missing", false, "succeed when it is already gone")

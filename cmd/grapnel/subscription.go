@@ -135,7 +135,7 @@ func newSubscriptionCreate(c *cli) *cobra.Command {
 
 func newSubscriptionGet(c *cli) *cobra.Command {
 	return &cobra.Command{
-		Use: "get ID", Short: "Show a subscription", Args: oneID, ValidArgsFunction: completeSubscriptions(c),
+		Use: "get ID", Short: "Show a subscription", Args: oneID, ValidArgsFunction: firstArg(completeSubscriptions(c)),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			name, err := c.name(subscriptions, args[0])
 			if err != nil {
@@ -187,7 +187,7 @@ func newSubscriptionUpdate(c *cli) *cobra.Command {
 		Use: "update ID", Short: "Change a subscription; what is not given stays",
 		Long: `Changes what the flags name and leaves the rest. A flag with an empty value clears: --condition ''.
 With --file the whole content is replaced by the file's.`,
-		Args: oneID, ValidArgsFunction: completeSubscriptions(c),
+		Args: oneID, ValidArgsFunction: firstArg(completeSubscriptions(c)),
 		Example: "  grapnel subscription update orders -n acme --uri https://new.example.com/orders\n" +
 			"  grapnel subscription update orders -n acme --schedule 5s,1m,1h",
 	}
@@ -229,7 +229,7 @@ func newSubscriptionDelete(c *cli) *cobra.Command {
 	r := &grapnelv1.DeleteSubscriptionRequest{}
 	cmd := &cobra.Command{
 		Use: "delete ID", Short: "Remove a subscription and cancel its open deliveries",
-		Args: oneID, ValidArgsFunction: completeSubscriptions(c),
+		Args: oneID, ValidArgsFunction: firstArg(completeSubscriptions(c)),
 	}
 	cmd.Flags().StringVar(&r.Etag, "etag", "", "fail unless this is the current etag")
 	cmd.Flags().BoolVar(&r.AllowMissing, "allow-missing", false, "succeed when it is already gone")
@@ -257,7 +257,7 @@ func newSubscriptionPause(c *cli) *cobra.Command {
 	var reason string
 	cmd := &cobra.Command{
 		Use: "pause ID", Short: "Stop attempts while events keep queueing",
-		Args: oneID, ValidArgsFunction: completeSubscriptions(c),
+		Args: oneID, ValidArgsFunction: firstArg(completeSubscriptions(c)),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			name, err := c.name(subscriptions, args[0])
 			if err != nil {
@@ -276,7 +276,7 @@ func newSubscriptionPause(c *cli) *cobra.Command {
 func newSubscriptionResume(c *cli) *cobra.Command {
 	return &cobra.Command{
 		Use: "resume ID", Short: "Restart attempts after a pause or an automatic disable",
-		Args: oneID, ValidArgsFunction: completeSubscriptions(c),
+		Args: oneID, ValidArgsFunction: firstArg(completeSubscriptions(c)),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			name, err := c.name(subscriptions, args[0])
 			if err != nil {
@@ -309,7 +309,7 @@ func newSubscriptionTest(c *cli) *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "test ID", Short: "Make one attempt now and show it; nothing is stored or retried",
 		Long: "Makes one attempt now and shows it. Nothing is stored or retried. Exits with 1 when the receiver does not accept it.",
-		Args: oneID, ValidArgsFunction: completeSubscriptions(c),
+		Args: oneID, ValidArgsFunction: firstArg(completeSubscriptions(c)),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			name, err := c.name(subscriptions, args[0])
 			if err != nil {
