@@ -29,10 +29,7 @@ func (e *Engine) Complete(job *delivery.Job, r delivery.Result) {
 
 // Complete implements delivery.Sink. It settles the delivery and goes on with the lane's next one. A
 // second call, and one after the attempt has been abandoned, does nothing.
-func (x *entry) Complete(job *delivery.Job, r delivery.Result) {
-	if job != x.job {
-		return
-	}
+func (x *entry) Complete(_ *delivery.Job, r delivery.Result) {
 	cancelled := false
 	if !x.state.CompareAndSwap(inFlight, settling) {
 		if !x.state.CompareAndSwap(cancelling, settling) {
@@ -40,7 +37,7 @@ func (x *entry) Complete(job *delivery.Job, r delivery.Result) {
 		}
 		cancelled = true
 	}
-	l := x.lane
+	l, job := x.lane, x.job
 	now := time.Now()
 	if r.Cause == delivery.CauseUnspent {
 		if cancelled {

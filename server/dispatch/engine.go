@@ -143,7 +143,7 @@ type Engine struct {
 	tests   tests
 
 	// taking ends when no new work is taken, work when what is under way is abandoned.
-	taking, work       context.Context //nolint:containedctx // the lives of the engine's own goroutines
+	taking, work       context.Context
 	endTaking, endWork context.CancelFunc
 	stopped            <-chan struct{} // taking.Done()
 	drained            chan struct{}   // size 1: the last slot was released while stopping

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/prometheus/client_golang/prometheus"
 
 	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
 	"github.com/grapnel/grapnel/server/delivery"
@@ -233,11 +234,15 @@ func TestEngineSlowLaneDoesNotStopAnother(t *testing.T) {
 
 func TestEngineBacklogKeepsOrder(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		w := newWorld(t, func(o *dispatch.Options) { o.WindowBytes = 64 << 10 })
+		registry := prometheus.NewRegistry()
+		w := newWorld(t, func(o *dispatch.Options) { o.WindowBytes, o.Registerer = 64<<10, registry })
 		defer w.stop()
 		sub := w.sub("orders", func(s *subscription.Subscription) { s.MaxInFlight = 1 })
 		w.receiver.set(always(time.Millisecond, ok))
 		ids := w.publishN(sub, 0, 2000)
+		if bytes := gather(t, registry)["grapnel_window_bytes"]; bytes < 16<<10 || bytes > 128<<10 {
+			t.Errorf("%v bytes in memory", bytes)
+		}
 		time.Sleep(10 * time.Second)
 		wantStates(t, w, map[delivery.State]int{delivery.Succeeded: 2000})
 		if w.journal.readCount() == 0 {
@@ -266,6 +271,22 @@ func TestEngineExpires(t *testing.T) {
 		time.Sleep(30 * time.Minute)
 		wantStates(t, w, map[delivery.State]int{delivery.Succeeded: 1, delivery.Exhausted: 701})
 		if r := w.journal.get(ids[0]); r.reason != "max_age" || len(r.attempts) != 0 {
+			t.Errorf("expired with %q and %d attempts", r.reason, len(r.attempts))
+		}
+	})
+}
+
+func TestEngineExpiresScheduledWhilePaused(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		defer w.stop()
+		w.receiver.set(always(0, func() *delivery.Result { return refused(500) }))
+		ids := w.publishN(w.sub("orders", func(s *subscription.Subscription) { s.MaxAge = 10 * time.Minute }), 0, 300)
+		time.Sleep(time.Second)
+		w.sub("orders", inState(grapnelv1.Subscription_STATE_PAUSED))
+		time.Sleep(15 * time.Minute)
+		wantStates(t, w, map[delivery.State]int{delivery.Exhausted: 300})
+		if r := w.journal.get(ids[0]); r.reason != "max_age" || len(r.attempts) != 1 {
 			t.Errorf("expired with %q and %d attempts", r.reason, len(r.attempts))
 		}
 	})

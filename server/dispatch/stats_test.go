@@ -60,7 +60,8 @@ func TestEngineStats(t *testing.T) {
 	})
 }
 
-func checkMetrics(t *testing.T, registry *prometheus.Registry) {
+// gather returns metrics by name and label values.
+func gather(t *testing.T, registry *prometheus.Registry) map[string]float64 {
 	t.Helper()
 	families, err := registry.Gather()
 	if err != nil {
@@ -76,6 +77,12 @@ func checkMetrics(t *testing.T, registry *prometheus.Registry) {
 			got[name] = m.GetCounter().GetValue() + m.GetGauge().GetValue() + float64(m.GetHistogram().GetSampleCount())
 		}
 	}
+	return got
+}
+
+func checkMetrics(t *testing.T, registry *prometheus.Registry) {
+	t.Helper()
+	got := gather(t, registry)
 	for name, want := range map[string]float64{
 		"grapnel_attempts_total,succeeded":   40,
 		"grapnel_attempts_total,retryable":   8,

@@ -1,0 +1,259 @@
+package dispatch_test
+
+import (
+	"context"
+	"slices"
+	"sync"
+	"testing"
+	"time"
+
+	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
+	"github.com/grapnel/grapnel/server/delivery"
+	"github.com/grapnel/grapnel/server/dispatch"
+	"github.com/grapnel/grapnel/server/subscription"
+)
+
+// registry is the snapshot.
+type registry struct {
+	mu   sync.Mutex
+	subs map[delivery.LaneKey]*subscription.Subscription
+}
+
+func (r *registry) Subscription(ns, id string) *subscription.Subscription {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.subs[delivery.LaneKey{Namespace: ns, Subscription: id}]
+}
+
+// receiver is the Attempter. answer decides when each attempt ends, and how; nil leaves it open for end.
+type receiver struct {
+	t      *testing.T
+	answer func(sub *subscription.Subscription, job *delivery.Job) (time.Duration, *delivery.Result)
+
+	mu      sync.Mutex
+	started []start
+	flying  map[delivery.ID]flight
+	most    map[string]int
+	now     map[string]int
+}
+
+type flight struct {
+	job  *delivery.Job
+	sink delivery.Sink
+}
+
+// forget drops what an engine that was killed had in flight.
+func (r *receiver) forget() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	clear(r.flying)
+	clear(r.now)
+}
+
+type start struct {
+	id  delivery.ID
+	sub string
+	uri string
+	job *delivery.Job
+	at  time.Time
+}
+
+func (r *receiver) Attempt(sub *subscription.Subscription, job *delivery.Job, sink delivery.Sink) {
+	r.mu.Lock()
+	if r.flying[job.ID].job != nil {
+		r.t.Errorf("two attempts of %v at once", job.ID)
+	}
+	r.flying[job.ID] = flight{job, sink}
+	r.started = append(r.started, start{job.ID, sub.ID, sub.Proto.GetUri(), job, time.Now()})
+	r.now[sub.ID]++
+	r.most[sub.ID] = max(r.most[sub.ID], r.now[sub.ID])
+	answer := r.answer
+	r.mu.Unlock()
+	if answer == nil {
+		return
+	}
+	delay, result := answer(sub, job)
+	switch {
+	case result == nil:
+	case delay == 0:
+		r.end(job, *result)
+	default:
+		time.AfterFunc(delay, func() { r.end(job, *result) })
+	}
+}
+
+func (r *receiver) end(job *delivery.Job, result delivery.Result) {
+	r.mu.Lock()
+	f := r.flying[job.ID]
+	if f.job == job {
+		delete(r.flying, job.ID)
+		r.now[job.Subscription]--
+	}
+	r.mu.Unlock()
+	if f.job == job {
+		f.sink.Complete(job, result)
+	}
+}
+
+func (r *receiver) starts() []start {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return slices.Clone(r.started)
+}
+
+// atOnce is the highest number of attempts in flight for a subscription.
+func (r *receiver) atOnce(sub string) int {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.most[sub]
+}
+
+func (r *receiver) set(answer func(*subscription.Subscription, *delivery.Job) (time.Duration, *delivery.Result)) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.answer = answer
+}
+
+func ok() *delivery.Result {
+	return &delivery.Result{Attempt: delivery.Attempt{Outcome: delivery.OutcomeSucceeded, ResponseCode: 200}}
+}
+
+func refused(code int) *delivery.Result {
+	return &delivery.Result{Attempt: delivery.Attempt{Outcome: delivery.OutcomeRetryable, ResponseCode: code}}
+}
+
+func unspent() *delivery.Result { return &delivery.Result{Cause: delivery.CauseUnspent} }
+
+func always(delay time.Duration, result func() *delivery.Result) func(*subscription.Subscription, *delivery.Job) (time.Duration, *delivery.Result) {
+	return func(*subscription.Subscription, *delivery.Job) (time.Duration, *delivery.Result) {
+		return delay, result()
+	}
+}
+
+// world is an engine with everything around it.
+type world struct {
+	t        *testing.T
+	journal  *memoryJournal
+	registry *registry
+	receiver *receiver
+	engine   *dispatch.Engine
+	options  dispatch.Options
+	ran      chan error
+
+	mu       sync.Mutex
+	disabled []string
+}
+
+func newWorld(t *testing.T, change ...func(*dispatch.Options)) *world {
+	w := &world{
+		t: t, journal: newJournal(t),
+		registry: &registry{subs: make(map[delivery.LaneKey]*subscription.Subscription)},
+		receiver: &receiver{
+			t: t, flying: make(map[delivery.ID]flight), most: make(map[string]int), now: make(map[string]int),
+			answer: always(10*time.Millisecond, ok),
+		},
+	}
+	w.options = dispatch.Options{Journal: w.journal, Subscriptions: w.registry, Attempter: w.receiver, Disable: w.disable}
+	for _, c := range change {
+		c(&w.options)
+	}
+	w.start()
+	return w
+}
+
+func (w *world) start() {
+	w.engine = dispatch.New(w.options)
+	w.ran = make(chan error, 1)
+	engine, ran := w.engine, w.ran
+	go func() { ran <- engine.Run(context.Background()) }()
+}
+
+// stop drains the engine.
+func (w *world) stop() {
+	w.t.Helper()
+	if err := w.engine.Stop(w.t.Context()); err != nil {
+		w.t.Errorf("stop: %v", err)
+	}
+	if err := <-w.ran; err != nil {
+		w.t.Errorf("run: %v", err)
+	}
+}
+
+// kill abandons everything.
+func (w *world) kill() error {
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	err := w.engine.Stop(ctx)
+	<-w.ran
+	w.receiver.forget()
+	return err
+}
+
+// sub makes an active subscription, or changes it.
+func (w *world) sub(id string, change ...func(*subscription.Subscription)) *subscription.Subscription {
+	s := &subscription.Subscription{
+		Proto:     &grapnelv1.Subscription{State: grapnelv1.Subscription_STATE_ACTIVE, Uri: "https://one.example"},
+		Namespace: "acme", ID: id, UID: [16]byte{1}, MaxInFlight: 4, MaxAttempts: 4, MaxAge: time.Hour,
+		Schedule: []time.Duration{5 * time.Second, 5 * time.Minute}, DisableAfter: 30 * time.Minute,
+	}
+	for _, c := range change {
+		c(s)
+	}
+	w.put(s)
+	return s
+}
+
+// put replaces a subscription and tells the engine; nil Proto deletes it.
+func (w *world) put(s *subscription.Subscription) {
+	key := delivery.LaneKey{Namespace: s.Namespace, Subscription: s.ID}
+	w.registry.mu.Lock()
+	old := w.registry.subs[key]
+	w.registry.subs[key] = s
+	w.registry.mu.Unlock()
+	w.engine.Changed([]subscription.Change{{Old: old, New: s}})
+}
+
+func (w *world) remove(id string) {
+	key := delivery.LaneKey{Namespace: "acme", Subscription: id}
+	w.registry.mu.Lock()
+	old := w.registry.subs[key]
+	delete(w.registry.subs, key)
+	w.registry.mu.Unlock()
+	w.engine.Changed([]subscription.Change{{Old: old}})
+}
+
+func inState(state grapnelv1.Subscription_State) func(*subscription.Subscription) {
+	return func(s *subscription.Subscription) { s.Proto.State = state }
+}
+
+func (w *world) disable(_ context.Context, sub *subscription.Subscription, reason string) error {
+	w.mu.Lock()
+	w.disabled = append(w.disabled, sub.ID+": "+reason)
+	w.mu.Unlock()
+	w.sub(sub.ID, inState(grapnelv1.Subscription_STATE_DISABLED))
+	return nil
+}
+
+// wasDisabled lists what was disabled, and why.
+func (w *world) wasDisabled() []string {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return slices.Clone(w.disabled)
+}
+
+// publish stores one delivery per subscription and offers it.
+func (w *world) publish(sub *subscription.Subscription, partition uint16) delivery.ID {
+	j := w.journal.add(sub, partition, 1024)
+	id := j.ID
+	w.engine.Offer([]*delivery.Job{j})
+	w.journal.nowHanded(partition, id.Seq)
+	return id
+}
+
+func (w *world) publishN(sub *subscription.Subscription, partition uint16, n int) []delivery.ID {
+	var ids []delivery.ID
+	for range n {
+		ids = append(ids, w.publish(sub, partition))
+	}
+	return ids
+}
