@@ -164,8 +164,9 @@ func TestStoreAway(t *testing.T) {
 	}
 	answers := make(map[string]chan error, len(refusals))
 	for method, call := range refusals {
-		answers[method] = make(chan error, 1)
-		go func() { answers[method] <- call() }()
+		answer := make(chan error, 1)
+		answers[method] = answer
+		go func() { answer <- call() }()
 	}
 	for method, answer := range answers {
 		if r := refused(t, <-answer, codes.Unavailable, "STORE_UNAVAILABLE"); r.retry == 0 {

@@ -49,13 +49,13 @@ type world struct {
 
 func startWorld(t *testing.T) *world {
 	t.Helper()
-	endpoint, loseEtcd := startEtcd(t)
-	client, err := clientv3.New(clientv3.Config{Endpoints: []string{endpoint}, Logger: zap.NewNop()})
+	etcd := startEtcd(t)
+	client, err := clientv3.New(clientv3.Config{Endpoints: []string{etcd.Clients[0].Addr().String()}, Logger: zap.NewNop()})
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = client.Close() })
-	w := &world{engine: &fakeEngine{}, host: newFakePlugins(), log: &lockedBuffer{}, loseEtcd: loseEtcd}
+	w := &world{engine: &fakeEngine{}, host: newFakePlugins(), log: &lockedBuffer{}, loseEtcd: etcd.Close}
 	logger := slog.New(slog.NewTextHandler(w.log, &slog.HandlerOptions{Level: slog.LevelDebug}))
 
 	ctx, stop := context.WithCancel(context.Background())
@@ -116,8 +116,7 @@ func (w *world) connect(t *testing.T) {
 	w.admin = grapnelv1.NewAdminServiceClient(conn)
 }
 
-// startEtcd returns the address of an etcd, and a function that ends it before the test does.
-func startEtcd(t *testing.T) (endpoint string, lose func()) {
+func startEtcd(t *testing.T) *embed.Etcd {
 	t.Helper()
 	cfg := embed.NewConfig()
 	cfg.Dir = t.TempDir()
@@ -131,10 +130,15 @@ func startEtcd(t *testing.T) (endpoint string, lose func()) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	lose = sync.OnceFunc(etcd.Close)
-	t.Cleanup(lose)
+	t.Cleanup(func() {
+		select {
+		case <-etcd.Server.StopNotify(): // lost by the test
+		default:
+			etcd.Close()
+		}
+	})
 	<-etcd.Server.ReadyNotify()
-	return etcd.Clients[0].Addr().String(), lose
+	return etcd
 }
 
 // namespace makes a namespace with a signing key and returns the reference to the key.

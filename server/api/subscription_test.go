@@ -182,7 +182,7 @@ func testCreateRefusals(t *testing.T, w *world) {
 				r.Subscription.Signer = key("whsec_bXktc2VjcmV0")
 			},
 			code: codes.InvalidArgument, reason: "INVALID_FIELD", fields: []string{`subscription.signer.secrets["key"]`},
-			message: "must look like namespaces/NAME/secrets/ID",
+			message: "SecretService.CreateSecret",
 		},
 		{
 			name: "a missing secret alone",

@@ -48,12 +48,11 @@ func (s subscriptionService) TestSubscription(ctx context.Context, r *grapnelv1.
 	case err != nil:
 		return nil, toStatus(err, r.GetName())
 	}
-	attempt.Number, attempt.Manual = max(attempt.Number, 1), true
 	return &grapnelv1.TestSubscriptionResponse{Attempt: s.attemptProto(&attempt, true)}, nil
 }
 
-// testEvent makes the event of a test: what the caller brings, or a sample. It is never stored, so it gets
-// here what the journal gives to others.
+// testEvent makes the event of a test: what the caller brings, or a sample. It is never stored, so nothing
+// else gives it an id.
 func testEvent(sub *subscription.Subscription, e *grapnelv1.Event, now time.Time) (*delivery.Event, error) {
 	if proto.Size(e) == 0 {
 		e = &grapnelv1.Event{
@@ -67,11 +66,8 @@ func testEvent(sub *subscription.Subscription, e *grapnelv1.Event, now time.Time
 	if len(faults) > 0 {
 		return nil, invalid(under("event", faults)...)
 	}
-	random := strings.ToLower(rand.Text())
 	if event.ID == "" {
-		event.ID = "test-" + random
+		event.ID = "test-" + strings.ToLower(rand.Text())
 	}
-	event.UID = "test_" + random
-	event.AcceptTime = now
 	return event, nil
 }
