@@ -44,18 +44,15 @@ func (s *Server) check(ctx context.Context, name string, p *grapnelv1.Subscripti
 		return nil, invalid(faults...)
 	}
 	diagnostics, err := s.Plugins.Check(ctx, p)
+	said, warned := sortDiagnostics(diagnostics)
+	faults = append(faults, said...)
 	switch {
-	case err != nil && len(faults) > 0:
+	case len(faults) > 0:
 		return nil, invalid(faults...)
 	case errors.Is(err, ErrUnknownPlugin):
 		return nil, pluginUnavailable(name, "a plugin that "+name+" names is not installed: "+err.Error())
 	case err != nil:
 		return warnings, err
-	}
-	said, warned := sortDiagnostics(diagnostics)
-	faults = append(faults, said...)
-	if len(faults) > 0 {
-		return nil, invalid(faults...)
 	}
 	return append(warnings, warned...), nil
 }

@@ -97,6 +97,7 @@ func underConfig(field string) string {
 // sortDiagnostics parts what plugins say into what refuses a request and what only warns.
 func sortDiagnostics(diagnostics []Diagnostic) (faults []Violation, warnings []string) {
 	for _, d := range diagnostics {
+		d.Field = mapKeys(d.Field)
 		if !d.Warning {
 			faults = append(faults, Violation{d.Field, d.Summary, d.Code})
 			continue
@@ -108,4 +109,15 @@ func sortDiagnostics(diagnostics []Diagnostic) (faults []Violation, warnings []s
 		warnings = append(warnings, text)
 	}
 	return faults, warnings
+}
+
+// mapKeys writes the path of a secret's slot as paths into maps are written everywhere else:
+// subscription.signer.secrets["key"].
+func mapKeys(field string) string {
+	for _, role := range []string{"subscription.signer.secrets.", "subscription.transport.secrets."} {
+		if slot, ok := strings.CutPrefix(field, role); ok {
+			return strings.TrimSuffix(role, ".") + "[" + quote(slot) + "]"
+		}
+	}
+	return field
 }

@@ -151,6 +151,11 @@ func testCreateRefusals(t *testing.T, w *world) {
 			message: "must be POST or PUT",
 		},
 		{
+			name: "a slot that has to be filled, while another plugin is away", err: api.ErrPluginUnavailable,
+			says: []api.Diagnostic{{Field: "subscription.signer.secrets.key", Code: "secret.missing", Summary: "needs a secret"}},
+			code: codes.InvalidArgument, reason: "INVALID_FIELD", fields: []string{`subscription.signer.secrets["key"]`},
+		},
+		{
 			name:   "no uri",
 			change: func(r *grapnelv1.CreateSubscriptionRequest) { r.Subscription.Uri = "" },
 			code:   codes.InvalidArgument, reason: "INVALID_FIELD", fields: []string{"subscription.uri"},
