@@ -102,7 +102,7 @@ func Start(t testing.TB, o Options) *Server {
 	if s.Conn, err = grpc.NewClient(s.Addr, grpc.WithTransportCredentials(insecure.NewCredentials())); err != nil {
 		t.Fatal(err)
 	}
-	if s.Client, err = client.Dial(s.Addr, client.WithInsecure()); err != nil {
+	if s.Client, err = client.Dial(t.Context(), s.Addr, client.WithInsecure()); err != nil {
 		t.Fatal(err)
 	}
 	return s
