@@ -17,6 +17,9 @@ const (
 	bloomBits     = 10
 	maxOpenTables = 1000
 	baseLevel     = 128 << 20
+	// compactAt is high because compactions, not appends, take most of the processor time: waiting for more
+	// tables merges the same bytes less often. Reads, which are few, look at more tables.
+	compactAt = 10
 	// stopWritesAt is high because the journal's load is short bursts that compaction catches up with.
 	stopWritesAt = 64
 )
@@ -31,7 +34,7 @@ func (j *Journal) pebbleOptions(o Options) *pebble.Options {
 		CacheSize:                   o.CacheBytes,
 		MemTableSize:                memTableBytes,
 		MemTableStopWritesThreshold: maxMemTables,
-		L0CompactionThreshold:       4,
+		L0CompactionThreshold:       compactAt,
 		L0StopWritesThreshold:       stopWritesAt,
 		LBaseMaxBytes:               baseLevel,
 		MaxOpenFiles:                maxOpenTables,

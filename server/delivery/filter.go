@@ -9,12 +9,12 @@ import (
 )
 
 const (
-	// A filter's first segment takes firstSegment ids at filterBits each; every further one doubles until the
-	// whole has filterIDs. Beyond, the last segment fills up, and the filter rules out less and less.
+	// A filter's first segment takes firstSegment ids at filterBits each; every further one makes room for
+	// four times as many until there is room for filterIDs. Beyond, the last segment fills up, and the filter rules out less and less.
 	firstSegment = 1 << 12
-	filterBits   = 12
-	filterProbes = 6
-	filterIDs    = 1 << 20
+	filterBits   = 16
+	filterProbes = 8
+	filterIDs    = 1 << 19
 	// maxLoad bounds the ids of one partition that are read at start.
 	maxLoad = 1 << 20
 )
@@ -101,7 +101,7 @@ type segment []uint64
 
 func (b *idBloom) add(h uint64) {
 	if b.ids >= b.room && b.room < filterIDs {
-		n := max(firstSegment, b.room)
+		n := max(firstSegment, 3*b.room)
 		b.segments = append(b.segments, make(segment, n*filterBits/64))
 		b.room += n
 	}
