@@ -302,13 +302,13 @@ var File_grapnel_v1_common_proto protoreflect.FileDescriptor
 const file_grapnel_v1_common_proto_rawDesc = "" +
 	"\n" +
 	"\x17grapnel/v1/common.proto\x12\n" +
-	"grapnel.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1cgoogle/protobuf/struct.proto\"\xe0\x03\n" +
+	"grapnel.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1cgoogle/protobuf/struct.proto\"\xcd\x02\n" +
 	"\rPluginBinding\x12{\n" +
 	"\x06plugin\x18\x01 \x01(\tBc\xbaH`\xba\x01]\n" +
 	"\vplugin_name\x12\x1bmust look like plugins/NAME\x1a1this.matches('^(plugins/[a-z][a-z0-9-]{0,62})?$')R\x06plugin\x12/\n" +
-	"\x06config\x18\x02 \x01(\v2\x17.google.protobuf.StructR\x06config\x12\xe4\x01\n" +
-	"\asecrets\x18\x03 \x03(\v2&.grapnel.v1.PluginBinding.SecretsEntryB\xa1\x01\xbaH\x9d\x01\x9a\x01\x99\x01\x10\b\"\x06r\x04\x10\x01\x18?*\x8c\x01\xba\x01\x88\x01\n" +
-	"\vsecret_name\x12)must look like namespaces/NAME/secrets/ID\x1aNthis.matches('^namespaces/[a-z][a-z0-9-]{0,62}/secrets/[a-z][a-z0-9-]{0,62}$')R\asecrets\x1a:\n" +
+	"\x06config\x18\x02 \x01(\v2\x17.google.protobuf.StructR\x06config\x12R\n" +
+	"\asecrets\x18\x03 \x03(\v2&.grapnel.v1.PluginBinding.SecretsEntryB\x10\xbaH\r\x9a\x01\n" +
+	"\x10\b\"\x06r\x04\x10\x01\x18?R\asecrets\x1a:\n" +
 	"\fSecretsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x86\x01\n" +
