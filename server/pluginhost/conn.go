@@ -1,0 +1,399 @@
+package pluginhost
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	goplugin "github.com/hashicorp/go-plugin"
+	"google.golang.org/grpc"
+	"google.golang.org/protobuf/types/known/durationpb"
+
+	pluginv1 "github.com/grapnel/grapnel/proto/grapnel/plugin/v1"
+)
+
+// conn is one life of a plugin process: the child, the connection and the streams. It is used by many
+// and owned by its process's supervisor, which alone ends it.
+type conn struct {
+	host   *Host
+	proc   *process
+	log    *slog.Logger
+	ctx    context.Context //nolint:containedctx // the life of the process
+	cancel context.CancelFunc
+	child  *child
+	client *goplugin.Client
+	grpc   *grpc.ClientConn
+	plugin pluginv1.PluginServiceClient
+	name   string
+	// version and protocol are as described.
+	version  string
+	protocol string
+
+	attempts *link // nil without a transport
+	signs    *link // nil without a signer
+	control  pluginv1.PluginService_ControlClient
+	stopping atomic.Bool
+	// drained is closed when the attempt stream has ended after a stop.
+	drained   chan struct{}
+	workers   sync.WaitGroup
+	refs      atomic.Uint32
+	lastBeat  atomic.Int64
+	unanswer  atomic.Int64
+	redactor  redactor
+	overhead  latency
+	breakOnce sync.Once
+	broken    chan struct{}
+	cause     error // set before broken is closed
+
+	mu      sync.Mutex // guards retired
+	retired []retired
+}
+
+func (c *conn) nextRef() uint32 { return c.refs.Add(1) }
+
+// fail ends this life of the process; the supervisor does the rest.
+func (c *conn) fail(err error) {
+	c.breakOnce.Do(func() {
+		c.cause = err
+		close(c.broken)
+	})
+}
+
+// openStreams starts what the described kinds need.
+func (c *conn) openStreams(desc *pluginv1.DescribeResponse) error {
+	var signs, carries bool
+	for _, k := range desc.GetKinds() {
+		signs = signs || k.GetSigner() != nil
+		carries = carries || k.GetTransport() != nil
+	}
+	can := map[string]bool{}
+	for _, capability := range desc.GetCapabilities() {
+		can[capability] = true
+	}
+	timer := time.AfterFunc(c.host.timing.start, c.cancel)
+	defer timer.Stop()
+	if err := c.openControl(); err != nil {
+		return err
+	}
+	if signs {
+		if !can["sign.stream"] {
+			return errors.New(`it offers a signer without the capability "sign.stream"`)
+		}
+		if err := c.openSigns(); err != nil {
+			return err
+		}
+	}
+	switch {
+	case !carries:
+		close(c.drained)
+		return nil
+	case can["attempt.stream"]:
+		return c.openAttempts()
+	case can["attempt.unary"]:
+		c.openUnary()
+		return nil
+	}
+	return errors.New(`it offers a transport without the capability "attempt.stream" or "attempt.unary"`)
+}
+
+func (c *conn) openAttempts() error {
+	client := pluginv1.NewTransportServiceClient(c.grpc)
+	stream, err := client.Attempt(c.ctx, grpc.ForceCodecV2(newCodec()))
+	if err != nil {
+		return fmt.Errorf("open attempt stream: %w", err)
+	}
+	err = stream.SendMsg(&pluginv1.AttemptRequest{Frame: &pluginv1.AttemptRequest_Hello{
+		Hello: &pluginv1.Hello{MaxResponseBody: maxResponse},
+	}})
+	if err != nil {
+		return fmt.Errorf("send hello: %w", err)
+	}
+	var frame responseFrame
+	if err := stream.RecvMsg(&frame); err != nil {
+		return fmt.Errorf("receive welcome: %w", err)
+	}
+	credits := frame.other.GetWelcome().GetCredits()
+	if credits == 0 {
+		return errors.New("the first frame of the attempt stream is no welcome, or has no credits")
+	}
+	var batch batchFrame
+	c.attempts = newLink(int(min(credits, maxWindow)), func(b []*pending) error {
+		batch.fill(b)
+		defer batch.forget()
+		return stream.SendMsg(&batch)
+	})
+	c.workers.Go(func() { c.sendAttempts(stream) })
+	c.workers.Go(func() { c.receiveAttempts(stream) })
+	return nil
+}
+
+func (c *conn) sendAttempts(stream grpc.ClientStream) {
+	err := c.attempts.run()
+	if err == nil && c.stopping.Load() {
+		err = stream.SendMsg(&pluginv1.AttemptRequest{Frame: &pluginv1.AttemptRequest_Drain{
+			Drain: &pluginv1.Drain{Grace: durationpb.New(c.host.timing.drain)},
+		}})
+		if err == nil {
+			err = stream.CloseSend()
+		}
+	}
+	if err != nil {
+		c.fail(fmt.Errorf("attempt stream: %w", err))
+	}
+}
+
+func (c *conn) receiveAttempts(stream grpc.ClientStream) {
+	defer close(c.drained)
+	var frame responseFrame
+	var seqs []uint64
+	var taken []*pending
+	for {
+		if err := stream.RecvMsg(&frame); err != nil {
+			if !errors.Is(err, io.EOF) || !c.stopping.Load() {
+				c.fail(fmt.Errorf("attempt stream: %w", err))
+			}
+			return
+		}
+		if frame.other != nil {
+			if err := c.otherFrame(frame.other); err != nil {
+				c.fault(err)
+				return
+			}
+			continue
+		}
+		seqs = seqs[:0]
+		for i := range frame.results {
+			seqs = append(seqs, frame.results[i].seq)
+		}
+		var err error
+		taken, err = c.attempts.take(seqs, taken[:0])
+		now := time.Now()
+		for i, p := range taken {
+			c.settle(p, &frame.results[i], now)
+		}
+		clear(taken)
+		if err != nil {
+			c.fault(err)
+			return
+		}
+	}
+}
+
+func (c *conn) otherFrame(f *pluginv1.AttemptResponse) error {
+	switch f := f.GetFrame().(type) {
+	case *pluginv1.AttemptResponse_Credit:
+		c.attempts.widen(int(min(f.Credit.GetAdd(), maxWindow)))
+	case *pluginv1.AttemptResponse_Drained:
+		returned, err := c.attempts.take(f.Drained.GetReturned(), nil)
+		for _, p := range returned {
+			c.host.restart(p)
+		}
+		return err
+	}
+	return nil // a frame of a later minor
+}
+
+// fault ends the process's life because it broke the protocol.
+func (c *conn) fault(err error) {
+	c.host.metrics.faults.Inc()
+	c.fail(err)
+}
+
+// openUnary adapts a plugin that takes attempts one by one.
+func (c *conn) openUnary() {
+	const window = 256
+	client := pluginv1.NewTransportServiceClient(c.grpc)
+	var calls sync.WaitGroup
+	c.attempts = newLink(window, func(batch []*pending) error {
+		for _, p := range batch {
+			req := unaryRequest(p)
+			timeout := p.plan.timeout + p.plan.grace
+			calls.Go(func() { c.attemptOne(client, req, timeout) })
+		}
+		return nil
+	})
+	c.workers.Go(func() {
+		defer close(c.drained)
+		_ = c.attempts.run() // send never fails
+		calls.Wait()
+	})
+}
+
+func (c *conn) attemptOne(client pluginv1.TransportServiceClient, req *pluginv1.AttemptOneRequest, timeout time.Duration) {
+	ctx, cancel := context.WithTimeout(c.ctx, timeout)
+	defer cancel()
+	resp, err := client.AttemptOne(ctx, req)
+	if err != nil {
+		c.fail(fmt.Errorf("attempt: %w", err))
+		return
+	}
+	r := resultOf(resp.GetResult())
+	taken, err := c.attempts.take([]uint64{r.seq}, nil)
+	for _, p := range taken {
+		c.settle(p, &r, time.Now())
+	}
+	if err == nil && r.seq != req.GetAttempt().GetSeq() {
+		err = fmt.Errorf("%w: an answer to %d instead of %d", errProtocol, r.seq, req.GetAttempt().GetSeq())
+	}
+	if err != nil {
+		c.fault(err)
+	}
+}
+
+// openControl starts the stream whose end tells the plugin that the host is gone.
+func (c *conn) openControl() error {
+	var err error
+	if c.control, err = c.plugin.Control(c.ctx); err != nil {
+		return fmt.Errorf("open control stream: %w", err)
+	}
+	c.lastBeat.Store(time.Now().UnixNano())
+	c.workers.Go(c.beat)
+	c.workers.Go(c.receiveControl)
+	return nil
+}
+
+func (c *conn) beat() {
+	tick := time.NewTicker(c.host.timing.heartbeat)
+	defer tick.Stop()
+	for n := uint64(1); ; n++ {
+		err := c.control.Send(&pluginv1.ControlRequest{Frame: &pluginv1.ControlRequest_Heartbeat{
+			Heartbeat: &pluginv1.Heartbeat{Number: n},
+		}})
+		if err != nil && !c.stopping.Load() {
+			c.fail(fmt.Errorf("control stream: %w", err))
+		}
+		if err != nil {
+			return
+		}
+		c.unanswer.Add(1)
+		select {
+		case <-c.ctx.Done():
+			return
+		case <-tick.C:
+		}
+		// Counted in beats, not in time, so that a host that was itself stopped accuses nobody.
+		if c.unanswer.Load() > 3 {
+			c.fail(errors.New("it hangs: three heartbeats without an answer"))
+			return
+		}
+	}
+}
+
+func (c *conn) receiveControl() {
+	for {
+		resp, err := c.control.Recv()
+		if err != nil {
+			if !c.stopping.Load() {
+				c.fail(fmt.Errorf("control stream: %w", err))
+			}
+			return
+		}
+		switch f := resp.GetFrame().(type) {
+		case *pluginv1.ControlResponse_Heartbeat:
+			c.unanswer.Store(0)
+			c.lastBeat.Store(time.Now().UnixNano())
+		case *pluginv1.ControlResponse_Logs:
+			c.proc.logRecords(c, f.Logs)
+		}
+	}
+}
+
+// retire remembers an instance that is to be removed.
+func (c *conn) retire(r retired) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.retired = append(c.retired, r)
+}
+
+// sweep is called now and then.
+func (c *conn) sweep(now time.Time) {
+	if c.attempts.overdue(now) || c.signs.overdue(now) {
+		c.fail(errors.New("it hangs: an attempt is unanswered long after its timeout"))
+		return
+	}
+	var refs []uint32
+	c.mu.Lock()
+	keep := c.retired[:0]
+	for _, r := range c.retired {
+		if now.Before(r.at) {
+			keep = append(keep, r)
+		} else {
+			refs = append(refs, r.ref)
+		}
+	}
+	c.retired = keep
+	c.mu.Unlock()
+	if len(refs) > 0 {
+		c.workers.Go(func() {
+			ctx, cancel := context.WithTimeout(c.ctx, c.host.timing.call)
+			defer cancel()
+			if _, err := c.plugin.Remove(ctx, &pluginv1.RemoveRequest{Refs: refs}); err != nil {
+				c.log.Warn("remove instances", "count", len(refs), "err", err)
+			}
+		})
+	}
+}
+
+// stop ends the process in an orderly way: what was taken is finished, within limits.
+func (c *conn) stop() {
+	t := c.host.timing
+	c.stopping.Store(true)
+	if c.signs != nil {
+		c.signs.stop()
+	}
+	if c.attempts != nil {
+		c.attempts.stop()
+	}
+	wait(c.drained, c.broken, t.drain)
+	_ = c.control.CloseSend()
+	if !wait(c.child.exited, nil, t.term) {
+		c.child.signal(false)
+		wait(c.child.exited, nil, t.term)
+	}
+	c.end("it was stopped")
+}
+
+// wait reports whether done was closed in time; over ends the wait as well.
+func wait(done, over <-chan struct{}, longest time.Duration) bool {
+	timer := time.NewTimer(longest)
+	defer timer.Stop()
+	select {
+	case <-done:
+		return true
+	case <-over:
+	case <-timer.C:
+	}
+	return false
+}
+
+// end kills what is left of the process, and completes or sends elsewhere what it held.
+func (c *conn) end(why string) {
+	c.fail(errors.New(why))
+	c.child.signal(true)
+	<-c.child.exited
+	c.cancel()
+	for _, l := range []*link{c.attempts, c.signs} {
+		if l == nil {
+			continue
+		}
+		written, queued := l.kill()
+		for _, p := range written {
+			if l == c.signs { // signing reaches nobody
+				queued = append(queued, p)
+				continue
+			}
+			c.host.interrupted(p, why)
+		}
+		for _, p := range queued {
+			c.host.plans.drop(c.host, p.plan)
+			c.host.restart(p)
+		}
+	}
+	c.workers.Wait()
+	go c.client.Kill() // has no deadline of its own; here it only removes the socket's directory
+}

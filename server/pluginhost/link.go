@@ -1,0 +1,218 @@
+package pluginhost
+
+import (
+	"errors"
+	"fmt"
+	"runtime"
+	"sync"
+	"time"
+)
+
+const (
+	batchItems = 64
+	batchBytes = 1 << 20
+	slotBits   = 16
+	maxWindow  = 1 << slotBits
+)
+
+var errProtocol = errors.New("protocol fault")
+
+// link is one stream to a plugin: a queue in front, and a table of what was written and is unanswered.
+// One goroutine sends; one receives. A seq is a rising count above the number of its slot, so that an
+// answer finds its attempt without a map, and a wrong one finds nothing.
+type link struct {
+	// send writes a batch; it is called by the sender only.
+	send func(batch []*pending) error
+
+	mu      sync.Mutex // guards what follows
+	more    sync.Cond
+	idle    bool // the sender waits on more
+	queue   []*pending
+	head    int
+	slots   []*pending
+	free    []uint32
+	count   uint64
+	open    int
+	stopped bool // nothing new is taken
+	dead    bool
+}
+
+func newLink(window int, send func([]*pending) error) *link {
+	l := &link{send: send}
+	l.more.L = &l.mu
+	l.widen(window)
+	return l
+}
+
+// widen adds credits.
+func (l *link) widen(by int) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	by = min(by, maxWindow-len(l.slots))
+	for range by {
+		l.free = append(l.free, uint32(len(l.slots)))
+		l.slots = append(l.slots, nil)
+	}
+	l.wake()
+}
+
+func (l *link) wake() {
+	if l.idle {
+		l.idle = false
+		l.more.Signal()
+	}
+}
+
+// enqueue takes p, or returns false when the link takes nothing any more.
+func (l *link) enqueue(p *pending) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.stopped || l.dead {
+		return false
+	}
+	l.queue = append(l.queue, p)
+	if len(l.free) > 0 {
+		l.wake()
+	}
+	return true
+}
+
+// run sends until the link dies, a send fails, or it is stopped and all is sent. It sends what is there and never waits for more.
+func (l *link) run() error {
+	batch := make([]*pending, 0, batchItems)
+	for {
+		var alive bool
+		if batch, alive = l.next(batch[:0]); !alive {
+			return nil
+		}
+		if err := l.send(batch); err != nil {
+			return err
+		}
+		clear(batch)
+	}
+}
+
+// next waits for work and a free slot. What it returns counts as written.
+func (l *link) next(batch []*pending) ([]*pending, bool) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.waiting() > 0 && l.waiting() < batchItems/4 {
+		// Others that are ready to run may have more: let them, so that batches fill without waiting.
+		l.mu.Unlock()
+		runtime.Gosched()
+		l.mu.Lock()
+	}
+	for !l.dead && (l.waiting() == 0 || len(l.free) == 0) {
+		if l.stopped && l.waiting() == 0 {
+			return nil, false
+		}
+		l.idle = true
+		l.more.Wait()
+	}
+	if l.dead {
+		return nil, false
+	}
+	now := time.Now()
+	for bytes := 0; l.waiting() > 0 && len(l.free) > 0 && len(batch) < batchItems; {
+		p := l.queue[l.head]
+		if bytes += len(p.job.Event.Payload); bytes > batchBytes && len(batch) > 0 {
+			break
+		}
+		l.queue[l.head] = nil
+		l.head++
+		slot := l.free[len(l.free)-1]
+		l.free = l.free[:len(l.free)-1]
+		l.count++
+		l.open++
+		p.seq = l.count<<slotBits | uint64(slot)
+		p.stamp(now)
+		p.due = now.Add(p.plan.timeout + p.plan.grace)
+		l.slots[slot] = p
+		batch = append(batch, p)
+	}
+	if l.head == len(l.queue) {
+		l.queue, l.head = l.queue[:0], 0
+	} else if l.head > 1024 && l.head > len(l.queue)/2 {
+		n := copy(l.queue, l.queue[l.head:])
+		clear(l.queue[n:])
+		l.queue, l.head = l.queue[:n], 0
+	}
+	return batch, true
+}
+
+func (l *link) waiting() int { return len(l.queue) - l.head }
+
+// take removes the attempts that seqs answer, in their order. An unknown seq is a protocol fault.
+func (l *link) take(seqs []uint64, to []*pending) ([]*pending, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.dead {
+		return to, nil // its attempts have been completed otherwise
+	}
+	for _, seq := range seqs {
+		slot := seq & (maxWindow - 1)
+		if slot >= uint64(len(l.slots)) || l.slots[slot] == nil || l.slots[slot].seq != seq {
+			return to, fmt.Errorf("%w: an answer to %d, which is unknown or answered", errProtocol, seq)
+		}
+		to = append(to, l.slots[slot])
+		l.slots[slot] = nil
+		l.free = append(l.free, uint32(slot))
+		l.open--
+	}
+	if l.waiting() > 0 {
+		l.wake()
+	}
+	return to, nil
+}
+
+// stop takes no new work; what was taken goes on.
+func (l *link) stop() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.stopped = true
+	l.wake()
+}
+
+// kill ends the link and hands out what it held: written and unanswered, and not written.
+func (l *link) kill() (written, queued []*pending) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.dead {
+		return nil, nil
+	}
+	l.dead = true
+	l.more.Broadcast()
+	for _, p := range l.slots {
+		if p != nil {
+			written = append(written, p)
+		}
+	}
+	queued = append(queued, l.queue[l.head:]...)
+	l.slots, l.queue, l.head, l.open = nil, nil, 0, 0
+	return written, queued
+}
+
+// outstanding is how many attempts are written and unanswered.
+func (l *link) outstanding() int {
+	if l == nil {
+		return 0
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.open
+}
+
+// overdue reports whether an answer is later than any honest one.
+func (l *link) overdue(now time.Time) bool {
+	if l == nil {
+		return false
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, p := range l.slots {
+		if p != nil && now.After(p.due) {
+			return true
+		}
+	}
+	return false
+}

@@ -1,0 +1,90 @@
+package pluginhost
+
+import (
+	"math/rand/v2"
+	"time"
+
+	"github.com/grapnel/grapnel/server/delivery"
+	"github.com/grapnel/grapnel/server/subscription"
+)
+
+// pending is one attempt in the host's hands. Its owner is, in turn, the caller, the plan that is being
+// made, a link's queue, a link's slot, and whoever took it out of there to complete it.
+type pending struct {
+	job  *delivery.Job
+	sink delivery.Sink
+	sub  *subscription.Subscription
+	plan *plan
+
+	seq     uint64
+	created time.Time
+	// due is when the plugin counts as hung: timeout and grace after sending.
+	due time.Time
+	// stage is how many remote signers have signed; headers and uri are what they added.
+	stage   int
+	headers []delivery.Header
+	uri     string
+	nonce   [16]byte
+	// resent counts instances that the plugin did not know.
+	resent    int
+	parkUntil time.Time
+}
+
+func (h *Host) newPending(sub *subscription.Subscription, job *delivery.Job, sink delivery.Sink) *pending {
+	p, ok := h.free.Get().(*pending)
+	if !ok {
+		p = new(pending)
+	}
+	p.sub, p.job, p.sink = sub, job, sink
+	return p
+}
+
+// stamp sets what every part of one attempt shares; a resent one keeps it.
+func (p *pending) stamp(now time.Time) {
+	if p.created.IsZero() {
+		p.created = now
+		hi, lo := rand.Uint64(), rand.Uint64()
+		for i := range 8 {
+			p.nonce[i], p.nonce[8+i] = byte(hi>>(8*i)), byte(lo>>(8*i))
+		}
+	}
+}
+
+// complete ends p; it must not be used afterwards.
+func (h *Host) complete(p *pending, r delivery.Result) {
+	job, sink := p.job, p.sink
+	r.Number = job.Attempts + 1
+	r.Manual = job.Manual
+	*p = pending{}
+	h.free.Put(p)
+	h.metrics.open.Add(-1)
+	sink.Complete(job, r)
+}
+
+// unspent gives the job back: nothing was tried.
+func (h *Host) unspent(p *pending, why string) {
+	h.metrics.unspent.Inc()
+	h.complete(p, delivery.Result{Cause: delivery.CauseUnspent, Attempt: delivery.Attempt{
+		Outcome: delivery.OutcomePluginError, Error: why, Start: time.Now(),
+	}})
+}
+
+// refused ends an attempt that the plugin's side made impossible; the receiver had no part in it.
+func (h *Host) refused(p *pending, why string) {
+	start := p.created
+	if start.IsZero() {
+		start = time.Now()
+	}
+	h.complete(p, delivery.Result{Cause: delivery.CausePlugin, Attempt: delivery.Attempt{
+		Outcome: delivery.OutcomePluginError, Error: why, Start: start,
+	}})
+}
+
+// interrupted ends an attempt that was written to a process which is gone.
+func (h *Host) interrupted(p *pending, why string) {
+	h.metrics.indeterminate.Inc()
+	start := p.created
+	h.complete(p, delivery.Result{Cause: delivery.CausePlugin, Indeterminate: true, Attempt: delivery.Attempt{
+		Outcome: delivery.OutcomeInterrupted, Error: "plugin lost: " + why, Start: start, Duration: time.Since(start),
+	}})
+}

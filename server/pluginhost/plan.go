@@ -1,0 +1,405 @@
+package pluginhost
+
+import (
+	"context"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"net/url"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	pluginv1 "github.com/grapnel/grapnel/proto/grapnel/plugin/v1"
+	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
+	"github.com/grapnel/grapnel/server/subscription"
+)
+
+// plan is how the attempts of one subscription travel: the instances that processes have taken for it.
+// It is immutable, and good for as long as its processes live.
+type plan struct {
+	uid       [16]byte
+	revision  int64
+	transport *conn
+	ref       uint32
+	// local are signers in the transport's process; they sign in the same hop. remote ones sign first.
+	local    []uint32
+	remote   []remoteSigner
+	uri      string
+	timeout  time.Duration
+	grace    time.Duration
+	secrets  []string // names
+	redactor redactor
+	refs     []retired // all instances, for the end
+	// refusal is set instead of all that when a plugin does not take the config; it holds until.
+	refusal string
+	until   time.Time
+}
+
+type remoteSigner struct {
+	conn *conn
+	ref  uint32
+}
+
+type retired struct {
+	conn *conn
+	ref  uint32
+	at   time.Time
+}
+
+// refusalAge is how long a config that a plugin refused is not offered to it again.
+const refusalAge = 5 * time.Second
+
+func (pl *plan) usable(sub *subscription.Subscription) bool {
+	if pl == nil || pl.revision < sub.Revision {
+		return false
+	}
+	if pl.refusal != "" {
+		return time.Now().Before(pl.until)
+	}
+	return true
+}
+
+const planShards = 16
+
+// planTable finds a subscription's plan. Making one is slow, so attempts that come meanwhile wait in its
+// entry and none is made twice.
+type planTable struct {
+	shards [planShards]planShard
+}
+
+type planShard struct {
+	mu     sync.RWMutex // guards what follows
+	plans  map[[16]byte]*plan
+	making map[[16]byte]*making
+}
+
+type making struct {
+	waiting []*pending
+	// stale asks for another round: something changed since this one began.
+	stale bool
+}
+
+func (t *planTable) shard(uid [16]byte) *planShard { return &t.shards[uid[15]%planShards] }
+
+func (t *planTable) get(uid [16]byte) *plan {
+	s := t.shard(uid)
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	return s.plans[uid]
+}
+
+// invalidate drops the plan; its instances go a little later, since attempts may still name them.
+func (t *planTable) invalidate(h *Host, uid [16]byte) {
+	s := t.shard(uid)
+	s.mu.Lock()
+	pl := s.plans[uid]
+	delete(s.plans, uid)
+	if m := s.making[uid]; m != nil {
+		m.stale = true
+	}
+	s.mu.Unlock()
+	h.retire(pl)
+}
+
+// drop removes pl if it is still the one.
+func (t *planTable) drop(h *Host, pl *plan) {
+	s := t.shard(pl.uid)
+	s.mu.Lock()
+	found := s.plans[pl.uid] == pl
+	if found {
+		delete(s.plans, pl.uid)
+	}
+	s.mu.Unlock()
+	if found {
+		h.retire(pl)
+	}
+}
+
+// using lists the subscriptions whose plans, made or in the making, may use a secret.
+func (t *planTable) using(secret string) [][16]byte {
+	var uids [][16]byte
+	for i := range t.shards {
+		s := &t.shards[i]
+		s.mu.RLock()
+		for uid, pl := range s.plans {
+			if slices.Contains(pl.secrets, secret) {
+				uids = append(uids, uid)
+			}
+		}
+		for uid := range s.making {
+			uids = append(uids, uid)
+		}
+		s.mu.RUnlock()
+	}
+	return uids
+}
+
+func (h *Host) retire(pl *plan) {
+	if pl == nil {
+		return
+	}
+	at := time.Now().Add(h.timing.retire)
+	for _, r := range pl.refs {
+		r.at = at
+		r.conn.retire(r)
+	}
+}
+
+// route sends p on its way, by the plan there is or one that is made now.
+func (h *Host) route(p *pending) {
+	pl := h.plans.get(p.sub.UID)
+	if !pl.usable(p.sub) {
+		h.prepare(p)
+		return
+	}
+	h.submit(p, pl)
+}
+
+func (h *Host) submit(p *pending, pl *plan) {
+	if pl.refusal != "" {
+		h.refused(p, pl.refusal)
+		return
+	}
+	p.plan = pl
+	var taken bool
+	var at *conn
+	if p.stage < len(pl.remote) {
+		at = pl.remote[p.stage].conn
+		taken = at.signs.enqueue(p)
+	} else {
+		at = pl.transport
+		taken = at.attempts.enqueue(p)
+	}
+	if !taken { // the process is gone, or going
+		h.plans.drop(h, pl)
+		h.restart(p)
+	}
+}
+
+// restart has p begin anew, with whatever plan there is by then; it keeps its time and nonce.
+func (h *Host) restart(p *pending) {
+	p.plan, p.stage, p.headers, p.uri = nil, 0, nil, ""
+	h.prepare(p)
+}
+
+// prepare lets p wait for its plan, and makes it if nobody does.
+func (h *Host) prepare(p *pending) {
+	uid := p.sub.UID
+	s := h.plans.shard(uid)
+	s.mu.Lock()
+	if pl := s.plans[uid]; pl.usable(p.sub) {
+		s.mu.Unlock()
+		h.submit(p, pl)
+		return
+	}
+	m := s.making[uid]
+	if m != nil {
+		m.waiting = append(m.waiting, p)
+		s.mu.Unlock()
+		return
+	}
+	if s.making == nil {
+		s.making, s.plans = map[[16]byte]*making{}, map[[16]byte]*plan{}
+	}
+	m = &making{waiting: []*pending{p}}
+	s.making[uid] = m
+	s.mu.Unlock()
+	go h.makePlan(s, uid, m, p.sub)
+}
+
+// makePlan runs until its plan is made or cannot be, then lets go of all that wait for it. It needs no
+// watching: every call in it is bounded, and it ends with what it calls.
+func (h *Host) makePlan(s *planShard, uid [16]byte, m *making, sub *subscription.Subscription) {
+	for {
+		pl, err := h.configure(sub)
+		s.mu.Lock()
+		newest := sub
+		for _, p := range m.waiting {
+			if p.sub.Revision > newest.Revision {
+				newest = p.sub
+			}
+		}
+		if err == nil && (m.stale || newest != sub && newest.Revision > sub.Revision) {
+			m.stale = false
+			s.mu.Unlock()
+			h.retire(pl)
+			sub = newest
+			continue
+		}
+		waiting := m.waiting
+		delete(s.making, uid)
+		old := s.plans[uid]
+		if err == nil {
+			s.plans[uid] = pl
+		}
+		s.mu.Unlock()
+		if err == nil {
+			h.retire(old)
+		}
+		for _, p := range waiting {
+			if err != nil {
+				h.park(p)
+			} else {
+				h.submit(p, pl)
+			}
+		}
+		return
+	}
+}
+
+// binding is one plugin binding of a subscription, resolved.
+type binding struct {
+	role   string // transport or signer
+	kind   *kind
+	conn   *conn
+	config []byte
+	slots  map[string]string
+}
+
+// configure has the processes take the subscription's instances. An error means that a process is not
+// there; a refusal is a plan.
+func (h *Host) configure(sub *subscription.Subscription) (*plan, error) {
+	transport, err := h.resolve("transport", transportID(&h.kinds, sub.Proto), sub.Proto.GetTransport())
+	if err != nil {
+		return nil, err
+	}
+	signer, err := h.resolve("signer", signerID(sub.Proto), sub.Proto.GetSigner())
+	if err != nil {
+		return nil, err
+	}
+	pl := &plan{
+		uid: sub.UID, revision: sub.Revision, transport: transport.conn, uri: sub.Proto.GetUri(),
+		timeout: sub.AttemptTimeout, grace: h.timing.grace,
+	}
+	if pl.timeout <= 0 {
+		pl.timeout = 15 * time.Second
+	}
+	for _, b := range []*binding{signer, transport} {
+		ref, err := h.configureOne(pl, sub, b)
+		var refused *refusedError
+		switch {
+		case errors.As(err, &refused):
+			h.retire(pl)
+			return &plan{
+				uid: sub.UID, revision: sub.Revision, refusal: refused.why,
+				until: time.Now().Add(refusalAge), secrets: pl.secrets,
+			}, nil
+		case err != nil:
+			h.retire(pl)
+			return nil, err
+		case b == transport:
+			pl.ref = ref
+		case b.conn == transport.conn:
+			pl.local = append(pl.local, ref)
+		default:
+			pl.remote = append(pl.remote, remoteSigner{conn: b.conn, ref: ref})
+		}
+	}
+	return pl, nil
+}
+
+func (h *Host) resolve(role, id string, pb *grapnelv1.PluginBinding) (*binding, error) {
+	k := h.kinds.get(id)
+	if k == nil {
+		return nil, fmt.Errorf("%w: %s", ErrUnavailable, id)
+	}
+	c := k.proc.conn.Load()
+	if c == nil || (role == "transport" && c.attempts == nil) || (role == "signer" && c.signs == nil) {
+		return nil, fmt.Errorf("%w: %s", ErrUnavailable, id)
+	}
+	b := &binding{role: role, kind: k, conn: c, slots: pb.GetSecrets()}
+	if pb.GetConfig() != nil {
+		var err error
+		if b.config, err = pb.GetConfig().MarshalJSON(); err != nil {
+			return nil, fmt.Errorf("marshal config: %w", err)
+		}
+	}
+	return b, nil
+}
+
+type refusedError struct{ why string }
+
+func (e *refusedError) Error() string { return e.why }
+
+func (h *Host) configureOne(pl *plan, sub *subscription.Subscription, b *binding) (uint32, error) {
+	in := &pluginv1.Instance{
+		Id: hex.EncodeToString(sub.UID[:]) + "/" + b.role, Generation: h.generation.Add(1), Ref: b.conn.nextRef(),
+		Kind: b.kind.id, Tenant: sub.Namespace, ConfigJson: b.config, Target: targetOf(sub.Proto),
+		MaxInFlight: uint32(max(0, sub.MaxInFlight)), Secrets: map[string]*pluginv1.SecretVersions{},
+	}
+	for slot, name := range b.slots {
+		pl.secrets = append(pl.secrets, name)
+		versions, ok := h.opts.Secrets(name)
+		if !ok || len(versions) == 0 {
+			return 0, &refusedError{fmt.Sprintf("%s plugin %s: secret %s has no live version", b.role, b.kind.id, name)}
+		}
+		in.Secrets[slot] = pl.redactor.add(versions)
+	}
+	b.conn.redactor.merge(&pl.redactor)
+	ctx, cancel := context.WithTimeout(b.conn.ctx, h.timing.call)
+	defer cancel()
+	resp, err := b.conn.plugin.Configure(ctx, &pluginv1.ConfigureRequest{Instances: []*pluginv1.Instance{in}})
+	if err != nil {
+		return 0, fmt.Errorf("configure %s: %w", b.kind.id, err)
+	}
+	if len(resp.GetStatuses()) != 1 || resp.GetStatuses()[0].GetRef() != in.GetRef() {
+		return 0, &refusedError{fmt.Sprintf("%s plugin %s did not say whether it takes the config", b.role, b.kind.id)}
+	}
+	for _, d := range resp.GetStatuses()[0].GetDiagnostics() {
+		if d.GetSeverity() != pluginv1.Diagnostic_SEVERITY_WARNING {
+			return 0, &refusedError{fmt.Sprintf("%s plugin %s refused its config: %s", b.role, b.kind.id, pl.redactor.clean(d.GetSummary()))}
+		}
+	}
+	pl.refs = append(pl.refs, retired{conn: b.conn, ref: in.GetRef()})
+	return in.GetRef(), nil
+}
+
+func (r *redactor) add(versions []SecretVersion) *pluginv1.SecretVersions {
+	out := &pluginv1.SecretVersions{}
+	for _, v := range versions {
+		pv := &pluginv1.SecretVersion{Version: int32(v.Number), Value: v.Value}
+		if !v.Expire.IsZero() {
+			pv.ExpireTime = timestamppb.New(v.Expire)
+		}
+		out.Versions = append(out.Versions, pv)
+		r.remember(string(v.Value))
+	}
+	return out
+}
+
+// targetOf is where requests go. Static headers never replace what identifies a message.
+func targetOf(sub *grapnelv1.Subscription) *pluginv1.Target {
+	t := &pluginv1.Target{Method: "POST", Uri: sub.GetUri()}
+	for _, name := range sortedKeys(sub.GetHeaders()) {
+		lower := strings.ToLower(name)
+		if strings.HasPrefix(lower, "webhook-") || strings.HasPrefix(lower, "ce-") {
+			continue
+		}
+		t.Headers = append(t.Headers, &pluginv1.Header{Name: lower, Value: sub.GetHeaders()[name]})
+	}
+	return t
+}
+
+func signerID(sub *grapnelv1.Subscription) string {
+	if id := strings.TrimPrefix(sub.GetSigner().GetPlugin(), "plugins/"); id != "" {
+		return id
+	}
+	return defaultSigner
+}
+
+// transportID is the transport that the subscription names, else the default one for its scheme, else
+// the scheme itself, for the message that there is none.
+func transportID(kinds *kindTable, sub *grapnelv1.Subscription) string {
+	if id := strings.TrimPrefix(sub.GetTransport().GetPlugin(), "plugins/"); id != "" {
+		return id
+	}
+	u, err := url.Parse(sub.GetUri())
+	if err != nil {
+		return ""
+	}
+	return kinds.byScheme(strings.ToLower(u.Scheme))
+}

@@ -1,0 +1,352 @@
+// Package pluginhost owns that attempts run in other processes: it starts plugin processes, keeps them
+// running, tells them which instances there are, hands them attempts in batches and turns their answers
+// into delivery.Results.
+//
+// It guarantees that every Attempt is completed exactly once, whatever the plugin does; that an attempt
+// which was written to a process that died without an answer comes back as indeterminate, and one that
+// was not comes back unspent; that a broken plugin is a status and never ends the server; and that no
+// secret's value shows up in a log or an error. It does not retry, schedule or judge receivers.
+//
+// A plugin process moves like this:
+//
+//	starting ──▶ serving ──▶ backoff ──▶ starting …
+//	    └──────────────────────▲ │
+//	                             └──▶ failed (5 crashes in 5 minutes; tried again every 30 s)
+//
+// Lock order: planTable.shard, then link; nothing is completed, and no plugin is called, under either.
+package pluginhost
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/grapnel/grapnel/server/delivery"
+	"github.com/grapnel/grapnel/server/subscription"
+)
+
+var (
+	// ErrUnavailable means that the plugin a caller asked about is not running just now.
+	ErrUnavailable = errors.New("plugin is not available")
+	// ErrUnknownPlugin means that no plugin offers the kind a caller asked about.
+	ErrUnknownPlugin = errors.New("no such plugin")
+)
+
+// Spec is one plugin binary to run.
+type Spec struct {
+	// Path of the executable.
+	Path string
+	Args []string
+	// Builtin marks the plugins that ship in the grapnel binary; Ready waits for them.
+	Builtin bool
+	// SHA256 pins the executable, in hex; empty runs whatever is there.
+	SHA256 string
+}
+
+// SecretVersion is one live version of a secret.
+type SecretVersion struct {
+	Number int
+	Value  []byte
+	// Expire is zero for the newest.
+	Expire time.Time
+}
+
+// Options configure a Host.
+type Options struct {
+	Plugins []Spec
+	// Dir is where sockets go; it is made, with mode 0700, when absent. When its path is too long for a
+	// socket, or it is empty, a short private directory under the system's temporary one is used.
+	Dir string
+	// EgressAllow are the ranges that plugins may connect to although they are private or reserved.
+	EgressAllow []netip.Prefix
+	// UserAgent is what transports say they are; empty means grapnel.
+	UserAgent string
+	// Secrets returns the live versions of a secret by resource name, newest first. Required.
+	Secrets func(name string) ([]SecretVersion, bool)
+	// Logger defaults to one that discards.
+	Logger *slog.Logger
+	// Registerer is optional.
+	Registerer prometheus.Registerer
+}
+
+// timing is what tests shorten.
+type timing struct {
+	start       time.Duration // process to handshake
+	call        time.Duration // Describe, Configure and the like
+	backoffMin  time.Duration
+	backoffMax  time.Duration
+	stable      time.Duration // serving this long forgets earlier crashes
+	failedRetry time.Duration
+	park        time.Duration // longest wait of an attempt for a process to come back
+	grace       time.Duration // past an attempt's timeout, before its plugin counts as hung
+	heartbeat   time.Duration
+	sweep       time.Duration
+	term        time.Duration // SIGTERM to SIGKILL
+	drain       time.Duration // longest wait for attempts at a stop
+	retire      time.Duration // how long an instance that was replaced stays
+}
+
+func defaultTiming() timing {
+	return timing{
+		start: 10 * time.Second, call: 10 * time.Second,
+		backoffMin: 100 * time.Millisecond, backoffMax: 30 * time.Second,
+		stable: time.Minute, failedRetry: 30 * time.Second,
+		park: 500 * time.Millisecond, grace: 5 * time.Second,
+		heartbeat: 5 * time.Second, sweep: 250 * time.Millisecond,
+		term: 5 * time.Second, drain: 65 * time.Second, retire: 2 * time.Second,
+	}
+}
+
+const (
+	failedAfter   = 5
+	failedWithin  = 5 * time.Minute
+	maxResponse   = 4096 // bytes of a response kept with an attempt
+	defaultSigner = "standard-webhooks"
+)
+
+// Host runs plugins. All methods are safe for concurrent use.
+type Host struct {
+	opts      Options
+	log       *slog.Logger
+	timing    timing
+	metrics   *metrics
+	dir       string
+	removeDir bool
+
+	procs      []*process
+	kinds      kindTable
+	plans      planTable
+	generation atomic.Uint64
+	parking    parking
+	free       sync.Pool   // of *pending: one per attempt is garbage enough to show
+	closed     atomic.Bool // no attempt is taken any more
+}
+
+// New checks the options and makes the socket directory; it starts nothing.
+func New(opts Options) (*Host, error) {
+	if opts.Secrets == nil {
+		return nil, errors.New("pluginhost: option Secrets is required")
+	}
+	if opts.Logger == nil {
+		opts.Logger = slog.New(slog.DiscardHandler)
+	}
+	if opts.UserAgent == "" {
+		opts.UserAgent = "grapnel"
+	}
+	h := &Host{opts: opts, log: opts.Logger.With("component", "pluginhost"), timing: defaultTiming(), metrics: newMetrics(opts.Registerer)}
+	var err error
+	if h.dir, h.removeDir, err = socketDir(opts.Dir); err != nil {
+		return nil, fmt.Errorf("pluginhost: %w", err)
+	}
+	for _, spec := range opts.Plugins {
+		path, err := filepath.Abs(spec.Path)
+		if err != nil {
+			return nil, fmt.Errorf("pluginhost: plugin %q: %w", spec.Path, err)
+		}
+		spec.Path = path
+		h.procs = append(h.procs, newProcess(h, spec))
+	}
+	return h, nil
+}
+
+// socketRoom is what go-plugin appends to the directory for a socket's path.
+const socketRoom = len("/plugin-dir4294967295/plugin4294967295")
+
+// socketDir returns a private directory that is short enough for sockets, and whether it is to be
+// removed at the end.
+func socketDir(dir string) (string, bool, error) {
+	limit := 107 // sun_path on Linux, less its NUL
+	if runtime.GOOS != "linux" {
+		limit = 103
+	}
+	if dir != "" {
+		abs, err := filepath.Abs(dir)
+		if err != nil {
+			return "", false, err
+		}
+		if len(abs)+socketRoom <= limit || runtime.GOOS == "windows" {
+			if err := os.MkdirAll(abs, 0o700); err != nil {
+				return "", false, err
+			}
+			return abs, false, os.Chmod(abs, 0o700)
+		}
+	}
+	made, err := os.MkdirTemp("", "grapnel-")
+	if err == nil && len(made)+socketRoom > limit && runtime.GOOS != "windows" {
+		_ = os.Remove(made)
+		made, err = os.MkdirTemp("/tmp", "grapnel-")
+	}
+	return made, true, err
+}
+
+// Run supervises the plugins until ctx ends, then drains and stops them. It returns nil.
+func (h *Host) Run(ctx context.Context) error {
+	var wg sync.WaitGroup
+	for _, p := range h.procs {
+		wg.Go(func() { p.run(ctx) })
+	}
+	sweeping, stopSweeping := context.WithCancel(context.WithoutCancel(ctx))
+	var sweeper sync.WaitGroup
+	sweeper.Go(func() { h.sweep(sweeping) })
+	wg.Wait()
+	h.closed.Store(true)
+	stopSweeping()
+	sweeper.Wait()
+	h.releaseParked(time.Time{})
+	if h.removeDir {
+		_ = os.RemoveAll(h.dir)
+	}
+	return nil
+}
+
+// Ready returns when all builtin plugins serve, or with ctx's error and what is wrong.
+func (h *Host) Ready(ctx context.Context) error {
+	for _, p := range h.procs {
+		if !p.spec.Builtin {
+			continue
+		}
+		if err := p.awaitServing(ctx); err != nil {
+			return fmt.Errorf("plugin %s: %w", p.displayName(), err)
+		}
+	}
+	return nil
+}
+
+// Drain takes no new attempts and returns when those at hand have ended, or with ctx's error.
+func (h *Host) Drain(ctx context.Context) error {
+	h.closed.Store(true)
+	tick := time.NewTicker(5 * time.Millisecond)
+	defer tick.Stop()
+	for h.metrics.open.Load() > 0 {
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("drain plugins: %d attempts at hand: %w", h.metrics.open.Load(), ctx.Err())
+		case <-tick.C:
+		}
+	}
+	return nil
+}
+
+// Pids are the running processes by plugin name, for tests and demonstrations.
+func (h *Host) Pids() map[string]int {
+	pids := map[string]int{}
+	for _, p := range h.procs {
+		if c := p.conn.Load(); c != nil {
+			pids[p.displayName()] = c.child.pid()
+		}
+	}
+	return pids
+}
+
+// Attempt hands one attempt to the plugins of the subscription. It returns at once; sink.Complete is
+// called exactly once, from any goroutine. With no plugin there to do it the result is CauseUnspent,
+// after a short wait for one to come back.
+func (h *Host) Attempt(sub *subscription.Subscription, job *delivery.Job, sink delivery.Sink) {
+	h.metrics.open.Add(1)
+	p := h.newPending(sub, job, sink)
+	if h.closed.Load() {
+		h.unspent(p, "the server is stopping")
+		return
+	}
+	h.route(p)
+}
+
+// Changed drops what was configured for subscriptions that changed.
+func (h *Host) Changed(changes []subscription.Change) {
+	for _, c := range changes {
+		switch {
+		case c.New == nil && c.Old != nil:
+			h.plans.invalidate(h, c.Old.UID)
+		case c.New != nil:
+			h.plans.invalidate(h, c.New.UID)
+		}
+	}
+}
+
+// SecretChanged has every instance that uses the secret configured again before its next attempt.
+func (h *Host) SecretChanged(name string) {
+	for _, uid := range h.plans.using(name) {
+		h.plans.invalidate(h, uid)
+	}
+}
+
+// sweep looks after deadlines, parked attempts and retired instances, with one ticker for all.
+func (h *Host) sweep(ctx context.Context) {
+	tick := time.NewTicker(h.timing.sweep)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case now := <-tick.C:
+			h.releaseParked(now)
+			for _, p := range h.procs {
+				if c := p.conn.Load(); c != nil {
+					c.sweep(now)
+				}
+			}
+		}
+	}
+}
+
+// parking holds attempts whose plugin is not there.
+type parking struct {
+	mu      sync.Mutex // guards waiting
+	waiting []*pending
+}
+
+// park keeps p until a process comes up, or its time of waiting is over.
+func (h *Host) park(p *pending) {
+	now := time.Now()
+	if p.parkUntil.IsZero() {
+		p.parkUntil = now.Add(h.timing.park)
+	}
+	h.parking.mu.Lock()
+	over := h.closed.Load() || !now.Before(p.parkUntil) // under the lock: releaseParked comes after closed
+	if !over {
+		h.parking.waiting = append(h.parking.waiting, p)
+	}
+	h.parking.mu.Unlock()
+	if over {
+		h.unspent(p, "the plugin is not running")
+	}
+}
+
+// unpark has all parked attempts look for their plugin again.
+func (h *Host) unpark() {
+	h.parking.mu.Lock()
+	waiting := h.parking.waiting
+	h.parking.waiting = nil
+	h.parking.mu.Unlock()
+	for _, p := range waiting {
+		h.route(p)
+	}
+}
+
+// releaseParked gives back attempts that have waited long enough; a zero now means all.
+func (h *Host) releaseParked(now time.Time) {
+	var over []*pending
+	h.parking.mu.Lock()
+	h.parking.waiting = slices.DeleteFunc(h.parking.waiting, func(p *pending) bool {
+		if !now.IsZero() && now.Before(p.parkUntil) && !h.closed.Load() {
+			return false
+		}
+		over = append(over, p)
+		return true
+	})
+	h.parking.mu.Unlock()
+	for _, p := range over {
+		h.unspent(p, "the plugin is not running")
+	}
+}

@@ -1,0 +1,140 @@
+package pluginhost
+
+import (
+	"fmt"
+	"time"
+
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	pluginv1 "github.com/grapnel/grapnel/proto/grapnel/plugin/v1"
+	"github.com/grapnel/grapnel/server/delivery"
+)
+
+const signWindow = 1024
+
+// openSigns opens the stream for signers whose transport is in another process.
+func (c *conn) openSigns() error {
+	stream, err := pluginv1.NewSignerServiceClient(c.grpc).Sign(c.ctx)
+	if err != nil {
+		return fmt.Errorf("open sign stream: %w", err)
+	}
+	c.signs = newLink(signWindow, func(batch []*pending) error { return stream.Send(signRequest(batch)) })
+	c.workers.Go(func() {
+		err := c.signs.run()
+		if err == nil && c.stopping.Load() {
+			err = stream.CloseSend()
+		}
+		if err != nil {
+			c.fail(fmt.Errorf("sign stream: %w", err))
+		}
+	})
+	c.workers.Go(func() {
+		for {
+			resp, err := stream.Recv()
+			if err != nil {
+				if !c.stopping.Load() {
+					c.fail(fmt.Errorf("sign stream: %w", err))
+				}
+				return
+			}
+			if err := c.signed(resp); err != nil {
+				c.fault(err)
+				return
+			}
+		}
+	})
+	return nil
+}
+
+func signRequest(batch []*pending) *pluginv1.SignRequest {
+	var table batchFrame
+	table.fill(batch)
+	req := &pluginv1.SignRequest{Items: make([]*pluginv1.SignItem, len(batch))}
+	for _, ev := range table.contents {
+		req.Contents = append(req.Contents, contentOf(ev))
+	}
+	for i, p := range batch {
+		req.Items[i] = &pluginv1.SignItem{
+			Seq: p.seq, InstanceRef: p.plan.remote[p.stage].ref, Content: table.index[i],
+			Created: timestamppb.New(p.created), Nonce: p.nonce[:], Headers: wireHeaders(p.headers),
+		}
+	}
+	return req
+}
+
+// contentOf is appendContent for messages off the hot path.
+func contentOf(ev *delivery.Event) *pluginv1.Content {
+	c := &pluginv1.Content{MessageId: ev.UID, Body: ev.Payload}
+	for name, value := range contentHeaders(ev) {
+		c.Headers = append(c.Headers, &pluginv1.Header{Name: name, Value: value})
+	}
+	return c
+}
+
+func wireHeaders(headers []delivery.Header) []*pluginv1.Header {
+	out := make([]*pluginv1.Header, len(headers))
+	for i, h := range headers {
+		out[i] = &pluginv1.Header{Name: h.Name, Value: h.Value}
+	}
+	return out
+}
+
+// signed sends what was signed on to its next signer or to its transport.
+func (c *conn) signed(resp *pluginv1.SignResponse) error {
+	seqs := make([]uint64, len(resp.GetResults()))
+	for i, r := range resp.GetResults() {
+		seqs[i] = r.GetSeq()
+	}
+	taken, err := c.signs.take(seqs, nil)
+	for i, p := range taken {
+		r := resp.GetResults()[i]
+		if r.GetFailure() != nil {
+			c.failed(p, r.GetFailure(), &result{}, time.Now())
+			continue
+		}
+		for _, h := range r.GetHeaders() {
+			p.headers = append(p.headers, delivery.Header{Name: h.GetName(), Value: h.GetValue()})
+		}
+		if r.GetUri() != "" {
+			p.uri = r.GetUri()
+		}
+		p.stage++
+		c.host.submit(p, p.plan)
+	}
+	return err
+}
+
+// unaryRequest is an attempt by itself.
+func unaryRequest(p *pending) *pluginv1.AttemptOneRequest {
+	a := &pluginv1.Attempt{
+		Seq: p.seq, InstanceRef: p.plan.ref, AttemptNumber: uint32(p.job.Attempts + 1),
+		TimeoutMs: uint32(p.plan.timeout.Milliseconds()), CreatedUnixNano: p.created.UnixNano(),
+		Traceparent: string(appendTraceparent(nil, p.job.Event)), SignHere: p.plan.local,
+		Headers: wireHeaders(p.headers), Uri: p.uri, Nonce: p.nonce[:],
+	}
+	return &pluginv1.AttemptOneRequest{Attempt: a, Content: contentOf(p.job.Event), MaxResponseBody: maxResponse}
+}
+
+// resultOf reads a result that came by itself.
+func resultOf(in *pluginv1.AttemptResult) result {
+	r := result{
+		seq: in.GetSeq(), failure: in.GetFailure(), peer: in.GetPeer(), sent: headersOf(in.GetSentHeaders()),
+		total: time.Duration(in.GetTotalUs()) * time.Microsecond,
+	}
+	if resp := in.GetResponse(); resp != nil {
+		r.answered, r.status, r.headers = true, int(resp.GetStatus()), headersOf(resp.GetHeaders())
+		r.body, r.truncated = resp.GetBody(), resp.GetBodyTruncated()
+		if len(r.body) > maxResponse {
+			r.body, r.truncated = r.body[:maxResponse], true
+		}
+	}
+	return r
+}
+
+func headersOf(in []*pluginv1.Header) []delivery.Header {
+	out := make([]delivery.Header, len(in))
+	for i, h := range in {
+		out[i] = delivery.Header{Name: h.GetName(), Value: h.GetValue()}
+	}
+	return out
+}
