@@ -4,6 +4,7 @@ import (
 	"net/http"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -83,7 +84,6 @@ func TestOutcomes(t *testing.T) {
 	for id, uri := range map[string]string{
 		"ok": rcv.URL + "/ok", "gone": rcv.URL + "/gone", "twice": rcv.URL + "/twice", "never": rcv.URL + "/never",
 		"redirect": redirecting + "/redirect", "refused": "http://" + freeAddr(t) + "/",
-		"forbidden": "http://10.0.0.1/",
 	} {
 		s.Subscribe("acme", id, uri, func(sub *grapnelv1.Subscription) { sub.RetryPolicy = retry })
 	}
@@ -101,7 +101,6 @@ func TestOutcomes(t *testing.T) {
 		"never":     {grapnelv1.Delivery_STATE_EXHAUSTED, 3, grapnelv1.Attempt_OUTCOME_RETRYABLE},
 		"redirect":  {grapnelv1.Delivery_STATE_EXHAUSTED, 3, grapnelv1.Attempt_OUTCOME_RETRYABLE},
 		"refused":   {grapnelv1.Delivery_STATE_EXHAUSTED, 3, grapnelv1.Attempt_OUTCOME_UNREACHABLE},
-		"forbidden": {grapnelv1.Delivery_STATE_REJECTED, 1, grapnelv1.Attempt_OUTCOME_UNREACHABLE},
 	}
 	for id, w := range want {
 		name := "namespaces/acme/subscriptions/" + id
@@ -130,6 +129,24 @@ func TestOutcomes(t *testing.T) {
 	skipped := s.Deliveries("acme", "state = SKIPPED")
 	if len(skipped) != 1 || skipped[0].GetSubscription() != "namespaces/acme/subscriptions/gone" {
 		t.Errorf("skipped: %v", skipped)
+	}
+}
+
+// TestForbiddenAddress points a name at an address that deliveries may not go to: the check at dial time
+// ends the delivery, and nothing reaches the address.
+func TestForbiddenAddress(t *testing.T) {
+	s := servertest.Start(t, servertest.Options{Adjust: func(o *server.Options) { o.EgressAllow = nil }})
+	s.Namespace("acme")
+	rcv := servertest.NewReceiver(t, nil)
+	s.Subscribe("acme", "inside", strings.Replace(rcv.URL, "127.0.0.1", "localhost", 1), nil)
+	s.Publish("acme", "e1", "order.created", []byte(`{}`))
+	servertest.Await(t, "the delivery to end", func() bool { return open(s, "acme") == 0 })
+	d := s.Deliveries("acme", "")[0]
+	if d.GetState() != grapnelv1.Delivery_STATE_REJECTED || !strings.Contains(d.GetLastAttempt().GetError(), "egress policy") {
+		t.Errorf("the delivery ended as %v: %s", d.GetState(), d.GetLastAttempt().GetError())
+	}
+	if n := len(rcv.Requests()); n != 0 {
+		t.Errorf("%d requests reached a forbidden address", n)
 	}
 }
 
