@@ -132,7 +132,7 @@ func tlsMessage(err error) string {
 		invalid   x509.CertificateInvalidError
 		verify    *tls.CertificateVerificationError
 		record    tls.RecordHeaderError
-		alert     tls.AlertError
+		op        *net.OpError
 	)
 	switch {
 	case errors.As(err, &authority):
@@ -145,8 +145,8 @@ func tlsMessage(err error) string {
 		return "the certificate is not valid"
 	case errors.As(err, &record):
 		return "the receiver does not speak TLS on this port"
-	case errors.As(err, &alert):
-		return "the receiver refused the TLS handshake: " + alert.Error()
+	case errors.As(err, &op) && op.Op == "remote error":
+		return "the receiver refused the TLS handshake: " + op.Err.Error() // an alert: one of a fixed list
 	}
 	return ""
 }

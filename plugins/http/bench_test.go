@@ -1,0 +1,97 @@
+//go:build unix
+
+package httpplugin
+
+import (
+	"bytes"
+	"context"
+	"io"
+	"net/http"
+	"net/http/httptest"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/grapnel/grapnel/sdk/plugin"
+)
+
+// BenchmarkAttempt compares an attempt over each client with a bare net/http loop. The sink runs in the
+// same process, so cpu-us/op holds both sides.
+func BenchmarkAttempt(b *testing.B) {
+	srv := httptest.NewServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
+		_, _ = io.Copy(io.Discard, r.Body)
+	}))
+	b.Cleanup(srv.Close)
+	payload := bytes.Repeat([]byte("x"), 1024)
+	headers := []plugin.Header{
+		{Name: "content-type", Value: "application/json"}, {Name: "webhook-id", Value: "evt_0123456789abcdef"},
+		{Name: "ce-specversion", Value: "1.0"}, {Name: "ce-id", Value: "order-1"}, {Name: "ce-source", Value: "/shop"},
+		{Name: "ce-type", Value: "order.created"}, {Name: "ce-time", Value: "2026-11-21T00:00:00Z"},
+		{Name: "webhook-timestamp", Value: "1614265330"},
+		{Name: "webhook-signature", Value: "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE="},
+	}
+	for _, direct := range []bool{true, false} {
+		name := map[bool]string{true: "direct", false: "nethttp"}[direct]
+		b.Run(name, func(b *testing.B) {
+			p := newPools(direct)
+			b.Cleanup(p.closeIdle)
+			i, err := newInstance(p, defaults(), plugin.Target{URL: srv.URL + "/hook", UserAgent: "grapnel/test", Egress: loopbackAllowed()})
+			if err != nil {
+				b.Fatal(err)
+			}
+			measure(b, func(ctx context.Context) error {
+				r := plugin.Request{
+					MessageID: "evt_0123456789abcdef", URL: srv.URL + "/hook", Headers: headers, Body: payload, MaxResponseBody: 4096,
+					Traceparent: "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
+				}
+				_, err := i.attempt(ctx, &r)
+				return err
+			})
+		})
+	}
+	b.Run("bare", func(b *testing.B) {
+		client := &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: 1024}}
+		b.Cleanup(client.CloseIdleConnections)
+		measure(b, func(ctx context.Context) error {
+			req, err := http.NewRequestWithContext(ctx, http.MethodPost, srv.URL+"/hook", bytes.NewReader(payload))
+			if err != nil {
+				return err
+			}
+			for _, h := range headers {
+				req.Header.Set(h.Name, h.Value)
+			}
+			resp, err := client.Do(req)
+			if err != nil {
+				return err
+			}
+			_, _ = io.Copy(io.Discard, resp.Body)
+			return resp.Body.Close()
+		})
+	})
+}
+
+func measure(b *testing.B, one func(context.Context) error) {
+	b.Helper()
+	b.ReportAllocs()
+	b.SetParallelism(16)
+	before := cpu(b)
+	b.RunParallel(func(pb *testing.PB) {
+		for pb.Next() {
+			ctx, cancel := context.WithTimeout(context.Background(), 15*time.Second)
+			if err := one(ctx); err != nil {
+				b.Error(err)
+			}
+			cancel()
+		}
+	})
+	b.ReportMetric(float64((cpu(b)-before).Microseconds())/float64(b.N), "cpu-us/op")
+}
+
+func cpu(b *testing.B) time.Duration {
+	b.Helper()
+	var u syscall.Rusage
+	if err := syscall.Getrusage(syscall.RUSAGE_SELF, &u); err != nil {
+		b.Fatal(err)
+	}
+	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
+}

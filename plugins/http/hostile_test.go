@@ -1,0 +1,250 @@
+package httpplugin
+
+import (
+	"bufio"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"runtime"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/grapnel/grapnel/sdk/plugin"
+)
+
+// TestBrokenAnswers holds a receiver against what an attempt must say about it.
+func TestBrokenAnswers(t *testing.T) {
+	head := "HTTP/1.1 200 OK\r\n"
+	tests := []struct {
+		name, response string
+		code           string // empty when the answer counts
+		status         int
+		body           string
+		truncated      bool
+	}{
+		{name: "nothing", response: "", code: plugin.CodeReset},
+		{name: "half a status line", response: "HTTP/1.1 20", code: plugin.CodeProtocol},
+		{name: "half a header", response: head + "Content-Le", code: plugin.CodeProtocol},
+		{name: "another protocol", response: "SSH-2.0-OpenSSH_9.6\r\n", code: plugin.CodeProtocol},
+		{name: "status is no number", response: "HTTP/1.1 abc OK\r\n\r\n", code: plugin.CodeProtocol},
+		{name: "bad header line", response: head + "no colon here\r\n\r\n", code: plugin.CodeProtocol},
+		{name: "two lengths", response: head + "Content-Length: 1\r\nContent-Length: 2\r\n\r\nab", code: plugin.CodeProtocol},
+		{name: "negative length", response: head + "Content-Length: -1\r\n\r\n", code: plugin.CodeProtocol},
+		{name: "switching protocols", response: "HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n", code: plugin.CodeProtocol},
+		{name: "header bomb", response: head + strings.Repeat("X-Bomb: "+strings.Repeat("b", 1000)+"\r\n", 200), code: plugin.CodeProtocol},
+		{name: "one huge header line", response: head + "X-Bomb: " + strings.Repeat("b", 200_000), code: plugin.CodeProtocol},
+		{name: "many small headers", response: head + strings.Repeat("a: b\r\n", 100_000), code: plugin.CodeProtocol},
+		{name: "flood of interim responses", response: strings.Repeat("HTTP/1.1 102 Processing\r\n\r\n", 10_000), code: plugin.CodeProtocol},
+
+		{name: "some interim responses", response: "HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\nHTTP/1.1 102 P\r\n\r\nHTTP/1.1 204 No Content\r\n\r\n", status: 204},
+		{name: "body breaks off", response: head + "Content-Length: 10\r\n\r\nabc", status: 200, body: "abc", truncated: true},
+		{name: "bad chunk", response: head + "Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\nzz\r\n", status: 200, body: "abc", truncated: true},
+		{name: "chunked", response: head + "Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n", status: 200, body: "abc"},
+		{name: "until the end", response: "HTTP/1.0 200 OK\r\n\r\nabc", status: 200, body: "abc"},
+		{name: "gzip is not inflated", response: head + "Content-Encoding: gzip\r\nContent-Length: 3\r\n\r\n\x1f\x8b\x08", status: 200, body: "\x1f\x8b\x08"},
+		{name: "failure without reason", response: "HTTP/1.1 500\r\nContent-Length: 0\r\n\r\n", status: 500},
+		{name: "no content with content", response: "HTTP/1.1 204 No Content\r\nContent-Length: 3\r\n\r\nabc", status: 204},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			bothClients(t, func(t *testing.T, c client) {
+				resp, err := attempt(t, c.instance(t, once(t, tt.response).url, nil))
+				if tt.code != "" {
+					wantFailure(t, err, tt.code, plugin.Sent)
+					return
+				}
+				if err != nil {
+					t.Fatal(err)
+				}
+				if resp.Status != tt.status || string(resp.Body) != tt.body || resp.Truncated != tt.truncated {
+					t.Errorf("status %d, body %q, truncated %v; want %d, %q, %v", resp.Status, resp.Body, resp.Truncated, tt.status, tt.body, tt.truncated)
+				}
+			})
+		})
+	}
+}
+
+func TestResetBeforeDuringAndAfter(t *testing.T) {
+	t.Run("before the request is read", func(t *testing.T) {
+		bothClients(t, func(t *testing.T, c client) {
+			srv := serveRaw(t, func(_ int, conn net.Conn) { reset(conn) })
+			_, err := attempt(t, c.instance(t, srv.url, nil))
+			// How far it came is a matter of microseconds.
+			var f *plugin.Failure
+			if !errors.As(err, &f) || f.Code != plugin.CodeReset && (f.Code != plugin.CodeConnect || f.WireState != plugin.NotSent) {
+				t.Errorf("error %v, want a reset, or no connection", err)
+			}
+		})
+	})
+	t.Run("in the middle of the request", func(t *testing.T) {
+		bothClients(t, func(t *testing.T, c client) {
+			srv := serveRaw(t, func(_ int, conn net.Conn) {
+				_, _ = io.ReadFull(conn, make([]byte, 20))
+				reset(conn)
+			})
+			req := event()
+			req.Body = make([]byte, 8<<20)
+			_, err := c.instance(t, srv.url, nil).Attempt(within(t, 10*time.Second), req)
+			if f := wantFailureCode(t, err, plugin.CodeReset); f.WireState == plugin.NotSent {
+				t.Errorf("failure %+v, but some of it was sent", *f)
+			}
+		})
+	})
+	t.Run("instead of an answer", func(t *testing.T) {
+		bothClients(t, func(t *testing.T, c client) {
+			srv := serveRaw(t, func(_ int, conn net.Conn) {
+				readRequest(bufio.NewReader(conn))
+				reset(conn)
+			})
+			_, err := attempt(t, c.instance(t, srv.url, nil))
+			wantFailure(t, err, plugin.CodeReset, plugin.Sent)
+			if n := srv.accepted(); n != 1 {
+				t.Errorf("%d connections for one attempt: it was repeated", n)
+			}
+		})
+	})
+	t.Run("behind the status", func(t *testing.T) {
+		bothClients(t, func(t *testing.T, c client) {
+			taken := make(chan struct{})
+			srv := serveRaw(t, func(_ int, conn net.Conn) {
+				readRequest(bufio.NewReader(conn))
+				_, _ = io.WriteString(conn, "HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n"+strings.Repeat("x", 50_000))
+				<-taken
+				reset(conn)
+			})
+			time.AfterFunc(200*time.Millisecond, func() { close(taken) })
+			resp, err := attempt(t, c.instance(t, srv.url, nil))
+			if err != nil || resp.Status != 200 || !resp.Truncated || len(resp.Body) != 4096 {
+				t.Errorf("%v, %v; the status counts", resp, err)
+			}
+		})
+	})
+}
+
+func TestReusedConnectionThatDiesIsNotRepeated(t *testing.T) {
+	bothClients(t, func(t *testing.T, c client) {
+		srv := serveRaw(t, func(_ int, conn net.Conn) {
+			r := bufio.NewReader(conn)
+			if readRequest(r) {
+				_, _ = io.WriteString(conn, "HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+			}
+			readRequest(r) // takes the second one and says nothing
+			_ = conn.Close()
+		})
+		inst := c.instance(t, srv.url, nil)
+		if resp, err := attempt(t, inst); err != nil || resp.Status != 200 {
+			t.Fatalf("first: %v, %v", resp, err)
+		}
+		_, err := attempt(t, inst)
+		wantFailure(t, err, plugin.CodeReset, plugin.Sent)
+		if n := srv.accepted(); n != 1 {
+			t.Errorf("%d connections: the second request was sent twice", n)
+		}
+	})
+}
+
+func TestSlowReceiversEndAtTheDeadline(t *testing.T) {
+	drip := func(conn net.Conn, lead, piece string) {
+		readRequest(bufio.NewReader(conn))
+		_, err := io.WriteString(conn, lead)
+		tick := time.NewTicker(5 * time.Millisecond)
+		defer tick.Stop()
+		for err == nil {
+			<-tick.C
+			_, err = io.WriteString(conn, piece)
+		}
+	}
+	const limit = 300 * time.Millisecond
+	bothClients(t, func(t *testing.T, c client) {
+		t.Run("header", func(t *testing.T) {
+			srv := serveRaw(t, func(_ int, conn net.Conn) { drip(conn, "HTTP/1.1 200 OK\r\nX: ", "x") })
+			_, err := c.instance(t, srv.url, nil).Attempt(within(t, limit), event())
+			wantFailure(t, err, plugin.CodeTimeout, plugin.Sent)
+		})
+		t.Run("interim", func(t *testing.T) {
+			srv := serveRaw(t, func(_ int, conn net.Conn) { drip(conn, "", "HTTP/1.1 100 Continue\r\n\r\n") })
+			_, err := c.instance(t, srv.url, nil).Attempt(within(t, limit), event())
+			wantFailure(t, err, plugin.CodeTimeout, plugin.Sent)
+		})
+		t.Run("body", func(t *testing.T) {
+			srv := serveRaw(t, func(_ int, conn net.Conn) { drip(conn, "HTTP/1.1 503 Busy\r\nContent-Length: 100000\r\n\r\n", "x") })
+			start := time.Now()
+			resp, err := c.instance(t, srv.url, nil).Attempt(within(t, limit), event())
+			if err != nil || resp.Status != 503 || !resp.Truncated {
+				t.Errorf("%v, %v; the status counts", resp, err)
+			}
+			if took := time.Since(start); took > 5*time.Second {
+				t.Errorf("took %v, deadline %v", took, limit)
+			}
+		})
+		t.Run("request not taken", func(t *testing.T) {
+			srv := serveRaw(t, func(int, net.Conn) {})
+			req := event()
+			req.Body = make([]byte, 16<<20)
+			_, err := c.instance(t, srv.url, nil).Attempt(within(t, limit), req)
+			if f := wantFailureCode(t, err, plugin.CodeTimeout); f.WireState != plugin.MaybeSent {
+				t.Errorf("failure %+v, want MAYBE_SENT", *f)
+			}
+		})
+	})
+}
+
+func TestEndlessBodyIsCutOff(t *testing.T) {
+	bothClients(t, func(t *testing.T, c client) {
+		sent := make(chan int, 1)
+		srv := serveRaw(t, func(_ int, conn net.Conn) {
+			readRequest(bufio.NewReader(conn))
+			n, err := io.WriteString(conn, "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+			chunk := fmt.Sprintf("%x\r\n%s\r\n", 64<<10, strings.Repeat("x", 64<<10))
+			for err == nil && n < 1<<30 {
+				var m int
+				m, err = io.WriteString(conn, chunk)
+				n += m
+			}
+			sent <- n
+		})
+		var before, after runtime.MemStats
+		runtime.ReadMemStats(&before)
+		resp, err := attempt(t, c.instance(t, srv.url, nil))
+		runtime.ReadMemStats(&after)
+		if err != nil || resp.Status != 200 || len(resp.Body) != 4096 || !resp.Truncated {
+			t.Fatalf("%v, %v", resp, err)
+		}
+		// What the kernel buffers on both ends comes on top of the 256 KiB that are drained.
+		if n := <-sent; n > 32<<20 {
+			t.Errorf("%d bytes were taken", n)
+		}
+		if grown := after.TotalAlloc - before.TotalAlloc; grown > 16<<20 {
+			t.Errorf("%d bytes allocated", grown)
+		}
+	})
+}
+
+func TestBytesBehindAResponseAreNotTheNextResponse(t *testing.T) {
+	bothClients(t, func(t *testing.T, c client) {
+		first := make(chan struct{})
+		srv := serveRaw(t, func(n int, conn net.Conn) {
+			r := bufio.NewReader(conn)
+			for readRequest(r) {
+				if n == 1 {
+					_, _ = io.WriteString(conn, "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nokHTTP/1.1 418 Smuggled\r\nContent-Length: 0\r\n\r\n")
+					close(first)
+					continue
+				}
+				_, _ = io.WriteString(conn, "HTTP/1.1 201 Created\r\nContent-Length: 0\r\n\r\n")
+			}
+		})
+		inst := c.instance(t, srv.url, nil)
+		if resp, err := attempt(t, inst); err != nil || resp.Status != 200 || string(resp.Body) != "ok" {
+			t.Fatalf("first: %v, %v", resp, err)
+		}
+		<-first
+		if resp, err := attempt(t, inst); err == nil && resp.Status != 201 {
+			t.Errorf("second: status %d, want 201 on another connection", resp.Status)
+		} else if err != nil && c.direct {
+			t.Errorf("second: %v", err)
+		}
+	})
+}
