@@ -58,8 +58,8 @@ func TestDemoCleansUpWhenInterrupted(t *testing.T) {
 	}
 }
 
-// TestSecondSignalAbandons holds an attempt in flight with a long grace: the first signal waits for it, the
-// second ends the wait.
+// TestSecondSignalAbandons: the first signal ends the commands' context, the second closes what the server
+// takes as its order to abandon attempts.
 func TestSecondSignalAbandons(t *testing.T) {
 	c := newCLI()
 	ctx, release := c.catchSignals()
