@@ -204,8 +204,8 @@ func (e *Engine) Changed(changes []subscription.Change) {
 }
 
 func (l *lane) changed(c subscription.Change) {
-	l.start.Lock()   // whoever had the old snapshot has handed its attempts over
-	l.start.Unlock() //nolint:staticcheck // an empty critical section is the point
+	l.start.Lock() // whoever looked at the old snapshot has handed its attempts over
+	defer l.start.Unlock()
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if c.Old == nil || c.New == nil || c.Old.UID != c.New.UID {

@@ -239,6 +239,7 @@ func TestEngineBacklogKeepsOrder(t *testing.T) {
 		defer w.stop()
 		sub := w.sub("orders", func(s *subscription.Subscription) { s.MaxInFlight = 1 })
 		w.receiver.set(always(time.Millisecond, ok))
+		synctest.Wait()
 		ids := w.publishN(sub, 0, 2000)
 		if bytes := gather(t, registry)["grapnel_window_bytes"]; bytes < 16<<10 || bytes > 128<<10 {
 			t.Errorf("%v bytes in memory", bytes)

@@ -90,9 +90,15 @@ func (q *queue) remove(x *entry) {
 	q.bytes -= x.size
 }
 
-// putBack returns x to the head, behind what is older, so that the order of the queue survives several
-// jobs coming back.
+// putBack returns x to where it waited, or to the head: behind what is older, so that the order of its part
+// survives several jobs coming back.
 func (q *queue) putBack(x *entry) {
+	for y := x.older; y != nil; y = y.older {
+		if y.state.Load() == waiting {
+			q.insert(y, x)
+			return
+		}
+	}
 	var after *entry
 	for y := q.head; y != nil && y.before(x); y = y.next {
 		after = y

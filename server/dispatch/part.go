@@ -125,33 +125,22 @@ func (l *lane) admit(p *part, j *delivery.Job) {
 		l.retries.push(x)
 		return
 	}
-	older := p.newest
-	for older != nil && older.id.Seq > x.id.Seq { // only after a caller's change that failed
-		older = older.older
-	}
-	p.link(older, x)
+	p.link(x)
 	p.loaded = max(p.loaded, x.id.Seq)
-	if older == p.newest.older {
-		l.fresh.push(x)
-	} else {
-		l.fresh.putBack(x)
-	}
+	l.fresh.push(x)
 }
 
 func sizeOf(j *delivery.Job) int64 { return 768 + int64(len(j.Event.Payload)) }
 
-func (p *part) link(older, x *entry) {
-	x.older = older
-	if older == nil {
-		x.newer, p.oldest = p.oldest, x
+// link adds the newest entry.
+func (p *part) link(x *entry) {
+	x.older = p.newest
+	if x.older == nil {
+		p.oldest = x
 	} else {
-		x.newer, older.newer = older.newer, x
+		x.older.newer = x
 	}
-	if x.newer == nil {
-		p.newest = x
-	} else {
-		x.newer.older = x
-	}
+	p.newest = x
 }
 
 func (p *part) unlink(x *entry) {
