@@ -7,6 +7,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/testing/protocmp"
 	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/structpb"
@@ -24,7 +25,7 @@ func TestPluginService(t *testing.T) {
 	}
 	http := w.host.all[0]
 	http.ConfigSchema, http.ConfigExample = schema, schema
-	http.Instances = []*grapnelv1.PluginInstance{{Node: "nodes/one", RestartCount: 2}}
+	http.Instances = []*grapnelv1.PluginInstance{{RestartCount: 2}}
 
 	page, err := w.plugins.ListPlugins(ctx, &grapnelv1.ListPluginsRequest{PageSize: 1})
 	if err != nil {
@@ -41,7 +42,9 @@ func TestPluginService(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if diff := cmp.Diff(http, got.GetPlugin(), protocmp.Transform()); diff != "" {
+	want := proto.CloneOf(http)
+	want.Instances[0].Node = "nodes/one"
+	if diff := cmp.Diff(want, got.GetPlugin(), protocmp.Transform()); diff != "" {
 		t.Errorf("plugin (-want +got):\n%s", diff)
 	}
 	_, err = w.plugins.GetPlugin(ctx, &grapnelv1.GetPluginRequest{Name: "plugins/nothing"})

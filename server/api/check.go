@@ -44,6 +44,9 @@ func (s *Server) check(ctx context.Context, name string, p *grapnelv1.Subscripti
 		return nil, invalid(faults...)
 	}
 	diagnostics, err := s.Plugins.Check(ctx, p)
+	diagnostics = slices.DeleteFunc(diagnostics, func(d Diagnostic) bool {
+		return d.Warning && d.Code == "uri.plaintext" // subscription.Warnings has said it
+	})
 	said, warned := sortDiagnostics(diagnostics)
 	faults = append(faults, said...)
 	switch {

@@ -29,7 +29,7 @@ func (s pluginService) ListPlugins(_ context.Context, r *grapnelv1.ListPluginsRe
 		(*grapnelv1.Plugin).GetName)
 	out := &grapnelv1.ListPluginsResponse{NextPageToken: s.pages.seal(page.next, query)}
 	for _, p := range page.items {
-		p = proto.CloneOf(p)
+		p = s.placed(p)
 		p.ConfigSchema, p.ConfigExample = nil, nil
 		out.Plugins = append(out.Plugins, p)
 	}
@@ -46,7 +46,18 @@ func (s pluginService) GetPlugin(_ context.Context, r *grapnelv1.GetPluginReques
 	if !ok {
 		return nil, notFound(r.GetName(), "plugin")
 	}
-	return &grapnelv1.GetPluginResponse{Plugin: p}, nil
+	return &grapnelv1.GetPluginResponse{Plugin: s.placed(p)}, nil
+}
+
+// placed returns a copy of a plugin whose instances say on which node they run; the host does not know.
+func (s *Server) placed(p *grapnelv1.Plugin) *grapnelv1.Plugin {
+	p = proto.CloneOf(p)
+	for _, instance := range p.GetInstances() {
+		if instance.GetNode() == "" {
+			instance.Node = nodeName(s.NodeName)
+		}
+	}
+	return p
 }
 
 // ValidatePluginConfig checks settings the way CreateSubscription would; each fault is a violation whose

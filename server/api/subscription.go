@@ -54,7 +54,13 @@ func (s subscriptionService) CreateSubscription(ctx context.Context, r *grapnelv
 	if err != nil {
 		return nil, toStatus(err, name)
 	}
-	return &grapnelv1.CreateSubscriptionResponse{Subscription: made.Proto, Warnings: warnings}, nil
+	stored := made.Proto
+	if r.GetValidateOnly() {
+		// What identifies a stored one would be another next time.
+		stored = proto.CloneOf(stored)
+		stored.Uid, stored.CreateTime, stored.UpdateTime = "", nil, nil
+	}
+	return &grapnelv1.CreateSubscriptionResponse{Subscription: stored, Warnings: warnings}, nil
 }
 
 // pickID makes the id of a subscription for which the caller named none. The same request id gives the

@@ -83,13 +83,15 @@ func TestCreateSubscription(t *testing.T) {
 	t.Run("validate_only stores nothing", func(t *testing.T) {
 		sub := plainSubscription("acme")
 		sub.Uri = "http://hooks.example.com/orders"
-		w.host.say(nil, api.Diagnostic{Field: "subscription.uri", Summary: "port 80 is unusual", Warning: true})
+		w.host.say(nil,
+			api.Diagnostic{Field: "subscription.uri", Summary: "port 80 is unusual", Warning: true},
+			api.Diagnostic{Field: "subscription.uri", Code: "uri.plaintext", Summary: "is readable", Warning: true})
 		defer w.host.say(nil)
 		made, err := create(&grapnelv1.CreateSubscriptionRequest{SubscriptionId: "tried", Subscription: sub, ValidateOnly: true})
 		if err != nil {
 			t.Fatal(err)
 		}
-		if got := made.GetSubscription(); got.GetMaxInFlight() != 16 || got.GetName() != "namespaces/acme/subscriptions/tried" {
+		if got := made.GetSubscription(); got.GetMaxInFlight() != 16 || got.GetName() != "namespaces/acme/subscriptions/tried" || got.GetUid() != "" || got.GetEtag() != "" {
 			t.Errorf("validated = %v", got)
 		}
 		all := strings.Join(made.GetWarnings(), "\n")
