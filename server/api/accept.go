@@ -6,10 +6,13 @@ import (
 	"encoding/binary"
 	"encoding/json"
 	"maps"
+	"math"
 	"slices"
 	"strconv"
 	"time"
 	"unicode/utf8"
+
+	"google.golang.org/protobuf/types/known/structpb"
 
 	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
 	"github.com/grapnel/grapnel/server/delivery"
@@ -184,13 +187,37 @@ func (c *checks) payload(e *grapnelv1.Event, ev *delivery.Event) string {
 		ev.Payload = []byte(p.Text)
 	case *grapnelv1.Event_Json:
 		b, err := compactJSON(p.Json.AsInterface())
-		if err != nil {
-			c.fault("json", "json", "cannot be written as JSON: numbers must be finite")
+		if err != nil || !isJSON(p.Json) {
+			c.fault("json", "json", "cannot be written as JSON: numbers must be finite and every value set")
 		}
 		ev.Payload = b
 		return "application/json"
 	}
 	return "application/octet-stream"
+}
+
+// isJSON reports whether v is something that JSON has: AsInterface would make texts of numbers that are not
+// finite, and nulls of values that are not set.
+func isJSON(v *structpb.Value) bool {
+	switch k := v.GetKind().(type) {
+	case nil:
+		return false
+	case *structpb.Value_NumberValue:
+		return !math.IsNaN(k.NumberValue) && !math.IsInf(k.NumberValue, 0)
+	case *structpb.Value_ListValue:
+		for _, e := range k.ListValue.GetValues() {
+			if !isJSON(e) {
+				return false
+			}
+		}
+	case *structpb.Value_StructValue:
+		for _, e := range k.StructValue.GetFields() {
+			if !isJSON(e) {
+				return false
+			}
+		}
+	}
+	return true
 }
 
 // compactJSON writes v without white space, keys in order, and no more escapes than JSON needs.
@@ -224,8 +251,8 @@ func contentHash(e *grapnelv1.Event, payload []byte) [16]byte {
 		}
 	}
 	// What is sent counts, not how it was given, but the default content type depends on that.
-	_, isJSON := e.GetPayload().(*grapnelv1.Event_Json)
-	b = appendStamp(b, isJSON, int64(len(payload)), 0)
+	_, given := e.GetPayload().(*grapnelv1.Event_Json)
+	b = appendStamp(b, given, int64(len(payload)), 0)
 	h := sha256.New()
 	h.Write(b)
 	h.Write(payload)

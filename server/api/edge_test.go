@@ -50,6 +50,7 @@ type station struct {
 	events     grapnelv1.EventServiceClient
 	deliveries grapnelv1.DeliveryServiceClient
 	journal    *delivery.Journal
+	registry   *subscription.Registry
 	ingest     *ingest.Ingest
 	metrics    *prometheus.Registry
 	hooks      *hooks
@@ -118,6 +119,7 @@ func startStation(t *testing.T, change ...func(*api.Options)) *station {
 	if err != nil {
 		t.Fatal(err)
 	}
+	st.registry = registry
 	st.journal, err = delivery.Open(delivery.Options{Dir: t.TempDir(), Partitions: 4, MinFreeBytes: -1, BallastBytes: -1, Logger: logger})
 	if err != nil {
 		t.Fatal(err)
@@ -206,6 +208,14 @@ func eventually(t *testing.T, ok func() bool) {
 		case <-end:
 			t.Fatal("waited 10 s in vain")
 		}
+	}
+}
+
+// disable does what dispatch does to a subscription that fails for too long.
+func (st *station) disable(t *testing.T, ns, id string) {
+	t.Helper()
+	if _, err := st.registry.SetState(t.Context(), ns, id, [16]byte{}, grapnelv1.Subscription_STATE_DISABLED, "test"); err != nil {
+		t.Fatal(err)
 	}
 }
 
