@@ -95,12 +95,12 @@ func TestOutcomes(t *testing.T) {
 		outcome  grapnelv1.Attempt_Outcome
 	}
 	want := map[string]end{
-		"ok":        {grapnelv1.Delivery_STATE_SUCCEEDED, 1, grapnelv1.Attempt_OUTCOME_SUCCEEDED},
-		"gone":      {grapnelv1.Delivery_STATE_REJECTED, 1, grapnelv1.Attempt_OUTCOME_PERMANENT},
-		"twice":     {grapnelv1.Delivery_STATE_SUCCEEDED, 3, grapnelv1.Attempt_OUTCOME_SUCCEEDED},
-		"never":     {grapnelv1.Delivery_STATE_EXHAUSTED, 3, grapnelv1.Attempt_OUTCOME_RETRYABLE},
-		"redirect":  {grapnelv1.Delivery_STATE_EXHAUSTED, 3, grapnelv1.Attempt_OUTCOME_RETRYABLE},
-		"refused":   {grapnelv1.Delivery_STATE_EXHAUSTED, 3, grapnelv1.Attempt_OUTCOME_UNREACHABLE},
+		"ok":       {grapnelv1.Delivery_STATE_SUCCEEDED, 1, grapnelv1.Attempt_OUTCOME_SUCCEEDED},
+		"gone":     {grapnelv1.Delivery_STATE_REJECTED, 1, grapnelv1.Attempt_OUTCOME_PERMANENT},
+		"twice":    {grapnelv1.Delivery_STATE_SUCCEEDED, 3, grapnelv1.Attempt_OUTCOME_SUCCEEDED},
+		"never":    {grapnelv1.Delivery_STATE_EXHAUSTED, 3, grapnelv1.Attempt_OUTCOME_RETRYABLE},
+		"redirect": {grapnelv1.Delivery_STATE_EXHAUSTED, 3, grapnelv1.Attempt_OUTCOME_RETRYABLE},
+		"refused":  {grapnelv1.Delivery_STATE_EXHAUSTED, 3, grapnelv1.Attempt_OUTCOME_UNREACHABLE},
 	}
 	for id, w := range want {
 		name := "namespaces/acme/subscriptions/" + id
