@@ -360,7 +360,8 @@ func toStatus(err error, resource string) *Error {
 	return internal(err)
 }
 
-// fromReceive is toStatus for what reading from a stream of a caller says.
+// fromReceive is toStatus for what reading from a stream of a caller says. A frame that grpc itself refuses
+// it has answered already, without our details; the log gets them.
 func fromReceive(err error) *Error {
 	switch status.Code(err) {
 	case codes.ResourceExhausted:
