@@ -2,6 +2,7 @@ package pluginhost
 
 import (
 	"fmt"
+	"sync"
 
 	"google.golang.org/grpc/encoding"
 	"google.golang.org/grpc/encoding/proto"
@@ -12,10 +13,11 @@ import (
 // are read into structs that are used again; every other message goes the usual way. What is on the wire
 // is the same.
 type codec struct {
-	usual encoding.CodecV2
+	usual   encoding.CodecV2
+	buffers *buffers
 }
 
-func newCodec() codec { return codec{usual: encoding.GetCodecV2(proto.Name)} }
+func newCodec() codec { return codec{usual: encoding.GetCodecV2(proto.Name), buffers: &buffers{}} }
 
 func (codec) Name() string { return proto.Name }
 
@@ -25,10 +27,9 @@ func (c codec) Marshal(v any) (mem.BufferSlice, error) {
 	if !ok {
 		return c.usual.Marshal(v)
 	}
-	pool := mem.DefaultBufferPool()
-	buf := pool.Get(f.sizeHint())
+	buf := c.buffers.Get(f.sizeHint())
 	*buf = f.append((*buf)[:0])
-	return mem.BufferSlice{mem.NewBuffer(buf, pool)}, nil
+	return mem.BufferSlice{mem.NewBuffer(buf, c.buffers)}, nil
 }
 
 // Unmarshal is called by gRPC; data is its own.
@@ -37,10 +38,35 @@ func (c codec) Unmarshal(data mem.BufferSlice, v any) error {
 	if !ok {
 		return c.usual.Unmarshal(data, v)
 	}
-	buf := data.MaterializeToBuffer(mem.DefaultBufferPool())
+	buf := data.MaterializeToBuffer(c.buffers)
 	defer buf.Free()
 	if err := f.parse(buf.ReadOnlyData()); err != nil {
 		return fmt.Errorf("read attempt response: %w", err)
 	}
 	return nil
+}
+
+// buffers are the stream's own: gRPC's pool comes in few sizes and clears what it hands out, which costs
+// more than the rest of the copy.
+type buffers struct{ free sync.Pool }
+
+// keepBuffer is the largest that is used again.
+const keepBuffer = 4 << 20
+
+// Get is part of mem.BufferPool. What is in the buffer is of no meaning.
+func (b *buffers) Get(length int) *[]byte {
+	buf, ok := b.free.Get().(*[]byte)
+	if !ok || cap(*buf) < length {
+		fresh := make([]byte, length, max(length+length/4, 4096))
+		return &fresh
+	}
+	*buf = (*buf)[:length]
+	return buf
+}
+
+// Put is part of mem.BufferPool.
+func (b *buffers) Put(buf *[]byte) {
+	if cap(*buf) <= keepBuffer {
+		b.free.Put(buf)
+	}
 }

@@ -1,0 +1,175 @@
+package plugin
+
+import (
+	"encoding/json"
+	"fmt"
+	"log/slog"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/santhosh-tekuri/jsonschema/v6"
+)
+
+type nested struct {
+	Size int `json:"size" default:"3" minimum:"1"`
+}
+
+type testConfig struct {
+	Name    string            `json:"name" required:"true" doc:"What to call it."`
+	Mode    string            `json:"mode" default:"fast" enum:"fast,safe"`
+	Wait    Duration          `json:"wait" default:"5s" minimum:"1s" maximum:"1m"`
+	Ratio   float64           `json:"ratio" minimum:"0" maximum:"1"`
+	Tries   uint8             `json:"tries"`
+	Tags    []string          `json:"tags"`
+	Labels  map[string]string `json:"labels"`
+	Inner   nested            `json:"inner"`
+	Key     Secret            `slot:"key" required:"true"`
+	private int
+}
+
+func decodeTest(t *testing.T, config string) (testConfig, []Problem) {
+	t.Helper()
+	s, slots, err := schemaOf[testConfig]()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return decode[testConfig](s, slots, spec{config: []byte(config), secrets: map[string][][]byte{"key": {[]byte("k")}}}, nil)
+}
+
+func TestConfigDefaults(t *testing.T) {
+	got, problems := decodeTest(t, `{"name":"n","tags":["a"]}`)
+	if len(problems) > 0 {
+		t.Fatal(problems)
+	}
+	want := testConfig{Name: "n", Mode: "fast", Wait: Duration(5 * time.Second), Tags: []string{"a"}, Inner: nested{Size: 3}}
+	got.Key = Secret{}
+	if diff := cmp.Diff(want, got, cmp.AllowUnexported(testConfig{}, Secret{})); diff != "" {
+		t.Errorf("(-want +got):\n%s", diff)
+	}
+}
+
+func TestConfigProblems(t *testing.T) {
+	for config, want := range map[string]string{
+		`{"nam":"x","name":"n"}`:          `/config/nam config.unknown_field there is no field "nam"; there are name, mode, wait, ratio, tries, tags, labels, inner`,
+		`{}`:                              `/config/name config.missing field "name" is missing and required`,
+		`{"name":7}`:                      `/config/name config.type given the number 7, want a string`,
+		`{"name":"n","mode":"slow"}`:      `/config/mode config.enum given "slow", want one of fast, safe`,
+		`{"name":"n","wait":"2m"}`:        `/config/wait config.range given 2m, want at most 1m`,
+		`{"name":"n","wait":5}`:           `/config/wait config.type given the number 5, want a duration such as "1m30s"`,
+		`{"name":"n","ratio":1.5}`:        `/config/ratio config.range given 1.5, want at most 1`,
+		`{"name":"n","tries":-1}`:         `/config/tries config.range given -1, want at least 0`,
+		`{"name":"n","tries":1.5}`:        `/config/tries config.type given 1.5, want an integer`,
+		`{"name":"n","tries":256}`:        `/config/tries config.type given a JSON number 256 that does not fit uint8`,
+		`{"name":"n","tags":["a",null]}`:  `/config/tags/1 config.type given null, want a string`,
+		`{"name":"n","labels":{"a/b":1}}`: `/config/labels/a~1b config.type given the number 1, want a string`,
+		`{"name":"n","inner":{"size":0}}`: `/config/inner/size config.range given 0, want at least 1`,
+		`[]`:                              `/config config.type given an array, want an object`,
+		`{"name":"n"`:                     `/config config.syntax the config is not JSON: unexpected EOF`,
+		`{"name":"n"} {}`:                 `/config config.syntax the config is not JSON: there is text after the value`,
+	} {
+		_, problems := decodeTest(t, config)
+		if len(problems) != 1 {
+			t.Errorf("%s: %v", config, problems)
+			continue
+		}
+		p := problems[0]
+		if got := p.Pointer + " " + p.Code + " " + p.Summary; got != want {
+			t.Errorf("%s:\n got %s\nwant %s", config, got, want)
+		}
+	}
+}
+
+func TestSchemaAgreesWithDecode(t *testing.T) {
+	s, _, err := schemaOf[testConfig]()
+	if err != nil {
+		t.Fatal(err)
+	}
+	doc, err := s.document()
+	if err != nil {
+		t.Fatal(err)
+	}
+	parsed, err := jsonschema.UnmarshalJSON(strings.NewReader(string(doc)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := jsonschema.NewCompiler()
+	if err := c.AddResource("s.json", parsed); err != nil {
+		t.Fatal(err)
+	}
+	compiled, err := c.Compile("s.json")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for config, valid := range map[string]bool{
+		`{"name":"n"}`: true, `{"name":"n","wait":"1h30m"}`: true, `{"name":"n","labels":{"a":"b"}}`: true,
+		`{}`: false, `{"name":"n","x":1}`: false, `{"name":"n","mode":"no"}`: false, `{"name":"n","wait":"5"}`: false,
+		`{"name":"n","tries":-1}`: false, `{"name":"n","inner":{"y":1}}`: false,
+	} {
+		var v any
+		if err := json.Unmarshal([]byte(config), &v); err != nil {
+			t.Fatal(err)
+		}
+		if err := compiled.Validate(v); (err == nil) != valid {
+			t.Errorf("%s: %v", config, err)
+		}
+	}
+}
+
+func TestBadDeclarations(t *testing.T) {
+	type bad struct {
+		C chan int `json:"c"`
+	}
+	type badDefault struct {
+		N int `json:"n" default:"x"`
+	}
+	build := func(any, Target) (SignFunc, error) { return nil, nil }
+	for want, k := range map[string]Kind{
+		"must match":         Signer("Bad_ID", func(struct{}, Target) (SignFunc, error) { return nil, nil }),
+		"has no JSON Schema": Signer("a", func(c bad, t Target) (SignFunc, error) { return build(c, t) }),
+		`default "x"`:        Signer("a", func(c badDefault, t Target) (SignFunc, error) { return build(c, t) }),
+		"option Check takes": Signer("a", func(struct{}, Target) (SignFunc, error) { return nil, nil }, Check(func(testConfig, Target) []Problem { return nil })),
+	} {
+		if _, err := newServer("n", "v", []Kind{k}); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("got %v, want %q", err, want)
+		}
+	}
+	if _, err := newServer("n", "v", nil); err == nil {
+		t.Error("a plugin without kinds is taken")
+	}
+}
+
+func TestSecretNeverShows(t *testing.T) {
+	s := NewSecret("canary")
+	holder := struct{ S Secret }{s}
+	j, err := json.Marshal(holder)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var logged strings.Builder
+	slog.New(slog.NewJSONHandler(&logged, nil)).Info("m", "s", s, "h", holder)
+	for _, text := range []string{
+		fmt.Sprint(s), fmt.Sprintf("%v %+v %#v %s %q %x %d", s, s, s, s, s, s, s), fmt.Sprintf("%+v %#v", holder, holder),
+		fmt.Sprintf("%v", &holder), string(j), logged.String(),
+	} {
+		if strings.Contains(text, "canary") || strings.Contains(text, "99 97") || strings.Contains(text, "63616e") {
+			t.Errorf("shows: %s", text)
+		}
+	}
+	if got := redact("with canary-key inside, or MfKQ9r8GKYqrTw", [][]byte{[]byte("canary-key"), []byte("whsec_MfKQ9r8GKYqrTw")}); got != "with [redacted] inside, or [redacted]" {
+		t.Error(got)
+	}
+}
+
+func TestRequestHeaders(t *testing.T) {
+	r := &Request{Headers: []Header{{"a", "1"}, {"b", "2"}, {"a", "3"}}}
+	r.Set("A", "9")
+	r.Add("X-Y", "z")
+	if diff := cmp.Diff([]Header{{"a", "9"}, {"b", "2"}, {"x-y", "z"}}, r.Headers); diff != "" {
+		t.Errorf("(-want +got):\n%s", diff)
+	}
+	if r.Get("B") != "2" || r.Get("none") != "" {
+		t.Error("Get")
+	}
+}
