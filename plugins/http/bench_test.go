@@ -6,8 +6,10 @@ import (
 	"bytes"
 	"context"
 	"io"
+	"net"
 	"net/http"
 	"net/http/httptest"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -16,7 +18,8 @@ import (
 )
 
 // BenchmarkAttempt compares an attempt over each client with a bare net/http loop. The sink runs in the
-// same process, so cpu-us/op holds both sides.
+// same process, so cpu-us/op holds both sides; floor is
+// what the sink and the kernel alone cost.
 func BenchmarkAttempt(b *testing.B) {
 	srv := httptest.NewServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
 		_, _ = io.Copy(io.Discard, r.Body)
@@ -49,6 +52,7 @@ func BenchmarkAttempt(b *testing.B) {
 			})
 		})
 	}
+	b.Run("floor", func(b *testing.B) { measureFloor(b, srv.Listener.Addr().String(), headers, payload) })
 	b.Run("bare", func(b *testing.B) {
 		client := &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: 1024}}
 		b.Cleanup(client.CloseIdleConnections)
@@ -67,6 +71,32 @@ func BenchmarkAttempt(b *testing.B) {
 			_, _ = io.Copy(io.Discard, resp.Body)
 			return resp.Body.Close()
 		})
+	})
+}
+
+// measureFloor writes the same bytes and reads whatever comes back: the sink and the kernel, no client.
+func measureFloor(b *testing.B, addr string, headers []plugin.Header, payload []byte) {
+	b.Helper()
+	request := []byte("POST /hook HTTP/1.1\r\nHost: x\r\nContent-Length: 1024\r\n")
+	for _, h := range headers {
+		request = appendHeader(request, h.Name, h.Value)
+	}
+	request = append(append(request, "\r\n"...), payload...)
+	conns := sync.Pool{New: func() any {
+		c, err := net.Dial("tcp", addr)
+		if err != nil {
+			b.Error(err)
+		}
+		return c
+	}}
+	measure(b, func(context.Context) error {
+		c := conns.Get().(net.Conn)
+		defer conns.Put(c)
+		if _, err := c.Write(request); err != nil {
+			return err
+		}
+		_, err := c.Read(make([]byte, 512))
+		return err
 	})
 }
 

@@ -20,9 +20,6 @@ import (
 // errHTTP2 means that the receiver has chosen HTTP/2, which net/http speaks. Nothing was sent.
 var errHTTP2 = errors.New("the receiver speaks HTTP/2")
 
-// long is far enough in the past to interrupt whatever a connection is waiting for.
-const long = time.Hour
-
 // origin keeps idle HTTP/1.1 connections to one scheme, host and port.
 type origin struct {
 	pool   *pool
@@ -146,7 +143,7 @@ func (o *origin) dial(ctx context.Context) (*conn, error) {
 	}
 	c.peer = raw.RemoteAddr().String()
 	c.reader = bufio.NewReaderSize(c, 4096)
-	c.interrupt = func() { _ = c.SetDeadline(time.Now().Add(-long)) }
+	c.interrupt = func() { _ = c.SetDeadline(time.Unix(1, 0)) } // long past: ends what it waits for
 	return c, nil
 }
 

@@ -39,7 +39,11 @@ func newInstance(p *pools, c Config, t plugin.Target) (*instance, error) {
 			return nil, err
 		}
 	}
-	pool := p.get(settingsOf(c, t.Egress), t.Egress)
+	egress := t.Egress
+	if egress == nil {
+		egress = plugin.NewEgress(nil)
+	}
+	pool := p.get(settingsOf(c, egress), egress)
 	return &instance{
 		pool: pool, origin: pool.origin(u), target: u, method: c.Method, agent: agent,
 		lead: appendLead(nil, c.Method, u),
