@@ -63,6 +63,12 @@ func TestResultsFrameIsReadByProtobuf(t *testing.T) {
 	if err := proto.Unmarshal(f.append(nil), &got); err != nil {
 		t.Fatal(err)
 	}
+	// Compared by length: the general comparison takes half a minute over it.
+	if big := got.GetResults().GetResults()[3].GetResponse(); len(big.GetBody()) != 3<<20 {
+		t.Errorf("large body has %d bytes", len(big.GetBody()))
+	} else {
+		big.Body = nil
+	}
 	want := &pluginv1.AttemptResponse{Frame: &pluginv1.AttemptResponse_Results{Results: &pluginv1.AttemptResults{Results: []*pluginv1.AttemptResult{
 		{Seq: 5, TotalUs: 3000, Peer: "h:1", Outcome: &pluginv1.AttemptResult_Response{Response: &pluginv1.Response{
 			Status: 200, Body: []byte("dropped?"), Headers: []*pluginv1.Header{{Name: "retry-after", Value: "3"}},
@@ -73,7 +79,7 @@ func TestResultsFrameIsReadByProtobuf(t *testing.T) {
 		{Seq: 7, Outcome: &pluginv1.AttemptResult_Failure{Failure: &pluginv1.Failure{
 			Source: pluginv1.Failure_SOURCE_POLICY, Code: "egress", Message: "no", WireState: pluginv1.Failure_WIRE_STATE_NOT_SENT,
 		}}},
-		{Seq: 8, Outcome: &pluginv1.AttemptResult_Response{Response: &pluginv1.Response{Status: 500, Body: bytes.Repeat([]byte("x"), 3<<20)}}},
+		{Seq: 8, Outcome: &pluginv1.AttemptResult_Response{Response: &pluginv1.Response{Status: 500}}},
 	}}}}
 	if diff := cmp.Diff(want, &got, protocmp.Transform()); diff != "" {
 		t.Errorf("(-want +got):\n%s", diff)

@@ -38,17 +38,18 @@ type conn struct {
 	signs    *link // nil without a signer
 	control  pluginv1.PluginService_ControlClient
 	stopping atomic.Bool
+	// release is closed to end the control stream, by the goroutine that sends on it.
+	release chan struct{}
 	// drained is closed when the attempt stream has ended after a stop.
-	drained   chan struct{}
-	workers   sync.WaitGroup
-	refs      atomic.Uint32
-	lastBeat  atomic.Int64
-	unanswer  atomic.Int64
-	redactor  redactor
-	overhead  latency
-	breakOnce sync.Once
-	broken    chan struct{}
-	cause     error // set before broken is closed
+	drained    chan struct{}
+	workers    sync.WaitGroup
+	refs       atomic.Uint32
+	unanswered atomic.Int64
+	redactor   redactor
+	overhead   latency
+	breakOnce  sync.Once
+	broken     chan struct{}
+	cause      error // set before broken is closed
 
 	mu      sync.Mutex // guards retired
 	retired []retired
@@ -251,7 +252,6 @@ func (c *conn) openControl() error {
 	if c.control, err = c.plugin.Control(c.ctx); err != nil {
 		return fmt.Errorf("open control stream: %w", err)
 	}
-	c.lastBeat.Store(time.Now().UnixNano())
 	c.workers.Go(c.beat)
 	c.workers.Go(c.receiveControl)
 	return nil
@@ -270,14 +270,17 @@ func (c *conn) beat() {
 		if err != nil {
 			return
 		}
-		c.unanswer.Add(1)
+		c.unanswered.Add(1)
 		select {
 		case <-c.ctx.Done():
+			return
+		case <-c.release:
+			_ = c.control.CloseSend()
 			return
 		case <-tick.C:
 		}
 		// Counted in beats, not in time, so that a host that was itself stopped accuses nobody.
-		if c.unanswer.Load() > 3 {
+		if c.unanswered.Load() > 3 {
 			c.fail(errors.New("it hangs: three heartbeats without an answer"))
 			return
 		}
@@ -295,8 +298,7 @@ func (c *conn) receiveControl() {
 		}
 		switch f := resp.GetFrame().(type) {
 		case *pluginv1.ControlResponse_Heartbeat:
-			c.unanswer.Store(0)
-			c.lastBeat.Store(time.Now().UnixNano())
+			c.unanswered.Store(0)
 		case *pluginv1.ControlResponse_Logs:
 			c.proc.logRecords(c, f.Logs)
 		}
@@ -350,7 +352,7 @@ func (c *conn) stop() {
 		c.attempts.stop()
 	}
 	wait(c.drained, c.broken, t.drain)
-	_ = c.control.CloseSend()
+	close(c.release)
 	if !wait(c.child.exited, nil, t.term) {
 		c.child.signal(false)
 		wait(c.child.exited, nil, t.term)

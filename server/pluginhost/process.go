@@ -186,6 +186,7 @@ func (p *process) start(ctx context.Context) (*conn, error) {
 	}
 	c := &conn{
 		host: p.host, proc: p, log: p.log, drained: make(chan struct{}), broken: make(chan struct{}),
+		release: make(chan struct{}),
 	}
 	out := newTail(func(line string, dropped int) {
 		p.log.Warn("plugin wrote", "line", c.redactor.clean(line), "dropped", dropped)
