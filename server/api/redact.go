@@ -39,7 +39,7 @@ func redact(m proto.Message) proto.Message {
 		} else {
 			parent.Clear(f)
 		}
-		return protorange.Break
+		return nil // not Break, which would leave the fields after this one unseen
 	})
 	if err != nil {
 		// Better nothing than a leak.
