@@ -1,3 +1,5 @@
+//go:build unix
+
 package pluginhost
 
 import (
@@ -33,6 +35,10 @@ func TestMain(m *testing.M) {
 			plugin.Main("test/transport", "1.0.0", testTransport("mem"))
 		case "plugin-signer":
 			plugin.Main("test/signer", "1.0.0", testSigner("standard-webhooks"))
+		case "plugin-signer2":
+			plugin.Main("test/signer2", "1.0.0", testSigner("other-signer"))
+		case "plugin-raw":
+			serveRaw(os.Args[2])
 		case "plugin-noisy":
 			noise := strings.Repeat("x", 1<<20)
 			fmt.Println(noise)

@@ -1,6 +1,7 @@
 package pluginhost
 
 import (
+	"fmt"
 	"math/rand/v2"
 	"time"
 
@@ -77,6 +78,14 @@ func (h *Host) refused(p *pending, why string) {
 	}
 	h.complete(p, delivery.Result{Cause: delivery.CausePlugin, Attempt: delivery.Attempt{
 		Outcome: delivery.OutcomePluginError, Error: why, Start: start,
+	}})
+}
+
+// tooLarge ends an attempt whose body its transport does not carry.
+func (h *Host) tooLarge(p *pending, limit int) {
+	h.complete(p, delivery.Result{Cause: delivery.CausePolicy, Attempt: delivery.Attempt{
+		Outcome: delivery.OutcomePermanent, Start: time.Now(),
+		Error: fmt.Sprintf("body of %d bytes is larger than the transport carries, %d", len(p.job.Event.Payload), limit),
 	}})
 }
 

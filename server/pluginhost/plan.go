@@ -31,6 +31,7 @@ type plan struct {
 	uri      string
 	timeout  time.Duration
 	grace    time.Duration
+	maxBody  int      // 0 is no limit
 	secrets  []string // names
 	redactor redactor
 	refs     []retired // all instances, for the end
@@ -160,8 +161,12 @@ func (h *Host) route(p *pending) {
 }
 
 func (h *Host) submit(p *pending, pl *plan) {
-	if pl.refusal != "" {
-		h.refused(p, pl.refusal)
+	switch {
+	case pl.refusal != "":
+		go h.refused(p, pl.refusal) // never on the caller's own stack
+		return
+	case pl.maxBody > 0 && len(p.job.Event.Payload) > pl.maxBody:
+		go h.tooLarge(p, pl.maxBody)
 		return
 	}
 	p.plan = pl
@@ -274,6 +279,7 @@ func (h *Host) configure(sub *subscription.Subscription) (*plan, error) {
 	pl := &plan{
 		uid: sub.UID, revision: sub.Revision, transport: transport.conn, uri: sub.Proto.GetUri(),
 		timeout: sub.AttemptTimeout, grace: h.timing.grace,
+		maxBody: int(transport.kind.proto.GetTransport().GetMaxBodyBytes()),
 	}
 	if pl.timeout <= 0 {
 		pl.timeout = 15 * time.Second

@@ -256,7 +256,7 @@ func (h *Host) Attempt(sub *subscription.Subscription, job *delivery.Job, sink d
 	h.metrics.open.Add(1)
 	p := h.newPending(sub, job, sink)
 	if h.closed.Load() {
-		h.unspent(p, "the server is stopping")
+		go h.unspent(p, "the server is stopping") // never on the caller's own stack
 		return
 	}
 	h.route(p)

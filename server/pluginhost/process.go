@@ -138,8 +138,8 @@ func (p *process) serve(ctx context.Context, c *conn) error {
 	p.host.unpark()
 	select {
 	case <-ctx.Done():
+		p.conn.Store(nil) // before the links close, lest attempts be planned for them again and again
 		c.stop()
-		p.conn.Store(nil)
 		return ctx.Err()
 	case <-c.broken:
 	}

@@ -1,0 +1,234 @@
+//go:build unix
+
+package pluginhost
+
+import (
+	"context"
+	"errors"
+	"io"
+	"os"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/hashicorp/go-hclog"
+	goplugin "github.com/hashicorp/go-plugin"
+	"google.golang.org/grpc"
+
+	pluginv1 "github.com/grapnel/grapnel/proto/grapnel/plugin/v1"
+	"github.com/grapnel/grapnel/sdk/plugin"
+	"github.com/grapnel/grapnel/server/delivery"
+)
+
+// raw is a plugin written without the SDK, as one in another language would be: it takes attempts one by
+// one, or lies about the batches it takes.
+type raw struct {
+	pluginv1.UnimplementedPluginServiceServer
+	pluginv1.UnimplementedSignerServiceServer
+	pluginv1.UnimplementedTransportServiceServer
+	goplugin.NetRPCUnsupportedPlugin
+	mode string
+}
+
+func serveRaw(mode string) {
+	r := &raw{mode: mode}
+	version := uint(plugin.ProtocolVersion)
+	if mode == "future" {
+		version = 99
+	}
+	goplugin.Serve(&goplugin.ServeConfig{
+		HandshakeConfig: goplugin.HandshakeConfig{
+			ProtocolVersion: version, MagicCookieKey: plugin.MagicCookieKey, MagicCookieValue: plugin.MagicCookieValue,
+		},
+		Plugins: goplugin.PluginSet{plugin.PluginSet: r}, GRPCServer: goplugin.DefaultGRPCServer, Logger: hclog.NewNullLogger(),
+	})
+	os.Exit(0)
+}
+
+func (r *raw) GRPCServer(_ *goplugin.GRPCBroker, s *grpc.Server) error {
+	pluginv1.RegisterPluginServiceServer(s, r)
+	pluginv1.RegisterSignerServiceServer(s, r)
+	pluginv1.RegisterTransportServiceServer(s, r)
+	return nil
+}
+
+func (r *raw) GRPCClient(context.Context, *goplugin.GRPCBroker, *grpc.ClientConn) (any, error) {
+	return nil, errors.New("not a client")
+}
+
+func (r *raw) Describe(context.Context, *pluginv1.DescribeRequest) (*pluginv1.DescribeResponse, error) {
+	d := &pluginv1.DescribeResponse{Name: "raw", Version: "9", Capabilities: []string{"attempt.stream", "sign.stream"}, Kinds: []*pluginv1.Kind{
+		{Id: "mem", Traits: &pluginv1.Kind_Transport{Transport: &pluginv1.TransportTraits{UriSchemes: []string{"mem"}}}},
+		{Id: "standard-webhooks", Traits: &pluginv1.Kind_Signer{Signer: &pluginv1.SignerTraits{}}},
+	}}
+	if r.mode == "unary" {
+		d.Capabilities[0] = "attempt.unary"
+	}
+	return d, nil
+}
+
+func (r *raw) Configure(_ context.Context, req *pluginv1.ConfigureRequest) (*pluginv1.ConfigureResponse, error) {
+	resp := &pluginv1.ConfigureResponse{}
+	for _, in := range req.GetInstances() {
+		resp.Statuses = append(resp.Statuses, &pluginv1.InstanceStatus{Ref: in.GetRef()})
+	}
+	return resp, nil
+}
+
+func (r *raw) Remove(context.Context, *pluginv1.RemoveRequest) (*pluginv1.RemoveResponse, error) {
+	return &pluginv1.RemoveResponse{}, nil
+}
+
+func (r *raw) Control(s grpc.BidiStreamingServer[pluginv1.ControlRequest, pluginv1.ControlResponse]) error {
+	for {
+		req, err := s.Recv()
+		if err != nil {
+			go os.Exit(0)
+			return nil
+		}
+		if hb := req.GetHeartbeat(); hb != nil {
+			_ = s.Send(&pluginv1.ControlResponse{Frame: &pluginv1.ControlResponse_Heartbeat{Heartbeat: hb}})
+		}
+	}
+}
+
+func (r *raw) Sign(s grpc.BidiStreamingServer[pluginv1.SignRequest, pluginv1.SignResponse]) error {
+	_, err := s.Recv()
+	if errors.Is(err, io.EOF) {
+		return nil
+	}
+	return err
+}
+
+func (r *raw) AttemptOne(_ context.Context, req *pluginv1.AttemptOneRequest) (*pluginv1.AttemptOneResponse, error) {
+	return &pluginv1.AttemptOneResponse{Result: r.answer(req.GetAttempt(), req.GetContent())}, nil
+}
+
+func (r *raw) answer(a *pluginv1.Attempt, c *pluginv1.Content) *pluginv1.AttemptResult {
+	return &pluginv1.AttemptResult{Seq: a.GetSeq(), TotalUs: 1, Outcome: &pluginv1.AttemptResult_Response{
+		Response: &pluginv1.Response{Status: 400, Body: c.GetBody()},
+	}}
+}
+
+// Attempt grants few credits, holds the host to them, and answers by its mode.
+func (r *raw) Attempt(s grpc.BidiStreamingServer[pluginv1.AttemptRequest, pluginv1.AttemptResponse]) error {
+	if _, err := s.Recv(); err != nil {
+		return err
+	}
+	const credits = 3
+	err := s.Send(&pluginv1.AttemptResponse{Frame: &pluginv1.AttemptResponse_Welcome{Welcome: &pluginv1.Welcome{Credits: credits}}})
+	for err == nil {
+		var req *pluginv1.AttemptRequest
+		if req, err = s.Recv(); err != nil {
+			return nil
+		}
+		batch := req.GetBatch()
+		if len(batch.GetAttempts()) > credits {
+			return errors.New("more than the credits")
+		}
+		out := &pluginv1.AttemptResults{}
+		for _, a := range batch.GetAttempts() {
+			res := r.answer(a, batch.GetContents()[a.GetContent()])
+			out.Results = append(out.Results, res)
+			switch r.mode {
+			case "twice":
+				out.Results = append(out.Results, res)
+			case "unknown":
+				res.Seq += 1 << 20
+			}
+		}
+		err = s.Send(&pluginv1.AttemptResponse{Frame: &pluginv1.AttemptResponse_Results{Results: out}})
+	}
+	return err
+}
+
+func TestPluginWithoutTheSDK(t *testing.T) {
+	for _, mode := range []string{"stream", "unary"} {
+		t.Run(mode, func(t *testing.T) {
+			f := start(t, nil, self("plugin-raw", mode), self("plugin-signer2")).ready(t)
+			sub := newSub(t, 1, nil)
+			sub.Proto.Signer.Plugin = "plugins/other-signer"
+			s := newSink()
+			jobs := load(f, sub, s, 100)
+			s.wait(t, 100)
+			for _, job := range jobs {
+				if r := s.of(job); r.ResponseCode != 400 || string(r.ResponseBody) != string(job.Event.Payload) {
+					t.Fatalf("%+v", r)
+				}
+			}
+			pids := f.Pids()
+			f.stop()
+			if alive(pids["raw"]) {
+				t.Error("the process is still there")
+			}
+		})
+	}
+}
+
+func TestLyingPluginIsRestarted(t *testing.T) {
+	for _, mode := range []string{"twice", "unknown"} {
+		t.Run(mode, func(t *testing.T) {
+			f := start(t, nil, self("plugin-raw", mode), self("plugin-signer2")).ready(t)
+			sub := newSub(t, 1, nil)
+			sub.Proto.Signer.Plugin = "plugins/other-signer"
+			s := newSink()
+			job := newJob(0, "x")
+			f.Attempt(sub, job, s)
+			s.wait(t, 1)
+			if r := s.of(job); mode == "unknown" && !r.Indeterminate {
+				t.Errorf("got %+v", r)
+			}
+			eventually(t, "it is restarted, with the reason", func() bool {
+				p, ok := f.Plugin("mem")
+				in := p.GetInstances()[0]
+				return ok && in.GetRestartCount() > 0
+			})
+			if got := len(s.results[job]); got != 1 {
+				t.Errorf("completed %d times", got)
+			}
+		})
+	}
+}
+
+func TestOtherProtocolVersionIsAStatus(t *testing.T) {
+	f := start(t, nil, self("plugin-raw", "future"))
+	eventually(t, "the version is refused", func() bool {
+		return strings.Contains(f.Plugins()[0].GetInstances()[0].GetLastError(), "99")
+	})
+}
+
+func TestRetryAfter(t *testing.T) {
+	now := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
+	for value, want := range map[string]time.Duration{
+		"0": 0, "120": 2 * time.Minute, " 7 ": 7 * time.Second, "-5": 0, "1.5": 0, "soon": 0, "": 0,
+		"999999999999": 24 * time.Hour, "9223372036854775807": 24 * time.Hour, "99999999999999999999999": 0,
+		now.Add(time.Hour).Format("Mon, 02 Jan 2006 15:04:05 GMT"):        time.Hour,
+		now.Add(-time.Hour).Format("Mon, 02 Jan 2006 15:04:05 GMT"):       0,
+		now.Add(1000 * time.Hour).Format("Mon, 02 Jan 2006 15:04:05 GMT"): 24 * time.Hour,
+	} {
+		if got := retryAfter([]delivery.Header{{Name: "x"}, {Name: "retry-after", Value: value}}, now); got != want {
+			t.Errorf("%q: %v, want %v", value, got, want)
+		}
+	}
+}
+
+func TestLatencyBuckets(t *testing.T) {
+	for us := range uint64(100_000) {
+		b := latencyBucket(us)
+		if bound := latencyBound(b); us >= bound || (b > 0 && us < latencyBound(b-1)) {
+			t.Fatalf("%d is in bucket %s, which ends at %d", us, strconv.Itoa(b), bound)
+		}
+	}
+	var l latency
+	at := time.Unix(1000, 0)
+	for i := range 1000 {
+		l.observe(time.Duration(i)*time.Microsecond, at)
+	}
+	if got := l.p99(at); got < 990*time.Microsecond || got > 1100*time.Microsecond {
+		t.Errorf("p99 %v", got)
+	}
+	if got := l.p99(at.Add(time.Hour)); got != 0 {
+		t.Errorf("an hour later: %v", got)
+	}
+}
