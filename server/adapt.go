@@ -80,11 +80,16 @@ func (s *Server) disable(ctx context.Context, sub *subscription.Subscription, re
 	return err
 }
 
-// subscriptions is the registry as dispatch sees it.
+// subscriptions is the registry as dispatch sees it: a deleted namespace has none, so that nothing is sent
+// for it although its subscriptions are kept until it is erased.
 type subscriptions struct{ *subscription.Registry }
 
 func (r subscriptions) Subscription(ns, id string) *subscription.Subscription {
-	return r.Snapshot().Subscription(ns, id)
+	snapshot := r.Snapshot()
+	if n := snapshot.Namespace(ns); n == nil || n.Deleted() {
+		return nil
+	}
+	return snapshot.Subscription(ns, id)
 }
 
 // plugins is the host as the API sees it.

@@ -17,6 +17,8 @@ import (
 	"go.etcd.io/etcd/server/v3/etcdserver/api/v3client"
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/backoff"
 )
 
 // etcdQuota bounds the embedded etcd's file. Configuration is small: 100 000 subscriptions take about
@@ -76,6 +78,11 @@ func dialEtcd(o Options) (*configStore, error) {
 		Endpoints: o.EtcdEndpoints, TLS: tlsConfig,
 		DialTimeout: 5 * time.Second, DialKeepAliveTime: 10 * time.Second, DialKeepAliveTimeout: 5 * time.Second,
 		Logger: zap.New(&slogCore{log: o.Logger.With("component", "etcd")}),
+		// gRPC's own backoff grows to two minutes: too long to notice that etcd is back.
+		DialOptions: []grpc.DialOption{grpc.WithConnectParams(grpc.ConnectParams{
+			Backoff:           backoff.Config{BaseDelay: 200 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: 3 * time.Second},
+			MinConnectTimeout: 3 * time.Second,
+		})},
 	})
 	if err != nil {
 		return nil, fmt.Errorf("dial etcd at %v: %w", o.EtcdEndpoints, err)

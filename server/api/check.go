@@ -60,6 +60,27 @@ func (s *Server) check(ctx context.Context, name string, p *grapnelv1.Subscripti
 	return append(warnings, warned...), nil
 }
 
+// defaultTransport names the transport where the caller left that to the URI's scheme and a plugin says
+// that the scheme is its own. http and https are the domain's to default.
+func (s *Server) defaultTransport(p *grapnelv1.Subscription) {
+	if p.GetTransport().GetPlugin() != "" {
+		return
+	}
+	scheme, _, ok := strings.Cut(p.GetUri(), ":")
+	if scheme = strings.ToLower(scheme); !ok || scheme == "http" || scheme == "https" {
+		return
+	}
+	for _, plugin := range s.Plugins.Plugins() {
+		if slices.Contains(plugin.GetUriSchemes(), scheme) {
+			if p.Transport == nil {
+				p.Transport = &grapnelv1.PluginBinding{}
+			}
+			p.Transport.Plugin = plugin.GetName()
+			return
+		}
+	}
+}
+
 // completeBindings prepares a subscription that breaks a rule for the plugins' opinion, so that the caller
 // hears everything at once. It reports false when the faults concern what plugins would be asked about.
 func (s *Server) completeBindings(p *grapnelv1.Subscription, faults []Violation) bool {

@@ -44,6 +44,7 @@ func (s subscriptionService) CreateSubscription(ctx context.Context, r *grapnelv
 	if err := applyMask(content, proto.CloneOf(r.GetSubscription()), nil, subscriptionOutputOnly...); err != nil {
 		return nil, err
 	}
+	s.defaultTransport(content)
 	warnings, err := s.check(ctx, name, content)
 	if err != nil {
 		return nil, toStatus(err, name)
@@ -161,6 +162,7 @@ func (s subscriptionService) UpdateSubscription(ctx context.Context, r *grapnelv
 		if err := applyMask(stored, proto.CloneOf(r.GetSubscription()), mask, subscriptionOutputOnly...); err != nil {
 			return err
 		}
+		s.defaultTransport(stored)
 		warnings, err = s.check(ctx, name, stored)
 		if errors.Is(err, ErrPluginUnavailable) && sameTarget(before, stored) {
 			// What the plugin would be asked about is stored already: limits can be changed without it.

@@ -37,7 +37,8 @@ func (c *checker) uri(field, uri string) {
 	switch {
 	case u.Scheme == "":
 		c.add(field, "uri.scheme", "has no scheme; want an absolute URL, such as https://hooks.example.com/orders")
-	case u.Hostname() == "":
+	case u.Hostname() == "" && (transportFor(uri) != "" || u.Path == ""):
+		// Another scheme's URI may name a place on this machine, as in file-spool:///orders.
 		c.add(field, "uri.host", "has no host behind %s:; want an absolute URL, such as %s://hooks.example.com/orders", u.Scheme, u.Scheme)
 	}
 	if u.Fragment != "" || strings.Contains(uri, "#") {
