@@ -1,5 +1,5 @@
 // Package api is the gRPC edge: it turns requests into calls of the domain packages and their answers and
-// errors into what API.md promises. It owns interceptors, request checks, resource names, page tokens,
+// errors into what the protos promise. It owns interceptors, request checks, resource names, page tokens,
 // field masks and the one mapping of errors to codes (errors.go). It holds no rule of the domain and keeps
 // no state but counters.
 //
