@@ -32,8 +32,9 @@ const (
 type partition struct {
 	j     *Journal
 	index uint16
-	// handed is the highest sequence that onCommit has returned from. What lies above is visible in
-	// Pebble but may not be durable, so Backlog does not read it.
+	// handed is the highest sequence whose commit has returned. What lies above may be visible in Pebble
+	// but may not be durable, so Backlog does not read it. It rises before onCommit is called: whoever is
+	// told of a job can read it, and may have read it already.
 	handed atomic.Uint64
 	// reopened counts changes that make final deliveries open again; Retain starts over when it moves.
 	reopened atomic.Uint64
@@ -171,6 +172,7 @@ func (p *partition) round(w work) {
 		}
 		fresh := p.applyAppends(b, w.appends)
 		p.commit(b, fresh)
+		p.handed.Store(p.lastSeq)
 	}
 	p.recycle(w.settles)
 	if len(p.jobs) > 0 {
@@ -182,7 +184,6 @@ func (p *partition) round(w work) {
 		p.j.onTimer(t.lane, p.index, t.due)
 	}
 	p.timers = p.timers[:0]
-	p.handed.Store(p.lastSeq)
 	for i := range w.appends {
 		w.appends[i].call.finish()
 	}

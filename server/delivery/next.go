@@ -9,8 +9,10 @@ import (
 const (
 	// maxRetryAfter bounds what a target may ask for.
 	maxRetryAfter = 24 * time.Hour
-	// quarantineAt is how many plugin deaths with this delivery in flight put it aside.
-	quarantineAt = 2
+	// quarantineAt is how many plugin deaths with this delivery in flight put it aside. A thousand others
+	// are in flight beside it, so one or two say nothing about it; five, with the schedule's first delay
+	// between them, say that it is the cause.
+	quarantineAt = 5
 )
 
 // Policy is a subscription's retry policy in the form Next needs.
@@ -37,7 +39,8 @@ type Step struct {
 // Next is the rule that says what follows an attempt. It is pure: the same arguments give the same
 // step. job is as it was before the attempt (Attempts and Indeterminate do not count it yet), rnd is
 // uniform in [0, 1). Due lies after now and never after job.Expire. An unspent result keeps the
-// delivery Pending, which is never settled.
+// delivery Pending, which is never settled. An attempt lost to a plugin's death uses up none of
+// MaxAttempts and is repeated after the schedule's first delay.
 func Next(p Policy, job *Job, r Result, now time.Time, rnd float64) Step {
 	if r.Cause == CauseUnspent {
 		return Step{State: Pending}
@@ -48,8 +51,10 @@ func Next(p Policy, job *Job, r Result, now time.Time, rnd float64) Step {
 	if step, ok := rejected(p, job, r); ok {
 		return step
 	}
-	made := job.Attempts + 1
-	if made >= job.MaxAttempts {
+	made := job.Attempts + 1 - job.Indeterminate
+	if r.Indeterminate {
+		made = 1
+	} else if made >= job.MaxAttempts {
 		return Step{State: Exhausted, Reason: fmt.Sprintf("all %d attempts failed", made)}
 	}
 	delay, left := p.delay(made, rnd), job.Expire.Sub(now)
