@@ -131,10 +131,10 @@ func (j *Journal) lowWaterIn(r pebble.Reader, partition uint16, lane LaneKey) ui
 // Backlog reads jobs of a lane's FIFO in one partition, in order, from a sequence on: at most max, and no more
 // after maxBytes of payload. next is where to go on; 0 means that there is nothing more now.
 //
-// It returns only what onCommit has been given, before Backlog was called or in an earlier run of the
-// journal, and all of that: a lane that turns fresh jobs away while it reads the backlog, and looks at what
-// it turned away once next is 0, neither loses nor doubles a job. Settles made before the call count. It must
-// not be called from onCommit, nor under a lock that onCommit takes.
+// It returns what is durable, and everything that onCommit had been given when Backlog was called, so that a
+// lane that turns fresh jobs away finds them here. It may return a job just before onCommit is given it: a
+// fresh job whose sequence is not above what has been read is to be dropped. Settles made before the call
+// count. It must not be called from onCommit, nor under a lock that onCommit takes.
 func (j *Journal) Backlog(lane LaneKey, partition uint16, from uint64, max int, maxBytes int) (jobs []*Job, next uint64, err error) {
 	r, err := j.openReader(partition)
 	if err != nil {

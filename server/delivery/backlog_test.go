@@ -39,10 +39,12 @@ func TestBacklogStaysOnDisk(t *testing.T) {
 	if err := j.Close(); err != nil {
 		t.Fatal(err)
 	}
+	cpu := cpuTime()
 	start = time.Now()
 	if j, err = Open(o); err != nil {
 		t.Fatal(err)
 	}
+	t.Logf("open after %v, of which %v processor time", time.Since(start), cpuTime()-cpu)
 	j.Start(func([]*Job) {})
 	lanes := 0
 	for state, err := range j.Lanes() {

@@ -4,7 +4,6 @@ import (
 	"context"
 	"fmt"
 	"sync"
-	"syscall"
 	"testing"
 	"time"
 )
@@ -26,14 +25,6 @@ func benchEvents(n, from int) []*Event {
 		events[i] = e
 	}
 	return events
-}
-
-func cpuTime() time.Duration {
-	var u syscall.Rusage
-	if err := syscall.Getrusage(syscall.RUSAGE_SELF, &u); err != nil {
-		return 0
-	}
-	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
 }
 
 func benchJournal(b *testing.B, onCommit func([]*Job)) *Journal {

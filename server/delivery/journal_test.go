@@ -6,8 +6,10 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"runtime"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -419,71 +421,82 @@ func TestJobsComeInOrderOfSequence(t *testing.T) {
 	}
 }
 
-// A lane that turns fresh jobs away while it reads the backlog, as dispatch does, gets every job once.
+// turnstile is a lane that turns fresh jobs away now and then and reads them back, as dispatch does.
+type turnstile struct {
+	mu    sync.Mutex
+	from  uint64 // where to read; 0 while fresh jobs are taken
+	left  uint64 // highest sequence turned away
+	read  uint64 // highest sequence taken
+	taken []string
+}
+
+func (l *turnstile) take(job *Job) {
+	l.taken, l.read = append(l.taken, job.Event.ID), job.ID.Seq
+}
+
+func (l *turnstile) offer(jobs []*Job) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for i, job := range jobs {
+		switch {
+		case job.ID.Seq <= l.read: // the backlog was quicker
+		case l.from == 0 && i%4 != 3:
+			l.take(job)
+		default: // the window is full
+			if l.from == 0 {
+				l.from = job.ID.Seq
+			}
+			l.left = job.ID.Seq
+		}
+	}
+}
+
+// refill reads on, and reports whether anything may be left.
+func (l *turnstile) refill(j *Journal, partition uint16) (bool, error) {
+	l.mu.Lock()
+	from := l.from
+	l.mu.Unlock()
+	if from == 0 {
+		return false, nil
+	}
+	jobs, next, err := j.Backlog(lane("s"), partition, from, 16, 1<<20)
+	if err != nil {
+		return false, err
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, job := range jobs {
+		l.take(job)
+	}
+	l.from = next
+	if next == 0 && l.left > l.read {
+		l.from = l.read + 1 // turned away during the read
+	}
+	return true, nil
+}
+
 func TestHandOverAndBacklogNeitherLoseNorDouble(t *testing.T) {
-	fs := vfs.NewMem()
-	j, err := Open(Options{Dir: "journal", Partitions: 2, CacheBytes: 8 << 20, fs: fs, BallastBytes: -1})
+	j, err := Open(Options{Dir: "journal", Partitions: 2, CacheBytes: 8 << 20, fs: vfs.NewMem(), BallastBytes: -1})
 	if err != nil {
 		t.Fatal(err)
 	}
-	type cursor struct {
-		mu     sync.Mutex
-		missed uint64 // first job turned away; 0 while fresh jobs are taken
-		taken  []string
-	}
-	cursors := make([]cursor, 2)
-	j.Start(func(jobs []*Job) {
-		c := &cursors[jobs[0].ID.Partition]
-		c.mu.Lock()
-		defer c.mu.Unlock()
-		for i, job := range jobs {
-			if c.missed == 0 && i%4 == 3 { // the window is full
-				c.missed = job.ID.Seq
-			}
-			if c.missed == 0 {
-				c.taken = append(c.taken, job.Event.ID)
-			}
-		}
-	})
+	lanes := make([]turnstile, 2)
+	j.Start(func(jobs []*Job) { lanes[jobs[0].ID.Partition].offer(jobs) })
 	const total = 3000
 	var writers, readers sync.WaitGroup
-	stop := make(chan struct{})
+	var written atomic.Bool
 	for p := range uint16(2) {
 		readers.Go(func() {
-			c := &cursors[p]
-			for ended := false; ; {
-				select {
-				case <-stop:
-					ended = true
-				default:
-				}
-				c.mu.Lock()
-				from := c.missed
-				c.mu.Unlock()
-				if from == 0 {
-					if ended {
-						return
-					}
-					continue
-				}
-				jobs, next, err := j.Backlog(lane("s"), p, from, 16, 1<<20)
+			for {
+				ended := written.Load()
+				more, err := lanes[p].refill(j, p)
 				if err != nil {
 					t.Error(err)
+				}
+				if err != nil || ended && !more {
 					return
 				}
-				c.mu.Lock()
-				for _, job := range jobs {
-					c.taken = append(c.taken, job.Event.ID)
-					from = job.ID.Seq + 1
-				}
-				if next != 0 {
-					c.missed = next
-				} else if jobs, _, err := j.Backlog(lane("s"), p, from, 1, 1); err == nil && len(jobs) == 0 {
-					c.missed = 0 // nothing was turned away meanwhile: c.mu keeps onCommit out
-				} else {
-					c.missed = from
-				}
-				c.mu.Unlock()
+				runtime.Gosched()
 			}
 		})
 	}
@@ -499,11 +512,11 @@ func TestHandOverAndBacklogNeitherLoseNorDouble(t *testing.T) {
 		})
 	}
 	writers.Wait()
-	close(stop)
+	written.Store(true)
 	readers.Wait()
 	seen := map[string]int{}
-	for i := range cursors {
-		for _, id := range cursors[i].taken {
+	for i := range lanes {
+		for _, id := range lanes[i].taken {
 			seen[id]++
 		}
 	}
