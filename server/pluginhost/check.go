@@ -73,7 +73,10 @@ func (h *Host) CheckConfig(ctx context.Context, kindID string, configJSON []byte
 	if len(ds) > 0 {
 		return ds, nil
 	}
-	return h.ask(ctx, k, &pluginv1.Instance{Id: "check", Kind: k.id, ConfigJson: configJSON}, "", nil)
+	ds, err := h.ask(ctx, k, &pluginv1.Instance{Id: "check", Kind: k.id, ConfigJson: configJSON}, "", nil)
+	// Target and secrets belong to a subscription, and here there is none: what a plugin misses there is
+	// no fault of the config.
+	return slices.DeleteFunc(ds, func(d Diagnostic) bool { return d.Field != "config" && !strings.HasPrefix(d.Field, "config.") }), err
 }
 
 // missing tells a plugin that is not there from one that may still come.
@@ -261,9 +264,9 @@ func (h *Host) ask(ctx context.Context, k *kind, in *pluginv1.Instance, field st
 // fieldOf turns a plugin's RFC 6901 pointer into a proto path.
 func fieldOf(field, pointer string) string {
 	switch {
-	case strings.HasPrefix(pointer, "/target/uri") && field != "":
+	case strings.HasPrefix(pointer, "/target/uri"):
 		return "subscription.uri"
-	case strings.HasPrefix(pointer, "/target/headers") && field != "":
+	case strings.HasPrefix(pointer, "/target/headers"):
 		return "subscription.headers"
 	case pointer == "" || pointer == "/":
 		return cmp.Or(field, "config")
