@@ -9,6 +9,8 @@ package server
 
 import (
 	"context"
+	"crypto/hkdf"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -48,6 +50,7 @@ type Server struct {
 	engine   *dispatch.Engine
 	ingest   *ingest.Ingest
 	api      *api.Server
+	pageKey  []byte
 
 	mu      sync.Mutex
 	started bool
@@ -129,7 +132,7 @@ func (s *Server) open(ctx context.Context, closers *stack) (err error) {
 		Engine: engine{s.engine}, Plugins: plugins{s.plugins},
 		Version: o.Version, Commit: o.Commit, NodeName: o.NodeName, Address: s.public.Addr().String(),
 		ClusterID: s.journal.ID(), Partitions: s.journal.Partitions(),
-		Logger: o.Logger, Registerer: s.metrics,
+		PageKey: s.pageKey, Logger: o.Logger, Registerer: s.metrics,
 	})
 	s.registry.OnChange(func(changes []subscription.Change) {
 		s.plugins.Changed(changes)
@@ -147,6 +150,10 @@ func (s *Server) openStores(ctx context.Context, closers *stack) error {
 	key, err := secret.LoadOrCreateKey(filepath.Join(o.DataDir, "secret.key"))
 	if err != nil {
 		return err
+	}
+	// Page tokens outlive a restart, and nodes that share the key understand each other's.
+	if s.pageKey, err = hkdf.Key(sha256.New, key, nil, "grapnel page tokens", sha256.Size); err != nil {
+		return fmt.Errorf("derive the page key: %w", err)
 	}
 	s.secrets, err = secret.Open(ctx, secret.Options{Client: s.etcd.client, Key: key, Logger: o.Logger})
 	if err != nil {

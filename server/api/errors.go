@@ -53,6 +53,18 @@ func (e *Error) Unwrap() error { return e.cause }
 // Reason is the value name of ErrorReason without its prefix.
 func (e *Error) Reason() string { return reasonText(e.reason) }
 
+// pushback is what grpc's clients obey beside their own retry policy: milliseconds to wait, a negative
+// number to forbid a retry, empty for neither.
+func (e *Error) pushback() string {
+	switch {
+	case e.retry > 0:
+		return strconv.FormatInt(max(1, e.retry.Milliseconds()), 10)
+	case e.code == codes.ResourceExhausted:
+		return "-1" // waiting does not lift a quota
+	}
+	return ""
+}
+
 // GRPCStatus makes Error an error of grpc's status package.
 func (e *Error) GRPCStatus() *status.Status {
 	st := status.New(e.code, e.message)

@@ -179,8 +179,8 @@ func (e *edge) finish(ctx context.Context, method string, start time.Time, req a
 	if refusal != nil {
 		refusal = refusal.withRequest(id)
 		trailer := metadata.Pairs(requestIDKey, id)
-		if refusal.retry > 0 {
-			trailer.Set(pushbackKey, strconv.FormatInt(max(1, refusal.retry.Milliseconds()), 10))
+		if wait := refusal.pushback(); wait != "" {
+			trailer.Set(pushbackKey, wait)
 		}
 		grpc.SetTrailer(ctx, trailer) //nolint:errcheck // fails only when the call is already answered
 	}

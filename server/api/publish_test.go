@@ -242,7 +242,11 @@ func TestPublishIntoFullNamespace(t *testing.T) {
 	if _, err := st.publish.Publish(t.Context(), publishText("acme", "", "")); err != nil {
 		t.Fatal(err)
 	}
-	_, err = st.publish.Publish(t.Context(), publishText("acme", "", ""))
+	var trailer metadata.MD
+	_, err = st.publish.Publish(t.Context(), publishText("acme", "", ""), grpc.Trailer(&trailer))
+	if got := trailer.Get("grpc-retry-pushback-ms"); len(got) != 1 || got[0] != "-1" {
+		t.Errorf("pushback %q, want -1: clients must not repeat what a quota refuses", got)
+	}
 	r := refused(t, err, codes.ResourceExhausted, "QUOTA_EXCEEDED")
 	if r.retry != 0 || !r.quota || !strings.Contains(r.message, "max_open_deliveries") {
 		t.Errorf("got %+v", r)
