@@ -175,7 +175,6 @@ func (p *partition) round(w work) {
 		p.handed.Store(p.lastSeq)
 	}
 	p.recycle(w.settles)
-	p.handed.Store(p.lastSeq) // first, so that whoever turns a fresh job away finds it in the backlog
 	if len(p.jobs) > 0 {
 		jobs := p.jobs
 		p.jobs = nil // onCommit keeps the slice
