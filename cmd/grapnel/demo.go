@@ -46,7 +46,6 @@ type demo struct {
 	server   *server.Server
 	client   *client.Client
 	receiver *receiver
-	secret   string
 	result   demoResult
 }
 

@@ -17,16 +17,16 @@ type nested struct {
 }
 
 type testConfig struct {
-	Name    string            `json:"name" required:"true" doc:"What to call it."`
-	Mode    string            `json:"mode" default:"fast" enum:"fast,safe"`
-	Wait    Duration          `json:"wait" default:"5s" minimum:"1s" maximum:"1m"`
-	Ratio   float64           `json:"ratio" minimum:"0" maximum:"1"`
-	Tries   uint8             `json:"tries"`
-	Tags    []string          `json:"tags"`
-	Labels  map[string]string `json:"labels"`
-	Inner   nested            `json:"inner"`
-	Key     Secret            `slot:"key" required:"true"`
-	private int
+	Name   string            `json:"name" required:"true" doc:"What to call it."`
+	Mode   string            `json:"mode" default:"fast" enum:"fast,safe"`
+	Wait   Duration          `json:"wait" default:"5s" minimum:"1s" maximum:"1m"`
+	Ratio  float64           `json:"ratio" minimum:"0" maximum:"1"`
+	Tries  uint8             `json:"tries"`
+	Tags   []string          `json:"tags"`
+	Labels map[string]string `json:"labels"`
+	Inner  nested            `json:"inner"`
+	Key    Secret            `slot:"key" required:"true"`
+	_      int               // not exported, so not part of the schema
 }
 
 func decodeTest(t *testing.T, config string) (testConfig, []Problem) {

@@ -14,8 +14,6 @@ import (
 const (
 	// editBatch bounds how long CancelLane holds a committer.
 	editBatch = 500
-	// scanBatch bounds how many records it looks at for that.
-	scanBatch = 20_000
 	// retryWindow is how long a delivery whose time is up may still start the attempt a caller asks for.
 	retryWindow = 24 * time.Hour
 )
