@@ -167,8 +167,10 @@ func (c *slogCore) Write(e zapcore.Entry, fields []zapcore.Field) error {
 		attrs = append(attrs, slog.Any(k, v))
 	}
 	level := slogLevel(e.Level)
-	if e.Message == "failed to update storage version" {
-		// Said at every first start, before the first entry is applied; etcd tries again and succeeds.
+	switch e.Message {
+	case "failed to update storage version", // at a first start, before the first entry; etcd tries again
+		"Running http and grpc server on single port. This is not recommended for production.", // on none
+		"simple token is not cryptographically signed":                                         // nobody logs in
 		level = slog.LevelDebug
 	}
 	c.log.LogAttrs(context.Background(), level, e.Message, attrs...)

@@ -30,9 +30,12 @@ func TestMain(m *testing.M) {
 	testscript.Main(m, map[string]func(){"grapnel": main})
 }
 
-func TestScripts(t *testing.T) {
-	testscript.Run(t, testscript.Params{
-		Dir:                 "testdata",
+func TestScripts(t *testing.T) { testscript.Run(t, scripts("testdata")) }
+
+// scripts are the parameters of a run over the scripts of dir.
+func scripts(dir string) testscript.Params {
+	return testscript.Params{
+		Dir:                 dir,
 		RequireExplicitExec: true,
 		Deadline:            time.Now().Add(3 * time.Minute), // a command that hangs should not take ten
 		Setup: func(env *testscript.Env) error {
@@ -50,7 +53,7 @@ func TestScripts(t *testing.T) {
 			"lines":    lines,
 			"emptydir": emptyDir,
 		},
-	})
+	}
 }
 
 type stateKey struct{}
