@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.etcd.io/etcd/server/v3/embed"
 	"go.etcd.io/etcd/server/v3/etcdserver/api/v3client"
@@ -97,6 +98,25 @@ func (c *configStore) failed() <-chan error {
 	}
 	return c.embedded.Err()
 }
+
+// watchSpace registers what tells an operator that the embedded etcd fills up. At its quota it refuses
+// every change until history has been compacted away; deliveries do not notice.
+func (c *configStore) watchSpace(r prometheus.Registerer) {
+	if c.embedded == nil {
+		return
+	}
+	r.MustRegister(
+		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+			Name: "grapnel_config_store_bytes", Help: "Size of the embedded etcd's file.",
+		}, func() float64 { return float64(c.embedded.Server.Backend().Size()) }),
+		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+			Name: "grapnel_config_store_quota_bytes", Help: "Size at which the embedded etcd refuses changes.",
+		}, func() float64 { return etcdQuota }),
+	)
+}
+
+// full reports whether the embedded etcd has raised its alarm for want of space.
+func (c *configStore) full() bool { return c.embedded != nil && len(c.embedded.Server.Alarms()) > 0 }
 
 func (c *configStore) close() error {
 	err := c.client.Close()

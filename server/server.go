@@ -116,6 +116,7 @@ func (s *Server) open(ctx context.Context, closers *stack) (err error) {
 		return err
 	}
 	closers.push(s.etcd.close)
+	s.etcd.watchSpace(s.metrics)
 	if err := s.openStores(ctx, closers); err != nil {
 		return err
 	}
@@ -163,6 +164,14 @@ func (s *Server) openStores(ctx context.Context, closers *stack) error {
 	if err != nil {
 		return fmt.Errorf("open the subscriptions: %w", err)
 	}
+	s.metrics.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: "grapnel_config_store_healthy", Help: "1 while etcd answers; at 0 configuration cannot be changed.",
+	}, func() float64 {
+		if s.registry.Healthy() {
+			return 1
+		}
+		return 0
+	}))
 	s.journal, err = delivery.Open(delivery.Options{
 		Dir: filepath.Join(o.DataDir, "journal"), Partitions: o.Partitions, Logger: o.Logger, Registerer: s.metrics,
 	})
