@@ -225,7 +225,7 @@ type GetClusterResponse struct {
 	Nodes []*Node `protobuf:"bytes,3,rep,name=nodes,proto3" json:"nodes,omitempty"`
 	// False when the store has no quorum.
 	StoreHealthy bool `protobuf:"varint,4,opt,name=store_healthy,json=storeHealthy,proto3" json:"store_healthy,omitempty"`
-	// Cluster-wide UUID.
+	// Tells this installation from every other; drawn when its journal was made.
 	ClusterId     string `protobuf:"bytes,7,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache

@@ -177,7 +177,8 @@ type SecretVersion struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Rising from 1.
 	Version int32 `protobuf:"varint,1,opt,name=version,proto3" json:"version,omitempty"`
-	// First 12 hex digits of SHA-256 over the value.
+	// 12 hex digits that tell values apart within the namespace: a keyed hash, so that a short value cannot be
+	// guessed from it.
 	Fingerprint string `protobuf:"bytes,2,opt,name=fingerprint,proto3" json:"fingerprint,omitempty"`
 	// When it was made.
 	CreateTime *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=create_time,json=createTime,proto3" json:"create_time,omitempty"`
