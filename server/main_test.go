@@ -20,8 +20,8 @@ import (
 
 // TestMain lets the test binary be an etcd of its own process, besides a plugin and the tests.
 func TestMain(m *testing.M) {
-	if len(os.Args) == 4 && os.Args[1] == "etcd" {
-		if err := runEtcd(os.Args[2], os.Args[3]); err != nil {
+	if len(os.Args) >= 4 && os.Args[1] == "etcd" {
+		if err := runEtcd(os.Args[2], os.Args[3], os.Args[4:]...); err != nil {
 			fmt.Fprintln(os.Stderr, err)
 			os.Exit(1)
 		}
@@ -30,11 +30,17 @@ func TestMain(m *testing.M) {
 	servertest.Main(m)
 }
 
-// runEtcd serves one member on addr until its standard input ends.
-func runEtcd(dir, addr string) error {
+// runEtcd serves one member on addr until its standard input ends; with the files of a CA, a certificate
+// and its key, by TLS to clients that have a certificate of the same CA.
+func runEtcd(dir, addr string, certs ...string) error {
 	cfg := embed.NewConfig()
 	cfg.Dir = dir
 	client := url.URL{Scheme: "http", Host: addr}
+	if len(certs) == 3 {
+		client.Scheme = "https"
+		cfg.ClientTLSInfo.TrustedCAFile, cfg.ClientTLSInfo.CertFile, cfg.ClientTLSInfo.KeyFile = certs[0], certs[1], certs[2]
+		cfg.ClientTLSInfo.ClientCertAuth = true
+	}
 	peer := url.URL{Scheme: "http", Host: "127.0.0.1:0"}
 	cfg.ListenClientUrls, cfg.AdvertiseClientUrls = []url.URL{client}, []url.URL{client}
 	cfg.ListenPeerUrls, cfg.AdvertisePeerUrls = []url.URL{peer}, []url.URL{peer}
@@ -56,7 +62,9 @@ type externalEtcd struct {
 	t    *testing.T
 	dir  string
 	addr string
-	cmd  *exec.Cmd
+	// certs, when set, are used for TLS.
+	certs *certificates
+	cmd   *exec.Cmd
 }
 
 func startEtcd(t *testing.T) *externalEtcd {
@@ -72,7 +80,11 @@ func (e *externalEtcd) start() {
 	if err != nil {
 		e.t.Fatal(err)
 	}
-	e.cmd = exec.Command(self, "etcd", e.dir, e.addr)
+	args := []string{"etcd", e.dir, e.addr}
+	if c := e.certs; c != nil {
+		args = append(args, c.ca, c.cert, c.key)
+	}
+	e.cmd = exec.Command(self, args...)
 	e.cmd.Stderr = os.Stderr
 	if _, err := e.cmd.StdinPipe(); err != nil {
 		e.t.Fatal(err)

@@ -13,6 +13,7 @@ import (
 	svix "github.com/svix/svix-webhooks/go"
 	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/structpb"
+	"google.golang.org/protobuf/types/known/timestamppb"
 
 	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
 	"github.com/grapnel/grapnel/server"
@@ -129,6 +130,40 @@ func TestOutcomes(t *testing.T) {
 	skipped := s.Deliveries("acme", "state = SKIPPED")
 	if len(skipped) != 1 || skipped[0].GetSubscription() != "namespaces/acme/subscriptions/gone" {
 		t.Errorf("skipped: %v", skipped)
+	}
+}
+
+// TestDeliverLater publishes an event for later and one that must not wait that long.
+func TestDeliverLater(t *testing.T) {
+	s := servertest.Start(t, servertest.Options{})
+	s.Namespace("acme")
+	rcv := servertest.NewReceiver(t, nil)
+	s.Subscribe("acme", "up", rcv.URL, nil)
+	down := servertest.NewReceiver(t, func(servertest.Request) int { return http.StatusServiceUnavailable })
+	s.Subscribe("acme", "down", down.URL, func(sub *grapnelv1.Subscription) { sub.RetryPolicy = fastRetries() })
+	at := time.Now().Add(1500 * time.Millisecond)
+	_, err := grapnelv1.NewPublishServiceClient(s.Conn).Publish(t.Context(), &grapnelv1.PublishRequest{
+		Parent: "namespaces/acme",
+		Event: &grapnelv1.Event{
+			Id: "later", Type: "order.created", DeliverTime: timestamppb.New(at), Ttl: durationpb.New(2 * time.Second),
+		},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n := open(s, "acme"); n != 2 {
+		t.Errorf("%d deliveries wait for their time, want 2", n)
+	}
+	servertest.Await(t, "both deliveries to end", func() bool { return open(s, "acme") == 0 })
+	for _, d := range s.Deliveries("acme", "") {
+		first := d.GetLastAttempt().GetStartTime().AsTime()
+		want := grapnelv1.Delivery_STATE_SUCCEEDED
+		if strings.HasSuffix(d.GetSubscription(), "/down") {
+			want = grapnelv1.Delivery_STATE_EXHAUSTED
+		}
+		if d.GetState() != want || first.Before(at) {
+			t.Errorf("%s ended as %v, attempted %v before its time", d.GetSubscription(), d.GetState(), at.Sub(first))
+		}
 	}
 }
 
