@@ -363,7 +363,7 @@ func toStatus(err error, resource string) *Error {
 	if e, ok := errors.AsType[*Error](err); ok {
 		return e
 	}
-	for _, translate := range []func(error, string) *Error{fromContext, fromSubscription, fromSecret, fromDelivery, fromIngest, fromPlugin} {
+	for _, translate := range []func(error, string) *Error{fromContext, fromStore, fromDelivery, fromIngest, fromPlugin} {
 		if e := translate(err, resource); e != nil {
 			e.cause = err
 			return e
@@ -428,7 +428,8 @@ func fromContext(err error, _ string) *Error {
 	return nil
 }
 
-func fromSubscription(err error, resource string) *Error {
+// fromStore maps the errors of subscription and secret, which share their words.
+func fromStore(err error, resource string) *Error {
 	if e, ok := errors.AsType[*subscription.InvalidError](err); ok {
 		faults := make([]Violation, 0, len(e.Violations))
 		for _, v := range e.Violations {
@@ -464,38 +465,8 @@ func fromSubscription(err error, resource string) *Error {
 		return invalidState(resource, "the namespace of "+resource+" is deleted")
 	case errors.Is(err, subscription.ErrUnavailable):
 		return storeUnavailable()
-	}
-	return nil
-}
-
-func fromSecret(err error, resource string) *Error {
-	if e, ok := errors.AsType[*secret.InvalidError](err); ok {
-		faults := make([]Violation, 0, len(e.Violations))
-		for _, v := range e.Violations {
-			faults = append(faults, Violation{v.Field, v.Description, v.Reason})
-		}
-		return invalid(faults...)
-	}
-	if e, ok := errors.AsType[*secret.EtagError](err); ok {
-		return etagMismatch(e.Current)
-	}
-	if e, ok := errors.AsType[*secret.InUseError](err); ok {
-		return inUse(e.Name, e.Users)
-	}
-	if e, ok := errors.AsType[*secret.NotFoundError](err); ok {
-		return notFound(e.Name, noun(e.Name))
-	}
-	switch {
-	case errors.Is(err, secret.ErrNotFound):
-		return notFound(resource, noun(resource))
-	case errors.Is(err, secret.ErrExists):
-		return exists(resource, noun(resource))
 	case errors.Is(err, secret.ErrTooManyVersions):
 		return invalidState(resource, resource+" has ten live versions; wait until one expires, or rotate with a shorter overlap")
-	case errors.Is(err, secret.ErrNamespaceDeleted):
-		return invalidState(resource, "the namespace of "+resource+" is deleted")
-	case errors.Is(err, secret.ErrUnavailable):
-		return storeUnavailable()
 	}
 	return nil
 }

@@ -1,65 +1,30 @@
 package subscription
 
 import (
-	"errors"
 	"fmt"
-	"strings"
 
 	"github.com/grapnel/grapnel/server/keyspace"
 )
 
 // Errors that callers tell apart with errors.Is.
 var (
-	// ErrNotFound is wrapped by a *NotFoundError that names what is missing.
-	ErrNotFound = errors.New("not found")
-	// ErrExists is wrapped with the name that is taken.
-	ErrExists = errors.New("already exists")
-	// ErrInUse is wrapped by an *InUseError that names the users.
-	ErrInUse = errors.New("still in use")
-	// ErrNamespaceDeleted refuses changes in a namespace that waits to be erased.
-	ErrNamespaceDeleted = errors.New("namespace is deleted")
+	ErrNotFound         = keyspace.ErrNotFound
+	ErrExists           = keyspace.ErrExists
+	ErrInUse            = keyspace.ErrInUse
+	ErrNamespaceDeleted = keyspace.ErrNamespaceDeleted
 	// ErrUnavailable means that etcd could not be reached in time. The write may or may not have
 	// happened; the snapshot stays usable.
 	ErrUnavailable = keyspace.ErrUnavailable
 )
 
-// NotFoundError names what is missing. It matches ErrNotFound.
-type NotFoundError struct {
-	// Name is the full resource name.
-	Name string
-	// Field is the request field that named it, empty when it was the resource acted on.
-	Field string
-}
-
-func (e *NotFoundError) Error() string { return e.Name + " not found" }
-
-// Unwrap makes it match ErrNotFound.
-func (e *NotFoundError) Unwrap() error { return ErrNotFound }
-
-// InUseError says what still refers to a resource. It matches ErrInUse.
-type InUseError struct {
-	Name string
-	// Users are full resource names, at most ten of them.
-	Users []string
-}
-
-func (e *InUseError) Error() string {
-	return fmt.Sprintf("%s is still in use by %s", e.Name, strings.Join(e.Users, ", "))
-}
-
-// Unwrap makes it match ErrInUse.
-func (e *InUseError) Unwrap() error { return ErrInUse }
-
-// EtagError says that the etag sent is not the current one.
-type EtagError struct {
-	Name string
-	// Current is the etag of the stored value.
-	Current string
-}
-
-func (e *EtagError) Error() string {
-	return fmt.Sprintf("%s has changed: its etag is now %q", e.Name, e.Current)
-}
+// Errors that callers take apart with errors.As.
+type (
+	NotFoundError = keyspace.NotFoundError
+	InUseError    = keyspace.InUseError
+	EtagError     = keyspace.EtagError
+	InvalidError  = keyspace.InvalidError
+	Violation     = keyspace.Violation
+)
 
 // QuotaError says that a quota of the namespace is used up.
 type QuotaError struct {
@@ -71,27 +36,4 @@ type QuotaError struct {
 
 func (e *QuotaError) Error() string {
 	return fmt.Sprintf("namespaces/%s has reached its quota %s of %d", e.Namespace, e.Quota, e.Limit)
-}
-
-// InvalidError lists everything that is wrong with a request.
-type InvalidError struct {
-	Violations []Violation
-}
-
-// Violation is one fault in one field.
-type Violation struct {
-	// Field is the proto path from the request, such as subscription.event_types[1].
-	Field string
-	// Description says what was given and what would be right.
-	Description string
-	// Reason is stable, for machines, such as "uri.scheme".
-	Reason string
-}
-
-func (e *InvalidError) Error() string {
-	texts := make([]string, len(e.Violations))
-	for i, v := range e.Violations {
-		texts[i] = v.Field + ": " + v.Description
-	}
-	return strings.Join(texts, "; ")
 }
