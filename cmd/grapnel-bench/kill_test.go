@@ -52,7 +52,7 @@ func TestKill(t *testing.T) {
 		run, cancel := context.WithCancel(ctx)
 		var wg sync.WaitGroup
 		for range 2 {
-			wg.Go(func() { published.publish(run, p.conn) })
+			wg.Go(func() { published.publish(run, p.conn, ledger) })
 		}
 		life := time.NewTimer(50*time.Millisecond + time.Duration(rng.Int64N(int64(time.Second))))
 		<-life.C
@@ -68,11 +68,7 @@ func TestKill(t *testing.T) {
 	// that was ever published must arrive.
 	published.settle(t, p.conn)
 	want := published.all()
-	deadline := time.Now().Add(2 * time.Minute)
-	for len(ledger.missing(want)) > 0 && time.Now().Before(deadline) {
-		pause := time.NewTimer(50 * time.Millisecond)
-		<-pause.C
-	}
+	ledger.await(2 * len(want))
 	missing := ledger.missing(want)
 	for i, m := range missing {
 		if i == 10 {
@@ -108,10 +104,17 @@ type publisherLedger struct {
 	unknown []*grapnelv1.Event
 }
 
-// publish sends batches until the server dies under it; it begins with what has no answer yet.
-func (l *publisherLedger) publish(ctx context.Context, conn *grpc.ClientConn) {
+// publish sends batches until the server dies under it; it begins with what has no answer yet. It keeps
+// some thousand deliveries ahead of the receivers, so that each kill hits all parts at work and the
+// backlog of hundreds of kills need not be waited for at the end.
+func (l *publisherLedger) publish(ctx context.Context, conn *grpc.ClientConn, rcv *receiverLedger) {
 	client := grapnelv1.NewPublishServiceClient(conn)
 	for ctx.Err() == nil {
+		if l.sent()*2-rcv.distinct() > 5000 {
+			pause := time.NewTimer(time.Millisecond)
+			<-pause.C
+			continue
+		}
 		events := l.take(20)
 		resp, err := client.BatchPublish(ctx, &grapnelv1.BatchPublishRequest{Parent: "namespaces/" + namespace, Events: events})
 		l.mu.Lock()
@@ -125,6 +128,12 @@ func (l *publisherLedger) publish(ctx context.Context, conn *grpc.ClientConn) {
 			return
 		}
 	}
+}
+
+func (l *publisherLedger) sent() int {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.next
 }
 
 // take returns n events: first those without an answer, then new ones.
@@ -210,6 +219,25 @@ func (l *receiverLedger) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	l.seen[key] = got
 	w.WriteHeader(http.StatusNoContent)
+}
+
+// distinct counts the deliveries that have arrived, each once.
+func (l *receiverLedger) distinct() int {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return len(l.seen)
+}
+
+// await waits until n deliveries have arrived, or none has for a minute.
+func (l *receiverLedger) await(n int) {
+	last, since := 0, time.Now()
+	for have := l.distinct(); have < n && time.Since(since) < time.Minute; have = l.distinct() {
+		if have != last {
+			last, since = have, time.Now()
+		}
+		pause := time.NewTimer(20 * time.Millisecond)
+		<-pause.C
+	}
 }
 
 func (l *receiverLedger) missing(want map[string][32]byte) []string {
