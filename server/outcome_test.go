@@ -2,6 +2,7 @@ package server_test
 
 import (
 	"net/http"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
@@ -183,6 +184,32 @@ func TestForbiddenAddress(t *testing.T) {
 	if n := len(rcv.Requests()); n != 0 {
 		t.Errorf("%d requests reached a forbidden address", n)
 	}
+}
+
+// TestBrokenPlugin starts a server whose plugin process cannot run: it serves, accepts and keeps.
+func TestBrokenPlugin(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "data")
+	s := servertest.Start(t, servertest.Options{Dir: dir})
+	rcv := servertest.NewReceiver(t, nil)
+	s.Namespace("acme")
+	s.Subscribe("acme", "orders", rcv.URL, nil)
+	s.Stop()
+	broken := servertest.Start(t, servertest.Options{Dir: dir, Adjust: func(o *server.Options) {
+		o.BuiltinPlugin = []string{os.Args[0], "-test.run=^$"} // ends at once
+	}})
+	broken.Publish("acme", "e1", "order.created", []byte(`{}`))
+	got, err := grapnelv1.NewPluginServiceClient(broken.Conn).ListPlugins(t.Context(), &grapnelv1.ListPluginsRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range got.GetPlugins() {
+		if p.GetHealth() == grapnelv1.Plugin_HEALTH_SERVING {
+			t.Errorf("%s serves", p.GetName())
+		}
+	}
+	broken.Stop()
+	whole := servertest.Start(t, servertest.Options{Dir: dir})
+	servertest.Await(t, "the delivery", func() bool { return rcv.Accepted() == 1 && open(whole, "acme") == 0 })
 }
 
 // TestThirdPartyPlugin builds the example plugin, a module of its own, and delivers with its signer and

@@ -68,7 +68,7 @@ func New(o Options) (*Server, error) {
 	}, nil
 }
 
-// Ready is closed when the server serves and its first-party plugins run.
+// Ready is closed when the server serves and its first-party plugins run, or have had ten seconds to.
 func (s *Server) Ready() <-chan struct{} { return s.ready }
 
 // Addr is the address of the public API; valid once Ready is closed.
@@ -224,7 +224,7 @@ func (s *Server) serve(ctx context.Context) error {
 		stopBase()
 		return errors.Join(err, parts.Wait())
 	}
-	if err := s.plugins.Ready(ctx); err == nil {
+	if s.awaitPlugins(ctx, failed) {
 		s.log.Info("ready", "listen", s.Addr(), "admin_listen", s.AdminAddr(), "data_dir", s.options.DataDir)
 		close(s.ready)
 		select {
@@ -238,6 +238,25 @@ func (s *Server) serve(ctx context.Context) error {
 	<-hostEnded
 	stopBase()
 	return errors.Join(parts.Wait(), stopErr)
+}
+
+// pluginPatience is how long readiness waits for the first-party plugins.
+const pluginPatience = 10 * time.Second
+
+// awaitPlugins waits until the first-party plugins serve. A broken plugin does not stop the server: after a
+// while it is ready all the same, and what it accepts waits. It reports false when the server is to end.
+func (s *Server) awaitPlugins(ctx, failed context.Context) bool {
+	wait, done := context.WithTimeout(ctx, pluginPatience)
+	defer done()
+	defer context.AfterFunc(failed, done)()
+	err := s.plugins.Ready(wait)
+	if ctx.Err() != nil || failed.Err() != nil {
+		return false
+	}
+	if err != nil {
+		s.log.Error("the first-party plugins do not serve; deliveries wait until they do", "err", err)
+	}
+	return true
 }
 
 // stop is the way down until dispatch is still and no call is in progress.
