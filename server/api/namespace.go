@@ -99,7 +99,8 @@ func (s namespaceService) UpdateNamespace(ctx context.Context, r *grapnelv1.Upda
 	return &grapnelv1.UpdateNamespaceResponse{Namespace: n.Proto}, nil
 }
 
-// DeleteNamespace marks a namespace deleted; one that has subscriptions needs force. Repeating it is OK.
+// DeleteNamespace marks a namespace deleted and cancels its open deliveries; one that has subscriptions
+// needs force. Repeating it is OK.
 func (s namespaceService) DeleteNamespace(ctx context.Context, r *grapnelv1.DeleteNamespaceRequest) (*grapnelv1.DeleteNamespaceResponse, error) {
 	id, err := parseNamespace("name", r.GetName())
 	if err != nil {
@@ -108,6 +109,11 @@ func (s namespaceService) DeleteNamespace(ctx context.Context, r *grapnelv1.Dele
 	n, err := s.Registry.DeleteNamespace(ctx, id, r.GetEtag(), r.GetForce())
 	if err != nil {
 		return nil, toStatus(err, r.GetName())
+	}
+	bounded, cancel := context.WithTimeout(ctx, cancelTime)
+	defer cancel()
+	for sub := range s.Registry.Snapshot().Subscriptions(id, "") {
+		s.cancelOpen(bounded, sub, "namespace deleted")
 	}
 	return &grapnelv1.DeleteNamespaceResponse{Namespace: n.Proto}, nil
 }

@@ -194,14 +194,20 @@ func (s subscriptionService) DeleteSubscription(ctx context.Context, r *grapnelv
 	}
 	bounded, cancel := context.WithTimeout(ctx, cancelTime)
 	defer cancel()
-	lane := delivery.LaneKey{Namespace: ns, Subscription: id}
-	n, err := s.Engine.CancelLane(bounded, lane, gone.UID, "subscription deleted")
-	if err != nil {
-		// It is deleted, so the answer is OK. Dispatch cancels what is left when it meets it.
-		s.log.WarnContext(ctx, "open deliveries of a deleted subscription are left to dispatch",
-			"subscription_id", id, "cancelled", n, "err", err)
-	}
+	n := s.cancelOpen(bounded, gone, "subscription deleted")
 	return &grapnelv1.DeleteSubscriptionResponse{CancelledDeliveries: clampInt32(int64(n))}, nil
+}
+
+// cancelOpen cancels what a deleted subscription leaves open and says how many there were. It is deleted, so
+// the caller's answer is OK whatever happens here: dispatch cancels the rest when it meets it.
+func (s *Server) cancelOpen(ctx context.Context, gone *subscription.Subscription, reason string) int {
+	lane := delivery.LaneKey{Namespace: gone.Namespace, Subscription: gone.ID}
+	n, err := s.Engine.CancelLane(ctx, lane, gone.UID, reason)
+	if err != nil {
+		s.log.WarnContext(ctx, "open deliveries of a deleted subscription are left to dispatch",
+			"subscription_id", gone.ID, "cancelled", n, "err", err)
+	}
+	return n
 }
 
 // PauseSubscription stops attempts while events keep queueing. Repeating it changes the reason only.
