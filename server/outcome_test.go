@@ -228,7 +228,7 @@ func TestThirdPartyPlugin(t *testing.T) {
 		got, err := grapnelv1.NewPluginServiceClient(s.Conn).GetPlugin(t.Context(), &grapnelv1.GetPluginRequest{Name: "plugins/example-signer"})
 		return err == nil && got.GetPlugin().GetHealth() == grapnelv1.Plugin_HEALTH_SERVING
 	})
-	s.Subscribe("acme", "signed", rcv.URL, func(sub *grapnelv1.Subscription) { sub.Signer.Plugin = "plugins/example-signer" })
+	s.Subscribe("acme", "signed", rcv.URL, func(sub *grapnelv1.Subscription) { sub.Signers[0].Plugin = "plugins/example-signer" })
 	spool := t.TempDir()
 	s.Subscribe("acme", "spooled", "file-spool:///orders", func(sub *grapnelv1.Subscription) {
 		sub.Transport = &grapnelv1.PluginBinding{Config: &structpb.Struct{Fields: map[string]*structpb.Value{

@@ -69,7 +69,7 @@ func walkthroughSteps() []walkthroughStep {
 			`"field": "subscription.attempt_timeout"`,
 		}, refuse: []string{"regex", "[a-z]"}},
 		{heading: "Wrong requests", exit: invalidArgument, want: []string{
-			`"field": "subscription.condition"`, `"field": "subscription.signer.secrets[\"key\"]"`,
+			`"field": "subscription.condition"`, `"field": "subscription.signers[0].secrets[\"key\"]"`,
 			"namespaces/acme/secrets/no-such-key does not exist",
 		}},
 		{heading: "Wrong requests", exit: invalidArgument, want: []string{

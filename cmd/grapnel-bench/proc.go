@@ -170,7 +170,7 @@ func (p *serverProcess) prepare(ctx context.Context, ns string, uris ...string) 
 			Parent: parent, SubscriptionId: fmt.Sprintf("sub-%d", i),
 			Subscription: &grapnelv1.Subscription{
 				Uri: uri, EventTypes: []string{"bench.*"}, MaxInFlight: 256,
-				Signer: &grapnelv1.PluginBinding{Secrets: map[string]string{"key": parent + "/secrets/key"}},
+				Signers: []*grapnelv1.PluginBinding{{Secrets: map[string]string{"key": parent + "/secrets/key"}}},
 			},
 		})
 		if err != nil {

@@ -57,7 +57,7 @@ func (d *demo) prepare(ctx context.Context) error {
 			Parent: "namespaces/demo", SubscriptionId: s.id,
 			Subscription: &grapnelv1.Subscription{
 				Uri: "http://" + d.receiver.addr() + s.path, EventTypes: []string{s.types}, MaxInFlight: 2 * crashed,
-				Signer: &grapnelv1.PluginBinding{Secrets: map[string]string{"key": "namespaces/demo/secrets/key"}},
+				Signers: []*grapnelv1.PluginBinding{{Secrets: map[string]string{"key": "namespaces/demo/secrets/key"}}},
 				RetryPolicy: &grapnelv1.RetryPolicy{Jitter: new(float64), Schedule: slices.Repeat(
 					[]*durationpb.Duration{durationpb.New(time.Second)}, 5)},
 			},

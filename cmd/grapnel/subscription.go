@@ -36,7 +36,7 @@ func subscriptionColumns() []column[*grapnelv1.Subscription] {
 		{head: "URI", value: sub.GetUri},
 		{head: "HEADERS", detail: true, value: func(s sub) string { return pairsText(s.GetHeaders()) }},
 		{head: "LABELS", detail: true, value: func(s sub) string { return pairsText(s.GetLabels()) }},
-		{head: "SIGNER", detail: true, value: func(s sub) string { return bindingText(s.GetSigner()) }},
+		{head: "SIGNERS", detail: true, value: func(s sub) string { return bindingsText(s.GetSigners()) }},
 		{head: "TRANSPORT", detail: true, value: func(s sub) string { return bindingText(s.GetTransport()) }},
 		{head: "ATTEMPT TIMEOUT", detail: true, value: func(s sub) string { return durationText(s.GetAttemptTimeout()) }},
 		{head: "RETRY", detail: true, value: func(s sub) string { return retryText(s.GetRetryPolicy()) }},
@@ -50,6 +50,14 @@ func subscriptionColumns() []column[*grapnelv1.Subscription] {
 		{head: "UID", detail: true, value: sub.GetUid},
 		{head: "ETAG", detail: true, value: sub.GetEtag},
 	}
+}
+
+func bindingsText(all []*grapnelv1.PluginBinding) string {
+	words := make([]string, len(all))
+	for i, b := range all {
+		words[i] = bindingText(b)
+	}
+	return strings.Join(words, "; ")
 }
 
 func bindingText(b *grapnelv1.PluginBinding) string {

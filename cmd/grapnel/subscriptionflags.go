@@ -155,10 +155,17 @@ func (f *subscriptionFlags) bindings(c *cli, parent string, s *grapnelv1.Subscri
 			return nil
 		}
 	}
+	if len(s.Signers) == 0 && (f.signer != "" || f.signerConfig != "" || len(f.secrets) > 0) {
+		s.Signers = []*grapnelv1.PluginBinding{{}}
+	}
+	signer := new(*grapnelv1.PluginBinding)
+	if len(s.Signers) > 0 {
+		signer = &s.Signers[0]
+	}
 	return []field{
-		{"signer", "signer.plugin", func() error { binding(&s.Signer).Plugin = pluginName(f.signer); return nil }},
-		{"signer-config", "signer.config", part("signer-config", f.signerConfig, &s.Signer)},
-		{"secret", "signer.secrets", slots("secret", f.secrets, &s.Signer)},
+		{"signer", "signers", func() error { binding(signer).Plugin = pluginName(f.signer); return nil }},
+		{"signer-config", "signers", part("signer-config", f.signerConfig, signer)},
+		{"secret", "signers", slots("secret", f.secrets, signer)},
 		{"transport", "transport.plugin", func() error { binding(&s.Transport).Plugin = pluginName(f.transport); return nil }},
 		{"transport-config", "transport.config", part("transport-config", f.transportConfig, &s.Transport)},
 		{"transport-secret", "transport.secrets", slots("transport-secret", f.transportSecrets, &s.Transport)},

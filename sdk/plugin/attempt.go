@@ -85,7 +85,7 @@ func (sc *scratch) prepare(t *task, inst *instance) *Request {
 		MessageID: t.content.messageID, Created: time.Unix(0, t.created), Nonce: t.nonce,
 		Method: inst.target.Method, URL: inst.target.URL, Body: t.content.body,
 		AttemptNumber: int(t.number), Traceparent: t.traceparent, MaxResponseBody: t.maxBody,
-		Headers: append(sc.headers[:0], t.content.headers...),
+		Headers: append(sc.headers[:0], t.content.headers...), OwnershipCheck: t.ownership,
 	}
 	if t.uri != "" {
 		r.URL = t.uri
@@ -173,7 +173,7 @@ func (s *server) AttemptOne(ctx context.Context, req *pluginv1.AttemptOneRequest
 			seq: a.GetSeq(), ref: a.GetInstanceRef(), number: a.GetAttemptNumber(),
 			timeout: time.Duration(a.GetTimeoutMs()) * time.Millisecond, created: a.GetCreatedUnixNano(),
 			traceparent: a.GetTraceparent(), signHere: a.GetSignHere(), headers: headersOf(a.GetHeaders()),
-			uri: a.GetUri(), nonce: a.GetNonce(),
+			uri: a.GetUri(), nonce: a.GetNonce(), ownership: a.GetOwnershipCheck(),
 		},
 		content:  content{messageID: c.GetMessageId(), body: c.GetBody(), headers: headersOf(c.GetHeaders())},
 		received: time.Now(), maxBody: int(req.GetMaxResponseBody()),

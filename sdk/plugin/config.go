@@ -74,6 +74,7 @@ func fillSlots(config reflect.Value, slots []slot, in spec) []Problem {
 				Summary: fmt.Sprintf("secret slot %q is empty and required", s.name),
 			})
 		}
+		problems = append(problems, s.readAll(values)...)
 		config.FieldByIndex(s.index).Set(reflect.ValueOf(Secret{values: values}))
 	}
 	return problems

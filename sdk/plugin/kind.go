@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"regexp"
+	"slices"
 
 	pluginv1 "github.com/grapnel/grapnel/proto/grapnel/plugin/v1"
 )
@@ -43,6 +44,10 @@ type kindOptions struct {
 	example any
 	maxBody int
 	check   any
+	formats map[string]SecretFormat
+	// random signers sign the same request differently each time.
+	random    bool
+	ownership bool
 }
 
 // Option adds to a Kind.
@@ -75,6 +80,13 @@ func MaxBody(bytes int) Option { return func(o *kindOptions) { o.maxBody = bytes
 func Check[C any](check func(C, Target) []Problem) Option {
 	return func(o *kindOptions) { o.check = check }
 }
+
+// Nondeterministic says that a signer's algorithm draws randomness, as ECDSA and RSA-PSS do; without it
+// the same request must give the same bytes.
+func Nondeterministic() Option { return func(o *kindOptions) { o.random = true } }
+
+// OwnershipCheck says that a transport knows what to do with a Request whose OwnershipCheck is set.
+func OwnershipCheck() Option { return func(o *kindOptions) { o.ownership = true } }
 
 // Signer offers a signer. C is the config struct; build is called once per instance and generation, also
 // to validate a config, so it does no I/O. A fault in the declaration (a bad id, a field type that has no
@@ -123,6 +135,14 @@ func newKind[C any](id string, signer bool, opts []Option) Kind {
 	var err error
 	if k.schema, k.slots, err = schemaOf[C](); err != nil {
 		k.err = errors.Join(k.err, fmt.Errorf("kind %q: %w", id, err))
+	}
+	for name := range k.options.formats {
+		if !slices.ContainsFunc(k.slots, func(s slot) bool { return s.name == name }) {
+			k.err = errors.Join(k.err, fmt.Errorf("kind %q: option Format names slot %q, which its config does not have", id, name))
+		}
+	}
+	for i := range k.slots {
+		k.slots[i].format = k.options.formats[k.slots[i].name]
 	}
 	if k.options.example != nil {
 		if k.example, err = json.Marshal(k.options.example); err != nil {
@@ -173,16 +193,18 @@ func (k *Kind) describe() (*pluginv1.Kind, error) {
 	for _, s := range k.slots {
 		out.SecretSlots = append(out.SecretSlots, &pluginv1.SecretSlot{
 			Name: s.name, Description: s.doc, Required: s.required, Kinds: s.kinds,
+			Algorithms: s.format.Algorithms, Format: s.format.Doc,
 		})
 	}
 	if k.signer {
 		out.Traits = &pluginv1.Kind_Signer{Signer: &pluginv1.SignerTraits{
-			EmitsHeaders: k.options.emits, Deterministic: true,
+			EmitsHeaders: k.options.emits, Deterministic: !k.options.random,
 		}}
 		return out, nil
 	}
 	out.Traits = &pluginv1.Kind_Transport{Transport: &pluginv1.TransportTraits{
 		UriSchemes: k.options.schemes, MayAddHeaders: k.options.emits, MaxBodyBytes: uint32(k.options.maxBody),
+		OwnershipCheck: k.options.ownership,
 	}}
 	return out, nil
 }

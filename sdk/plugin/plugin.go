@@ -61,6 +61,10 @@ type Request struct {
 	Traceparent string
 	// MaxResponseBody is how much of a response's body the host keeps.
 	MaxResponseBody int
+	// OwnershipCheck asks a transport to find out whether the receiver wants to be delivered to, in the way
+	// its config says, instead of delivering; body and event headers are empty. A 2xx Response says yes, or
+	// that the config asks for no check. Set only for kinds with the option OwnershipCheck.
+	OwnershipCheck bool
 
 	// base is how many headers were there before signers and transport added theirs.
 	base int

@@ -18,6 +18,7 @@ type slot struct {
 	required bool
 	kinds    []string
 	index    []int
+	format   SecretFormat // zero when values may be any text
 }
 
 // schema is one node of a config's shape, read from a Go type. It both prints itself as JSON Schema and

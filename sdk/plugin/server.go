@@ -21,7 +21,7 @@ import (
 )
 
 const (
-	protocolMinor = 1
+	protocolMinor = 2
 	// window is how many attempts the plugin takes at once.
 	window = 1024
 	// batchMax is the most results in one message.
@@ -105,6 +105,9 @@ func newServer(name, version string, kinds []Kind) (*server, error) {
 	}
 	if carries {
 		s.describe.Capabilities = append(s.describe.Capabilities, "attempt.stream", "attempt.unary")
+	}
+	if slices.ContainsFunc(s.describe.Kinds, hasFormats) {
+		s.describe.Capabilities = append(s.describe.Capabilities, "secret.prepare")
 	}
 	if signs {
 		s.describe.Capabilities = append(s.describe.Capabilities, "sign.stream")

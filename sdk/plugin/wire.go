@@ -43,6 +43,7 @@ type attempt struct {
 	headers     []Header
 	uri         string
 	nonce       []byte
+	ownership   bool
 }
 
 // Field numbers of the messages, as in plugin.proto.
@@ -141,6 +142,8 @@ func parseAttempt(b []byte) (attempt, error) {
 			a.uri = text(v)
 		case 11:
 			a.nonce = v[:len(v):len(v)]
+		case 12:
+			a.ownership = x != 0
 		}
 		return nil
 	})

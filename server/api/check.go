@@ -5,6 +5,7 @@ import (
 	"errors"
 	"maps"
 	"slices"
+	"strconv"
 	"strings"
 
 	"google.golang.org/protobuf/proto"
@@ -85,19 +86,19 @@ func (s *Server) defaultTransport(p *grapnelv1.Subscription) {
 // hears everything at once. It reports false when the faults concern what plugins would be asked about.
 func (s *Server) completeBindings(p *grapnelv1.Subscription, faults []Violation) bool {
 	for _, f := range faults {
-		for _, part := range []string{"subscription.uri", "subscription.headers", "subscription.signer", "subscription.transport"} {
+		for _, part := range []string{"subscription.uri", "subscription.headers", "subscription.signers", "subscription.transport"} {
 			if strings.HasPrefix(f.Field, part) {
 				return false
 			}
 		}
 	}
 	bare, err := subscription.New(&grapnelv1.Subscription{
-		Name: p.GetName(), Uri: p.GetUri(), Headers: p.GetHeaders(), Signer: p.GetSigner(), Transport: p.GetTransport(),
+		Name: p.GetName(), Uri: p.GetUri(), Headers: p.GetHeaders(), Signers: p.GetSigners(), Transport: p.GetTransport(),
 	})
 	if err != nil {
 		return false
 	}
-	p.Signer, p.Transport = bare.Proto.GetSigner(), bare.Proto.GetTransport()
+	p.Signers, p.Transport = bare.Proto.GetSigners(), bare.Proto.GetTransport()
 	return true
 }
 
@@ -125,7 +126,9 @@ func (s *Server) missingSecrets(p *grapnelv1.Subscription) []missingSecret {
 			}
 		}
 	}
-	look("subscription.signer", p.GetSigner())
+	for i, b := range p.GetSigners() {
+		look("subscription.signers["+strconv.Itoa(i)+"]", b)
+	}
 	look("subscription.transport", p.GetTransport())
 	return missing
 }
@@ -133,5 +136,7 @@ func (s *Server) missingSecrets(p *grapnelv1.Subscription) []missingSecret {
 // sameTarget reports whether two versions of a subscription look the same to plugins.
 func sameTarget(a, b *grapnelv1.Subscription) bool {
 	return a.GetUri() == b.GetUri() && maps.Equal(a.GetHeaders(), b.GetHeaders()) &&
-		proto.Equal(a.GetSigner(), b.GetSigner()) && proto.Equal(a.GetTransport(), b.GetTransport())
+		slices.EqualFunc(a.GetSigners(), b.GetSigners(), equalBindings) && equalBindings(a.GetTransport(), b.GetTransport())
 }
+
+func equalBindings(a, b *grapnelv1.PluginBinding) bool { return proto.Equal(a, b) }

@@ -123,12 +123,11 @@ func sortDiagnostics(diagnostics []Diagnostic) (faults []Violation, warnings []s
 }
 
 // mapKeys writes the path of a secret's slot as paths into maps are written everywhere else:
-// subscription.signer.secrets["key"].
+// subscription.signers[0].secrets["key"].
 func mapKeys(field string) string {
-	for _, role := range []string{"subscription.signer.secrets.", "subscription.transport.secrets."} {
-		if slot, ok := strings.CutPrefix(field, role); ok {
-			return strings.TrimSuffix(role, ".") + "[" + quote(slot) + "]"
-		}
+	binding, slot, ok := strings.Cut(field, ".secrets.")
+	if !ok {
+		return field
 	}
-	return field
+	return binding + ".secrets[" + quote(slot) + "]"
 }

@@ -176,7 +176,7 @@ func plainSubscription(ns string) *grapnelv1.Subscription {
 	return &grapnelv1.Subscription{
 		Uri:        "https://hooks.example.com/orders",
 		EventTypes: []string{"order.*"},
-		Signer:     &grapnelv1.PluginBinding{Secrets: map[string]string{"key": "namespaces/" + ns + "/secrets/key"}},
+		Signers:    []*grapnelv1.PluginBinding{{Secrets: map[string]string{"key": "namespaces/" + ns + "/secrets/key"}}},
 	}
 }
 

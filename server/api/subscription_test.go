@@ -136,10 +136,10 @@ func testCreateRefusals(t *testing.T, w *world) {
 			name: "rules of the domain and what is missing, at once",
 			change: func(r *grapnelv1.CreateSubscriptionRequest) {
 				r.Subscription.Condition = "event.type =="
-				r.Subscription.Signer = key("namespaces/acme/secrets/nothing")
+				r.Subscription.Signers = []*grapnelv1.PluginBinding{key("namespaces/acme/secrets/nothing")}
 			},
 			code: codes.InvalidArgument, reason: "INVALID_FIELD",
-			fields:  []string{"subscription.condition", `subscription.signer.secrets["key"]`},
+			fields:  []string{"subscription.condition", `subscription.signers[0].secrets["key"]`},
 			message: "namespaces/acme/secrets/nothing does not exist",
 		},
 		{
@@ -154,8 +154,8 @@ func testCreateRefusals(t *testing.T, w *world) {
 		},
 		{
 			name: "a slot that has to be filled, while another plugin is away", err: api.ErrPluginUnavailable,
-			says: []api.Diagnostic{{Field: "subscription.signer.secrets.key", Code: "secret.missing", Summary: "needs a secret"}},
-			code: codes.InvalidArgument, reason: "INVALID_FIELD", fields: []string{`subscription.signer.secrets["key"]`},
+			says: []api.Diagnostic{{Field: "subscription.signers[0].secrets.key", Code: "secret.missing", Summary: "needs a secret"}},
+			code: codes.InvalidArgument, reason: "INVALID_FIELD", fields: []string{`subscription.signers[0].secrets["key"]`},
 		},
 		{
 			name:   "no uri",
@@ -170,31 +170,31 @@ func testCreateRefusals(t *testing.T, w *world) {
 		{
 			name: "another namespace's secret",
 			change: func(r *grapnelv1.CreateSubscriptionRequest) {
-				r.Subscription.Signer = key("namespaces/other/secrets/key")
+				r.Subscription.Signers = []*grapnelv1.PluginBinding{key("namespaces/other/secrets/key")}
 			},
-			code: codes.InvalidArgument, reason: "INVALID_FIELD", fields: []string{`subscription.signer.secrets["key"]`},
+			code: codes.InvalidArgument, reason: "INVALID_FIELD", fields: []string{`subscription.signers[0].secrets["key"]`},
 			message: "belongs to another namespace",
 		},
 		{
 			name: "another namespace's secret that is not there is no different",
 			change: func(r *grapnelv1.CreateSubscriptionRequest) {
-				r.Subscription.Signer = key("namespaces/other/secrets/nothing")
+				r.Subscription.Signers = []*grapnelv1.PluginBinding{key("namespaces/other/secrets/nothing")}
 			},
-			code: codes.InvalidArgument, reason: "INVALID_FIELD", fields: []string{`subscription.signer.secrets["key"]`},
+			code: codes.InvalidArgument, reason: "INVALID_FIELD", fields: []string{`subscription.signers[0].secrets["key"]`},
 			message: "belongs to another namespace",
 		},
 		{
 			name: "a secret in place of its name",
 			change: func(r *grapnelv1.CreateSubscriptionRequest) {
-				r.Subscription.Signer = key("whsec_bXktc2VjcmV0")
+				r.Subscription.Signers = []*grapnelv1.PluginBinding{key("whsec_bXktc2VjcmV0")}
 			},
-			code: codes.InvalidArgument, reason: "INVALID_FIELD", fields: []string{`subscription.signer.secrets["key"]`},
+			code: codes.InvalidArgument, reason: "INVALID_FIELD", fields: []string{`subscription.signers[0].secrets["key"]`},
 			message: "SecretService.CreateSecret",
 		},
 		{
 			name: "a missing secret alone",
 			change: func(r *grapnelv1.CreateSubscriptionRequest) {
-				r.Subscription.Signer = key("namespaces/acme/secrets/nothing")
+				r.Subscription.Signers = []*grapnelv1.PluginBinding{key("namespaces/acme/secrets/nothing")}
 			},
 			code: codes.NotFound, reason: "RESOURCE_NOT_FOUND", message: "namespaces/acme/secrets/nothing",
 		},
@@ -248,7 +248,7 @@ func testCreateRefusals(t *testing.T, w *world) {
 			t.Fatal(err)
 		}
 		sub := plainSubscription("small")
-		sub.Signer = nil
+		sub.Signers = nil
 		req := &grapnelv1.CreateSubscriptionRequest{Parent: "namespaces/small", Subscription: sub}
 		if _, err := w.subscriptions.CreateSubscription(t.Context(), req); err != nil {
 			t.Fatal(err)
@@ -301,7 +301,7 @@ func TestUpdateSubscription(t *testing.T) {
 		t.Errorf("with a mask (-want +got):\n%s", diff)
 	}
 	// "*": all of it, defaults anew.
-	got = must(update(&grapnelv1.Subscription{Uri: "https://b.example.com/", Signer: stored.GetSigner()}, "*"))
+	got = must(update(&grapnelv1.Subscription{Uri: "https://b.example.com/", Signers: stored.GetSigners()}, "*"))
 	if got.GetUri() != "https://b.example.com/" || got.GetMaxInFlight() != 16 || len(got.GetEventTypes()) != 0 || got.GetUid() != stored.GetUid() {
 		t.Errorf("after replacing all = %v", got)
 	}

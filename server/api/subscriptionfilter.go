@@ -29,10 +29,18 @@ func subscriptionFields() []filter.Field[*grapnelv1.Subscription] {
 		{Name: "event_type", Texts: sub.GetEventTypes},
 		{Name: "uri", Text: sub.GetUri},
 		{Name: "labels", Map: sub.GetLabels},
-		{Name: "signer", Text: func(s sub) string { return s.GetSigner().GetPlugin() }, Canonical: fullPluginName},
+		{Name: "signer", Texts: func(s sub) []string { return pluginsOf(s.GetSigners()) }, Canonical: fullPluginName},
 		{Name: "transport", Text: func(s sub) string { return s.GetTransport().GetPlugin() }, Canonical: fullPluginName},
 		{Name: "create_time", Time: func(s sub) time.Time { return s.GetCreateTime().AsTime() }},
 	}
+}
+
+func pluginsOf(bindings []*grapnelv1.PluginBinding) []string {
+	names := make([]string, len(bindings))
+	for i, b := range bindings {
+		names[i] = b.GetPlugin()
+	}
+	return names
 }
 
 // statePrefix begins the value names of State enums.

@@ -31,29 +31,42 @@ type Diagnostic struct {
 // the right shape, are the secret slots filled, and does each plugin agree. An ErrUnavailable says that a
 // plugin that would have to be asked is not running.
 func (h *Host) Check(ctx context.Context, sub *grapnelv1.Subscription) ([]Diagnostic, error) {
-	signer, ds := h.checkBinding(sub, "signer", signerID(sub), sub.GetSigner())
-	transport, more := h.checkBinding(sub, "transport", transportID(&h.kinds, sub), sub.GetTransport())
-	ds = append(ds, more...)
-	if signer != nil && transport != nil {
-		ds = append(ds, headerConflicts(sub, signer, transport)...)
-	}
+	bound, ds := h.boundKinds(sub)
+	ds = append(ds, headerConflicts(sub, bound)...)
 	var errs []error
-	for _, b := range []struct {
-		role string
-		kind *kind
-		pb   *grapnelv1.PluginBinding
-	}{{"signer", signer, sub.GetSigner()}, {"transport", transport, sub.GetTransport()}} {
-		field := "subscription." + b.role
+	for _, b := range bound {
 		if b.kind == nil || slices.ContainsFunc(ds, func(d Diagnostic) bool {
-			return !d.Warning && strings.HasPrefix(d.Field, field)
+			return !d.Warning && strings.HasPrefix(d.Field, b.field)
 		}) {
 			continue // the plugin could only say the same, less clearly
 		}
-		found, err := h.ask(ctx, b.kind, h.instanceOf(sub, b.kind, b.pb), field, b.pb)
+		found, err := h.ask(ctx, b.kind, h.instanceOf(sub, b.kind, b.pb), b.field, b.pb)
 		ds = append(ds, found...)
 		errs = append(errs, err)
 	}
 	return ds, errors.Join(errs...)
+}
+
+// boundKind is a plugin binding of a subscription as it is checked; kind is nil when there is no such plugin.
+type boundKind struct {
+	field string
+	kind  *kind
+	pb    *grapnelv1.PluginBinding
+}
+
+// boundKinds looks up what a subscription's bindings name: signers in order, the transport last.
+func (h *Host) boundKinds(sub *grapnelv1.Subscription) ([]boundKind, []Diagnostic) {
+	var bound []boundKind
+	var ds []Diagnostic
+	add := func(field, role, id string, pb *grapnelv1.PluginBinding) {
+		k, found := h.checkBinding(sub, field, role, id, pb)
+		bound, ds = append(bound, boundKind{field, k, pb}), append(ds, found...)
+	}
+	for i, pb := range signers(sub) {
+		add(fmt.Sprintf("subscription.signers[%d]", i), "signer", signerID(pb), pb)
+	}
+	add("subscription.transport", "transport", transportID(&h.kinds, sub), sub.GetTransport())
+	return bound, ds
 }
 
 // CheckConfig looks at a config alone. Fields of diagnostics begin with "config".
@@ -92,11 +105,10 @@ func (h *Host) missing(id string) error {
 	return fmt.Errorf("%w: plugins/%s", ErrUnknownPlugin, id)
 }
 
-func (h *Host) checkBinding(sub *grapnelv1.Subscription, role, id string, pb *grapnelv1.PluginBinding) (*kind, []Diagnostic) {
-	field := "subscription." + role
+func (h *Host) checkBinding(sub *grapnelv1.Subscription, field, role, id string, pb *grapnelv1.PluginBinding) (*kind, []Diagnostic) {
 	k := h.kinds.get(id)
 	if k == nil {
-		return nil, []Diagnostic{h.noSuchPlugin(sub, role, id, pb)}
+		return nil, []Diagnostic{h.noSuchPlugin(sub, field, role, id, pb)}
 	}
 	if k.signer() != (role == "signer") {
 		is := "transport"
@@ -114,7 +126,7 @@ func (h *Host) checkBinding(sub *grapnelv1.Subscription, role, id string, pb *gr
 	return k, append(ds, checkSlots(sub, k, field+".secrets", pb.GetSecrets())...)
 }
 
-func (h *Host) noSuchPlugin(sub *grapnelv1.Subscription, role, id string, pb *grapnelv1.PluginBinding) Diagnostic {
+func (h *Host) noSuchPlugin(sub *grapnelv1.Subscription, field, role, id string, pb *grapnelv1.PluginBinding) Diagnostic {
 	if role == "transport" && pb.GetPlugin() == "" {
 		scheme := ""
 		if u, err := url.Parse(sub.GetUri()); err == nil {
@@ -123,7 +135,7 @@ func (h *Host) noSuchPlugin(sub *grapnelv1.Subscription, role, id string, pb *gr
 		return Diagnostic{Field: "subscription.uri", Code: "plugin.no_transport", Summary: fmt.Sprintf(
 			"no plugin carries the scheme %q; there are transports for %s", scheme, cmp.Or(strings.Join(h.schemes(), ", "), "none"))}
 	}
-	return Diagnostic{Field: "subscription." + role + ".plugin", Code: "plugin.unknown", Summary: fmt.Sprintf(
+	return Diagnostic{Field: field + ".plugin", Code: "plugin.unknown", Summary: fmt.Sprintf(
 		"there is no plugin plugins/%s; there are %s", id, h.named(role))}
 }
 
@@ -197,20 +209,27 @@ func secretNamespace(name string) (string, bool) {
 	return parts[1], true
 }
 
-// headerConflicts finds headers that two of a subscription's sources would both set.
-func headerConflicts(sub *grapnelv1.Subscription, signer, transport *kind) []Diagnostic {
+// headerConflicts finds headers that two of a request's sources would both set.
+func headerConflicts(sub *grapnelv1.Subscription, bound []boundKind) []Diagnostic {
 	var ds []Diagnostic
-	emits := signer.proto.GetSigner().GetEmitsHeaders()
-	for _, name := range transport.proto.GetTransport().GetMayAddHeaders() {
-		if slices.Contains(emits, name) {
-			ds = append(ds, Diagnostic{Field: "subscription.signer.plugin", Code: "plugin.header_conflict", Summary: fmt.Sprintf(
-				"plugins/%s and plugins/%s both set the header %s; take another signer or transport", signer.id, transport.id, name)})
+	setBy := map[string]boundKind{}
+	for _, b := range bound {
+		for _, name := range b.kind.emits() {
+			other, taken := setBy[name]
+			if !taken {
+				setBy[name] = b
+				continue
+			}
+			ds = append(ds, Diagnostic{Field: b.field + ".plugin", Code: "plugin.header_conflict", Summary: fmt.Sprintf(
+				"plugins/%s sets the header %s, and so does plugins/%s in %s; take another one of the two", b.kind.id, name, other.kind.id, other.field)})
+			break
 		}
 	}
 	for _, name := range sortedKeys(sub.GetHeaders()) {
-		if slices.Contains(emits, strings.ToLower(name)) {
+		// What a transport adds, a subscription may have otherwise.
+		if b, taken := setBy[strings.ToLower(name)]; taken && b.kind.signer() {
 			ds = append(ds, Diagnostic{Field: "subscription.headers." + name, Code: "plugin.header_conflict", Summary: fmt.Sprintf(
-				"the header %s is set by plugins/%s; take it out of headers", strings.ToLower(name), signer.id)})
+				"the header %s is set by plugins/%s; take it out of headers", strings.ToLower(name), b.kind.id)})
 		}
 	}
 	return ds

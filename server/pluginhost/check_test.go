@@ -32,24 +32,24 @@ func TestCheck(t *testing.T) {
 			{Field: "subscription.transport.config.delay", Code: "config.pattern", Summary: `given "5", want a duration such as "1m30s"`}}},
 		"what only the plugin knows": {func(s *grapnelv1.Subscription) { s.Transport.Config = config(t, "delay", "5m") }, []Diagnostic{
 			{Field: "subscription.transport.config.delay", Code: "config.range", Summary: `given 5m, want at most 1m`}}},
-		"unknown plugin": {func(s *grapnelv1.Subscription) { s.Signer.Plugin = "plugins/none" }, []Diagnostic{
-			{Field: "subscription.signer.plugin", Code: "plugin.unknown", Summary: `there is no plugin plugins/none; there are plugins/standard-webhooks`}}},
+		"unknown plugin": {func(s *grapnelv1.Subscription) { s.Signers[0].Plugin = "plugins/none" }, []Diagnostic{
+			{Field: "subscription.signers[0].plugin", Code: "plugin.unknown", Summary: `there is no plugin plugins/none; there are plugins/standard-webhooks`}}},
 		"wrong role": {func(s *grapnelv1.Subscription) { s.Transport.Plugin = "plugins/standard-webhooks" }, []Diagnostic{
 			{Field: "subscription.transport.plugin", Code: "plugin.wrong_role", Summary: `plugins/standard-webhooks is a signer, want a transport, such as plugins/mem`}}},
 		"no transport for the scheme": {func(s *grapnelv1.Subscription) { s.Uri = "gopher://x" }, []Diagnostic{
 			{Field: "subscription.uri", Code: "plugin.no_transport", Summary: `no plugin carries the scheme "gopher"; there are transports for mem`}}},
-		"missing secret": {func(s *grapnelv1.Subscription) { s.Signer.Secrets = nil }, []Diagnostic{
-			{Field: "subscription.signer.secrets.key", Code: "secret.missing", Summary: `plugins/standard-webhooks needs the name of a secret in slot "key" (Signing key)`}}},
-		"unknown slot": {func(s *grapnelv1.Subscription) { s.Signer.Secrets["kee"] = keyName }, []Diagnostic{
-			{Field: "subscription.signer.secrets.kee", Code: "secret.unknown_slot", Summary: `plugins/standard-webhooks has no secret slot "kee"; it has key`}}},
-		"another namespace's secret": {func(s *grapnelv1.Subscription) { s.Signer.Secrets["key"] = "namespaces/other/secrets/key" }, []Diagnostic{
-			{Field: "subscription.signer.secrets.key", Code: "secret.namespace", Summary: `the secret is in namespace "other", want one of the subscription's own, "acme"`}}},
-		"a value for a name": {func(s *grapnelv1.Subscription) { s.Signer.Secrets["key"] = "whsec_canary" }, []Diagnostic{
-			{Field: "subscription.signer.secrets.key", Code: "secret.name", Summary: `want the name of a secret, namespaces/{namespace}/secrets/{secret}, not a value`}}},
-		"a secret in the config": {func(s *grapnelv1.Subscription) { s.Signer.Config = config(t, "mark", "whsec_canary") }, []Diagnostic{
-			{Field: "subscription.signer.config.mark", Code: "config.secret_value", Summary: `the value looks like a secret (it begins with "whsec_"); store it with SecretService.CreateSecret and name it in the binding's secrets`}}},
-		"a secret the plugin refuses": {func(s *grapnelv1.Subscription) { s.Signer.Secrets["key"] = "namespaces/acme/secrets/bad" }, []Diagnostic{
-			{Field: "subscription.signer", Code: "config.rejected", Summary: `the key [redacted] is bad`}}},
+		"missing secret": {func(s *grapnelv1.Subscription) { s.Signers[0].Secrets = nil }, []Diagnostic{
+			{Field: "subscription.signers[0].secrets.key", Code: "secret.missing", Summary: `plugins/standard-webhooks needs the name of a secret in slot "key" (Signing key)`}}},
+		"unknown slot": {func(s *grapnelv1.Subscription) { s.Signers[0].Secrets["kee"] = keyName }, []Diagnostic{
+			{Field: "subscription.signers[0].secrets.kee", Code: "secret.unknown_slot", Summary: `plugins/standard-webhooks has no secret slot "kee"; it has key`}}},
+		"another namespace's secret": {func(s *grapnelv1.Subscription) { s.Signers[0].Secrets["key"] = "namespaces/other/secrets/key" }, []Diagnostic{
+			{Field: "subscription.signers[0].secrets.key", Code: "secret.namespace", Summary: `the secret is in namespace "other", want one of the subscription's own, "acme"`}}},
+		"a value for a name": {func(s *grapnelv1.Subscription) { s.Signers[0].Secrets["key"] = "whsec_canary" }, []Diagnostic{
+			{Field: "subscription.signers[0].secrets.key", Code: "secret.name", Summary: `want the name of a secret, namespaces/{namespace}/secrets/{secret}, not a value`}}},
+		"a secret in the config": {func(s *grapnelv1.Subscription) { s.Signers[0].Config = config(t, "mark", "whsec_canary") }, []Diagnostic{
+			{Field: "subscription.signers[0].config.mark", Code: "config.secret_value", Summary: `the value looks like a secret (it begins with "whsec_"); store it with SecretService.CreateSecret and name it in the binding's secrets`}}},
+		"a secret the plugin refuses": {func(s *grapnelv1.Subscription) { s.Signers[0].Secrets["key"] = "namespaces/acme/secrets/bad" }, []Diagnostic{
+			{Field: "subscription.signers[0]", Code: "config.rejected", Summary: `the key [redacted] is bad`}}},
 		"a static header that the signer sets": {func(s *grapnelv1.Subscription) { s.Headers["Webhook-Signature"] = "x" }, []Diagnostic{
 			{Field: "subscription.headers.Webhook-Signature", Code: "plugin.header_conflict", Summary: `the header webhook-signature is set by plugins/standard-webhooks; take it out of headers`}}},
 	} {
@@ -116,7 +116,7 @@ func TestPluginStatus(t *testing.T) {
 	}
 	p, ok := f.Plugin("mem")
 	in := p.GetInstances()[0]
-	if !ok || p.GetVersion() != "1.0.0" || p.GetProtocolVersion() != "1.1" || p.GetHealth() != grapnelv1.Plugin_HEALTH_SERVING ||
+	if !ok || p.GetVersion() != "1.0.0" || p.GetProtocolVersion() != "1.2" || p.GetHealth() != grapnelv1.Plugin_HEALTH_SERVING ||
 		!p.GetBuiltin() || len(in.GetChecksum()) != 64 || in.GetStartTime() == nil || in.GetP99Latency() == nil ||
 		p.GetConfigSchema().GetFields()["properties"] == nil || p.GetConfigExample() == nil || len(p.GetSecretSlots()) != 1 ||
 		p.GetDescription() == "" || len(p.GetUriSchemes()) != 1 || p.GetRoles()[0] != grapnelv1.Plugin_ROLE_TRANSPORT {

@@ -320,7 +320,7 @@ func newSub(t testing.TB, id byte, config map[string]any) *subscription.Subscrip
 		Proto: &grapnelv1.Subscription{
 			Name: "namespaces/acme/subscriptions/s" + strconv.Itoa(int(id)), Uri: "mem://receiver/path",
 			Headers:   map[string]string{"X-Static": "yes"},
-			Signer:    &grapnelv1.PluginBinding{Secrets: map[string]string{"key": keyName}},
+			Signers:   []*grapnelv1.PluginBinding{{Secrets: map[string]string{"key": keyName}}},
 			Transport: &grapnelv1.PluginBinding{Config: s},
 		},
 		Namespace: "acme", ID: "s" + strconv.Itoa(int(id)), UID: [16]byte{15: id}, Revision: 1,

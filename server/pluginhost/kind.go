@@ -26,6 +26,17 @@ type kind struct {
 
 func (k *kind) signer() bool { return k.proto.GetSigner() != nil }
 
+// emits are the headers that it sets, lower case; none of a nil kind.
+func (k *kind) emits() []string {
+	switch {
+	case k == nil:
+		return nil
+	case k.signer():
+		return k.proto.GetSigner().GetEmitsHeaders()
+	}
+	return k.proto.GetTransport().GetMayAddHeaders()
+}
+
 func newKind(p *process, pk *pluginv1.Kind) (*kind, error) {
 	k := &kind{id: pk.GetId(), proc: p, proto: pk}
 	if !regexp.MustCompile(`^[a-z][a-z0-9-]{0,62}$`).MatchString(k.id) {

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net/url"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -259,6 +260,7 @@ func (h *Host) makePlan(s *planShard, uid [16]byte, m *making, sub *subscription
 // binding is one plugin binding of a subscription, resolved.
 type binding struct {
 	role   string // transport or signer
+	id     string // unique in the subscription
 	kind   *kind
 	conn   *conn
 	config []byte
@@ -272,10 +274,16 @@ func (h *Host) configure(sub *subscription.Subscription) (*plan, error) {
 	if err != nil {
 		return nil, err
 	}
-	signer, err := h.resolve("signer", signerID(sub.Proto), sub.Proto.GetSigner())
-	if err != nil {
-		return nil, err
+	var bindings []*binding
+	for i, pb := range signers(sub.Proto) {
+		signer, err := h.resolve("signer", signerID(pb), pb)
+		if err != nil {
+			return nil, err
+		}
+		signer.id += strconv.Itoa(i)
+		bindings = append(bindings, signer)
 	}
+	bindings = append(bindings, transport)
 	pl := &plan{
 		uid: sub.UID, revision: sub.Revision, transport: transport.conn, uri: sub.Proto.GetUri(),
 		timeout: sub.AttemptTimeout, grace: h.timing.grace,
@@ -284,7 +292,7 @@ func (h *Host) configure(sub *subscription.Subscription) (*plan, error) {
 	if pl.timeout <= 0 {
 		pl.timeout = 15 * time.Second
 	}
-	for _, b := range []*binding{signer, transport} {
+	for _, b := range bindings {
 		ref, err := h.configureOne(pl, sub, b)
 		var refused *refusedError
 		switch {
@@ -317,7 +325,7 @@ func (h *Host) resolve(role, id string, pb *grapnelv1.PluginBinding) (*binding, 
 	if c == nil || (role == "transport" && c.attempts == nil) || (role == "signer" && c.signs == nil) {
 		return nil, fmt.Errorf("%w: %s", ErrUnavailable, id)
 	}
-	b := &binding{role: role, kind: k, conn: c, slots: pb.GetSecrets()}
+	b := &binding{role: role, id: role, kind: k, conn: c, slots: pb.GetSecrets()}
 	if pb.GetConfig() != nil {
 		var err error
 		if b.config, err = pb.GetConfig().MarshalJSON(); err != nil {
@@ -333,7 +341,7 @@ func (e *refusedError) Error() string { return e.why }
 
 func (h *Host) configureOne(pl *plan, sub *subscription.Subscription, b *binding) (uint32, error) {
 	in := &pluginv1.Instance{
-		Id: hex.EncodeToString(sub.UID[:]) + "/" + b.role, Generation: h.generation.Add(1), Ref: b.conn.nextRef(),
+		Id: hex.EncodeToString(sub.UID[:]) + "/" + b.id, Generation: h.generation.Add(1), Ref: b.conn.nextRef(),
 		Kind: b.kind.id, Tenant: sub.Namespace, ConfigJson: b.config, Target: targetOf(sub.Proto),
 		MaxInFlight: uint32(max(0, sub.MaxInFlight)), Secrets: map[string]*pluginv1.SecretVersions{},
 	}
@@ -390,8 +398,16 @@ func targetOf(sub *grapnelv1.Subscription) *pluginv1.Target {
 	return t
 }
 
-func signerID(sub *grapnelv1.Subscription) string {
-	if id := strings.TrimPrefix(sub.GetSigner().GetPlugin(), "plugins/"); id != "" {
+// signers are the subscription's, or the default one.
+func signers(sub *grapnelv1.Subscription) []*grapnelv1.PluginBinding {
+	if len(sub.GetSigners()) == 0 {
+		return []*grapnelv1.PluginBinding{nil}
+	}
+	return sub.GetSigners()
+}
+
+func signerID(pb *grapnelv1.PluginBinding) string {
+	if id := strings.TrimPrefix(pb.GetPlugin(), "plugins/"); id != "" {
 		return id
 	}
 	return defaultSigner

@@ -148,7 +148,7 @@ func TestPluginWithoutTheSDK(t *testing.T) {
 		t.Run(mode, func(t *testing.T) {
 			f := start(t, nil, self("plugin-raw", mode), self("plugin-signer2")).ready(t)
 			sub := newSub(t, 1, nil)
-			sub.Proto.Signer.Plugin = "plugins/other-signer"
+			sub.Proto.Signers[0].Plugin = "plugins/other-signer"
 			s := newSink()
 			jobs := load(f, sub, s, 100)
 			s.wait(t, 100)
@@ -171,7 +171,7 @@ func TestLyingPluginIsRestarted(t *testing.T) {
 		t.Run(mode, func(t *testing.T) {
 			f := start(t, nil, self("plugin-raw", mode), self("plugin-signer2")).ready(t)
 			sub := newSub(t, 1, nil)
-			sub.Proto.Signer.Plugin = "plugins/other-signer"
+			sub.Proto.Signers[0].Plugin = "plugins/other-signer"
 			s := newSink()
 			job := newJob(0, "x")
 			f.Attempt(sub, job, s)

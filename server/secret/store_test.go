@@ -373,8 +373,8 @@ func TestGetListDelete(t *testing.T) {
 
 func subscribe(ctx context.Context, r *subscription.Registry, id, secretID string) error {
 	_, err := r.CreateSubscription(ctx, "acme", id, &grapnelv1.Subscription{
-		Uri:    "https://h/",
-		Signer: &grapnelv1.PluginBinding{Secrets: map[string]string{"key": name(secretID)}},
+		Uri:     "https://h/",
+		Signers: []*grapnelv1.PluginBinding{{Secrets: map[string]string{"key": name(secretID)}}},
 	}, subscription.CreateOptions{})
 	return err
 }

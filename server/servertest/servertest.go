@@ -158,8 +158,8 @@ func (s *Server) Namespace(ns string) string {
 func (s *Server) Subscribe(ns, id, uri string, change func(*grapnelv1.Subscription)) *grapnelv1.Subscription {
 	s.t.Helper()
 	sub := &grapnelv1.Subscription{
-		Uri:    uri,
-		Signer: &grapnelv1.PluginBinding{Secrets: map[string]string{"key": "namespaces/" + ns + "/secrets/key"}},
+		Uri:     uri,
+		Signers: []*grapnelv1.PluginBinding{{Secrets: map[string]string{"key": "namespaces/" + ns + "/secrets/key"}}},
 	}
 	if change != nil {
 		change(sub)

@@ -37,11 +37,13 @@ func defaultSchedule() []time.Duration {
 // fillDefaults stores the defaults in the message, so that a later change of them does not change what
 // exists. Fields that are wrong are left for validation to name.
 func fillDefaults(p *grapnelv1.Subscription) {
-	if p.Signer == nil {
-		p.Signer = &grapnelv1.PluginBinding{}
+	if len(p.Signers) == 0 {
+		p.Signers = []*grapnelv1.PluginBinding{{}}
 	}
-	if p.Signer.Plugin == "" {
-		p.Signer.Plugin = defaultSigner
+	for _, s := range p.Signers {
+		if s.Plugin == "" {
+			s.Plugin = defaultSigner
+		}
 	}
 	if p.Transport == nil {
 		p.Transport = &grapnelv1.PluginBinding{}

@@ -151,7 +151,7 @@ func TestSubscriptionLifecycle(t *testing.T) {
 	}
 
 	updated, err := r.UpdateSubscription(t.Context(), "acme", "orders", made.Proto.Etag, func(p *grapnelv1.Subscription) error {
-		p.MaxInFlight, p.Signer = 4, nil
+		p.MaxInFlight, p.Signers = 4, nil
 		p.Uid, p.State, p.Name = "x", grapnelv1.Subscription_STATE_DISABLED, "y"
 		return nil
 	}, subscription.UpdateOptions{})
@@ -159,7 +159,7 @@ func TestSubscriptionLifecycle(t *testing.T) {
 		t.Fatal(err)
 	}
 	if updated.MaxInFlight != 4 || updated.UID != made.UID || updated.Proto.State != grapnelv1.Subscription_STATE_ACTIVE ||
-		updated.Proto.Name != ordersName || updated.Proto.Signer.GetPlugin() != "plugins/standard-webhooks" || updated.Proto.Etag == made.Proto.Etag {
+		updated.Proto.Name != ordersName || updated.Proto.Signers[0].GetPlugin() != "plugins/standard-webhooks" || updated.Proto.Etag == made.Proto.Etag {
 		t.Errorf("updated to %v", updated.Proto)
 	}
 	var etagErr *subscription.EtagError
@@ -390,10 +390,10 @@ func TestSecretReferences(t *testing.T) {
 	r, _ := registry(t, etcd.Client)
 	withNamespace(t, r, 0)
 	p := valid()
-	p.Signer = &grapnelv1.PluginBinding{Secrets: map[string]string{"key": "namespaces/acme/secrets/k1"}}
+	p.Signers = []*grapnelv1.PluginBinding{{Secrets: map[string]string{"key": "namespaces/acme/secrets/k1"}}}
 	var missing *subscription.NotFoundError
 	if _, err := r.CreateSubscription(t.Context(), "acme", "orders", p, subscription.CreateOptions{}); !errors.As(err, &missing) ||
-		missing.Name != "namespaces/acme/secrets/k1" || missing.Field != `subscription.signer.secrets["key"]` {
+		missing.Name != "namespaces/acme/secrets/k1" || missing.Field != `subscription.signers[0].secrets["key"]` {
 		t.Errorf("absent secret: %v", err)
 	}
 	storeSecret(t, "k1")
@@ -406,7 +406,7 @@ func TestSecretReferences(t *testing.T) {
 		t.Errorf("after create (-want +got):\n%s", diff)
 	}
 	_, err := r.UpdateSubscription(t.Context(), "acme", "orders", "", func(p *grapnelv1.Subscription) error {
-		p.Signer.Secrets["key"] = "namespaces/acme/secrets/k2"
+		p.Signers[0].Secrets["key"] = "namespaces/acme/secrets/k2"
 		return nil
 	}, subscription.UpdateOptions{})
 	if err != nil {
@@ -442,7 +442,7 @@ func TestNamespaceLifecycle(t *testing.T) {
 	}
 	storeSecret(t, "k")
 	p := valid()
-	p.Signer = &grapnelv1.PluginBinding{Secrets: map[string]string{"key": "namespaces/acme/secrets/k"}}
+	p.Signers = []*grapnelv1.PluginBinding{{Secrets: map[string]string{"key": "namespaces/acme/secrets/k"}}}
 	if _, err := r.CreateSubscription(t.Context(), "acme", "orders", p, subscription.CreateOptions{RequestID: uuid.NewString()}); err != nil {
 		t.Fatal(err)
 	}

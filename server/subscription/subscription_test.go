@@ -39,7 +39,7 @@ func TestNewFillsDefaults(t *testing.T) {
 	}
 	want := valid()
 	want.Uid = s.Proto.Uid
-	want.Signer = &grapnelv1.PluginBinding{Plugin: "plugins/standard-webhooks"}
+	want.Signers = []*grapnelv1.PluginBinding{{Plugin: "plugins/standard-webhooks"}}
 	want.Transport = &grapnelv1.PluginBinding{Plugin: "plugins/http"}
 	want.AttemptTimeout = durationpb.New(15 * time.Second)
 	want.MaxInFlight = 16
@@ -141,9 +141,9 @@ func TestNewNamesEveryFault(t *testing.T) {
 			p.RetryPolicy = &grapnelv1.RetryPolicy{InitialBackoff: durationpb.New(time.Hour), MaxBackoff: durationpb.New(time.Minute)}
 		}, [][3]string{{"subscription.retry_policy.initial_backoff", "retry_policy.order", "1h0m0s is longer than max_backoff"}}},
 		{"nan", func(p *sub) { p.MaxRate = math.NaN() }, [][3]string{{"subscription.max_rate", "range", "NaN"}}},
-		{"plugin name", func(p *sub) { p.Signer = &grapnelv1.PluginBinding{Plugin: "plugins/../x"} }, [][3]string{{"subscription.signer.plugin", "plugin.name", "plugins/NAME"}}},
-		{"secret elsewhere", func(p *sub) { p.Signer = secrets("key", "namespaces/other/secrets/k") }, [][3]string{{`subscription.signer.secrets["key"]`, "secrets.namespace", "namespaces/acme/secrets/NAME"}}},
-		{"secret path", func(p *sub) { p.Signer = secrets("key", "namespaces/acme/secrets/../x") }, [][3]string{{`subscription.signer.secrets["key"]`, "secrets.name", "want namespaces/acme"}}},
+		{"plugin name", func(p *sub) { p.Signers = []*grapnelv1.PluginBinding{{Plugin: "plugins/../x"}} }, [][3]string{{"subscription.signers[0].plugin", "plugin.name", "plugins/NAME"}}},
+		{"secret elsewhere", func(p *sub) { p.Signers = []*grapnelv1.PluginBinding{secrets("key", "namespaces/other/secrets/k")} }, [][3]string{{`subscription.signers[0].secrets["key"]`, "secrets.namespace", "namespaces/acme/secrets/NAME"}}},
+		{"secret path", func(p *sub) { p.Signers = []*grapnelv1.PluginBinding{secrets("key", "namespaces/acme/secrets/../x")} }, [][3]string{{`subscription.signers[0].secrets["key"]`, "secrets.name", "want namespaces/acme"}}},
 		{"secret in config", func(p *sub) { p.Transport = config(map[string]any{"a": []any{map[string]any{"b": "-----BEGIN RSA"}}}) }, [][3]string{{"subscription.transport.config.a[0].b", "config.secret", "CreateSecret"}}},
 		{"too big", func(p *sub) { p.Transport = config(map[string]any{"a": strings.Repeat("x", 300<<10)}) }, [][3]string{{"subscription", "size", "at most 262144"}}},
 	}
@@ -173,7 +173,7 @@ func TestViolationsDoNotRepeatSecrets(t *testing.T) {
 	p := valid()
 	p.Uri = "https://user:" + canary + "@h/%zz"
 	p.Headers = map[string]string{"Authorization": canary, "X-S": "whsec_" + canary, "X-N": canary + "\n"}
-	p.Signer = &grapnelv1.PluginBinding{Secrets: map[string]string{"key": "whsec_" + canary}}
+	p.Signers = []*grapnelv1.PluginBinding{{Secrets: map[string]string{"key": "whsec_" + canary}}}
 	_, err := subscription.New(p)
 	if err == nil || strings.Contains(err.Error(), canary) {
 		t.Errorf("got %v", err)
@@ -187,7 +187,7 @@ func TestViolationsDoNotRepeatSecrets(t *testing.T) {
 }
 
 func TestWarnings(t *testing.T) {
-	key := &grapnelv1.PluginBinding{Secrets: map[string]string{"key": "namespaces/acme/secrets/k"}}
+	key := []*grapnelv1.PluginBinding{{Secrets: map[string]string{"key": "namespaces/acme/secrets/k"}}}
 	tests := []struct {
 		name   string
 		change func(*grapnelv1.Subscription)
@@ -197,7 +197,7 @@ func TestWarnings(t *testing.T) {
 		{"plain", func(p *grapnelv1.Subscription) { p.Uri = "http://h/" }, []string{"plain http"}},
 		{"everything", func(p *grapnelv1.Subscription) { p.EventTypes = nil }, []string{"every event"}},
 		{"covered", func(p *grapnelv1.Subscription) { p.EventTypes = []string{"order.*", "order.paid"} }, []string{`"order.paid" is already covered by "order.*"`}},
-		{"unsigned", func(p *grapnelv1.Subscription) { p.Signer = nil }, []string{"no secret"}},
+		{"unsigned", func(p *grapnelv1.Subscription) { p.Signers = nil }, []string{"no secret"}},
 		{"too old", func(p *grapnelv1.Subscription) {
 			p.RetryPolicy = &grapnelv1.RetryPolicy{MaxAge: durationpb.New(time.Hour)}
 		}, []string{"longer than max_age"}},
@@ -209,7 +209,7 @@ func TestWarnings(t *testing.T) {
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
 			p := valid()
-			p.Signer = key
+			p.Signers = key
 			tt.change(p)
 			s, err := subscription.New(p)
 			if err != nil {

@@ -46,7 +46,12 @@ func validate(p *grapnelv1.Subscription, ns string, conds *conditions) (*conditi
 	c.globs("subscription.event_types", p.EventTypes)
 	cond := c.condition("subscription.condition", p.Condition)
 	c.headers("subscription.headers", p.Headers)
-	c.binding("subscription.signer", p.Signer, ns)
+	if len(p.Signers) > 8 {
+		c.add("subscription.signers", "repeated.max_items", "has %d signers; want at most 8", len(p.Signers))
+	}
+	for i, s := range p.Signers {
+		c.binding(fmt.Sprintf("subscription.signers[%d]", i), s, ns)
+	}
 	c.transport(p)
 	c.binding("subscription.transport", p.Transport, ns)
 	c.duration("subscription.attempt_timeout", p.AttemptTimeout, time.Second, time.Minute)

@@ -28,8 +28,10 @@ func Warnings(p *grapnelv1.Subscription) []string {
 			}
 		}
 	}
-	if len(p.GetSigner().GetSecrets()) == 0 && p.GetSigner().GetPlugin() == defaultSigner {
-		warn("signer has no secret: requests go out unsigned, or are refused by the signer; name one in signer.secrets")
+	for i, s := range p.GetSigners() {
+		if len(s.GetSecrets()) == 0 && s.GetPlugin() == defaultSigner {
+			warn("signers[%d] has no secret, and the signer refuses to sign without; name one in signers[%d].secrets", i, i)
+		}
 	}
 	r := p.GetRetryPolicy()
 	if total := span(unroll(r), int(r.GetMaxAttempts())); r.GetMaxAge() != nil && total > r.GetMaxAge().AsDuration() {

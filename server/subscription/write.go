@@ -318,13 +318,14 @@ func sameContent(p, old *grapnelv1.Subscription) bool {
 // secretFields maps the names of secrets that a subscription refers to, to the fields that do.
 func secretFields(p *grapnelv1.Subscription) map[string]string {
 	out := make(map[string]string)
-	for _, b := range []struct {
-		field   string
-		binding *grapnelv1.PluginBinding
-	}{{"subscription.transport", p.Transport}, {"subscription.signer", p.Signer}} {
-		for _, slot := range sortedKeys(b.binding.GetSecrets()) {
-			out[b.binding.Secrets[slot]] = fmt.Sprintf("%s.secrets[%q]", b.field, slot)
+	collect := func(field string, b *grapnelv1.PluginBinding) {
+		for _, slot := range sortedKeys(b.GetSecrets()) {
+			out[b.Secrets[slot]] = fmt.Sprintf("%s.secrets[%q]", field, slot)
 		}
+	}
+	collect("subscription.transport", p.Transport)
+	for i, s := range p.Signers {
+		collect(fmt.Sprintf("subscription.signers[%d]", i), s)
 	}
 	return out
 }

@@ -161,7 +161,11 @@ type Plugin struct {
 	// One per node.
 	Instances []*PluginInstance `protobuf:"bytes,11,rep,name=instances,proto3" json:"instances,omitempty"`
 	// Shipped inside the grapnel binary; still run as a process of its own.
-	Builtin       bool `protobuf:"varint,12,opt,name=builtin,proto3" json:"builtin,omitempty"`
+	Builtin bool `protobuf:"varint,12,opt,name=builtin,proto3" json:"builtin,omitempty"`
+	// What its process calls itself, for example acme/sign; kinds of one process share it.
+	Provider string `protobuf:"bytes,13,opt,name=provider,proto3" json:"provider,omitempty"`
+	// Headers that it sets, lower case.
+	Headers       []string `protobuf:"bytes,14,rep,name=headers,proto3" json:"headers,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -280,6 +284,20 @@ func (x *Plugin) GetBuiltin() bool {
 	return false
 }
 
+func (x *Plugin) GetProvider() string {
+	if x != nil {
+		return x.Provider
+	}
+	return ""
+}
+
+func (x *Plugin) GetHeaders() []string {
+	if x != nil {
+		return x.Headers
+	}
+	return nil
+}
+
 // SecretSlot is a secret a plugin takes.
 type SecretSlot struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -290,7 +308,11 @@ type SecretSlot struct {
 	// Whether a binding must fill it.
 	Required bool `protobuf:"varint,3,opt,name=required,proto3" json:"required,omitempty"`
 	// Kinds it accepts, names of Secret.Kind.
-	Kinds         []string `protobuf:"bytes,4,rep,name=kinds,proto3" json:"kinds,omitempty"`
+	Kinds []string `protobuf:"bytes,4,rep,name=kinds,proto3" json:"kinds,omitempty"`
+	// What SecretService can make for it, the default first. Empty: values must be given.
+	Algorithms []string `protobuf:"bytes,5,rep,name=algorithms,proto3" json:"algorithms,omitempty"`
+	// How a value is written, for people. Empty: any text.
+	Format        string `protobuf:"bytes,6,opt,name=format,proto3" json:"format,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -353,6 +375,20 @@ func (x *SecretSlot) GetKinds() []string {
 	return nil
 }
 
+func (x *SecretSlot) GetAlgorithms() []string {
+	if x != nil {
+		return x.Algorithms
+	}
+	return nil
+}
+
+func (x *SecretSlot) GetFormat() string {
+	if x != nil {
+		return x.Format
+	}
+	return ""
+}
+
 // PluginInstance is a plugin process on a node.
 type PluginInstance struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -371,7 +407,17 @@ type PluginInstance struct {
 	// 99th percentile of call time over the last minute.
 	P99Latency *durationpb.Duration `protobuf:"bytes,7,opt,name=p99_latency,json=p99Latency,proto3" json:"p99_latency,omitempty"`
 	// Calls in flight.
-	InFlight      int32 `protobuf:"varint,8,opt,name=in_flight,json=inFlight,proto3" json:"in_flight,omitempty"`
+	InFlight int32 `protobuf:"varint,8,opt,name=in_flight,json=inFlight,proto3" json:"in_flight,omitempty"`
+	// Median time that passing through the plugin adds to an attempt, over the last minute or so.
+	P50Latency *durationpb.Duration `protobuf:"bytes,9,opt,name=p50_latency,json=p50Latency,proto3" json:"p50_latency,omitempty"`
+	// When the process last ended without being asked to.
+	LastCrashTime *timestamppb.Timestamp `protobuf:"bytes,10,opt,name=last_crash_time,json=lastCrashTime,proto3" json:"last_crash_time,omitempty"`
+	// What it had last written to standard error and output, 20 lines at most, secrets taken out.
+	LastOutput []string `protobuf:"bytes,11,rep,name=last_output,json=lastOutput,proto3" json:"last_output,omitempty"`
+	// Process ID, 0 while it does not run.
+	Pid int32 `protobuf:"varint,12,opt,name=pid,proto3" json:"pid,omitempty"`
+	// Version that this process runs; two are listed for a moment while one replaces the other.
+	Version       string `protobuf:"bytes,13,opt,name=version,proto3" json:"version,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -460,6 +506,41 @@ func (x *PluginInstance) GetInFlight() int32 {
 		return x.InFlight
 	}
 	return 0
+}
+
+func (x *PluginInstance) GetP50Latency() *durationpb.Duration {
+	if x != nil {
+		return x.P50Latency
+	}
+	return nil
+}
+
+func (x *PluginInstance) GetLastCrashTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.LastCrashTime
+	}
+	return nil
+}
+
+func (x *PluginInstance) GetLastOutput() []string {
+	if x != nil {
+		return x.LastOutput
+	}
+	return nil
+}
+
+func (x *PluginInstance) GetPid() int32 {
+	if x != nil {
+		return x.Pid
+	}
+	return 0
+}
+
+func (x *PluginInstance) GetVersion() string {
+	if x != nil {
+		return x.Version
+	}
+	return ""
 }
 
 // ListPluginsRequest asks for a page.
@@ -761,7 +842,7 @@ var File_grapnel_v1_plugin_proto protoreflect.FileDescriptor
 const file_grapnel_v1_plugin_proto_rawDesc = "" +
 	"\n" +
 	"\x17grapnel/v1/plugin.proto\x12\n" +
-	"grapnel.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xbf\x05\n" +
+	"grapnel.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xf5\x05\n" +
 	"\x06Plugin\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12-\n" +
 	"\x05roles\x18\x02 \x03(\x0e2\x17.grapnel.v1.Plugin.RoleR\x05roles\x12\x18\n" +
@@ -776,7 +857,9 @@ const file_grapnel_v1_plugin_proto_rawDesc = "" +
 	"\x06health\x18\n" +
 	" \x01(\x0e2\x19.grapnel.v1.Plugin.HealthR\x06health\x128\n" +
 	"\tinstances\x18\v \x03(\v2\x1a.grapnel.v1.PluginInstanceR\tinstances\x12\x18\n" +
-	"\abuiltin\x18\f \x01(\bR\abuiltin\"A\n" +
+	"\abuiltin\x18\f \x01(\bR\abuiltin\x12\x1a\n" +
+	"\bprovider\x18\r \x01(\tR\bprovider\x12\x18\n" +
+	"\aheaders\x18\x0e \x03(\tR\aheaders\"A\n" +
 	"\x04Role\x12\x14\n" +
 	"\x10ROLE_UNSPECIFIED\x10\x00\x12\x0f\n" +
 	"\vROLE_SIGNER\x10\x01\x12\x12\n" +
@@ -785,13 +868,17 @@ const file_grapnel_v1_plugin_proto_rawDesc = "" +
 	"\x12HEALTH_UNSPECIFIED\x10\x00\x12\x12\n" +
 	"\x0eHEALTH_SERVING\x10\x01\x12\x13\n" +
 	"\x0fHEALTH_DEGRADED\x10\x02\x12\x16\n" +
-	"\x12HEALTH_NOT_SERVING\x10\x03\"\x04\b\x04\x10\x04\"t\n" +
+	"\x12HEALTH_NOT_SERVING\x10\x03\"\x04\b\x04\x10\x04\"\xac\x01\n" +
 	"\n" +
 	"SecretSlot\x12\x12\n" +
 	"\x04slot\x18\x01 \x01(\tR\x04slot\x12 \n" +
 	"\vdescription\x18\x02 \x01(\tR\vdescription\x12\x1a\n" +
 	"\brequired\x18\x03 \x01(\bR\brequired\x12\x14\n" +
-	"\x05kinds\x18\x04 \x03(\tR\x05kinds\"\xcb\x02\n" +
+	"\x05kinds\x18\x04 \x03(\tR\x05kinds\x12\x1e\n" +
+	"\n" +
+	"algorithms\x18\x05 \x03(\tR\n" +
+	"algorithms\x12\x16\n" +
+	"\x06format\x18\x06 \x01(\tR\x06format\"\x98\x04\n" +
 	"\x0ePluginInstance\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\tR\x04node\x121\n" +
 	"\x06health\x18\x02 \x01(\x0e2\x19.grapnel.v1.Plugin.HealthR\x06health\x12\x1a\n" +
@@ -803,7 +890,15 @@ const file_grapnel_v1_plugin_proto_rawDesc = "" +
 	"last_error\x18\x06 \x01(\tR\tlastError\x12:\n" +
 	"\vp99_latency\x18\a \x01(\v2\x19.google.protobuf.DurationR\n" +
 	"p99Latency\x12\x1b\n" +
-	"\tin_flight\x18\b \x01(\x05R\binFlight\"Y\n" +
+	"\tin_flight\x18\b \x01(\x05R\binFlight\x12:\n" +
+	"\vp50_latency\x18\t \x01(\v2\x19.google.protobuf.DurationR\n" +
+	"p50Latency\x12B\n" +
+	"\x0flast_crash_time\x18\n" +
+	" \x01(\v2\x1a.google.protobuf.TimestampR\rlastCrashTime\x12\x1f\n" +
+	"\vlast_output\x18\v \x03(\tR\n" +
+	"lastOutput\x12\x10\n" +
+	"\x03pid\x18\f \x01(\x05R\x03pid\x12\x18\n" +
+	"\aversion\x18\r \x01(\tR\aversion\"Y\n" +
 	"\x12ListPluginsRequest\x12$\n" +
 	"\tpage_size\x18\x01 \x01(\x05B\a\xbaH\x04\x1a\x02(\x00R\bpageSize\x12\x1d\n" +
 	"\n" +
@@ -866,20 +961,22 @@ var file_grapnel_v1_plugin_proto_depIdxs = []int32{
 	1,  // 6: grapnel.v1.PluginInstance.health:type_name -> grapnel.v1.Plugin.Health
 	12, // 7: grapnel.v1.PluginInstance.start_time:type_name -> google.protobuf.Timestamp
 	13, // 8: grapnel.v1.PluginInstance.p99_latency:type_name -> google.protobuf.Duration
-	2,  // 9: grapnel.v1.ListPluginsResponse.plugins:type_name -> grapnel.v1.Plugin
-	2,  // 10: grapnel.v1.GetPluginResponse.plugin:type_name -> grapnel.v1.Plugin
-	11, // 11: grapnel.v1.ValidatePluginConfigRequest.config:type_name -> google.protobuf.Struct
-	5,  // 12: grapnel.v1.PluginService.ListPlugins:input_type -> grapnel.v1.ListPluginsRequest
-	7,  // 13: grapnel.v1.PluginService.GetPlugin:input_type -> grapnel.v1.GetPluginRequest
-	9,  // 14: grapnel.v1.PluginService.ValidatePluginConfig:input_type -> grapnel.v1.ValidatePluginConfigRequest
-	6,  // 15: grapnel.v1.PluginService.ListPlugins:output_type -> grapnel.v1.ListPluginsResponse
-	8,  // 16: grapnel.v1.PluginService.GetPlugin:output_type -> grapnel.v1.GetPluginResponse
-	10, // 17: grapnel.v1.PluginService.ValidatePluginConfig:output_type -> grapnel.v1.ValidatePluginConfigResponse
-	15, // [15:18] is the sub-list for method output_type
-	12, // [12:15] is the sub-list for method input_type
-	12, // [12:12] is the sub-list for extension type_name
-	12, // [12:12] is the sub-list for extension extendee
-	0,  // [0:12] is the sub-list for field type_name
+	13, // 9: grapnel.v1.PluginInstance.p50_latency:type_name -> google.protobuf.Duration
+	12, // 10: grapnel.v1.PluginInstance.last_crash_time:type_name -> google.protobuf.Timestamp
+	2,  // 11: grapnel.v1.ListPluginsResponse.plugins:type_name -> grapnel.v1.Plugin
+	2,  // 12: grapnel.v1.GetPluginResponse.plugin:type_name -> grapnel.v1.Plugin
+	11, // 13: grapnel.v1.ValidatePluginConfigRequest.config:type_name -> google.protobuf.Struct
+	5,  // 14: grapnel.v1.PluginService.ListPlugins:input_type -> grapnel.v1.ListPluginsRequest
+	7,  // 15: grapnel.v1.PluginService.GetPlugin:input_type -> grapnel.v1.GetPluginRequest
+	9,  // 16: grapnel.v1.PluginService.ValidatePluginConfig:input_type -> grapnel.v1.ValidatePluginConfigRequest
+	6,  // 17: grapnel.v1.PluginService.ListPlugins:output_type -> grapnel.v1.ListPluginsResponse
+	8,  // 18: grapnel.v1.PluginService.GetPlugin:output_type -> grapnel.v1.GetPluginResponse
+	10, // 19: grapnel.v1.PluginService.ValidatePluginConfig:output_type -> grapnel.v1.ValidatePluginConfigResponse
+	17, // [17:20] is the sub-list for method output_type
+	14, // [14:17] is the sub-list for method input_type
+	14, // [14:14] is the sub-list for extension type_name
+	14, // [14:14] is the sub-list for extension extendee
+	0,  // [0:14] is the sub-list for field type_name
 }
 
 func init() { file_grapnel_v1_plugin_proto_init() }

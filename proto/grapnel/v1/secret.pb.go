@@ -95,7 +95,12 @@ type Secret struct {
 	// When it was made.
 	CreateTime *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=create_time,json=createTime,proto3" json:"create_time,omitempty"`
 	// Strong validator.
-	Etag          string `protobuf:"bytes,6,opt,name=etag,proto3" json:"etag,omitempty"`
+	Etag string `protobuf:"bytes,6,opt,name=etag,proto3" json:"etag,omitempty"`
+	// Plugin whose keys these are, plugins/{plugin}: it makes, checks and reads the values. Empty: kind says
+	// what they are. Immutable.
+	Plugin string `protobuf:"bytes,7,opt,name=plugin,proto3" json:"plugin,omitempty"`
+	// The plugin's secret slot that the values are for. Immutable.
+	Slot          string `protobuf:"bytes,8,opt,name=slot,proto3" json:"slot,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -172,6 +177,20 @@ func (x *Secret) GetEtag() string {
 	return ""
 }
 
+func (x *Secret) GetPlugin() string {
+	if x != nil {
+		return x.Plugin
+	}
+	return ""
+}
+
+func (x *Secret) GetSlot() string {
+	if x != nil {
+		return x.Slot
+	}
+	return ""
+}
+
 // SecretVersion is the metadata of one version.
 type SecretVersion struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -183,7 +202,15 @@ type SecretVersion struct {
 	// When it was made.
 	CreateTime *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=create_time,json=createTime,proto3" json:"create_time,omitempty"`
 	// Unset for the newest; after this it is erased.
-	ExpireTime    *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=expire_time,json=expireTime,proto3" json:"expire_time,omitempty"`
+	ExpireTime *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=expire_time,json=expireTime,proto3" json:"expire_time,omitempty"`
+	// What the key is for, as its plugin names it: hmac-sha256, ed25519, rsa-pss-sha512. Empty without one.
+	Algorithm string `protobuf:"bytes,5,opt,name=algorithm,proto3" json:"algorithm,omitempty"`
+	// Public half in the form that receivers of the scheme take: whpk_..., or PEM. Empty for a shared key.
+	PublicKey string `protobuf:"bytes,6,opt,name=public_key,json=publicKey,proto3" json:"public_key,omitempty"`
+	// Public half as a JSON Web Key (RFC 7517), as the admin listener publishes it. Empty for a shared key.
+	Jwk string `protobuf:"bytes,7,opt,name=jwk,proto3" json:"jwk,omitempty"`
+	// What signatures call this key: kid, keyid. Empty where a scheme has no such thing.
+	KeyId         string `protobuf:"bytes,8,opt,name=key_id,json=keyId,proto3" json:"key_id,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -246,6 +273,34 @@ func (x *SecretVersion) GetExpireTime() *timestamppb.Timestamp {
 	return nil
 }
 
+func (x *SecretVersion) GetAlgorithm() string {
+	if x != nil {
+		return x.Algorithm
+	}
+	return ""
+}
+
+func (x *SecretVersion) GetPublicKey() string {
+	if x != nil {
+		return x.PublicKey
+	}
+	return ""
+}
+
+func (x *SecretVersion) GetJwk() string {
+	if x != nil {
+		return x.Jwk
+	}
+	return ""
+}
+
+func (x *SecretVersion) GetKeyId() string {
+	if x != nil {
+		return x.KeyId
+	}
+	return ""
+}
+
 // CreateSecretRequest carries the value.
 type CreateSecretRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -256,7 +311,14 @@ type CreateSecretRequest struct {
 	// Kind of value.
 	Kind Secret_Kind `protobuf:"varint,3,opt,name=kind,proto3,enum=grapnel.v1.Secret_Kind" json:"kind,omitempty"`
 	// Write only. Empty makes a random one, except for OPAQUE.
-	Value         string `protobuf:"bytes,4,opt,name=value,proto3" json:"value,omitempty"`
+	Value string `protobuf:"bytes,4,opt,name=value,proto3" json:"value,omitempty"`
+	// Plugin whose key it is to be, plugins/{plugin}; then kind is empty or KIND_OPAQUE. With an empty value
+	// the plugin makes one, where its scheme allows that.
+	Plugin string `protobuf:"bytes,5,opt,name=plugin,proto3" json:"plugin,omitempty"`
+	// Secret slot of the plugin. Empty: its only one, or the only one it requires.
+	Slot string `protobuf:"bytes,6,opt,name=slot,proto3" json:"slot,omitempty"`
+	// What to make: one of the slot's algorithms; empty means the first. Ignored with a value.
+	Algorithm     string `protobuf:"bytes,7,opt,name=algorithm,proto3" json:"algorithm,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -315,6 +377,27 @@ func (x *CreateSecretRequest) GetKind() Secret_Kind {
 func (x *CreateSecretRequest) GetValue() string {
 	if x != nil {
 		return x.Value
+	}
+	return ""
+}
+
+func (x *CreateSecretRequest) GetPlugin() string {
+	if x != nil {
+		return x.Plugin
+	}
+	return ""
+}
+
+func (x *CreateSecretRequest) GetSlot() string {
+	if x != nil {
+		return x.Slot
+	}
+	return ""
+}
+
+func (x *CreateSecretRequest) GetAlgorithm() string {
+	if x != nil {
+		return x.Algorithm
 	}
 	return ""
 }
@@ -595,7 +678,9 @@ type RotateSecretRequest struct {
 	// How long the old version stays in use, 0s to 7 days, default 24h.
 	Overlap *durationpb.Duration `protobuf:"bytes,3,opt,name=overlap,proto3" json:"overlap,omitempty"`
 	// When set, must be current; makes a retry safe.
-	Etag          string `protobuf:"bytes,4,opt,name=etag,proto3" json:"etag,omitempty"`
+	Etag string `protobuf:"bytes,4,opt,name=etag,proto3" json:"etag,omitempty"`
+	// As in CreateSecretRequest; empty keeps the algorithm of the newest version.
+	Algorithm     string `protobuf:"bytes,5,opt,name=algorithm,proto3" json:"algorithm,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -654,6 +739,13 @@ func (x *RotateSecretRequest) GetOverlap() *durationpb.Duration {
 func (x *RotateSecretRequest) GetEtag() string {
 	if x != nil {
 		return x.Etag
+	}
+	return ""
+}
+
+func (x *RotateSecretRequest) GetAlgorithm() string {
+	if x != nil {
+		return x.Algorithm
 	}
 	return ""
 }
@@ -819,7 +911,7 @@ var File_grapnel_v1_secret_proto protoreflect.FileDescriptor
 const file_grapnel_v1_secret_proto_rawDesc = "" +
 	"\n" +
 	"\x17grapnel/v1/secret.proto\x12\n" +
-	"grapnel.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xc2\x02\n" +
+	"grapnel.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xee\x02\n" +
 	"\x06Secret\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12+\n" +
 	"\x04kind\x18\x02 \x01(\x0e2\x17.grapnel.v1.Secret.KindR\x04kind\x125\n" +
@@ -828,26 +920,37 @@ const file_grapnel_v1_secret_proto_rawDesc = "" +
 	"publicKeys\x12;\n" +
 	"\vcreate_time\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\n" +
 	"createTime\x12\x12\n" +
-	"\x04etag\x18\x06 \x01(\tR\x04etag\"N\n" +
+	"\x04etag\x18\x06 \x01(\tR\x04etag\x12\x16\n" +
+	"\x06plugin\x18\a \x01(\tR\x06plugin\x12\x12\n" +
+	"\x04slot\x18\b \x01(\tR\x04slot\"N\n" +
 	"\x04Kind\x12\x14\n" +
 	"\x10KIND_UNSPECIFIED\x10\x00\x12\x0f\n" +
 	"\vKIND_OPAQUE\x10\x01\x12\r\n" +
 	"\tKIND_HMAC\x10\x02\x12\x10\n" +
-	"\fKIND_ED25519\x10\x03\"\xc5\x01\n" +
+	"\fKIND_ED25519\x10\x03\"\xab\x02\n" +
 	"\rSecretVersion\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\x05R\aversion\x12 \n" +
 	"\vfingerprint\x18\x02 \x01(\tR\vfingerprint\x12;\n" +
 	"\vcreate_time\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\n" +
 	"createTime\x12;\n" +
 	"\vexpire_time\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\n" +
-	"expireTime\"\xa3\x03\n" +
+	"expireTime\x12\x1c\n" +
+	"\talgorithm\x18\x05 \x01(\tR\talgorithm\x12\x1d\n" +
+	"\n" +
+	"public_key\x18\x06 \x01(\tR\tpublicKey\x12\x10\n" +
+	"\x03jwk\x18\a \x01(\tR\x03jwk\x12\x15\n" +
+	"\x06key_id\x18\b \x01(\tR\x05keyId\"\xe4\x04\n" +
 	"\x13CreateSecretRequest\x12\x81\x01\n" +
 	"\x06parent\x18\x01 \x01(\tBi\xbaHf\xba\x01c\n" +
 	"\x0enamespace_name\x12\x1emust look like namespaces/NAME\x1a1this.matches('^namespaces/[a-z][a-z0-9-]{0,62}$')R\x06parent\x12\xac\x01\n" +
 	"\tsecret_id\x18\x02 \x01(\tB\x8e\x01\xbaH\x8a\x01\xba\x01\x86\x01\n" +
 	"\vresource_id\x12Omust be 1 to 63 lower-case letters, digits and hyphens, and begin with a letter\x1a&this.matches('^[a-z][a-z0-9-]{0,62}$')R\bsecretId\x125\n" +
 	"\x04kind\x18\x03 \x01(\x0e2\x17.grapnel.v1.Secret.KindB\b\xbaH\x05\x82\x01\x02\x10\x01R\x04kind\x12\"\n" +
-	"\x05value\x18\x04 \x01(\tB\f\xbaH\x06r\x04(\x80\x80\x04\x80\x01\x01R\x05value\"p\n" +
+	"\x05value\x18\x04 \x01(\tB\f\xbaH\x06r\x04(\x80\x80\x04\x80\x01\x01R\x05value\x12{\n" +
+	"\x06plugin\x18\x05 \x01(\tBc\xbaH`\xba\x01]\n" +
+	"\vplugin_name\x12\x1bmust look like plugins/NAME\x1a1this.matches('^(plugins/[a-z][a-z0-9-]{0,62})?$')R\x06plugin\x12\x1b\n" +
+	"\x04slot\x18\x06 \x01(\tB\a\xbaH\x04r\x02\x18?R\x04slot\x12%\n" +
+	"\talgorithm\x18\a \x01(\tB\a\xbaH\x04r\x02\x18?R\talgorithm\"p\n" +
 	"\x14CreateSecretResponse\x12*\n" +
 	"\x06secret\x18\x01 \x01(\v2\x12.grapnel.v1.SecretR\x06secret\x12,\n" +
 	"\x0fgenerated_value\x18\x02 \x01(\tB\x03\x80\x01\x01R\x0egeneratedValue\"\xbc\x01\n" +
@@ -864,13 +967,14 @@ const file_grapnel_v1_secret_proto_rawDesc = "" +
 	"page_token\x18\x03 \x01(\tR\tpageToken\"k\n" +
 	"\x13ListSecretsResponse\x12,\n" +
 	"\asecrets\x18\x01 \x03(\v2\x12.grapnel.v1.SecretR\asecrets\x12&\n" +
-	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\xbc\x02\n" +
+	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\xe3\x02\n" +
 	"\x13RotateSecretRequest\x12\xa7\x01\n" +
 	"\x04name\x18\x01 \x01(\tB\x92\x01\xbaH\x8e\x01\xba\x01\x8a\x01\n" +
 	"\vsecret_name\x12+must look like namespaces/NAME/secrets/NAME\x1aNthis.matches('^namespaces/[a-z][a-z0-9-]{0,62}/secrets/[a-z][a-z0-9-]{0,62}$')R\x04name\x12\"\n" +
 	"\x05value\x18\x02 \x01(\tB\f\xbaH\x06r\x04(\x80\x80\x04\x80\x01\x01R\x05value\x12C\n" +
 	"\aoverlap\x18\x03 \x01(\v2\x19.google.protobuf.DurationB\x0e\xbaH\v\xaa\x01\b\"\x04\b\x80\xf5$2\x00R\aoverlap\x12\x12\n" +
-	"\x04etag\x18\x04 \x01(\tR\x04etag\"p\n" +
+	"\x04etag\x18\x04 \x01(\tR\x04etag\x12%\n" +
+	"\talgorithm\x18\x05 \x01(\tB\a\xbaH\x04r\x02\x18?R\talgorithm\"p\n" +
 	"\x14RotateSecretResponse\x12*\n" +
 	"\x06secret\x18\x01 \x01(\v2\x12.grapnel.v1.SecretR\x06secret\x12,\n" +
 	"\x0fgenerated_value\x18\x02 \x01(\tB\x03\x80\x01\x01R\x0egeneratedValue\"\xf8\x01\n" +

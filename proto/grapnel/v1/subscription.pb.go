@@ -82,6 +82,117 @@ func (Subscription_State) EnumDescriptor() ([]byte, []int) {
 	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{0, 0}
 }
 
+// Format is the form of the body.
+type PayloadShape_Format int32
+
+const (
+	// Read as RAW.
+	PayloadShape_FORMAT_UNSPECIFIED PayloadShape_Format = 0
+	// The payload as published, attributes as CloudEvents binary-mode headers.
+	PayloadShape_FORMAT_RAW PayloadShape_Format = 1
+	// JSON {"type", "timestamp", "data"} as Standard Webhooks advises; a payload that is not JSON is
+	// base64 in "data_base64". Attributes also as CloudEvents headers.
+	PayloadShape_FORMAT_STANDARD_WEBHOOKS PayloadShape_Format = 2
+	// A CloudEvent in structured mode, application/cloudevents+json, without CloudEvents headers.
+	PayloadShape_FORMAT_CLOUDEVENTS PayloadShape_Format = 3
+)
+
+// Enum value maps for PayloadShape_Format.
+var (
+	PayloadShape_Format_name = map[int32]string{
+		0: "FORMAT_UNSPECIFIED",
+		1: "FORMAT_RAW",
+		2: "FORMAT_STANDARD_WEBHOOKS",
+		3: "FORMAT_CLOUDEVENTS",
+	}
+	PayloadShape_Format_value = map[string]int32{
+		"FORMAT_UNSPECIFIED":       0,
+		"FORMAT_RAW":               1,
+		"FORMAT_STANDARD_WEBHOOKS": 2,
+		"FORMAT_CLOUDEVENTS":       3,
+	}
+)
+
+func (x PayloadShape_Format) Enum() *PayloadShape_Format {
+	p := new(PayloadShape_Format)
+	*p = x
+	return p
+}
+
+func (x PayloadShape_Format) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (PayloadShape_Format) Descriptor() protoreflect.EnumDescriptor {
+	return file_grapnel_v1_subscription_proto_enumTypes[1].Descriptor()
+}
+
+func (PayloadShape_Format) Type() protoreflect.EnumType {
+	return &file_grapnel_v1_subscription_proto_enumTypes[1]
+}
+
+func (x PayloadShape_Format) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use PayloadShape_Format.Descriptor instead.
+func (PayloadShape_Format) EnumDescriptor() ([]byte, []int) {
+	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{1, 0}
+}
+
+// Compression is the body's content coding.
+type PayloadShape_Compression int32
+
+const (
+	// Read as NONE.
+	PayloadShape_COMPRESSION_UNSPECIFIED PayloadShape_Compression = 0
+	// No content coding.
+	PayloadShape_COMPRESSION_NONE PayloadShape_Compression = 1
+	// Content-Encoding: gzip. Signatures cover the compressed bytes.
+	PayloadShape_COMPRESSION_GZIP PayloadShape_Compression = 2
+)
+
+// Enum value maps for PayloadShape_Compression.
+var (
+	PayloadShape_Compression_name = map[int32]string{
+		0: "COMPRESSION_UNSPECIFIED",
+		1: "COMPRESSION_NONE",
+		2: "COMPRESSION_GZIP",
+	}
+	PayloadShape_Compression_value = map[string]int32{
+		"COMPRESSION_UNSPECIFIED": 0,
+		"COMPRESSION_NONE":        1,
+		"COMPRESSION_GZIP":        2,
+	}
+)
+
+func (x PayloadShape_Compression) Enum() *PayloadShape_Compression {
+	p := new(PayloadShape_Compression)
+	*p = x
+	return p
+}
+
+func (x PayloadShape_Compression) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (PayloadShape_Compression) Descriptor() protoreflect.EnumDescriptor {
+	return file_grapnel_v1_subscription_proto_enumTypes[2].Descriptor()
+}
+
+func (PayloadShape_Compression) Type() protoreflect.EnumType {
+	return &file_grapnel_v1_subscription_proto_enumTypes[2]
+}
+
+func (x PayloadShape_Compression) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use PayloadShape_Compression.Descriptor instead.
+func (PayloadShape_Compression) EnumDescriptor() ([]byte, []int) {
+	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{1, 1}
+}
+
 // Subscription routes matching events of a namespace to one target.
 type Subscription struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -101,8 +212,9 @@ type Subscription struct {
 	Condition string `protobuf:"bytes,7,opt,name=condition,proto3" json:"condition,omitempty"`
 	// Static headers added to each request; at most 32. Not for secrets.
 	Headers map[string]string `protobuf:"bytes,8,rep,name=headers,proto3" json:"headers,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
-	// How requests are signed. Empty plugin means plugins/standard-webhooks.
-	Signer *PluginBinding `protobuf:"bytes,9,opt,name=signer,proto3" json:"signer,omitempty"`
+	// Who signs requests, in this order; no two may set the same header. Empty means
+	// plugins/standard-webhooks; plugins/none leaves requests unsigned.
+	Signers []*PluginBinding `protobuf:"bytes,9,rep,name=signers,proto3" json:"signers,omitempty"`
 	// How requests travel. Empty plugin means the default for the URI scheme.
 	Transport *PluginBinding `protobuf:"bytes,10,opt,name=transport,proto3" json:"transport,omitempty"`
 	// Longest time one attempt may take. 1s to 60s, default 15s.
@@ -124,7 +236,9 @@ type Subscription struct {
 	// Output only: last change by a caller.
 	UpdateTime *timestamppb.Timestamp `protobuf:"bytes,20,opt,name=update_time,json=updateTime,proto3" json:"update_time,omitempty"`
 	// Strong validator of the stored value; see UpdateSubscription.
-	Etag          string `protobuf:"bytes,21,opt,name=etag,proto3" json:"etag,omitempty"`
+	Etag string `protobuf:"bytes,21,opt,name=etag,proto3" json:"etag,omitempty"`
+	// What the body of a request is made of. Unset means the event's payload, byte for byte.
+	PayloadShape  *PayloadShape `protobuf:"bytes,22,opt,name=payload_shape,json=payloadShape,proto3" json:"payload_shape,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -215,9 +329,9 @@ func (x *Subscription) GetHeaders() map[string]string {
 	return nil
 }
 
-func (x *Subscription) GetSigner() *PluginBinding {
+func (x *Subscription) GetSigners() []*PluginBinding {
 	if x != nil {
-		return x.Signer
+		return x.Signers
 	}
 	return nil
 }
@@ -299,6 +413,78 @@ func (x *Subscription) GetEtag() string {
 	return ""
 }
 
+func (x *Subscription) GetPayloadShape() *PayloadShape {
+	if x != nil {
+		return x.PayloadShape
+	}
+	return nil
+}
+
+// PayloadShape says what the body of a request is made of. The body is made once for each event and is the
+// same on every attempt; signatures cover its bytes as sent.
+type PayloadShape struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Form of the body.
+	Format PayloadShape_Format `protobuf:"varint,1,opt,name=format,proto3,enum=grapnel.v1.PayloadShape_Format" json:"format,omitempty"`
+	// Content coding of the body.
+	Compression PayloadShape_Compression `protobuf:"varint,2,opt,name=compression,proto3,enum=grapnel.v1.PayloadShape_Compression" json:"compression,omitempty"`
+	// Media type to send instead of the event's; only with FORMAT_RAW. At most 128 characters.
+	ContentType   string `protobuf:"bytes,3,opt,name=content_type,json=contentType,proto3" json:"content_type,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PayloadShape) Reset() {
+	*x = PayloadShape{}
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PayloadShape) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PayloadShape) ProtoMessage() {}
+
+func (x *PayloadShape) ProtoReflect() protoreflect.Message {
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PayloadShape.ProtoReflect.Descriptor instead.
+func (*PayloadShape) Descriptor() ([]byte, []int) {
+	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{1}
+}
+
+func (x *PayloadShape) GetFormat() PayloadShape_Format {
+	if x != nil {
+		return x.Format
+	}
+	return PayloadShape_FORMAT_UNSPECIFIED
+}
+
+func (x *PayloadShape) GetCompression() PayloadShape_Compression {
+	if x != nil {
+		return x.Compression
+	}
+	return PayloadShape_COMPRESSION_UNSPECIFIED
+}
+
+func (x *PayloadShape) GetContentType() string {
+	if x != nil {
+		return x.ContentType
+	}
+	return ""
+}
+
 // RetryPolicy says when a failed attempt is repeated. The default is the schedule that Standard
 // Webhooks advises: at once, then after 5s, 5m, 30m, 2h, 5h, 10h, 14h, 20h and 24h. With any of the
 // backoff fields set it is delay(n) = min(max_backoff, initial_backoff * multiplier^(n-1)) instead.
@@ -327,7 +513,7 @@ type RetryPolicy struct {
 
 func (x *RetryPolicy) Reset() {
 	*x = RetryPolicy{}
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[1]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[2]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -339,7 +525,7 @@ func (x *RetryPolicy) String() string {
 func (*RetryPolicy) ProtoMessage() {}
 
 func (x *RetryPolicy) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[1]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[2]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -352,7 +538,7 @@ func (x *RetryPolicy) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RetryPolicy.ProtoReflect.Descriptor instead.
 func (*RetryPolicy) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{1}
+	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{2}
 }
 
 func (x *RetryPolicy) GetMaxAttempts() int32 {
@@ -417,7 +603,7 @@ type FailurePolicy struct {
 
 func (x *FailurePolicy) Reset() {
 	*x = FailurePolicy{}
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[2]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -429,7 +615,7 @@ func (x *FailurePolicy) String() string {
 func (*FailurePolicy) ProtoMessage() {}
 
 func (x *FailurePolicy) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[2]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -442,7 +628,7 @@ func (x *FailurePolicy) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FailurePolicy.ProtoReflect.Descriptor instead.
 func (*FailurePolicy) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{2}
+	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *FailurePolicy) GetDisableAfter() *durationpb.Duration {
@@ -478,7 +664,7 @@ type CreateSubscriptionRequest struct {
 
 func (x *CreateSubscriptionRequest) Reset() {
 	*x = CreateSubscriptionRequest{}
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[3]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -490,7 +676,7 @@ func (x *CreateSubscriptionRequest) String() string {
 func (*CreateSubscriptionRequest) ProtoMessage() {}
 
 func (x *CreateSubscriptionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[3]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -503,7 +689,7 @@ func (x *CreateSubscriptionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateSubscriptionRequest.ProtoReflect.Descriptor instead.
 func (*CreateSubscriptionRequest) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{3}
+	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *CreateSubscriptionRequest) GetParent() string {
@@ -554,7 +740,7 @@ type CreateSubscriptionResponse struct {
 
 func (x *CreateSubscriptionResponse) Reset() {
 	*x = CreateSubscriptionResponse{}
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[4]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -566,7 +752,7 @@ func (x *CreateSubscriptionResponse) String() string {
 func (*CreateSubscriptionResponse) ProtoMessage() {}
 
 func (x *CreateSubscriptionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[4]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -579,7 +765,7 @@ func (x *CreateSubscriptionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateSubscriptionResponse.ProtoReflect.Descriptor instead.
 func (*CreateSubscriptionResponse) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{4}
+	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *CreateSubscriptionResponse) GetSubscription() *Subscription {
@@ -607,7 +793,7 @@ type GetSubscriptionRequest struct {
 
 func (x *GetSubscriptionRequest) Reset() {
 	*x = GetSubscriptionRequest{}
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[5]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -619,7 +805,7 @@ func (x *GetSubscriptionRequest) String() string {
 func (*GetSubscriptionRequest) ProtoMessage() {}
 
 func (x *GetSubscriptionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[5]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -632,7 +818,7 @@ func (x *GetSubscriptionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetSubscriptionRequest.ProtoReflect.Descriptor instead.
 func (*GetSubscriptionRequest) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{5}
+	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *GetSubscriptionRequest) GetName() string {
@@ -653,7 +839,7 @@ type GetSubscriptionResponse struct {
 
 func (x *GetSubscriptionResponse) Reset() {
 	*x = GetSubscriptionResponse{}
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[6]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -665,7 +851,7 @@ func (x *GetSubscriptionResponse) String() string {
 func (*GetSubscriptionResponse) ProtoMessage() {}
 
 func (x *GetSubscriptionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[6]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -678,7 +864,7 @@ func (x *GetSubscriptionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetSubscriptionResponse.ProtoReflect.Descriptor instead.
 func (*GetSubscriptionResponse) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{6}
+	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *GetSubscriptionResponse) GetSubscription() *Subscription {
@@ -698,7 +884,7 @@ type ListSubscriptionsRequest struct {
 	// From the previous page's next_page_token; the other fields must not change.
 	PageToken string `protobuf:"bytes,3,opt,name=page_token,json=pageToken,proto3" json:"page_token,omitempty"`
 	// Filter over: state, event_type (one of event_types as written, order.* for all that begin with
-	// order.), uri, labels.KEY, signer, transport, create_time.
+	// order.), uri, labels.KEY, signer (one of signers), transport, create_time.
 	Filter        string `protobuf:"bytes,4,opt,name=filter,proto3" json:"filter,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -706,7 +892,7 @@ type ListSubscriptionsRequest struct {
 
 func (x *ListSubscriptionsRequest) Reset() {
 	*x = ListSubscriptionsRequest{}
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[7]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -718,7 +904,7 @@ func (x *ListSubscriptionsRequest) String() string {
 func (*ListSubscriptionsRequest) ProtoMessage() {}
 
 func (x *ListSubscriptionsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[7]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -731,7 +917,7 @@ func (x *ListSubscriptionsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSubscriptionsRequest.ProtoReflect.Descriptor instead.
 func (*ListSubscriptionsRequest) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{7}
+	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *ListSubscriptionsRequest) GetParent() string {
@@ -775,7 +961,7 @@ type ListSubscriptionsResponse struct {
 
 func (x *ListSubscriptionsResponse) Reset() {
 	*x = ListSubscriptionsResponse{}
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[8]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -787,7 +973,7 @@ func (x *ListSubscriptionsResponse) String() string {
 func (*ListSubscriptionsResponse) ProtoMessage() {}
 
 func (x *ListSubscriptionsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[8]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -800,7 +986,7 @@ func (x *ListSubscriptionsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSubscriptionsResponse.ProtoReflect.Descriptor instead.
 func (*ListSubscriptionsResponse) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{8}
+	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *ListSubscriptionsResponse) GetSubscriptions() []*Subscription {
@@ -834,7 +1020,7 @@ type UpdateSubscriptionRequest struct {
 
 func (x *UpdateSubscriptionRequest) Reset() {
 	*x = UpdateSubscriptionRequest{}
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[9]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -846,7 +1032,7 @@ func (x *UpdateSubscriptionRequest) String() string {
 func (*UpdateSubscriptionRequest) ProtoMessage() {}
 
 func (x *UpdateSubscriptionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[9]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -859,7 +1045,7 @@ func (x *UpdateSubscriptionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateSubscriptionRequest.ProtoReflect.Descriptor instead.
 func (*UpdateSubscriptionRequest) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{9}
+	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *UpdateSubscriptionRequest) GetSubscription() *Subscription {
@@ -903,7 +1089,7 @@ type UpdateSubscriptionResponse struct {
 
 func (x *UpdateSubscriptionResponse) Reset() {
 	*x = UpdateSubscriptionResponse{}
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[10]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -915,7 +1101,7 @@ func (x *UpdateSubscriptionResponse) String() string {
 func (*UpdateSubscriptionResponse) ProtoMessage() {}
 
 func (x *UpdateSubscriptionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[10]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -928,7 +1114,7 @@ func (x *UpdateSubscriptionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateSubscriptionResponse.ProtoReflect.Descriptor instead.
 func (*UpdateSubscriptionResponse) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{10}
+	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *UpdateSubscriptionResponse) GetSubscription() *Subscription {
@@ -960,7 +1146,7 @@ type DeleteSubscriptionRequest struct {
 
 func (x *DeleteSubscriptionRequest) Reset() {
 	*x = DeleteSubscriptionRequest{}
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[11]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -972,7 +1158,7 @@ func (x *DeleteSubscriptionRequest) String() string {
 func (*DeleteSubscriptionRequest) ProtoMessage() {}
 
 func (x *DeleteSubscriptionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[11]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -985,7 +1171,7 @@ func (x *DeleteSubscriptionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteSubscriptionRequest.ProtoReflect.Descriptor instead.
 func (*DeleteSubscriptionRequest) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{11}
+	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *DeleteSubscriptionRequest) GetName() string {
@@ -1020,7 +1206,7 @@ type DeleteSubscriptionResponse struct {
 
 func (x *DeleteSubscriptionResponse) Reset() {
 	*x = DeleteSubscriptionResponse{}
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[12]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1032,7 +1218,7 @@ func (x *DeleteSubscriptionResponse) String() string {
 func (*DeleteSubscriptionResponse) ProtoMessage() {}
 
 func (x *DeleteSubscriptionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[12]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1045,7 +1231,7 @@ func (x *DeleteSubscriptionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteSubscriptionResponse.ProtoReflect.Descriptor instead.
 func (*DeleteSubscriptionResponse) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{12}
+	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *DeleteSubscriptionResponse) GetCancelledDeliveries() int32 {
@@ -1068,7 +1254,7 @@ type PauseSubscriptionRequest struct {
 
 func (x *PauseSubscriptionRequest) Reset() {
 	*x = PauseSubscriptionRequest{}
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[13]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1080,7 +1266,7 @@ func (x *PauseSubscriptionRequest) String() string {
 func (*PauseSubscriptionRequest) ProtoMessage() {}
 
 func (x *PauseSubscriptionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[13]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1093,7 +1279,7 @@ func (x *PauseSubscriptionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PauseSubscriptionRequest.ProtoReflect.Descriptor instead.
 func (*PauseSubscriptionRequest) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{13}
+	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *PauseSubscriptionRequest) GetName() string {
@@ -1121,7 +1307,7 @@ type PauseSubscriptionResponse struct {
 
 func (x *PauseSubscriptionResponse) Reset() {
 	*x = PauseSubscriptionResponse{}
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[14]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1133,7 +1319,7 @@ func (x *PauseSubscriptionResponse) String() string {
 func (*PauseSubscriptionResponse) ProtoMessage() {}
 
 func (x *PauseSubscriptionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[14]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1146,7 +1332,7 @@ func (x *PauseSubscriptionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PauseSubscriptionResponse.ProtoReflect.Descriptor instead.
 func (*PauseSubscriptionResponse) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{14}
+	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *PauseSubscriptionResponse) GetSubscription() *Subscription {
@@ -1167,7 +1353,7 @@ type ResumeSubscriptionRequest struct {
 
 func (x *ResumeSubscriptionRequest) Reset() {
 	*x = ResumeSubscriptionRequest{}
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[15]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1179,7 +1365,7 @@ func (x *ResumeSubscriptionRequest) String() string {
 func (*ResumeSubscriptionRequest) ProtoMessage() {}
 
 func (x *ResumeSubscriptionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[15]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1192,7 +1378,7 @@ func (x *ResumeSubscriptionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResumeSubscriptionRequest.ProtoReflect.Descriptor instead.
 func (*ResumeSubscriptionRequest) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{15}
+	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *ResumeSubscriptionRequest) GetName() string {
@@ -1213,7 +1399,7 @@ type ResumeSubscriptionResponse struct {
 
 func (x *ResumeSubscriptionResponse) Reset() {
 	*x = ResumeSubscriptionResponse{}
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[16]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1225,7 +1411,7 @@ func (x *ResumeSubscriptionResponse) String() string {
 func (*ResumeSubscriptionResponse) ProtoMessage() {}
 
 func (x *ResumeSubscriptionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[16]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1238,7 +1424,7 @@ func (x *ResumeSubscriptionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResumeSubscriptionResponse.ProtoReflect.Descriptor instead.
 func (*ResumeSubscriptionResponse) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{16}
+	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *ResumeSubscriptionResponse) GetSubscription() *Subscription {
@@ -1261,7 +1447,7 @@ type TestSubscriptionRequest struct {
 
 func (x *TestSubscriptionRequest) Reset() {
 	*x = TestSubscriptionRequest{}
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[17]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1273,7 +1459,7 @@ func (x *TestSubscriptionRequest) String() string {
 func (*TestSubscriptionRequest) ProtoMessage() {}
 
 func (x *TestSubscriptionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[17]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1286,7 +1472,7 @@ func (x *TestSubscriptionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TestSubscriptionRequest.ProtoReflect.Descriptor instead.
 func (*TestSubscriptionRequest) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{17}
+	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *TestSubscriptionRequest) GetName() string {
@@ -1315,7 +1501,7 @@ type TestSubscriptionResponse struct {
 
 func (x *TestSubscriptionResponse) Reset() {
 	*x = TestSubscriptionResponse{}
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[18]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1327,7 +1513,7 @@ func (x *TestSubscriptionResponse) String() string {
 func (*TestSubscriptionResponse) ProtoMessage() {}
 
 func (x *TestSubscriptionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[18]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1340,7 +1526,7 @@ func (x *TestSubscriptionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TestSubscriptionResponse.ProtoReflect.Descriptor instead.
 func (*TestSubscriptionResponse) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{18}
+	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *TestSubscriptionResponse) GetAttempt() *Attempt {
@@ -1355,8 +1541,7 @@ var File_grapnel_v1_subscription_proto protoreflect.FileDescriptor
 const file_grapnel_v1_subscription_proto_rawDesc = "" +
 	"\n" +
 	"\x1dgrapnel/v1/subscription.proto\x12\n" +
-	"grapnel.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17grapnel/v1/common.proto\x1a\x19grapnel/v1/delivery.proto\x1a\x16grapnel/v1/event.proto\"\xff\n" +
-	"\n" +
+	"grapnel.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17grapnel/v1/common.proto\x1a\x19grapnel/v1/delivery.proto\x1a\x16grapnel/v1/event.proto\"\xca\v\n" +
 	"\fSubscription\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x10\n" +
 	"\x03uid\x18\x02 \x01(\tR\x03uid\x12*\n" +
@@ -1367,8 +1552,8 @@ const file_grapnel_v1_subscription_proto_rawDesc = "" +
 	"\x0fevent_type_glob\x12fmust be letters, digits, dots, underscores and hyphens, with * for any run of characters, like order.*\x1a\"this.matches('^[A-Za-z0-9._*-]*$')r\x05\x10\x01\x18\x80\x01R\n" +
 	"eventTypes\x12&\n" +
 	"\tcondition\x18\a \x01(\tB\b\xbaH\x05r\x03\x18\x80\x10R\tcondition\x12I\n" +
-	"\aheaders\x18\b \x03(\v2%.grapnel.v1.Subscription.HeadersEntryB\b\xbaH\x05\x9a\x01\x02\x10 R\aheaders\x121\n" +
-	"\x06signer\x18\t \x01(\v2\x19.grapnel.v1.PluginBindingR\x06signer\x127\n" +
+	"\aheaders\x18\b \x03(\v2%.grapnel.v1.Subscription.HeadersEntryB\b\xbaH\x05\x9a\x01\x02\x10 R\aheaders\x12=\n" +
+	"\asigners\x18\t \x03(\v2\x19.grapnel.v1.PluginBindingB\b\xbaH\x05\x92\x01\x02\x10\bR\asigners\x127\n" +
 	"\ttransport\x18\n" +
 	" \x01(\v2\x19.grapnel.v1.PluginBindingR\ttransport\x12R\n" +
 	"\x0fattempt_timeout\x18\v \x01(\v2\x19.google.protobuf.DurationB\x0e\xbaH\v\xaa\x01\b\"\x02\b<2\x02\b\x01R\x0eattemptTimeout\x12:\n" +
@@ -1383,7 +1568,8 @@ const file_grapnel_v1_subscription_proto_rawDesc = "" +
 	"createTime\x12;\n" +
 	"\vupdate_time\x18\x14 \x01(\v2\x1a.google.protobuf.TimestampR\n" +
 	"updateTime\x12\x12\n" +
-	"\x04etag\x18\x15 \x01(\tR\x04etag\x1a9\n" +
+	"\x04etag\x18\x15 \x01(\tR\x04etag\x12=\n" +
+	"\rpayload_shape\x18\x16 \x01(\v2\x18.grapnel.v1.PayloadShapeR\fpayloadShape\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\x1a:\n" +
@@ -1394,7 +1580,21 @@ const file_grapnel_v1_subscription_proto_rawDesc = "" +
 	"\x11STATE_UNSPECIFIED\x10\x00\x12\x10\n" +
 	"\fSTATE_ACTIVE\x10\x01\x12\x10\n" +
 	"\fSTATE_PAUSED\x10\x02\x12\x12\n" +
-	"\x0eSTATE_DISABLED\x10\x03J\x04\b\x0f\x10\x10\"\xed\x03\n" +
+	"\x0eSTATE_DISABLED\x10\x03J\x04\b\x0f\x10\x10\"\xfc\x02\n" +
+	"\fPayloadShape\x127\n" +
+	"\x06format\x18\x01 \x01(\x0e2\x1f.grapnel.v1.PayloadShape.FormatR\x06format\x12F\n" +
+	"\vcompression\x18\x02 \x01(\x0e2$.grapnel.v1.PayloadShape.CompressionR\vcompression\x12+\n" +
+	"\fcontent_type\x18\x03 \x01(\tB\b\xbaH\x05r\x03\x18\x80\x01R\vcontentType\"f\n" +
+	"\x06Format\x12\x16\n" +
+	"\x12FORMAT_UNSPECIFIED\x10\x00\x12\x0e\n" +
+	"\n" +
+	"FORMAT_RAW\x10\x01\x12\x1c\n" +
+	"\x18FORMAT_STANDARD_WEBHOOKS\x10\x02\x12\x16\n" +
+	"\x12FORMAT_CLOUDEVENTS\x10\x03\"V\n" +
+	"\vCompression\x12\x1b\n" +
+	"\x17COMPRESSION_UNSPECIFIED\x10\x00\x12\x14\n" +
+	"\x10COMPRESSION_NONE\x10\x01\x12\x14\n" +
+	"\x10COMPRESSION_GZIP\x10\x02\"\xed\x03\n" +
 	"\vRetryPolicy\x12,\n" +
 	"\fmax_attempts\x18\x01 \x01(\x05B\t\xbaH\x06\x1a\x04\x18d(\x00R\vmaxAttempts\x12S\n" +
 	"\x0finitial_backoff\x18\x02 \x01(\v2\x19.google.protobuf.DurationB\x0f\xbaH\f\xaa\x01\t\"\x03\b\x90\x1c2\x02\b\x01R\x0einitialBackoff\x12L\n" +
@@ -1494,86 +1694,92 @@ func file_grapnel_v1_subscription_proto_rawDescGZIP() []byte {
 	return file_grapnel_v1_subscription_proto_rawDescData
 }
 
-var file_grapnel_v1_subscription_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_grapnel_v1_subscription_proto_msgTypes = make([]protoimpl.MessageInfo, 21)
+var file_grapnel_v1_subscription_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
+var file_grapnel_v1_subscription_proto_msgTypes = make([]protoimpl.MessageInfo, 22)
 var file_grapnel_v1_subscription_proto_goTypes = []any{
 	(Subscription_State)(0),            // 0: grapnel.v1.Subscription.State
-	(*Subscription)(nil),               // 1: grapnel.v1.Subscription
-	(*RetryPolicy)(nil),                // 2: grapnel.v1.RetryPolicy
-	(*FailurePolicy)(nil),              // 3: grapnel.v1.FailurePolicy
-	(*CreateSubscriptionRequest)(nil),  // 4: grapnel.v1.CreateSubscriptionRequest
-	(*CreateSubscriptionResponse)(nil), // 5: grapnel.v1.CreateSubscriptionResponse
-	(*GetSubscriptionRequest)(nil),     // 6: grapnel.v1.GetSubscriptionRequest
-	(*GetSubscriptionResponse)(nil),    // 7: grapnel.v1.GetSubscriptionResponse
-	(*ListSubscriptionsRequest)(nil),   // 8: grapnel.v1.ListSubscriptionsRequest
-	(*ListSubscriptionsResponse)(nil),  // 9: grapnel.v1.ListSubscriptionsResponse
-	(*UpdateSubscriptionRequest)(nil),  // 10: grapnel.v1.UpdateSubscriptionRequest
-	(*UpdateSubscriptionResponse)(nil), // 11: grapnel.v1.UpdateSubscriptionResponse
-	(*DeleteSubscriptionRequest)(nil),  // 12: grapnel.v1.DeleteSubscriptionRequest
-	(*DeleteSubscriptionResponse)(nil), // 13: grapnel.v1.DeleteSubscriptionResponse
-	(*PauseSubscriptionRequest)(nil),   // 14: grapnel.v1.PauseSubscriptionRequest
-	(*PauseSubscriptionResponse)(nil),  // 15: grapnel.v1.PauseSubscriptionResponse
-	(*ResumeSubscriptionRequest)(nil),  // 16: grapnel.v1.ResumeSubscriptionRequest
-	(*ResumeSubscriptionResponse)(nil), // 17: grapnel.v1.ResumeSubscriptionResponse
-	(*TestSubscriptionRequest)(nil),    // 18: grapnel.v1.TestSubscriptionRequest
-	(*TestSubscriptionResponse)(nil),   // 19: grapnel.v1.TestSubscriptionResponse
-	nil,                                // 20: grapnel.v1.Subscription.LabelsEntry
-	nil,                                // 21: grapnel.v1.Subscription.HeadersEntry
-	(*PluginBinding)(nil),              // 22: grapnel.v1.PluginBinding
-	(*durationpb.Duration)(nil),        // 23: google.protobuf.Duration
-	(*timestamppb.Timestamp)(nil),      // 24: google.protobuf.Timestamp
-	(*fieldmaskpb.FieldMask)(nil),      // 25: google.protobuf.FieldMask
-	(*Event)(nil),                      // 26: grapnel.v1.Event
-	(*Attempt)(nil),                    // 27: grapnel.v1.Attempt
+	(PayloadShape_Format)(0),           // 1: grapnel.v1.PayloadShape.Format
+	(PayloadShape_Compression)(0),      // 2: grapnel.v1.PayloadShape.Compression
+	(*Subscription)(nil),               // 3: grapnel.v1.Subscription
+	(*PayloadShape)(nil),               // 4: grapnel.v1.PayloadShape
+	(*RetryPolicy)(nil),                // 5: grapnel.v1.RetryPolicy
+	(*FailurePolicy)(nil),              // 6: grapnel.v1.FailurePolicy
+	(*CreateSubscriptionRequest)(nil),  // 7: grapnel.v1.CreateSubscriptionRequest
+	(*CreateSubscriptionResponse)(nil), // 8: grapnel.v1.CreateSubscriptionResponse
+	(*GetSubscriptionRequest)(nil),     // 9: grapnel.v1.GetSubscriptionRequest
+	(*GetSubscriptionResponse)(nil),    // 10: grapnel.v1.GetSubscriptionResponse
+	(*ListSubscriptionsRequest)(nil),   // 11: grapnel.v1.ListSubscriptionsRequest
+	(*ListSubscriptionsResponse)(nil),  // 12: grapnel.v1.ListSubscriptionsResponse
+	(*UpdateSubscriptionRequest)(nil),  // 13: grapnel.v1.UpdateSubscriptionRequest
+	(*UpdateSubscriptionResponse)(nil), // 14: grapnel.v1.UpdateSubscriptionResponse
+	(*DeleteSubscriptionRequest)(nil),  // 15: grapnel.v1.DeleteSubscriptionRequest
+	(*DeleteSubscriptionResponse)(nil), // 16: grapnel.v1.DeleteSubscriptionResponse
+	(*PauseSubscriptionRequest)(nil),   // 17: grapnel.v1.PauseSubscriptionRequest
+	(*PauseSubscriptionResponse)(nil),  // 18: grapnel.v1.PauseSubscriptionResponse
+	(*ResumeSubscriptionRequest)(nil),  // 19: grapnel.v1.ResumeSubscriptionRequest
+	(*ResumeSubscriptionResponse)(nil), // 20: grapnel.v1.ResumeSubscriptionResponse
+	(*TestSubscriptionRequest)(nil),    // 21: grapnel.v1.TestSubscriptionRequest
+	(*TestSubscriptionResponse)(nil),   // 22: grapnel.v1.TestSubscriptionResponse
+	nil,                                // 23: grapnel.v1.Subscription.LabelsEntry
+	nil,                                // 24: grapnel.v1.Subscription.HeadersEntry
+	(*PluginBinding)(nil),              // 25: grapnel.v1.PluginBinding
+	(*durationpb.Duration)(nil),        // 26: google.protobuf.Duration
+	(*timestamppb.Timestamp)(nil),      // 27: google.protobuf.Timestamp
+	(*fieldmaskpb.FieldMask)(nil),      // 28: google.protobuf.FieldMask
+	(*Event)(nil),                      // 29: grapnel.v1.Event
+	(*Attempt)(nil),                    // 30: grapnel.v1.Attempt
 }
 var file_grapnel_v1_subscription_proto_depIdxs = []int32{
-	20, // 0: grapnel.v1.Subscription.labels:type_name -> grapnel.v1.Subscription.LabelsEntry
-	21, // 1: grapnel.v1.Subscription.headers:type_name -> grapnel.v1.Subscription.HeadersEntry
-	22, // 2: grapnel.v1.Subscription.signer:type_name -> grapnel.v1.PluginBinding
-	22, // 3: grapnel.v1.Subscription.transport:type_name -> grapnel.v1.PluginBinding
-	23, // 4: grapnel.v1.Subscription.attempt_timeout:type_name -> google.protobuf.Duration
-	2,  // 5: grapnel.v1.Subscription.retry_policy:type_name -> grapnel.v1.RetryPolicy
-	3,  // 6: grapnel.v1.Subscription.failure_policy:type_name -> grapnel.v1.FailurePolicy
+	23, // 0: grapnel.v1.Subscription.labels:type_name -> grapnel.v1.Subscription.LabelsEntry
+	24, // 1: grapnel.v1.Subscription.headers:type_name -> grapnel.v1.Subscription.HeadersEntry
+	25, // 2: grapnel.v1.Subscription.signers:type_name -> grapnel.v1.PluginBinding
+	25, // 3: grapnel.v1.Subscription.transport:type_name -> grapnel.v1.PluginBinding
+	26, // 4: grapnel.v1.Subscription.attempt_timeout:type_name -> google.protobuf.Duration
+	5,  // 5: grapnel.v1.Subscription.retry_policy:type_name -> grapnel.v1.RetryPolicy
+	6,  // 6: grapnel.v1.Subscription.failure_policy:type_name -> grapnel.v1.FailurePolicy
 	0,  // 7: grapnel.v1.Subscription.state:type_name -> grapnel.v1.Subscription.State
-	24, // 8: grapnel.v1.Subscription.create_time:type_name -> google.protobuf.Timestamp
-	24, // 9: grapnel.v1.Subscription.update_time:type_name -> google.protobuf.Timestamp
-	23, // 10: grapnel.v1.RetryPolicy.initial_backoff:type_name -> google.protobuf.Duration
-	23, // 11: grapnel.v1.RetryPolicy.max_backoff:type_name -> google.protobuf.Duration
-	23, // 12: grapnel.v1.RetryPolicy.max_age:type_name -> google.protobuf.Duration
-	23, // 13: grapnel.v1.RetryPolicy.schedule:type_name -> google.protobuf.Duration
-	23, // 14: grapnel.v1.FailurePolicy.disable_after:type_name -> google.protobuf.Duration
-	1,  // 15: grapnel.v1.CreateSubscriptionRequest.subscription:type_name -> grapnel.v1.Subscription
-	1,  // 16: grapnel.v1.CreateSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
-	1,  // 17: grapnel.v1.GetSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
-	1,  // 18: grapnel.v1.ListSubscriptionsResponse.subscriptions:type_name -> grapnel.v1.Subscription
-	1,  // 19: grapnel.v1.UpdateSubscriptionRequest.subscription:type_name -> grapnel.v1.Subscription
-	25, // 20: grapnel.v1.UpdateSubscriptionRequest.update_mask:type_name -> google.protobuf.FieldMask
-	1,  // 21: grapnel.v1.UpdateSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
-	1,  // 22: grapnel.v1.PauseSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
-	1,  // 23: grapnel.v1.ResumeSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
-	26, // 24: grapnel.v1.TestSubscriptionRequest.event:type_name -> grapnel.v1.Event
-	27, // 25: grapnel.v1.TestSubscriptionResponse.attempt:type_name -> grapnel.v1.Attempt
-	4,  // 26: grapnel.v1.SubscriptionService.CreateSubscription:input_type -> grapnel.v1.CreateSubscriptionRequest
-	6,  // 27: grapnel.v1.SubscriptionService.GetSubscription:input_type -> grapnel.v1.GetSubscriptionRequest
-	8,  // 28: grapnel.v1.SubscriptionService.ListSubscriptions:input_type -> grapnel.v1.ListSubscriptionsRequest
-	10, // 29: grapnel.v1.SubscriptionService.UpdateSubscription:input_type -> grapnel.v1.UpdateSubscriptionRequest
-	12, // 30: grapnel.v1.SubscriptionService.DeleteSubscription:input_type -> grapnel.v1.DeleteSubscriptionRequest
-	14, // 31: grapnel.v1.SubscriptionService.PauseSubscription:input_type -> grapnel.v1.PauseSubscriptionRequest
-	16, // 32: grapnel.v1.SubscriptionService.ResumeSubscription:input_type -> grapnel.v1.ResumeSubscriptionRequest
-	18, // 33: grapnel.v1.SubscriptionService.TestSubscription:input_type -> grapnel.v1.TestSubscriptionRequest
-	5,  // 34: grapnel.v1.SubscriptionService.CreateSubscription:output_type -> grapnel.v1.CreateSubscriptionResponse
-	7,  // 35: grapnel.v1.SubscriptionService.GetSubscription:output_type -> grapnel.v1.GetSubscriptionResponse
-	9,  // 36: grapnel.v1.SubscriptionService.ListSubscriptions:output_type -> grapnel.v1.ListSubscriptionsResponse
-	11, // 37: grapnel.v1.SubscriptionService.UpdateSubscription:output_type -> grapnel.v1.UpdateSubscriptionResponse
-	13, // 38: grapnel.v1.SubscriptionService.DeleteSubscription:output_type -> grapnel.v1.DeleteSubscriptionResponse
-	15, // 39: grapnel.v1.SubscriptionService.PauseSubscription:output_type -> grapnel.v1.PauseSubscriptionResponse
-	17, // 40: grapnel.v1.SubscriptionService.ResumeSubscription:output_type -> grapnel.v1.ResumeSubscriptionResponse
-	19, // 41: grapnel.v1.SubscriptionService.TestSubscription:output_type -> grapnel.v1.TestSubscriptionResponse
-	34, // [34:42] is the sub-list for method output_type
-	26, // [26:34] is the sub-list for method input_type
-	26, // [26:26] is the sub-list for extension type_name
-	26, // [26:26] is the sub-list for extension extendee
-	0,  // [0:26] is the sub-list for field type_name
+	27, // 8: grapnel.v1.Subscription.create_time:type_name -> google.protobuf.Timestamp
+	27, // 9: grapnel.v1.Subscription.update_time:type_name -> google.protobuf.Timestamp
+	4,  // 10: grapnel.v1.Subscription.payload_shape:type_name -> grapnel.v1.PayloadShape
+	1,  // 11: grapnel.v1.PayloadShape.format:type_name -> grapnel.v1.PayloadShape.Format
+	2,  // 12: grapnel.v1.PayloadShape.compression:type_name -> grapnel.v1.PayloadShape.Compression
+	26, // 13: grapnel.v1.RetryPolicy.initial_backoff:type_name -> google.protobuf.Duration
+	26, // 14: grapnel.v1.RetryPolicy.max_backoff:type_name -> google.protobuf.Duration
+	26, // 15: grapnel.v1.RetryPolicy.max_age:type_name -> google.protobuf.Duration
+	26, // 16: grapnel.v1.RetryPolicy.schedule:type_name -> google.protobuf.Duration
+	26, // 17: grapnel.v1.FailurePolicy.disable_after:type_name -> google.protobuf.Duration
+	3,  // 18: grapnel.v1.CreateSubscriptionRequest.subscription:type_name -> grapnel.v1.Subscription
+	3,  // 19: grapnel.v1.CreateSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
+	3,  // 20: grapnel.v1.GetSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
+	3,  // 21: grapnel.v1.ListSubscriptionsResponse.subscriptions:type_name -> grapnel.v1.Subscription
+	3,  // 22: grapnel.v1.UpdateSubscriptionRequest.subscription:type_name -> grapnel.v1.Subscription
+	28, // 23: grapnel.v1.UpdateSubscriptionRequest.update_mask:type_name -> google.protobuf.FieldMask
+	3,  // 24: grapnel.v1.UpdateSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
+	3,  // 25: grapnel.v1.PauseSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
+	3,  // 26: grapnel.v1.ResumeSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
+	29, // 27: grapnel.v1.TestSubscriptionRequest.event:type_name -> grapnel.v1.Event
+	30, // 28: grapnel.v1.TestSubscriptionResponse.attempt:type_name -> grapnel.v1.Attempt
+	7,  // 29: grapnel.v1.SubscriptionService.CreateSubscription:input_type -> grapnel.v1.CreateSubscriptionRequest
+	9,  // 30: grapnel.v1.SubscriptionService.GetSubscription:input_type -> grapnel.v1.GetSubscriptionRequest
+	11, // 31: grapnel.v1.SubscriptionService.ListSubscriptions:input_type -> grapnel.v1.ListSubscriptionsRequest
+	13, // 32: grapnel.v1.SubscriptionService.UpdateSubscription:input_type -> grapnel.v1.UpdateSubscriptionRequest
+	15, // 33: grapnel.v1.SubscriptionService.DeleteSubscription:input_type -> grapnel.v1.DeleteSubscriptionRequest
+	17, // 34: grapnel.v1.SubscriptionService.PauseSubscription:input_type -> grapnel.v1.PauseSubscriptionRequest
+	19, // 35: grapnel.v1.SubscriptionService.ResumeSubscription:input_type -> grapnel.v1.ResumeSubscriptionRequest
+	21, // 36: grapnel.v1.SubscriptionService.TestSubscription:input_type -> grapnel.v1.TestSubscriptionRequest
+	8,  // 37: grapnel.v1.SubscriptionService.CreateSubscription:output_type -> grapnel.v1.CreateSubscriptionResponse
+	10, // 38: grapnel.v1.SubscriptionService.GetSubscription:output_type -> grapnel.v1.GetSubscriptionResponse
+	12, // 39: grapnel.v1.SubscriptionService.ListSubscriptions:output_type -> grapnel.v1.ListSubscriptionsResponse
+	14, // 40: grapnel.v1.SubscriptionService.UpdateSubscription:output_type -> grapnel.v1.UpdateSubscriptionResponse
+	16, // 41: grapnel.v1.SubscriptionService.DeleteSubscription:output_type -> grapnel.v1.DeleteSubscriptionResponse
+	18, // 42: grapnel.v1.SubscriptionService.PauseSubscription:output_type -> grapnel.v1.PauseSubscriptionResponse
+	20, // 43: grapnel.v1.SubscriptionService.ResumeSubscription:output_type -> grapnel.v1.ResumeSubscriptionResponse
+	22, // 44: grapnel.v1.SubscriptionService.TestSubscription:output_type -> grapnel.v1.TestSubscriptionResponse
+	37, // [37:45] is the sub-list for method output_type
+	29, // [29:37] is the sub-list for method input_type
+	29, // [29:29] is the sub-list for extension type_name
+	29, // [29:29] is the sub-list for extension extendee
+	0,  // [0:29] is the sub-list for field type_name
 }
 
 func init() { file_grapnel_v1_subscription_proto_init() }
@@ -1584,14 +1790,14 @@ func file_grapnel_v1_subscription_proto_init() {
 	file_grapnel_v1_common_proto_init()
 	file_grapnel_v1_delivery_proto_init()
 	file_grapnel_v1_event_proto_init()
-	file_grapnel_v1_subscription_proto_msgTypes[1].OneofWrappers = []any{}
+	file_grapnel_v1_subscription_proto_msgTypes[2].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_grapnel_v1_subscription_proto_rawDesc), len(file_grapnel_v1_subscription_proto_rawDesc)),
-			NumEnums:      1,
-			NumMessages:   21,
+			NumEnums:      3,
+			NumMessages:   22,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -139,7 +139,7 @@ func (x Failure_Source) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Failure_Source.Descriptor instead.
 func (Failure_Source) EnumDescriptor() ([]byte, []int) {
-	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{38, 0}
+	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{40, 0}
 }
 
 // WireState says what may have reached the receiver.
@@ -196,7 +196,7 @@ func (x Failure_WireState) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Failure_WireState.Descriptor instead.
 func (Failure_WireState) EnumDescriptor() ([]byte, []int) {
-	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{38, 1}
+	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{40, 1}
 }
 
 // DescribeRequest introduces the host.
@@ -263,7 +263,7 @@ type DescribeResponse struct {
 	Version string `protobuf:"bytes,2,opt,name=version,proto3" json:"version,omitempty"`
 	// Newest protocol minor the plugin knows.
 	ProtocolMinor uint32 `protobuf:"varint,3,opt,name=protocol_minor,json=protocolMinor,proto3" json:"protocol_minor,omitempty"`
-	// "attempt.stream", "attempt.unary", "sign.stream".
+	// "attempt.stream", "attempt.unary", "sign.stream", "secret.prepare".
 	Capabilities []string `protobuf:"bytes,4,rep,name=capabilities,proto3" json:"capabilities,omitempty"`
 	// What it offers, at least one.
 	Kinds         []*Kind `protobuf:"bytes,5,rep,name=kinds,proto3" json:"kinds,omitempty"`
@@ -478,7 +478,11 @@ type SecretSlot struct {
 	// Whether a binding must fill it.
 	Required bool `protobuf:"varint,3,opt,name=required,proto3" json:"required,omitempty"`
 	// Kinds of secret it accepts: "OPAQUE", "HMAC", "ED25519". Empty accepts any.
-	Kinds         []string `protobuf:"bytes,4,rep,name=kinds,proto3" json:"kinds,omitempty"`
+	Kinds []string `protobuf:"bytes,4,rep,name=kinds,proto3" json:"kinds,omitempty"`
+	// What PrepareSecret can make for it, the default first. Empty: values must be given.
+	Algorithms []string `protobuf:"bytes,5,rep,name=algorithms,proto3" json:"algorithms,omitempty"`
+	// How a value is written, for people. Empty: any text, and PrepareSecret is not asked.
+	Format        string `protobuf:"bytes,6,opt,name=format,proto3" json:"format,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -539,6 +543,20 @@ func (x *SecretSlot) GetKinds() []string {
 		return x.Kinds
 	}
 	return nil
+}
+
+func (x *SecretSlot) GetAlgorithms() []string {
+	if x != nil {
+		return x.Algorithms
+	}
+	return nil
+}
+
+func (x *SecretSlot) GetFormat() string {
+	if x != nil {
+		return x.Format
+	}
+	return ""
 }
 
 // SignerTraits describes a signer.
@@ -604,9 +622,11 @@ type TransportTraits struct {
 	// Headers it may add after signing, lower case.
 	MayAddHeaders []string `protobuf:"bytes,2,rep,name=may_add_headers,json=mayAddHeaders,proto3" json:"may_add_headers,omitempty"`
 	// Largest body it carries; 0 means no limit of its own.
-	MaxBodyBytes  uint32 `protobuf:"varint,3,opt,name=max_body_bytes,json=maxBodyBytes,proto3" json:"max_body_bytes,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	MaxBodyBytes uint32 `protobuf:"varint,3,opt,name=max_body_bytes,json=maxBodyBytes,proto3" json:"max_body_bytes,omitempty"`
+	// Whether it takes attempts with Attempt.ownership_check.
+	OwnershipCheck bool `protobuf:"varint,4,opt,name=ownership_check,json=ownershipCheck,proto3" json:"ownership_check,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
 }
 
 func (x *TransportTraits) Reset() {
@@ -658,6 +678,13 @@ func (x *TransportTraits) GetMaxBodyBytes() uint32 {
 		return x.MaxBodyBytes
 	}
 	return 0
+}
+
+func (x *TransportTraits) GetOwnershipCheck() bool {
+	if x != nil {
+		return x.OwnershipCheck
+	}
+	return false
 }
 
 // Diagnostic is one complaint about a config.
@@ -1172,6 +1199,170 @@ func (x *ValidateResponse) GetDiagnostics() []*Diagnostic {
 	return nil
 }
 
+// PrepareSecretRequest carries a value, or asks for one.
+type PrepareSecretRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Kind.id.
+	Kind string `protobuf:"bytes,1,opt,name=kind,proto3" json:"kind,omitempty"`
+	// SecretSlot.name.
+	Slot string `protobuf:"bytes,2,opt,name=slot,proto3" json:"slot,omitempty"`
+	// Value to check; empty asks for a new one.
+	Value []byte `protobuf:"bytes,3,opt,name=value,proto3" json:"value,omitempty"`
+	// What to make, one of SecretSlot.algorithms; empty means the first. Ignored with a value.
+	Algorithm     string `protobuf:"bytes,4,opt,name=algorithm,proto3" json:"algorithm,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PrepareSecretRequest) Reset() {
+	*x = PrepareSecretRequest{}
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PrepareSecretRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PrepareSecretRequest) ProtoMessage() {}
+
+func (x *PrepareSecretRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PrepareSecretRequest.ProtoReflect.Descriptor instead.
+func (*PrepareSecretRequest) Descriptor() ([]byte, []int) {
+	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *PrepareSecretRequest) GetKind() string {
+	if x != nil {
+		return x.Kind
+	}
+	return ""
+}
+
+func (x *PrepareSecretRequest) GetSlot() string {
+	if x != nil {
+		return x.Slot
+	}
+	return ""
+}
+
+func (x *PrepareSecretRequest) GetValue() []byte {
+	if x != nil {
+		return x.Value
+	}
+	return nil
+}
+
+func (x *PrepareSecretRequest) GetAlgorithm() string {
+	if x != nil {
+		return x.Algorithm
+	}
+	return ""
+}
+
+// PrepareSecretResponse is the value as it is to be stored.
+type PrepareSecretResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// With an error among them the rest is empty.
+	Diagnostics []*Diagnostic `protobuf:"bytes,1,rep,name=diagnostics,proto3" json:"diagnostics,omitempty"`
+	// Canonical form.
+	Value []byte `protobuf:"bytes,2,opt,name=value,proto3" json:"value,omitempty"`
+	// What the key is for; empty when the scheme has no word for it.
+	Algorithm string `protobuf:"bytes,3,opt,name=algorithm,proto3" json:"algorithm,omitempty"`
+	// Public half as receivers of the scheme take it; empty for a shared key.
+	PublicKey string `protobuf:"bytes,4,opt,name=public_key,json=publicKey,proto3" json:"public_key,omitempty"`
+	// Public half as JSON Web Key (RFC 7517); empty for a shared key.
+	Jwk string `protobuf:"bytes,5,opt,name=jwk,proto3" json:"jwk,omitempty"`
+	// What signatures call the key; empty where the scheme has no such thing.
+	KeyId         string `protobuf:"bytes,6,opt,name=key_id,json=keyId,proto3" json:"key_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PrepareSecretResponse) Reset() {
+	*x = PrepareSecretResponse{}
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PrepareSecretResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PrepareSecretResponse) ProtoMessage() {}
+
+func (x *PrepareSecretResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PrepareSecretResponse.ProtoReflect.Descriptor instead.
+func (*PrepareSecretResponse) Descriptor() ([]byte, []int) {
+	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *PrepareSecretResponse) GetDiagnostics() []*Diagnostic {
+	if x != nil {
+		return x.Diagnostics
+	}
+	return nil
+}
+
+func (x *PrepareSecretResponse) GetValue() []byte {
+	if x != nil {
+		return x.Value
+	}
+	return nil
+}
+
+func (x *PrepareSecretResponse) GetAlgorithm() string {
+	if x != nil {
+		return x.Algorithm
+	}
+	return ""
+}
+
+func (x *PrepareSecretResponse) GetPublicKey() string {
+	if x != nil {
+		return x.PublicKey
+	}
+	return ""
+}
+
+func (x *PrepareSecretResponse) GetJwk() string {
+	if x != nil {
+		return x.Jwk
+	}
+	return ""
+}
+
+func (x *PrepareSecretResponse) GetKeyId() string {
+	if x != nil {
+		return x.KeyId
+	}
+	return ""
+}
+
 // HostSettings hold for the whole process.
 type HostSettings struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -1185,7 +1376,7 @@ type HostSettings struct {
 
 func (x *HostSettings) Reset() {
 	*x = HostSettings{}
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[14]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1197,7 +1388,7 @@ func (x *HostSettings) String() string {
 func (*HostSettings) ProtoMessage() {}
 
 func (x *HostSettings) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[14]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1210,7 +1401,7 @@ func (x *HostSettings) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HostSettings.ProtoReflect.Descriptor instead.
 func (*HostSettings) Descriptor() ([]byte, []int) {
-	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{14}
+	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *HostSettings) GetEgressAllow() []string {
@@ -1240,7 +1431,7 @@ type ConfigureRequest struct {
 
 func (x *ConfigureRequest) Reset() {
 	*x = ConfigureRequest{}
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[15]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1252,7 +1443,7 @@ func (x *ConfigureRequest) String() string {
 func (*ConfigureRequest) ProtoMessage() {}
 
 func (x *ConfigureRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[15]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1265,7 +1456,7 @@ func (x *ConfigureRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConfigureRequest.ProtoReflect.Descriptor instead.
 func (*ConfigureRequest) Descriptor() ([]byte, []int) {
-	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{15}
+	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *ConfigureRequest) GetInstances() []*Instance {
@@ -1293,7 +1484,7 @@ type ConfigureResponse struct {
 
 func (x *ConfigureResponse) Reset() {
 	*x = ConfigureResponse{}
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[16]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1305,7 +1496,7 @@ func (x *ConfigureResponse) String() string {
 func (*ConfigureResponse) ProtoMessage() {}
 
 func (x *ConfigureResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[16]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1318,7 +1509,7 @@ func (x *ConfigureResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConfigureResponse.ProtoReflect.Descriptor instead.
 func (*ConfigureResponse) Descriptor() ([]byte, []int) {
-	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{16}
+	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *ConfigureResponse) GetStatuses() []*InstanceStatus {
@@ -1341,7 +1532,7 @@ type InstanceStatus struct {
 
 func (x *InstanceStatus) Reset() {
 	*x = InstanceStatus{}
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[17]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1353,7 +1544,7 @@ func (x *InstanceStatus) String() string {
 func (*InstanceStatus) ProtoMessage() {}
 
 func (x *InstanceStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[17]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1366,7 +1557,7 @@ func (x *InstanceStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InstanceStatus.ProtoReflect.Descriptor instead.
 func (*InstanceStatus) Descriptor() ([]byte, []int) {
-	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{17}
+	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *InstanceStatus) GetRef() uint32 {
@@ -1394,7 +1585,7 @@ type RemoveRequest struct {
 
 func (x *RemoveRequest) Reset() {
 	*x = RemoveRequest{}
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[18]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1406,7 +1597,7 @@ func (x *RemoveRequest) String() string {
 func (*RemoveRequest) ProtoMessage() {}
 
 func (x *RemoveRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[18]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1419,7 +1610,7 @@ func (x *RemoveRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveRequest.ProtoReflect.Descriptor instead.
 func (*RemoveRequest) Descriptor() ([]byte, []int) {
-	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{18}
+	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *RemoveRequest) GetRefs() []uint32 {
@@ -1438,7 +1629,7 @@ type RemoveResponse struct {
 
 func (x *RemoveResponse) Reset() {
 	*x = RemoveResponse{}
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[19]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1450,7 +1641,7 @@ func (x *RemoveResponse) String() string {
 func (*RemoveResponse) ProtoMessage() {}
 
 func (x *RemoveResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[19]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1463,7 +1654,7 @@ func (x *RemoveResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveResponse.ProtoReflect.Descriptor instead.
 func (*RemoveResponse) Descriptor() ([]byte, []int) {
-	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{19}
+	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{21}
 }
 
 // Content is what all items of one event share; sent once per batch.
@@ -1481,7 +1672,7 @@ type Content struct {
 
 func (x *Content) Reset() {
 	*x = Content{}
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[20]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1493,7 +1684,7 @@ func (x *Content) String() string {
 func (*Content) ProtoMessage() {}
 
 func (x *Content) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[20]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1506,7 +1697,7 @@ func (x *Content) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Content.ProtoReflect.Descriptor instead.
 func (*Content) Descriptor() ([]byte, []int) {
-	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{20}
+	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *Content) GetMessageId() string {
@@ -1543,7 +1734,7 @@ type SignRequest struct {
 
 func (x *SignRequest) Reset() {
 	*x = SignRequest{}
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[21]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1555,7 +1746,7 @@ func (x *SignRequest) String() string {
 func (*SignRequest) ProtoMessage() {}
 
 func (x *SignRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[21]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1568,7 +1759,7 @@ func (x *SignRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignRequest.ProtoReflect.Descriptor instead.
 func (*SignRequest) Descriptor() ([]byte, []int) {
-	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{21}
+	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *SignRequest) GetContents() []*Content {
@@ -1606,7 +1797,7 @@ type SignItem struct {
 
 func (x *SignItem) Reset() {
 	*x = SignItem{}
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[22]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1618,7 +1809,7 @@ func (x *SignItem) String() string {
 func (*SignItem) ProtoMessage() {}
 
 func (x *SignItem) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[22]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1631,7 +1822,7 @@ func (x *SignItem) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignItem.ProtoReflect.Descriptor instead.
 func (*SignItem) Descriptor() ([]byte, []int) {
-	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{22}
+	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *SignItem) GetSeq() uint64 {
@@ -1687,7 +1878,7 @@ type SignResponse struct {
 
 func (x *SignResponse) Reset() {
 	*x = SignResponse{}
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[23]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1699,7 +1890,7 @@ func (x *SignResponse) String() string {
 func (*SignResponse) ProtoMessage() {}
 
 func (x *SignResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[23]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1712,7 +1903,7 @@ func (x *SignResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignResponse.ProtoReflect.Descriptor instead.
 func (*SignResponse) Descriptor() ([]byte, []int) {
-	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{23}
+	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *SignResponse) GetResults() []*SignResult {
@@ -1739,7 +1930,7 @@ type SignResult struct {
 
 func (x *SignResult) Reset() {
 	*x = SignResult{}
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[24]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1751,7 +1942,7 @@ func (x *SignResult) String() string {
 func (*SignResult) ProtoMessage() {}
 
 func (x *SignResult) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[24]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1764,7 +1955,7 @@ func (x *SignResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignResult.ProtoReflect.Descriptor instead.
 func (*SignResult) Descriptor() ([]byte, []int) {
-	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{24}
+	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *SignResult) GetSeq() uint64 {
@@ -1813,7 +2004,7 @@ type AttemptRequest struct {
 
 func (x *AttemptRequest) Reset() {
 	*x = AttemptRequest{}
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[25]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1825,7 +2016,7 @@ func (x *AttemptRequest) String() string {
 func (*AttemptRequest) ProtoMessage() {}
 
 func (x *AttemptRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[25]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1838,7 +2029,7 @@ func (x *AttemptRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttemptRequest.ProtoReflect.Descriptor instead.
 func (*AttemptRequest) Descriptor() ([]byte, []int) {
-	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{25}
+	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *AttemptRequest) GetFrame() isAttemptRequest_Frame {
@@ -1927,7 +2118,7 @@ type Hello struct {
 
 func (x *Hello) Reset() {
 	*x = Hello{}
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[26]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1939,7 +2130,7 @@ func (x *Hello) String() string {
 func (*Hello) ProtoMessage() {}
 
 func (x *Hello) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[26]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1952,7 +2143,7 @@ func (x *Hello) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Hello.ProtoReflect.Descriptor instead.
 func (*Hello) Descriptor() ([]byte, []int) {
-	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{26}
+	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *Hello) GetMaxResponseBody() uint32 {
@@ -1975,7 +2166,7 @@ type AttemptBatch struct {
 
 func (x *AttemptBatch) Reset() {
 	*x = AttemptBatch{}
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[27]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1987,7 +2178,7 @@ func (x *AttemptBatch) String() string {
 func (*AttemptBatch) ProtoMessage() {}
 
 func (x *AttemptBatch) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[27]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2000,7 +2191,7 @@ func (x *AttemptBatch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttemptBatch.ProtoReflect.Descriptor instead.
 func (*AttemptBatch) Descriptor() ([]byte, []int) {
-	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{27}
+	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *AttemptBatch) GetContents() []*Content {
@@ -2041,14 +2232,18 @@ type Attempt struct {
 	// Target changed by a signer; empty means the instance's.
 	Uri string `protobuf:"bytes,10,opt,name=uri,proto3" json:"uri,omitempty"`
 	// 16 random bytes for sign_here, when a signer asks for them.
-	Nonce         []byte `protobuf:"bytes,11,opt,name=nonce,proto3" json:"nonce,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	Nonce []byte `protobuf:"bytes,11,opt,name=nonce,proto3" json:"nonce,omitempty"`
+	// Ask the receiver whether it wants to be delivered to, in the way the instance's config says, instead of
+	// delivering. A 2xx response says that it does, or that the config asks for no such check. Sent only to
+	// transports with the trait; contents, signers and headers are empty.
+	OwnershipCheck bool `protobuf:"varint,12,opt,name=ownership_check,json=ownershipCheck,proto3" json:"ownership_check,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
 }
 
 func (x *Attempt) Reset() {
 	*x = Attempt{}
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[28]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2060,7 +2255,7 @@ func (x *Attempt) String() string {
 func (*Attempt) ProtoMessage() {}
 
 func (x *Attempt) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[28]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2073,7 +2268,7 @@ func (x *Attempt) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Attempt.ProtoReflect.Descriptor instead.
 func (*Attempt) Descriptor() ([]byte, []int) {
-	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{28}
+	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *Attempt) GetSeq() uint64 {
@@ -2153,6 +2348,13 @@ func (x *Attempt) GetNonce() []byte {
 	return nil
 }
 
+func (x *Attempt) GetOwnershipCheck() bool {
+	if x != nil {
+		return x.OwnershipCheck
+	}
+	return false
+}
+
 // Cancel names attempts.
 type Cancel struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -2164,7 +2366,7 @@ type Cancel struct {
 
 func (x *Cancel) Reset() {
 	*x = Cancel{}
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[29]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2176,7 +2378,7 @@ func (x *Cancel) String() string {
 func (*Cancel) ProtoMessage() {}
 
 func (x *Cancel) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[29]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2189,7 +2391,7 @@ func (x *Cancel) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Cancel.ProtoReflect.Descriptor instead.
 func (*Cancel) Descriptor() ([]byte, []int) {
-	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{29}
+	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *Cancel) GetSeqs() []uint64 {
@@ -2210,7 +2412,7 @@ type Drain struct {
 
 func (x *Drain) Reset() {
 	*x = Drain{}
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[30]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2222,7 +2424,7 @@ func (x *Drain) String() string {
 func (*Drain) ProtoMessage() {}
 
 func (x *Drain) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[30]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2235,7 +2437,7 @@ func (x *Drain) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Drain.ProtoReflect.Descriptor instead.
 func (*Drain) Descriptor() ([]byte, []int) {
-	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{30}
+	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *Drain) GetGrace() *durationpb.Duration {
@@ -2263,7 +2465,7 @@ type AttemptResponse struct {
 
 func (x *AttemptResponse) Reset() {
 	*x = AttemptResponse{}
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[31]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2275,7 +2477,7 @@ func (x *AttemptResponse) String() string {
 func (*AttemptResponse) ProtoMessage() {}
 
 func (x *AttemptResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[31]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2288,7 +2490,7 @@ func (x *AttemptResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttemptResponse.ProtoReflect.Descriptor instead.
 func (*AttemptResponse) Descriptor() ([]byte, []int) {
-	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{31}
+	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *AttemptResponse) GetFrame() isAttemptResponse_Frame {
@@ -2377,7 +2579,7 @@ type Welcome struct {
 
 func (x *Welcome) Reset() {
 	*x = Welcome{}
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[32]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2389,7 +2591,7 @@ func (x *Welcome) String() string {
 func (*Welcome) ProtoMessage() {}
 
 func (x *Welcome) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[32]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2402,7 +2604,7 @@ func (x *Welcome) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Welcome.ProtoReflect.Descriptor instead.
 func (*Welcome) Descriptor() ([]byte, []int) {
-	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{32}
+	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *Welcome) GetCredits() uint32 {
@@ -2423,7 +2625,7 @@ type Credit struct {
 
 func (x *Credit) Reset() {
 	*x = Credit{}
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[33]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2435,7 +2637,7 @@ func (x *Credit) String() string {
 func (*Credit) ProtoMessage() {}
 
 func (x *Credit) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[33]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2448,7 +2650,7 @@ func (x *Credit) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Credit.ProtoReflect.Descriptor instead.
 func (*Credit) Descriptor() ([]byte, []int) {
-	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{33}
+	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *Credit) GetAdd() uint32 {
@@ -2469,7 +2671,7 @@ type Drained struct {
 
 func (x *Drained) Reset() {
 	*x = Drained{}
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[34]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2481,7 +2683,7 @@ func (x *Drained) String() string {
 func (*Drained) ProtoMessage() {}
 
 func (x *Drained) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[34]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2494,7 +2696,7 @@ func (x *Drained) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Drained.ProtoReflect.Descriptor instead.
 func (*Drained) Descriptor() ([]byte, []int) {
-	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{34}
+	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *Drained) GetReturned() []uint64 {
@@ -2515,7 +2717,7 @@ type AttemptResults struct {
 
 func (x *AttemptResults) Reset() {
 	*x = AttemptResults{}
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[35]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2527,7 +2729,7 @@ func (x *AttemptResults) String() string {
 func (*AttemptResults) ProtoMessage() {}
 
 func (x *AttemptResults) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[35]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2540,7 +2742,7 @@ func (x *AttemptResults) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttemptResults.ProtoReflect.Descriptor instead.
 func (*AttemptResults) Descriptor() ([]byte, []int) {
-	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{35}
+	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *AttemptResults) GetResults() []*AttemptResult {
@@ -2574,7 +2776,7 @@ type AttemptResult struct {
 
 func (x *AttemptResult) Reset() {
 	*x = AttemptResult{}
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[36]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2586,7 +2788,7 @@ func (x *AttemptResult) String() string {
 func (*AttemptResult) ProtoMessage() {}
 
 func (x *AttemptResult) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[36]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2599,7 +2801,7 @@ func (x *AttemptResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttemptResult.ProtoReflect.Descriptor instead.
 func (*AttemptResult) Descriptor() ([]byte, []int) {
-	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{36}
+	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *AttemptResult) GetSeq() uint64 {
@@ -2690,7 +2892,7 @@ type Response struct {
 
 func (x *Response) Reset() {
 	*x = Response{}
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[37]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2702,7 +2904,7 @@ func (x *Response) String() string {
 func (*Response) ProtoMessage() {}
 
 func (x *Response) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[37]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2715,7 +2917,7 @@ func (x *Response) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Response.ProtoReflect.Descriptor instead.
 func (*Response) Descriptor() ([]byte, []int) {
-	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{37}
+	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *Response) GetStatus() uint32 {
@@ -2764,7 +2966,7 @@ type Failure struct {
 
 func (x *Failure) Reset() {
 	*x = Failure{}
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[38]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2776,7 +2978,7 @@ func (x *Failure) String() string {
 func (*Failure) ProtoMessage() {}
 
 func (x *Failure) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[38]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2789,7 +2991,7 @@ func (x *Failure) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Failure.ProtoReflect.Descriptor instead.
 func (*Failure) Descriptor() ([]byte, []int) {
-	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{38}
+	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *Failure) GetSource() Failure_Source {
@@ -2835,7 +3037,7 @@ type AttemptOneRequest struct {
 
 func (x *AttemptOneRequest) Reset() {
 	*x = AttemptOneRequest{}
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[39]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2847,7 +3049,7 @@ func (x *AttemptOneRequest) String() string {
 func (*AttemptOneRequest) ProtoMessage() {}
 
 func (x *AttemptOneRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[39]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2860,7 +3062,7 @@ func (x *AttemptOneRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttemptOneRequest.ProtoReflect.Descriptor instead.
 func (*AttemptOneRequest) Descriptor() ([]byte, []int) {
-	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{39}
+	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *AttemptOneRequest) GetAttempt() *Attempt {
@@ -2895,7 +3097,7 @@ type AttemptOneResponse struct {
 
 func (x *AttemptOneResponse) Reset() {
 	*x = AttemptOneResponse{}
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[40]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2907,7 +3109,7 @@ func (x *AttemptOneResponse) String() string {
 func (*AttemptOneResponse) ProtoMessage() {}
 
 func (x *AttemptOneResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[40]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2920,7 +3122,7 @@ func (x *AttemptOneResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttemptOneResponse.ProtoReflect.Descriptor instead.
 func (*AttemptOneResponse) Descriptor() ([]byte, []int) {
-	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{40}
+	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *AttemptOneResponse) GetResult() *AttemptResult {
@@ -2947,7 +3149,7 @@ type ControlRequest struct {
 
 func (x *ControlRequest) Reset() {
 	*x = ControlRequest{}
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[41]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2959,7 +3161,7 @@ func (x *ControlRequest) String() string {
 func (*ControlRequest) ProtoMessage() {}
 
 func (x *ControlRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[41]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2972,7 +3174,7 @@ func (x *ControlRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ControlRequest.ProtoReflect.Descriptor instead.
 func (*ControlRequest) Descriptor() ([]byte, []int) {
-	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{41}
+	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *ControlRequest) GetFrame() isControlRequest_Frame {
@@ -3050,7 +3252,7 @@ type ControlResponse struct {
 
 func (x *ControlResponse) Reset() {
 	*x = ControlResponse{}
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[42]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3062,7 +3264,7 @@ func (x *ControlResponse) String() string {
 func (*ControlResponse) ProtoMessage() {}
 
 func (x *ControlResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[42]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3075,7 +3277,7 @@ func (x *ControlResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ControlResponse.ProtoReflect.Descriptor instead.
 func (*ControlResponse) Descriptor() ([]byte, []int) {
-	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{42}
+	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *ControlResponse) GetFrame() isControlResponse_Frame {
@@ -3134,7 +3336,7 @@ type Heartbeat struct {
 
 func (x *Heartbeat) Reset() {
 	*x = Heartbeat{}
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[43]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3146,7 +3348,7 @@ func (x *Heartbeat) String() string {
 func (*Heartbeat) ProtoMessage() {}
 
 func (x *Heartbeat) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[43]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3159,7 +3361,7 @@ func (x *Heartbeat) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Heartbeat.ProtoReflect.Descriptor instead.
 func (*Heartbeat) Descriptor() ([]byte, []int) {
-	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{43}
+	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *Heartbeat) GetNumber() uint64 {
@@ -3187,7 +3389,7 @@ type SetLogLevel struct {
 
 func (x *SetLogLevel) Reset() {
 	*x = SetLogLevel{}
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[44]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3199,7 +3401,7 @@ func (x *SetLogLevel) String() string {
 func (*SetLogLevel) ProtoMessage() {}
 
 func (x *SetLogLevel) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[44]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3212,7 +3414,7 @@ func (x *SetLogLevel) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetLogLevel.ProtoReflect.Descriptor instead.
 func (*SetLogLevel) Descriptor() ([]byte, []int) {
-	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{44}
+	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *SetLogLevel) GetLevel() string {
@@ -3235,7 +3437,7 @@ type LogBatch struct {
 
 func (x *LogBatch) Reset() {
 	*x = LogBatch{}
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[45]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3247,7 +3449,7 @@ func (x *LogBatch) String() string {
 func (*LogBatch) ProtoMessage() {}
 
 func (x *LogBatch) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[45]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3260,7 +3462,7 @@ func (x *LogBatch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogBatch.ProtoReflect.Descriptor instead.
 func (*LogBatch) Descriptor() ([]byte, []int) {
-	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{45}
+	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *LogBatch) GetRecords() []*LogRecord {
@@ -3294,7 +3496,7 @@ type LogRecord struct {
 
 func (x *LogRecord) Reset() {
 	*x = LogRecord{}
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[46]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3306,7 +3508,7 @@ func (x *LogRecord) String() string {
 func (*LogRecord) ProtoMessage() {}
 
 func (x *LogRecord) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[46]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3319,7 +3521,7 @@ func (x *LogRecord) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogRecord.ProtoReflect.Descriptor instead.
 func (*LogRecord) Descriptor() ([]byte, []int) {
-	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{46}
+	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *LogRecord) GetTime() *timestamppb.Timestamp {
@@ -3372,21 +3574,26 @@ const file_grapnel_plugin_v1_plugin_proto_rawDesc = "" +
 	"\vdescription\x18\x05 \x01(\tR\vdescription\x12%\n" +
 	"\x0econfig_example\x18\x06 \x01(\tR\rconfigExample\x12@\n" +
 	"\fsecret_slots\x18\a \x03(\v2\x1d.grapnel.plugin.v1.SecretSlotR\vsecretSlotsB\b\n" +
-	"\x06traits\"t\n" +
+	"\x06traits\"\xac\x01\n" +
 	"\n" +
 	"SecretSlot\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12 \n" +
 	"\vdescription\x18\x02 \x01(\tR\vdescription\x12\x1a\n" +
 	"\brequired\x18\x03 \x01(\bR\brequired\x12\x14\n" +
-	"\x05kinds\x18\x04 \x03(\tR\x05kinds\"Y\n" +
+	"\x05kinds\x18\x04 \x03(\tR\x05kinds\x12\x1e\n" +
+	"\n" +
+	"algorithms\x18\x05 \x03(\tR\n" +
+	"algorithms\x12\x16\n" +
+	"\x06format\x18\x06 \x01(\tR\x06format\"Y\n" +
 	"\fSignerTraits\x12#\n" +
 	"\remits_headers\x18\x01 \x03(\tR\femitsHeaders\x12$\n" +
-	"\rdeterministic\x18\x02 \x01(\bR\rdeterministic\"\x80\x01\n" +
+	"\rdeterministic\x18\x02 \x01(\bR\rdeterministic\"\xa9\x01\n" +
 	"\x0fTransportTraits\x12\x1f\n" +
 	"\vuri_schemes\x18\x01 \x03(\tR\n" +
 	"uriSchemes\x12&\n" +
 	"\x0fmay_add_headers\x18\x02 \x03(\tR\rmayAddHeaders\x12$\n" +
-	"\x0emax_body_bytes\x18\x03 \x01(\rR\fmaxBodyBytes\"\xe8\x01\n" +
+	"\x0emax_body_bytes\x18\x03 \x01(\rR\fmaxBodyBytes\x12'\n" +
+	"\x0fownership_check\x18\x04 \x01(\bR\x0eownershipCheck\"\xe8\x01\n" +
 	"\n" +
 	"Diagnostic\x12B\n" +
 	"\bseverity\x18\x01 \x01(\x0e2&.grapnel.plugin.v1.Diagnostic.SeverityR\bseverity\x12\x12\n" +
@@ -3430,7 +3637,20 @@ const file_grapnel_plugin_v1_plugin_proto_rawDesc = "" +
 	"\x0fValidateRequest\x127\n" +
 	"\binstance\x18\x01 \x01(\v2\x1b.grapnel.plugin.v1.InstanceR\binstance\"S\n" +
 	"\x10ValidateResponse\x12?\n" +
-	"\vdiagnostics\x18\x01 \x03(\v2\x1d.grapnel.plugin.v1.DiagnosticR\vdiagnostics\"P\n" +
+	"\vdiagnostics\x18\x01 \x03(\v2\x1d.grapnel.plugin.v1.DiagnosticR\vdiagnostics\"w\n" +
+	"\x14PrepareSecretRequest\x12\x12\n" +
+	"\x04kind\x18\x01 \x01(\tR\x04kind\x12\x12\n" +
+	"\x04slot\x18\x02 \x01(\tR\x04slot\x12\x19\n" +
+	"\x05value\x18\x03 \x01(\fB\x03\x80\x01\x01R\x05value\x12\x1c\n" +
+	"\talgorithm\x18\x04 \x01(\tR\talgorithm\"\xd9\x01\n" +
+	"\x15PrepareSecretResponse\x12?\n" +
+	"\vdiagnostics\x18\x01 \x03(\v2\x1d.grapnel.plugin.v1.DiagnosticR\vdiagnostics\x12\x19\n" +
+	"\x05value\x18\x02 \x01(\fB\x03\x80\x01\x01R\x05value\x12\x1c\n" +
+	"\talgorithm\x18\x03 \x01(\tR\talgorithm\x12\x1d\n" +
+	"\n" +
+	"public_key\x18\x04 \x01(\tR\tpublicKey\x12\x10\n" +
+	"\x03jwk\x18\x05 \x01(\tR\x03jwk\x12\x15\n" +
+	"\x06key_id\x18\x06 \x01(\tR\x05keyId\"P\n" +
 	"\fHostSettings\x12!\n" +
 	"\fegress_allow\x18\x01 \x03(\tR\vegressAllow\x12\x1d\n" +
 	"\n" +
@@ -3479,7 +3699,7 @@ const file_grapnel_plugin_v1_plugin_proto_rawDesc = "" +
 	"\x11max_response_body\x18\x01 \x01(\rR\x0fmaxResponseBody\"~\n" +
 	"\fAttemptBatch\x126\n" +
 	"\bcontents\x18\x01 \x03(\v2\x1a.grapnel.plugin.v1.ContentR\bcontents\x126\n" +
-	"\battempts\x18\x02 \x03(\v2\x1a.grapnel.plugin.v1.AttemptR\battempts\"\xe6\x02\n" +
+	"\battempts\x18\x02 \x03(\v2\x1a.grapnel.plugin.v1.AttemptR\battempts\"\x8f\x03\n" +
 	"\aAttempt\x12\x10\n" +
 	"\x03seq\x18\x01 \x01(\x04R\x03seq\x12\x18\n" +
 	"\acontent\x18\x02 \x01(\rR\acontent\x12!\n" +
@@ -3493,7 +3713,8 @@ const file_grapnel_plugin_v1_plugin_proto_rawDesc = "" +
 	"\aheaders\x18\t \x03(\v2\x19.grapnel.plugin.v1.HeaderR\aheaders\x12\x10\n" +
 	"\x03uri\x18\n" +
 	" \x01(\tR\x03uri\x12\x14\n" +
-	"\x05nonce\x18\v \x01(\fR\x05nonce\"\x1c\n" +
+	"\x05nonce\x18\v \x01(\fR\x05nonce\x12'\n" +
+	"\x0fownership_check\x18\f \x01(\bR\x0eownershipCheck\"\x1c\n" +
 	"\x06Cancel\x12\x12\n" +
 	"\x04seqs\x18\x01 \x03(\x04R\x04seqs\"8\n" +
 	"\x05Drain\x12/\n" +
@@ -3574,12 +3795,13 @@ const file_grapnel_plugin_v1_plugin_proto_rawDesc = "" +
 	"attributes\x1a=\n" +
 	"\x0fAttributesEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x012\xb6\x03\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x012\x9a\x04\n" +
 	"\rPluginService\x12S\n" +
 	"\bDescribe\x12\".grapnel.plugin.v1.DescribeRequest\x1a#.grapnel.plugin.v1.DescribeResponse\x12S\n" +
 	"\bValidate\x12\".grapnel.plugin.v1.ValidateRequest\x1a#.grapnel.plugin.v1.ValidateResponse\x12V\n" +
 	"\tConfigure\x12#.grapnel.plugin.v1.ConfigureRequest\x1a$.grapnel.plugin.v1.ConfigureResponse\x12M\n" +
-	"\x06Remove\x12 .grapnel.plugin.v1.RemoveRequest\x1a!.grapnel.plugin.v1.RemoveResponse\x12T\n" +
+	"\x06Remove\x12 .grapnel.plugin.v1.RemoveRequest\x1a!.grapnel.plugin.v1.RemoveResponse\x12b\n" +
+	"\rPrepareSecret\x12'.grapnel.plugin.v1.PrepareSecretRequest\x1a(.grapnel.plugin.v1.PrepareSecretResponse\x12T\n" +
 	"\aControl\x12!.grapnel.plugin.v1.ControlRequest\x1a\".grapnel.plugin.v1.ControlResponse(\x010\x012\\\n" +
 	"\rSignerService\x12K\n" +
 	"\x04Sign\x12\x1e.grapnel.plugin.v1.SignRequest\x1a\x1f.grapnel.plugin.v1.SignResponse(\x010\x012\xc3\x01\n" +
@@ -3601,7 +3823,7 @@ func file_grapnel_plugin_v1_plugin_proto_rawDescGZIP() []byte {
 }
 
 var file_grapnel_plugin_v1_plugin_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_grapnel_plugin_v1_plugin_proto_msgTypes = make([]protoimpl.MessageInfo, 49)
+var file_grapnel_plugin_v1_plugin_proto_msgTypes = make([]protoimpl.MessageInfo, 51)
 var file_grapnel_plugin_v1_plugin_proto_goTypes = []any{
 	(Diagnostic_Severity)(0),      // 0: grapnel.plugin.v1.Diagnostic.Severity
 	(Failure_Source)(0),           // 1: grapnel.plugin.v1.Failure.Source
@@ -3620,43 +3842,45 @@ var file_grapnel_plugin_v1_plugin_proto_goTypes = []any{
 	(*Instance)(nil),              // 14: grapnel.plugin.v1.Instance
 	(*ValidateRequest)(nil),       // 15: grapnel.plugin.v1.ValidateRequest
 	(*ValidateResponse)(nil),      // 16: grapnel.plugin.v1.ValidateResponse
-	(*HostSettings)(nil),          // 17: grapnel.plugin.v1.HostSettings
-	(*ConfigureRequest)(nil),      // 18: grapnel.plugin.v1.ConfigureRequest
-	(*ConfigureResponse)(nil),     // 19: grapnel.plugin.v1.ConfigureResponse
-	(*InstanceStatus)(nil),        // 20: grapnel.plugin.v1.InstanceStatus
-	(*RemoveRequest)(nil),         // 21: grapnel.plugin.v1.RemoveRequest
-	(*RemoveResponse)(nil),        // 22: grapnel.plugin.v1.RemoveResponse
-	(*Content)(nil),               // 23: grapnel.plugin.v1.Content
-	(*SignRequest)(nil),           // 24: grapnel.plugin.v1.SignRequest
-	(*SignItem)(nil),              // 25: grapnel.plugin.v1.SignItem
-	(*SignResponse)(nil),          // 26: grapnel.plugin.v1.SignResponse
-	(*SignResult)(nil),            // 27: grapnel.plugin.v1.SignResult
-	(*AttemptRequest)(nil),        // 28: grapnel.plugin.v1.AttemptRequest
-	(*Hello)(nil),                 // 29: grapnel.plugin.v1.Hello
-	(*AttemptBatch)(nil),          // 30: grapnel.plugin.v1.AttemptBatch
-	(*Attempt)(nil),               // 31: grapnel.plugin.v1.Attempt
-	(*Cancel)(nil),                // 32: grapnel.plugin.v1.Cancel
-	(*Drain)(nil),                 // 33: grapnel.plugin.v1.Drain
-	(*AttemptResponse)(nil),       // 34: grapnel.plugin.v1.AttemptResponse
-	(*Welcome)(nil),               // 35: grapnel.plugin.v1.Welcome
-	(*Credit)(nil),                // 36: grapnel.plugin.v1.Credit
-	(*Drained)(nil),               // 37: grapnel.plugin.v1.Drained
-	(*AttemptResults)(nil),        // 38: grapnel.plugin.v1.AttemptResults
-	(*AttemptResult)(nil),         // 39: grapnel.plugin.v1.AttemptResult
-	(*Response)(nil),              // 40: grapnel.plugin.v1.Response
-	(*Failure)(nil),               // 41: grapnel.plugin.v1.Failure
-	(*AttemptOneRequest)(nil),     // 42: grapnel.plugin.v1.AttemptOneRequest
-	(*AttemptOneResponse)(nil),    // 43: grapnel.plugin.v1.AttemptOneResponse
-	(*ControlRequest)(nil),        // 44: grapnel.plugin.v1.ControlRequest
-	(*ControlResponse)(nil),       // 45: grapnel.plugin.v1.ControlResponse
-	(*Heartbeat)(nil),             // 46: grapnel.plugin.v1.Heartbeat
-	(*SetLogLevel)(nil),           // 47: grapnel.plugin.v1.SetLogLevel
-	(*LogBatch)(nil),              // 48: grapnel.plugin.v1.LogBatch
-	(*LogRecord)(nil),             // 49: grapnel.plugin.v1.LogRecord
-	nil,                           // 50: grapnel.plugin.v1.Instance.SecretsEntry
-	nil,                           // 51: grapnel.plugin.v1.LogRecord.AttributesEntry
-	(*timestamppb.Timestamp)(nil), // 52: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),   // 53: google.protobuf.Duration
+	(*PrepareSecretRequest)(nil),  // 17: grapnel.plugin.v1.PrepareSecretRequest
+	(*PrepareSecretResponse)(nil), // 18: grapnel.plugin.v1.PrepareSecretResponse
+	(*HostSettings)(nil),          // 19: grapnel.plugin.v1.HostSettings
+	(*ConfigureRequest)(nil),      // 20: grapnel.plugin.v1.ConfigureRequest
+	(*ConfigureResponse)(nil),     // 21: grapnel.plugin.v1.ConfigureResponse
+	(*InstanceStatus)(nil),        // 22: grapnel.plugin.v1.InstanceStatus
+	(*RemoveRequest)(nil),         // 23: grapnel.plugin.v1.RemoveRequest
+	(*RemoveResponse)(nil),        // 24: grapnel.plugin.v1.RemoveResponse
+	(*Content)(nil),               // 25: grapnel.plugin.v1.Content
+	(*SignRequest)(nil),           // 26: grapnel.plugin.v1.SignRequest
+	(*SignItem)(nil),              // 27: grapnel.plugin.v1.SignItem
+	(*SignResponse)(nil),          // 28: grapnel.plugin.v1.SignResponse
+	(*SignResult)(nil),            // 29: grapnel.plugin.v1.SignResult
+	(*AttemptRequest)(nil),        // 30: grapnel.plugin.v1.AttemptRequest
+	(*Hello)(nil),                 // 31: grapnel.plugin.v1.Hello
+	(*AttemptBatch)(nil),          // 32: grapnel.plugin.v1.AttemptBatch
+	(*Attempt)(nil),               // 33: grapnel.plugin.v1.Attempt
+	(*Cancel)(nil),                // 34: grapnel.plugin.v1.Cancel
+	(*Drain)(nil),                 // 35: grapnel.plugin.v1.Drain
+	(*AttemptResponse)(nil),       // 36: grapnel.plugin.v1.AttemptResponse
+	(*Welcome)(nil),               // 37: grapnel.plugin.v1.Welcome
+	(*Credit)(nil),                // 38: grapnel.plugin.v1.Credit
+	(*Drained)(nil),               // 39: grapnel.plugin.v1.Drained
+	(*AttemptResults)(nil),        // 40: grapnel.plugin.v1.AttemptResults
+	(*AttemptResult)(nil),         // 41: grapnel.plugin.v1.AttemptResult
+	(*Response)(nil),              // 42: grapnel.plugin.v1.Response
+	(*Failure)(nil),               // 43: grapnel.plugin.v1.Failure
+	(*AttemptOneRequest)(nil),     // 44: grapnel.plugin.v1.AttemptOneRequest
+	(*AttemptOneResponse)(nil),    // 45: grapnel.plugin.v1.AttemptOneResponse
+	(*ControlRequest)(nil),        // 46: grapnel.plugin.v1.ControlRequest
+	(*ControlResponse)(nil),       // 47: grapnel.plugin.v1.ControlResponse
+	(*Heartbeat)(nil),             // 48: grapnel.plugin.v1.Heartbeat
+	(*SetLogLevel)(nil),           // 49: grapnel.plugin.v1.SetLogLevel
+	(*LogBatch)(nil),              // 50: grapnel.plugin.v1.LogBatch
+	(*LogRecord)(nil),             // 51: grapnel.plugin.v1.LogRecord
+	nil,                           // 52: grapnel.plugin.v1.Instance.SecretsEntry
+	nil,                           // 53: grapnel.plugin.v1.LogRecord.AttributesEntry
+	(*timestamppb.Timestamp)(nil), // 54: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),   // 55: google.protobuf.Duration
 }
 var file_grapnel_plugin_v1_plugin_proto_depIdxs = []int32{
 	5,  // 0: grapnel.plugin.v1.DescribeResponse.kinds:type_name -> grapnel.plugin.v1.Kind
@@ -3664,77 +3888,80 @@ var file_grapnel_plugin_v1_plugin_proto_depIdxs = []int32{
 	8,  // 2: grapnel.plugin.v1.Kind.transport:type_name -> grapnel.plugin.v1.TransportTraits
 	6,  // 3: grapnel.plugin.v1.Kind.secret_slots:type_name -> grapnel.plugin.v1.SecretSlot
 	0,  // 4: grapnel.plugin.v1.Diagnostic.severity:type_name -> grapnel.plugin.v1.Diagnostic.Severity
-	52, // 5: grapnel.plugin.v1.SecretVersion.expire_time:type_name -> google.protobuf.Timestamp
+	54, // 5: grapnel.plugin.v1.SecretVersion.expire_time:type_name -> google.protobuf.Timestamp
 	10, // 6: grapnel.plugin.v1.SecretVersions.versions:type_name -> grapnel.plugin.v1.SecretVersion
 	12, // 7: grapnel.plugin.v1.Target.headers:type_name -> grapnel.plugin.v1.Header
-	50, // 8: grapnel.plugin.v1.Instance.secrets:type_name -> grapnel.plugin.v1.Instance.SecretsEntry
+	52, // 8: grapnel.plugin.v1.Instance.secrets:type_name -> grapnel.plugin.v1.Instance.SecretsEntry
 	13, // 9: grapnel.plugin.v1.Instance.target:type_name -> grapnel.plugin.v1.Target
 	14, // 10: grapnel.plugin.v1.ValidateRequest.instance:type_name -> grapnel.plugin.v1.Instance
 	9,  // 11: grapnel.plugin.v1.ValidateResponse.diagnostics:type_name -> grapnel.plugin.v1.Diagnostic
-	14, // 12: grapnel.plugin.v1.ConfigureRequest.instances:type_name -> grapnel.plugin.v1.Instance
-	17, // 13: grapnel.plugin.v1.ConfigureRequest.settings:type_name -> grapnel.plugin.v1.HostSettings
-	20, // 14: grapnel.plugin.v1.ConfigureResponse.statuses:type_name -> grapnel.plugin.v1.InstanceStatus
-	9,  // 15: grapnel.plugin.v1.InstanceStatus.diagnostics:type_name -> grapnel.plugin.v1.Diagnostic
-	12, // 16: grapnel.plugin.v1.Content.headers:type_name -> grapnel.plugin.v1.Header
-	23, // 17: grapnel.plugin.v1.SignRequest.contents:type_name -> grapnel.plugin.v1.Content
-	25, // 18: grapnel.plugin.v1.SignRequest.items:type_name -> grapnel.plugin.v1.SignItem
-	52, // 19: grapnel.plugin.v1.SignItem.created:type_name -> google.protobuf.Timestamp
-	12, // 20: grapnel.plugin.v1.SignItem.headers:type_name -> grapnel.plugin.v1.Header
-	27, // 21: grapnel.plugin.v1.SignResponse.results:type_name -> grapnel.plugin.v1.SignResult
-	12, // 22: grapnel.plugin.v1.SignResult.headers:type_name -> grapnel.plugin.v1.Header
-	41, // 23: grapnel.plugin.v1.SignResult.failure:type_name -> grapnel.plugin.v1.Failure
-	29, // 24: grapnel.plugin.v1.AttemptRequest.hello:type_name -> grapnel.plugin.v1.Hello
-	30, // 25: grapnel.plugin.v1.AttemptRequest.batch:type_name -> grapnel.plugin.v1.AttemptBatch
-	32, // 26: grapnel.plugin.v1.AttemptRequest.cancel:type_name -> grapnel.plugin.v1.Cancel
-	33, // 27: grapnel.plugin.v1.AttemptRequest.drain:type_name -> grapnel.plugin.v1.Drain
-	23, // 28: grapnel.plugin.v1.AttemptBatch.contents:type_name -> grapnel.plugin.v1.Content
-	31, // 29: grapnel.plugin.v1.AttemptBatch.attempts:type_name -> grapnel.plugin.v1.Attempt
-	12, // 30: grapnel.plugin.v1.Attempt.headers:type_name -> grapnel.plugin.v1.Header
-	53, // 31: grapnel.plugin.v1.Drain.grace:type_name -> google.protobuf.Duration
-	35, // 32: grapnel.plugin.v1.AttemptResponse.welcome:type_name -> grapnel.plugin.v1.Welcome
-	36, // 33: grapnel.plugin.v1.AttemptResponse.credit:type_name -> grapnel.plugin.v1.Credit
-	38, // 34: grapnel.plugin.v1.AttemptResponse.results:type_name -> grapnel.plugin.v1.AttemptResults
-	37, // 35: grapnel.plugin.v1.AttemptResponse.drained:type_name -> grapnel.plugin.v1.Drained
-	39, // 36: grapnel.plugin.v1.AttemptResults.results:type_name -> grapnel.plugin.v1.AttemptResult
-	40, // 37: grapnel.plugin.v1.AttemptResult.response:type_name -> grapnel.plugin.v1.Response
-	41, // 38: grapnel.plugin.v1.AttemptResult.failure:type_name -> grapnel.plugin.v1.Failure
-	12, // 39: grapnel.plugin.v1.AttemptResult.sent_headers:type_name -> grapnel.plugin.v1.Header
-	12, // 40: grapnel.plugin.v1.Response.headers:type_name -> grapnel.plugin.v1.Header
-	1,  // 41: grapnel.plugin.v1.Failure.source:type_name -> grapnel.plugin.v1.Failure.Source
-	2,  // 42: grapnel.plugin.v1.Failure.wire_state:type_name -> grapnel.plugin.v1.Failure.WireState
-	31, // 43: grapnel.plugin.v1.AttemptOneRequest.attempt:type_name -> grapnel.plugin.v1.Attempt
-	23, // 44: grapnel.plugin.v1.AttemptOneRequest.content:type_name -> grapnel.plugin.v1.Content
-	39, // 45: grapnel.plugin.v1.AttemptOneResponse.result:type_name -> grapnel.plugin.v1.AttemptResult
-	46, // 46: grapnel.plugin.v1.ControlRequest.heartbeat:type_name -> grapnel.plugin.v1.Heartbeat
-	33, // 47: grapnel.plugin.v1.ControlRequest.drain:type_name -> grapnel.plugin.v1.Drain
-	47, // 48: grapnel.plugin.v1.ControlRequest.set_log_level:type_name -> grapnel.plugin.v1.SetLogLevel
-	46, // 49: grapnel.plugin.v1.ControlResponse.heartbeat:type_name -> grapnel.plugin.v1.Heartbeat
-	48, // 50: grapnel.plugin.v1.ControlResponse.logs:type_name -> grapnel.plugin.v1.LogBatch
-	49, // 51: grapnel.plugin.v1.LogBatch.records:type_name -> grapnel.plugin.v1.LogRecord
-	52, // 52: grapnel.plugin.v1.LogRecord.time:type_name -> google.protobuf.Timestamp
-	51, // 53: grapnel.plugin.v1.LogRecord.attributes:type_name -> grapnel.plugin.v1.LogRecord.AttributesEntry
-	11, // 54: grapnel.plugin.v1.Instance.SecretsEntry.value:type_name -> grapnel.plugin.v1.SecretVersions
-	3,  // 55: grapnel.plugin.v1.PluginService.Describe:input_type -> grapnel.plugin.v1.DescribeRequest
-	15, // 56: grapnel.plugin.v1.PluginService.Validate:input_type -> grapnel.plugin.v1.ValidateRequest
-	18, // 57: grapnel.plugin.v1.PluginService.Configure:input_type -> grapnel.plugin.v1.ConfigureRequest
-	21, // 58: grapnel.plugin.v1.PluginService.Remove:input_type -> grapnel.plugin.v1.RemoveRequest
-	44, // 59: grapnel.plugin.v1.PluginService.Control:input_type -> grapnel.plugin.v1.ControlRequest
-	24, // 60: grapnel.plugin.v1.SignerService.Sign:input_type -> grapnel.plugin.v1.SignRequest
-	28, // 61: grapnel.plugin.v1.TransportService.Attempt:input_type -> grapnel.plugin.v1.AttemptRequest
-	42, // 62: grapnel.plugin.v1.TransportService.AttemptOne:input_type -> grapnel.plugin.v1.AttemptOneRequest
-	4,  // 63: grapnel.plugin.v1.PluginService.Describe:output_type -> grapnel.plugin.v1.DescribeResponse
-	16, // 64: grapnel.plugin.v1.PluginService.Validate:output_type -> grapnel.plugin.v1.ValidateResponse
-	19, // 65: grapnel.plugin.v1.PluginService.Configure:output_type -> grapnel.plugin.v1.ConfigureResponse
-	22, // 66: grapnel.plugin.v1.PluginService.Remove:output_type -> grapnel.plugin.v1.RemoveResponse
-	45, // 67: grapnel.plugin.v1.PluginService.Control:output_type -> grapnel.plugin.v1.ControlResponse
-	26, // 68: grapnel.plugin.v1.SignerService.Sign:output_type -> grapnel.plugin.v1.SignResponse
-	34, // 69: grapnel.plugin.v1.TransportService.Attempt:output_type -> grapnel.plugin.v1.AttemptResponse
-	43, // 70: grapnel.plugin.v1.TransportService.AttemptOne:output_type -> grapnel.plugin.v1.AttemptOneResponse
-	63, // [63:71] is the sub-list for method output_type
-	55, // [55:63] is the sub-list for method input_type
-	55, // [55:55] is the sub-list for extension type_name
-	55, // [55:55] is the sub-list for extension extendee
-	0,  // [0:55] is the sub-list for field type_name
+	9,  // 12: grapnel.plugin.v1.PrepareSecretResponse.diagnostics:type_name -> grapnel.plugin.v1.Diagnostic
+	14, // 13: grapnel.plugin.v1.ConfigureRequest.instances:type_name -> grapnel.plugin.v1.Instance
+	19, // 14: grapnel.plugin.v1.ConfigureRequest.settings:type_name -> grapnel.plugin.v1.HostSettings
+	22, // 15: grapnel.plugin.v1.ConfigureResponse.statuses:type_name -> grapnel.plugin.v1.InstanceStatus
+	9,  // 16: grapnel.plugin.v1.InstanceStatus.diagnostics:type_name -> grapnel.plugin.v1.Diagnostic
+	12, // 17: grapnel.plugin.v1.Content.headers:type_name -> grapnel.plugin.v1.Header
+	25, // 18: grapnel.plugin.v1.SignRequest.contents:type_name -> grapnel.plugin.v1.Content
+	27, // 19: grapnel.plugin.v1.SignRequest.items:type_name -> grapnel.plugin.v1.SignItem
+	54, // 20: grapnel.plugin.v1.SignItem.created:type_name -> google.protobuf.Timestamp
+	12, // 21: grapnel.plugin.v1.SignItem.headers:type_name -> grapnel.plugin.v1.Header
+	29, // 22: grapnel.plugin.v1.SignResponse.results:type_name -> grapnel.plugin.v1.SignResult
+	12, // 23: grapnel.plugin.v1.SignResult.headers:type_name -> grapnel.plugin.v1.Header
+	43, // 24: grapnel.plugin.v1.SignResult.failure:type_name -> grapnel.plugin.v1.Failure
+	31, // 25: grapnel.plugin.v1.AttemptRequest.hello:type_name -> grapnel.plugin.v1.Hello
+	32, // 26: grapnel.plugin.v1.AttemptRequest.batch:type_name -> grapnel.plugin.v1.AttemptBatch
+	34, // 27: grapnel.plugin.v1.AttemptRequest.cancel:type_name -> grapnel.plugin.v1.Cancel
+	35, // 28: grapnel.plugin.v1.AttemptRequest.drain:type_name -> grapnel.plugin.v1.Drain
+	25, // 29: grapnel.plugin.v1.AttemptBatch.contents:type_name -> grapnel.plugin.v1.Content
+	33, // 30: grapnel.plugin.v1.AttemptBatch.attempts:type_name -> grapnel.plugin.v1.Attempt
+	12, // 31: grapnel.plugin.v1.Attempt.headers:type_name -> grapnel.plugin.v1.Header
+	55, // 32: grapnel.plugin.v1.Drain.grace:type_name -> google.protobuf.Duration
+	37, // 33: grapnel.plugin.v1.AttemptResponse.welcome:type_name -> grapnel.plugin.v1.Welcome
+	38, // 34: grapnel.plugin.v1.AttemptResponse.credit:type_name -> grapnel.plugin.v1.Credit
+	40, // 35: grapnel.plugin.v1.AttemptResponse.results:type_name -> grapnel.plugin.v1.AttemptResults
+	39, // 36: grapnel.plugin.v1.AttemptResponse.drained:type_name -> grapnel.plugin.v1.Drained
+	41, // 37: grapnel.plugin.v1.AttemptResults.results:type_name -> grapnel.plugin.v1.AttemptResult
+	42, // 38: grapnel.plugin.v1.AttemptResult.response:type_name -> grapnel.plugin.v1.Response
+	43, // 39: grapnel.plugin.v1.AttemptResult.failure:type_name -> grapnel.plugin.v1.Failure
+	12, // 40: grapnel.plugin.v1.AttemptResult.sent_headers:type_name -> grapnel.plugin.v1.Header
+	12, // 41: grapnel.plugin.v1.Response.headers:type_name -> grapnel.plugin.v1.Header
+	1,  // 42: grapnel.plugin.v1.Failure.source:type_name -> grapnel.plugin.v1.Failure.Source
+	2,  // 43: grapnel.plugin.v1.Failure.wire_state:type_name -> grapnel.plugin.v1.Failure.WireState
+	33, // 44: grapnel.plugin.v1.AttemptOneRequest.attempt:type_name -> grapnel.plugin.v1.Attempt
+	25, // 45: grapnel.plugin.v1.AttemptOneRequest.content:type_name -> grapnel.plugin.v1.Content
+	41, // 46: grapnel.plugin.v1.AttemptOneResponse.result:type_name -> grapnel.plugin.v1.AttemptResult
+	48, // 47: grapnel.plugin.v1.ControlRequest.heartbeat:type_name -> grapnel.plugin.v1.Heartbeat
+	35, // 48: grapnel.plugin.v1.ControlRequest.drain:type_name -> grapnel.plugin.v1.Drain
+	49, // 49: grapnel.plugin.v1.ControlRequest.set_log_level:type_name -> grapnel.plugin.v1.SetLogLevel
+	48, // 50: grapnel.plugin.v1.ControlResponse.heartbeat:type_name -> grapnel.plugin.v1.Heartbeat
+	50, // 51: grapnel.plugin.v1.ControlResponse.logs:type_name -> grapnel.plugin.v1.LogBatch
+	51, // 52: grapnel.plugin.v1.LogBatch.records:type_name -> grapnel.plugin.v1.LogRecord
+	54, // 53: grapnel.plugin.v1.LogRecord.time:type_name -> google.protobuf.Timestamp
+	53, // 54: grapnel.plugin.v1.LogRecord.attributes:type_name -> grapnel.plugin.v1.LogRecord.AttributesEntry
+	11, // 55: grapnel.plugin.v1.Instance.SecretsEntry.value:type_name -> grapnel.plugin.v1.SecretVersions
+	3,  // 56: grapnel.plugin.v1.PluginService.Describe:input_type -> grapnel.plugin.v1.DescribeRequest
+	15, // 57: grapnel.plugin.v1.PluginService.Validate:input_type -> grapnel.plugin.v1.ValidateRequest
+	20, // 58: grapnel.plugin.v1.PluginService.Configure:input_type -> grapnel.plugin.v1.ConfigureRequest
+	23, // 59: grapnel.plugin.v1.PluginService.Remove:input_type -> grapnel.plugin.v1.RemoveRequest
+	17, // 60: grapnel.plugin.v1.PluginService.PrepareSecret:input_type -> grapnel.plugin.v1.PrepareSecretRequest
+	46, // 61: grapnel.plugin.v1.PluginService.Control:input_type -> grapnel.plugin.v1.ControlRequest
+	26, // 62: grapnel.plugin.v1.SignerService.Sign:input_type -> grapnel.plugin.v1.SignRequest
+	30, // 63: grapnel.plugin.v1.TransportService.Attempt:input_type -> grapnel.plugin.v1.AttemptRequest
+	44, // 64: grapnel.plugin.v1.TransportService.AttemptOne:input_type -> grapnel.plugin.v1.AttemptOneRequest
+	4,  // 65: grapnel.plugin.v1.PluginService.Describe:output_type -> grapnel.plugin.v1.DescribeResponse
+	16, // 66: grapnel.plugin.v1.PluginService.Validate:output_type -> grapnel.plugin.v1.ValidateResponse
+	21, // 67: grapnel.plugin.v1.PluginService.Configure:output_type -> grapnel.plugin.v1.ConfigureResponse
+	24, // 68: grapnel.plugin.v1.PluginService.Remove:output_type -> grapnel.plugin.v1.RemoveResponse
+	18, // 69: grapnel.plugin.v1.PluginService.PrepareSecret:output_type -> grapnel.plugin.v1.PrepareSecretResponse
+	47, // 70: grapnel.plugin.v1.PluginService.Control:output_type -> grapnel.plugin.v1.ControlResponse
+	28, // 71: grapnel.plugin.v1.SignerService.Sign:output_type -> grapnel.plugin.v1.SignResponse
+	36, // 72: grapnel.plugin.v1.TransportService.Attempt:output_type -> grapnel.plugin.v1.AttemptResponse
+	45, // 73: grapnel.plugin.v1.TransportService.AttemptOne:output_type -> grapnel.plugin.v1.AttemptOneResponse
+	65, // [65:74] is the sub-list for method output_type
+	56, // [56:65] is the sub-list for method input_type
+	56, // [56:56] is the sub-list for extension type_name
+	56, // [56:56] is the sub-list for extension extendee
+	0,  // [0:56] is the sub-list for field type_name
 }
 
 func init() { file_grapnel_plugin_v1_plugin_proto_init() }
@@ -3746,28 +3973,28 @@ func file_grapnel_plugin_v1_plugin_proto_init() {
 		(*Kind_Signer)(nil),
 		(*Kind_Transport)(nil),
 	}
-	file_grapnel_plugin_v1_plugin_proto_msgTypes[25].OneofWrappers = []any{
+	file_grapnel_plugin_v1_plugin_proto_msgTypes[27].OneofWrappers = []any{
 		(*AttemptRequest_Hello)(nil),
 		(*AttemptRequest_Batch)(nil),
 		(*AttemptRequest_Cancel)(nil),
 		(*AttemptRequest_Drain)(nil),
 	}
-	file_grapnel_plugin_v1_plugin_proto_msgTypes[31].OneofWrappers = []any{
+	file_grapnel_plugin_v1_plugin_proto_msgTypes[33].OneofWrappers = []any{
 		(*AttemptResponse_Welcome)(nil),
 		(*AttemptResponse_Credit)(nil),
 		(*AttemptResponse_Results)(nil),
 		(*AttemptResponse_Drained)(nil),
 	}
-	file_grapnel_plugin_v1_plugin_proto_msgTypes[36].OneofWrappers = []any{
+	file_grapnel_plugin_v1_plugin_proto_msgTypes[38].OneofWrappers = []any{
 		(*AttemptResult_Response)(nil),
 		(*AttemptResult_Failure)(nil),
 	}
-	file_grapnel_plugin_v1_plugin_proto_msgTypes[41].OneofWrappers = []any{
+	file_grapnel_plugin_v1_plugin_proto_msgTypes[43].OneofWrappers = []any{
 		(*ControlRequest_Heartbeat)(nil),
 		(*ControlRequest_Drain)(nil),
 		(*ControlRequest_SetLogLevel)(nil),
 	}
-	file_grapnel_plugin_v1_plugin_proto_msgTypes[42].OneofWrappers = []any{
+	file_grapnel_plugin_v1_plugin_proto_msgTypes[44].OneofWrappers = []any{
 		(*ControlResponse_Heartbeat)(nil),
 		(*ControlResponse_Logs)(nil),
 	}
@@ -3777,7 +4004,7 @@ func file_grapnel_plugin_v1_plugin_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_grapnel_plugin_v1_plugin_proto_rawDesc), len(file_grapnel_plugin_v1_plugin_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   49,
+			NumMessages:   51,
 			NumExtensions: 0,
 			NumServices:   3,
 		},

@@ -24,11 +24,12 @@ import (
 const _ = grpc.SupportPackageIsVersion9
 
 const (
-	PluginService_Describe_FullMethodName  = "/grapnel.plugin.v1.PluginService/Describe"
-	PluginService_Validate_FullMethodName  = "/grapnel.plugin.v1.PluginService/Validate"
-	PluginService_Configure_FullMethodName = "/grapnel.plugin.v1.PluginService/Configure"
-	PluginService_Remove_FullMethodName    = "/grapnel.plugin.v1.PluginService/Remove"
-	PluginService_Control_FullMethodName   = "/grapnel.plugin.v1.PluginService/Control"
+	PluginService_Describe_FullMethodName      = "/grapnel.plugin.v1.PluginService/Describe"
+	PluginService_Validate_FullMethodName      = "/grapnel.plugin.v1.PluginService/Validate"
+	PluginService_Configure_FullMethodName     = "/grapnel.plugin.v1.PluginService/Configure"
+	PluginService_Remove_FullMethodName        = "/grapnel.plugin.v1.PluginService/Remove"
+	PluginService_PrepareSecret_FullMethodName = "/grapnel.plugin.v1.PluginService/PrepareSecret"
+	PluginService_Control_FullMethodName       = "/grapnel.plugin.v1.PluginService/Control"
 )
 
 // PluginServiceClient is the client API for PluginService service.
@@ -46,6 +47,9 @@ type PluginServiceClient interface {
 	Configure(ctx context.Context, in *ConfigureRequest, opts ...grpc.CallOption) (*ConfigureResponse, error)
 	// Remove forgets instances; attempts already accepted for them still end. Unknown refs are ignored.
 	Remove(ctx context.Context, in *RemoveRequest, opts ...grpc.CallOption) (*RemoveResponse, error)
+	// PrepareSecret checks a value for a secret slot, or makes one. Pure but for randomness; no network. A
+	// plugin offers it by the capability "secret.prepare".
+	PrepareSecret(ctx context.Context, in *PrepareSecretRequest, opts ...grpc.CallOption) (*PrepareSecretResponse, error)
 	// Control is one stream for the life of the process. Its end tells the plugin that the host is
 	// gone: the plugin finishes within 5 s and exits.
 	Control(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[ControlRequest, ControlResponse], error)
@@ -99,6 +103,16 @@ func (c *pluginServiceClient) Remove(ctx context.Context, in *RemoveRequest, opt
 	return out, nil
 }
 
+func (c *pluginServiceClient) PrepareSecret(ctx context.Context, in *PrepareSecretRequest, opts ...grpc.CallOption) (*PrepareSecretResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(PrepareSecretResponse)
+	err := c.cc.Invoke(ctx, PluginService_PrepareSecret_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *pluginServiceClient) Control(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[ControlRequest, ControlResponse], error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	stream, err := c.cc.NewStream(ctx, &PluginService_ServiceDesc.Streams[0], PluginService_Control_FullMethodName, cOpts...)
@@ -127,6 +141,9 @@ type PluginServiceServer interface {
 	Configure(context.Context, *ConfigureRequest) (*ConfigureResponse, error)
 	// Remove forgets instances; attempts already accepted for them still end. Unknown refs are ignored.
 	Remove(context.Context, *RemoveRequest) (*RemoveResponse, error)
+	// PrepareSecret checks a value for a secret slot, or makes one. Pure but for randomness; no network. A
+	// plugin offers it by the capability "secret.prepare".
+	PrepareSecret(context.Context, *PrepareSecretRequest) (*PrepareSecretResponse, error)
 	// Control is one stream for the life of the process. Its end tells the plugin that the host is
 	// gone: the plugin finishes within 5 s and exits.
 	Control(grpc.BidiStreamingServer[ControlRequest, ControlResponse]) error
@@ -151,6 +168,9 @@ func (UnimplementedPluginServiceServer) Configure(context.Context, *ConfigureReq
 }
 func (UnimplementedPluginServiceServer) Remove(context.Context, *RemoveRequest) (*RemoveResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Remove not implemented")
+}
+func (UnimplementedPluginServiceServer) PrepareSecret(context.Context, *PrepareSecretRequest) (*PrepareSecretResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method PrepareSecret not implemented")
 }
 func (UnimplementedPluginServiceServer) Control(grpc.BidiStreamingServer[ControlRequest, ControlResponse]) error {
 	return status.Error(codes.Unimplemented, "method Control not implemented")
@@ -248,6 +268,24 @@ func _PluginService_Remove_Handler(srv interface{}, ctx context.Context, dec fun
 	return interceptor(ctx, in, info, handler)
 }
 
+func _PluginService_PrepareSecret_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(PrepareSecretRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(PluginServiceServer).PrepareSecret(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: PluginService_PrepareSecret_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(PluginServiceServer).PrepareSecret(ctx, req.(*PrepareSecretRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _PluginService_Control_Handler(srv interface{}, stream grpc.ServerStream) error {
 	return srv.(PluginServiceServer).Control(&grpc.GenericServerStream[ControlRequest, ControlResponse]{ServerStream: stream})
 }
@@ -277,6 +315,10 @@ var PluginService_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Remove",
 			Handler:    _PluginService_Remove_Handler,
+		},
+		{
+			MethodName: "PrepareSecret",
+			Handler:    _PluginService_PrepareSecret_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{

@@ -818,7 +818,11 @@ type SecretRecord struct {
 	// Newest first.
 	Versions []*SecretVersionRecord `protobuf:"bytes,3,rep,name=versions,proto3" json:"versions,omitempty"`
 	// Unix nanoseconds.
-	CreateTime    int64 `protobuf:"varint,4,opt,name=create_time,json=createTime,proto3" json:"create_time,omitempty"`
+	CreateTime int64 `protobuf:"varint,4,opt,name=create_time,json=createTime,proto3" json:"create_time,omitempty"`
+	// Plugin resource name and secret slot; empty when kind says what the values are.
+	Plugin string `protobuf:"bytes,5,opt,name=plugin,proto3" json:"plugin,omitempty"`
+	// As plugin.
+	Slot          string `protobuf:"bytes,6,opt,name=slot,proto3" json:"slot,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -881,6 +885,20 @@ func (x *SecretRecord) GetCreateTime() int64 {
 	return 0
 }
 
+func (x *SecretRecord) GetPlugin() string {
+	if x != nil {
+		return x.Plugin
+	}
+	return ""
+}
+
+func (x *SecretRecord) GetSlot() string {
+	if x != nil {
+		return x.Slot
+	}
+	return ""
+}
+
 // SecretVersionRecord is one sealed value.
 type SecretVersionRecord struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -897,7 +915,13 @@ type SecretVersionRecord struct {
 	// Unix nanoseconds.
 	CreateTime int64 `protobuf:"varint,6,opt,name=create_time,json=createTime,proto3" json:"create_time,omitempty"`
 	// Unix nanoseconds; 0 for the newest.
-	ExpireTime    int64 `protobuf:"varint,7,opt,name=expire_time,json=expireTime,proto3" json:"expire_time,omitempty"`
+	ExpireTime int64 `protobuf:"varint,7,opt,name=expire_time,json=expireTime,proto3" json:"expire_time,omitempty"`
+	// As the plugin names it.
+	Algorithm string `protobuf:"bytes,8,opt,name=algorithm,proto3" json:"algorithm,omitempty"`
+	// JSON Web Key of public_key.
+	Jwk string `protobuf:"bytes,9,opt,name=jwk,proto3" json:"jwk,omitempty"`
+	// What signatures call the key.
+	SigningKeyId  string `protobuf:"bytes,10,opt,name=signing_key_id,json=signingKeyId,proto3" json:"signing_key_id,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -981,6 +1005,27 @@ func (x *SecretVersionRecord) GetExpireTime() int64 {
 	return 0
 }
 
+func (x *SecretVersionRecord) GetAlgorithm() string {
+	if x != nil {
+		return x.Algorithm
+	}
+	return ""
+}
+
+func (x *SecretVersionRecord) GetJwk() string {
+	if x != nil {
+		return x.Jwk
+	}
+	return ""
+}
+
+func (x *SecretVersionRecord) GetSigningKeyId() string {
+	if x != nil {
+		return x.SigningKeyId
+	}
+	return ""
+}
+
 var File_grapnel_store_v1_store_proto protoreflect.FileDescriptor
 
 const file_grapnel_store_v1_store_proto_rawDesc = "" +
@@ -1062,13 +1107,15 @@ const file_grapnel_store_v1_store_proto_rawDesc = "" +
 	"partitions\x18\x02 \x01(\rR\n" +
 	"partitions\x12\x1d\n" +
 	"\n" +
-	"journal_id\x18\x03 \x01(\fR\tjournalId\"\x9a\x01\n" +
+	"journal_id\x18\x03 \x01(\fR\tjournalId\"\xc6\x01\n" +
 	"\fSecretRecord\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
 	"\x04kind\x18\x02 \x01(\rR\x04kind\x12A\n" +
 	"\bversions\x18\x03 \x03(\v2%.grapnel.store.v1.SecretVersionRecordR\bversions\x12\x1f\n" +
 	"\vcreate_time\x18\x04 \x01(\x03R\n" +
-	"createTime\"\xe1\x01\n" +
+	"createTime\x12\x16\n" +
+	"\x06plugin\x18\x05 \x01(\tR\x06plugin\x12\x12\n" +
+	"\x04slot\x18\x06 \x01(\tR\x04slot\"\xb7\x02\n" +
 	"\x13SecretVersionRecord\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\rR\aversion\x12\x15\n" +
 	"\x06key_id\x18\x02 \x01(\tR\x05keyId\x12\x16\n" +
@@ -1079,7 +1126,11 @@ const file_grapnel_store_v1_store_proto_rawDesc = "" +
 	"\vcreate_time\x18\x06 \x01(\x03R\n" +
 	"createTime\x12\x1f\n" +
 	"\vexpire_time\x18\a \x01(\x03R\n" +
-	"expireTimeB;Z9github.com/grapnel/grapnel/proto/grapnel/store/v1;storev1b\x06proto3"
+	"expireTime\x12\x1c\n" +
+	"\talgorithm\x18\b \x01(\tR\talgorithm\x12\x10\n" +
+	"\x03jwk\x18\t \x01(\tR\x03jwk\x12$\n" +
+	"\x0esigning_key_id\x18\n" +
+	" \x01(\tR\fsigningKeyIdB;Z9github.com/grapnel/grapnel/proto/grapnel/store/v1;storev1b\x06proto3"
 
 var (
 	file_grapnel_store_v1_store_proto_rawDescOnce sync.Once
