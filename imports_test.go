@@ -20,7 +20,14 @@ var allowed = map[string][]string{
 	"sdk/plugin":                   {"proto/grapnel/plugin/v1"},
 	"sdk/plugintest":               {"proto/grapnel/plugin/v1", "sdk/plugin"},
 	"sdk/webhook":                  {},
-	"plugins/...":                  {"sdk/plugin", "sdk/webhook", "proto/grapnel/plugin/v1"},
+	"proto/grapnel/receiver/v1":    {},
+	"sdk/keys":                     {},
+	"sdk/conformance":              {"proto/grapnel/plugin/v1"},
+	"plugins":                      {"plugins/...", "sdk/plugin"},
+	"plugins/...":                  {"sdk/plugin", "sdk/webhook", "sdk/keys", "proto/grapnel/plugin/v1"},
+	"plugins/grpc":                 {"sdk/plugin", "proto/grapnel/receiver/v1", "plugins/oauth2"},
+	"plugins/http":                 {"sdk/plugin", "plugins/oauth2"},
+	"plugins/oauth2":               {"sdk/plugin", "sdk/keys", "plugins/jose"},
 	"server/keyspace":              {},
 	"server/keyspace/keyspacetest": {},
 	"server/delivery":              {"proto/..."},
@@ -32,8 +39,8 @@ var allowed = map[string][]string{
 	"server/api":                   {"server/ingest", "server/subscription", "server/secret", "server/delivery", "server/api/filter", "proto/grapnel/v1"},
 	"server/api/filter":            {},
 	"server":                       {"server/...", "proto/grapnel/v1"},
-	"server/servertest":            {"server", "sdk/...", "plugins/...", "proto/grapnel/v1"},
-	"cmd/grapnel":                  {"server", "sdk/...", "plugins/...", "proto/grapnel/v1"},
+	"server/servertest":            {"server", "sdk/...", "plugins", "proto/grapnel/v1"},
+	"cmd/grapnel":                  {"server", "sdk/...", "plugins", "proto/grapnel/v1"},
 	"cmd/grapnel-bench":            {"sdk/...", "proto/grapnel/v1"},
 }
 
@@ -44,7 +51,7 @@ var fenced = map[string][]string{
 	"github.com/cockroachdb/pebble":   {"server/delivery"},
 	"github.com/hashicorp/go-plugin":  {"server/pluginhost", "sdk/plugin", "sdk/plugintest"},
 	"github.com/spf13/cobra":          {"cmd/grapnel"},
-	"google.golang.org/grpc/status":   {"server/api", "server/pluginhost", "sdk/client", "sdk/plugin", "sdk/plugintest", "cmd/grapnel", "cmd/grapnel-bench", "proto/grapnel/v1", "proto/grapnel/plugin/v1"},
+	"google.golang.org/grpc/status":   {"server/api", "sdk/conformance", "plugins/grpc", "proto/grapnel/receiver/v1", "server/pluginhost", "sdk/client", "sdk/plugin", "sdk/plugintest", "cmd/grapnel", "cmd/grapnel-bench", "proto/grapnel/v1", "proto/grapnel/plugin/v1"},
 	"go.etcd.io/etcd/client/pkg/v3":   {"server", "server/keyspace"},
 	"github.com/prometheus/":          {"server", "server/api", "server/delivery", "server/dispatch", "server/pluginhost", "server/ingest", "server/subscription", "server/secret"},
 	"cel.dev/":                        {"server/subscription"},
@@ -52,6 +59,7 @@ var fenced = map[string][]string{
 	"buf.build/go/protovalidate":      {"server/api"},
 	"github.com/standard-webhooks/":   {},
 	"github.com/svix/":                {},
+	"github.com/nats-io/":             {"plugins/nats"},
 	"google.golang.org/grpc/testdata": {},
 }
 

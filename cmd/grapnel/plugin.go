@@ -11,8 +11,7 @@ import (
 	"github.com/spf13/cobra"
 	"google.golang.org/protobuf/types/known/structpb"
 
-	httpplugin "github.com/grapnel/grapnel/plugins/http"
-	"github.com/grapnel/grapnel/plugins/standardwebhooks"
+	firstparty "github.com/grapnel/grapnel/plugins"
 	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
 	"github.com/grapnel/grapnel/sdk/client"
 	"github.com/grapnel/grapnel/sdk/plugin"
@@ -168,7 +167,7 @@ func newPluginServe(c *cli) *cobra.Command {
 		Use: "serve", Short: "Serve the first-party plugins to a Grapnel server", Hidden: true, Args: cobra.NoArgs,
 		RunE: func(*cobra.Command, []string) error {
 			c.releaseSignals() // the SDK decides what ends a plugin
-			return plugin.Serve("grapnel", version().number, httpplugin.Kind(), standardwebhooks.Kind())
+			return plugin.Serve("grapnel", version().number, firstparty.Kinds()...)
 		},
 	}
 }

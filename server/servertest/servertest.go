@@ -19,8 +19,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
 
-	httpplugin "github.com/grapnel/grapnel/plugins/http"
-	"github.com/grapnel/grapnel/plugins/standardwebhooks"
+	"github.com/grapnel/grapnel/plugins"
 	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
 	"github.com/grapnel/grapnel/sdk/client"
 	"github.com/grapnel/grapnel/sdk/plugin"
@@ -30,7 +29,7 @@ import (
 // Main is the TestMain of a package that uses Start.
 func Main(m *testing.M) {
 	if len(os.Args) == 3 && os.Args[1] == "plugin" && os.Args[2] == "serve" {
-		plugin.Main("grapnel", "test", httpplugin.Kind(), standardwebhooks.Kind())
+		plugin.Main("grapnel", "test", plugins.Kinds()...)
 		return
 	}
 	os.Exit(m.Run())

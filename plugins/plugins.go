@@ -1,0 +1,17 @@
+// Package plugins lists the signers and transports that ship in the grapnel binary. They are written with
+// sdk/plugin, as anybody's are, and run in a process of their own: the binary executed again.
+package plugins
+
+import (
+	httpplugin "github.com/grapnel/grapnel/plugins/http"
+	"github.com/grapnel/grapnel/plugins/standardwebhooks"
+	"github.com/grapnel/grapnel/sdk/plugin"
+)
+
+// Kinds are all first-party kinds, signers first.
+func Kinds() []plugin.Kind {
+	return []plugin.Kind{
+		standardwebhooks.Kind(),
+		httpplugin.Kind(),
+	}
+}
