@@ -70,6 +70,9 @@ const (
 	ErrorReason_ERROR_REASON_ABANDONED ErrorReason = 21
 	// UNIMPLEMENTED: this server does not serve the method.
 	ErrorReason_ERROR_REASON_UNKNOWN_METHOD ErrorReason = 22
+	// FAILED_PRECONDITION, with PreconditionFailure: the transport asked the target whether it wants deliveries,
+	// and it did not say yes.
+	ErrorReason_ERROR_REASON_OWNERSHIP_REFUSED ErrorReason = 23
 )
 
 // Enum value maps for ErrorReason.
@@ -96,6 +99,7 @@ var (
 		20: "ERROR_REASON_INTERNAL",
 		21: "ERROR_REASON_ABANDONED",
 		22: "ERROR_REASON_UNKNOWN_METHOD",
+		23: "ERROR_REASON_OWNERSHIP_REFUSED",
 	}
 	ErrorReason_value = map[string]int32{
 		"ERROR_REASON_UNSPECIFIED":        0,
@@ -119,6 +123,7 @@ var (
 		"ERROR_REASON_INTERNAL":           20,
 		"ERROR_REASON_ABANDONED":          21,
 		"ERROR_REASON_UNKNOWN_METHOD":     22,
+		"ERROR_REASON_OWNERSHIP_REFUSED":  23,
 	}
 )
 
@@ -318,7 +323,7 @@ const file_grapnel_v1_common_proto_rawDesc = "" +
 	"\x06reason\x18\x02 \x01(\tR\x06reason\x12\x18\n" +
 	"\amessage\x18\x03 \x01(\tR\amessage\x12\x14\n" +
 	"\x05field\x18\x04 \x01(\tR\x05field\x12\x1c\n" +
-	"\tretryable\x18\x05 \x01(\bR\tretryable*\xc9\x05\n" +
+	"\tretryable\x18\x05 \x01(\bR\tretryable*\xed\x05\n" +
 	"\vErrorReason\x12\x1c\n" +
 	"\x18ERROR_REASON_UNSPECIFIED\x10\x00\x12\x1e\n" +
 	"\x1aERROR_REASON_INVALID_FIELD\x10\x01\x12\x1f\n" +
@@ -341,7 +346,8 @@ const file_grapnel_v1_common_proto_rawDesc = "" +
 	"\x17ERROR_REASON_STORE_FULL\x10\x13\x12\x19\n" +
 	"\x15ERROR_REASON_INTERNAL\x10\x14\x12\x1a\n" +
 	"\x16ERROR_REASON_ABANDONED\x10\x15\x12\x1f\n" +
-	"\x1bERROR_REASON_UNKNOWN_METHOD\x10\x16\"\x04\b\x0f\x10\x0f\"\x04\b\x10\x10\x10B7Z5github.com/grapnel/grapnel/proto/grapnel/v1;grapnelv1b\x06proto3"
+	"\x1bERROR_REASON_UNKNOWN_METHOD\x10\x16\x12\"\n" +
+	"\x1eERROR_REASON_OWNERSHIP_REFUSED\x10\x17\"\x04\b\x0f\x10\x0f\"\x04\b\x10\x10\x10B7Z5github.com/grapnel/grapnel/proto/grapnel/v1;grapnelv1b\x06proto3"
 
 var (
 	file_grapnel_v1_common_proto_rawDescOnce sync.Once
