@@ -13,6 +13,7 @@ import (
 
 const (
 	defaultSigner         = "plugins/standard-webhooks"
+	noSigner              = "plugins/none"
 	defaultTransport      = "plugins/http"
 	defaultAttemptTimeout = 15 * time.Second
 	defaultMaxInFlight    = 16
@@ -50,6 +51,15 @@ func fillDefaults(p *grapnelv1.Subscription) {
 	}
 	if p.Transport.Plugin == "" {
 		p.Transport.Plugin = transportFor(p.Uri)
+	}
+	if p.PayloadShape == nil {
+		p.PayloadShape = &grapnelv1.PayloadShape{}
+	}
+	if p.PayloadShape.Format == grapnelv1.PayloadShape_FORMAT_UNSPECIFIED {
+		p.PayloadShape.Format = grapnelv1.PayloadShape_FORMAT_RAW
+	}
+	if p.PayloadShape.Compression == grapnelv1.PayloadShape_COMPRESSION_UNSPECIFIED {
+		p.PayloadShape.Compression = grapnelv1.PayloadShape_COMPRESSION_NONE
 	}
 	if p.AttemptTimeout == nil {
 		p.AttemptTimeout = durationpb.New(defaultAttemptTimeout)

@@ -8,6 +8,7 @@
 package subscription
 
 import (
+	"context"
 	"time"
 
 	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
@@ -62,7 +63,15 @@ type CreateOptions struct {
 	RequestID string
 	// ValidateOnly checks everything and stores nothing; the result has no etag.
 	ValidateOnly bool
+	// Approve, when set, has the last word, after all other checks and outside the time that a write may
+	// take. It is not called with ValidateOnly, nor for a call that is answered by its RequestID.
+	Approve Approve
 }
+
+// Approve decides whether a subscription may deliver to its target; its error ends the write as it is. p is
+// what is about to be stored and must not be changed. It is asked when the target is new: uri or transport
+// differ from what is stored, or max_rate allows more.
+type Approve func(ctx context.Context, p *grapnelv1.Subscription) error
 
 // UpdateOptions for UpdateSubscription.
 type UpdateOptions struct {
@@ -70,6 +79,8 @@ type UpdateOptions struct {
 	AllowMissing bool
 	// ValidateOnly checks everything and stores nothing.
 	ValidateOnly bool
+	// Approve is as in CreateOptions.
+	Approve Approve
 }
 
 // Deleted reports whether the namespace waits to be erased.

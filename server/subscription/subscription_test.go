@@ -41,6 +41,9 @@ func TestNewFillsDefaults(t *testing.T) {
 	want.Uid = s.Proto.Uid
 	want.Signers = []*grapnelv1.PluginBinding{{Plugin: "plugins/standard-webhooks"}}
 	want.Transport = &grapnelv1.PluginBinding{Plugin: "plugins/http"}
+	want.PayloadShape = &grapnelv1.PayloadShape{
+		Format: grapnelv1.PayloadShape_FORMAT_RAW, Compression: grapnelv1.PayloadShape_COMPRESSION_NONE,
+	}
 	want.AttemptTimeout = durationpb.New(15 * time.Second)
 	want.MaxInFlight = 16
 	want.RetryPolicy = &grapnelv1.RetryPolicy{MaxAttempts: 10, Jitter: proto.Float64(.2), MaxAge: durationpb.New(96 * time.Hour)}

@@ -93,7 +93,7 @@ func reserved(name string) string {
 	const (
 		hop   = "it belongs to one connection and is set by the transport"
 		event = "it is made from each event"
-		auth  = "headers can be read by many; keep credentials in a secret (SecretService.CreateSecret) and name it in signer.secrets or transport.secrets"
+		auth  = "headers can be read by many; keep credentials in a secret (SecretService.CreateSecret) and name it in the secrets of a signer or of the transport"
 	)
 	switch {
 	case strings.HasPrefix(name, "webhook-"):

@@ -46,6 +46,7 @@ func validate(p *grapnelv1.Subscription, ns string, conds *conditions) (*conditi
 	c.globs("subscription.event_types", p.EventTypes)
 	cond := c.condition("subscription.condition", p.Condition)
 	c.headers("subscription.headers", p.Headers)
+	c.shape("subscription.payload_shape", p)
 	if len(p.Signers) > 8 {
 		c.add("subscription.signers", "repeated.max_items", "has %d signers; want at most 8", len(p.Signers))
 	}

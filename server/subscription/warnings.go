@@ -28,7 +28,11 @@ func Warnings(p *grapnelv1.Subscription) []string {
 			}
 		}
 	}
+	out = append(out, shapeWarnings(p)...)
 	for i, s := range p.GetSigners() {
+		if s.GetPlugin() == noSigner && len(p.GetSigners()) > 1 {
+			warn("signers[%d] is %s, which adds nothing to the other signers; leave it out", i, noSigner)
+		}
 		if len(s.GetSecrets()) == 0 && s.GetPlugin() == defaultSigner {
 			warn("signers[%d] has no secret, and the signer refuses to sign without; name one in signers[%d].secrets", i, i)
 		}

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"math"
 	"slices"
 	"strings"
 	"unicode"
@@ -45,9 +46,7 @@ func (r *Registry) CreateSubscription(ctx context.Context, ns, id string, p *gra
 	if err := checkIDs("parent", ns, "subscription_id", id); err != nil {
 		return nil, err
 	}
-	ctx, cancel := r.space.Bound(ctx)
-	defer cancel()
-	w := &writing{registry: r, ns: ns, id: id, only: o.ValidateOnly, request: req}
+	w := &writing{registry: r, ns: ns, id: id, only: o.ValidateOnly, request: req, approve: o.Approve}
 	return w.run(ctx, func(_ *Namespace, it keyspace.Item) (*grapnelv1.Subscription, error) {
 		if it.Revision != 0 {
 			return nil, fmt.Errorf("%s %w", it.Key, ErrExists)
@@ -64,9 +63,7 @@ func (r *Registry) UpdateSubscription(ctx context.Context, ns, id, etag string, 
 	if err := checkIDs("subscription.name", ns, "subscription.name", id); err != nil {
 		return nil, err
 	}
-	ctx, cancel := r.space.Bound(ctx)
-	defer cancel()
-	w := &writing{registry: r, ns: ns, id: id, only: o.ValidateOnly}
+	w := &writing{registry: r, ns: ns, id: id, only: o.ValidateOnly, approve: o.Approve}
 	return w.run(ctx, func(_ *Namespace, it keyspace.Item) (*grapnelv1.Subscription, error) {
 		if it.Revision == 0 {
 			if !o.AllowMissing || etag != "" {
@@ -160,15 +157,43 @@ type writing struct {
 	ns, id   string
 	only     bool
 	request  *request
+	approve  Approve
 
-	out  *Subscription
-	slot bool
-	near bool
+	out *Subscription
+	// approved is what approve has said yes to; asked is what it is to be asked about next.
+	approved, asked *grapnelv1.Subscription
+	slot            bool
+	near            bool
 }
 
-// run stores what change makes of the subscription.
+// errAsk ends a plan that approve has to be asked about first.
+var errAsk = errors.New("to be approved")
+
+// maxAsked bounds how often one write asks: each time somebody else's change has come between.
+const maxAsked = 5
+
+// run stores what change makes of the subscription. A plan that needs to be approved is left, asked about
+// while nothing is held and no time of the store is running, and made anew.
 func (w *writing) run(ctx context.Context, change func(*Namespace, keyspace.Item) (*grapnelv1.Subscription, error)) (*Subscription, error) {
+	for try := 1; ; try++ {
+		out, err := w.attempt(ctx, change)
+		if !errors.Is(err, errAsk) {
+			return out, err
+		}
+		if try > maxAsked {
+			return nil, &EtagError{Name: subscriptionName(w.ns, w.id), Current: w.asked.Etag}
+		}
+		if err := w.approve(ctx, w.asked); err != nil {
+			return nil, err
+		}
+		w.approved = w.asked
+	}
+}
+
+func (w *writing) attempt(ctx context.Context, change func(*Namespace, keyspace.Item) (*grapnelv1.Subscription, error)) (*Subscription, error) {
 	r := w.registry
+	ctx, cancel := r.space.Bound(ctx)
+	defer cancel()
 	defer w.release()
 	keys := []string{namespaceName(w.ns), subscriptionName(w.ns, w.id), quotaKey(w.ns)}
 	if w.request != nil {
@@ -225,6 +250,11 @@ func (w *writing) plan(ctx context.Context, n *Namespace, it keyspace.Item, cont
 			return keyspace.Txn{}, err
 		}
 	}
+	if w.mustAsk(old, p) {
+		w.asked = proto.CloneOf(p)
+		w.asked.Etag = etag(it.Revision)
+		return keyspace.Txn{}, errAsk
+	}
 	w.out = compile(p, w.ns, w.id, uid, cond)
 	if w.only {
 		w.out.Revision = it.Revision
@@ -242,6 +272,25 @@ func (w *writing) plan(ctx context.Context, n *Namespace, it keyspace.Item, cont
 		err = r.remember(ctx, w.request, p, &txn)
 	}
 	return txn, err
+}
+
+// mustAsk reports whether approve has a say in p and has not said yes to the same.
+func (w *writing) mustAsk(old *Subscription, p *grapnelv1.Subscription) bool {
+	if w.approve == nil || w.only {
+		return false
+	}
+	return (old == nil || !sameTarget(old.Proto, p)) && (w.approved == nil || !sameTarget(w.approved, p))
+}
+
+// sameTarget reports whether who has agreed to a has agreed to b.
+func sameTarget(a, b *grapnelv1.Subscription) bool {
+	rate := func(p *grapnelv1.Subscription) float64 {
+		if p.MaxRate == 0 {
+			return math.Inf(1)
+		}
+		return p.MaxRate
+	}
+	return a.Uri == b.Uri && proto.Equal(a.Transport, b.Transport) && rate(b) <= rate(a)
 }
 
 // admit checks the quota. Far from it creates run side by side and counting is enough; close to it they
@@ -278,6 +327,7 @@ func (w *writing) release() {
 	if w.near {
 		<-w.registry.nearQuota
 	}
+	w.slot, w.near = false, false
 }
 
 // acquire takes a place in a channel used as a semaphore.
