@@ -12,6 +12,7 @@ import (
 	"errors"
 	"fmt"
 	"math/big"
+	"slices"
 	"strings"
 )
 
@@ -66,19 +67,70 @@ func object(members []member) string {
 }
 
 // JWK is the public half as JSON Web Key with kid (the id), use "sig", and alg where the key determines it:
-// EdDSA, ES256, ES384; an RSA key has no alg.
+// EdDSA, ES256, ES384, or Alg; another RSA key has no alg.
 func (k *Key) JWK() string {
-	return k.JWKFor(map[string]string{Ed25519: "EdDSA", ECDSAP256: "ES256", ECDSAP384: "ES384"}[k.algorithm])
-}
-
-// JWKFor is JWK with the given alg (RFC 7518), which must be plain letters and digits; with "" it has none.
-func (k *Key) JWKFor(alg string) string {
 	members := append([]member(nil), k.jwk...)
 	members = append(members, member{"kid", k.id}, member{"use", "sig"})
-	if alg != "" {
+	if alg := k.jwkAlg(); alg != "" {
 		members = append(members, member{"alg", alg})
 	}
 	return object(members)
+}
+
+func (k *Key) jwkAlg() string {
+	switch k.algorithm {
+	case Ed25519:
+		return "EdDSA"
+	case ECDSAP256:
+		return "ES256"
+	case ECDSAP384:
+		return "ES384"
+	}
+	return k.alg
+}
+
+// PrivateJWK is the key as private JSON Web Key. An RSA key can say there by its alg (RFC 7518: RS256, PS512
+// and so on) which scheme it is for, which PEM has no place for; "" leaves that open. Others ignore alg.
+func (k *Key) PrivateJWK(alg string) []byte {
+	encode := base64.RawURLEncoding.EncodeToString
+	members := append([]member(nil), k.jwk...)
+	switch private := k.signer.(type) {
+	case ed25519.PrivateKey:
+		members = append(members, member{"d", encode(private.Seed())})
+		alg = k.jwkAlg()
+	case *ecdsa.PrivateKey:
+		if d, err := private.Bytes(); err == nil {
+			members = append(members, member{"d", encode(d)})
+		}
+		alg = k.jwkAlg()
+	case *rsa.PrivateKey:
+		for _, n := range []struct {
+			name  string
+			value *big.Int
+		}{
+			{"d", private.D}, {"p", private.Primes[0]}, {"q", private.Primes[1]},
+			{"dp", private.Precomputed.Dp}, {"dq", private.Precomputed.Dq}, {"qi", private.Precomputed.Qinv},
+		} {
+			members = append(members, member{n.name, encode(n.value.Bytes())})
+		}
+	}
+	if alg != "" {
+		members = append(members, member{"alg", alg})
+	}
+	return []byte(object(append(members, member{"use", "sig"})))
+}
+
+// algsOf are the signature algorithms of RFC 7518, RFC 8037 and RFC 9864 by key.
+func algsOf(algorithm string) []string {
+	switch algorithm {
+	case Ed25519:
+		return []string{"EdDSA", "Ed25519"}
+	case ECDSAP256:
+		return []string{"ES256"}
+	case ECDSAP384:
+		return []string{"ES384"}
+	}
+	return []string{"RS256", "RS384", "RS512", "PS256", "PS384", "PS512"}
 }
 
 // privateJWK are the members read. Everything else in a key, such as kid and key_ops, is ignored.
@@ -86,6 +138,7 @@ type privateJWK struct {
 	Kty  string            `json:"kty"`
 	Crv  string            `json:"crv"`
 	Use  string            `json:"use"`
+	Alg  string            `json:"alg"`
 	X    string            `json:"x"`
 	Y    string            `json:"y"`
 	D    string            `json:"d"`
@@ -115,13 +168,22 @@ func parseJWK(value []byte) (*Key, error) {
 	case j.D == "":
 		return nil, errPublic
 	}
+	read := j.rsa
 	switch j.Kty {
 	case "OKP":
-		return j.okp()
+		read = j.okp
 	case "EC":
-		return j.ec()
+		read = j.ec
 	}
-	return j.rsa()
+	k, err := read()
+	if err != nil {
+		return nil, err
+	}
+	if want := algsOf(k.algorithm); j.Alg != "" && !slices.Contains(want, j.Alg) {
+		return nil, fmt.Errorf("the JSON Web Key's alg does not fit it; for a key of its kind it is %s", strings.Join(want, ", "))
+	}
+	k.alg = j.Alg
+	return k, nil
 }
 
 func (j *privateJWK) okp() (*Key, error) {

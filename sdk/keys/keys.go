@@ -48,6 +48,7 @@ type Key struct {
 	publicPEM string
 	jwk       []member // the members that RFC 7638 requires, in its order
 	id        string
+	alg       string // of the JSON Web Key that it was read from
 }
 
 // Generate makes a key for one of ed25519, ecdsa-p256-sha256, ecdsa-p384-sha384, rsa, rsa-pss-sha512 and
@@ -151,6 +152,10 @@ func (k *Key) PEM() []byte { return append([]byte(nil), k.pem...) }
 
 // PublicPEM is the public half as PKIX (BEGIN PUBLIC KEY).
 func (k *Key) PublicPEM() string { return k.publicPEM }
+
+// Alg is the alg of the JSON Web Key that the key was read from (RFC 7518): its owner's word on which
+// scheme it is for. Empty when there was none.
+func (k *Key) Alg() string { return k.alg }
 
 // ID is the RFC 7638 thumbprint of the public half: SHA-256 in base64url, 43 characters.
 func (k *Key) ID() string { return k.id }
