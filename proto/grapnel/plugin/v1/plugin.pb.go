@@ -1790,7 +1790,9 @@ type SignItem struct {
 	// 16 random bytes; signers draw none.
 	Nonce []byte `protobuf:"bytes,5,opt,name=nonce,proto3" json:"nonce,omitempty"`
 	// Headers set by earlier signers.
-	Headers       []*Header `protobuf:"bytes,6,rep,name=headers,proto3" json:"headers,omitempty"`
+	Headers []*Header `protobuf:"bytes,6,rep,name=headers,proto3" json:"headers,omitempty"`
+	// Target changed by an earlier signer; empty means the instance's.
+	Uri           string `protobuf:"bytes,7,opt,name=uri,proto3" json:"uri,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1865,6 +1867,13 @@ func (x *SignItem) GetHeaders() []*Header {
 		return x.Headers
 	}
 	return nil
+}
+
+func (x *SignItem) GetUri() string {
+	if x != nil {
+		return x.Uri
+	}
+	return ""
 }
 
 // SignResponse is a batch of results.
@@ -2880,7 +2889,7 @@ type Response struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Status code.
 	Status uint32 `protobuf:"varint,1,opt,name=status,proto3" json:"status,omitempty"`
-	// Only when status is not 2xx; retry-after always.
+	// Only when status is not 2xx; retry-after always, and all of them for an ownership check.
 	Headers []*Header `protobuf:"bytes,2,rep,name=headers,proto3" json:"headers,omitempty"`
 	// Start of the body, Hello.max_response_body at most.
 	Body []byte `protobuf:"bytes,3,opt,name=body,proto3" json:"body,omitempty"`
@@ -3673,14 +3682,15 @@ const file_grapnel_plugin_v1_plugin_proto_rawDesc = "" +
 	"\aheaders\x18\x03 \x03(\v2\x19.grapnel.plugin.v1.HeaderR\aheaders\"x\n" +
 	"\vSignRequest\x126\n" +
 	"\bcontents\x18\x01 \x03(\v2\x1a.grapnel.plugin.v1.ContentR\bcontents\x121\n" +
-	"\x05items\x18\x02 \x03(\v2\x1b.grapnel.plugin.v1.SignItemR\x05items\"\xda\x01\n" +
+	"\x05items\x18\x02 \x03(\v2\x1b.grapnel.plugin.v1.SignItemR\x05items\"\xec\x01\n" +
 	"\bSignItem\x12\x10\n" +
 	"\x03seq\x18\x01 \x01(\x04R\x03seq\x12!\n" +
 	"\finstance_ref\x18\x02 \x01(\rR\vinstanceRef\x12\x18\n" +
 	"\acontent\x18\x03 \x01(\rR\acontent\x124\n" +
 	"\acreated\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\acreated\x12\x14\n" +
 	"\x05nonce\x18\x05 \x01(\fR\x05nonce\x123\n" +
-	"\aheaders\x18\x06 \x03(\v2\x19.grapnel.plugin.v1.HeaderR\aheaders\"G\n" +
+	"\aheaders\x18\x06 \x03(\v2\x19.grapnel.plugin.v1.HeaderR\aheaders\x12\x10\n" +
+	"\x03uri\x18\a \x01(\tR\x03uri\"G\n" +
 	"\fSignResponse\x127\n" +
 	"\aresults\x18\x01 \x03(\v2\x1d.grapnel.plugin.v1.SignResultR\aresults\"\x9b\x01\n" +
 	"\n" +

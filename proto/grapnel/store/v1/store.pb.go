@@ -332,7 +332,9 @@ type DeliveryRecord struct {
 	// Attempts that were in flight when a plugin died.
 	IndeterminateCount uint32 `protobuf:"varint,11,opt,name=indeterminate_count,json=indeterminateCount,proto3" json:"indeterminate_count,omitempty"`
 	// The next attempt was asked for by a caller.
-	Manual        bool `protobuf:"varint,12,opt,name=manual,proto3" json:"manual,omitempty"`
+	Manual bool `protobuf:"varint,12,opt,name=manual,proto3" json:"manual,omitempty"`
+	// Plugin crashes since the last attempt that ended otherwise: how closely it is watched.
+	Suspicion     uint32 `protobuf:"varint,13,opt,name=suspicion,proto3" json:"suspicion,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -449,6 +451,13 @@ func (x *DeliveryRecord) GetManual() bool {
 		return x.Manual
 	}
 	return false
+}
+
+func (x *DeliveryRecord) GetSuspicion() uint32 {
+	if x != nil {
+		return x.Suspicion
+	}
+	return 0
 }
 
 // AttemptRecord is one attempt that ended.
@@ -1060,7 +1069,7 @@ const file_grapnel_store_v1_store_proto_rawDesc = "" +
 	"\x11IdempotencyRecord\x12\x10\n" +
 	"\x03seq\x18\x01 \x01(\x04R\x03seq\x12!\n" +
 	"\fcontent_hash\x18\x02 \x01(\fR\vcontentHash\x12\x18\n" +
-	"\atargets\x18\x03 \x01(\rR\atargets\"\xd5\x03\n" +
+	"\atargets\x18\x03 \x01(\rR\atargets\"\xf3\x03\n" +
 	"\x0eDeliveryRecord\x12\x14\n" +
 	"\x05state\x18\x01 \x01(\rR\x05state\x12\x18\n" +
 	"\aordinal\x18\x02 \x01(\rR\aordinal\x12)\n" +
@@ -1075,7 +1084,8 @@ const file_grapnel_store_v1_store_proto_rawDesc = "" +
 	"\fstate_reason\x18\n" +
 	" \x01(\tR\vstateReason\x12/\n" +
 	"\x13indeterminate_count\x18\v \x01(\rR\x12indeterminateCount\x12\x16\n" +
-	"\x06manual\x18\f \x01(\bR\x06manual\"\xb1\x03\n" +
+	"\x06manual\x18\f \x01(\bR\x06manual\x12\x1c\n" +
+	"\tsuspicion\x18\r \x01(\rR\tsuspicion\"\xb1\x03\n" +
 	"\rAttemptRecord\x12\x16\n" +
 	"\x06number\x18\x01 \x01(\rR\x06number\x12\x1d\n" +
 	"\n" +
