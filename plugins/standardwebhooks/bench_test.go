@@ -9,7 +9,7 @@ import (
 )
 
 func BenchmarkSign(b *testing.B) {
-	sign, err := build(Config{Key: plugin.NewSecret("whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw")}, plugin.Target{})
+	sign, err := build(names{"webhook-id", "webhook-timestamp", "webhook-signature"})(Config{Key: plugin.NewSecret("whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw")}, plugin.Target{})
 	if err != nil {
 		b.Fatal(err)
 	}

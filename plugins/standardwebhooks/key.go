@@ -3,10 +3,14 @@ package standardwebhooks
 import (
 	"bytes"
 	"crypto/ed25519"
+	"crypto/rand"
 	"encoding/base64"
 	"errors"
 	"fmt"
 	"strings"
+
+	"github.com/grapnel/grapnel/sdk/keys"
+	"github.com/grapnel/grapnel/sdk/plugin"
 )
 
 // Complaints about a key. They say what is wrong with its form and never show any of it.
@@ -26,6 +30,51 @@ const (
 	minHMACBytes = 24
 	maxHMACBytes = 64
 )
+
+// The algorithms, as they are named to SecretService.
+const (
+	algorithmHMAC    = "hmac-sha256"
+	algorithmEd25519 = "ed25519"
+)
+
+// format is the specification's say over the slot "key".
+func format() plugin.SecretFormat {
+	return plugin.SecretFormat{
+		Doc:        "whsec_ and base64 of 24 to 64 bytes, or whsk_ and base64 of an ed25519 key",
+		Algorithms: []string{algorithmHMAC, algorithmEd25519},
+		Generate:   generate,
+		Read:       read,
+	}
+}
+
+// generate makes an HMAC key of 32 bytes, or an ed25519 key written as seed and public key.
+func generate(algorithm string) ([]byte, error) {
+	raw := make([]byte, 32)
+	_, _ = rand.Read(raw) // never fails
+	if algorithm == algorithmEd25519 {
+		return base64.StdEncoding.AppendEncode([]byte("whsk_"), ed25519.NewKeyFromSeed(raw)), nil
+	}
+	return base64.StdEncoding.AppendEncode([]byte("whsec_"), raw), nil
+}
+
+// read checks a key and says what its public half is.
+func read(value []byte) (plugin.SecretInfo, error) {
+	k, err := parseKey(value)
+	if err != nil {
+		return plugin.SecretInfo{}, err
+	}
+	if k.private == nil {
+		return plugin.SecretInfo{Algorithm: algorithmHMAC}, nil
+	}
+	pair, err := keys.Parse(value)
+	if err != nil {
+		return plugin.SecretInfo{}, err
+	}
+	public := k.private.Public().(ed25519.PublicKey)
+	return plugin.SecretInfo{
+		Algorithm: algorithmEd25519, PublicKey: "whpk_" + base64.StdEncoding.EncodeToString(public), JWK: pair.JWK(), KeyID: pair.ID(),
+	}, nil
+}
 
 func parseKey(value []byte) (*key, error) {
 	text := string(value)

@@ -1,11 +1,12 @@
 // Package standardwebhooks signs requests as the Standard Webhooks specification says
 // (https://www.standardwebhooks.com): HMAC-SHA256 as v1 with keys that start with whsec_, and ed25519 as
-// v1a with keys that start with whsk_.
+// v1a with keys that start with whsk_. The kind svix puts the same bytes under the header names that
+// Svix's libraries look for first (https://docs.svix.com/receiving/verifying-payloads/how-manual).
 //
 // The signature covers "ID.TIMESTAMP.BODY": the webhook-id of the message, the unix seconds of this
 // attempt and the body byte for byte. Every live version of the key signs, newest first, so that a
-// receiver verifies throughout a rotation whichever version it has. The package verifies nothing; the
-// receiver's side is sdk/webhook.
+// receiver verifies throughout a rotation whichever version it has. The package makes and reads its own
+// keys; it verifies nothing, for the receiver's side is sdk/webhook.
 package standardwebhooks
 
 import (
@@ -20,66 +21,60 @@ import (
 	"github.com/grapnel/grapnel/sdk/plugin"
 )
 
-// Header names of the specification. The host sets webhook-id, this signer the other two.
-const (
-	headerID        = "webhook-id"
-	headerTimestamp = "webhook-timestamp"
-	headerSignature = "webhook-signature"
-)
-
 // Config is what a subscription says about its signatures: nothing but the key.
 type Config struct {
-	Key plugin.Secret `slot:"key" doc:"Signing key: whsec_ and base64 of 24 to 64 bytes, or whsk_ and base64 of an ed25519 key." required:"true" kinds:"HMAC,ED25519"`
+	Key plugin.Secret `json:"-" slot:"key" doc:"Signing key: whsec_ and base64 of 24 to 64 bytes, or whsk_ and base64 of an ed25519 key. While two versions are live, the request carries a signature of each, newest first." required:"true" kinds:"HMAC,ED25519"`
 }
 
-// Kind is the signer "standard-webhooks".
+// names are the headers a kind uses.
+type names struct{ id, timestamp, signature string }
+
+// Kinds are all signers of this package.
+func Kinds() []plugin.Kind { return []plugin.Kind{Kind(), svix()} }
+
+// Kind is the signer "standard-webhooks". The host has set webhook-id before it runs.
 func Kind() plugin.Kind {
-	return plugin.Signer("standard-webhooks", build,
-		plugin.Doc("Standard Webhooks signatures: v1 (HMAC-SHA256) and v1a (ed25519)"),
-		plugin.Emits(headerTimestamp, headerSignature),
+	n := names{"webhook-id", "webhook-timestamp", "webhook-signature"}
+	return plugin.Signer("standard-webhooks", build(n),
+		plugin.Doc("Standard Webhooks signatures (https://www.standardwebhooks.com): v1 (HMAC-SHA256) and v1a (ed25519); "+
+			"both keys sign during a rotation"),
+		plugin.Emits(n.timestamp, n.signature),
 		plugin.Example(struct{}{}),
-		plugin.Check(check))
+		plugin.Format("key", format()))
 }
 
-func check(c Config, _ plugin.Target) []plugin.Problem {
-	var problems []plugin.Problem
-	for i, value := range c.Key.Values() {
-		if _, err := parseKey(value); err != nil {
-			problems = append(problems, plugin.Problem{
-				Pointer: "/secrets/key",
-				Code:    "secret.malformed",
-				Summary: versionText(i, len(c.Key.Values())) + err.Error(),
-			})
+// svix is the signer "svix".
+func svix() plugin.Kind {
+	n := names{"svix-id", "svix-timestamp", "svix-signature"}
+	return plugin.Signer("svix", build(n),
+		plugin.Doc("Svix signatures (https://docs.svix.com/receiving/verifying-payloads/how-manual): those of Standard Webhooks "+
+			"under svix-id, svix-timestamp and svix-signature; both keys sign during a rotation"),
+		plugin.Emits(n.id, n.timestamp, n.signature),
+		plugin.Example(struct{}{}),
+		plugin.Format("key", format()))
+}
+
+func build(n names) func(Config, plugin.Target) (plugin.SignFunc, error) {
+	return func(c Config, _ plugin.Target) (plugin.SignFunc, error) {
+		s := &signer{names: n}
+		for _, value := range c.Key.Values() {
+			k, err := parseKey(value)
+			if err != nil {
+				return nil, err
+			}
+			s.keys = append(s.keys, k)
 		}
-	}
-	return problems
-}
-
-func versionText(i, n int) string {
-	if n == 1 {
-		return ""
-	}
-	return "live version " + strconv.Itoa(i+1) + " of " + strconv.Itoa(n) + ", newest first: "
-}
-
-func build(c Config, _ plugin.Target) (plugin.SignFunc, error) {
-	s := &signer{}
-	for _, value := range c.Key.Values() {
-		k, err := parseKey(value)
-		if err != nil {
-			return nil, err
+		if len(s.keys) == 0 {
+			return nil, errNoKey
 		}
-		s.keys = append(s.keys, k)
+		return s.sign, nil
 	}
-	if len(s.keys) == 0 {
-		return nil, errNoKey
-	}
-	return s.sign, nil
 }
 
 // signer is one instance; it is immutable but for the pools in its keys.
 type signer struct {
-	keys []*key
+	names names
+	keys  []*key
 }
 
 // key is one live version: ed25519 when private is set, else HMAC with ready-keyed states to reuse,
@@ -112,9 +107,9 @@ func (s *signer) sign(r *plugin.Request) error {
 		}
 		room = k.append(room, r.MessageID, timestamp, r.Body)
 	}
-	r.Set(headerID, r.MessageID)
-	r.Set(headerTimestamp, timestamp)
-	r.Set(headerSignature, string(room))
+	r.Set(s.names.id, r.MessageID)
+	r.Set(s.names.timestamp, timestamp)
+	r.Set(s.names.signature, string(room))
 	return nil
 }
 
