@@ -3,15 +3,25 @@
 package plugins
 
 import (
+	"slices"
+
+	hmacplugin "github.com/grapnel/grapnel/plugins/hmac"
 	httpplugin "github.com/grapnel/grapnel/plugins/http"
+	"github.com/grapnel/grapnel/plugins/none"
 	"github.com/grapnel/grapnel/plugins/standardwebhooks"
+	"github.com/grapnel/grapnel/plugins/twilio"
 	"github.com/grapnel/grapnel/sdk/plugin"
 )
 
 // Kinds are all first-party kinds, signers first.
 func Kinds() []plugin.Kind {
-	return []plugin.Kind{
-		standardwebhooks.Kind(),
-		httpplugin.Kind(),
-	}
+	return slices.Concat(
+		standardwebhooks.Kinds(),
+		hmacplugin.Kinds(),
+		[]plugin.Kind{
+			twilio.Kind(),
+			none.Kind(),
+			httpplugin.Kind(),
+		},
+	)
 }
