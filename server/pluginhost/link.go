@@ -115,7 +115,7 @@ func (l *link) next(batch []*pending) ([]*pending, bool) {
 	now := time.Now()
 	for bytes := 0; l.waiting() > 0 && len(l.free) > 0 && len(batch) < batchItems; {
 		p := l.queue[l.head]
-		if bytes += len(p.job.Event.Payload); bytes > batchBytes && len(batch) > 0 {
+		if bytes += len(p.body()); bytes > batchBytes && len(batch) > 0 {
 			break
 		}
 		l.queue[l.head] = nil

@@ -21,11 +21,17 @@ type pending struct {
 	created time.Time
 	// due is when the plugin counts as hung: timeout and grace after sending.
 	due time.Time
-	// stage is how many remote signers have signed; headers and uri are what they added.
+	// stage is how many remote signers have signed; headers and uri are what they added, setBy which of them
+	// set each header.
 	stage   int
 	headers []delivery.Header
+	setBy   []int
 	uri     string
 	nonce   [16]byte
+	// shaped is nil for the payload as it is.
+	shaped *shaped
+	// ownership asks the receiver instead of delivering to it.
+	ownership bool
 	// resent counts instances that the plugin did not know.
 	resent    int
 	parkUntil time.Time
@@ -85,7 +91,7 @@ func (h *Host) refused(p *pending, why string) {
 func (h *Host) tooLarge(p *pending, limit int) {
 	h.complete(p, delivery.Result{Cause: delivery.CausePolicy, Attempt: delivery.Attempt{
 		Outcome: delivery.OutcomePermanent, Start: time.Now(),
-		Error: fmt.Sprintf("body of %d bytes is larger than the transport carries, %d", len(p.job.Event.Payload), limit),
+		Error: fmt.Sprintf("body of %d bytes is larger than the transport carries, %d", len(p.body()), limit),
 	}})
 }
 

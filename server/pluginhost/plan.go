@@ -26,9 +26,11 @@ type plan struct {
 	revision  int64
 	transport *conn
 	ref       uint32
-	// local are signers in the transport's process; they sign in the same hop. remote ones sign first.
-	local    []uint32
+	// Signers sign in their configured order: remote ones first, each over its own process's stream, then
+	// local, those at the end of the list that live in the transport's process and sign in the same hop.
 	remote   []remoteSigner
+	local    []uint32
+	shape    shape
 	uri      string
 	timeout  time.Duration
 	grace    time.Duration
@@ -44,6 +46,7 @@ type plan struct {
 type remoteSigner struct {
 	conn *conn
 	ref  uint32
+	id   string // its kind
 }
 
 type retired struct {
@@ -166,7 +169,10 @@ func (h *Host) submit(p *pending, pl *plan) {
 	case pl.refusal != "":
 		go h.refused(p, pl.refusal) // never on the caller's own stack
 		return
-	case pl.maxBody > 0 && len(p.job.Event.Payload) > pl.maxBody:
+	case p.shaped == nil && pl.shape != (shape{}):
+		h.shapeFirst(p, pl)
+		return
+	case pl.maxBody > 0 && len(p.body()) > pl.maxBody:
 		go h.tooLarge(p, pl.maxBody)
 		return
 	}
@@ -186,9 +192,30 @@ func (h *Host) submit(p *pending, pl *plan) {
 	}
 }
 
-// restart has p begin anew, with whatever plan there is by then; it keeps its time and nonce.
+// shapeAside is the payload size from which a body is made off the caller's stack, which is to return at once.
+const shapeAside = 32 << 10
+
+// shapeFirst makes the body that the plan wants, then submits.
+func (h *Host) shapeFirst(p *pending, pl *plan) {
+	if len(p.job.Event.Payload) > shapeAside {
+		go func() {
+			p.shaped = h.shapes.get(p.job.Event, pl.shape)
+			h.submit(p, pl)
+		}()
+		return
+	}
+	p.shaped = h.shapes.get(p.job.Event, pl.shape)
+	h.submit(p, pl)
+}
+
+// restart has p begin anew, with whatever plan there is by then; it keeps its time and nonce. An ownership
+// check has no other plan than its own.
 func (h *Host) restart(p *pending) {
-	p.plan, p.stage, p.headers, p.uri = nil, 0, nil, ""
+	if p.ownership {
+		h.unspent(p, "the plugin was restarted meanwhile")
+		return
+	}
+	p.plan, p.stage, p.headers, p.setBy, p.uri, p.shaped = nil, 0, nil, nil, "", nil
 	h.prepare(p)
 }
 
@@ -275,6 +302,7 @@ func (h *Host) configure(sub *subscription.Subscription) (*plan, error) {
 		return nil, err
 	}
 	var bindings []*binding
+	here := 0 // bindings from this one on live in the transport's process
 	for i, pb := range signers(sub.Proto) {
 		signer, err := h.resolve("signer", signerID(pb), pb)
 		if err != nil {
@@ -282,17 +310,12 @@ func (h *Host) configure(sub *subscription.Subscription) (*plan, error) {
 		}
 		signer.id += strconv.Itoa(i)
 		bindings = append(bindings, signer)
+		if signer.conn != transport.conn {
+			here = i + 1
+		}
 	}
-	bindings = append(bindings, transport)
-	pl := &plan{
-		uid: sub.UID, revision: sub.Revision, transport: transport.conn, uri: sub.Proto.GetUri(),
-		timeout: sub.AttemptTimeout, grace: h.timing.grace,
-		maxBody: int(transport.kind.proto.GetTransport().GetMaxBodyBytes()),
-	}
-	if pl.timeout <= 0 {
-		pl.timeout = 15 * time.Second
-	}
-	for _, b := range bindings {
+	pl := h.newPlan(sub, transport)
+	for i, b := range append(bindings, transport) {
 		ref, err := h.configureOne(pl, sub, b)
 		var refused *refusedError
 		switch {
@@ -307,13 +330,26 @@ func (h *Host) configure(sub *subscription.Subscription) (*plan, error) {
 			return nil, err
 		case b == transport:
 			pl.ref = ref
-		case b.conn == transport.conn:
+		case i >= here:
 			pl.local = append(pl.local, ref)
 		default:
-			pl.remote = append(pl.remote, remoteSigner{conn: b.conn, ref: ref})
+			pl.remote = append(pl.remote, remoteSigner{conn: b.conn, ref: ref, id: b.kind.id})
 		}
 	}
 	return pl, nil
+}
+
+// newPlan is a plan without instances yet.
+func (h *Host) newPlan(sub *subscription.Subscription, transport *binding) *plan {
+	pl := &plan{
+		uid: sub.UID, revision: sub.Revision, transport: transport.conn, uri: sub.Proto.GetUri(),
+		timeout: sub.AttemptTimeout, grace: h.timing.grace, shape: shapeOf(sub.Proto.GetPayloadShape()),
+		maxBody: int(transport.kind.proto.GetTransport().GetMaxBodyBytes()),
+	}
+	if pl.timeout <= 0 {
+		pl.timeout = 15 * time.Second
+	}
+	return pl
 }
 
 func (h *Host) resolve(role, id string, pb *grapnelv1.PluginBinding) (*binding, error) {
@@ -385,12 +421,15 @@ func (r *redactor) add(versions []SecretVersion) *pluginv1.SecretVersions {
 	return out
 }
 
-// targetOf is where requests go. Static headers never replace what identifies a message.
+// targetOf is where requests go. Static headers never replace what identifies a message or says how to read
+// a body that is not the payload as it is.
 func targetOf(sub *grapnelv1.Subscription) *pluginv1.Target {
 	t := &pluginv1.Target{Method: "POST", Uri: sub.GetUri()}
+	made := shapeOf(sub.GetPayloadShape()) != shape{}
 	for _, name := range sortedKeys(sub.GetHeaders()) {
 		lower := strings.ToLower(name)
-		if strings.HasPrefix(lower, "webhook-") || strings.HasPrefix(lower, "ce-") {
+		if strings.HasPrefix(lower, "webhook-") || strings.HasPrefix(lower, "ce-") ||
+			made && (lower == "content-type" || lower == "content-encoding") {
 			continue
 		}
 		t.Headers = append(t.Headers, &pluginv1.Header{Name: lower, Value: sub.GetHeaders()[name]})

@@ -129,6 +129,7 @@ type Host struct {
 	plans      planTable
 	generation atomic.Uint64
 	parking    parking
+	shapes     shapes
 	free       sync.Pool   // of *pending: one per attempt is garbage enough to show
 	closed     atomic.Bool // no attempt is taken any more
 }

@@ -34,6 +34,8 @@ func (c *conn) settle(p *pending, r *result, now time.Time) {
 		a.ResponseHeaders, a.RequestHeaders = r.headers, r.sent
 		a.ResponseBody = r.body
 		a.RetryAfter = retryAfter(r.headers, now)
+	} else if p.ownership {
+		a.ResponseHeaders = r.headers
 	}
 	c.host.complete(p, delivery.Result{Attempt: a})
 }

@@ -2,6 +2,7 @@ package pluginhost
 
 import (
 	"fmt"
+	"strings"
 	"time"
 
 	"google.golang.org/protobuf/types/known/timestamppb"
@@ -50,25 +51,25 @@ func signRequest(batch []*pending) *pluginv1.SignRequest {
 	var table batchFrame
 	table.fill(batch)
 	req := &pluginv1.SignRequest{Items: make([]*pluginv1.SignItem, len(batch))}
-	for _, ev := range table.contents {
-		req.Contents = append(req.Contents, contentOf(ev))
+	for _, c := range table.contents {
+		req.Contents = append(req.Contents, contentOf(c))
 	}
 	for i, p := range batch {
 		req.Items[i] = &pluginv1.SignItem{
 			Seq: p.seq, InstanceRef: p.plan.remote[p.stage].ref, Content: table.index[i],
-			Created: timestamppb.New(p.created), Nonce: p.nonce[:], Headers: wireHeaders(p.headers),
+			Created: timestamppb.New(p.created), Nonce: p.nonce[:], Headers: wireHeaders(p.headers), Uri: p.uri,
 		}
 	}
 	return req
 }
 
 // contentOf is appendContent for messages off the hot path.
-func contentOf(ev *delivery.Event) *pluginv1.Content {
-	c := &pluginv1.Content{MessageId: ev.UID, Body: ev.Payload}
-	for name, value := range contentHeaders(ev) {
-		c.Headers = append(c.Headers, &pluginv1.Header{Name: name, Value: value})
+func contentOf(c content) *pluginv1.Content {
+	out := &pluginv1.Content{MessageId: c.event.UID, Body: c.body()}
+	for name, value := range c.headers() {
+		out.Headers = append(out.Headers, &pluginv1.Header{Name: name, Value: value})
 	}
-	return c
+	return out
 }
 
 func wireHeaders(headers []delivery.Header) []*pluginv1.Header {
@@ -92,8 +93,9 @@ func (c *conn) signed(resp *pluginv1.SignResponse) error {
 			c.failed(p, r.GetFailure(), &result{}, time.Now())
 			continue
 		}
-		for _, h := range r.GetHeaders() {
-			p.headers = append(p.headers, delivery.Header{Name: h.GetName(), Value: h.GetValue()})
+		if why := p.addSigned(r.GetHeaders()); why != "" {
+			c.host.refused(p, why)
+			continue
 		}
 		if r.GetUri() != "" {
 			p.uri = r.GetUri()
@@ -104,15 +106,33 @@ func (c *conn) signed(resp *pluginv1.SignResponse) error {
 	return err
 }
 
+// addSigned adds what the signer of this stage set, or says why that cannot be.
+func (p *pending) addSigned(headers []*pluginv1.Header) string {
+	for _, h := range headers {
+		name := strings.ToLower(h.GetName())
+		for i, have := range p.headers {
+			if have.Name == name && p.setBy[i] != p.stage {
+				return fmt.Sprintf("signer plugins/%s set the header %s, which signer plugins/%s before it has set",
+					p.plan.remote[p.stage].id, name, p.plan.remote[p.setBy[i]].id)
+			}
+		}
+		p.headers = append(p.headers, delivery.Header{Name: name, Value: h.GetValue()})
+		p.setBy = append(p.setBy, p.stage)
+	}
+	return ""
+}
+
 // unaryRequest is an attempt by itself.
 func unaryRequest(p *pending) *pluginv1.AttemptOneRequest {
 	a := &pluginv1.Attempt{
 		Seq: p.seq, InstanceRef: p.plan.ref, AttemptNumber: uint32(p.job.Attempts + 1),
 		TimeoutMs: uint32(p.plan.timeout.Milliseconds()), CreatedUnixNano: p.created.UnixNano(),
-		Traceparent: string(appendTraceparent(nil, p.job.Event)), SignHere: p.plan.local,
-		Headers: wireHeaders(p.headers), Uri: p.uri, Nonce: p.nonce[:],
+		SignHere: p.plan.local, Headers: wireHeaders(p.headers), Uri: p.uri, OwnershipCheck: p.ownership,
 	}
-	return &pluginv1.AttemptOneRequest{Attempt: a, Content: contentOf(p.job.Event), MaxResponseBody: maxResponse}
+	if !p.ownership {
+		a.Nonce, a.Traceparent = p.nonce[:], string(appendTraceparent(nil, p.job.Event))
+	}
+	return &pluginv1.AttemptOneRequest{Attempt: a, Content: contentOf(p.content()), MaxResponseBody: maxResponse}
 }
 
 // resultOf reads a result that came by itself.

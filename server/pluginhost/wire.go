@@ -19,8 +19,8 @@ var errMalformed = errors.New("malformed message")
 // batchFrame is an AttemptRequest with a batch.
 type batchFrame struct {
 	batch []*pending
-	// contents are the batch's events; index is each attempt's place in it.
-	contents []*delivery.Event
+	// contents are the batch's bodies; index is each attempt's place in it.
+	contents []content
 	index    []uint32
 }
 
@@ -29,13 +29,14 @@ type batchFrame struct {
 func (f *batchFrame) fill(batch []*pending) {
 	f.batch, f.contents, f.index = batch, f.contents[:0], f.index[:0]
 	for _, p := range batch {
+		c := p.content()
 		at := len(f.contents) - 1
-		for at >= 0 && f.contents[at] != p.job.Event {
+		for at >= 0 && !f.contents[at].equal(c) {
 			at--
 		}
 		if at < 0 {
 			at = len(f.contents)
-			f.contents = append(f.contents, p.job.Event)
+			f.contents = append(f.contents, c)
 		}
 		f.index = append(f.index, uint32(at))
 	}
@@ -48,8 +49,8 @@ func (f *batchFrame) forget() {
 
 func (f *batchFrame) sizeHint() int {
 	n := 64 + 160*len(f.batch)
-	for _, ev := range f.contents {
-		n += 512 + len(ev.Payload)
+	for _, c := range f.contents {
+		n += 512 + len(c.body())
 	}
 	return n
 }
@@ -57,10 +58,10 @@ func (f *batchFrame) sizeHint() int {
 // append writes the frame. Lengths are written after their content, into room left for them.
 func (f *batchFrame) append(b []byte) []byte {
 	b, frame := open(b, 2)
-	for _, ev := range f.contents {
+	for _, c := range f.contents {
 		var at int
 		b, at = open(b, 1)
-		b = appendContent(b, ev)
+		b = appendContent(b, c)
 		b = shut(b, at)
 	}
 	for i, p := range f.batch {
@@ -72,62 +73,15 @@ func (f *batchFrame) append(b []byte) []byte {
 	return shut(b, frame)
 }
 
-// appendContent writes what all attempts at an event share: webhook-id and the event's attributes as
-// CloudEvents headers.
-func appendContent(b []byte, ev *delivery.Event) []byte {
-	b = appendText(b, 1, ev.UID)
+// appendContent writes what all attempts at an event in one shape share.
+func appendContent(b []byte, c content) []byte {
+	b = appendText(b, 1, c.event.UID)
 	b = protowire.AppendTag(b, 2, protowire.BytesType)
-	b = protowire.AppendBytes(b, ev.Payload)
-	for name, value := range contentHeaders(ev) {
+	b = protowire.AppendBytes(b, c.body())
+	for name, value := range c.headers() {
 		b = appendHeader(b, 3, name, value)
 	}
 	return b
-}
-
-// contentHeaders are the headers of every request that carries the event, in the order they are sent.
-func contentHeaders(ev *delivery.Event) func(yield func(name, value string) bool) {
-	return func(yield func(name, value string) bool) {
-		ok := (ev.ContentType == "" || yield("content-type", ev.ContentType)) &&
-			yield("webhook-id", ev.UID) &&
-			yield("ce-specversion", "1.0") &&
-			yield("ce-id", ceText(ev.ID)) &&
-			yield("ce-source", ceText(ev.Source)) &&
-			yield("ce-type", ceText(ev.Type)) &&
-			(ev.Time.IsZero() || yield("ce-time", ev.Time.UTC().Format(time.RFC3339Nano))) &&
-			(ev.Subject == "" || yield("ce-subject", ceText(ev.Subject))) &&
-			(ev.Schema == "" || yield("ce-dataschema", ceText(ev.Schema)))
-		if !ok || len(ev.Attributes) == 0 {
-			return
-		}
-		for _, name := range sortedKeys(ev.Attributes) {
-			if name != "traceparent" && !yield("ce-"+name, ceText(ev.Attributes[name])) {
-				return
-			}
-		}
-	}
-}
-
-// ceText is CloudEvents' percent-encoding of header values: space, double quote, percent, and all that
-// is not printable ASCII.
-func ceText(s string) string {
-	const hex = "0123456789ABCDEF"
-	plain := func(c byte) bool { return c > ' ' && c < 0x7f && c != '"' && c != '%' }
-	i := 0
-	for i < len(s) && plain(s[i]) {
-		i++
-	}
-	if i == len(s) {
-		return s
-	}
-	var out strings.Builder
-	for i := range len(s) {
-		if c := s[i]; plain(c) {
-			out.WriteByte(c)
-		} else {
-			out.Write([]byte{'%', hex[c>>4], hex[c&15]})
-		}
-	}
-	return out.String()
 }
 
 func appendAttempt(b []byte, p *pending, content uint32) []byte {
@@ -137,6 +91,9 @@ func appendAttempt(b []byte, p *pending, content uint32) []byte {
 	b = appendUint(b, 4, uint64(p.job.Attempts+1))
 	b = appendUint(b, 5, uint64(p.plan.timeout.Milliseconds()))
 	b = appendUint(b, 6, uint64(p.created.UnixNano()))
+	if p.ownership {
+		return appendUint(b, 12, 1)
+	}
 	b = protowire.AppendTag(b, 7, protowire.BytesType)
 	b = append(b, traceparentLen)
 	b = appendTraceparent(b, p.job.Event)
