@@ -7,7 +7,7 @@ MAKEFLAGS += --no-builtin-rules --warn-undefined-variables
 TOOL := go tool -modfile=tools/go.mod
 KILL_CYCLES ?= 500
 
-.PHONY: help build test race bench lint generate verify check demo kill fuzz clean
+.PHONY: help build test race bench lint generate verify cross deps ci check demo kill fuzz clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -38,9 +38,11 @@ proto/buf/validate/validate.proto: tools/go.mod
 	mkdir -p $(@D); \
 	install -m 644 "$$dir/proto/protovalidate/buf/validate/validate.proto" $@
 
-generate: proto/buf/validate/validate.proto ## regenerate the .pb.go files and the descriptor image
+generate: proto/buf/validate/validate.proto ## regenerate what is made of the protos
 	$(TOOL) buf generate
 	$(TOOL) buf build --path proto/grapnel -o proto/grapnel/v1/descriptors.binpb
+	$(TOOL) buf build --path proto/grapnel/plugin --exclude-source-info -o plugins/example-python/plugin.binpb
+	cp proto/grapnel/plugin/v1/plugin.proto plugins/example-node/
 
 lint: proto/buf/validate/validate.proto ## gofmt, vet, staticcheck, buf lint and format
 	test -z "$$(git ls-files '*.go' | xargs gofmt -l | tee /dev/stderr)"
@@ -49,15 +51,21 @@ lint: proto/buf/validate/validate.proto ## gofmt, vet, staticcheck, buf lint and
 	$(TOOL) buf lint
 	$(TOOL) buf format -d --exit-code --path proto/grapnel
 
-verify: generate ## generated code is up to date; other systems compile
-	git diff --exit-code --stat -- proto
+verify: generate ## generated code is up to date
+	git diff --exit-code --stat -- proto plugins/example-python plugins/example-node
+
+cross: ## other systems compile
 	GOOS=darwin go build ./...
 	GOOS=windows go build ./...
 
-check: lint verify ## all of it: lint, verify, import directions, race tests, and last the README's test command
-	go test -run TestImports -count=1 .
+deps: ## node packages for the tests that use them: official verifiers, the node example
+	for d in server/testdata/verifiers plugins/example-node; do npm ci --prefix "$$d" --silent; done
+
+ci: lint verify ## lint, verify, race tests, and last the README's test command
 	go test -race -timeout 20m ./...
 	go test ./...
+
+check: cross ci ## what CI runs, and the builds for other systems
 
 demo: ## see what it does
 	go run ./cmd/grapnel demo

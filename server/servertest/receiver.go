@@ -10,6 +10,9 @@ import (
 
 // Request is one arrival at a Receiver.
 type Request struct {
+	Method string
+	// URL is whole, as the sender wrote it.
+	URL    string
 	Path   string
 	ID     string
 	Header http.Header
@@ -44,7 +47,9 @@ func (r *Receiver) ServeHTTP(w http.ResponseWriter, req *http.Request) {
 	if err != nil {
 		return
 	}
-	got := Request{Path: req.URL.Path, ID: req.Header.Get("Webhook-Id"), Header: req.Header, Body: body, Status: http.StatusNoContent}
+	got := Request{
+		Method: req.Method, URL: "http://" + req.Host + req.RequestURI, Path: req.URL.Path, ID: req.Header.Get("Webhook-Id"), Header: req.Header, Body: body, Status: http.StatusNoContent,
+	}
 	r.mu.Lock()
 	answer := r.answer
 	r.mu.Unlock()
