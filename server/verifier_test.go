@@ -1,0 +1,331 @@
+package server_test
+
+import (
+	"bufio"
+	"encoding/json"
+	"fmt"
+	"io"
+	"maps"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"google.golang.org/protobuf/types/known/durationpb"
+	"google.golang.org/protobuf/types/known/structpb"
+
+	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
+	"github.com/grapnel/grapnel/server/servertest"
+)
+
+// oracle is a node process with the official verifier of every scheme.
+type oracle struct {
+	mu  sync.Mutex
+	in  io.WriteCloser
+	out *bufio.Scanner
+}
+
+// question is what verify.mjs reads.
+type question struct {
+	Scheme  string            `json:"scheme"`
+	URL     string            `json:"url"`
+	Method  string            `json:"method"`
+	Headers map[string]string `json:"headers"`
+	Body    []byte            `json:"body"`
+	Key     string            `json:"key"`
+	Config  map[string]any    `json:"config"`
+}
+
+// newOracle starts it. Without node or its packages the test is skipped, unless GRAPNEL_REQUIRE has node.
+func newOracle(t *testing.T) *oracle {
+	t.Helper()
+	dir := filepath.Join("testdata", "verifiers")
+	absent := func(why string) {
+		if strings.Contains(os.Getenv("GRAPNEL_REQUIRE"), "node") {
+			t.Fatal(why)
+		}
+		t.Skip(why)
+	}
+	node, err := exec.LookPath("node")
+	if err != nil {
+		absent("the official verifiers need node, which is not installed")
+	}
+	if _, err := os.Stat(filepath.Join(dir, "node_modules")); err != nil {
+		absent("the official verifiers are not installed: run `npm ci` in server/testdata/verifiers")
+	}
+	cmd := exec.Command(node, "verify.mjs")
+	cmd.Dir, cmd.Stderr = dir, testLog{t}
+	in, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = in.Close(); _ = cmd.Wait() })
+	o := &oracle{in: in, out: bufio.NewScanner(out)}
+	o.out.Buffer(nil, 4<<20)
+	return o
+}
+
+type testLog struct{ t *testing.T }
+
+func (l testLog) Write(p []byte) (int, error) {
+	l.t.Logf("verifier: %s", p)
+	return len(p), nil
+}
+
+// ask returns what the library says against the request, empty when it accepts it.
+func (o *oracle) ask(t *testing.T, q question) string {
+	t.Helper()
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	line, err := json.Marshal(q)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := o.in.Write(append(line, '\n')); err != nil {
+		t.Fatalf("ask the verifier: %v", err)
+	}
+	if !o.out.Scan() {
+		t.Fatalf("the verifier is gone: %v", o.out.Err())
+	}
+	var verdict struct {
+		OK    bool   `json:"ok"`
+		Error string `json:"error"`
+	}
+	if err := json.Unmarshal(o.out.Bytes(), &verdict); err != nil {
+		t.Fatalf("the verifier said %q: %v", o.out.Text(), err)
+	}
+	if verdict.OK {
+		return ""
+	}
+	return cmpOr(verdict.Error, "no, without a reason")
+}
+
+func cmpOr(a, b string) string {
+	if a != "" {
+		return a
+	}
+	return b
+}
+
+// scheme is one signing scheme as a subscription uses it.
+type scheme struct {
+	name   string // of the test; the plugin's where plugin is empty
+	plugin string
+	// algorithm and value make the secret; both empty has the plugin make its first algorithm's.
+	algorithm, value, next string
+	config                 map[string]any
+	// verify is what the verifier is told beside the request.
+	verify map[string]any
+	// several says that receivers with the old key and with the new one verify the same request.
+	several bool
+	// path of the URL, contentType and body of the event.
+	path, contentType, body string
+	// loose verifiers leave something out that this test would change.
+	loose bool
+}
+
+func schemes() []scheme {
+	jwt := map[string]any{"issuer": "grapnel", "audience": "receiver"}
+	with := func(m map[string]any, more map[string]any) map[string]any {
+		m = maps.Clone(m)
+		maps.Copy(m, more)
+		return m
+	}
+	return []scheme{
+		{name: "standard-webhooks", several: true},
+		{name: "svix", several: true},
+		{name: "stripe", several: true},
+		{name: "github"},
+		{name: "slack"},
+		{name: "shopify", config: map[string]any{"shop_domain": "acme.myshopify.com"}},
+		{name: "twilio-json", plugin: "twilio", path: "/hooks?foo=1&bar=a%20b"},
+		{name: "twilio-form", plugin: "twilio", contentType: "application/x-www-form-urlencoded", path: "/hooks?foo=1",
+			body: "CallSid=CA1234567890ABCDE&Caller=%2B14158675309&Digits=1234&From=%2B14158675309&To=%2B18005551212"},
+		{name: "square", config: map[string]any{"notification_url": "https://example.com/hooks/"},
+			verify: map[string]any{"notification_url": "https://example.com/hooks/"}},
+		{name: "convoy", several: true},
+		{name: "outpost", several: true},
+		{name: "webhookx"},
+		{name: "hook0"},
+		{name: "hook0-v1", plugin: "hook0", config: map[string]any{"headers": []any{"webhook-id", "content-type"}}},
+		{name: "hmac", value: "a-key-of-our-own-house-0001", next: "a-key-of-our-own-house-0002", config: map[string]any{
+			"algorithm": "sha512", "encoding": "base64url", "content": "{timestamp}:{body}",
+			"headers": map[string]any{"x-house-time": "{timestamp}", "x-house-signature": "v9 {signature}"},
+		}},
+		{name: "http-signature-hmac", plugin: "http-signature", algorithm: "hmac-sha256", several: true,
+			verify: map[string]any{"algorithm": "hmac-sha256"}},
+		{name: "http-signature-ed25519", plugin: "http-signature", algorithm: "ed25519", several: true,
+			verify: map[string]any{"algorithm": "ed25519"}},
+		{name: "http-signature-ecdsa", plugin: "http-signature", algorithm: "ecdsa-p256-sha256", several: true,
+			verify: map[string]any{"algorithm": "ecdsa-p256-sha256"}},
+		{name: "http-signature-rsa-pss", plugin: "http-signature", algorithm: "rsa-pss-sha512", several: true,
+			verify: map[string]any{"algorithm": "rsa-pss-sha512"}},
+		{name: "http-signature-rsa", plugin: "http-signature", algorithm: "rsa-v1_5-sha256", several: true,
+			config: map[string]any{"algorithm": "rsa-v1_5-sha256"}, verify: map[string]any{"algorithm": "rsa-v1_5-sha256"}},
+		{name: "sigv4", path: "/hooks/a%20b?b=2&a=1&a=0&c", value: "wJalrXUtnFEMI/K7MDENG+bPxRfiCYEXAMPLEKEY",
+			next:   "xJalrXUtnFEMI/K7MDENG+bPxRfiCYEXAMPLEKEY",
+			config: map[string]any{"region": "us-east-1", "service": "execute-api", "access_key_id": "AKIDEXAMPLE"}},
+		{name: "jws-hs256", plugin: "jws", algorithm: "HS256", verify: map[string]any{"alg": "HS256"}},
+		{name: "jws-eddsa", plugin: "jws", algorithm: "EdDSA", verify: map[string]any{"alg": "EdDSA"}},
+		{name: "jws-es256", plugin: "jws", algorithm: "ES256", verify: map[string]any{"alg": "ES256"}},
+		{name: "jws-rs256", plugin: "jws", algorithm: "RS256", config: map[string]any{"algorithm": "RS256"}, verify: map[string]any{"alg": "RS256"}},
+		{name: "jws-b64-false", plugin: "jws", algorithm: "EdDSA", config: map[string]any{"b64": false}, verify: map[string]any{"alg": "EdDSA"}},
+		{name: "jwt-hs256", plugin: "jwt", algorithm: "HS256", config: jwt, verify: with(jwt, map[string]any{"alg": "HS256"}), loose: true},
+		{name: "jwt-eddsa", plugin: "jwt", algorithm: "EdDSA", config: jwt, verify: with(jwt, map[string]any{"alg": "EdDSA"}), loose: true},
+	}
+}
+
+// TestOfficialVerifiers delivers through a live server by every scheme, before and during a rotation, and
+// has the scheme's own library verify what arrived.
+func TestOfficialVerifiers(t *testing.T) {
+	t.Parallel()
+	o := newOracle(t)
+	s := servertest.Start(t, servertest.Options{})
+	rcv := servertest.NewReceiver(t, nil)
+	s.Namespace("acme")
+	for _, c := range schemes() {
+		t.Run(c.name, func(t *testing.T) {
+			v := &verifying{scheme: c, oracle: o, server: s, receiver: rcv}
+			v.run(t)
+		})
+	}
+}
+
+// verifying is one scheme under test.
+type verifying struct {
+	scheme
+	oracle   *oracle
+	server   *servertest.Server
+	receiver *servertest.Receiver
+	count    int
+}
+
+func (v *verifying) run(t *testing.T) {
+	v.plugin = cmpOr(v.plugin, v.name)
+	secrets := grapnelv1.NewSecretServiceClient(v.server.Conn)
+	made, err := secrets.CreateSecret(t.Context(), &grapnelv1.CreateSecretRequest{
+		Parent: "namespaces/acme", SecretId: v.name, Plugin: "plugins/" + v.plugin, Algorithm: v.algorithm, Value: v.value,
+	})
+	if err != nil {
+		t.Fatalf("create secret: %v", err)
+	}
+	first := receiverKey(made.GetSecret(), cmpOr(made.GetGeneratedValue(), v.value))
+	config, err := structpb.NewStruct(v.config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	v.server.Subscribe("acme", v.name, v.receiver.URL+"/"+v.name+v.path, func(sub *grapnelv1.Subscription) {
+		sub.EventTypes = []string{v.name + ".test"}
+		sub.Signers = []*grapnelv1.PluginBinding{{
+			Plugin: "plugins/" + v.plugin, Config: config, Secrets: map[string]string{"key": made.GetSecret().GetName()},
+		}}
+	})
+	got := v.deliver(t)
+	v.accepts(t, "the only key", got, first)
+	if !v.loose {
+		v.refuses(t, "a changed body", changed(got), first)
+	}
+	rotated, err := secrets.RotateSecret(t.Context(), &grapnelv1.RotateSecretRequest{
+		Name: made.GetSecret().GetName(), Value: v.next, Overlap: durationpb.New(time.Hour),
+	})
+	if err != nil {
+		t.Fatalf("rotate secret: %v", err)
+	}
+	second := receiverKey(rotated.GetSecret(), cmpOr(rotated.GetGeneratedValue(), v.next))
+	if first == second {
+		t.Fatal("the rotation gave the same key")
+	}
+	got = v.deliver(t)
+	v.accepts(t, "the new key of two", got, second)
+	if v.several {
+		v.accepts(t, "the old key of two", got, first)
+	} else {
+		v.refuses(t, "the old key of two", got, first)
+	}
+}
+
+// receiverKey is what a receiver needs of a secret: its public key, else the value.
+func receiverKey(s *grapnelv1.Secret, value string) string {
+	if public := s.GetVersions()[0].GetPublicKey(); strings.HasPrefix(public, "-----BEGIN") {
+		return public
+	}
+	return value
+}
+
+// deliver publishes an event and returns what the receiver got.
+func (v *verifying) deliver(t *testing.T) servertest.Request {
+	t.Helper()
+	v.count++
+	id := fmt.Sprintf("%s-%d", v.name, v.count)
+	_, err := grapnelv1.NewPublishServiceClient(v.server.Conn).Publish(t.Context(), &grapnelv1.PublishRequest{
+		Parent: "namespaces/acme",
+		Event: &grapnelv1.Event{Id: id, Type: v.name + ".test", DataContentType: cmpOr(v.contentType, "application/json"),
+			Payload: &grapnelv1.Event_Data{Data: []byte(cmpOr(v.body, `{"order": 1001, "note": "höher"}`))}},
+	})
+	if err != nil {
+		t.Fatalf("publish: %v", err)
+	}
+	var got servertest.Request
+	servertest.Await(t, "the delivery of "+id, func() bool {
+		all := v.receiver.Requests()
+		i := slices.IndexFunc(all, func(r servertest.Request) bool { return r.Header.Get("Ce-Id") == id })
+		if i >= 0 {
+			got = all[i]
+		}
+		for _, d := range v.server.Deliveries("acme", fmt.Sprintf("event=%q", id)) {
+			if last := d.GetLastAttempt(); last.GetError() != "" {
+				t.Fatalf("attempt: %s", last.GetError())
+			}
+		}
+		return i >= 0
+	})
+	return got
+}
+
+func changed(r servertest.Request) servertest.Request {
+	r.Body = slices.Clone(r.Body)
+	r.Body[len(r.Body)/2] ^= 1
+	return r
+}
+
+func (v *verifying) ask(t *testing.T, r servertest.Request, key string) string {
+	t.Helper()
+	q := question{Scheme: v.plugin, URL: r.URL, Method: r.Method, Headers: map[string]string{}, Body: r.Body, Key: key, Config: v.verify}
+	for name, values := range r.Header {
+		q.Headers[strings.ToLower(name)] = strings.Join(values, ", ")
+	}
+	q.Headers["host"] = strings.Split(strings.TrimPrefix(r.URL, "http://"), "/")[0]
+	return v.oracle.ask(t, q)
+}
+
+func (v *verifying) accepts(t *testing.T, what string, r servertest.Request, key string) {
+	t.Helper()
+	if why := v.ask(t, r, key); why != "" {
+		t.Errorf("%s: the verifier refuses it: %s\n%s", what, why, headersText(r.Header))
+	}
+}
+
+func (v *verifying) refuses(t *testing.T, what string, r servertest.Request, key string) {
+	t.Helper()
+	if v.ask(t, r, key) == "" {
+		t.Errorf("%s: the verifier accepts it\n%s", what, headersText(r.Header))
+	}
+}
+
+func headersText(h http.Header) string {
+	var b strings.Builder
+	_ = h.Write(&b)
+	return b.String()
+}
