@@ -105,6 +105,15 @@ func (p plugins) CheckConfig(ctx context.Context, id string, config []byte) ([]a
 	return diagnostics(ds, err)
 }
 
+// PrepareSecret and CheckOwnership have nobody to ask until the host offers them.
+func (p plugins) PrepareSecret(context.Context, string, string, []byte, string) (api.Prepared, []api.Diagnostic, error) {
+	return api.Prepared{}, nil, api.ErrPluginUnavailable
+}
+
+func (p plugins) CheckOwnership(context.Context, *grapnelv1.Subscription) (*delivery.Attempt, error) {
+	return nil, nil
+}
+
 // diagnostics puts the host's complaints and errors into the words of the API.
 func diagnostics(ds []pluginhost.Diagnostic, err error) ([]api.Diagnostic, error) {
 	switch {

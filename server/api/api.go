@@ -53,6 +53,19 @@ type Plugins interface {
 	Check(ctx context.Context, sub *grapnelv1.Subscription) ([]Diagnostic, error)
 	// CheckConfig examines one configuration. Errors: ErrPluginUnavailable, ErrUnknownPlugin.
 	CheckConfig(ctx context.Context, id string, configJSON []byte) ([]Diagnostic, error)
+	// PrepareSecret checks a value for a secret slot, or has the plugin make one when value is empty.
+	// Diagnostics are about plugin, slot, value and algorithm. Errors: as CheckConfig.
+	PrepareSecret(ctx context.Context, id, slot string, value []byte, algorithm string) (Prepared, []Diagnostic, error)
+	// CheckOwnership asks the target whether it wants deliveries. The attempt is nil when the transport has
+	// no such question. Errors: ErrPluginUnavailable, and as Check.
+	CheckOwnership(ctx context.Context, sub *grapnelv1.Subscription) (*delivery.Attempt, error)
+}
+
+// Prepared is a secret's value as a plugin wants it stored, with what may be published of it.
+type Prepared struct {
+	Value []byte
+	// The rest is as in grapnel.v1.SecretVersion.
+	Algorithm, PublicKey, JWK, KeyID string
 }
 
 // Diagnostic is a complaint of a plugin about its configuration.

@@ -58,7 +58,34 @@ func (s *Server) check(ctx context.Context, name string, p *grapnelv1.Subscripti
 	case err != nil:
 		return warnings, err
 	}
+	warnings = append(warnings, s.foreignKeys(p)...)
 	return append(warnings, warned...), nil
+}
+
+// foreignKeys warns of keys that were made for another plugin than the one that is to use them. It is no
+// fault when that one can read them, which it has just been asked: Standard Webhooks and Svix, for example,
+// share their keys. But what the two make of the same text may differ.
+func (s *Server) foreignKeys(p *grapnelv1.Subscription) []string {
+	var out []string
+	look := func(field string, b *grapnelv1.PluginBinding) {
+		for _, slot := range slices.Sorted(maps.Keys(b.GetSecrets())) {
+			ns, id, err := parseName("", b.GetSecrets()[slot], collectionSecrets)
+			if err != nil {
+				continue
+			}
+			found, err := s.Secrets.Get(ns, id)
+			if err != nil || found.Proto.GetPlugin() == "" || found.Proto.GetPlugin() == b.GetPlugin() && found.Proto.GetSlot() == slot {
+				continue
+			}
+			out = append(out, field+".secrets["+quote(slot)+"]: "+found.Proto.GetName()+" holds keys of "+found.Proto.GetPlugin()+
+				" (slot "+quote(found.Proto.GetSlot())+"), which "+b.GetPlugin()+" reads in its own way; better give each its own secret")
+		}
+	}
+	for i, b := range p.GetSigners() {
+		look("subscription.signers["+strconv.Itoa(i)+"]", b)
+	}
+	look("subscription.transport", p.GetTransport())
+	return out
 }
 
 // defaultTransport names the transport where the caller left that to the URI's scheme and a plugin says

@@ -306,6 +306,26 @@ func pluginUnavailable(name, message string) *Error {
 	}
 }
 
+// ownershipRefused says that a target was asked whether it wants deliveries and did not say yes. answer is
+// what came back, code the protocol's status or 0.
+func ownershipRefused(name, answer string, code int) *Error {
+	e := &Error{
+		code:   codes.FailedPrecondition,
+		reason: grapnelv1.ErrorReason_ERROR_REASON_OWNERSHIP_REFUSED,
+		message: "subscription.uri: the receiver was asked whether it wants deliveries and did not agree: " + answer +
+			"; let it agree, or take the ownership check out of the transport's config",
+		metadata: map[string]string{"resource": name},
+		field:    "subscription.uri",
+		details: []protoadapt.MessageV1{&errdetails.PreconditionFailure{Violations: []*errdetails.PreconditionFailure_Violation{
+			{Type: "OWNERSHIP", Subject: "subscription.uri", Description: "the receiver did not agree to deliveries: " + answer},
+		}}},
+	}
+	if code != 0 {
+		e.metadata["responseCode"] = strconv.Itoa(code)
+	}
+	return e
+}
+
 // internal hides its cause behind neutral words; the interceptor logs it and adds the request id.
 func internal(cause error) *Error {
 	return &Error{

@@ -328,6 +328,13 @@ type fakePlugins struct {
 	// checked is the last subscription that was looked at.
 	checked *grapnelv1.Subscription
 	config  string
+
+	// prepare, when set, answers PrepareSecret; prepared are its calls: plugin, slot, value, algorithm.
+	prepare  func(id, slot, value, algorithm string) (api.Prepared, []api.Diagnostic, error)
+	prepared [][4]string
+	// owner, when set, answers CheckOwnership; asked are the URIs.
+	owner func(ctx context.Context, sub *grapnelv1.Subscription) (*delivery.Attempt, error)
+	asked []string
 }
 
 func newFakePlugins() *fakePlugins {
@@ -358,6 +365,29 @@ func (p *fakePlugins) Check(_ context.Context, sub *grapnelv1.Subscription) ([]a
 	defer p.mu.Unlock()
 	p.checked = sub
 	return p.says, p.err
+}
+
+func (p *fakePlugins) PrepareSecret(_ context.Context, id, slot string, value []byte, algorithm string) (api.Prepared, []api.Diagnostic, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.prepared = append(p.prepared, [4]string{id, slot, string(value), algorithm})
+	if _, ok := p.Plugin(id); !ok {
+		return api.Prepared{}, nil, api.ErrUnknownPlugin
+	}
+	if p.prepare == nil {
+		return api.Prepared{Value: value}, nil, nil
+	}
+	return p.prepare(id, slot, string(value), algorithm)
+}
+
+func (p *fakePlugins) CheckOwnership(ctx context.Context, sub *grapnelv1.Subscription) (*delivery.Attempt, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.asked = append(p.asked, sub.GetUri())
+	if p.owner == nil {
+		return nil, nil
+	}
+	return p.owner(ctx, sub)
 }
 
 func (p *fakePlugins) CheckConfig(_ context.Context, id string, config []byte) ([]api.Diagnostic, error) {

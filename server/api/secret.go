@@ -14,15 +14,42 @@ func (s secretService) CreateSecret(ctx context.Context, r *grapnelv1.CreateSecr
 	if err != nil {
 		return nil, err
 	}
-	kind := r.GetKind()
-	if kind == grapnelv1.Secret_KIND_UNSPECIFIED {
-		kind = grapnelv1.Secret_KIND_OPAQUE
-	}
-	made, generated, err := s.Secrets.Create(ctx, ns, r.GetSecretId(), kind, r.GetValue())
+	name := secretName(ns, r.GetSecretId())
+	m, err := s.material(ctx, ns, name, r)
 	if err != nil {
-		return nil, toStatus(err, secretName(ns, r.GetSecretId()))
+		return nil, toStatus(err, name)
 	}
-	return &grapnelv1.CreateSecretResponse{Secret: made.Proto, GeneratedValue: generated}, nil
+	made, err := s.Secrets.Create(ctx, ns, r.GetSecretId(), m)
+	if err != nil {
+		return nil, toStatus(err, name)
+	}
+	return &grapnelv1.CreateSecretResponse{Secret: made.Proto, GeneratedValue: m.Generated()}, nil
+}
+
+// material checks or makes the value of a new secret.
+func (s secretService) material(ctx context.Context, ns, name string, r *grapnelv1.CreateSecretRequest) (secret.Material, error) {
+	if r.GetPlugin() == "" {
+		if faults := withoutPlugin(r.GetSlot(), r.GetAlgorithm()); len(faults) > 0 {
+			return secret.Material{}, invalid(faults...)
+		}
+		return secret.Make(r.GetKind(), r.GetValue())
+	}
+	if kind := r.GetKind(); kind != grapnelv1.Secret_KIND_UNSPECIFIED && kind != grapnelv1.Secret_KIND_OPAQUE {
+		return secret.Material{}, invalid(Violation{"kind", kind.String() + " says how a value is made without a plugin; leave kind out, " +
+			"since " + r.GetPlugin() + " knows its own keys", "secret.kind"})
+	}
+	// Making a key can take a second of work, so what the store would refuse comes first.
+	if err := s.writable(ns); err != nil {
+		return secret.Material{}, err
+	}
+	if _, err := s.Secrets.Get(ns, r.GetSecretId()); err == nil {
+		return secret.Material{}, exists(name, "secret")
+	}
+	slot, err := s.slotFor(r.GetPlugin(), r.GetSlot())
+	if err != nil {
+		return secret.Material{}, err
+	}
+	return s.prepare(ctx, r.GetPlugin(), slot, r.GetValue(), r.GetAlgorithm())
 }
 
 // GetSecret reads metadata only.
@@ -73,11 +100,15 @@ func (s secretService) RotateSecret(ctx context.Context, r *grapnelv1.RotateSecr
 	if r.GetOverlap() != nil {
 		overlap = r.GetOverlap().AsDuration()
 	}
-	rotated, generated, err := s.Secrets.Rotate(ctx, ns, id, r.GetValue(), overlap, r.GetEtag())
+	m, err := s.nextMaterial(ctx, ns, id, r)
 	if err != nil {
 		return nil, toStatus(err, r.GetName())
 	}
-	return &grapnelv1.RotateSecretResponse{Secret: rotated.Proto, GeneratedValue: generated}, nil
+	rotated, err := s.Secrets.Rotate(ctx, ns, id, m, overlap, r.GetEtag())
+	if err != nil {
+		return nil, toStatus(err, r.GetName())
+	}
+	return &grapnelv1.RotateSecretResponse{Secret: rotated.Proto, GeneratedValue: m.Generated()}, nil
 }
 
 // DeleteSecret removes a secret that no subscription refers to.

@@ -26,7 +26,8 @@ var subscriptionOutputOnly = []string{
 // cancelled by dispatch, which sees the subscription gone.
 const cancelTime = 10 * time.Second
 
-// CreateSubscription adds a subscription when everything about it is right, its plugins' opinion included.
+// CreateSubscription adds a subscription when everything about it is right, its plugins' opinion included, and
+// its target agrees to deliveries where the transport asks.
 func (s subscriptionService) CreateSubscription(ctx context.Context, r *grapnelv1.CreateSubscriptionRequest) (*grapnelv1.CreateSubscriptionResponse, error) {
 	ns, err := parseNamespace("parent", r.GetParent())
 	if err != nil {
@@ -49,8 +50,9 @@ func (s subscriptionService) CreateSubscription(ctx context.Context, r *grapnelv
 	if err != nil {
 		return nil, toStatus(err, name)
 	}
+	var answered []string
 	made, err := s.Registry.CreateSubscription(ctx, ns, id, content, subscription.CreateOptions{
-		RequestID: r.GetRequestId(), ValidateOnly: r.GetValidateOnly(),
+		RequestID: r.GetRequestId(), ValidateOnly: r.GetValidateOnly(), Approve: s.approval(&answered),
 	})
 	if err != nil {
 		return nil, toStatus(err, name)
@@ -61,7 +63,7 @@ func (s subscriptionService) CreateSubscription(ctx context.Context, r *grapnelv
 		stored = proto.CloneOf(stored)
 		stored.Uid, stored.CreateTime, stored.UpdateTime = "", nil, nil
 	}
-	return &grapnelv1.CreateSubscriptionResponse{Subscription: stored, Warnings: warnings}, nil
+	return &grapnelv1.CreateSubscriptionResponse{Subscription: stored, Warnings: append(warnings, answered...)}, nil
 }
 
 // pickID makes the id of a subscription for which the caller named none. The same request id gives the
@@ -140,7 +142,8 @@ func (s subscriptionService) ListSubscriptions(_ context.Context, r *grapnelv1.L
 	return out, nil
 }
 
-// UpdateSubscription changes the fields that the mask names, under an etag when one is sent.
+// UpdateSubscription changes the fields that the mask names, under an etag when one is sent. A new target is
+// asked whether it agrees, as in CreateSubscription.
 func (s subscriptionService) UpdateSubscription(ctx context.Context, r *grapnelv1.UpdateSubscriptionRequest) (*grapnelv1.UpdateSubscriptionResponse, error) {
 	name := r.GetSubscription().GetName()
 	ns, id, err := parseName("subscription.name", name, collectionSubscriptions)
@@ -150,7 +153,7 @@ func (s subscriptionService) UpdateSubscription(ctx context.Context, r *grapnelv
 	if err := s.writable(ns); err != nil {
 		return nil, err
 	}
-	var warnings []string
+	var warnings, answered []string
 	// The registry calls this again when somebody else's change comes between, each time with what is
 	// stored then; so what it works on is copied from the request each time.
 	mutate := func(stored *grapnelv1.Subscription) error {
@@ -171,12 +174,12 @@ func (s subscriptionService) UpdateSubscription(ctx context.Context, r *grapnelv
 		return err
 	}
 	sub, err := s.Registry.UpdateSubscription(ctx, ns, id, r.GetSubscription().GetEtag(), mutate, subscription.UpdateOptions{
-		AllowMissing: r.GetAllowMissing(), ValidateOnly: r.GetValidateOnly(),
+		AllowMissing: r.GetAllowMissing(), ValidateOnly: r.GetValidateOnly(), Approve: s.approval(&answered),
 	})
 	if err != nil {
 		return nil, toStatus(err, name)
 	}
-	return &grapnelv1.UpdateSubscriptionResponse{Subscription: sub.Proto, Warnings: warnings}, nil
+	return &grapnelv1.UpdateSubscriptionResponse{Subscription: sub.Proto, Warnings: append(warnings, answered...)}, nil
 }
 
 // DeleteSubscription removes a subscription, cancels its open deliveries and says how many.

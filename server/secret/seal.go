@@ -39,9 +39,14 @@ func newKeyring(key []byte) (*keyring, error) {
 	return &keyring{id: hex.EncodeToString(id), key: key, fingerprint: fingerprint}, nil
 }
 
-// boundTo is what a sealed value is bound to. Names hold no '|', so that no two contexts are equal.
+// boundTo is what a sealed value is bound to. Neither a secret's name nor a plugin's holds a '|' and a slot
+// comes last, so that no two contexts are equal. Without a plugin it is what it was before there were any.
 func boundTo(rec *storev1.SecretRecord, version uint32) []byte {
-	return fmt.Appendf(nil, "%s|%d|%d", rec.Name, version, rec.Kind)
+	context := fmt.Appendf(nil, "%s|%d|%d", rec.Name, version, rec.Kind)
+	if rec.Plugin != "" {
+		context = fmt.Appendf(context, "|%s|%s", rec.Plugin, rec.Slot)
+	}
+	return context
 }
 
 func (k *keyring) aead(rec *storev1.SecretRecord, version uint32) (cipher.AEAD, error) {

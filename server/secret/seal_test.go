@@ -55,7 +55,7 @@ func TestFingerprints(t *testing.T) {
 		t.Fatal(err)
 	}
 	print := func(ns, id, value string) string {
-		sec, _, err := s.Create(t.Context(), ns, id, opaque, value)
+		sec, _, err := put(t, s, ns, id, opaque, value)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -143,12 +143,12 @@ func TestEtcdOutage(t *testing.T) {
 	t.Cleanup(func() { own.Close() })
 	s, _ := store(t, own.Client)
 	_, v1 := create(t, s, "k", hmac, "")
-	_, v2, err := s.Rotate(t.Context(), "acme", "k", "", 4*time.Second, "")
+	_, v2, err := rotate(t, s, "acme", "k", "", 4*time.Second, "")
 	if err != nil || !cmp.Equal(values(s, "k"), []string{v2, v1}) {
 		t.Fatal(err)
 	}
 	own.Stop()
-	if _, _, err := s.Rotate(t.Context(), "acme", "k", "", 0, ""); !errors.Is(err, secret.ErrUnavailable) {
+	if _, _, err := rotate(t, s, "acme", "k", "", 0, ""); !errors.Is(err, secret.ErrUnavailable) {
 		t.Errorf("got %v", err)
 	}
 	eventually(t, "the version expires although etcd is away", func() bool { return cmp.Equal(values(s, "k"), []string{v2}) })
@@ -157,7 +157,7 @@ func TestEtcdOutage(t *testing.T) {
 		t.Fatal(err)
 	}
 	eventually(t, "writes work again", func() bool {
-		_, _, err := s.Rotate(t.Context(), "acme", "k", "", 0, "")
+		_, _, err := rotate(t, s, "acme", "k", "", 0, "")
 		return err == nil
 	})
 	eventually(t, "it is healthy", s.Healthy)

@@ -1,7 +1,10 @@
 // Package secret owns key material: how it is made, checked, sealed at rest, rotated with overlap and
 // forgotten. A Store keeps sealed records in etcd and the live values in memory, fed by a watch.
 //
-// It guarantees that a value is stored only sealed, bound to its name, version and kind; that what was
+// A value is made and checked here by its kind (Make), or by the plugin that it is for, of which this package
+// keeps no more than the name.
+//
+// It guarantees that a value is stored only sealed, bound to its name, version, kind and plugin; that what was
 // sealed under another key or moved between records is never used; that an expired version is not handed
 // out for a moment longer; and that no error, log line or metadata holds a value. A secret that a
 // subscription refers to cannot be deleted, not even by two calls at once. It does not know who signs what.
@@ -111,14 +114,24 @@ func (s *Secret) metadata(now time.Time) *grapnelv1.Secret {
 		Kind:       grapnelv1.Secret_Kind(s.record.Kind),
 		CreateTime: timestamp(s.record.CreateTime),
 		Etag:       etag(s.Revision),
+		Plugin:     s.record.Plugin,
+		Slot:       s.record.Slot,
 	}
 	for _, v := range liveRecords(s.record.Versions, now) {
-		p.Versions = append(p.Versions, &grapnelv1.SecretVersion{
+		version := &grapnelv1.SecretVersion{
 			Version:     int32(v.Version),
 			Fingerprint: v.Fingerprint,
 			CreateTime:  timestamp(v.CreateTime),
 			ExpireTime:  timestamp(v.ExpireTime),
-		})
+			Algorithm:   v.Algorithm,
+			PublicKey:   v.PublicKey,
+			Jwk:         v.Jwk,
+			KeyId:       v.SigningKeyId,
+		}
+		if p.Kind == grapnelv1.Secret_KIND_ED25519 {
+			version.Jwk, version.KeyId = standardWebhooksJWK(v.PublicKey)
+		}
+		p.Versions = append(p.Versions, version)
 		if v.PublicKey != "" {
 			p.PublicKeys = append(p.PublicKeys, v.PublicKey)
 		}

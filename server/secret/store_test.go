@@ -90,11 +90,37 @@ func store(t *testing.T, c *clientv3.Client, onChange ...func(string)) (*secret.
 
 func create(t *testing.T, s *secret.Store, id string, kind grapnelv1.Secret_Kind, value string) (*secret.Secret, string) {
 	t.Helper()
-	sec, generated, err := s.Create(t.Context(), "acme", id, kind, value)
+	sec, generated, err := put(t, s, "acme", id, kind, value)
 	if err != nil {
 		t.Fatal(err)
 	}
 	return sec, generated
+}
+
+// put makes a value by its kind and stores it.
+func put(t *testing.T, s *secret.Store, ns, id string, kind grapnelv1.Secret_Kind, value string) (*secret.Secret, string, error) {
+	t.Helper()
+	m, err := secret.Make(kind, value)
+	if err != nil {
+		return nil, "", err
+	}
+	sec, err := s.Create(t.Context(), ns, id, m)
+	return sec, m.Generated(), err
+}
+
+// rotate makes a value of the secret's kind and stores it.
+func rotate(t *testing.T, s *secret.Store, ns, id, value string, overlap time.Duration, etag string) (*secret.Secret, string, error) {
+	t.Helper()
+	kind := hmac
+	if sec, err := s.Get(ns, id); err == nil {
+		kind = sec.Proto.GetKind()
+	}
+	m, err := secret.Make(kind, value)
+	if err != nil {
+		return nil, "", err
+	}
+	sec, err := s.Rotate(t.Context(), ns, id, m, overlap, etag)
+	return sec, m.Generated(), err
 }
 
 func name(id string) string { return "namespaces/acme/secrets/" + id }
@@ -206,7 +232,7 @@ func TestGivenValues(t *testing.T) {
 	for i, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
 			id := fmt.Sprint("s", i)
-			_, generated, err := s.Create(t.Context(), "acme", id, tt.kind, tt.given)
+			_, generated, err := put(t, s, "acme", id, tt.kind, tt.given)
 			if generated != "" {
 				t.Error("a given value came back")
 			}
@@ -230,7 +256,7 @@ func TestGivenValues(t *testing.T) {
 func TestRotation(t *testing.T) {
 	s, _ := store(t, etcd.Client)
 	first, v1 := create(t, s, "k", hmac, "")
-	second, v2, err := s.Rotate(t.Context(), "acme", "k", "", time.Hour, first.Proto.Etag)
+	second, v2, err := rotate(t, s, "acme", "k", "", time.Hour, first.Proto.Etag)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -242,18 +268,18 @@ func TestRotation(t *testing.T) {
 		t.Errorf("versions %v, the old one ends in %v", versions, left)
 	}
 	var etagErr *secret.EtagError
-	if _, _, err := s.Rotate(t.Context(), "acme", "k", "", time.Hour, first.Proto.Etag); !errors.As(err, &etagErr) || etagErr.Current != second.Proto.Etag {
+	if _, _, err := rotate(t, s, "acme", "k", "", time.Hour, first.Proto.Etag); !errors.As(err, &etagErr) || etagErr.Current != second.Proto.Etag {
 		t.Errorf("a repeated rotation: %v", err)
 	}
 	// A shorter overlap shortens what ends later; none ends everything old at once.
-	if _, _, err := s.Rotate(t.Context(), "acme", "k", "", time.Minute, ""); err != nil {
+	if _, _, err := rotate(t, s, "acme", "k", "", time.Minute, ""); err != nil {
 		t.Fatal(err)
 	}
 	versions, _ = s.Versions(name("k"))
 	if len(versions) != 3 || time.Until(versions[2].ExpireTime) > time.Minute {
 		t.Errorf("versions %v", versions)
 	}
-	last, v4, err := s.Rotate(t.Context(), "acme", "k", "", 0, "")
+	last, v4, err := rotate(t, s, "acme", "k", "", 0, "")
 	if err != nil || !cmp.Equal(values(s, "k"), []string{v4}) || len(last.Proto.Versions) != 1 || last.Proto.Versions[0].Version != 4 {
 		t.Errorf("%v, %v", last.Proto, err)
 	}
@@ -262,15 +288,15 @@ func TestRotation(t *testing.T) {
 	}
 	var invalid *secret.InvalidError
 	for _, overlap := range []time.Duration{-1, 8 * 24 * time.Hour} {
-		if _, _, err := s.Rotate(t.Context(), "acme", "k", "", overlap, ""); !errors.As(err, &invalid) || invalid.Violations[0].Field != "overlap" {
+		if _, _, err := rotate(t, s, "acme", "k", "", overlap, ""); !errors.As(err, &invalid) || invalid.Violations[0].Field != "overlap" {
 			t.Errorf("overlap %v: %v", overlap, err)
 		}
 	}
-	if _, _, err := s.Rotate(t.Context(), "acme", "none", "", 0, ""); !errors.Is(err, secret.ErrNotFound) {
+	if _, _, err := rotate(t, s, "acme", "none", "", 0, ""); !errors.Is(err, secret.ErrNotFound) {
 		t.Errorf("absent: %v", err)
 	}
 	create(t, s, "raw", opaque, "a")
-	if _, _, err := s.Rotate(t.Context(), "acme", "raw", "", 0, ""); !errors.As(err, &invalid) {
+	if _, _, err := rotate(t, s, "acme", "raw", "", 0, ""); !errors.As(err, &invalid) {
 		t.Errorf("opaque without a value: %v", err)
 	}
 }
@@ -279,17 +305,17 @@ func TestTooManyVersions(t *testing.T) {
 	s, _ := store(t, etcd.Client)
 	create(t, s, "k", hmac, "")
 	for range secret.MaxVersions - 1 {
-		if _, _, err := s.Rotate(t.Context(), "acme", "k", "", time.Hour, ""); err != nil {
+		if _, _, err := rotate(t, s, "acme", "k", "", time.Hour, ""); err != nil {
 			t.Fatal(err)
 		}
 	}
-	if _, _, err := s.Rotate(t.Context(), "acme", "k", "", time.Hour, ""); !errors.Is(err, secret.ErrTooManyVersions) {
+	if _, _, err := rotate(t, s, "acme", "k", "", time.Hour, ""); !errors.Is(err, secret.ErrTooManyVersions) {
 		t.Errorf("got %v", err)
 	}
 	if n := len(values(s, "k")); n != secret.MaxVersions {
 		t.Errorf("%d versions are live", n)
 	}
-	if _, _, err := s.Rotate(t.Context(), "acme", "k", "", 0, ""); err != nil {
+	if _, _, err := rotate(t, s, "acme", "k", "", 0, ""); err != nil {
 		t.Errorf("a rotation that ends the others: %v", err)
 	}
 }
@@ -306,7 +332,7 @@ func TestExpiredVersionsAreErased(t *testing.T) {
 		told++
 	})
 	create(t, s, "k", hmac, "")
-	_, v2, err := s.Rotate(t.Context(), "acme", "k", "", 300*time.Millisecond, "")
+	_, v2, err := rotate(t, s, "acme", "k", "", 300*time.Millisecond, "")
 	if err != nil || len(values(s, "k")) != 2 {
 		t.Fatal(err, len(values(s, "k")))
 	}
@@ -330,10 +356,10 @@ func TestGetListDelete(t *testing.T) {
 	for _, id := range []string{"c", "a", "b"} {
 		create(t, s, id, hmac, "")
 	}
-	if _, _, err := s.Create(t.Context(), "acme", "a", hmac, ""); !errors.Is(err, secret.ErrExists) {
+	if _, _, err := put(t, s, "acme", "a", hmac, ""); !errors.Is(err, secret.ErrExists) {
 		t.Errorf("created twice: %v", err)
 	}
-	if _, _, err := s.Create(t.Context(), "none", "a", hmac, ""); !errors.Is(err, secret.ErrNotFound) {
+	if _, _, err := put(t, s, "none", "a", hmac, ""); !errors.Is(err, secret.ErrNotFound) {
 		t.Errorf("in an absent namespace: %v", err)
 	}
 	var got []string
@@ -365,7 +391,7 @@ func TestGetListDelete(t *testing.T) {
 	}
 	var invalid *secret.InvalidError
 	for _, id := range []string{"", "../x", "A", "a/b"} {
-		if _, _, err := s.Create(t.Context(), "acme", id, hmac, ""); !errors.As(err, &invalid) {
+		if _, _, err := put(t, s, "acme", id, hmac, ""); !errors.As(err, &invalid) {
 			t.Errorf("created %q: %v", id, err)
 		}
 	}
@@ -439,8 +465,8 @@ func TestDeletedNamespace(t *testing.T) {
 	if _, err := r.DeleteNamespace(t.Context(), "acme", "", false); err != nil {
 		t.Fatal(err)
 	}
-	_, _, err1 := s.Create(t.Context(), "acme", "more", hmac, "")
-	_, _, err2 := s.Rotate(t.Context(), "acme", "k", "", 0, "")
+	_, _, err1 := put(t, s, "acme", "more", hmac, "")
+	_, _, err2 := rotate(t, s, "acme", "k", "", 0, "")
 	err3 := s.Delete(t.Context(), "acme", "k", "")
 	for i, err := range []error{err1, err2, err3} {
 		if !errors.Is(err, secret.ErrNamespaceDeleted) {

@@ -17,53 +17,46 @@ import (
 // maxUsers bounds the list in an InUseError.
 const maxUsers = 10
 
-// Create stores a value, or makes one when it is empty and returns it: it cannot be had again. Errors:
-// *InvalidError, ErrExists, ErrNamespaceDeleted, ErrUnavailable, and *NotFoundError for the namespace.
-func (s *Store) Create(ctx context.Context, ns, id string, kind grapnelv1.Secret_Kind, value string) (*Secret, string, error) {
+// Create stores a value that Make or a plugin has checked. Errors: *InvalidError, ErrExists,
+// ErrNamespaceDeleted, ErrUnavailable, and *NotFoundError for the namespace.
+func (s *Store) Create(ctx context.Context, ns, id string, m Material) (*Secret, error) {
 	if err := checkIDs("parent", ns, "secret_id", id); err != nil {
-		return nil, "", err
+		return nil, err
 	}
-	if kind == grapnelv1.Secret_KIND_UNSPECIFIED {
-		kind = grapnelv1.Secret_KIND_OPAQUE
+	if err := m.check(); err != nil {
+		return nil, err
 	}
-	m, err := newMaterial(kind, value)
-	if err != nil {
-		return nil, "", err
-	}
-	out, err := s.edit(ctx, ns, id, func(it keyspace.Item) (*storev1.SecretRecord, error) {
+	return s.edit(ctx, ns, id, func(it keyspace.Item) (*storev1.SecretRecord, error) {
 		if it.Revision != 0 {
 			return nil, fmt.Errorf("%s %w", it.Key, ErrExists)
 		}
 		now := time.Now().UnixNano()
-		rec := &storev1.SecretRecord{Name: it.Key, Kind: uint32(kind), CreateTime: now}
+		rec := &storev1.SecretRecord{Name: it.Key, Kind: uint32(m.Kind), CreateTime: now, Plugin: m.Plugin, Slot: m.Slot}
 		return rec, s.addVersion(rec, 1, m, now)
 	})
-	if err != nil {
-		return nil, "", err
-	}
-	return out, m.generated, nil
 }
 
-// Rotate adds a version, given or made as in Create. The version before it stays in use for overlap, 0 to
-// MaxOverlap; with 0 it ends at once. Versions that end earlier anyway still do. With an etag it returns
-// an *EtagError unless that is current; ErrTooManyVersions while MaxVersions are live.
-func (s *Store) Rotate(ctx context.Context, ns, id, value string, overlap time.Duration, etag string) (*Secret, string, error) {
+// Rotate adds a version of the kind, plugin and slot that the secret has. The version before it stays in use
+// for overlap, 0 to MaxOverlap; with 0 it ends at once. Versions that end earlier anyway still do. With an
+// etag it returns an *EtagError unless that is current, and without one when the secret has been replaced by
+// one of another kind or plugin; ErrTooManyVersions while MaxVersions are live.
+func (s *Store) Rotate(ctx context.Context, ns, id string, m Material, overlap time.Duration, etag string) (*Secret, error) {
 	if err := checkIDs("name", ns, "name", id); err != nil {
-		return nil, "", err
+		return nil, err
 	}
 	if overlap < 0 || overlap > MaxOverlap {
-		return nil, "", invalid("overlap", "duration.range", "%v is out of range; want 0s to %v", overlap, MaxOverlap)
+		return nil, invalid("overlap", "duration.range", "%v is out of range; want 0s to %v", overlap, MaxOverlap)
 	}
-	var m material
-	out, err := s.edit(ctx, ns, id, func(it keyspace.Item) (*storev1.SecretRecord, error) {
+	if err := m.check(); err != nil {
+		return nil, err
+	}
+	return s.edit(ctx, ns, id, func(it keyspace.Item) (*storev1.SecretRecord, error) {
 		rec, err := s.record(it, etag)
 		if err != nil {
 			return nil, err
 		}
-		if m.value == nil {
-			if m, err = newMaterial(grapnelv1.Secret_Kind(rec.Kind), value); err != nil {
-				return nil, err
-			}
+		if rec.Kind != uint32(m.Kind) || rec.Plugin != m.Plugin || rec.Slot != m.Slot {
+			return nil, &EtagError{Name: it.Key, Current: currentEtag(it)}
 		}
 		now := time.Now()
 		end := now.Add(overlap).UnixNano()
@@ -82,10 +75,6 @@ func (s *Store) Rotate(ctx context.Context, ns, id, value string, overlap time.D
 		}
 		return rec, s.addVersion(rec, number, m, now.UnixNano())
 	})
-	if err != nil {
-		return nil, "", err
-	}
-	return out, m.generated, nil
 }
 
 // Delete removes a secret that no subscription refers to; otherwise it returns an *InUseError.
@@ -150,9 +139,12 @@ func (s *Store) edit(ctx context.Context, ns, id string, plan func(keyspace.Item
 }
 
 // addVersion seals a value into a new newest version.
-func (s *Store) addVersion(rec *storev1.SecretRecord, number uint32, m material, now int64) error {
-	v := &storev1.SecretVersionRecord{Version: number, PublicKey: m.public, CreateTime: now}
-	if err := s.keys.seal(rec, v, m.value); err != nil {
+func (s *Store) addVersion(rec *storev1.SecretRecord, number uint32, m Material, now int64) error {
+	v := &storev1.SecretVersionRecord{
+		Version: number, CreateTime: now,
+		Algorithm: m.Algorithm, PublicKey: m.PublicKey, Jwk: m.JWK, SigningKeyId: m.KeyID,
+	}
+	if err := s.keys.seal(rec, v, m.Value); err != nil {
 		return fmt.Errorf("seal %s: %w", rec.Name, err)
 	}
 	rec.Versions = append([]*storev1.SecretVersionRecord{v}, rec.Versions...)
@@ -190,11 +182,13 @@ func checkNamespace(it keyspace.Item) error {
 }
 
 func checkEtag(given string, it keyspace.Item) error {
-	if current := etag(it.Revision); given != "" && given != current {
+	if current := currentEtag(it); given != "" && given != current {
 		return &EtagError{Name: it.Key, Current: current}
 	}
 	return nil
 }
+
+func currentEtag(it keyspace.Item) string { return etag(it.Revision) }
 
 // checkIDs returns an *InvalidError when an ID given by a caller could not be part of a name.
 func checkIDs(fields ...string) error {
