@@ -105,13 +105,16 @@ func (p plugins) CheckConfig(ctx context.Context, id string, config []byte) ([]a
 	return diagnostics(ds, err)
 }
 
-// PrepareSecret and CheckOwnership have nobody to ask until the host offers them.
-func (p plugins) PrepareSecret(context.Context, string, string, []byte, string) (api.Prepared, []api.Diagnostic, error) {
-	return api.Prepared{}, nil, api.ErrPluginUnavailable
+func (p plugins) PrepareSecret(ctx context.Context, id, slot string, value []byte, algorithm string) (api.Prepared, []api.Diagnostic, error) {
+	made, ds, err := p.Host.PrepareSecret(ctx, id, slot, value, algorithm)
+	out, err := diagnostics(ds, err)
+	return api.Prepared(made), out, err
 }
 
-func (p plugins) CheckOwnership(context.Context, *grapnelv1.Subscription) (*delivery.Attempt, error) {
-	return nil, nil
+func (p plugins) CheckOwnership(ctx context.Context, sub *grapnelv1.Subscription) (*delivery.Attempt, error) {
+	attempt, err := p.Host.CheckOwnership(ctx, sub)
+	_, err = diagnostics(nil, err)
+	return attempt, err
 }
 
 // diagnostics puts the host's complaints and errors into the words of the API.
