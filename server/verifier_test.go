@@ -187,9 +187,9 @@ func schemes() []scheme {
 	}
 }
 
-// TestOfficialVerifiers delivers through a live server by every scheme, before and during a rotation, and
+// TestSchemes delivers through a live server by every scheme, before and during a rotation, and
 // has the scheme's own library verify what arrived.
-func TestOfficialVerifiers(t *testing.T) {
+func TestSchemes(t *testing.T) {
 	t.Parallel()
 	o := newOracle(t)
 	s := servertest.Start(t, servertest.Options{})
