@@ -1,0 +1,73 @@
+package conformance
+
+import (
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"io"
+	"time"
+)
+
+// Fixture tells the suite what a plugin's Describe cannot: settings that work where the suite runs, secrets
+// in a format of the kind's own, a URI that reaches a receiver, and what signatures must come out. Without
+// one the suite uses Describe's example, PrepareSecret, and receivers of its own for http and https.
+type Fixture struct {
+	// Kinds by id.
+	Kinds map[string]KindFixture `json:"kinds"`
+}
+
+// KindFixture is about one kind. All of it is optional.
+type KindFixture struct {
+	// Config is used instead of Describe's example.
+	Config json.RawMessage `json:"config,omitempty"`
+	// Secrets by slot.
+	Secrets map[string]string `json:"secrets,omitempty"`
+	// URI of a receiver that takes what it is sent. Transports with the scheme http get one from the suite.
+	URI string `json:"uri,omitempty"`
+	// Headers that all requests carry, by lower-case name.
+	Headers map[string]string `json:"headers,omitempty"`
+	// Vectors are signatures known to be right.
+	Vectors []Vector `json:"vectors,omitempty"`
+}
+
+// Vector is a request and what a signer must add to it.
+type Vector struct {
+	// Name for people.
+	Name string `json:"name"`
+	// Config and Secrets replace the kind's.
+	Config  json.RawMessage   `json:"config,omitempty"`
+	Secrets map[string]string `json:"secrets,omitempty"`
+	// MessageID is the webhook-id.
+	MessageID string `json:"message_id,omitempty"`
+	// Created is the time to sign with.
+	Created time.Time `json:"created"`
+	// Nonce in base64.
+	Nonce []byte `json:"nonce,omitempty"`
+	// Method and URI of the target; empty means POST and an https URI.
+	Method string `json:"method,omitempty"`
+	URI    string `json:"uri,omitempty"`
+	// Headers of the event, by lower-case name.
+	Headers map[string]string `json:"headers,omitempty"`
+	// Body as text, or BodyBase64 when it is none.
+	Body       string `json:"body,omitempty"`
+	BodyBase64 []byte `json:"body_base64,omitempty"`
+	// Want are headers that must be added, by lower-case name; others are not looked at.
+	Want map[string]string `json:"want,omitempty"`
+	// WantURI is the URI as changed by the signer; empty does not look at it.
+	WantURI string `json:"want_uri,omitempty"`
+}
+
+// ReadFixture reads a fixture from JSON. Fields that it does not know are refused.
+func ReadFixture(r io.Reader) (*Fixture, error) {
+	text, err := io.ReadAll(r)
+	if err != nil {
+		return nil, fmt.Errorf("read fixture: %w", err)
+	}
+	dec := json.NewDecoder(bytes.NewReader(text))
+	dec.DisallowUnknownFields()
+	var f Fixture
+	if err := dec.Decode(&f); err != nil {
+		return nil, fmt.Errorf("read fixture: %w", err)
+	}
+	return &f, nil
+}
