@@ -145,8 +145,8 @@ export class Plugin {
     }
     // The host says when to stop; a signal to the whole group must not cut its drain short.
     for (const s of ["SIGINT", "SIGTERM"]) process.on(s, () => this.#hostSeen || process.exit(0));
-    const directory = fs.mkdtempSync(path.join(process.env.PLUGIN_UNIX_SOCKET_DIR || os.tmpdir(), "p"));
-    const socket = path.join(directory, "s");
+    const directory = process.env.PLUGIN_UNIX_SOCKET_DIR || fs.mkdtempSync(path.join(os.tmpdir(), "p"));
+    const socket = path.join(directory, "plugin" + process.pid);
     const api = loadProtocol();
     const server = new grpc.Server({ "grpc.max_receive_message_length": MAX_MESSAGE, "grpc.max_send_message_length": MAX_MESSAGE });
     const unary = (fn) => (call, done) => {

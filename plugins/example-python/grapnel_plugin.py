@@ -265,8 +265,8 @@ class Plugin:
         # The host says when to stop; a signal to the whole group must not cut its drain short.
         for s in (signal.SIGINT, signal.SIGTERM):
             signal.signal(s, lambda *_: None if self._host_seen.is_set() else os._exit(0))
-        directory = tempfile.mkdtemp(prefix="p", dir=os.environ.get("PLUGIN_UNIX_SOCKET_DIR") or None)
-        path = os.path.join(directory, "s")
+        directory = os.environ.get("PLUGIN_UNIX_SOCKET_DIR") or tempfile.mkdtemp()
+        path = os.path.join(directory, f"plugin{os.getpid()}")
         server = grpc.server(futures.ThreadPoolExecutor(max_workers=_WINDOW + 8), options=[
             ("grpc.max_receive_message_length", _MAX_MESSAGE), ("grpc.max_send_message_length", _MAX_MESSAGE)])
         server.add_generic_rpc_handlers(self._handlers())
