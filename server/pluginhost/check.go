@@ -94,7 +94,7 @@ func (h *Host) CheckConfig(ctx context.Context, kindID string, configJSON []byte
 
 // missing tells a plugin that is not there from one that may still come.
 func (h *Host) missing(id string) error {
-	for _, p := range h.procs {
+	for _, p := range h.processes() {
 		p.mu.Lock()
 		never := p.version == "" && p.protocol == ""
 		p.mu.Unlock()

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net"
 	"os"
 	"os/exec"
@@ -14,34 +15,48 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/grapnel/grapnel/sdk/plugin"
 )
 
 // child is one plugin process, as go-plugin's runner sees it and as the supervisor ends it. It has a
 // process group of its own, an empty environment but for the handshake, no standard input, and dies with
 // the host where the system can do that.
 type child struct {
-	spec   Spec
-	env    []string
-	dir    string // its sockets
-	out    *tail
-	cmd    *exec.Cmd
-	stdout *io.PipeReader // the handshake line, then nothing until the end
-	stderr *io.PipeReader // nothing until the end
-	lineW  *io.PipeWriter
-	errW   *io.PipeWriter
+	program  *program
+	env      []string
+	dir      string // its sockets; part of its environment, by which its descendants are found
+	out      *tail
+	patience time.Duration // for what a process that hangs has to say
+	cmd      *exec.Cmd
+	stdout   *io.PipeReader // the handshake line, then nothing until the end
+	stderr   *io.PipeReader // nothing until the end
+	lineW    *io.PipeWriter
+	errW     *io.PipeWriter
+	// line is the handshake; set once it was read.
+	line atomic.Pointer[string]
+	// hung is set when the process is ended because it hangs.
+	hung atomic.Bool
 	// exited is closed when the process is reaped and its group killed; status is set before.
 	exited chan struct{}
 	status error
 }
 
-func newChild(spec Spec, env []string, dir string, out *tail) *child {
-	c := &child{spec: spec, env: env, dir: dir, out: out, exited: make(chan struct{})}
+func newChild(g *program, env []string, dir string, out *tail, patience time.Duration) *child {
+	c := &child{program: g, env: env, dir: dir, out: out, patience: patience, exited: make(chan struct{})}
+	if limit := g.spec.Limits.MemoryBytes; limit > 0 {
+		c.env = append(c.env, "GOMEMLIMIT="+strconv.FormatUint(limit/10*9, 10))
+	}
 	c.stdout, c.lineW = io.Pipe()
 	c.stderr, c.errW = io.Pipe()
 	return c
 }
 
 func (c *child) pid() int { return c.cmd.Process.Pid }
+
+func (c *child) running() bool { return c.cmd != nil && c.cmd.Process != nil }
 
 // Start is part of go-plugin's runner.
 func (c *child) Start(context.Context) error {
@@ -51,10 +66,10 @@ func (c *child) Start(context.Context) error {
 }
 
 // live starts the process and stays until it has ended, on one thread: the parent-death signal belongs
-// to the thread that started the child, and comes when that thread ends.
+// to the thread that started the child, and comes when that thread ends. The thread ends with it, since it has given
+// up the right to new privileges for its children's sake.
 func (c *child) live(started chan<- error) {
 	runtime.LockOSThread()
-	defer runtime.UnlockOSThread()
 	pipes, err := c.start()
 	started <- err
 	if err != nil {
@@ -65,9 +80,18 @@ func (c *child) live(started chan<- error) {
 	var readers sync.WaitGroup
 	readers.Go(func() { c.readStdout(pipes[0]) })
 	readers.Go(func() { c.out.read(pipes[1]) })
-	c.status = reap(c.cmd)
-	// Its descendants are dead too, so both pipes end.
-	readers.Wait()
+	c.status = reap(c.cmd, c.dir)
+	// Its descendants are dead too, so both pipes end, unless one has escaped.
+	ended := make(chan struct{})
+	go func() {
+		readers.Wait()
+		close(ended)
+	}()
+	if !wait(ended, nil, time.Second) {
+		_ = pipes[0].Close()
+		_ = pipes[1].Close()
+		<-ended
+	}
 	close(c.exited)
 	_ = c.lineW.Close()
 	_ = c.errW.Close()
@@ -87,16 +111,24 @@ func (c *child) start() ([2]*os.File, error) {
 		return pipes, err
 	}
 	defer errW.Close()
-	c.cmd = exec.Command(c.spec.Path, c.spec.Args...)
-	c.cmd.Env = c.env
-	c.cmd.Dir = filepath.Dir(c.dir)
-	c.cmd.Stdout, c.cmd.Stderr = outW, errW
-	ownGroup(c.cmd)
-	if err := c.cmd.Start(); err != nil {
+	g := c.program
+	cmd := &exec.Cmd{
+		Path: g.path, Args: append([]string{g.path}, g.spec.Args...), Env: c.env, Dir: filepath.Dir(c.dir),
+		Stdout: outW, Stderr: errW,
+	}
+	if g.file != nil {
+		cmd.Path, cmd.ExtraFiles = "/proc/self/fd/3", []*os.File{g.file}
+	}
+	if err := startConfined(cmd, g); err != nil {
 		_ = outR.Close()
 		_ = errR.Close()
-		return pipes, err
+		var failed *fs.PathError
+		if errors.As(err, &failed) {
+			err = failed.Err // its path may be the file descriptor's
+		}
+		return pipes, fmt.Errorf("start %s: %w", g.path, err)
 	}
+	c.cmd = cmd
 	return [2]*os.File{outR, errR}, nil
 }
 
@@ -104,14 +136,19 @@ func (c *child) start() ([2]*os.File, error) {
 // as the process lives, so that it never blocks on it.
 func (c *child) readStdout(r *os.File) {
 	defer r.Close()
-	br := bufio.NewReaderSize(r, 16<<10)
-	for {
+	br := c.out.buffered(r)
+	for begin := true; ; {
 		line, err := br.ReadSlice('\n')
-		if strings.Count(string(line), "|") >= 4 && line[0] >= '0' && line[0] <= '9' {
-			go func(text string) { _, _ = io.WriteString(c.lineW, text) }(string(line))
+		if begin && err == nil && isHandshake(line) {
+			text := string(line)
+			c.line.Store(&text)
+			go func() { _, _ = io.WriteString(c.lineW, text) }()
 			break
 		}
-		c.out.write(line)
+		if begin {
+			c.out.write(line)
+		}
+		begin = err == nil
 		if err != nil && !errors.Is(err, bufio.ErrBufferFull) {
 			return
 		}
@@ -119,13 +156,58 @@ func (c *child) readStdout(r *os.File) {
 	c.out.readFrom(br)
 }
 
+// isHandshake tells go-plugin's line from what a library may print before it:
+// 1|protocol version|unix|address|grpc|
+func isHandshake(line []byte) bool {
+	parts := strings.SplitN(string(line), "|", 5)
+	return len(parts) == 5 && isNumber(parts[0]) && isNumber(parts[1]) && (parts[2] == "unix" || parts[2] == "tcp")
+}
+
+func isNumber(s string) bool { return s != "" && strings.Trim(s, "0123456789") == "" }
+
+// handshakeError says why there was no handshake, in words that tell what to do.
+func (c *child) handshakeError(err error, limit time.Duration) error {
+	if c == nil || !c.running() {
+		return err
+	}
+	line := c.line.Load()
+	select {
+	case <-c.exited:
+		if line == nil && !c.hung.Load() {
+			return fmt.Errorf("it ended before its handshake: %s", c.why())
+		}
+	default:
+	}
+	switch {
+	case line == nil:
+		return fmt.Errorf("no handshake line on its standard output within %v", limit)
+	case strings.Split(*line, "|")[1] != strconv.Itoa(plugin.ProtocolVersion):
+		return fmt.Errorf("it speaks version %s of the plugin protocol, this server speaks version %d; install a version of the plugin that does, too",
+			strings.Split(*line, "|")[1], plugin.ProtocolVersion)
+	}
+	return err
+}
+
 // signal asks the group to end, or kills it.
 func (c *child) signal(kill bool) {
 	select {
 	case <-c.exited:
 	default:
-		if c.cmd != nil && c.cmd.Process != nil {
+		if c.running() {
 			signalGroup(c.cmd.Process, kill)
+		}
+	}
+}
+
+// dump has a process that hangs write where it does, which Go programs do at SIGQUIT, and gives it a moment for that.
+func (c *child) dump(patience time.Duration) {
+	select {
+	case <-c.exited:
+	default:
+		if c.running() {
+			c.hung.Store(true)
+			quit(c.cmd.Process)
+			wait(c.exited, nil, patience)
 		}
 	}
 }
@@ -146,6 +228,9 @@ func (c *child) Wait(context.Context) error {
 
 // Kill is part of go-plugin's runner.
 func (c *child) Kill(context.Context) error {
+	if c.line.Load() == nil {
+		c.dump(c.patience)
+	}
 	c.signal(true)
 	return nil
 }
@@ -157,11 +242,11 @@ func (c *child) Stdout() io.ReadCloser { return c.stdout }
 func (c *child) Stderr() io.ReadCloser { return c.stderr }
 
 // Name is part of go-plugin's runner.
-func (c *child) Name() string { return c.spec.Path }
+func (c *child) Name() string { return c.program.path }
 
 // ID is part of go-plugin's runner.
 func (c *child) ID() string {
-	if c.cmd == nil || c.cmd.Process == nil {
+	if !c.running() {
 		return ""
 	}
 	return strconv.Itoa(c.cmd.Process.Pid)

@@ -1,23 +1,102 @@
 package pluginhost
 
 import (
+	"bytes"
+	"cmp"
 	"errors"
+	"fmt"
 	"os"
 	"os/exec"
+	"strconv"
 	"syscall"
 
 	"golang.org/x/sys/unix"
 )
 
-// ownGroup gives the child its own process group, and has the kernel kill it when the thread that starts
-// it ends, which is when the host does.
-func ownGroup(cmd *exec.Cmd) {
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
+// canRunFiles: an open file can be run, as /proc/self/fd/N.
+const canRunFiles = true
+
+// possible says why this system cannot run the spec as it asks to be.
+func (s Spec) possible() error {
+	if s.Limits.Processes > 0 && s.User == "" {
+		return errors.New("a limit of processes needs a user for the plugin: the system counts all processes of a user together, and exempts root")
+	}
+	return nil
 }
 
-// reap waits for the child, kills what is left of its group while its number cannot be used again, and
-// collects it.
-func reap(cmd *exec.Cmd) error {
+// startConfined starts the process in a group of its own. The kernel kills it when the thread that starts it ends,
+// which is when the host does; it gets no privileges by running other programs; it leaves no core, which would have
+// secrets in it; and its limits hold before its first instruction, since it starts traced and therefore stopped.
+func startConfined(cmd *exec.Cmd, g *program) error {
+	limits := g.spec.Limits != Limits{}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL, Ptrace: limits}
+	if g.user != nil {
+		cmd.SysProcAttr.Credential = &syscall.Credential{Uid: g.user.uid, Gid: g.user.gid}
+	}
+	// It holds for the calling thread, which is the child's own here.
+	if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
+		return fmt.Errorf("give up new privileges: %w", err)
+	}
+	if err := cmd.Start(); err != nil {
+		return err
+	}
+	pid := cmd.Process.Pid
+	err := limit(pid, unix.RLIMIT_CORE, 0)
+	if err == nil && limits {
+		err = confine(pid, g.spec.Limits)
+	}
+	if err != nil {
+		_ = syscall.Kill(-pid, syscall.SIGKILL)
+		_ = cmd.Wait()
+	}
+	return err
+}
+
+// confine sets the limits of a process that stands still before its first instruction, and lets it go.
+func confine(pid int, l Limits) error {
+	var status unix.WaitStatus
+	for {
+		_, err := unix.Wait4(pid, &status, 0, nil)
+		if errors.Is(err, unix.EINTR) {
+			continue
+		}
+		if err != nil || !status.Stopped() {
+			return fmt.Errorf("wait for the process to stand still: %w", cmp.Or(err, error(unix.ESRCH)))
+		}
+		break
+	}
+	for _, set := range []struct {
+		resource int
+		value    uint64
+	}{{unix.RLIMIT_DATA, l.MemoryBytes}, {unix.RLIMIT_NOFILE, l.OpenFiles}, {unix.RLIMIT_NPROC, l.Processes}} {
+		if set.value == 0 {
+			continue
+		}
+		if err := limit(pid, set.resource, set.value); err != nil {
+			return err
+		}
+	}
+	if err := unix.PtraceDetach(pid); err != nil {
+		return fmt.Errorf("let the process go: %w", err)
+	}
+	return nil
+}
+
+func limit(pid, resource int, value uint64) error {
+	var now unix.Rlimit
+	if err := unix.Prlimit(pid, resource, nil, &now); err != nil {
+		return fmt.Errorf("read a limit of the process: %w", err)
+	}
+	value = min(value, now.Max) // more than what the server itself may is nothing to give
+	if err := unix.Prlimit(pid, resource, &unix.Rlimit{Cur: value, Max: value}, nil); err != nil {
+		return fmt.Errorf("limit the process: %w", err)
+	}
+	return nil
+}
+
+// reap waits for the child, kills what is left of its group while its number cannot be used again, and what has left
+// the group, and collects it.
+func reap(cmd *exec.Cmd, dir string) error {
 	for {
 		err := unix.Waitid(unix.P_PID, cmd.Process.Pid, nil, unix.WEXITED|unix.WNOWAIT, nil)
 		if !errors.Is(err, unix.EINTR) {
@@ -25,14 +104,41 @@ func reap(cmd *exec.Cmd) error {
 		}
 	}
 	_ = syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL)
+	for range 5 { // what is found may have had children meanwhile
+		if killMarked([]byte("="+dir+"\x00")) == 0 {
+			break
+		}
+	}
 	return cmd.Wait()
 }
 
-// signalGroup is called only while the child has not been collected.
-func signalGroup(p *os.Process, kill bool) {
-	sig := syscall.SIGTERM
-	if kill {
-		sig = syscall.SIGKILL
+// killMarked kills the processes that were started with mark in their environment: a plugin's descendants, wherever
+// they have gone, unless they have cleared it. It returns how many it killed.
+func killMarked(mark []byte) int {
+	entries, err := os.ReadDir("/proc")
+	if err != nil {
+		return 0
 	}
-	_ = syscall.Kill(-p.Pid, sig)
+	killed := 0
+	for _, e := range entries {
+		pid, err := strconv.Atoi(e.Name())
+		if err != nil || pid == os.Getpid() || !marked(pid, mark) {
+			continue
+		}
+		// The number may have passed to another process by now; what the descriptor stands for has not.
+		fd, err := unix.PidfdOpen(pid, 0)
+		if err != nil {
+			continue
+		}
+		if marked(pid, mark) && unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0) == nil {
+			killed++
+		}
+		_ = unix.Close(fd)
+	}
+	return killed
+}
+
+func marked(pid int, mark []byte) bool {
+	env, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/environ") // empty for what has ended
+	return err == nil && bytes.Contains(env, mark)
 }

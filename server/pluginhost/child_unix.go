@@ -1,28 +1,31 @@
-//go:build unix && !linux
+//go:build unix
 
 package pluginhost
 
 import (
+	"errors"
+	"fmt"
 	"os"
-	"os/exec"
 	"syscall"
 )
 
-// ownGroup gives the child its own process group. There is no parent-death signal here: the SDK watches
-// its parent instead.
-func ownGroup(cmd *exec.Cmd) { cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} }
-
-// reap waits for the child and kills what is left of its group.
-func reap(cmd *exec.Cmd) error {
-	err := cmd.Wait()
-	_ = syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL)
-	return err
-}
-
+// signalGroup is called only while the child has not been collected.
 func signalGroup(p *os.Process, kill bool) {
 	sig := syscall.SIGTERM
 	if kill {
 		sig = syscall.SIGKILL
 	}
 	_ = syscall.Kill(-p.Pid, sig)
+}
+
+// quit asks a process for its stacks, which ends it.
+func quit(p *os.Process) { _ = syscall.Kill(p.Pid, syscall.SIGQUIT) }
+
+// openNoFollow opens a file for reading, and no link to one.
+func openNoFollow(path string) (*os.File, error) {
+	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NOFOLLOW|syscall.O_NONBLOCK, 0)
+	if errors.Is(err, syscall.ELOOP) {
+		return nil, fmt.Errorf("%s is a symbolic link; a pinned plugin is named by its real path", path)
+	}
+	return f, err
 }

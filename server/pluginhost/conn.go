@@ -6,16 +6,21 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
 
 	goplugin "github.com/hashicorp/go-plugin"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/durationpb"
 
 	pluginv1 "github.com/grapnel/grapnel/proto/grapnel/plugin/v1"
 )
+
+var errHangs = errors.New("it hangs")
 
 // conn is one life of a plugin process: the child, the connection and the streams. It is used by many
 // and owned by its process's supervisor, which alone ends it.
@@ -29,9 +34,11 @@ type conn struct {
 	client *goplugin.Client
 	grpc   *grpc.ClientConn
 	plugin pluginv1.PluginServiceClient
+	out    *tail
 	name   string
-	// version and protocol are as described.
+	// version, protocol and kinds are as described.
 	version  string
+	kinds    []*kind
 	protocol string
 
 	attempts *link // nil without a transport
@@ -76,8 +83,15 @@ func (c *conn) openStreams(desc *pluginv1.DescribeResponse) error {
 	for _, capability := range desc.GetCapabilities() {
 		can[capability] = true
 	}
-	timer := time.AfterFunc(c.host.timing.start, c.cancel)
-	defer timer.Stop()
+	late := time.AfterFunc(c.host.timing.call, c.cancel)
+	err := c.open(signs, carries, can)
+	if !late.Stop() && err != nil {
+		return fmt.Errorf("it does not open its streams, or grants no credits, within %v", c.host.timing.call)
+	}
+	return err
+}
+
+func (c *conn) open(signs, carries bool, can map[string]bool) error {
 	if err := c.openControl(); err != nil {
 		return err
 	}
@@ -144,7 +158,7 @@ func (c *conn) sendAttempts(stream grpc.ClientStream) {
 		}
 	}
 	if err != nil {
-		c.fail(fmt.Errorf("attempt stream: %w", err))
+		c.lost("attempt stream", err)
 	}
 }
 
@@ -156,7 +170,7 @@ func (c *conn) receiveAttempts(stream grpc.ClientStream) {
 	for {
 		if err := stream.RecvMsg(&frame); err != nil {
 			if !errors.Is(err, io.EOF) || !c.stopping.Load() {
-				c.fail(fmt.Errorf("attempt stream: %w", err))
+				c.lost("attempt stream", err)
 			}
 			return
 		}
@@ -199,6 +213,19 @@ func (c *conn) otherFrame(f *pluginv1.AttemptResponse) error {
 	return nil // a frame of a later minor
 }
 
+// lost ends this life of the process because a stream or call broke off; what a plugin sends that cannot be taken
+// is its fault.
+func (c *conn) lost(what string, err error) {
+	switch s := status.Convert(err); {
+	case s.Code() == codes.ResourceExhausted && strings.Contains(s.Message(), "larger than max"):
+		c.fault(fmt.Errorf("%w: %s: a message is larger than %d MiB", errProtocol, what, replyMax>>20))
+	case s.Code() == codes.Internal && strings.Contains(s.Message(), "unmarshal"):
+		c.fault(fmt.Errorf("%w: %s: %s", errProtocol, what, s.Message()))
+	default:
+		c.fail(fmt.Errorf("%s: %w", what, err))
+	}
+}
+
 // fault ends the process's life because it broke the protocol.
 func (c *conn) fault(err error) {
 	c.host.metrics.faults.Inc()
@@ -230,7 +257,7 @@ func (c *conn) attemptOne(client pluginv1.TransportServiceClient, req *pluginv1.
 	defer cancel()
 	resp, err := client.AttemptOne(ctx, req)
 	if err != nil {
-		c.fail(fmt.Errorf("attempt: %w", err))
+		c.lost("attempt", err)
 		return
 	}
 	r := resultOf(resp.GetResult())
@@ -281,7 +308,7 @@ func (c *conn) beat() {
 		}
 		// Counted in beats, not in time, so that a host that was itself stopped accuses nobody.
 		if c.unanswered.Load() > 3 {
-			c.fail(errors.New("it hangs: three heartbeats without an answer"))
+			c.fail(fmt.Errorf("%w: three heartbeats without an answer", errHangs))
 			return
 		}
 	}
@@ -312,11 +339,14 @@ func (c *conn) retire(r retired) {
 	c.retired = append(c.retired, r)
 }
 
-// sweep is called now and then.
-func (c *conn) sweep(now time.Time) {
-	if c.attempts.overdue(now) || c.signs.overdue(now) {
-		c.fail(errors.New("it hangs: an attempt is unanswered long after its timeout"))
-		return
+// sweep is called now and then; spare says that the host itself has just been away, and accuses nobody.
+func (c *conn) sweep(now time.Time, spare bool) {
+	for _, l := range []*link{c.attempts, c.signs} {
+		if n, longest := l.overdue(now); n > 0 && !spare {
+			c.fail(fmt.Errorf("%w: attempts without an answer long after their timeout: %d, the longest %v after it was written",
+				errHangs, n, longest.Round(time.Millisecond)))
+			return
+		}
 	}
 	var refs []uint32
 	c.mu.Lock()

@@ -79,7 +79,7 @@ func (noLoader) Load(url string) (any, error) {
 	return nil, fmt.Errorf("schema refers to %s, which is not loaded", url)
 }
 
-// kindTable has every kind ever described. Readers take no lock.
+// kindTable has every kind that a plugin of the host offers, or offered when it last ran. Readers take no lock.
 type kindTable struct {
 	mu    sync.Mutex // serialises writers
 	table atomic.Pointer[map[string]*kind]
@@ -104,15 +104,11 @@ func (t *kindTable) byScheme(scheme string) string {
 	return ""
 }
 
-// set replaces what a process offers. A kind that another process offers already is refused.
+// set replaces what the processes of a plugin offer, in one step. A kind that another plugin offers already is refused.
 func (t *kindTable) set(p *process, kinds []*kind) error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	next := maps.Clone(t.all())
-	if next == nil {
-		next = map[string]*kind{}
-	}
-	maps.DeleteFunc(next, func(_ string, k *kind) bool { return k.proc == p })
+	next := t.without(p.key)
 	for _, k := range kinds {
 		if other := next[k.id]; other != nil {
 			return fmt.Errorf("kind %q is offered by %s already", k.id, other.proc.displayName())
@@ -121,6 +117,24 @@ func (t *kindTable) set(p *process, kinds []*kind) error {
 	}
 	t.table.Store(&next)
 	return nil
+}
+
+// remove forgets what the processes of a plugin offer.
+func (t *kindTable) remove(key string) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	next := t.without(key)
+	t.table.Store(&next)
+}
+
+func (t *kindTable) without(key string) map[string]*kind {
+	next := map[string]*kind{}
+	for id, k := range t.all() {
+		if k.proc.key != key {
+			next[id] = k
+		}
+	}
+	return next
 }
 
 func sortedKeys(m map[string]string) []string { return slices.Sorted(maps.Keys(m)) }

@@ -202,17 +202,22 @@ func (l *link) outstanding() int {
 	return l.open
 }
 
-// overdue reports whether an answer is later than any honest one.
-func (l *link) overdue(now time.Time) bool {
+// overdue is how many answers are later than any honest one, and how long ago the first of them was asked for. Honest
+// ones come within the attempt's timeout, or say that it is over.
+func (l *link) overdue(now time.Time) (n int, longest time.Duration) {
 	if l == nil {
-		return false
+		return 0, 0
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	if l.open == 0 {
+		return 0, 0
+	}
 	for _, p := range l.slots {
 		if p != nil && now.After(p.due) {
-			return true
+			n++
+			longest = max(longest, now.Sub(p.due)+p.plan.timeout+p.plan.grace)
 		}
 	}
-	return false
+	return n, longest
 }

@@ -16,6 +16,8 @@ type metrics struct {
 	unspent       prometheus.Counter
 	indeterminate prometheus.Counter
 	faults        prometheus.Counter
+	hangs         prometheus.Counter
+	upgrades      *prometheus.CounterVec
 }
 
 func newMetrics(reg prometheus.Registerer) *metrics {
@@ -26,6 +28,10 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 		restarts: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Namespace: "grapnel", Subsystem: "plugin", Name: "restarts_total", Help: "Ends of plugin processes that were not asked for.",
 		}, []string{"plugin"}),
+		upgrades: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Namespace: "grapnel", Subsystem: "plugin", Name: "upgrades_total", Help: "Plugins replaced while they ran, and those that were not because the new one did not come up.",
+		}, []string{"result"}),
+		hangs:         counter("hangs_total", "Plugin processes that were ended because they did not answer any more."),
 		unspent:       counter("unspent_total", "Attempts given back because no plugin was there to make them."),
 		indeterminate: counter("indeterminate_total", "Attempts that were written to a plugin process which ended without an answer."),
 		faults:        counter("protocol_faults_total", "Plugin processes that were ended because they broke the protocol."),
@@ -34,7 +40,7 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 		open := prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 			Namespace: "grapnel", Subsystem: "plugin", Name: "open_attempts", Help: "Attempts in the plugin host's hands.",
 		}, func() float64 { return float64(m.open.Load()) })
-		reg.MustRegister(m.restarts, m.unspent, m.indeterminate, m.faults, open)
+		reg.MustRegister(m.restarts, m.unspent, m.indeterminate, m.faults, m.hangs, m.upgrades, open)
 	}
 	return m
 }
@@ -79,12 +85,12 @@ func (l *latency) turn(at time.Time) {
 	l.nowN, l.since = 0, at
 }
 
-// p99 is an upper bound of the 99th percentile, zero when nothing was observed.
-func (l *latency) p99(at time.Time) time.Duration {
+// quantile is an upper bound of what part, above 0 and at most 1, of the attempts took; zero when nothing was observed.
+func (l *latency) quantile(part float64, at time.Time) time.Duration {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.turn(at)
-	above := (uint64(l.nowN) + uint64(l.beforeN)) / 100
+	above := uint64((1 - part) * float64(uint64(l.nowN)+uint64(l.beforeN)))
 	var seen uint64
 	for b := len(l.now) - 1; b >= 0; b-- {
 		seen += uint64(l.now[b]) + uint64(l.before[b])

@@ -13,7 +13,12 @@
 //	    └──────────────────────▲ │
 //	                             └──▶ failed (5 crashes in 5 minutes; tried again every 30 s)
 //
-// Lock order: planTable.shard, then link; nothing is completed, and no plugin is called, under either.
+// Update replaces a plugin while attempts are at hand: the new process starts beside the old one, and only once it
+// has described itself and opened its streams do the kinds move over, in one step. What waits for the old process
+// goes to the new one; what was written to it is answered by it, and then it ends.
+//
+// Lock order: Host.updating, Host.mu, kindTable.mu, process.mu; planTable.shard, then link. Nothing is completed, and
+// no plugin is called, under any of them.
 package pluginhost
 
 import (
@@ -22,9 +27,6 @@ import (
 	"fmt"
 	"log/slog"
 	"net/netip"
-	"os"
-	"path/filepath"
-	"runtime"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -42,17 +44,6 @@ var (
 	// ErrUnknownPlugin means that no plugin offers the kind a caller asked about.
 	ErrUnknownPlugin = errors.New("no such plugin")
 )
-
-// Spec is one plugin binary to run.
-type Spec struct {
-	// Path of the executable.
-	Path string
-	Args []string
-	// Builtin marks the plugins that ship in the grapnel binary; Ready waits for them.
-	Builtin bool
-	// SHA256 pins the executable, in hex; empty runs whatever is there.
-	SHA256 string
-}
 
 // SecretVersion is one live version of a secret.
 type SecretVersion struct {
@@ -93,6 +84,7 @@ type timing struct {
 	heartbeat   time.Duration
 	sweep       time.Duration
 	term        time.Duration // SIGTERM to SIGKILL
+	dump        time.Duration // SIGQUIT to SIGKILL, for a hung process to say where it hangs
 	drain       time.Duration // longest wait for attempts at a stop
 	retire      time.Duration // how long an instance that was replaced stays
 }
@@ -104,7 +96,7 @@ func defaultTiming() timing {
 		stable: time.Minute, failedRetry: 30 * time.Second,
 		park: 500 * time.Millisecond, grace: 5 * time.Second,
 		heartbeat: 5 * time.Second, sweep: 250 * time.Millisecond,
-		term: 5 * time.Second, drain: 65 * time.Second, retire: 2 * time.Second,
+		term: 5 * time.Second, dump: time.Second, drain: 65 * time.Second, retire: 2 * time.Second,
 	}
 }
 
@@ -117,14 +109,12 @@ const (
 
 // Host runs plugins. All methods are safe for concurrent use.
 type Host struct {
-	opts      Options
-	log       *slog.Logger
-	timing    timing
-	metrics   *metrics
-	dir       string
-	removeDir bool
+	opts    Options
+	log     *slog.Logger
+	timing  timing
+	metrics *metrics
+	dirs    socketDirs
 
-	procs      []*process
 	kinds      kindTable
 	plans      planTable
 	generation atomic.Uint64
@@ -132,6 +122,12 @@ type Host struct {
 	shapes     shapes
 	free       sync.Pool   // of *pending: one per attempt is garbage enough to show
 	closed     atomic.Bool // no attempt is taken any more
+
+	updating sync.Mutex      // held through an Update
+	mu       sync.Mutex      // guards what follows
+	procs    []*process      // all that are supervised, also those that are to take a place and those that leave
+	running  context.Context //nolint:containedctx // Run's; nil before it, and once it ends
+	workers  sync.WaitGroup  // one for each process while running
 }
 
 // New checks the options and makes the socket directory; it starts nothing.
@@ -147,73 +143,53 @@ func New(opts Options) (*Host, error) {
 	}
 	h := &Host{opts: opts, log: opts.Logger.With("component", "pluginhost"), timing: defaultTiming(), metrics: newMetrics(opts.Registerer)}
 	var err error
-	if h.dir, h.removeDir, err = socketDir(opts.Dir); err != nil {
+	if err = h.dirs.make(opts.Dir); err != nil {
 		return nil, fmt.Errorf("pluginhost: %w", err)
 	}
-	for _, spec := range opts.Plugins {
-		path, err := filepath.Abs(spec.Path)
-		if err != nil {
-			return nil, fmt.Errorf("pluginhost: plugin %q: %w", spec.Path, err)
-		}
-		spec.Path = path
-		h.procs = append(h.procs, newProcess(h, spec))
+	specs, err := identify(opts.Plugins)
+	if err != nil {
+		return nil, fmt.Errorf("pluginhost: %w", err)
+	}
+	for _, k := range specs {
+		h.procs = append(h.procs, newProcess(h, k, holding))
 	}
 	return h, nil
 }
 
-// socketRoom is what go-plugin appends to the directory for a socket's path.
-const socketRoom = len("/plugin-dir4294967295/plugin4294967295")
-
-// socketDir returns a private directory that is short enough for sockets, and whether it is to be
-// removed at the end.
-func socketDir(dir string) (string, bool, error) {
-	limit := 107 // sun_path on Linux, less its NUL
-	if runtime.GOOS != "linux" {
-		limit = 103
-	}
-	if dir != "" {
-		abs, err := filepath.Abs(dir)
-		if err != nil {
-			return "", false, err
-		}
-		if len(abs)+socketRoom <= limit || runtime.GOOS == "windows" {
-			if err := os.MkdirAll(abs, 0o700); err != nil {
-				return "", false, err
-			}
-			return abs, false, os.Chmod(abs, 0o700)
-		}
-	}
-	made, err := os.MkdirTemp("", "grapnel-")
-	if err == nil && len(made)+socketRoom > limit && runtime.GOOS != "windows" {
-		_ = os.Remove(made)
-		made, err = os.MkdirTemp("/tmp", "grapnel-")
-	}
-	return made, true, err
-}
-
 // Run supervises the plugins until ctx ends, then drains and stops them. It returns nil.
 func (h *Host) Run(ctx context.Context) error {
-	var wg sync.WaitGroup
+	h.mu.Lock()
+	h.running = ctx
 	for _, p := range h.procs {
-		wg.Go(func() { p.run(ctx) })
+		h.launch(p)
 	}
+	h.mu.Unlock()
 	sweeping, stopSweeping := context.WithCancel(context.WithoutCancel(ctx))
 	var sweeper sync.WaitGroup
 	sweeper.Go(func() { h.sweep(sweeping) })
-	wg.Wait()
+	<-ctx.Done()
+	h.mu.Lock()
+	h.running = nil // nothing is launched any more
+	h.mu.Unlock()
+	h.workers.Wait()
 	h.closed.Store(true)
 	stopSweeping()
 	sweeper.Wait()
 	h.releaseParked(time.Time{})
-	if h.removeDir {
-		_ = os.RemoveAll(h.dir)
-	}
+	h.dirs.remove()
 	return nil
+}
+
+// processes are all that are supervised just now.
+func (h *Host) processes() []*process {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return slices.Clone(h.procs)
 }
 
 // Ready returns when all builtin plugins serve, or with ctx's error and what is wrong.
 func (h *Host) Ready(ctx context.Context) error {
-	for _, p := range h.procs {
+	for _, p := range h.processes() {
 		if !p.spec.Builtin {
 			continue
 		}
@@ -239,10 +215,11 @@ func (h *Host) Drain(ctx context.Context) error {
 	return nil
 }
 
-// Pids are the running processes by plugin name, for tests and demonstrations.
+// Pids are the running processes by plugin name, for tests and demonstrations. Of two that share a name, as in
+// an upgrade, it is the one that takes attempts.
 func (h *Host) Pids() map[string]int {
 	pids := map[string]int{}
-	for _, p := range h.procs {
+	for _, p := range h.processes() {
 		if c := p.conn.Load(); c != nil {
 			pids[p.displayName()] = c.child.pid()
 		}
@@ -286,15 +263,23 @@ func (h *Host) SecretChanged(name string) {
 func (h *Host) sweep(ctx context.Context) {
 	tick := time.NewTicker(h.timing.sweep)
 	defer tick.Stop()
+	last := time.Now()
+	var awake time.Time // since when this process has run without a break
 	for {
 		select {
 		case <-ctx.Done():
 			return
 		case now := <-tick.C:
+			if now.Sub(last) > h.timing.sweep+h.timing.grace/2 {
+				awake = now // it was stopped or starved itself: the answers may lie there unread
+			}
+			last = now
 			h.releaseParked(now)
-			for _, p := range h.procs {
-				if c := p.conn.Load(); c != nil {
-					c.sweep(now)
+			for _, p := range h.processes() {
+				for _, c := range []*conn{p.conn.Load(), p.leaving.Load()} {
+					if c != nil {
+						c.sweep(now, now.Sub(awake) < h.timing.grace)
+					}
 				}
 			}
 		}

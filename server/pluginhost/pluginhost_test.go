@@ -207,7 +207,7 @@ func TestCrashLoopFailsAndRecovers(t *testing.T) {
 		tm.backoffMin, tm.backoffMax, tm.failedRetry = time.Millisecond, 5*time.Millisecond, 100*time.Millisecond
 		tm.park = 10 * time.Millisecond
 	}, self("plugin-crash", flag))
-	eventually(t, "the plugin has failed", func() bool { return f.procs[0].failed() })
+	eventually(t, "the plugin has failed", func() bool { return f.processes()[0].failed() })
 	p := f.Plugins()[0]
 	if got := p.GetInstances()[0].GetLastError(); !strings.Contains(got, "cannot find") {
 		t.Errorf("last error %q lacks what the plugin wrote", got)
@@ -254,7 +254,7 @@ func TestReconfigureUnderLoad(t *testing.T) {
 	if got := f.attempt(t, next, newJob(0, "x")); got.ResponseCode != 204 {
 		t.Errorf("after the change: %+v", got)
 	}
-	if n := len(f.procs[0].conn.Load().redactor.values); n == 0 {
+	if n := len(f.processes()[0].conn.Load().redactor.values); n == 0 {
 		t.Error("no secret is known for redaction")
 	}
 }
@@ -267,7 +267,7 @@ func TestDrainFinishesWhatIsAtHand(t *testing.T) {
 	jobs := load(f, sub, s, 100)
 	pid := f.Pids()["test/all"]
 	eventually(t, "attempts are under way", func() bool {
-		return time.Since(began) > 100*time.Millisecond && f.procs[0].conn.Load().attempts.outstanding() == 100
+		return time.Since(began) > 100*time.Millisecond && f.processes()[0].conn.Load().attempts.outstanding() == 100
 	})
 	f.stop()
 	for _, job := range jobs {
@@ -281,7 +281,7 @@ func TestDrainFinishesWhatIsAtHand(t *testing.T) {
 	if got := f.attempt(t, sub, newJob(0, "x")); got.Cause != delivery.CauseUnspent {
 		t.Errorf("after the stop: %+v", got)
 	}
-	left, err := filepath.Glob(filepath.Join(f.dir, "*"))
+	left, err := filepath.Glob(filepath.Join(f.dirs.own, "*"))
 	if err != nil || len(left) > 1 { // go-plugin removes its directory on a goroutine of its own
 		t.Errorf("left in the socket directory: %v %v", left, err)
 	}

@@ -2,38 +2,30 @@ package pluginhost
 
 import (
 	"context"
-	"crypto/sha256"
-	"encoding/hex"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"math/rand/v2"
-	"os"
-	"os/exec"
-	"path/filepath"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
 
-	"github.com/hashicorp/go-hclog"
-	goplugin "github.com/hashicorp/go-plugin"
-	"github.com/hashicorp/go-plugin/runner"
-	"google.golang.org/grpc"
-
 	pluginv1 "github.com/grapnel/grapnel/proto/grapnel/plugin/v1"
-	"github.com/grapnel/grapnel/sdk/plugin"
 )
 
-// process keeps one plugin binary running: one supervisor goroutine starts it, waits for its end, and
-// starts it again.
+// process keeps one spec running: one supervisor goroutine starts it, waits for its end, and starts it again.
 type process struct {
 	host *Host
+	key  string
 	spec Spec
 	log  *slog.Logger
-	// conn is nil while the process does not serve.
-	conn atomic.Pointer[conn]
+	// conn is nil while the process takes no attempts; leaving is set instead while it drains.
+	conn    atomic.Pointer[conn]
+	leaving atomic.Pointer[conn]
+
+	place  place                   // guarded by the host's mu
+	cancel context.CancelCauseFunc // guarded by the host's mu; nil until it is launched
 
 	mu       sync.Mutex // guards what follows
 	name     string
@@ -44,8 +36,13 @@ type process struct {
 	started  time.Time
 	restarts int
 	checksum string
+	stamp    stamp // of what was started last
 	lastErr  string
-	crashes  []time.Time
+	// refusal is why a process that was to replace this one did not.
+	refusal error
+	crashes []time.Time // of the last failedWithin
+	crashed time.Time   // the latest
+	last    []string    // what it wrote before that
 }
 
 type state int
@@ -58,12 +55,36 @@ const (
 	stopped
 )
 
-func newProcess(h *Host, spec Spec) *process {
-	name := filepath.Base(spec.Path)
+func newProcess(h *Host, k keyed, in place) *process {
 	return &process{
-		host: h, spec: spec, name: name, changed: make(chan struct{}),
-		log: h.log.With("plugin", name),
+		host: h, key: k.key, spec: k.spec, place: in, name: k.spec.label(), changed: make(chan struct{}),
+		log: h.log.With("plugin", k.spec.label()),
 	}
+}
+
+// launch starts the supervisor. The host's mu is held, and the host runs.
+func (h *Host) launch(p *process) {
+	ctx, cancel := context.WithCancelCause(h.running)
+	p.cancel = cancel
+	h.workers.Go(func() {
+		defer cancel(nil)
+		p.run(ctx)
+		h.mu.Lock()
+		defer h.mu.Unlock()
+		if p.place != holding {
+			h.procs = without(h.procs, p)
+		}
+	})
+}
+
+func without(procs []*process, p *process) []*process {
+	var rest []*process
+	for _, q := range procs {
+		if q != p {
+			rest = append(rest, q)
+		}
+	}
+	return rest
 }
 
 func (p *process) displayName() string {
@@ -72,12 +93,54 @@ func (p *process) displayName() string {
 	return p.name
 }
 
+// about names the process for people, with its version where that is known.
+func (p *process) about() string {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return strings.TrimSpace(p.name + " " + p.version)
+}
+
+// runs reports whether the process is what spec asks for, to the file.
+func (p *process) runs(spec Spec) bool {
+	if !p.spec.equal(spec) {
+		return false
+	}
+	p.mu.Lock()
+	seen := p.stamp
+	p.mu.Unlock()
+	return spec.SHA256 != "" || seen == nil || seen.current(spec.Path)
+}
+
 func (p *process) setState(s state) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.state = s
 	close(p.changed)
 	p.changed = make(chan struct{})
+}
+
+func (p *process) setRefusal(err error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.refusal = err
+}
+
+// took notes what a process that is about to serve says of itself.
+func (p *process) took(c *conn) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.name, p.version, p.protocol = c.name, c.version, c.protocol
+	p.started, p.refusal = time.Now(), nil
+}
+
+// carryOn goes on counting where the process before it ends.
+func (p *process) carryOn(before *process) {
+	before.mu.Lock()
+	restarts := before.restarts
+	before.mu.Unlock()
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.restarts += restarts
 }
 
 func (p *process) awaitServing(ctx context.Context) error {
@@ -99,25 +162,25 @@ func (p *process) awaitServing(ctx context.Context) error {
 	}
 }
 
-// run supervises until ctx ends.
+// run supervises until ctx ends, or until a process that was to take a place cannot.
 func (p *process) run(ctx context.Context) {
 	defer p.setState(stopped)
 	for short := 0; ; {
 		p.setState(starting)
 		began := time.Now()
-		c, err := p.start(ctx)
-		if err == nil {
-			err = p.serve(ctx, c)
-		}
+		err := p.live(ctx)
 		if ctx.Err() != nil {
+			return
+		}
+		if p.succeeding() {
+			p.host.refuse(p, err)
 			return
 		}
 		if time.Since(began) >= p.host.timing.stable {
 			short = 0
 		}
 		short++
-		delay := p.crashed(err, short)
-		timer := time.NewTimer(delay)
+		timer := time.NewTimer(p.ended(err, short))
 		select {
 		case <-timer.C:
 		case <-ctx.Done():
@@ -127,43 +190,78 @@ func (p *process) run(ctx context.Context) {
 	}
 }
 
+func (p *process) succeeding() bool {
+	p.host.mu.Lock()
+	defer p.host.mu.Unlock()
+	return p.place == succeeding
+}
+
+// live is one life of the process, from its start to its end, and returns why it ended.
+func (p *process) live(ctx context.Context) error {
+	c, err := p.start(ctx)
+	if err != nil {
+		return err
+	}
+	if err := p.host.install(p, c); err != nil {
+		return p.abandon(c, err)
+	}
+	return p.serve(ctx, c)
+}
+
 // serve lets attempts in until the process ends or ctx does, and returns why it ended.
 func (p *process) serve(ctx context.Context, c *conn) error {
-	p.mu.Lock()
-	p.started = time.Now()
-	p.mu.Unlock()
-	p.conn.Store(c)
 	p.setState(serving)
 	p.log.Info("plugin serves", "version", c.version, "pid", c.child.pid())
 	p.host.unpark()
 	select {
 	case <-ctx.Done():
-		p.conn.Store(nil) // before the links close, lest attempts be planned for them again and again
+		p.leaving.Store(c)
+		p.conn.CompareAndSwap(c, nil) // before the links close, lest attempts be planned for them again and again
+		if errors.Is(context.Cause(ctx), errReplaced) {
+			c.handOver()
+		}
 		c.stop()
+		p.leaving.Store(nil)
+		p.log.Info("plugin stopped", "version", c.version, "pid", c.child.pid())
 		return ctx.Err()
 	case <-c.broken:
 	}
 	p.conn.Store(nil)
-	// The stream mostly ends a little before the process does; its status is the better reason.
 	cause := c.cause.Error()
-	if wait(c.child.exited, nil, 100*time.Millisecond) {
-		cause = c.child.why()
+	if errors.Is(c.cause, errHangs) {
+		p.host.metrics.hangs.Inc()
+		c.child.dump(p.host.timing.dump)
+	} else if wait(c.child.exited, nil, 100*time.Millisecond) {
+		// The stream mostly ends a little before the process does; its status is the better reason.
+		if !errors.Is(c.cause, errProtocol) {
+			cause = c.child.why()
+		}
 	}
 	c.end(c.name + ": " + cause)
+	p.noteOutput(c)
 	return errors.New(cause)
 }
 
-// crashed notes the end of a life and says how long to wait before the next.
-func (p *process) crashed(err error, short int) time.Duration {
+// noteOutput keeps what a process wrote last, without secrets.
+func (p *process) noteOutput(c *conn) {
+	last := c.out.last()
+	for i := range last {
+		last[i] = c.redactor.clean(last[i])
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.last = last
+}
+
+// ended notes the end of a life and says how long to wait before the next.
+func (p *process) ended(err error, short int) time.Duration {
 	t := p.host.timing
 	now := time.Now()
 	p.mu.Lock()
 	p.restarts++
 	p.lastErr = err.Error()
-	p.crashes = append(p.crashes, now)
-	for len(p.crashes) > 0 && now.Sub(p.crashes[0]) > failedWithin {
-		p.crashes = p.crashes[1:]
-	}
+	p.crashed = now
+	p.crashes = append(p.recent(now), now)
 	inARow := len(p.crashes)
 	p.mu.Unlock()
 	p.host.metrics.restarts.WithLabelValues(p.displayName()).Inc()
@@ -179,151 +277,12 @@ func (p *process) crashed(err error, short int) time.Duration {
 	return delay
 }
 
-// start brings a process up to where it can take attempts.
-func (p *process) start(ctx context.Context) (*conn, error) {
-	if err := p.check(); err != nil {
-		return nil, err
+// recent are the crashes that still count.
+func (p *process) recent(now time.Time) []time.Time {
+	for len(p.crashes) > 0 && now.Sub(p.crashes[0]) > failedWithin {
+		p.crashes = p.crashes[1:]
 	}
-	c := &conn{
-		host: p.host, proc: p, log: p.log, drained: make(chan struct{}), broken: make(chan struct{}),
-		release: make(chan struct{}),
-	}
-	out := newTail(func(line string, dropped int) {
-		p.log.Warn("plugin wrote", "line", c.redactor.clean(line), "dropped", dropped)
-	})
-	c.ctx, c.cancel = context.WithCancel(context.WithoutCancel(ctx))
-	c.client = goplugin.NewClient(&goplugin.ClientConfig{
-		HandshakeConfig: goplugin.HandshakeConfig{
-			ProtocolVersion: plugin.ProtocolVersion,
-			MagicCookieKey:  plugin.MagicCookieKey, MagicCookieValue: plugin.MagicCookieValue,
-		},
-		Plugins: goplugin.PluginSet{plugin.PluginSet: dispensed{}},
-		RunnerFunc: func(_ hclog.Logger, cmd *exec.Cmd, dir string) (runner.Runner, error) {
-			c.child = newChild(p.spec, cmd.Env, dir, out)
-			return c.child, nil
-		},
-		// The directory is private to this user, so the socket needs no TLS of its own.
-		UnixSocketConfig: &goplugin.UnixSocketConfig{TempDir: p.host.dir},
-		AllowedProtocols: []goplugin.Protocol{goplugin.ProtocolGRPC},
-		SkipHostEnv:      true,
-		StartTimeout:     p.host.timing.start,
-		Logger:           hclog.NewNullLogger(),
-	})
-	abort := context.AfterFunc(ctx, func() {
-		c.cancel()
-		if c.child != nil {
-			c.child.signal(true)
-		}
-	})
-	defer abort()
-	if err := p.open(c); err != nil {
-		return nil, p.abandon(c, out, err)
-	}
-	return c, nil
-}
-
-// open shakes hands, reads what the plugin offers, and opens the streams.
-func (p *process) open(c *conn) error {
-	rpc, err := c.client.Client()
-	if err != nil {
-		return err
-	}
-	raw, err := rpc.Dispense(plugin.PluginSet)
-	if err != nil {
-		return err
-	}
-	c.grpc = raw.(*grpc.ClientConn)
-	c.plugin = pluginv1.NewPluginServiceClient(c.grpc)
-	ctx, cancel := context.WithTimeout(c.ctx, p.host.timing.call)
-	defer cancel()
-	desc, err := c.plugin.Describe(ctx, &pluginv1.DescribeRequest{HostVersion: p.host.opts.UserAgent, HostProtocolMinor: 1})
-	if err != nil {
-		return fmt.Errorf("describe: %w", err)
-	}
-	if err := p.learn(c, desc); err != nil {
-		return err
-	}
-	settings := &pluginv1.HostSettings{UserAgent: p.host.opts.UserAgent}
-	for _, prefix := range p.host.opts.EgressAllow {
-		settings.EgressAllow = append(settings.EgressAllow, prefix.String())
-	}
-	if _, err := c.plugin.Configure(ctx, &pluginv1.ConfigureRequest{Settings: settings}); err != nil {
-		return fmt.Errorf("configure: %w", err)
-	}
-	return c.openStreams(desc)
-}
-
-// learn takes over what the plugin says about itself.
-func (p *process) learn(c *conn, desc *pluginv1.DescribeResponse) error {
-	if len(desc.GetKinds()) == 0 {
-		return errors.New("it offers no kind")
-	}
-	var kinds []*kind
-	for _, pk := range desc.GetKinds() {
-		k, err := newKind(p, pk)
-		if err != nil {
-			return err
-		}
-		kinds = append(kinds, k)
-	}
-	c.name, c.version = desc.GetName(), desc.GetVersion()
-	if c.name == "" {
-		c.name = filepath.Base(p.spec.Path)
-	}
-	c.protocol = fmt.Sprintf("%d.%d", plugin.ProtocolVersion, desc.GetProtocolMinor())
-	p.mu.Lock()
-	p.name, p.version, p.protocol = c.name, c.version, c.protocol
-	p.mu.Unlock()
-	return p.host.kinds.set(p, kinds)
-}
-
-// abandon ends a process that did not come up, and adds to err what it last wrote.
-func (p *process) abandon(c *conn, out *tail, err error) error {
-	c.cancel()
-	if c.child != nil && c.child.cmd != nil && c.child.cmd.Process != nil {
-		c.child.signal(true)
-		<-c.child.exited
-	}
-	c.workers.Wait()
-	go c.client.Kill()
-	if c.child != nil {
-		_ = os.RemoveAll(c.child.dir)
-	}
-	if last := out.String(); last != "" && !strings.Contains(err.Error(), last) {
-		err = fmt.Errorf("%w; it last wrote: %s", err, last)
-	}
-	return err
-}
-
-// check hashes the binary, and compares when it is pinned. A pinned plugin that does not match does not
-// start; it is a status like any other.
-func (p *process) check() error {
-	f, err := os.Open(p.spec.Path)
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	if p.spec.SHA256 == "" && p.known() != "" {
-		return nil
-	}
-	hash := sha256.New()
-	if _, err := io.Copy(hash, f); err != nil {
-		return fmt.Errorf("read %s: %w", p.spec.Path, err)
-	}
-	sum := hex.EncodeToString(hash.Sum(nil))
-	p.mu.Lock()
-	p.checksum = sum
-	p.mu.Unlock()
-	if p.spec.SHA256 != "" && !strings.EqualFold(sum, p.spec.SHA256) {
-		return fmt.Errorf("%s has SHA-256 %s, want %s", p.spec.Path, sum, p.spec.SHA256)
-	}
-	return nil
-}
-
-func (p *process) known() string {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return p.checksum
+	return p.crashes
 }
 
 // logRecords passes a plugin's own log on.
@@ -342,15 +301,4 @@ func (p *process) logRecords(c *conn, batch *pluginv1.LogBatch) {
 	if n := batch.GetDropped(); n > 0 {
 		p.log.Warn("plugin logs too much", "dropped", n)
 	}
-}
-
-// dispensed makes go-plugin hand out the connection itself.
-type dispensed struct {
-	goplugin.NetRPCUnsupportedPlugin
-}
-
-func (dispensed) GRPCServer(*goplugin.GRPCBroker, *grpc.Server) error { return nil }
-
-func (dispensed) GRPCClient(_ context.Context, _ *goplugin.GRPCBroker, conn *grpc.ClientConn) (any, error) {
-	return conn, nil
 }

@@ -225,10 +225,10 @@ func TestLatencyBuckets(t *testing.T) {
 	for i := range 1000 {
 		l.observe(time.Duration(i)*time.Microsecond, at)
 	}
-	if got := l.p99(at); got < 990*time.Microsecond || got > 1100*time.Microsecond {
+	if got := l.quantile(0.99, at); got < 990*time.Microsecond || got > 1100*time.Microsecond {
 		t.Errorf("p99 %v", got)
 	}
-	if got := l.p99(at.Add(time.Hour)); got != 0 {
+	if got := l.quantile(0.99, at.Add(time.Hour)); got != 0 {
 		t.Errorf("an hour later: %v", got)
 	}
 }

@@ -1,6 +1,7 @@
 package pluginhost
 
 import (
+	"cmp"
 	"maps"
 	"slices"
 	"time"
@@ -14,82 +15,138 @@ import (
 )
 
 // Plugins are all kinds that any plugin offers, in the order of their names, and how their processes
-// fare. A process that never came up is listed by the name of its file.
+// fare. A process that never came up is listed by its name or that of its file.
 func (h *Host) Plugins() []*grapnelv1.Plugin {
 	all := h.kinds.all()
+	procs := h.byKey()
 	var out []*grapnelv1.Plugin
-	described := map[*process]bool{}
 	for _, id := range slices.Sorted(maps.Keys(all)) {
-		out = append(out, h.status(all[id]))
-		described[all[id].proc] = true
+		out = append(out, all[id].status(procs[all[id].proc.key]))
 	}
-	for _, p := range h.procs {
-		if !described[p] {
-			out = append(out, p.bare())
+	described := map[string]bool{}
+	for _, k := range all {
+		described[k.proc.key] = true
+	}
+	for _, key := range slices.Sorted(maps.Keys(procs)) {
+		if !described[key] && procs[key][0].place != departing {
+			out = append(out, bare(procs[key]))
 		}
 	}
+	slices.SortStableFunc(out, func(a, b *grapnelv1.Plugin) int { return cmp.Compare(a.GetName(), b.GetName()) })
 	return out
 }
 
 // Plugin is one kind by its id.
 func (h *Host) Plugin(id string) (*grapnelv1.Plugin, bool) {
+	procs := h.byKey()
 	if k := h.kinds.get(id); k != nil {
-		return h.status(k), true
+		return k.status(procs[k.proc.key]), true
 	}
-	for _, p := range h.procs {
-		if bare := p.bare(); bare.GetName() == "plugins/"+id {
-			return bare, true
+	for _, key := range slices.Sorted(maps.Keys(procs)) {
+		if p := bare(procs[key]); p.GetName() == "plugins/"+id {
+			return p, true
 		}
 	}
 	return nil, false
 }
 
-func (h *Host) status(k *kind) *grapnelv1.Plugin {
-	out := k.proc.bare()
+// byKey groups the processes by plugin: the one that has the place first, then one that is to take it, then those
+// that leave.
+func (h *Host) byKey() map[string][]*process {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	out := map[string][]*process{}
+	for _, in := range []place{holding, succeeding, departing} {
+		for _, p := range h.procs {
+			if p.place == in {
+				out[p.key] = append(out[p.key], p)
+			}
+		}
+	}
+	return out
+}
+
+// status describes the kind and the processes of its plugin.
+func (k *kind) status(procs []*process) *grapnelv1.Plugin {
+	if len(procs) == 0 { // removed this moment
+		procs = []*process{k.proc}
+	}
+	out := bare(procs)
 	out.Name, out.Description = "plugins/"+k.id, k.proto.GetDescription()
 	out.Roles = []grapnelv1.Plugin_Role{grapnelv1.Plugin_ROLE_TRANSPORT}
 	if k.signer() {
 		out.Roles = []grapnelv1.Plugin_Role{grapnelv1.Plugin_ROLE_SIGNER}
 	}
 	out.UriSchemes = k.proto.GetTransport().GetUriSchemes()
+	out.Headers = k.emits()
 	out.ConfigSchema = structOf(k.proto.GetConfigSchema())
 	out.ConfigExample = structOf(k.proto.GetConfigExample())
 	for _, s := range k.proto.GetSecretSlots() {
 		out.SecretSlots = append(out.SecretSlots, &grapnelv1.SecretSlot{
 			Slot: s.GetName(), Description: s.GetDescription(), Required: s.GetRequired(), Kinds: s.GetKinds(),
+			Algorithms: s.GetAlgorithms(), Format: s.GetFormat(),
 		})
 	}
 	return out
 }
 
-// bare is what there is to say of a process, whatever it offers.
-func (p *process) bare() *grapnelv1.Plugin {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	inst := &grapnelv1.PluginInstance{
-		Checksum: p.checksum, RestartCount: int32(p.restarts), LastError: p.lastErr, Health: p.state.health(),
-	}
-	out := &grapnelv1.Plugin{
-		Name: "plugins/" + p.name, Builtin: p.spec.Builtin, Version: p.version, ProtocolVersion: p.protocol,
-		Health: inst.Health, Instances: []*grapnelv1.PluginInstance{inst},
-	}
-	if !p.started.IsZero() {
-		inst.StartTime = timestamppb.New(p.started)
-	}
-	if c := p.conn.Load(); c != nil {
-		inst.InFlight = int32(c.attempts.outstanding() + c.signs.outstanding())
-		if p99 := c.overhead.p99(time.Now()); p99 > 0 {
-			inst.P99Latency = durationpb.New(p99)
+// bare is what there is to say of a plugin's processes, whatever they offer. The first speaks for the plugin.
+func bare(procs []*process) *grapnelv1.Plugin {
+	now := time.Now()
+	out := &grapnelv1.Plugin{}
+	for i, p := range procs {
+		inst := p.instance(now)
+		if i == 0 {
+			p.mu.Lock()
+			out.Name, out.Provider = "plugins/"+p.name, p.name
+			out.Builtin, out.Version, out.ProtocolVersion, out.Health = p.spec.Builtin, p.version, p.protocol, inst.GetHealth()
+			p.mu.Unlock()
 		}
+		out.Instances = append(out.Instances, inst)
 	}
 	return out
 }
 
-func (s state) health() grapnelv1.Plugin_Health {
-	switch s {
-	case serving:
+func (p *process) instance(now time.Time) *grapnelv1.PluginInstance {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	inst := &grapnelv1.PluginInstance{
+		Checksum: p.checksum, RestartCount: int32(p.restarts), LastError: p.lastErr, Health: p.health(now),
+		Version: p.version, LastOutput: slices.Clone(p.last),
+	}
+	if p.refusal != nil {
+		inst.LastError = p.refusal.Error()
+	}
+	if !p.started.IsZero() {
+		inst.StartTime = timestamppb.New(p.started)
+	}
+	if !p.crashed.IsZero() {
+		inst.LastCrashTime = timestamppb.New(p.crashed)
+	}
+	c := p.conn.Load()
+	if c == nil {
+		c = p.leaving.Load()
+	}
+	if c == nil {
+		return inst
+	}
+	inst.Pid = int32(c.child.pid())
+	inst.InFlight = int32(c.attempts.outstanding() + c.signs.outstanding())
+	if p50, p99 := c.overhead.quantile(0.5, now), c.overhead.quantile(0.99, now); p99 > 0 {
+		inst.P50Latency, inst.P99Latency = durationpb.New(p50), durationpb.New(p99)
+	}
+	return inst
+}
+
+// health is called under the lock.
+func (p *process) health(now time.Time) grapnelv1.Plugin_Health {
+	shaky := len(p.recent(now)) > 0 || p.refusal != nil
+	switch {
+	case p.state == serving && shaky:
+		return grapnelv1.Plugin_HEALTH_DEGRADED
+	case p.state == serving:
 		return grapnelv1.Plugin_HEALTH_SERVING
-	case starting:
+	case p.state == starting && !shaky:
 		return grapnelv1.Plugin_HEALTH_UNSPECIFIED
 	default:
 		return grapnelv1.Plugin_HEALTH_NOT_SERVING

@@ -2,8 +2,11 @@ package pluginhost
 
 import (
 	"bufio"
+	"context"
+	"errors"
 	"io"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 
@@ -13,26 +16,39 @@ import (
 const (
 	tailLines = 20
 	tailWidth = 512
+	// reportLines bounds what is kept of a Go runtime's report.
+	reportLines = 5000
+	// outputRate and outputBurst, in bytes, bound what reading a process's output may cost: who writes more waits.
+	outputRate  = 16 << 20
+	outputBurst = 16 << 20
 )
 
 // tail keeps the last lines that a process wrote, for the report of its end, and passes lines on at a
-// bounded rate. Reading never waits for anybody.
+// bounded rate. Reading waits for nobody but floods.
 type tail struct {
 	pass  func(line string, dropped int)
 	limit *rate.Limiter
+	pace  *rate.Limiter
 
 	mu      sync.Mutex // guards what follows
 	lines   []string
 	dropped int
+	// report begins where the Go runtime began to say why it ends.
+	report []string
 }
 
 func newTail(pass func(line string, dropped int)) *tail {
-	return &tail{pass: pass, limit: rate.NewLimiter(10, 50)}
+	return &tail{pass: pass, limit: rate.NewLimiter(10, 50), pace: rate.NewLimiter(outputRate, outputBurst)}
 }
 
 func (t *tail) read(r *os.File) {
 	defer r.Close()
-	t.readFrom(bufio.NewReaderSize(r, 16<<10))
+	t.readFrom(t.buffered(r))
+}
+
+// buffered reads r, not faster than floods may be.
+func (t *tail) buffered(r io.Reader) *bufio.Reader {
+	return bufio.NewReaderSize(&pacedReader{r: r, pace: t.pace}, 16<<10)
 }
 
 // readFrom takes lines of any length; of long ones the start is kept.
@@ -40,11 +56,10 @@ func (t *tail) readFrom(br *bufio.Reader) {
 	for {
 		line, err := br.ReadSlice('\n')
 		t.write(line)
-		for err == bufio.ErrBufferFull {
+		for errors.Is(err, bufio.ErrBufferFull) {
 			_, err = br.ReadSlice('\n')
 		}
 		if err != nil {
-			_, _ = io.Copy(io.Discard, br)
 			return
 		}
 	}
@@ -60,6 +75,12 @@ func (t *tail) write(line []byte) {
 		t.lines = append(t.lines[:0], t.lines[1:]...)
 	}
 	t.lines = append(t.lines, text)
+	if beginsReport(text) {
+		t.report = t.report[:0]
+	}
+	if (len(t.report) > 0 || beginsReport(text)) && len(t.report) < reportLines {
+		t.report = append(t.report, text)
+	}
 	pass := t.limit.Allow()
 	dropped := t.dropped
 	if pass {
@@ -69,13 +90,119 @@ func (t *tail) write(line []byte) {
 	}
 	t.mu.Unlock()
 	if pass {
-		t.pass(text, dropped)
+		t.pass(printable(text), dropped)
 	}
 }
 
-// String is the last lines.
-func (t *tail) String() string {
+// printable replaces control characters, lest a plugin steer the terminal of who reads a log or a status.
+func printable(text string) string {
+	return strings.Map(func(r rune) rune {
+		if r < ' ' && r != '\t' || r >= 0x7f && r < 0xa0 {
+			return '\uFFFD'
+		}
+		return r
+	}, text)
+}
+
+// String is what last has, as one text.
+func (t *tail) String() string { return strings.Join(t.last(), "\n") }
+
+// last is what helps most to see why a process ended, tailLines at most: its last lines, or when the Go runtime
+// reported an end, the report's beginning with the goroutine that matters.
+func (t *tail) last() []string {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	return strings.Join(t.lines, "\n")
+	lines := slices.Clone(t.lines)
+	if len(t.report) > 0 {
+		lines = t.digest()
+	}
+	for i := range lines {
+		lines[i] = printable(lines[i])
+	}
+	return lines
+}
+
+// beginsReport knows how the Go runtime begins.
+func beginsReport(line string) bool {
+	for _, prefix := range []string{"panic: ", "fatal error: ", "runtime: out of memory", "SIGQUIT: ", "SIGABRT: ", "unexpected fault address "} {
+		if strings.HasPrefix(line, prefix) {
+			return true
+		}
+	}
+	return false
+}
+
+// digest is the report's head and one goroutine: the first, which is the one that failed, or where the process was
+// asked what it does, the one that is furthest in the author's own code.
+func (t *tail) digest() []string {
+	at := slices.IndexFunc(t.report, beginsGoroutine)
+	if at < 0 {
+		return slices.Clone(t.report[:min(len(t.report), tailLines)])
+	}
+	head, rest := t.report[:at], t.report[at:]
+	var best []string
+	bestScore := -1
+	for len(rest) > 0 {
+		end := len(rest)
+		if next := slices.IndexFunc(rest[1:], beginsGoroutine); next >= 0 {
+			end = next + 1
+		}
+		if score := scoreGoroutine(rest[:end]); score > bestScore {
+			best, bestScore = rest[:end], score
+		}
+		if !strings.HasPrefix(t.report[0], "SIG") {
+			break
+		}
+		rest = rest[end:]
+	}
+	out := slices.Clone(head[:min(len(head), tailLines/4)])
+	return append(out, best[:min(len(best), tailLines-len(out))]...)
+}
+
+func beginsGoroutine(line string) bool {
+	return strings.HasPrefix(line, "goroutine ") && strings.HasSuffix(line, ":")
+}
+
+// scoreGoroutine tells goroutines at an author's code from those that wait in the SDK or below it.
+func scoreGoroutine(lines []string) int {
+	score := 0
+	for _, line := range lines {
+		switch {
+		case strings.HasPrefix(line, "github.com/grapnel/grapnel/sdk/plugin.(*server)."):
+			score |= 2
+		case isAuthors(line):
+			score |= 1
+		}
+	}
+	return score
+}
+
+// isAuthors reports whether a line of a stack names a function that is neither the standard library's nor of what a
+// plugin is built on.
+func isAuthors(line string) bool {
+	name, _, ok := strings.Cut(line, "(")
+	if !ok || strings.HasPrefix(line, "\t") || strings.HasPrefix(line, "created by ") || line == "main.main()" {
+		return false
+	}
+	for _, known := range []string{"github.com/grapnel/grapnel/sdk/", "google.golang.org/", "golang.org/", "github.com/hashicorp/"} {
+		if strings.HasPrefix(name, known) {
+			return false
+		}
+	}
+	first, _, below := strings.Cut(name, "/")
+	return strings.HasPrefix(name, "main.") || below && strings.Contains(first, ".")
+}
+
+// pacedReader makes a reader wait when it gives too much.
+type pacedReader struct {
+	r    io.Reader
+	pace *rate.Limiter
+}
+
+func (p *pacedReader) Read(b []byte) (int, error) {
+	n, err := p.r.Read(b[:min(len(b), outputBurst)])
+	if waitErr := p.pace.WaitN(context.Background(), n); waitErr != nil {
+		return n, waitErr
+	}
+	return n, err
 }

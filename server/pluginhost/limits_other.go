@@ -1,0 +1,22 @@
+//go:build !linux
+
+package pluginhost
+
+import (
+	"fmt"
+	"runtime"
+)
+
+// canRunFiles: a program can be run by its path only.
+const canRunFiles = false
+
+// possible says why this system cannot run the spec as it asks to be.
+func (s Spec) possible() error {
+	switch {
+	case s.Limits != Limits{}:
+		return fmt.Errorf("limits of a plugin's process are not supported on this system (%s), only on linux", runtime.GOOS)
+	case s.User != "":
+		return fmt.Errorf("running a plugin as another user is not supported on this system (%s), only on linux", runtime.GOOS)
+	}
+	return nil
+}

@@ -1,0 +1,94 @@
+package pluginhost
+
+import (
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+
+	"google.golang.org/protobuf/proto"
+
+	pluginv1 "github.com/grapnel/grapnel/proto/grapnel/plugin/v1"
+)
+
+// Spec is one plugin to run.
+type Spec struct {
+	// Name is the plugin's identity over the host's life: Update compares what runs under a name with what is
+	// to run under it. Empty means Path. A name that is given twice counts as another one each time.
+	Name string
+	// Path of the executable, or of a directory with an executable called plugin in it.
+	Path string
+	Args []string
+	// Builtin marks the plugins that ship in the grapnel binary; Ready waits for them, Update leaves them alone.
+	Builtin bool
+	// SHA256 pins the plugin: Checksum of Path, in hex. A pinned plugin is opened once without following a link,
+	// must not be writable by its group or by others, and on Linux what was hashed is what is run, whatever
+	// happens to the path. Empty runs whatever is there.
+	SHA256 string
+	// Manifest must say the same as the plugin's own Describe: name, version, capabilities, kinds and their
+	// schemas. A plugin that differs does not serve. Nil is not compared.
+	Manifest *pluginv1.DescribeResponse
+	// Limits of the process. Linux only: elsewhere a plugin with limits does not start.
+	Limits Limits
+	// User to run as: a name or a number, and after a colon a group. Empty is the server's own. It needs a
+	// server that runs as root, on Linux: otherwise the plugin does not start.
+	User string
+}
+
+// Limits of a plugin process; zero sets none.
+type Limits struct {
+	// MemoryBytes is the most private writable memory that the process gets, RLIMIT_DATA. Address space that is
+	// only reserved, of which Go and Node take much, is not counted. A Go plugin is told nine tenths of it as its
+	// GOMEMLIMIT, so that it collects garbage before it fails. Go plugins need some 64 MiB.
+	MemoryBytes uint64
+	// OpenFiles is RLIMIT_NOFILE.
+	OpenFiles uint64
+	// Processes is RLIMIT_NPROC, of processes and threads. The kernel counts all of a user's together and exempts
+	// root, so it needs a User.
+	Processes uint64
+}
+
+// equal compares all that has a process started anew. A path's content is compared by its stamp.
+func (s Spec) equal(o Spec) bool {
+	return s.Path == o.Path && slices.Equal(s.Args, o.Args) && strings.EqualFold(s.SHA256, o.SHA256) &&
+		s.Limits == o.Limits && s.User == o.User && proto.Equal(s.Manifest, o.Manifest)
+}
+
+// label is what the plugin is called before it has said its name.
+func (s Spec) label() string {
+	if s.Name != "" {
+		return s.Name
+	}
+	return filepath.Base(s.Path)
+}
+
+// keyed is a spec under its identity.
+type keyed struct {
+	key  string
+	spec Spec
+}
+
+// identify gives every spec its identity and its absolute path.
+func identify(specs []Spec) ([]keyed, error) {
+	out := make([]keyed, 0, len(specs))
+	seen := map[string]int{}
+	for _, s := range specs {
+		path, err := filepath.Abs(s.Path)
+		if err != nil {
+			return nil, err
+		}
+		s.Path = path
+		key := s.Name
+		if key == "" {
+			key = s.Path
+		}
+		if s.Builtin {
+			key = "builtin " + key
+		}
+		if seen[key]++; seen[key] > 1 {
+			key += "#" + strconv.Itoa(seen[key])
+		}
+		out = append(out, keyed{key, s})
+	}
+	return out, nil
+}
