@@ -9,6 +9,7 @@ import (
 	"net"
 	"os"
 	"syscall"
+	"time"
 
 	"github.com/grapnel/grapnel/sdk/plugin"
 )
@@ -22,10 +23,25 @@ var (
 type dialError struct {
 	code string // of plugin.Failure
 	err  error
+	// proxy says that it is the proxy's, and not the receiver's.
+	proxy bool
 }
 
 func (e *dialError) Error() string { return e.err.Error() }
 func (e *dialError) Unwrap() error { return e.err }
+
+// failure is the function failure, which does not know of client certificates: where one is out of date,
+// an end of the connection has most likely to do with that.
+func (p *pool) failure(ctx context.Context, err error, state plugin.WireState, peer string) *plugin.Failure {
+	f := failure(ctx, err, state, peer)
+	if p.client == nil || f.Code != plugin.CodeTLS && f.Code != plugin.CodeReset {
+		return f
+	}
+	if text := validity(p.client, time.Now()); text != "" {
+		f.Code, f.Message = plugin.CodeTLS, text+"; "+f.Message
+	}
+	return f
+}
 
 // failure says what went wrong in words of our own: texts of errors below name addresses and repeat what
 // receivers send.
@@ -99,8 +115,21 @@ func ownFault(err error) bool {
 }
 
 func dialMessage(e *dialError) string {
+	if e.proxy {
+		own := *e
+		own.proxy = false
+		return "proxy: " + dialMessage(&own)
+	}
 	var dns *net.DNSError
+	var refusal *proxyRefusal
 	switch {
+	case errors.As(e.err, &refusal):
+		return refusal.message
+	case errors.Is(e.err, io.EOF), errors.Is(e.err, io.ErrUnexpectedEOF), errors.Is(e.err, syscall.ECONNRESET):
+		if e.code == plugin.CodeConnect {
+			return "the connection was closed"
+		}
+		return "the connection was closed in the TLS handshake"
 	case e.code == plugin.CodeTLS && isTimeout(e.err):
 		return "the TLS handshake was not done in time"
 	case e.code == plugin.CodeTLS:

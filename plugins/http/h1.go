@@ -3,7 +3,6 @@ package httpplugin
 import (
 	"bufio"
 	"context"
-	"crypto/tls"
 	"errors"
 	"math"
 	"net"
@@ -40,6 +39,8 @@ type conn struct {
 	left   int64         // bytes that may still be read
 	probe  *probe
 	peer   string
+	// records says that there is TLS in it, to the receiver or to a proxy.
+	records bool
 	// interrupt ends reads and writes; made once, so that an attempt need not.
 	interrupt func()
 	made      time.Time
@@ -118,7 +119,7 @@ func (o *origin) sweep() {
 }
 
 func (o *origin) dial(ctx context.Context) (*conn, error) {
-	c := &conn{made: time.Now()}
+	c := &conn{made: time.Now(), records: o.secure || o.pool.via != nil && o.pool.via.tls != nil}
 	var raw net.Conn
 	if o.secure {
 		secure, err := o.pool.dialTLS(ctx, o.addr)
@@ -148,10 +149,10 @@ func (o *origin) dial(ctx context.Context) (*conn, error) {
 }
 
 // attemptDirect sends over HTTP/1.1 on the caller's goroutine: write, then read.
-func (i *instance) attemptDirect(ctx context.Context, t *target, r *plugin.Request) (*plugin.Response, error) {
+func (i *instance) attemptDirect(ctx context.Context, t *target, r *plugin.Request, token string) (*plugin.Response, error) {
 	buffer := i.pool.buffers.Get().(*[]byte)
 	defer i.pool.buffers.Put(buffer)
-	request, err := i.appendHead((*buffer)[:0], t, r)
+	request, err := i.appendHead((*buffer)[:0], t, r, token)
 	if err != nil {
 		return nil, refused(err)
 	}
@@ -167,10 +168,10 @@ func (i *instance) attemptDirect(ctx context.Context, t *target, r *plugin.Reque
 				if errors.Is(err, errHTTP2) {
 					return nil, err
 				}
-				return nil, failure(ctx, err, plugin.NotSent, "")
+				return nil, i.pool.failure(ctx, err, plugin.NotSent, "")
 			}
 		}
-		x := exchange{conn: c, header: i.pool.settings.header, keep: r.MaxResponseBody}
+		x := exchange{conn: c, header: i.pool.settings.header, keep: r.MaxResponseBody, allHeaders: i.allHeaders}
 		resp, err := x.do(ctx, request)
 		if x.reusable {
 			i.origin.put(c)
@@ -181,7 +182,7 @@ func (i *instance) attemptDirect(ctx context.Context, t *target, r *plugin.Reque
 			return resp, nil
 		}
 		if !reused || x.state != plugin.NotSent || ctx.Err() != nil {
-			return nil, failure(ctx, err, x.state, c.peer)
+			return nil, i.pool.failure(ctx, err, x.state, c.peer)
 		}
 		// The idle connection had been closed and took no byte: another one.
 	}
@@ -193,6 +194,8 @@ type exchange struct {
 	conn   *conn
 	header time.Duration // the longest wait for the response's header
 	keep   int           // of the response's body
+	// allHeaders is the instance's.
+	allHeaders bool
 
 	state    plugin.WireState
 	reusable bool
@@ -234,7 +237,7 @@ func (x *exchange) do(ctx context.Context, request []byte) (*plugin.Response, er
 	}
 	// Bytes behind the response belong to no request: whoever sent them is not to be asked again here.
 	x.reusable = kept.whole && !resp.Close && c.reader.Buffered() == 0
-	return answer(resp, kept, c.peer), nil
+	return answer(resp, kept, c.peer, x.allHeaders), nil
 }
 
 func (x *exchange) write(request []byte) error {
@@ -244,7 +247,7 @@ func (x *exchange) write(request []byte) error {
 		return nil
 	}
 	// A TLS record may be on its way although no byte counts as written.
-	if _, secure := x.conn.Conn.(*tls.Conn); n > 0 || secure {
+	if n > 0 || x.conn.records {
 		x.state = plugin.MaybeSent
 	}
 	return err

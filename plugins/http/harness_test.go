@@ -49,7 +49,11 @@ func (c client) configure(t testing.TB, config any, target plugin.Target) *plugi
 func (p *pools) closeIdle() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	for _, pool := range p.by {
+	for _, kept := range p.by {
+		pool := kept.Value()
+		if pool == nil {
+			continue
+		}
 		pool.transport.CloseIdleConnections()
 		pool.mu.Lock()
 		for _, w := range pool.origins {

@@ -60,15 +60,21 @@ func tokenByte(c byte) bool {
 }
 
 // appendHead writes the request line and the header, up to and with the empty line.
-func (i *instance) appendHead(dst []byte, t *target, r *plugin.Request) ([]byte, error) {
-	if t == i.target {
+func (i *instance) appendHead(dst []byte, t *target, r *plugin.Request, token string) ([]byte, error) {
+	if t == i.wire {
 		dst = append(dst, i.lead...)
 	} else {
-		dst = appendLead(dst, i.method, t)
+		dst = append(dst, i.makeLead(t)...)
+	}
+	if token != "" {
+		dst = appendHeader(dst, i.auth.header, "Bearer "+token)
 	}
 	agent, trace := false, false
 	for _, h := range r.Headers {
 		if err := checkHeader(h.Name, h.Value); err != nil {
+			return dst, err
+		}
+		if err := i.conflict(h.Name); err != nil {
 			return dst, err
 		}
 		switch h.Name {
@@ -93,14 +99,15 @@ func (i *instance) appendHead(dst []byte, t *target, r *plugin.Request) ([]byte,
 	return append(dst, "\r\n\r\n"...), nil
 }
 
-// appendLead writes what is the same for every attempt of an instance.
-func appendLead(dst []byte, method string, t *target) []byte {
-	dst = append(dst, method...)
-	dst = append(dst, ' ')
-	dst = append(dst, t.path...)
-	dst = append(dst, " HTTP/1.1\r\n"...)
-	dst = appendHeader(dst, "host", t.host)
-	return appendHeader(dst, "accept-encoding", "identity")
+// makeLead is what is the same for every attempt of an instance.
+func (i *instance) makeLead(t *target) []byte {
+	lead := []byte(i.method + " " + t.path + " HTTP/1.1\r\n")
+	lead = appendHeader(lead, "host", t.host)
+	lead = appendHeader(lead, "accept-encoding", "identity")
+	for _, h := range i.fixed {
+		lead = appendHeader(lead, h.Name, h.Value)
+	}
+	return lead
 }
 
 // appendHeader writes the name in canonical form: HTTP/1 receivers that compare names with regard to case

@@ -3,6 +3,7 @@ package httpplugin
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net/http"
 	"strings"
 	"time"
@@ -22,10 +23,17 @@ const (
 type instance struct {
 	pool   *pool
 	origin *origin
-	target *target
+	target *target // as configured, and as it may be shown
+	wire   *target // as requested: with a credential in the query where auth puts it there
 	method string
 	agent  string
 	lead   []byte // request line and the fields that never change
+	auth   credential
+	// fixed are headers that each request carries and nobody else may set.
+	fixed     []plugin.Header
+	ownership Ownership
+	// allHeaders keeps the header of answers that say yes, too.
+	allHeaders bool
 }
 
 func newInstance(p *pools, c Config, t plugin.Target) (*instance, error) {
@@ -43,11 +51,31 @@ func newInstance(p *pools, c Config, t plugin.Target) (*instance, error) {
 	if egress == nil {
 		egress = plugin.NewEgress(nil)
 	}
-	pool := p.get(settingsOf(c, egress), egress)
-	return &instance{
-		pool: pool, origin: pool.origin(u), target: u, method: c.Method, agent: agent,
-		lead: appendLead(nil, c.Method, u),
-	}, nil
+	auth, err := newCredential(c)
+	if err != nil {
+		return nil, err
+	}
+	pool, err := p.get(c, egress)
+	if err != nil {
+		return nil, err
+	}
+	i := &instance{
+		pool: pool, origin: pool.origin(u), target: u, method: c.Method, agent: agent, auth: auth, ownership: c.Ownership,
+	}
+	if auth.value != "" {
+		i.fixed = append(i.fixed, plugin.Header{Name: auth.header, Value: auth.value})
+	}
+	if c.Ownership.Check == checkCloudEvents {
+		i.fixed = append(i.fixed, plugin.Header{Name: originHeader, Value: c.Ownership.Origin})
+	}
+	for _, h := range i.fixed {
+		if err := checkHeader(h.Name, h.Value); err != nil {
+			return nil, err
+		}
+	}
+	i.wire = i.onWire(u)
+	i.lead = i.makeLead(i.wire)
+	return i, nil
 }
 
 // attempt is a plugin.AttemptFunc.
@@ -57,20 +85,62 @@ func (i *instance) attempt(ctx context.Context, r *plugin.Request) (*plugin.Resp
 		defer cancel()
 		ctx = bounded
 	}
-	t := i.target
-	if r.URL != t.text && r.URL != "" {
-		var err error
-		if t, err = i.signedTarget(r.URL); err != nil {
+	if r.OwnershipCheck {
+		return i.own(ctx, r)
+	}
+	return i.deliver(ctx, r)
+}
+
+// deliver sends the request with the instance's credentials.
+func (i *instance) deliver(ctx context.Context, r *plugin.Request) (*plugin.Response, error) {
+	t := i.wire
+	if r.URL != i.target.text && r.URL != "" {
+		signed, err := i.signedTarget(r.URL)
+		if err != nil {
 			return nil, refused(err)
 		}
+		t = i.onWire(signed)
 	}
+	if i.auth.tokens != nil {
+		return i.sendWithToken(ctx, t, r)
+	}
+	resp, err := i.send(ctx, t, r, "")
+	if len(i.auth.hide) == 0 {
+		return resp, err
+	}
+	return i.clean(resp, ""), err
+}
+
+// sendWithToken sends with an access token. A 401 means that the receiver has not taken the request, so it
+// is safe to send it once more if there is another token by then; if not, the 401 is the answer.
+func (i *instance) sendWithToken(ctx context.Context, t *target, r *plugin.Request) (*plugin.Response, error) {
+	token, err := i.pool.tokens.Token(ctx)
+	if err != nil {
+		return nil, err
+	}
+	resp, err := i.send(ctx, t, r, token)
+	if err != nil || resp.Status != http.StatusUnauthorized {
+		return i.clean(resp, token), err
+	}
+	resp = i.clean(resp, token)
+	i.pool.tokens.Refused(token)
+	fresh, err := i.pool.tokens.Token(ctx)
+	if err != nil || fresh == token {
+		return resp, nil //nolint:nilerr // the receiver has answered, and its answer stands
+	}
+	again, err := i.send(ctx, t, r, fresh)
+	return i.clean(again, fresh), err
+}
+
+// send is one request and its answer.
+func (i *instance) send(ctx context.Context, t *target, r *plugin.Request, token string) (*plugin.Response, error) {
 	if i.pool.direct && len(r.Body) <= maxDirectBody && !i.origin.http2.Load() {
-		resp, err := i.attemptDirect(ctx, t, r)
+		resp, err := i.attemptDirect(ctx, t, r, token)
 		if !errors.Is(err, errHTTP2) {
 			return resp, err
 		}
 	}
-	return i.attemptNetHTTP(ctx, t, r)
+	return i.attemptNetHTTP(ctx, t, r, token)
 }
 
 // signedTarget reads the URI that a signer has left. It may have changed the query, never the receiver.
@@ -88,15 +158,38 @@ func (i *instance) signedTarget(text string) (*target, error) {
 // refused is a request that must not be sent as it is. That is neither the receiver's fault nor a reason
 // to configure the instance again.
 func refused(err error) *plugin.Failure {
-	return &plugin.Failure{
+	f := &plugin.Failure{
 		Source: plugin.SourcePlugin, Code: plugin.CodeProtocol, Message: err.Error(), WireState: plugin.NotSent,
 	}
+	if errors.As(err, new(*conflictError)) {
+		f.Code = plugin.CodeConfig
+	}
+	return f
 }
 
-// answer makes a Response of what net/http has read; only retry-after matters when all went well.
-func answer(resp *http.Response, kept body, peer string) *plugin.Response {
+// conflictError is a header that the instance has to set and that is there already.
+type conflictError struct{ name, by string }
+
+func (e *conflictError) Error() string {
+	return fmt.Sprintf("%s sets the header %s, and so does a signer of this subscription; take out one of the two", e.by, e.name)
+}
+
+// conflict reports whether the header is the instance's own to set.
+func (i *instance) conflict(name string) error {
+	switch {
+	case i.auth.header != "" && name == i.auth.header:
+		return &conflictError{name: name, by: "auth"}
+	case i.ownership.Check == checkCloudEvents && name == originHeader:
+		return &conflictError{name: name, by: "ownership"}
+	}
+	return nil
+}
+
+// answer makes a Response of what net/http has read; only retry-after matters when all went well, unless
+// all is set.
+func answer(resp *http.Response, kept body, peer string, all bool) *plugin.Response {
 	out := &plugin.Response{Status: resp.StatusCode, Body: kept.bytes, Truncated: kept.truncated, Peer: peer}
-	if resp.StatusCode >= 200 && resp.StatusCode <= 299 {
+	if resp.StatusCode >= 200 && resp.StatusCode <= 299 && !all {
 		if after := resp.Header["Retry-After"]; len(after) > 0 {
 			out.Headers = []plugin.Header{{Name: "retry-after", Value: after[0]}}
 		}

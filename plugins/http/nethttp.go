@@ -55,8 +55,8 @@ func (w *wire) peerText() string {
 // attemptNetHTTP sends by net/http's Transport. RoundTrip itself follows no redirect, and it repeats no
 // request that it has begun to write: the body cannot be rewound, for there is no GetBody, and
 // netHTTPHeader hides the header names that would declare the request repeatable.
-func (i *instance) attemptNetHTTP(ctx context.Context, t *target, r *plugin.Request) (*plugin.Response, error) {
-	header, err := i.netHTTPHeader(r)
+func (i *instance) attemptNetHTTP(ctx context.Context, t *target, r *plugin.Request, token string) (*plugin.Response, error) {
+	header, err := i.netHTTPHeader(r, token)
 	if err != nil {
 		return nil, refused(err)
 	}
@@ -75,7 +75,7 @@ func (i *instance) attemptNetHTTP(ctx context.Context, t *target, r *plugin.Requ
 			if try < maxFreshTries && w.reused.Load() && w.sent() == plugin.NotSent && ctx.Err() == nil {
 				continue // an idle connection had been closed; nothing was written
 			}
-			return nil, failure(ctx, err, w.sent(), w.peerText())
+			return nil, i.pool.failure(ctx, err, w.sent(), w.peerText())
 		}
 		if resp.StatusCode == http.StatusSwitchingProtocols {
 			_ = resp.Body.Close()
@@ -83,14 +83,23 @@ func (i *instance) attemptNetHTTP(ctx context.Context, t *target, r *plugin.Requ
 		}
 		kept := readBody(resp, r.MaxResponseBody)
 		_ = resp.Body.Close()
-		return answer(resp, kept, w.peerText()), nil
+		return answer(resp, kept, w.peerText(), i.allHeaders), nil
 	}
 }
 
-func (i *instance) netHTTPHeader(r *plugin.Request) (http.Header, error) {
-	header := make(http.Header, len(r.Headers)+3)
+func (i *instance) netHTTPHeader(r *plugin.Request, token string) (http.Header, error) {
+	header := make(http.Header, len(r.Headers)+3+len(i.fixed))
+	for _, h := range i.fixed {
+		header[http.CanonicalHeaderKey(h.Name)] = []string{h.Value}
+	}
+	if token != "" {
+		header[http.CanonicalHeaderKey(i.auth.header)] = []string{"Bearer " + token}
+	}
 	for _, h := range r.Headers {
 		if err := checkHeader(h.Name, h.Value); err != nil {
+			return nil, err
+		}
+		if err := i.conflict(h.Name); err != nil {
 			return nil, err
 		}
 		name := http.CanonicalHeaderKey(h.Name)

@@ -5,12 +5,14 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
+	"maps"
 	"net"
 	"net/http"
 	"sync"
 	"time"
 	"weak"
 
+	"github.com/grapnel/grapnel/plugins/oauth2"
 	"github.com/grapnel/grapnel/sdk/plugin"
 )
 
@@ -30,6 +32,26 @@ const (
 	maxKeptBuffer = 16 << 10
 )
 
+// settings are what instances must have in common to share connections.
+type settings struct {
+	connect, tls, header time.Duration
+	http2                bool
+	egress               string
+	tls13                bool
+	serverName           string
+	proxy                Proxy
+	// credentials is a digest of all that is secret, and of what it is used for; nothing can be read from it.
+	credentials string
+}
+
+func settingsOf(c Config, egress *plugin.Egress) settings {
+	return settings{
+		connect: c.ConnectTimeout.Std(), tls: c.TLSTimeout.Std(), header: c.HeaderTimeout.Std(),
+		http2: c.HTTP2, egress: egress.String(),
+		tls13: c.TLS.MinVersion == "1.3", serverName: c.TLS.ServerName, proxy: c.Proxy, credentials: digest(c),
+	}
+}
+
 // pools are the pools of a process, by settings.
 type pools struct {
 	// direct allows the own HTTP/1.1 client; without it all goes over net/http.
@@ -38,29 +60,49 @@ type pools struct {
 	roots *x509.CertPool
 
 	mu sync.Mutex
-	by map[settings]*pool
+	// by holds pools that are kept alive by the instances that use them and, while connections are idle, by
+	// those: credentials come and go.
+	by      map[settings]weak.Pointer[pool]
+	sweepAt int
 }
 
-func newPools(direct bool) *pools { return &pools{direct: direct, by: map[settings]*pool{}} }
+func newPools(direct bool) *pools {
+	return &pools{direct: direct, by: map[settings]weak.Pointer[pool]{}, sweepAt: 256}
+}
 
-func (p *pools) get(s settings, egress *plugin.Egress) *pool {
+// get returns the pool for the config's settings and credentials.
+func (p *pools) get(c Config, egress *plugin.Egress) (*pool, error) {
+	s := settingsOf(c, egress)
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if have := p.by[s]; have != nil {
-		return have
+	if have := p.by[s].Value(); have != nil {
+		return have, nil
 	}
-	made := newPool(s, egress, p.direct, p.roots)
-	p.by[s] = made
-	return made
+	if len(p.by) >= p.sweepAt {
+		maps.DeleteFunc(p.by, func(_ settings, w weak.Pointer[pool]) bool { return w.Value() == nil })
+		p.sweepAt = max(256, 2*len(p.by))
+	}
+	made, err := newPool(c, s, egress, p.direct, p.roots)
+	if err != nil {
+		return nil, err
+	}
+	p.by[s] = weak.Make(made)
+	return made, nil
 }
 
-// pool holds the connections of all instances with equal settings.
+// pool holds the connections of all instances with equal settings and credentials.
 type pool struct {
 	settings  settings
 	direct    bool
 	dialer    net.Dialer
+	egress    *plugin.Egress
+	via       *proxy // nil without one
 	tls       *tls.Config
 	transport *http.Transport
+	// client is the client certificate's leaf, or nil.
+	client *x509.Certificate
+	// tokens is where oauth2's come from; nil with other auth.
+	tokens *oauth2.Source
 	// buffers hold requests while they are written.
 	buffers sync.Pool
 
@@ -71,20 +113,32 @@ type pool struct {
 	sweepAt int
 }
 
-func newPool(s settings, egress *plugin.Egress, direct bool, roots *x509.CertPool) *pool {
+func newPool(c Config, s settings, egress *plugin.Egress, direct bool, roots *x509.CertPool) (*pool, error) {
 	p := &pool{
-		settings: s, direct: direct,
+		settings: s, direct: direct, egress: egress,
 		dialer:  net.Dialer{Timeout: s.connect, ControlContext: egress.Control},
 		origins: map[string]weak.Pointer[origin]{}, sweepAt: 1024,
 	}
 	p.buffers.New = func() any { b := make([]byte, 0, 2048); return &b }
-	protocols := []string{"http/1.1"}
-	if s.http2 {
-		protocols = []string{"h2", "http/1.1"}
+	certificate, err := clientCertificate(c)
+	if err != nil {
+		return nil, err
 	}
-	p.tls = &tls.Config{
-		MinVersion: tls.VersionTLS12, NextProtos: protocols, RootCAs: roots,
-		ClientSessionCache: tls.NewLRUClientSessionCache(tlsSessions),
+	trust, err := newTrust(c, roots)
+	if err != nil {
+		return nil, err
+	}
+	if p.via, err = newProxy(c); err != nil {
+		return nil, err
+	}
+	if p.via != nil && p.via.scheme == "https" {
+		p.via.tls = &tls.Config{
+			MinVersion: tls.VersionTLS12, ServerName: p.via.hostname, RootCAs: trust.others, NextProtos: []string{"http/1.1"},
+		}
+	}
+	p.tls = s.newTLS(trust.receiver, certificate)
+	if certificate != nil {
+		p.client = certificate.Leaf
 	}
 	p.transport = &http.Transport{
 		Proxy:                  nil, // the egress check would see the proxy only
@@ -99,7 +153,55 @@ func newPool(s settings, egress *plugin.Egress, direct bool, roots *x509.CertPoo
 		IdleConnTimeout:        idleTimeout,
 		HTTP2:                  &http.HTTP2Config{SendPingTimeout: http2ReadIdle, PingTimeout: http2PingAnswer},
 	}
-	return p
+	if c.Auth.Type == authOAuth2 {
+		p.tokens, err = oauth2.New(*tokenConfig(c), p.tokenClient(c, trust.others, certificate))
+	}
+	return p, err
+}
+
+func (s settings) newTLS(roots *x509.CertPool, certificate *tls.Certificate) *tls.Config {
+	out := &tls.Config{
+		MinVersion: tls.VersionTLS12, NextProtos: []string{"http/1.1"}, RootCAs: roots,
+		ClientSessionCache: tls.NewLRUClientSessionCache(tlsSessions),
+	}
+	if s.http2 {
+		out.NextProtos = []string{"h2", "http/1.1"}
+	}
+	if s.tls13 {
+		out.MinVersion = tls.VersionTLS13
+	}
+	present(out, certificate)
+	return out
+}
+
+// present has the client show its certificate to whoever asks for one. A list of certificates would not do:
+// crypto/tls shows none of those if the receiver names other authorities, and the receiver would then
+// complain of an absent one.
+func present(config *tls.Config, certificate *tls.Certificate) {
+	if certificate != nil {
+		config.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return certificate, nil }
+	}
+}
+
+// tokenClient is for the token endpoint: the same egress policy, proxy and timeouts, and a client
+// certificate only where that is how the client authenticates.
+func (p *pool) tokenClient(c Config, roots *x509.CertPool, certificate *tls.Certificate) *http.Client {
+	config := &tls.Config{MinVersion: p.tls.MinVersion, RootCAs: roots}
+	if c.Auth.ClientAuth == oauth2.TLSClientAuth {
+		present(config, certificate)
+	}
+	return &http.Client{Transport: &http.Transport{
+		Proxy: nil,
+		DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
+			conn, err := p.dial(ctx, network, addr)
+			if err != nil {
+				return nil, failure(ctx, err, plugin.NotSent, "")
+			}
+			return conn, nil
+		},
+		TLSClientConfig: config, TLSHandshakeTimeout: p.settings.tls, ForceAttemptHTTP2: true,
+		ResponseHeaderTimeout: p.settings.header, MaxResponseHeaderBytes: maxHeaderBytes, IdleConnTimeout: idleTimeout,
+	}}
 }
 
 // origin is where connections to the target's scheme, host and port are kept.
@@ -124,8 +226,14 @@ func (p *pool) origin(t *target) *origin {
 }
 
 // dial looks the name up and connects; the dialer's ControlContext asks the egress policy about each
-// address just before it is connected to.
+// address just before it is connected to. With a proxy it is the proxy that is connected to, and the policy
+// is asked about both.
 func (p *pool) dial(ctx context.Context, _, addr string) (net.Conn, error) {
+	if p.via != nil {
+		bounded, cancel := context.WithTimeout(ctx, p.settings.connect)
+		defer cancel()
+		return p.via.dial(bounded, &p.dialer, p.egress, addr)
+	}
 	conn, err := p.dialer.DialContext(ctx, "tcp", addr)
 	if err != nil {
 		code := plugin.CodeConnect
@@ -148,7 +256,9 @@ func (p *pool) dialTLS(ctx context.Context, addr string) (*tls.Conn, error) {
 		return nil, &dialError{code: plugin.CodeConnect, err: err}
 	}
 	config := p.tls.Clone()
-	config.ServerName = host
+	if config.ServerName = host; p.settings.serverName != "" {
+		config.ServerName = p.settings.serverName
+	}
 	conn := tls.Client(raw, config)
 	handshake, cancel := context.WithTimeout(ctx, p.settings.tls)
 	defer cancel()
