@@ -1,7 +1,6 @@
 package standardwebhooks
 
 import (
-	"bytes"
 	"crypto/ed25519"
 	"crypto/rand"
 	"encoding/base64"
@@ -22,7 +21,6 @@ var (
 	errSpace       = errors.New("the key has a space or a line break in or around it; remove it")
 	errHex         = errors.New("the part after the prefix looks like hex; it must be standard base64 of the raw key bytes")
 	errBase64      = errors.New("the part after the prefix is not standard base64")
-	errPair        = errors.New("the ed25519 key's public half does not belong to its private half")
 )
 
 // Bounds of the specification for HMAC keys.
@@ -66,13 +64,9 @@ func read(value []byte) (plugin.SecretInfo, error) {
 	if k.private == nil {
 		return plugin.SecretInfo{Algorithm: algorithmHMAC}, nil
 	}
-	pair, err := keys.Parse(value)
-	if err != nil {
-		return plugin.SecretInfo{}, err
-	}
-	public := k.private.Public().(ed25519.PublicKey)
+	public := k.private[ed25519.SeedSize:]
 	return plugin.SecretInfo{
-		Algorithm: algorithmEd25519, PublicKey: "whpk_" + base64.StdEncoding.EncodeToString(public), JWK: pair.JWK(), KeyID: pair.ID(),
+		Algorithm: algorithmEd25519, PublicKey: "whpk_" + base64.StdEncoding.EncodeToString(public), JWK: k.pair.JWK(), KeyID: k.pair.ID(),
 	}, nil
 }
 
@@ -94,7 +88,15 @@ func parseKey(value []byte) (*key, error) {
 		return nil, err
 	}
 	if kind == "whsk" {
-		return parseEd25519(raw)
+		pair, err := keys.Parse(value)
+		if err != nil {
+			return nil, err
+		}
+		private, ok := pair.Signer().(ed25519.PrivateKey)
+		if !ok {
+			return nil, errPrefix
+		}
+		return &key{pair: pair, private: private}, nil
 	}
 	if len(raw) < minHMACBytes || len(raw) > maxHMACBytes {
 		return nil, fmt.Errorf("an HMAC key is %d to %d bytes before base64; this one is %d", minHMACBytes, maxHMACBytes, len(raw))
@@ -116,19 +118,4 @@ func decode(encoded string) ([]byte, error) {
 		return nil, errBase64
 	}
 	return raw, nil
-}
-
-func parseEd25519(raw []byte) (*key, error) {
-	switch len(raw) {
-	case ed25519.SeedSize:
-		return &key{private: ed25519.NewKeyFromSeed(raw)}, nil
-	case ed25519.PrivateKeySize:
-		private := ed25519.NewKeyFromSeed(raw[:ed25519.SeedSize])
-		if !bytes.Equal(private, raw) {
-			return nil, errPair
-		}
-		return &key{private: private}, nil
-	}
-	return nil, fmt.Errorf("an ed25519 key is %d bytes (seed) or %d (seed and public key) before base64; this one is %d",
-		ed25519.SeedSize, ed25519.PrivateKeySize, len(raw))
 }

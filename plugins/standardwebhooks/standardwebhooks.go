@@ -18,6 +18,7 @@ import (
 	"strconv"
 	"sync"
 
+	"github.com/grapnel/grapnel/sdk/keys"
 	"github.com/grapnel/grapnel/sdk/plugin"
 )
 
@@ -80,6 +81,7 @@ type signer struct {
 // key is one live version: ed25519 when private is set, else HMAC with ready-keyed states to reuse,
 // which spares two SHA-256 blocks and the allocations of each signature.
 type key struct {
+	pair    *keys.Key
 	private ed25519.PrivateKey
 	states  sync.Pool // of *state
 }
