@@ -125,11 +125,10 @@ func newKey(signer crypto.Signer) (*Key, error) {
 // checkRSA bounds the sizes before anything costly is computed, and Validate proves that the halves
 // belong together.
 func checkRSA(k *rsa.PrivateKey) error {
-	switch bits := k.N.BitLen(); {
-	case bits < rsaMinBits:
-		return fmt.Errorf("the RSA key has %d bits; it needs at least %d", bits, rsaMinBits)
-	case bits > rsaMaxBits:
-		return fmt.Errorf("the RSA key has %d bits; at most %d are taken", bits, rsaMaxBits)
+	if err := checkRSASize(k.N.BitLen()); err != nil {
+		return err
+	}
+	switch {
 	case len(k.Primes) != 2:
 		return errors.New("the RSA key has more than two primes, which many receivers cannot verify")
 	case k.E < 3 || k.E%2 == 0:
@@ -137,6 +136,16 @@ func checkRSA(k *rsa.PrivateKey) error {
 	}
 	if k.Validate() != nil {
 		return errPair
+	}
+	return nil
+}
+
+func checkRSASize(bits int) error {
+	switch {
+	case bits < rsaMinBits:
+		return fmt.Errorf("the RSA key has %d bits; it needs at least %d", bits, rsaMinBits)
+	case bits > rsaMaxBits:
+		return fmt.Errorf("the RSA key has %d bits; at most %d are taken", bits, rsaMaxBits)
 	}
 	return nil
 }

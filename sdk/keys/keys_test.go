@@ -9,6 +9,7 @@ import (
 	"crypto/sha256"
 	"crypto/sha512"
 	"crypto/x509"
+	"encoding/asn1"
 	"encoding/base64"
 	"encoding/json"
 	"encoding/pem"
@@ -278,6 +279,8 @@ func TestBadValuesAreRefusedWithoutShowingThem(t *testing.T) {
 		{"Ed448", file(t, "ed448.pem"), "Ed25519"},
 		{"P-521", file(t, "ec-p521.pem"), "P-256 and P-384"},
 		{"RSA 1024", file(t, "rsa-1024.pem"), "2048"},
+		{"RSA of 16384 bits, PKCS#1", bigPKCS1(t), "8192"},
+		{"public half in a private header", pemOf("PRIVATE KEY", derOf(t, file(t, "public.pem"))), "public key"},
 		{"not JSON", []byte(`{"kty":"OKP","d":"nWGxne_9WmC6hEr0`), "JSON"},
 		{"JWK with a number", []byte(`{"kty":"OKP","d":12345678}`), "JSON"},
 		{"JWKS", []byte(`{"keys":[` + rfc8037Key + `]}`), "set"},
@@ -333,6 +336,30 @@ func noneOf(t *testing.T, text string, value []byte) {
 
 func pemOf(kind string, der []byte) []byte {
 	return pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der})
+}
+
+func derOf(t *testing.T, value []byte) []byte {
+	t.Helper()
+	block, _ := pem.Decode(value)
+	if block == nil {
+		t.Fatal("no PEM")
+	}
+	return block.Bytes
+}
+
+// bigPKCS1 is a text that would take long to compute with.
+func bigPKCS1(t *testing.T) []byte {
+	t.Helper()
+	n := new(big.Int).Lsh(big.NewInt(3), 16382)
+	n.Add(n, big.NewInt(1))
+	der, err := asn1.Marshal(struct {
+		Version                  int
+		N, E, D, P, Q, X, Y, Inv *big.Int
+	}{0, n, big.NewInt(65537), n, n, n, n, n, n})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return pemOf("RSA PRIVATE KEY", der)
 }
 
 // mixSEC1 is a SEC 1 key with one bit of its public half turned.

@@ -10,6 +10,7 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
+	"math/big"
 	"strings"
 )
 
@@ -130,17 +131,21 @@ type oneAsymmetricKey struct {
 // openssl genpkey -algorithm RSA-PSS writes them and RFC 9421 prints one, and the public halves that
 // crypto/x509 skips, to compare them.
 func parsePKCS8(der []byte) (any, error) {
+	var outer oneAsymmetricKey
+	if _, err := asn1.Unmarshal(der, &outer); err != nil {
+		if _, err := x509.ParsePKIXPublicKey(der); err == nil {
+			return nil, errPublic
+		}
+		return nil, errDER
+	}
+	for _, oid := range []string{oidRSA, oidRSASSAPSS} {
+		if bytes.HasPrefix(outer.Algorithm.Bytes, []byte(oid)) {
+			return parsePKCS1(outer.PrivateKey)
+		}
+	}
 	private, err := x509.ParsePKCS8PrivateKey(der)
 	if err != nil {
-		inner, ok := rsaPSSInner(der)
-		if !ok {
-			return nil, pkcs8Problem(der)
-		}
-		return parsePKCS1(inner)
-	}
-	var outer oneAsymmetricKey
-	if rest, err := asn1.Unmarshal(der, &outer); err != nil || len(rest) > 0 {
-		return private, nil // no public half to compare
+		return nil, errors.New("the key is damaged, or of a type that cannot be used; it must be Ed25519, EC (P-256 or P-384) or RSA")
 	}
 	if edKey, ok := private.(ed25519.PrivateKey); ok && outer.PublicKey.BitLength > 0 {
 		if !bytes.Equal(outer.PublicKey.RightAlign(), edKey[ed25519.SeedSize:]) {
@@ -150,38 +155,39 @@ func parsePKCS8(der []byte) (any, error) {
 	return private, checkSEC1Pair(outer.PrivateKey, private)
 }
 
-// oidRSASSAPSS is id-RSASSA-PSS, 1.2.840.113549.1.1.10.
-const oidRSASSAPSS = "\x06\x09\x2a\x86\x48\x86\xf7\x0d\x01\x01\x0a"
+// Object identifiers in DER: rsaEncryption and id-RSASSA-PSS.
+const (
+	oidRSA       = "\x06\x09\x2a\x86\x48\x86\xf7\x0d\x01\x01\x01"
+	oidRSASSAPSS = "\x06\x09\x2a\x86\x48\x86\xf7\x0d\x01\x01\x0a"
+)
 
-func rsaPSSInner(der []byte) ([]byte, bool) {
-	var outer oneAsymmetricKey
-	if _, err := asn1.Unmarshal(der, &outer); err != nil {
-		return nil, false
-	}
-	return outer.PrivateKey, bytes.HasPrefix(outer.Algorithm.Bytes, []byte(oidRSASSAPSS))
-}
-
-// pkcs8Problem tells a key of a sort that cannot be used from one that cannot be read.
-func pkcs8Problem(der []byte) error {
-	if _, err := x509.ParsePKIXPublicKey(der); err == nil {
-		return errPublic
-	}
-	var outer oneAsymmetricKey
-	if _, err := asn1.Unmarshal(der, &outer); err != nil {
-		return errDER
-	}
-	return errors.New("the key is damaged, or of a type that cannot be used; it must be Ed25519, EC (P-256 or P-384) or RSA")
+// rsaPrivateKey is RFC 8017's, read first for its sizes: crypto/x509 would compute with numbers of any.
+type rsaPrivateKey struct {
+	Version                          int
+	N                                *big.Int
+	E                                *big.Int
+	D, P, Q, ExpP, ExpQ, Coefficient *big.Int
+	Other                            asn1.RawValue `asn1:"optional"`
 }
 
 func parsePKCS1(der []byte) (any, error) {
+	var numbers rsaPrivateKey
+	if _, err := asn1.Unmarshal(der, &numbers); err != nil {
+		return nil, errDER
+	}
+	if err := checkRSASize(numbers.N.BitLen()); err != nil {
+		return nil, err
+	}
+	for _, n := range []*big.Int{numbers.E, numbers.D, numbers.P, numbers.Q, numbers.ExpP, numbers.ExpQ, numbers.Coefficient} {
+		if n.BitLen() > numbers.N.BitLen() {
+			return nil, errPair
+		}
+	}
 	private, err := x509.ParsePKCS1PrivateKey(der)
 	if err == nil {
 		return private, nil
 	}
-	if strings.Contains(err.Error(), "inconsistent") || strings.Contains(err.Error(), "invalid") {
-		return nil, errors.New("the RSA key's numbers do not belong together")
-	}
-	return nil, errDER
+	return nil, errors.New("the RSA key's numbers do not belong together")
 }
 
 // ecPrivateKey is RFC 5915's.
