@@ -14,9 +14,6 @@ import (
 	pluginv1 "github.com/grapnel/grapnel/proto/grapnel/plugin/v1"
 )
 
-// errTimeout is the cause of a context that ended because the attempt's time is up.
-var errTimeout = fmt.Errorf("the attempt's time is up: %w", context.DeadlineExceeded)
-
 // task is one attempt on its way through a worker.
 type task struct {
 	attempt
@@ -24,12 +21,17 @@ type task struct {
 	received time.Time
 	// maxBody is Hello.max_response_body.
 	maxBody int
+	// ctx is used on the stream only.
+	ctx attemptContext
+	// overrunOf is set when the attempt is given up: the instance that counts it.
+	overrunOf *instance
 }
 
 // scratch is what a worker uses again for each attempt.
 type scratch struct {
 	request Request
 	headers []Header
+	signed  []Header // by earlier signers
 }
 
 // run signs and sends, and never panics. It does not touch t afterwards.
@@ -49,13 +51,22 @@ func (s *server) run(ctx context.Context, t *task, sc *scratch) (out result) {
 	if inst == nil || inst.built.attempt == nil {
 		return stale(t.ref)
 	}
+	if inst.overruns.Load() >= maxOverruns {
+		return result{failure: failure{source: SourcePlugin, code: CodeTimeout, wire: NotSent,
+			message: fmt.Sprintf("%d earlier attempts go on although their time is up", maxOverruns)}}
+	}
 	r := sc.prepare(t, inst)
 	for _, ref := range t.signHere {
 		signer := s.instances.get(ref)
 		if signer == nil || signer.built.sign == nil {
 			return stale(ref)
 		}
-		if err := signer.built.sign(r); err != nil {
+		sc.signed = append(sc.signed[:0], r.Headers[r.base:]...)
+		err := signer.built.sign(r)
+		if err == nil {
+			err = r.clash(r.base, sc.signed, sc.signed)
+		}
+		if err != nil {
 			return result{failure: signFailure(err, signer.secrets)}
 		}
 	}
@@ -68,7 +79,7 @@ func (s *server) run(ctx context.Context, t *task, sc *scratch) (out result) {
 		f, peer := failureOf(ctx, err, inst.secrets)
 		return result{failure: f, peer: peer, sent: r.added()}
 	}
-	out = result{response: resp, peer: resp.Peer}
+	out = result{response: resp, peer: resp.Peer, full: t.ownership}
 	if len(resp.Body) > t.maxBody {
 		resp.Body, resp.Truncated = resp.Body[:t.maxBody], true
 	}
@@ -96,6 +107,25 @@ func (sc *scratch) prepare(t *task, inst *instance) *Request {
 	r.base = len(r.Headers)
 	r.Headers = append(r.Headers, t.headers...)
 	return r
+}
+
+// clash reports that a signer has changed one of the headers that stood at from, or has set one of signed, which
+// earlier signers have set, once more.
+func (r *Request) clash(from int, stood, signed []Header) error {
+	for i, h := range stood {
+		if from+i >= len(r.Headers) || r.Headers[from+i] != h {
+			return fmt.Errorf("the signer changed the header %s, which was set before it", h.Name)
+		}
+	}
+	if len(signed) == 0 {
+		return nil
+	}
+	for _, h := range r.Headers[from+len(stood):] {
+		if slices.ContainsFunc(signed, func(s Header) bool { return equalFold(s.Name, h.Name) }) {
+			return fmt.Errorf("the signer set the header %s, which a signer before it has set", h.Name)
+		}
+	}
+	return nil
 }
 
 // added are the headers that signers and transport put on top, without credentials. The copy is the
@@ -157,14 +187,6 @@ func valid(s string) string {
 	return strings.ToValidUTF8(s, "\uFFFD")
 }
 
-// attemptContext ends with the attempt's time. A task without timeout has no deadline.
-func attemptContext(t *task) (context.Context, context.CancelFunc) {
-	if t.timeout <= 0 {
-		return context.WithCancel(context.Background())
-	}
-	return context.WithDeadlineCause(context.Background(), t.received.Add(t.timeout), errTimeout)
-}
-
 // AttemptOne is one attempt by itself.
 func (s *server) AttemptOne(ctx context.Context, req *pluginv1.AttemptOneRequest) (*pluginv1.AttemptOneResponse, error) {
 	a, c := req.GetAttempt(), req.GetContent()
@@ -180,13 +202,34 @@ func (s *server) AttemptOne(ctx context.Context, req *pluginv1.AttemptOneRequest
 	}
 	s.inFlight.Add(1)
 	defer s.inFlight.Add(-1)
+	return &pluginv1.AttemptOneResponse{Result: s.runOne(ctx, t).pb()}, nil
+}
+
+// runOne gives an attempt up when it goes on long after its time.
+func (s *server) runOne(ctx context.Context, t *task) *result {
+	var overdue <-chan time.Time
 	if t.timeout > 0 {
 		var cancel context.CancelFunc
-		ctx, cancel = context.WithDeadlineCause(ctx, t.received.Add(t.timeout), errTimeout)
+		ctx, cancel = context.WithDeadline(ctx, t.received.Add(t.timeout))
 		defer cancel()
+		timer := time.NewTimer(t.timeout + overrunGrace)
+		defer timer.Stop()
+		overdue = timer.C
 	}
-	res := s.run(ctx, t, &scratch{})
-	return &pluginv1.AttemptOneResponse{Result: res.pb()}, nil
+	done := make(chan result, 1)
+	go func() { done <- s.run(ctx, t, &scratch{}) }()
+	var res result
+	select {
+	case res = <-done:
+	case <-overdue:
+		res = overrun(t)
+		s.log().Error("attempt ignores its context", "overruns", s.overruns.Add(1))
+		go func() {
+			<-done
+			s.overruns.Add(-1)
+		}()
+	}
+	return &res
 }
 
 func headersOf(in []*pluginv1.Header) []Header {

@@ -42,6 +42,7 @@ type server struct {
 	describe  *pluginv1.DescribeResponse
 	logs      *logSink
 	inFlight  atomic.Int64
+	overruns  atomic.Int64  // attempts that were given up and go on all the same
 	draining  chan struct{} // closed when Control says drain
 	drainOnce sync.Once
 	// hostSeen and hostGone are closed when Control starts and ends.
@@ -73,6 +74,8 @@ type instance struct {
 	built   built
 	target  Target
 	secrets [][]byte
+	// overruns are attempts that were given up and go on all the same.
+	overruns atomic.Int32
 }
 
 func newServer(name, version string, kinds []Kind) (*server, error) {

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"io"
 	"runtime/debug"
+	"slices"
 	"time"
 
 	"google.golang.org/grpc"
@@ -57,15 +58,21 @@ func (s *server) signItem(contents []content, item *pluginv1.SignItem) (out *plu
 	t := &task{
 		attempt: attempt{
 			created: item.GetCreated().AsTime().UnixNano(), nonce: item.GetNonce(), headers: headersOf(item.GetHeaders()),
+			uri: item.GetUri(),
 		},
 		content: contents[item.GetContent()], received: time.Now(),
 	}
 	r := (&scratch{}).prepare(t, inst)
-	before := len(r.Headers)
-	if err := inst.built.sign(r); err != nil {
+	// Only what is added goes back, so a header that was changed in place would be lost without a word.
+	before := slices.Clone(r.Headers)
+	err := inst.built.sign(r)
+	if err == nil {
+		err = r.clash(0, before, before[len(before)-len(t.headers):])
+	}
+	if err != nil {
 		return fail(signFailure(err, inst.secrets))
 	}
-	out.Headers = wireHeaders(r.Headers[min(before, len(r.Headers)):])
+	out.Headers = wireHeaders(r.Headers[len(before):])
 	if r.URL != inst.target.URL {
 		out.Uri = r.URL
 	}

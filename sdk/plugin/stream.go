@@ -32,8 +32,11 @@ type attemptStream struct {
 	// abandoned keeps workers from starting what they still find.
 	abandoned atomic.Bool
 
+	watched    atomic.Bool // watchTimer is set, or watch is at work
+	watchTimer *time.Timer
+
 	mu      sync.Mutex // guards workers
-	workers []*worker
+	workers []*worker  // replaced, not changed, when one leaves
 	// cancelled are seqs that were cancelled before a worker had taken them; nearly always empty.
 	cancelled   sync.Map
 	cancelledN  atomic.Int64
@@ -42,9 +45,8 @@ type attemptStream struct {
 
 // worker runs attempts one after the other.
 type worker struct {
-	mu     sync.Mutex // guards what follows, against cancel
-	seq    uint64
-	cancel context.CancelFunc // nil while idle
+	// task is nil while it is idle. Whoever takes a task out of here answers it: the worker, or watch.
+	task atomic.Pointer[task]
 	scratch
 }
 
@@ -67,6 +69,8 @@ func (s *server) Attempt(stream grpc.BidiStreamingServer[pluginv1.AttemptRequest
 		s: s, stream: stream, tasks: make(chan *task, window), done: newResults(),
 		maxBody: int(hello.GetHello().GetMaxResponseBody()),
 	}
+	a.watchTimer = time.AfterFunc(time.Hour, a.watch)
+	defer a.watchTimer.Stop()
 	return a.run(stream.Context())
 }
 
@@ -142,53 +146,63 @@ func (a *attemptStream) accept(f *requestFrame) error {
 		t := &tasks[i]
 		t.attempt, t.received, t.maxBody = f.attempts[i], now, a.maxBody
 		t.content = f.contents[t.attempt.content]
+		if t.timeout > 0 {
+			t.ctx.deadline = now.Add(t.timeout)
+		}
 		n := a.open.Add(1)
 		if n > window {
 			return status.Errorf(codes.ResourceExhausted, "more than %d attempts are open", window)
 		}
 		a.s.inFlight.Add(1)
 		// Every open attempt has a worker, so that none waits behind a slow one.
-		if n > int64(len(a.workers)) {
-			a.startWorker()
-		}
+		a.growTo(int(n))
 		a.tasks <- t
 	}
+	a.watching()
 	return nil
 }
 
-// startWorker is called by the receiver only; others read workers under the lock.
-func (a *attemptStream) startWorker() {
-	w := &worker{}
+// growTo starts a worker when there are fewer than n. It is called by the receiver only.
+func (a *attemptStream) growTo(n int) {
 	a.mu.Lock()
+	defer a.mu.Unlock()
+	if n <= len(a.workers) {
+		return
+	}
+	w := &worker{}
 	a.workers = append(a.workers, w)
-	a.mu.Unlock()
-	a.workersDone.Go(func() { a.work(w) })
+	a.workersDone.Add(1)
+	go a.work(w)
 }
 
+// work ends with the stream, or once its attempt has been given up, when another has taken its place.
 func (a *attemptStream) work(w *worker) {
 	for t := range a.tasks {
-		ctx, cancel := attemptContext(t)
-		w.mu.Lock()
-		w.seq, w.cancel = t.seq, cancel
-		w.mu.Unlock()
+		w.task.Store(t)
 		if a.abandoned.Load() {
-			cancel()
+			t.ctx.end(context.Canceled)
 		}
 		if a.cancelledN.Load() != 0 {
 			if _, found := a.cancelled.LoadAndDelete(t.seq); found {
 				a.cancelledN.Add(-1)
-				cancel()
+				t.ctx.end(context.Canceled)
 			}
 		}
-		res := a.s.run(ctx, t, &w.scratch)
-		w.mu.Lock()
-		w.cancel = nil
-		w.mu.Unlock()
-		cancel()
-		a.s.inFlight.Add(-1)
-		a.open.Add(-1)
-		a.done.put(res)
+		res := a.s.run(&t.ctx, t, &w.scratch)
+		t.ctx.end(context.Canceled)
+		if !w.task.CompareAndSwap(t, nil) {
+			t.returned(a.s)
+			return
+		}
+		a.answer(res)
 	}
+	a.workersDone.Done()
+}
+
+func (a *attemptStream) answer(r result) {
+	a.s.inFlight.Add(-1)
+	a.open.Add(-1)
+	a.done.put(r)
 }
 
 // cancel finds the attempt at its worker, or leaves word for the worker that will take it. The word is
@@ -200,26 +214,18 @@ func (a *attemptStream) cancel(seq uint64) {
 	}
 	a.cancelled.Store(seq, nil)
 	a.cancelledN.Add(1)
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	for _, w := range a.workers {
-		w.mu.Lock()
-		if w.cancel != nil && w.seq == seq {
-			w.cancel()
+	for _, w := range a.snapshot() {
+		if t := w.task.Load(); t != nil && t.seq == seq {
+			t.ctx.end(context.Canceled)
 		}
-		w.mu.Unlock()
 	}
 }
 
 func (a *attemptStream) cancelAll() {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	for _, w := range a.workers {
-		w.mu.Lock()
-		if w.cancel != nil {
-			w.cancel()
+	for _, w := range a.snapshot() {
+		if t := w.task.Load(); t != nil {
+			t.ctx.end(context.Canceled)
 		}
-		w.mu.Unlock()
 	}
 }
 

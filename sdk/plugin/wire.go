@@ -227,6 +227,8 @@ type result struct {
 	response *Response // nil when failed
 	failure  failure
 	sent     []Header
+	// full keeps the response's headers whatever its status.
+	full bool
 }
 
 type failure struct {
@@ -265,7 +267,7 @@ func (r *result) append(b []byte) []byte {
 	var at int
 	if r.response != nil {
 		b, at = open(b, 2)
-		b = r.response.append(b)
+		b = r.response.append(b, r.full)
 	} else {
 		b, at = open(b, 3)
 		b = appendUint(b, 1, uint64(r.failure.source))
@@ -279,9 +281,9 @@ func (r *result) append(b []byte) []byte {
 	return appendHeaders(b, 6, r.sent)
 }
 
-func (r *Response) append(b []byte) []byte {
+func (r *Response) append(b []byte, full bool) []byte {
 	b = appendUint(b, 1, uint64(uint32(r.Status)))
-	if r.Status < 200 || r.Status > 299 {
+	if full || r.Status < 200 || r.Status > 299 {
 		b = appendHeaders(b, 2, r.Headers)
 	} else {
 		for _, h := range r.Headers {

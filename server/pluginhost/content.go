@@ -2,6 +2,7 @@ package pluginhost
 
 import (
 	"bytes"
+	"cmp"
 	"compress/gzip"
 	"encoding/base64"
 	"encoding/json"
@@ -72,32 +73,33 @@ func (c content) body() []byte {
 }
 
 // headers are those of every request that carries the event, in the order they are sent.
-func (c content) headers() func(yield func(name, value string) bool) {
-	ev, contentType, encoding, attributes := c.event, c.event.ContentType, "", true
-	if c.shaped != nil {
-		s := c.shaped.shape
-		if s.empty {
-			return func(func(name, value string) bool) {}
-		}
-		switch {
-		case s.format == grapnelv1.PayloadShape_FORMAT_CLOUDEVENTS:
-			contentType, attributes = "application/cloudevents+json", false
-		case s.format == grapnelv1.PayloadShape_FORMAT_STANDARD_WEBHOOKS:
-			contentType = "application/json"
-		case s.contentType != "":
-			contentType = s.contentType
-		}
-		if s.gzip {
-			encoding = "gzip"
-		}
+func (c content) headers(yield func(name, value string) bool) {
+	if c.shaped == nil {
+		baseHeaders(c.event, c.event.ContentType, "", true, yield)
+		return
 	}
-	return func(yield func(name, value string) bool) {
-		ok := (contentType == "" || yield("content-type", contentType)) &&
-			(encoding == "" || yield("content-encoding", encoding)) &&
-			yield("webhook-id", ev.UID)
-		if ok && attributes {
-			attributeHeaders(ev, yield)
-		}
+	s := c.shaped.shape
+	encoding := ""
+	if s.gzip {
+		encoding = "gzip"
+	}
+	switch {
+	case s.empty:
+	case s.format == grapnelv1.PayloadShape_FORMAT_CLOUDEVENTS:
+		baseHeaders(c.event, "application/cloudevents+json", encoding, false, yield)
+	case s.format == grapnelv1.PayloadShape_FORMAT_STANDARD_WEBHOOKS:
+		baseHeaders(c.event, "application/json", encoding, true, yield)
+	default:
+		baseHeaders(c.event, cmp.Or(s.contentType, c.event.ContentType), encoding, true, yield)
+	}
+}
+
+func baseHeaders(ev *delivery.Event, contentType, encoding string, attributes bool, yield func(name, value string) bool) {
+	ok := (contentType == "" || yield("content-type", contentType)) &&
+		(encoding == "" || yield("content-encoding", encoding)) &&
+		yield("webhook-id", ev.UID)
+	if ok && attributes {
+		attributeHeaders(ev, yield)
 	}
 }
 

@@ -78,7 +78,7 @@ func appendContent(b []byte, c content) []byte {
 	b = appendText(b, 1, c.event.UID)
 	b = protowire.AppendTag(b, 2, protowire.BytesType)
 	b = protowire.AppendBytes(b, c.body())
-	for name, value := range c.headers() {
+	for name, value := range c.headers {
 		b = appendHeader(b, 3, name, value)
 	}
 	return b
