@@ -55,9 +55,11 @@ func (d *dialler) dial() (*link, error) {
 	if err != nil {
 		return nil, err
 	}
+	refusal := func() string { return "" }
 	shaken := handshaken{protocol: "insecure", info: insecureInfo{credentials.CommonAuthInfo{SecurityLevel: credentials.NoSecurity}}}
 	if d.tls != nil {
-		secure, err := outbound.Secure(ctx, conn, d.tls)
+		config, offer := outbound.Offering(d.tls)
+		secure, err := outbound.Secure(ctx, conn, config)
 		if err != nil {
 			return nil, err
 		}
@@ -66,7 +68,7 @@ func (d *dialler) dial() (*link, error) {
 			_ = secure.Close()
 			return nil, &outbound.Error{Code: plugin.CodeTLS, Err: errNoHTTP2, Message: "the receiver does not offer HTTP/2 (ALPN h2), which gRPC needs"}
 		}
-		conn = secure
+		conn, refusal = secure, offer.Refusal
 		shaken = handshaken{protocol: "tls", info: credentials.TLSInfo{
 			State: state, CommonAuthInfo: credentials.CommonAuthInfo{SecurityLevel: credentials.PrivacyAndIntegrity},
 		}}
@@ -76,7 +78,14 @@ func (d *dialler) dial() (*link, error) {
 		_ = conn.Close()
 		return nil, &outbound.Error{Code: plugin.CodeProtocol, Err: err, Message: "gRPC refuses the address"}
 	}
-	return l, l.begin(ctx)
+	if err := l.begin(ctx); err != nil {
+		l.Close()
+		if why := refusal(); why != "" {
+			return nil, &outbound.Error{Code: plugin.CodeTLS, Err: err, Message: why}
+		}
+		return nil, err
+	}
+	return l, nil
 }
 
 func (d *dialler) client(conn net.Conn, shaken handshaken) (*grpc.ClientConn, error) {
@@ -103,30 +112,18 @@ func (l *link) begin(ctx context.Context) error {
 	l.client.Connect()
 	for {
 		state := l.client.GetState()
-		switch state {
-		case connectivity.Ready:
+		switch {
+		case state == connectivity.Ready:
 			return nil
-		case connectivity.TransientFailure, connectivity.Shutdown:
-			defer l.Close()
-			return l.refusal()
-		}
-		if !l.client.WaitForStateChange(ctx, state) {
-			l.Close()
+		case state != connectivity.Idle && state != connectivity.Connecting, state == connectivity.Idle && l.conn.Broke() != nil:
+			if err := l.conn.Broke(); err != nil {
+				return &outbound.Error{Code: plugin.CodeConnect, Err: err, Message: "the receiver closed the connection at once"}
+			}
+			return &outbound.Error{Code: plugin.CodeProtocol, Err: errNoHTTP2, Message: "the receiver does not speak HTTP/2, which gRPC needs"}
+		case !l.client.WaitForStateChange(ctx, state):
 			return &outbound.Error{Code: plugin.CodeConnect, Err: ctx.Err(), Message: "the receiver did not begin HTTP/2 in time"}
 		}
 	}
-}
-
-// refusal is why HTTP/2 did not begin.
-func (l *link) refusal() error {
-	err := l.conn.Broke()
-	switch {
-	case err != nil && outbound.RefusedTLS(err):
-		return &outbound.Error{Code: plugin.CodeTLS, Err: err}
-	case err != nil:
-		return &outbound.Error{Code: plugin.CodeConnect, Err: err, Message: "the receiver closed the connection at once"}
-	}
-	return &outbound.Error{Code: plugin.CodeProtocol, Err: errNoHTTP2, Message: "the receiver does not speak HTTP/2, which gRPC needs"}
 }
 
 // handshaken is credentials.TransportCredentials for a connection whose handshake is over: gRPC would

@@ -116,8 +116,9 @@ func TestNoMoreCallsOnTheConnection(t *testing.T) {
 	inst := newBench(t).instance("grpc://"+r.addr, nil, nil)
 	var wg sync.WaitGroup
 	wg.Go(func() {
-		resp, err := deliver(t, inst)
-		wantStatus(t, resp, err, 200)
+		if resp, err := deliver(t, inst); err != nil || resp.Status != 200 {
+			t.Errorf("response %v, error %v", resp, err)
+		}
 	})
 	<-reached
 	_, err := deliverWithin(t, inst, 100*time.Millisecond)
@@ -160,9 +161,7 @@ func TestNoWayToTheReceiver(t *testing.T) {
 	}{
 		"refused":      {"grpc://" + free, endpoint(plugin.CodeConnect, "connection refused", plugin.NotSent)},
 		"no such name": {"grpc://no-such-name.invalid:8443", endpoint(plugin.CodeDNS, "the host name does not exist", plugin.NotSent)},
-		"egress":       {"grpc://localhost6.invalid.:1", endpoint(plugin.CodeDNS, "the host name does not exist", plugin.NotSent)},
 	}
-	delete(tests, "egress")
 	for name, test := range tests {
 		t.Run(name, func(t *testing.T) {
 			_, err := deliver(t, newBench(t).instance(test.uri, nil, nil))
@@ -270,8 +269,8 @@ func TestTLS(t *testing.T) {
 		"unknown authority":      {plain, nil, nil, "the certificate is by an unknown authority"},
 		"wrong name":             {plain, map[string]any{"tls": map[string]any{"server_name": "x.example.com"}}, map[string][]string{"ca": {ca.PEM}}, "the certificate is not valid for the host"},
 		"client certificate":     {mutual, nil, map[string][]string{"ca": {ca.PEM}, "client_certificate": {mine.Cert + mine.Key}}, ""},
-		"no client certificate":  {mutual, nil, map[string][]string{"ca": {ca.PEM}}, "the receiver refused the TLS handshake: tls: certificate required"},
-		"wrong client authority": {mutual, nil, map[string][]string{"ca": {ca.PEM}, "client_certificate": {stranger.Cert + stranger.Key}}, "the receiver refused the TLS handshake: "},
+		"no client certificate":  {mutual, nil, map[string][]string{"ca": {ca.PEM}}, "the receiver wants a client certificate, and has not got one that it would take"},
+		"wrong client authority": {mutual, nil, map[string][]string{"ca": {ca.PEM}, "client_certificate": {stranger.Cert + stranger.Key}}, "the receiver refused the client certificate"},
 	}
 	for name, test := range tests {
 		t.Run(name, func(t *testing.T) {

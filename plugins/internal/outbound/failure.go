@@ -91,13 +91,6 @@ func (e *Error) message() string {
 	return "no connection"
 }
 
-// RefusedTLS reports an alert of the receiver. With TLS 1.3 a client certificate is judged only after the
-// handshake is over for the client, so that the alert comes up when reading.
-func RefusedTLS(err error) bool {
-	var op *net.OpError
-	return errors.As(err, &op) && op.Op == "remote error"
-}
-
 func tlsMessage(err error) string {
 	var (
 		authority x509.UnknownAuthorityError
@@ -119,7 +112,7 @@ func tlsMessage(err error) string {
 		return "the certificate is not valid"
 	case errors.As(err, &record):
 		return "the receiver does not speak TLS on this port"
-	case RefusedTLS(err) && errors.As(err, &op):
+	case errors.As(err, &op) && op.Op == "remote error":
 		return "the receiver refused the TLS handshake: " + op.Err.Error() // an alert: one of a fixed list
 	}
 	return "the TLS handshake failed"

@@ -8,6 +8,7 @@ import (
 	"encoding/pem"
 	"errors"
 	"strings"
+	"sync/atomic"
 
 	"github.com/grapnel/grapnel/sdk/plugin"
 )
@@ -52,6 +53,40 @@ func TLSConfig(serverName string, ca, clientCertificate plugin.Secret) (*tls.Con
 		config.Certificates = []tls.Certificate{pair}
 	}
 	return config, nil
+}
+
+// Offer is what became of the client certificate in one handshake.
+type Offer struct{ asked, given atomic.Bool }
+
+// Offering returns a copy of config for one handshake and what will be known about it afterwards.
+func Offering(config *tls.Config) (*tls.Config, *Offer) {
+	o := &Offer{}
+	config = config.Clone()
+	certificates := config.Certificates
+	config.GetClientCertificate = func(request *tls.CertificateRequestInfo) (*tls.Certificate, error) {
+		o.asked.Store(true)
+		for i := range certificates {
+			if request.SupportsCertificate(&certificates[i]) == nil {
+				o.given.Store(true)
+				return &certificates[i], nil
+			}
+		}
+		return &tls.Certificate{}, nil // none
+	}
+	return config, o
+}
+
+// Refusal explains a connection that ended as soon as it was there: with TLS 1.3 the receiver judges the
+// client certificate after the handshake is over for the client, and its alert may be lost on the way.
+// It is empty when the receiver had not asked for one.
+func (o *Offer) Refusal() string {
+	switch {
+	case !o.asked.Load():
+		return ""
+	case o.given.Load():
+		return "the receiver refused the client certificate"
+	}
+	return "the receiver wants a client certificate, and has not got one that it would take"
 }
 
 // AuthoritiesFormat is the format of a slot ca.
