@@ -1,8 +1,11 @@
 package server
 
 import (
+	"bytes"
 	"context"
+	"crypto/sha256"
 	"crypto/tls"
+	"encoding/base64"
 	"errors"
 	"fmt"
 	"net/http"
@@ -15,6 +18,8 @@ import (
 	"golang.org/x/sync/errgroup"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials"
+
+	"github.com/grapnel/grapnel/server/secret"
 )
 
 func newMetrics() *prometheus.Registry {
@@ -76,10 +81,33 @@ func (s *Server) adminHandler() http.Handler {
 			http.Error(w, "starting", http.StatusServiceUnavailable)
 		}
 	})
+	mux.HandleFunc("GET /namespaces/{namespace}/jwks.json", s.serveJWKS)
 	mux.HandleFunc("/debug/pprof/", pprof.Index)
 	mux.HandleFunc("/debug/pprof/cmdline", pprof.Cmdline)
 	mux.HandleFunc("/debug/pprof/profile", pprof.Profile)
 	mux.HandleFunc("/debug/pprof/symbol", pprof.Symbol)
 	mux.HandleFunc("/debug/pprof/trace", pprof.Trace)
 	return mux
+}
+
+// jwksAge is how long receivers and proxies may keep a key set. A new key signs as soon as it is there, so it
+// is short; who meets an unknown kid asks again.
+const jwksAge = time.Minute
+
+// serveJWKS publishes the public keys of a namespace for receivers that verify signatures. There is nothing
+// secret in it, so an operator may pass the path on to everybody.
+func (s *Server) serveJWKS(w http.ResponseWriter, r *http.Request) {
+	ns := r.PathValue("namespace")
+	if s.registry.Snapshot().Namespace(ns) == nil {
+		http.Error(w, fmt.Sprintf("namespace %q does not exist", ns), http.StatusNotFound)
+		return
+	}
+	set := s.secrets.JWKS(ns)
+	sum := sha256.Sum256(set)
+	h := w.Header()
+	h.Set("Content-Type", secret.MediaTypeJWKS)
+	h.Set("X-Content-Type-Options", "nosniff")
+	h.Set("Cache-Control", fmt.Sprintf("public, max-age=%d", int(jwksAge.Seconds())))
+	h.Set("ETag", `"`+base64.RawURLEncoding.EncodeToString(sum[:16])+`"`)
+	http.ServeContent(w, r, "", time.Time{}, bytes.NewReader(set))
 }
