@@ -33,6 +33,7 @@ var allowed = map[string][]string{
 	"server/delivery":              {"proto/..."},
 	"server/subscription":          {"proto/...", "server/keyspace"},
 	"server/secret":                {"proto/...", "server/keyspace"},
+	"server/plugindir":             {"server/pluginhost", "proto/grapnel/plugin/v1"},
 	"server/ingest":                {"server/subscription", "server/delivery", "proto/grapnel/v1"},
 	"server/dispatch":              {"server/subscription", "server/delivery", "proto/grapnel/v1"},
 	"server/pluginhost":            {"server/subscription", "server/delivery", "proto/grapnel/v1", "proto/grapnel/plugin/v1", "sdk/plugin"},
@@ -40,7 +41,7 @@ var allowed = map[string][]string{
 	"server/api/filter":            {},
 	"server":                       {"server/...", "proto/grapnel/v1"},
 	"server/servertest":            {"server", "sdk/...", "plugins", "proto/grapnel/v1"},
-	"cmd/grapnel":                  {"server", "sdk/...", "plugins", "proto/grapnel/v1"},
+	"cmd/grapnel":                  {"server", "server/plugindir", "proto/grapnel/plugin/v1", "sdk/...", "plugins", "proto/grapnel/v1"},
 	"cmd/grapnel-bench":            {"sdk/...", "proto/grapnel/v1"},
 }
 

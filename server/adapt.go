@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
 	"time"
 
 	"google.golang.org/protobuf/types/known/durationpb"
@@ -14,18 +13,22 @@ import (
 	"github.com/grapnel/grapnel/server/api"
 	"github.com/grapnel/grapnel/server/delivery"
 	"github.com/grapnel/grapnel/server/dispatch"
+	"github.com/grapnel/grapnel/server/plugindir"
 	"github.com/grapnel/grapnel/server/pluginhost"
 	"github.com/grapnel/grapnel/server/subscription"
 )
 
-// newPlugins builds the host over the first-party process and whatever lies in the plugin directory.
+// newPlugins builds the host over the first-party process and what the plugin directory says.
 func (s *Server) newPlugins(closers *stack) (*pluginhost.Host, error) {
 	o := s.options
-	specs := []pluginhost.Spec{{Path: o.BuiltinPlugin[0], Args: o.BuiltinPlugin[1:], Builtin: true}}
+	specs := []pluginhost.Spec{s.builtin()}
 	if o.PluginDir != "" {
-		found, err := executables(o.PluginDir)
+		if _, err := os.Stat(o.PluginDir); err != nil {
+			return nil, fmt.Errorf("read the plugin directory: %w", err)
+		}
+		found, err := plugindir.Open(o.PluginDir).Specs()
 		if err != nil {
-			return nil, err
+			return nil, fmt.Errorf("read the plugin directory: %w", err)
 		}
 		specs = append(specs, found...)
 	}
@@ -42,24 +45,20 @@ func (s *Server) newPlugins(closers *stack) (*pluginhost.Host, error) {
 	})
 }
 
-// executables lists the plugins of a directory; what is not executable is left alone.
-func executables(dir string) ([]pluginhost.Spec, error) {
-	entries, err := os.ReadDir(dir)
-	if err != nil {
-		return nil, fmt.Errorf("read the plugin directory: %w", err)
+func (s *Server) builtin() pluginhost.Spec {
+	return pluginhost.Spec{Path: s.options.BuiltinPlugin[0], Args: s.options.BuiltinPlugin[1:], Builtin: true}
+}
+
+// watchPlugins has the host follow the plugin directory until ctx ends.
+func (s *Server) watchPlugins(ctx context.Context) error {
+	if s.options.PluginDir == "" {
+		return nil
 	}
-	var specs []pluginhost.Spec
-	for _, e := range entries {
-		path := filepath.Join(dir, e.Name())
-		info, err := os.Stat(path)
-		if err != nil {
-			return nil, fmt.Errorf("read the plugin directory: %w", err)
-		}
-		if info.Mode().IsRegular() && (info.Mode()&0o111 != 0 || filepath.Ext(path) == ".exe") {
-			specs = append(specs, pluginhost.Spec{Path: path})
-		}
-	}
-	return specs, nil
+	plugindir.Open(s.options.PluginDir).Watch(ctx, time.Second, func(found []pluginhost.Spec) {
+		s.log.Info("the plugin directory changed", "plugins", len(found))
+		s.plugins.Update(append([]pluginhost.Spec{s.builtin()}, found...))
+	}, func(err error) { s.log.Error("read the plugin directory", "err", err) })
+	return nil
 }
 
 func (s *Server) secretVersions(name string) ([]pluginhost.SecretVersion, bool) {

@@ -23,7 +23,8 @@ type Options struct {
 	EtcdTLS       EtcdTLS
 	// Partitions of a new journal, default 16; an existing one keeps its own.
 	Partitions int
-	// PluginDir holds third-party plugins: every executable file in it. Empty means none.
+	// PluginDir holds third-party plugins: those of its plugins.lock, or without one every executable file in
+	// it. It is watched. Empty means none.
 	PluginDir string
 	// EgressAllow opens private or reserved ranges to deliveries.
 	EgressAllow []netip.Prefix

@@ -210,6 +210,7 @@ func (s *Server) serve(ctx context.Context) error {
 		}
 		return nil
 	})
+	stores(s.watchPlugins, hosts, "plugin directory")
 	stores(s.engine.Run, base, "dispatch")
 	parts.Go(func() error {
 		select {
