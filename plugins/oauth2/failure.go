@@ -6,6 +6,7 @@ import (
 	"crypto/x509"
 	"errors"
 	"net"
+	"net/http"
 	"os"
 
 	"github.com/grapnel/grapnel/sdk/plugin"
@@ -58,7 +59,7 @@ func transportFailure(ctx context.Context, err error) *plugin.Failure {
 		return endpointFailure(plugin.CodeTLS, "the certificate is by an unknown authority")
 	case errors.As(err, &verify):
 		return endpointFailure(plugin.CodeTLS, "the certificate is not valid for this use")
-	case errors.As(err, &record):
+	case errors.As(err, &record), errors.Is(err, http.ErrSchemeMismatch):
 		return endpointFailure(plugin.CodeTLS, "it does not speak TLS on this port")
 	case errors.As(err, &alert), errors.As(err, &op) && op.Op == "remote error":
 		return endpointFailure(plugin.CodeTLS, "it refused the TLS handshake")

@@ -48,8 +48,7 @@ const (
 	// pauseAfterFailure keeps waiting deliveries from hammering a token endpoint that fails.
 	pauseAfterFailure = time.Second
 	longestPause      = time.Minute
-	// quickRefusal is how young a refused token is when its refusal says more about the receiver's
-	// settings than about the token.
+	// quickRefusal is how young a token is when its refusal says more about settings than about its age.
 	quickRefusal = 10 * time.Second
 	// freeRefusals of quickly refused tokens in a row are replaced at once, further ones after a pause that
 	// doubles.
@@ -101,6 +100,8 @@ type token struct {
 	issued time.Time
 	// renewAt is when to ask for the next one, deadAt when to stop using this one.
 	renewAt, deadAt time.Time
+	// doubtful tokens were refused soon after they were issued.
+	doubtful bool
 }
 
 // flight is one request to the token endpoint. value and err are set before done is closed.
@@ -235,7 +236,10 @@ func (s *Source) Refused(value string) {
 		return
 	}
 	now := time.Now()
-	if now.Sub(s.token.issued) >= quickRefusal {
+	if now.Sub(s.token.issued) < quickRefusal {
+		s.token.doubtful = true
+	}
+	if !s.token.doubtful {
 		s.quick = 0
 	} else {
 		if now.Before(s.holdUntil) {
