@@ -55,7 +55,6 @@ func (s *Server) watchPlugins(ctx context.Context) error {
 		return nil
 	}
 	plugindir.Open(s.options.PluginDir).Watch(ctx, time.Second, func(found []pluginhost.Spec) {
-		s.log.Info("the plugin directory changed", "plugins", len(found))
 		s.plugins.Update(append([]pluginhost.Spec{s.builtin()}, found...))
 	}, func(err error) { s.log.Error("read the plugin directory", "err", err) })
 	return nil
