@@ -346,3 +346,20 @@ func newContent(id string, body []byte) *pluginv1.Content {
 func (s *suite) can(capability string) bool {
 	return slices.Contains(s.described.GetCapabilities(), capability)
 }
+
+// sharedAttempts is one stream for all of a case's uses of it.
+func (ses *session) sharedAttempts() (*attempts, error) {
+	ses.mu.Lock()
+	shared := ses.attempts
+	ses.mu.Unlock()
+	if shared != nil {
+		return shared, nil
+	}
+	a, err := ses.openAttempts()
+	if err == nil {
+		ses.mu.Lock()
+		ses.attempts = a
+		ses.mu.Unlock()
+	}
+	return a, err
+}

@@ -48,6 +48,7 @@ type process struct {
 	ended   chan struct{} // closed when it has exited; it is not collected yet
 	readers sync.WaitGroup
 	pipes   []*os.File
+	killed  sync.Once
 
 	mu     sync.Mutex // guards what follows
 	before []byte     // standard output ahead of the line
@@ -211,22 +212,39 @@ func (p *process) lastWords() string {
 
 // status is the exit code of a process that has ended.
 func (p *process) status() int {
-	<-p.ended
-	_ = p.cmd.Wait()
+	p.kill()
 	return p.cmd.ProcessState.ExitCode()
 }
 
 // kill ends the process and all of its group, and collects it.
 func (p *process) kill() {
-	killGroup(p.cmd.Process)
-	<-p.ended
-	killGroup(p.cmd.Process) // what it left, while its number is not given to another
-	_ = p.cmd.Wait()
-	for _, f := range p.pipes {
-		_ = f.Close() // a descendant outside the group may hold the other end
+	p.killed.Do(func() {
+		killGroup(p.cmd.Process)
+		<-p.ended
+		left, _ := descendants(p)
+		killGroup(p.cmd.Process) // what it left, while its number is not given to another
+		killEach(left)           // what has left the group
+		_ = p.cmd.Wait()
+		p.drain()
+		_ = os.RemoveAll(p.dir)
+	})
+}
+
+// drain lets the readers finish; a descendant that nobody found may hold the pipes open.
+func (p *process) drain() {
+	done := make(chan struct{})
+	go func() {
+		p.readers.Wait()
+		close(done)
+	}()
+	select {
+	case <-done:
+	case <-time.After(time.Second):
 	}
-	p.readers.Wait()
-	_ = os.RemoveAll(p.dir)
+	for _, f := range p.pipes {
+		_ = f.Close()
+	}
+	<-done
 }
 
 // privateDir is short enough for the paths of sockets below it.

@@ -64,10 +64,11 @@ type session struct {
 	plugin  pluginv1.PluginServiceClient
 	control *control
 
-	mu   sync.Mutex // guards what follows
-	refs uint32
-	seqs uint64
-	sign *signing
+	mu       sync.Mutex // guards what follows
+	refs     uint32
+	seqs     uint64
+	sign     *signing
+	attempts *attempts
 }
 
 // launch starts the plugin without talking to it.

@@ -1,0 +1,781 @@
+package conformance
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"regexp"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"google.golang.org/protobuf/encoding/protowire"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	pluginv1 "github.com/grapnel/grapnel/proto/grapnel/plugin/v1"
+)
+
+func configCases() []Case {
+	const g = GroupConfig
+	return []Case{
+		{ID: "CF-01", Group: g, Title: "Describe answers within 2 s, and the same every time", run: describeStable,
+			Protects: "the server reads it once, and compares it with the manifest"},
+		{ID: "CF-02", Group: g, Title: "Describe is well-formed: ids, traits, headers, slots, capabilities", run: describeWellFormed,
+			Protects: "a plugin that the server refuses as a whole"},
+		{ID: "CF-03", Group: g, Title: "config schemas are whole JSON Schemas (2020-12), and the examples pass them", run: schemas,
+			Protects: "checks and forms that are made from the schema"},
+		{ID: "CF-04", Group: g, Title: "an instance with the example's config is taken", run: exampleTaken,
+			Protects: "people who copy the example"},
+		{ID: "CF-05", Group: g, Title: "an unknown field is refused, with its pointer", run: unknownField,
+			Protects: "a misspelt setting is not silently its default"},
+		{ID: "CF-06", Group: g, Title: "a value of the wrong type is refused, with its pointer", run: wrongType,
+			Protects: "people see which setting is wrong"},
+		{ID: "CF-07", Group: g, Title: "a missing required field is refused, with its pointer", run: missingField,
+			Protects: "people see which setting is missing"},
+		{ID: "CF-08", Group: g, Title: "a config that is no JSON object is refused, not an error of the call", run: brokenConfig,
+			Protects: "a bad config reaches its author and not the operator's log"},
+		{ID: "CF-09", Group: g, Title: "an unknown kind is refused, not an error of the call", run: unknownKind,
+			Protects: "a plugin that was replaced by one with fewer kinds"},
+		{ID: "CF-10", Group: g, Title: "no value of a secret shows in a diagnostic", run: secretsInDiagnostics,
+			Protects: "diagnostics are shown to callers and logged"},
+		{ID: "CF-11", Group: g, Title: "no value of a secret shows in logs, output, arguments or environment", run: secretsInLogs,
+			Protects: "logs are read by more people than secrets are for"},
+		{ID: "CF-12", Group: g, Title: "an unknown secret slot and a missing required one are refused, with their pointer", run: slotPointers,
+			Protects: "people see which secret is wrong"},
+		{ID: "CF-13", Group: g, Title: "Configure answers one status per instance, in order; a bad one keeps no other out", run: statusesInOrder,
+			Protects: "one tenant's mistake does not stop the others"},
+		{ID: "CF-14", Group: g, Title: "the same instance may be configured again", run: idempotent,
+			Protects: "the server repeats a Configure whose answer it did not get"},
+		{ID: "CF-15", Group: g, Title: "an older generation is refused, and the newer serves on", run: staleGeneration,
+			Protects: "a late Configure does not bring back old settings or a revoked key"},
+		{ID: "CF-16", Group: g, Title: "a new generation that is refused leaves the old one serving", run: badGeneration,
+			Protects: "a mistaken change does not stop deliveries"},
+		{ID: "CF-17", Group: g, Title: "both generations serve until the older is removed", run: bothGenerations,
+			Protects: "attempts under way while a change is made"},
+		{ID: "CF-18", Group: g, Title: "a removed instance is gone; unknown refs are ignored", run: removeFrees,
+			Protects: "a deleted subscription's key is not used any more"},
+		{ID: "CF-19", Group: g, Title: "takes 1,000 instances within 10 s and 100 KiB each", run: manyInstances,
+			Protects: "many tenants share one process"},
+		{ID: "CF-20", Group: g, Title: "Configure while attempts run loses none", run: configureUnderLoad,
+			Protects: "changes happen all the time"},
+		{ID: "CF-21", Group: g, Title: "two live versions of a secret are taken; an expired one is not used", run: rotatedSecrets,
+			Protects: "rotation of keys without a gap"},
+		{ID: "CF-22", Group: g, Title: "Validate configures nothing", run: validateIsPure,
+			Protects: "a check of a subscription must not become one"},
+		{ID: "CF-23", Group: g, Title: "unknown fields in requests are ignored", run: laterMinor,
+			Protects: "servers of a later minor"},
+	}
+}
+
+func describeStable(t *trial) error {
+	var first *pluginv1.DescribeResponse
+	for range 2 {
+		ses, err := t.start(launch{})
+		if err != nil {
+			return err
+		}
+		if _, err := ses.describe(t.ctx); err != nil { // also connects, which is not the call's time
+			return err
+		}
+		for _, minor := range []uint32{hostMinor, 0, 99} {
+			began := time.Now()
+			desc, err := ses.plugin.Describe(t.ctx, &pluginv1.DescribeRequest{HostVersion: "conformance", HostProtocolMinor: minor})
+			if err != nil {
+				return fmt.Errorf("describe to a host of minor %d: %w", minor, err)
+			}
+			if took := time.Since(began); took > describeLimit {
+				return fmt.Errorf("it took %v", took.Round(time.Millisecond))
+			}
+			if first == nil {
+				first = desc
+			}
+			if minor == hostMinor && !proto.Equal(first, desc) {
+				return errors.New("two answers differ")
+			}
+		}
+	}
+	return nil
+}
+
+func describeWellFormed(t *trial) error {
+	d := t.s.described
+	var errs []error
+	wrong := func(format string, args ...any) { errs = append(errs, fmt.Errorf(format, args...)) }
+	if d.GetName() == "" {
+		wrong("name is empty")
+	}
+	if !regexp.MustCompile(`^[0-9A-Za-z][0-9A-Za-z.+-]*$`).MatchString(d.GetVersion()) {
+		wrong("version is %q, want a semantic one such as 1.0.0", d.GetVersion())
+	}
+	if len(d.GetKinds()) == 0 {
+		wrong("it offers no kind")
+	}
+	seen := map[string]bool{}
+	var signs, carries, formats bool
+	for _, k := range d.GetKinds() {
+		if !regexp.MustCompile(`^[a-z][a-z0-9-]{0,62}$`).MatchString(k.GetId()) {
+			wrong("kind %q: the id must match ^[a-z][a-z0-9-]{0,62}$", k.GetId())
+		}
+		if seen[k.GetId()] {
+			wrong("kind %q is offered twice", k.GetId())
+		}
+		seen[k.GetId()] = true
+		signs, carries = signs || k.GetSigner() != nil, carries || k.GetTransport() != nil
+		for _, complaint := range kindFaults(k) {
+			wrong("kind %q: %s", k.GetId(), complaint)
+		}
+		for _, slot := range k.GetSecretSlots() {
+			formats = formats || slot.GetFormat() != ""
+		}
+	}
+	can := t.s.can
+	if signs && !can("sign.stream") {
+		wrong(`it offers a signer without the capability "sign.stream"`)
+	}
+	if carries && !can("attempt.stream") && !can("attempt.unary") {
+		wrong(`it offers a transport without the capability "attempt.stream" or "attempt.unary"`)
+	}
+	if formats && !can("secret.prepare") {
+		wrong(`a secret slot has a format, but the capability "secret.prepare" is not there`)
+	}
+	return errors.Join(errs...)
+}
+
+func kindFaults(k *pluginv1.Kind) []string {
+	var faults []string
+	if k.GetSigner() == nil && k.GetTransport() == nil {
+		faults = append(faults, "it is neither signer nor transport")
+	}
+	headers := slices.Concat(k.GetSigner().GetEmitsHeaders(), k.GetTransport().GetMayAddHeaders())
+	for _, h := range headers {
+		if !headerName(h) {
+			faults = append(faults, fmt.Sprintf("header %q is not a lower-case field name", h))
+		}
+	}
+	for _, s := range k.GetTransport().GetUriSchemes() {
+		if !regexp.MustCompile(`^[a-z][a-z0-9+.-]*$`).MatchString(s) {
+			faults = append(faults, fmt.Sprintf("URI scheme %q is not a lower-case scheme without colon", s))
+		}
+	}
+	slots := map[string]bool{}
+	for _, s := range k.GetSecretSlots() {
+		if s.GetName() == "" || slots[s.GetName()] {
+			faults = append(faults, fmt.Sprintf("secret slot %q has no name, or that of another", s.GetName()))
+		}
+		slots[s.GetName()] = true
+		if len(s.GetAlgorithms()) > 0 && s.GetFormat() == "" {
+			faults = append(faults, fmt.Sprintf("secret slot %q has algorithms and no format, so that PrepareSecret is never asked", s.GetName()))
+		}
+	}
+	return faults
+}
+
+// headerName reports whether name is a lower-case field name (RFC 9110, section 5.1).
+func headerName(name string) bool {
+	return regexp.MustCompile("^[a-z0-9!#$%&'*+.^_`|~-]+$").MatchString(name)
+}
+
+func exampleTaken(t *trial) error {
+	return t.each("kind", any1, func(u *subject) error {
+		switch {
+		case u.unusable == "":
+			return nil
+		case u.excused:
+			return skipf("it needs a fixture: %s", u.unusable)
+		}
+		return errors.New(u.unusable)
+	})
+}
+
+// atPointer reports whether a diagnostic is about a field: by the field's pointer, or by its parent's and
+// the field's name in the text, as validators of JSON Schema put it.
+func atPointer(d *pluginv1.Diagnostic, parent, field string) bool {
+	return d.GetPointer() == parent+"/"+escapePointer(field) || d.GetPointer() == parent && strings.Contains(d.GetSummary(), field)
+}
+
+// refusedAt checks that an instance with this config is refused for the field. It asks Validate.
+func (ses *session) refusedAt(u *subject, config []byte, field, what string) error {
+	in := ses.instance(u, "")
+	in.ConfigJson = config
+	ds, err := ses.validate(in)
+	if err != nil {
+		return err
+	}
+	found := complaints(ds)
+	if len(found) == 0 {
+		return fmt.Errorf("%s is accepted", what)
+	}
+	if !slices.ContainsFunc(found, func(d *pluginv1.Diagnostic) bool { return atPointer(d, "/config", field) }) {
+		return fmt.Errorf("%s is refused without the pointer %q: %s", what, "/config/"+escapePointer(field), diagnosticsText(found))
+	}
+	for _, d := range found {
+		if d.GetSummary() == "" || d.GetCode() == "" {
+			return fmt.Errorf("%s is refused without a code and a summary", what)
+		}
+	}
+	return nil
+}
+
+// eachConfig runs f with a process and the kind's config as a tree.
+func (t *trial) eachConfig(f func(*session, *subject, *shape, map[string]any) error) error {
+	ses, err := t.session()
+	if err != nil {
+		return err
+	}
+	return t.each("kind", usable, func(u *subject) error {
+		sh, err := shapeOf(u.kind)
+		if err != nil {
+			return skipf("its schema cannot be read (see CF-03)")
+		}
+		tree := map[string]any{}
+		if len(bytes.TrimSpace(u.config)) > 0 {
+			dec := json.NewDecoder(bytes.NewReader(u.config))
+			dec.UseNumber()
+			if err := dec.Decode(&tree); err != nil {
+				return skipf("its example cannot be read (see CF-03)")
+			}
+		}
+		return f(ses, u, sh, tree)
+	})
+}
+
+func unknownField(t *trial) error {
+	return t.eachConfig(func(ses *session, u *subject, sh *shape, tree map[string]any) error {
+		const field = "conformance_unknown"
+		tree[field] = true
+		if sh.valid(tree) {
+			return skipf("its schema allows fields of any name")
+		}
+		return ses.refusedAt(u, marshalConfig(tree), field, "a field that the schema does not have")
+	})
+}
+
+func wrongType(t *trial) error {
+	return t.eachConfig(func(ses *session, u *subject, sh *shape, tree map[string]any) error {
+		tried := false
+		for _, field := range sh.fields() {
+			for _, wrong := range []any{true, "conformance", json.Number("17"), []any{json.Number("1")}, map[string]any{"a": json.Number("1")}} {
+				changed := withField(tree, field, wrong)
+				if sh.valid(changed) || !sh.wrongType(field, wrong) {
+					continue
+				}
+				tried = true
+				if err := ses.refusedAt(u, marshalConfig(changed), field, fmt.Sprintf("%v for %q", wrong, field)); err != nil {
+					return err
+				}
+				break
+			}
+		}
+		if !tried {
+			return skipf("it has no setting with a type")
+		}
+		return nil
+	})
+}
+
+func missingField(t *trial) error {
+	return t.eachConfig(func(ses *session, u *subject, sh *shape, tree map[string]any) error {
+		if len(sh.required()) == 0 {
+			return skipf("it has no required setting")
+		}
+		for _, field := range sh.required() {
+			changed := withField(tree, field, nil)
+			delete(changed, field)
+			if err := ses.refusedAt(u, marshalConfig(changed), field, fmt.Sprintf("a config without the required %q", field)); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+func brokenConfig(t *trial) error {
+	ses, err := t.session()
+	if err != nil {
+		return err
+	}
+	deep := strings.Repeat(`{"a":`, 10_000) + "1" + strings.Repeat("}", 10_000)
+	return t.each("kind", usable, func(u *subject) error {
+		for name, config := range map[string]string{
+			"text that is no JSON": "{not json", "an array": "[]", "a string": `"x"`, "two values": "{} {}",
+			"bytes that are no text": "\xff\xfe\x00", "10,000 levels": deep,
+		} {
+			in := ses.instance(u, "")
+			in.ConfigJson = []byte(config)
+			if name == "10,000 levels" && strings.Contains(u.kind.GetConfigSchema(), `"additionalProperties":true`) {
+				continue
+			}
+			ds, err := ses.validate(in)
+			if err != nil {
+				return fmt.Errorf("%s as config: %w", name, err)
+			}
+			if len(complaints(ds)) == 0 {
+				return fmt.Errorf("%s is accepted as config", name)
+			}
+		}
+		return nil
+	})
+}
+
+func unknownKind(t *trial) error {
+	ses, err := t.session()
+	if err != nil {
+		return err
+	}
+	in := &pluginv1.Instance{Id: "conformance/kind", Generation: 1, Ref: ses.nextRef(), Kind: "no-such-kind", Target: &pluginv1.Target{Method: "POST", Uri: signerTarget}}
+	ds, err := ses.validate(in)
+	if err != nil {
+		return err
+	}
+	if len(complaints(ds)) == 0 {
+		return errors.New("Validate accepts it")
+	}
+	statuses, err := ses.configure(in)
+	if err != nil {
+		return err
+	}
+	if len(complaints(statuses[0].GetDiagnostics())) == 0 {
+		return errors.New("Configure accepts it")
+	}
+	return nil
+}
+
+func slotPointers(t *trial) error {
+	ses, err := t.session()
+	if err != nil {
+		return err
+	}
+	return t.each("kind", usable, func(u *subject) error {
+		at := func(in *pluginv1.Instance, slot, what string) error {
+			statuses, err := ses.configure(in)
+			if err != nil {
+				return err
+			}
+			found := complaints(statuses[0].GetDiagnostics())
+			if len(found) == 0 {
+				return fmt.Errorf("%s is accepted", what)
+			}
+			if !slices.ContainsFunc(found, func(d *pluginv1.Diagnostic) bool { return atPointer(d, "/secrets", slot) }) {
+				return fmt.Errorf("%s is refused without the pointer %q: %s", what, "/secrets/"+slot, diagnosticsText(found))
+			}
+			return nil
+		}
+		in := ses.instance(u, "")
+		in.Secrets["conformance-unknown"] = &pluginv1.SecretVersions{Versions: []*pluginv1.SecretVersion{{Version: 1, Value: []byte("conformance")}}}
+		if err := at(in, "conformance-unknown", "a secret for a slot that there is not"); err != nil {
+			return err
+		}
+		for _, slot := range u.kind.GetSecretSlots() {
+			if !slot.GetRequired() {
+				continue
+			}
+			in := ses.instance(u, "")
+			delete(in.Secrets, slot.GetName())
+			if err := at(in, slot.GetName(), fmt.Sprintf("an instance without the required secret %q", slot.GetName())); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+func marshalConfig(tree map[string]any) []byte {
+	text, err := json.Marshal(tree)
+	if err != nil { // it was read from JSON
+		panic(err)
+	}
+	return text
+}
+
+func withField(tree map[string]any, field string, value any) map[string]any {
+	changed := make(map[string]any, len(tree)+1)
+	for k, v := range tree {
+		changed[k] = v
+	}
+	changed[field] = value
+	return changed
+}
+
+// serves reports with an error when the instance does not serve: it is used, and is not unknown.
+func (ses *session) serves(u *subject, ref uint32) error {
+	known, err := ses.known(u, ref)
+	if err == nil && !known {
+		err = fmt.Errorf("ref %d is answered as unknown", ref)
+	}
+	return err
+}
+
+// known uses the instance and reports whether the plugin has it. How the use ends does not matter.
+func (ses *session) known(u *subject, ref uint32) (bool, error) {
+	c := newContent("evt_known", []byte(`{"known":true}`))
+	if u.signer() {
+		results, _, err := ses.signBatch([]*pluginv1.Content{c}, signItem(ref, 0))
+		if err != nil {
+			return false, err
+		}
+		return results[0].GetFailure().GetSource() != pluginv1.Failure_SOURCE_CONFIG, nil
+	}
+	a, err := ses.sharedAttempts()
+	if err != nil {
+		return false, err
+	}
+	res, err := a.one(c, newAttempt(ref, 2*time.Second))
+	if err != nil {
+		return false, err
+	}
+	return res.GetFailure().GetSource() != pluginv1.Failure_SOURCE_CONFIG, nil
+}
+
+func statusesInOrder(t *trial) error {
+	ses, err := t.session()
+	if err != nil {
+		return err
+	}
+	return t.each("kind", usable, func(u *subject) error {
+		good1, bad, good2 := ses.instance(u, ""), ses.instance(u, ""), ses.instance(u, "")
+		bad.Kind = "no-such-kind"
+		statuses, err := ses.configure(good1, bad, good2)
+		if err != nil {
+			return err
+		}
+		for i, in := range []*pluginv1.Instance{good1, bad, good2} {
+			if statuses[i].GetRef() != in.GetRef() {
+				return fmt.Errorf("status %d is about ref %d, want %d", i, statuses[i].GetRef(), in.GetRef())
+			}
+			refused := len(complaints(statuses[i].GetDiagnostics())) > 0
+			if refused && in != bad {
+				return fmt.Errorf("a good instance beside a bad one is refused: %s", diagnosticsText(statuses[i].GetDiagnostics()))
+			}
+		}
+		return errors.Join(ses.serves(u, good1.GetRef()), ses.serves(u, good2.GetRef()))
+	})
+}
+
+func idempotent(t *trial) error {
+	ses, err := t.session()
+	if err != nil {
+		return err
+	}
+	return t.each("kind", usable, func(u *subject) error {
+		in := ses.instance(u, "")
+		for range 3 {
+			if err := ses.take(in); err != nil {
+				return err
+			}
+		}
+		again := proto.CloneOf(in) // the same generation under a ref of its own, as after a lost answer
+		again.Ref = ses.nextRef()
+		if err := ses.take(again); err != nil {
+			return fmt.Errorf("under another ref: %w", err)
+		}
+		return errors.Join(ses.serves(u, in.GetRef()), ses.serves(u, again.GetRef()))
+	})
+}
+
+// generationOf is another generation of an instance, under a ref of its own.
+func (ses *session) generationOf(in *pluginv1.Instance, generation uint64) *pluginv1.Instance {
+	next := proto.CloneOf(in)
+	next.Ref, next.Generation = ses.nextRef(), generation
+	return next
+}
+
+func staleGeneration(t *trial) error {
+	ses, err := t.session()
+	if err != nil {
+		return err
+	}
+	return t.each("kind", usable, func(u *subject) error {
+		in := ses.instance(u, "")
+		in.Generation = 5
+		if err := ses.take(in); err != nil {
+			return err
+		}
+		statuses, err := ses.configure(ses.generationOf(in, 4))
+		if err != nil {
+			return err
+		}
+		if len(complaints(statuses[0].GetDiagnostics())) == 0 {
+			return errors.New("generation 4 is taken after generation 5")
+		}
+		return ses.serves(u, in.GetRef())
+	})
+}
+
+func badGeneration(t *trial) error {
+	ses, err := t.session()
+	if err != nil {
+		return err
+	}
+	return t.each("kind", usable, func(u *subject) error {
+		in := ses.instance(u, "")
+		if err := ses.take(in); err != nil {
+			return err
+		}
+		bad := ses.generationOf(in, 2)
+		bad.ConfigJson = []byte(`"no object"`)
+		if _, err := ses.configure(bad); err != nil {
+			return err
+		}
+		if err := ses.serves(u, in.GetRef()); err != nil {
+			return fmt.Errorf("after a bad generation 2: %w", err)
+		}
+		return nil
+	})
+}
+
+func bothGenerations(t *trial) error {
+	ses, err := t.session()
+	if err != nil {
+		return err
+	}
+	return t.each("kind", usable, func(u *subject) error {
+		in := ses.instance(u, "")
+		next := ses.generationOf(in, 2)
+		if err := errors.Join(ses.take(in), ses.take(next)); err != nil {
+			return err
+		}
+		if err := errors.Join(ses.serves(u, in.GetRef()), ses.serves(u, next.GetRef())); err != nil {
+			return err
+		}
+		if err := ses.remove(in.GetRef()); err != nil {
+			return err
+		}
+		if err := ses.serves(u, next.GetRef()); err != nil {
+			return fmt.Errorf("after the older was removed: %w", err)
+		}
+		return nil
+	})
+}
+
+func removeFrees(t *trial) error {
+	ses, err := t.session()
+	if err != nil {
+		return err
+	}
+	return t.each("kind", usable, func(u *subject) error {
+		in, other := ses.instance(u, ""), ses.instance(u, "")
+		if err := ses.take(in, other); err != nil {
+			return err
+		}
+		if err := ses.remove(in.GetRef(), 1<<24); err != nil {
+			return err
+		}
+		known, err := ses.known(u, in.GetRef())
+		if err != nil {
+			return err
+		}
+		if known {
+			return errors.New("a removed instance is used, want a failure with SOURCE_CONFIG")
+		}
+		return ses.serves(u, other.GetRef())
+	})
+}
+
+func manyInstances(t *trial) error {
+	const n, each = 1000, 100 << 10
+	ses, err := t.session()
+	if err != nil {
+		return err
+	}
+	return t.each("kind", usable, func(u *subject) error {
+		list := make([]*pluginv1.Instance, n)
+		for i := range list {
+			list[i] = ses.instance(u, "")
+		}
+		if err := ses.take(list[0]); err != nil { // what the first brings along is not counted
+			return err
+		}
+		before, known := usageOf(ses.proc.pid())
+		if err := ses.take(list...); err != nil {
+			return err
+		}
+		after, _ := usageOf(ses.proc.pid())
+		if grown := after.rss - before.rss; known && grown > n*each+(16<<20) {
+			return fmt.Errorf("%d instances take %d MiB", n, grown>>20)
+		}
+		refs := make([]uint32, n)
+		for i := range list {
+			refs[i] = list[i].GetRef()
+		}
+		if err := errors.Join(ses.serves(u, refs[0]), ses.serves(u, refs[n-1])); err != nil {
+			return err
+		}
+		return ses.remove(refs...)
+	})
+}
+
+func configureUnderLoad(t *trial) error {
+	ses, err := t.session()
+	if err != nil {
+		return err
+	}
+	return t.each("kind", usable, func(u *subject) error {
+		in := ses.instance(u, "")
+		if err := ses.take(in); err != nil {
+			return err
+		}
+		stop := make(chan struct{})
+		var changes sync.WaitGroup
+		var changing error
+		changes.Go(func() {
+			for g := uint64(2); ; g++ {
+				select {
+				case <-stop:
+					return
+				default:
+				}
+				next := ses.generationOf(in, g)
+				if changing = ses.take(next); changing == nil && g > 2 {
+					changing = ses.remove(next.GetRef() - 1) // refs are counted up by this loop alone
+				}
+				if changing != nil {
+					return
+				}
+			}
+		})
+		var err error
+		for range 40 {
+			if err = ses.serves(u, in.GetRef()); err != nil {
+				break
+			}
+		}
+		close(stop)
+		changes.Wait()
+		return errors.Join(err, changing)
+	})
+}
+
+func rotatedSecrets(t *trial) error {
+	ses, err := t.session()
+	if err != nil {
+		return err
+	}
+	return t.each("kind with a secret", func(u *subject) bool { return usable(u) && len(u.secrets) > 0 }, func(u *subject) error {
+		newer, older, err := ses.rotation(u)
+		if err != nil {
+			return err
+		}
+		both, late := ses.instance(u, ""), ses.instance(u, "")
+		for slot, value := range newer {
+			both.Secrets[slot] = versions(value, older[slot], time.Now().Add(time.Hour))
+			late.Secrets[slot] = versions(value, older[slot], time.Now().Add(-time.Hour))
+		}
+		alone := ses.instance(u, "")
+		for slot, value := range newer {
+			alone.Secrets[slot] = versions(value, nil, time.Time{})
+		}
+		if err := ses.take(both, late, alone); err != nil {
+			return fmt.Errorf("with two versions of a secret: %w", err)
+		}
+		if err := ses.serves(u, both.GetRef()); err != nil {
+			return err
+		}
+		if !deterministicSigner(u) {
+			return nil
+		}
+		c := newContent("evt_rotate", []byte("{}"))
+		results, _, err := ses.signBatch([]*pluginv1.Content{c}, signItem(late.GetRef(), 0), signItem(alone.GetRef(), 0))
+		if err != nil {
+			return err
+		}
+		if signatureText(results[0]) != signatureText(results[1]) {
+			return errors.New("a version whose expire_time is over still signs")
+		}
+		return nil
+	})
+}
+
+func versions(newest, older []byte, expire time.Time) *pluginv1.SecretVersions {
+	v := &pluginv1.SecretVersions{Versions: []*pluginv1.SecretVersion{{Version: 2, Value: newest}}}
+	if older != nil {
+		v.Versions = append(v.Versions, &pluginv1.SecretVersion{Version: 1, Value: older, ExpireTime: timestamppb.New(expire)})
+	}
+	return v
+}
+
+// rotation finds two values for every slot that is filled: made by the plugin, or of the common ones.
+func (ses *session) rotation(u *subject) (newer, older map[string][]byte, err error) {
+	newer, older = map[string][]byte{}, u.secrets
+	for _, slot := range u.kind.GetSecretSlots() {
+		current, filled := u.secrets[slot.GetName()]
+		if !filled {
+			continue
+		}
+		others := commonSecrets("of a later version")
+		if len(slot.GetAlgorithms()) > 0 {
+			others = append(ses.candidates(u.kind, slot)[:1:1], others...)
+		}
+		for _, value := range others {
+			trial := &subject{kind: u.kind, fixture: u.fixture, config: u.config, uri: u.uri, secrets: map[string][]byte{}}
+			for s, v := range u.secrets {
+				trial.secrets[s] = v
+			}
+			trial.secrets[slot.GetName()] = value
+			if r := ses.refusal(trial); r.err == nil && len(r.diagnostics) == 0 && !bytes.Equal(value, current) {
+				newer[slot.GetName()] = value
+				break
+			}
+		}
+		if newer[slot.GetName()] == nil {
+			return nil, nil, skipf("no second value is known for secret slot %q", slot.GetName())
+		}
+	}
+	return newer, older, nil
+}
+
+func validateIsPure(t *trial) error {
+	ses, err := t.session()
+	if err != nil {
+		return err
+	}
+	return t.each("kind", usable, func(u *subject) error {
+		in := ses.instance(u, "")
+		if _, err := ses.validate(in); err != nil {
+			return err
+		}
+		known, err := ses.known(u, in.GetRef())
+		if err == nil && known {
+			err = errors.New("an instance that was only validated is used")
+		}
+		return err
+	})
+}
+
+// laterField is an unknown field as a later minor may add.
+func laterField() []byte {
+	b := protowire.AppendTag(nil, 1999, protowire.BytesType)
+	b = protowire.AppendString(b, "of a later minor")
+	b = protowire.AppendTag(b, 1998, protowire.VarintType)
+	return protowire.AppendVarint(b, 7)
+}
+
+func laterMinor(t *trial) error {
+	ses, err := t.session()
+	if err != nil {
+		return err
+	}
+	ask := &pluginv1.DescribeRequest{HostVersion: "conformance", HostProtocolMinor: 99}
+	ask.ProtoReflect().SetUnknown(laterField())
+	if _, err := ses.plugin.Describe(t.ctx, ask); err != nil {
+		return fmt.Errorf("describe: %w", err)
+	}
+	return t.each("kind", usable, func(u *subject) error {
+		in := ses.instance(u, "")
+		in.ProtoReflect().SetUnknown(laterField())
+		in.Target.ProtoReflect().SetUnknown(laterField())
+		ds, err := ses.validate(in)
+		if err != nil {
+			return err
+		}
+		if found := complaints(ds); len(found) > 0 {
+			return fmt.Errorf("validate refuses it: %s", diagnosticsText(found))
+		}
+		if err := ses.take(in); err != nil {
+			return err
+		}
+		return ses.serves(u, in.GetRef())
+	})
+}
