@@ -383,7 +383,10 @@ func TestListSubscriptions(t *testing.T) {
 	})
 	w.subscribe(t, "acme", "c", nil)
 	w.subscribe(t, "beta", "a", nil)
-	w.subscribe(t, "beta", "z", func(s *grapnelv1.Subscription) { s.Labels = map[string]string{"team": "core"} })
+	w.subscribe(t, "beta", "z", func(s *grapnelv1.Subscription) {
+		s.Labels = map[string]string{"team": "core"}
+		s.Signers = append(s.Signers, &grapnelv1.PluginBinding{Plugin: "plugins/stripe"})
+	})
 	if _, err := w.subscriptions.PauseSubscription(t.Context(), &grapnelv1.PauseSubscriptionRequest{Name: "namespaces/acme/subscriptions/c"}); err != nil {
 		t.Fatal(err)
 	}
@@ -399,6 +402,10 @@ func TestListSubscriptions(t *testing.T) {
 		{"-", "event_type = user.created", "acme/b"},
 		{"-", "transport = plugins/queue", "acme/b"},
 		{"-", "transport != http AND signer = standard-webhooks", "acme/b"},
+		{"-", "signer = standard-webhooks", "acme/a acme/b acme/c beta/a beta/z"},
+		{"-", "signer = plugins/stripe", "beta/z"},
+		{"-", "signer = stripe AND signer = standard-webhooks", "beta/z"},
+		{"-", "NOT signer = stripe", "acme/a acme/b acme/c beta/a"},
 		{"acme", `uri = "https://hooks.example.com/*" AND state = PAUSED`, "acme/c"},
 		{"-", "create_time > 2020-01-01T00:00:00Z AND NOT state = PAUSED", "acme/a acme/b beta/a beta/z"},
 		{"-", "create_time < 2020-01-01T00:00:00Z", ""},
