@@ -11,7 +11,7 @@ import (
 
 // check says what is wrong with the config of a house format.
 func check(c Config, t plugin.Target) []plugin.Problem {
-	compiled, faults := compile(c.scheme(), nil, false)
+	s, faults := compile(c.scheme(), nil, false)
 	var problems []plugin.Problem
 	for _, f := range faults {
 		problems = append(problems, complaint("/config/"+pointer(f.at), "config.template", "%v", f.err))
@@ -27,26 +27,42 @@ func check(c Config, t plugin.Target) []plugin.Problem {
 	case len(c.Headers) == 0:
 		return []plugin.Problem{complaint("/config/headers", "config.template",
 			"no header is set, want at least one, such as X-Signature with t={timestamp},v1={signature}")}
-	case len(compiled.signed) == 0:
+	case len(s.signed) == 0:
 		return []plugin.Problem{complaint("/config/headers", "config.template",
 			"no header has a signature in it, want {signature} or {signatures} in one of them")}
 	case c.Content == "":
 		return []plugin.Problem{complaint("/config/content", "config.template", "is empty, want a template such as {id}.{timestamp}.{body}")}
-	case !compiled.each.has(signature):
+	case !s.each.has(signature):
 		return []plugin.Problem{complaint("/config/signature_each", "config.template",
 			"given %q, want {signature} in it, such as v1={signature}", c.SignatureEach)}
 	}
-	for _, h := range compiled.signed {
-		if reads(compiled.content, h.name) {
+	for _, h := range s.signed {
+		if reads(s.content, h.name) {
 			problems = append(problems, complaint("/config/content", "config.template",
 				"{header:%s} is a header that carries the signature; want another in the content", strings.ToLower(h.name)))
 		}
 	}
-	if !compiled.content.has(body) {
-		warning := complaint("/config/content", "config.unsigned_body",
-			"there is no {body} in it, so the signature says nothing about the body")
-		warning.Warning = true
-		problems = append(problems, warning)
+	return append(problems, warnings(s)...)
+}
+
+// warnings are about what works but can hardly be meant.
+func warnings(s *signer) []plugin.Problem {
+	var problems []plugin.Problem
+	warn := func(code, format string, args ...any) {
+		p := complaint("/config/content", code, format, args...)
+		p.Warning = true
+		problems = append(problems, p)
+	}
+	if !s.content.has(body) {
+		warn("config.unsigned_body", "there is no {body} in it, so the signature says nothing about the body")
+	}
+	headers := slices.Concat(s.plain, s.signed)
+	for _, v := range []variable{timestamp, nonce} {
+		sent := slices.ContainsFunc(headers, func(h compiled) bool { return h.value.has(v) }) || s.wantsEach && s.each.has(v)
+		if s.content.has(v) && !sent {
+			name := map[variable]string{timestamp: "{timestamp}", nonce: "{nonce}"}[v]
+			warn("config.unsent_value", "%s is signed but in none of the headers, so receivers have nothing to verify with", name)
+		}
 	}
 	return problems
 }

@@ -60,8 +60,8 @@ func generic() plugin.Kind {
 		}
 		_, oldest := c.live()
 		s, faults := compile(c.scheme(), keys, oldest)
-		for _, f := range faults {
-			return nil, fmt.Errorf("%s: %w", f.at, f.err)
+		if len(faults) > 0 {
+			return nil, faults[0]
 		}
 		return s.sign, nil
 	}

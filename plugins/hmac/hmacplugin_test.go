@@ -225,9 +225,23 @@ func TestConfigErrors(t *testing.T) {
 			}
 		})
 	}
-	problems := h.Validate(plugintest.Instance{Kind: "hmac", Config: with(config{"content": "{id}"})})
-	if len(problems) != 1 || !problems[0].Warning || problems[0].Pointer != "/config/content" {
-		t.Errorf("an unsigned body: %+v, want a warning", problems)
+}
+
+func TestConfigWarnings(t *testing.T) {
+	h := plugintest.New(t, hmacplugin.Kinds()...)
+	for content, tt := range map[string]struct{ header, says string }{
+		"{id}.{body}":        {"{signature}", ""},
+		"{id}":               {"{signature}", "nothing about the body"},
+		"{timestamp}.{body}": {"{signature}", "{timestamp} is signed but in none of the headers"},
+		"{nonce}.{body}":     {"n={nonce},s={signature}", ""},
+	} {
+		problems := h.Validate(plugintest.Instance{Kind: "hmac", Config: config{"content": content, "headers": config{"X-Sig": tt.header}}})
+		if tt.says == "" && len(problems) == 0 {
+			continue
+		}
+		if len(problems) != 1 || !problems[0].Warning || problems[0].Pointer != "/config/content" || !strings.Contains(problems[0].Summary, tt.says) {
+			t.Errorf("%s: %+v, want a warning that says %q", content, problems, tt.says)
+		}
 	}
 }
 

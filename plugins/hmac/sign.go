@@ -52,6 +52,8 @@ type fault struct {
 	err error
 }
 
+func (f fault) Error() string { return f.at + ": " + f.err.Error() }
+
 // signer is a compiled scheme with its keys. It is immutable but for the pools in its keys.
 type signer struct {
 	scheme  scheme

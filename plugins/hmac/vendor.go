@@ -49,8 +49,8 @@ func (v vendor[C]) kind() plugin.Kind {
 		var signers []*signer
 		for _, s := range v.schemes(c, t) {
 			compiled, faults := compile(s, keys, oldest)
-			for _, f := range faults {
-				return nil, fmt.Errorf("%s: %w", f.at, f.err)
+			if len(faults) > 0 {
+				return nil, faults[0]
 			}
 			signers = append(signers, compiled)
 		}
