@@ -2,9 +2,10 @@
 // over the URL, and over what a form has in it; any other body is bound by its SHA-256, which the signer
 // puts into the URL's query as bodySHA256.
 //
-// The package guarantees that both official libraries (npm twilio, twilio-go) verify what it signs, and
-// refuses what they read differently: a form that has a key twice with two values, escapes that mean
-// nothing, or text that is not UTF-8. The URL is signed as the subscription has it, with a path of at
+// The package refuses what the official libraries (npm twilio, twilio-go) read differently: a form that has
+// a key twice with two values, escapes that mean nothing, or text that is not UTF-8. Fields are signed in
+// the order of their keys, as Twilio's documentation has it; twilio-go orders key and value run together,
+// and so fails on a form like A=z&AB=1. The URL is signed as the subscription has it, with a path of at
 // least "/"; the libraries try it with and without a port, so https://host and https://host:443 are
 // alike. There is no time in a signature, so a receiver cannot tell a replay.
 package twilio
@@ -126,6 +127,9 @@ func (s *signer) sign(r *plugin.Request) error {
 	form := isForm(r.Get("content-type"))
 	if strings.Contains(r.URL, digestParameter) {
 		return fmt.Errorf("the URL has %s in it already", digestParameter)
+	}
+	if encoding := r.Get("content-encoding"); form && encoding != "" {
+		return fmt.Errorf("the body is a form in content-encoding %q, whose fields cannot be signed; send it uncompressed", encoding)
 	}
 	if !form && (len(r.Body) > 0 || carriesBody(r.Method)) {
 		r.URL = withDigest(r.URL, r.Body)

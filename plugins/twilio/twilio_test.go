@@ -107,6 +107,7 @@ func TestForms(t *testing.T) {
 	tests := []struct{ name, body, content, refused string }{
 		{"empty", "", "", ""},
 		{"decoded and sorted", "b=1+2&a=%C3%A9%26&c&=x", "xaé&b1 2c", ""},
+		{"by key alone", "AB=1&A=z", "AzAB1", ""},
 		{"empty fields", "&&a=1&", "a1", ""},
 		{"one key, one value, twice", "a=1&b=2&a=1", "a1b2", ""},
 		{"one key, two values", "a=1&b=2&a=3", "", `key "a" twice`},
@@ -134,6 +135,14 @@ func TestForms(t *testing.T) {
 				t.Errorf("signature %s, want that of %q", got, url+tt.content)
 			}
 		})
+	}
+}
+
+func TestCompressedFormIsRefused(t *testing.T) {
+	r := request(form, "a=1")
+	r.Headers = append(r.Headers, plugin.Header{Name: "content-encoding", Value: "gzip"})
+	if _, err := configure(t, "https://h.example/", "POST", nil, token).Sign(r); err == nil || !strings.Contains(err.Error(), "uncompressed") {
+		t.Errorf("%v", err)
 	}
 }
 
