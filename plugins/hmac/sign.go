@@ -91,17 +91,17 @@ type state struct {
 func compile(s scheme, keys [][]byte, oldest bool) (*signer, []fault) {
 	var faults []fault
 	c := &signer{scheme: s}
-	template := func(at, text string, barred ...variable) template {
+	read := func(at, text string, barred ...variable) template {
 		t, err := parse(text, barred...)
 		if err != nil {
 			faults = append(faults, fault{at, err})
 		}
 		return t
 	}
-	c.content = template("content", s.content, signature, signatures)
-	c.each = template("signature_each", s.each, body, signatures)
+	c.content = read("content", s.content, signature, signatures)
+	c.each = read("signature_each", s.each, body, signatures)
 	for _, h := range s.headers {
-		out := compiled{h.name, template("headers/"+h.name, h.value, body), h.optional}
+		out := compiled{h.name, read("headers/"+h.name, h.value, body), h.optional}
 		if out.value.has(signature) || out.value.has(signatures) {
 			c.signed = append(c.signed, out)
 			c.wantsOne = c.wantsOne || out.value.has(signature)
