@@ -253,7 +253,7 @@ func (c *child) ID() string {
 }
 
 // Diagnose is part of go-plugin's runner.
-func (c *child) Diagnose(context.Context) string { return c.out.String() }
+func (c *child) Diagnose(context.Context) string { return c.out.brief() }
 
 // PluginToHost is part of go-plugin's runner. The plugin names its address; only one in the private
 // directory is believed, or one on loopback where there are no unix sockets.

@@ -17,6 +17,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
 	"google.golang.org/protobuf/types/known/structpb"
 
 	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
@@ -58,6 +59,8 @@ func TestMain(m *testing.M) {
 			plugin.Main("test/crash", "1.0.0", testTransport("mem"), testSigner("standard-webhooks"))
 		case "host":
 			runHostProcess()
+		default:
+			runMisbehaving(os.Args[1], os.Args[2:])
 		}
 	}
 	os.Exit(m.Run())
@@ -227,6 +230,24 @@ type fixture struct {
 	secrets *secrets
 	stop    func()
 	logs    *lockedBuffer
+	metered *prometheus.Registry
+}
+
+// counted is a counter's sum over its labels.
+func (f *fixture) counted(t testing.TB, name string) (sum float64) {
+	t.Helper()
+	families, err := f.metered.Gather()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, family := range families {
+		if family.GetName() == name {
+			for _, m := range family.GetMetric() {
+				sum += m.GetCounter().GetValue()
+			}
+		}
+	}
+	return sum
 }
 
 type lockedBuffer struct {
@@ -258,11 +279,12 @@ func self(args ...string) Spec {
 // start runs a host for the length of the test.
 func start(t testing.TB, tune func(*timing), specs ...Spec) *fixture {
 	t.Helper()
-	f := &fixture{secrets: &secrets{}, logs: &lockedBuffer{}}
+	f := &fixture{secrets: &secrets{}, logs: &lockedBuffer{}, metered: prometheus.NewRegistry()}
 	f.secrets.set(keyName, "key-one-value")
 	h, err := New(Options{
 		Plugins: specs, Dir: t.TempDir(), Secrets: f.secrets.get, UserAgent: "grapnel/test",
-		Logger: slog.New(slog.NewTextHandler(io.MultiWriter(f.logs, t.Output()), nil)),
+		Registerer: f.metered,
+		Logger:     slog.New(slog.NewTextHandler(io.MultiWriter(f.logs, t.Output()), nil)),
 	})
 	if err != nil {
 		t.Fatal(err)

@@ -55,9 +55,11 @@ func (p *process) start(ctx context.Context) (*conn, error) {
 		UnixSocketConfig: &goplugin.UnixSocketConfig{TempDir: dir},
 		AllowedProtocols: []goplugin.Protocol{goplugin.ProtocolGRPC},
 		GRPCDialOptions:  []grpc.DialOption{grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(replyMax))},
-		SkipHostEnv:      true,
-		StartTimeout:     p.host.timing.start,
-		Logger:           hclog.NewNullLogger(),
+		// A plugin that is built on go-plugin, but not on the SDK, sends its output through the connection.
+		SyncStdout: &lineWriter{to: c.out}, SyncStderr: &lineWriter{to: c.out},
+		SkipHostEnv:  true,
+		StartTimeout: p.host.timing.start,
+		Logger:       hclog.NewNullLogger(),
 	})
 	abort := context.AfterFunc(ctx, func() {
 		c.cancel()
@@ -155,7 +157,7 @@ func (p *process) abandon(c *conn, err error) error {
 		_ = os.RemoveAll(c.child.dir)
 	}
 	p.noteOutput(c)
-	if last := c.redactor.clean(c.out.String()); last != "" {
+	if last := c.redactor.clean(c.out.brief()); last != "" {
 		err = fmt.Errorf("%w; it last wrote: %s", err, last)
 	}
 	return err

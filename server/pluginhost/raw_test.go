@@ -3,12 +3,15 @@
 package pluginhost
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"io"
 	"os"
+	"os/signal"
 	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -36,6 +39,9 @@ func serveRaw(mode string) {
 	version := uint(plugin.ProtocolVersion)
 	if mode == "future" {
 		version = 99
+	}
+	if mode == "flood" {
+		_, _ = os.Stdout.Write(append(bytes.Repeat([]byte{0, 0xff, '|', 0x1b}, 1<<18), '\n'))
 	}
 	goplugin.Serve(&goplugin.ServeConfig{
 		HandshakeConfig: goplugin.HandshakeConfig{
@@ -69,6 +75,10 @@ func (r *raw) Describe(context.Context, *pluginv1.DescribeRequest) (*pluginv1.De
 }
 
 func (r *raw) Configure(_ context.Context, req *pluginv1.ConfigureRequest) (*pluginv1.ConfigureResponse, error) {
+	if r.mode == "dies-in-configure" {
+		_, _ = syscall.Write(2, []byte("no such database\n"))
+		os.Exit(7)
+	}
 	resp := &pluginv1.ConfigureResponse{}
 	for _, in := range req.GetInstances() {
 		resp.Statuses = append(resp.Statuses, &pluginv1.InstanceStatus{Ref: in.GetRef()})
@@ -84,6 +94,10 @@ func (r *raw) Control(s grpc.BidiStreamingServer[pluginv1.ControlRequest, plugin
 	for {
 		req, err := s.Recv()
 		if err != nil {
+			if r.mode == "stubborn" {
+				signal.Ignore(syscall.SIGTERM, syscall.SIGINT)
+				select {}
+			}
 			go os.Exit(0)
 			return nil
 		}
@@ -116,6 +130,14 @@ func (r *raw) Attempt(s grpc.BidiStreamingServer[pluginv1.AttemptRequest, plugin
 	if _, err := s.Recv(); err != nil {
 		return err
 	}
+	if r.mode == "flood" {
+		go flood(1)
+		go flood(2)
+	}
+	if r.mode == "no-credits" {
+		<-s.Context().Done()
+		return nil
+	}
 	const credits = 3
 	err := s.Send(&pluginv1.AttemptResponse{Frame: &pluginv1.AttemptResponse_Welcome{Welcome: &pluginv1.Welcome{Credits: credits}}})
 	for err == nil {
@@ -136,6 +158,10 @@ func (r *raw) Attempt(s grpc.BidiStreamingServer[pluginv1.AttemptRequest, plugin
 				out.Results = append(out.Results, res)
 			case "unknown":
 				res.Seq += 1 << 20
+			case "huge":
+				res.GetResponse().Body = make([]byte, replyMax)
+			case "mute":
+				out.Results = nil
 			}
 		}
 		err = s.Send(&pluginv1.AttemptResponse{Frame: &pluginv1.AttemptResponse_Results{Results: out}})

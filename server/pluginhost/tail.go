@@ -2,6 +2,7 @@ package pluginhost
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"errors"
 	"io"
@@ -16,6 +17,9 @@ import (
 const (
 	tailLines = 20
 	tailWidth = 512
+	// briefLines, no wider than briefWidth, are enough for an error's text.
+	briefLines = 5
+	briefWidth = 160
 	// reportLines bounds what is kept of a Go runtime's report.
 	reportLines = 5000
 	// outputRate and outputBurst, in bytes, bound what reading a process's output may cost: who writes more waits.
@@ -33,8 +37,8 @@ type tail struct {
 	mu      sync.Mutex // guards what follows
 	lines   []string
 	dropped int
-	// report begins where the Go runtime began to say why it ends.
-	report []string
+	// report begins where the Go runtime began to say why it ends; before are the lines that came earlier.
+	report, before []string
 }
 
 func newTail(pass func(line string, dropped int)) *tail {
@@ -71,16 +75,15 @@ func (t *tail) write(line []byte) {
 		return
 	}
 	t.mu.Lock()
+	if beginsReport(text) {
+		t.before, t.report = slices.Clone(t.lines), append(t.report[:0], text)
+	} else if len(t.report) > 0 && len(t.report) < reportLines {
+		t.report = append(t.report, text)
+	}
 	if len(t.lines) == tailLines {
 		t.lines = append(t.lines[:0], t.lines[1:]...)
 	}
 	t.lines = append(t.lines, text)
-	if beginsReport(text) {
-		t.report = t.report[:0]
-	}
-	if (len(t.report) > 0 || beginsReport(text)) && len(t.report) < reportLines {
-		t.report = append(t.report, text)
-	}
 	pass := t.limit.Allow()
 	dropped := t.dropped
 	if pass {
@@ -104,8 +107,22 @@ func printable(text string) string {
 	}, text)
 }
 
-// String is what last has, as one text.
-func (t *tail) String() string { return strings.Join(t.last(), "\n") }
+// brief is for an error's text: the last few lines, or what the Go runtime reported.
+func (t *tail) brief() string {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	lines := t.lines
+	if len(t.report) > 0 {
+		if lines = t.before; !asked(t.report) {
+			lines = t.head()
+		}
+	}
+	var out []string
+	for _, line := range lines[max(0, len(lines)-briefLines):] {
+		out = append(out, strings.ToValidUTF8(line[:min(len(line), briefWidth)], ""))
+	}
+	return printable(strings.Join(out, "; "))
+}
 
 // last is what helps most to see why a process ended, tailLines at most: its last lines, or when the Go runtime
 // reported an end, the report's beginning with the goroutine that matters.
@@ -132,17 +149,27 @@ func beginsReport(line string) bool {
 	return false
 }
 
-// digest is the report's head and one goroutine: the first, which is the one that failed, or where the process was
-// asked what it does, the one that is furthest in the author's own code.
-func (t *tail) digest() []string {
-	at := slices.IndexFunc(t.report, beginsGoroutine)
-	if at < 0 {
-		return slices.Clone(t.report[:min(len(t.report), tailLines)])
+// asked reports whether the runtime was asked for its report, which is how a process that hangs is ended.
+func asked(report []string) bool { return strings.HasPrefix(report[0], "SIG") }
+
+// head is what a report says before it lists goroutines.
+func (t *tail) head() []string {
+	end := slices.IndexFunc(t.report, func(line string) bool {
+		return strings.HasPrefix(line, "goroutine ") || strings.HasPrefix(line, "PC=") || strings.HasPrefix(line, "runtime stack:")
+	})
+	if end < 0 {
+		end = len(t.report)
 	}
-	head, rest := t.report[:at], t.report[at:]
+	return t.report[:min(end, briefLines)]
+}
+
+// digest is what came before the report, its head, and one goroutine: the first, which is the one that failed, or where
+// the process was asked what it does, the one that is furthest in the author's own code.
+func (t *tail) digest() []string {
+	out := slices.Concat(t.before[max(0, len(t.before)-briefLines):], t.head())
+	rest := t.report[max(0, slices.IndexFunc(t.report, beginsGoroutine)):]
 	var best []string
-	bestScore := -1
-	for len(rest) > 0 {
+	for bestScore := -1; len(rest) > 0; {
 		end := len(rest)
 		if next := slices.IndexFunc(rest[1:], beginsGoroutine); next >= 0 {
 			end = next + 1
@@ -150,12 +177,10 @@ func (t *tail) digest() []string {
 		if score := scoreGoroutine(rest[:end]); score > bestScore {
 			best, bestScore = rest[:end], score
 		}
-		if !strings.HasPrefix(t.report[0], "SIG") {
+		if rest = rest[end:]; !asked(t.report) {
 			break
 		}
-		rest = rest[end:]
 	}
-	out := slices.Clone(head[:min(len(head), tailLines/4)])
 	return append(out, best[:min(len(best), tailLines-len(out))]...)
 }
 
@@ -168,8 +193,9 @@ func scoreGoroutine(lines []string) int {
 	score := 0
 	for _, line := range lines {
 		switch {
-		case strings.HasPrefix(line, "github.com/grapnel/grapnel/sdk/plugin.(*server)."):
-			score |= 2
+		case strings.HasPrefix(line, "github.com/grapnel/grapnel/sdk/plugin.(*server).run("),
+			strings.HasPrefix(line, "github.com/grapnel/grapnel/sdk/plugin.(*server).build("):
+			score |= 2 // the SDK has called the author's code
 		case isAuthors(line):
 			score |= 1
 		}
@@ -184,7 +210,7 @@ func isAuthors(line string) bool {
 	if !ok || strings.HasPrefix(line, "\t") || strings.HasPrefix(line, "created by ") || line == "main.main()" {
 		return false
 	}
-	for _, known := range []string{"github.com/grapnel/grapnel/sdk/", "google.golang.org/", "golang.org/", "github.com/hashicorp/"} {
+	for _, known := range []string{"github.com/grapnel/grapnel/sdk/", "github.com/grapnel/grapnel/proto/", "google.golang.org/", "golang.org/", "github.com/hashicorp/"} {
 		if strings.HasPrefix(name, known) {
 			return false
 		}
@@ -205,4 +231,26 @@ func (p *pacedReader) Read(b []byte) (int, error) {
 		return n, waitErr
 	}
 	return n, err
+}
+
+// lineWriter gives what is written to it, in whole lines, to a tail. It is used by one goroutine.
+type lineWriter struct {
+	to   *tail
+	rest []byte
+}
+
+func (w *lineWriter) Write(b []byte) (int, error) {
+	n := len(b)
+	if err := w.to.pace.WaitN(context.Background(), min(n, outputBurst)); err != nil {
+		return 0, err
+	}
+	for {
+		line, rest, ok := bytes.Cut(b, []byte{'\n'})
+		w.rest = append(w.rest, line[:min(len(line), max(0, tailWidth-len(w.rest)))]...)
+		if !ok {
+			return n, nil
+		}
+		w.to.write(w.rest)
+		w.rest, b = w.rest[:0], rest
+	}
 }

@@ -35,22 +35,25 @@ func lookUser(name string) (*account, error) {
 	return &account{uid, gid}, nil
 }
 
+// userIDs finds a user and its group. A number that nobody has is good, too; its group is the same.
 func userIDs(who string) (uid, gid uint32, err error) {
 	u, err := user.Lookup(who)
 	if err != nil {
-		u, err = user.LookupId(who)
+		if !isNumber(who) {
+			return 0, 0, fmt.Errorf("there is no user %q to run the plugin as", who)
+		}
+		if uid, err = number(who); err != nil {
+			return 0, 0, err
+		}
+		if u, err = user.LookupId(who); err != nil {
+			return uid, uid, nil
+		}
 	}
-	if err == nil {
-		who = u.Uid
-		gid, err = number(u.Gid)
-	} else if !isNumber(who) {
-		return 0, 0, fmt.Errorf("there is no user %q to run the plugin as", who)
+	if uid, err = number(u.Uid); err != nil {
+		return 0, 0, err
 	}
-	uid, numberErr := number(who)
-	if err != nil { // a number that nobody has: its group has the same
-		gid = uid
-	}
-	return uid, gid, numberErr
+	gid, err = number(u.Gid)
+	return uid, gid, err
 }
 
 func groupID(name string) (uint32, error) {
