@@ -112,3 +112,6 @@ func (a *Address) Plaintext(better string) plugin.Problem {
 		Summary: fmt.Sprintf("%s sends the payload readable for everyone on the way; use %s", a.Scheme, better),
 	}
 }
+
+// Escape makes a name a part of an RFC 6901 pointer.
+func Escape(name string) string { return strings.NewReplacer("~", "~0", "/", "~1").Replace(name) }
