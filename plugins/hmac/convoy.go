@@ -13,12 +13,12 @@ type convoyConfig struct {
 	Encoding string `json:"encoding" default:"hex" enum:"hex,base64" doc:"How signatures are written, as in the Convoy project."`
 }
 
-// convoy signs as Convoy does (https://docs.getconvoy.io/product-manual/signatures): a comma stands
+// convoy signs as Convoy does (https://getconvoy.io/docs/product-manual/signatures): a comma stands
 // between time and body, and the body is signed as it is sent.
 func convoy() plugin.Kind {
 	return vendor[convoyConfig]{
 		id: "convoy",
-		doc: "X-Convoy-Signature as Convoy signs (https://docs.getconvoy.io/product-manual/signatures); in advanced mode both keys " +
+		doc: "X-Convoy-Signature as Convoy signs (https://getconvoy.io/docs/product-manual/signatures); in advanced mode both keys " +
 			"sign during a rotation, in simple mode sign_with says which",
 		emits:   []string{"X-Convoy-Signature"},
 		example: map[string]any{"mode": "advanced"},

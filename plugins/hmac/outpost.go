@@ -7,11 +7,11 @@ type outpostConfig struct {
 }
 
 // outpost signs as Outpost does with its default templates
-// (https://outpost.hookdeck.com/docs/destinations/webhook). For others there is the kind hmac.
+// (https://hookdeck.com/docs/outpost/destinations/webhook). For others there is the kind hmac.
 func outpost() plugin.Kind {
 	return vendor[outpostConfig]{
 		id: "outpost",
-		doc: "x-outpost-signature as Outpost signs by default (https://outpost.hookdeck.com/docs/destinations/webhook); " +
+		doc: "x-outpost-signature as Outpost signs by default (https://hookdeck.com/docs/outpost/destinations/webhook); " +
 			"body only, without a time; both keys sign during a rotation",
 		emits:   []string{"x-outpost-event-id", "x-outpost-topic", "x-outpost-timestamp", "x-outpost-signature"},
 		example: struct{}{},

@@ -6,11 +6,11 @@ type webhookxConfig struct {
 	oneKey
 }
 
-// webhookx signs as the plugin webhookx-signature of WebhookX does (https://docs.webhookx.io).
+// webhookx signs as the plugin webhookx-signature of WebhookX does (https://github.com/webhookx-io/webhookx).
 func webhookx() plugin.Kind {
 	return vendor[webhookxConfig]{
 		id: "webhookx",
-		doc: "Webhookx-Signature as WebhookX signs (https://docs.webhookx.io); one signature: sign_with says which key " +
+		doc: "Webhookx-Signature as WebhookX signs (https://github.com/webhookx-io/webhookx); one signature: sign_with says which key " +
 			"signs during a rotation",
 		emits:   []string{"Webhookx-Event-Id", "Webhookx-Timestamp", "Webhookx-Signature"},
 		example: struct{}{},
