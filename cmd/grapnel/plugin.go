@@ -18,7 +18,9 @@ import (
 )
 
 func newPluginCommand(c *cli) *cobra.Command {
-	cmd := group("plugin", "Signers and transports", newPluginList(c), newPluginGet(c), newPluginValidate(c), newPluginServe(c))
+	cmd := group("plugin", "Signers and transports", newPluginList(c), newPluginGet(c), newPluginValidate(c),
+		newPluginNew(c), newPluginInstall(c), newPluginEnable(c, true), newPluginEnable(c, false), newPluginRemove(c), newPluginVerify(c),
+		newPluginServe(c))
 	cmd.Aliases = []string{"plugins"}
 	return c.connectFlags(cmd, false)
 }
@@ -88,14 +90,20 @@ func completePlugins(c *cli) cobra.CompletionFunc {
 }
 
 func newPluginList(c *cli) *cobra.Command {
-	return &cobra.Command{
-		Use: "list", Short: "List plugins and their health", Aliases: []string{"ls"}, Args: cobra.NoArgs,
+	var dir string
+	cmd := &cobra.Command{
+		Use: "list", Short: "List plugins and their health, or what is installed in a directory", Aliases: []string{"ls"}, Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			if cmd.Flags().Changed("plugin-dir") {
+				return listInstalled(c, dir)
+			}
 			return c.with(cmd, func(ctx context.Context, cl *client.Client) error {
 				return list(c, cl.Plugins(ctx), 0, pluginColumns())
 			})
 		},
 	}
+	cmd.Flags().StringVar(&dir, "plugin-dir", "", "show what is installed in this `directory`, without asking a server")
+	return cmd
 }
 
 func newPluginGet(c *cli) *cobra.Command {

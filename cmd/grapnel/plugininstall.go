@@ -1,0 +1,277 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"maps"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"text/tabwriter"
+
+	"github.com/spf13/cobra"
+
+	pluginv1 "github.com/grapnel/grapnel/proto/grapnel/plugin/v1"
+	"github.com/grapnel/grapnel/sdk/conformance"
+	"github.com/grapnel/grapnel/server/plugindir"
+)
+
+// pluginDirFlag is the directory that the commands about installed plugins work on; the server has a flag of
+// the same name, and both read GRAPNEL_PLUGIN_DIR.
+func pluginDirFlag(cmd *cobra.Command, dir *string) {
+	cmd.Flags().StringVar(dir, "plugin-dir", "", "`directory` of plugins, as given to the server")
+	must(cmd.MarkFlagDirname("plugin-dir"))
+}
+
+func openPluginDir(dir string) (plugindir.Dir, error) {
+	if dir == "" {
+		return plugindir.Dir{}, usagef("--plugin-dir is missing: the directory of plugins, as given to the server")
+	}
+	return plugindir.Open(dir), nil
+}
+
+// installing is one `grapnel plugin install`.
+type installing struct {
+	c         *cli
+	dir       string
+	entry     plugindir.Entry
+	args      []string
+	memory    string
+	fixture   string
+	skipTests bool
+	disabled  bool
+}
+
+func newPluginInstall(c *cli) *cobra.Command {
+	in := &installing{c: c}
+	cmd := &cobra.Command{
+		Use:   "install PATH",
+		Short: "Test a plugin and install it; a running server takes it over",
+		Long: `Copies a plugin into the plugin directory, runs the conformance suite on the copy, and writes it into
+plugins.lock with its SHA-256 and what it says about itself. PATH is an executable file, or a directory with
+an executable file named plugin. A server that runs with the same --plugin-dir starts the new version beside
+the old one and moves over without losing or repeating a delivery.`,
+		Args: exactly("the PATH of the plugin"),
+		RunE: func(cmd *cobra.Command, args []string) error { return in.run(cmd.Context(), args[0]) },
+	}
+	f := cmd.Flags()
+	pluginDirFlag(cmd, &in.dir)
+	f.BoolVar(&in.skipTests, "skip-tests", false, "install without running the suite")
+	f.BoolVar(&in.disabled, "disabled", false, "install, and leave running it to grapnel plugin enable")
+	f.StringArrayVar(&in.args, "arg", nil, "`argument` to start the plugin with; repeat for more")
+	f.StringVar(&in.fixture, "fixture", "", "what the suite needs to know of the plugin: a JSON `file`, see grapnel plugin test")
+	f.StringVar(&in.memory, "memory", "", "most memory of the process, such as 256MiB")
+	f.Uint64Var(&in.entry.Limits.OpenFiles, "open-files", 0, "most open files of the process")
+	f.Uint64Var(&in.entry.Limits.Processes, "processes", 0, "most processes and threads of --user")
+	f.StringVar(&in.entry.User, "user", "", "`user` to run it as; the server must be root")
+	return cmd
+}
+
+func (in *installing) run(ctx context.Context, path string) (err error) {
+	dir, err := openPluginDir(in.dir)
+	if err != nil {
+		return err
+	}
+	if in.memory != "" {
+		if in.entry.Limits.MemoryBytes, err = parseBytes(in.memory); err != nil {
+			return usagef("--memory %s: %w", in.memory, err)
+		}
+	}
+	staged, err := dir.Stage(path)
+	if err != nil {
+		return err
+	}
+	defer staged.Discard()
+	in.entry.Args, in.entry.Enabled = in.args, !in.disabled
+	manifest, err := in.test(ctx, append([]string{staged.Path()}, in.args...))
+	if err != nil {
+		return err
+	}
+	before, _, err := dir.Read()
+	if err != nil {
+		return err
+	}
+	entry, err := staged.Commit(manifest, in.entry)
+	if err != nil {
+		return err
+	}
+	in.c.said("%s", installedText(before, entry))
+	return nil
+}
+
+// test runs the suite, shows what failed, and returns what the plugin says about itself.
+func (in *installing) test(ctx context.Context, command []string) (*pluginv1.DescribeResponse, error) {
+	if in.skipTests {
+		manifest, err := conformance.Describe(ctx, command)
+		if err != nil {
+			return nil, err
+		}
+		in.entry.Tests = "skipped by --skip-tests"
+		fmt.Fprintf(in.c.stderr, "warning: the conformance suite was skipped: nothing shows that %s %s keeps its promises about "+
+			"signatures, secrets, egress, timeouts and stopping\n", manifest.GetName(), manifest.GetVersion())
+		return manifest, nil
+	}
+	o := conformance.Options{Command: command}
+	if in.fixture != "" {
+		var err error
+		if o.Fixture, err = readFixture(in.fixture); err != nil {
+			return nil, err
+		}
+	}
+	report, err := conformance.Run(ctx, o, func(r conformance.Result) {
+		if r.Outcome == conformance.Failed {
+			fmt.Fprintf(in.c.stderr, "FAIL %s %s: %s\n", r.ID, r.Title, r.Detail)
+		}
+	})
+	if err != nil {
+		return nil, err
+	}
+	if !report.Passed() || report.Plugin == nil {
+		return nil, fmt.Errorf("%d of %d cases of the conformance suite failed; nothing was installed (--skip-tests installs it all the same)",
+			report.Count(conformance.Failed), len(report.Results))
+	}
+	in.entry.Tests = fmt.Sprintf("%d passed, %d skipped", report.Count(conformance.Passed), report.Count(conformance.Skipped))
+	return report.Plugin, nil
+}
+
+func readFixture(path string) (*conformance.Fixture, error) {
+	raw, err := os.ReadFile(path)
+	if err != nil {
+		return nil, fmt.Errorf("read --fixture: %w", err)
+	}
+	f := &conformance.Fixture{}
+	if err := json.Unmarshal(raw, f); err != nil {
+		return nil, fmt.Errorf("read --fixture %s: %w", path, err)
+	}
+	return f, nil
+}
+
+func installedText(before plugindir.Lock, e plugindir.Entry) string {
+	what := "installed " + e.Name + " " + e.PluginVersion
+	for _, b := range before.Plugins {
+		if b.Name == e.Name && b.SHA256 != e.SHA256 {
+			what += " in place of " + b.PluginVersion
+		}
+	}
+	return fmt.Sprintf("%s (suite: %s), SHA-256 %s", what, e.Tests, e.SHA256)
+}
+
+// parseBytes reads 512, 64KiB, 256MiB or 2GiB.
+func parseBytes(text string) (uint64, error) {
+	number, shift := text, 0
+	for i, unit := range []string{"KiB", "MiB", "GiB"} {
+		if n, ok := strings.CutSuffix(text, unit); ok {
+			number, shift = n, 10*(i+1)
+		}
+	}
+	n, err := strconv.ParseUint(number, 10, 32)
+	if err != nil || n == 0 {
+		return 0, errors.New("want a number and KiB, MiB or GiB, such as 256MiB")
+	}
+	return n << shift, nil
+}
+
+func newPluginEnable(c *cli, enabled bool) *cobra.Command {
+	var dir string
+	use, short, said := "enable NAME", "Run an installed plugin", "enabled"
+	if !enabled {
+		use, short, said = "disable NAME", "Stop an installed plugin and keep its files; deliveries that need it wait", "disabled"
+	}
+	cmd := &cobra.Command{
+		Use: use, Short: short, Args: exactly("the NAME of the plugin, such as acme/sign"),
+		RunE: func(_ *cobra.Command, args []string) error {
+			d, err := openPluginDir(dir)
+			if err == nil {
+				err = d.Enable(args[0], enabled)
+			}
+			if err == nil {
+				c.said("%s %s", said, args[0])
+			}
+			return err
+		},
+	}
+	pluginDirFlag(cmd, &dir)
+	return cmd
+}
+
+func newPluginRemove(c *cli) *cobra.Command {
+	var dir string
+	cmd := &cobra.Command{
+		Use: "remove NAME", Aliases: []string{"uninstall"}, Short: "Stop an installed plugin and remove its files; deliveries that need it wait",
+		Args: exactly("the NAME of the plugin, such as acme/sign"),
+		RunE: func(_ *cobra.Command, args []string) error {
+			d, err := openPluginDir(dir)
+			if err == nil {
+				err = d.Remove(args[0])
+			}
+			if err == nil {
+				c.said("removed %s", args[0])
+			}
+			return err
+		},
+	}
+	pluginDirFlag(cmd, &dir)
+	return cmd
+}
+
+func newPluginVerify(c *cli) *cobra.Command {
+	var dir string
+	cmd := &cobra.Command{
+		Use: "verify", Short: "Compare the files of installed plugins with plugins.lock", Args: cobra.NoArgs,
+		RunE: func(*cobra.Command, []string) error {
+			d, err := openPluginDir(dir)
+			if err != nil {
+				return err
+			}
+			faults, err := d.Verify()
+			if err != nil {
+				return err
+			}
+			for _, name := range slices.Sorted(maps.Keys(faults)) {
+				fmt.Fprintf(c.stderr, "%s: %v\n", name, faults[name])
+			}
+			if len(faults) > 0 {
+				return fmt.Errorf("%d plugins are not as they were installed; install them again", len(faults))
+			}
+			c.said("all plugins are as they were installed")
+			return nil
+		},
+	}
+	pluginDirFlag(cmd, &dir)
+	return cmd
+}
+
+// listInstalled prints the lock file; no server is asked.
+func listInstalled(c *cli, dir string) error {
+	lock, _, err := plugindir.Open(dir).Read()
+	if err != nil {
+		return err
+	}
+	if c.output == "json" {
+		for _, e := range lock.Plugins {
+			line, err := json.Marshal(e)
+			if err != nil {
+				return err
+			}
+			fmt.Fprintf(c.stdout, "%s\n", line)
+		}
+		return nil
+	}
+	w := tabwriter.NewWriter(c.stdout, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(w, "NAME\tVERSION\tENABLED\tKINDS\tSUITE\tSHA-256")
+	for _, e := range lock.Plugins {
+		manifest, err := e.DescribeResponse()
+		if err != nil {
+			return err
+		}
+		var kinds []string
+		for _, k := range manifest.GetKinds() {
+			kinds = append(kinds, k.GetId())
+		}
+		fmt.Fprintf(w, "%s\t%s\t%t\t%s\t%s\t%s\n", e.Name, e.PluginVersion, e.Enabled, strings.Join(kinds, ","), e.Tests, e.SHA256)
+	}
+	return w.Flush()
+}
