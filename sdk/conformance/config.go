@@ -589,7 +589,7 @@ func manyInstances(t *trial) error {
 			return err
 		}
 		before, known := usageOf(ses.proc.pid())
-		if err := ses.take(list...); err != nil {
+		if err := ses.take(list[1:]...); err != nil {
 			return err
 		}
 		after, _ := usageOf(ses.proc.pid())
@@ -621,18 +621,15 @@ func configureUnderLoad(t *trial) error {
 		var changes sync.WaitGroup
 		var changing error
 		changes.Go(func() {
-			for g := uint64(2); ; g++ {
+			for changing == nil {
 				select {
 				case <-stop:
 					return
 				default:
 				}
-				next := ses.generationOf(in, g)
-				if changing = ses.take(next); changing == nil && g > 2 {
-					changing = ses.remove(next.GetRef() - 1) // refs are counted up by this loop alone
-				}
-				if changing != nil {
-					return
+				other := ses.instance(u, "")
+				if changing = ses.take(other); changing == nil {
+					changing = ses.remove(other.GetRef())
 				}
 			}
 		})

@@ -194,6 +194,8 @@ type suite struct {
 	dir       string // private; sockets live below it
 	described *pluginv1.DescribeResponse
 	subjects  []*subject
+	// noWelcome is set when the attempt stream does not open: a case of its own, that others need not fail.
+	noWelcome bool
 }
 
 func newSuite(o Options) (*suite, error) {
@@ -242,6 +244,10 @@ func (s *suite) prepare(ctx context.Context) string {
 	}
 	for _, k := range s.described.GetKinds() {
 		s.subjects = append(s.subjects, ses.subjectOf(k))
+	}
+	if s.offers(false) {
+		_, err := ses.openAttempts()
+		s.noWelcome = err != nil
 	}
 	return ""
 }

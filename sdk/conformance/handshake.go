@@ -203,8 +203,8 @@ func deafHost(t *trial) error {
 // load has the plugin do n pieces of work of whatever kind it offers; how they end does not matter, that
 // they end does. Sent to no instance, an attempt costs little.
 func (ses *session) load(n int) error {
-	if ses.t.s.offers(false) {
-		a, err := ses.openAttempts()
+	if ses.t.s.offers(false) && !ses.t.s.noWelcome {
+		a, err := ses.sharedAttempts()
 		if err != nil {
 			return err
 		}

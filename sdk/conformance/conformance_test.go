@@ -1,0 +1,110 @@
+package conformance_test
+
+import (
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/grapnel/grapnel/plugins"
+	"github.com/grapnel/grapnel/sdk/conformance"
+	"github.com/grapnel/grapnel/sdk/plugin"
+)
+
+// TestMain turns the test binary into a plugin when its first argument says so.
+func TestMain(m *testing.M) {
+	if len(os.Args) > 1 {
+		switch os.Args[1] {
+		case "plugin-bundled":
+			plugin.Main("grapnel", "0.0.0", plugins.Kinds()...)
+		case "plugin-raw":
+			serveRaw(os.Args[2])
+			os.Exit(0)
+		}
+	}
+	os.Exit(m.Run())
+}
+
+func self(args ...string) []string { return append([]string{os.Args[0]}, args...) }
+
+// rawFixture has what Describe cannot tell of the raw plugin.
+func rawFixture() *conformance.Fixture {
+	return &conformance.Fixture{Kinds: map[string]conformance.KindFixture{
+		"raw-mem": {URI: "raw-mem://anything"},
+		"raw-sign": {Vectors: []conformance.Vector{{
+			Name: "one", MessageID: "evt_vector", Created: time.Unix(1614265330, 0), Body: "{}",
+			Secrets: map[string]string{"key": "whsec_AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA="},
+			Want:    map[string]string{"x-raw-signature": "a1d3f5"},
+		}}},
+	}}
+}
+
+func run(t *testing.T, o conformance.Options) *conformance.Report {
+	t.Helper()
+	report, err := conformance.Run(t.Context(), o, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return report
+}
+
+// failures are the cases that did not pass, with the reasons.
+func failures(r *conformance.Report) (ids []string, reasons string) {
+	for _, res := range r.Results {
+		if res.Outcome == conformance.Failed {
+			ids = append(ids, res.ID)
+			reasons += "\n" + res.ID + " " + res.Title + ": " + res.Detail
+		}
+	}
+	return ids, reasons
+}
+
+func skipped(r *conformance.Report) []string {
+	var out []string
+	for _, res := range r.Results {
+		if res.Outcome == conformance.Skipped {
+			out = append(out, res.ID+": "+res.Detail)
+		}
+	}
+	return out
+}
+
+func TestPluginWithoutAFaultPasses(t *testing.T) {
+	t.Parallel()
+	report := run(t, conformance.Options{Command: self("plugin-raw", "none"), Fixture: rawFixture()})
+	if ids, reasons := failures(report); len(ids) > 0 {
+		t.Errorf("failed:%s", reasons)
+	}
+	if diff := cmp.Diff([]string(nil), skipped(report)); diff != "" {
+		t.Errorf("skipped (-want +got):\n%s", diff)
+	}
+	t.Logf("%d cases in %v", len(report.Results), report.Duration)
+}
+
+func TestBundledPluginPasses(t *testing.T) {
+	t.Parallel()
+	report := run(t, conformance.Options{Command: self("plugin-bundled")})
+	if ids, reasons := failures(report); len(ids) > 0 {
+		t.Errorf("failed:%s", reasons)
+	}
+	t.Logf("%d cases in %v, skipped:\n%s", len(report.Results), report.Duration, strings.Join(skipped(report), "\n"))
+}
+
+func TestExamplePluginPasses(t *testing.T) {
+	t.Parallel()
+	binary := filepath.Join(t.TempDir(), "example")
+	build := exec.CommandContext(t.Context(), "go", "build", "-o", binary, ".")
+	build.Dir = "../../plugins/example"
+	if out, err := build.CombinedOutput(); err != nil {
+		t.Fatalf("build the example: %v\n%s", err, out)
+	}
+	report := run(t, conformance.Options{Command: []string{binary}})
+	if ids, reasons := failures(report); len(ids) > 0 {
+		t.Errorf("failed:%s", reasons)
+	}
+	t.Logf("%d cases in %v, skipped:\n%s", len(report.Results), report.Duration, strings.Join(skipped(report), "\n"))
+}

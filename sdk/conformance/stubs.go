@@ -1,4 +1,0 @@
-package conformance
-
-func flowCases() []Case      { return nil }
-func soakCases() []Case      { return nil }
