@@ -138,7 +138,7 @@ func checkAuth(c Config, u *target, headers []plugin.Header) []plugin.Problem {
 	for _, h := range headers {
 		if cred.header != "" && strings.EqualFold(h.Name, cred.header) {
 			problems = append(problems, plugin.Problem{
-				Pointer: "/target/headers/" + h.Name, Code: "auth.header_conflict",
+				Pointer: headerPointer(h.Name), Code: "auth.header_conflict",
 				Summary: fmt.Sprintf("auth type %s sets the header %s; take it out of headers", c.Auth.Type, cred.header),
 			})
 		}

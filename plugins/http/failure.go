@@ -8,6 +8,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"strings"
 	"syscall"
 	"time"
 
@@ -118,7 +119,11 @@ func dialMessage(e *dialError) string {
 	if e.proxy {
 		own := *e
 		own.proxy = false
-		return "proxy: " + dialMessage(&own)
+		text := dialMessage(&own)
+		if rest, ok := strings.CutPrefix(text, "the receiver "); ok && !errors.As(e.err, new(*proxyRefusal)) {
+			text = "it " + rest
+		}
+		return "proxy: " + text
 	}
 	var dns *net.DNSError
 	var refusal *proxyRefusal

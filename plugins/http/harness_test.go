@@ -38,11 +38,23 @@ func (c client) instance(t testing.TB, uri string, config any) *plugintest.Confi
 
 func (c client) configure(t testing.TB, config any, target plugin.Target) *plugintest.Configured {
 	t.Helper()
+	return c.harness(t).Configure(plugintest.Instance{Kind: "http", Config: config, Target: target})
+}
+
+func (c client) harness(t testing.TB, more ...plugin.Kind) *plugintest.Harness {
+	t.Helper()
 	p := newPools(c.direct)
 	p.roots = c.roots
-	h := plugintest.New(t, kind(p))
+	h := plugintest.New(t, append(more, kind(p))...)
 	t.Cleanup(p.closeIdle)
-	return h.Configure(plugintest.Instance{Kind: "http", Config: config, Target: target})
+	return h
+}
+
+// secret is an instance on loopback with secrets.
+func secret(uri string, config any, secrets map[string][]string) plugintest.Instance {
+	return plugintest.Instance{Kind: "http", Config: config, Secrets: secrets, Target: plugin.Target{
+		Method: http.MethodPost, URL: uri, UserAgent: "grapnel/test", Egress: loopbackAllowed(),
+	}}
 }
 
 // closeIdle lets test servers stop.

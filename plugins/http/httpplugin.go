@@ -50,7 +50,7 @@ func check(c Config, t plugin.Target) []plugin.Problem {
 	for _, h := range t.Headers {
 		if err := checkHeader(h.Name, h.Value); err != nil {
 			problems = append(problems, plugin.Problem{
-				Pointer: "/target/headers/" + strings.NewReplacer("~", "~0", "/", "~1").Replace(h.Name), Code: "header.invalid", Summary: err.Error(),
+				Pointer: headerPointer(h.Name), Code: "header.invalid", Summary: err.Error(),
 			})
 		}
 	}
@@ -59,6 +59,11 @@ func check(c Config, t plugin.Target) []plugin.Problem {
 	problems = append(problems, checkTokens(c, t.Egress)...)
 	problems = append(problems, checkProxy(c, t.Egress)...)
 	return append(problems, checkOwnership(c.Ownership, t.Headers)...)
+}
+
+// headerPointer is the RFC 6901 pointer to a header of the subscription.
+func headerPointer(name string) string {
+	return "/target/headers/" + strings.NewReplacer("~", "~0", "/", "~1").Replace(name)
 }
 
 // checkAddress looks at what the URI itself gives away; names are looked up when an attempt is made, and by

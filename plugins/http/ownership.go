@@ -161,7 +161,7 @@ func checkOwnership(o Ownership, headers []plugin.Header) []plugin.Problem {
 	}
 	for _, h := range headers {
 		if asks && strings.EqualFold(h.Name, originHeader) {
-			add("/target/headers/"+h.Name, "ownership.header_conflict", "ownership.origin sets this header; take it out of headers")
+			add(headerPointer(h.Name), "ownership.header_conflict", "ownership.origin sets this header; take it out of headers")
 		}
 	}
 	return problems

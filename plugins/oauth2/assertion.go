@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"time"
 
+	"github.com/grapnel/grapnel/plugins/jose"
 	"github.com/grapnel/grapnel/sdk/keys"
 	"github.com/grapnel/grapnel/sdk/plugin"
 )
@@ -26,7 +27,7 @@ func (s *Source) assertion(now time.Time) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	signed, err := compact(s.key, map[string]any{"typ": "JWT", "kid": s.key.ID()}, claims)
+	signed, err := jose.Compact(s.key, map[string]any{"typ": "JWT", "kid": s.key.ID()}, claims)
 	if err != nil {
 		return "", fmt.Errorf("sign the client assertion: %w", err)
 	}

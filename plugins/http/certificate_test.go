@@ -1,0 +1,296 @@
+package httpplugin
+
+import (
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/pem"
+	"math/big"
+	"net"
+	"net/http"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/grapnel/grapnel/sdk/plugin"
+	"github.com/grapnel/grapnel/sdk/plugintest"
+)
+
+// leaf makes a certificate for clients and servers, valid for names and for 127.0.0.1.
+func (a *authority) leaf(t *testing.T, from, until time.Time, names ...string) (certificate, key string) {
+	t.Helper()
+	private := newKey(t)
+	der, err := x509.CreateCertificate(rand.Reader, &x509.Certificate{
+		SerialNumber: big.NewInt(time.Now().UnixNano()), Subject: pkix.Name{CommonName: names[0]},
+		NotBefore: from, NotAfter: until, DNSNames: names, IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)},
+		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth, x509.ExtKeyUsageServerAuth},
+	}, a.cert, &private.PublicKey, a.key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	keyDER, err := x509.MarshalPKCS8PrivateKey(private)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return block("CERTIFICATE", der), block("PRIVATE KEY", keyDER)
+}
+
+func block(kind string, der []byte) string {
+	return string(pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der}))
+}
+
+func (a *authority) pem() string { return block("CERTIFICATE", a.cert.Raw) }
+
+// client makes a certificate with its key that is valid now.
+func (a *authority) client(t *testing.T, name string) string {
+	t.Helper()
+	certificate, key := a.leaf(t, time.Now().Add(-time.Hour), time.Now().Add(30*day), name)
+	return certificate + key
+}
+
+// mutual serves https to clients that ca vouches for. It tells each request's client and counts
+// connections.
+func mutual(t *testing.T, ca *authority, version uint16, http2 bool) (uri string, clients func() []string, accepted *atomic.Int32) {
+	t.Helper()
+	certificate, key := ca.leaf(t, time.Now().Add(-time.Hour), time.Now().Add(time.Hour), "hooks.test")
+	pair, err := tls.X509KeyPair([]byte(certificate), []byte(key))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var mu sync.Mutex
+	var seen []string
+	accepted = &atomic.Int32{}
+	srv := serveTLS(t, &tls.Config{
+		Certificates: []tls.Certificate{pair}, ClientCAs: ca.roots, ClientAuth: tls.RequireAndVerifyClientCert, MaxVersion: version,
+	}, http2, func(_ http.ResponseWriter, r *http.Request) {
+		mu.Lock()
+		defer mu.Unlock()
+		seen = append(seen, r.TLS.PeerCertificates[0].Subject.CommonName)
+	})
+	srv.Config.ConnState = func(_ net.Conn, s http.ConnState) {
+		if s == http.StateNew {
+			accepted.Add(1)
+		}
+	}
+	return srv.URL, func() []string {
+		mu.Lock()
+		defer mu.Unlock()
+		return seen
+	}, accepted
+}
+
+func TestClientCertificateIsPresented(t *testing.T) {
+	ca := newAuthority(t)
+	for name, http2 := range map[string]bool{"HTTP/1.1": false, "HTTP/2": true} {
+		t.Run(name, func(t *testing.T) {
+			bothClients(t, func(t *testing.T, c client) {
+				uri, clients, accepted := mutual(t, ca, 0, http2)
+				h := c.harness(t)
+				alone, key := ca.leaf(t, time.Now().Add(-time.Hour), time.Now().Add(day*30), "two slots")
+				for want, secrets := range map[string]map[string][]string{
+					"one slot":  {"ca": {ca.pem()}, "client_certificate": {ca.client(t, "one slot")}},
+					"two slots": {"ca": {ca.pem()}, "client_certificate": {alone}, "client_key": {key}},
+					// While a certificate is exchanged the newest is shown.
+					"newest": {"ca": {ca.pem()}, "client_certificate": {ca.client(t, "newest"), ca.client(t, "older")}},
+					// The certificate is new already, its key is not: still the old pair.
+					"old pair": {
+						"ca": {ca.pem()}, "client_certificate": {halfNew(t, ca), alone}, "client_key": {key},
+					},
+				} {
+					before := accepted.Load()
+					inst := h.Configure(secret(uri, nil, secrets))
+					for range 3 {
+						if resp, err := attempt(t, inst); err != nil || resp.Status != 200 {
+							t.Fatalf("%s: %v, %v", want, resp, err)
+						}
+					}
+					if want == "old pair" {
+						want = "two slots"
+					}
+					if seen := clients(); seen[len(seen)-1] != want || seen[len(seen)-3] != want {
+						t.Errorf("the receiver saw %v, want %s", seen, want)
+					}
+					// The first attempt of a receiver with HTTP/2 dials once more.
+					if n := accepted.Load() - before; n > 2 || n > 1 && !http2 {
+						t.Errorf("%s: %d connections for three attempts", want, n)
+					}
+				}
+			})
+		})
+	}
+}
+
+func halfNew(t *testing.T, ca *authority) string {
+	certificate, _ := ca.leaf(t, time.Now().Add(-time.Hour), time.Now().Add(day), "half new")
+	return certificate
+}
+
+func TestConnectionsBelongToOneCredential(t *testing.T) {
+	ca := newAuthority(t)
+	bothClients(t, func(t *testing.T, c client) {
+		uri, clients, accepted := mutual(t, ca, 0, false)
+		h := c.harness(t)
+		configure := func(secrets map[string][]string, config any) *plugintest.Configured {
+			secrets["ca"] = []string{ca.pem()}
+			return h.Configure(secret(uri, config, secrets))
+		}
+		red, blue := ca.client(t, "red"), ca.client(t, "blue")
+		bearer := map[string]any{"auth": map[string]any{"type": "bearer"}}
+		instances := []*plugintest.Configured{
+			configure(map[string][]string{"client_certificate": {red}}, nil),
+			configure(map[string][]string{"client_certificate": {blue}}, nil),
+			configure(map[string][]string{"client_certificate": {red}, "token": {"token-1"}}, bearer),
+			configure(map[string][]string{"client_certificate": {red}, "token": {"token-2"}}, bearer),
+			configure(map[string][]string{"client_certificate": {red}}, nil), // as the first: another subscription
+		}
+		for range 10 {
+			for n, inst := range instances {
+				if resp, err := attempt(t, inst); err != nil || resp.Status != 200 {
+					t.Fatalf("%v, %v", resp, err)
+				}
+				want := "red"
+				if n == 1 {
+					want = "blue"
+				}
+				if seen := clients(); seen[len(seen)-1] != want {
+					t.Fatalf("instance %d came as %s, want %s", n, seen[len(seen)-1], want)
+				}
+			}
+		}
+		if n := accepted.Load(); n != 4 {
+			t.Errorf("%d connections for 50 attempts with 4 credentials, want 4", n)
+		}
+	})
+}
+
+func TestClientCertificateFailures(t *testing.T) {
+	ca, stranger := newAuthority(t), newAuthority(t)
+	past, key := ca.leaf(t, time.Now().Add(-48*time.Hour), time.Now().Add(-24*time.Hour), "past")
+	future, futureKey := ca.leaf(t, time.Now().Add(24*time.Hour), time.Now().Add(48*time.Hour), "future")
+	for version, number := range map[string]uint16{"1.2": tls.VersionTLS12, "1.3": tls.VersionTLS13} {
+		t.Run(version, func(t *testing.T) {
+			bothClients(t, func(t *testing.T, c client) {
+				uri, clients, _ := mutual(t, ca, number, false)
+				h := c.harness(t)
+				for _, tt := range []struct{ name, certificate, message string }{
+					{"expired", past + key, "the client certificate expired on "},
+					{"not yet valid", future + futureKey, "the client certificate is not valid before "},
+					{"none", "", ""},
+					{"unknown", stranger.client(t, "stranger"), ""},
+				} {
+					secrets := map[string][]string{"ca": {ca.pem()}}
+					if tt.certificate != "" {
+						secrets["client_certificate"] = []string{tt.certificate}
+					}
+					_, err := attempt(t, h.Configure(secret(uri, nil, secrets)))
+					code := plugin.CodeTLS
+					if f, ok := err.(*plugin.Failure); ok && tt.message == "" { //nolint:errorlint // bare by contract
+						// With TLS 1.3 the refusal comes after the handshake, and the end of the connection
+						// may overtake its reason.
+						code = map[bool]string{true: f.Code, false: code}[f.Code == plugin.CodeReset && version == "1.3"]
+					}
+					f := wantFailureCode(t, err, code)
+					if !strings.HasPrefix(f.Message, tt.message) || f.Source != plugin.SourceEndpoint {
+						t.Errorf("%s: %+v, want %q", tt.name, *f, tt.message)
+					}
+				}
+				if seen := clients(); len(seen) > 0 {
+					t.Errorf("requests arrived from %v", seen)
+				}
+			})
+		})
+	}
+}
+
+func TestTrustAndNames(t *testing.T) {
+	ca, other := newAuthority(t), newAuthority(t)
+	bothClients(t, func(t *testing.T, c client) {
+		certificate, key := ca.leaf(t, time.Now().Add(-time.Hour), time.Now().Add(time.Hour), "hooks.test")
+		pair, err := tls.X509KeyPair([]byte(certificate), []byte(key))
+		if err != nil {
+			t.Fatal(err)
+		}
+		var asked atomic.Value
+		srv := serveTLS(t, &tls.Config{Certificates: []tls.Certificate{pair}, MaxVersion: tls.VersionTLS12, GetConfigForClient: func(hello *tls.ClientHelloInfo) (*tls.Config, error) {
+			asked.Store(hello.ServerName)
+			return nil, nil
+		}}, false, func(http.ResponseWriter, *http.Request) {})
+		h := c.harness(t)
+		for _, tt := range []struct {
+			name    string
+			config  map[string]any
+			ca      []string
+			message string // empty when all is well
+		}{
+			{"own authority", map[string]any{}, []string{ca.pem()}, ""},
+			{"one of several", map[string]any{}, []string{other.pem() + ca.pem()}, ""},
+			{"authority being exchanged", map[string]any{}, []string{other.pem(), ca.pem()}, ""},
+			{"another authority", map[string]any{}, []string{other.pem()}, "the certificate is by an unknown authority"},
+			{"server name", map[string]any{"server_name": "hooks.test"}, []string{ca.pem()}, ""},
+			{"wrong server name", map[string]any{"server_name": "other.test"}, []string{ca.pem()}, "the certificate is not valid for the host"},
+			{"newer TLS", map[string]any{"min_version": "1.3"}, []string{ca.pem()}, "the receiver refused the TLS handshake: tls: protocol version not supported"},
+		} {
+			resp, err := attempt(t, h.Configure(secret(srv.URL, map[string]any{"tls": tt.config}, map[string][]string{"ca": tt.ca})))
+			if tt.message == "" {
+				if err != nil || resp.Status != 200 {
+					t.Errorf("%s: %v, %v", tt.name, resp, err)
+				}
+				if name, _ := tt.config["server_name"].(string); asked.Load() != name {
+					t.Errorf("%s: asked for %q, want %q", tt.name, asked.Load(), name)
+				}
+				continue
+			}
+			if f := wantFailure(t, err, plugin.CodeTLS, plugin.NotSent); f.Message != tt.message {
+				t.Errorf("%s: %q, want %q", tt.name, f.Message, tt.message)
+			}
+		}
+	})
+}
+
+func TestCertificateFormats(t *testing.T) {
+	ca := newAuthority(t)
+	certificate, key := ca.leaf(t, time.Now().Add(-time.Hour), time.Now().Add(time.Hour), "a")
+	other, otherKey := ca.leaf(t, time.Now().Add(-time.Hour), time.Now().Add(time.Hour), "b")
+	for _, tt := range []struct {
+		name  string
+		read  func([]byte) (plugin.SecretInfo, error)
+		value string
+		want  string // in the error; empty when it is taken
+	}{
+		{"certificate and key", readClientCertificate, certificate + key, ""},
+		{"key first", readClientCertificate, key + certificate, ""},
+		{"chain", readClientCertificate, certificate + ca.pem() + key, ""},
+		{"certificate alone", readClientCertificate, "subject: a\n" + certificate, ""},
+		{"wrong order", readClientCertificate, ca.pem() + certificate, "before its chain"},
+		{"another's key", readClientCertificate, certificate + otherKey, "does not belong"},
+		{"two keys", readClientCertificate, certificate + key + otherKey, "two private keys"},
+		{"key alone", readClientCertificate, key, "no certificate"},
+		{"no PEM", readClientCertificate, "hunter2", "no certificate"},
+		{"broken certificate", readClientCertificate, block("CERTIFICATE", []byte("hunter2")), "certificate 1 cannot be read"},
+		{"broken key", readClientCertificate, certificate + block("PRIVATE KEY", []byte("hunter2")), "private key cannot be read"},
+		{"encrypted key", readClientCertificate, certificate + block("ENCRYPTED PRIVATE KEY", []byte("hunter2")), "passphrase"},
+		{"cut off", readClientCertificate, certificate + key[:len(key)-20], "broken off"},
+		{"something else", readClientCertificate, block("CERTIFICATE REQUEST", []byte("hunter2")), "neither"},
+		{"key", readClientKey, key, ""},
+		{"key with certificate", readClientKey, certificate + key, "slot client_certificate"},
+		{"no key", readClientKey, "hunter2", "no private key"},
+		{"authorities", readCA, ca.pem() + other, ""},
+		{"authority with key", readCA, ca.pem() + key, "private key in it"},
+		{"no authority", readCA, "", "no certificate"},
+	} {
+		_, err := tt.read([]byte(tt.value))
+		switch {
+		case tt.want == "" && err != nil, tt.want != "" && (err == nil || !strings.Contains(err.Error(), tt.want)):
+			t.Errorf("%s: %v, want %q", tt.name, err, tt.want)
+		case err != nil && (strings.Contains(err.Error(), "hunter2") || strings.Contains(err.Error(), "BEGIN")):
+			t.Errorf("%s: %v shows the value", tt.name, err)
+		}
+	}
+	info, err := readClientCertificate([]byte(certificate + key))
+	if err != nil || !strings.HasPrefix(info.Algorithm, "x509, not after 20") || info.PublicKey != certificate || info.KeyID == "" {
+		t.Errorf("%+v, %v", info, err)
+	}
+}
