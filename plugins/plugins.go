@@ -7,7 +7,10 @@ import (
 
 	hmacplugin "github.com/grapnel/grapnel/plugins/hmac"
 	httpplugin "github.com/grapnel/grapnel/plugins/http"
+	"github.com/grapnel/grapnel/plugins/httpsignature"
+	"github.com/grapnel/grapnel/plugins/jose"
 	"github.com/grapnel/grapnel/plugins/none"
+	"github.com/grapnel/grapnel/plugins/sigv4"
 	"github.com/grapnel/grapnel/plugins/standardwebhooks"
 	"github.com/grapnel/grapnel/plugins/twilio"
 	"github.com/grapnel/grapnel/sdk/plugin"
@@ -18,8 +21,11 @@ func Kinds() []plugin.Kind {
 	return slices.Concat(
 		standardwebhooks.Kinds(),
 		hmacplugin.Kinds(),
+		jose.Kinds(),
 		[]plugin.Kind{
 			twilio.Kind(),
+			httpsignature.Kind(),
+			sigv4.Kind(),
 			none.Kind(),
 			httpplugin.Kind(),
 		},
