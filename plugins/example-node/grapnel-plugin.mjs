@@ -299,11 +299,12 @@ export class Plugin {
         if (!instance) return { seq: item.seq, failure: failure(stale(item.instance_ref), []) };
         const created = Number(item.created?.seconds ?? 0) + (item.created?.nanos ?? 0) / 1e9;
         const request = newRequest(instance, contents[item.content], { created, nonce: item.nonce, headers: item.headers });
+        const given = request.url = item.uri || request.url;
         const before = request.headers.length;
         try { instance.run(request); } catch (e) {
           return { seq: item.seq, failure: failure(new Failure("plugin", "sign", e.message, "not_sent"), instance.values) };
         }
-        return { seq: item.seq, headers: fields(request.headers.slice(before)), uri: request.url === instance.target.url ? "" : request.url };
+        return { seq: item.seq, headers: fields(request.headers.slice(before)), uri: request.url === given ? "" : request.url };
       });
       call.write({ results });
     });

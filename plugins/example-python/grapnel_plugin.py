@@ -444,6 +444,7 @@ class Plugin:
                     continue
                 content = request.contents[item.content]
                 r = self._request(instance, content, item.created.seconds + item.created.nanos / 1e9, item.nonce, item.headers)
+                r.url = given = item.uri or r.url
                 before = len(r.headers)
                 try:
                     instance.run(r)
@@ -452,7 +453,7 @@ class Plugin:
                     continue
                 for name, value in r.headers[before:]:
                     result.headers.add(name=name, value=value)
-                if r.url != instance.target.url:
+                if r.url != given:
                     result.uri = r.url
             yield out
 
