@@ -27,8 +27,11 @@ func secretColumns() []column[*grapnelv1.Secret] {
 		{head: "ID", value: func(s secret) string { return lastSegment(s.GetName()) }},
 		{head: "NAME", detail: true, value: secret.GetName},
 		{head: "KIND", value: func(s secret) string { return enumText(s.GetKind()) }},
+		{head: "PLUGIN", value: secretPlugin},
+		{head: "ALGORITHM", value: func(s secret) string { return newestVersion(s).GetAlgorithm() }},
 		{head: "VERSIONS", value: versionsText},
-		{head: "PUBLIC KEYS", detail: true, value: func(s secret) string { return strings.Join(s.GetPublicKeys(), " ") }},
+		{head: "KEY IDS", detail: true, value: keyIDsText},
+		{head: "PUBLIC KEYS", detail: true, value: publicKeysText},
 		{head: "CREATED", detail: true, value: func(s secret) string { return timeText(s.GetCreateTime()) }},
 		{head: "AGE", value: func(s secret) string { return age(s.GetCreateTime()) }},
 		{head: "ETAG", detail: true, value: secret.GetEtag},
@@ -45,6 +48,65 @@ func versionsText(s *grapnelv1.Secret) string {
 		words = append(words, word)
 	}
 	return strings.Join(words, ", ")
+}
+
+// secretPlugin names the plugin that a secret is for, and its slot where that is not the usual one.
+func secretPlugin(s *grapnelv1.Secret) string {
+	id := lastSegment(s.GetPlugin())
+	if slot := s.GetSlot(); slot != "" && slot != usualSlot {
+		return id + "/" + slot
+	}
+	return id
+}
+
+func newestVersion(s *grapnelv1.Secret) *grapnelv1.SecretVersion {
+	if versions := s.GetVersions(); len(versions) > 0 {
+		return versions[0]
+	}
+	return nil
+}
+
+func keyIDsText(s *grapnelv1.Secret) string {
+	var words []string
+	for _, v := range s.GetVersions() {
+		if v.GetKeyId() != "" {
+			words = append(words, fmt.Sprintf("%d:%s", v.GetVersion(), v.GetKeyId()))
+		}
+	}
+	return strings.Join(words, ", ")
+}
+
+// publicKeysText lists the public keys that fit on a line; showPublicKeys prints the others.
+func publicKeysText(s *grapnelv1.Secret) string {
+	var words []string
+	for _, v := range s.GetVersions() {
+		if key := strings.TrimSpace(v.GetPublicKey()); key != "" && !strings.Contains(key, "\n") {
+			words = append(words, key)
+		}
+	}
+	return strings.Join(words, " ")
+}
+
+// showSecretMetadata prints one secret; in a table, public keys of several lines stand below it as they are.
+func (c *cli) showSecretMetadata(s *grapnelv1.Secret) error {
+	if err := show(c, s, secretColumns()); err != nil || c.output == "json" {
+		return err
+	}
+	for _, v := range s.GetVersions() {
+		key := strings.TrimSpace(v.GetPublicKey())
+		if !strings.Contains(key, "\n") {
+			continue
+		}
+		if _, err := fmt.Fprintf(c.stdout, "Public key of version %d:\n", v.GetVersion()); err != nil {
+			return err
+		}
+		for line := range strings.SplitSeq(key, "\n") {
+			if _, err := fmt.Fprintln(c.stdout, clean(line)); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
 }
 
 func completeSecrets(c *cli) cobra.CompletionFunc {
@@ -81,51 +143,75 @@ func (c *cli) showSecret(answer interface {
 	if c.output == "json" {
 		return whole()
 	}
-	if err := show(c, answer.GetSecret(), secretColumns()); err != nil {
+	if err := c.showSecretMetadata(answer.GetSecret()); err != nil {
 		return err
 	}
 	if answer.GetGeneratedValue() == "" {
 		return nil
 	}
-	_, err := fmt.Fprintf(c.stdout, "Value:  %s\n", answer.GetGeneratedValue())
+	between := "  "
+	if strings.Contains(strings.TrimSpace(answer.GetGeneratedValue()), "\n") {
+		between = "\n"
+	}
+	_, err := fmt.Fprintf(c.stdout, "Value:%s%s\n", between, strings.TrimRight(answer.GetGeneratedValue(), "\n"))
 	return err
 }
 
 func newSecretCreate(c *cli) *cobra.Command {
 	var kind, value string
+	r := &grapnelv1.CreateSecretRequest{}
 	cmd := &cobra.Command{
 		Use: "create ID", Short: "Store a key, or have one made and see it once", Args: oneID,
+		Long: `Stores a key, or has one made and shows it once. With --plugin the plugin that is to use the key makes or
+checks it, by the rules of its scheme; without, --kind says what it is.`,
 		Example: `  grapnel secret create orders-key -n acme
-  grapnel secret create old-key -n acme --value @key.txt
-  grapnel secret create pair -n acme --kind ed25519`,
+  grapnel secret create stripe-key -n acme --plugin stripe
+  grapnel secret create pair -n acme --plugin http-signature --algorithm ecdsa-p256-sha256
+  grapnel secret create old-key -n acme --value @key.txt`,
 	}
-	cmd.Flags().StringVar(&kind, "kind", "hmac", "hmac, ed25519 or opaque")
+	cmd.Flags().StringVar(&kind, "kind", "hmac", "hmac, ed25519 or opaque; not with --plugin")
+	cmd.Flags().StringVar(&r.Plugin, "plugin", "", "`plugin` that the key is for")
+	cmd.Flags().StringVar(&r.Slot, "slot", "", "secret slot of --plugin; empty is its only one, or the only one it requires")
+	cmd.Flags().StringVar(&r.Algorithm, "algorithm", "", "what --plugin is to make, such as ed25519; empty is its default")
+	must(cmd.RegisterFlagCompletionFunc("plugin", completePlugins(c)))
 	cmd.Flags().StringVar(&value, "value", "", "`@file` or - for standard input; empty makes one")
 	must(cmd.RegisterFlagCompletionFunc("kind", fixed("hmac", "ed25519", "opaque")))
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
-		parent, id, err := c.created(secrets, args[0])
-		if err != nil {
+		var err error
+		if r.Parent, r.SecretId, err = c.created(secrets, args[0]); err != nil {
 			return err
 		}
-		number, ok := grapnelv1.Secret_Kind_value["KIND_"+strings.ToUpper(kind)]
-		if !ok || number == 0 {
-			return usagef("--kind %s: must be hmac, ed25519 or opaque", kind)
+		if r.Kind, err = secretKind(kind, r.GetPlugin() != "", cmd.Flags().Changed("kind")); err != nil {
+			return err
 		}
-		text, err := c.secretValue(value, kind == "opaque")
-		if err != nil {
+		r.Plugin = pluginName(r.GetPlugin())
+		if r.Value, err = c.secretValue(value, r.GetKind() == grapnelv1.Secret_KIND_OPAQUE); err != nil {
 			return err
 		}
 		return c.with(cmd, func(ctx context.Context, cl *client.Client) error {
-			r, err := cl.SecretService().CreateSecret(ctx, &grapnelv1.CreateSecretRequest{
-				Parent: parent, SecretId: id, Kind: grapnelv1.Secret_Kind(number), Value: text,
-			})
+			answer, err := cl.SecretService().CreateSecret(ctx, r)
 			if err != nil {
 				return err
 			}
-			return c.showSecret(r, func() error { return show(c, r, nil) })
+			return c.showSecret(answer, func() error { return show(c, answer, nil) })
 		})
 	}
 	return cmd
+}
+
+// secretKind reads --kind, which has no say in a plugin's keys.
+func secretKind(kind string, plugin, given bool) (grapnelv1.Secret_Kind, error) {
+	if plugin {
+		if given {
+			return 0, usagef("--kind and --plugin exclude each other: a plugin knows its own keys")
+		}
+		return grapnelv1.Secret_KIND_UNSPECIFIED, nil
+	}
+	number, ok := grapnelv1.Secret_Kind_value["KIND_"+strings.ToUpper(kind)]
+	if !ok || number == 0 {
+		return 0, usagef("--kind %s: must be hmac, ed25519 or opaque", kind)
+	}
+	return grapnelv1.Secret_Kind(number), nil
 }
 
 func newSecretGet(c *cli) *cobra.Command {
@@ -142,7 +228,7 @@ func newSecretGet(c *cli) *cobra.Command {
 				if err != nil {
 					return err
 				}
-				return show(c, r.GetSecret(), secretColumns())
+				return c.showSecretMetadata(r.GetSecret())
 			})
 		},
 	}
@@ -164,33 +250,34 @@ func newSecretList(c *cli) *cobra.Command {
 }
 
 func newSecretRotate(c *cli) *cobra.Command {
-	var value, etag string
+	var value string
 	var overlap time.Duration
+	r := &grapnelv1.RotateSecretRequest{}
 	cmd := &cobra.Command{
 		Use: "rotate ID", Short: "Add a new version; the old one stays in use for a while",
 		Args: oneID, ValidArgsFunction: firstArg(completeSecrets(c)),
-		Example: "  grapnel secret rotate orders-key -n acme --overlap 48h",
+		Example: "  grapnel secret rotate orders-key -n acme --overlap 48h\n" +
+			"  grapnel secret rotate pair -n acme --algorithm ed25519",
 	}
+	cmd.Flags().StringVar(&r.Algorithm, "algorithm", "", "what the secret's plugin is to make; empty is the same as before")
 	cmd.Flags().StringVar(&value, "value", "", "`@file` or - for standard input; empty makes one")
 	cmd.Flags().DurationVar(&overlap, "overlap", 24*time.Hour, "how long the old version stays in use, up to 168h")
-	cmd.Flags().StringVar(&etag, "etag", "", "fail unless this is the current etag; makes a retry safe")
+	cmd.Flags().StringVar(&r.Etag, "etag", "", "fail unless this is the current etag; makes a retry safe")
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
-		name, err := c.name(secrets, args[0])
-		if err != nil {
+		var err error
+		if r.Name, err = c.name(secrets, args[0]); err != nil {
 			return err
 		}
-		text, err := c.secretValue(value, false)
-		if err != nil {
+		if r.Value, err = c.secretValue(value, false); err != nil {
 			return err
 		}
+		r.Overlap = durationpb.New(overlap)
 		return c.with(cmd, func(ctx context.Context, cl *client.Client) error {
-			r, err := cl.SecretService().RotateSecret(ctx, &grapnelv1.RotateSecretRequest{
-				Name: name, Value: text, Overlap: durationpb.New(overlap), Etag: etag,
-			})
+			answer, err := cl.SecretService().RotateSecret(ctx, r)
 			if err != nil {
 				return err
 			}
-			return c.showSecret(r, func() error { return show(c, r, nil) })
+			return c.showSecret(answer, func() error { return show(c, answer, nil) })
 		})
 	}
 	return cmd

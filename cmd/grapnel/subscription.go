@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"iter"
+	"slices"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -36,6 +37,7 @@ func subscriptionColumns() []column[*grapnelv1.Subscription] {
 		{head: "URI", value: sub.GetUri},
 		{head: "HEADERS", detail: true, value: func(s sub) string { return pairsText(s.GetHeaders()) }},
 		{head: "LABELS", detail: true, value: func(s sub) string { return pairsText(s.GetLabels()) }},
+		{head: "PAYLOAD", detail: true, value: func(s sub) string { return shapeText(s.GetPayloadShape()) }},
 		{head: "SIGNERS", detail: true, value: func(s sub) string { return bindingsText(s.GetSigners()) }},
 		{head: "TRANSPORT", detail: true, value: func(s sub) string { return bindingText(s.GetTransport()) }},
 		{head: "ATTEMPT TIMEOUT", detail: true, value: func(s sub) string { return durationText(s.GetAttemptTimeout()) }},
@@ -50,6 +52,21 @@ func subscriptionColumns() []column[*grapnelv1.Subscription] {
 		{head: "UID", detail: true, value: sub.GetUid},
 		{head: "ETAG", detail: true, value: sub.GetEtag},
 	}
+}
+
+// shapeText is what a body is made of, as the flags say it.
+func shapeText(p *grapnelv1.PayloadShape) string {
+	if p == nil {
+		return ""
+	}
+	words := []string{strings.ToLower(strings.ReplaceAll(strings.TrimPrefix(p.GetFormat().String(), "FORMAT_"), "_", "-"))}
+	if p.GetContentType() != "" {
+		words = append(words, "as "+p.GetContentType())
+	}
+	if p.GetCompression() == grapnelv1.PayloadShape_COMPRESSION_GZIP {
+		words = append(words, "gzip")
+	}
+	return strings.Join(words, ", ")
 }
 
 func bindingsText(all []*grapnelv1.PluginBinding) string {
@@ -114,6 +131,8 @@ func newSubscriptionCreate(c *cli) *cobra.Command {
       --type 'order.*' --secret orders-key
   grapnel subscription create large -n acme --uri https://example.com/x --secret orders-key \
       --condition 'event.data.total > 100.0' --schedule 10s,1m,10m
+  grapnel subscription create both -n acme --uri https://example.com/x --payload cloudevents --gzip \
+      --signer stripe --secret stripe-key --signer github --secret github-key
   grapnel subscription create orders -n acme -f orders.yaml --validate-only`,
 	}
 	f.register(cmd, c)
@@ -194,10 +213,13 @@ func newSubscriptionUpdate(c *cli) *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "update ID", Short: "Change a subscription; what is not given stays",
 		Long: `Changes what the flags name and leaves the rest. A flag with an empty value clears: --condition ''.
+--secret and --signer-config without --signer change the first signer. With --signer, the signers named are
+all there are; one that is there already keeps the settings and secrets that are not given.
 With --file the whole content is replaced by the file's.`,
 		Args: oneID, ValidArgsFunction: firstArg(completeSubscriptions(c)),
 		Example: "  grapnel subscription update orders -n acme --uri https://new.example.com/orders\n" +
-			"  grapnel subscription update orders -n acme --schedule 5s,1m,1h",
+			"  grapnel subscription update orders -n acme --schedule 5s,1m,1h\n" +
+			"  grapnel subscription update orders -n acme --secret new-key",
 	}
 	f.register(cmd, c)
 	cmd.Flags().StringVar(&etag, "etag", "", "fail unless this is the current etag")
@@ -218,11 +240,12 @@ With --file the whole content is replaced by the file's.`,
 			return usagef("nothing to change: give at least one flag")
 		}
 		s.Name, s.Etag = name, cmp.Or(etag, s.GetEtag())
+		r := &grapnelv1.UpdateSubscriptionRequest{
+			Subscription: s, UpdateMask: &fieldmaskpb.FieldMask{Paths: paths},
+			AllowMissing: allowMissing, ValidateOnly: validateOnly,
+		}
 		return c.with(cmd, func(ctx context.Context, cl *client.Client) error {
-			r, err := cl.SubscriptionService().UpdateSubscription(ctx, &grapnelv1.UpdateSubscriptionRequest{
-				Subscription: s, UpdateMask: &fieldmaskpb.FieldMask{Paths: paths},
-				AllowMissing: allowMissing, ValidateOnly: validateOnly,
-			})
+			r, err := f.update(ctx, cl, r)
 			if err != nil {
 				return err
 			}
@@ -231,6 +254,34 @@ With --file the whole content is replaced by the file's.`,
 		})
 	}
 	return cmd
+}
+
+// maxUpdates is how often update tries to change signers that others change, too.
+const maxUpdates = 5
+
+// update stores a change. Signers are one field, so those that are stored are read first and changed as the
+// flags say, on condition that nobody else has changed them since.
+func (f *subscriptionFlags) update(ctx context.Context, cl *client.Client, r *grapnelv1.UpdateSubscriptionRequest) (*grapnelv1.UpdateSubscriptionResponse, error) {
+	if !slices.Contains(r.GetUpdateMask().GetPaths(), signersPath) {
+		return cl.SubscriptionService().UpdateSubscription(ctx, r)
+	}
+	given := r.GetSubscription().GetEtag()
+	for try := 1; ; try++ {
+		now, err := cl.Subscriptions("").Get(ctx, r.GetSubscription().GetName())
+		switch {
+		case errors.Is(err, client.ErrNotFound) && r.GetAllowMissing():
+			r.Subscription.Etag = given
+		case err != nil:
+			return nil, err
+		default:
+			r.Subscription.Etag = cmp.Or(given, now.GetEtag())
+		}
+		r.Subscription.Signers = f.signers.merge(now.GetSigners())
+		answer, err := cl.SubscriptionService().UpdateSubscription(ctx, r)
+		if err == nil || given != "" || try == maxUpdates || !errors.Is(err, client.ErrEtagMismatch) {
+			return answer, err
+		}
+	}
 }
 
 func newSubscriptionDelete(c *cli) *cobra.Command {

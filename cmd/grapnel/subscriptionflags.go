@@ -22,8 +22,10 @@ import (
 // subscriptionFlags are what create and update set.
 type subscriptionFlags struct {
 	file, displayName, uri, condition    string
-	types, labels, headers, secrets      []string
-	signer, signerConfig                 string
+	types, labels, headers               []string
+	signers                              signerFlags
+	payload, contentType                 string
+	gzip                                 bool
 	transport, transportConfig           string
 	transportSecrets                     []string
 	attemptTimeout, maxAge, disableAfter time.Duration
@@ -43,9 +45,10 @@ func (f *subscriptionFlags) register(cmd *cobra.Command, c *cli) {
 	flags.StringVar(&f.condition, "condition", "", "CEL expression over event; empty is true")
 	flags.StringArrayVarP(&f.labels, "label", "l", nil, "label as `name=value`; repeat for more")
 	flags.StringArrayVarP(&f.headers, "header", "H", nil, "static header as `name=value`; repeat for more; not for secrets")
-	flags.StringVar(&f.signer, "signer", "", "plugin that signs; default standard-webhooks")
-	flags.StringVar(&f.signerConfig, "signer-config", "", "its settings: JSON or `@file`")
-	flags.StringArrayVar(&f.secrets, "secret", nil, "key to sign with: an ID, or `slot=ID` where the plugin has several")
+	f.signers.register(cmd, c)
+	flags.StringVar(&f.payload, "payload", "", "`form` of the body: raw, the default, standard-webhooks or cloudevents")
+	flags.BoolVar(&f.gzip, "gzip", false, "compress the body; signatures cover the compressed bytes")
+	flags.StringVar(&f.contentType, "content-type", "", "media `type` to send instead of the event's; with --payload raw only")
 	flags.StringVar(&f.transport, "transport", "", "plugin that sends; default by the scheme of --uri")
 	flags.StringVar(&f.transportConfig, "transport-config", "", "its settings: JSON or `@file`")
 	flags.StringArrayVar(&f.transportSecrets, "transport-secret", nil, "secret for the transport as `slot=ID`")
@@ -61,8 +64,7 @@ func (f *subscriptionFlags) register(cmd *cobra.Command, c *cli) {
 	flags.Float64Var(&f.maxRate, "max-rate", 0, "most attempts started per second; 0 is no limit")
 	flags.DurationVar(&f.disableAfter, "disable-after", 0, "disable after failing for this long; 0s never, default 120h")
 	flags.BoolVar(&f.ignoreGone, "ignore-gone", false, "keep it enabled when the target answers 410 Gone")
-	must(cmd.RegisterFlagCompletionFunc("secret", completeSecrets(c)))
-	must(cmd.RegisterFlagCompletionFunc("signer", completePlugins(c)))
+	must(cmd.RegisterFlagCompletionFunc("payload", fixed("raw", "standard-webhooks", "cloudevents")))
 	must(cmd.RegisterFlagCompletionFunc("transport", completePlugins(c)))
 	must(cmd.MarkFlagFilename("file", "yaml", "yml", "json"))
 }
@@ -74,7 +76,7 @@ type field struct {
 }
 
 // apply puts the file and the flags that were given into s and returns the paths of what it set, "*" when
-// there was a file.
+// there was a file. Signers without a file are those that the flags name; to change stored ones, merge.
 func (f *subscriptionFlags) apply(cmd *cobra.Command, c *cli, parent string, s *grapnelv1.Subscription) ([]string, error) {
 	var paths []string
 	if f.file != "" {
@@ -83,7 +85,7 @@ func (f *subscriptionFlags) apply(cmd *cobra.Command, c *cli, parent string, s *
 		}
 		paths = []string{"*"}
 	}
-	for _, field := range slices.Concat(f.plain(s), f.bindings(c, parent, s), f.retry(cmd, s)) {
+	for _, field := range slices.Concat(f.plain(s), f.shape(s), f.transportFields(c, parent, s), f.retry(cmd, s)) {
 		if !cmd.Flags().Changed(field.flag) {
 			continue
 		}
@@ -92,6 +94,15 @@ func (f *subscriptionFlags) apply(cmd *cobra.Command, c *cli, parent string, s *
 		}
 		if f.file == "" && !slices.Contains(paths, field.path) {
 			paths = append(paths, field.path)
+		}
+	}
+	if f.signers.given() {
+		if err := f.signers.read(c, parent); err != nil {
+			return nil, err
+		}
+		s.Signers = f.signers.merge(s.GetSigners())
+		if f.file == "" {
+			paths = append(paths, signersPath)
 		}
 	}
 	return paths, nil
@@ -122,54 +133,84 @@ func (f *subscriptionFlags) plain(s *grapnelv1.Subscription) []field {
 	}
 }
 
-// bindings: a change of one flag of a binding replaces that part only.
-func (f *subscriptionFlags) bindings(c *cli, parent string, s *grapnelv1.Subscription) []field {
-	binding := func(b **grapnelv1.PluginBinding) *grapnelv1.PluginBinding {
-		if *b == nil {
-			*b = &grapnelv1.PluginBinding{}
+// transportFields: a change of one flag of the transport replaces that part only.
+func (f *subscriptionFlags) transportFields(c *cli, parent string, s *grapnelv1.Subscription) []field {
+	transport := func() *grapnelv1.PluginBinding {
+		if s.Transport == nil {
+			s.Transport = &grapnelv1.PluginBinding{}
 		}
-		return *b
-	}
-	part := func(flag, value string, b **grapnelv1.PluginBinding) func() error {
-		return func() (err error) {
-			binding(b).Config, err = c.readStruct(flag, value)
-			return err
-		}
-	}
-	slots := func(flag string, words []string, b **grapnelv1.PluginBinding) func() error {
-		return func() error {
-			binding(b).Secrets = map[string]string{}
-			for _, word := range nonEmpty(words) {
-				slot, id, ok := strings.Cut(word, "=")
-				if !ok {
-					slot, id = "key", word
-				}
-				if !strings.Contains(id, "/") {
-					id = parent + "/secrets/" + id
-				}
-				if _, twice := (*b).Secrets[slot]; twice {
-					return usagef("--%s: slot %q is given twice", flag, slot)
-				}
-				(*b).Secrets[slot] = id
-			}
-			return nil
-		}
-	}
-	if len(s.Signers) == 0 && (f.signer != "" || f.signerConfig != "" || len(f.secrets) > 0) {
-		s.Signers = []*grapnelv1.PluginBinding{{}}
-	}
-	signer := new(*grapnelv1.PluginBinding)
-	if len(s.Signers) > 0 {
-		signer = &s.Signers[0]
+		return s.Transport
 	}
 	return []field{
-		{"signer", "signers", func() error { binding(signer).Plugin = pluginName(f.signer); return nil }},
-		{"signer-config", "signers", part("signer-config", f.signerConfig, signer)},
-		{"secret", "signers", slots("secret", f.secrets, signer)},
-		{"transport", "transport.plugin", func() error { binding(&s.Transport).Plugin = pluginName(f.transport); return nil }},
-		{"transport-config", "transport.config", part("transport-config", f.transportConfig, &s.Transport)},
-		{"transport-secret", "transport.secrets", slots("transport-secret", f.transportSecrets, &s.Transport)},
+		{"transport", "transport.plugin", func() error { transport().Plugin = pluginName(f.transport); return nil }},
+		{"transport-config", "transport.config", func() (err error) {
+			transport().Config, err = c.readStruct("transport-config", f.transportConfig)
+			return err
+		}},
+		{"transport-secret", "transport.secrets", func() (err error) {
+			transport().Secrets, err = secretSlots("transport-secret", parent, f.transportSecrets)
+			return err
+		}},
 	}
+}
+
+// usualSlot is what a signer calls its only key.
+const usualSlot = "key"
+
+// secretSlots reads words such as ID and slot=ID into names of secrets by slot.
+func secretSlots(flag, parent string, words []string) (map[string]string, error) {
+	slots := map[string]string{}
+	for _, word := range nonEmpty(words) {
+		slot, id, ok := strings.Cut(word, "=")
+		if !ok {
+			slot, id = usualSlot, word
+		}
+		if !strings.Contains(id, "/") {
+			id = parent + "/secrets/" + id
+		}
+		if _, twice := slots[slot]; twice {
+			return nil, usagef("--%s: slot %q is given twice", flag, slot)
+		}
+		slots[slot] = id
+	}
+	return slots, nil
+}
+
+// shape: what the body is made of.
+func (f *subscriptionFlags) shape(s *grapnelv1.Subscription) []field {
+	shape := func() *grapnelv1.PayloadShape {
+		if s.PayloadShape == nil {
+			s.PayloadShape = &grapnelv1.PayloadShape{}
+		}
+		return s.PayloadShape
+	}
+	const in = "payload_shape."
+	return []field{
+		{"payload", in + "format", func() (err error) { shape().Format, err = payloadFormat(f.payload); return err }},
+		{"gzip", in + "compression", func() error {
+			shape().Compression = grapnelv1.PayloadShape_COMPRESSION_NONE
+			if f.gzip {
+				shape().Compression = grapnelv1.PayloadShape_COMPRESSION_GZIP
+			}
+			return nil
+		}},
+		{"content-type", in + "content_type", func() error { shape().ContentType = f.contentType; return nil }},
+	}
+}
+
+// payloadFormat reads --payload; empty is the default.
+func payloadFormat(text string) (grapnelv1.PayloadShape_Format, error) {
+	switch text {
+	case "":
+		return grapnelv1.PayloadShape_FORMAT_UNSPECIFIED, nil
+	case "raw":
+		return grapnelv1.PayloadShape_FORMAT_RAW, nil
+	case "standard-webhooks":
+		return grapnelv1.PayloadShape_FORMAT_STANDARD_WEBHOOKS, nil
+	case "cloudevents":
+		return grapnelv1.PayloadShape_FORMAT_CLOUDEVENTS, nil
+	}
+	return 0, usagef("--payload %s: must be raw, standard-webhooks or cloudevents", text)
 }
 
 func pluginName(id string) string {

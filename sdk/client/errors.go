@@ -47,6 +47,8 @@ var (
 	ErrDraining = reasonError("DRAINING")
 	// ErrPluginUnavailable: the plugin is absent, disabled or unhealthy.
 	ErrPluginUnavailable = reasonError("PLUGIN_UNAVAILABLE")
+	// ErrOwnershipRefused: the target was asked whether it wants deliveries and did not say yes.
+	ErrOwnershipRefused = reasonError("OWNERSHIP_REFUSED")
 	// ErrUnauthenticated: credentials are missing or wrong.
 	ErrUnauthenticated = codeError(codes.Unauthenticated)
 	// ErrPermissionDenied: the credentials do not allow the call.

@@ -309,15 +309,16 @@ func pluginUnavailable(name, message string) *Error {
 // ownershipRefused says that a target was asked whether it wants deliveries and did not say yes. answer is
 // what came back, code the protocol's status or 0.
 func ownershipRefused(name, answer string, code int) *Error {
+	const field = "subscription.uri"
+	description := "the receiver was asked whether it wants deliveries and did not agree: " + answer
 	e := &Error{
-		code:   codes.FailedPrecondition,
-		reason: grapnelv1.ErrorReason_ERROR_REASON_OWNERSHIP_REFUSED,
-		message: "subscription.uri: the receiver was asked whether it wants deliveries and did not agree: " + answer +
-			"; let it agree, or take the ownership check out of the transport's config",
+		code:     codes.FailedPrecondition,
+		reason:   grapnelv1.ErrorReason_ERROR_REASON_OWNERSHIP_REFUSED,
+		message:  field + ": " + description,
 		metadata: map[string]string{"resource": name},
-		field:    "subscription.uri",
+		field:    field,
 		details: []protoadapt.MessageV1{&errdetails.PreconditionFailure{Violations: []*errdetails.PreconditionFailure_Violation{
-			{Type: "OWNERSHIP", Subject: "subscription.uri", Description: "the receiver did not agree to deliveries: " + answer},
+			{Type: "OWNERSHIP", Subject: field, Description: description},
 		}}},
 	}
 	if code != 0 {
