@@ -29,8 +29,7 @@ type child struct {
 	env      []string
 	dir      string // its sockets; part of its environment, by which its descendants are found
 	out      *tail
-	patience time.Duration // for what a process that hangs has to say
-	cmd      *exec.Cmd
+	patience time.Duration  // for what a process that hangs has to say
 	stdout   *io.PipeReader // the handshake line, then nothing until the end
 	stderr   *io.PipeReader // nothing until the end
 	lineW    *io.PipeWriter
@@ -42,21 +41,47 @@ type child struct {
 	// exited is closed when the process is reaped and its group killed; status is set before.
 	exited chan struct{}
 	status error
+
+	mu     sync.Mutex // guards what follows
+	cmd    *exec.Cmd  // once started
+	doomed bool       // to be killed as soon as it is
 }
 
-func newChild(g *program, env []string, dir string, out *tail, patience time.Duration) *child {
-	c := &child{program: g, env: env, dir: dir, out: out, patience: patience, exited: make(chan struct{})}
-	if limit := g.spec.Limits.MemoryBytes; limit > 0 {
-		c.env = append(c.env, "GOMEMLIMIT="+strconv.FormatUint(limit/10*9, 10))
-	}
+func newChild(g *program, out *tail, patience time.Duration) *child {
+	c := &child{program: g, out: out, patience: patience, exited: make(chan struct{})}
 	c.stdout, c.lineW = io.Pipe()
 	c.stderr, c.errW = io.Pipe()
 	return c
 }
 
-func (c *child) pid() int { return c.cmd.Process.Pid }
+// place says what the process is to find: its environment, and its directory.
+func (c *child) place(env []string, dir string) error {
+	c.env, c.dir = env, dir
+	if limit := c.program.spec.Limits.MemoryBytes; limit > 0 {
+		c.env = append(c.env, "GOMEMLIMIT="+strconv.FormatUint(limit/10*9, 10))
+	}
+	return c.program.giveDir(dir)
+}
 
-func (c *child) running() bool { return c.cmd != nil && c.cmd.Process != nil }
+// process is nil until it has been started.
+func (c *child) process() *os.Process {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.cmd == nil {
+		return nil
+	}
+	return c.cmd.Process
+}
+
+func (c *child) pid() int { return c.process().Pid }
+
+// doom kills the process, also one that is about to be started.
+func (c *child) doom() {
+	c.mu.Lock()
+	c.doomed = true
+	c.mu.Unlock()
+	c.signal(true)
+}
 
 // Start is part of go-plugin's runner.
 func (c *child) Start(context.Context) error {
@@ -128,7 +153,13 @@ func (c *child) start() ([2]*os.File, error) {
 		}
 		return pipes, fmt.Errorf("start %s: %w", g.path, err)
 	}
+	c.mu.Lock()
 	c.cmd = cmd
+	doomed := c.doomed
+	c.mu.Unlock()
+	if doomed {
+		c.signal(true)
+	}
 	return [2]*os.File{outR, errR}, nil
 }
 
@@ -167,7 +198,7 @@ func isNumber(s string) bool { return s != "" && strings.Trim(s, "0123456789") =
 
 // handshakeError says why there was no handshake, in words that tell what to do.
 func (c *child) handshakeError(err error, limit time.Duration) error {
-	if c == nil || !c.running() {
+	if c.process() == nil {
 		return err
 	}
 	line := c.line.Load()
@@ -193,8 +224,8 @@ func (c *child) signal(kill bool) {
 	select {
 	case <-c.exited:
 	default:
-		if c.running() {
-			signalGroup(c.cmd.Process, kill)
+		if p := c.process(); p != nil {
+			signalGroup(p, kill)
 		}
 	}
 }
@@ -204,9 +235,9 @@ func (c *child) dump(patience time.Duration) {
 	select {
 	case <-c.exited:
 	default:
-		if c.running() {
+		if p := c.process(); p != nil {
 			c.hung.Store(true)
-			quit(c.cmd.Process)
+			quit(p)
 			wait(c.exited, nil, patience)
 		}
 	}
@@ -246,10 +277,11 @@ func (c *child) Name() string { return c.program.path }
 
 // ID is part of go-plugin's runner.
 func (c *child) ID() string {
-	if !c.running() {
+	p := c.process()
+	if p == nil {
 		return ""
 	}
-	return strconv.Itoa(c.cmd.Process.Pid)
+	return strconv.Itoa(p.Pid)
 }
 
 // Diagnose is part of go-plugin's runner.

@@ -40,6 +40,7 @@ func (p *process) start(ctx context.Context) (*conn, error) {
 	c.out = newTail(func(line string, dropped int) {
 		p.log.Warn("plugin wrote", "line", c.redactor.clean(line), "dropped", dropped)
 	})
+	c.child = newChild(program, c.out, p.host.timing.dump)
 	c.ctx, c.cancel = context.WithCancel(context.WithoutCancel(ctx))
 	c.client = goplugin.NewClient(&goplugin.ClientConfig{
 		HandshakeConfig: goplugin.HandshakeConfig{
@@ -48,8 +49,7 @@ func (p *process) start(ctx context.Context) (*conn, error) {
 		},
 		Plugins: goplugin.PluginSet{plugin.PluginSet: dispensed{}},
 		RunnerFunc: func(_ hclog.Logger, cmd *exec.Cmd, dir string) (runner.Runner, error) {
-			c.child = newChild(program, cmd.Env, dir, c.out, p.host.timing.dump)
-			return c.child, program.giveDir(dir)
+			return c.child, c.child.place(cmd.Env, dir)
 		},
 		// The directory is private to the plugin's user, so the socket needs no TLS of its own.
 		UnixSocketConfig: &goplugin.UnixSocketConfig{TempDir: dir},
@@ -63,9 +63,7 @@ func (p *process) start(ctx context.Context) (*conn, error) {
 	})
 	abort := context.AfterFunc(ctx, func() {
 		c.cancel()
-		if c.child != nil {
-			c.child.signal(true)
-		}
+		c.child.doom()
 	})
 	defer abort()
 	if err := p.open(c); err != nil {
@@ -139,7 +137,7 @@ func (p *process) learn(c *conn, desc *pluginv1.DescribeResponse) error {
 // abandon ends a process that did not come to serve, and adds to err how it ended and what it last wrote.
 func (p *process) abandon(c *conn, err error) error {
 	c.cancel()
-	if c.child != nil && c.child.running() {
+	if c.child.process() != nil {
 		if wait(c.child.exited, nil, 100*time.Millisecond) {
 			err = fmt.Errorf("%w; it ended: %s", err, c.child.why())
 		}
@@ -153,7 +151,7 @@ func (p *process) abandon(c *conn, err error) error {
 	}
 	c.workers.Wait()
 	go c.client.Kill()
-	if c.child != nil {
+	if c.child.dir != "" {
 		_ = os.RemoveAll(c.child.dir)
 	}
 	p.noteOutput(c)

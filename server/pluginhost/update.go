@@ -162,6 +162,7 @@ func (h *Host) refuse(p *process, err error) {
 
 // handOver has another process do what waits for this one. What was written stays with it.
 func (c *conn) handOver() {
+	c.stopping.Store(true) // before the senders find that there is no more to send
 	c.host.plans.dropConn(c.host, c)
 	for _, l := range []*link{c.attempts, c.signs} {
 		for _, p := range l.unqueue() {
