@@ -1,6 +1,7 @@
 package httpplugin
 
 import (
+	"bytes"
 	"encoding/base64"
 	"errors"
 	"fmt"
@@ -12,6 +13,10 @@ import (
 	"github.com/grapnel/grapnel/plugins/oauth2"
 	"github.com/grapnel/grapnel/sdk/plugin"
 )
+
+// shortest is the length below which taking a value out of texts would tear ordinary words apart and
+// protect nothing.
+const shortest = 6
 
 // credential is what auth adds to each request of an instance.
 type credential struct {
@@ -74,8 +79,8 @@ func tokenConfig(c Config) *oauth2.Config {
 func forms(values ...string) []string {
 	var all []string
 	for _, v := range values {
-		if len(v) < 6 {
-			continue // would tear ordinary words apart and protects nothing
+		if len(v) < shortest {
+			continue
 		}
 		all = append(all, v, url.QueryEscape(v), url.PathEscape(v), html.EscapeString(v))
 	}
@@ -113,11 +118,24 @@ func (i *instance) clean(resp *plugin.Response, token string) *plugin.Response {
 		for n := range resp.Headers {
 			resp.Headers[n].Value = strings.ReplaceAll(resp.Headers[n].Value, h, "[redacted]")
 		}
-		if strings.Contains(string(resp.Body), h) {
-			resp.Body = []byte(strings.ReplaceAll(string(resp.Body), h, "[redacted]"))
+		if bytes.Contains(resp.Body, []byte(h)) {
+			resp.Body = bytes.ReplaceAll(resp.Body, []byte(h), []byte("[redacted]"))
+		}
+		if resp.Truncated {
+			resp.Body = cutTail(resp.Body, h)
 		}
 	}
 	return resp
+}
+
+// cutTail takes away the beginning of h that a body was cut off in.
+func cutTail(body []byte, h string) []byte {
+	for n := min(len(h)-1, len(body)); n >= shortest; n-- {
+		if bytes.HasSuffix(body, []byte(h[:n])) {
+			return append(body[:len(body)-n:len(body)-n], "[redacted]"...)
+		}
+	}
+	return body
 }
 
 // checkAuth says what is missing for a type of auth, and what is there for another one.
@@ -230,8 +248,13 @@ func checkAPIKey(a Auth, u *target) []plugin.Problem {
 	p := plugin.Problem{Pointer: "/config/auth/name", Code: "auth.name"}
 	switch {
 	case a.In != "query":
-		if err := checkHeader(apiKeyHeader(a), ""); err != nil {
+		name := apiKeyHeader(a)
+		if err := checkHeader(name, ""); err != nil {
 			p.Summary = err.Error()
+			return []plugin.Problem{p}
+		}
+		if taken(name) {
+			p.Summary = fmt.Sprintf("the header %s says something else about each request; want one of the receiver's own, such as x-api-key", name)
 			return []plugin.Problem{p}
 		}
 	case a.Name != "" && u != nil && u.url.Query().Has(a.Name):
@@ -239,6 +262,15 @@ func checkAPIKey(a Auth, u *target) []plugin.Problem {
 		return []plugin.Problem{p}
 	}
 	return nil
+}
+
+// taken are headers that requests have anyway.
+func taken(name string) bool {
+	switch name {
+	case "content-type", "content-encoding", "user-agent", "traceparent", "tracestate":
+		return true
+	}
+	return strings.HasPrefix(name, "webhook-") || strings.HasPrefix(name, "ce-")
 }
 
 // checkTokens looks at the settings of oauth2.

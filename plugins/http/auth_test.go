@@ -96,6 +96,20 @@ func TestCredentialsOnTheWire(t *testing.T) {
 	}
 }
 
+func TestCredentialCutOffInABody(t *testing.T) {
+	bothClients(t, func(t *testing.T, c client) {
+		srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			w.WriteHeader(http.StatusTeapot)
+			_, _ = io.WriteString(w, strings.Repeat("x", 4085)+r.Header.Get("X-Api-Key"))
+		}))
+		t.Cleanup(srv.Close)
+		resp, err := attempt(t, c.harness(t).Configure(secret(srv.URL, auth("type", "api_key"), map[string][]string{"api_key": {canary}})))
+		if err != nil || !resp.Truncated || len(resp.Body) < 4085 || strings.Contains(string(resp.Body), canary[:6]) {
+			t.Errorf("%v, body ends with %q", err, resp.Body[4080:])
+		}
+	})
+}
+
 // TestNoSecretInFailures breaks requests in as many ways as there are and reads what is said about it.
 func TestNoSecretInFailures(t *testing.T) {
 	credentials := map[string]struct {
@@ -366,6 +380,7 @@ func TestCheckAuth(t *testing.T) {
 		{name: "unknown type", config: auth("type", "digest"), want: "/config/auth/type config.enum"},
 		{name: "header taken", config: auth("type", "bearer"), secrets: map[string][]string{"token": {"t"}}, headers: []plugin.Header{{Name: "Authorization", Value: "x"}}, want: "/target/headers/authorization auth.header_conflict"},
 		{name: "reserved", config: auth("type", "api_key", "name", "Host"), secrets: map[string][]string{"api_key": {"t"}}, want: "/config/auth/name auth.name"},
+		{name: "says something else", config: auth("type", "api_key", "name", "Webhook-Id"), secrets: map[string][]string{"api_key": {"t"}}, want: "/config/auth/name auth.name"},
 		{name: "no parameter", config: auth("type", "api_key", "in", "query"), secrets: map[string][]string{"api_key": {"t"}}, want: "/config/auth/name auth.field"},
 		{name: "parameter taken", config: auth("type", "api_key", "in", "query", "name", "q"), secrets: map[string][]string{"api_key": {"t"}}, want: "/config/auth/name auth.name"},
 		{name: "no token endpoint", config: auth("type", "oauth2", "client_id", "a"), secrets: map[string][]string{"client_secret": {"t"}}, want: "/config/auth/token_url auth.token_url"},

@@ -6,9 +6,11 @@ import (
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/pem"
+	"fmt"
 	"math/big"
 	"net"
 	"net/http"
+	"runtime"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -292,5 +294,61 @@ func TestCertificateFormats(t *testing.T) {
 	info, err := readClientCertificate([]byte(certificate + key))
 	if err != nil || !strings.HasPrefix(info.Algorithm, "x509, not after 20") || info.PublicKey != certificate || info.KeyID == "" {
 		t.Errorf("%+v, %v", info, err)
+	}
+}
+
+func TestCheckCertificates(t *testing.T) {
+	ca := newAuthority(t)
+	h := plugintest.New(t, Kind())
+	past, pastKey := ca.leaf(t, time.Now().Add(-48*time.Hour), time.Now().Add(-time.Hour), "past")
+	soon, soonKey := ca.leaf(t, time.Now().Add(-48*time.Hour), time.Now().Add(time.Hour), "soon")
+	for _, tt := range []struct {
+		name, uri string
+		secrets   map[string][]string
+		want      string
+		warning   bool
+	}{
+		{"good", "https://hooks.example.com/", map[string][]string{"client_certificate": {ca.client(t, "a")}}, "", false},
+		{"expired", "https://hooks.example.com/", map[string][]string{"client_certificate": {past + pastKey}}, "/secrets/client_certificate certificate.expired", true},
+		{"newest has expired", "https://hooks.example.com/", map[string][]string{"client_certificate": {past + pastKey, ca.client(t, "a")}}, "/secrets/client_certificate certificate.expired", true},
+		{"expires soon", "https://hooks.example.com/", map[string][]string{"client_certificate": {soon + soonKey}}, "/secrets/client_certificate certificate.expires", true},
+		{"no key", "https://hooks.example.com/", map[string][]string{"client_certificate": {soon}}, "/secrets/client_certificate certificate.key", false},
+		{"strange key", "https://hooks.example.com/", map[string][]string{"client_certificate": {soon}, "client_key": {pastKey}}, "/secrets/client_certificate certificate.key", false},
+		{"key alone", "https://hooks.example.com/", map[string][]string{"client_key": {pastKey}}, "/secrets/client_key secret.unused", true},
+		{"malformed", "https://hooks.example.com/", map[string][]string{"client_certificate": {"c4n4ry"}}, "/secrets/client_certificate secret.malformed", false},
+	} {
+		problems := h.Validate(plugintest.Instance{Kind: "http", Secrets: tt.secrets, Target: plugin.Target{URL: tt.uri}})
+		got := ""
+		for _, p := range problems {
+			got += p.Pointer + " " + p.Code
+			if p.Warning != tt.warning || strings.Contains(p.Summary, "c4n4ry") {
+				t.Errorf("%s: %+v", tt.name, p)
+			}
+		}
+		if got != tt.want {
+			t.Errorf("%s: %q, want %q", tt.name, got, tt.want)
+		}
+	}
+}
+
+func TestPoolsOfOldCredentialsGo(t *testing.T) {
+	p := newPools(true)
+	for n := range 2000 {
+		config := defaults()
+		config.Auth.Type, config.Token = authBearer, plugin.NewSecret(fmt.Sprint("token-", n))
+		if _, err := newInstance(p, config, plugin.Target{URL: "https://hooks.example.com/"}); err != nil {
+			t.Fatal(err)
+		}
+		if n%200 == 0 {
+			runtime.GC()
+		}
+	}
+	if n := len(p.by); n > 1000 {
+		t.Errorf("%d pools are kept for one instance", n)
+	}
+	for s := range p.by {
+		if text := fmt.Sprintf("%+v", s); strings.Contains(text, "token-") {
+			t.Errorf("the pool's key %s shows a credential", text)
+		}
 	}
 }
