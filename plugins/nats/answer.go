@@ -4,7 +4,9 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net"
 	"net/http"
+	"strings"
 
 	"github.com/nats-io/nats.go"
 
@@ -37,8 +39,8 @@ func refusal(err error, conn *outbound.Watched, offer *outbound.Offer) error {
 		return &denial{http.StatusUnauthorized, "the credential has been revoked"}
 	case errors.Is(err, nats.ErrNkeysNotSupported):
 		return &denial{http.StatusUnauthorized, "the server does not take .creds files"}
-	case errors.Is(err, nats.ErrMaxConnectionsExceeded), errors.Is(err, nats.ErrMaxAccountConnectionsExceeded):
-		return &denial{http.StatusServiceUnavailable, "the server takes no more connections"}
+	case strings.Contains(strings.ToLower(err.Error()), "connections exceeded"): // of the server or the account
+		return wrap(plugin.CodeConnect, "the server takes no more connections")
 	case errors.Is(err, nats.ErrSecureConnWanted):
 		return wrap(plugin.CodeTLS, "the server does not offer TLS")
 	case offer.Refusal() != "":
@@ -47,7 +49,7 @@ func refusal(err error, conn *outbound.Watched, offer *outbound.Offer) error {
 		return wrap(plugin.CodeTLS, "")
 	case timeout:
 		return wrap(plugin.CodeConnect, "the server did not greet in time; it may want TLS first (config.tls.handshake_first)")
-	case conn.Broke() != nil:
+	case conn.Broke() != nil, errors.As(err, new(*net.OpError)):
 		return wrap(plugin.CodeConnect, "the server closed the connection at once")
 	}
 	return wrap(plugin.CodeProtocol, "the server does not speak NATS")
