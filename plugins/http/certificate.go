@@ -241,11 +241,13 @@ func checkTLS(c Config, u *target) []plugin.Problem {
 	if c.ClientCertificate.Empty() && !c.ClientKey.Empty() {
 		problems = append(problems, unused("client_key", "there is no client_certificate"))
 	}
-	if u != nil && u.scheme == "http" {
-		for slot, s := range map[string]plugin.Secret{"client_certificate": c.ClientCertificate, "ca": c.CA} {
-			if !s.Empty() && c.Auth.Type != authOAuth2 {
-				problems = append(problems, unused(slot, "the URI begins with http://"))
-			}
+	if u != nil && u.scheme == "http" && c.Auth.Type != authOAuth2 {
+		const why = "the URI begins with http://"
+		if !c.ClientCertificate.Empty() {
+			problems = append(problems, unused("client_certificate", why))
+		}
+		if !c.CA.Empty() && c.Proxy.URL == "" {
+			problems = append(problems, unused("ca", why))
 		}
 	}
 	certificate, err := clientCertificate(c)

@@ -67,16 +67,12 @@ func mutual(t *testing.T, ca *authority, version uint16, http2 bool) (uri string
 	accepted = &atomic.Int32{}
 	srv := serveTLS(t, &tls.Config{
 		Certificates: []tls.Certificate{pair}, ClientCAs: ca.roots, ClientAuth: tls.RequireAndVerifyClientCert, MaxVersion: version,
+		GetConfigForClient: func(*tls.ClientHelloInfo) (*tls.Config, error) { accepted.Add(1); return nil, nil },
 	}, http2, func(_ http.ResponseWriter, r *http.Request) {
 		mu.Lock()
 		defer mu.Unlock()
 		seen = append(seen, r.TLS.PeerCertificates[0].Subject.CommonName)
 	})
-	srv.Config.ConnState = func(_ net.Conn, s http.ConnState) {
-		if s == http.StateNew {
-			accepted.Add(1)
-		}
-	}
 	return srv.URL, func() []string {
 		mu.Lock()
 		defer mu.Unlock()
