@@ -50,7 +50,7 @@ func TestConfigIsCheckedInWords(t *testing.T) {
 	secret := func(slot, value string) map[string][]string { return map[string][]string{slot: {value}} }
 	tests := map[string]struct {
 		uri     string
-		config  map[string]any
+		config  any
 		secrets map[string][]string
 		headers []plugin.Header
 		want    []string // code and pointer, warnings in brackets
