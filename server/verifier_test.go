@@ -38,6 +38,7 @@ type question struct {
 	Headers map[string]string `json:"headers"`
 	Body    []byte            `json:"body"`
 	Key     string            `json:"key"`
+	KeyID   string            `json:"keyId"`
 	Config  map[string]any    `json:"config"`
 }
 
@@ -137,7 +138,7 @@ type scheme struct {
 }
 
 func schemes() []scheme {
-	jwt := map[string]any{"issuer": "grapnel", "audience": "receiver"}
+	jwt := map[string]any{"issuer": "grapnel", "audience": []any{"receiver"}}
 	with := func(m map[string]any, more map[string]any) map[string]any {
 		m = maps.Clone(m)
 		maps.Copy(m, more)
@@ -221,7 +222,7 @@ func (v *verifying) run(t *testing.T) {
 	if err != nil {
 		t.Fatalf("create secret: %v", err)
 	}
-	first := receiverKey(made.GetSecret(), cmpOr(made.GetGeneratedValue(), v.value))
+	first := newReceiverKey(made.GetSecret(), cmpOr(made.GetGeneratedValue(), v.value))
 	config, err := structpb.NewStruct(v.config)
 	if err != nil {
 		t.Fatal(err)
@@ -243,7 +244,7 @@ func (v *verifying) run(t *testing.T) {
 	if err != nil {
 		t.Fatalf("rotate secret: %v", err)
 	}
-	second := receiverKey(rotated.GetSecret(), cmpOr(rotated.GetGeneratedValue(), v.next))
+	second := newReceiverKey(rotated.GetSecret(), cmpOr(rotated.GetGeneratedValue(), v.next))
 	if first == second {
 		t.Fatal("the rotation gave the same key")
 	}
@@ -256,12 +257,15 @@ func (v *verifying) run(t *testing.T) {
 	}
 }
 
-// receiverKey is what a receiver needs of a secret: its public key, else the value.
-func receiverKey(s *grapnelv1.Secret, value string) string {
-	if public := s.GetVersions()[0].GetPublicKey(); strings.HasPrefix(public, "-----BEGIN") {
-		return public
+// receiverKey is what a receiver has of a secret: the public key, else the value, and what signatures call it.
+type receiverKey struct{ key, id string }
+
+func newReceiverKey(s *grapnelv1.Secret, value string) receiverKey {
+	newest := s.GetVersions()[0]
+	if public := newest.GetPublicKey(); strings.HasPrefix(public, "-----BEGIN") {
+		value = public
 	}
-	return value
+	return receiverKey{key: value, id: newest.GetKeyId()}
 }
 
 // deliver publishes an event and returns what the receiver got.
@@ -300,9 +304,9 @@ func changed(r servertest.Request) servertest.Request {
 	return r
 }
 
-func (v *verifying) ask(t *testing.T, r servertest.Request, key string) string {
+func (v *verifying) ask(t *testing.T, r servertest.Request, key receiverKey) string {
 	t.Helper()
-	q := question{Scheme: v.plugin, URL: r.URL, Method: r.Method, Headers: map[string]string{}, Body: r.Body, Key: key, Config: v.verify}
+	q := question{Scheme: v.plugin, URL: r.URL, Method: r.Method, Headers: map[string]string{}, Body: r.Body, Key: key.key, KeyID: key.id, Config: v.verify}
 	for name, values := range r.Header {
 		q.Headers[strings.ToLower(name)] = strings.Join(values, ", ")
 	}
@@ -310,14 +314,14 @@ func (v *verifying) ask(t *testing.T, r servertest.Request, key string) string {
 	return v.oracle.ask(t, q)
 }
 
-func (v *verifying) accepts(t *testing.T, what string, r servertest.Request, key string) {
+func (v *verifying) accepts(t *testing.T, what string, r servertest.Request, key receiverKey) {
 	t.Helper()
 	if why := v.ask(t, r, key); why != "" {
 		t.Errorf("%s: the verifier refuses it: %s\n%s", what, why, headersText(r.Header))
 	}
 }
 
-func (v *verifying) refuses(t *testing.T, what string, r servertest.Request, key string) {
+func (v *verifying) refuses(t *testing.T, what string, r servertest.Request, key receiverKey) {
 	t.Helper()
 	if v.ask(t, r, key) == "" {
 		t.Errorf("%s: the verifier accepts it\n%s", what, headersText(r.Header))

@@ -1,8 +1,8 @@
 // Reads one JSON request a line on standard input, has the scheme's official library verify it, and writes
 // one JSON verdict a line: {"ok":true} or {"ok":false,"error":"…"}.
 //
-// A request: {scheme, url, method, headers, body (base64), key, config}. Header names are lower case. key is
-// what a receiver would hold: the shared secret, or the public key as PEM.
+// A request: {scheme, url, method, headers, body (base64), key, keyId, config}. Header names are lower case. key
+// is what a receiver would hold: the shared secret, or the public key as PEM; keyId what the scheme calls it.
 import crypto from "node:crypto";
 import readline from "node:readline";
 import { createRequire } from "node:module";
@@ -103,10 +103,11 @@ const schemes = {
   "http-signature": async (r) => {
     const digest = crypto.createHash("sha256").update(r.body).digest("base64");
     if (r.headers["content-digest"]) expect(r.headers["content-digest"] === `sha-256=:${digest}:`, "content-digest does not fit");
-    const key = r.config.algorithm === "hmac-sha256" ? Buffer.from(r.key, "base64") : crypto.createPublicKey(r.key);
+    const key = r.config.algorithm === "hmac-sha256" ? sharedKey(r.key) : crypto.createPublicKey(r.key);
     const verifier = createVerifier(key, r.config.algorithm);
     const ok = await httpbis.verifyMessage({
-      keyLookup: async () => ({ id: "any", algs: [r.config.algorithm], verify: verifier }),
+      // A receiver knows its own key and passes over signatures by others.
+      keyLookup: async ({ keyid }) => keyid === r.keyId ? { id: keyid, algs: [r.config.algorithm], verify: verifier } : null,
       all: false, tolerance: 300,
     }, { method: r.method, url: r.url, headers: r.headers });
     expect(ok === true, "http-message-signatures says " + ok);
@@ -131,7 +132,7 @@ const schemes = {
     const query = {};
     for (const [k, v] of u.searchParams) query[k] = k in query ? [].concat(query[k], v) : v;
     const request = await smithy.sign({
-      method: r.method, protocol: u.protocol, hostname: u.hostname, path: decodeURI(u.pathname), query, headers, body: r.body,
+      method: r.method, protocol: u.protocol, hostname: u.hostname, path: u.pathname, query, headers, body: r.body,
     }, { signingDate: new Date(date) });
     expect(request.headers.authorization === r.headers.authorization, "smithy signs otherwise: " + request.headers.authorization);
   },
@@ -166,15 +167,19 @@ async function secondOpinion(r) {
     kind: "request", method: r.method, targetUri: r.url,
     fields: Object.entries(r.headers).map(([name, value]) => ({ name, value })),
   }, {
-    label: r.config.label ?? "sig1",
+    label: r.headers["signature-input"].match(new RegExp(`(\\w+)=\\([^)]*\\)[^,]*keyid="${r.keyId}"`))[1],
     policy: { algorithms: ["ed25519"], requiredComponents: ["@method"], requiredParameters: ["created", "keyid"], maxAge: 300, clockSkew: 5 },
     resolveVerifier: () => ({ algorithm: "ed25519", verify: (data, signature) => crypto.verify(null, data, key, signature) }),
   });
 }
 
+// sharedKey is a key as text, or after base64: as bytes.
+function sharedKey(text) {
+  return text.startsWith("base64:") ? Buffer.from(text.slice(7), "base64") : Buffer.from(text);
+}
+
 async function joseKey(r, alg) {
-  if (alg.startsWith("HS")) return Buffer.from(r.key, r.config.key_encoding ?? "utf8");
-  if (r.config.jwk) return jose.importJWK(r.config.jwk, alg);
+  if (alg.startsWith("HS")) return sharedKey(r.key);
   return jose.importSPKI(r.key, alg);
 }
 
