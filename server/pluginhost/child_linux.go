@@ -38,16 +38,45 @@ func startConfined(cmd *exec.Cmd, g *program) error {
 		return fmt.Errorf("give up new privileges: %w", err)
 	}
 	if err := cmd.Start(); err != nil {
+		if limits && errors.Is(err, unix.EPERM) {
+			return fmt.Errorf("%w (its limits are set through ptrace, which this system may forbid)", err)
+		}
 		return err
 	}
 	pid := cmd.Process.Pid
-	err := limit(pid, unix.RLIMIT_CORE, 0)
-	if err == nil && limits {
-		err = confine(pid, g.spec.Limits)
-	}
+	err := g.user.alike(func() error {
+		if err := limit(pid, unix.RLIMIT_CORE, 0); err != nil || !limits {
+			return err
+		}
+		return confine(pid, g.spec.Limits)
+	})
 	if err != nil {
 		_ = syscall.Kill(-pid, syscall.SIGKILL)
 		_ = cmd.Wait()
+	}
+	return err
+}
+
+// alike calls f while the calling thread's real user and group are the account's. The kernel lets a process be limited
+// by its own user, and else only by those with CAP_SYS_RESOURCE, which root in a container does not have. The system
+// calls are made directly since those of package syscall change all threads.
+func (a *account) alike(f func() error) error {
+	if a == nil {
+		return f()
+	}
+	const same = ^uintptr(0)
+	gid, uid := uintptr(os.Getgid()), uintptr(os.Getuid())
+	if _, _, errno := unix.RawSyscall(unix.SYS_SETRESGID, uintptr(a.gid), same, same); errno != 0 {
+		return fmt.Errorf("take the plugin's group: %w", errno)
+	}
+	if _, _, errno := unix.RawSyscall(unix.SYS_SETRESUID, uintptr(a.uid), same, same); errno != 0 {
+		return fmt.Errorf("take the plugin's user: %w", errno)
+	}
+	err := f()
+	_, _, uidErrno := unix.RawSyscall(unix.SYS_SETRESUID, uid, same, same)
+	_, _, gidErrno := unix.RawSyscall(unix.SYS_SETRESGID, gid, same, same)
+	if errno := cmp.Or(uidErrno, gidErrno); err == nil && errno != 0 {
+		return fmt.Errorf("become the server's user again: %w", errno)
 	}
 	return err
 }

@@ -32,6 +32,10 @@ func runMisbehaving(mode string, args []string) {
 		plugin.Main("test/all", args[0], testSigner("standard-webhooks"))
 	case "plugin-recorder":
 		plugin.Main("test/recorder", args[0], recorder("mem"))
+	case "plugin-slots":
+		plugin.Main("test/slots", "1", plugin.Signer("formatted", func(signerConfig, plugin.Target) (plugin.SignFunc, error) {
+			return func(*plugin.Request) error { return nil }, nil
+		}, plugin.Emits("X-Formatted"), plugin.Format("key", plugin.SecretFormat{Doc: "thirteen letters", Algorithms: []string{"rot13", "rot26"}})))
 	case "plugin-silent":
 		waitInVain()
 	case "plugin-ends":

@@ -166,8 +166,12 @@ func (t *tail) head() []string {
 // digest is what came before the report, its head, and one goroutine: the first, which is the one that failed, or where
 // the process was asked what it does, the one that is furthest in the author's own code.
 func (t *tail) digest() []string {
-	out := slices.Concat(t.before[max(0, len(t.before)-briefLines):], t.head())
-	rest := t.report[max(0, slices.IndexFunc(t.report, beginsGoroutine)):]
+	head := t.head()
+	out := slices.Concat(t.before[max(0, len(t.before)-briefLines):], head)
+	rest := t.report[len(head):]
+	if at := slices.IndexFunc(rest, beginsGoroutine); at >= 0 {
+		rest = rest[at:]
+	}
 	var best []string
 	for bestScore := -1; len(rest) > 0; {
 		end := len(rest)

@@ -1,0 +1,134 @@
+//go:build linux
+
+package pluginhost
+
+import (
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"google.golang.org/protobuf/testing/protocmp"
+
+	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
+)
+
+func TestStatus(t *testing.T) {
+	f := start(t, nil, self("plugin-all")).ready(t)
+	f.secrets.set("namespaces/acme/secrets/token", "tok-canary-12345")
+	sum, err := Checksum(self().Path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	sub := newSub(t, 1, map[string]any{"mode": "loud"})
+	sub.Proto.Transport.Secrets = map[string]string{"token": "namespaces/acme/secrets/token"}
+	for i := range 100 {
+		f.attempt(t, sub, newJob(i, "x"))
+	}
+	s := newSink()
+	load(f, newSub(t, 2, map[string]any{"delay": "300ms"}), s, 7)
+	eventually(t, "they are under way", func() bool {
+		p, _ := f.Plugin("mem")
+		return p.GetInstances()[0].GetInFlight() == 7
+	})
+	got, _ := f.Plugin("mem")
+	in := got.GetInstances()[0]
+	if p50, p99 := in.GetP50Latency().AsDuration(), in.GetP99Latency().AsDuration(); p50 <= 0 || p50 > p99 || p99 > time.Second {
+		t.Errorf("p50 %v, p99 %v", p50, p99)
+	}
+	if time.Since(in.GetStartTime().AsTime()) > time.Minute {
+		t.Errorf("started %v", in.GetStartTime().AsTime())
+	}
+	want := &grapnelv1.Plugin{
+		Name: "plugins/mem", Roles: []grapnelv1.Plugin_Role{grapnelv1.Plugin_ROLE_TRANSPORT}, Version: "1.0.0",
+		ProtocolVersion: got.GetProtocolVersion(), Description: "Answers from memory.", UriSchemes: []string{"mem"},
+		ConfigSchema: got.GetConfigSchema(), ConfigExample: got.GetConfigExample(), Builtin: true,
+		SecretSlots: []*grapnelv1.SecretSlot{{Slot: "token", Description: "Bearer token"}},
+		Provider:    "test/all", Headers: []string{"user-agent"}, Health: grapnelv1.Plugin_HEALTH_SERVING,
+		Instances: []*grapnelv1.PluginInstance{{
+			Health: grapnelv1.Plugin_HEALTH_SERVING, Checksum: sum, Version: "1.0.0", Pid: int32(f.Pids()["test/all"]),
+			StartTime: in.GetStartTime(), P50Latency: in.GetP50Latency(), P99Latency: in.GetP99Latency(), InFlight: 7,
+		}},
+	}
+	if diff := cmp.Diff(want, got, protocmp.Transform()); diff != "" {
+		t.Errorf("status (-want +got):\n%s", diff)
+	}
+	s.wait(t, 7)
+
+	_ = syscall.Kill(f.Pids()["test/all"], syscall.SIGKILL)
+	eventually(t, "it is back", func() bool {
+		p, _ := f.Plugin("mem")
+		in = p.GetInstances()[0]
+		return in.GetRestartCount() == 1 && in.GetPid() != 0
+	})
+	if in.GetHealth() != grapnelv1.Plugin_HEALTH_DEGRADED || in.GetLastError() != "signal: killed" || time.Since(in.GetLastCrashTime().AsTime()) > time.Minute {
+		t.Errorf("after a crash: %v", in)
+	}
+	last := strings.Join(in.GetLastOutput(), "\n")
+	if !strings.Contains(last, "raw [redacted]") || strings.Contains(last, "canary") || len(in.GetLastOutput()) != 20 {
+		t.Errorf("last output:\n%s", last)
+	}
+}
+
+func TestSlotsSayWhatTheyTake(t *testing.T) {
+	f := start(t, nil, self("plugin-slots"))
+	eventually(t, "it is listed", func() bool { _, ok := f.Plugin("formatted"); return ok })
+	got, _ := f.Plugin("formatted")
+	want := []*grapnelv1.SecretSlot{{
+		Slot: "key", Description: "Signing key", Required: true, Kinds: []string{"HMAC"},
+		Algorithms: []string{"rot13", "rot26"}, Format: "thirteen letters",
+	}}
+	if diff := cmp.Diff(want, got.GetSecretSlots(), protocmp.Transform()); diff != "" {
+		t.Errorf("slots (-want +got):\n%s", diff)
+	}
+	if diff := cmp.Diff([]string{"x-formatted"}, got.GetHeaders()); diff != "" {
+		t.Errorf("headers (-want +got):\n%s", diff)
+	}
+}
+
+func TestWhatIsKeptOfTheOutput(t *testing.T) {
+	write := func(lines ...string) *tail {
+		out := newTail(func(string, int) {})
+		for _, line := range lines {
+			out.write([]byte(line + "\n"))
+		}
+		return out
+	}
+	many := strings.Split(strings.Repeat("line,", 40), ",")
+	for name, tt := range map[string]struct {
+		lines []string
+		brief string
+		last  []string
+	}{
+		"nothing":      {nil, "", nil},
+		"a few lines":  {[]string{"a", "", "b\r", "\x1b[31mred"}, "a; b; \uFFFD[31mred", []string{"a", "b", "\uFFFD[31mred"}},
+		"the last":     {append(many, "1", "2", "3", "4", "5"), "1; 2; 3; 4; 5", append(many[:15:15], "1", "2", "3", "4", "5")},
+		"invalid text": {[]string{"\xff\xfe"}, "\uFFFD", []string{"\uFFFD"}},
+		"a panic": {
+			[]string{"ready", "panic: boom", "[signal SIGSEGV]", "goroutine 7 [running]:", "main.f()", "\t/f.go:1", "goroutine 8 [select]:", "main.g()"},
+			"panic: boom; [signal SIGSEGV]",
+			[]string{"ready", "panic: boom", "[signal SIGSEGV]", "goroutine 7 [running]:", "main.f()", "\t/f.go:1"},
+		},
+		"a hang": {
+			[]string{
+				"stuck?", "SIGQUIT: quit", "PC=0x1", "goroutine 1 [select]:", "main.main()",
+				"goroutine 7 [select]:", "google.golang.org/grpc.x()", "github.com/grapnel/grapnel/sdk/plugin.(*server).run(0x1)",
+				"goroutine 8 [chan receive]:", "example.com/acme.(*signer).wait(...)", "github.com/grapnel/grapnel/sdk/plugin.(*server).run(0x1)",
+			},
+			"stuck?",
+			[]string{"stuck?", "SIGQUIT: quit", "goroutine 8 [chan receive]:", "example.com/acme.(*signer).wait(...)", "github.com/grapnel/grapnel/sdk/plugin.(*server).run(0x1)"},
+		},
+		"a report cut off": {[]string{"fatal error: x"}, "fatal error: x", []string{"fatal error: x"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			out := write(tt.lines...)
+			if got := out.brief(); got != tt.brief {
+				t.Errorf("brief %q, want %q", got, tt.brief)
+			}
+			if diff := cmp.Diff(tt.last, out.last()); diff != "" {
+				t.Errorf("last (-want +got):\n%s", diff)
+			}
+		})
+	}
+}
