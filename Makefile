@@ -6,8 +6,9 @@ MAKEFLAGS += --no-builtin-rules --warn-undefined-variables
 
 TOOL := go tool -modfile=tools/go.mod
 KILL_CYCLES ?= 500
+STORM ?= 60s
 
-.PHONY: help build test race bench lint generate verify cross deps ci check demo kill fuzz clean
+.PHONY: help build test race bench lint generate verify cross deps ci check demo kill storm fuzz clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -26,6 +27,9 @@ bench: build ## throughput, latency, start and backlog against the raw bound of 
 
 kill: ## kill -9 the server KILL_CYCLES times under load; nothing acknowledged may be lost
 	go test ./cmd/grapnel-bench -run TestKill -count=1 -timeout 4h -v -kill.cycles=$(KILL_CYCLES)
+
+storm: ## kill -9 all plugins every 200 ms for STORM under load, and upgrade one 20 times; nothing may be lost or blamed
+	go test ./cmd/grapnel-bench -run 'TestStorm|TestUpgrade' -count=1 -timeout 1h -v -storm.duration=$(STORM) -upgrade.times=20
 
 fuzz: ## a minute of each fuzz target
 	go list ./... | while read -r p; do \
