@@ -5,10 +5,12 @@ package plugins
 import (
 	"slices"
 
+	grpcplugin "github.com/grapnel/grapnel/plugins/grpc"
 	hmacplugin "github.com/grapnel/grapnel/plugins/hmac"
 	httpplugin "github.com/grapnel/grapnel/plugins/http"
 	"github.com/grapnel/grapnel/plugins/httpsignature"
 	"github.com/grapnel/grapnel/plugins/jose"
+	natsplugin "github.com/grapnel/grapnel/plugins/nats"
 	"github.com/grapnel/grapnel/plugins/none"
 	"github.com/grapnel/grapnel/plugins/sigv4"
 	"github.com/grapnel/grapnel/plugins/standardwebhooks"
@@ -28,6 +30,8 @@ func Kinds() []plugin.Kind {
 			sigv4.Kind(),
 			none.Kind(),
 			httpplugin.Kind(),
+			grpcplugin.Kind(),
+			natsplugin.Kind(),
 		},
 	)
 }

@@ -7,6 +7,7 @@ import (
 	"net"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -249,6 +250,63 @@ func TestReceiverThatNeverBegins(t *testing.T) {
 	wantFailure(t, err, endpoint(plugin.CodeTLS, "the TLS handshake was not done in time", plugin.NotSent))
 	_, err = deliverWithin(t, b.instance("grpc://"+lis.Addr().String(), nil, nil), 100*time.Millisecond)
 	wantFailure(t, err, endpoint(plugin.CodeTimeout, "no connection before the attempt's time was up", plugin.NotSent))
+}
+
+// silence stands between the transport and a receiver. After begin, what comes back on its first
+// connection is lost, as behind a firewall that has forgotten the connection.
+func silence(t testing.TB, to string) (addr string, begin func()) {
+	t.Helper()
+	lis, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var silent atomic.Bool
+	var conns sync.WaitGroup
+	conns.Go(func() {
+		for first := true; ; first = false {
+			c, err := lis.Accept()
+			if err != nil {
+				return
+			}
+			s, err := net.Dial("tcp", to)
+			if err != nil {
+				_ = c.Close()
+				continue
+			}
+			conns.Go(func() { _, _ = io.Copy(s, c); _ = s.Close() })
+			conns.Go(func() {
+				defer func() { _ = c.Close() }()
+				buffer := make([]byte, 4096)
+				for {
+					n, err := s.Read(buffer)
+					if err != nil {
+						return
+					}
+					if !first || !silent.Load() {
+						_, _ = c.Write(buffer[:n])
+					}
+				}
+			})
+		}
+	})
+	t.Cleanup(func() { _ = lis.Close(); conns.Wait() })
+	return lis.Addr().String(), func() { silent.Store(true) }
+}
+
+func TestConnectionThatFellSilentIsReplaced(t *testing.T) {
+	r := serve(t, nil)
+	addr, begin := silence(t, r.addr)
+	inst := newBench(t).instance("grpc://"+addr, nil, nil)
+	resp, err := deliver(t, inst)
+	wantStatus(t, resp, err, 200)
+	begin()
+	_, err = deliverWithin(t, inst, 200*time.Millisecond)
+	wantFailure(t, err, endpoint(plugin.CodeTimeout, "no answer in time", plugin.MaybeSent))
+	resp, err = deliver(t, inst)
+	wantStatus(t, resp, err, 200)
+	if n := r.connections(); n != 2 {
+		t.Errorf("%d connections, want the silent one and another", n)
+	}
 }
 
 func TestTLS(t *testing.T) {
