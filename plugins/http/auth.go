@@ -264,10 +264,11 @@ func checkAPIKey(a Auth, u *target) []plugin.Problem {
 	return nil
 }
 
-// taken are headers that requests have anyway.
+// taken are headers that requests have anyway, or that mean something to who sends them.
 func taken(name string) bool {
 	switch name {
-	case "content-type", "content-encoding", "user-agent", "traceparent", "tracestate":
+	case "content-type", "content-encoding", "user-agent", "traceparent", "tracestate",
+		"idempotency-key", "x-idempotency-key": // net/http repeats requests that carry them
 		return true
 	}
 	return strings.HasPrefix(name, "webhook-") || strings.HasPrefix(name, "ce-")

@@ -64,7 +64,7 @@ func (i *instance) appendHead(dst []byte, t *target, r *plugin.Request, token st
 	if t == i.wire {
 		dst = append(dst, i.lead...)
 	} else {
-		dst = append(dst, i.makeLead(t)...)
+		dst = i.appendLead(dst, t)
 	}
 	if token != "" {
 		dst = appendHeader(dst, i.auth.header, "Bearer "+token)
@@ -99,15 +99,18 @@ func (i *instance) appendHead(dst []byte, t *target, r *plugin.Request, token st
 	return append(dst, "\r\n\r\n"...), nil
 }
 
-// makeLead is what is the same for every attempt of an instance.
-func (i *instance) makeLead(t *target) []byte {
-	lead := []byte(i.method + " " + t.path + " HTTP/1.1\r\n")
-	lead = appendHeader(lead, "host", t.host)
-	lead = appendHeader(lead, "accept-encoding", "identity")
+// appendLead writes what is the same for every attempt of an instance.
+func (i *instance) appendLead(dst []byte, t *target) []byte {
+	dst = append(dst, i.method...)
+	dst = append(dst, ' ')
+	dst = append(dst, t.path...)
+	dst = append(dst, " HTTP/1.1\r\n"...)
+	dst = appendHeader(dst, "host", t.host)
+	dst = appendHeader(dst, "accept-encoding", "identity")
 	for _, h := range i.fixed {
-		lead = appendHeader(lead, h.Name, h.Value)
+		dst = appendHeader(dst, h.Name, h.Value)
 	}
-	return lead
+	return dst
 }
 
 // appendHeader writes the name in canonical form: HTTP/1 receivers that compare names with regard to case

@@ -74,7 +74,7 @@ func newInstance(p *pools, c Config, t plugin.Target) (*instance, error) {
 		}
 	}
 	i.wire = i.onWire(u)
-	i.lead = i.makeLead(i.wire)
+	i.lead = i.appendLead(nil, i.wire)
 	return i, nil
 }
 

@@ -39,7 +39,7 @@ func (i *instance) own(ctx context.Context, r *plugin.Request) (*plugin.Response
 func (i *instance) asking(method string) *instance {
 	out := *i
 	out.method, out.allHeaders = method, true
-	out.lead = out.makeLead(out.wire)
+	out.lead = out.appendLead(nil, out.wire)
 	return &out
 }
 
