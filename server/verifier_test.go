@@ -2,6 +2,8 @@ package server_test
 
 import (
 	"bufio"
+	"bytes"
+	"compress/gzip"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -20,6 +22,7 @@ import (
 	"google.golang.org/protobuf/types/known/structpb"
 
 	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
+	"github.com/grapnel/grapnel/sdk/webhook"
 	"github.com/grapnel/grapnel/server/servertest"
 )
 
@@ -332,4 +335,85 @@ func headersText(h http.Header) string {
 	var b strings.Builder
 	_ = h.Write(&b)
 	return b.String()
+}
+
+// TestPayloadShapes delivers in every shape and has the CloudEvents SDK, or the Standard Webhooks library, read it.
+func TestPayloadShapes(t *testing.T) {
+	t.Parallel()
+	o := newOracle(t)
+	s := servertest.Start(t, servertest.Options{})
+	rcv := servertest.NewReceiver(t, nil)
+	key := s.Namespace("acme")
+	shapes := map[string]*grapnelv1.PayloadShape{
+		"raw":        nil,
+		"structured": {Format: grapnelv1.PayloadShape_FORMAT_CLOUDEVENTS},
+		"envelope":   {Format: grapnelv1.PayloadShape_FORMAT_STANDARD_WEBHOOKS},
+		"gzip":       {Compression: grapnelv1.PayloadShape_COMPRESSION_GZIP},
+		"retyped":    {ContentType: "application/vnd.acme+json"},
+	}
+	for id, shape := range shapes {
+		s.Subscribe("acme", id, rcv.URL+"/"+id, func(sub *grapnelv1.Subscription) { sub.PayloadShape = shape })
+	}
+	data := `{"order": 1001, "note": "höher"}`
+	s.Publish("acme", "e~1", "order.created", []byte(data))
+	got := map[string]servertest.Request{}
+	servertest.Await(t, "all shapes", func() bool {
+		for _, r := range rcv.Requests() {
+			got[strings.TrimPrefix(r.Path, "/")] = r
+		}
+		return len(got) == len(shapes)
+	})
+	want := map[string]any{"id": "e~1", "type": "order.created", "source": "//grapnel/acme", "specversion": "1.0", "data": data}
+	ask := func(scheme, id, key string, config map[string]any) {
+		t.Helper()
+		r := got[id]
+		q := question{Scheme: scheme, URL: r.URL, Method: r.Method, Headers: map[string]string{}, Body: r.Body, Key: key, Config: config}
+		for name, values := range r.Header {
+			q.Headers[strings.ToLower(name)] = strings.Join(values, ", ")
+		}
+		if why := o.ask(t, q); why != "" {
+			t.Errorf("%s: %s refuses it: %s\n%s\n%s", id, scheme, why, headersText(r.Header), r.Body)
+		}
+	}
+	ask("cloudevents", "raw", "", map[string]any{"expect": want})
+	ask("cloudevents", "structured", "", map[string]any{"expect": want})
+	for _, id := range []string{"raw", "structured", "envelope", "retyped"} {
+		ask("standard-webhooks", id, key, nil)
+	}
+	for name, values := range got["structured"].Header {
+		if strings.HasPrefix(name, "Ce-") {
+			t.Errorf("structured: there is a header %s: %q", name, values)
+		}
+	}
+	var envelope struct {
+		Type      string          `json:"type"`
+		Timestamp time.Time       `json:"timestamp"`
+		Data      json.RawMessage `json:"data"`
+	}
+	if err := json.Unmarshal(got["envelope"].Body, &envelope); err != nil || envelope.Type != "order.created" ||
+		envelope.Timestamp.IsZero() || string(envelope.Data) != data {
+		t.Errorf("envelope: %s (%v)", got["envelope"].Body, err)
+	}
+	if got := got["retyped"].Header.Get("Content-Type"); got != "application/vnd.acme+json" {
+		t.Errorf("retyped: content-type %q", got)
+	}
+	zipped := got["gzip"]
+	if zipped.Header.Get("Content-Encoding") != "gzip" {
+		t.Errorf("gzip: content-encoding %q", zipped.Header.Get("Content-Encoding"))
+	}
+	// The signature covers the bytes on the wire.
+	verifier, err := webhook.NewVerifier(key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := verifier.Verify(zipped.Header, zipped.Body); err != nil {
+		t.Errorf("gzip: %v", err)
+	}
+	plain, err := gzip.NewReader(bytes.NewReader(zipped.Body))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if text, err := io.ReadAll(plain); err != nil || string(text) != data {
+		t.Errorf("gzip: %q, %v", text, err)
+	}
 }
