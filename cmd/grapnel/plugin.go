@@ -6,7 +6,9 @@ import (
 	"encoding/json"
 	"fmt"
 	"iter"
+	"strconv"
 	"strings"
+	"time"
 
 	"github.com/spf13/cobra"
 	"google.golang.org/protobuf/types/known/structpb"
@@ -36,15 +38,24 @@ func pluginColumns() []column[*grapnelv1.Plugin] {
 			}
 			return strings.Join(roles, ",")
 		}},
+		{head: "PROVIDER", value: plug.GetProvider},
 		{head: "VERSION", value: plug.GetVersion},
 		{head: "HEALTH", value: func(p plug) string { return enumText(p.GetHealth()) }},
+		{head: "RESTARTS", value: func(p plug) string {
+			n := int32(0)
+			for _, i := range p.GetInstances() {
+				n += i.GetRestartCount()
+			}
+			return strconv.Itoa(int(n))
+		}},
 		{head: "SCHEMES", value: func(p plug) string { return strings.Join(p.GetUriSchemes(), ",") }},
 		{head: "DESCRIPTION", value: plug.GetDescription},
 		{head: "PROTOCOL", detail: true, value: plug.GetProtocolVersion},
+		{head: "HEADERS", detail: true, value: func(p plug) string { return strings.Join(p.GetHeaders(), ", ") }},
 		{head: "SECRETS", detail: true, value: slotsText},
 		{head: "CONFIG SCHEMA", detail: true, value: func(p plug) string { return structText(p.GetConfigSchema()) }},
 		{head: "CONFIG EXAMPLE", detail: true, value: func(p plug) string { return structText(p.GetConfigExample()) }},
-		{head: "INSTANCES", detail: true, value: instancesText},
+		{head: "PROCESSES", detail: true, value: instancesText},
 	}
 }
 
@@ -55,9 +66,16 @@ func slotsText(p *grapnelv1.Plugin) string {
 		if s.GetRequired() {
 			word += " (required)"
 		}
-		words = append(words, strings.TrimSpace(word+" "+strings.ToLower(strings.Join(s.GetKinds(), "|"))+" "+s.GetDescription()))
+		word += ": " + s.GetDescription()
+		if s.GetFormat() != "" {
+			word += " Written as " + s.GetFormat() + "."
+		}
+		if len(s.GetAlgorithms()) > 0 {
+			word += " Made by the server: " + strings.Join(s.GetAlgorithms(), ", ") + "."
+		}
+		words = append(words, word)
 	}
-	return strings.Join(words, "; ")
+	return strings.Join(words, " ")
 }
 
 func structText(s *structpb.Struct) string {
@@ -72,15 +90,23 @@ func structText(s *structpb.Struct) string {
 }
 
 func instancesText(p *grapnelv1.Plugin) string {
-	var words []string
+	var all []string
 	for _, i := range p.GetInstances() {
-		word := fmt.Sprintf("%s %s, %d restarts", i.GetNode(), enumText(i.GetHealth()), i.GetRestartCount())
-		if i.GetLastError() != "" {
-			word += ", last error: " + i.GetLastError()
+		text := fmt.Sprintf("%s %s, pid %d, version %s, SHA-256 %s, %d restarts, %d in flight", i.GetNode(), enumText(i.GetHealth()), i.GetPid(),
+			i.GetVersion(), i.GetChecksum(), i.GetRestartCount(), i.GetInFlight())
+		if i.GetP99Latency() != nil {
+			text += fmt.Sprintf(", adds p50 %v, p99 %v", i.GetP50Latency().AsDuration(), i.GetP99Latency().AsDuration())
 		}
-		words = append(words, word)
+		if i.GetLastError() != "" {
+			text += ", last error: " + i.GetLastError()
+		}
+		if i.GetLastCrashTime() != nil {
+			text += fmt.Sprintf(", last crash at %s with the output: %s", i.GetLastCrashTime().AsTime().Format(time.RFC3339),
+				strings.Join(i.GetLastOutput(), " | "))
+		}
+		all = append(all, text)
 	}
-	return strings.Join(words, "; ")
+	return strings.Join(all, "; ")
 }
 
 func completePlugins(c *cli) cobra.CompletionFunc {
