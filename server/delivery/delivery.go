@@ -114,8 +114,11 @@ type Job struct {
 	Due time.Time
 	// Manual marks an attempt that a caller asked for.
 	Manual bool
-	// Indeterminate counts attempts that were in flight when a plugin died.
+	// Indeterminate counts attempts that were in flight when a plugin died. They use up none of MaxAttempts.
 	Indeterminate int
+	// Suspicion counts plugin crashes since the last attempt that ended otherwise; see Watch. A job with any
+	// is a suspect: its attempt may be what the plugin dies of, so it is made apart from others.
+	Suspicion int
 }
 
 // Lane is the queue that the job belongs to.
@@ -184,4 +187,22 @@ type Result struct {
 	Cause Cause
 	// Indeterminate is set when the plugin died with the attempt written and unanswered.
 	Indeterminate bool
+	// Guilt says, of an indeterminate attempt, what its part in that may have been.
+	Guilt Guilt
 }
+
+// Guilt is what speaks for it that a plugin died of an attempt.
+type Guilt uint8
+
+// Degrees of guilt, each one more than the one before.
+const (
+	// GuiltNone: the process was killed from outside, or nobody knows.
+	GuiltNone Guilt = iota
+	// GuiltShared: the plugin ended by its own doing (it exited, faulted, hung or broke the protocol) with this
+	// and other attempts in flight.
+	GuiltShared
+	// GuiltAlone: it ended by its own doing, and nothing else was in flight in that process.
+	GuiltAlone
+	// GuiltProven: so it is, and the same plugin does answer other attempts.
+	GuiltProven
+)

@@ -74,7 +74,8 @@ func (j *Journal) Retry(ctx context.Context, id ID, ifAttempts int) (*Delivery, 
 		p.unlink(b, lane, id.Seq, rec)
 		rec.State, rec.StateReason, rec.CompleteTime = uint32(Scheduled), "", 0
 		rec.NextAttemptTime, rec.Manual = p.now.UnixNano(), true
-		rec.IndeterminateCount = 0 // the caller takes it out of quarantine
+		rec.IndeterminateCount = 0                 // the caller takes it out of quarantine
+		rec.Suspicion = min(rec.GetSuspicion(), 1) // and it is still tried apart from others
 		rec.MaxAttempts = max(rec.GetMaxAttempts(), rec.GetAttemptCount()+1)
 		if rec.GetExpireTime() <= rec.GetNextAttemptTime() {
 			rec.ExpireTime = p.now.Add(retryWindow).UnixNano()

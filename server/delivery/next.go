@@ -9,10 +9,12 @@ import (
 const (
 	// maxRetryAfter bounds what a target may ask for.
 	maxRetryAfter = 24 * time.Hour
-	// quarantineAt is how many plugin deaths with this delivery in flight put it aside. A thousand others
-	// are in flight beside it, so one or two say nothing about it; five, with the schedule's first delay
-	// between them, say that it is the cause.
-	quarantineAt = 5
+	// quarantineAt is how many plugin crashes in a row, the last of them with the delivery alone in flight,
+	// put it aside when the plugin does answer others.
+	quarantineAt = 2
+	// unprovenAt is the same when the plugin has answered nothing else since it started: then it may be the
+	// plugin that is broken, and a plugin must cost no event.
+	unprovenAt = 5
 )
 
 // Policy is a subscription's retry policy in the form Next needs.
@@ -37,10 +39,26 @@ type Step struct {
 }
 
 // Next is the rule that says what follows an attempt. It is pure: the same arguments give the same
-// step. job is as it was before the attempt (Attempts and Indeterminate do not count it yet), rnd is
-// uniform in [0, 1). Due lies after now and never after job.Expire. An unspent result keeps the
+// step. job is as it was before the attempt (Attempts, Indeterminate and Suspicion do not count it yet), rnd
+// is uniform in [0, 1). Due lies after now and never after job.Expire. An unspent result keeps the
 // delivery Pending, which is never settled. An attempt lost to a plugin's death uses up none of
 // MaxAttempts and is repeated after the schedule's first delay.
+//
+// A delivery whose attempts the plugin dies of must not do so for ever. Everything that was in flight at a
+// crash is a suspect (Job.Suspicion, see Watch), and suspects are tried in processes of their own: first all
+// of them together, and those that were in flight when such a process crashed one by one. A delivery is
+// quarantined, which is Rejected with a reason, when the plugin
+//
+//   - ended by its own doing with nothing but this delivery in flight, and
+//   - has crashed with it in flight before, without an attempt between that ended otherwise, and
+//   - answers other attempts; if it has answered none since it started, the fifth crash is needed, and the
+//     delays grow along the schedule.
+//
+// So neither a crowd nor a killer convicts: a process that was killed from outside (SIGKILL above all, which
+// is also how the kernel's out-of-memory killer ends it) makes suspects and no culprits. A delivery that has
+// every process it is tried in killed for want of memory is therefore never quarantined; it costs only
+// processes for suspects, and ends at its maximum age. A plugin with a memory limit of its own fails by
+// itself, which counts.
 func Next(p Policy, job *Job, r Result, now time.Time, rnd float64) Step {
 	if r.Cause == CauseUnspent {
 		return Step{State: Pending}
@@ -54,6 +72,9 @@ func Next(p Policy, job *Job, r Result, now time.Time, rnd float64) Step {
 	made := job.Attempts + 1 - job.Indeterminate
 	if r.Indeterminate {
 		made = 1
+		if r.Guilt >= GuiltAlone {
+			made = job.Suspicion + 1
+		}
 	} else if made >= job.MaxAttempts {
 		return Step{State: Exhausted, Reason: fmt.Sprintf("all %d attempts failed", made)}
 	}
@@ -71,13 +92,10 @@ func Next(p Policy, job *Job, r Result, now time.Time, rnd float64) Step {
 
 // rejected reports whether trying again is useless.
 func rejected(p Policy, job *Job, r Result) (Step, bool) {
-	crashes := job.Indeterminate
-	if r.Indeterminate {
-		crashes++
-	}
 	switch {
-	case crashes >= quarantineAt && r.Indeterminate:
-		return Step{State: Rejected, Reason: fmt.Sprintf("quarantined: in flight at %d plugin crashes", crashes)}, true
+	case r.Indeterminate && convicted(job, r.Guilt):
+		return Step{State: Rejected, Reason: reasonOr(fmt.Sprintf(
+			"quarantined: in flight at %d plugin crashes, alone at the last one", job.Suspicion+1), r.Error)}, true
 	case r.Cause == CausePolicy:
 		return Step{State: Rejected, Reason: reasonOr("refused by policy", r.Error)}, true
 	case r.Cause == CauseEndpoint && r.ResponseCode == http.StatusGone && !p.IgnoreGone:
@@ -86,6 +104,28 @@ func rejected(p Policy, job *Job, r Result) (Step, bool) {
 		return Step{State: Rejected, Reason: reasonOr("permanent failure", r.Error)}, true
 	}
 	return Step{}, false
+}
+
+func convicted(job *Job, guilt Guilt) bool {
+	limit := unprovenAt
+	if guilt == GuiltProven {
+		limit = quarantineAt
+	}
+	return guilt >= GuiltAlone && job.Suspicion+1 >= limit
+}
+
+// Watch is job.Suspicion after an attempt. A crash of the plugin's own doing raises it; a process that was
+// killed makes a suspect, but no one more suspect; any other end clears the delivery.
+func Watch(job *Job, r Result) int {
+	switch {
+	case r.Cause == CauseUnspent:
+		return job.Suspicion
+	case !r.Indeterminate:
+		return 0
+	case r.Guilt == GuiltNone:
+		return max(1, job.Suspicion)
+	}
+	return job.Suspicion + 1
 }
 
 func reasonOr(what, detail string) string {

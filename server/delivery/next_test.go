@@ -12,6 +12,9 @@ func TestNext(t *testing.T) {
 	policy := Policy{Schedule: []time.Duration{5 * time.Second, 5 * time.Minute, time.Hour}, Jitter: 0.2}
 	fresh := Job{MaxAttempts: 10, Expire: now.Add(96 * time.Hour)}
 	failed := func(code int) Result { return Result{Attempt: Attempt{Outcome: OutcomeRetryable, ResponseCode: code}} }
+	crash := func(g Guilt) Result {
+		return Result{Attempt: Attempt{Outcome: OutcomeInterrupted, Error: "plugin lost"}, Cause: CausePlugin, Indeterminate: true, Guilt: g}
+	}
 	with := func(j Job, change func(*Job)) Job { change(&j); return j }
 	tests := []struct {
 		name   string
@@ -38,8 +41,13 @@ func TestNext(t *testing.T) {
 		{"first crash", policy, fresh, Result{Attempt: Attempt{Outcome: OutcomeInterrupted}, Cause: CausePlugin, Indeterminate: true}, 0.5, Step{State: Scheduled, Due: now.Add(5 * time.Second)}},
 		{"crash of the last attempt", policy, with(fresh, func(j *Job) { j.Attempts = 9 }), Result{Attempt: Attempt{Outcome: OutcomeInterrupted}, Cause: CausePlugin, Indeterminate: true}, 0.5, Step{State: Scheduled, Due: now.Add(5 * time.Second)}},
 		{"crashes use up no attempts", policy, with(fresh, func(j *Job) { j.Attempts, j.Indeterminate = 4, 3 }), failed(500), 0.5, Step{State: Scheduled, Due: now.Add(5 * time.Minute)}},
-		{"fourth crash", policy, with(fresh, func(j *Job) { j.Indeterminate = 3 }), Result{Attempt: Attempt{Outcome: OutcomeInterrupted}, Cause: CausePlugin, Indeterminate: true}, 0.5, Step{State: Scheduled, Due: now.Add(5 * time.Second)}},
-		{"fifth crash", policy, with(fresh, func(j *Job) { j.Indeterminate = 4 }), Result{Attempt: Attempt{Outcome: OutcomeInterrupted}, Cause: CausePlugin, Indeterminate: true}, 0.5, Step{State: Rejected, Reason: "quarantined: in flight at 5 plugin crashes"}},
+		{"fourth crash in company", policy, with(fresh, func(j *Job) { j.Indeterminate, j.Suspicion = 3, 3 }), crash(GuiltShared), 0.5, Step{State: Scheduled, Due: now.Add(5 * time.Second)}},
+		{"hundredth kill", policy, with(fresh, func(j *Job) { j.Indeterminate, j.Suspicion = 99, 1 }), crash(GuiltNone), 0.5, Step{State: Scheduled, Due: now.Add(5 * time.Second)}},
+		{"first crash, alone", policy, fresh, crash(GuiltProven), 0.5, Step{State: Scheduled, Due: now.Add(5 * time.Second)}},
+		{"second crash, alone", policy, with(fresh, func(j *Job) { j.Indeterminate, j.Suspicion = 1, 1 }), crash(GuiltProven), 0.5, Step{State: Rejected, Reason: "quarantined: in flight at 2 plugin crashes, alone at the last one: plugin lost"}},
+		{"cleared in between", policy, with(fresh, func(j *Job) { j.Indeterminate = 3 }), crash(GuiltProven), 0.5, Step{State: Scheduled, Due: now.Add(5 * time.Second)}},
+		{"fourth crash, alone, of a plugin that answers nothing", policy, with(fresh, func(j *Job) { j.Indeterminate, j.Suspicion = 3, 3 }), crash(GuiltAlone), 0.5, Step{State: Scheduled, Due: now.Add(time.Hour)}},
+		{"fifth crash, alone, of a plugin that answers nothing", policy, with(fresh, func(j *Job) { j.Indeterminate, j.Suspicion = 4, 4 }), crash(GuiltAlone), 0.5, Step{State: Rejected, Reason: "quarantined: in flight at 5 plugin crashes, alone at the last one: plugin lost"}},
 		{"retry after", policy, fresh, Result{Attempt: Attempt{Outcome: OutcomeRetryable, ResponseCode: 429, RetryAfter: time.Minute}}, 0.5, Step{State: Scheduled, Due: now.Add(time.Minute)}},
 		{"retry after too short", policy, fresh, Result{Attempt: Attempt{Outcome: OutcomeRetryable, RetryAfter: -time.Minute}}, 0.5, Step{State: Scheduled, Due: now.Add(5 * time.Second)}},
 		{"retry after a year", policy, fresh, Result{Attempt: Attempt{Outcome: OutcomeRetryable, RetryAfter: 9000 * time.Hour}}, 0.5, Step{State: Scheduled, Due: now.Add(24 * time.Hour)}},
@@ -60,10 +68,10 @@ func FuzzNext(f *testing.F) {
 	f.Add(int64(-5), int64(math.MaxInt64), math.NaN(), 2.0, -3, -10, int64(-1), int64(math.MaxInt64), uint8(9), uint8(7), 410, true, 1)
 	f.Fuzz(func(t *testing.T, d1, d2 int64, jitter, rnd float64, attempts, most int, left, after int64, outcome, cause uint8, code int, ind bool, crashes int) {
 		now := time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC)
-		job := &Job{Attempts: attempts, MaxAttempts: most, Expire: now.Add(time.Duration(left)), Indeterminate: crashes}
+		job := &Job{Attempts: attempts, MaxAttempts: most, Expire: now.Add(time.Duration(left)), Indeterminate: crashes, Suspicion: crashes}
 		r := Result{
 			Attempt: Attempt{Outcome: Outcome(outcome), ResponseCode: code, RetryAfter: time.Duration(after)},
-			Cause:   Cause(cause), Indeterminate: ind,
+			Cause:   Cause(cause), Indeterminate: ind, Guilt: Guilt(code % 4),
 		}
 		step := Next(Policy{Schedule: []time.Duration{time.Duration(d1), time.Duration(d2)}, Jitter: jitter}, job, r, now, rnd)
 		switch {
@@ -75,6 +83,29 @@ func FuzzNext(f *testing.F) {
 			t.Errorf("reason of %+v", step)
 		}
 	})
+}
+
+func TestWatch(t *testing.T) {
+	crash := func(g Guilt) Result { return Result{Cause: CausePlugin, Indeterminate: true, Guilt: g} }
+	for _, tt := range []struct {
+		name   string
+		before int
+		result Result
+		want   int
+	}{
+		{"killed from outside", 0, crash(GuiltNone), 1},
+		{"killed from outside again and again", 1, crash(GuiltNone), 1},
+		{"killed from outside, much suspected", 3, crash(GuiltNone), 3},
+		{"a crash in company", 0, crash(GuiltShared), 1},
+		{"a crash alone", 1, crash(GuiltAlone), 2},
+		{"nothing tried", 2, Result{Cause: CauseUnspent}, 2},
+		{"answered", 4, Result{}, 0},
+		{"a failure of the plugin that it survives", 4, Result{Cause: CausePlugin}, 0},
+	} {
+		if got := Watch(&Job{Suspicion: tt.before}, tt.result); got != tt.want {
+			t.Errorf("%s: got %d, want %d", tt.name, got, tt.want)
+		}
+	}
 }
 
 func TestIDText(t *testing.T) {

@@ -292,7 +292,7 @@ func jobOf(rec *storev1.DeliveryRecord, e *Event, lane LaneKey, due int64) *Job 
 		Event: e, Subscription: lane.Subscription,
 		Attempts: int(rec.GetAttemptCount()), MaxAttempts: int(rec.GetMaxAttempts()),
 		Expire: fromNano(rec.GetExpireTime()), Due: fromNano(due), Manual: rec.GetManual(),
-		Indeterminate: int(rec.GetIndeterminateCount()),
+		Indeterminate: int(rec.GetIndeterminateCount()), Suspicion: int(rec.GetSuspicion()),
 	}
 	copy(job.SubscriptionUID[:], rec.GetSubscriptionUid())
 	return job

@@ -24,7 +24,7 @@ type settle struct {
 
 // Settle records how a delivery goes on: the step, and the attempt that led to it, which is nil when none
 // was made (expired, cancelled). The attempt's Number rules over job.Attempts, which may or may not count
-// it yet; job.Indeterminate must count it. The attempt must not be changed afterwards. Settle returns at once
+// it yet; job.Indeterminate and job.Suspicion must count it. The attempt must not be changed afterwards. Settle returns at once
 // unless the disk is far behind; the record is visible within 20 ms and durable within 100 ms, and those
 // of one partition become so in order. A crash may forget it, and the attempt is then made again with the
 // same message id. Once the journal is closed it does nothing.
@@ -99,6 +99,7 @@ func (p *partition) writeSettle(b *pebble.Batch, s *settle) {
 	rec.State, rec.Ordinal, rec.SubscriptionUid = uint32(s.step.State), uint32(job.ID.Ordinal), job.SubscriptionUID[:]
 	rec.MaxAttempts, rec.ExpireTime = uint32(job.MaxAttempts), toNano(job.Expire)
 	rec.AttemptCount, rec.IndeterminateCount = uint32(made), uint32(job.Indeterminate)
+	rec.Suspicion = uint32(job.Suspicion)
 	rec.StateReason = validText(s.step.Reason)
 	p.addAttempt(b, s, rec, made)
 	p.moveIndex(b, s, rec, before)

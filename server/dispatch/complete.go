@@ -61,6 +61,7 @@ func (x *entry) Complete(_ *delivery.Job, r delivery.Result) {
 	} else {
 		step = delivery.Next(policy(x.sub), job, r, now, rand.Float64())
 	}
+	job.Suspicion = delivery.Watch(job, r)
 	if r.Indeterminate {
 		job.Indeterminate++
 	}

@@ -54,6 +54,7 @@ type conn struct {
 	unanswered atomic.Int64
 	redactor   redactor
 	overhead   latency
+	answered   atomic.Bool // an attempt, at least once
 	breakOnce  sync.Once
 	broken     chan struct{}
 	cause      error // set before broken is closed
@@ -240,7 +241,7 @@ func (c *conn) openUnary() {
 	c.attempts = newLink(window, func(batch []*pending) error {
 		for _, p := range batch {
 			req := unaryRequest(p)
-			timeout := p.plan.timeout + p.plan.grace
+			timeout := p.plan.timeout + p.plan.grace*3/4 // before the attempt is overdue
 			calls.Go(func() { c.attemptOne(client, req, timeout) })
 		}
 		return nil
@@ -257,7 +258,9 @@ func (c *conn) attemptOne(client pluginv1.TransportServiceClient, req *pluginv1.
 	defer cancel()
 	resp, err := client.AttemptOne(ctx, req)
 	if err != nil {
-		c.lost("attempt", err)
+		if !c.failedOne(req.GetAttempt().GetSeq(), err) {
+			c.lost("attempt", err)
+		}
 		return
 	}
 	r := resultOf(resp.GetResult())
@@ -409,22 +412,26 @@ func (c *conn) end(why string) {
 	c.child.signal(true)
 	<-c.child.exited
 	c.cancel()
+	var written, queued []*pending
 	for _, l := range []*link{c.attempts, c.signs} {
 		if l == nil {
 			continue
 		}
-		written, queued := l.kill()
-		for _, p := range written {
-			if l == c.signs { // signing reaches nobody
-				queued = append(queued, p)
-				continue
-			}
-			c.host.interrupted(p, why)
+		held, waited := l.kill()
+		if l == c.signs && c.stopping.Load() {
+			queued = append(queued, held...) // signing reaches nobody
+		} else {
+			written = append(written, held...)
 		}
-		for _, p := range queued {
-			c.host.plans.drop(c.host, p.plan)
-			c.host.restart(p)
-		}
+		queued = append(queued, waited...)
+	}
+	guilt := c.guilt(len(written))
+	for _, p := range written {
+		c.host.interrupted(p, why, guilt)
+	}
+	for _, p := range queued {
+		c.host.plans.drop(c.host, p.plan)
+		c.host.restart(p)
 	}
 	c.workers.Wait()
 	go c.client.Kill() // has no deadline of its own; here it only removes the socket's directory

@@ -57,6 +57,8 @@ func TestMain(m *testing.M) {
 				os.Exit(3)
 			}
 			plugin.Main("test/crash", "1.0.0", testTransport("mem"), testSigner("standard-webhooks"))
+		case "plugin-mortal":
+			plugin.Main("test/mortal", "1.0.0", mortalTransport(), testSigner("standard-webhooks"))
 		case "host":
 			runHostProcess()
 		default:

@@ -96,10 +96,10 @@ func (h *Host) tooLarge(p *pending, limit int) {
 }
 
 // interrupted ends an attempt that was written to a process which is gone.
-func (h *Host) interrupted(p *pending, why string) {
+func (h *Host) interrupted(p *pending, why string, guilt delivery.Guilt) {
 	h.metrics.indeterminate.Inc()
 	start := p.created
-	h.complete(p, delivery.Result{Cause: delivery.CausePlugin, Indeterminate: true, Attempt: delivery.Attempt{
+	h.complete(p, delivery.Result{Cause: delivery.CausePlugin, Indeterminate: true, Guilt: guilt, Attempt: delivery.Attempt{
 		Outcome: delivery.OutcomeInterrupted, Error: "plugin lost: " + why, Start: start, Duration: time.Since(start),
 	}})
 }

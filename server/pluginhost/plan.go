@@ -154,8 +154,11 @@ func (h *Host) retire(pl *plan) {
 	}
 }
 
-// route sends p on its way, by the plan there is or one that is made now.
+// route sends p on its way, by the plan there is or one that is made now. Suspects go to a ward.
 func (h *Host) route(p *pending) {
+	if p.job.Suspicion > 0 && h.above == nil && h.admit(p) {
+		return
+	}
 	pl := h.plans.get(p.sub.UID)
 	if !pl.usable(p.sub) {
 		h.prepare(p)

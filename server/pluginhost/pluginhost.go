@@ -17,6 +17,8 @@
 // has described itself and opened its streams do the kinds move over, in one step. What waits for the old process
 // goes to the new one; what was written to it is answered by it, and then it ends.
 //
+// Deliveries that were in flight at a crash are tried in processes apart, see wards.
+//
 // Lock order: Host.updating, Host.mu, kindTable.mu, process.mu; planTable.shard, then link. Nothing is completed, and
 // no plugin is called, under any of them.
 package pluginhost
@@ -120,6 +122,8 @@ type Host struct {
 	generation atomic.Uint64
 	parking    parking
 	shapes     shapes
+	wards      wards
+	above      *Host       // of a ward
 	free       sync.Pool   // of *pending: one per attempt is garbage enough to show
 	closed     atomic.Bool // no attempt is taken any more
 
@@ -171,6 +175,7 @@ func (h *Host) Run(ctx context.Context) error {
 	h.mu.Lock()
 	h.running = nil // nothing is launched any more
 	h.mu.Unlock()
+	h.workers.Go(h.wards.close)
 	h.workers.Wait()
 	h.closed.Store(true)
 	stopSweeping()
@@ -250,6 +255,7 @@ func (h *Host) Changed(changes []subscription.Change) {
 			h.plans.invalidate(h, c.New.UID)
 		}
 	}
+	h.wards.each(func(w *Host) { w.Changed(changes) })
 }
 
 // SecretChanged has every instance that uses the secret configured again before its next attempt.
@@ -257,6 +263,7 @@ func (h *Host) SecretChanged(name string) {
 	for _, uid := range h.plans.using(name) {
 		h.plans.invalidate(h, uid)
 	}
+	h.wards.each(func(w *Host) { w.SecretChanged(name) })
 }
 
 // sweep looks after deadlines, parked attempts and retired instances, with one ticker for all.

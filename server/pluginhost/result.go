@@ -21,6 +21,9 @@ const (
 // its instance.
 func (c *conn) settle(p *pending, r *result, now time.Time) {
 	c.overhead.observe(now.Sub(p.created)-r.total, now)
+	if !c.answered.Load() { // mostly set: a write would cost its cache line
+		c.answered.Store(true)
+	}
 	if !r.answered {
 		c.failed(p, r.failure, r, now)
 		return

@@ -5,6 +5,8 @@ import (
 	"strings"
 	"time"
 
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	pluginv1 "github.com/grapnel/grapnel/proto/grapnel/plugin/v1"
@@ -133,6 +135,26 @@ func unaryRequest(p *pending) *pluginv1.AttemptOneRequest {
 		a.Nonce, a.Traceparent = p.nonce[:], string(appendTraceparent(nil, p.job.Event))
 	}
 	return &pluginv1.AttemptOneRequest{Attempt: a, Content: contentOf(p.content()), MaxResponseBody: maxResponse}
+}
+
+// failedOne ends an attempt whose call failed; false when it is the process or the connection that failed. The
+// author's exception, or a handler that does not end in time, costs the attempt only.
+func (c *conn) failedOne(seq uint64, err error) bool {
+	s := status.Convert(err)
+	switch {
+	case c.ctx.Err() != nil, s.Code() == codes.Unavailable, s.Code() == codes.Canceled,
+		s.Code() == codes.ResourceExhausted && strings.Contains(s.Message(), "larger than max"),
+		s.Code() == codes.Internal && strings.Contains(s.Message(), "unmarshal"):
+		return false
+	}
+	taken, _ := c.attempts.take([]uint64{seq}, nil)
+	for _, p := range taken {
+		c.settle(p, &result{seq: seq, failure: &pluginv1.Failure{
+			Source: pluginv1.Failure_SOURCE_PLUGIN, Code: "call", Message: s.Code().String() + ": " + s.Message(),
+			WireState: pluginv1.Failure_WIRE_STATE_MAYBE_SENT,
+		}}, time.Now())
+	}
+	return true
 }
 
 // resultOf reads a result that came by itself.

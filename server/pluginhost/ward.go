@@ -1,0 +1,327 @@
+package pluginhost
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"os/exec"
+	"slices"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/grapnel/grapnel/server/delivery"
+	"github.com/grapnel/grapnel/server/subscription"
+)
+
+// A delivery that was in flight when a plugin crashed is a suspect: its next attempt may be what the plugin
+// dies of once more. Suspects are tried in wards, which are processes of the same plugins beside those that
+// serve everybody, started when they are needed and ended when they have been idle for a while. A crash there
+// hits nobody but other suspects. There are two wards for each set of plugins that a subscription may need:
+//
+//   - The common ward takes all that were in flight at one crash: a few at first, and twice as many every
+//     moment that it lives, so that after a kill a thousand innocents are through in no time, and whatever is
+//     slow among them holds up nobody. When it crashes of its own doing, fewer yet were in flight.
+//   - The cell takes those that were in flight when a ward crashed of its own doing, one at a time, so that
+//     another crash says whose doing it was. Few wait for it, those first that were there at the most crashes;
+//     the rest goes through the common ward again.
+//
+// What follows from a crash is delivery.Next's to say.
+
+const (
+	// wardFirst and wardAfter are how many attempts a common ward begins with, at first and after a crash of its
+	// own doing; it doubles every wardGrowth up to wardMost.
+	wardFirst  = 64
+	wardAfter  = 8
+	wardMost   = 1024
+	wardGrowth = 200 * time.Millisecond
+	// cellQueue bounds what waits for a cell: those that wait hold slots of dispatch.
+	cellQueue = 32
+	// wardIdle is how long a ward stays up without a suspect.
+	wardIdle = 30 * time.Second
+	// wardPark is how long suspects wait for a ward's processes to come up.
+	wardPark = 10 * time.Second
+	// wardRetry bounds the pauses between a ward's restarts: its crashes harm nobody else.
+	wardRetry = time.Second
+)
+
+// wards are a host's.
+type wards struct {
+	running sync.WaitGroup
+
+	mu     sync.Mutex // guards what follows, and what is in the wards
+	all    []*ward
+	closed bool
+}
+
+// ward is a host of its own for the processes of one set of plugins.
+type ward struct {
+	*Host
+	procs  []*process // of the host above; another process is another ward
+	cell   bool
+	cancel context.CancelFunc
+	busy   int
+	queue  []*pending
+	idle   *time.Timer // ends it
+	// room is how many attempts at a time it began with since.
+	room  int
+	since time.Time
+	grow  *time.Timer // tries again once there is more room
+}
+
+// admit takes a suspect. It returns false when that is no business of wards: their plugins are not running
+// anyway, or the host stops.
+func (h *Host) admit(p *pending) bool {
+	procs, ok := h.servedBy(p.sub)
+	if !ok {
+		return false
+	}
+	placed := h.wards.place(h, p, procs)
+	for _, w := range placed {
+		w.try(&h.wards)
+	}
+	return len(placed) > 0
+}
+
+// servedBy are the processes that attempts of a subscription go through, if all are there.
+func (h *Host) servedBy(sub *subscription.Subscription) ([]*process, bool) {
+	ids := []string{transportID(&h.kinds, sub.Proto)}
+	for _, pb := range signers(sub.Proto) {
+		ids = append(ids, signerID(pb))
+	}
+	var procs []*process
+	for _, id := range ids {
+		k := h.kinds.get(id)
+		if k == nil || k.proc.conn.Load() == nil {
+			return nil, false
+		}
+		if !slices.Contains(procs, k.proc) {
+			procs = append(procs, k.proc)
+		}
+	}
+	return procs, true
+}
+
+// place puts p in the queue of a ward, and returns the wards whose queues have changed; none when p cannot be
+// placed. The most suspected go first into a cell: what a plugin dies of was there at every crash, others only
+// at some.
+func (ws *wards) place(h *Host, p *pending, procs []*process) []*ward {
+	ws.mu.Lock()
+	defer ws.mu.Unlock()
+	if ws.closed {
+		return nil
+	}
+	common := ws.open(h, procs, false)
+	if common == nil {
+		return nil
+	}
+	if p.job.Suspicion < 2 {
+		return common.take(p)
+	}
+	cell := ws.open(h, procs, true)
+	if cell == nil {
+		return common.take(p)
+	}
+	at := len(cell.queue)
+	for at > 0 && cell.queue[at-1].job.Suspicion < p.job.Suspicion {
+		at--
+	}
+	cell.idle.Stop()
+	cell.queue = slices.Insert(cell.queue, at, p)
+	if len(cell.queue) <= cellQueue {
+		return []*ward{cell}
+	}
+	last := cell.queue[cellQueue]
+	cell.queue = slices.Delete(cell.queue, cellQueue, cellQueue+1)
+	return append(common.take(last), cell)
+}
+
+// take is for a common ward.
+func (w *ward) take(p *pending) []*ward {
+	w.idle.Stop()
+	if w.busy == 0 && len(w.queue) == 0 {
+		w.since = time.Now()
+	}
+	w.queue = append(w.queue, p)
+	return []*ward{w}
+}
+
+// open returns the ward, which is made when there is none.
+func (ws *wards) open(h *Host, procs []*process, cell bool) *ward {
+	for _, w := range ws.all {
+		if w.cell == cell && slices.Equal(w.procs, procs) {
+			return w
+		}
+	}
+	w, err := h.newWard(procs, cell)
+	if err != nil {
+		h.log.Error("suspects cannot be tried apart from others", "err", err)
+		return nil
+	}
+	w.idle = time.AfterFunc(wardIdle, func() { ws.leave(w) })
+	w.grow = time.AfterFunc(wardGrowth, func() { w.try(ws) })
+	ws.all = append(ws.all, w)
+	ctx, cancel := context.WithCancel(context.Background())
+	w.cancel = cancel
+	ws.running.Go(func() { _ = w.Run(ctx) })
+	return w
+}
+
+func (h *Host) newWard(procs []*process, cell bool) (*ward, error) {
+	opts := h.opts
+	opts.Plugins, opts.Registerer, opts.Dir = nil, nil, ""
+	opts.Logger = h.opts.Logger.With(slog.Bool("suspects", true))
+	for _, p := range procs {
+		opts.Plugins = append(opts.Plugins, p.spec)
+	}
+	host, err := New(opts)
+	if err != nil {
+		return nil, err
+	}
+	host.above, host.metrics, host.timing = h, h.metrics, h.timing
+	host.timing.park = max(host.timing.park, wardPark)
+	host.timing.backoffMax = min(host.timing.backoffMax, wardRetry)
+	host.timing.failedRetry = min(host.timing.failedRetry, wardRetry)
+	return &ward{Host: host, procs: procs, cell: cell, room: wardFirst}, nil
+}
+
+// limit is how many attempts it takes at a time.
+func (w *ward) limit(now time.Time) int {
+	if w.cell {
+		return 1
+	}
+	return min(wardMost, w.room<<min(now.Sub(w.since)/wardGrowth, 10))
+}
+
+// try starts what waits, as much as the ward takes at a time.
+func (w *ward) try(ws *wards) {
+	for {
+		ws.mu.Lock()
+		if len(w.queue) == 0 || w.busy >= w.limit(time.Now()) {
+			if len(w.queue) > 0 && !w.cell {
+				w.grow.Reset(wardGrowth)
+			}
+			ws.mu.Unlock()
+			return
+		}
+		p := w.queue[0]
+		w.queue[0] = nil
+		w.queue = w.queue[1:]
+		w.busy++
+		ws.mu.Unlock()
+		p.sink = &watched{ws: ws, ward: w, sink: p.sink}
+		w.route(p)
+	}
+}
+
+// watched is the sink of an attempt in a ward.
+type watched struct {
+	ws   *wards
+	ward *ward
+	sink delivery.Sink
+}
+
+// Complete implements delivery.Sink.
+func (s *watched) Complete(job *delivery.Job, r delivery.Result) {
+	s.ws.mu.Lock()
+	s.ward.busy--
+	if r.Indeterminate && r.Guilt != delivery.GuiltNone {
+		s.ward.room, s.ward.since = wardAfter, time.Now()
+	}
+	if s.ward.busy == 0 && len(s.ward.queue) == 0 {
+		s.ward.idle.Reset(wardIdle)
+	}
+	s.ws.mu.Unlock()
+	s.sink.Complete(job, r)
+	s.ward.try(s.ws)
+}
+
+// leave ends a ward that nobody needs.
+func (ws *wards) leave(w *ward) {
+	ws.mu.Lock()
+	defer ws.mu.Unlock()
+	if w.busy > 0 || len(w.queue) > 0 {
+		return
+	}
+	ws.all = slices.DeleteFunc(ws.all, func(other *ward) bool { return other == w })
+	w.cancel()
+}
+
+// close gives back what waits, lets the rest end, and returns when all wards have.
+func (ws *wards) close() {
+	ws.mu.Lock()
+	ws.closed = true
+	all := ws.all
+	ws.all = nil
+	waiting := make([][]*pending, len(all))
+	for i, w := range all {
+		w.idle.Stop()
+		waiting[i], w.queue = w.queue, nil
+	}
+	ws.mu.Unlock()
+	for i, w := range all {
+		for _, p := range waiting[i] {
+			w.unspent(p, "the server is stopping")
+		}
+		w.cancel()
+	}
+	ws.running.Wait()
+}
+
+// each calls f with the host of every ward.
+func (ws *wards) each(f func(*Host)) {
+	ws.mu.Lock()
+	all := slices.Clone(ws.all)
+	ws.mu.Unlock()
+	for _, w := range all {
+		f(w.Host)
+	}
+}
+
+// guilt says what speaks for it that the process, which has ended, died of one of the attempts that it held.
+func (c *conn) guilt(held int) delivery.Guilt {
+	switch {
+	case !c.ownDoing():
+		return delivery.GuiltNone
+	case held > 1:
+		return delivery.GuiltShared
+	case c.answered.Load() || c.host.above != nil && c.host.above.answers(c.proc.spec):
+		return delivery.GuiltProven
+	}
+	return delivery.GuiltAlone
+}
+
+// answers reports whether the process that serves everybody with this plugin has answered an attempt.
+func (h *Host) answers(spec Spec) bool {
+	return slices.ContainsFunc(h.processes(), func(p *process) bool {
+		c := p.conn.Load()
+		return c != nil && c.answered.Load() && p.spec.equal(spec)
+	})
+}
+
+// ownDoing tells a plugin that ended by itself from one that was killed. In doubt it was killed.
+func (c *conn) ownDoing() bool {
+	if c.stopping.Load() {
+		return false
+	}
+	if errors.Is(c.cause, errHangs) || errors.Is(c.cause, errProtocol) {
+		return true
+	}
+	var ended *exec.ExitError
+	if !errors.As(c.child.status, &ended) {
+		return false // with status 0, as one that minds a polite signal does
+	}
+	status, ok := ended.Sys().(syscall.WaitStatus)
+	if ok && status.Signaled() {
+		switch status.Signal() {
+		case syscall.SIGSEGV, syscall.SIGABRT, syscall.SIGBUS, syscall.SIGILL, syscall.SIGFPE, syscall.SIGTRAP:
+			return true
+		}
+		return false
+	}
+	switch ended.ExitCode() - 128 {
+	case int(syscall.SIGHUP), int(syscall.SIGINT), int(syscall.SIGTERM), int(syscall.SIGKILL):
+		return false // as shells, and programs that mind signals, say it
+	}
+	return true
+}
