@@ -73,6 +73,8 @@ func (c *component) checkName() error {
 		return fmt.Errorf("%s is what the signature itself sets; it cannot cover it", c.name)
 	case "host":
 		return errors.New("host is covered as @authority")
+	case "te", "expect", "trailer", "upgrade", "connection", "keep-alive", "accept-encoding", "proxy-connection", "transfer-encoding":
+		return fmt.Errorf("%s belongs to the connection, which comes after the signature", c.name)
 	}
 	if strings.ContainsFunc(c.name, func(r rune) bool {
 		return r > '~' || r <= ' ' || strings.ContainsRune(`"(),/:;<=>?@[\]{}`, r)

@@ -430,9 +430,12 @@ func TestBadConfigsAreRefused(t *testing.T) {
 		{"of responses", components("content-digest", "@status"), nil, "/config/components/1", "responses"},
 		{"itself", components("content-digest", "signature"), nil, "/config/components/1", "itself"},
 		{"host", components("content-digest", "Host"), nil, "/config/components/1", "@authority"},
+		{"of the connection", components("content-digest", "Connection"), nil, "/config/components/1", "after the signature"},
 		{"no header name", components("content-digest", "x y"), nil, "/config/components/1", "no header name"},
 		{"empty", components("content-digest", ""), nil, "/config/components/1", "header name"},
 		{"half a quote", components("content-digest", `"x`), nil, "/config/components/1", "quote"},
+		{"parameter without a name", components("content-digest", "x;"), nil, "/config/components/1", "takes no parameter"},
+		{"a lone quote", components("content-digest", `"`), nil, "/config/components/1", "quote"},
 		{"twice", components("content-digest", "Content-Digest"), nil, "/config/components/1", "twice"},
 		{"no name", components("content-digest", "@query-param"), nil, "/config/components/1", `name="`},
 		{"name not encoded", components("content-digest", `@query-param;name="a b"`), nil, "/config/components/1", `"a%20b"`},
@@ -482,20 +485,5 @@ func TestWarnings(t *testing.T) {
 		if len(problems) != 1 || problems[0].Code != code || !problems[0].Warning {
 			t.Errorf("problems %+v, want the warning %s", problems, code)
 		}
-	}
-}
-
-func BenchmarkSign(b *testing.B) {
-	for name, key := range map[string]string{"hmac-sha256": keyShared, "ed25519": keyEd25519} {
-		b.Run(name, func(b *testing.B) {
-			inst := plugintest.New(b, httpsignature.Kind()).Configure(instance(nil, key))
-			r := vectorRequest()
-			r.Body = bytes.Repeat([]byte("x"), 1024)
-			for b.Loop() {
-				if _, err := inst.Sign(r); err != nil {
-					b.Fatal(err)
-				}
-			}
-		})
 	}
 }

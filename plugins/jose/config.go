@@ -62,11 +62,15 @@ func checkHeader(name string, target plugin.Target) []plugin.Problem {
 			return problem("given %q, which is no header name", name)
 		}
 	}
+	taken := strings.HasPrefix(lower, "ce-")
 	switch lower {
 	case "":
 		return problem("a header name is missing")
 	case "host", "content-length", "content-type", "content-encoding", "transfer-encoding", "connection", "te", "trailer", "upgrade",
-		"expect", "keep-alive", "user-agent", "traceparent", "tracestate", "webhook-id":
+		"expect", "keep-alive", "accept-encoding", "user-agent", "traceparent", "tracestate", "webhook-id":
+		taken = true
+	}
+	if taken {
 		return problem("given %q, which is set by others; take one of your own, such as x-jws-signature", name)
 	}
 	for _, h := range target.Headers {
