@@ -268,11 +268,20 @@ func newSecretRotate(c *cli) *cobra.Command {
 		if r.Name, err = c.name(secrets, args[0]); err != nil {
 			return err
 		}
-		if r.Value, err = c.secretValue(value, false); err != nil {
+		if r.Value, err = c.secretValue(value, true); err != nil {
 			return err
 		}
 		r.Overlap = durationpb.New(overlap)
 		return c.with(cmd, func(ctx context.Context, cl *client.Client) error {
+			if trimmed := strings.TrimSpace(r.GetValue()); trimmed != r.GetValue() {
+				now, err := cl.SecretService().GetSecret(ctx, &grapnelv1.GetSecretRequest{Name: r.GetName()})
+				if err != nil {
+					return err
+				}
+				if s := now.GetSecret(); s.GetKind() != grapnelv1.Secret_KIND_OPAQUE || s.GetPlugin() != "" {
+					r.Value = trimmed
+				}
+			}
 			answer, err := cl.SecretService().RotateSecret(ctx, r)
 			if err != nil {
 				return err

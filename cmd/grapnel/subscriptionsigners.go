@@ -1,6 +1,9 @@
 package main
 
 import (
+	"cmp"
+	"context"
+	"errors"
 	"slices"
 
 	"github.com/spf13/cobra"
@@ -8,6 +11,7 @@ import (
 	"google.golang.org/protobuf/types/known/structpb"
 
 	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
+	"github.com/grapnel/grapnel/sdk/client"
 )
 
 // signersPath is the field that the flags of signers set.
@@ -126,4 +130,32 @@ func (s *signerFlag) change(b *grapnelv1.PluginBinding) *grapnelv1.PluginBinding
 		b.Secrets = s.slots
 	}
 	return b
+}
+
+// maxUpdates is how often update tries to change signers that others change, too.
+const maxUpdates = 5
+
+// update stores a change. Signers are one field, so those that are stored are read first and changed as the
+// flags say, on condition that nobody else has changed them since.
+func (f *subscriptionFlags) update(ctx context.Context, cl *client.Client, r *grapnelv1.UpdateSubscriptionRequest) (*grapnelv1.UpdateSubscriptionResponse, error) {
+	if !slices.Contains(r.GetUpdateMask().GetPaths(), signersPath) {
+		return cl.SubscriptionService().UpdateSubscription(ctx, r)
+	}
+	given := r.GetSubscription().GetEtag()
+	for try := 1; ; try++ {
+		now, err := cl.Subscriptions("").Get(ctx, r.GetSubscription().GetName())
+		switch {
+		case errors.Is(err, client.ErrNotFound) && r.GetAllowMissing():
+			r.Subscription.Etag = given
+		case err != nil:
+			return nil, err
+		default:
+			r.Subscription.Etag = cmp.Or(given, now.GetEtag())
+		}
+		r.Subscription.Signers = f.signers.merge(now.GetSigners())
+		answer, err := cl.SubscriptionService().UpdateSubscription(ctx, r)
+		if err == nil || given != "" || try == maxUpdates || !errors.Is(err, client.ErrEtagMismatch) {
+			return answer, err
+		}
+	}
 }
