@@ -233,3 +233,11 @@ func (l *receiverLedger) arrivals() int {
 	defer l.mu.Unlock()
 	return l.count
 }
+
+// has reports whether an event has arrived at a path.
+func (l *receiverLedger) has(path string, event int) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	_, ok := l.seen[fmt.Sprintf("%s bench-%d", path, event)]
+	return ok
+}
