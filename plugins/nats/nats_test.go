@@ -253,7 +253,7 @@ func TestWithoutJetStream(t *testing.T) {
 func TestManyAttemptsShareOneConnection(t *testing.T) {
 	n := start(t, "authorization { users: [ { user: a, password: pa5sword }, { user: b, password: pa5sword } ] }")
 	n.stream(orders("ORDERS"), nats.UserInfo("a", "pa5sword"))
-	p := newProxy(t, func() string { return n.addr })
+	p := newProxy(t, n.address)
 	b := newBench(t)
 	var all []*plugintest.Configured
 	for _, user := range []string{"a", "b"} {

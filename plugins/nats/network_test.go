@@ -23,7 +23,7 @@ import (
 func TestServerKilledMidFlightAndRestarted(t *testing.T) {
 	n := start(t, "")
 	n.stream(orders("ORDERS"))
-	p := newProxy(t, func() string { return n.addr })
+	p := newProxy(t, n.address)
 	inst := newBench(t).instance("nats://"+p.addr+"/orders.x", nil, nil)
 	first := event()
 	first.MessageID = "evt_0"
@@ -103,7 +103,7 @@ func TestEveryMessageOnceThroughRestarts(t *testing.T) {
 func TestServerThatIsSilent(t *testing.T) {
 	n := start(t, "")
 	n.stream(orders("ORDERS"))
-	p := newProxy(t, func() string { return n.addr })
+	p := newProxy(t, n.address)
 	b := newBench(t)
 	inst := b.instance("nats://"+p.addr+"/orders.x", nil, nil)
 	resp, err := deliver(t, inst)

@@ -53,9 +53,17 @@ type node struct {
 	config string
 	addr   string
 
-	mu  sync.Mutex
-	cmd *exec.Cmd
 	log strings.Builder
+
+	mu  sync.Mutex // guards cmd, and addr against other goroutines than the test's
+	cmd *exec.Cmd
+}
+
+// address is where the server listens, for other goroutines.
+func (n *node) address() string {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.addr
 }
 
 // noJetStream begins the config of a server without it.
@@ -104,7 +112,9 @@ func (n *node) run() {
 		line := lines.Text()
 		_, _ = n.log.WriteString(line + "\n")
 		if _, addr, ok := strings.Cut(line, "Listening for client connections on "); ok {
+			n.mu.Lock()
 			n.addr = strings.TrimSpace(addr)
+			n.mu.Unlock()
 		}
 		if strings.HasSuffix(line, "Server is ready") {
 			go func() { _, _ = io.Copy(io.Discard, out) }()

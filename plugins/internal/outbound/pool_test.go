@@ -38,6 +38,12 @@ func (d *dials) dial() (*fake, error) {
 	return f, nil
 }
 
+func (d *dials) all() []*fake {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.made
+}
+
 func take(t *testing.T, p *Pool[string, *fake], d *dials) *Lease[string, *fake] {
 	t.Helper()
 	l, err := p.Take(t.Context(), "key", d.dial)
@@ -56,11 +62,11 @@ func TestPoolSharesOneDial(t *testing.T) {
 			wg.Go(func() { take(t, &p, d).Done() })
 		}
 		wg.Wait()
-		if len(d.made) != 1 {
-			t.Errorf("%d dials, want 1", len(d.made))
+		if len(d.all()) != 1 {
+			t.Errorf("%d dials, want 1", len(d.all()))
 		}
 		p.Close()
-		if n := d.made[0].closed.Load(); n != 1 {
+		if n := d.all()[0].closed.Load(); n != 1 {
 			t.Errorf("closed %d times, want once", n)
 		}
 	})
@@ -72,7 +78,7 @@ func TestPoolClosesWhatIsIdle(t *testing.T) {
 		d := &dials{}
 		l := take(t, &p, d)
 		time.Sleep(2 * IdleTimeout)
-		if d.made[0].closed.Load() != 0 {
+		if d.all()[0].closed.Load() != 0 {
 			t.Error("closed while in use")
 		}
 		l.Done()
@@ -80,16 +86,16 @@ func TestPoolClosesWhatIsIdle(t *testing.T) {
 			time.Sleep(IdleTimeout - time.Second)
 			take(t, &p, d).Done()
 		}
-		if len(d.made) != 1 || d.made[0].closed.Load() != 0 {
-			t.Errorf("%d dials, closed %d times, before it was idle", len(d.made), d.made[0].closed.Load())
+		if len(d.all()) != 1 || d.all()[0].closed.Load() != 0 {
+			t.Errorf("%d dials, closed %d times, before it was idle", len(d.all()), d.all()[0].closed.Load())
 		}
 		time.Sleep(IdleTimeout + time.Second)
-		if d.made[0].closed.Load() != 1 {
+		if d.all()[0].closed.Load() != 1 {
 			t.Error("not closed once it was idle")
 		}
 		take(t, &p, d).Done()
-		if len(d.made) != 2 {
-			t.Errorf("%d dials, want a second one", len(d.made))
+		if len(d.all()) != 2 {
+			t.Errorf("%d dials, want a second one", len(d.all()))
 		}
 		p.Close()
 	})
@@ -100,23 +106,23 @@ func TestPoolReplacesWhatIsOldOrBroken(t *testing.T) {
 		var p Pool[string, *fake]
 		d := &dials{}
 		first := take(t, &p, d)
-		d.made[0].broken.Store(true)
+		d.all()[0].broken.Store(true)
 		second := take(t, &p, d)
 		second.Retire()
 		second.Retire()
 		third := take(t, &p, d)
 		time.Sleep(MaxAge)
 		fourth := take(t, &p, d)
-		if len(d.made) != 4 {
-			t.Fatalf("%d dials, want 4", len(d.made))
+		if len(d.all()) != 4 {
+			t.Fatalf("%d dials, want 4", len(d.all()))
 		}
 		for i, l := range []*Lease[string, *fake]{first, second, third} {
-			if l.Conn != d.made[i] || d.made[i].closed.Load() != 0 {
+			if l.Conn != d.all()[i] || d.all()[i].closed.Load() != 0 {
 				t.Errorf("connection %d was closed under its user, or is another's", i)
 			}
 			l.Done()
 			synctest.Wait()
-			if d.made[i].closed.Load() != 1 {
+			if d.all()[i].closed.Load() != 1 {
 				t.Errorf("connection %d was not closed by its last user", i)
 			}
 		}
@@ -154,18 +160,18 @@ func TestPoolDialOutlivesWhoAskedForIt(t *testing.T) {
 			t.Errorf("error %v, want the context's", err)
 		}
 		take(t, &p, d).Done()
-		if len(d.made) != 1 {
-			t.Errorf("%d dials, want that of the first", len(d.made))
+		if len(d.all()) != 1 {
+			t.Errorf("%d dials, want that of the first", len(d.all()))
 		}
 		time.Sleep(2 * IdleTimeout)
-		if d.made[0].closed.Load() != 1 {
+		if d.all()[0].closed.Load() != 1 {
 			t.Error("not closed when idle")
 		}
 		ctx, cancel = context.WithTimeout(t.Context(), time.Millisecond)
 		defer cancel()
 		_, _ = p.Take(ctx, "key", d.dial)
 		time.Sleep(2*time.Second + IdleTimeout)
-		if len(d.made) != 2 || d.made[1].closed.Load() != 1 {
+		if len(d.all()) != 2 || d.all()[1].closed.Load() != 1 {
 			t.Error("a connection that nobody came for is kept")
 		}
 	})
