@@ -76,7 +76,7 @@ func holdToRate(rate float64, allowed string) (fault, warning string) {
 	if allowed == "*" {
 		return "", ""
 	}
-	perMinute, err := strconv.ParseUint(allowed, 10, 32)
+	perMinute, err := strconv.ParseUint(allowed, 10, 64)
 	if err != nil || perMinute == 0 {
 		return "", "the receiver's " + allowedRate + ", " + quote(allowed) + ", is no number of requests a minute and not *; it is not kept to"
 	}
