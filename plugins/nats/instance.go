@@ -127,7 +127,9 @@ func (i *instance) message(r *plugin.Request) (*nats.Msg, error) {
 	if r.Traceparent != "" && r.Get("traceparent") == "" {
 		m.Header["traceparent"] = []string{r.Traceparent}
 	}
-	m.Header[nats.MsgIdHdr] = []string{r.MessageID}
+	// A stream knows ids across its subjects. With the message id alone, a second subscription that has the
+	// same event stored under another subject would be told that it is there already, and nothing stored.
+	m.Header[nats.MsgIdHdr] = []string{r.MessageID + "/" + subject}
 	if i.stream != "" {
 		m.Header[nats.ExpectedStreamHdr] = []string{i.stream}
 	}

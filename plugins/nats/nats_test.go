@@ -113,7 +113,7 @@ func TestStoresWhatAnHTTPReceiverWouldGet(t *testing.T) {
 		t.Errorf("stored %q: %q", got.Subject, got.Data)
 	}
 	want := nats.Header{
-		"Nats-Msg-Id": {"evt_1"}, "Nats-Expected-Stream": {"ORDERS"}, "content-type": {"application/json"}, "webhook-id": {"evt_1"},
+		"Nats-Msg-Id": {"evt_1/orders.eu.created"}, "Nats-Expected-Stream": {"ORDERS"}, "content-type": {"application/json"}, "webhook-id": {"evt_1"},
 		"ce-type": {"order.created"}, "x-twice": {"a", "b"}, "traceparent": {event().Traceparent},
 	}
 	if diff := cmp.Diff(want, got.Header); diff != "" {
@@ -121,16 +121,19 @@ func TestStoresWhatAnHTTPReceiverWouldGet(t *testing.T) {
 	}
 }
 
-func TestRepeatsAreStoredOnce(t *testing.T) {
+func TestRepeatsAreStoredOncePerSubject(t *testing.T) {
 	n := start(t, "")
 	n.stream(orders("ORDERS"))
-	inst := newBench(t).instance("nats://"+n.addr+"/orders.created", nil, nil)
+	b := newBench(t)
+	created, audit := b.instance("nats://"+n.addr+"/orders.created", nil, nil), b.instance("nats://"+n.addr+"/orders.audit", nil, nil)
 	for range 3 {
-		resp, err := deliver(t, inst)
-		wantAnswer(t, resp, err, http.StatusOK, "")
+		for _, inst := range []*plugintest.Configured{created, audit} {
+			resp, err := deliver(t, inst)
+			wantAnswer(t, resp, err, http.StatusOK, "")
+		}
 	}
-	if stored := n.stored("ORDERS"); stored != 1 {
-		t.Errorf("%d messages stored, want 1", stored)
+	if stored := n.stored("ORDERS"); stored != 2 {
+		t.Errorf("%d messages stored, want one per subject, 2", stored)
 	}
 }
 
@@ -243,7 +246,7 @@ func TestWithoutJetStream(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if !bytes.Equal(got.Data, event().Body) || got.Header.Get("Nats-Msg-Id") != "evt_1" || got.Reply != "" {
+	if !bytes.Equal(got.Data, event().Body) || got.Header.Get("Nats-Msg-Id") != "evt_1/orders.created" || got.Reply != "" {
 		t.Errorf("got %+v", got)
 	}
 	resp, err = deliver(t, b.instance("nats://"+n.addr+"/elsewhere", config, secrets))

@@ -2,8 +2,8 @@
 // is named after the kind; a package of that name would hide the client's.)
 //
 // It guarantees, whatever the server does:
-//   - one attempt is one publication, with the message id as Nats-Msg-Id, so that a stream stores repeats
-//     once within its duplicate window;
+//   - one attempt is one publication, with message id and subject as Nats-Msg-Id, so that a stream stores
+//     repeats once within its duplicate window, and an event once under each subject;
 //   - success is the stream's acknowledgement, not the server's having read the message (unless the config
 //     asks for no more);
 //   - no connection to an address that the egress policy forbids, decided at dial time on the address
@@ -61,7 +61,7 @@ func kind(pool *links) plugin.Kind {
 		return i.attempt, nil
 	}
 	return plugin.Transport("nats", build,
-		plugin.Doc("Publishes to streams of NATS JetStream, deduplicated by message id"),
+		plugin.Doc("Publishes to streams of NATS JetStream, deduplicated by message id and subject"),
 		plugin.Schemes("nats", "tls", "nats+tls"),
 		plugin.Example(map[string]any{"subject": "events.{type}", "stream": "EVENTS"}),
 		plugin.Format("ca", outbound.AuthoritiesFormat()),
