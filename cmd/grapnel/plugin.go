@@ -134,6 +134,7 @@ func newPluginList(c *cli) *cobra.Command {
 
 func newPluginGet(c *cli) *cobra.Command {
 	var schema bool
+	var wait time.Duration
 	cmd := &cobra.Command{
 		Use: "get ID", Short: "Show a plugin with its settings, secrets and processes",
 		Args: oneID, ValidArgsFunction: firstArg(completePlugins(c)),
@@ -143,7 +144,7 @@ func newPluginGet(c *cli) *cobra.Command {
 				return err
 			}
 			return c.with(cmd, func(ctx context.Context, cl *client.Client) error {
-				r, err := cl.PluginService().GetPlugin(ctx, &grapnelv1.GetPluginRequest{Name: name})
+				r, err := getPlugin(ctx, cl, name, wait)
 				if err != nil {
 					return err
 				}
@@ -160,7 +161,27 @@ func newPluginGet(c *cli) *cobra.Command {
 		},
 	}
 	cmd.Flags().BoolVar(&schema, "schema", false, "print the JSON Schema of its settings only")
+	cmd.Flags().DurationVar(&wait, "wait", 0, "wait up to this long until it is there and serves")
 	return cmd
+}
+
+// getPlugin asks for a plugin, again and again until it serves or the wait is over.
+func getPlugin(ctx context.Context, cl *client.Client, name string, wait time.Duration) (*grapnelv1.GetPluginResponse, error) {
+	deadline := time.Now().Add(wait)
+	for {
+		r, err := cl.PluginService().GetPlugin(ctx, &grapnelv1.GetPluginRequest{Name: name})
+		serves := err == nil && r.GetPlugin().GetHealth() == grapnelv1.Plugin_HEALTH_SERVING
+		if serves || !time.Now().Before(deadline) {
+			return r, err
+		}
+		pause := time.NewTimer(200 * time.Millisecond)
+		select {
+		case <-pause.C:
+		case <-ctx.Done():
+			pause.Stop()
+			return r, err
+		}
+	}
 }
 
 func newPluginValidate(c *cli) *cobra.Command {
