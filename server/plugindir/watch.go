@@ -63,8 +63,9 @@ func (d Dir) executables() ([]pluginhost.Spec, error) {
 }
 
 // Watch calls update with the plugins to run whenever the lock file changes, or without one the executable
-// files, until ctx ends, and once at its start. A change counts once it has lasted from one look to the next, so that a file that is
-// being copied is not run half-way. Faults in reading go to failed; what ran goes on.
+// files, until ctx ends, and once at its start. A change of the lock file is whole and counts at once; one of other
+// files counts once it has lasted from one look to the next, so that a file that is being copied is not run
+// half-way. Faults in reading go to failed; what ran goes on.
 func (d Dir) Watch(ctx context.Context, every time.Duration, update func([]pluginhost.Spec), failed func(error)) {
 	tick := time.NewTicker(every)
 	defer tick.Stop()
@@ -76,8 +77,8 @@ func (d Dir) Watch(ctx context.Context, every time.Duration, update func([]plugi
 			return
 		case <-tick.C:
 		}
-		now := d.print()
-		settled := now == seen
+		now, whole := d.print()
+		settled := whole || now == seen
 		seen = now
 		if !settled || known && now == current {
 			continue
@@ -92,14 +93,15 @@ func (d Dir) Watch(ctx context.Context, every time.Duration, update func([]plugi
 	}
 }
 
-// print is what there is in the directory, in a form that changes when it does.
-func (d Dir) print() string {
+// print is what there is in the directory, in a form that changes when it does; whole says that it changes in one
+// step.
+func (d Dir) print() (text string, whole bool) {
 	if info, err := os.Stat(filepath.Join(d.path, LockFile)); err == nil {
-		return printOf(info)
+		return printOf(info), true
 	}
 	entries, err := os.ReadDir(d.path)
 	if err != nil {
-		return ""
+		return "", false
 	}
 	var b strings.Builder
 	for _, e := range entries {
@@ -107,7 +109,7 @@ func (d Dir) print() string {
 			b.WriteString(printOf(info))
 		}
 	}
-	return b.String()
+	return b.String(), false
 }
 
 func printOf(info fs.FileInfo) string {
