@@ -57,6 +57,10 @@ func TestMain(m *testing.M) {
 				os.Exit(3)
 			}
 			plugin.Main("test/crash", "1.0.0", testTransport("mem"), testSigner("standard-webhooks"))
+		case "plugin-platform":
+			plugin.Main("test/platform", "1.0.0", platformKinds()...)
+		case "plugin-signers":
+			plugin.Main("test/signers", "1.0.0", chainSigner("alpha", "x-alpha"), chainSigner("liar", "x-beta"), chainSigner("changer", "content-type"))
 		case "plugin-mortal":
 			plugin.Main("test/mortal", "1.0.0", mortalTransport(), testSigner("standard-webhooks"))
 		case "host":
