@@ -24,7 +24,7 @@ func (s *Server) newPlugins(closers *stack) (*pluginhost.Host, error) {
 	specs := []pluginhost.Spec{s.builtin()}
 	if o.PluginDir != "" {
 		if _, err := os.Stat(o.PluginDir); err != nil {
-			return nil, fmt.Errorf("read the plugin directory: %w", err)
+			s.log.Warn("the plugin directory cannot be read; it is watched all the same", "err", err)
 		}
 		found, err := plugindir.Open(o.PluginDir).Specs()
 		if err != nil {
