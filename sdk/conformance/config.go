@@ -80,7 +80,7 @@ func describeStable(t *trial) error {
 		if _, err := ses.describe(t.ctx); err != nil { // also connects, which is not the call's time
 			return err
 		}
-		for _, minor := range []uint32{hostMinor, 0, 99} {
+		for _, minor := range []uint32{hostMinor, 0, 99, hostMinor} {
 			began := time.Now()
 			desc, err := ses.plugin.Describe(t.ctx, &pluginv1.DescribeRequest{HostVersion: "conformance", HostProtocolMinor: minor})
 			if err != nil {
@@ -305,14 +305,11 @@ func brokenConfig(t *trial) error {
 		} {
 			in := ses.instance(u, "")
 			in.ConfigJson = []byte(config)
-			if name == "10,000 levels" && strings.Contains(u.kind.GetConfigSchema(), `"additionalProperties":true`) {
-				continue
-			}
 			ds, err := ses.validate(in)
 			if err != nil {
 				return fmt.Errorf("%s as config: %w", name, err)
 			}
-			if len(complaints(ds)) == 0 {
+			if len(complaints(ds)) == 0 && name != "10,000 levels" { // that is an object, after all
 				return fmt.Errorf("%s is accepted as config", name)
 			}
 		}

@@ -227,7 +227,10 @@ func newSuite(o Options) (*suite, error) {
 	return s, nil
 }
 
-func (s *suite) close() { _ = os.RemoveAll(s.dir) }
+func (s *suite) close() {
+	killStrays(s.dir)
+	_ = os.RemoveAll(s.dir)
+}
 
 // prepare finds out what the cases need to know of the plugin. It returns why they cannot run, or "".
 func (s *suite) prepare(ctx context.Context) string {
@@ -240,6 +243,9 @@ func (s *suite) prepare(ctx context.Context) string {
 		return err.Error()
 	}
 	if s.described, err = ses.describe(ctx); err != nil {
+		return err.Error()
+	}
+	if err := ses.settle(loopback4, loopback6); err != nil {
 		return err.Error()
 	}
 	for _, k := range s.described.GetKinds() {

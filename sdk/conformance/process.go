@@ -221,9 +221,7 @@ func (p *process) kill() {
 	p.killed.Do(func() {
 		killGroup(p.cmd.Process)
 		<-p.ended
-		left, _ := descendants(p)
 		killGroup(p.cmd.Process) // what it left, while its number is not given to another
-		killEach(left)           // what has left the group
 		_ = p.cmd.Wait()
 		p.drain()
 		_ = os.RemoveAll(p.dir)

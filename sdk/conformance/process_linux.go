@@ -28,9 +28,17 @@ func awaitExit(cmd *exec.Cmd) {
 
 func killGroup(p *os.Process) { _ = syscall.Kill(-p.Pid, syscall.SIGKILL) }
 
-func killEach(pids []int) {
-	for _, pid := range pids {
-		_ = syscall.Kill(pid, syscall.SIGKILL)
+// killStrays ends what plugins have started and put out of reach of killGroup: it is known by the socket
+// directory in its environment, which is below dir.
+func killStrays(dir string) {
+	environs, _ := filepath.Glob("/proc/[0-9]*/environ")
+	for _, path := range environs {
+		env, _ := os.ReadFile(path)
+		if bytes.Contains(env, []byte("PLUGIN_UNIX_SOCKET_DIR="+dir+"/")) {
+			if pid, err := strconv.Atoi(filepath.Base(filepath.Dir(path))); err == nil {
+				_ = syscall.Kill(pid, syscall.SIGKILL)
+			}
+		}
 	}
 }
 

@@ -32,13 +32,12 @@ import (
 )
 
 // raw is a plugin written against the protocol alone: no SDK and no go-plugin, as one in another language
-// would be. It keeps every promise but the one that its fault names.
+// would be. It keeps every promise but the one that its faults name.
 type raw struct {
 	pluginv1.UnimplementedPluginServiceServer
 	pluginv1.UnimplementedSignerServiceServer
 	pluginv1.UnimplementedTransportServiceServer
-	fault string
-	unary bool
+	faults []string
 	began time.Time
 	pool  *rawPool
 
@@ -54,13 +53,13 @@ type rawInstance struct {
 	keys []string
 }
 
-func (r *raw) is(fault string) bool { return r.fault == fault }
+func (r *raw) is(fault string) bool { return slices.Contains(r.faults, fault) }
 
 const rawCookie = "b6f1c1a2-6b1e-4a57-9c0f-5d8f0e6a7c31"
 
 // serveRaw is a whole plugin process.
-func serveRaw(fault string) {
-	r := &raw{fault: fault, unary: fault == "unary", began: time.Now(), instances: map[uint32]*rawInstance{}}
+func serveRaw(faults string) {
+	r := &raw{faults: strings.Split(faults, ","), began: time.Now(), instances: map[uint32]*rawInstance{}}
 	r.pool = newRawPool(r)
 	if os.Getenv("GRAPNEL_PLUGIN") != rawCookie && !r.is("no-cookie-check") {
 		if !r.is("silent-by-hand") {
@@ -133,19 +132,22 @@ func (r *raw) Describe(context.Context, *pluginv1.DescribeRequest) (*pluginv1.De
 		},
 	}
 	carrier := d.GetKinds()[1]
-	switch r.fault {
-	case "unary":
+	if r.is("unary") {
 		d.Capabilities = []string{"attempt.unary", "sign.stream", "secret.prepare"}
-	case "describe-changes":
+	}
+	if r.is("describe-changes") {
 		r.mu.Lock()
 		r.describes++
 		d.Kinds[0].Description = strconv.Itoa(r.describes)
 		r.mu.Unlock()
-	case "bad-header-name":
+	}
+	if r.is("bad-header-name") {
 		carrier.GetTransport().MayAddHeaders = append(carrier.GetTransport().MayAddHeaders, "X-Upper")
-	case "no-capability":
-		d.Capabilities = d.Capabilities[:3]
-	case "external-schema":
+	}
+	if r.is("bad-version") {
+		d.Version = "the newest"
+	}
+	if r.is("external-schema") {
 		carrier.ConfigSchema = `{"$ref":"https://schemas.example/config.json"}`
 	}
 	return d, nil
@@ -170,7 +172,7 @@ func (r *raw) check(in *pluginv1.Instance, shapeOnly bool) []*pluginv1.Diagnosti
 			if !validKey(string(v.GetValue())) {
 				summary := "this is no key"
 				if r.is("echoes-secret") {
-					summary = "this is no key: " + string(v.GetValue())
+					summary = "this is no key: " + strings.ToValidUTF8(string(v.GetValue()), "?")
 				}
 				ds = append(ds, diagnostic("secret.malformed", "/secrets/key", summary))
 			}
@@ -205,7 +207,7 @@ func (r *raw) checkConfig(in *pluginv1.Instance) []*pluginv1.Diagnostic {
 		_, number := value.(float64)
 		switch {
 		case in.GetKind() == "raw-mem" || name != "label" && name != "level":
-			if !r.is("unknown-field-taken") {
+			if !r.is("unknown-field-taken") || name != "conformance_unknown" {
 				ds = append(ds, diagnostic("config.unknown_field", "/config/"+name, "there is no such field"))
 			}
 		case name == "label" && !text, name == "level" && !number:
@@ -475,13 +477,13 @@ func (r *raw) signItem(req *pluginv1.SignRequest, item *pluginv1.SignItem, at in
 	}
 	value := in.sign(c, item.GetCreated().AsTime())
 	switch {
-	case r.is("own-clock"):
+	case r.is("own-clock") && c.GetMessageId() == "evt_clock":
 		value += strconv.FormatInt(r.began.UnixNano(), 10)
 	case r.is("index-signed") && len(req.GetItems()) > 10:
 		value += strconv.Itoa(at)
 	case r.is("wrong-vector") && c.GetMessageId() == "evt_vector":
 		value += "!"
-	case r.is("undeclared-header"):
+	case r.is("undeclared-header") && c.GetMessageId() == "evt_headers":
 		out.Headers = append(out.Headers, &pluginv1.Header{Name: "x-surprise", Value: "1"})
 	case r.is("rewrites-uri"):
 		out.Uri = "https://elsewhere.example/"

@@ -208,9 +208,11 @@ func (r *raw) send(ctx context.Context, uri string, headers []*pluginv1.Header, 
 		_ = conn.Close()
 		return r.broken(ctx, err, allSent), isReset(err)
 	}
+	late = 0
 	if r.is("late-body") {
-		_ = conn.SetDeadline(deadline.Add(time.Second))
+		late = time.Second
 	}
+	_ = conn.SetDeadline(deadline.Add(late))
 	kept, err := io.ReadAll(io.LimitReader(resp.Body, int64(maxBody)+1))
 	if err != nil {
 		_ = conn.Close()

@@ -141,15 +141,23 @@ func (t *trial) sessionWith(l launch, allow ...string) (*session, error) {
 	if _, err := ses.describe(t.ctx); err != nil {
 		return nil, err
 	}
-	ctx, cancel := context.WithTimeout(t.ctx, callLimit)
+	if err := ses.settle(allow...); err != nil {
+		return nil, err
+	}
+	return ses, ses.openControl()
+}
+
+// settle is the first Configure: settings, and no instance.
+func (ses *session) settle(allow ...string) error {
+	ctx, cancel := context.WithTimeout(ses.t.ctx, callLimit)
 	defer cancel()
-	_, err = ses.plugin.Configure(ctx, &pluginv1.ConfigureRequest{
+	_, err := ses.plugin.Configure(ctx, &pluginv1.ConfigureRequest{
 		Settings: &pluginv1.HostSettings{EgressAllow: allow, UserAgent: userAgent},
 	})
 	if err != nil {
-		return nil, fmt.Errorf("configure with settings alone: %w", err)
+		return fmt.Errorf("configure with settings alone: %w", err)
 	}
-	return ses, ses.openControl()
+	return nil
 }
 
 func (ses *session) describe(ctx context.Context) (*pluginv1.DescribeResponse, error) {
