@@ -150,3 +150,71 @@ func TestPluginKeys(t *testing.T) {
 		t.Errorf("a value that its user cannot read: %v", err)
 	}
 }
+
+// TestKeyPairsOfPlugins: whatever pair a plugin says it can make is made, published under the kid that its
+// signatures carry, and of the same algorithm after a rotation.
+func TestKeyPairsOfPlugins(t *testing.T) {
+	s := servertest.Start(t, servertest.Options{})
+	s.Namespace("acme")
+	ctx, secrets := t.Context(), grapnelv1.NewSecretServiceClient(s.Conn)
+	published := func() string {
+		t.Helper()
+		resp, err := http.Get("http://" + s.AdminAddr + "/namespaces/acme/jwks.json")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer func() { _ = resp.Body.Close() }()
+		body, err := io.ReadAll(resp.Body)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, private := range []string{`"d":`, `"p":`, `"k":`} {
+			if strings.Contains(string(body), private) {
+				t.Errorf("the key set has %s", private)
+			}
+		}
+		return string(body)
+	}
+	pairs := 0
+	for p, err := range s.Client.Plugins(ctx) {
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, slot := range p.GetSecretSlots() {
+			for i, algorithm := range slot.GetAlgorithms() {
+				id := strings.TrimPrefix(p.GetName(), "plugins/") + "-" + slot.GetSlot() + "-" + string(rune('a'+i))
+				made, err := secrets.CreateSecret(ctx, &grapnelv1.CreateSecretRequest{
+					Parent: "namespaces/acme", SecretId: strings.ReplaceAll(id, "_", "-"), Plugin: p.GetName(), Slot: slot.GetSlot(), Algorithm: algorithm,
+				})
+				if err != nil {
+					t.Errorf("%s %s %s: %v", p.GetName(), slot.GetSlot(), algorithm, err)
+					continue
+				}
+				rotated, err := secrets.RotateSecret(ctx, &grapnelv1.RotateSecretRequest{Name: made.GetSecret().GetName()})
+				if err != nil {
+					t.Errorf("%s %s %s: rotate: %v", p.GetName(), slot.GetSlot(), algorithm, err)
+					continue
+				}
+				versions := rotated.GetSecret().GetVersions()
+				if versions[0].GetAlgorithm() != versions[1].GetAlgorithm() || made.GetGeneratedValue() == "" || made.GetGeneratedValue() == rotated.GetGeneratedValue() {
+					t.Errorf("%s %s %s: %v", p.GetName(), slot.GetSlot(), algorithm, versions)
+				}
+				for _, v := range versions {
+					if (v.GetPublicKey() == "") != (v.GetJwk() == "") {
+						t.Errorf("%s %s %s: has a public key or a JWK, and not both", p.GetName(), slot.GetSlot(), algorithm)
+					}
+					if v.GetJwk() == "" {
+						continue
+					}
+					pairs++
+					if set := published(); v.GetKeyId() == "" || !strings.Contains(set, `"kid":"`+v.GetKeyId()+`"`) {
+						t.Errorf("%s %s %s: kid %q is not in %s", p.GetName(), slot.GetSlot(), algorithm, v.GetKeyId(), set)
+					}
+				}
+			}
+		}
+	}
+	if pairs < 10 {
+		t.Errorf("only %d key pairs were made", pairs)
+	}
+}

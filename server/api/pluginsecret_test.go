@@ -20,7 +20,7 @@ func twoSigners(w *world) {
 		&grapnelv1.Plugin{Name: "plugins/many", Roles: signer, SecretSlots: []*grapnelv1.SecretSlot{
 			{Slot: "key", Required: true}, {Slot: "token", Required: true}, {Slot: "extra"}}},
 		&grapnelv1.Plugin{Name: "plugins/pair", Roles: signer, SecretSlots: []*grapnelv1.SecretSlot{
-			{Slot: "key", Required: true, Algorithms: []string{"ed25519", "rsa"}, Format: "pair-…"}, {Slot: "ca"}}},
+			{Slot: "key", Required: true, Algorithms: []string{"ed25519", "rsa", "rsa-pss"}, Format: "pair-…"}, {Slot: "ca"}}},
 		&grapnelv1.Plugin{Name: "plugins/plain", Roles: signer, SecretSlots: []*grapnelv1.SecretSlot{{Slot: "key", Format: "plain-…"}}},
 	)
 	w.host.prepare = func(id, slot, value, algorithm string) (api.Prepared, []api.Diagnostic, error) {
@@ -36,7 +36,11 @@ func twoSigners(w *world) {
 		if !strings.HasPrefix(value, id+"-") {
 			return api.Prepared{}, []api.Diagnostic{{Field: "value", Code: "secret.malformed", Summary: "does not begin with " + id + "-"}}, nil
 		}
-		made := api.Prepared{Value: []byte(value), Algorithm: strings.TrimPrefix(value, id+"-made-"), PublicKey: "public of " + id}
+		word := strings.TrimPrefix(value, id+"-made-")
+		if word == "rsa-pss" {
+			word = "RSA" // of which no scheme shows
+		}
+		made := api.Prepared{Value: []byte(value), Algorithm: word, PublicKey: "public of " + id}
 		if id == "pair" {
 			made.JWK, made.KeyID = `{"kty":"OKP","crv":"Ed25519","x":"11qYAYKxCrfVS_7TyWQHOg7hcvPapiMlrwIaaPcHURo"}`, "kid-1"
 		}
@@ -65,7 +69,8 @@ func TestSecretsOfPlugins(t *testing.T) {
 	}
 	// The algorithm stays unless another is asked for; a given value is not shown.
 	for _, c := range []struct{ value, algorithm, want, shown string }{
-		{"", "", "rsa", "pair-made-rsa"}, {"", "ed25519", "ed25519", "pair-made-ed25519"}, {"pair-given", "", "pair-given", ""},
+		{"", "", "rsa", "pair-made-rsa"}, {"", "rsa-pss", "rsa-pss", "pair-made-rsa-pss"}, {"", "", "rsa-pss", "pair-made-rsa-pss"},
+		{"", "ed25519", "ed25519", "pair-made-ed25519"}, {"pair-given", "", "pair-given", ""},
 	} {
 		rotated, err := w.secrets.RotateSecret(t.Context(), &grapnelv1.RotateSecretRequest{Name: got.GetName(), Value: c.value, Algorithm: c.algorithm})
 		if err != nil {
@@ -80,7 +85,7 @@ func TestSecretsOfPlugins(t *testing.T) {
 	refused(t, err, codes.InvalidArgument, "INVALID_FIELD").names(t, "algorithm")
 
 	read, err := w.secrets.GetSecret(t.Context(), &grapnelv1.GetSecretRequest{Name: got.GetName()})
-	if err != nil || len(read.GetSecret().GetVersions()) != 4 {
+	if err != nil || len(read.GetSecret().GetVersions()) != 6 {
 		t.Fatal(read, err)
 	}
 	if shown := prototext.Format(read) + w.log.String(); strings.Contains(shown, "pair-made-rsa") {

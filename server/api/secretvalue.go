@@ -80,11 +80,28 @@ func (s *Server) prepare(ctx context.Context, plugin, slot, value, algorithm str
 	if faults, _ := sortDiagnostics(diagnostics); len(faults) > 0 {
 		return secret.Material{}, invalid(faults...)
 	}
+	if value == "" {
+		made.Algorithm = s.madeAs(plugin, slot, algorithm, made.Algorithm)
+	}
 	return secret.Material{
 		Kind: grapnelv1.Secret_KIND_OPAQUE, Plugin: plugin, Slot: slot,
 		Value: made.Value, Algorithm: made.Algorithm, PublicKey: made.PublicKey, JWK: made.JWK, KeyID: made.KeyID,
 		Made: value == "",
 	}, nil
+}
+
+// madeAs is the word for the algorithm of a key that was made: the plugin's, unless it says less than what was
+// asked for, as rsa does of rsa-pss-sha512. It has to be one of the slot's, so that a rotation can ask for the
+// same.
+func (s *Server) madeAs(plugin, slot, asked, said string) string {
+	can, known := s.slotOf(plugin, slot)
+	if !known || len(can.GetAlgorithms()) == 0 || slices.Contains(can.GetAlgorithms(), said) {
+		return said
+	}
+	if asked == "" {
+		return can.GetAlgorithms()[0]
+	}
+	return asked
 }
 
 // takeSecrets lists the plugins that a secret can be made for.
