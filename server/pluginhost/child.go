@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"runtime"
 	"strconv"
 	"strings"
@@ -168,30 +169,37 @@ func (c *child) start() ([2]*os.File, error) {
 func (c *child) readStdout(r *os.File) {
 	defer r.Close()
 	br := c.out.buffered(r)
-	for begin := true; ; {
-		line, err := br.ReadSlice('\n')
-		if begin && err == nil && isHandshake(line) {
-			text := string(line)
-			c.line.Store(&text)
-			go func() { _, _ = io.WriteString(c.lineW, text) }()
+	handshake := regexp.MustCompile(`1\|[0-9]+\|(unix|tcp)\|[^|]*\|.*\n$`)
+	var line []byte // what there is of it, but no more than its last part
+	for {
+		part, err := br.ReadSlice('\n')
+		line = append(line, part...)
+		// What a library printed without an end of line may stand before it.
+		if at := handshake.FindIndex(line); at != nil {
+			c.out.write(line[:at[0]])
+			c.shake(string(line[at[0]:]))
 			break
 		}
-		if begin {
+		switch {
+		case err == nil:
 			c.out.write(line)
-		}
-		begin = err == nil
-		if err != nil && !errors.Is(err, bufio.ErrBufferFull) {
+			line = line[:0]
+		case errors.Is(err, bufio.ErrBufferFull):
+			line = append(line[:0], line[max(0, len(line)-longestHandshake):]...)
+		default:
+			c.out.write(line)
 			return
 		}
 	}
 	c.out.readFrom(br)
 }
 
-// isHandshake tells go-plugin's line from what a library may print before it:
-// 1|protocol version|unix|address|grpc|
-func isHandshake(line []byte) bool {
-	parts := strings.SplitN(string(line), "|", 5)
-	return len(parts) == 5 && isNumber(parts[0]) && isNumber(parts[1]) && (parts[2] == "unix" || parts[2] == "tcp")
+// longestHandshake has room for a certificate, too.
+const longestHandshake = 4096
+
+func (c *child) shake(line string) {
+	c.line.Store(&line)
+	go func() { _, _ = io.WriteString(c.lineW, line) }() // returns at the latest when the process has ended
 }
 
 func isNumber(s string) bool { return s != "" && strings.Trim(s, "0123456789") == "" }

@@ -9,6 +9,8 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"runtime/debug"
+	"slices"
 	"strings"
 	"testing"
 
@@ -269,7 +271,16 @@ func (f *fixture) body(t *testing.T, mode string) string {
 	return string(got.ResponseBody)
 }
 
+// underRace: the race detector maps far more memory than any limit that means something.
+func underRace() bool {
+	info, ok := debug.ReadBuildInfo()
+	return ok && slices.ContainsFunc(info.Settings, func(s debug.BuildSetting) bool { return s.Key == "-race" && s.Value == "true" })
+}
+
 func TestLimits(t *testing.T) {
+	if underRace() {
+		t.Skip("the race detector needs more memory than the limit")
+	}
 	spec := version("1")
 	spec.Limits = Limits{MemoryBytes: 200 << 20, OpenFiles: 123}
 	f := start(t, nil, spec)

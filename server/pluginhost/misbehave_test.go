@@ -42,7 +42,7 @@ func runMisbehaving(mode string, args []string) {
 		fmt.Fprintln(os.Stderr, "nothing to do")
 		os.Exit(4)
 	case "plugin-runs-over":
-		fmt.Print("no newline and then ")
+		fmt.Print("a banner|1|unix|\n", strings.Repeat("1|1|", 10_000), "\n", "and then ")
 		plugin.Main("test/over", "1.0.0", kinds...)
 	default:
 		return // a flag of the test binary
@@ -144,7 +144,6 @@ func TestWhatKeepsAPluginFromServingIsAStatus(t *testing.T) {
 		"it is no program":             {text, []string{"exec format error", text.Path}},
 		"it ends at once":              {self("plugin-ends"), []string{"ended before its handshake: exit status 4", "nothing to do"}},
 		"it never says anything":       {self("plugin-silent"), []string{"no handshake line", "pluginhost.waitInVain"}},
-		"its handshake is in a line":   {self("plugin-runs-over"), []string{"no handshake line", "no newline and then 1|1|unix|"}},
 		"it speaks another protocol":   {self("plugin-raw", "future"), []string{"speaks version 99", "this server speaks version 1"}},
 		"it dies when it is set up":    {self("plugin-raw", "dies-in-configure"), []string{"configure", "exit status 7", "no such database"}},
 		"it grants no credits":         {self("plugin-raw", "no-credits"), []string{"grants no credits"}},
@@ -172,6 +171,15 @@ func TestWhatKeepsAPluginFromServingIsAStatus(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestHandshakeAfterOtherOutput has what libraries print when they are loaded, with and without an end of line.
+func TestHandshakeAfterOtherOutput(t *testing.T) {
+	f := start(t, nil, self("plugin-runs-over"))
+	f.unary(t)
+	eventually(t, "the rest of the line is not lost", func() bool {
+		return strings.Contains(f.logs.String(), `line="and then "`) && strings.Contains(f.logs.String(), "a banner")
+	})
 }
 
 // TestFloodOfOutput has a plugin write binary junk in lines of a mebibyte to both its streams, before its handshake and
