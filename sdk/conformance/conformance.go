@@ -185,7 +185,7 @@ func Describe(ctx context.Context, command []string) (*pluginv1.DescribeResponse
 	return ses.describe(ctx)
 }
 
-// suite is what all cases of a run share; it does not change once prepared.
+// suite is what all cases of a run share; but for made it does not change once prepared.
 type suite struct {
 	command   []string // resolved
 	reproduce string
@@ -196,6 +196,7 @@ type suite struct {
 	subjects  []*subject
 	// noWelcome is set when the attempt stream does not open: a case of its own, that others need not fail.
 	noWelcome bool
+	made      madeSecrets
 }
 
 func newSuite(o Options) (*suite, error) {

@@ -208,17 +208,19 @@ func (ses *session) load(n int) error {
 		if err != nil {
 			return err
 		}
-		list := make([]*pluginv1.Attempt, n)
-		for i := range list {
-			list[i] = newAttempt(1<<20, attemptTimeout)
-		}
-		sent, err := a.submit([]*pluginv1.Content{newContent("evt_load", []byte(`{}`))}, list...)
-		if err != nil {
-			return err
-		}
-		for _, p := range sent {
-			if _, err := a.wait(p); err != nil {
+		for range n / batchMax {
+			list := make([]*pluginv1.Attempt, batchMax)
+			for i := range list {
+				list[i] = newAttempt(1<<20, attemptTimeout)
+			}
+			sent, err := a.submit([]*pluginv1.Content{newContent("evt_load", []byte(`{}`))}, list...)
+			if err != nil {
 				return err
+			}
+			for _, p := range sent {
+				if _, err := a.wait(p); err != nil {
+					return err
+				}
 			}
 		}
 	}

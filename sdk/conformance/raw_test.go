@@ -38,8 +38,8 @@ type raw struct {
 	pluginv1.UnimplementedSignerServiceServer
 	pluginv1.UnimplementedTransportServiceServer
 	faults []string
-	began time.Time
-	pool  *rawPool
+	began  time.Time
+	pool   *rawPool
 
 	mu        sync.RWMutex // guards what follows
 	instances map[uint32]*rawInstance

@@ -26,7 +26,7 @@ type subject struct {
 	fixture KindFixture
 	config  []byte
 	secrets map[string][]byte
-	// uri is where a transport that is not for http sends.
+	// uri is one that a transport takes; it reaches somebody only if it is the fixture's.
 	uri string
 	// unusable says why no instance of it can be made; empty when one can.
 	unusable string
@@ -35,11 +35,6 @@ type subject struct {
 }
 
 func (u *subject) signer() bool { return u.kind.GetSigner() != nil }
-
-// carries reports whether it is a transport for the scheme.
-func (u *subject) carries(scheme string) bool {
-	return slices.Contains(u.kind.GetTransport().GetUriSchemes(), scheme)
-}
 
 // subjectOf finds settings and secrets that the kind takes.
 func (ses *session) subjectOf(k *pluginv1.Kind) *subject {
@@ -50,10 +45,6 @@ func (ses *session) subjectOf(k *pluginv1.Kind) *subject {
 	case k.GetConfigExample() != "":
 		u.config = []byte(k.GetConfigExample())
 	}
-	u.uri = u.fixture.URI
-	if schemes := k.GetTransport().GetUriSchemes(); u.uri == "" && len(schemes) > 0 {
-		u.uri = schemes[0] + "://127.0.0.1:9/conformance"
-	}
 	for slot, value := range u.fixture.Secrets {
 		u.secrets[slot] = []byte(value)
 	}
@@ -63,12 +54,33 @@ func (ses *session) subjectOf(k *pluginv1.Kind) *subject {
 			open = append(open, slot)
 		}
 	}
-	ses.fill(u, open)
+	for _, u.uri = range u.uris() {
+		if ses.fill(u, open); u.unusable == "" {
+			break
+		}
+	}
 	return u
+}
+
+// uris are what to try as targets. Those of http come first, since the suite can play their receivers.
+func (u *subject) uris() []string {
+	if u.fixture.URI != "" {
+		return []string{u.fixture.URI}
+	}
+	uris := []string{""}
+	for _, scheme := range u.kind.GetTransport().GetUriSchemes() {
+		at := len(uris)
+		if scheme == "http" {
+			at = 0
+		}
+		uris = slices.Insert(uris, at, scheme+"://127.0.0.1:9/conformance", scheme+"://127.0.0.1:9")
+	}
+	return uris
 }
 
 // fill tries values for the open slots, one slot after the other, until the plugin takes an instance.
 func (ses *session) fill(u *subject, open []*pluginv1.SecretSlot) {
+	u.unusable, u.excused = "", false
 	refused := ses.refusal(u)
 	for _, slot := range open {
 		for _, value := range ses.candidates(u.kind, slot) {
@@ -209,8 +221,10 @@ func any1(*subject) bool              { return true }
 func usable(u *subject) bool          { return u.unusable == "" }
 func usableSigner(u *subject) bool    { return u.unusable == "" && u.signer() }
 func usableTransport(u *subject) bool { return u.unusable == "" && !u.signer() }
-func overHTTP(u *subject) bool        { return u.unusable == "" && u.carries("http") }
-func overTLS(u *subject) bool         { return u.unusable == "" && u.carries("https") }
+func overHTTP(u *subject) bool        { return u.unusable == "" && strings.HasPrefix(u.uri, "http:") }
+func overTLS(u *subject) bool {
+	return overHTTP(u) && slices.Contains(u.kind.GetTransport().GetUriSchemes(), "https")
+}
 
 func deterministicSigner(u *subject) bool {
 	return usableSigner(u) && u.kind.GetSigner().GetDeterministic()
