@@ -223,10 +223,13 @@ func (s *server) runOne(ctx context.Context, t *task) *result {
 	case res = <-done:
 	case <-overdue:
 		res = overrun(t)
+		if t.overrunOf = s.instances.get(t.ref); t.overrunOf != nil {
+			t.overrunOf.overruns.Add(1)
+		}
 		s.log().Error("attempt ignores its context", "overruns", s.overruns.Add(1))
 		go func() {
 			<-done
-			s.overruns.Add(-1)
+			t.returned(s)
 		}()
 	}
 	return &res

@@ -188,6 +188,31 @@ func TestRetry(t *testing.T) {
 	}
 }
 
+func TestRetryFreesFromQuarantine(t *testing.T) {
+	b := newBench(t)
+	b.append(event("e", "s"))
+	job := b.jobs()[0]
+	now := b.clock.now()
+	job.Indeterminate, job.Suspicion = 2, 2
+	b.Settle(job, Step{State: Scheduled, Due: now.Add(time.Minute)}, attemptAt(2, OutcomeInterrupted, 0, now))
+	b.flush()
+	b.clock.add(time.Minute)
+	again := b.timers(lane("s"), b.clock.now())
+	if len(again) != 1 || again[0].Indeterminate != 2 || again[0].Suspicion != 2 {
+		t.Fatalf("%+v", again)
+	}
+	again[0].Indeterminate, again[0].Suspicion = 3, 3
+	b.Settle(again[0], Step{State: Rejected, Reason: "quarantined"}, attemptAt(3, OutcomeInterrupted, 0, now))
+	b.flush()
+	if d, err := b.Retry(t.Context(), job.ID, -1); err != nil || d.State != Scheduled || d.StateReason != "" {
+		t.Fatalf("%+v, %v", d, err)
+	}
+	freed := b.timers(lane("s"), b.clock.now())
+	if len(freed) != 1 || freed[0].Indeterminate != 0 || freed[0].Suspicion != 1 {
+		t.Errorf("want it free, and tried apart from others: %+v", freed)
+	}
+}
+
 func TestCancelLaneEndsOneIncarnation(t *testing.T) {
 	b := newBench(t)
 	now := b.clock.now()
