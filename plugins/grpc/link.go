@@ -101,7 +101,7 @@ func (d *dialler) client(conn net.Conn, shaken handshaken) (*grpc.ClientConn, er
 		grpc.WithAuthority(d.settings.authority), grpc.WithUserAgent(d.settings.agent),
 		grpc.WithDisableServiceConfig(), grpc.WithDisableRetry(), grpc.WithDisableHealthCheck(), grpc.WithIdleTimeout(0),
 		grpc.WithConnectParams(grpc.ConnectParams{MinConnectTimeout: d.settings.connect}),
-		grpc.WithMaxHeaderListSize(maxHeader), grpc.WithSharedWriteBuffer(true), grpc.WithStatsHandler(follower{}),
+		grpc.WithMaxHeaderListSize(maxHeader), grpc.WithStatsHandler(follower{}),
 		grpc.WithDefaultCallOptions(
 			grpc.MaxCallRecvMsgSize(maxResponse), grpc.MaxCallSendMsgSize(maxBody+maxOverhead), grpc.WaitForReady(false)),
 	)

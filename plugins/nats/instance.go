@@ -198,7 +198,14 @@ func (p *publication) do(ctx context.Context, jetStream bool) (*plugin.Response,
 
 // read waits until the server has read the message.
 func (p *publication) read(ctx context.Context, began time.Time) (*plugin.Response, error) {
-	err := p.link.client.FlushWithContext(ctx)
+	flushed := make(chan error, 1) // the client may have to wait, before it looks at ctx, for another's write
+	go func() { flushed <- p.link.client.FlushWithContext(ctx) }()
+	var err error
+	select {
+	case err = <-flushed:
+	case <-ctx.Done():
+		err = ctx.Err()
+	}
 	switch {
 	case err == nil && p.link.denies(p.message.Subject):
 		return p.refused(), nil
@@ -222,7 +229,7 @@ func (p *publication) untaken(err error) error {
 	switch {
 	case errors.Is(err, nats.ErrMaxPayload):
 		f.Source, f.Code, f.Message = plugin.SourcePolicy, codeTooLarge, fmt.Sprintf(
-			"the body has %d bytes; with its headers it is more than the %d that the server takes (max_payload)", len(p.message.Data), p.link.client.MaxPayload())
+			"the body has %d bytes; with its headers it is more than the %d that the server takes (max_payload)", len(p.message.Data), p.link.maxPayload)
 	case errors.Is(err, nats.ErrConnectionClosed):
 		p.unsent = true
 		f.Code, f.Message = plugin.CodeConnect, "the server ends connections before they can be used"

@@ -40,6 +40,8 @@ type link struct {
 	conn   *outbound.Watched
 	// inbox is what the subjects of acknowledgements begin with.
 	inbox string
+	// maxPayload is the largest message, headers included, that the server took at the beginning.
+	maxPayload int64
 	// ended is closed when the connection is.
 	ended  chan struct{}
 	unfit  atomic.Bool // takes no new attempts
@@ -123,6 +125,7 @@ func (l *link) listen(ctx context.Context) error {
 	if !l.client.HeadersSupported() {
 		return &outbound.Error{Code: plugin.CodeProtocol, Err: nats.ErrHeadersNotSupported, Message: "the server is too old to take headers; it must be NATS 2.2 or newer"}
 	}
+	l.maxPayload = l.client.MaxPayload()
 	l.inbox = l.client.NewInbox() + "."
 	_, err := l.client.Subscribe(l.inbox+"*", l.arrived)
 	if err == nil {
@@ -187,9 +190,12 @@ func (l *link) complaint(err error) {
 
 // denies reports whether the server has refused the subject, as far as is known.
 func (l *link) denies(subject string) bool {
+	if deniedSubject(l.client.LastError()) == subject {
+		return true
+	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return l.denied[subject] || deniedSubject(l.client.LastError()) == subject
+	return l.denied[subject]
 }
 
 // deniedSubject reads a text such as: nats: permissions violation: Permissions Violation for Publish to "a.b".
