@@ -61,8 +61,17 @@ type pending struct {
 	err    error
 }
 
-// openAttempts opens the stream and reads the welcome.
+// openAttempts opens the stream, reads the welcome and goes on reading.
 func (ses *session) openAttempts() (*attempts, error) {
+	a, err := ses.dialAttempts()
+	if err == nil && a.stream != nil {
+		go a.receive()
+	}
+	return a, err
+}
+
+// dialAttempts opens the stream and reads the welcome.
+func (ses *session) dialAttempts() (*attempts, error) {
 	ctx, cancel := context.WithCancel(ses.t.ctx)
 	ses.t.atEnd(cancel)
 	a := &attempts{
@@ -95,7 +104,6 @@ func (ses *session) openAttempts() (*attempts, error) {
 		return nil, errors.New("the welcome grants no credits, so that no attempt can ever be sent")
 	}
 	a.free = a.credits
-	go a.receive()
 	return a, nil
 }
 

@@ -33,6 +33,7 @@ type request struct {
 type exchange struct {
 	*request
 	net.Conn
+	sink *sink
 	n    int // counts the requests of the sink from 1
 	stop <-chan struct{}
 }
@@ -136,7 +137,7 @@ func (k *sink) serve(c net.Conn, n int, handle func(*exchange)) {
 		close(k.arrived)
 		k.arrived = make(chan struct{})
 		k.mu.Unlock()
-		handle(&exchange{request: r, Conn: c, n: count, stop: k.stop})
+		handle(&exchange{request: r, Conn: c, sink: k, n: count, stop: k.stop})
 	}
 }
 
