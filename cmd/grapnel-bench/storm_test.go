@@ -42,6 +42,7 @@ func TestStorm(t *testing.T) {
 	bin, dir := buildGrapnel(t), filepath.Join(t.TempDir(), "plugins")
 	managePlugins(t, bin, dir, "install", "--skip-tests", buildStamp(t, "1.0.0"))
 	ledger := newReceiverLedger(t, "/bundled", "/both")
+	ledger.linger = lingering
 	bundled := ledger.verify
 	ledger.verify = func(r *http.Request, body []byte) error {
 		err := bundled(r, body)
@@ -70,7 +71,7 @@ func TestStorm(t *testing.T) {
 	}
 
 	published := newPublisherLedger(3000)
-	published.pace = 40 * time.Millisecond
+	published.pace = 80 * time.Millisecond
 	run, stop := context.WithCancel(ctx)
 	defer stop()
 	var publishers sync.WaitGroup
