@@ -425,6 +425,7 @@ func (c *conn) end(why string) {
 		}
 		queued = append(queued, waited...)
 	}
+	c.workers.Wait() // the sender may still be reading what it was about to send
 	guilt := c.guilt(len(written))
 	for _, p := range written {
 		c.host.interrupted(p, why, guilt)
@@ -433,6 +434,5 @@ func (c *conn) end(why string) {
 		c.host.plans.drop(c.host, p.plan)
 		c.host.restart(p)
 	}
-	c.workers.Wait()
 	go c.client.Kill() // has no deadline of its own; here it only removes the socket's directory
 }
