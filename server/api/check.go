@@ -3,6 +3,7 @@ package api
 import (
 	"context"
 	"errors"
+	"iter"
 	"maps"
 	"slices"
 	"strconv"
@@ -67,7 +68,7 @@ func (s *Server) check(ctx context.Context, name string, p *grapnelv1.Subscripti
 // share their keys. But what the two make of the same text may differ.
 func (s *Server) foreignKeys(p *grapnelv1.Subscription) []string {
 	var out []string
-	look := func(field string, b *grapnelv1.PluginBinding) {
+	for field, b := range bindings(p) {
 		for _, slot := range slices.Sorted(maps.Keys(b.GetSecrets())) {
 			ns, id, err := parseName("", b.GetSecrets()[slot], collectionSecrets)
 			if err != nil {
@@ -81,11 +82,19 @@ func (s *Server) foreignKeys(p *grapnelv1.Subscription) []string {
 				" (slot "+quote(found.Proto.GetSlot())+"), which "+b.GetPlugin()+" reads in its own way; better give each its own secret")
 		}
 	}
-	for i, b := range p.GetSigners() {
-		look("subscription.signers["+strconv.Itoa(i)+"]", b)
-	}
-	look("subscription.transport", p.GetTransport())
 	return out
+}
+
+// bindings goes through the plugins that a subscription names, with the paths of where it does.
+func bindings(p *grapnelv1.Subscription) iter.Seq2[string, *grapnelv1.PluginBinding] {
+	return func(yield func(string, *grapnelv1.PluginBinding) bool) {
+		for i, b := range p.GetSigners() {
+			if !yield("subscription.signers["+strconv.Itoa(i)+"]", b) {
+				return
+			}
+		}
+		yield("subscription.transport", p.GetTransport())
+	}
 }
 
 // defaultTransport names the transport where the caller left that to the URI's scheme and a plugin says
@@ -140,7 +149,7 @@ type missingSecret struct {
 func (s *Server) missingSecrets(p *grapnelv1.Subscription) []missingSecret {
 	owner, _, _ := parseName("", p.GetName(), collectionSubscriptions)
 	var missing []missingSecret
-	look := func(field string, b *grapnelv1.PluginBinding) {
+	for field, b := range bindings(p) {
 		for _, slot := range slices.Sorted(maps.Keys(b.GetSecrets())) {
 			name := b.GetSecrets()[slot]
 			ns, id, err := parseName(field, name, collectionSecrets)
@@ -153,10 +162,6 @@ func (s *Server) missingSecrets(p *grapnelv1.Subscription) []missingSecret {
 			}
 		}
 	}
-	for i, b := range p.GetSigners() {
-		look("subscription.signers["+strconv.Itoa(i)+"]", b)
-	}
-	look("subscription.transport", p.GetTransport())
 	return missing
 }
 
