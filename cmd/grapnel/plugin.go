@@ -21,7 +21,7 @@ import (
 
 func newPluginCommand(c *cli) *cobra.Command {
 	cmd := group("plugin", "Signers and transports", newPluginList(c), newPluginGet(c), newPluginValidate(c),
-		newPluginNew(c), newPluginInstall(c), newPluginEnable(c, true), newPluginEnable(c, false), newPluginRemove(c), newPluginVerify(c),
+		newPluginNew(c), newPluginTest(c), newPluginBench(c), newPluginReceiver(c), newPluginInstall(c), newPluginEnable(c, true), newPluginEnable(c, false), newPluginRemove(c), newPluginVerify(c),
 		newPluginServe(c))
 	cmd.Aliases = []string{"plugins"}
 	return c.connectFlags(cmd, false)

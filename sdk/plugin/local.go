@@ -1,0 +1,41 @@
+package plugin
+
+import (
+	"context"
+	"fmt"
+	"strings"
+)
+
+// Local is an instance of a kind in the caller's own process, without the protocol: for measuring what the
+// protocol costs. Tests use sdk/plugintest, which has it.
+type Local struct{ built built }
+
+// OpenLocal builds an instance. Secrets are the live versions by slot, newest first. Its error holds all
+// that is wrong with the config.
+func OpenLocal(k Kind, config []byte, secrets map[string][][]byte, t Target) (*Local, error) {
+	if k.err != nil {
+		return nil, k.err
+	}
+	b, problems := k.assemble(spec{config: config, secrets: secrets, target: t})
+	if !hasErrors(problems) {
+		return &Local{built: b}, nil
+	}
+	var words []string
+	for _, p := range problems {
+		if !p.Warning {
+			words = append(words, p.Pointer+": "+p.Summary)
+		}
+	}
+	return nil, fmt.Errorf("kind %q: %s", k.id, strings.Join(words, "; "))
+}
+
+// ID is what subscriptions call the kind.
+func (k Kind) ID() string { return k.id }
+
+// Sign signs r. Only instances of signers do.
+func (l *Local) Sign(r *Request) error { return l.built.sign(r) }
+
+// Attempt sends r. Only instances of transports do.
+func (l *Local) Attempt(ctx context.Context, r *Request) (*Response, error) {
+	return l.built.attempt(ctx, r)
+}
