@@ -65,8 +65,8 @@ cross: ## other systems compile
 deps: ## node packages for the tests that use them: official verifiers, the node example
 	for d in server/testdata/verifiers plugins/example-node; do npm ci --prefix "$$d" --silent; done
 
-ci: lint verify ## lint, verify, race tests, and last the README's test command
-	go test -race -timeout 20m ./...
+ci: lint verify ## lint, verify, race tests (without the guides, which are all commands), and last the README's test command
+	go test -race -short -timeout 20m ./...
 	go test ./...
 
 check: cross ci ## what CI runs, and the builds for other systems
