@@ -99,6 +99,8 @@ type BenchRow struct {
 	RSSBytes int64 `json:"plugin_rss_bytes,omitempty"`
 	// AboveInProcess is host and plugin together less the same work in process; nil where that is not known.
 	AboveInProcess *float64 `json:"above_in_process_us,omitempty"`
+
+	bare bool // nothing is delivered
 }
 
 // TotalMicros is host and plugin together.
@@ -174,13 +176,14 @@ func (b *bench) run(ctx context.Context) error {
 		if err := b.measure(ctx, row.name, row.window, hop); err != nil {
 			return err
 		}
+		b.rows[len(b.rows)-1].bare = true
 	}
 	if work.URI != "" {
 		delivery, err := pump.delivery(work, b.s)
 		if err != nil {
 			return err
 		}
-		if err := b.measure(ctx, "delivery, the suite's client", pump.window, delivery); err != nil {
+		if err := b.measure(ctx, "delivery, suite's client", pump.window, delivery); err != nil {
 			return err
 		}
 	}
@@ -201,7 +204,8 @@ func (b *bench) others(ctx context.Context, work Work) error {
 			return err
 		}
 		if c.InProcess {
-			inProcess = &b.rows[len(b.rows)-1]
+			row := b.rows[len(b.rows)-1]
+			inProcess = &row
 		}
 	}
 	if inProcess == nil {
@@ -209,7 +213,7 @@ func (b *bench) others(ctx context.Context, work Work) error {
 	}
 	base := inProcess.TotalMicros()
 	for i := range b.rows {
-		if row := &b.rows[i]; row.Name != inProcess.Name && row.Failed == 0 {
+		if row := &b.rows[i]; !row.bare && row.Name != inProcess.Name && row.Failed == 0 {
 			above := row.TotalMicros() - base
 			row.AboveInProcess = &above
 		}

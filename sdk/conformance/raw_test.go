@@ -46,6 +46,7 @@ type raw struct {
 	egress    []string
 	describes int
 	settled   int
+	leaked    [][]byte
 }
 
 type rawInstance struct {
@@ -474,6 +475,11 @@ func (r *raw) signItem(req *pluginv1.SignRequest, item *pluginv1.SignItem, at in
 	if r.is("text-only") && bytes.HasPrefix(c.GetBody(), []byte{0xff}) || r.is("strict-items") && len(item.ProtoReflect().GetUnknown()) > 0 {
 		out.Failure = rawFailure(pluginv1.Failure_SOURCE_PLUGIN, "sign", pluginv1.Failure_WIRE_STATE_NOT_SENT)
 		return out
+	}
+	if r.is("leaks") {
+		r.mu.Lock()
+		r.leaked = append(r.leaked, bytes.Repeat([]byte{1}, 1024))
+		r.mu.Unlock()
 	}
 	value := in.sign(c, item.GetCreated().AsTime())
 	switch {
