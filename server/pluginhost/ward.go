@@ -111,29 +111,45 @@ func (ws *wards) place(h *Host, p *pending, procs []*process) []*ward {
 	if ws.closed {
 		return nil
 	}
-	common := ws.open(h, procs, false)
-	if common == nil {
+	if p.job.Suspicion > 1 {
+		if cell := ws.open(h, procs, true); cell != nil {
+			placed := []*ward{cell}
+			if left := cell.lock(p); left != nil {
+				elsewhere := ws.common(h, left, procs)
+				if elsewhere == nil {
+					cell.queue = append(cell.queue, left) // it must wait somewhere
+				}
+				placed = append(placed, elsewhere...)
+			}
+			return placed
+		}
+	}
+	return ws.common(h, p, procs)
+}
+
+// common puts p in the queue of the common ward.
+func (ws *wards) common(h *Host, p *pending, procs []*process) []*ward {
+	w := ws.open(h, procs, false)
+	if w == nil {
 		return nil
 	}
-	if p.job.Suspicion < 2 {
-		return common.take(p)
-	}
-	cell := ws.open(h, procs, true)
-	if cell == nil {
-		return common.take(p)
-	}
-	at := len(cell.queue)
-	for at > 0 && cell.queue[at-1].job.Suspicion < p.job.Suspicion {
+	return w.take(p)
+}
+
+// lock is for a cell; it returns the one that has no room for it.
+func (w *ward) lock(p *pending) *pending {
+	w.idle.Stop()
+	at := len(w.queue)
+	for at > 0 && w.queue[at-1].job.Suspicion < p.job.Suspicion {
 		at--
 	}
-	cell.idle.Stop()
-	cell.queue = slices.Insert(cell.queue, at, p)
-	if len(cell.queue) <= cellQueue {
-		return []*ward{cell}
+	w.queue = slices.Insert(w.queue, at, p)
+	if len(w.queue) <= cellQueue {
+		return nil
 	}
-	last := cell.queue[cellQueue]
-	cell.queue = slices.Delete(cell.queue, cellQueue, cellQueue+1)
-	return append(common.take(last), cell)
+	last := w.queue[cellQueue]
+	w.queue = slices.Delete(w.queue, cellQueue, cellQueue+1)
+	return last
 }
 
 // take is for a common ward.
@@ -169,7 +185,7 @@ func (ws *wards) open(h *Host, procs []*process, cell bool) *ward {
 
 func (h *Host) newWard(procs []*process, cell bool) (*ward, error) {
 	opts := h.opts
-	opts.Plugins, opts.Registerer, opts.Dir = nil, nil, ""
+	opts.Plugins, opts.Registerer, opts.Dir = nil, nil, h.dirs.own
 	opts.Logger = h.opts.Logger.With(slog.Bool("suspects", true))
 	for _, p := range procs {
 		opts.Plugins = append(opts.Plugins, p.spec)
