@@ -9,6 +9,7 @@ import (
 	"net/http/httptest"
 	"net/url"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -18,10 +19,8 @@ import (
 	"github.com/grapnel/grapnel/sdk/plugintest"
 )
 
-func nonce() []byte { return []byte("0123456789abcdef") }
-
 // ask has the transport itself ask: the harness does not carry ownership checks.
-func ask(t *testing.T, c client, uri string, config Config, nonce []byte, headers ...plugin.Header) (*plugin.Response, error) {
+func ask(t *testing.T, c client, uri string, config Config, headers ...plugin.Header) (*plugin.Response, error) {
 	t.Helper()
 	p := newPools(c.direct)
 	t.Cleanup(p.closeIdle)
@@ -30,7 +29,7 @@ func ask(t *testing.T, c client, uri string, config Config, nonce []byte, header
 		t.Fatal(err)
 	}
 	return i.attempt(within(t, 10*time.Second), &plugin.Request{
-		URL: uri, Headers: headers, Nonce: nonce, OwnershipCheck: true, MaxResponseBody: 16,
+		URL: uri, Headers: headers, OwnershipCheck: true, MaxResponseBody: 16,
 	})
 }
 
@@ -44,7 +43,7 @@ func TestNoOwnershipCheckIsAYesWithoutIO(t *testing.T) {
 	bothClients(t, func(t *testing.T, c client) {
 		srv := serveRaw(t, func(int, net.Conn) {})
 		for _, o := range []Ownership{{}, {Check: checkNone}} {
-			resp, err := ask(t, c, srv.url, owning(o), nil)
+			resp, err := ask(t, c, srv.url, owning(o))
 			if err != nil || resp.Status != http.StatusNoContent || srv.accepted() != 0 {
 				t.Errorf("%+v, %v, %d connections", resp, err, srv.accepted())
 			}
@@ -102,7 +101,7 @@ func TestCloudEventsHandshake(t *testing.T) {
 				}))
 				t.Cleanup(srv.Close)
 				o := Ownership{Check: checkCloudEvents, Origin: "events.example.com", Rate: tt.rate}
-				resp, err := ask(t, c, srv.URL+"/hook?a=1", owning(o), nonce(), plugin.Header{Name: "x-static", Value: "s"})
+				resp, err := ask(t, c, srv.URL+"/hook?a=1", owning(o), plugin.Header{Name: "x-static", Value: "s"})
 				want := ""
 				if tt.rate > 0 {
 					want = fmt.Sprint(tt.rate)
@@ -148,7 +147,8 @@ func TestDeliveriesCarryTheOrigin(t *testing.T) {
 }
 
 func TestChallenge(t *testing.T) {
-	const word = "30313233343536373839616263646566" // the nonce
+	var mu sync.Mutex
+	asked := map[string]bool{}
 	for _, tt := range []struct {
 		name    string
 		answer  func(word string, body []byte) (int, string)
@@ -160,7 +160,7 @@ func TestChallenge(t *testing.T) {
 		{"form", func(word string, _ []byte) (int, string) { return 200, "a=b&challenge=" + url.QueryEscape(word) }, 200, ""},
 		{"nothing", func(string, []byte) (int, string) { return 200, "" }, 0, "the receiver's answer is not the challenge, as plain text, as form field or as JSON field challenge"},
 		{"ok", func(string, []byte) (int, string) { return 200, `{"ok":true}` }, 0, "the receiver's answer is not the challenge, as plain text, as form field or as JSON field challenge"},
-		{"another word", func(word string, _ []byte) (int, string) { return 200, strings.Replace(word, "3", "4", 1) }, 0, "the receiver's answer is not the challenge, as plain text, as form field or as JSON field challenge"},
+		{"another word", func(word string, _ []byte) (int, string) { return 200, "x" + word[1:] }, 0, "the receiver's answer is not the challenge, as plain text, as form field or as JSON field challenge"},
 		{"somewhere in it", func(word string, _ []byte) (int, string) { return 200, "<p>" + word + "</p>" }, 0, "the receiver's answer is not the challenge, as plain text, as form field or as JSON field challenge"},
 		{"parrot", func(_ string, body []byte) (int, string) { return 200, string(body) }, 0, "the receiver sends back whatever it is sent; want the challenge alone"},
 		{"huge", func(word string, _ []byte) (int, string) { return 200, word + strings.Repeat(" ", 1<<20) }, 0, "the receiver's answer to the challenge is broken off or longer than 16 KiB"},
@@ -173,15 +173,21 @@ func TestChallenge(t *testing.T) {
 					body, _ := io.ReadAll(r.Body)
 					var sent map[string]string
 					if err := json.Unmarshal(body, &sent); err != nil || r.Method != "POST" || r.Header.Get("Content-Type") != "application/json" ||
-						sent["type"] != "url_verification" || sent["challenge"] != word {
+						sent["type"] != "url_verification" || len(sent["challenge"]) < 32 {
 						t.Errorf("asked with %s %v %q", r.Method, r.Header, body)
 					}
+					mu.Lock()
+					if asked[sent["challenge"]] {
+						t.Errorf("the challenge %q comes again", sent["challenge"])
+					}
+					asked[sent["challenge"]] = true
+					mu.Unlock()
 					status, text := tt.answer(sent["challenge"], body)
 					w.WriteHeader(status)
 					_, _ = io.WriteString(w, text)
 				}))
 				t.Cleanup(srv.Close)
-				resp, err := ask(t, c, srv.URL, owning(Ownership{Check: checkChallenge}), nonce())
+				resp, err := ask(t, c, srv.URL, owning(Ownership{Check: checkChallenge}))
 				switch {
 				case tt.message != "":
 					if f := wantFailure(t, err, "ownership", plugin.Sent); f.Message != tt.message {
@@ -197,13 +203,8 @@ func TestChallenge(t *testing.T) {
 		mute := serveRaw(t, func(int, net.Conn) {})
 		config := owning(Ownership{Check: checkChallenge})
 		config.HeaderTimeout = 1e8
-		_, err := ask(t, c, mute.url, config, nonce())
+		_, err := ask(t, c, mute.url, config)
 		wantFailure(t, err, plugin.CodeTimeout, plugin.Sent)
-
-		_, err = ask(t, c, mute.url, config, nil)
-		if f := wantFailure(t, err, plugin.CodeProtocol, plugin.NotSent); f.Source != plugin.SourcePlugin {
-			t.Errorf("without a nonce: %+v", *f)
-		}
 	})
 }
 
@@ -215,7 +216,7 @@ func TestOwnershipChecksCarryCredentials(t *testing.T) {
 			t.Cleanup(srv.Close)
 			config := owning(Ownership{Check: check, Origin: "events.example.com"})
 			config.Auth.Type, config.Token = authBearer, plugin.NewSecret("token-1")
-			_, err := ask(t, c, srv.URL, config, nonce())
+			_, err := ask(t, c, srv.URL, config)
 			wantFailure(t, err, "ownership", plugin.Sent)
 			if got.Get("Authorization") != "Bearer token-1" {
 				t.Errorf("%s: received %v", check, got)
