@@ -105,9 +105,12 @@ func readClientCertificate(value []byte) (plugin.SecretInfo, error) {
 	case parts.certificates[0].IsCA && len(parts.certificates) > 1:
 		return plugin.SecretInfo{}, errors.New("the first certificate is an authority's; the client's own certificate comes before its chain")
 	}
+	// Without a key the value is the certificate itself, and no value is shown to anybody.
 	var chain strings.Builder
-	for _, c := range parts.certificates {
-		chain.Write(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: c.Raw}))
+	if parts.key != nil {
+		for _, c := range parts.certificates {
+			chain.Write(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: c.Raw}))
+		}
 	}
 	leaf := parts.certificates[0]
 	fingerprint := sha256.Sum256(leaf.Raw)

@@ -8,6 +8,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -18,6 +19,8 @@ import (
 var (
 	errHeaderTooLarge = errors.New("the response's header is larger than 64 KiB")
 	errUpgrade        = errors.New("the receiver wants to switch protocols")
+	// errAsked goes with the end of a new connection to a receiver that had asked for a client certificate.
+	errAsked = errors.New("the receiver has asked for a client certificate")
 )
 
 // dialError is a connection that did not come about; nothing was sent.
@@ -35,13 +38,47 @@ func (e *dialError) Unwrap() error { return e.err }
 // an end of the connection has most likely to do with that.
 func (p *pool) failure(ctx context.Context, err error, state plugin.WireState, peer string) *plugin.Failure {
 	f := failure(ctx, err, state, peer)
-	if p.client == nil || f.Code != plugin.CodeTLS && f.Code != plugin.CodeReset {
+	if f.Code != plugin.CodeTLS && f.Code != plugin.CodeReset {
+		return f
+	}
+	if text := certificateMessage(err, p.client != nil); text != "" {
+		f.Code, f.Message = plugin.CodeTLS, text
+	}
+	if p.client == nil {
 		return f
 	}
 	if text := validity(p.client, time.Now()); text != "" {
 		f.Code, f.Message = plugin.CodeTLS, text+"; "+f.Message
 	}
 	return f
+}
+
+// certificateMessage explains the end of a connection by the client certificate, empty when it has another
+// reason. With TLS 1.3 receivers judge it after the handshake is over for the client, and their alert may be
+// lost on the way.
+func certificateMessage(err error, given bool) string {
+	var dial *dialError
+	var op *net.OpError
+	alert := ""
+	switch {
+	case errors.As(err, &dial) && dial.proxy:
+		return ""
+	case errors.As(err, &op) && op.Op == "remote error":
+		alert = strings.TrimPrefix(op.Err.Error(), "tls: ")
+		about := strings.Contains(alert, "certificate") || alert == "access denied" || alert == "handshake failure" && errors.Is(err, errAsked)
+		if !about {
+			return ""
+		}
+	case !errors.Is(err, errAsked) || !isReset(err):
+		return ""
+	}
+	switch {
+	case !given:
+		return "the receiver wants a client certificate, and the slot client_certificate is empty"
+	case alert == "":
+		return "the receiver refused the client certificate"
+	}
+	return "the receiver refused the client certificate: " + alert // one of a fixed list
 }
 
 // failure says what went wrong in words of our own: texts of errors below name addresses and repeat what
@@ -102,7 +139,11 @@ func isReset(err error) bool {
 		errors.Is(err, syscall.EPIPE) || errors.Is(err, net.ErrClosed) {
 		return true
 	}
-	return err.Error() == "http: server closed idle connection"
+	text := err.Error()
+	return slices.ContainsFunc([]string{
+		"http: server closed idle connection", "http2: client conn could not be established", "http2: client connection lost",
+		"http2: Transport received", "http2: server sent GOAWAY", "http2: Transport: cannot retry",
+	}, func(begin string) bool { return strings.HasPrefix(text, begin) })
 }
 
 // ownFault reports what no receiver can be blamed for.

@@ -26,6 +26,8 @@ type origin struct {
 	secure bool
 	// http2 is set once the receiver has chosen HTTP/2.
 	http2 atomic.Bool
+	// asked is set while the receiver wants a client certificate.
+	asked atomic.Bool
 
 	mu       sync.Mutex
 	idle     []*conn // the longest idle first
@@ -122,10 +124,11 @@ func (o *origin) dial(ctx context.Context) (*conn, error) {
 	c := &conn{made: time.Now(), records: o.secure || o.pool.via != nil && o.pool.via.tls != nil}
 	var raw net.Conn
 	if o.secure {
-		secure, err := o.pool.dialTLS(ctx, o.addr)
+		secure, asked, err := o.pool.dialTLS(ctx, o.addr)
 		if err != nil {
 			return nil, err
 		}
+		o.asked.Store(asked)
 		if secure.ConnectionState().NegotiatedProtocol == "h2" {
 			o.http2.Store(true)
 			_ = secure.Close()
@@ -181,12 +184,23 @@ func (i *instance) attemptDirect(ctx context.Context, t *target, r *plugin.Reque
 		if err == nil {
 			return resp, nil
 		}
+		if !reused {
+			err = i.origin.explain(err)
+		}
 		if !reused || x.state != plugin.NotSent || ctx.Err() != nil {
 			return nil, i.pool.failure(ctx, err, x.state, c.peer)
 		}
 		// The idle connection had been closed and took no byte: another one.
 	}
 	return nil, failure(ctx, syscall.EPIPE, plugin.NotSent, "")
+}
+
+// explain marks the end of a connection that was just made to a receiver that wants a client certificate.
+func (o *origin) explain(err error) error {
+	if o.asked.Load() && isReset(err) {
+		return errors.Join(err, errAsked)
+	}
+	return err
 }
 
 // exchange is one request and its response on one connection.
@@ -219,7 +233,7 @@ func (x *exchange) do(ctx context.Context, request []byte) (*plugin.Response, er
 		x.reusable = stop() && x.reusable
 	}()
 	if err := x.write(request); err != nil {
-		return nil, err
+		return nil, x.reason(err)
 	}
 	resp, err := x.readHead()
 	if err != nil {
@@ -249,6 +263,19 @@ func (x *exchange) write(request []byte) error {
 	// A TLS record may be on its way although no byte counts as written.
 	if n > 0 || x.conn.records {
 		x.state = plugin.MaybeSent
+	}
+	return err
+}
+
+// reason is why a write has failed: the receiver's TLS alert, where one stands unread behind the end of the
+// connection.
+func (x *exchange) reason(err error) error {
+	if !x.conn.records || !isReset(err) {
+		return err
+	}
+	x.conn.left = maxHeaderBytes
+	if _, alert := x.conn.reader.Peek(1); alert != nil && tlsMessage(alert) != "" {
+		return alert
 	}
 	return err
 }

@@ -75,6 +75,9 @@ func (i *instance) attemptNetHTTP(ctx context.Context, t *target, r *plugin.Requ
 			if try < maxFreshTries && w.reused.Load() && w.sent() == plugin.NotSent && ctx.Err() == nil {
 				continue // an idle connection had been closed; nothing was written
 			}
+			if !w.reused.Load() {
+				err = i.origin.explain(err)
+			}
 			return nil, i.pool.failure(ctx, err, w.sent(), w.peerText())
 		}
 		if resp.StatusCode == http.StatusSwitchingProtocols {

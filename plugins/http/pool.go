@@ -99,8 +99,9 @@ type pool struct {
 	via       *proxy // nil without one
 	tls       *tls.Config
 	transport *http.Transport
-	// client is the client certificate's leaf, or nil.
-	client *x509.Certificate
+	// certificate is what receivers that ask for one are shown, client its leaf, or nil when there is none.
+	certificate *tls.Certificate
+	client      *x509.Certificate
 	// tokens is where oauth2's come from; nil with other auth.
 	tokens *oauth2.Source
 	// buffers hold requests while they are written.
@@ -136,14 +137,22 @@ func newPool(c Config, s settings, egress *plugin.Egress, direct bool, roots *x5
 			MinVersion: tls.VersionTLS12, ServerName: p.via.hostname, RootCAs: trust.others, NextProtos: []string{"http/1.1"},
 		}
 	}
-	p.tls = s.newTLS(trust.receiver, certificate)
+	p.tls = s.newTLS(trust.receiver)
+	p.certificate = &tls.Certificate{} // which shows none
 	if certificate != nil {
-		p.client = certificate.Leaf
+		p.certificate, p.client = certificate, certificate.Leaf
 	}
 	p.transport = &http.Transport{
-		Proxy:                  nil, // the egress check would see the proxy only
-		DialContext:            p.dial,
-		DialTLSContext:         func(ctx context.Context, _, addr string) (net.Conn, error) { return p.dialTLS(ctx, addr) },
+		Proxy:       nil, // the egress check would see the proxy only
+		DialContext: p.dial,
+		DialTLSContext: func(ctx context.Context, _, addr string) (net.Conn, error) {
+			conn, asked, err := p.dialTLS(ctx, addr)
+			if err != nil {
+				return nil, err
+			}
+			p.asks(addr, asked)
+			return conn, nil
+		},
 		ForceAttemptHTTP2:      s.http2,
 		DisableCompression:     true,
 		ResponseHeaderTimeout:  s.header,
@@ -154,12 +163,12 @@ func newPool(c Config, s settings, egress *plugin.Egress, direct bool, roots *x5
 		HTTP2:                  &http.HTTP2Config{SendPingTimeout: http2ReadIdle, PingTimeout: http2PingAnswer},
 	}
 	if c.Auth.Type == authOAuth2 {
-		p.tokens, err = oauth2.New(*tokenConfig(c), p.tokenClient(c, trust.others, certificate))
+		p.tokens, err = oauth2.New(*tokenConfig(c), p.tokenClient(c, trust.others))
 	}
 	return p, err
 }
 
-func (s settings) newTLS(roots *x509.CertPool, certificate *tls.Certificate) *tls.Config {
+func (s settings) newTLS(roots *x509.CertPool) *tls.Config {
 	out := &tls.Config{
 		MinVersion: tls.VersionTLS12, NextProtos: []string{"http/1.1"}, RootCAs: roots,
 		ClientSessionCache: tls.NewLRUClientSessionCache(tlsSessions),
@@ -170,25 +179,15 @@ func (s settings) newTLS(roots *x509.CertPool, certificate *tls.Certificate) *tl
 	if s.tls13 {
 		out.MinVersion = tls.VersionTLS13
 	}
-	present(out, certificate)
 	return out
-}
-
-// present has the client show its certificate to whoever asks for one. A list of certificates would not do:
-// crypto/tls shows none of those if the receiver names other authorities, and the receiver would then
-// complain of an absent one.
-func present(config *tls.Config, certificate *tls.Certificate) {
-	if certificate != nil {
-		config.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return certificate, nil }
-	}
 }
 
 // tokenClient is for the token endpoint: the same egress policy, proxy and timeouts, and a client
 // certificate only where that is how the client authenticates.
-func (p *pool) tokenClient(c Config, roots *x509.CertPool, certificate *tls.Certificate) *http.Client {
+func (p *pool) tokenClient(c Config, roots *x509.CertPool) *http.Client {
 	config := &tls.Config{MinVersion: p.tls.MinVersion, RootCAs: roots}
 	if c.Auth.ClientAuth == oauth2.TLSClientAuth {
-		present(config, certificate)
+		config.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return p.certificate, nil }
 	}
 	return &http.Client{Transport: &http.Transport{
 		Proxy: nil,
@@ -225,6 +224,15 @@ func (p *pool) origin(t *target) *origin {
 	return o
 }
 
+// asks notes whether the receiver at addr wants a client certificate.
+func (p *pool) asks(addr string, asked bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if o := p.origins["https://"+addr].Value(); o != nil {
+		o.asked.Store(asked)
+	}
+}
+
 // dial looks the name up and connects; the dialer's ControlContext asks the egress policy about each
 // address just before it is connected to. With a proxy it is the proxy that is connected to, and the policy
 // is asked about both.
@@ -245,26 +253,36 @@ func (p *pool) dial(ctx context.Context, _, addr string) (net.Conn, error) {
 	return conn, nil
 }
 
-func (p *pool) dialTLS(ctx context.Context, addr string) (*tls.Conn, error) {
+// dialTLS also says whether the receiver has asked for a client certificate.
+func (p *pool) dialTLS(ctx context.Context, addr string) (conn *tls.Conn, asked bool, err error) {
 	raw, err := p.dial(ctx, "tcp", addr)
 	if err != nil {
-		return nil, err
+		return nil, false, err
 	}
 	host, _, err := net.SplitHostPort(addr)
 	if err != nil {
 		_ = raw.Close()
-		return nil, &dialError{code: plugin.CodeConnect, err: err}
+		return nil, false, &dialError{code: plugin.CodeConnect, err: err}
 	}
 	config := p.tls.Clone()
+	// A list of certificates would not do: crypto/tls shows none of those if the receiver names other
+	// authorities, and the receiver would then complain of an absent one.
+	config.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
+		asked = true // in the handshake, which is over when this function returns
+		return p.certificate, nil
+	}
 	if config.ServerName = host; p.settings.serverName != "" {
 		config.ServerName = p.settings.serverName
 	}
-	conn := tls.Client(raw, config)
+	conn = tls.Client(raw, config)
 	handshake, cancel := context.WithTimeout(ctx, p.settings.tls)
 	defer cancel()
 	if err := conn.HandshakeContext(handshake); err != nil {
 		_ = raw.Close()
-		return nil, &dialError{code: plugin.CodeTLS, err: err}
+		if asked {
+			err = errors.Join(err, errAsked)
+		}
+		return nil, false, &dialError{code: plugin.CodeTLS, err: err}
 	}
-	return conn, nil
+	return conn, asked, nil
 }
