@@ -131,6 +131,13 @@ func (s *Server) Stop() {
 	s.ended = nil
 }
 
+// In is the same server for a subtest, whose failures are then its own. It is not for stopping.
+func (s *Server) In(t testing.TB) *Server {
+	of := *s
+	of.t, of.ended = t, nil
+	return &of
+}
+
 // PluginPids names the plugin processes by plugin name.
 func (s *Server) PluginPids() map[string]int { return s.server.PluginPids() }
 
