@@ -364,13 +364,13 @@ func (c *conn) sweep(now time.Time, spare bool) {
 	c.retired = keep
 	c.mu.Unlock()
 	if len(refs) > 0 {
-		c.workers.Go(func() {
+		go func() { // ends with the process, if not before
 			ctx, cancel := context.WithTimeout(c.ctx, c.host.timing.call)
 			defer cancel()
-			if _, err := c.plugin.Remove(ctx, &pluginv1.RemoveRequest{Refs: refs}); err != nil {
+			if _, err := c.plugin.Remove(ctx, &pluginv1.RemoveRequest{Refs: refs}); err != nil && c.ctx.Err() == nil {
 				c.log.Warn("remove instances", "count", len(refs), "err", err)
 			}
-		})
+		}()
 	}
 }
 

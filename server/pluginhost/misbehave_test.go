@@ -3,6 +3,7 @@
 package pluginhost
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"fmt"
@@ -15,8 +16,12 @@ import (
 	"testing"
 	"time"
 
+	"google.golang.org/protobuf/types/known/structpb"
+
+	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
 	"github.com/grapnel/grapnel/sdk/plugin"
 	"github.com/grapnel/grapnel/server/delivery"
+	"github.com/grapnel/grapnel/server/subscription"
 )
 
 // runMisbehaving is the test binary as a plugin of a given version, or as one that misbehaves.
@@ -36,6 +41,8 @@ func runMisbehaving(mode string, args []string) {
 		plugin.Main("test/slots", "1", plugin.Signer("formatted", func(signerConfig, plugin.Target) (plugin.SignFunc, error) {
 			return func(*plugin.Request) error { return nil }, nil
 		}, plugin.Emits("X-Formatted"), plugin.Format("key", plugin.SecretFormat{Doc: "thirteen letters", Algorithms: []string{"rot13", "rot26"}})))
+	case "stalled-host":
+		runStalledHost()
 	case "plugin-silent":
 		waitInVain()
 	case "plugin-ends":
@@ -284,5 +291,86 @@ func TestDescendantsInSessionsOfTheirOwn(t *testing.T) {
 				t.Errorf("the descendant runs: %v", !found)
 			}
 		})
+	}
+}
+
+// runStalledHost is a host in a process of its own that makes attempts until its input ends, and then prints what
+// became of them. It is impatient with its plugin.
+func runStalledHost() {
+	f := &fixture{}
+	spec := self("plugin-version", "1")
+	h, err := New(Options{Plugins: []Spec{spec}, Secrets: func(string) ([]SecretVersion, bool) {
+		return []SecretVersion{{Number: 1, Value: []byte("key")}}, true
+	}})
+	if err != nil {
+		fmt.Println(err)
+		os.Exit(1)
+	}
+	h.timing.sweep, h.timing.grace, h.timing.heartbeat = 20*time.Millisecond, 300*time.Millisecond, 50*time.Millisecond
+	f.Host = h
+	ctx, cancel := context.WithCancel(context.Background())
+	go func() {
+		_, _ = os.Stdin.Read(make([]byte, 1))
+		cancel()
+	}()
+	go func() { _ = h.Run(context.Background()) }()
+	_ = h.Ready(ctx)
+	sub := &subscription.Subscription{
+		Proto: &grapnelv1.Subscription{Uri: "mem://x", Signers: []*grapnelv1.PluginBinding{{Secrets: map[string]string{"key": keyName}}}},
+		UID:   [16]byte{1}, Revision: 1, AttemptTimeout: 100 * time.Millisecond, Namespace: "acme",
+	}
+	sub.Proto.Transport = &grapnelv1.PluginBinding{Config: &structpb.Struct{Fields: map[string]*structpb.Value{
+		"delay": structpb.NewStringValue("20ms"),
+	}}}
+	s := newSink()
+	for n := 0; ctx.Err() == nil; n += 100 {
+		load(f, sub, s, 100)
+		s.room(n+100, nil)
+		if n == 0 {
+			fmt.Println("up")
+		}
+	}
+	lost := 0
+	for _, r := range s.results {
+		if r[0].Indeterminate {
+			lost++
+		}
+	}
+	p, _ := h.Plugin("mem")
+	fmt.Println(lost, "lost,", p.GetInstances()[0].GetRestartCount(), "restarts")
+	os.Exit(0)
+}
+
+// TestStalledHostAccusesNobody stops the host itself for longer than a plugin may be silent. What the plugin has answered
+// meanwhile lies there to be read.
+func TestStalledHostAccusesNobody(t *testing.T) {
+	cmd := exec.Command(self().Path, "stalled-host")
+	cmd.Env = append(os.Environ(), "TMPDIR="+t.TempDir())
+	in, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = cmd.Wait() }()
+	defer func() { _ = cmd.Process.Kill() }()
+	lines := bufio.NewReader(out)
+	if line, err := lines.ReadString('\n'); line != "up\n" {
+		t.Fatalf("%q %v", line, err)
+	}
+	for range 3 {
+		_ = cmd.Process.Signal(syscall.SIGSTOP)
+		<-time.After(700 * time.Millisecond) // there is nothing else to wait for: time is what the host misses
+		_ = cmd.Process.Signal(syscall.SIGCONT)
+		<-time.After(100 * time.Millisecond)
+	}
+	_ = in.Close()
+	if line, err := lines.ReadString('\n'); line != "0 lost, 0 restarts\n" {
+		t.Errorf("%q %v", line, err)
 	}
 }
