@@ -71,6 +71,7 @@ func generic() plugin.Kind {
 			"content": "{id}.{timestamp}.{body}", "headers": map[string]string{"X-Signature": "t={timestamp},{signatures}"},
 			"signature_each": "v1={signature}",
 		}),
+		plugin.EmitsFrom(func(c Config) []string { return slices.Collect(maps.Keys(c.Headers)) }),
 		plugin.Format("key", secret.format()),
 		plugin.Check(check))
 }

@@ -41,7 +41,7 @@ func TestEveryVariable(t *testing.T) {
 			})
 			signed, err := inst.Sign(plugin.Request{
 				MessageID: "msg_1", Created: time.Unix(1700000000, 0), Nonce: []byte{0, 1, 0xfe}, Body: []byte("b\x00\xff"),
-				Headers: []plugin.Header{{Name: "ce-type", Value: "order.created"}, {Name: "x-team", Value: "blue"}},
+				EventType: "order.created", Headers: []plugin.Header{{Name: "x-team", Value: "blue"}},
 			})
 			if err != nil {
 				t.Fatal(err)
@@ -138,7 +138,7 @@ func TestWhatTheRequestLacksIsNotSigned(t *testing.T) {
 		with []plugin.Header
 		want string
 	}{
-		"type":          {in: plugintest.Instance{Kind: "github", Secrets: secrets}, want: "x-github-event: {type} is the header ce-type"},
+		"type":          {in: plugintest.Instance{Kind: "github", Secrets: secrets}, want: "x-github-event: {type} is the event's type"},
 		"topic":         {in: plugintest.Instance{Kind: "shopify", Config: config{"shop_domain": "a"}, Secrets: secrets}, want: "x-shopify-topic"},
 		"covered":       {in: plugintest.Instance{Kind: "hook0", Secrets: secrets}, want: "{header:content-type}"},
 		"set by others": {in: plugintest.Instance{Kind: "slack", Secrets: secrets}, with: []plugin.Header{{Name: "x-slack-signature", Value: "x"}}, want: "set twice"},

@@ -18,9 +18,6 @@ import (
 	"github.com/grapnel/grapnel/sdk/plugin"
 )
 
-// headerType carries the event's type.
-const headerType = "ce-type"
-
 // scheme is one way to sign, as data.
 type scheme struct {
 	// algorithm is the hash: sha256, sha512 or sha1.

@@ -24,16 +24,17 @@ const (
 	query
 	host
 	nonce
+	eventType
 	headerValue
 	signature
 	signatures
 )
 
-// names are the variables as they are written in braces; {type} and {header:NAME} come on top.
+// names are the variables as they are written in braces; {header:NAME} comes on top.
 func names() map[string]variable {
 	return map[string]variable{
 		"id": id, "timestamp": timestamp, "body": body, "method": method, "url": address, "path": path,
-		"query": query, "host": host, "nonce": nonce, "signature": signature, "signatures": signatures,
+		"query": query, "host": host, "nonce": nonce, "type": eventType, "signature": signature, "signatures": signatures,
 	}
 }
 
@@ -95,9 +96,6 @@ func parseVariable(name string) (part, error) {
 		}
 		return part{variable: headerValue, text: strings.ToLower(header)}, nil
 	}
-	if name == "type" {
-		return part{variable: headerValue, text: headerType}, nil
-	}
 	if v, ok := names()[name]; ok {
 		return part{variable: v}, nil
 	}
@@ -106,7 +104,7 @@ func parseVariable(name string) (part, error) {
 
 // known lists the variables for people.
 func known(barred []variable) string {
-	out := []string{"{type}", "{header:NAME}"}
+	out := []string{"{header:NAME}"}
 	for name, v := range names() {
 		if !slices.Contains(barred, v) {
 			out = append(out, "{"+name+"}")
@@ -161,6 +159,11 @@ func (p *part) append(dst []byte, v *values) ([]byte, error) {
 		return append(dst, v.signature...), nil
 	case signatures:
 		return append(dst, v.signatures...), nil
+	case eventType:
+		if r.EventType == "" {
+			return dst, p.absent()
+		}
+		return append(dst, r.EventType...), nil
 	case headerValue:
 		value := r.Get(p.text)
 		if value == "" {
@@ -180,8 +183,8 @@ func (p *part) append(dst []byte, v *values) ([]byte, error) {
 }
 
 func (p *part) absent() error {
-	if p.text == headerType {
-		return fmt.Errorf("{type} is the header %s, %w", headerType, errAbsent)
+	if p.variable == eventType {
+		return fmt.Errorf("{type} is the event's type, %w", errAbsent)
 	}
 	return fmt.Errorf("{header:%s} is a header %w", p.text, errAbsent)
 }
@@ -205,6 +208,11 @@ func (t template) text(room []byte, v *values) (string, error) {
 			return p.text, nil
 		case id:
 			return v.request.MessageID, nil
+		case eventType:
+			if v.request.EventType != "" {
+				return v.request.EventType, nil
+			}
+			return "", p.absent()
 		case headerValue:
 			if value := v.request.Get(p.text); value != "" {
 				return value, nil

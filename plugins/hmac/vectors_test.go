@@ -45,6 +45,7 @@ type vector struct {
 	body       string
 	url        string
 	headers    []plugin.Header
+	event      string
 	want       map[string]string
 }
 
@@ -52,14 +53,14 @@ type vector struct {
 // conformance files of Convoy and Hook0, the test of WebhookX), and what the libraries of Stripe and
 // Square compute or accept.
 func vectors() []vector {
-	typed := []plugin.Header{{Name: "content-type", Value: "application/json"}, {Name: "ce-type", Value: "order.created"}}
+	typed := []plugin.Header{{Name: "content-type", Value: "application/json"}}
 	return []vector{
 		{name: "stripe", kind: "stripe", secrets: []string{stripeSecret}, unix: 1614265330, body: `{"test": 2432232314}`,
 			want: map[string]string{"stripe-signature": "t=1614265330,v1=2e37df5d4a028c51a7f3133d64ae1e300d2c2c900f1b1d49d4369ad2530f8964"}},
 		{name: "stripe, both keys", kind: "stripe", secrets: []string{stripeOther, stripeSecret}, unix: 1614265330, body: `{"test": 2432232314}`,
 			want: map[string]string{"stripe-signature": "t=1614265330,v1=9dce2b6cbcb52dcc2107e062fe0b449d92e3ee28ff6becaa7ea003eefc242ce0" +
 				",v1=2e37df5d4a028c51a7f3133d64ae1e300d2c2c900f1b1d49d4369ad2530f8964"}},
-		{name: "github", kind: "github", secrets: []string{githubSecret}, id: "msg_1", body: "Hello, World!", headers: typed,
+		{name: "github", kind: "github", secrets: []string{githubSecret}, id: "msg_1", body: "Hello, World!", headers: typed, event: "order.created",
 			want: map[string]string{
 				"x-hub-signature-256": "sha256=757107ea0eb2509fc211221cce984b8a37570b6d7586c22c46f4379c8b043e17",
 				"x-github-event":      "order.created", "x-github-delivery": "msg_1"}},
@@ -72,7 +73,7 @@ func vectors() []vector {
 			want: map[string]string{"x-slack-request-timestamp": "1531420618",
 				"x-slack-signature": "v0=a2114d57b48eac39b9ad189dd8316235a7b4a8d21a10bd27519666489c69b503"}},
 		{name: "shopify", kind: "shopify", config: config{"shop_domain": "a.myshopify.com", "api_version": "2026-01"},
-			secrets: []string{shopifySecret}, id: "msg_1", body: `{"id":820982911946154508}`, headers: typed,
+			secrets: []string{shopifySecret}, id: "msg_1", body: `{"id":820982911946154508}`, headers: typed, event: "order.created",
 			want: map[string]string{"x-shopify-hmac-sha256": "EWt6OQogH/v33I55p/h7ugPPrTDtweTTHsOxSwhWnS4=",
 				"x-shopify-topic": "order.created", "x-shopify-shop-domain": "a.myshopify.com",
 				"x-shopify-api-version": "2026-01", "x-shopify-webhook-id": "msg_1"}},
@@ -94,7 +95,7 @@ func vectors() []vector {
 		{name: "convoy simple SHA512 base64", kind: "convoy", config: config{"mode": "simple", "hash": "SHA512", "encoding": "base64"},
 			secrets: []string{convoySecret}, body: convoyBody,
 			want: map[string]string{"x-convoy-signature": "bMdy3IGUKuG1/6kcOmoHsNN+3I3GvYPjUYohnx8Z/3GuG3bWsyCUDUFMI2oarX95MLY+DxkolRlV0xIZVF4bZg=="}},
-		{name: "outpost", kind: "outpost", secrets: []string{outpostSecret}, id: "msg_1", unix: 1700000000, body: `{"hello":"world"}`, headers: typed,
+		{name: "outpost", kind: "outpost", secrets: []string{outpostSecret}, id: "msg_1", unix: 1700000000, body: `{"hello":"world"}`, headers: typed, event: "order.created",
 			want: map[string]string{"x-outpost-event-id": "msg_1", "x-outpost-topic": "order.created", "x-outpost-timestamp": "2023-11-14T22:13:20Z",
 				"x-outpost-signature": "v0=f4407ae18df6d99c1053699c61c55925366a38e40a3335ea9f7b476f674e4215"}},
 		{name: "outpost, both keys, no type", kind: "outpost", secrets: []string{outpostOther, outpostSecret}, id: "msg_1", unix: 1700000000, body: `{"hello":"world"}`,
@@ -137,6 +138,7 @@ func (v *vector) instance() plugintest.Instance {
 
 func (v *vector) request() plugin.Request {
 	return plugin.Request{
+		EventType: v.event,
 		MessageID: v.id, Created: time.Unix(v.unix, 987_654_321), Body: []byte(v.body), Headers: v.headers,
 		Nonce: []byte("0123456789abcdef"),
 	}

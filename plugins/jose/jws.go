@@ -20,7 +20,7 @@ type JWSConfig struct {
 func JWS() plugin.Kind {
 	return plugin.Signer("jws", buildJWS,
 		plugin.Doc("Detached JSON Web Signature of the body (RFC 7515, RFC 7797) in a header; one live key signs, see sign_with"),
-		plugin.Emits("x-jws-signature"),
+		plugin.Emits("x-jws-signature"), plugin.EmitsFrom(func(c JWSConfig) []string { return []string{c.Header} }),
 		plugin.Example(map[string]any{"header": "x-jws-signature"}),
 		plugin.Format("key", format()),
 		plugin.Nondeterministic(),

@@ -35,7 +35,7 @@ type JWTConfig struct {
 func JWT() plugin.Kind {
 	return plugin.Signer("jwt", buildJWT,
 		plugin.Doc("JSON Web Token (RFC 7519) as bearer token, made for each attempt; one live key signs, see sign_with"),
-		plugin.Emits("authorization"),
+		plugin.Emits("authorization"), plugin.EmitsFrom(func(c JWTConfig) []string { return []string{c.Header} }),
 		plugin.Example(map[string]any{"issuer": "https://example.com", "audience": []string{"receiver"}, "body_hash": "request_body_sha256"}),
 		plugin.Format("key", format()),
 		plugin.Nondeterministic(),

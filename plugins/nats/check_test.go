@@ -119,7 +119,7 @@ func FuzzSubject(f *testing.F) {
 		f.Add(kind)
 	}
 	f.Fuzz(func(t *testing.T, kind string) {
-		subject, err := fill("events."+placeholder, &plugin.Request{Headers: []plugin.Header{{Name: "ce-type", Value: kind}}})
+		subject, err := fill("events."+placeholder, &plugin.Request{EventType: kind})
 		if err != nil {
 			return
 		}

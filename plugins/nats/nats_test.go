@@ -144,19 +144,17 @@ func TestSubjectFromType(t *testing.T) {
 	inst := b.instance("nats://"+n.addr, map[string]any{"subject": "events.{type}"}, nil)
 	inPath := b.instance("nats://"+n.addr+"/events/{type}/x", nil, nil)
 	tests := []struct {
-		inst    *plugintest.Configured
-		headers []plugin.Header
-		body    string
-		want    string
+		inst *plugintest.Configured
+		kind string
+		want string
 	}{
-		{inst, []plugin.Header{{Name: "ce-type", Value: "order.created"}}, `{"type":"not.this"}`, "events.order.created"},
-		{inPath, []plugin.Header{{Name: "ce-type", Value: "order.created"}}, "", "events.order.created.x"},
-		{inst, []plugin.Header{{Name: "ce-type", Value: "com.example%20x/*.>.%0A..$JS"}}, "", "events.com.example_x/_._._._._JS"},
-		{inst, nil, `{"type":"from.the.body"}`, "events.from.the.body"},
+		{inst, "order.created", "events.order.created"},
+		{inPath, "order.created", "events.order.created.x"},
+		{inst, "com.example x/*.>.\n..$JS", "events.com.example_x/_._._._._JS"},
 	}
 	for i, test := range tests {
 		resp, err := deliverWithin(t, test.inst, 10*time.Second, plugin.Request{
-			MessageID: fmt.Sprint("evt_", i), Headers: test.headers, Body: []byte(test.body),
+			MessageID: fmt.Sprint("evt_", i), EventType: test.kind,
 		})
 		wantAnswer(t, resp, err, http.StatusOK, "")
 		got, err := stream.GetMsg(t.Context(), uint64(i+1))
@@ -167,7 +165,7 @@ func TestSubjectFromType(t *testing.T) {
 			t.Errorf("subject %q, want %q", got.Subject, test.want)
 		}
 	}
-	_, err := deliverWithin(t, inst, 10*time.Second, plugin.Request{MessageID: "evt_x", Body: []byte("\x1f\x8b compressed")})
+	_, err := deliverWithin(t, inst, 10*time.Second, plugin.Request{MessageID: "evt_x"})
 	wantFailure(t, err, plugin.Failure{
 		Source: plugin.SourcePlugin, Code: plugin.CodeProtocol, Message: errNoType.Error(), WireState: plugin.NotSent,
 	})

@@ -1,10 +1,8 @@
 package natsplugin
 
 import (
-	"encoding/json"
 	"errors"
 	"fmt"
-	"net/url"
 	"strings"
 	"unicode"
 
@@ -14,8 +12,7 @@ import (
 
 const placeholder = "{type}"
 
-var errNoType = errors.New("the subject needs the event's type, and the request does not show it: " +
-	"use a payload shape without compression, or a subject without " + placeholder)
+var errNoType = errors.New("the subject needs the event's type, and the request has none")
 
 // subjectOf is the template of the subjects to publish to: config's, or the URI's path with dots for
 // slashes.
@@ -66,10 +63,10 @@ func fill(template string, r *plugin.Request) (string, error) {
 	if !strings.Contains(template, placeholder) {
 		return template, nil
 	}
-	kind := typeOf(r)
-	if kind == "" {
+	if r.EventType == "" {
 		return "", errNoType
 	}
+	kind := r.EventType
 	tokens := strings.Split(kind, ".")
 	for i, token := range tokens {
 		if tokens[i] = strings.Map(func(c rune) rune {
@@ -82,21 +79,4 @@ func fill(template string, r *plugin.Request) (string, error) {
 		}
 	}
 	return strings.ReplaceAll(template, placeholder, strings.Join(tokens, ".")), nil
-}
-
-// typeOf finds the event's type: a header when the payload is raw, part of the body in the other shapes.
-func typeOf(r *plugin.Request) string {
-	if kind := r.Get("ce-type"); kind != "" {
-		if plain, err := url.PathUnescape(kind); err == nil {
-			return plain
-		}
-		return kind
-	}
-	var body struct {
-		Type string `json:"type"`
-	}
-	if json.Unmarshal(r.Body, &body) != nil {
-		return ""
-	}
-	return body.Type
 }

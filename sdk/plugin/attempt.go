@@ -93,7 +93,7 @@ func (s *server) run(ctx context.Context, t *task, sc *scratch) (out result) {
 func (sc *scratch) prepare(t *task, inst *instance) *Request {
 	r := &sc.request
 	*r = Request{
-		MessageID: t.content.messageID, Created: time.Unix(0, t.created), Nonce: t.nonce,
+		MessageID: t.content.messageID, EventType: t.content.eventType, Created: time.Unix(0, t.created), Nonce: t.nonce,
 		Method: inst.target.Method, URL: inst.target.URL, Body: t.content.body,
 		AttemptNumber: int(t.number), Traceparent: t.traceparent, MaxResponseBody: t.maxBody,
 		Headers: append(sc.headers[:0], t.content.headers...), OwnershipCheck: t.ownership,
@@ -197,7 +197,9 @@ func (s *server) AttemptOne(ctx context.Context, req *pluginv1.AttemptOneRequest
 			traceparent: a.GetTraceparent(), signHere: a.GetSignHere(), headers: headersOf(a.GetHeaders()),
 			uri: a.GetUri(), nonce: a.GetNonce(), ownership: a.GetOwnershipCheck(),
 		},
-		content:  content{messageID: c.GetMessageId(), body: c.GetBody(), headers: headersOf(c.GetHeaders())},
+		content: content{
+			messageID: c.GetMessageId(), body: c.GetBody(), headers: headersOf(c.GetHeaders()), eventType: c.GetEventType(),
+		},
 		received: time.Now(), maxBody: int(req.GetMaxResponseBody()),
 	}
 	s.inFlight.Add(1)

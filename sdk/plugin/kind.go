@@ -35,6 +35,8 @@ type spec struct {
 type built struct {
 	sign    SignFunc
 	attempt AttemptFunc
+	// emits are the headers that the config has chosen, for kinds with the option EmitsFrom.
+	emits []string
 }
 
 type kindOptions struct {
@@ -44,7 +46,9 @@ type kindOptions struct {
 	example any
 	maxBody int
 	check   any
-	formats map[string]SecretFormat
+	// emitsFrom is a func(C) []string.
+	emitsFrom any
+	formats   map[string]SecretFormat
 	// random signers sign the same request differently each time.
 	random    bool
 	ownership bool
@@ -66,6 +70,12 @@ func Emits(headers ...string) Option {
 			o.emits = append(o.emits, lower(h))
 		}
 	}
+}
+
+// EmitsFrom says which headers a signer sets with a config, where the config decides; they count instead of
+// those of Emits when a subscription's signers are compared. C must be the config type of the kind.
+func EmitsFrom[C any](headers func(C) []string) Option {
+	return func(o *kindOptions) { o.emitsFrom = headers }
 }
 
 // Example is a config that passes the schema: a value of the config struct, or anything that marshals
@@ -95,14 +105,21 @@ func Signer[C any](id string, build func(C, Target) (SignFunc, error), opts ...O
 	k := newKind[C](id, true, opts)
 	check, err := checkOf[C](k.options.check)
 	k.err = errors.Join(k.err, err)
+	emits, err := emitsOf[C](k.options.emitsFrom)
+	k.err = errors.Join(k.err, err)
 	schema, slots := k.schema, k.slots
 	k.assemble = func(s spec) (built, []Problem) {
 		config, problems := decode[C](schema, slots, s, check)
-		if s.shapeOnly || hasErrors(problems) {
+		if hasErrors(problems) {
 			return built{}, problems
 		}
-		sign, err := build(config, s.target)
-		return built{sign: sign}, append(problems, buildProblem(err, sign == nil)...)
+		b := built{emits: emits(config)}
+		if s.shapeOnly {
+			return b, problems
+		}
+		var err error
+		b.sign, err = build(config, s.target)
+		return b, append(problems, buildProblem(err, b.sign == nil)...)
 	}
 	return k
 }
@@ -161,6 +178,23 @@ func checkOf[C any](given any) (func(C, Target) []Problem, error) {
 		return nil, fmt.Errorf("option Check takes %T, want func(%T, Target) []Problem", given, *new(C))
 	}
 	return check, nil
+}
+
+func emitsOf[C any](given any) (func(C) []string, error) {
+	if given == nil {
+		return func(C) []string { return nil }, nil
+	}
+	headers, ok := given.(func(C) []string)
+	if !ok {
+		return nil, fmt.Errorf("option EmitsFrom takes %T, want func(%T) []string", given, *new(C))
+	}
+	return func(c C) []string {
+		names := headers(c)
+		for i := range names {
+			names[i] = lower(names[i])
+		}
+		return names
+	}, nil
 }
 
 func buildProblem(err error, absent bool) []Problem {

@@ -45,6 +45,8 @@ type Header struct {
 type Request struct {
 	// MessageID is the webhook-id: the same on every attempt at every subscription.
 	MessageID string
+	// EventType is the type of the event, as published.
+	EventType string
 	// Created is the host's time of this attempt; signers use it instead of a clock.
 	Created time.Time
 	// Nonce is 16 random bytes from the host; signers use it instead of a source of randomness.

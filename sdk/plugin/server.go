@@ -172,8 +172,12 @@ func (s *server) Validate(_ context.Context, req *pluginv1.ValidateRequest) (*pl
 	s.mu.Lock()
 	egress, agent := s.egress, s.agent
 	s.mu.Unlock()
-	_, diagnostics := s.build(req.GetInstance(), egress, agent, true)
-	return &pluginv1.ValidateResponse{Diagnostics: diagnostics}, nil
+	inst, diagnostics := s.build(req.GetInstance(), egress, agent, true)
+	out := &pluginv1.ValidateResponse{Diagnostics: diagnostics}
+	if inst != nil {
+		out.EmitsHeaders = inst.built.emits
+	}
+	return out, nil
 }
 
 // Configure takes instances one by one; a bad one does not keep the others out.

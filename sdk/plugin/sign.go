@@ -24,7 +24,9 @@ func (s *server) Sign(stream grpc.BidiStreamingServer[pluginv1.SignRequest, plug
 		}
 		contents := make([]content, len(req.GetContents()))
 		for i, c := range req.GetContents() {
-			contents[i] = content{messageID: c.GetMessageId(), body: c.GetBody(), headers: headersOf(c.GetHeaders())}
+			contents[i] = content{
+				messageID: c.GetMessageId(), body: c.GetBody(), headers: headersOf(c.GetHeaders()), eventType: c.GetEventType(),
+			}
 		}
 		out := &pluginv1.SignResponse{Results: make([]*pluginv1.SignResult, len(req.GetItems()))}
 		for i, item := range req.GetItems() {

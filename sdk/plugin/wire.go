@@ -29,6 +29,7 @@ type content struct {
 	messageID string
 	body      []byte
 	headers   []Header
+	eventType string
 }
 
 type attempt struct {
@@ -106,6 +107,8 @@ func parseContent(b []byte) (content, error) {
 			h, err := parseHeader(v)
 			c.headers = append(c.headers, h)
 			return err
+		case 4:
+			c.eventType = text(v)
 		}
 		return nil
 	})

@@ -72,7 +72,7 @@ func (c *Configured) Attempt(ctx context.Context, req plugin.Request, signers ..
 }
 
 func contentOf(req *plugin.Request) *pluginv1.Content {
-	return &pluginv1.Content{MessageId: req.MessageID, Body: req.Body, Headers: wireHeaders(req.Headers)}
+	return &pluginv1.Content{MessageId: req.MessageID, EventType: req.EventType, Body: req.Body, Headers: wireHeaders(req.Headers)}
 }
 
 // signing is the Sign stream, opened at first use; one request at a time.

@@ -32,19 +32,22 @@ type Diagnostic struct {
 // plugin that would have to be asked is not running.
 func (h *Host) Check(ctx context.Context, sub *grapnelv1.Subscription) ([]Diagnostic, error) {
 	bound, ds := h.boundKinds(sub)
-	ds = append(ds, headerConflicts(sub, bound)...)
 	var errs []error
-	for _, b := range bound {
+	for i := range bound {
+		b := &bound[i]
 		if b.kind == nil || slices.ContainsFunc(ds, func(d Diagnostic) bool {
 			return !d.Warning && strings.HasPrefix(d.Field, b.field)
 		}) {
 			continue // the plugin could only say the same, less clearly
 		}
-		found, err := h.ask(ctx, b.kind, h.instanceOf(sub, b.kind, b.pb), b.field, b.pb)
+		found, emits, err := h.ask(ctx, b.kind, h.instanceOf(sub, b.kind, b.pb), b.field, b.pb)
 		ds = append(ds, found...)
 		errs = append(errs, err)
+		if len(emits) > 0 {
+			b.emits = emits
+		}
 	}
-	return ds, errors.Join(errs...)
+	return append(ds, headerConflicts(sub, bound)...), errors.Join(errs...)
 }
 
 // boundKind is a plugin binding of a subscription as it is checked; kind is nil when there is no such plugin.
@@ -52,6 +55,8 @@ type boundKind struct {
 	field string
 	kind  *kind
 	pb    *grapnelv1.PluginBinding
+	// emits are the headers that it sets, lower case.
+	emits []string
 }
 
 // boundKinds looks up what a subscription's bindings name: signers in order, the transport last.
@@ -60,7 +65,7 @@ func (h *Host) boundKinds(sub *grapnelv1.Subscription) ([]boundKind, []Diagnosti
 	var ds []Diagnostic
 	add := func(field, role, id string, pb *grapnelv1.PluginBinding) {
 		k, found := h.checkBinding(sub, field, role, id, pb)
-		bound, ds = append(bound, boundKind{field, k, pb}), append(ds, found...)
+		bound, ds = append(bound, boundKind{field, k, pb, k.emits()}), append(ds, found...)
 	}
 	for i, pb := range signers(sub) {
 		add(fmt.Sprintf("subscription.signers[%d]", i), "signer", signerID(pb), pb)
@@ -86,7 +91,7 @@ func (h *Host) CheckConfig(ctx context.Context, kindID string, configJSON []byte
 	if len(ds) > 0 {
 		return ds, nil
 	}
-	ds, err := h.ask(ctx, k, &pluginv1.Instance{Id: "check", Kind: k.id, ConfigJson: configJSON}, "", nil)
+	ds, _, err := h.ask(ctx, k, &pluginv1.Instance{Id: "check", Kind: k.id, ConfigJson: configJSON}, "", nil)
 	// Target and secrets belong to a subscription, and here there is none: what a plugin misses there is
 	// no fault of the config.
 	return slices.DeleteFunc(ds, func(d Diagnostic) bool { return d.Field != "config" && !strings.HasPrefix(d.Field, "config.") }), err
@@ -214,7 +219,7 @@ func headerConflicts(sub *grapnelv1.Subscription, bound []boundKind) []Diagnosti
 	var ds []Diagnostic
 	setBy := map[string]boundKind{}
 	for _, b := range bound {
-		for _, name := range b.kind.emits() {
+		for _, name := range b.emits {
 			other, taken := setBy[name]
 			if !taken {
 				setBy[name] = b
@@ -252,11 +257,12 @@ func (h *Host) instanceOf(sub *grapnelv1.Subscription, k *kind, pb *grapnelv1.Pl
 	return in
 }
 
-// ask has the plugin itself look at the instance.
-func (h *Host) ask(ctx context.Context, k *kind, in *pluginv1.Instance, field string, pb *grapnelv1.PluginBinding) ([]Diagnostic, error) {
+// ask has the plugin itself look at the instance. It also returns the headers that the config has it set, where the
+// config decides.
+func (h *Host) ask(ctx context.Context, k *kind, in *pluginv1.Instance, field string, pb *grapnelv1.PluginBinding) ([]Diagnostic, []string, error) {
 	c := k.proc.conn.Load()
 	if c == nil {
-		return nil, fmt.Errorf("%w: plugins/%s", ErrUnavailable, k.id)
+		return nil, nil, fmt.Errorf("%w: plugins/%s", ErrUnavailable, k.id)
 	}
 	var secrets redactor
 	for _, versions := range in.GetSecrets() {
@@ -268,7 +274,7 @@ func (h *Host) ask(ctx context.Context, k *kind, in *pluginv1.Instance, field st
 	defer cancel()
 	resp, err := c.plugin.Validate(ctx, &pluginv1.ValidateRequest{Instance: in})
 	if err != nil {
-		return nil, fmt.Errorf("%w: plugins/%s: validate: %w", ErrUnavailable, k.id, err)
+		return nil, nil, fmt.Errorf("%w: plugins/%s: validate: %w", ErrUnavailable, k.id, err)
 	}
 	var ds []Diagnostic
 	for _, d := range resp.GetDiagnostics() {
@@ -277,7 +283,7 @@ func (h *Host) ask(ctx context.Context, k *kind, in *pluginv1.Instance, field st
 			Warning: d.GetSeverity() == pluginv1.Diagnostic_SEVERITY_WARNING,
 		})
 	}
-	return ds, nil
+	return ds, resp.GetEmitsHeaders(), nil
 }
 
 // fieldOf turns a plugin's RFC 6901 pointer into a proto path.

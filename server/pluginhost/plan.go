@@ -428,6 +428,9 @@ func (r *redactor) add(versions []SecretVersion) *pluginv1.SecretVersions {
 // a body that is not the payload as it is.
 func targetOf(sub *grapnelv1.Subscription) *pluginv1.Target {
 	t := &pluginv1.Target{Method: "POST", Uri: sub.GetUri()}
+	if method := sub.GetTransport().GetConfig().GetFields()["method"].GetStringValue(); method != "" {
+		t.Method = method
+	}
 	made := shapeOf(sub.GetPayloadShape()) != shape{}
 	for _, name := range sortedKeys(sub.GetHeaders()) {
 		lower := strings.ToLower(name)

@@ -67,7 +67,7 @@ func signRequest(batch []*pending) *pluginv1.SignRequest {
 
 // contentOf is appendContent for messages off the hot path.
 func contentOf(c content) *pluginv1.Content {
-	out := &pluginv1.Content{MessageId: c.event.UID, Body: c.body()}
+	out := &pluginv1.Content{MessageId: c.event.UID, Body: c.body(), EventType: c.event.Type}
 	for name, value := range c.headers {
 		out.Headers = append(out.Headers, &pluginv1.Header{Name: name, Value: value})
 	}

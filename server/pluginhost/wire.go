@@ -81,7 +81,7 @@ func appendContent(b []byte, c content) []byte {
 	for name, value := range c.headers {
 		b = appendHeader(b, 3, name, value)
 	}
-	return b
+	return appendText(b, 4, c.event.Type)
 }
 
 func appendAttempt(b []byte, p *pending, content uint32) []byte {

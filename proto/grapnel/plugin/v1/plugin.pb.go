@@ -928,7 +928,8 @@ func (x *Header) GetValue() string {
 // Target is where an instance's requests go and what all of them carry.
 type Target struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// For HTTP the method.
+	// For HTTP the method: the string "method" of the transport's config, else POST. Signers cover it, so a
+	// transport that has such a setting calls it that.
 	Method string `protobuf:"bytes,1,opt,name=method,proto3" json:"method,omitempty"`
 	// Normalised, used exactly as it is.
 	Uri string `protobuf:"bytes,2,opt,name=uri,proto3" json:"uri,omitempty"`
@@ -1157,7 +1158,10 @@ func (x *ValidateRequest) GetInstance() *Instance {
 type ValidateResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Empty when all is well.
-	Diagnostics   []*Diagnostic `protobuf:"bytes,1,rep,name=diagnostics,proto3" json:"diagnostics,omitempty"`
+	Diagnostics []*Diagnostic `protobuf:"bytes,1,rep,name=diagnostics,proto3" json:"diagnostics,omitempty"`
+	// Headers that a signer would set with this config, lower case, where the config decides that; they
+	// count instead of SignerTraits.emits_headers.
+	EmitsHeaders  []string `protobuf:"bytes,2,rep,name=emits_headers,json=emitsHeaders,proto3" json:"emits_headers,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1195,6 +1199,13 @@ func (*ValidateResponse) Descriptor() ([]byte, []int) {
 func (x *ValidateResponse) GetDiagnostics() []*Diagnostic {
 	if x != nil {
 		return x.Diagnostics
+	}
+	return nil
+}
+
+func (x *ValidateResponse) GetEmitsHeaders() []string {
+	if x != nil {
+		return x.EmitsHeaders
 	}
 	return nil
 }
@@ -1665,7 +1676,9 @@ type Content struct {
 	// Sent exactly as it is.
 	Body []byte `protobuf:"bytes,2,opt,name=body,proto3" json:"body,omitempty"`
 	// Content type, CloudEvents attributes, webhook-id.
-	Headers       []*Header `protobuf:"bytes,3,rep,name=headers,proto3" json:"headers,omitempty"`
+	Headers []*Header `protobuf:"bytes,3,rep,name=headers,proto3" json:"headers,omitempty"`
+	// Type of the event, for those who need it also where no header says it.
+	EventType     string `protobuf:"bytes,4,opt,name=event_type,json=eventType,proto3" json:"event_type,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1719,6 +1732,13 @@ func (x *Content) GetHeaders() []*Header {
 		return x.Headers
 	}
 	return nil
+}
+
+func (x *Content) GetEventType() string {
+	if x != nil {
+		return x.EventType
+	}
+	return ""
 }
 
 // SignRequest is a batch.
@@ -3644,9 +3664,10 @@ const file_grapnel_plugin_v1_plugin_proto_rawDesc = "" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x127\n" +
 	"\x05value\x18\x02 \x01(\v2!.grapnel.plugin.v1.SecretVersionsR\x05value:\x028\x01\"J\n" +
 	"\x0fValidateRequest\x127\n" +
-	"\binstance\x18\x01 \x01(\v2\x1b.grapnel.plugin.v1.InstanceR\binstance\"S\n" +
+	"\binstance\x18\x01 \x01(\v2\x1b.grapnel.plugin.v1.InstanceR\binstance\"x\n" +
 	"\x10ValidateResponse\x12?\n" +
-	"\vdiagnostics\x18\x01 \x03(\v2\x1d.grapnel.plugin.v1.DiagnosticR\vdiagnostics\"w\n" +
+	"\vdiagnostics\x18\x01 \x03(\v2\x1d.grapnel.plugin.v1.DiagnosticR\vdiagnostics\x12#\n" +
+	"\remits_headers\x18\x02 \x03(\tR\femitsHeaders\"w\n" +
 	"\x14PrepareSecretRequest\x12\x12\n" +
 	"\x04kind\x18\x01 \x01(\tR\x04kind\x12\x12\n" +
 	"\x04slot\x18\x02 \x01(\tR\x04slot\x12\x19\n" +
@@ -3674,12 +3695,14 @@ const file_grapnel_plugin_v1_plugin_proto_rawDesc = "" +
 	"\vdiagnostics\x18\x02 \x03(\v2\x1d.grapnel.plugin.v1.DiagnosticR\vdiagnostics\"#\n" +
 	"\rRemoveRequest\x12\x12\n" +
 	"\x04refs\x18\x01 \x03(\rR\x04refs\"\x10\n" +
-	"\x0eRemoveResponse\"q\n" +
+	"\x0eRemoveResponse\"\x90\x01\n" +
 	"\aContent\x12\x1d\n" +
 	"\n" +
 	"message_id\x18\x01 \x01(\tR\tmessageId\x12\x12\n" +
 	"\x04body\x18\x02 \x01(\fR\x04body\x123\n" +
-	"\aheaders\x18\x03 \x03(\v2\x19.grapnel.plugin.v1.HeaderR\aheaders\"x\n" +
+	"\aheaders\x18\x03 \x03(\v2\x19.grapnel.plugin.v1.HeaderR\aheaders\x12\x1d\n" +
+	"\n" +
+	"event_type\x18\x04 \x01(\tR\teventType\"x\n" +
 	"\vSignRequest\x126\n" +
 	"\bcontents\x18\x01 \x03(\v2\x1a.grapnel.plugin.v1.ContentR\bcontents\x121\n" +
 	"\x05items\x18\x02 \x03(\v2\x1b.grapnel.plugin.v1.SignItemR\x05items\"\xec\x01\n" +
