@@ -41,8 +41,17 @@ func (p *pool) failure(ctx context.Context, err error, state plugin.WireState, p
 	if f.Code != plugin.CodeTLS && f.Code != plugin.CodeReset {
 		return f
 	}
-	if text := certificateMessage(err, p.client != nil); text != "" {
-		f.Code, f.Message = plugin.CodeTLS, text
+	alert := certificateAlert(err)
+	asked := errors.Is(err, errAsked) && isReset(err)
+	switch {
+	case alert != "" && p.client != nil:
+		f.Message = "the receiver refused the client certificate: " + alert
+	case alert != "":
+		f.Message = "the receiver wants a client certificate, and the slot client_certificate is empty"
+	case asked && p.client != nil: // with TLS 1.3 an alert may be lost on the way
+		f.Message += "; it may have refused the client certificate"
+	case asked:
+		f.Message += "; it had asked for a client certificate, and the slot client_certificate is empty"
 	}
 	if p.client == nil {
 		return f
@@ -53,32 +62,19 @@ func (p *pool) failure(ctx context.Context, err error, state plugin.WireState, p
 	return f
 }
 
-// certificateMessage explains the end of a connection by the client certificate, empty when it has another
-// reason. With TLS 1.3 receivers judge it after the handshake is over for the client, and their alert may be
-// lost on the way.
-func certificateMessage(err error, given bool) string {
+// certificateAlert is what the receiver says against the client certificate, or against there being none, empty
+// when it says nothing of that. It is one of a fixed list.
+func certificateAlert(err error) string {
 	var dial *dialError
 	var op *net.OpError
-	alert := ""
-	switch {
-	case errors.As(err, &dial) && dial.proxy:
-		return ""
-	case errors.As(err, &op) && op.Op == "remote error":
-		alert = strings.TrimPrefix(op.Err.Error(), "tls: ")
-		about := strings.Contains(alert, "certificate") || alert == "access denied" || alert == "handshake failure" && errors.Is(err, errAsked)
-		if !about {
-			return ""
-		}
-	case !errors.Is(err, errAsked) || !isReset(err):
+	if errors.As(err, &dial) && dial.proxy || !errors.As(err, &op) || op.Op != "remote error" {
 		return ""
 	}
-	switch {
-	case !given:
-		return "the receiver wants a client certificate, and the slot client_certificate is empty"
-	case alert == "":
-		return "the receiver refused the client certificate"
+	alert := strings.TrimPrefix(op.Err.Error(), "tls: ")
+	if strings.Contains(alert, "certificate") || alert == "access denied" || alert == "handshake failure" && errors.Is(err, errAsked) {
+		return alert
 	}
-	return "the receiver refused the client certificate: " + alert // one of a fixed list
+	return ""
 }
 
 // failure says what went wrong in words of our own: texts of errors below name addresses and repeat what
