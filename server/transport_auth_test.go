@@ -23,6 +23,7 @@ import (
 	"testing"
 	"time"
 
+	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
 	"github.com/grapnel/grapnel/server/servertest"
 )
 
@@ -313,6 +314,13 @@ func credentialsInRequests(t *testing.T, s *stand) {
 		}))
 		t.Cleanup(echo.Close)
 		s.over("echo-"+id, echo.URL+"/hook?a=b", r, oneTry)
+		tested, err := grapnelv1.NewSubscriptionServiceClient(s.Conn).TestSubscription(t.Context(), &grapnelv1.TestSubscriptionRequest{
+			Name: "namespaces/" + s.ns + "/subscriptions/echo-" + id,
+		})
+		if text := fmt.Sprint(tested.GetAttempt().GetResponseHeaders(), string(tested.GetAttempt().GetResponseBody())); err != nil ||
+			!strings.Contains(text, "[redacted]") || strings.Contains(text, "c4n4ry") {
+			t.Errorf("%s: a test shows %s (%v)", id, text, err)
+		}
 		attempts := s.attempts(s.fail("echo-" + id).GetName())
 		if len(attempts) != 1 || !strings.Contains(string(attempts[0].GetResponseBody()), "[redacted]") || !strings.Contains(attempts[0].GetResponseHeaders()["x-echo"], "[redacted]") {
 			t.Errorf("%s: the receiver said it back, and what is kept is %v: %s", id, attempts, attempts[0].GetResponseBody())

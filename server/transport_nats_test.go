@@ -21,6 +21,7 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 
 	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
+	"github.com/grapnel/grapnel/server/servertest"
 )
 
 // natsServer is a nats-server process; what it stores outlives it within the test.
@@ -210,6 +211,7 @@ func (c *cutter) cut() bool {
 	return true
 }
 
+// natsStream publishes to a stream that stores each event once, whatever happens on the way.
 func natsStream(t *testing.T, s *stand) {
 	token := s.canary("a token of NATS", "c4n4ry-nats-"+rand.Text())
 	n := startNATS(t, token)
@@ -248,35 +250,33 @@ func natsStream(t *testing.T, s *stand) {
 			t.Errorf("%s ended as %v, %q; want %q", id, d.GetLastAttempt(), body, want)
 		}
 	}
+	s.outage(n)
 }
 
-func natsServerDown(t *testing.T, s *stand) {
-	const token = "of-no-importance"
-	n := startNATS(t, token)
-	n.messages()
-	s.over("orders", "nats://"+n.addr+"/events/orders", route{plugin: "nats", secrets: map[string]string{"token": token}}, nil)
-	s.send("orders", 5)
+// outage takes the server away while there is something to deliver, and brings it back.
+func (s *stand) outage(n *natsServer) {
+	s.t.Helper()
+	before := len(n.messages())
 	n.kill()
 	for range 5 {
 		s.publish("orders")
 	}
 	var down []*grapnelv1.Delivery
-	for len(down) < 5 {
+	servertest.Await(s.t, "attempts without a server", func() bool {
 		down = s.of("orders", "state = SCHEDULED")
-		if t.Failed() || t.Context().Err() != nil {
-			return
-		}
-	}
+		return len(down) == 5
+	})
 	for _, d := range down {
 		if a := d.GetLastAttempt(); a.GetOutcome() != grapnelv1.Attempt_OUTCOME_UNREACHABLE || a.GetError() == "" {
-			t.Errorf("without a server: %v: %q", a.GetOutcome(), a.GetError())
+			s.t.Errorf("without a server: %v: %q", a.GetOutcome(), a.GetError())
 		}
 	}
+	s.t.Logf("without a server: %s", down[0].GetLastAttempt().GetError())
 	n.run()
-	s.succeed("orders", 10)
+	s.succeed("orders", 25)
 	all := n.messages()
-	if len(all) != 10 {
-		t.Errorf("%d messages are stored, want 10", len(all))
+	if len(all) != before+5 {
+		s.t.Fatalf("%d messages are stored, want 5 more than %d", len(all), before)
 	}
-	s.verifiedMessages(all, "events.orders")
+	s.verifiedMessages(all[before:], "events.orders")
 }

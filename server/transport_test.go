@@ -68,7 +68,7 @@ func TestTransports(t *testing.T) {
 			"oauth2-secret": clientSecret, "oauth2-jwt": privateKeyJWT, "oauth2-tls": tlsClientAuth,
 			"credentials": credentialsInRequests, "proxies": forwardProxies,
 			"cloudevents": cloudEventsHandshake, "challenge": slackChallenge,
-			"grpc": grpcReceivers, "grpc-tls": grpcOverTLS, "nats": natsStream, "nats-down": natsServerDown,
+			"grpc": grpcReceivers, "grpc-tls": grpcOverTLS, "nats": natsStream,
 			"put": methodAndHeaders, "signers": severalSigners, "unsigned": unsignedWithBearer, "mistakes": mistakes,
 		} {
 			t.Run(name, func(t *testing.T) {
