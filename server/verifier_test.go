@@ -138,6 +138,10 @@ type scheme struct {
 	path, contentType, body string
 	// loose verifiers leave something out that this test would change.
 	loose bool
+	// method of the request, POST when empty.
+	method string
+	// shape of the body.
+	shape *grapnelv1.PayloadShape
 }
 
 func schemes() []scheme {
@@ -152,6 +156,7 @@ func schemes() []scheme {
 		{name: "svix", several: true},
 		{name: "stripe", several: true},
 		{name: "github"},
+		{name: "github-cloudevent", plugin: "github", shape: &grapnelv1.PayloadShape{Format: grapnelv1.PayloadShape_FORMAT_CLOUDEVENTS}},
 		{name: "slack"},
 		{name: "shopify", config: map[string]any{"shop_domain": "acme.myshopify.com"}},
 		{name: "twilio-json", plugin: "twilio", path: "/hooks?foo=1&bar=a%20b"},
@@ -170,7 +175,7 @@ func schemes() []scheme {
 		}},
 		{name: "http-signature-hmac", plugin: "http-signature", algorithm: "hmac-sha256", several: true,
 			verify: map[string]any{"algorithm": "hmac-sha256"}},
-		{name: "http-signature-ed25519", plugin: "http-signature", algorithm: "ed25519", several: true,
+		{name: "http-signature-ed25519", plugin: "http-signature", algorithm: "ed25519", several: true, method: "PUT",
 			verify: map[string]any{"algorithm": "ed25519"}},
 		{name: "http-signature-ecdsa", plugin: "http-signature", algorithm: "ecdsa-p256-sha256", several: true,
 			verify: map[string]any{"algorithm": "ecdsa-p256-sha256"}},
@@ -178,7 +183,7 @@ func schemes() []scheme {
 			verify: map[string]any{"algorithm": "rsa-pss-sha512"}},
 		{name: "http-signature-rsa", plugin: "http-signature", algorithm: "rsa-v1_5-sha256", several: true,
 			config: map[string]any{"algorithm": "rsa-v1_5-sha256"}, verify: map[string]any{"algorithm": "rsa-v1_5-sha256"}},
-		{name: "sigv4", path: "/hooks/a%20b?b=2&a=1&a=0&c", value: "wJalrXUtnFEMI/K7MDENG+bPxRfiCYEXAMPLEKEY",
+		{name: "sigv4", method: "PATCH", path: "/hooks/a%20b?b=2&a=1&a=0&c", value: "wJalrXUtnFEMI/K7MDENG+bPxRfiCYEXAMPLEKEY",
 			next:   "xJalrXUtnFEMI/K7MDENG+bPxRfiCYEXAMPLEKEY",
 			config: map[string]any{"region": "us-east-1", "service": "execute-api", "access_key_id": "AKIDEXAMPLE"}},
 		{name: "jws-hs256", plugin: "jws", algorithm: "HS256", verify: map[string]any{"alg": "HS256"}},
@@ -235,6 +240,12 @@ func (v *verifying) run(t *testing.T) {
 		sub.Signers = []*grapnelv1.PluginBinding{{
 			Plugin: "plugins/" + v.plugin, Config: config, Secrets: map[string]string{"key": made.GetSecret().GetName()},
 		}}
+		sub.PayloadShape = v.shape
+		if v.method != "" {
+			sub.Transport = &grapnelv1.PluginBinding{Config: &structpb.Struct{Fields: map[string]*structpb.Value{
+				"method": structpb.NewStringValue(v.method),
+			}}}
+		}
 	})
 	got := v.deliver(t)
 	v.accepts(t, "the only key", got, first)
@@ -287,7 +298,9 @@ func (v *verifying) deliver(t *testing.T) servertest.Request {
 	var got servertest.Request
 	servertest.Await(t, "the delivery of "+id, func() bool {
 		all := v.receiver.Requests()
-		i := slices.IndexFunc(all, func(r servertest.Request) bool { return r.Header.Get("Ce-Id") == id })
+		i := slices.IndexFunc(all, func(r servertest.Request) bool {
+			return r.Header.Get("Ce-Id") == id || strings.Contains(string(r.Body), `"id":"`+id+`"`)
+		})
 		if i >= 0 {
 			got = all[i]
 		}
@@ -415,5 +428,38 @@ func TestPayloadShapes(t *testing.T) {
 	}
 	if text, err := io.ReadAll(plain); err != nil || string(text) != data {
 		t.Errorf("gzip: %q, %v", text, err)
+	}
+}
+
+// TestHeadersThatConfigsChoose refuses two signers whose configs have them set the same header.
+func TestHeadersThatConfigsChoose(t *testing.T) {
+	t.Parallel()
+	s := servertest.Start(t, servertest.Options{})
+	s.Namespace("acme")
+	secrets := grapnelv1.NewSecretServiceClient(s.Conn)
+	names := map[string]string{}
+	for _, plugin := range []string{"jws", "hmac"} {
+		made, err := secrets.CreateSecret(t.Context(), &grapnelv1.CreateSecretRequest{Parent: "namespaces/acme", SecretId: plugin, Plugin: "plugins/" + plugin})
+		if err != nil {
+			t.Fatal(err)
+		}
+		names[plugin] = made.GetSecret().GetName()
+	}
+	create := func(header string) error {
+		jws, _ := structpb.NewStruct(map[string]any{"header": "X-Acme"})
+		hmac, _ := structpb.NewStruct(map[string]any{"content": "{body}", "headers": map[string]any{header: "{signature}"}})
+		_, err := grapnelv1.NewSubscriptionServiceClient(s.Conn).CreateSubscription(t.Context(), &grapnelv1.CreateSubscriptionRequest{
+			Parent: "namespaces/acme", Subscription: &grapnelv1.Subscription{Uri: "https://example.com/", Signers: []*grapnelv1.PluginBinding{
+				{Plugin: "plugins/jws", Config: jws, Secrets: map[string]string{"key": names["jws"]}},
+				{Plugin: "plugins/hmac", Config: hmac, Secrets: map[string]string{"key": names["hmac"]}},
+			}},
+		})
+		return err
+	}
+	if err := create("X-Other"); err != nil {
+		t.Errorf("different headers: %v", err)
+	}
+	if err := create("x-acme"); err == nil || !strings.Contains(err.Error(), "subscription.signers[1].plugin: plugins/hmac sets the header x-acme, and so does plugins/jws") {
+		t.Errorf("the same header: %v", err)
 	}
 }
