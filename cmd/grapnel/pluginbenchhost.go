@@ -94,11 +94,14 @@ func attemptLocally(ctx context.Context, w conformance.Work, sign, send *plugin.
 // serversHost does the work with the server's own host of plugins.
 func serversHost(command []string) conformance.Contestant {
 	return conformance.Contestant{Name: "delivery, server's host", Start: func(ctx context.Context, w conformance.Work) (*conformance.Running, error) {
-		dir, err := os.MkdirTemp("", "grapnel-bench-")
+		sub, secrets, err := benchSubscription(w)
 		if err != nil {
 			return nil, err
 		}
-		sub, secrets, err := benchSubscription(w)
+		if command, err = conformance.Resolve(command); err != nil {
+			return nil, err
+		}
+		dir, err := os.MkdirTemp("", "grapnel-bench-")
 		if err != nil {
 			return nil, err
 		}
@@ -123,7 +126,9 @@ func serversHost(command []string) conformance.Contestant {
 			<-ended
 			_ = os.RemoveAll(dir)
 		}
-		if err := host.Ready(ctx); err != nil {
+		starting, cancelStart := context.WithTimeout(ctx, benchTimeout)
+		defer cancelStart()
+		if err := host.Ready(starting); err != nil {
 			stop()
 			return nil, err
 		}
@@ -177,7 +182,7 @@ func benchSubscription(w conformance.Work) (*subscription.Subscription, map[stri
 		return nil, nil, err
 	}
 	if w.Signer == "" {
-		return nil, nil, fmt.Errorf("the plugin has no signer to measure the server's host with")
+		return nil, nil, conformance.ErrCannotCompare // the server would sign in another plugin's process
 	}
 	signer, err := binding(w.Signer, w.SignerConfig, w.SignerSecrets)
 	if err != nil {

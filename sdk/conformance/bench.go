@@ -41,6 +41,9 @@ type BenchOptions struct {
 	Others []Contestant
 }
 
+// ErrCannotCompare is returned by Contestant.Start for work that it cannot do: its row is left out.
+var ErrCannotCompare = errors.New("it cannot do this work")
+
 // Contestant is a way to do the work of a row.
 type Contestant struct {
 	// Name for the report.
@@ -193,6 +196,9 @@ func (b *bench) others(ctx context.Context, work Work) error {
 	var inProcess *BenchRow
 	for _, c := range b.o.Others {
 		r, err := c.Start(ctx, work)
+		if errors.Is(err, ErrCannotCompare) {
+			continue
+		}
 		if err != nil {
 			return fmt.Errorf("%s: %w", c.Name, err)
 		}

@@ -200,32 +200,43 @@ type suite struct {
 }
 
 func newSuite(o Options) (*suite, error) {
-	if len(o.Command) == 0 {
-		return nil, errors.New("no command to start the plugin with")
-	}
-	path, err := exec.LookPath(o.Command[0])
+	command, err := Resolve(o.Command)
 	if err != nil {
-		return nil, fmt.Errorf("find the plugin: %w", err)
+		return nil, err
 	}
-	s := &suite{fixture: o.Fixture, workers: o.Workers, reproduce: shellWords(o.Command)}
+	s := &suite{command: command, fixture: o.Fixture, workers: o.Workers, reproduce: shellWords(o.Command)}
 	if s.fixture == nil {
 		s.fixture = &Fixture{}
 	}
 	if s.workers <= 0 {
 		s.workers = defaultWorkers
 	}
-	for i, word := range append([]string{path}, o.Command[1:]...) {
-		if _, err := os.Stat(word); err == nil && (i == 0 || !strings.HasPrefix(word, "-")) {
-			if word, err = filepath.Abs(word); err != nil {
-				return nil, fmt.Errorf("find %s: %w", word, err)
-			}
-		}
-		s.command = append(s.command, word)
-	}
 	if s.dir, err = privateDir(); err != nil {
 		return nil, fmt.Errorf("make a directory for sockets: %w", err)
 	}
 	return s, nil
+}
+
+// Resolve returns a command that means the same in any directory: its program is looked up, and words that
+// are names of existing files are made absolute.
+func Resolve(command []string) ([]string, error) {
+	if len(command) == 0 {
+		return nil, errors.New("no command to start the plugin with")
+	}
+	path, err := exec.LookPath(command[0])
+	if err != nil {
+		return nil, fmt.Errorf("find the plugin: %w", err)
+	}
+	resolved := append([]string{path}, command[1:]...)
+	for i, word := range resolved {
+		if _, err := os.Stat(word); err != nil || strings.HasPrefix(word, "-") {
+			continue
+		}
+		if resolved[i], err = filepath.Abs(word); err != nil {
+			return nil, fmt.Errorf("find %s: %w", word, err)
+		}
+	}
+	return resolved, nil
 }
 
 func (s *suite) close() {
