@@ -299,8 +299,8 @@ func (l *lab) checkLeaks(t *testing.T) {
 			}
 		}
 	}
-	if len(l.canaries) < 10 || len(places["the log"]) == 0 {
-		t.Errorf("%d canaries, %d bytes of log: the check checks nothing", len(l.canaries), len(places["the log"]))
+	if len(places["the log"]) == 0 {
+		t.Error("the log is empty: it is not the server's")
 	}
 }
 
