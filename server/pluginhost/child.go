@@ -37,15 +37,16 @@ type child struct {
 	errW     *io.PipeWriter
 	// line is the handshake; set once it was read.
 	line atomic.Pointer[string]
-	// hung is set when the process is ended because it hangs.
-	hung atomic.Bool
+	// killed is set when the host has ended the process.
+	killed atomic.Bool
 	// exited is closed when the process is reaped and its group killed; status is set before.
 	exited chan struct{}
 	status error
 
-	mu     sync.Mutex // guards what follows
-	cmd    *exec.Cmd  // once started
-	doomed bool       // to be killed as soon as it is
+	mu        sync.Mutex // guards what follows
+	cmd       *exec.Cmd  // once started
+	doomed    bool       // to be killed as soon as it is
+	collected bool       // its number may be another's
 }
 
 func newChild(g *program, out *tail, patience time.Duration) *child {
@@ -106,7 +107,11 @@ func (c *child) live(started chan<- error) {
 	var readers sync.WaitGroup
 	readers.Go(func() { c.readStdout(pipes[0]) })
 	readers.Go(func() { c.out.read(pipes[1]) })
-	c.status = reap(c.cmd, c.dir)
+	c.status = reap(c.cmd, c.dir, func() {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		c.collected = true
+	})
 	// Its descendants are dead too, so both pipes end, unless one has escaped.
 	ended := make(chan struct{})
 	go func() {
@@ -212,7 +217,7 @@ func (c *child) handshakeError(err error, limit time.Duration) error {
 	line := c.line.Load()
 	select {
 	case <-c.exited:
-		if line == nil && !c.hung.Load() {
+		if line == nil && !c.killed.Load() {
 			return fmt.Errorf("it ended before its handshake: %s", c.why())
 		}
 	default:
@@ -229,25 +234,25 @@ func (c *child) handshakeError(err error, limit time.Duration) error {
 
 // signal asks the group to end, or kills it.
 func (c *child) signal(kill bool) {
-	select {
-	case <-c.exited:
-	default:
-		if p := c.process(); p != nil {
-			signalGroup(p, kill)
-		}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.cmd != nil && !c.collected {
+		c.killed.Store(c.killed.Load() || kill)
+		signalGroup(c.cmd.Process, kill)
 	}
 }
 
 // dump has a process that hangs write where it does, which Go programs do at SIGQUIT, and gives it a moment for that.
 func (c *child) dump(patience time.Duration) {
-	select {
-	case <-c.exited:
-	default:
-		if p := c.process(); p != nil {
-			c.hung.Store(true)
-			quit(p)
-			wait(c.exited, nil, patience)
-		}
+	c.mu.Lock()
+	asked := c.cmd != nil && !c.collected
+	if asked {
+		c.killed.Store(true)
+		quit(c.cmd.Process)
+	}
+	c.mu.Unlock()
+	if asked {
+		wait(c.exited, nil, patience)
 	}
 }
 

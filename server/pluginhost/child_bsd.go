@@ -15,8 +15,9 @@ func startConfined(cmd *exec.Cmd, _ *program) error {
 }
 
 // reap waits for the child and kills what is left of its group. A descendant in a group of its own lives on.
-func reap(cmd *exec.Cmd, _ string) error {
+func reap(cmd *exec.Cmd, _ string, collecting func()) error {
 	err := cmd.Wait()
+	collecting()
 	_ = syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL)
 	return err
 }

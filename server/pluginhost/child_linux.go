@@ -125,8 +125,8 @@ func limit(pid, resource int, value uint64) error {
 }
 
 // reap waits for the child, kills what is left of its group while its number cannot be used again, and what has left
-// the group, and collects it.
-func reap(cmd *exec.Cmd, dir string) error {
+// the group, and collects it; before that it calls collecting.
+func reap(cmd *exec.Cmd, dir string, collecting func()) error {
 	for {
 		err := unix.Waitid(unix.P_PID, cmd.Process.Pid, nil, unix.WEXITED|unix.WNOWAIT, nil)
 		if !errors.Is(err, unix.EINTR) {
@@ -139,6 +139,7 @@ func reap(cmd *exec.Cmd, dir string) error {
 			break
 		}
 	}
+	collecting()
 	return cmd.Wait()
 }
 

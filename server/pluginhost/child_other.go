@@ -12,7 +12,11 @@ import (
 // startConfined starts the child: there are no process groups here, so descendants of a plugin are its own to end.
 func startConfined(cmd *exec.Cmd, _ *program) error { return cmd.Start() }
 
-func reap(cmd *exec.Cmd, _ string) error { return cmd.Wait() }
+func reap(cmd *exec.Cmd, _ string, collecting func()) error {
+	err := cmd.Wait()
+	collecting()
+	return err
+}
 
 // signalGroup kills, since there is nothing gentler.
 func signalGroup(p *os.Process, _ bool) { _ = p.Kill() }

@@ -138,7 +138,7 @@ func (p *process) learn(c *conn, desc *pluginv1.DescribeResponse) error {
 func (p *process) abandon(c *conn, err error) error {
 	c.cancel()
 	if c.child.process() != nil {
-		if wait(c.child.exited, nil, 100*time.Millisecond) {
+		if wait(c.child.exited, nil, 100*time.Millisecond) && !c.child.killed.Load() {
 			err = fmt.Errorf("%w; it ended: %s", err, c.child.why())
 		}
 		c.child.signal(true)

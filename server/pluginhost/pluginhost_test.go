@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -172,15 +173,29 @@ func TestPanicSparesTheRest(t *testing.T) {
 	}
 }
 
+// standStill stops a process, and returns once each of its threads has.
+func standStill(t testing.TB, pid int) {
+	t.Helper()
+	if err := syscall.Kill(pid, syscall.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "all threads stand still", func() bool {
+		threads, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", pid))
+		return err == nil && len(threads) > 0 && !slices.ContainsFunc(threads, func(path string) bool {
+			stat, _ := os.ReadFile(path)
+			_, rest, _ := strings.Cut(string(stat), ") ")
+			return !strings.HasPrefix(rest, "T")
+		})
+	})
+}
+
 func TestHungPluginIsRestarted(t *testing.T) {
 	f := start(t, func(tm *timing) { tm.grace = 200 * time.Millisecond }, self("plugin-all")).ready(t)
 	sub := newSub(t, 1, nil)
 	sub.AttemptTimeout = 200 * time.Millisecond
 	f.attempt(t, sub, newJob(0, "x"))
 	pid := f.Pids()["test/all"]
-	if err := syscall.Kill(pid, syscall.SIGSTOP); err != nil {
-		t.Fatal(err)
-	}
+	standStill(t, pid)
 	got := f.attempt(t, sub, newJob(1, "x"))
 	if !got.Indeterminate {
 		t.Errorf("got %+v", got)
@@ -194,9 +209,7 @@ func TestHungPluginIsRestarted(t *testing.T) {
 func TestSilentPluginIsRestarted(t *testing.T) {
 	f := start(t, func(tm *timing) { tm.heartbeat = 20 * time.Millisecond }, self("plugin-all")).ready(t)
 	pid := f.Pids()["test/all"]
-	if err := syscall.Kill(pid, syscall.SIGSTOP); err != nil {
-		t.Fatal(err)
-	}
+	standStill(t, pid)
 	eventually(t, "the silent process is gone", func() bool { return !alive(pid) })
 	f.ready(t)
 }
