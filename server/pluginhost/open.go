@@ -140,6 +140,9 @@ func (p *process) abandon(c *conn, err error) error {
 	if c.child.process() != nil {
 		if wait(c.child.exited, nil, 100*time.Millisecond) && !c.child.killed.Load() {
 			err = fmt.Errorf("%w; it ended: %s", err, c.child.why())
+			if c.child.killedByOthers() {
+				err = killedError{err, false}
+			}
 		}
 		c.child.signal(true)
 		<-c.child.exited

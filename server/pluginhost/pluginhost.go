@@ -13,6 +13,9 @@
 //	    └──────────────────────▲ │
 //	                             └──▶ failed (5 crashes in 5 minutes; tried again every 30 s)
 //
+// Crashes count for this that are a plugin's own doing. A process that somebody else's signal ends while it serves, as
+// the kernel does for want of memory, is back within a second, however often that happens.
+//
 // Update replaces a plugin while attempts are at hand: the new process starts beside the old one, and only once it
 // has described itself and opened its streams do the kinds move over, in one step. What waits for the old process
 // goes to the new one; what was written to it is answered by it, and then it ends.
@@ -105,6 +108,7 @@ func defaultTiming() timing {
 const (
 	failedAfter   = 5
 	failedWithin  = 5 * time.Minute
+	killedPause   = 3    // pauses before a process that is killed while it serves grow this often: to 800 ms
 	maxResponse   = 4096 // bytes of a response kept with an attempt
 	defaultSigner = "standard-webhooks"
 )

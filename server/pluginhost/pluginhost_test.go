@@ -237,6 +237,33 @@ func TestCrashLoopFailsAndRecovers(t *testing.T) {
 	}
 }
 
+// TestKillingIsNoFailure kills a process more often than a plugin may crash: it is not the plugin's doing, so the plugin
+// is not left alone.
+func TestKillingIsNoFailure(t *testing.T) {
+	f := start(t, func(tm *timing) {
+		tm.backoffMin, tm.backoffMax, tm.failedRetry = time.Millisecond, 5*time.Millisecond, time.Hour
+	}, self("plugin-all")).ready(t)
+	for range failedAfter + 2 {
+		var pid int
+		eventually(t, "it serves", func() bool {
+			pid = f.Pids()["test/all"]
+			return pid != 0
+		})
+		if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
+			t.Fatal(err)
+		}
+		eventually(t, "the end is noticed", func() bool { return f.Pids()["test/all"] != pid })
+	}
+	f.ready(t)
+	if got := f.attempt(t, newSub(t, 1, nil), newJob(0, "x")); got.Outcome != delivery.OutcomeSucceeded {
+		t.Errorf("after %d kills: %+v", failedAfter+2, got)
+	}
+	p := f.Plugins()[0]
+	if got := p.GetInstances()[0]; got.GetRestartCount() != failedAfter+2 || got.GetLastError() != "signal: killed" || p.GetHealth().String() != "HEALTH_DEGRADED" {
+		t.Errorf("after %d kills the status is %v: %v", failedAfter+2, p.GetHealth(), got)
+	}
+}
+
 func (p *process) failed() bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()

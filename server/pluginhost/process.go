@@ -40,9 +40,9 @@ type process struct {
 	lastErr  string
 	// refusal is why a process that was to replace this one did not.
 	refusal error
-	crashes []time.Time // of the last failedWithin
-	crashed time.Time   // the latest
-	last    []string    // what it wrote before that
+	crashes []crash   // of the last failedWithin
+	crashed time.Time // the latest
+	last    []string  // what it wrote before that
 }
 
 type state int
@@ -176,8 +176,12 @@ func (p *process) run(ctx context.Context) {
 			p.host.refuse(p, err)
 			return
 		}
-		if time.Since(began) >= p.host.timing.stable {
+		var killed killedError
+		switch {
+		case time.Since(began) >= p.host.timing.stable:
 			short = 0
+		case errors.As(err, &killed) && killed.served:
+			short = min(short, killedPause)
 		}
 		short++
 		timer := time.NewTimer(p.ended(err, short))
@@ -237,8 +241,12 @@ func (p *process) serve(ctx context.Context, c *conn) error {
 			cause = c.child.why()
 		}
 	}
+	killed := c.child.killedByOthers() // before it is the server that kills what is left
 	c.end(c.name + ": " + cause)
 	p.noteOutput(c)
+	if killed && !errors.Is(c.cause, errProtocol) && !errors.Is(c.cause, errHangs) {
+		return killedError{errors.New(cause), true}
+	}
 	return errors.New(cause)
 }
 
@@ -261,13 +269,19 @@ func (p *process) ended(err error, short int) time.Duration {
 	p.restarts++
 	p.lastErr = err.Error()
 	p.crashed = now
-	p.crashes = append(p.recent(now), now)
-	inARow := len(p.crashes)
+	var killed killedError
+	p.crashes = append(p.recent(now), crash{now, errors.As(err, &killed)})
+	own := 0
+	for _, c := range p.crashes {
+		if !c.killed {
+			own++
+		}
+	}
 	p.mu.Unlock()
 	p.host.metrics.restarts.WithLabelValues(p.displayName()).Inc()
-	if inARow >= failedAfter {
+	if own >= failedAfter && killed.error == nil {
 		p.setState(failed)
-		p.log.Error("plugin failed", "crashes", inARow, "retry_in", t.failedRetry, "err", err)
+		p.log.Error("plugin failed", "crashes", own, "retry_in", t.failedRetry, "err", err)
 		return t.failedRetry
 	}
 	p.setState(backoff)
@@ -278,8 +292,8 @@ func (p *process) ended(err error, short int) time.Duration {
 }
 
 // recent are the crashes that still count.
-func (p *process) recent(now time.Time) []time.Time {
-	for len(p.crashes) > 0 && now.Sub(p.crashes[0]) > failedWithin {
+func (p *process) recent(now time.Time) []crash {
+	for len(p.crashes) > 0 && now.Sub(p.crashes[0].at) > failedWithin {
 		p.crashes = p.crashes[1:]
 	}
 	return p.crashes

@@ -329,11 +329,7 @@ func (c *conn) ownDoing() bool {
 	}
 	status, ok := ended.Sys().(syscall.WaitStatus)
 	if ok && status.Signaled() {
-		switch status.Signal() {
-		case syscall.SIGSEGV, syscall.SIGABRT, syscall.SIGBUS, syscall.SIGILL, syscall.SIGFPE, syscall.SIGTRAP:
-			return true
-		}
-		return false
+		return ownSignal(status.Signal())
 	}
 	switch ended.ExitCode() - 128 {
 	case int(syscall.SIGHUP), int(syscall.SIGINT), int(syscall.SIGTERM), int(syscall.SIGKILL):
