@@ -54,7 +54,7 @@ type conn struct {
 	unanswered atomic.Int64
 	redactor   redactor
 	overhead   latency
-	answered   atomic.Bool // an attempt, at least once
+	answered   atomic.Bool // an attempt or a signature, at least once
 	breakOnce  sync.Once
 	broken     chan struct{}
 	cause      error // set before broken is closed

@@ -89,6 +89,9 @@ func (c *conn) signed(resp *pluginv1.SignResponse) error {
 		seqs[i] = r.GetSeq()
 	}
 	taken, err := c.signs.take(seqs, nil)
+	if len(taken) > 0 {
+		c.answered.Store(true)
+	}
 	for i, p := range taken {
 		r := resp.GetResults()[i]
 		if r.GetFailure() != nil {
