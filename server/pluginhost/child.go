@@ -59,6 +59,10 @@ func newChild(g *program, out *tail, patience time.Duration) *child {
 // place says what the process is to find: its environment, and its directory.
 func (c *child) place(env []string, dir string) error {
 	c.env, c.dir = env, dir
+	if runtime.GOOS != "windows" {
+		// Scripts find their interpreter by it; the server's own would say where the server looks.
+		c.env = append(c.env, "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
+	}
 	if limit := c.program.spec.Limits.MemoryBytes; limit > 0 {
 		c.env = append(c.env, "GOMEMLIMIT="+strconv.FormatUint(limit/10*9, 10))
 	}
