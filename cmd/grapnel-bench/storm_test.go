@@ -6,28 +6,17 @@ import (
 	"flag"
 	"net/http"
 	"net/http/httptest"
-	"os"
 	"path/filepath"
 	"runtime"
-	"strconv"
-	"strings"
 	"sync"
 	"syscall"
 	"testing"
 	"time"
-
-	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
 )
 
 var stormDuration = flag.Duration("storm.duration", 3*time.Second, "how long TestStorm kills plugins")
 
-const (
-	stormEvery = 200 * time.Millisecond
-	// spared is the crash before the one after which the server leaves a plugin alone for half a minute. Short
-	// storms stop short of it, long ones do not.
-	spared = 4
-	long   = 20 * time.Second
-)
+const stormEvery = 200 * time.Millisecond
 
 // TestStorm kills all plugin processes of a real server with SIGKILL every 200 ms while events pour in: the bundled
 // one, a third party's that signs, and those that take what was in flight. Everything that was acknowledged must
@@ -118,50 +107,19 @@ func (s *storm) rage(t *testing.T, d time.Duration) {
 	tick := time.NewTicker(stormEvery)
 	defer tick.Stop()
 	for end := time.Now().Add(d); time.Now().Before(end); <-tick.C {
-		s.strike(t, d < long)
+		s.strike()
 		s.server.living(t)
 	}
 }
 
-// strike kills all children of the server, or all but those to spare.
-func (s *storm) strike(t *testing.T, gentle bool) {
-	t.Helper()
-	keep := map[string]func(pid int) bool{}
-	if gentle {
-		for program, name := range map[string]string{"grapnel": standard, "stamp": stampSigner} {
-			keep[program] = s.spares(s.server.plugin(t, name))
-		}
-	}
+// strike kills all children of the server.
+func (s *storm) strike() {
 	for _, pid := range children(s.server.cmd.Process.Pid) {
-		stat := procStat(pid)
-		if len(stat) == 0 || stat[0] == "Z" {
-			continue
-		}
-		if spare := keep[programOf(pid)]; spare != nil && spare(pid) {
+		if stat := procStat(pid); len(stat) == 0 || stat[0] == "Z" {
 			continue
 		}
 		if syscall.Kill(pid, syscall.SIGKILL) == nil {
 			s.killed[pid] = true
 		}
 	}
-}
-
-// spares says which processes of a plugin to leave alone: none before it has crashed often enough, then the one that
-// serves, and as long as that is not known, all.
-func (s *storm) spares(p *grapnelv1.Plugin) func(pid int) bool {
-	return func(pid int) bool {
-		is := p.GetInstances()
-		return len(is) > 0 && is[0].GetRestartCount() >= spared && (is[0].GetPid() == 0 || int(is[0].GetPid()) == pid)
-	}
-}
-
-// programOf tells the server's children apart by their command line.
-func programOf(pid int) string {
-	raw, err := os.ReadFile(filepath.Join("/proc", strconv.Itoa(pid), "cmdline"))
-	if err != nil {
-		return ""
-	}
-	path, _, _ := strings.Cut(string(raw), "\x00")
-	program, _, _ := strings.Cut(filepath.Base(path), "-")
-	return program
 }
