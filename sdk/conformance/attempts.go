@@ -279,14 +279,17 @@ func (a *attempts) callOne(p *pending, at *pluginv1.Attempt, c *pluginv1.Content
 }
 
 // wait returns the answer to an attempt, or an error when none comes in time.
-func (a *attempts) wait(p *pending) (*pluginv1.AttemptResult, error) {
-	timer := time.NewTimer(time.Until(p.sent.Add(p.limit)))
+func (a *attempts) wait(p *pending) (*pluginv1.AttemptResult, error) { return a.waitFor(p, p.limit) }
+
+// waitFor is wait with another limit, from the sending on.
+func (a *attempts) waitFor(p *pending, limit time.Duration) (*pluginv1.AttemptResult, error) {
+	timer := time.NewTimer(time.Until(p.sent.Add(limit)))
 	defer timer.Stop()
 	select {
 	case <-p.answer:
 		return p.result, p.err
 	case <-timer.C:
-		return nil, fmt.Errorf("an attempt was not answered within %v", p.limit)
+		return nil, fmt.Errorf("an attempt was not answered within %v", limit.Round(time.Millisecond))
 	case <-a.ctx.Done():
 		return nil, context.Cause(a.ctx)
 	}

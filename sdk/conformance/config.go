@@ -54,7 +54,7 @@ func configCases() []Case {
 			Protects: "attempts under way while a change is made"},
 		{ID: "CF-18", Group: g, Title: "a removed instance is gone; unknown refs are ignored", run: removeFrees,
 			Protects: "a deleted subscription's key is not used any more"},
-		{ID: "CF-19", Group: g, Title: "takes 1,000 instances within 10 s and 100 KiB each", run: manyInstances,
+		{ID: "CF-19", Group: g, Title: "takes 1,000 instances: 100 within 10 s, and 100 KiB of memory for each", run: manyInstances,
 			Protects: "many tenants share one process"},
 		{ID: "CF-20", Group: g, Title: "Configure while attempts run loses none", run: configureUnderLoad,
 			Protects: "changes happen all the time"},

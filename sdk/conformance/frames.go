@@ -55,8 +55,7 @@ func malformedFrames(t *trial) error {
 	bad := newAttempt(1, attemptTimeout)
 	bad.Content = 7
 	if p, err := a.submit(twoContents(), bad); err == nil {
-		p[0].limit = 5 * time.Second
-		res, err := a.wait(p[0])
+		res, err := a.waitFor(p[0], 5*time.Second)
 		a.mu.Lock()
 		ended := a.ended
 		a.mu.Unlock()

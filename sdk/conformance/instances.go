@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"time"
 
@@ -204,8 +205,10 @@ func manyInstances(t *trial) error {
 			return err
 		}
 		before, known := usageOf(ses.proc.pid())
-		if err := ses.take(list[1:]...); err != nil {
-			return err
+		for part := range slices.Chunk(list[1:], 100) {
+			if err := ses.take(part...); err != nil {
+				return err
+			}
 		}
 		after, _ := usageOf(ses.proc.pid())
 		if grown := after.rss - before.rss; known && grown > n*each+(16<<20) {

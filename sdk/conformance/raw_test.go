@@ -1,3 +1,5 @@
+//go:build unix
+
 package conformance_test
 
 import (
@@ -318,7 +320,7 @@ func (r *raw) configure(in *pluginv1.Instance) []*pluginv1.Diagnostic {
 	case r.is("logs-secret"):
 		fmt.Fprintln(os.Stderr, "configured with", in.GetSecrets()["key"])
 	case r.is("slow-instances"):
-		<-time.After(20 * time.Millisecond)
+		<-time.After(120 * time.Millisecond)
 	}
 	if len(ds) > 0 {
 		if r.is("bad-generation-drops") {
