@@ -261,9 +261,14 @@ func publishedKey(t *testing.T, s *stand, id string) *ecdsa.PublicKey {
 	for _, k := range set.Keys {
 		x, errX := base64.RawURLEncoding.DecodeString(k.X)
 		y, errY := base64.RawURLEncoding.DecodeString(k.Y)
-		if k.Kid == id && k.Kty == "EC" && k.Crv == "P-256" && k.D == "" && errX == nil && errY == nil {
-			return &ecdsa.PublicKey{Curve: elliptic.P256(), X: new(big.Int).SetBytes(x), Y: new(big.Int).SetBytes(y)}
+		if k.Kid != id || k.Kty != "EC" || k.Crv != "P-256" || k.D != "" || errX != nil || errY != nil {
+			continue
 		}
+		public, err := ecdsa.ParseUncompressedPublicKey(elliptic.P256(), slices.Concat([]byte{4}, x, y))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return public
 	}
 	t.Fatalf("no key %s of P-256 in the key set %+v", id, set)
 	return nil

@@ -22,6 +22,7 @@ import (
 
 	receiverv1 "github.com/grapnel/grapnel/proto/grapnel/receiver/v1"
 	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
+	"github.com/grapnel/grapnel/server/servertest"
 )
 
 // grpcReceiver implements the one method that receivers have. It answers by the path it is called at.
@@ -158,11 +159,10 @@ func grpcReceivers(t *testing.T, s *stand) {
 	if d := s.fail("gone"); d.GetState() != grapnelv1.Delivery_STATE_REJECTED || d.GetAttemptCount() != 1 {
 		t.Errorf("GONE ended as %v after %d attempts", d.GetState(), d.GetAttemptCount())
 	}
-	got, err := grapnelv1.NewSubscriptionServiceClient(s.Conn).GetSubscription(t.Context(), &grapnelv1.GetSubscriptionRequest{Name: sub.GetName()})
-	if err != nil || got.GetSubscription().GetState() != grapnelv1.Subscription_STATE_DISABLED {
-		t.Errorf("after GONE the subscription is %v (%v)", got.GetSubscription().GetState(), err)
-	}
-	t.Logf("disabled: %s", got.GetSubscription().GetStateReason())
+	servertest.Await(t, "the subscription to be disabled after GONE", func() bool {
+		got, err := grapnelv1.NewSubscriptionServiceClient(s.Conn).GetSubscription(t.Context(), &grapnelv1.GetSubscriptionRequest{Name: sub.GetName()})
+		return err == nil && got.GetSubscription().GetState() == grapnelv1.Subscription_STATE_DISABLED
+	})
 }
 
 func grpcOverTLS(t *testing.T, s *stand) {

@@ -178,7 +178,6 @@ func forwardProxies(t *testing.T, s *stand) {
 		if a := s.fail(scheme + "-wrong").GetLastAttempt(); !strings.HasSuffix(a.GetError(), "proxy: it refused the credentials") {
 			t.Errorf("%s, wrong password: %v: %q", scheme, a.GetOutcome(), a.GetError())
 		}
-		asked = map[string]int{}
 		for _, name := range []string{"local", "proxy"} {
 			id := scheme + "-forbidden-" + name
 			config := map[string]any{"proxy": map[string]any{"url": r.url, "resolve": name}}
