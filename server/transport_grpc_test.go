@@ -49,6 +49,8 @@ func (r *grpcReceiver) Deliver(ctx context.Context, req *receiverv1.DeliverReque
 	switch {
 	case strings.HasSuffix(req.GetPath(), "busy") && len(r.calls[req.GetPath()]) == 1:
 		return nil, with(codes.Unavailable, "at lunch", &errdetails.RetryInfo{RetryDelay: durationpb.New(time.Second)})
+	case strings.HasSuffix(req.GetPath(), "echo"):
+		return nil, status.Errorf(codes.Unauthenticated, "not for %s", md.Get("authorization"))
 	case strings.HasSuffix(req.GetPath(), "gone"):
 		return nil, with(codes.FailedPrecondition, "moved away", &errdetails.ErrorInfo{Reason: "GONE", Domain: "hooks.example.com"})
 	}
@@ -180,6 +182,11 @@ func grpcOverTLS(t *testing.T, s *stand) {
 	s.verifiedCalls(calls)
 	if len(calls) != 10 || calls[0].token != "Bearer "+token || rcv.connections() != 1 {
 		t.Errorf("%d calls over %d connections, the first with %q", len(calls), rcv.connections(), calls[0].token)
+	}
+	echo := map[string]string{"ca": ca.pem, "client_certificate": ca.client(s, "another grpc client"), "token": token}
+	s.over("echo", "grpcs://"+rcv.addr+"/echo", route{plugin: "grpc", secrets: echo}, oneTry)
+	if a := s.attempts(s.fail("echo").GetName())[0]; a.GetResponseCode() != http.StatusUnauthorized || !strings.Contains(string(a.GetResponseBody()), "not for") {
+		t.Errorf("the receiver said the token back: %v, %q", a, a.GetResponseBody())
 	}
 	for id, secrets := range map[string]map[string]string{
 		"without": {"ca": ca.pem}, "distrusted": {"ca": newAuthority(t).pem},

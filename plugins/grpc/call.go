@@ -22,6 +22,8 @@ const clockSkew = 50 * time.Millisecond
 type call struct {
 	link *link
 	keep int // of the status message
+	// secret is what the receiver is shown, and what is taken out of what it says.
+	secret string
 
 	// suspect says that the link should take no further calls.
 	suspect bool
@@ -51,7 +53,7 @@ func (c *call) do(ctx context.Context, m *receiverv1.DeliverRequest) (*plugin.Re
 	case p.answered.Load() && st.Code() == codes.DeadlineExceeded && time.Until(deadline) < clockSkew:
 		return nil, outdated(peer)
 	case p.answered.Load():
-		return response(st, c.keep, peer), nil
+		return response(st, c.secret, c.keep, peer), nil
 	case ctx.Err() != nil, st.Code() == codes.DeadlineExceeded:
 		c.suspect = !c.link.conn.HeardSince(began)
 		return nil, interrupted(ctx, state, peer)

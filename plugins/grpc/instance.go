@@ -89,7 +89,7 @@ func (i *instance) attempt(ctx context.Context, r *plugin.Request) (*plugin.Resp
 		if err != nil {
 			return nil, outbound.NotConnected(ctx, err)
 		}
-		c := call{link: lease.Conn, keep: r.MaxResponseBody}
+		c := call{link: lease.Conn, keep: r.MaxResponseBody, secret: strings.TrimPrefix(i.bearer, "Bearer ")}
 		resp, err := c.do(ctx, message)
 		if c.suspect {
 			lease.Retire()

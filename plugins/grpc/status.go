@@ -16,14 +16,18 @@ import (
 // reasonGone is the google.rpc.ErrorInfo reason that disables a subscription.
 const reasonGone = "GONE"
 
-// response is a status that the receiver sent, in HTTP's terms.
-func response(st *status.Status, keep int, peer string) *plugin.Response {
+// response is a status that the receiver sent, in HTTP's terms, without the secret, which it may say back.
+func response(st *status.Status, secret string, keep int, peer string) *plugin.Response {
 	r := &plugin.Response{Status: httpStatus(st), Peer: peer}
 	if st.Code() == codes.OK {
 		return r
 	}
 	r.Headers = []plugin.Header{{Name: "grpc-status", Value: strconv.Itoa(int(st.Code()))}}
-	r.Body = []byte(st.Message())
+	text := st.Message()
+	if secret != "" {
+		text = strings.ReplaceAll(text, secret, "[redacted]")
+	}
+	r.Body = []byte(text)
 	if len(r.Body) > keep {
 		r.Body, r.Truncated = r.Body[:keep], true
 	}
