@@ -76,10 +76,10 @@ func cloudEventsHandshake(t *testing.T, s *stand) {
 	}{
 		"other":     {"/other", 0, []string{"subscription.uri", "did not agree", "names another origin", "events.example.com"}},
 		"silent":    {"/silent", 0, []string{"subscription.uri", "did not agree", "answered 200 without WebHook-Allowed-Origin"}},
-		"forbidden": {"/forbidden", 0, []string{"subscription.uri", "it answered 403"}},
-		"broken":    {"/broken", 0, []string{"subscription.uri", "it answered 500"}},
+		"forbidden": {"/forbidden", 0, []string{"subscription.uri", "answered 403"}},
+		"broken":    {"/broken", 0, []string{"subscription.uri", "answered 500"}},
 		"too-fast":  {"/granted", 10, []string{"subscription.max_rate", "10 a second", "120 requests a minute", "at most 2"}},
-		"unlimited": {"/granted", 0, []string{"subscription.max_rate", "is not set", "120 requests a minute"}},
+		"unlimited": {"/granted", 0, []string{"subscription.max_rate", "0 is no limit", "120 requests a minute"}},
 	} {
 		text := s.refuses(id, srv.URL+c.path, asks(0), rated(c.rate))
 		for _, want := range c.want {
@@ -132,7 +132,7 @@ func slackChallenge(t *testing.T, s *stand) {
 		}
 		mu.Unlock()
 	}
-	for id, want := range map[string]string{"wrong": "answer is not the challenge", "failing": "it answered 503"} {
+	for id, want := range map[string]string{"wrong": "answer is not the challenge", "failing": "answered 503"} {
 		if text := s.refuses(id, srv.URL+"/"+id, r, nil); !strings.Contains(text, "subscription.uri") || !strings.Contains(text, want) {
 			t.Errorf("%s: %s", id, text)
 		}

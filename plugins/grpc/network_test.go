@@ -327,7 +327,7 @@ func TestTLS(t *testing.T) {
 		"unknown authority":      {plain, nil, nil, "the certificate is by an unknown authority"},
 		"wrong name":             {plain, map[string]any{"tls": map[string]any{"server_name": "x.example.com"}}, map[string][]string{"ca": {ca.PEM}}, "the certificate is not valid for the host"},
 		"client certificate":     {mutual, nil, map[string][]string{"ca": {ca.PEM}, "client_certificate": {mine.Cert + mine.Key}}, ""},
-		"no client certificate":  {mutual, nil, map[string][]string{"ca": {ca.PEM}}, "the receiver wants a client certificate, and has not got one that it would take"},
+		"no client certificate":  {mutual, nil, map[string][]string{"ca": {ca.PEM}}, "the receiver wants a client certificate; fill the slot client_certificate with one that it trusts"},
 		"wrong client authority": {mutual, nil, map[string][]string{"ca": {ca.PEM}, "client_certificate": {stranger.Cert + stranger.Key}}, "the receiver refused the client certificate"},
 	}
 	for name, test := range tests {

@@ -151,7 +151,7 @@ func TestTLS(t *testing.T) {
 		"wrong name":                 {to: "tls", scheme: "tls", secrets: trusted, config: map[string]any{"tls": map[string]any{"server_name": "x.example.com"}}, failure: tlsFailure("the certificate is not valid for the host")},
 		"unknown authority":          {to: "tls", scheme: "tls", failure: tlsFailure("the certificate is by an unknown authority")},
 		"unknown, though not wanted": {to: "tls", scheme: "nats", failure: tlsFailure("the certificate is by an unknown authority")},
-		"no client certificate":      {to: "mutual", scheme: "tls", secrets: trusted, failure: tlsFailure("the receiver wants a client certificate, and has not got one that it would take")},
+		"no client certificate":      {to: "mutual", scheme: "tls", secrets: trusted, failure: tlsFailure("the receiver wants a client certificate; fill the slot client_certificate with one that it trusts")},
 		"another's certificate":      {to: "mutual", scheme: "tls", secrets: map[string][]string{"ca": {ca.PEM}, "client_certificate": {stranger.Cert + stranger.Key}}, failure: tlsFailure("the receiver refused the client certificate")},
 		"no TLS there":               {to: "plain", scheme: "tls", secrets: trusted, failure: tlsFailure("the server does not offer TLS")},
 		"no TLS there, but an authority is given": {to: "plain", scheme: "nats", secrets: trusted, failure: tlsFailure("the server does not offer TLS")},

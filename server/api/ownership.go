@@ -61,12 +61,10 @@ func (s *Server) askTarget(ctx context.Context, p *grapnelv1.Subscription) (warn
 // answerText says what came back.
 func answerText(a *delivery.Attempt) string {
 	switch {
-	case a.ResponseCode != 0 && a.Error != "":
-		return fmt.Sprintf("it answered %d: %s", a.ResponseCode, a.Error)
+	case a.Error != "":
+		return strings.TrimPrefix(a.Error, "ownership: ")
 	case a.ResponseCode != 0:
 		return fmt.Sprintf("it answered %d", a.ResponseCode)
-	case a.Error != "":
-		return a.Error
 	}
 	return "it did not say yes"
 }
@@ -85,9 +83,9 @@ func holdToRate(rate float64, allowed string) (fault, warning string) {
 	}
 	// Rounded down, so that what is advised passes.
 	most := strconv.FormatFloat(math.Floor(float64(perMinute)/60*1e4)/1e4, 'f', -1, 64)
-	given := "is not set, which is no limit"
+	given := "0 is no limit"
 	if rate > 0 {
-		given = "is " + strconv.FormatFloat(rate, 'g', -1, 64) + " a second"
+		given = "given " + strconv.FormatFloat(rate, 'g', -1, 64) + " a second"
 	}
 	return fmt.Sprintf("%s, and the receiver takes %d requests a minute (%s); want more than 0 and at most %s", given, perMinute, allowedRate, most), ""
 }

@@ -226,7 +226,7 @@ func headerConflicts(sub *grapnelv1.Subscription, bound []boundKind) []Diagnosti
 				continue
 			}
 			ds = append(ds, Diagnostic{Field: b.field + ".plugin", Code: "plugin.header_conflict", Summary: fmt.Sprintf(
-				"plugins/%s sets the header %s, and so does plugins/%s in %s; take another one of the two", b.kind.id, name, other.kind.id, other.field)})
+				"plugins/%s sets the header %s, and so does plugins/%s in %s; remove one of the two", b.kind.id, name, other.kind.id, other.field)})
 			break
 		}
 	}

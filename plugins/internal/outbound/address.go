@@ -3,9 +3,11 @@ package outbound
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"net/netip"
 	"net/url"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -42,7 +44,8 @@ func Parse(text string, ports map[string]uint16) (*Address, error) {
 	port, known := ports[u.Scheme]
 	switch {
 	case !known:
-		return nil, fmt.Errorf("the URI's scheme is %q, which this transport does not carry", u.Scheme)
+		return nil, fmt.Errorf("the URI's scheme is %q; this transport carries %s", u.Scheme,
+			strings.Join(slices.Sorted(maps.Keys(ports)), "://, ")+"://")
 	case u.Opaque != "" || u.Hostname() == "":
 		return nil, fmt.Errorf("the URI has no host; write %s://host:port", u.Scheme)
 	case u.User != nil:

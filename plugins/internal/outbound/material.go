@@ -86,7 +86,7 @@ func (o *Offer) Refusal() string {
 	case o.given.Load():
 		return "the receiver refused the client certificate"
 	}
-	return "the receiver wants a client certificate, and has not got one that it would take"
+	return "the receiver wants a client certificate; fill the slot client_certificate with one that it trusts"
 }
 
 // AuthoritiesFormat is the format of a slot ca.
