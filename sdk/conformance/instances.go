@@ -191,11 +191,18 @@ func removeFrees(t *trial) error {
 }
 
 func manyInstances(t *trial) error {
-	const n, each = 1000, 100 << 10
+	const all, each = 1000, 100 << 10
 	ses, err := t.session()
 	if err != nil {
 		return err
 	}
+	kinds := 0
+	for _, u := range t.s.subjects {
+		if usable(u) {
+			kinds++
+		}
+	}
+	n := max(all/max(kinds, 1), 101) // spread over the kinds
 	return t.each("kind", usable, func(u *subject) error {
 		list := make([]*pluginv1.Instance, n)
 		for i := range list {
@@ -211,7 +218,7 @@ func manyInstances(t *trial) error {
 			}
 		}
 		after, _ := usageOf(ses.proc.pid())
-		if grown := after.rss - before.rss; known && grown > n*each+(16<<20) {
+		if grown := after.rss - before.rss; known && grown > int64(n)*each+(16<<20) {
 			return fmt.Errorf("%d instances take %d MiB", n, grown>>20)
 		}
 		refs := make([]uint32, n)
