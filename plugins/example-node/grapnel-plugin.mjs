@@ -53,7 +53,7 @@ export class Secret extends Array {
   [util.inspect.custom]() { return "[redacted]"; }
 }
 
-// Request is what is to be signed and sent: messageId, created (seconds), nonce, method, url, headers as
+// Request is what is to be signed and sent: messageId, eventType, created (seconds), nonce, method, url, headers as
 // [name, value] with names in lower case, body (Buffer), timeout (milliseconds), signal (AbortSignal).
 export class Request {
   constructor(fields) { Object.assign(this, fields); }
@@ -234,7 +234,9 @@ export class Plugin {
         }
         value = Buffer.from(slot.generate(wanted));
       }
-      return { value: slot.read?.(value) ?? value };
+      try { return { value: slot.read?.(value) ?? value }; } catch (e) {
+        throw new Problem(e.message, { pointer: "/value", code: "secret.malformed" });
+      }
     } catch (e) {
       if (!(e instanceof Problem)) throw e;
       return { diagnostics: diagnostics([e], [value]) };
@@ -297,8 +299,10 @@ export class Plugin {
       const results = items.map((item) => {
         const instance = this.#instances.get(item.instance_ref);
         if (!instance) return { seq: item.seq, failure: failure(stale(item.instance_ref), []) };
+        const content = contents[item.content];
+        if (!content) return { seq: item.seq, failure: failure(new Failure("plugin", "protocol", "no such content", "not_sent"), []) };
         const created = Number(item.created?.seconds ?? 0) + (item.created?.nanos ?? 0) / 1e9;
-        const request = newRequest(instance, contents[item.content], { created, nonce: item.nonce, headers: item.headers });
+        const request = newRequest(instance, content, { created, nonce: item.nonce, headers: item.headers });
         const given = request.url = item.uri || request.url;
         const before = request.headers.length;
         try { instance.run(request); } catch (e) {
@@ -417,7 +421,7 @@ function readConfig(kind, raw) {
 
 function newRequest(instance, content, { headers, ...rest }) {
   const request = new Request({
-    messageId: content.message_id, body: content.body, method: instance.target.method, url: instance.target.url,
+    messageId: content.message_id, eventType: content.event_type, body: content.body, method: instance.target.method, url: instance.target.url,
     headers: pairs(content.headers), ...rest,
   });
   for (const [name, value] of instance.target.headers) request.set(name, value);

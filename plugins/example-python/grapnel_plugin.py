@@ -109,11 +109,11 @@ class Request:
     """What is to be signed and sent. Header names are lower case; body is bytes."""
 
     def __init__(self, message_id, created, nonce, method, url, headers, body, timeout=15.0, attempt_number=1,
-                 traceparent="", max_response_body=4096, ownership_check=False):
+                 traceparent="", max_response_body=4096, ownership_check=False, event_type=""):
         self.message_id, self.created, self.nonce = message_id, created, nonce
         self.method, self.url, self.headers, self.body = method, url, headers, body
         self.timeout, self.attempt_number, self.traceparent = timeout, attempt_number, traceparent
-        self.max_response_body, self.ownership_check = max_response_body, ownership_check
+        self.max_response_body, self.ownership_check, self.event_type = max_response_body, ownership_check, event_type
 
     def get(self, name):
         return next((v for n, v in self.headers if n == name.lower()), "")
@@ -203,7 +203,7 @@ class _Kind:
         """Checks the shape, fills in defaults, and returns problems instead where there are any."""
         try:
             given = json.loads(raw or b"{}")
-        except ValueError:
+        except (ValueError, RecursionError):
             return None, [Problem("the config is not JSON", "/config", "config.syntax")]
         if not isinstance(given, dict):
             return None, [Problem("want a JSON object", "/config", "config.type")]
@@ -368,8 +368,10 @@ class Plugin:
                 if algorithm not in slot.algorithms:
                     raise Problem(f"given {algorithm!r}, want one of {', '.join(slot.algorithms)}", "/algorithm", "secret.algorithm")
                 value = slot.generate(algorithm)
-            if slot.read:
-                value = slot.read(value) or value
+            try:
+                value = (slot.read(value) if slot.read else None) or value
+            except Problem as p:
+                raise Problem(p.summary, "/value", "secret.malformed") from None
             out.value = value
         except Problem as p:
             out.diagnostics.extend(self._diagnostics([p], [value]))
@@ -441,6 +443,9 @@ class Plugin:
                 instance = self._instances.get(item.instance_ref)
                 if instance is None:
                     self._fail(result.failure, _stale(item.instance_ref), [])
+                    continue
+                if item.content >= len(request.contents):
+                    self._fail(result.failure, Failure("plugin", "protocol", "no such content", "not_sent"), [])
                     continue
                 content = request.contents[item.content]
                 r = self._request(instance, content, item.created.seconds + item.created.nanos / 1e9, item.nonce, item.headers)
@@ -517,7 +522,8 @@ class Plugin:
 
     def _request(self, instance, content, created, nonce, headers):
         t = instance.target
-        r = Request(content.message_id, created, nonce, t.method, t.url, [(h.name.lower(), h.value) for h in content.headers], content.body)
+        r = Request(content.message_id, created, nonce, t.method, t.url, [(h.name.lower(), h.value) for h in content.headers], content.body,
+                    event_type=content.event_type)
         for name, value in t.headers:
             r.set(name, value)
         r.headers.extend((h.name.lower(), h.value) for h in headers)
