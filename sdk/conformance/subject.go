@@ -62,6 +62,17 @@ func (ses *session) subjectOf(k *pluginv1.Kind) *subject {
 	return u
 }
 
+// httpPrefix is what stands before http in the URIs of a transport that carries HTTP under a scheme of its own,
+// such as acme+ in acme+http.
+func (u *subject) httpPrefix() string {
+	for _, scheme := range u.kind.GetTransport().GetUriSchemes() {
+		if prefix, ok := strings.CutSuffix(scheme, "http"); ok && (prefix == "" || strings.HasSuffix(prefix, "+")) {
+			return prefix
+		}
+	}
+	return ""
+}
+
 // uris are what to try as targets. Those of http come first, since the suite can play their receivers.
 func (u *subject) uris() []string {
 	if u.fixture.URI != "" {
@@ -70,7 +81,7 @@ func (u *subject) uris() []string {
 	uris := []string{""}
 	for _, scheme := range u.kind.GetTransport().GetUriSchemes() {
 		at := len(uris)
-		if scheme == "http" {
+		if scheme == u.httpPrefix()+"http" {
 			at = 0
 		}
 		uris = slices.Insert(uris, at, scheme+"://127.0.0.1:9/conformance", scheme+"://127.0.0.1:9")
@@ -163,6 +174,8 @@ func (ses *session) instance(u *subject, uri string) *pluginv1.Instance {
 		in.Target.Uri = signerTarget
 	} else if uri == "" {
 		in.Target.Uri = u.uri
+	} else if strings.HasPrefix(uri, "http") && !u.signer() {
+		in.Target.Uri = u.httpPrefix() + uri
 	}
 	for _, name := range slices.Sorted(maps.Keys(u.fixture.Headers)) {
 		in.Target.Headers = append(in.Target.Headers, &pluginv1.Header{Name: name, Value: u.fixture.Headers[name]})
@@ -221,9 +234,11 @@ func any1(*subject) bool              { return true }
 func usable(u *subject) bool          { return u.unusable == "" }
 func usableSigner(u *subject) bool    { return u.unusable == "" && u.signer() }
 func usableTransport(u *subject) bool { return u.unusable == "" && !u.signer() }
-func overHTTP(u *subject) bool        { return u.unusable == "" && strings.HasPrefix(u.uri, "http:") }
+func overHTTP(u *subject) bool {
+	return u.unusable == "" && strings.HasPrefix(u.uri, u.httpPrefix()+"http:")
+}
 func overTLS(u *subject) bool {
-	return overHTTP(u) && slices.Contains(u.kind.GetTransport().GetUriSchemes(), "https")
+	return overHTTP(u) && slices.Contains(u.kind.GetTransport().GetUriSchemes(), u.httpPrefix()+"https")
 }
 
 func deterministicSigner(u *subject) bool {

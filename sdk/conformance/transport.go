@@ -270,7 +270,7 @@ func surpriseHeaders(t *trial) error {
 func changedQuery(t *trial) error {
 	return t.eachHTTP(answer200, func(c *carrier) error {
 		at := newAttempt(c.ref, attemptTimeout)
-		at.Uri = c.sink.url + "/hooks/orders?tenant=a%20b&signature=abc%2B%2F%3D"
+		at.Uri = c.u.httpPrefix() + c.sink.url + "/hooks/orders?tenant=a%20b&signature=abc%2B%2F%3D"
 		if _, err := c.a.one(newContent("evt_query", []byte(`{}`)), at); err != nil {
 			return err
 		}
