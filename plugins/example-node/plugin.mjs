@@ -34,7 +34,7 @@ plugin.transport("node-http", {
   schemes: ["node+http", "node+https"],
   config: { method: { type: "string", doc: "HTTP method.", default: "POST", enum: ["POST", "PUT"] } },
   adds: ["user-agent", "traceparent"],
-  doc: "HTTP requests, one connection each, for URIs that begin with node+http or node+https",
+  doc: "HTTP requests for URIs that begin with node+http or node+https",
   example: { method: "PUT" },
 }, ({ config, target }) => {
   const u = new URL(target.url);
@@ -44,16 +44,30 @@ plugin.transport("node-http", {
   const secure = u.protocol === "node+https:";
   const host = u.hostname.replace(/^\[|\]$/g, "");
   const port = Number(u.port || (secure ? 443 : 80));
-  return async (request) => {
-    let socket = await target.egress.connect(host, port, request.signal);
-    if (secure) socket = await handshake(socket, host);
+  const agent = new Connections(target.egress, { host, port, secure });
+  return (request) => {
     const headers = new Map([["host", u.host], ["user-agent", target.userAgent], ...request.headers]);
     if (request.traceparent) headers.set("traceparent", request.traceparent);
     headers.set("content-length", String(request.body.length));
     const sent = new URL(request.url);
-    return exchange(socket, { method: config.method, path: (sent.pathname || "/") + sent.search, headers: Object.fromEntries(headers) }, request);
+    return exchange({ agent, method: config.method, path: (sent.pathname || "/") + sent.search, headers: Object.fromEntries(headers) }, request);
   };
 });
+
+// Connections are kept and used again. Each is made to an address that the egress policy has passed.
+class Connections extends http.Agent {
+  constructor(egress, to) {
+    super({ keepAlive: true });
+    Object.assign(this, { egress, to });
+  }
+
+  createConnection(_, done) {
+    const { host, port, secure } = this.to;
+    this.egress.connect(host, port, AbortSignal.timeout(10_000))
+      .then((socket) => (secure ? handshake(socket, host) : socket))
+      .then((socket) => done(null, socket), done);
+  }
+}
 
 function handshake(socket, host) {
   return new Promise((resolve, reject) => {
@@ -62,27 +76,26 @@ function handshake(socket, host) {
   });
 }
 
-// exchange sends one request over a connection of its own and reads the answer, as much as is kept.
-function exchange(socket, options, request) {
+// exchange sends one request and reads the answer, as much as is kept.
+function exchange(options, request) {
   return new Promise((resolve, reject) => {
-    const peer = `${socket.remoteAddress}:${socket.remotePort}`;
-    const sent = http.request({ ...options, createConnection: () => socket, signal: request.signal }, async (answer) => {
+    const sent = http.request({ ...options, signal: request.signal }, async (answer) => {
+      const peer = `${answer.socket.remoteAddress}:${answer.socket.remotePort}`;
       const chunks = [];
       let size = 0;
       try {
         for await (const chunk of answer) {
           chunks.push(chunk);
-          if ((size += chunk.length) > request.maxResponseBody) break;
+          if ((size += chunk.length) > request.maxResponseBody) break; // which gives the connection up
         }
       } catch { /* the status stands without the rest of its body */ }
-      socket.destroy();
       const headers = [];
       for (let i = 0; i < answer.rawHeaders.length; i += 2) headers.push([answer.rawHeaders[i], answer.rawHeaders[i + 1]]);
       resolve({ status: answer.statusCode, headers, body: Buffer.concat(chunks), peer });
     });
     sent.once("error", (e) => {
-      socket.destroy();
-      if (e.name === "AbortError" || e.name === "TimeoutError") reject(new Failure("endpoint", "timeout", "no answer in time"));
+      if (e instanceof Failure) reject(e);
+      else if (e.name === "AbortError" || e.name === "TimeoutError") reject(new Failure("endpoint", "timeout", "no answer in time"));
       else if (String(e.code).startsWith("HPE_")) reject(new Failure("endpoint", "protocol", "the receiver did not answer in HTTP"));
       else reject(new Failure("endpoint", "reset", "the receiver closed the connection without an answer"));
     });
