@@ -138,12 +138,13 @@ func (in *installing) test(ctx context.Context, command []string) (*pluginv1.Des
 }
 
 func readFixture(path string) (*conformance.Fixture, error) {
-	raw, err := os.ReadFile(path)
+	file, err := os.Open(path)
 	if err != nil {
 		return nil, fmt.Errorf("read --fixture: %w", err)
 	}
-	f := &conformance.Fixture{}
-	if err := json.Unmarshal(raw, f); err != nil {
+	defer file.Close()
+	f, err := conformance.ReadFixture(file)
+	if err != nil {
 		return nil, fmt.Errorf("read --fixture %s: %w", path, err)
 	}
 	return f, nil

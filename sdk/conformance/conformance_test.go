@@ -3,6 +3,7 @@
 package conformance_test
 
 import (
+	"errors"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -109,4 +110,35 @@ func TestExamplePluginPasses(t *testing.T) {
 		t.Errorf("failed:%s", reasons)
 	}
 	t.Logf("%d cases in %v, skipped:\n%s", len(report.Results), report.Duration, strings.Join(skipped(report), "\n"))
+}
+
+// TestPluginsInOtherLanguagesPass runs the suite on the examples in Python and JavaScript. Where the language is
+// not installed the test is skipped, unless GRAPNEL_REQUIRE names it.
+func TestPluginsInOtherLanguagesPass(t *testing.T) {
+	t.Parallel()
+	for language, installed := range map[string]func() error{
+		"python": func() error { return exec.Command("/usr/bin/python3", "-c", "import grpc, google.protobuf").Run() },
+		"node": func() error {
+			_, noNode := exec.LookPath("node")
+			_, noModules := os.Stat("../../plugins/example-node/node_modules")
+			return errors.Join(noNode, noModules)
+		},
+	} {
+		t.Run(language, func(t *testing.T) {
+			t.Parallel()
+			if err := installed(); err != nil {
+				if strings.Contains(os.Getenv("GRAPNEL_REQUIRE"), language) {
+					t.Fatal(err)
+				}
+				t.Skip(err)
+			}
+			report := run(t, conformance.Options{Command: []string{"../../plugins/example-" + language + "/plugin"}})
+			if ids, reasons := failures(report); len(ids) > 0 {
+				t.Errorf("failed:%s", reasons)
+			}
+			if n := report.Count(conformance.Passed); n < 75 {
+				t.Errorf("only %d cases applied, skipped:\n%s", n, strings.Join(skipped(report), "\n"))
+			}
+		})
+	}
 }

@@ -59,6 +59,9 @@ func faults() [][]fault {
 // GRAPNEL_CONFORMANCE_EACH is set; otherwise a run has one fault of each group.
 func TestEachFaultFailsItsOwnCase(t *testing.T) {
 	t.Parallel()
+	if testing.Short() {
+		t.Skip("runs the suite a score of times")
+	}
 	// These keep other cases from meaning anything, and so stand alone.
 	runs := [][]fault{
 		{{"exits", "HS-01"}}, {{"example-refused", "CF-04"}}, {{"no-welcome", "FL-01"}}, {{"no-credits", "FL-01"}},

@@ -30,7 +30,7 @@ func handshakeCases() []Case {
 			Protects: "other users of the machine cannot connect; no sockets pile up"},
 		{ID: "HS-05", Group: g, Title: "started by hand it says what it is and exits with an error", run: startedByHand,
 			Protects: "people who run the binary, and supervisors that do by mistake"},
-		{ID: "HS-06", Group: g, Title: "starts with an empty environment, in / and without standard input", run: bareStart,
+		{ID: "HS-06", Group: g, Title: "starts with nothing in its environment but PATH and the handshake, in / and without standard input", run: bareStart,
 			Protects: "the server passes on nothing of its own environment"},
 		{ID: "HS-07", Group: g, Title: "is up within 5 s", run: quickStart,
 			Protects: "a restart after a crash keeps deliveries waiting that long"},

@@ -106,7 +106,7 @@ func handshakeEnv(l launch, dir string) []string {
 		cookie = *l.cookie
 	}
 	env := []string{
-		"PLUGIN_MIN_PORT=10000", "PLUGIN_MAX_PORT=25000", "PLUGIN_PROTOCOL_VERSIONS=1", "PLUGIN_UNIX_SOCKET_DIR=" + dir,
+		"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "PLUGIN_MIN_PORT=10000", "PLUGIN_MAX_PORT=25000", "PLUGIN_PROTOCOL_VERSIONS=1", "PLUGIN_UNIX_SOCKET_DIR=" + dir,
 	}
 	if cookie != "" {
 		env = append(env, cookieKey+"="+cookie)

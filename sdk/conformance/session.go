@@ -231,13 +231,27 @@ func (ses *session) remove(refs ...uint32) error {
 }
 
 func (ses *session) validate(in *pluginv1.Instance) ([]*pluginv1.Diagnostic, error) {
+	resp, err := ses.verdict(in)
+	return resp.GetDiagnostics(), err
+}
+
+// declaredHeaders are those that a signer may set with the subject's config.
+func (ses *session) declaredHeaders(u *subject) ([]string, error) {
+	resp, err := ses.verdict(ses.instance(u, ""))
+	if err != nil || len(resp.GetEmitsHeaders()) > 0 {
+		return resp.GetEmitsHeaders(), err
+	}
+	return u.kind.GetSigner().GetEmitsHeaders(), nil
+}
+
+func (ses *session) verdict(in *pluginv1.Instance) (*pluginv1.ValidateResponse, error) {
 	ctx, cancel := context.WithTimeout(ses.t.ctx, callLimit)
 	defer cancel()
 	resp, err := ses.plugin.Validate(ctx, &pluginv1.ValidateRequest{Instance: in})
 	if err != nil {
 		return nil, fmt.Errorf("validate: %w%s", err, ses.ending())
 	}
-	return resp.GetDiagnostics(), nil
+	return resp, nil
 }
 
 func (ses *session) prepareSecret(req *pluginv1.PrepareSecretRequest) (*pluginv1.PrepareSecretResponse, error) {

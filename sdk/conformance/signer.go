@@ -201,7 +201,10 @@ func signsDeclaredHeaders(t *trial) error {
 		if err != nil {
 			return err
 		}
-		declared := slices.Concat(u.kind.GetSigner().GetEmitsHeaders(), headersInConfig(u.config))
+		declared, err := ses.declaredHeaders(u)
+		if err != nil {
+			return err
+		}
 		for _, h := range r.GetHeaders() {
 			switch {
 			case !headerName(h.GetName()):
@@ -214,21 +217,6 @@ func signsDeclaredHeaders(t *trial) error {
 		}
 		return nil
 	})
-}
-
-// headersInConfig are the names that a config itself gives to headers, as a kind does whose headers are the
-// subscription's to choose: members of an object called headers, and the value of one called header.
-func headersInConfig(config []byte) []string {
-	var tree struct {
-		Headers map[string]any `json:"headers"`
-		Header  string         `json:"header"`
-	}
-	_ = json.Unmarshal(config, &tree) // of another form, it names none
-	names := []string{strings.ToLower(tree.Header)}
-	for name := range tree.Headers {
-		names = append(names, strings.ToLower(name))
-	}
-	return names
 }
 
 func signsURI(t *trial) error {
