@@ -41,21 +41,42 @@ func pluginColumns() []column[*grapnelv1.Plugin] {
 		{head: "PROVIDER", value: plug.GetProvider},
 		{head: "VERSION", value: plug.GetVersion},
 		{head: "HEALTH", value: func(p plug) string { return enumText(p.GetHealth()) }},
-		{head: "RESTARTS", value: func(p plug) string {
-			n := int32(0)
-			for _, i := range p.GetInstances() {
-				n += i.GetRestartCount()
+		{head: "RESTARTS", value: ofProcess(func(i *grapnelv1.PluginInstance) string { return strconv.Itoa(int(i.GetRestartCount())) })},
+		{head: "LAST CRASH", value: ofProcess(func(i *grapnelv1.PluginInstance) string {
+			if i.GetLastCrashTime() == nil {
+				return ""
 			}
-			return strconv.Itoa(int(n))
-		}},
+			return age(i.GetLastCrashTime()) + " ago"
+		})},
+		{head: "IN FLIGHT", value: ofProcess(func(i *grapnelv1.PluginInstance) string { return strconv.Itoa(int(i.GetInFlight())) })},
+		{head: "P50/P99", value: ofProcess(func(i *grapnelv1.PluginInstance) string {
+			if i.GetP99Latency() == nil {
+				return ""
+			}
+			return i.GetP50Latency().AsDuration().String() + "/" + i.GetP99Latency().AsDuration().String()
+		})},
+		{head: "SHA-256", value: ofProcess(func(i *grapnelv1.PluginInstance) string { return i.GetChecksum()[:min(12, len(i.GetChecksum()))] })},
 		{head: "SCHEMES", value: func(p plug) string { return strings.Join(p.GetUriSchemes(), ",") }},
-		{head: "DESCRIPTION", value: plug.GetDescription},
+		{head: "DESCRIPTION", detail: true, value: plug.GetDescription},
 		{head: "PROTOCOL", detail: true, value: plug.GetProtocolVersion},
 		{head: "HEADERS", detail: true, value: func(p plug) string { return strings.Join(p.GetHeaders(), ", ") }},
 		{head: "SECRETS", detail: true, value: slotsText},
 		{head: "CONFIG SCHEMA", detail: true, value: func(p plug) string { return structText(p.GetConfigSchema()) }},
 		{head: "CONFIG EXAMPLE", detail: true, value: func(p plug) string { return structText(p.GetConfigExample()) }},
 		{head: "PROCESSES", detail: true, value: instancesText},
+	}
+}
+
+// ofProcess is a column of a plugin's process; while one replaces another, of both.
+func ofProcess(value func(*grapnelv1.PluginInstance) string) func(*grapnelv1.Plugin) string {
+	return func(p *grapnelv1.Plugin) string {
+		var words []string
+		for _, i := range p.GetInstances() {
+			if text := value(i); text != "" {
+				words = append(words, text)
+			}
+		}
+		return strings.Join(words, " ")
 	}
 }
 
