@@ -325,14 +325,14 @@ func unknownKind(t *trial) error {
 		return err
 	}
 	if len(complaints(ds)) == 0 {
-		return errors.New("Validate accepts it")
+		return errors.New("it passes Validate")
 	}
 	statuses, err := ses.configure(in)
 	if err != nil {
 		return err
 	}
 	if len(complaints(statuses[0].GetDiagnostics())) == 0 {
-		return errors.New("Configure accepts it")
+		return errors.New("it passes Configure")
 	}
 	return nil
 }

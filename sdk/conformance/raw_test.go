@@ -12,7 +12,6 @@ import (
 	"encoding/base64"
 	"encoding/hex"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"net"
 	"os"
@@ -518,5 +517,3 @@ func (i *rawInstance) sign(c *pluginv1.Content, created time.Time) string {
 func rawFailure(source pluginv1.Failure_Source, code string, state pluginv1.Failure_WireState) *pluginv1.Failure {
 	return &pluginv1.Failure{Source: source, Code: code, Message: "of the raw plugin", WireState: state}
 }
-
-var errRaw = errors.New("of the raw plugin")

@@ -43,8 +43,7 @@ type rawPool struct {
 
 type rawConn struct {
 	net.Conn
-	br   *bufio.Reader
-	used bool
+	br *bufio.Reader
 }
 
 func newRawPool(r *raw) *rawPool { return &rawPool{r: r, idle: map[string][]*rawConn{}} }
