@@ -20,7 +20,7 @@ test: ## the tests, as the README says
 	go test ./...
 
 race: ## the tests under the race detector
-	go test -race ./...
+	go test -race -timeout 20m ./...
 
 bench: build ## throughput, latency, start and backlog against the raw bound of the same run
 	bin/grapnel-bench
@@ -65,11 +65,11 @@ cross: ## other systems compile
 deps: ## node packages for the tests that use them: official verifiers, the node example
 	for d in server/testdata/verifiers plugins/example-node; do npm ci --prefix "$$d" --silent; done
 
-ci: lint verify ## lint, verify, race tests (without the guides, which are all commands), and last the README's test command
-	go test -race -short -timeout 20m ./...
+ci: lint verify ## lint, verify, race tests of what runs in one process, and last the README's test command
+	go test -race -short ./plugins/... ./sdk/... ./server/...
 	go test ./...
 
-check: cross ci ## what CI runs, and the builds for other systems
+check: cross lint verify race test ## all of it: also the builds for other systems, and everything under the race detector
 
 demo: ## see what it does
 	go run ./cmd/grapnel demo
