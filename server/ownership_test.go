@@ -85,7 +85,7 @@ func TestOwnership(t *testing.T) {
 	if err := update("max_in_flight", &grapnelv1.Subscription{MaxInFlight: 2}); err != nil || asked() != "" {
 		t.Errorf("another change: %v", err)
 	}
-	refused(update("max_rate", &grapnelv1.Subscription{MaxRate: 10}), "INVALID_FIELD", "subscription.max_rate", "is 10 a second")
+	refused(update("max_rate", &grapnelv1.Subscription{MaxRate: 10}), "INVALID_FIELD", "subscription.max_rate", "given 10 a second")
 	agree("*")
 	if err := update("max_rate", &grapnelv1.Subscription{}); err != nil {
 		t.Error(err)
