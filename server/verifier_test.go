@@ -153,6 +153,7 @@ func schemes() []scheme {
 	}
 	return []scheme{
 		{name: "standard-webhooks", several: true},
+		{name: "standard-webhooks-v1a", plugin: "standard-webhooks", algorithm: "ed25519", several: true},
 		{name: "svix", several: true},
 		{name: "stripe", several: true},
 		{name: "github"},
@@ -276,7 +277,7 @@ type receiverKey struct{ key, id string }
 
 func newReceiverKey(s *grapnelv1.Secret, value string) receiverKey {
 	newest := s.GetVersions()[0]
-	if public := newest.GetPublicKey(); strings.HasPrefix(public, "-----BEGIN") {
+	if public := newest.GetPublicKey(); public != "" {
 		value = public
 	}
 	return receiverKey{key: value, id: newest.GetKeyId()}

@@ -40,7 +40,7 @@ function expect(condition, text) {
 const pathAndQuery = (url) => { const u = new URL(url); return u.pathname + u.search; };
 
 const schemes = {
-  "standard-webhooks": (r) => new StandardWebhook(r.key).verify(r.text, r.headers),
+  "standard-webhooks": (r) => r.key.startsWith("whpk_") ? verifyV1a(r) : new StandardWebhook(r.key).verify(r.text, r.headers),
   "svix": (r) => new SvixWebhook(r.key).verify(r.text, {
     "svix-id": r.headers["svix-id"], "svix-timestamp": r.headers["svix-timestamp"], "svix-signature": r.headers["svix-signature"],
   }),
@@ -171,6 +171,15 @@ async function secondOpinion(r) {
     policy: { algorithms: ["ed25519"], requiredComponents: ["@method"], requiredParameters: ["created", "keyid"], maxAge: 300, clockSkew: 5 },
     resolveVerifier: () => ({ algorithm: "ed25519", verify: (data, signature) => crypto.verify(null, data, key, signature) }),
   });
+}
+
+// verifyV1a is node's own ed25519: no official library verifies v1a.
+function verifyV1a(r) {
+  const key = crypto.createPublicKey({ key: { kty: "OKP", crv: "Ed25519", x: Buffer.from(r.key.slice(5), "base64").toString("base64url") }, format: "jwk" });
+  const content = Buffer.concat([Buffer.from(`${r.headers["webhook-id"]}.${r.headers["webhook-timestamp"]}.`), r.body]);
+  const fits = r.headers["webhook-signature"].split(" ").some((entry) =>
+    entry.startsWith("v1a,") && crypto.verify(null, content, key, Buffer.from(entry.slice(4), "base64")));
+  expect(fits, "no v1a fits");
 }
 
 // sharedKey is a key as text, or after base64: as bytes.
