@@ -2,6 +2,7 @@ package server_test
 
 import (
 	"bytes"
+	"cmp"
 	"fmt"
 	"io"
 	"io/fs"
@@ -131,7 +132,7 @@ type route struct {
 
 func (s *stand) binding(r route) *grapnelv1.PluginBinding {
 	s.t.Helper()
-	b := &grapnelv1.PluginBinding{Plugin: "plugins/" + cmpOr(r.plugin, "http"), Secrets: map[string]string{}}
+	b := &grapnelv1.PluginBinding{Plugin: "plugins/" + cmp.Or(r.plugin, "http"), Secrets: map[string]string{}}
 	var err error
 	if b.Config, err = structpb.NewStruct(r.config); err != nil {
 		s.t.Fatal(err)
@@ -139,7 +140,7 @@ func (s *stand) binding(r route) *grapnelv1.PluginBinding {
 	for _, slot := range slices.Sorted(maps.Keys(r.secrets)) {
 		value := r.secrets[slot]
 		if !strings.HasPrefix(value, "namespaces/") {
-			value = s.secret(cmpOr(r.plugin, "http"), slot, value).GetSecret().GetName()
+			value = s.secret(cmp.Or(r.plugin, "http"), slot, value).GetSecret().GetName()
 		}
 		b.Secrets[slot] = value
 	}

@@ -3,6 +3,7 @@ package server_test
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"compress/gzip"
 	"encoding/json"
 	"fmt"
@@ -113,14 +114,7 @@ func (o *oracle) ask(t *testing.T, q question) string {
 	if verdict.OK {
 		return ""
 	}
-	return cmpOr(verdict.Error, "no, without a reason")
-}
-
-func cmpOr(a, b string) string {
-	if a != "" {
-		return a
-	}
-	return b
+	return cmp.Or(verdict.Error, "no, without a reason")
 }
 
 // scheme is one signing scheme as a subscription uses it.
@@ -223,7 +217,7 @@ type verifying struct {
 }
 
 func (v *verifying) run(t *testing.T) {
-	v.plugin = cmpOr(v.plugin, v.name)
+	v.plugin = cmp.Or(v.plugin, v.name)
 	secrets := grapnelv1.NewSecretServiceClient(v.server.Conn)
 	made, err := secrets.CreateSecret(t.Context(), &grapnelv1.CreateSecretRequest{
 		Parent: "namespaces/acme", SecretId: v.name, Plugin: "plugins/" + v.plugin, Algorithm: v.algorithm, Value: v.value,
@@ -231,7 +225,7 @@ func (v *verifying) run(t *testing.T) {
 	if err != nil {
 		t.Fatalf("create secret: %v", err)
 	}
-	first := newReceiverKey(made.GetSecret(), cmpOr(made.GetGeneratedValue(), v.value))
+	first := newReceiverKey(made.GetSecret(), cmp.Or(made.GetGeneratedValue(), v.value))
 	config, err := structpb.NewStruct(v.config)
 	if err != nil {
 		t.Fatal(err)
@@ -259,7 +253,7 @@ func (v *verifying) run(t *testing.T) {
 	if err != nil {
 		t.Fatalf("rotate secret: %v", err)
 	}
-	second := newReceiverKey(rotated.GetSecret(), cmpOr(rotated.GetGeneratedValue(), v.next))
+	second := newReceiverKey(rotated.GetSecret(), cmp.Or(rotated.GetGeneratedValue(), v.next))
 	if first == second {
 		t.Fatal("the rotation gave the same key")
 	}
@@ -290,8 +284,8 @@ func (v *verifying) deliver(t *testing.T) servertest.Request {
 	id := fmt.Sprintf("%s-%d", v.name, v.count)
 	_, err := grapnelv1.NewPublishServiceClient(v.server.Conn).Publish(t.Context(), &grapnelv1.PublishRequest{
 		Parent: "namespaces/acme",
-		Event: &grapnelv1.Event{Id: id, Type: v.name + ".test", DataContentType: cmpOr(v.contentType, "application/json"),
-			Payload: &grapnelv1.Event_Data{Data: []byte(cmpOr(v.body, `{"order": 1001, "note": "höher"}`))}},
+		Event: &grapnelv1.Event{Id: id, Type: v.name + ".test", DataContentType: cmp.Or(v.contentType, "application/json"),
+			Payload: &grapnelv1.Event_Data{Data: []byte(cmp.Or(v.body, `{"order": 1001, "note": "höher"}`))}},
 	})
 	if err != nil {
 		t.Fatalf("publish: %v", err)

@@ -54,7 +54,7 @@ func newPluginInstall(c *cli) *cobra.Command {
 plugins.lock with its SHA-256 and what it says about itself. PATH is an executable file, or a directory with
 an executable file named plugin. A server that runs with the same --plugin-dir starts the new version beside
 the old one and moves over without losing or repeating a delivery.`,
-		Args: exactly("the PATH of the plugin"),
+		Args: exactly("PATH of a plugin"),
 		RunE: func(cmd *cobra.Command, args []string) error { return in.run(cmd.Context(), args[0]) },
 	}
 	f := cmd.Flags()
@@ -182,7 +182,7 @@ func newPluginEnable(c *cli, enabled bool) *cobra.Command {
 		use, short, said = "disable NAME", "Stop an installed plugin and keep its files; deliveries that need it wait", "disabled"
 	}
 	cmd := &cobra.Command{
-		Use: use, Short: short, Args: exactly("the NAME of the plugin, such as acme/sign"),
+		Use: use, Short: short, Args: exactly("NAME of a plugin, such as acme/sign"),
 		RunE: func(_ *cobra.Command, args []string) error {
 			d, err := openPluginDir(dir)
 			if err == nil {
@@ -202,7 +202,7 @@ func newPluginRemove(c *cli) *cobra.Command {
 	var dir string
 	cmd := &cobra.Command{
 		Use: "remove NAME", Aliases: []string{"uninstall"}, Short: "Stop an installed plugin and remove its files; deliveries that need it wait",
-		Args: exactly("the NAME of the plugin, such as acme/sign"),
+		Args: exactly("NAME of a plugin, such as acme/sign"),
 		RunE: func(_ *cobra.Command, args []string) error {
 			d, err := openPluginDir(dir)
 			if err == nil {

@@ -65,16 +65,6 @@ names the plugin and its kind.`,
 	return cmd
 }
 
-// exactly wants one argument and says what it is.
-func exactly(what string) cobra.PositionalArgs {
-	return func(cmd *cobra.Command, args []string) error {
-		if len(args) != 1 {
-			return usagef("%s takes one argument, %s; given %d", cmd.CommandPath(), what, len(args))
-		}
-		return nil
-	}
-}
-
 func (p *project) check(dir string) (err error) {
 	if p.dir, err = filepath.Abs(dir); err != nil {
 		return err

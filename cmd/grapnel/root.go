@@ -83,9 +83,14 @@ func markRunning(c *cli, cmd *cobra.Command) {
 }
 
 // oneID is for commands about one resource.
-func oneID(cmd *cobra.Command, args []string) error {
-	if len(args) != 1 {
-		return usagef("%s takes one ID or full name, %d given; see %s --help", cmd.CommandPath(), len(args), cmd.CommandPath())
+func oneID(cmd *cobra.Command, args []string) error { return exactly("ID or full name")(cmd, args) }
+
+// exactly wants one argument and says what it is.
+func exactly(what string) cobra.PositionalArgs {
+	return func(cmd *cobra.Command, args []string) error {
+		if len(args) != 1 {
+			return usagef("%s takes one %s, %d given; see %s --help", cmd.CommandPath(), what, len(args), cmd.CommandPath())
+		}
+		return nil
 	}
-	return nil
 }

@@ -25,7 +25,6 @@ import (
 	"time"
 
 	"google.golang.org/protobuf/encoding/protojson"
-	"google.golang.org/protobuf/proto"
 
 	pluginv1 "github.com/grapnel/grapnel/proto/grapnel/plugin/v1"
 	"github.com/grapnel/grapnel/server/pluginhost"
@@ -253,12 +252,6 @@ func (e Entry) DescribeResponse() (*pluginv1.DescribeResponse, error) {
 		return nil, fmt.Errorf("manifest of %s: %w", e.Name, err)
 	}
 	return m, nil
-}
-
-// SameManifest reports whether a plugin describes itself as when it was installed.
-func (e Entry) SameManifest(m *pluginv1.DescribeResponse) bool {
-	kept, err := e.DescribeResponse()
-	return err == nil && kept != nil && proto.Equal(kept, m)
 }
 
 // folder is where the versions of a plugin are.
