@@ -7,20 +7,22 @@ import (
 	"time"
 )
 
-// ID names a delivery. Its text form sorts by creation time and leads to the partition.
+// ID names a delivery: an event and the subscription it is for. Its text form sorts by creation time and leads
+// to the partition.
 type ID struct {
 	// Seq is the event's sequence: unix milliseconds << 16 | counter, rising within a partition.
 	Seq       uint64
 	Partition uint16
-	// Ordinal is the index into the event's targets.
-	Ordinal uint16
+	// Subscription is the lane's, so that it needs no look at the event's targets.
+	Subscription SubscriptionKey
 }
 
 // ErrInvalidID says that a text is not the text form of an ID.
 var ErrInvalidID = errors.New("not a delivery id")
 
 const (
-	idTextLen = 20
+	idTextLen = 29
+	idLen     = 18
 	// base32hex keeps the order of the bytes; lower case is what resource names allow.
 	hexAlphabet = "0123456789abcdefghijklmnopqrstuv"
 )
@@ -29,12 +31,12 @@ func textEncoding() *base32.Encoding {
 	return base32.NewEncoding(hexAlphabet).WithPadding(base32.NoPadding)
 }
 
-// String returns the 20 characters that name the delivery.
+// String returns the 29 characters that name the delivery.
 func (id ID) String() string {
-	var raw [12]byte
+	var raw [idLen]byte
 	binary.BigEndian.PutUint64(raw[0:], id.Seq)
 	binary.BigEndian.PutUint16(raw[8:], id.Partition)
-	binary.BigEndian.PutUint16(raw[10:], id.Ordinal)
+	binary.BigEndian.PutUint64(raw[10:], uint64(id.Subscription))
 	var text [idTextLen]byte
 	encodeText(text[:], raw[:])
 	return string(text[:])
@@ -49,13 +51,13 @@ func ParseID(text string) (ID, error) {
 		return ID{}, ErrInvalidID
 	}
 	raw, err := textEncoding().DecodeString(text)
-	if err != nil || len(raw) != 12 {
+	if err != nil || len(raw) != idLen {
 		return ID{}, ErrInvalidID
 	}
 	id := ID{
-		Seq:       binary.BigEndian.Uint64(raw[0:]),
-		Partition: binary.BigEndian.Uint16(raw[8:]),
-		Ordinal:   binary.BigEndian.Uint16(raw[10:]),
+		Seq:          binary.BigEndian.Uint64(raw[0:]),
+		Partition:    binary.BigEndian.Uint16(raw[8:]),
+		Subscription: SubscriptionKey(binary.BigEndian.Uint64(raw[10:])),
 	}
 	// The last character has spare bits: only one spelling of an ID is accepted.
 	if id.String() != text {
