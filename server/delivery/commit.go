@@ -4,6 +4,8 @@ import (
 	"time"
 
 	"github.com/cockroachdb/pebble/v2"
+
+	"github.com/grapnel/grapnel/server/delivery/highwater"
 )
 
 // A commit is how a partition changes: prepared, appended to the log, applied. Preparing reads what has been
@@ -118,7 +120,7 @@ func (p *partition) apply(c *commit) {
 	if !c.batch.Empty() {
 		p.visible.Lock()
 		p.write(c)
-		p.index = c.index
+		p.index, p.appliedSeq = c.index, c.lastSeq
 		p.visible.Unlock()
 	}
 	_ = c.batch.Close()
@@ -165,6 +167,7 @@ func (p *partition) write(c *commit) {
 		p.j.syncs.end(start)
 		p.j.metrics.synced(time.Since(start))
 		p.j.syncs.done(written)
+		p.j.durable(p.number, highwater.Mark{Commit: uint64(c.index), Seq: c.lastSeq, Log: p.j.logNumber.Load()})
 		return
 	}
 	p.j.metrics.buffered.Add(1)

@@ -14,6 +14,8 @@ import (
 	"github.com/cockroachdb/pebble/v2"
 	"github.com/cockroachdb/pebble/v2/vfs"
 	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/grapnel/grapnel/server/delivery/highwater"
 )
 
 // Errors of the journal. Results may wrap them.
@@ -70,6 +72,11 @@ type Options struct {
 	// deliveries and deletions go on. 0 means 64 MiB, or a quarter of MinFreeBytes where that is
 	// less; below 0 means none.
 	BallastBytes int64
+	// HighWater is the path of a file that remembers, apart from the journal, what of it is durable, so that a
+	// start that finds less says so; empty means none. It belongs beside Dir, not into it.
+	HighWater string
+	// AcceptLoss starts a journal all the same that holds less than was acknowledged.
+	AcceptLoss bool
 	// Logger is required to be told of trouble; nil discards.
 	Logger *slog.Logger
 	// Registerer takes the journal's metrics; nil means none.
@@ -125,6 +132,8 @@ type Journal struct {
 	follower   Follower
 	started    atomic.Bool
 	syncs      syncs
+	marks      *highwater.File // nil when nothing is to be remembered
+	logNumber  atomic.Uint64   // of the write-ahead log that is written to
 
 	stop       chan struct{}
 	committers sync.WaitGroup
@@ -159,6 +168,9 @@ func Open(o Options) (*Journal, error) {
 	j.db = db
 	if err := j.load(o); err != nil {
 		return nil, errors.Join(fmt.Errorf("open journal %s: %w", o.Dir, err), db.Close())
+	}
+	if err := j.openMarks(o); err != nil {
+		return nil, errors.Join(fmt.Errorf("open journal: %w", err), db.Close())
 	}
 	if err := j.metrics.register(o.Registerer, j); err != nil {
 		return nil, errors.Join(fmt.Errorf("open journal: %w", err), db.Close())
@@ -256,6 +268,9 @@ func (j *Journal) Start(f Follower) {
 		j.countOpen(snapshot)
 	})
 	j.background.Go(j.syncLoop)
+	if j.marks != nil {
+		j.background.Go(j.keepMarks)
+	}
 	j.background.Go(func() { j.space.watch(j.stop) })
 }
 
@@ -290,7 +305,11 @@ func (j *Journal) Close() error {
 		err = j.opened.Close()
 	}
 	j.sync()
-	if err = errors.Join(err, j.db.Close()); err != nil {
+	err = errors.Join(err, j.db.Close())
+	if j.marks != nil {
+		err = errors.Join(err, j.marks.Close(err == nil))
+	}
+	if err != nil {
 		return fmt.Errorf("close journal: %w", err)
 	}
 	return nil

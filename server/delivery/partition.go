@@ -35,6 +35,8 @@ type partition struct {
 	// it is firm, durable: a snapshot holds exactly the commits up to index.
 	visible sync.RWMutex
 	index   Commit
+	// appliedSeq is the newest sequence as of index.
+	appliedSeq uint64
 	// swept is memory.swept for readers; ahead is memory.ahead, which only load changes.
 	swept  atomic.Uint32
 	ahead  aheadSpan
@@ -112,7 +114,7 @@ func (p *partition) load() error {
 	if err != nil {
 		return err
 	}
-	p.index, p.lastSeq, p.lastEdit = mark.index, mark.lastSeq, mark.index
+	p.index, p.appliedSeq, p.lastSeq, p.lastEdit = mark.index, mark.lastSeq, mark.lastSeq, mark.index
 	p.memory.journal = p.j.id
 	p.swept.Store(uint32(p.memory.swept))
 	healed, err := p.heal(p.j.now())

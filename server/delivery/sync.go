@@ -85,12 +85,16 @@ func (j *Journal) sync() {
 	if j.syncs.synced.Load() >= n {
 		return
 	}
+	marks := j.found()
 	start := j.syncs.begin(true)
 	if err := j.db.LogData([]byte("sync"), pebble.Sync); err != nil {
 		j.die("sync: " + err.Error())
 	}
 	j.syncs.end(start)
 	j.syncs.done(n)
+	for i, m := range marks {
+		j.durable(uint16(i), m)
+	}
 }
 
 // syncLoop keeps buffered commits from staying unsynced for longer than syncDelay, and the counters from growing.
