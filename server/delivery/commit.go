@@ -63,7 +63,8 @@ type answer struct {
 	err error
 }
 
-// prepare makes the commit of a round: settles, then appends, then edits, each seeing those before it.
+// prepare makes the commit of a round: settles, then edits, then appends, each seeing those before it. What is
+// appended comes last because its jobs are settled without a look: nothing may have changed them.
 func (p *partition) prepare(w work) *commit {
 	c := &commit{p: p, index: p.index + 1, at: p.j.now(), r: p.j.db}
 	c.lastSeq = p.lastSeq
@@ -76,10 +77,10 @@ func (p *partition) prepare(w work) *commit {
 	for i := range w.settles {
 		c.settle(&w.settles[i])
 	}
-	c.publish(w.appends)
 	for _, e := range w.edits {
 		c.answers = append(c.answers, answer{e.done, e.run(c)})
 	}
+	c.publish(w.appends)
 	c.firm = c.firm || len(c.stored) > 0
 	if c.memory != nil {
 		p.value = encodeMemory(p.value[:0], c.memory)

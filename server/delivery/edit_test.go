@@ -312,30 +312,14 @@ func TestOpenCountsSurviveReopen(t *testing.T) {
 // A caller that goes away parts no change from what follows of it (A7): the follower is told, and the change is
 // durable.
 func TestEditGoesOnWithoutItsCaller(t *testing.T) {
-	hold := make(chan struct{})
-	var holding sync.Once
-	held := make(chan struct{})
-	armed := make(chan bool, 1)
-	armed <- false
-	b := newBench(t, onePartition, func(o *Options) {
-		o.refuse = func(uint16) bool {
-			on := <-armed
-			armed <- on
-			if on {
-				holding.Do(func() { close(held); <-hold })
-			}
-			return false
-		}
-	})
+	log := newHeldLog()
+	b := newBench(t, onePartition, log.use)
 	b.append(publication("e", 1), publication("f", 1))
 	jobs := b.jobs()
 	b.exhaust(jobs[0])
 	b.flush()
 	b.heard()
-	<-armed
-	armed <- true
-	b.SetFailing(lane(1), b.clock.now())
-	<-held
+	log.hold(b)
 	ctx, cancel := context.WithCancel(t.Context())
 	var wg sync.WaitGroup
 	wg.Go(func() {
@@ -352,7 +336,7 @@ func TestEditGoesOnWithoutItsCaller(t *testing.T) {
 	waitFor(t, func() bool { p.mu.Lock(); defer p.mu.Unlock(); return len(p.edits) == 2 })
 	cancel()
 	wg.Wait()
-	close(hold)
+	log.release()
 	b.flush()
 	told := map[string]int{}
 	for _, line := range b.heard() {
