@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"sync"
 	"testing"
+	"time"
 )
 
 // A publish that meets the end of its lane in one round: either it comes after it and stays open, or it is
@@ -77,6 +78,37 @@ func TestRoundOfAppendAndCancelLane(t *testing.T) {
 	got := all(t, b, Query{})
 	if len(got) != 1 || len(jobs) != 1 || got[0].State != Succeeded || b.counts.lanes[lane(1)].Load() != 0 {
 		t.Errorf("%d offered; %+v; %d open", len(jobs), got[0], b.counts.lanes[lane(1)].Load())
+	}
+}
+
+// A caller's edit, and two settles of attempts that were under way, in one round: the delivery ends once and leaves
+// no row behind.
+func TestSettlesOfOneRoundSeeEachOther(t *testing.T) {
+	b := newBench(t, onePartition)
+	b.append(publication("e", 1))
+	stale := b.jobs()[0]
+	b.failed(stale, time.Minute)
+	b.flush()
+	id := stale.ID
+	if _, err := b.Retry(t.Context(), lane(1), id, -1); err != nil {
+		t.Fatal(err)
+	}
+	current := b.timers(1, b.clock.now())[0]
+	b.failed(stale, time.Hour) // both wait for the same round
+	b.succeed(current)
+	b.flush()
+	if d := b.delivery(id); d.State != Succeeded {
+		t.Errorf("%+v", d)
+	}
+	if got := b.lanes(); len(got) != 0 {
+		t.Errorf("it has ended, and still waits: %+v", got)
+	}
+	if n := b.OpenOf(lane(1)); n != 0 {
+		t.Errorf("%d open", n)
+	}
+	attempts, err := b.Attempts(acme, id)
+	if err != nil || len(attempts) != 3 {
+		t.Errorf("%d attempts, %v: %+v", len(attempts), err, attempts)
 	}
 }
 

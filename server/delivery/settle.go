@@ -65,7 +65,7 @@ func (c *commit) settle(s *settle) {
 	}
 	lane, seq := s.job.Lane(), s.job.ID.Seq
 	day, err := c.p.home(c.r, lane.Namespace, seq)
-	if err == nil && s.job.AsOf < c.p.lastEdit {
+	if err == nil && (c.edited || s.job.AsOf < c.p.lastEdit) {
 		var current bool
 		if current, err = c.current(lane, s.job.Row()); err == nil && !current {
 			err = c.settleStale(day, lane, s)
