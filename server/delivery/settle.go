@@ -209,6 +209,9 @@ func (c *commit) settleStale(day dayKey, lane LaneKey, s *settle) error {
 		c.supersede(lane, at.row)
 		return c.settleRow(at.day, lane, at.row, at.progress, &own)
 	}
+	if !at.open && at.state == Succeeded && at.last != nil {
+		c.putAttempt(at.day, lane, s.job.ID.Seq, at.last) // it is the latest no more, and has no record of its own
+	}
 	st := at.standing
 	own.step.State = Cancelled // anything that keeps the attempt as a record of its own
 	if st.last, err = c.history(day, lane, s.job.ID.Seq, &st.progress, &own); err != nil {

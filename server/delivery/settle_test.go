@@ -255,3 +255,27 @@ func TestSettlesOfManyAreToldOnce(t *testing.T) {
 		t.Errorf("%d lanes, %d open", len(b.lanes()), b.OpenIn(acme))
 	}
 }
+
+// An attempt that was under way when another one succeeded is added to the history, which keeps the success.
+func TestLateAttemptLeavesTheSuccessOnRecord(t *testing.T) {
+	b := newBench(t, onePartition)
+	b.append(publication("e", 1))
+	stale := b.jobs()[0]
+	b.failed(stale, time.Minute)
+	b.flush()
+	if _, err := b.Retry(t.Context(), lane(1), stale.ID, -1); err != nil {
+		t.Fatal(err)
+	}
+	b.succeed(b.timers(1, b.clock.now())[0])
+	b.flush()
+	b.failed(stale, time.Minute)
+	b.flush()
+	d := b.delivery(stale.ID)
+	attempts, err := b.Attempts(acme, stale.ID)
+	if err != nil || len(attempts) != 3 || d.State != Succeeded || d.Attempts != 3 {
+		t.Fatalf("%+v, %+v, %v", d, attempts, err)
+	}
+	if attempts[1].Outcome != OutcomeSucceeded || attempts[2].Outcome != OutcomeRetryable {
+		t.Errorf("%+v", attempts)
+	}
+}
