@@ -321,7 +321,7 @@ func (c *commit) lookUp(e *Event, id identity, today dayKey) (AppendResult, bool
 	}
 	for _, d := range days {
 		var k known
-		found, err := p.j.get(p.j.db, appendIdentityKey(nil, p.number, d, e.Namespace, id), func(value []byte) (err error) {
+		found, err := p.j.get(c.r, appendIdentityKey(nil, p.number, d, e.Namespace, id), func(value []byte) (err error) {
 			k, err = decodeKnown(value)
 			return err
 		})
@@ -334,14 +334,15 @@ func (c *commit) lookUp(e *Event, id identity, today dayKey) (AppendResult, bool
 		if c.at.Sub(k.accept.Time()) > dedupWindow {
 			return AppendResult{}, false
 		}
-		return c.known(p.original(e, &k), k.hash == e.ContentHash), true
+		return c.known(c.original(e, &k), k.hash == e.ContentHash), true
 	}
 	return AppendResult{}, false
 }
 
 // original reads the event that e repeats, or makes it up from e when it is no longer retained.
-func (p *partition) original(e *Event, k *known) *Event {
-	if first, err := p.readEvent(p.j.db, e.Namespace, k.seq); err == nil {
+func (c *commit) original(e *Event, k *known) *Event {
+	p := c.p
+	if first, err := p.readEvent(c.r, e.Namespace, k.seq); err == nil {
 		return first
 	}
 	first := *e

@@ -16,7 +16,8 @@ type commit struct {
 	index Commit
 	at    time.Time
 	batch *pebble.Batch
-	// r shows the partition with what has been prepared so far; only where there are edits.
+	// r shows the partition with what has been prepared so far; only where there are edits, or settles that may come
+	// after one.
 	r pebble.Reader
 	// firm: durable before anybody learns of it. Else it is visible at once and durable within 100 ms; losing it
 	// only repeats attempts.
@@ -65,11 +66,12 @@ type answer struct {
 	err error
 }
 
-// prepare makes the commit of a round: settles, then appends, then edits, each seeing those before it.
+// prepare makes the commit of a round: settles, then edits, then appends, each seeing those before it. What is
+// appended comes last because its jobs are settled without a look: nothing may have changed them.
 func (p *partition) prepare(w work) *commit {
 	c := &commit{p: p, index: p.index + 1, at: p.j.now(), r: p.j.db}
 	c.lastSeq = p.lastSeq
-	if size := batchSize(w); len(w.edits) > 0 {
+	if size := batchSize(w); len(w.edits) > 0 || p.edited(w.settles) {
 		c.batch = p.j.db.NewIndexedBatchWithSize(size)
 		c.r = c.batch
 	} else {
@@ -78,10 +80,10 @@ func (p *partition) prepare(w work) *commit {
 	for i := range w.settles {
 		c.settle(&w.settles[i])
 	}
-	c.publish(w.appends)
 	for _, e := range w.edits {
 		c.answers = append(c.answers, answer{e.done, e.run(c)})
 	}
+	c.publish(w.appends)
 	c.firm = c.firm || len(c.stored) > 0
 	if c.memory != nil {
 		p.value = encodeMemory(p.value[:0], c.memory)
@@ -92,6 +94,16 @@ func (p *partition) prepare(w work) *commit {
 		c.set(appendTag(p.key[:0], p.number, tagCommit), p.value)
 	}
 	return c
+}
+
+// edited reports whether a caller may have changed what is to be settled.
+func (p *partition) edited(settles []settle) bool {
+	for i := range settles {
+		if settles[i].failing == nil && settles[i].job.AsOf < p.lastEdit {
+			return true
+		}
+	}
+	return false
 }
 
 func batchSize(w work) int {

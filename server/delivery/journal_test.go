@@ -1,12 +1,41 @@
 package delivery
 
 import (
+	"context"
 	"encoding/binary"
 	"fmt"
 	"slices"
 	"sync"
 	"testing"
 	"time"
+
+	"github.com/cockroachdb/pebble/v2/vfs"
+	"github.com/google/go-cmp/cmp"
+)
+
+// testClock is the time that a journal under test goes by.
+type testClock struct {
+	mu sync.Mutex
+	at time.Time
+}
+
+func newClock() *testClock { return &testClock{at: time.Date(2026, 5, 4, 12, 0, 0, 0, time.UTC)} }
+
+func (c *testClock) now() time.Time {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.at
+}
+
+func (c *testClock) add(d time.Duration) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.at = c.at.Add(d)
+}
+
+const (
+	acme  = NamespaceKey(7)
+	other = NamespaceKey(8)
 )
 
 // uid makes a UID whose key is n.
@@ -16,173 +45,423 @@ func uid(n int) (u UID) {
 	return u
 }
 
-const acme = NamespaceKey(7)
+func lane(sub int) LaneKey { return LaneKey{acme, SubscriptionKey(sub)} }
 
-// follower keeps what it is told.
-type follower struct {
-	mu     sync.Mutex
-	jobs   []Job
-	timed  []Row
-	edited []uint64
-	wake   chan struct{}
-}
-
-func newFollower() *follower { return &follower{wake: make(chan struct{}, 1)} }
-
-func (f *follower) told() {
-	select {
-	case f.wake <- struct{}{}:
-	default:
-	}
-}
-
-func (f *follower) Offer(_ Commit, jobs []Job) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	f.jobs = append(f.jobs, jobs...)
-	f.told()
-}
-
-func (f *follower) Timed(_ Commit, _ LaneKey, _ uint16, row Row) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	f.timed = append(f.timed, row)
-	f.told()
-}
-
-func (f *follower) Edited(_ Commit, _ LaneKey, _ uint16, seq uint64, _ uint32) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	f.edited = append(f.edited, seq)
-	f.told()
-}
-
-func (f *follower) take() []Job {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	jobs := f.jobs
-	f.jobs = nil
-	return jobs
-}
-
-// settledOnce waits for a settle.
-type settledOnce chan Commit
-
-func (s settledOnce) Settled(c Commit) { s <- c }
-
-func settleNow(j *Journal, job *Job, step Step, a *Attempt) {
-	done := make(settledOnce, 1)
-	j.Settle(job, step, a, done)
-	<-done
-}
-
+// publication makes an event of acme with these subscriptions.
 func publication(id string, subs ...int) Publication {
-	p := Publication{Event: &Event{Namespace: acme, ID: id, Source: "/test", Type: "order.created", Payload: []byte(`{"id":"` + id + `"}`)}}
+	e := &Event{
+		Namespace: acme, ID: id, Source: "//test", Type: "order.created", ContentType: "application/json",
+		Attributes: map[string]string{"tenant": "t1"}, Payload: []byte(`{"id":"` + id + `"}`),
+	}
+	copy(e.ContentHash[:], id)
+	p := Publication{Event: e}
 	for _, s := range subs {
 		p.Targets = append(p.Targets, Target{Subscription: fmt.Sprint("sub-", s), UID: uid(s), MaxAttempts: 3, MaxAge: time.Hour})
 	}
 	return p
 }
 
-func open(t *testing.T, dir string, o Options) (*Journal, *follower) {
-	t.Helper()
-	o.Dir, o.MinFreeBytes = dir, -1
-	j, err := Open(o)
-	if err != nil {
-		t.Fatal(err)
+func idOf(e *Event, sub int) ID { return ID{e.Seq, e.Partition, SubscriptionKey(sub)} }
+
+func attemptAt(n int, o Outcome, code int, now time.Time) *Attempt {
+	return &Attempt{
+		Number: n, Start: now, Duration: time.Millisecond, Outcome: o, ResponseCode: code, Error: "e" + fmt.Sprint(n),
+		ResponseBody: []byte("body"), ResponseHeaders: []Header{{"x", "1"}}, RequestHeaders: []Header{{"y", "2"}},
 	}
-	t.Cleanup(func() { _ = j.Close() })
-	f := newFollower()
-	j.Start(f)
-	return j, f
 }
 
-func mustAppend(t *testing.T, j *Journal, pubs ...Publication) []AppendResult {
+// told is one call of a Follower or a Settled.
+type told struct {
+	what   string // offer, timed, edited, settled
+	commit Commit
+	lane   LaneKey
+	row    Row
+}
+
+// follower keeps what it is told, in order.
+type follower struct {
+	mu    sync.Mutex
+	fresh []Job
+	calls []told
+	hold  func(*Event) // of each job that is offered
+}
+
+func (f *follower) Offer(c Commit, jobs []Job) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.fresh = append(f.fresh, jobs...)
+	for i := range jobs {
+		f.calls = append(f.calls, told{"offer", c, jobs[i].Lane(), jobs[i].Row()})
+		if f.hold != nil {
+			f.hold(jobs[i].Event)
+		}
+	}
+}
+
+func (f *follower) Timed(c Commit, lane LaneKey, _ uint16, row Row) {
+	f.add(told{"timed", c, lane, row})
+}
+
+func (f *follower) Edited(c Commit, lane LaneKey, _ uint16, seq uint64, epoch uint32) {
+	f.add(told{"edited", c, lane, Row{Seq: seq, Epoch: epoch}})
+}
+
+func (f *follower) add(t told) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.calls = append(f.calls, t)
+}
+
+// jobs takes the jobs that were offered so far.
+func (f *follower) jobs() []Job {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	jobs := f.fresh
+	f.fresh = nil
+	return jobs
+}
+
+// heard takes what was told so far, in short.
+func (f *follower) heard() []string {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	var log []string
+	for _, c := range f.calls {
+		log = append(log, fmt.Sprint(c.what, " ", c.row.Epoch))
+	}
+	f.calls = nil
+	return log
+}
+
+// settledBy notes that a job was settled.
+type settledBy struct {
+	f   *follower
+	job *Job
+}
+
+func (s settledBy) Settled(c Commit) { s.f.add(told{"settled", c, s.job.Lane(), s.job.Row()}) }
+
+// bench is a journal in memory with its follower.
+type bench struct {
+	*Journal
+	*follower
+	t     testing.TB
+	fs    vfs.FS
+	clock *testClock
+	opts  Options
+}
+
+func newBench(t testing.TB, change ...func(*Options)) *bench {
 	t.Helper()
-	results := j.Append(t.Context(), pubs)
-	for _, r := range results {
+	b := &bench{t: t, clock: newClock(), fs: vfs.NewMem()}
+	b.opts = Options{Dir: "journal", Partitions: 4, CacheBytes: 8 << 20, fs: b.fs, now: b.clock.now, BallastBytes: -1}
+	for _, f := range change {
+		f(&b.opts)
+	}
+	b.open()
+	t.Cleanup(func() { b.close() })
+	return b
+}
+
+func onePartition(o *Options) { o.Partitions = 1 }
+
+func (b *bench) open() {
+	b.t.Helper()
+	j, err := Open(b.opts)
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	b.Journal, b.follower = j, &follower{}
+	j.Start(b.follower)
+}
+
+func (b *bench) close() {
+	b.t.Helper()
+	if err := b.Close(); err != nil {
+		b.t.Error(err)
+	}
+}
+
+func (b *bench) reopen() {
+	b.t.Helper()
+	b.close()
+	b.open()
+}
+
+func (b *bench) append(pubs ...Publication) []AppendResult {
+	b.t.Helper()
+	results := b.Append(context.Background(), pubs)
+	for i, r := range results {
 		if r.Err != nil {
-			t.Fatal(r.Err)
+			b.t.Fatalf("append %s: %v", pubs[i].Event.ID, r.Err)
 		}
 	}
 	return results
 }
 
-func states(t *testing.T, j *Journal, q Query) (out []State) {
-	t.Helper()
-	q.Namespace = acme
-	for {
-		page, err := j.Deliveries(q)
-		if err != nil {
-			t.Fatal(err)
-		}
-		for _, d := range page.Deliveries {
-			out = append(out, d.State)
-		}
-		if q.After = page.Next; q.After == "" {
-			return out
-		}
+// settle queues a settle whose end shows in the follower's log.
+func (b *bench) settle(job Job, step Step, a *Attempt) {
+	b.Settle(&job, step, a, settledBy{b.follower, &job})
+}
+
+func (b *bench) succeed(job Job) {
+	b.settle(job, Step{State: Succeeded}, attemptAt(job.Attempts+1, OutcomeSucceeded, 200, b.clock.now()))
+}
+
+// failed has the attempt fail, and the next one be due in a while.
+func (b *bench) failed(job Job, in time.Duration) {
+	b.settle(job, Step{State: Scheduled, Due: b.clock.now().Add(in)}, attemptAt(job.Attempts+1, OutcomeRetryable, 500, b.clock.now()))
+}
+
+func (b *bench) exhaust(job Job) {
+	b.settle(job, Step{State: Exhausted, Reason: "enough"}, attemptAt(job.Attempts+1, OutcomeRetryable, 500, b.clock.now()))
+}
+
+func (b *bench) flush() {
+	b.t.Helper()
+	if err := b.Flush(context.Background()); err != nil {
+		b.t.Fatal(err)
 	}
 }
 
-func TestSmoke(t *testing.T) {
-	dir := t.TempDir()
-	j, f := open(t, dir, Options{Partitions: 2})
-	mustAppend(t, j, publication("e1", 1, 2), publication("e2", 1))
-	r := mustAppend(t, j, publication("e1", 1, 2))
-	if !r[0].Duplicate || r[0].Event.Matched != 2 {
-		t.Fatalf("duplicate: %+v", r[0])
+func (b *bench) delivery(id ID) *Delivery {
+	b.t.Helper()
+	d, err := b.Delivery(acme, id)
+	if err != nil {
+		b.t.Fatalf("delivery %s: %v", id, err)
 	}
-	jobs := f.take()
-	if len(jobs) != 3 {
-		t.Fatalf("%d jobs", len(jobs))
+	return d
+}
+
+// read reads all rows of a kind of a lane in all partitions, a few at a time.
+func (b *bench) read(lane LaneKey, kind Kind, until time.Time, step int) []Job {
+	b.t.Helper()
+	var all []Job
+	for p := range uint16(b.Partitions()) {
+		for from := (Pos{Some: true}); from.Some; {
+			found, err := b.Read(lane, p, kind, from, InstantOf(until), step, 1<<30)
+			if err != nil || len(found.Aside) > 0 {
+				b.t.Fatal(err, found.Aside)
+			}
+			all = append(all, found.Jobs...)
+			for i := range found.Jobs {
+				b.Release(found.Jobs[i].Event)
+			}
+			if from = found.Next; len(found.Jobs) < step {
+				break // the next timer is not due
+			}
+		}
 	}
-	if got := states(t, j, Query{}); !slices.Equal(got, []State{Pending, Pending, Pending}) {
-		t.Fatal(got)
+	return all
+}
+
+func (b *bench) backlog(sub int) []Job { return b.read(lane(sub), FIFO, time.Time{}, 7) }
+
+func (b *bench) timers(sub int, until time.Time) []Job { return b.read(lane(sub), Timer, until, 5) }
+
+func (b *bench) lanes() []LaneState {
+	b.t.Helper()
+	var all []LaneState
+	for state, err := range b.Lanes() {
+		if err != nil {
+			b.t.Fatal(err)
+		}
+		all = append(all, state)
 	}
-	settleNow(j, &jobs[0], Step{State: Succeeded}, &Attempt{Number: 1, Start: time.Now(), Outcome: OutcomeSucceeded})
-	settleNow(j, &jobs[1], Step{State: Scheduled, Due: time.Now().Add(time.Minute)}, &Attempt{Number: 1, Start: time.Now(), Outcome: OutcomeRetryable, ResponseBody: []byte("no")})
-	for _, q := range []Query{{}, {Subscription: 1}, {Subscription: 2}, {EventID: "e1"}, {States: []State{Scheduled}}} {
-		t.Log(q, states(t, j, q))
+	return all
+}
+
+func ids(jobs []Job) []string {
+	var out []string
+	for i := range jobs {
+		out = append(out, jobs[i].Event.ID)
 	}
-	d, err := j.Retry(t.Context(), jobs[1].Lane(), jobs[1].ID, -1)
-	if err != nil || d.State != Scheduled || d.Subscription == "" {
-		t.Fatal(d, err)
+	slices.Sort(out)
+	return out
+}
+
+func waitFor(t testing.TB, cond func() bool) {
+	t.Helper()
+	for end := time.Now().Add(20 * time.Second); !cond(); {
+		if time.Now().After(end) {
+			t.Fatal("condition not met in time")
+		}
+		timer := time.NewTimer(time.Millisecond)
+		<-timer.C
 	}
-	d, err = j.Cancel(t.Context(), jobs[1].Lane(), jobs[1].ID, "why not")
-	if err != nil || d.State != Cancelled {
-		t.Fatal(d, err)
+}
+
+func TestJournalKeepsEventsAndDeliveriesOverReopen(t *testing.T) {
+	b := newBench(t)
+	pub := publication("e1", 1, 2)
+	e := pub.Event
+	e.Time, e.TTL, e.Subject, e.Schema = b.clock.now().Add(-time.Minute), 30*time.Minute, "s", "urn:x"
+	r := b.append(pub)[0]
+	if r.Duplicate || r.Event != e || e.Seq == 0 || len(e.UID) != 28 {
+		t.Fatalf("unexpected result %+v of %+v", r, e)
 	}
-	attempts, err := j.Attempts(acme, jobs[1].ID)
-	if err != nil || len(attempts) != 1 || string(attempts[0].ResponseBody) != "no" {
-		t.Fatal(attempts, err)
+	jobs := b.jobs()
+	if len(jobs) != 2 || jobs[0].Event != e || jobs[1].Event != e {
+		t.Fatalf("offered %v", jobs)
 	}
-	if got := states(t, j, Query{States: []State{Cancelled}}); len(got) != 1 {
-		t.Fatal(got)
-	}
-	e, err := j.Event(acme, "e1")
-	if err != nil || e.Type != "order.created" || e.Source != "/test" {
-		t.Fatal(e, err)
-	}
-	if again, err := j.EventByUID(acme, e.UID); err != nil || again.ID != "e1" {
-		t.Fatal(again, err)
-	}
-	if err := j.Close(); err != nil {
+	b.reopen()
+	got, err := b.Event(acme, "e1")
+	if err != nil {
 		t.Fatal(err)
 	}
-	j, _ = open(t, dir, Options{})
-	n := 0
-	for state, err := range j.Lanes() {
+	if diff := cmp.Diff(e, got, ignoreRefs()); diff != "" {
+		t.Error(diff)
+	}
+	byUID, err := b.EventByUID(acme, e.UID)
+	if diff := cmp.Diff(e, byUID, ignoreRefs()); diff != "" || err != nil {
+		t.Error(diff, err)
+	}
+	d := b.delivery(idOf(e, 2))
+	wantD := &Delivery{
+		ID: idOf(e, 2), Namespace: acme, EventID: "e1", EventUID: e.UID, EventType: "order.created", Subscription: "sub-2",
+		SubscriptionUID: uid(2), State: Pending, MaxAttempts: 3, Expire: e.AcceptTime.Add(30 * time.Minute), CreateTime: e.AcceptTime,
+	}
+	if diff := cmp.Diff(wantD, d); diff != "" {
+		t.Error(diff)
+	}
+	again := b.backlog(2)
+	if len(again) != 1 || again[0].ID != d.ID {
+		t.Fatalf("backlog %+v", again)
+	}
+	if diff := cmp.Diff(e, again[0].Event, ignoreRefs()); diff != "" {
+		t.Error(diff)
+	}
+	jobs[1].AsOf, jobs[1].Event = again[0].AsOf, again[0].Event
+	if diff := cmp.Diff(jobs[1], again[0], ignoreRefs()); diff != "" {
+		t.Error("a job read back is another one than was offered:", diff)
+	}
+	waitFor(t, b.Counted)
+	if n := b.OpenIn(acme); n != 2 {
+		t.Errorf("%d open", n)
+	}
+}
+
+func ignoreRefs() cmp.Option {
+	return cmp.FilterPath(func(p cmp.Path) bool { return p.Last().String() == ".refs" }, cmp.Ignore())
+}
+
+// Whatever time the API accepts comes back as it was, however far away: the second attempt carries the same body.
+func TestTimesOfAllYearsComeBack(t *testing.T) {
+	b := newBench(t)
+	for i, text := range []string{
+		"9999-12-31T23:59:59.999999999Z", "2262-04-12T00:00:00Z", "1677-09-20T00:12:43.1Z", "0001-01-01T00:00:00.000000001Z", "1970-01-01T00:00:00Z",
+		"1969-12-31T23:59:59.999999999Z",
+	} {
+		at, err := time.Parse(time.RFC3339Nano, text)
 		if err != nil {
 			t.Fatal(err)
 		}
-		read, err := j.Read(state.Lane, state.Partition, FIFO, state.FIFO, 0, 10, 1<<20)
-		if err != nil || len(read.Jobs) != 1 {
-			t.Fatal(read, err)
+		pub := publication(fmt.Sprint("e", i), 1)
+		pub.Event.Time, pub.Event.DeliverTime = at, at
+		b.append(pub)
+		e, err := b.Event(acme, pub.Event.ID)
+		if err != nil || !e.Time.Equal(at) || !e.DeliverTime.Equal(at) {
+			t.Errorf("%s became %v, %v", text, e, err)
 		}
-		n++
+		if !InstantOf(at).Time().After(at.Add(-1)) || InstantOf(at) == 0 {
+			t.Errorf("%s is due at %v", text, InstantOf(at).Time())
+		}
 	}
-	if n != 1 {
-		t.Fatal(n, "lanes")
+	b.reopen()
+	end := time.Date(9999, 12, 31, 23, 59, 59, 0, time.UTC)
+	if got := b.timers(1, end.Add(time.Second)); len(got) != 2 || got[1].Expire.Before(got[1].Due.Time()) {
+		t.Errorf("deferred to years away: %+v", got)
+	}
+	if got := b.timers(1, end); len(got) != 1 {
+		t.Errorf("deferred to 2262: %v", ids(got))
+	}
+}
+
+func TestAppendedJobsComeInOrderOfSequence(t *testing.T) {
+	b := newBench(t)
+	var wg sync.WaitGroup
+	for w := range 4 {
+		wg.Go(func() {
+			for i := range 50 {
+				var batch []Publication
+				for k := range 5 {
+					batch = append(batch, publication(fmt.Sprintf("%d-%d-%d", w, i, k), 1))
+				}
+				b.Append(context.Background(), batch)
+			}
+		})
+	}
+	wg.Wait()
+	last := map[uint16]uint64{}
+	for _, j := range b.jobs() {
+		if j.ID.Seq <= last[j.ID.Partition] {
+			t.Fatalf("sequence %d after %d", j.ID.Seq, last[j.ID.Partition])
+		}
+		last[j.ID.Partition] = j.ID.Seq
+	}
+}
+
+// A large fan-out is offered in pieces, and each of its jobs once.
+func TestLargeFanOutIsOfferedInPieces(t *testing.T) {
+	b := newBench(t)
+	subs := make([]int, 5000)
+	for i := range subs {
+		subs[i] = i + 1
+	}
+	b.append(publication("e", subs...))
+	seen := map[SubscriptionKey]bool{}
+	for _, j := range b.jobs() {
+		if seen[j.ID.Subscription] {
+			t.Fatal("offered twice", j.ID)
+		}
+		seen[j.ID.Subscription] = true
+	}
+	if len(seen) != len(subs) || b.OpenIn(acme) != int64(len(subs)) {
+		t.Errorf("%d of %d offered, %d open", len(seen), len(subs), b.OpenIn(acme))
+	}
+	if got := all(t, b, Query{EventID: "e", Limit: 1000}); len(got) != len(subs) {
+		t.Errorf("%d of %d listed", len(got), len(subs))
+	}
+}
+
+// What is in memory is counted once, however many jobs share it, and by its real size; nothing is left when all is
+// given back.
+func TestEventsAreHeldOnceAndForgotten(t *testing.T) {
+	b := newBench(t)
+	b.hold = b.Hold
+	big := publication("big", 1, 2, 3, 4)
+	big.Event.Payload = make([]byte, 100_000)
+	b.append(big, publication("small", 1))
+	if n := b.EventBytes(); n < 100_000 || n > 110_000 {
+		t.Errorf("%d bytes are held", n)
+	}
+	jobs := b.jobs()
+	again, err := b.Read(lane(1), big.Event.Partition, FIFO, Pos{Some: true}, 0, 10, 1)
+	if err != nil || again.Jobs[0].Event != big.Event && again.Jobs[0].Event.ID == "big" {
+		t.Errorf("%+v, %v; want the event that is in memory", again, err)
+	}
+	for _, job := range append(jobs, again.Jobs...) {
+		b.Release(job.Event)
+	}
+	if n := b.EventBytes(); n != 0 {
+		t.Errorf("%d bytes are left", n)
+	}
+	found := 0
+	for p := range uint16(b.Partitions()) {
+		for _, sub := range []int{1, 2} {
+			r, err := b.Read(lane(sub), p, FIFO, Pos{Some: true}, 0, 10, 1<<20)
+			if err != nil {
+				t.Fatal(err)
+			}
+			found += len(r.Jobs)
+			defer func() {
+				for i := range r.Jobs {
+					b.Release(r.Jobs[i].Event)
+				}
+			}()
+		}
+	}
+	if n := b.EventBytes(); found != 3 || n < 100_000 || n > 110_000 {
+		t.Errorf("%d jobs, %d bytes held", found, n)
 	}
 }

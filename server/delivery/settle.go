@@ -65,7 +65,7 @@ func (c *commit) settle(s *settle) {
 	}
 	lane, seq := s.job.Lane(), s.job.ID.Seq
 	day, err := c.p.home(c.r, lane.Namespace, seq)
-	if err == nil && s.job.AsOf < c.p.lastEdit {
+	if err == nil && (c.edited || s.job.AsOf < c.p.lastEdit) {
 		var current bool
 		if current, err = c.current(lane, s.job.Row()); err == nil && !current {
 			err = c.settleStale(day, lane, s)
@@ -208,6 +208,9 @@ func (c *commit) settleStale(day dayKey, lane LaneKey, s *settle) error {
 	if at.open && s.step.State == Succeeded {
 		c.supersede(lane, at.row)
 		return c.settleRow(at.day, lane, at.row, at.progress, &own)
+	}
+	if !at.open && at.state == Succeeded && at.last != nil {
+		c.putAttempt(at.day, lane, s.job.ID.Seq, at.last) // it is the latest no more, and has no record of its own
 	}
 	st := at.standing
 	own.step.State = Cancelled // anything that keeps the attempt as a record of its own
