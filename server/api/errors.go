@@ -490,7 +490,7 @@ func fromStore(err error, resource string) *Error {
 	case errors.Is(err, subscription.ErrUnavailable):
 		return storeUnavailable()
 	case errors.Is(err, ErrConfigFull):
-		return storeFull("configuration", "the configuration store is nearly full; deliveries, events and deletions go on, new configuration is refused until something is deleted")
+		return storeFull("configuration", "the configuration store has reached its quota; deliveries, events and deletions go on, new configuration is refused until something is deleted")
 	case errors.Is(err, secret.ErrTooManyVersions):
 		return invalidState(resource, resource+" has ten live versions; wait until one expires, or rotate with a shorter overlap")
 	}
