@@ -323,7 +323,7 @@ const file_grapnel_v1_common_proto_rawDesc = "" +
 	"\x06reason\x18\x02 \x01(\tR\x06reason\x12\x18\n" +
 	"\amessage\x18\x03 \x01(\tR\amessage\x12\x14\n" +
 	"\x05field\x18\x04 \x01(\tR\x05field\x12\x1c\n" +
-	"\tretryable\x18\x05 \x01(\bR\tretryable*\xed\x05\n" +
+	"\tretryable\x18\x05 \x01(\bR\tretryable*\xe1\x05\n" +
 	"\vErrorReason\x12\x1c\n" +
 	"\x18ERROR_REASON_UNSPECIFIED\x10\x00\x12\x1e\n" +
 	"\x1aERROR_REASON_INVALID_FIELD\x10\x01\x12\x1f\n" +
@@ -347,7 +347,7 @@ const file_grapnel_v1_common_proto_rawDesc = "" +
 	"\x15ERROR_REASON_INTERNAL\x10\x14\x12\x1a\n" +
 	"\x16ERROR_REASON_ABANDONED\x10\x15\x12\x1f\n" +
 	"\x1bERROR_REASON_UNKNOWN_METHOD\x10\x16\x12\"\n" +
-	"\x1eERROR_REASON_OWNERSHIP_REFUSED\x10\x17\"\x04\b\x0f\x10\x0f\"\x04\b\x10\x10\x10B7Z5github.com/grapnel/grapnel/proto/grapnel/v1;grapnelv1b\x06proto3"
+	"\x1eERROR_REASON_OWNERSHIP_REFUSED\x10\x17B7Z5github.com/grapnel/grapnel/proto/grapnel/v1;grapnelv1b\x06proto3"
 
 var (
 	file_grapnel_v1_common_proto_rawDescOnce sync.Once
