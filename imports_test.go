@@ -51,6 +51,7 @@ var allowed = map[string][]string{
 var fenced = map[string][]string{
 	"go.etcd.io/etcd/client/v3":       {"server", "server/keyspace", "server/keyspace/keyspacetest", "server/subscription", "server/secret"},
 	"go.etcd.io/etcd/server/v3":       {"server", "server/keyspace/keyspacetest"},
+	"go.etcd.io/bbolt":                {"server"},
 	"github.com/cockroachdb/pebble":   {"server/delivery"},
 	"github.com/hashicorp/go-plugin":  {"server/pluginhost", "sdk/plugin", "sdk/plugintest"},
 	"github.com/spf13/cobra":          {"cmd/grapnel"},

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"time"
 
 	"google.golang.org/protobuf/types/known/durationpb"
@@ -32,11 +33,9 @@ func (s *Server) newPlugins(closers *stack) (*pluginhost.Host, error) {
 		}
 		specs = append(specs, found...)
 	}
-	// A directory of our own in the system's temporary one: a unix socket's path may hold only about a
-	// hundred characters, and a data directory is often deeper than that.
-	dir, err := os.MkdirTemp("", "grapnel-")
+	dir, err := s.socketDir()
 	if err != nil {
-		return nil, fmt.Errorf("make the directory for plugin sockets: %w", err)
+		return nil, err
 	}
 	closers.push(func() error { return os.RemoveAll(dir) })
 	return pluginhost.New(pluginhost.Options{
@@ -45,8 +44,34 @@ func (s *Server) newPlugins(closers *stack) (*pluginhost.Host, error) {
 	})
 }
 
+// socketDir makes a directory of our own in the system's temporary one: a unix socket's path may hold only about a
+// hundred characters, and a data directory is often deeper than that. Where that cannot be, it is in the data
+// directory all the same.
+func (s *Server) socketDir() (string, error) {
+	dir, err := os.MkdirTemp("", "grapnel-")
+	if err == nil {
+		return dir, nil
+	}
+	own, absErr := filepath.Abs(filepath.Join(s.options.DataDir, "sockets"))
+	if absErr != nil || len(own) > longestSocketDir {
+		return "", fmt.Errorf("make the directory for plugin sockets: %w; the data directory, where it could be as well, has too long a path (%d characters, %d allowed): set TMPDIR to a directory that can be written",
+			err, len(own), longestSocketDir)
+	}
+	if err := errors.Join(os.RemoveAll(own), os.Mkdir(own, 0o700)); err != nil {
+		return "", fmt.Errorf("make the directory for plugin sockets: %w", err)
+	}
+	s.log.Warn("the temporary directory cannot be used, plugin sockets go into the data directory", "dir", own, "err", err)
+	return own, nil
+}
+
+// longestSocketDir leaves room for a socket's name in the path of a unix socket, on every system.
+const longestSocketDir = 64
+
 func (s *Server) builtin() pluginhost.Spec {
-	return pluginhost.Spec{Path: s.options.BuiltinPlugin[0], Args: s.options.BuiltinPlugin[1:], Builtin: true}
+	return pluginhost.Spec{
+		Path: s.options.BuiltinPlugin[0], Args: s.options.BuiltinPlugin[1:], Builtin: true,
+		SoftMemoryBytes: uint64(s.memory.plugin),
+	}
 }
 
 // watchPlugins has the host follow the plugin directory until ctx ends.

@@ -22,10 +22,6 @@ func (s *Server) sweep(ctx context.Context) error {
 			return nil
 		case <-tick.C:
 		}
-		if s.etcd.full() {
-			s.log.Error("the embedded etcd is full and refuses changes; delete what is not needed, or use an external etcd",
-				"quota_bytes", etcdQuota)
-		}
 		snapshot := s.registry.Snapshot()
 		retention := func(ns string) time.Duration {
 			if n := snapshot.Namespace(ns); n != nil {

@@ -99,6 +99,9 @@ type Options struct {
 	// PageKey seals page tokens; nodes of one cluster share it. Empty: a random one, so that tokens end
 	// with the process.
 	PageKey []byte
+	// Room is asked before anything is added to the configuration or changed in it; deletions do not ask. Its error
+	// refuses the call: delivery.ErrDiskFull or ErrConfigFull. Nil always has room. It is called often.
+	Room func() error
 	// MaxCalls bounds the unary calls and, apart, the streams in progress. Default 4096.
 	MaxCalls int
 
@@ -130,6 +133,9 @@ func New(o Options) *Server {
 	}
 	if o.MaxCalls <= 0 {
 		o.MaxCalls = 4096
+	}
+	if o.Room == nil {
+		o.Room = func() error { return nil }
 	}
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)

@@ -127,10 +127,7 @@ func (p *partition) inspectRecord(key, value []byte, sum *Inspection) (err error
 
 // openStopped opens a journal without its committers.
 func openStopped(dir string, readOnly bool) (*Journal, error) {
-	o := Options{Dir: dir, MinFreeBytes: -1, BallastBytes: -1, Logger: slog.New(slog.DiscardHandler)}
-	j := newJournal(&o)
-	j.space = newSpace(o, j.log)
-	po := j.pebbleOptions(o)
+	j, po := stopped(dir)
 	po.ReadOnly = readOnly
 	po.ErrorIfNotExists = true
 	db, err := pebble.Open(dir, po)
@@ -159,6 +156,20 @@ func openStopped(dir string, readOnly bool) (*Journal, error) {
 		j.partitions = append(j.partitions, p)
 	}
 	return j, nil
+}
+
+// stopped is a journal that is not open, and how its engine is to be.
+func stopped(dir string) (*Journal, *pebble.Options) {
+	o := Options{Dir: dir, MinFreeBytes: -1, BallastBytes: -1, Logger: slog.New(slog.DiscardHandler)}
+	j := newJournal(&o)
+	j.space = newSpace(o, j.log)
+	return j, j.pebbleOptions(o)
+}
+
+// EngineOptions are those that a journal's files are made with, for package salvage.
+func EngineOptions() *pebble.Options {
+	_, po := stopped("")
+	return po
 }
 
 // SetAside takes one record, named by its key, out of the journal in dir, which no server may be using. The record is

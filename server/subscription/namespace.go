@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"time"
 
-	clientv3 "go.etcd.io/etcd/client/v3"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
@@ -34,7 +33,7 @@ func (r *Registry) CreateNamespace(ctx context.Context, id string, n *grapnelv1.
 		State:      grapnelv1.Namespace_STATE_ACTIVE,
 		CreateTime: timestamppb.Now(),
 	}
-	return r.editNamespace(ctx, id, func(it keyspace.Item) (*grapnelv1.Namespace, []clientv3.Cmp, error) {
+	return r.editNamespace(ctx, id, func(it keyspace.Item) (*grapnelv1.Namespace, []keyspace.Cond, error) {
 		if it.Revision != 0 {
 			return nil, nil, fmt.Errorf("%s %w", it.Key, ErrExists)
 		}
@@ -48,7 +47,7 @@ func (r *Registry) UpdateNamespace(ctx context.Context, id, etag string, mutate 
 	if err := checkIDs("namespace.name", id); err != nil {
 		return nil, err
 	}
-	return r.editNamespace(ctx, id, func(it keyspace.Item) (*grapnelv1.Namespace, []clientv3.Cmp, error) {
+	return r.editNamespace(ctx, id, func(it keyspace.Item) (*grapnelv1.Namespace, []keyspace.Cond, error) {
 		n, err := r.activeNamespace(it)
 		if err != nil {
 			return nil, nil, err
@@ -74,7 +73,7 @@ func (r *Registry) DeleteNamespace(ctx context.Context, id, etag string, force b
 		return nil, err
 	}
 	subs := namespaceName(id) + "/subscriptions/"
-	return r.editNamespace(ctx, id, func(it keyspace.Item) (*grapnelv1.Namespace, []clientv3.Cmp, error) {
+	return r.editNamespace(ctx, id, func(it keyspace.Item) (*grapnelv1.Namespace, []keyspace.Cond, error) {
 		n, err := r.namespace(it)
 		if err != nil {
 			return nil, nil, err
@@ -82,7 +81,7 @@ func (r *Registry) DeleteNamespace(ctx context.Context, id, etag string, force b
 		if err := checkEtag(etag, it); err != nil || n.Deleted() {
 			return n.Proto, nil, err
 		}
-		var conds []clientv3.Cmp
+		var conds []keyspace.Cond
 		if !force {
 			users, _, err := r.space.Below(ctx, subs, maxUsers)
 			if err != nil {
@@ -92,7 +91,7 @@ func (r *Registry) DeleteNamespace(ctx context.Context, id, etag string, force b
 				return nil, nil, &InUseError{Name: it.Key, Users: users}
 			}
 			// None may be made while this is being written.
-			conds = []clientv3.Cmp{clientv3.Compare(clientv3.CreateRevision(r.space.Key(subs)).WithPrefix(), "=", 0)}
+			conds = []keyspace.Cond{keyspace.NoneBelow(subs)}
 		}
 		now := time.Now()
 		p := proto.CloneOf(n.Proto)
@@ -105,7 +104,7 @@ func (r *Registry) DeleteNamespace(ctx context.Context, id, etag string, force b
 }
 
 // editNamespace stores what plan makes of the namespace, unless that is what it is already.
-func (r *Registry) editNamespace(ctx context.Context, id string, plan func(keyspace.Item) (*grapnelv1.Namespace, []clientv3.Cmp, error)) (*Namespace, error) {
+func (r *Registry) editNamespace(ctx context.Context, id string, plan func(keyspace.Item) (*grapnelv1.Namespace, []keyspace.Cond, error)) (*Namespace, error) {
 	var out *Namespace
 	key := namespaceName(id)
 	revision, err := r.space.Edit(ctx, []string{key}, func(items []keyspace.Item) (keyspace.Txn, error) {
@@ -127,7 +126,7 @@ func (r *Registry) editNamespace(ctx context.Context, id string, plan func(keysp
 		if err != nil || string(value) == string(it.Value) {
 			return keyspace.Txn{}, err
 		}
-		return keyspace.Txn{If: conds, Then: []clientv3.Op{clientv3.OpPut(r.space.Key(key), string(value))}}, nil
+		return keyspace.Txn{If: conds, Then: []keyspace.Write{keyspace.Put(key, value)}}, nil
 	})
 	if err != nil {
 		return nil, err
@@ -157,11 +156,8 @@ func (r *Registry) PurgeNamespace(ctx context.Context, id string) error {
 	}
 	_, err := r.space.Edit(ctx, []string{name}, func(items []keyspace.Item) (keyspace.Txn, error) {
 		return keyspace.Txn{
-			If: []clientv3.Cmp{clientv3.Compare(clientv3.CreateRevision(r.space.Key(name+"/")).WithPrefix(), "=", 0)},
-			Then: []clientv3.Op{
-				clientv3.OpDelete(r.space.Key(name)),
-				clientv3.OpDelete(r.space.Key(quotaKey(id))),
-			},
+			If:   []keyspace.Cond{keyspace.NoneBelow(name + "/")},
+			Then: []keyspace.Write{keyspace.Delete(name), keyspace.Delete(quotaKey(id))},
 		}, r.checkPurge(items[0])
 	})
 	return err
@@ -178,9 +174,8 @@ func (r *Registry) purge(ctx context.Context, name, prefix string, unwatched boo
 			if err := r.checkPurge(items[0]); err != nil || len(keys) == 0 {
 				return keyspace.Txn{}, err
 			}
-			last := r.space.Key(keys[len(keys)-1]) + "\x00"
-			batch := clientv3.OpDelete(r.space.Key(keys[0]), clientv3.WithRange(last))
-			return keyspace.Txn{Then: []clientv3.Op{batch}, Unwatched: unwatched}, nil
+			batch := keyspace.DeleteRange(keys[0], keys[len(keys)-1])
+			return keyspace.Txn{Then: []keyspace.Write{batch}, Unwatched: unwatched}, nil
 		})
 		if err != nil || len(keys) < purgeBatch {
 			return err

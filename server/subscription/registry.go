@@ -20,6 +20,8 @@ type Options struct {
 	Client *clientv3.Client
 	// Prefix of all keys, ending in a slash. Default /grapnel/v1/.
 	Prefix string
+	// Identity says whose etcd it must be; empty does not ask. It is written into one that is empty.
+	Identity string
 	// Logger defaults to none.
 	Logger *slog.Logger
 }
@@ -38,9 +40,10 @@ type Registry struct {
 	// lets one at a time of those by that the quota might be overrun.
 	creates   chan struct{}
 	nearQuota chan struct{}
+	leases    *leases
 }
 
-// Open reads everything once. ctx bounds that only.
+// Open reads everything once. ctx bounds that only. It returns a *StrangerError for an etcd of somebody else.
 func Open(ctx context.Context, o Options) (*Registry, error) {
 	if o.Prefix == "" {
 		o.Prefix = "/grapnel/v1/"
@@ -58,15 +61,17 @@ func Open(ctx context.Context, o Options) (*Registry, error) {
 		log:        o.Logger.With("component", "subscription"),
 		creates:    make(chan struct{}, maxConcurrentCreates),
 		nearQuota:  make(chan struct{}, 1),
+		leases:     newLeases(),
 	}
 	r.snapshot.Store(&Snapshot{errors: new(atomic.Uint64)})
 	r.space, err = keyspace.Open(ctx, keyspace.Options{
-		Client: o.Client,
-		Prefix: o.Prefix,
-		Watch:  "namespaces/",
-		Keep:   keep,
-		Apply:  r.apply,
-		Logger: r.log,
+		Client:   o.Client,
+		Prefix:   o.Prefix,
+		Watch:    []string{"namespaces/"},
+		Keep:     keep,
+		Identity: o.Identity,
+		Apply:    r.apply,
+		Logger:   r.log,
 	})
 	if err != nil {
 		return nil, err
@@ -80,8 +85,18 @@ func (r *Registry) Run(ctx context.Context) error { return r.space.Run(ctx) }
 // Snapshot returns the latest snapshot. It never blocks and never returns nil.
 func (r *Registry) Snapshot() *Snapshot { return r.snapshot.Load() }
 
-// Healthy reports whether etcd has been heard within the last seconds.
+// Healthy reports whether etcd has been heard within the last seconds, and is the right one.
 func (r *Registry) Healthy() bool { return r.space.Healthy() }
+
+// Stranger says why etcd is not listened to, a *StrangerError; nil while it is the one it should be.
+func (r *Registry) Stranger() error { return r.space.Stranger() }
+
+// ClusterID is etcd's own ID, the same for as long as the Registry is open.
+func (r *Registry) ClusterID() uint64 { return r.space.ClusterID() }
+
+// Broken lists the full names of namespaces and subscriptions whose stored values are damaged, sorted. What
+// was known of them before is still in the snapshot; what was not known is not, without being deleted.
+func (r *Registry) Broken() []string { return r.space.Broken() }
 
 // ConditionErrors counts conditions that could not be evaluated for an event, since Open.
 func (r *Registry) ConditionErrors() uint64 { return r.Snapshot().ConditionErrors() }
@@ -156,6 +171,9 @@ func (r *Registry) namespace(it keyspace.Item) (*Namespace, error) {
 	if it.Revision == 0 {
 		return nil, &NotFoundError{Name: it.Key}
 	}
+	if it.Err != nil {
+		return nil, it.Err
+	}
 	n, err := decodeNamespace(it.Key, it.Value, it.Revision)
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", r.space.Key(it.Key), err)
@@ -176,6 +194,9 @@ func (r *Registry) activeNamespace(it keyspace.Item) (*Namespace, error) {
 func (r *Registry) subscription(it keyspace.Item) (*Subscription, error) {
 	if it.Revision == 0 {
 		return nil, &NotFoundError{Name: it.Key}
+	}
+	if it.Err != nil {
+		return nil, it.Err
 	}
 	s, err := decode(it.Key, it.Value, it.Revision, r.conditions)
 	if err != nil {

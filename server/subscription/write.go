@@ -13,7 +13,6 @@ import (
 	"unicode/utf8"
 
 	"github.com/google/uuid"
-	clientv3 "go.etcd.io/etcd/client/v3"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
@@ -139,9 +138,9 @@ func (r *Registry) DeleteSubscription(ctx context.Context, ns, id, etag string) 
 		if err := checkEtag(etag, items[1]); err != nil {
 			return keyspace.Txn{}, err
 		}
-		ops := []clientv3.Op{clientv3.OpDelete(r.space.Key(name))}
+		ops := []keyspace.Write{keyspace.Delete(name)}
 		for secretName := range secretFields(old.Proto) {
-			ops = append(ops, clientv3.OpDelete(r.space.Key(refKey(secretName, name))))
+			ops = append(ops, keyspace.Delete(refKey(secretName, name)))
 		}
 		return keyspace.Txn{Then: ops}, nil
 	})
@@ -214,8 +213,8 @@ func (w *writing) attempt(ctx context.Context, change func(*Namespace, keyspace.
 		}
 		return w.plan(ctx, n, items[1], p)
 	})
-	if w.request != nil {
-		r.settleLease(ctx, w.request, revision != 0, err)
+	if w.request != nil && errors.Is(err, ErrUnavailable) {
+		r.leases.lost.Store(true)
 	}
 	return stored(w.out, revision, err)
 }
@@ -266,7 +265,7 @@ func (w *writing) plan(ctx context.Context, n *Namespace, it keyspace.Item, cont
 	}
 	r.refer(&txn, it.Key, old, secrets)
 	if w.near {
-		txn.Then = append(txn.Then, clientv3.OpPut(r.space.Key(quotaKey(w.ns)), ""))
+		txn.Then = append(txn.Then, keyspace.Put(quotaKey(w.ns), nil))
 	}
 	if w.request != nil {
 		err = r.remember(ctx, w.request, p, &txn)
@@ -396,14 +395,14 @@ func (r *Registry) refer(txn *keyspace.Txn, name string, old *Subscription, secr
 		before = secretFields(old.Proto)
 	}
 	for _, secretName := range slices.Sorted(maps.Keys(secrets)) {
-		txn.If = append(txn.If, clientv3.Compare(clientv3.CreateRevision(r.space.Key(secretName)), ">", 0))
+		txn.If = append(txn.If, keyspace.Exists(secretName))
 		if _, ok := before[secretName]; !ok {
-			txn.Then = append(txn.Then, clientv3.OpPut(r.space.Key(refKey(secretName, name)), ""))
+			txn.Then = append(txn.Then, keyspace.Put(refKey(secretName, name), nil))
 		}
 	}
 	for _, secretName := range slices.Sorted(maps.Keys(before)) {
 		if _, ok := secrets[secretName]; !ok {
-			txn.Then = append(txn.Then, clientv3.OpDelete(r.space.Key(refKey(secretName, name))))
+			txn.Then = append(txn.Then, keyspace.Delete(refKey(secretName, name)))
 		}
 	}
 }
@@ -415,7 +414,7 @@ func (r *Registry) putSubscription(p *grapnelv1.Subscription) (keyspace.Txn, err
 	if err != nil {
 		return keyspace.Txn{}, err
 	}
-	return keyspace.Txn{Then: []clientv3.Op{clientv3.OpPut(r.space.Key(p.Name), string(value))}}, nil
+	return keyspace.Txn{Then: []keyspace.Write{keyspace.Put(p.Name, value)}}, nil
 }
 
 // stored completes the result of a write with its revision; zero means that nothing was written.
