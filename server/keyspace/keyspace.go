@@ -146,6 +146,9 @@ func (s *Space) Read(ctx context.Context, keys ...string) ([]Item, error) {
 
 // Missing returns those keys that do not exist, without reading values.
 func (s *Space) Missing(ctx context.Context, keys ...string) ([]string, error) {
+	if len(keys) == 0 {
+		return nil, nil
+	}
 	items, err := s.read(ctx, keys, clientv3.WithKeysOnly())
 	if err != nil {
 		return nil, err
@@ -160,9 +163,6 @@ func (s *Space) Missing(ctx context.Context, keys ...string) ([]string, error) {
 }
 
 func (s *Space) read(ctx context.Context, keys []string, opts ...clientv3.OpOption) ([]Item, error) {
-	if len(keys) == 0 {
-		return nil, nil
-	}
 	ops := make([]clientv3.Op, len(keys), len(keys)+1)
 	for i, key := range keys {
 		ops[i] = clientv3.OpGet(s.prefix+key, opts...)
