@@ -10,7 +10,8 @@
 //  3. A position falls freely and rises only in Merge.
 //  4. Merge takes nothing that is held, nor what was ended or edited after the read.
 //  5. One row of a delivery is held, and each ends once.
-//  6. Idle if and only if nothing is held, on disk or being read. Without faults every run gets there.
+//  6. A row of the FIFO that comes to memory passes none that is on disk and known.
+//  7. Idle if and only if nothing is held, on disk or being read. Without faults every run gets there.
 package window
 
 import (
@@ -179,6 +180,16 @@ func (w *Window) Merge(rows []delivery.Row, next delivery.Pos, upTo delivery.Com
 	}
 	if m.void {
 		rows, low = rows[:0], delivery.Least(low, m.from)
+	}
+	if m.kind == delivery.FIFO {
+		// What comes after a row that is left stays with it, or it would be tried first.
+		n, _ := slices.BinarySearchFunc(rows, low, func(r delivery.Row, low delivery.Pos) int {
+			if r.Pos().Before(low) {
+				return -1
+			}
+			return 1
+		})
+		rows = rows[:n]
 	}
 	slices.SortFunc(m.gone, func(a, b gone) int { return cmp.Compare(a.seq, b.seq) })
 	take := rows[:0]

@@ -11,10 +11,10 @@ import (
 	"github.com/grapnel/grapnel/server/delivery"
 )
 
-const hoursFlag = "window.hours"
+const longFlag = "window.for"
 
 func TestMain(m *testing.M) {
-	flag.Duration(hoursFlag, 0, "how long TestWindowForHours runs, for example 1h")
+	flag.Duration(longFlag, 0, "how long TestWindowForLong runs, for example 1h")
 	flag.Parse()
 	m.Run()
 }
@@ -253,7 +253,7 @@ func (m *model) deliver() {
 func (m *model) inOrder(r delivery.Row) {
 	for _, d := range m.disk {
 		if r.Kind == delivery.FIFO && d.Kind == delivery.FIFO && d.Seq < r.Seq && !d.corrupt && m.entry(d.Seq) == nil && !m.toCome(d.Row) {
-			m.fail("%+v comes to memory before %+v", r, d)
+			m.fail("6: %+v comes to memory before %+v", r, d)
 		}
 	}
 }
@@ -324,8 +324,12 @@ func (m *model) merge() {
 		next, rows = rows[n].Pos(), rows[:n]
 	}
 	m.around("merge", func(h Held) {
-		for _, t := range m.w.Merge(rows, next, r.upTo, h) {
+		take := m.w.Merge(rows, next, r.upTo, h)
+		for _, t := range take {
 			m.hold(t, r.upTo)
+		}
+		for _, t := range take {
+			m.inOrder(t)
 		}
 	})
 }
@@ -537,7 +541,7 @@ func (m *model) check(merged bool) {
 		m.next[k] = n
 	}
 	if m.w.Idle() && (len(m.mem) > 0 || m.read.on) {
-		m.fail("6: idle with %d rows", len(m.mem))
+		m.fail("7: idle with %d rows", len(m.mem))
 	}
 }
 
@@ -586,7 +590,7 @@ func run(choose func(int) int, steps int, h hook) (failure string) {
 		step(2 + i%untroubled)
 	}
 	if !m.done() {
-		m.fail("6: stuck with %+v on disk, %+v held, window %+v", m.disk, m.mem, m.w)
+		m.fail("7: stuck with %+v on disk, %+v held, window %+v", m.disk, m.mem, m.w)
 	}
 	for seq, ended := range m.final {
 		if !ended && m.onDisk(seq) == nil {
@@ -611,10 +615,10 @@ func TestWindowAgainstModel(t *testing.T) {
 	}
 }
 
-func TestWindowForHours(t *testing.T) {
-	long := flag.Lookup(hoursFlag).Value.(flag.Getter).Get().(time.Duration)
+func TestWindowForLong(t *testing.T) {
+	long := flag.Lookup(longFlag).Value.(flag.Getter).Get().(time.Duration)
 	if long == 0 {
-		t.Skip("without -" + hoursFlag)
+		t.Skip("without -" + longFlag)
 	}
 	until := time.Now().Add(long)
 	seed := uint64(1 << 32)
@@ -761,6 +765,17 @@ func TestModelFindsFaults(t *testing.T) {
 					w.held = held
 				}
 			}
+		},
+		"a merge passes what is left": func(w *Window, call string, h Held) (Held, func()) {
+			if call != "merge" || w.more.kind != delivery.FIFO {
+				return h, nil
+			}
+			low := delivery.Pos{}
+			for _, l := range w.more.left {
+				low = delivery.Least(low, l.pos)
+			}
+			w.more.left = nil
+			return h, func() { w.next[delivery.FIFO] = delivery.Least(w.next[delivery.FIFO], low) }
 		},
 		"a merge does not rise": func(w *Window, call string, h Held) (Held, func()) {
 			next := w.next
