@@ -31,7 +31,7 @@ import (
 type Engine interface {
 	Cancel(ctx context.Context, id delivery.ID, lane delivery.LaneKey) (*delivery.Delivery, error)
 	Retry(ctx context.Context, id delivery.ID, lane delivery.LaneKey, ifAttempts int) (*delivery.Delivery, error)
-	CancelLane(ctx context.Context, lane delivery.LaneKey, uid delivery.UID, reason string) (int, error)
+	CancelLane(ctx context.Context, lane delivery.LaneKey, reason string) (int, error)
 	// InFlight reports whether an attempt of the delivery is running now.
 	InFlight(id delivery.ID) bool
 	// Test makes one attempt and stores nothing.

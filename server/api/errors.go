@@ -80,13 +80,17 @@ func (e *Error) GRPCStatus() *status.Status {
 
 // item is the error of one element of a batch or a stream.
 func (e *Error) item() *grapnelv1.ItemStatus {
-	return &grapnelv1.ItemStatus{
+	item := &grapnelv1.ItemStatus{
 		Code:      codeName(e.code),
 		Reason:    e.Reason(),
 		Message:   e.message,
 		Field:     e.field,
 		Retryable: e.retry > 0 || e.code == codes.Unavailable || e.code == codes.Internal,
 	}
+	if e.retry > 0 {
+		item.RetryDelay = durationpb.New(e.retry)
+	}
+	return item
 }
 
 // codeName is the code's name; that of nil is OK.
@@ -510,6 +514,8 @@ func fromDelivery(err error, resource string) *Error {
 		return invalid(Violation{"event", err.Error(), "event"})
 	case errors.Is(err, delivery.ErrInvalidCursor):
 		return pageTokenError("the page token does not fit this server's journal; begin at the first page")
+	case errors.Is(err, delivery.ErrRefused):
+		return unavailable(grapnelv1.ErrorReason_ERROR_REASON_STORE_UNAVAILABLE, "the journal could not store it; nothing has changed", time.Second)
 	case errors.Is(err, delivery.ErrClosed):
 		return unavailable(grapnelv1.ErrorReason_ERROR_REASON_DRAINING, "the server is stopping", time.Second)
 	}

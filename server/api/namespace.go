@@ -9,6 +9,7 @@ import (
 	"google.golang.org/protobuf/types/known/durationpb"
 
 	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
+	"github.com/grapnel/grapnel/server/delivery"
 	"github.com/grapnel/grapnel/server/subscription"
 )
 
@@ -44,19 +45,19 @@ func (s namespaceService) GetNamespace(_ context.Context, r *grapnelv1.GetNamesp
 		return nil, notFound(r.GetName(), "namespace")
 	}
 	out := proto.CloneOf(n.Proto)
-	out.Usage = s.usage(snapshot, id)
+	out.Usage = s.usage(snapshot, n)
 	return &grapnelv1.GetNamespaceResponse{Namespace: out}, nil
 }
 
 // usage reads how much of its quota a namespace has used.
-func (s namespaceService) usage(snapshot *subscription.Snapshot, id string) *grapnelv1.Usage {
-	count := 0
+func (s namespaceService) usage(snapshot *subscription.Snapshot, n *subscription.Namespace) *grapnelv1.Usage {
+	id, count := n.ID, 0
 	for range snapshot.Subscriptions(id, "") {
 		count++
 	}
 	return &grapnelv1.Usage{
 		Subscriptions:  clampInt32(int64(count)),
-		OpenDeliveries: clampInt32(s.Journal.OpenIn(id)),
+		OpenDeliveries: clampInt32(s.Journal.OpenIn(delivery.UID(n.UID).NamespaceKey())),
 		PublishRate:    s.Ingest.Rate(id),
 		OldestDueAge:   durationpb.New(s.Engine.OldestDue(id)),
 	}

@@ -54,6 +54,7 @@ func (j *Journal) pebbleOptions(o Options) *pebble.Options {
 func (j *Journal) listener() *pebble.EventListener {
 	return &pebble.EventListener{
 		BackgroundError: func(err error) { j.log.Error("journal background work", "err", err) },
+		WALCreated:      func(info pebble.WALCreateInfo) { j.logNumber.Store(uint64(info.FileNum)) },
 		DataCorruption: func(info pebble.DataCorruptionInfo) {
 			j.log.Error("journal corruption", "file", info.Path, "err", info.Details)
 		},

@@ -4,6 +4,7 @@ import (
 	"encoding/base32"
 	"encoding/binary"
 	"errors"
+	"strings"
 	"time"
 )
 
@@ -84,10 +85,14 @@ func encodeText(dst, src []byte) {
 	}
 }
 
-const uidPrefix = "evt_"
+const (
+	uidPrefix = "evt_"
+	// idBytes is how much of a journal's id is random.
+	idBytes = 5
+)
 
 // eventUID makes the webhook-id of an event: 24 characters after the prefix, unique over all journals.
-func eventUID(journal [5]byte, partition uint16, seq uint64) string {
+func eventUID(journal [idBytes]byte, partition uint16, seq uint64) string {
 	var raw [15]byte
 	binary.BigEndian.PutUint64(raw[0:], seq)
 	binary.BigEndian.PutUint16(raw[8:], partition)
@@ -96,6 +101,19 @@ func eventUID(journal [5]byte, partition uint16, seq uint64) string {
 	copy(text[:], uidPrefix)
 	encodeText(text[len(uidPrefix):], raw[:])
 	return string(text[:])
+}
+
+// parseUID reads what eventUID wrote for this journal.
+func parseUID(journal [idBytes]byte, uid string) (partition uint16, seq uint64, ok bool) {
+	text, ok := strings.CutPrefix(uid, uidPrefix)
+	if !ok || len(text) != 24 {
+		return 0, 0, false
+	}
+	raw, err := textEncoding().DecodeString(text)
+	if err != nil || len(raw) != 15 || string(raw[10:]) != string(journal[:]) {
+		return 0, 0, false
+	}
+	return binary.BigEndian.Uint16(raw[8:]), binary.BigEndian.Uint64(raw), true
 }
 
 const seqCounterBits = 16
@@ -111,15 +129,14 @@ func seqAt(t time.Time) uint64 {
 
 func seqTime(seq uint64) time.Time { return time.UnixMilli(int64(seq >> seqCounterBits)) }
 
-// partitionOf places an event. The result is stored nowhere and must never change: FNV-1a over
-// namespace, a zero byte and the event id, mixed so that the low bits depend on every byte.
-func partitionOf(namespace, eventID string, partitions int) uint16 {
+// partitionOf places an event. The result is stored nowhere and must never change: FNV-1a over the namespace's
+// key and the event id, mixed so that the low bits depend on every byte.
+func partitionOf(ns NamespaceKey, eventID string, partitions int) uint16 {
 	const offset, prime = 14695981039346656037, 1099511628211
 	h := uint64(offset)
-	for i := range len(namespace) {
-		h = (h ^ uint64(namespace[i])) * prime
+	for i := 0; i < 64; i += 8 {
+		h = (h ^ uint64(ns)>>i&0xff) * prime
 	}
-	h *= prime
 	for i := range len(eventID) {
 		h = (h ^ uint64(eventID[i])) * prime
 	}

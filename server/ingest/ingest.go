@@ -22,9 +22,9 @@ import (
 
 // Journal is what ingest needs of *delivery.Journal.
 type Journal interface {
-	Append(ctx context.Context, events []*delivery.Event) []delivery.AppendResult
+	Append(ctx context.Context, events []delivery.Publication) []delivery.AppendResult
 	// OpenIn counts the open deliveries of a namespace.
-	OpenIn(namespace string) int64
+	OpenIn(namespace delivery.NamespaceKey) int64
 }
 
 // Registry is what ingest needs of *subscription.Registry.
@@ -94,9 +94,9 @@ func (i *Ingest) Rate(namespace string) float64 {
 // delivery.ErrEventConflict, ErrDiskFull, ErrClosed, or the context's.
 func (i *Ingest) Publish(ctx context.Context, namespace string, events []*delivery.Event) []Result {
 	results := make([]Result, len(events))
-	n := i.admit(namespace, events, results)
-	if n > 0 {
-		i.store(ctx, namespace, events, results, n)
+	admitted := i.admit(namespace, events, results)
+	if len(admitted) > 0 {
+		i.store(ctx, namespace, admitted, results)
 	}
 	i.metrics.count(results)
 	if i.log.Enabled(ctx, slog.LevelDebug) {
@@ -120,15 +120,15 @@ func (i *Ingest) logRefusals(ctx context.Context, namespace string, events []*de
 	}
 }
 
-// admit refuses by setting an Err, prepares the rest, and returns how many are left.
-func (i *Ingest) admit(namespace string, events []*delivery.Event, results []Result) int {
+// admit refuses by setting an Err, and returns the rest, matched.
+func (i *Ingest) admit(namespace string, events []*delivery.Event, results []Result) []delivery.Publication {
 	snap := i.registry.Snapshot()
 	ns := snap.Namespace(namespace)
 	if err := i.refusal(namespace, ns); err != nil {
 		for k := range results {
 			results[k].Err = err
 		}
-		return 0
+		return nil
 	}
 	limits := ns.Quota()
 	left := 0
@@ -142,23 +142,22 @@ func (i *Ingest) admit(namespace string, events []*delivery.Event, results []Res
 	now := time.Now()
 	granted, wait := i.meter(namespace).take(now, left, limits.MaxPublishRate)
 	var candidate subscription.Candidate
-	n := 0
+	admitted := make([]delivery.Publication, 0, min(granted, left))
 	for k, ev := range events {
 		if results[k].Err != nil {
 			continue
 		}
-		if n == granted {
+		if len(admitted) == granted {
 			results[k].Err = &RateError{Namespace: namespace, Limit: limits.MaxPublishRate, RetryAfter: wait}
 			continue
 		}
-		n++
-		ev.Namespace = namespace
+		ev.Namespace = delivery.UID(ns.UID).NamespaceKey()
 		if ev.ID == "" {
 			ev.ID = uuid.Must(uuid.NewV7()).String()
 		}
-		ev.Targets = targets(snap, &candidate, ev)
+		admitted = append(admitted, delivery.Publication{Event: ev, Targets: targets(snap, namespace, &candidate, ev)})
 	}
-	return n
+	return admitted
 }
 
 // refusal is the reason to take no event at all, or nil.
@@ -171,23 +170,14 @@ func (i *Ingest) refusal(namespace string, ns *subscription.Namespace) error {
 	case ns.Deleted():
 		return ErrNamespaceDeleted
 	}
-	if limit := int64(ns.Quota().MaxOpenDeliveries); i.journal.OpenIn(namespace) >= limit {
+	if limit := int64(ns.Quota().MaxOpenDeliveries); i.journal.OpenIn(delivery.UID(ns.UID).NamespaceKey()) >= limit {
 		return &QuotaError{Namespace: namespace, Name: "max_open_deliveries", Limit: limit}
 	}
 	return nil
 }
 
-// store appends the n events that have no error yet.
-func (i *Ingest) store(ctx context.Context, namespace string, events []*delivery.Event, results []Result, n int) {
-	admitted := events
-	if n < len(events) {
-		admitted = make([]*delivery.Event, 0, n)
-		for k, ev := range events {
-			if results[k].Err == nil {
-				admitted = append(admitted, ev)
-			}
-		}
-	}
+// store appends what was admitted: the events that have no error yet.
+func (i *Ingest) store(ctx context.Context, namespace string, admitted []delivery.Publication, results []Result) {
 	stored := i.journal.Append(ctx, admitted)
 	next, accepted := 0, 0
 	for k := range results {
@@ -209,7 +199,7 @@ func (i *Ingest) store(ctx context.Context, namespace string, events []*delivery
 }
 
 // targets lists the subscriptions that match ev, in the snapshot's order.
-func targets(snap *subscription.Snapshot, c *subscription.Candidate, ev *delivery.Event) []delivery.Target {
+func targets(snap *subscription.Snapshot, namespace string, c *subscription.Candidate, ev *delivery.Event) []delivery.Target {
 	*c = subscription.Candidate{
 		ID:          ev.ID,
 		Source:      ev.Source,
@@ -220,7 +210,7 @@ func targets(snap *subscription.Snapshot, c *subscription.Candidate, ev *deliver
 		Attributes:  ev.Attributes,
 		Data:        ev.Payload,
 	}
-	subs := snap.Match(ev.Namespace, c)
+	subs := snap.Match(namespace, c)
 	if len(subs) == 0 {
 		return nil
 	}

@@ -27,8 +27,8 @@ func (t tenants) Snapshot() *subscription.Snapshot { return t.snapshot }
 func newTenants(t *testing.T, quota *grapnelv1.Quota, subs ...*grapnelv1.Subscription) tenants {
 	t.Helper()
 	namespaces := []*subscription.Namespace{
-		{ID: "acme", Proto: &grapnelv1.Namespace{Name: "namespaces/acme", Quota: quota}},
-		{ID: "gone", Proto: &grapnelv1.Namespace{Name: "namespaces/gone", State: grapnelv1.Namespace_STATE_DELETED}},
+		{ID: "acme", UID: [16]byte{15: 1}, Proto: &grapnelv1.Namespace{Name: "namespaces/acme", Quota: quota}},
+		{ID: "gone", UID: [16]byte{15: 2}, Proto: &grapnelv1.Namespace{Name: "namespaces/gone", State: grapnelv1.Namespace_STATE_DELETED}},
 	}
 	var all []*subscription.Subscription
 	for i, p := range subs {
@@ -51,36 +51,37 @@ func newTenants(t *testing.T, quota *grapnelv1.Quota, subs ...*grapnelv1.Subscri
 // shelf is a journal in memory.
 type shelf struct {
 	mu     sync.Mutex
-	events map[string]*delivery.Event
+	events map[string]delivery.Publication
 	calls  int
 	open   int64
 	err    error
 }
 
-func (s *shelf) Append(_ context.Context, events []*delivery.Event) []delivery.AppendResult {
+func (s *shelf) Append(_ context.Context, events []delivery.Publication) []delivery.AppendResult {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.calls++
 	results := make([]delivery.AppendResult, len(events))
-	for i, e := range events {
+	for i, pub := range events {
+		e := pub.Event
 		if s.err != nil {
 			results[i].Err = s.err
 			continue
 		}
 		if old, ok := s.events[e.ID]; ok {
-			results[i] = delivery.AppendResult{Event: old, Duplicate: true}
+			results[i] = delivery.AppendResult{Event: old.Event, Duplicate: true}
 			continue
 		}
 		if s.events == nil {
-			s.events = map[string]*delivery.Event{}
+			s.events = map[string]delivery.Publication{}
 		}
-		s.events[e.ID] = e
+		s.events[e.ID] = pub
 		results[i].Event = e
 	}
 	return results
 }
 
-func (s *shelf) OpenIn(string) int64 {
+func (s *shelf) OpenIn(delivery.NamespaceKey) int64 {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.open
@@ -125,14 +126,14 @@ func TestTargetsAreThoseThatMatch(t *testing.T) {
 		target("all", 10, fourDays, false), target("disabled", 10, fourDays, true),
 		target("paused", 3, time.Hour, false), target("payload", 10, fourDays, false),
 	}
-	if diff := cmp.Diff(want, got[0].Event.Targets); diff != "" {
+	if diff := cmp.Diff(want, journal.events[got[0].Event.ID].Targets); diff != "" {
 		t.Error(diff)
 	}
-	if got[0].Event.Namespace != "acme" {
+	if got[0].Event.Namespace != delivery.UID(snap.Namespace("acme").UID).NamespaceKey() {
 		t.Error("no namespace")
 	}
 	got = in.Publish(t.Context(), "acme", events(1, func(_ int, e *delivery.Event) { e.ID, e.Type = "none", "user.left" }))
-	if n := len(got[0].Event.Targets); n != 2 { // all, users
+	if n := len(journal.events["none"].Targets); n != 2 { // all, users
 		t.Errorf("%d targets", n)
 	}
 }
@@ -270,12 +271,12 @@ func BenchmarkPublish(b *testing.B) {
 
 type sink struct{}
 
-func (sink) Append(_ context.Context, events []*delivery.Event) []delivery.AppendResult {
+func (sink) Append(_ context.Context, events []delivery.Publication) []delivery.AppendResult {
 	out := make([]delivery.AppendResult, len(events))
 	for i := range out {
-		out[i].Event = events[i]
+		out[i].Event = events[i].Event
 	}
 	return out
 }
 
-func (sink) OpenIn(string) int64 { return 0 }
+func (sink) OpenIn(delivery.NamespaceKey) int64 { return 0 }

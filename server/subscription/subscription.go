@@ -48,6 +48,7 @@ type Namespace struct {
 	// Quota.
 	Proto    *grapnelv1.Namespace
 	ID       string
+	UID      [16]byte
 	Revision int64
 }
 
