@@ -57,8 +57,9 @@ var (
 type Queue interface {
 	// Now is the clock that due and expire times are on. It never jumps.
 	Now() time.Time
-	// Lanes lists every lane and partition with open work.
+	// Lanes lists every lane and partition with open work, LanesOf those of one partition.
 	Lanes() iter.Seq2[delivery.LaneState, error]
+	LanesOf(partition uint16) iter.Seq2[delivery.LaneState, error]
 	// Read reads open rows of one kind from a place on, in order: at most limit, and no more after maxBytes of
 	// events that were not in memory yet; of Timer only what is due by until. Its events are held.
 	Read(lane delivery.LaneKey, partition uint16, kind delivery.Kind, from delivery.Pos, until delivery.Instant,
@@ -75,7 +76,8 @@ type Events interface {
 
 // Settler is where results are written.
 type Settler interface {
-	// Settle takes the job until it calls done, once its commit is visible, and does not change it.
+	// Settle records how a held row goes on, and calls done once its commit is visible. It may wait for the disk, so no
+	// lock is held. It does not change the job.
 	Settle(job *delivery.Job, step delivery.Step, attempt *delivery.Attempt, done delivery.Settled)
 	// SetFailing notes since when a lane's target has been failing; the zero time: it is not. Failing reads all notes.
 	SetFailing(lane delivery.LaneKey, since time.Time)

@@ -266,6 +266,16 @@ func (f *memoryJournal) Lanes() iter.Seq2[delivery.LaneState, error] {
 	}
 }
 
+func (f *memoryJournal) LanesOf(number uint16) iter.Seq2[delivery.LaneState, error] {
+	return func(yield func(delivery.LaneState, error) bool) {
+		for s, err := range f.Lanes() {
+			if s.Partition == number && !yield(s, err) {
+				return
+			}
+		}
+	}
+}
+
 func (f *memoryJournal) Read(lane delivery.LaneKey, number uint16, kind delivery.Kind, from delivery.Pos, until delivery.Instant, limit, maxBytes int) (delivery.Read, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()

@@ -3,6 +3,7 @@ package dispatch
 import (
 	"context"
 	"fmt"
+	"iter"
 	"sync"
 	"time"
 
@@ -49,7 +50,7 @@ func (e *Engine) setPhase(partition uint16, p phase) {
 // the partition is stopped again.
 func (e *Engine) StartPartition(partition uint16) error {
 	e.setPhase(partition, recovering)
-	err := e.recoverLanes(e.taking, func(s *delivery.LaneState) bool { return s.Partition == partition })
+	err := e.recoverLanes(e.taking, e.journal.LanesOf(partition))
 	if err != nil {
 		e.StopPartition(partition)
 		return err
@@ -141,8 +142,7 @@ func (e *Engine) recover(ctx context.Context) error {
 	for key, since := range failing {
 		e.recoverFailing(key, since)
 	}
-	err = e.recoverLanes(ctx, func(s *delivery.LaneState) bool { return e.phase(s.Partition) != dropped })
-	if err != nil {
+	if err := e.recoverLanes(ctx, e.journal.Lanes()); err != nil {
 		return err
 	}
 	if e.stopping.Load() {
@@ -166,20 +166,19 @@ func (e *Engine) recoverFailing(key delivery.LaneKey, since time.Time) {
 	e.healths[key] = h
 }
 
-func (e *Engine) recoverLanes(ctx context.Context, want func(*delivery.LaneState) bool) error {
-	for state, err := range e.journal.Lanes() {
+func (e *Engine) recoverLanes(ctx context.Context, states iter.Seq2[delivery.LaneState, error]) error {
+	for state, err := range states {
 		if err != nil {
 			return fmt.Errorf("recover lanes: %w", err)
 		}
 		if ctx.Err() != nil || e.stopping.Load() {
 			return nil
 		}
-		if !want(&state) {
+		if e.phase(state.Partition) == dropped {
 			continue
 		}
 		l := e.lane(state.Lane)
 		l.window(state.Partition).Found(state.FIFO, state.Timer)
-		l.tidy(state.Partition)
 		l.mu.Unlock()
 	}
 	return nil
