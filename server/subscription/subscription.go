@@ -21,8 +21,8 @@ type Subscription struct {
 	// Namespace and ID are the segments of the name.
 	Namespace string
 	ID        string
-	// UID is Proto.uid, parsed.
-	UID [16]byte
+	// UID is Proto.uid, parsed, and NamespaceUID that of its namespace.
+	UID, NamespaceUID [16]byte
 	// Revision is etcd's modification revision of the stored value; it rises with each change.
 	Revision int64
 
