@@ -140,7 +140,7 @@ func (s *Server) open(ctx context.Context, closers *stack) (err error) {
 	s.ingest = ingest.New(ingest.Options{Registry: s.registry, Journal: s.journal, Logger: o.Logger, Registerer: s.metrics})
 	s.api = api.New(api.Options{
 		Registry: s.registry, Secrets: s.secrets, Journal: s.journal, Ingest: s.ingest,
-		Engine: engine{s.engine}, Plugins: plugins{s.plugins},
+		Engine: engine{s.engine, s.registry}, Plugins: plugins{s.plugins},
 		Version: o.Version, Commit: o.Commit, NodeName: o.NodeName, Address: s.public.Addr().String(),
 		ClusterID: s.journal.ID(), Partitions: s.journal.Partitions(),
 		PageKey: s.pageKey, Room: s.hasRoom, Logger: o.Logger, Registerer: s.metrics,
@@ -153,8 +153,7 @@ func (s *Server) open(ctx context.Context, closers *stack) (err error) {
 		s.engine.Changed(changes)
 	})
 	s.secrets.OnChange(s.plugins.SecretChanged)
-	s.journal.OnTimer(s.engine.Timer)
-	s.journal.Start(s.engine.Offer)
+	s.journal.Start(s.engine)
 	return nil
 }
 
@@ -208,12 +207,13 @@ func (s *Server) openJournal() (err error) {
 		Dir: dir, Partitions: s.options.Partitions, Space: s.space,
 		CacheBytes: s.memory.cache, MemTableBytes: s.memory.memTable, Logger: s.options.Logger,
 	}
+	highWater := dir + ".highwater"
 	if !journalMade(s.options) {
 		if err := makeJournal(options); err != nil {
 			return err
 		}
 	}
-	options.Registerer = s.metrics
+	options.Registerer, options.HighWater, options.AcceptLoss = s.metrics, highWater, s.options.AcceptLoss
 	s.journal, err = delivery.Open(options)
 	return err
 }

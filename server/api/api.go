@@ -33,7 +33,9 @@ type Engine interface {
 	Retry(ctx context.Context, id delivery.ID, lane delivery.LaneKey, ifAttempts int) (*delivery.Delivery, error)
 	CancelLane(ctx context.Context, lane delivery.LaneKey, reason string) (int, error)
 	// InFlight reports whether an attempt of the delivery is running now.
-	InFlight(id delivery.ID) bool
+	InFlight(id delivery.ID, lane delivery.LaneKey) bool
+	// WaitReason says why a delivery that is due is not tried; empty when nothing holds it back.
+	WaitReason(id delivery.ID, lane delivery.LaneKey) string
 	// Test makes one attempt and stores nothing.
 	Test(ctx context.Context, sub *subscription.Subscription, event *delivery.Event) (delivery.Attempt, error)
 	// Stats are counters over the window; namespace "" is the whole server. Per-subscription rows carry the
