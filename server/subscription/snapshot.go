@@ -56,6 +56,9 @@ type step struct {
 	old, now *Subscription
 }
 
+// treeDegree is half of what a node holds at most.
+const treeDegree = 16
+
 // maxRecent bounds what a tenant remembers of its changes.
 const maxRecent = 32
 
@@ -73,15 +76,15 @@ func lessName(a, b named) bool {
 }
 
 func newTrees() trees {
-	// A writer is alone, and readers have copies that nobody writes.
-	alone := btree.Options{NoLocks: true}
+	// A writer is alone, and readers have copies that nobody writes. Small nodes make small copies.
+	alone := btree.Options{NoLocks: true, Degree: treeDegree}
 	return trees{
-		tenants:    btree.NewMap[string, *tenant](0),
-		namespaces: btree.NewMap[uint64, *Namespace](0),
-		subs:       btree.NewMap[uint64, *Subscription](0),
+		tenants:    btree.NewMap[string, *tenant](treeDegree),
+		namespaces: btree.NewMap[uint64, *Namespace](treeDegree),
+		subs:       btree.NewMap[uint64, *Subscription](treeDegree),
 		names:      btree.NewBTreeGOptions(lessName, alone),
 		globs:      btree.NewBTreeGOptions(lessGlob, alone),
-		tombstones: btree.NewMap[uint64, Tombstone](0),
+		tombstones: btree.NewMap[uint64, Tombstone](treeDegree),
 	}
 }
 
