@@ -45,9 +45,29 @@ func (e *editor) before(id string) *Namespace {
 // putNamespace adds or replaces a namespace.
 func (e *editor) putNamespace(n *Namespace) {
 	e.dropNamespace(n.ID)
-	e.tenant(n.ID).namespace = n
+	t := e.tenant(n.ID)
+	t.namespace = n
 	if n.UID != [16]byte{} {
 		e.namespaces.Set(UIDKey(n.UID), n)
+	}
+	if t.count > 0 {
+		e.adopt(n)
+	}
+}
+
+// adopt tells the subscriptions of a namespace which one they are in, where it came after them.
+func (e *editor) adopt(n *Namespace) {
+	var strangers []*Subscription
+	e.names.Ascend(named{ns: n.ID}, func(found named) bool {
+		if found.ns == n.ID && found.sub.NamespaceUID != n.UID {
+			strangers = append(strangers, found.sub)
+		}
+		// All have the same: one look is enough when the namespace has only changed.
+		return found.ns == n.ID && len(strangers) > 0
+	})
+	for _, s := range strangers {
+		moved := *s
+		e.put(&moved)
 	}
 }
 
@@ -59,9 +79,12 @@ func (e *editor) dropNamespace(id string) {
 	t.namespace = nil
 }
 
-// put adds or replaces a subscription and returns what was there.
+// put adds or replaces a subscription, which nobody else has yet, and returns what was there.
 func (e *editor) put(s *Subscription) *Subscription {
 	t := e.tenant(s.Namespace)
+	if t.namespace != nil {
+		s.NamespaceUID = t.namespace.UID
+	}
 	replaced, _ := e.names.Set(named{ns: t.id, id: s.ID, sub: s})
 	old := replaced.sub
 	if old == nil {

@@ -113,6 +113,15 @@ func TestSnapshotsKeepTheirTime(t *testing.T) {
 					n := bareNamespace(ns, uid)
 					e.putNamespace(n)
 					now.namespaces[ns] = n
+					for name, s := range now.subs { // those it took over are copies
+						if s.Namespace == ns {
+							found, _ := e.names.Get(named{ns: ns, id: s.ID})
+							if found.sub.NamespaceUID != n.UID {
+								t.Fatalf("%s is in the namespace %x, not %x", name, found.sub.NamespaceUID, n.UID)
+							}
+							now.subs[name] = found.sub
+						}
+					}
 				case 1:
 					if rng.IntN(4) == 0 {
 						e.dropNamespace(ns)
