@@ -318,3 +318,93 @@ func TestRetentionEndsWithItsContext(t *testing.T) {
 		t.Errorf("%+v", got)
 	}
 }
+
+// A sweep that ended between moving what is open and erasing the day is made again, after what was moved has gone
+// on: what has happened since rules.
+func TestInterruptedRetentionIsMadeAgain(t *testing.T) {
+	refuseAt := -1
+	b := newBench(t, onePartition, func(o *Options) {
+		o.refuse = func(uint16) bool {
+			refuseAt--
+			return refuseAt == 0
+		}
+	})
+	b.append(publication("e", 1))
+	b.failed(b.jobs()[0], time.Minute)
+	b.flush()
+	b.clock.add(100 * time.Hour)
+	refuseAt = 3 // begins, moves, erases
+	if err := b.Retain(t.Context(), keepFor(72*time.Hour)); !errors.Is(err, ErrRefused) {
+		t.Fatal(err)
+	}
+	job := b.timers(1, b.clock.now())[0]
+	b.failed(job, time.Minute)
+	b.flush()
+	b.reopen()
+	b.retain(72 * time.Hour)
+	d := b.delivery(job.ID)
+	if d.Attempts != 2 || !d.NextAttempt.Equal(b.clock.now().Add(time.Minute)) {
+		t.Errorf("%+v", d)
+	}
+	if attempts, err := b.Attempts(acme, job.ID); err != nil || len(attempts) != 2 {
+		t.Errorf("%v, %v", attempts, err)
+	}
+	if _, err := b.Cancel(t.Context(), lane(1), job.ID, "x"); err != nil {
+		t.Error(err)
+	}
+	if got := b.lanes(); len(got) != 0 {
+		t.Errorf("cancelled, and still waits: %+v", got)
+	}
+}
+
+// A delivery that is retried at any moment of a sweep is whole afterwards, or was gone before.
+func TestRetryMeetsRetention(t *testing.T) {
+	for point := range 6 {
+		t.Run(fmt.Sprint(point), func(t *testing.T) {
+			var m meddler
+			b := newBench(t, onePartition, m.use)
+			pub := publication("e", 1, 2)
+			b.append(pub, publication("open", 3))
+			for _, job := range b.jobs() {
+				if job.ID.Subscription != 3 {
+					b.exhaust(job)
+				}
+			}
+			b.flush()
+			id := idOf(pub.Event, 1)
+			b.clock.add(100 * time.Hour)
+			var retried bool
+			m.sweep(b, point, keepFor(72*time.Hour), func() {
+				_, err := b.Retry(context.Background(), lane(1), id, -1)
+				retried = err == nil
+				if err != nil && !errors.Is(err, ErrNotFound) {
+					t.Error(err)
+				}
+			})
+			b.reopen()
+			waitFor(t, b.Counted)
+			d, err := b.Delivery(acme, id)
+			jobs := b.timers(1, b.clock.now().Add(time.Second))
+			if !retried {
+				if !errors.Is(err, ErrNotFound) || len(jobs) != 0 || b.OpenOf(lane(1)) != 0 {
+					t.Errorf("not retried: %+v, %v; %d jobs, %d open", d, err, len(jobs), b.OpenOf(lane(1)))
+				}
+				return
+			}
+			if err != nil || d.State != Scheduled || d.Attempts != 1 || len(jobs) != 1 || jobs[0].Event.ID != "e" || b.OpenOf(lane(1)) != 1 {
+				t.Fatalf("retried: %+v, %v; %d jobs, %d open", d, err, len(jobs), b.OpenOf(lane(1)))
+			}
+			if attempts, err := b.Attempts(acme, id); err != nil || len(attempts) != 1 {
+				t.Errorf("its history is %v, %v", attempts, err)
+			}
+			b.succeed(jobs[0])
+			b.flush()
+			if d := b.delivery(id); d.State != Succeeded || d.Attempts != 2 {
+				t.Errorf("%+v", d)
+			}
+			if e, err := b.Event(acme, "e"); err != nil || e.Seq != pub.Event.Seq {
+				t.Errorf("%v, %v", e, err)
+			}
+		})
+	}
+}
