@@ -64,8 +64,8 @@ type committer struct {
 	// lastEdit is the newest commit in which a caller changed something: who has read the partition since knows.
 	lastEdit  Commit
 	aheadDays []dayKey
-	// sweeping is the newest day that a sweep of retention is about to erase; 0 when there is none.
-	sweeping dayKey
+	// sweeping is what a sweep of retention is about to erase; nil before the first.
+	sweeping *sweeping
 
 	spare      []settle
 	parts      []appendPart

@@ -2,11 +2,13 @@ package delivery
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"math"
+	"slices"
 	"time"
 
 	"github.com/cockroachdb/pebble/v2"
@@ -69,6 +71,21 @@ type fate struct {
 	ns NamespaceKey
 	// below is the first sequence that stays; all go when it is math.MaxUint64.
 	below uint64
+}
+
+// sweeping is what a sweep is about to erase: nothing when it has no fates.
+type sweeping struct {
+	day   dayKey
+	fates []fate // by namespace
+}
+
+// takes reports whether the records of an event are about to go.
+func (s *sweeping) takes(ns NamespaceKey, seq uint64) bool {
+	if s == nil || dayOf(seq) != s.day {
+		return false
+	}
+	i, found := slices.BinarySearchFunc(s.fates, ns, func(f fate, ns NamespaceKey) int { return cmp.Compare(f.ns, ns) })
+	return found && seq < s.fates[i].below
 }
 
 // sweep is one sweep of one partition.
@@ -179,7 +196,7 @@ func (s *sweep) below(d dayKey, keep time.Duration) uint64 {
 func (s *sweep) erase(ctx context.Context, d dayKey, fates []fate) error {
 	p := s.p
 	if err := p.do(ctx, func(c *commit) error {
-		p.sweeping = max(p.sweeping, d)
+		c.sweeping = &sweeping{d, fates}
 		if d > p.memory.swept && !s.ahead(d) {
 			m := p.memory
 			m.swept = d
@@ -194,8 +211,8 @@ func (s *sweep) erase(ctx context.Context, d dayKey, fates []fate) error {
 		err = s.eraseRuns(ctx, d, fates)
 	}
 	// Also when ctx has ended: a day that is not being erased need not move anything.
-	done := p.do(context.WithoutCancel(ctx), func(*commit) error {
-		p.sweeping = 0
+	done := p.do(context.WithoutCancel(ctx), func(c *commit) error {
+		c.sweeping = &sweeping{}
 		return nil
 	})
 	return errors.Join(err, done)

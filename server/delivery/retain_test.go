@@ -210,7 +210,7 @@ func TestRetriesDoNotStopRetention(t *testing.T) {
 	beside.Event.Namespace = other
 	b.append(beside)
 	job := b.jobs()[0]
-	stop, stopped := make(chan struct{}), make(chan int)
+	stop, stopped, begun := make(chan struct{}), make(chan int), make(chan struct{})
 	go func() {
 		n := 0
 		defer func() { stopped <- n }()
@@ -226,8 +226,12 @@ func TestRetriesDoNotStopRetention(t *testing.T) {
 			if _, err := b.Retry(context.Background(), job.Lane(), job.ID, -1); err != nil {
 				t.Error(err)
 			}
+			if n == 0 {
+				close(begun)
+			}
 		}
 	}()
+	<-begun
 	b.retain(72 * time.Hour)
 	close(stop)
 	retries := <-stopped
@@ -406,5 +410,66 @@ func TestRetryMeetsRetention(t *testing.T) {
 				t.Errorf("%v, %v", e, err)
 			}
 		})
+	}
+}
+
+// A retry while a sweep erases another namespace's records of the day changes that delivery only.
+func TestRetryBesideRetentionLeavesItsSiblings(t *testing.T) {
+	var m meddler
+	b := newBench(t, onePartition, m.use)
+	pub := publication("e", 1, 2)
+	gone := publication("gone", 1)
+	gone.Event.Namespace = other
+	b.append(pub, gone)
+	for _, job := range b.jobs() {
+		b.exhaust(job)
+	}
+	b.flush()
+	b.clock.add(100 * time.Hour)
+	keep := Retention{Of: func(ns NamespaceKey) time.Duration {
+		if ns == acme {
+			return 0
+		}
+		return 72 * time.Hour
+	}}
+	m.sweep(b, 1, keep, func() { // once it has begun
+		if _, err := b.Retry(context.Background(), lane(1), idOf(pub.Event, 1), -1); err != nil {
+			t.Error(err)
+		}
+	})
+	if d := b.delivery(idOf(pub.Event, 1)); d.State != Scheduled {
+		t.Errorf("%+v", d)
+	}
+	if d, err := b.Delivery(acme, idOf(pub.Event, 2)); err != nil || d.State != Exhausted {
+		t.Errorf("the delivery beside it, which nobody asked for, is %+v, %v", d, err)
+	}
+}
+
+// A commit of a sweep that is refused leaves nothing of it behind.
+func TestRefusedRetentionLeavesNoTrace(t *testing.T) {
+	refuse := false
+	b := newBench(t, onePartition, func(o *Options) {
+		o.refuse = func(uint16) bool { return refuse }
+	})
+	b.append(publication("e", 1, 2))
+	for _, job := range b.jobs() {
+		b.exhaust(job)
+	}
+	b.flush()
+	b.clock.add(100 * time.Hour)
+	refuse = true
+	if err := b.Retain(t.Context(), keepFor(72*time.Hour)); !errors.Is(err, ErrRefused) {
+		t.Fatal(err)
+	}
+	refuse = false
+	id := all(t, b, Query{Subscription: 1})[0].ID
+	if d, err := b.Retry(t.Context(), lane(1), id, -1); err != nil || d.State != Scheduled {
+		t.Errorf("%+v, %v", d, err)
+	}
+	if d := b.delivery(id); d.State != Scheduled {
+		t.Errorf("%+v", d)
+	}
+	if got := all(t, b, Query{}); len(got) != 2 {
+		t.Errorf("%d deliveries", len(got))
 	}
 }
