@@ -304,7 +304,7 @@ func (c *commit) keep(lane LaneKey, seq uint64) error {
 		}
 		for _, keys := range [][2][]byte{
 			{appendTargetsKey(nil, p.number, d, lane.Namespace, seq), appendTargetsKey(nil, p.number, kept, lane.Namespace, seq)},
-			{appendIdentityKey(nil, p.number, d, lane.Namespace, id), appendIdentityKey(nil, p.number, kept, lane.Namespace, id)},
+			{appendIdentityKey(nil, p.number, d, lane.Namespace, id), appendKeptIdentity(nil, p.number, lane.Namespace, id, seq)},
 		} {
 			if err := c.copy(keys[0], keys[1]); err != nil {
 				return err
@@ -532,7 +532,7 @@ func (c *commit) forget(ns NamespaceKey, seq uint64) error {
 			return err
 		}
 	}
-	c.delete(appendIdentityKey(nil, p.number, kept, ns, identityOf(e.Source, e.ID)))
+	c.delete(appendKeptIdentity(nil, p.number, ns, identityOf(e.Source, e.ID), seq))
 	c.delete(appendTargetsKey(nil, p.number, kept, ns, seq))
 	c.delete(appendEventKey(nil, p.number, kept, ns, seq))
 	return nil

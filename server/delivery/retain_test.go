@@ -473,3 +473,25 @@ func TestRefusedRetentionLeavesNoTrace(t *testing.T) {
 		t.Errorf("%d deliveries", len(got))
 	}
 }
+
+// Two events of one id, a day apart, are both open when their days go, and both are found by that id.
+func TestKeptEventsOfOneID(t *testing.T) {
+	b := newBench(t, onePartition)
+	b.append(publication("e", 1))
+	b.clock.add(30 * time.Hour)
+	b.append(publication("e", 1))
+	b.clock.add(100 * time.Hour)
+	b.retain(48 * time.Hour)
+	if got := all(t, b, Query{EventID: "e"}); len(got) != 2 {
+		t.Errorf("%d of 2 are found", len(got))
+	}
+	for _, job := range b.backlog(1)[1:] {
+		b.succeed(job)
+	}
+	b.flush()
+	b.clock.add(24 * time.Hour)
+	b.retain(48 * time.Hour)
+	if got := all(t, b, Query{EventID: "e"}); len(got) != 1 {
+		t.Errorf("%d of 1 are found", len(got))
+	}
+}
