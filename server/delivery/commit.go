@@ -141,7 +141,7 @@ func (p *partition) apply(c *commit) {
 	}
 	if c.memory != nil {
 		p.memory = *c.memory
-		p.swept.Store(uint32(p.memory.swept))
+		p.swept.Store(&c.memory.swept)
 	}
 	if c.sweeping != nil {
 		p.sweeping = c.sweeping

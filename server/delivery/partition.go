@@ -36,7 +36,7 @@ type partition struct {
 	visible sync.RWMutex
 	index   Commit
 	// swept is memory.swept for readers; ahead is memory.ahead, which only load changes.
-	swept  atomic.Uint32
+	swept  atomic.Pointer[sweptDays]
 	ahead  aheadSpan
 	events eventTable
 	ids    idFilter
@@ -114,7 +114,8 @@ func (p *partition) load() error {
 	}
 	p.index, p.lastSeq, p.lastEdit = mark.index, mark.lastSeq, mark.index
 	p.memory.journal = p.j.id
-	p.swept.Store(uint32(p.memory.swept))
+	swept := p.memory.swept
+	p.swept.Store(&swept)
 	healed, err := p.heal(p.j.now())
 	if err != nil {
 		return err

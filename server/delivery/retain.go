@@ -197,9 +197,9 @@ func (s *sweep) erase(ctx context.Context, d dayKey, fates []fate) error {
 	p := s.p
 	if err := p.do(ctx, func(c *commit) error {
 		c.sweeping = &sweeping{d, fates}
-		if d > p.memory.swept && !s.ahead(d) {
+		if swept := p.memory.swept.with(d, s.ahead(d)); swept != p.memory.swept {
 			m := p.memory
-			m.swept = d
+			m.swept = swept
 			c.memory, c.firm = &m, true
 		}
 		return nil
