@@ -33,6 +33,7 @@ var allowed = map[string][]string{
 	"server/keyspace/keyspacetest": {},
 	"server/delivery":              {"proto/...", "server/delivery/highwater"},
 	"server/delivery/highwater":    {},
+	"server/delivery/salvage":      {},
 	"server/subscription":          {"proto/...", "server/keyspace"},
 	"server/secret":                {"proto/...", "server/keyspace"},
 	"server/plugindir":             {"server/pluginhost", "proto/grapnel/plugin/v1"},
@@ -51,7 +52,7 @@ var allowed = map[string][]string{
 var fenced = map[string][]string{
 	"go.etcd.io/etcd/client/v3":       {"server", "server/keyspace", "server/keyspace/keyspacetest", "server/subscription", "server/secret"},
 	"go.etcd.io/etcd/server/v3":       {"server", "server/keyspace/keyspacetest"},
-	"github.com/cockroachdb/pebble":   {"server/delivery"},
+	"github.com/cockroachdb/pebble":   {"server/delivery", "server/delivery/salvage"},
 	"github.com/hashicorp/go-plugin":  {"server/pluginhost", "sdk/plugin", "sdk/plugintest"},
 	"github.com/spf13/cobra":          {"cmd/grapnel"},
 	"google.golang.org/grpc/status":   {"server/api", "sdk/conformance", "plugins/grpc", "proto/grapnel/receiver/v1", "server/pluginhost", "sdk/client", "sdk/plugin", "sdk/plugintest", "cmd/grapnel", "cmd/grapnel-bench", "proto/grapnel/v1", "proto/grapnel/plugin/v1"},
