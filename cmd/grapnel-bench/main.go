@@ -34,7 +34,10 @@ type options struct {
 	latencyFor  time.Duration
 	latencyRate int
 	backlog     int
+	fanouts     products
 	only        string
+	limit       time.Duration
+	mostMemory  float64
 	profile     string
 }
 
@@ -53,7 +56,11 @@ func main() {
 	flag.DurationVar(&o.latencyFor, "latency", 20*time.Second, "length of the latency run")
 	flag.IntVar(&o.latencyRate, "rate", 100, "events per second of the latency run")
 	flag.IntVar(&o.backlog, "backlog", 1_000_000, "waiting deliveries of the backlog run; 0 leaves it out")
-	flag.StringVar(&o.only, "only", "", "run one part: start, throughput, latency, neighbour or backlog")
+	o.fanouts = products{{1, 100_000}, {10, 20_000}, {1000, 300}, {10_000, 100}}
+	flag.Var(&o.fanouts, "fanout", "`sizes` of the fan-out runs, subscriptions x events; the last is run again with a kill")
+	flag.DurationVar(&o.limit, "limit", 10*time.Minute, "longest time of one run of fanout, lanes, hanging, backlog and memory")
+	flag.Float64Var(&o.mostMemory, "most-memory", 6144, "`MiB` of the server at which such a run is ended")
+	flag.StringVar(&o.only, "only", "", "run one `part`: start, throughput, latency, neighbour, backlog, or one that takes\nlonger and is only run when named: fanout")
 	flag.StringVar(&o.profile, "profile", "", "`directory` for CPU profiles of the server during the batch runs")
 	flag.Parse()
 
@@ -91,20 +98,28 @@ func run(ctx context.Context, o options) error {
 	parts := []struct {
 		name string
 		run  func(context.Context) error
+		// named parts are run only when they are asked for.
+		named bool
 	}{
-		{"start", b.start}, {"throughput", b.throughput}, {"latency", b.latency}, {"neighbour", b.neighbour}, {"backlog", b.waiting},
+		{"start", b.start, false}, {"throughput", b.throughput, false}, {"latency", b.latency, false},
+		{"neighbour", b.neighbour, false}, {"backlog", b.waiting, false}, {"fanout", b.fanout, true},
 	}
 	var errs error
+	known := o.only == ""
 	for _, p := range parts {
-		if o.only != "" && o.only != p.name {
+		if o.only == "" && p.named || o.only != "" && o.only != p.name {
 			continue
 		}
+		known = true
 		if err := p.run(ctx); err != nil {
 			errs = errors.Join(errs, fmt.Errorf("%s: %w", p.name, err))
 		}
 		if ctx.Err() != nil {
 			break
 		}
+	}
+	if !known {
+		return fmt.Errorf("-only %s is not a part; -help lists them", o.only)
 	}
 	if o.json {
 		out, err := json.MarshalIndent(rep, "", "  ")
@@ -131,6 +146,11 @@ type bench struct {
 func (b *bench) dataDir() string {
 	b.runs++
 	return filepath.Join(b.dir, fmt.Sprintf("data-%d", b.runs))
+}
+
+// progress tells on standard error what a long part is doing.
+func (b *bench) progress(format string, args ...any) {
+	fmt.Fprintf(os.Stderr, "%s  %s\n", time.Now().Format(time.TimeOnly), fmt.Sprintf(format, args...))
 }
 
 // findGrapnel settles which binary is measured.

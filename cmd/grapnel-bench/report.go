@@ -18,6 +18,7 @@ type report struct {
 	Latency    *latencyReport   `json:"latency,omitempty"`
 	Neighbour  *neighbourReport `json:"slow_neighbour,omitempty"`
 	Backlog    *backlogReport   `json:"backlog,omitempty"`
+	Fanout     *fanoutReport    `json:"fanout,omitempty"`
 
 	runs map[string][]throughput
 }
@@ -122,5 +123,8 @@ func (r *report) print(out io.Writer) {
 	if b := r.Backlog; b != nil {
 		fmt.Fprintf(out, "backlog          %d waiting: RSS %.0f MiB, %.0f MiB after restart, %.0f MiB drained; restart %.2fs; published %.0f/s, drained %.0f/s\n",
 			b.Deliveries, b.RSSAfterPublish, b.RSSAfterRestart, b.RSSAfterDrain, b.Restart, b.PublishPerSecond, b.DrainPerSecond)
+	}
+	if r.Fanout != nil {
+		r.Fanout.print(out)
 	}
 }

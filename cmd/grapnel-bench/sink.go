@@ -267,7 +267,11 @@ func (p *sinkProcess) stats(latencies bool) (sinkStats, error) {
 
 // await waits until want deliveries have arrived, and fails when they stop coming or one is bad.
 func (p *sinkProcess) await(ctx context.Context, want int64) (sinkStats, error) {
-	const patience = 30 * time.Second
+	return p.awaitPatiently(ctx, want, 30*time.Second)
+}
+
+// awaitPatiently is await that takes them for missing when none has come for as long as patience.
+func (p *sinkProcess) awaitPatiently(ctx context.Context, want int64, patience time.Duration) (sinkStats, error) {
 	last, since := int64(-1), time.Now()
 	for {
 		st, err := p.stats(false)
