@@ -35,6 +35,9 @@ type options struct {
 	latencyRate int
 	backlog     int
 	fanouts     products
+	hung        numbers
+	healthy     int
+	hangingFor  time.Duration
 	only        string
 	limit       time.Duration
 	mostMemory  float64
@@ -58,9 +61,13 @@ func main() {
 	flag.IntVar(&o.backlog, "backlog", 1_000_000, "waiting deliveries of the backlog run; 0 leaves it out")
 	o.fanouts = products{{1, 100_000}, {10, 20_000}, {1000, 300}, {10_000, 100}}
 	flag.Var(&o.fanouts, "fanout", "`sizes` of the fan-out runs, subscriptions x events; the last is run again with a kill")
+	o.hung = numbers{1, 30, 64, 200, 1000}
+	flag.Var(&o.hung, "hung", "`numbers` of hanging receivers in the hanging runs")
+	flag.IntVar(&o.healthy, "healthy", 1000, "receivers of the hanging runs that answer, each with an event a second")
+	flag.DurationVar(&o.hangingFor, "hanging-for", 20*time.Second, "length of a hanging run, alone and beside")
 	flag.DurationVar(&o.limit, "limit", 10*time.Minute, "longest time of one run of fanout, lanes, hanging, backlog and memory")
 	flag.Float64Var(&o.mostMemory, "most-memory", 6144, "`MiB` of the server at which such a run is ended")
-	flag.StringVar(&o.only, "only", "", "run one `part`: start, throughput, latency, neighbour, backlog, or one that takes\nlonger and is only run when named: fanout")
+	flag.StringVar(&o.only, "only", "", "run one `part`: start, throughput, latency, neighbour, backlog, or one that takes\nlonger and is only run when named: fanout, hanging")
 	flag.StringVar(&o.profile, "profile", "", "`directory` for CPU profiles of the server during the batch runs")
 	flag.Parse()
 
@@ -103,6 +110,7 @@ func run(ctx context.Context, o options) error {
 	}{
 		{"start", b.start, false}, {"throughput", b.throughput, false}, {"latency", b.latency, false},
 		{"neighbour", b.neighbour, false}, {"backlog", b.waiting, false}, {"fanout", b.fanout, true},
+		{"hanging", b.hanging, true},
 	}
 	var errs error
 	known := o.only == ""

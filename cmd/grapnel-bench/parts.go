@@ -227,7 +227,7 @@ func (b *bench) neighbour(ctx context.Context) error {
 	if err := p.prepare(ctx, namespace, b.sink.url("/s/quiet")); err != nil {
 		return err
 	}
-	if err := p.prepare(ctx, "noisy", b.sink.url("/slow/20s")); err != nil {
+	if err := p.prepare(ctx, "noisy", b.sink.url("/slow/20s/noisy")); err != nil {
 		return err
 	}
 	if err := b.sink.reset(); err != nil {

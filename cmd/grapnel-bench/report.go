@@ -19,6 +19,7 @@ type report struct {
 	Neighbour  *neighbourReport `json:"slow_neighbour,omitempty"`
 	Backlog    *backlogReport   `json:"backlog,omitempty"`
 	Fanout     *fanoutReport    `json:"fanout,omitempty"`
+	Hanging    *hangingReport   `json:"hanging,omitempty"`
 
 	runs map[string][]throughput
 }
@@ -126,5 +127,8 @@ func (r *report) print(out io.Writer) {
 	}
 	if r.Fanout != nil {
 		r.Fanout.print(out)
+	}
+	if r.Hanging != nil {
+		r.Hanging.print(out)
 	}
 }

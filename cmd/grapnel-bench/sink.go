@@ -69,7 +69,7 @@ func runSink([]string) error {
 	fmt.Println(lis.Addr())
 	mux := http.NewServeMux()
 	mux.HandleFunc("POST /s/", s.receive)
-	mux.HandleFunc("POST /slow/{wait}", func(w http.ResponseWriter, r *http.Request) {
+	mux.HandleFunc("POST /slow/{wait}/{who...}", func(w http.ResponseWriter, r *http.Request) {
 		wait, err := time.ParseDuration(r.PathValue("wait"))
 		if err != nil {
 			http.Error(w, err.Error(), http.StatusBadRequest)
