@@ -38,6 +38,7 @@ type options struct {
 	hung        numbers
 	healthy     int
 	hangingFor  time.Duration
+	memoryFor   time.Duration
 	only        string
 	limit       time.Duration
 	mostMemory  float64
@@ -65,9 +66,10 @@ func main() {
 	flag.Var(&o.hung, "hung", "`numbers` of hanging receivers in the hanging runs")
 	flag.IntVar(&o.healthy, "healthy", 1000, "receivers of the hanging runs that answer, each with an event a second")
 	flag.DurationVar(&o.hangingFor, "hanging-for", 20*time.Second, "length of a hanging run, alone and beside")
+	flag.DurationVar(&o.memoryFor, "memory-for", time.Minute, "how long the memory run publishes large events")
 	flag.DurationVar(&o.limit, "limit", 10*time.Minute, "longest time of one run of fanout, lanes, hanging, backlog and memory")
 	flag.Float64Var(&o.mostMemory, "most-memory", 6144, "`MiB` of the server at which such a run is ended")
-	flag.StringVar(&o.only, "only", "", "run one `part`: start, throughput, latency, neighbour, backlog, or one that takes\nlonger and is only run when named: fanout, hanging")
+	flag.StringVar(&o.only, "only", "", "run one `part`: start, throughput, latency, neighbour, backlog, or one that takes\nlonger and is only run when named: fanout, hanging, memory")
 	flag.StringVar(&o.profile, "profile", "", "`directory` for CPU profiles of the server during the batch runs")
 	flag.Parse()
 
@@ -110,7 +112,7 @@ func run(ctx context.Context, o options) error {
 	}{
 		{"start", b.start, false}, {"throughput", b.throughput, false}, {"latency", b.latency, false},
 		{"neighbour", b.neighbour, false}, {"backlog", b.waiting, false}, {"fanout", b.fanout, true},
-		{"hanging", b.hanging, true},
+		{"hanging", b.hanging, true}, {"memory", b.memory, true},
 	}
 	var errs error
 	known := o.only == ""

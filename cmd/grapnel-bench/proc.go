@@ -38,6 +38,11 @@ var hostPort = regexp.MustCompile(`127\.0\.0\.1:\d+`)
 // startServer runs `grapnel server` on dir and waits for its ready line: as long as ctx has a deadline until then, else
 // for a minute.
 func startServer(ctx context.Context, bin, dir string, extra ...string) (*serverProcess, error) {
+	return startServerIn(ctx, bin, dir, func(int) error { return nil }, extra...)
+}
+
+// startServerIn hands the new process to place before it waits.
+func startServerIn(ctx context.Context, bin, dir string, place func(pid int) error, extra ...string) (*serverProcess, error) {
 	args := append([]string{
 		"server", "--data-dir", dir, "--listen", "127.0.0.1:0", "--admin-listen", "127.0.0.1:0",
 		"--egress-allow", "127.0.0.0/8", "--log-level", "warn",
@@ -53,6 +58,7 @@ func startServer(ctx context.Context, bin, dir string, extra ...string) (*server
 	if err := cmd.Start(); err != nil {
 		return nil, fmt.Errorf("start %s: %w", bin, err)
 	}
+	placed := place(cmd.Process.Pid)
 	longest := time.Minute
 	if end, ok := ctx.Deadline(); ok {
 		longest = time.Until(end)
@@ -68,6 +74,10 @@ func startServer(ctx context.Context, bin, dir string, extra ...string) (*server
 		_ = cmd.Wait()
 		close(p.ended)
 	}()
+	if placed != nil {
+		p.kill()
+		return nil, fmt.Errorf("place the server: %w", placed)
+	}
 	select {
 	case line, ok := <-lines:
 		addrs := hostPort.FindAllString(line, 2)

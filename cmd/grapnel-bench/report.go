@@ -20,6 +20,7 @@ type report struct {
 	Backlog    *backlogReport   `json:"backlog,omitempty"`
 	Fanout     *fanoutReport    `json:"fanout,omitempty"`
 	Hanging    *hangingReport   `json:"hanging,omitempty"`
+	Memory     *boundedReport   `json:"memory,omitempty"`
 
 	runs map[string][]throughput
 }
@@ -130,5 +131,8 @@ func (r *report) print(out io.Writer) {
 	}
 	if r.Hanging != nil {
 		r.Hanging.print(out)
+	}
+	if r.Memory != nil {
+		r.Memory.print(out)
 	}
 }
