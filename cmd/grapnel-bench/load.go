@@ -145,13 +145,7 @@ func (u *unsent) publish(ctx context.Context, p *serverProcess, ns string, size 
 				for _, i := range taken {
 					req.Events = append(req.Events, event(i, body))
 				}
-				resp, err := client.BatchPublish(ctx, req)
-				for k, i := range taken {
-					if e := resp.GetResults(); err == nil && e[k].GetError() != nil {
-						err = fmt.Errorf("event %d was refused: %s: %s", i, e[k].GetError().GetReason(), e[k].GetError().GetMessage())
-					}
-				}
-				if err != nil {
+				if err := batchErr(client.BatchPublish(ctx, req)); err != nil {
 					for _, i := range taken {
 						u.todo <- i
 					}

@@ -33,7 +33,7 @@ type options struct {
 	repeat      int
 	latencyFor  time.Duration
 	latencyRate int
-	backlog     int
+	backlogs    products
 	fanouts     products
 	hung        numbers
 	healthy     int
@@ -59,7 +59,8 @@ func main() {
 	flag.IntVar(&o.repeat, "repeat", 1, "times to repeat raw bound and throughput; medians are printed")
 	flag.DurationVar(&o.latencyFor, "latency", 20*time.Second, "length of the latency run")
 	flag.IntVar(&o.latencyRate, "rate", 100, "events per second of the latency run")
-	flag.IntVar(&o.backlog, "backlog", 1_000_000, "waiting deliveries of the backlog run; 0 leaves it out")
+	o.backlogs = products{{1, 1_000_000}}
+	flag.Var(&o.backlogs, "backlog", "`sizes` of the backlog runs, lanes x waiting deliveries of each, such as\n1x10000000,10x1000000,100000x10; empty leaves them out")
 	o.fanouts = products{{1, 100_000}, {10, 20_000}, {1000, 300}, {10_000, 100}}
 	flag.Var(&o.fanouts, "fanout", "`sizes` of the fan-out runs, subscriptions x events; the last is run again with a kill")
 	o.hung = numbers{1, 30, 64, 200, 1000}
@@ -111,7 +112,7 @@ func run(ctx context.Context, o options) error {
 		named bool
 	}{
 		{"start", b.start, false}, {"throughput", b.throughput, false}, {"latency", b.latency, false},
-		{"neighbour", b.neighbour, false}, {"backlog", b.waiting, false}, {"fanout", b.fanout, true},
+		{"neighbour", b.neighbour, false}, {"backlog", b.backlog, false}, {"fanout", b.fanout, true},
 		{"hanging", b.hanging, true}, {"memory", b.memory, true},
 	}
 	var errs error

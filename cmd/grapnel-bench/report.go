@@ -67,17 +67,6 @@ type neighbourReport struct {
 	P99Ratio float64       `json:"p99_ratio"`
 }
 
-// backlogReport is what waiting deliveries cost.
-type backlogReport struct {
-	Deliveries       int     `json:"deliveries"`
-	PublishPerSecond float64 `json:"publish_per_second"`
-	RSSAfterPublish  float64 `json:"rss_after_publish_mib"`
-	RSSAfterRestart  float64 `json:"rss_after_restart_mib"`
-	RSSAfterDrain    float64 `json:"rss_after_drain_mib"`
-	Restart          float64 `json:"restart_seconds"`
-	DrainPerSecond   float64 `json:"drain_per_second"`
-}
-
 // add keeps the run; of several runs of one name the one with the median ratio is reported.
 func (r *report) add(t throughput) {
 	if r.runs == nil {
@@ -122,9 +111,8 @@ func (r *report) print(out io.Writer) {
 	if n := r.Neighbour; n != nil {
 		fmt.Fprintf(out, "slow neighbour   p99 alone %.2f ms, beside a hanging receiver %.2f ms: ratio %.2f\n", n.Alone.P99, n.Beside.P99, n.P99Ratio)
 	}
-	if b := r.Backlog; b != nil {
-		fmt.Fprintf(out, "backlog          %d waiting: RSS %.0f MiB, %.0f MiB after restart, %.0f MiB drained; restart %.2fs; published %.0f/s, drained %.0f/s\n",
-			b.Deliveries, b.RSSAfterPublish, b.RSSAfterRestart, b.RSSAfterDrain, b.Restart, b.PublishPerSecond, b.DrainPerSecond)
+	if r.Backlog != nil {
+		r.Backlog.print(out)
 	}
 	if r.Fanout != nil {
 		r.Fanout.print(out)
