@@ -24,25 +24,28 @@ import (
 
 // options are the command line.
 type options struct {
-	grapnel     string
-	json        bool
-	events      int
-	events10    int
-	payload     int
-	concurrency int
-	repeat      int
-	latencyFor  time.Duration
-	latencyRate int
-	backlogs    products
-	fanouts     products
-	hung        numbers
-	healthy     int
-	hangingFor  time.Duration
-	memoryFor   time.Duration
-	only        string
-	limit       time.Duration
-	mostMemory  float64
-	profile     string
+	grapnel       string
+	json          bool
+	events        int
+	events10      int
+	payload       int
+	concurrency   int
+	repeat        int
+	latencyFor    time.Duration
+	latencyRate   int
+	backlogs      products
+	fanouts       products
+	hung          numbers
+	healthy       int
+	hangingFor    time.Duration
+	memoryFor     time.Duration
+	subscriptions int
+	namespaces    int
+	sweepRows     int
+	only          string
+	limit         time.Duration
+	mostMemory    float64
+	profile       string
 }
 
 func main() {
@@ -68,9 +71,12 @@ func main() {
 	flag.IntVar(&o.healthy, "healthy", 1000, "receivers of the hanging runs that answer, each with an event a second")
 	flag.DurationVar(&o.hangingFor, "hanging-for", 20*time.Second, "length of a hanging run, alone and beside")
 	flag.DurationVar(&o.memoryFor, "memory-for", time.Minute, "how long the memory run publishes large events")
+	flag.IntVar(&o.subscriptions, "subscriptions", 100_000, "subscriptions of one namespace in the lanes run; 0 leaves it out")
+	flag.IntVar(&o.namespaces, "namespaces", 100_000, "namespaces with one subscription each in the lanes run; 0 leaves it out")
+	flag.IntVar(&o.sweepRows, "sweep-rows", 1_000_000, "deliveries for the lanes run's sweep to erase")
 	flag.DurationVar(&o.limit, "limit", 10*time.Minute, "longest time of one run of fanout, lanes, hanging, backlog and memory")
 	flag.Float64Var(&o.mostMemory, "most-memory", 6144, "`MiB` of the server at which such a run is ended")
-	flag.StringVar(&o.only, "only", "", "run one `part`: start, throughput, latency, neighbour, backlog, or one that takes\nlonger and is only run when named: fanout, hanging, memory")
+	flag.StringVar(&o.only, "only", "", "run one `part`: start, throughput, latency, neighbour, backlog, or one that takes\nlonger and is only run when named: fanout, lanes, hanging, memory")
 	flag.StringVar(&o.profile, "profile", "", "`directory` for CPU profiles of the server during the batch runs")
 	flag.Parse()
 
@@ -112,7 +118,7 @@ func run(ctx context.Context, o options) error {
 		named bool
 	}{
 		{"start", b.start, false}, {"throughput", b.throughput, false}, {"latency", b.latency, false},
-		{"neighbour", b.neighbour, false}, {"backlog", b.backlog, false}, {"fanout", b.fanout, true},
+		{"neighbour", b.neighbour, false}, {"backlog", b.backlog, false}, {"fanout", b.fanout, true}, {"lanes", b.lanes, true},
 		{"hanging", b.hanging, true}, {"memory", b.memory, true},
 	}
 	var errs error
@@ -151,6 +157,8 @@ type bench struct {
 	sink   *sinkProcess
 	report *report
 	runs   int
+	// probes counts the series of events of the lanes runs.
+	probes int
 }
 
 // dataDir names a new data directory.

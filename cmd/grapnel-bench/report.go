@@ -19,6 +19,7 @@ type report struct {
 	Neighbour  *neighbourReport `json:"slow_neighbour,omitempty"`
 	Backlog    *backlogReport   `json:"backlog,omitempty"`
 	Fanout     *fanoutReport    `json:"fanout,omitempty"`
+	Lanes      *lanesReport     `json:"lanes,omitempty"`
 	Hanging    *hangingReport   `json:"hanging,omitempty"`
 	Memory     *boundedReport   `json:"memory,omitempty"`
 
@@ -116,6 +117,9 @@ func (r *report) print(out io.Writer) {
 	}
 	if r.Fanout != nil {
 		r.Fanout.print(out)
+	}
+	if r.Lanes != nil {
+		r.Lanes.print(out)
 	}
 	if r.Hanging != nil {
 		r.Hanging.print(out)
