@@ -125,7 +125,13 @@ func killMeddling(t *testing.T, external bool) {
 	stop()
 	meddlers.Wait()
 	all := m.settle(t)
-	v := m.judge(t, all)
+	v, wrong := m.judge(all)
+	for _, w := range wrong[:min(len(wrong), 20)] {
+		t.Error(w)
+	}
+	if more := len(wrong) - 20; more > 0 {
+		t.Errorf("and %d more", more)
+	}
 	t.Logf("%d cycles, %d of them kills, edits %v; %d events acknowledged, %d deliveries, %d arrivals: %d lost, %d stuck, %d ended twice",
 		*meddleCycles, m.crashes, m.done, m.published.sent(), len(all), m.ledger.arrivals(), v.lost, v.stuck, v.twice)
 }

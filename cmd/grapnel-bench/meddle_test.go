@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"math/rand/v2"
@@ -57,12 +58,14 @@ type meddling struct {
 	lives   [meddled][]generation
 	// accepted is when an event last arrived at a generation, by the ledger's key.
 	accepted map[string]time.Time
-	// cancelled and retried are what was called for, answered or not, by the delivery's name and by lane and event.
+	// cancelled and retried are what was called for, answered or not, by the delivery's name; cancelled also by
+	// laneEvent, for what a sweep has erased.
 	cancelled map[string]bool
 	retried   map[string]bool
 	ended     map[string]ending // by the delivery's name
 	wrong     []string
 	done      map[string]int // edits by kind
+	swept     int            // sweeps that erased history
 }
 
 // ending is a final state that was seen.
@@ -213,6 +216,8 @@ func (m *meddling) meddle(ctx context.Context, rng *rand.Rand) error {
 			kind, err = "retry", m.edit(ctx, rng, m.retry)
 		case n < 18:
 			kind, err = "update", m.update(ctx, i, rng.IntN(1_000_000))
+		case i == 0:
+			kind, err = "sweep", m.sweep(ctx)
 		case i >= steadfast:
 			kind, err = "delete", m.recreate(ctx, i)
 		default:
@@ -282,6 +287,20 @@ func (m *meddling) recreate(ctx context.Context, i int) error {
 	return m.create(ctx, i)
 }
 
+// sweep has all history erased that is older than some seconds, where the server can be asked to.
+func (m *meddling) sweep(ctx context.Context) error {
+	p, _ := m.server()
+	switch err := p.sweep(ctx, 5*time.Second); {
+	case errors.Is(err, errNoSweep):
+		return nil
+	case err == nil:
+		m.mu.Lock()
+		defer m.mu.Unlock()
+		m.swept++
+	}
+	return nil // a crash; what was erased until then is erased
+}
+
 // edit has one of the latest deliveries changed, now and then by a caller who does not wait for the answer.
 func (m *meddling) edit(ctx context.Context, rng *rand.Rand, change func(context.Context, grapnelv1.DeliveryServiceClient, *grapnelv1.Delivery) error) error {
 	filters := []string{`state = "PENDING"`, `state = "SCHEDULED"`, `state = "CANCELLED"`, ""}
@@ -310,6 +329,7 @@ func (m *meddling) edit(ctx context.Context, rng *rand.Rand, change func(context
 func (m *meddling) cancel(ctx context.Context, client grapnelv1.DeliveryServiceClient, d *grapnelv1.Delivery) error {
 	m.mu.Lock()
 	m.cancelled[d.GetName()] = true
+	m.cancelled[laneEvent(lane(d), path.Base(d.GetEvent()))] = true
 	m.mu.Unlock()
 	_, err := client.CancelDelivery(ctx, &grapnelv1.CancelDeliveryRequest{Name: d.GetName()})
 	return err
@@ -430,79 +450,77 @@ func (m *meddling) settle(t *testing.T) []*grapnelv1.Delivery {
 // verdict counts what may not be.
 type verdict struct{ lost, stuck, twice int }
 
-// judge holds what was done, what arrived and what the server says against each other.
-func (m *meddling) judge(t *testing.T, all []*grapnelv1.Delivery) verdict {
-	t.Helper()
-	var v verdict
+// judge holds what was done, what arrived and what the server says against each other, and says what is wrong.
+func (m *meddling) judge(all []*grapnelv1.Delivery) (v verdict, wrong []string) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	told := 0
-	complain := func(format string, args ...any) {
-		if told++; told <= 20 {
-			t.Errorf(format, args...)
-		}
-	}
+	complain := func(format string, args ...any) { wrong = append(wrong, fmt.Sprintf(format, args...)) }
 	for _, w := range m.wrong {
 		if strings.HasPrefix(w, "ended twice") {
 			v.twice++
 		}
 		complain("%s", w)
 	}
-	byLane := map[string]*grapnelv1.Delivery{} // the newest of each subscription and event
+	newest := map[string]*grapnelv1.Delivery{} // by laneEvent
 	for _, d := range all {
-		i := m.lane(d)
-		now := m.lives[i][len(m.lives[i])-1]
-		// Of an earlier life: cancelled with it, or ended before.
-		former := !d.GetCreateTime().AsTime().After(now.born)
-		switch d.GetState() {
-		case grapnelv1.Delivery_STATE_SUCCEEDED:
-		case grapnelv1.Delivery_STATE_CANCELLED:
-			if !former && !m.cancelled[d.GetName()] {
-				complain("cancelled by nobody: %s of %s: %s", d.GetName(), d.GetSubscription(), d.GetStateReason())
-			}
-		case grapnelv1.Delivery_STATE_PENDING, grapnelv1.Delivery_STATE_SCHEDULED, grapnelv1.Delivery_STATE_IN_FLIGHT:
-			v.stuck++
-			complain("stuck: %s of %s is %v after %d attempts, due %v, cancel called for %v, retry %v", d.GetName(), d.GetSubscription(), d.GetState(),
-				d.GetAttemptCount(), d.GetNextAttemptTime().AsTime(), m.cancelled[d.GetName()], m.retried[d.GetName()])
-		default:
-			complain("%s of %s is %v: %s %v", d.GetName(), d.GetSubscription(), d.GetState(), d.GetStateReason(), d.GetLastAttempt())
+		i := lane(d)
+		if e := laneEvent(i, path.Base(d.GetEvent())); newest[e] == nil {
+			newest[e] = d
 		}
-		byLane[fmt.Sprintf("%d %s", i, path.Base(d.GetEvent()))] = d
+		switch now := m.lives[i][len(m.lives[i])-1]; {
+		case !final(d):
+			v.stuck++
+			complain("stuck: %s of %s is %v after %d attempts, due %v; cancelled %v, retried %v", d.GetName(), d.GetSubscription(), d.GetState(),
+				d.GetAttemptCount(), d.GetNextAttemptTime().AsTime(), m.cancelled[d.GetName()], m.retried[d.GetName()])
+		case d.GetState() == grapnelv1.Delivery_STATE_SUCCEEDED:
+		case d.GetState() != grapnelv1.Delivery_STATE_CANCELLED:
+			complain("%s of %s is %v: %s %v", d.GetName(), d.GetSubscription(), d.GetState(), d.GetStateReason(), d.GetLastAttempt())
+		case d.GetCreateTime().AsTime().After(now.born) && !m.cancelled[d.GetName()]: // older ones may have gone with an earlier life
+			complain("cancelled by nobody: %s of %s: %s", d.GetName(), d.GetSubscription(), d.GetStateReason())
+		}
 	}
-	for id := range m.published.bodies {
-		first, acked := m.published.times(id)
+	for id := range m.published.all() {
 		for i, lives := range m.lives {
+			d := newest[laneEvent(i, id)]
 			for _, g := range lives {
-				key := fmt.Sprintf("/sub-%d/%d %s", i, g.number, id)
-				at, arrived := m.accepted[key]
-				switch {
-				case arrived && acked.Before(g.asked):
-					complain("%s arrived at a subscription that was made after it was published", key)
-				case arrived && !g.gone.IsZero() && at.Sub(g.gone) > straggle:
-					complain("%s arrived %v after its subscription was deleted", key, at.Sub(g.gone))
-				case arrived || !g.dying.IsZero() || !g.born.Before(first):
-				default:
-					d := byLane[fmt.Sprintf("%d %s", i, id)]
-					if d.GetState() == grapnelv1.Delivery_STATE_CANCELLED && m.cancelled[d.GetName()] || d != nil && !final(d) {
-						continue // as called for, or counted as stuck
-					}
+				fault, lost := m.fault(id, i, g, d)
+				if lost {
 					v.lost++
-					complain("lost: %s; the server says %v", key, d)
+				}
+				if fault != "" {
+					complain("/sub-%d/%d %s %s", i, g.number, id, fault)
 				}
 			}
 		}
 	}
-	for _, f := range m.ledger.faults(m.published.all()) {
-		complain("%s", f)
-	}
-	if told > 20 {
-		t.Errorf("and %d more", told-20)
-	}
-	return v
+	return v, append(wrong, m.ledger.faults(m.published.all())...)
 }
 
+// fault says what is wrong with an event at one generation, of whose lane the server says d.
+func (m *meddling) fault(id string, i int, g generation, d *grapnelv1.Delivery) (fault string, lost bool) {
+	first, acked := m.published.times(id)
+	at, arrived := m.accepted[fmt.Sprintf("/sub-%d/%d %s", i, g.number, id)]
+	switch {
+	case arrived && acked.Before(g.asked):
+		return "arrived at a subscription that was made after it was published", false
+	case arrived && !g.gone.IsZero() && at.Sub(g.gone) > straggle:
+		return fmt.Sprintf("arrived %v after its subscription was deleted", at.Sub(g.gone)), false
+	case arrived, !g.dying.IsZero(), !g.born.Before(first):
+		return "", false // as it should, or it may be missing
+	case d == nil && m.swept > 0 && m.cancelled[laneEvent(i, id)]:
+		return "", false
+	case d != nil && !final(d):
+		return "", false // it is counted as stuck
+	case d.GetState() == grapnelv1.Delivery_STATE_CANCELLED && m.cancelled[d.GetName()]:
+		return "", false
+	}
+	return fmt.Sprintf("is lost; the server says %v", d), true
+}
+
+func laneEvent(lane int, event string) string { return fmt.Sprintf("%d %s", lane, event) }
+
 // lane is the number of a delivery's subscription.
-func (m *meddling) lane(d *grapnelv1.Delivery) int {
+func lane(d *grapnelv1.Delivery) int {
 	i, err := strconv.Atoi(strings.TrimPrefix(path.Base(d.GetSubscription()), "sub-"))
 	if err != nil || i < 0 || i >= meddled {
 		return 0
