@@ -13,6 +13,8 @@ import (
 const (
 	// soon is the time in which a healthy receiver gets its events, whatever others do.
 	soon = time.Second
+	// warmUp is how long events go to the healthy ones before they count, and then none.
+	warmUp = 3 * time.Second
 	// burst is how many events each hanging receiver gets at the beginning; afterwards it gets one a second.
 	burst = 40
 )
@@ -89,6 +91,11 @@ func (b *bench) hangingRun(ctx context.Context, hung int) (row hangingRow, err e
 		return row, err
 	}
 	steady := newProbe(p, b.payload, func(n int64) (string, string) { return namespace, fmt.Sprintf("bench.%d", n%int64(b.healthy)) })
+	// Whatever the creation of so much left to do is not to slow the ones that are measured alone.
+	steady.run(life, b.healthy, warmUp, soon)
+	if err := sleep(life, warmUp); err != nil {
+		return row, err
+	}
 	var missing int64
 	if row.Alone, row.AloneSoon, _, missing, err = b.watched(life, steady); err != nil {
 		return row, err

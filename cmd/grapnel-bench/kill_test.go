@@ -111,19 +111,21 @@ func killMeddling(t *testing.T, external bool) {
 	}
 	run, stop := context.WithCancel(t.Context())
 	defer stop()
-	var meddlers sync.WaitGroup
-	edits := rand.New(rand.NewPCG(rng.Uint64(), 2))
-	meddlers.Go(func() {
-		if err := m.meddle(run, edits); err != nil {
-			m.complain("%v", err)
-		}
-	})
-	meddlers.Go(func() { m.watch(run) })
+	var others sync.WaitGroup
+	for first := range meddlers {
+		edits := rand.New(rand.NewPCG(rng.Uint64(), uint64(first)))
+		others.Go(func() {
+			if err := m.meddle(run, edits, first); err != nil {
+				m.complain("%v", err)
+			}
+		})
+	}
+	others.Go(func() { m.watch(run) })
 	for range *meddleCycles {
 		m.cycle(t, rng)
 	}
 	stop()
-	meddlers.Wait()
+	others.Wait()
 	all := m.settle(t)
 	v, wrong := m.judge(all)
 	for _, w := range wrong[:min(len(wrong), 20)] {

@@ -29,6 +29,8 @@ const (
 	// steadfast subscriptions are paused and changed, but never deleted, so that every event is owed to some.
 	steadfast = 2
 	meddled   = 6
+	// meddlers are at work at the same time, each on subscriptions of its own.
+	meddlers = 3
 	// straggle is how long after a change an attempt that was under way may still arrive.
 	straggle = 5 * time.Second
 )
@@ -170,6 +172,9 @@ func (m *meddling) create(ctx context.Context, i int) error {
 	m.mu.Unlock()
 	sub := signed(namespace, m.address(i, g.number, 0), "bench.*")
 	sub.MaxInFlight = 64
+	if i%2 == 1 {
+		sub.MaxInFlight = 4 // so that some wait
+	}
 	sub.RetryPolicy = &grapnelv1.RetryPolicy{MaxAttempts: 100}
 	for range 99 {
 		sub.RetryPolicy.Schedule = append(sub.RetryPolicy.Schedule, durationpb.New(300*time.Millisecond))
@@ -199,13 +204,13 @@ func (m *meddling) address(i, generation, revision int) string {
 	return fmt.Sprintf("%s/sub-%d/%d/%d", m.url, i, generation, revision)
 }
 
-// meddle changes things at random until ctx ends.
-func (m *meddling) meddle(ctx context.Context, rng *rand.Rand) error {
+// meddle changes things at random until ctx ends; it keeps to every third subscription, from the first it is given.
+func (m *meddling) meddle(ctx context.Context, rng *rand.Rand, first int) error {
 	for ctx.Err() == nil {
-		i := rng.IntN(meddled)
+		i := first + meddlers*rng.IntN(meddled/meddlers)
 		var kind string
 		var err error
-		switch n := rng.IntN(20); {
+		switch n := rng.IntN(24); {
 		case n < 3:
 			kind, err = "pause", m.pause(ctx, i)
 		case n < 7:
@@ -214,7 +219,9 @@ func (m *meddling) meddle(ctx context.Context, rng *rand.Rand) error {
 			kind, err = "cancel", m.edit(ctx, rng, m.cancel)
 		case n < 16:
 			kind, err = "retry", m.edit(ctx, rng, m.retry)
-		case n < 18:
+		case n < 20:
+			kind, err = "rush", m.rush(ctx, rng, i)
+		case n < 22:
 			kind, err = "update", m.update(ctx, i, rng.IntN(1_000_000))
 		case i == 0:
 			kind, err = "sweep", m.sweep(ctx)
@@ -237,6 +244,32 @@ func (m *meddling) meddle(ctx context.Context, rng *rand.Rand) error {
 		}
 	}
 	return nil
+}
+
+// rush has many waiting deliveries of one subscription retried or cancelled at the moment in which it is paused.
+func (m *meddling) rush(ctx context.Context, rng *rand.Rand, i int) error {
+	p, _ := m.server()
+	client := grapnelv1.NewDeliveryServiceClient(p.conn)
+	page, err := client.ListDeliveries(ctx, &grapnelv1.ListDeliveriesRequest{
+		Parent: "namespaces/" + namespace, PageSize: 30, Filter: fmt.Sprintf(`subscription = "sub-%d" AND state = "PENDING"`, i),
+	})
+	if err != nil {
+		return nil // a crash
+	}
+	change := m.retry
+	if rng.IntN(4) == 0 {
+		change = m.cancel
+	}
+	var calls sync.WaitGroup
+	for k, d := range page.GetDeliveries() {
+		if k%3 != 0 {
+			continue // some are left to wait between them
+		}
+		calls.Go(func() { _ = change(ctx, client, d) })
+	}
+	err = m.pause(ctx, i)
+	calls.Wait()
+	return err
 }
 
 func (m *meddling) pause(ctx context.Context, i int) error {
