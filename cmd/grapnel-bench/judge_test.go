@@ -93,6 +93,16 @@ func TestJudge(t *testing.T) {
 			},
 			says: []*grapnelv1.Delivery{delivery(cancelled)}, want: verdict{twice: 1}, wrong: "ended twice",
 		},
+		"delivered, and delivered once more": {
+			happened: func(m *meddling) {
+				arrive(m, "0", "e", 0)
+				m.observe([]*grapnelv1.Delivery{delivery(delivered)}, 1)
+				again := delivery(delivered)
+				again.CompleteTime = timestamppb.New(sent.Add(time.Second))
+				m.observe([]*grapnelv1.Delivery{again}, 1)
+			},
+			says: []*grapnelv1.Delivery{delivery(delivered)}, want: verdict{twice: 1}, wrong: "ended twice",
+		},
 		"opened again by nobody": {
 			happened: func(m *meddling) {
 				arrive(m, "0", "e", 0)

@@ -55,7 +55,8 @@ type sweepReport struct {
 	Seconds float64 `json:"seconds"`
 	During  traffic `json:"during"`
 	After   traffic `json:"after"`
-	// Restart is after kill -9 that follows the sweep.
+	// Restart is the slower of two after the sweep, each after kill -9: what the sweep wrote is in the log at the first
+	// one, and in tables at the second.
 	Restart float64 `json:"restart_seconds"`
 }
 
@@ -380,9 +381,15 @@ func (l *laneRun) sweepWith(ctx context.Context, rows int, keep time.Duration) e
 	if s.After, err = l.observe(l.life); err != nil {
 		return err
 	}
-	s.Restart, _, err = l.restart(ctx)
+	for range 2 {
+		ready, _, err := l.restart(ctx)
+		if err != nil {
+			return err
+		}
+		s.Restart = max(s.Restart, ready)
+	}
 	l.row.Sweeps = append(l.row.Sweeps, s)
-	return err
+	return nil
 }
 
 // errNoSweep says that the server cannot be asked for a sweep.

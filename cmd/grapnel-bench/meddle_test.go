@@ -73,6 +73,7 @@ type meddling struct {
 // ending is a final state that was seen.
 type ending struct {
 	state   grapnelv1.Delivery_State
+	at      time.Time // its complete_time
 	crashes int
 }
 
@@ -396,11 +397,13 @@ func (m *meddling) observe(all []*grapnelv1.Delivery, crashes int) {
 	defer m.mu.Unlock()
 	for _, d := range all {
 		before, was := m.ended[d.GetName()]
-		if was && before.crashes == crashes && before.state != d.GetState() && !m.retried[d.GetName()] {
-			m.wrong = append(m.wrong, fmt.Sprintf("ended twice: %s of %s was %v and is %v", d.GetName(), d.GetSubscription(), before.state, d.GetState()))
+		now := ending{d.GetState(), d.GetCompleteTime().AsTime(), crashes}
+		if was && before.crashes == crashes && before != now && !m.retried[d.GetName()] {
+			m.wrong = append(m.wrong, fmt.Sprintf("ended twice: %s of %s was %v at %v and is %v at %v",
+				d.GetName(), d.GetSubscription(), before.state, before.at, now.state, now.at))
 		}
 		if final(d) {
-			m.ended[d.GetName()] = ending{d.GetState(), crashes}
+			m.ended[d.GetName()] = now
 		} else {
 			delete(m.ended, d.GetName())
 		}
@@ -503,8 +506,8 @@ func (m *meddling) judge(all []*grapnelv1.Delivery) (v verdict, wrong []string) 
 		switch now := m.lives[i][len(m.lives[i])-1]; {
 		case !final(d):
 			v.stuck++
-			complain("stuck: %s of %s is %v after %d attempts, due %v; cancelled %v, retried %v", d.GetName(), d.GetSubscription(), d.GetState(),
-				d.GetAttemptCount(), d.GetNextAttemptTime().AsTime(), m.cancelled[d.GetName()], m.retried[d.GetName()])
+			complain("stuck: %s of %s is %v after %d attempts, next %v; cancelled %v, retried %v", d.GetName(), d.GetSubscription(), d.GetState(),
+				d.GetAttemptCount(), d.GetNextAttemptTime(), m.cancelled[d.GetName()], m.retried[d.GetName()])
 		case d.GetState() == grapnelv1.Delivery_STATE_SUCCEEDED:
 		case d.GetState() != grapnelv1.Delivery_STATE_CANCELLED:
 			complain("%s of %s is %v: %s %v", d.GetName(), d.GetSubscription(), d.GetState(), d.GetStateReason(), d.GetLastAttempt())
