@@ -25,6 +25,7 @@ import (
 // options are the command line.
 type options struct {
 	grapnel       string
+	against       string
 	json          bool
 	events        int
 	events10      int
@@ -54,6 +55,7 @@ func main() {
 	}
 	var o options
 	flag.StringVar(&o.grapnel, "grapnel", "", "grapnel `binary`; default beside this one, else built with go")
+	flag.StringVar(&o.against, "against", "", "another grapnel `binary`, whose throughput is measured in turn and compared")
 	flag.BoolVar(&o.json, "json", false, "print one JSON object instead of the table")
 	flag.IntVar(&o.events, "events", 100_000, "events of each fan-out 1 run")
 	flag.IntVar(&o.events10, "events10", 20_000, "events of each fan-out 10 run")

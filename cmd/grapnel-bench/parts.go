@@ -49,7 +49,8 @@ func (b *bench) start(ctx context.Context) error {
 	return p.stop()
 }
 
-// throughput runs the raw bound and then each way of publishing, fan-out 1 and 10.
+// throughput runs the raw bound and then each way of publishing, fan-out 1 and 10; with another binary to compare with,
+// each run is followed at once by the same with that one.
 func (b *bench) throughput(ctx context.Context) error {
 	for range b.repeat {
 		raw, err := b.rawBound(ctx, b.events)
@@ -70,24 +71,34 @@ func (b *bench) throughput(ctx context.Context) error {
 			if r.fanout > 1 {
 				n = b.events10
 			}
-			t, err := b.one(ctx, r.name, r.fanout, n, r.send)
+			t, err := b.one(ctx, b.grapnel, r.name, r.fanout, n, r.send)
 			if err != nil {
 				return fmt.Errorf("%s: %w", r.name, err)
 			}
 			t.Ratio = t.PerSecond / raw.PerSecond
 			b.report.add(t)
+			if b.against == "" {
+				continue
+			}
+			other, err := b.one(ctx, b.against, r.name+", other", r.fanout, n, r.send)
+			if err != nil {
+				return fmt.Errorf("%s with %s: %w", r.name, b.against, err)
+			}
+			other.Ratio = other.PerSecond / raw.PerSecond
+			b.report.add(other)
+			b.report.pair(t, other)
 		}
 	}
 	return nil
 }
 
 // one measures from the first publish until the last delivery is recorded.
-func (b *bench) one(ctx context.Context, name string, fanout, n int, send publisher) (throughput, error) {
+func (b *bench) one(ctx context.Context, grapnel, name string, fanout, n int, send publisher) (throughput, error) {
 	var t throughput
 	if err := b.sink.reset(); err != nil {
 		return t, err
 	}
-	p, err := startServer(ctx, b.grapnel, b.dataDir())
+	p, err := startServer(ctx, grapnel, b.dataDir())
 	if err != nil {
 		return t, err
 	}

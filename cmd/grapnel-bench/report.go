@@ -15,6 +15,7 @@ type report struct {
 	Payload    int              `json:"payload_bytes"`
 	Start      *startReport     `json:"start,omitempty"`
 	Throughput []throughput     `json:"throughput,omitempty"`
+	Paired     []paired         `json:"paired,omitempty"`
 	Latency    *latencyReport   `json:"latency,omitempty"`
 	Neighbour  *neighbourReport `json:"slow_neighbour,omitempty"`
 	Backlog    *backlogReport   `json:"backlog,omitempty"`
@@ -50,6 +51,18 @@ type throughput struct {
 	SinkCPU    float64 `json:"sink_cpu_us"`
 	ClientCPU  float64 `json:"client_cpu_us"`
 	ServerRSS  float64 `json:"server_rss_mib,omitempty"`
+}
+
+// paired compares one kind of run with the same of another binary: medians over the pairs of ours divided by the
+// other's.
+type paired struct {
+	Name      string  `json:"name"`
+	Pairs     int     `json:"pairs"`
+	PerSecond float64 `json:"per_second"`
+	// CPU is that of server and plugin together.
+	CPU float64 `json:"cpu"`
+
+	perSecond, cpu []float64
 }
 
 // latencyReport is publish to arrival, in milliseconds.
@@ -91,6 +104,26 @@ func (r *report) add(t throughput) {
 	r.Throughput = append(r.Throughput, median)
 }
 
+// pair enters a run and the other binary's that followed it.
+func (r *report) pair(t, other throughput) {
+	i := slices.IndexFunc(r.Paired, func(p paired) bool { return p.Name == t.Name })
+	if i < 0 {
+		i = len(r.Paired)
+		r.Paired = append(r.Paired, paired{Name: t.Name})
+	}
+	p := &r.Paired[i]
+	p.Pairs++
+	p.perSecond = append(p.perSecond, ratio(t.PerSecond, other.PerSecond))
+	p.cpu = append(p.cpu, ratio(t.ServerCPU+t.PluginCPU, other.ServerCPU+other.PluginCPU))
+	p.PerSecond, p.CPU = median(p.perSecond), median(p.cpu)
+}
+
+func median(all []float64) float64 {
+	sorted := slices.Sorted(slices.Values(all))
+	n := len(sorted)
+	return (sorted[n/2] + sorted[(n-1)/2]) / 2
+}
+
 func (r *report) print(out io.Writer) {
 	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', tabwriter.AlignRight)
 	if s := r.Start; s != nil {
@@ -105,6 +138,9 @@ func (r *report) print(out io.Writer) {
 				t.Name, t.Deliveries, t.PerSecond, t.Ratio, t.ServerCPU, t.PluginCPU, t.SinkCPU, t.ClientCPU, t.ServerRSS, t.Duplicates)
 		}
 		_ = w.Flush()
+	}
+	for _, p := range r.Paired {
+		fmt.Fprintf(out, "paired           %s: %.2f times the other's deliveries/s, %.2f times its CPU (median of %d pairs)\n", p.Name, p.PerSecond, p.CPU, p.Pairs)
 	}
 	if l := r.Latency; l != nil {
 		fmt.Fprintf(out, "latency          at %d events/s: p50 %.2f ms, p99 %.2f ms, max %.2f ms (%d samples)\n", l.Rate, l.P50, l.P99, l.Max, l.Samples)
