@@ -63,7 +63,7 @@ func (b *bench) backlogRun(ctx context.Context, size product) (row backlogRow, e
 	defer cancel()
 	dir := b.dataDir()
 	defer func() { _ = os.RemoveAll(dir) }() // it may be many gigabytes
-	p, err := startServer(ctx, b.grapnel, dir)
+	p, err := b.serve(ctx, b.grapnel, dir)
 	if err != nil {
 		return row, err
 	}
@@ -75,7 +75,7 @@ func (b *bench) backlogRun(ctx context.Context, size product) (row backlogRow, e
 	}
 	row.add(w.stop())
 	p.kill()
-	if p, err = startServer(ctx, b.grapnel, dir); err != nil {
+	if p, err = b.serve(ctx, b.grapnel, dir); err != nil {
 		return row, err
 	}
 	row.Restart = p.ready.Seconds()

@@ -105,7 +105,7 @@ func (b *bench) fanoutRun(ctx context.Context, size product, kill bool) (row fan
 		return row, err
 	}
 	dir := b.dataDir()
-	p, err := startServer(ctx, b.grapnel, dir)
+	p, err := b.serve(ctx, b.grapnel, dir)
 	if err != nil {
 		return row, err
 	}
@@ -135,7 +135,7 @@ func (b *bench) fanoutRun(ctx context.Context, size product, kill bool) (row fan
 		row.addCPU(cpu, want)
 		row.add(w.stop())
 		p.kill()
-		if p, err = startServer(ctx, b.grapnel, dir); err != nil {
+		if p, err = b.serve(ctx, b.grapnel, dir); err != nil {
 			return row, err
 		}
 		row.Restart = p.ready.Seconds()

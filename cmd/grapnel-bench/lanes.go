@@ -214,7 +214,7 @@ func (b *bench) lanesRun(ctx context.Context, s shape) (row lanesRow, err error)
 }
 
 func (l *laneRun) start(ctx context.Context) error {
-	p, err := startServer(ctx, l.grapnel, l.dir)
+	p, err := l.serve(ctx, l.grapnel, l.dir)
 	if err != nil {
 		return err
 	}

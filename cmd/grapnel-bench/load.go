@@ -97,10 +97,15 @@ func (l *numbers) Set(s string) error {
 
 // subscribeTo makes subscriptions with the IDs sub-0 to sub-(n-1), made up by each; it returns how many it made.
 func (p *serverProcess) subscribeTo(ctx context.Context, ns string, n int, each func(i int) *grapnelv1.Subscription) (int, error) {
+	return p.subscribeAs(ctx, ns, "sub", n, each)
+}
+
+// subscribeAs is subscribeTo with another beginning of the IDs.
+func (p *serverProcess) subscribeAs(ctx context.Context, ns, prefix string, n int, each func(i int) *grapnelv1.Subscription) (int, error) {
 	subs := grapnelv1.NewSubscriptionServiceClient(p.conn)
 	return concurrently(ctx, creators, n, func(ctx context.Context, i int) error {
 		_, err := subs.CreateSubscription(ctx, &grapnelv1.CreateSubscriptionRequest{
-			Parent: "namespaces/" + ns, SubscriptionId: fmt.Sprintf("sub-%d", i), Subscription: each(i),
+			Parent: "namespaces/" + ns, SubscriptionId: fmt.Sprintf("%s-%d", prefix, i), Subscription: each(i),
 		})
 		return err
 	})

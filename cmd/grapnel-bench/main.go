@@ -18,6 +18,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"runtime"
+	"strings"
 	"syscall"
 	"time"
 )
@@ -26,6 +27,7 @@ import (
 type options struct {
 	grapnel       string
 	against       string
+	serverFlags   string
 	json          bool
 	events        int
 	events10      int
@@ -38,6 +40,7 @@ type options struct {
 	fanouts       products
 	hung          numbers
 	healthy       int
+	together      bool
 	hangingFor    time.Duration
 	memoryFor     time.Duration
 	subscriptions int
@@ -56,6 +59,7 @@ func main() {
 	var o options
 	flag.StringVar(&o.grapnel, "grapnel", "", "grapnel `binary`; default beside this one, else built with go")
 	flag.StringVar(&o.against, "against", "", "another grapnel `binary`, whose throughput is measured in turn and compared")
+	flag.StringVar(&o.serverFlags, "server-flags", "", "more `flags` for grapnel server, separated by blanks")
 	flag.BoolVar(&o.json, "json", false, "print one JSON object instead of the table")
 	flag.IntVar(&o.events, "events", 100_000, "events of each fan-out 1 run")
 	flag.IntVar(&o.events10, "events10", 20_000, "events of each fan-out 10 run")
@@ -68,8 +72,9 @@ func main() {
 	flag.Var(&o.backlogs, "backlog", "`sizes` of the backlog runs, lanes x waiting deliveries of each, such as\n1x10000000,10x1000000,100000x10; empty leaves them out")
 	o.fanouts = products{{1, 100_000}, {10, 20_000}, {1000, 300}, {10_000, 100}}
 	flag.Var(&o.fanouts, "fanout", "`sizes` of the fan-out runs, subscriptions x events; the last is run again with a kill")
-	o.hung = numbers{1, 30, 64, 200, 1000}
+	o.hung = numbers{0, 1, 30, 64, 200, 1000}
 	flag.Var(&o.hung, "hung", "`numbers` of hanging receivers in the hanging runs")
+	flag.BoolVar(&o.together, "together", false, "have hanging receivers in the namespace of the healthy ones")
 	flag.IntVar(&o.healthy, "healthy", 1000, "receivers of the hanging runs that answer, each with an event a second")
 	flag.DurationVar(&o.hangingFor, "hanging-for", 20*time.Second, "length of a hanging run, alone and beside")
 	flag.DurationVar(&o.memoryFor, "memory-for", time.Minute, "how long the memory run publishes large events")
@@ -167,6 +172,11 @@ type bench struct {
 func (b *bench) dataDir() string {
 	b.runs++
 	return filepath.Join(b.dir, fmt.Sprintf("data-%d", b.runs))
+}
+
+// serve starts a binary as startServer does, with the flags that were asked for.
+func (b *bench) serve(ctx context.Context, grapnel, dir string) (*serverProcess, error) {
+	return startServer(ctx, grapnel, dir, strings.Fields(b.serverFlags)...)
 }
 
 // progress tells on standard error what a long part is doing.

@@ -21,7 +21,7 @@ func (b *bench) start(ctx context.Context) error {
 		return err
 	}
 	begin := time.Now()
-	p, err := startServer(ctx, b.grapnel, b.dataDir())
+	p, err := b.serve(ctx, b.grapnel, b.dataDir())
 	if err != nil {
 		return err
 	}
@@ -98,7 +98,7 @@ func (b *bench) one(ctx context.Context, grapnel, name string, fanout, n int, se
 	if err := b.sink.reset(); err != nil {
 		return t, err
 	}
-	p, err := startServer(ctx, grapnel, b.dataDir())
+	p, err := b.serve(ctx, grapnel, b.dataDir())
 	if err != nil {
 		return t, err
 	}
@@ -170,7 +170,7 @@ func (b *bench) latency(ctx context.Context) error {
 	if err := b.sink.reset(); err != nil {
 		return err
 	}
-	p, err := startServer(ctx, b.grapnel, b.dataDir())
+	p, err := b.serve(ctx, b.grapnel, b.dataDir())
 	if err != nil {
 		return err
 	}
@@ -230,7 +230,7 @@ func (b *bench) steady(ctx context.Context, p *serverProcess, d time.Duration, f
 // neighbour measures the latency of a healthy subscription alone, and again beside one whose receiver
 // hangs while events pour in for it.
 func (b *bench) neighbour(ctx context.Context) error {
-	p, err := startServer(ctx, b.grapnel, b.dataDir())
+	p, err := b.serve(ctx, b.grapnel, b.dataDir())
 	if err != nil {
 		return err
 	}

@@ -43,9 +43,11 @@ type sink struct {
 	unique   atomic.Int64
 	bad      atomic.Int64
 	firstBad atomic.Pointer[string]
-	seed     maphash.Seed
-	shards   [64]sinkShard
-	bodies   sync.Pool
+	// since is the latest reset in nanoseconds: arrivals of what was published before it have no latency.
+	since  atomic.Int64
+	seed   maphash.Seed
+	shards [64]sinkShard
+	bodies sync.Pool
 }
 
 type sinkShard struct {
@@ -123,7 +125,7 @@ func (s *sink) receive(w http.ResponseWriter, r *http.Request) {
 	_, dup := sh.seen[key]
 	if !dup {
 		sh.seen[key] = struct{}{}
-		if sent != 0 {
+		if sent != 0 && sent >= s.since.Load() {
 			sh.latencies = append(sh.latencies, now.UnixNano()-sent)
 		}
 	}
@@ -178,6 +180,7 @@ func sentAt(body []byte) int64 {
 }
 
 func (s *sink) reset() {
+	s.since.Store(time.Now().UnixNano())
 	for i := range s.shards {
 		sh := &s.shards[i]
 		sh.mu.Lock()
