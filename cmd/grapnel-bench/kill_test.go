@@ -134,6 +134,6 @@ func killMeddling(t *testing.T, external bool) {
 	if more := len(wrong) - 20; more > 0 {
 		t.Errorf("and %d more", more)
 	}
-	t.Logf("%d cycles, %d of them kills, edits %v; %d events acknowledged, %d deliveries, %d arrivals: %d lost, %d stuck, %d ended twice",
-		*meddleCycles, m.crashes, m.done, m.published.sent(), len(all), m.ledger.arrivals(), v.lost, v.stuck, v.twice)
+	t.Logf("%d cycles, %d of them kills, edits %v, %d sweeps; %d events acknowledged, %d deliveries, %d arrivals: %d lost, %d stuck, %d ended twice",
+		*meddleCycles, m.crashes, m.done, m.swept, m.published.sent(), len(all), m.ledger.arrivals(), v.lost, v.stuck, v.twice)
 }

@@ -70,9 +70,10 @@ type shape struct {
 	n    int
 	// make makes the i-th.
 	make func(ctx context.Context, p *serverProcess, i int) error
-	// touch publishes event k of those that together reach each of the first n once; there are touches(n) of them.
-	touch   func(ctx context.Context, p *serverProcess, round, k, n int) error
+	// touches is how many events it takes to reach each of the first n once, and touch publishes the k-th of them; every
+	// round has events of its own.
 	touches func(n int) int
+	touch   func(ctx context.Context, p *serverProcess, round, k int) error
 }
 
 // group is how many subscriptions of one namespace one event reaches.
@@ -115,7 +116,7 @@ func (b *bench) oneNamespace() shape {
 			return err
 		},
 		touches: func(n int) int { return (n + group - 1) / group },
-		touch: func(ctx context.Context, p *serverProcess, round, k, _ int) error {
+		touch: func(ctx context.Context, p *serverProcess, round, k int) error {
 			return publishOne(ctx, p, namespace, fmt.Sprintf("touch-%d-%d", round, k), fmt.Sprintf("group%d.touched", k), body)
 		},
 	}
@@ -137,7 +138,7 @@ func (b *bench) namespaceEach() shape {
 			return err
 		},
 		touches: func(n int) int { return n },
-		touch: func(ctx context.Context, p *serverProcess, round, k, _ int) error {
+		touch: func(ctx context.Context, p *serverProcess, round, k int) error {
 			return publishOne(ctx, p, fmt.Sprintf("tenant-%d", k), fmt.Sprintf("touch-%d", round), "lane.touched", body)
 		},
 	}
@@ -332,7 +333,7 @@ func (l *laneRun) touchAll(round int) error {
 		return err
 	}
 	_, err := concurrently(l.life, creators, l.touches(l.row.Made), func(ctx context.Context, k int) error {
-		return l.touch(ctx, l.p, round, k, l.row.Made)
+		return l.touch(ctx, l.p, round, k)
 	})
 	if err != nil {
 		return err

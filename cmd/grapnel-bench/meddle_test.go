@@ -225,7 +225,7 @@ func (m *meddling) meddle(ctx context.Context, rng *rand.Rand, first int) error 
 		case n < 22:
 			kind, err = "update", m.update(ctx, i, rng.IntN(1_000_000))
 		case i == 0:
-			kind, err = "sweep", m.sweep(ctx)
+			kind, err = "sweep asked for", m.sweep(ctx)
 		case i >= steadfast:
 			kind, err = "delete", m.recreate(ctx, i)
 		default:
