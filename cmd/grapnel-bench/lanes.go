@@ -367,7 +367,7 @@ func (l *laneRun) sweeps(ctx context.Context) error {
 }
 
 // sweepWith has the server sweep beside the probe, and sees how it is afterwards. A sweep with nothing to do is over before
-// a probe notices, so there are some seconds of them, of which the slowest counts.
+// a probe notices, so there is one a second for some seconds, and the slowest counts.
 func (l *laneRun) sweepWith(ctx context.Context, rows int, keep time.Duration) error {
 	s := sweepReport{Rows: rows}
 	var err error
@@ -377,6 +377,9 @@ func (l *laneRun) sweepWith(ctx context.Context, rows int, keep time.Duration) e
 			err := l.p.sweep(ctx, keep)
 			s.Seconds = max(s.Seconds, time.Since(begin).Seconds())
 			if err != nil || rows > 0 || time.Since(first) > l.latencyFor/2 {
+				return err
+			}
+			if err := sleep(ctx, time.Second); err != nil { // nobody sweeps all the time
 				return err
 			}
 		}
