@@ -245,13 +245,24 @@ func TestDamagedEtcdIsRefused(t *testing.T) {
 				t.Fatal(err)
 			}
 		}, []string{"its log is missing", "member/wal"}},
+		"log with a flipped bit": {func(t *testing.T, etcd string) {
+			path := filepath.Join(etcd, "member", "wal", "0000000000000000-0000000000000000.wal")
+			log, err := os.ReadFile(path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			log[600] ^= 4
+			if err := os.WriteFile(path, log, 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}, []string{"does not come up", "crc mismatch", "member/wal may be damaged"}},
 		"log cut off": {func(t *testing.T, etcd string) {
 			logs, err := filepath.Glob(filepath.Join(etcd, "member", "wal", "*.wal"))
 			if err != nil || len(logs) != 1 {
 				t.Fatal(logs, err)
 			}
 			cut(t, logs[0], 200)
-		}, []string{"gave up after 10s", "member/wal may be cut off"}},
+		}, []string{"does not come up", "gave up after 10s", "member/wal may be damaged, cut off"}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
