@@ -91,13 +91,13 @@ func openEmbedded(ctx context.Context, o Options) (*configStore, error) {
 		return nil, fmt.Errorf("embedded etcd: %w", err)
 	}
 	var e *embed.Etcd
-	err := wait(ctx, o.Logger.With("component", "etcd"), "the embedded etcd in "+dir+" to come up", func(ctx context.Context) (err error) {
+	err := wait(ctx, o.Logger.With("component", "etcd"), "the embedded etcd to come up", func(ctx context.Context) (err error) {
 		e, err = startEtcd(ctx, etcdConfig(o, dir))
 		return err
 	})
 	switch {
 	case errors.Is(err, context.DeadlineExceeded) || err != nil && ctx.Err() == nil:
-		return nil, fmt.Errorf("%w; its log in member/wal may be cut off or not belong to its database; %s", err, wayOut(dir))
+		return nil, fmt.Errorf("the embedded etcd in %s does not come up: %w; its log in member/wal may be damaged, cut off or another's; %s", dir, err, wayOut(dir))
 	case err != nil:
 		return nil, err
 	}

@@ -36,7 +36,7 @@ func (w lastWords) OnWrite(e *zapcore.CheckedEntry, fields []zapcore.Field) {
 			cause = err
 		}
 	}
-	hint := "the next start goes on from what is on disk; if it ends like this again, restore the directory from a backup"
+	hint := "start again; if it ends like this once more, " + wayOut(w.dir)
 	switch {
 	case errors.Is(cause, syscall.ENOSPC):
 		hint = "free space on the disk and start again; nothing that was acknowledged is lost"

@@ -165,8 +165,11 @@ func (s *Server) newServerHealth(publish func(bool)) *health {
 		}},
 		vital{name: "plugins", quiet: true, grace: pluginAbsence, ail: s.pluginsAil},
 		vital{name: "etcd", quiet: true, grace: -1, ail: func() string {
+			if err := s.registry.Stranger(); err != nil {
+				return err.Error()
+			}
 			if !s.registry.Healthy() {
-				return "it does not answer, or is another; configuration cannot be changed, deliveries and events go on"
+				return "it does not answer; configuration cannot be changed, deliveries and events go on"
 			}
 			return ""
 		}},

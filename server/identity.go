@@ -57,24 +57,27 @@ func checkPresence(o Options) error {
 	return nil
 }
 
-// checkPair compares the stores that were opened with those that belong together.
-func checkPair(o Options, found pair) error {
+// checkPair compares the stores that were opened with those that belong together. owner is whose etcd says that it is.
+func checkPair(o Options, found pair, owner string) error {
 	want, known, err := readPair(pairFile(o))
+	where := "the embedded etcd in " + etcdDir(o)
+	if len(o.EtcdEndpoints) > 0 {
+		where = "etcd at " + strings.Join(o.EtcdEndpoints, ", ")
+	}
 	switch {
-	case o.AdoptStores:
-		return nil
 	case err != nil:
 		return err
+	case known && want.journal != found.journal:
+		return fmt.Errorf("%w: expected the journal %s, %s has %s; %s", errStranger, want.journal, journalDir(o), found.journal, meant)
+	case owner != "" && owner != found.journal:
+		return fmt.Errorf("%w: expected the configuration of the journal %s, what %s holds belongs to the journal %s; %s",
+			errStranger, found.journal, where, owner, meant)
 	case !known:
 		return nil
-	case want.journal != found.journal:
-		return fmt.Errorf("%w: expected the journal %s, %s has %s; %s", errStranger, want.journal, journalDir(o), found.journal, meant)
 	case want.etcd != found.etcd:
-		where := "the embedded etcd in " + etcdDir(o)
-		if len(o.EtcdEndpoints) > 0 {
-			where = "etcd at " + strings.Join(o.EtcdEndpoints, ", ")
-		}
 		return fmt.Errorf("%w: expected the etcd cluster %x, %s is %x; %s", errStranger, want.etcd, where, found.etcd, meant)
+	case owner == "":
+		return fmt.Errorf("%w: %s is empty, and held the configuration of the journal %s: restore it; %s", errStranger, where, want.journal, meant)
 	}
 	return nil
 }

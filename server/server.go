@@ -32,6 +32,7 @@ import (
 	"github.com/grapnel/grapnel/server/delivery"
 	"github.com/grapnel/grapnel/server/dispatch"
 	"github.com/grapnel/grapnel/server/ingest"
+	"github.com/grapnel/grapnel/server/keyspace"
 	"github.com/grapnel/grapnel/server/pluginhost"
 	"github.com/grapnel/grapnel/server/secret"
 	"github.com/grapnel/grapnel/server/subscription"
@@ -193,7 +194,19 @@ func (s *Server) openStores(ctx context.Context, closers *stack) (err error) {
 	}
 	closers.push(s.etcd.close)
 	s.etcd.watchRoom(s.metrics)
-	return checkPair(o, s.stores())
+	return wait(ctx, s.log, "etcd to say whose it is", s.checkStores)
+}
+
+// checkStores refuses strangers.
+func (s *Server) checkStores(ctx context.Context) error {
+	if s.options.AdoptStores {
+		return keyspace.Adopt(ctx, s.etcd.client, configPrefix, s.journal.ID())
+	}
+	owner, err := keyspace.Owner(ctx, s.etcd.client, configPrefix)
+	if err != nil {
+		return err
+	}
+	return checkPair(s.options, s.stores(), owner)
 }
 
 // stores are those that are open.
@@ -256,17 +269,21 @@ func (s *Server) openConfig(ctx context.Context) error {
 	if s.pageKey, err = hkdf.Key(sha256.New, key, nil, "grapnel page tokens", sha256.Size); err != nil {
 		return fmt.Errorf("derive the page key: %w", err)
 	}
+	id := s.journal.ID()
 	err = step(s.log, "read secrets and subscriptions from etcd", func() (err error) {
-		s.secrets, err = secret.Open(ctx, secret.Options{Client: s.etcd.client, Key: key, Logger: o.Logger})
+		s.secrets, err = secret.Open(ctx, secret.Options{Client: s.etcd.client, Identity: id, Key: key, Logger: o.Logger})
 		if err != nil {
 			return fmt.Errorf("open the secrets: %w", err)
 		}
-		s.registry, err = subscription.Open(ctx, subscription.Options{Client: s.etcd.client, Logger: o.Logger})
+		s.registry, err = subscription.Open(ctx, subscription.Options{Client: s.etcd.client, Identity: id, Logger: o.Logger})
 		if err != nil {
 			return fmt.Errorf("open the subscriptions: %w", err)
 		}
 		return nil
 	})
+	if stranger := new(keyspace.StrangerError); errors.As(err, &stranger) { // since it was asked, or nobody's
+		return fmt.Errorf("%w: %w; %s", errStranger, stranger, meant)
+	}
 	if err != nil {
 		return err
 	}

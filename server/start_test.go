@@ -138,6 +138,35 @@ func TestStoresBelongTogether(t *testing.T) {
 	wantWords(t, refusal(t, dir, nil), filepath.Join(dir, "stores"), "damaged", "--adopt-stores")
 }
 
+// TestExternalEtcdBelongs: the same for an etcd that others may reach, too, and may empty.
+func TestExternalEtcdBelongs(t *testing.T) {
+	t.Parallel()
+	etcd, other := startEtcd(t), startEtcd(t)
+	at := func(e *externalEtcd) func(*server.Options) {
+		return func(o *server.Options) { o.EtcdEndpoints = []string{"http://" + e.addr} }
+	}
+	s := servertest.Start(t, servertest.Options{Adjust: at(etcd)})
+	s.Namespace("acme")
+	s.Stop()
+	wantWords(t, refusal(t, s.Dir, at(other)), "do not belong together", other.addr+" is empty", "--adopt-stores")
+	wantWords(t, refusal(t, s.Dir, nil), "the embedded etcd in", "is missing", "--etcd-endpoints")
+	if exists(filepath.Join(s.Dir, "etcd")) {
+		t.Error("an embedded etcd was made")
+	}
+	wantWords(t, refusal(t, t.TempDir(), at(etcd)), "do not belong together", "belongs to the journal", "--adopt-stores")
+	c, err := clientv3.New(clientv3.Config{Endpoints: []string{etcd.addr}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	if _, err := c.Delete(t.Context(), "", clientv3.WithPrefix()); err != nil {
+		t.Fatal(err)
+	}
+	wantWords(t, refusal(t, s.Dir, at(etcd)), "do not belong together", etcd.addr+" is empty", "--adopt-stores")
+	servertest.Start(t, servertest.Options{Dir: s.Dir, Adjust: func(o *server.Options) { at(other)(o); o.AdoptStores = true }}).Stop()
+	servertest.Start(t, servertest.Options{Dir: s.Dir, Adjust: at(other)}).Stop()
+}
+
 // TestKeyIsNotReplaced: a new key would make the secrets that are there unreadable for good.
 func TestKeyIsNotReplaced(t *testing.T) {
 	t.Parallel()
@@ -216,13 +245,24 @@ func TestDamagedEtcdIsRefused(t *testing.T) {
 				t.Fatal(err)
 			}
 		}, []string{"its log is missing", "member/wal"}},
+		"log with a flipped bit": {func(t *testing.T, etcd string) {
+			path := filepath.Join(etcd, "member", "wal", "0000000000000000-0000000000000000.wal")
+			log, err := os.ReadFile(path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			log[600] ^= 4
+			if err := os.WriteFile(path, log, 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}, []string{"does not come up", "crc mismatch", "member/wal may be damaged"}},
 		"log cut off": {func(t *testing.T, etcd string) {
 			logs, err := filepath.Glob(filepath.Join(etcd, "member", "wal", "*.wal"))
 			if err != nil || len(logs) != 1 {
 				t.Fatal(logs, err)
 			}
 			cut(t, logs[0], 200)
-		}, []string{"gave up after 10s", "member/wal may be cut off"}},
+		}, []string{"does not come up", "gave up after 10s", "member/wal may be damaged, cut off"}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
