@@ -182,7 +182,7 @@ func (s *Server) cannot(what, name string, was *delivery.Delivery, attempts int)
 // inFlight reports whether an attempt of the delivery runs now; on disk it has the state it would be
 // resumed in.
 func (s *Server) inFlight(d *delivery.Delivery) bool {
-	return !d.State.Final() && s.Engine.InFlight(d.ID)
+	return !d.State.Final() && s.Engine.InFlight(d.ID, laneOf(d))
 }
 
 // shownDelivery is a delivery as callers see it.
@@ -345,6 +345,9 @@ func (s *Server) deliveryProto(ns string, d *delivery.Delivery, inFlight bool) *
 	}
 	if d.Last != nil {
 		m.LastAttempt = s.attemptProto(d.Last, false)
+	}
+	if !d.State.Final() && !inFlight {
+		m.StateReason = s.Engine.WaitReason(d.ID, laneOf(d))
 	}
 	return m
 }

@@ -31,6 +31,9 @@ var (
 	ErrUnknownPlugin     = errors.New("no such plugin")
 )
 
+// ErrConfigFull is returned by Options.Room when the configuration store has no room of its own left.
+var ErrConfigFull = errors.New("the configuration store is full")
+
 // Error is a refusal as the caller sees it. Its text, metadata and details are made for outsiders; the
 // cause is for the log alone.
 type Error struct {
@@ -490,6 +493,8 @@ func fromStore(err error, resource string) *Error {
 		return invalidState(resource, "the namespace of "+resource+" is deleted")
 	case errors.Is(err, subscription.ErrUnavailable):
 		return storeUnavailable()
+	case errors.Is(err, ErrConfigFull):
+		return storeFull("configuration", "the configuration store has reached its quota; deliveries, events and deletions go on, new configuration is refused until something is deleted")
 	case errors.Is(err, secret.ErrTooManyVersions):
 		return invalidState(resource, resource+" has ten live versions; wait until one expires, or rotate with a shorter overlap")
 	}
@@ -507,9 +512,7 @@ func fromDelivery(err error, resource string) *Error {
 	case errors.Is(err, delivery.ErrInvalidState):
 		return invalidState(resource, "the delivery is not in a state that allows this call")
 	case errors.Is(err, delivery.ErrDiskFull):
-		e := rateLimited("journal", "the server's disk is nearly full; deliveries go on, new events are refused until there is room", 30*time.Second)
-		e.reason = grapnelv1.ErrorReason_ERROR_REASON_STORE_FULL
-		return e
+		return storeFull("disk", "the server's disk is nearly full; deliveries and deletions go on, new events and changes of configuration are refused until there is room")
 	case errors.Is(err, delivery.ErrInvalidEvent):
 		return invalid(Violation{"event", err.Error(), "event"})
 	case errors.Is(err, delivery.ErrInvalidCursor):
@@ -551,6 +554,13 @@ func fromPlugin(err error, resource string) *Error {
 		return notFound(resource, noun(resource))
 	}
 	return nil
+}
+
+// storeFull says that what is to be stored has to wait until an operator or a deletion makes room.
+func storeFull(subject, description string) *Error {
+	e := rateLimited(subject, description, 30*time.Second)
+	e.reason = grapnelv1.ErrorReason_ERROR_REASON_STORE_FULL
+	return e
 }
 
 func storeUnavailable() *Error {

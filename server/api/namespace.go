@@ -15,7 +15,7 @@ import (
 
 // namespaceOutputOnly are the fields of Namespace that callers cannot set.
 var namespaceOutputOnly = []string{
-	"name", "usage", "state", "state_reason", "create_time", "delete_time", "purge_time", "etag",
+	"name", "uid", "usage", "state", "state_reason", "create_time", "delete_time", "purge_time", "etag",
 }
 
 // CreateNamespace adds a namespace. The id is its idempotency key: a repeated call is RESOURCE_EXISTS.
@@ -51,15 +51,11 @@ func (s namespaceService) GetNamespace(_ context.Context, r *grapnelv1.GetNamesp
 
 // usage reads how much of its quota a namespace has used.
 func (s namespaceService) usage(snapshot *subscription.Snapshot, n *subscription.Namespace) *grapnelv1.Usage {
-	id, count := n.ID, 0
-	for range snapshot.Subscriptions(id, "") {
-		count++
-	}
 	return &grapnelv1.Usage{
-		Subscriptions:  clampInt32(int64(count)),
+		Subscriptions:  clampInt32(int64(snapshot.Count(n.ID))),
 		OpenDeliveries: clampInt32(s.Journal.OpenIn(delivery.UID(n.UID).NamespaceKey())),
-		PublishRate:    s.Ingest.Rate(id),
-		OldestDueAge:   durationpb.New(s.Engine.OldestDue(id)),
+		PublishRate:    s.Ingest.Rate(n.ID),
+		OldestDueAge:   durationpb.New(s.Engine.OldestDue(n.ID)),
 	}
 }
 

@@ -296,7 +296,9 @@ func (e *fakeEngine) CancelLane(_ context.Context, lane delivery.LaneKey, reason
 	return e.cancels, e.cancelErr
 }
 
-func (e *fakeEngine) InFlight(delivery.ID) bool { return false }
+func (e *fakeEngine) InFlight(delivery.ID, delivery.LaneKey) bool { return false }
+
+func (e *fakeEngine) WaitReason(delivery.ID, delivery.LaneKey) string { return "" }
 
 func (e *fakeEngine) Test(_ context.Context, _ *subscription.Subscription, ev *delivery.Event) (delivery.Attempt, error) {
 	e.mu.Lock()

@@ -80,13 +80,13 @@ func (h *hooks) Retry(ctx context.Context, id delivery.ID, lane delivery.LaneKey
 	if hook != nil {
 		hook(ctx)
 	}
-	if h.InFlight(id) {
+	if h.InFlight(id, lane) {
 		return nil, delivery.ErrInvalidState
 	}
 	return h.journal.Retry(ctx, lane, id, ifAttempts)
 }
 
-func (h *hooks) InFlight(id delivery.ID) bool {
+func (h *hooks) InFlight(id delivery.ID, _ delivery.LaneKey) bool {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	return h.inFlight[id]

@@ -12,17 +12,22 @@ func (c clock) now() time.Time { return c.start.Round(0).Add(time.Since(c.start)
 // that was set right. What is further ahead was given by a clock that was wrong.
 const maxAhead = 24 * time.Hour
 
-// healing is set in the counter of sequences that are given where a wrong clock may have given some before: those
-// counted from 0 and never came this far within a millisecond.
-const healing = 1 << (seqCounterBits - 1)
+// The highest bits of the counter tell apart the sequences of one millisecond that were given before a wrong clock
+// was noticed and after, up to maxHeals times. No clock gives as many within a millisecond as the bits below hold.
+const (
+	healBits = 3
+	maxHeals = 1<<healBits - 1
+)
 
 // nextSeq is the sequence of the next event.
 func (p *partition) nextSeq(last uint64, now time.Time) uint64 {
 	seq := max(last+1, seqAt(now))
-	if seq <= p.ahead.high {
-		seq |= healing
+	if seq > p.ahead.high {
+		return seq
 	}
-	return seq
+	const below = seqCounterBits - healBits
+	floor := seq>>seqCounterBits<<seqCounterBits | uint64(min(p.ahead.times, maxHeals))<<below
+	return max(seq, floor)
 }
 
 // heal brings a partition back whose newest sequence lies further ahead than maxAhead, because the clock was wrong
@@ -33,7 +38,8 @@ func (p *partition) heal(now time.Time) (bool, error) {
 	if p.lastSeq > limit {
 		p.j.log.Warn("sequences lie in the future: the clock was wrong when they were given, or it is now",
 			"partition", p.number, "newest", seqTime(p.lastSeq), "now", now)
-		p.memory.ahead = aheadSpan{high: p.lastSeq, noticed: InstantOf(now)}
+		was := p.memory.ahead
+		p.memory.ahead = aheadSpan{max(p.lastSeq, was.high), InstantOf(now), was.times + 1}
 		last, err := p.lastSeqBefore(limit)
 		if err != nil {
 			return false, err
@@ -45,7 +51,7 @@ func (p *partition) heal(now time.Time) (bool, error) {
 		return false, nil
 	}
 	if p.memory.ahead.high <= seqAt(now) {
-		p.memory.ahead = aheadSpan{} // the present has come by
+		p.memory.ahead.high, p.memory.ahead.noticed = 0, 0 // the present has come by
 		return true, nil
 	}
 	return false, p.findAhead(now)

@@ -28,8 +28,9 @@ type commit struct {
 // effects of a commit.
 type effects struct {
 	lastSeq   uint64
-	edited    bool    // a caller changed something
-	memory    *memory // replaced
+	edited    bool      // a caller changed something
+	memory    *memory   // replaced
+	sweeping  *sweeping // replaced
 	stored    []Publication
 	ids       []uint64 // for the filter
 	outcomes  []outcome
@@ -142,7 +143,10 @@ func (p *partition) apply(c *commit) {
 	}
 	if c.memory != nil {
 		p.memory = *c.memory
-		p.swept.Store(uint32(p.memory.swept))
+		p.swept.Store(&c.memory.swept)
+	}
+	if c.sweeping != nil {
+		p.sweeping = c.sweeping
 	}
 	p.ids.turn(dayOf(c.lastSeq))
 	for _, id := range c.ids {

@@ -1,6 +1,7 @@
 package delivery
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -63,22 +64,22 @@ func (j *Journal) Retry(ctx context.Context, lane LaneKey, id ID, ifAttempts int
 
 // retry schedules a delivery for now.
 func (c *commit) retry(lane LaneKey, at *place) error {
-	c.firm, c.edited = true, true
 	seq := at.row.Seq
 	if at.open {
 		c.supersede(lane, at.row)
 		c.dropRow(lane, at.row)
 	} else {
-		c.unbury(at.day, lane, seq)
-		c.open(lane, 1)
-		// A sweep may be about to erase the day.
-		if at.day != kept && at.day <= c.p.sweeping {
+		from := at.day
+		if from != kept && cmp.Or(c.sweeping, c.p.sweeping).takes(lane.Namespace, seq) {
 			if err := c.keep(lane, seq); err != nil {
 				return err
 			}
 			at.day = kept
 		}
+		c.unbury(from, lane, seq)
+		c.open(lane, 1)
 	}
+	c.firm, c.edited = true, true
 	now := InstantOf(c.at)
 	at.open, at.state, at.reason, at.complete = true, Scheduled, "", 0
 	at.due, at.manual = max(now, 1), true

@@ -65,6 +65,12 @@ type Options struct {
 	Partitions int
 	// CacheBytes bounds the cache of what is on disk; 0 means 64 MiB.
 	CacheBytes int64
+	// MemTableBytes is the size at which what was written goes to a table on disk. Up to four times as much is
+	// held in memory. 0 means 32 MiB.
+	MemTableBytes int64
+	// Space is the watch over a disk that the journal shares with other stores; it goes on from Start to Close.
+	// Nil makes one of the journal's own out of the two fields that follow.
+	Space *Space
 	// MinFreeBytes is the free space below which Append is refused. 0 means 256 MiB, or a tenth of
 	// the volume where that is less; below 0 means no watermark.
 	MinFreeBytes int64
@@ -124,7 +130,7 @@ type Journal struct {
 	fatal      func(string)
 	refuse     func(partition uint16) bool
 	partitions []*partition
-	space      *space
+	space      *Space
 	metrics    *metrics
 	counts     *counters
 	eventBytes atomic.Int64
@@ -193,6 +199,9 @@ func newJournal(o *Options) *Journal {
 	if o.CacheBytes <= 0 {
 		o.CacheBytes = defaultCacheBytes
 	}
+	if o.MemTableBytes <= 0 {
+		o.MemTableBytes = defaultMemTableBytes
+	}
 	if o.Fatal == nil {
 		o.Fatal = func(string) { os.Exit(exitBroken) }
 	}
@@ -210,7 +219,7 @@ func (j *Journal) load(o Options) error {
 		return err
 	}
 	if o.Partitions != 0 && o.Partitions != m.partitions {
-		return fmt.Errorf("it was made with %d partitions and cannot be opened with %d", m.partitions, o.Partitions)
+		return fmt.Errorf("it was made with %d partitions, which is for good, and cannot be opened with %d: leave the number out", m.partitions, o.Partitions)
 	}
 	j.id = m.id
 	for i := range m.partitions {

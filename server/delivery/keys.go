@@ -19,7 +19,8 @@ import (
 //	r | day ns d lane seq       where a delivery stands; none while it is PENDING, and so in q or t
 //	r | day ns a lane seq n     failed attempt with its bodies; n is 4 bytes
 //	r | day ns z seq lane       empty: the delivery has ended without success
-//	r | 0xffff ns …             kept: the same, of events that outlive their day because a delivery is open
+//	r | 0xffff ns …             kept: the same, of events that outlive their day because a delivery is open; i has
+//	                            the sequence behind it, since an id may come again after a day
 //	f | ns lane                 since when the target has been failing
 //	w                           the newest commit
 //	p                           journal id, and what the partition remembers of itself
@@ -120,6 +121,10 @@ func appendTargetsKey(b []byte, partition uint16, day dayKey, ns NamespaceKey, s
 
 func appendIdentityKey(b []byte, partition uint16, day dayKey, ns NamespaceKey, id identity) []byte {
 	return appendU64(appendU64(appendKind(b, partition, day, ns, kindIdentity), id.id), id.sourced)
+}
+
+func appendKeptIdentity(b []byte, partition uint16, ns NamespaceKey, id identity, seq uint64) []byte {
+	return appendU64(appendIdentityKey(b, partition, kept, ns, id), seq)
 }
 
 func appendDeliveryKey(b []byte, partition uint16, day dayKey, lane LaneKey, seq uint64) []byte {

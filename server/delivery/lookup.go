@@ -22,7 +22,7 @@ type place struct {
 // home is where the records of an event are. Nothing is read for days that no sweep has touched.
 func (p *partition) home(r pebble.Reader, ns NamespaceKey, seq uint64) (dayKey, error) {
 	day := dayOf(seq)
-	if uint32(day) > p.swept.Load() && seq <= seqAt(p.j.now().Add(maxAhead)) {
+	if !p.swept.Load().has(day) {
 		return day, nil
 	}
 	moved, err := p.j.has(r, appendEventKey(nil, p.number, kept, ns, seq))

@@ -38,7 +38,7 @@ type partition struct {
 	// appliedSeq is the newest sequence as of index.
 	appliedSeq uint64
 	// swept is memory.swept for readers; ahead is memory.ahead, which only load changes.
-	swept  atomic.Uint32
+	swept  atomic.Pointer[sweptDays]
 	ahead  aheadSpan
 	events eventTable
 	ids    idFilter
@@ -66,8 +66,8 @@ type committer struct {
 	// lastEdit is the newest commit in which a caller changed something: who has read the partition since knows.
 	lastEdit  Commit
 	aheadDays []dayKey
-	// sweeping is the newest day that a sweep of retention is about to erase; 0 when there is none.
-	sweeping dayKey
+	// sweeping is what a sweep of retention is about to erase; nil before the first.
+	sweeping *sweeping
 
 	spare      []settle
 	parts      []appendPart
@@ -116,7 +116,8 @@ func (p *partition) load() error {
 	}
 	p.index, p.appliedSeq, p.lastSeq, p.lastEdit = mark.index, mark.lastSeq, mark.lastSeq, mark.index
 	p.memory.journal = p.j.id
-	p.swept.Store(uint32(p.memory.swept))
+	swept := p.memory.swept
+	p.swept.Store(&swept)
 	healed, err := p.heal(p.j.now())
 	if err != nil {
 		return err

@@ -400,32 +400,54 @@ func decodeCommitMark(value []byte) (m commitMark, err error) {
 // memory is the p record: what a partition remembers of itself.
 type memory struct {
 	journal [idBytes]byte
-	// swept is the newest day that retention has erased something of: what is open of it, and of the days before,
-	// may have moved to kept.
-	swept dayKey
+	swept   sweptDays
 	// ahead are sequences that were given while the clock was more than a day ahead; zero when there are none.
 	ahead aheadSpan
+}
+
+// sweptDays are those that retention has erased something of: what is open of them may have moved to kept. They are
+// all days up to one, and those of a span that lies behind it because a clock that was wrong has made it.
+type sweptDays struct{ upTo, low, high dayKey }
+
+func (s sweptDays) has(d dayKey) bool { return d <= s.upTo || s.low <= d && d <= s.high }
+
+func (s sweptDays) with(d dayKey, ahead bool) sweptDays {
+	switch {
+	case !ahead:
+		s.upTo = max(s.upTo, d)
+	case s.high == 0:
+		s.low, s.high = d, d
+	default:
+		s.low, s.high = min(s.low, d), max(s.high, d)
+	}
+	return s
 }
 
 // aheadSpan is the part of the future that has events, as noticed at a time.
 type aheadSpan struct {
 	high    uint64
 	noticed Instant
+	// times says how often a clock was found to have been ahead.
+	times int
 }
 
 func encodeMemory(b []byte, m *memory) []byte {
 	w := newRecord(b)
 	w = append(w, m.journal[:]...)
-	w.uint(uint64(m.swept))
+	for _, d := range [...]dayKey{m.swept.upTo, m.swept.low, m.swept.high} {
+		w.uint(uint64(d))
+	}
 	w.uint(m.ahead.high)
 	w.instant(m.ahead.noticed)
+	w.int(m.ahead.times)
 	return w
 }
 
 func decodeMemory(value []byte) (m memory, err error) {
 	d := readRecord(value)
 	copy(m.journal[:], d.fixed(idBytes))
-	m.swept, m.ahead.high, m.ahead.noticed = dayKey(d.uint()), d.uint(), d.instant()
+	m.swept = sweptDays{dayKey(d.uint()), dayKey(d.uint()), dayKey(d.uint())}
+	m.ahead = aheadSpan{d.uint(), d.instant(), d.int()}
 	return m, d.err
 }
 

@@ -2,11 +2,13 @@ package delivery
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"math"
+	"slices"
 	"time"
 
 	"github.com/cockroachdb/pebble/v2"
@@ -69,6 +71,21 @@ type fate struct {
 	ns NamespaceKey
 	// below is the first sequence that stays; all go when it is math.MaxUint64.
 	below uint64
+}
+
+// sweeping is what a sweep is about to erase: nothing when it has no fates.
+type sweeping struct {
+	day   dayKey
+	fates []fate // by namespace
+}
+
+// takes reports whether the records of an event are about to go.
+func (s *sweeping) takes(ns NamespaceKey, seq uint64) bool {
+	if s == nil || dayOf(seq) != s.day {
+		return false
+	}
+	i, found := slices.BinarySearchFunc(s.fates, ns, func(f fate, ns NamespaceKey) int { return cmp.Compare(f.ns, ns) })
+	return found && seq < s.fates[i].below
 }
 
 // sweep is one sweep of one partition.
@@ -179,10 +196,10 @@ func (s *sweep) below(d dayKey, keep time.Duration) uint64 {
 func (s *sweep) erase(ctx context.Context, d dayKey, fates []fate) error {
 	p := s.p
 	if err := p.do(ctx, func(c *commit) error {
-		p.sweeping = max(p.sweeping, d)
-		if d > p.memory.swept && !s.ahead(d) {
+		c.sweeping = &sweeping{d, fates}
+		if swept := p.memory.swept.with(d, s.ahead(d)); swept != p.memory.swept {
 			m := p.memory
-			m.swept = d
+			m.swept = swept
 			c.memory, c.firm = &m, true
 		}
 		return nil
@@ -194,8 +211,8 @@ func (s *sweep) erase(ctx context.Context, d dayKey, fates []fate) error {
 		err = s.eraseRuns(ctx, d, fates)
 	}
 	// Also when ctx has ended: a day that is not being erased need not move anything.
-	done := p.do(context.WithoutCancel(ctx), func(*commit) error {
-		p.sweeping = 0
+	done := p.do(context.WithoutCancel(ctx), func(c *commit) error {
+		c.sweeping = &sweeping{}
 		return nil
 	})
 	return errors.Join(err, done)
@@ -287,14 +304,19 @@ func (c *commit) keep(lane LaneKey, seq uint64) error {
 		}
 		for _, keys := range [][2][]byte{
 			{appendTargetsKey(nil, p.number, d, lane.Namespace, seq), appendTargetsKey(nil, p.number, kept, lane.Namespace, seq)},
-			{appendIdentityKey(nil, p.number, d, lane.Namespace, id), appendIdentityKey(nil, p.number, kept, lane.Namespace, id)},
+			{appendIdentityKey(nil, p.number, d, lane.Namespace, id), appendKeptIdentity(nil, p.number, lane.Namespace, id, seq)},
 		} {
 			if err := c.copy(keys[0], keys[1]); err != nil {
 				return err
 			}
 		}
 	}
-	if err := c.copy(appendDeliveryKey(nil, p.number, d, lane, seq), appendDeliveryKey(nil, p.number, kept, lane, seq)); err != nil {
+	// What a sweep that was cut short has moved has gone on since.
+	record := appendDeliveryKey(nil, p.number, kept, lane, seq)
+	if moved, err := p.j.has(c.r, record); moved || err != nil {
+		return err
+	}
+	if err := c.copy(appendDeliveryKey(nil, p.number, d, lane, seq), record); err != nil {
 		return err
 	}
 	prefix := appendAttempts(nil, p.number, d, lane, seq)
@@ -510,7 +532,7 @@ func (c *commit) forget(ns NamespaceKey, seq uint64) error {
 			return err
 		}
 	}
-	c.delete(appendIdentityKey(nil, p.number, kept, ns, identityOf(e.Source, e.ID)))
+	c.delete(appendKeptIdentity(nil, p.number, ns, identityOf(e.Source, e.ID), seq))
 	c.delete(appendTargetsKey(nil, p.number, kept, ns, seq))
 	c.delete(appendEventKey(nil, p.number, kept, ns, seq))
 	return nil

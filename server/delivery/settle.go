@@ -209,7 +209,7 @@ func (c *commit) settleStale(day dayKey, lane LaneKey, s *settle) error {
 		c.supersede(lane, at.row)
 		return c.settleRow(at.day, lane, at.row, at.progress, &own)
 	}
-	if !at.open && at.state == Succeeded && at.last != nil {
+	if !at.open && at.last != nil && at.last.Outcome == OutcomeSucceeded {
 		c.putAttempt(at.day, lane, s.job.ID.Seq, at.last) // it is the latest no more, and has no record of its own
 	}
 	st := at.standing

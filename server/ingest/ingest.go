@@ -8,7 +8,6 @@ package ingest
 import (
 	"context"
 	"log/slog"
-	"sync"
 	"sync/atomic"
 	"time"
 
@@ -60,8 +59,7 @@ type Ingest struct {
 	log      *slog.Logger
 	metrics  metrics
 	draining atomic.Bool
-	// meters holds a *meter per namespace that has published; namespaces that do not exist never enter.
-	meters sync.Map
+	meters   meters
 }
 
 // New builds an Ingest.
@@ -82,8 +80,10 @@ func (i *Ingest) Drain() { i.draining.Store(true) }
 
 // Rate is how many events a second the namespace has had accepted over the last minute.
 func (i *Ingest) Rate(namespace string) float64 {
-	if m, ok := i.meters.Load(namespace); ok {
-		return m.(*meter).rate(time.Now())
+	if ns := i.registry.Snapshot().Namespace(namespace); ns != nil {
+		if m := i.meters.find(ns.UID); m != nil {
+			return m.rate(time.Now())
+		}
 	}
 	return 0
 }
@@ -94,9 +94,9 @@ func (i *Ingest) Rate(namespace string) float64 {
 // delivery.ErrEventConflict, ErrDiskFull, ErrClosed, or the context's.
 func (i *Ingest) Publish(ctx context.Context, namespace string, events []*delivery.Event) []Result {
 	results := make([]Result, len(events))
-	admitted := i.admit(namespace, events, results)
+	ns, admitted := i.admit(namespace, events, results)
 	if len(admitted) > 0 {
-		i.store(ctx, namespace, admitted, results)
+		i.store(ctx, ns, admitted, results)
 	}
 	i.metrics.count(results)
 	if i.log.Enabled(ctx, slog.LevelDebug) {
@@ -120,15 +120,15 @@ func (i *Ingest) logRefusals(ctx context.Context, namespace string, events []*de
 	}
 }
 
-// admit refuses by setting an Err, and returns the rest, matched.
-func (i *Ingest) admit(namespace string, events []*delivery.Event, results []Result) []delivery.Publication {
+// admit refuses by setting an Err, and returns the namespace and the rest, matched.
+func (i *Ingest) admit(namespace string, events []*delivery.Event, results []Result) (*subscription.Namespace, []delivery.Publication) {
 	snap := i.registry.Snapshot()
 	ns := snap.Namespace(namespace)
 	if err := i.refusal(namespace, ns); err != nil {
 		for k := range results {
 			results[k].Err = err
 		}
-		return nil
+		return nil, nil
 	}
 	limits := ns.Quota()
 	left := 0
@@ -139,8 +139,10 @@ func (i *Ingest) admit(namespace string, events []*delivery.Event, results []Res
 		}
 		left++
 	}
+	var granted int
+	var wait time.Duration
 	now := time.Now()
-	granted, wait := i.meter(namespace).take(now, left, limits.MaxPublishRate)
+	i.meters.use(ns.UID, now, func(m *meter) { granted, wait = m.take(now, left, limits.MaxPublishRate) })
 	var candidate subscription.Candidate
 	admitted := make([]delivery.Publication, 0, min(granted, left))
 	for k, ev := range events {
@@ -157,7 +159,7 @@ func (i *Ingest) admit(namespace string, events []*delivery.Event, results []Res
 		}
 		admitted = append(admitted, delivery.Publication{Event: ev, Targets: targets(snap, namespace, &candidate, ev)})
 	}
-	return admitted
+	return ns, admitted
 }
 
 // refusal is the reason to take no event at all, or nil.
@@ -170,14 +172,14 @@ func (i *Ingest) refusal(namespace string, ns *subscription.Namespace) error {
 	case ns.Deleted():
 		return ErrNamespaceDeleted
 	}
-	if limit := int64(ns.Quota().MaxOpenDeliveries); i.journal.OpenIn(delivery.UID(ns.UID).NamespaceKey()) >= limit {
+	if limit := int64(ns.Quota().MaxOpenDeliveries); limit > 0 && i.journal.OpenIn(delivery.UID(ns.UID).NamespaceKey()) >= limit {
 		return &QuotaError{Namespace: namespace, Name: "max_open_deliveries", Limit: limit}
 	}
 	return nil
 }
 
 // store appends what was admitted: the events that have no error yet.
-func (i *Ingest) store(ctx context.Context, namespace string, admitted []delivery.Publication, results []Result) {
+func (i *Ingest) store(ctx context.Context, ns *subscription.Namespace, admitted []delivery.Publication, results []Result) {
 	stored := i.journal.Append(ctx, admitted)
 	next, accepted := 0, 0
 	for k := range results {
@@ -195,7 +197,8 @@ func (i *Ingest) store(ctx context.Context, namespace string, admitted []deliver
 			accepted++
 		}
 	}
-	i.meter(namespace).add(time.Now(), accepted)
+	now := time.Now()
+	i.meters.use(ns.UID, now, func(m *meter) { m.add(now, accepted) })
 }
 
 // targets lists the subscriptions that match ev, in the snapshot's order.
@@ -225,12 +228,4 @@ func targets(snap *subscription.Snapshot, namespace string, c *subscription.Cand
 		}
 	}
 	return out
-}
-
-func (i *Ingest) meter(namespace string) *meter {
-	if m, ok := i.meters.Load(namespace); ok {
-		return m.(*meter)
-	}
-	m, _ := i.meters.LoadOrStore(namespace, newMeter())
-	return m.(*meter)
 }

@@ -317,7 +317,7 @@ var File_grapnel_v1_common_proto protoreflect.FileDescriptor
 const file_grapnel_v1_common_proto_rawDesc = "" +
 	"\n" +
 	"\x17grapnel/v1/common.proto\x12\n" +
-	"grapnel.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1bbuf/validate/validate.proto\x1a\x1cgoogle/protobuf/struct.proto\"\xcd\x02\n" +
+	"grapnel.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cgoogle/protobuf/struct.proto\"\xcd\x02\n" +
 	"\rPluginBinding\x12{\n" +
 	"\x06plugin\x18\x01 \x01(\tBc\xbaH`\xba\x01]\n" +
 	"\vplugin_name\x12\x1bmust look like plugins/NAME\x1a1this.matches('^(plugins/[a-z][a-z0-9-]{0,62})?$')R\x06plugin\x12/\n" +
@@ -335,7 +335,7 @@ const file_grapnel_v1_common_proto_rawDesc = "" +
 	"\x05field\x18\x04 \x01(\tR\x05field\x12\x1c\n" +
 	"\tretryable\x18\x05 \x01(\bR\tretryable\x12:\n" +
 	"\vretry_delay\x18\x06 \x01(\v2\x19.google.protobuf.DurationR\n" +
-	"retryDelay*\xed\x05\n" +
+	"retryDelay*\xe1\x05\n" +
 	"\vErrorReason\x12\x1c\n" +
 	"\x18ERROR_REASON_UNSPECIFIED\x10\x00\x12\x1e\n" +
 	"\x1aERROR_REASON_INVALID_FIELD\x10\x01\x12\x1f\n" +
@@ -359,7 +359,7 @@ const file_grapnel_v1_common_proto_rawDesc = "" +
 	"\x15ERROR_REASON_INTERNAL\x10\x14\x12\x1a\n" +
 	"\x16ERROR_REASON_ABANDONED\x10\x15\x12\x1f\n" +
 	"\x1bERROR_REASON_UNKNOWN_METHOD\x10\x16\x12\"\n" +
-	"\x1eERROR_REASON_OWNERSHIP_REFUSED\x10\x17\"\x04\b\x0f\x10\x0f\"\x04\b\x10\x10\x10B7Z5github.com/grapnel/grapnel/proto/grapnel/v1;grapnelv1b\x06proto3"
+	"\x1eERROR_REASON_OWNERSHIP_REFUSED\x10\x17B7Z5github.com/grapnel/grapnel/proto/grapnel/v1;grapnelv1b\x06proto3"
 
 var (
 	file_grapnel_v1_common_proto_rawDescOnce sync.Once

@@ -108,7 +108,7 @@ const (
 	// Not a trigger.
 	Delivery_TRIGGER_UNSPECIFIED Delivery_Trigger = 0
 	// A matching event was published.
-	Delivery_TRIGGER_PUBLISH Delivery_Trigger = 1
+	Delivery_TRIGGER_PUBLISH Delivery_Trigger = 1 // 2 is kept for TRIGGER_REPLAY.
 )
 
 // Enum value maps for Delivery_Trigger.
@@ -237,7 +237,7 @@ type Delivery struct {
 	// Where it stands.
 	State Delivery_State `protobuf:"varint,5,opt,name=state,proto3,enum=grapnel.v1.Delivery_State" json:"state,omitempty"`
 	// Why it exists.
-	Trigger Delivery_Trigger `protobuf:"varint,6,opt,name=trigger,proto3,enum=grapnel.v1.Delivery_Trigger" json:"trigger,omitempty"`
+	Trigger Delivery_Trigger `protobuf:"varint,6,opt,name=trigger,proto3,enum=grapnel.v1.Delivery_Trigger" json:"trigger,omitempty"` // 7 is kept for the replay that made it.
 	// Attempts that have ended.
 	AttemptCount int32 `protobuf:"varint,8,opt,name=attempt_count,json=attemptCount,proto3" json:"attempt_count,omitempty"`
 	// From the retry policy when the delivery was made.
@@ -1106,7 +1106,7 @@ var File_grapnel_v1_delivery_proto protoreflect.FileDescriptor
 const file_grapnel_v1_delivery_proto_rawDesc = "" +
 	"\n" +
 	"\x19grapnel/v1/delivery.proto\x12\n" +
-	"grapnel.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xd8\a\n" +
+	"grapnel.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xcc\a\n" +
 	"\bDelivery\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
 	"\x05event\x18\x02 \x01(\tR\x05event\x12\x1d\n" +
@@ -1137,10 +1137,10 @@ const file_grapnel_v1_delivery_proto_rawDesc = "" +
 	"\x0fSTATE_EXHAUSTED\x10\x05\x12\x12\n" +
 	"\x0eSTATE_REJECTED\x10\x06\x12\x13\n" +
 	"\x0fSTATE_CANCELLED\x10\a\x12\x11\n" +
-	"\rSTATE_SKIPPED\x10\b\"=\n" +
+	"\rSTATE_SKIPPED\x10\b\"7\n" +
 	"\aTrigger\x12\x17\n" +
 	"\x13TRIGGER_UNSPECIFIED\x10\x00\x12\x13\n" +
-	"\x0fTRIGGER_PUBLISH\x10\x01\"\x04\b\x02\x10\x02J\x04\b\a\x10\b\"\xb0\a\n" +
+	"\x0fTRIGGER_PUBLISH\x10\x01\"\xb0\a\n" +
 	"\aAttempt\x12\x16\n" +
 	"\x06number\x18\x01 \x01(\x05R\x06number\x129\n" +
 	"\n" +

@@ -1247,7 +1247,7 @@ var File_grapnel_v1_event_proto protoreflect.FileDescriptor
 const file_grapnel_v1_event_proto_rawDesc = "" +
 	"\n" +
 	"\x16grapnel/v1/event.proto\x12\n" +
-	"grapnel.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17grapnel/v1/common.proto\"\xec\f\n" +
+	"grapnel.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17grapnel/v1/common.proto\"\xe6\f\n" +
 	"\x05Event\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12y\n" +
 	"\x02id\x18\x02 \x01(\tBi\xbaHf\xba\x01c\n" +
@@ -1284,7 +1284,7 @@ const file_grapnel_v1_event_proto_rawDesc = "" +
 	"\x0fAttributesEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01B\t\n" +
-	"\apayloadJ\x04\b\r\x10\x0e\"\xc5\x01\n" +
+	"\apayload\"\xc5\x01\n" +
 	"\x0ePublishRequest\x12\x81\x01\n" +
 	"\x06parent\x18\x01 \x01(\tBi\xbaHf\xba\x01c\n" +
 	"\x0enamespace_name\x12\x1emust look like namespaces/NAME\x1a1this.matches('^namespaces/[a-z][a-z0-9-]{0,62}$')R\x06parent\x12/\n" +

@@ -1,0 +1,215 @@
+package salvage
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+
+	"github.com/cockroachdb/pebble/v2"
+	"github.com/cockroachdb/pebble/v2/vfs"
+)
+
+// Manifest is what has been found out about the file that says which tables and logs count.
+type Manifest struct {
+	// Path names the file; empty when none could be found.
+	Path string
+	// Reason says why it cannot be relied on; empty when it can. Otherwise every table and log counts, among them
+	// such as had been replaced: rows may come back that had been erased or had changed.
+	Reason string
+	// Missing are tables that it names and that are not there.
+	Missing []string
+}
+
+// Trusted says whether the manifest can be relied on.
+func (m Manifest) Trusted() bool { return m.Reason == "" }
+
+// span is the part of a table that counts: the keys from first to last. Nil means all.
+type span struct{ first, last []byte }
+
+// version is what a manifest says.
+type version struct {
+	Manifest
+	// tables that count, by number, each with its spans.
+	tables map[uint64][]span
+	// needed are the logs that are not in the tables.
+	needed  map[uint64]bool
+	highest uint64 // number of a table
+}
+
+// readManifest has Pebble read the manifest of dir, beside empty logs of the same names: in memory, so that nothing is
+// changed. Logs are their numbers.
+func readManifest(dir string, names []string, logs []*logFile) version {
+	v := version{}
+	desc, err := pebble.Peek(dir, vfs.Default)
+	switch {
+	case err != nil:
+		v.Reason = err.Error()
+		return v
+	case !desc.Exists:
+		v.Reason = "there is no manifest"
+		return v
+	}
+	v.Path = desc.ManifestFilename
+	b, err := os.ReadFile(v.Path)
+	if err != nil {
+		v.Reason = err.Error()
+		return v
+	}
+	s := chunks{b: b, manifest: true}.scan(func(int64, []byte, bool) {})
+	if len(s.gaps) > 0 {
+		v.Reason = s.gaps[0].String()
+		return v
+	}
+	if err := v.load(dir, names, logs); err != nil {
+		v.Reason = err.Error()
+		return v
+	}
+	if len(v.Missing) > 0 {
+		v.Reason = fmt.Sprintf("%d of the tables that it names are missing", len(v.Missing))
+	}
+	return v
+}
+
+// load reads the version. Pebble may panic on a manifest that makes no sense.
+func (v *version) load(dir string, names []string, logs []*logFile) (err error) {
+	defer recoverTo(&err)
+	fs := vfs.NewMem()
+	if err := fs.MkdirAll(imageDir, 0o700); err != nil {
+		return err
+	}
+	for _, name := range names {
+		switch _, table := numbered(name, ".sst"); {
+		case name == filepath.Base(v.Path) || isMarker(name):
+			err = copyIn(fs, filepath.Join(dir, name), name)
+		case table:
+			err = touch(fs, name)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	for _, l := range logs {
+		if err := touch(fs, filepath.Base(l.Path)); err != nil {
+			return err
+		}
+	}
+	for {
+		err := v.list(fs)
+		number, ok := unknownTable(err)
+		if !ok {
+			return err
+		}
+		name := fmt.Sprintf("%06d.sst", number)
+		v.Missing = append(v.Missing, filepath.Join(dir, name))
+		if err := touch(fs, name); err != nil {
+			return err
+		}
+	}
+}
+
+// unknownTable is the number of the table that an error says is not there; Pebble has no type for it.
+func unknownTable(err error) (number uint64, ok bool) {
+	if err == nil || !errors.Is(err, os.ErrNotExist) {
+		return 0, false
+	}
+	_, text, _ := strings.Cut(err.Error(), "file ")
+	digits, _, _ := strings.Cut(text, " ")
+	number, err = strconv.ParseUint(digits, 10, 64)
+	return number, err == nil
+}
+
+// imageDir is where the image of the directory is in memory.
+const imageDir = "journal"
+
+// list has Pebble list the tables of the image.
+func (v *version) list(fs *vfs.MemFS) error {
+	v.needed = map[uint64]bool{}
+	db, err := pebble.Open(imageDir, &pebble.Options{
+		FS: watched{fs, v.needed}, ReadOnly: true, DisableConsistencyCheck: true, ErrorIfNotExists: true, Logger: silent{},
+		FormatMajorVersion: pebble.FormatNewest,
+	})
+	if err != nil {
+		return err
+	}
+	defer func() { _ = db.Close() }() // nothing was written
+	levels, err := db.SSTables()
+	if err != nil {
+		return err
+	}
+	v.tables = map[uint64][]span{}
+	for _, level := range levels {
+		for _, t := range level {
+			n := uint64(t.BackingSSTNum)
+			var s span
+			if t.Virtual {
+				s = span{first: t.Smallest.UserKey, last: t.Largest.UserKey}
+			}
+			v.tables[n] = append(v.tables[n], s)
+			v.highest = max(v.highest, n)
+		}
+	}
+	return nil
+}
+
+// watched sees which logs Pebble replays.
+type watched struct {
+	vfs.FS
+	logs map[uint64]bool
+}
+
+func (w watched) Open(name string, options ...vfs.OpenOption) (vfs.File, error) {
+	if n, ok := numbered(w.PathBase(name), ".log"); ok {
+		w.logs[n] = true
+	}
+	return w.FS.Open(name, options...)
+}
+
+// counts says whether a table is to be read. One that is newer than the manifest knows repeats what others have or what
+// the manifest lost.
+func (v version) counts(table uint64) ([]span, bool) {
+	if !v.Trusted() || table > v.highest {
+		return nil, true
+	}
+	spans, ok := v.tables[table]
+	return spans, ok
+}
+
+// isMarker says whether a file tells Pebble which manifest and format are in use.
+func isMarker(name string) bool {
+	ok, _ := filepath.Match("marker.*", name)
+	return ok
+}
+
+func copyIn(fs *vfs.MemFS, from, name string) error {
+	b, err := os.ReadFile(from)
+	if err != nil {
+		return err
+	}
+	out, err := fs.Create(fs.PathJoin(imageDir, name), vfs.WriteCategoryUnspecified)
+	if err != nil {
+		return err
+	}
+	_, err = out.Write(b)
+	return errors.Join(err, out.Close())
+}
+
+// touch makes an empty file.
+func touch(fs *vfs.MemFS, name string) error {
+	f, err := fs.Create(fs.PathJoin(imageDir, name), vfs.WriteCategoryUnspecified)
+	if err != nil {
+		return err
+	}
+	return f.Close()
+}
+
+// silent keeps Pebble from writing to standard error. What it would say is in the errors that it returns.
+type silent struct{}
+
+func (silent) Infof(string, ...any)  {}
+func (silent) Errorf(string, ...any) {}
+
+// Fatalf must not return.
+func (silent) Fatalf(format string, args ...any) { panic(fmt.Sprintf(format, args...)) }
