@@ -75,6 +75,9 @@ func (e *Engine) CancelLane(ctx context.Context, key delivery.LaneKey, reason st
 // subscriptions whose deletion has been seen is cancelled in the background.
 func (e *Engine) Changed(changes []subscription.Change) {
 	for _, c := range changes {
+		if c.Tombstone != nil && c.Old == nil {
+			e.buried(c.Tombstone)
+		}
 		if c.Old != nil && (c.New == nil || c.New.UID != c.Old.UID) {
 			e.changed(laneOf(c.Old), c.Old, nil)
 		}
@@ -84,6 +87,20 @@ func (e *Engine) Changed(changes []subscription.Change) {
 				old = nil
 			}
 			e.changed(laneOf(c.New), old, c.New)
+		}
+	}
+}
+
+// buried follows the news of a deletion alone.
+func (e *Engine) buried(t *subscription.Tombstone) {
+	ns := delivery.UID(t.NamespaceUID).NamespaceKey()
+	if !t.OfNamespace {
+		e.changed(delivery.LaneKey{Namespace: ns, Subscription: delivery.UID(t.UID).SubscriptionKey()}, nil, nil)
+		return
+	}
+	for _, l := range e.allLanes() {
+		if l.key.Namespace == ns {
+			e.changed(l.key, nil, nil)
 		}
 	}
 }
