@@ -111,17 +111,11 @@ func (e *Engine) changed(key delivery.LaneKey, was, is *subscription.Subscriptio
 	if is == nil && e.subs.Deleted(key) {
 		e.graves.add(key)
 	}
-	l := e.find(key)
-	if l == nil && (renewed || again) {
-		l = e.lane(key)
-	}
+	l := e.starting(key, renewed || again)
 	if l == nil {
 		return
 	}
-	l.mu.Unlock()
-	l.start.Lock() // whoever looked at the old snapshot has handed its attempts over
 	defer l.start.Unlock()
-	l.mu.Lock()
 	failing := !l.health.failing.IsZero()
 	switch {
 	case renewed:
@@ -139,6 +133,28 @@ func (e *Engine) changed(key delivery.LaneKey, was, is *subscription.Subscriptio
 	l.mu.Unlock()
 	if failing && (renewed || again) {
 		l.note()
+	}
+}
+
+// starting returns the lane with start and mu held, so that whoever looked at an older snapshot has handed its attempts
+// over. Without one it is made, or nil.
+func (e *Engine) starting(key delivery.LaneKey, made bool) *lane {
+	for {
+		l := e.find(key)
+		if l == nil && made {
+			l = e.lane(key)
+		}
+		if l == nil {
+			return nil
+		}
+		l.mu.Unlock()
+		l.start.Lock()
+		l.mu.Lock()
+		if !l.evicted {
+			return l
+		}
+		l.mu.Unlock()
+		l.start.Unlock()
 	}
 }
 

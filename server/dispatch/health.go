@@ -145,8 +145,10 @@ func (h *health) observe(o delivery.Outcome, took time.Duration, now time.Time) 
 	}
 }
 
-// unspent parks the lane: its plugin is not ready. Several that were in flight at once count as one.
+// unspent parks the lane: its plugin is not ready, which says nothing about the target. Several that were in flight at
+// once count as one.
 func (h *health) unspent(now time.Time) {
+	h.hangs = false
 	if now.Before(h.closed) {
 		return
 	}

@@ -357,6 +357,7 @@ func (l *lane) kick(now time.Time) {
 		return
 	}
 	l.idle = time.Time{}
+	l.look(now)
 	g := l.gate(now)
 	if !g.open() {
 		l.kickClosed(g, now)
@@ -367,12 +368,16 @@ func (l *lane) kick(now time.Time) {
 	if l.waiting() > 0 && !l.running && !l.full(g.sub) {
 		e.ring.push(l)
 	}
+}
+
+// look judges the lane by what it has in flight.
+func (l *lane) look(now time.Time) {
 	if l.flying.n > 0 {
 		if at := l.health.look(l.flying.head.started, now); !at.IsZero() {
 			l.arm(at)
 		}
-		l.reclass()
 	}
+	l.reclass()
 }
 
 func (l *lane) kickClosed(g gate, now time.Time) {

@@ -279,9 +279,6 @@ func (l *lane) begin(x *entry) {
 func (l *lane) takeOff(x *entry, now time.Time) {
 	x.stage, x.started, x.target = window.Flying, now, l.target
 	l.flying.push(x)
-	if at := l.health.look(l.flying.head.started, now); !at.IsZero() {
-		l.arm(at)
-	}
 }
 
 func (l *lane) land(x *entry) {
