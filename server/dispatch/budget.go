@@ -19,10 +19,11 @@ const (
 )
 
 // budget bounds what is in memory, counted as an entry for each job and each event once. Up to half of the limit a lane
-// may hold much, so that a burst need not be read back from disk, and up to all of it some. What lanes hold that are not
+// may hold much, so that a burst need not be read back from disk, and up to three quarters some. What lanes hold that are not
 // proven, their events counted in full for each, ends at a quarter and a half: they cannot push the others out. Beyond
-// these bounds only a lane of which nothing waits in memory gets a few jobs, and beyond a quarter more than the limit
-// it waits for its turn to: in one queue those that hang or are slow, in another all others, which comes first.
+// these bounds only a lane of which nothing waits in memory gets a few jobs, one that is on trial just one, and at the limit
+// it waits for its turn to: in one queue suspects, in another all others, which comes first. Proven lanes have a quarter
+// more than the limit, where each of which nothing is in memory gets one job.
 type budget struct {
 	limit  int64
 	events Events
@@ -42,8 +43,8 @@ type hungryLanes struct{ head, tail *lane }
 type room struct {
 	jobs  int
 	bytes int64
-	// bare: only while nothing of it waits in memory.
-	bare bool
+	// bare: only while nothing of it waits in memory; alone: nor is in flight.
+	bare, alone bool
 }
 
 func (b *budget) used() int64 { return b.entries.Load() + b.events.EventBytes() }
@@ -55,18 +56,24 @@ func (b *budget) room(st standing, limited bool) room {
 	if st != proven {
 		slow = b.slow.Load()
 	}
+	half, limit := b.limit/2, b.limit
 	switch {
-	case used < b.limit/2 && slow < b.limit/4 && !limited:
-		return room{jobs: deepJobs, bytes: min(deepBytes, max(b.limit/2-used, fewBytes))}
-	case used < b.limit && slow < b.limit/4:
-		return room{jobs: someJobs, bytes: min(someBytes, max(b.limit-used, fewBytes))}
-	case st == suspect && (slow >= b.limit/2 || used >= b.limit),
-		st == unknown && used >= b.limit,
-		used >= b.limit+b.limit/4:
+	case used < half && slow < limit/4 && !limited:
+		return room{jobs: deepJobs, bytes: min(deepBytes, max(half-used, fewBytes))}
+	case used < limit*3/4 && slow < limit/4:
+		return room{jobs: someJobs, bytes: min(someBytes, max(limit*3/4-used, fewBytes))}
+	case st == suspect && (slow >= half || used >= limit), st == unknown && used >= limit, used >= limit+limit/4:
 		return room{bare: true}
+	case st == unknown:
+		return room{jobs: 1, bytes: fewBytes, bare: true}
+	case used >= limit:
+		return room{jobs: 1, bytes: fewBytes, bare: true, alone: true}
 	}
 	return room{jobs: fewJobs, bytes: fewBytes, bare: true}
 }
+
+// fits reports whether the lane may take more into a room that is bare. l.mu is held.
+func (l *lane) fits(r room) bool { return l.waiting() == 0 && !(r.alone && l.flying.n > 0) }
 
 // room is what the lane may hold. l.mu is held.
 func (l *lane) room(sub *subscription.Subscription) room {

@@ -75,6 +75,9 @@ func (e *Engine) CancelLane(ctx context.Context, key delivery.LaneKey, reason st
 // subscriptions whose deletion has been seen is cancelled in the background.
 func (e *Engine) Changed(changes []subscription.Change) {
 	for _, c := range changes {
+		if c.Tombstone != nil && c.Old == nil {
+			e.buried(c.Tombstone)
+		}
 		if c.Old != nil && (c.New == nil || c.New.UID != c.Old.UID) {
 			e.changed(laneOf(c.Old), c.Old, nil)
 		}
@@ -88,23 +91,31 @@ func (e *Engine) Changed(changes []subscription.Change) {
 	}
 }
 
+// buried follows the news of a deletion alone.
+func (e *Engine) buried(t *subscription.Tombstone) {
+	ns := delivery.UID(t.NamespaceUID).NamespaceKey()
+	if !t.OfNamespace {
+		e.changed(delivery.LaneKey{Namespace: ns, Subscription: delivery.UID(t.UID).SubscriptionKey()}, nil, nil)
+		return
+	}
+	for _, l := range e.allLanes() {
+		if l.key.Namespace == ns {
+			e.changed(l.key, nil, nil)
+		}
+	}
+}
+
 func (e *Engine) changed(key delivery.LaneKey, was, is *subscription.Subscription) {
 	renewed := was != nil && is != nil && newTarget(was, is)
 	again := was != nil && is != nil && resumed(was, is)
 	if is == nil && e.subs.Deleted(key) {
 		e.graves.add(key)
 	}
-	l := e.find(key)
-	if l == nil && (renewed || again) {
-		l = e.lane(key)
-	}
+	l := e.starting(key, renewed || again)
 	if l == nil {
 		return
 	}
-	l.mu.Unlock()
-	l.start.Lock() // whoever looked at the old snapshot has handed its attempts over
 	defer l.start.Unlock()
-	l.mu.Lock()
 	failing := !l.health.failing.IsZero()
 	switch {
 	case renewed:
@@ -122,6 +133,28 @@ func (e *Engine) changed(key delivery.LaneKey, was, is *subscription.Subscriptio
 	l.mu.Unlock()
 	if failing && (renewed || again) {
 		l.note()
+	}
+}
+
+// starting returns the lane with start and mu held, so that whoever looked at an older snapshot has handed its attempts
+// over. Without one it is made, or nil.
+func (e *Engine) starting(key delivery.LaneKey, made bool) *lane {
+	for {
+		l := e.find(key)
+		if l == nil && made {
+			l = e.lane(key)
+		}
+		if l == nil {
+			return nil
+		}
+		l.mu.Unlock()
+		l.start.Lock()
+		l.mu.Lock()
+		if !l.evicted {
+			return l
+		}
+		l.mu.Unlock()
+		l.start.Unlock()
 	}
 }
 

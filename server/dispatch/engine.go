@@ -178,6 +178,8 @@ type Engine struct {
 
 	mu    sync.RWMutex
 	lanes map[delivery.LaneKey]*lane
+	// tenants are the namespaces of lanes.
+	tenants map[delivery.NamespaceKey]*tenant
 	// healths is what is known of targets of lanes that have nothing open.
 	healths map[delivery.LaneKey]health
 	// partitions says how those stand that were not started with all others.
@@ -216,7 +218,7 @@ func New(o Options) *Engine {
 		slots:      slots{total: int64(o.Slots)},
 		budget:     budget{limit: o.WindowBytes, events: o.Journal},
 		statistics: statistics{limit: o.StatsBytes, lanes: make(map[delivery.LaneKey]*series), rest: &series{}},
-		lanes:      make(map[delivery.LaneKey]*lane), healths: make(map[delivery.LaneKey]health),
+		lanes:      make(map[delivery.LaneKey]*lane), tenants: make(map[delivery.NamespaceKey]*tenant), healths: make(map[delivery.LaneKey]health),
 		partitions: make(map[uint16]phase),
 		drained:    make(chan struct{}, 1), finished: make(chan struct{}),
 		disables: make(chan struct{}, disablesAtOnce),

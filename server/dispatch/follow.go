@@ -44,7 +44,7 @@ func (l *lane) roomFor(g gate, now time.Time) bool {
 	}
 	r := l.room(g.sub)
 	if r.bare {
-		return r.jobs > 0 && l.waiting() == 0
+		return r.jobs > 0 && l.fits(r)
 	}
 	return l.fresh.n < r.jobs && l.fresh.bytes < r.bytes
 }

@@ -11,6 +11,8 @@ const (
 	// slowAfter is how long an attempt may take, on the average and without any answer, before its lane counts as
 	// slow.
 	slowAfter = time.Second
+	// trialFor is how long the first attempt may be in flight before its lane is a suspect, until it answers.
+	trialFor = 100 * time.Millisecond
 	// weight is the share of an attempt in the average.
 	weight = 8
 	// maxClosed bounds for how long a target's Retry-After closes its lane.
@@ -75,7 +77,12 @@ func (h *health) standing() standing {
 }
 
 // patience is how long attempts may be in flight without an answer.
-func (h *health) patience() time.Duration { return max(slowAfter, 2*h.latency) }
+func (h *health) patience() time.Duration {
+	if h.latency == 0 {
+		return trialFor
+	}
+	return max(slowAfter, 2*h.latency)
+}
 
 // look judges by the oldest attempt in flight, and says when to look again; the zero time: not before another starts.
 func (h *health) look(oldest, now time.Time) time.Time {
@@ -138,8 +145,10 @@ func (h *health) observe(o delivery.Outcome, took time.Duration, now time.Time) 
 	}
 }
 
-// unspent parks the lane: its plugin is not ready. Several that were in flight at once count as one.
+// unspent parks the lane: its plugin is not ready, which says nothing about the target. Several that were in flight at
+// once count as one.
 func (h *health) unspent(now time.Time) {
+	h.hangs = false
 	if now.Before(h.closed) {
 		return
 	}

@@ -17,8 +17,9 @@ import (
 
 // lane is the queue of one subscription.
 type lane struct {
-	e   *Engine
-	key delivery.LaneKey
+	e      *Engine
+	key    delivery.LaneKey
+	tenant *tenant
 
 	// start is held from the last look at the snapshot until the attempt has been handed over. Changed
 	// passes through it, so that no attempt to an old target starts after Changed has returned.
@@ -80,7 +81,12 @@ func (e *Engine) lane(key delivery.LaneKey) *lane {
 		}
 		e.mu.Lock()
 		if e.lanes[key] == nil {
-			l := &lane{e: e, key: key, health: e.healths[key], alarm: alarm{index: -1}}
+			l := &lane{e: e, key: key, health: e.healths[key], alarm: alarm{index: -1}, tenant: e.tenants[key.Namespace]}
+			if l.tenant == nil {
+				l.tenant = &tenant{}
+				e.tenants[key.Namespace] = l.tenant
+			}
+			l.tenant.lanes++
 			l.standing = l.health.standing()
 			delete(e.healths, key)
 			e.lanes[key] = l
@@ -132,6 +138,9 @@ func (l *lane) rest(now time.Time) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	delete(e.lanes, l.key)
+	if l.tenant.lanes--; l.tenant.lanes == 0 {
+		delete(e.tenants, l.key.Namespace)
+	}
 	if !l.health.fresh(now) && (len(e.healths) < maxHealths || !l.health.failing.IsZero()) {
 		e.healths[l.key] = l.health
 	}
@@ -234,19 +243,21 @@ func (l *lane) reclass() {
 	if is == l.standing {
 		return
 	}
-	wasProven, b := l.standing == proven, &l.e.budget
+	was, b := l.standing, &l.e.budget
+	l.e.slots.count(l, -int64(l.flying.n))
 	l.standing = is
-	switch flying := int64(l.flying.n); {
-	case wasProven:
-		l.e.slots.slow.Add(flying)
+	l.e.slots.count(l, int64(l.flying.n))
+	switch {
+	case was == proven:
 		b.slow.Add(l.bytes)
-		if b.slow.Load() > b.limit/4 {
-			l.shed()
-		}
 	case is == proven:
-		l.e.slots.slow.Add(-flying)
 		b.slow.Add(-l.bytes)
 	}
+	if is == suspect && b.slow.Load() > b.limit/4 {
+		l.shed()
+	}
+	// Others may have waited for what the lane no longer holds on trial.
+	signal(l.e.ring.wake)
 	if l.sated() {
 		l.reading = false
 	}
@@ -346,6 +357,7 @@ func (l *lane) kick(now time.Time) {
 		return
 	}
 	l.idle = time.Time{}
+	l.look(now)
 	g := l.gate(now)
 	if !g.open() {
 		l.kickClosed(g, now)
@@ -356,12 +368,16 @@ func (l *lane) kick(now time.Time) {
 	if l.waiting() > 0 && !l.running && !l.full(g.sub) {
 		e.ring.push(l)
 	}
+}
+
+// look judges the lane by what it has in flight.
+func (l *lane) look(now time.Time) {
 	if l.flying.n > 0 {
 		if at := l.health.look(l.flying.head.started, now); !at.IsZero() {
 			l.arm(at)
 		}
-		l.reclass()
 	}
+	l.reclass()
 }
 
 func (l *lane) kickClosed(g gate, now time.Time) {

@@ -81,7 +81,7 @@ func newMetrics(e *Engine, r prometheus.Registerer) *metrics {
 	}, func() float64 { return float64(e.budget.used()) })
 	slow := prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 		Name: "grapnel_in_flight_slow", Help: "Attempts in flight to targets that hang, are slow or have not answered yet.",
-	}, func() float64 { return float64(e.slots.slow.Load()) })
+	}, func() float64 { return float64(e.slots.slow.Load() + e.slots.trial.Load()) })
 	if r != nil {
 		r.MustRegister(attempts, deliveries, m.parked, m.latency, flying, slow, memory, newLaneStates(e))
 	}

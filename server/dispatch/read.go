@@ -133,7 +133,7 @@ func (l *lane) plan(g gate, now time.Time) (request, need) {
 	r := l.room(g.sub)
 	if r.bare {
 		switch {
-		case l.waiting() > 0 || l.full(g.sub):
+		case !l.fits(r) || l.full(g.sub):
 			return request{}, nothing
 		case r.jobs == 0:
 			return request{}, someRoom

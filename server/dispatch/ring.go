@@ -37,6 +37,7 @@ type round struct {
 // space is a namespace with lanes that wait for their turn.
 type space struct {
 	key        delivery.NamespaceKey
+	tenant     *tenant
 	next       *space
 	head, tail *lane // linked by lane.ringNext
 }
@@ -55,7 +56,7 @@ func (r *ring) push(l *lane) {
 func (r *round) push(l *lane) {
 	s := r.spaces[l.key.Namespace]
 	if s == nil {
-		s = &space{key: l.key.Namespace}
+		s = &space{key: l.key.Namespace, tenant: l.tenant}
 		if r.spaces == nil {
 			r.spaces = make(map[delivery.NamespaceKey]*space)
 		}
@@ -80,15 +81,25 @@ func (r *round) append(s *space) {
 	r.tail = s
 }
 
-func (r *round) pop() *lane {
+// shift takes the first namespace off.
+func (r *round) shift() *space {
 	s := r.head
-	if s == nil {
-		return nil
-	}
 	r.head, s.next = s.next, nil
 	if r.head == nil {
 		r.tail = nil
 	}
+	return s
+}
+
+// pop returns nil when no lane may have a slot.
+func (r *round) pop(slots *slots, st standing) *lane {
+	if r.head != nil && !slots.roomFor(r.head.tenant, st) {
+		r.append(r.shift()) // no two namespaces can hold all that one may hold
+	}
+	if r.head == nil || !slots.roomFor(r.head.tenant, st) {
+		return nil
+	}
+	s := r.shift()
 	l := s.head
 	s.head, l.ringNext = l.ringNext, nil
 	if s.head == nil {
@@ -109,7 +120,7 @@ func (r *ring) next(s *slots) *lane {
 		st := r.turn
 		r.turn = (r.turn + 1) % standings
 		if s.room(st) {
-			if l := r.rounds[st].pop(); l != nil {
+			if l := r.rounds[st].pop(s, st); l != nil {
 				return l
 			}
 		}
@@ -240,11 +251,11 @@ func (l *lane) next() *entry {
 
 // mayStart checks the limits and takes a slot.
 func (l *lane) mayStart(g gate, now time.Time) bool {
-	if l.full(g.sub) || !l.e.slots.acquire(l.standing) {
+	if l.full(g.sub) || !l.e.slots.acquire(l) {
 		return false
 	}
 	if !l.allow(g.sub, now) {
-		l.e.slots.returned(l.standing)
+		l.e.slots.returned(l)
 		return false
 	}
 	return true
@@ -268,22 +279,11 @@ func (l *lane) begin(x *entry) {
 func (l *lane) takeOff(x *entry, now time.Time) {
 	x.stage, x.started, x.target = window.Flying, now, l.target
 	l.flying.push(x)
-	if l.flying.n == 1 {
-		l.e.slots.busy.Add(1)
-	}
-	if at := l.health.look(l.flying.head.started, now); !at.IsZero() {
-		l.arm(at)
-	}
 }
 
 func (l *lane) land(x *entry) {
 	l.flying.remove(x)
-	if l.flying.n == 0 {
-		l.e.slots.busy.Add(-1)
-	}
-	if l.standing != proven {
-		l.e.slots.slow.Add(-1)
-	}
+	l.e.slots.count(l, -1)
 }
 
 // back returns an entry that was to be tried, or of which nothing was tried, to where it waited. If a caller has
