@@ -36,7 +36,11 @@ const (
 	probeEvery   = time.Second
 	healthyFor   = 4 * time.Second
 	abandonAfter = 15 * time.Second
-	pageSize     = 500
+	// A page of a listing aims at pageBytes. Each costs etcd a look at every key that is left, so that few
+	// and large ones are wanted; but how large values are shows only in the page before.
+	pageBytes = 4 << 20
+	leastPage = 200
+	mostPage  = 2000
 )
 
 // Options for Open. Client, Prefix, Watch and Apply are required.

@@ -35,8 +35,9 @@ type Registry struct {
 	conditions *conditions
 	log        *slog.Logger
 	snapshot   atomic.Pointer[Snapshot]
-	// editor belongs to Open and then to Run.
+	// editor and sharer belong to Open and then to Run.
 	editor   *editor
+	sharer   sharer
 	onChange []func([]Change)
 
 	// creates bounds concurrent creates under a quota: by what they may overrun it.
@@ -194,6 +195,7 @@ func (n *news) take(c keyspace.Change) error {
 		if err != nil {
 			return err
 		}
+		n.registry.sharer.share(s)
 		change := Change{Old: n.editor.put(s), New: s}
 		if change.Old != nil && change.Old.UID != s.UID {
 			change.Tombstone = n.tombstone(change.Old)
