@@ -178,7 +178,7 @@ func (s *Space) take(events []*clientv3.Event) {
 func (s *Space) watched(full []byte) (string, bool) {
 	key := string(full[len(s.prefix):])
 	under := func(part string) bool { return strings.HasPrefix(key, part) }
-	return key, slices.ContainsFunc(s.watch, under) && s.keep(key)
+	return key, slices.ContainsFunc(s.watch, under)
 }
 
 // check returns the value of a watched key. One that is damaged is named, and not used.

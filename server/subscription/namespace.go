@@ -152,7 +152,7 @@ func (r *Registry) PurgeNamespace(ctx context.Context, id string) error {
 		return err
 	}
 	name := namespaceName(id)
-	for _, prefix := range []string{name + "/", "refs/" + name + "/", requestKey(id, "")} {
+	for _, prefix := range []string{name + "/", secretKey(name + "/"), "refs/" + name + "/", requestKey(id, "")} {
 		if err := r.purge(ctx, name, prefix); err != nil {
 			return err
 		}

@@ -69,7 +69,6 @@ func Open(ctx context.Context, o Options) (*Registry, error) {
 		Client:   o.Client,
 		Prefix:   o.Prefix,
 		Watch:    []string{"namespaces/", tombstones},
-		Keep:     keep,
 		Identity: o.Identity,
 		Apply:    r.apply,
 		Logger:   r.log,
@@ -107,15 +106,6 @@ func (r *Registry) ConditionErrors() uint64 { return r.Snapshot().ConditionError
 // function must not block and must not write to the Registry: writers wait for it. A change of a namespace
 // alone is not told, but for its tombstone.
 func (r *Registry) OnChange(f func([]Change)) { r.onChange = append(r.onChange, f) }
-
-// keep says what of namespaces/ belongs to the registry; secrets, for one, do not.
-func keep(key string) bool {
-	if strings.HasPrefix(key, tombstones) {
-		return true
-	}
-	_, kind, _, _ := splitName(key)
-	return kind == "" || kind == "subscriptions"
-}
 
 // apply takes stored changes into the next snapshot. A value that cannot be read is skipped: what was
 // known before stays, and nothing else suffers.
@@ -176,7 +166,7 @@ func (n *news) take(c keyspace.Change) error {
 	}
 	ns, kind, id, ok := splitName(c.Key)
 	switch {
-	case !ok:
+	case !ok || kind != "" && kind != "subscriptions":
 		return fmt.Errorf("not the key of a resource")
 	case kind == "" && c.Deleted:
 		n.editor.dropNamespace(ns)

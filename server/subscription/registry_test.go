@@ -91,7 +91,7 @@ func create(t *testing.T, r *subscription.Registry, id string) *subscription.Sub
 func storeSecret(t *testing.T, id string) string {
 	t.Helper()
 	name := "namespaces/acme/secrets/" + id
-	if _, err := etcd.Client.Put(t.Context(), prefix(t)+name, string(keyspace.AddSum(name, []byte("sealed")))); err != nil {
+	if _, err := etcd.Client.Put(t.Context(), prefix(t)+"secrets/"+name, string(keyspace.AddSum("secrets/"+name, []byte("sealed")))); err != nil {
 		t.Fatal(err)
 	}
 	return name
@@ -503,7 +503,7 @@ func TestPurgeInBatches(t *testing.T) {
 	for from := 0; from < 1100; from += 100 {
 		var ops []clientv3.Op
 		for i := range 100 {
-			ops = append(ops, clientv3.OpPut(fmt.Sprintf("%snamespaces/acme/secrets/s%d", prefix(t), from+i), "not read"))
+			ops = append(ops, clientv3.OpPut(fmt.Sprintf("%ssecrets/namespaces/acme/secrets/s%d", prefix(t), from+i), "not read"))
 		}
 		if _, err := etcd.Client.Txn(t.Context()).Then(ops...).Commit(); err != nil {
 			t.Fatal(err)
@@ -515,7 +515,7 @@ func TestPurgeInBatches(t *testing.T) {
 	if err := r.PurgeNamespace(t.Context(), "acme"); err != nil {
 		t.Fatal(err)
 	}
-	if diff := cmp.Diff([]string{other.Proto.Name}, keys(t, "namespaces/")); diff != "" {
+	if diff := cmp.Diff([]string{other.Proto.Name}, append(keys(t, "namespaces/"), keys(t, "secrets/")...)); diff != "" {
 		t.Errorf("(-want +got):\n%s", diff)
 	}
 }

@@ -397,11 +397,17 @@ func secretFields(p *grapnelv1.Subscription) map[string]string {
 }
 
 func (r *Registry) secretsExist(ctx context.Context, fields map[string]string) error {
-	missing, err := r.space.Missing(ctx, slices.Sorted(maps.Keys(fields))...)
+	names := slices.Sorted(maps.Keys(fields))
+	keys := make([]string, len(names))
+	for i, name := range names {
+		keys[i] = secretKey(name)
+	}
+	missing, err := r.space.Missing(ctx, keys...)
 	if err != nil || len(missing) == 0 {
 		return err
 	}
-	return &NotFoundError{Name: missing[0], Field: fields[missing[0]]}
+	name := names[slices.Index(keys, missing[0])]
+	return &NotFoundError{Name: name, Field: fields[name]}
 }
 
 // refer keeps the reference keys in step, on condition that the secrets still exist: deleting a secret
@@ -412,7 +418,7 @@ func (r *Registry) refer(txn *keyspace.Txn, name string, old *Subscription, secr
 		before = secretFields(old.Proto)
 	}
 	for _, secretName := range slices.Sorted(maps.Keys(secrets)) {
-		txn.If = append(txn.If, keyspace.Exists(secretName))
+		txn.If = append(txn.If, keyspace.Exists(secretKey(secretName)))
 		if _, ok := before[secretName]; !ok {
 			txn.Then = append(txn.Then, keyspace.Put(refKey(secretName, name), nil))
 		}
