@@ -243,13 +243,21 @@ func decodeNamespace(key string, value []byte, revision int64) (*Namespace, erro
 	return &Namespace{Proto: p, ID: strings.TrimPrefix(p.Name, "namespaces/"), UID: uid, Revision: revision}, nil
 }
 
-// namespace reads an item as a namespace, *NotFoundError when it does not exist.
+// namespace reads an item as a namespace, *NotFoundError when it does not exist. In place of a damaged value
+// stands what is known, so that the next write mends it; *BrokenError when nothing is.
 func (r *Registry) namespace(it keyspace.Item) (*Namespace, error) {
 	if it.Revision == 0 {
 		return nil, &NotFoundError{Name: it.Key}
 	}
 	if it.Err != nil {
-		return nil, it.Err
+		known := r.Snapshot().Namespace(strings.TrimPrefix(it.Key, "namespaces/"))
+		if known == nil {
+			return nil, it.Err
+		}
+		n := *known
+		n.Proto, n.Revision = proto.CloneOf(known.Proto), it.Revision
+		n.Proto.Etag = etag(it.Revision)
+		return &n, nil
 	}
 	n, err := decodeNamespace(it.Key, it.Value, it.Revision)
 	if err != nil {
@@ -267,19 +275,39 @@ func (r *Registry) activeNamespace(it keyspace.Item) (*Namespace, error) {
 	return n, err
 }
 
-// subscription reads an item as a subscription, *NotFoundError when it does not exist.
+// subscription reads an item as a subscription, as namespace does.
 func (r *Registry) subscription(it keyspace.Item) (*Subscription, error) {
 	if it.Revision == 0 {
 		return nil, &NotFoundError{Name: it.Key}
 	}
 	if it.Err != nil {
-		return nil, it.Err
+		ns, _, id, _ := splitName(it.Key)
+		known := r.Snapshot().Subscription(ns, id)
+		if known == nil {
+			return nil, it.Err
+		}
+		s := *known
+		s.Proto, s.Revision = proto.CloneOf(known.Proto), it.Revision
+		s.Proto.Etag = etag(it.Revision)
+		return &s, nil
 	}
 	s, err := decode(it.Key, it.Value, it.Revision, r.conditions)
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", r.space.Key(it.Key), err)
 	}
 	return s, nil
+}
+
+// lost reports whether there is nothing left of an item but its key: it may be made anew.
+func (r *Registry) lost(it keyspace.Item) bool {
+	if it.Err == nil {
+		return false
+	}
+	ns, _, id, _ := splitName(it.Key)
+	if id == "" {
+		return r.Snapshot().Namespace(ns) == nil
+	}
+	return r.Snapshot().Subscription(ns, id) == nil
 }
 
 // checkEtag compares a caller's etag, where there is one, with the revision read.

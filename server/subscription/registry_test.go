@@ -7,6 +7,7 @@ import (
 	"os"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -385,6 +386,48 @@ func TestQuotaIsNeverExceeded(t *testing.T) {
 		t.Fatal(err)
 	}
 	create(t, r, "one-more")
+}
+
+// Far from the quota creates run side by side, near it one after the other: it is met exactly, whoever makes
+// them, also when it is set where there was none.
+func TestQuotaIsReachedExactly(t *testing.T) {
+	r, _ := registry(t, etcd.Client)
+	r2, _ := registry(t, etcd.Client) // another server
+	withNamespace(t, r, 0)
+	for i := range 20 {
+		create(t, r2, fmt.Sprint("free", i))
+	}
+	const quota = 330
+	if _, err := r.UpdateNamespace(t.Context(), "acme", "", func(n *grapnelv1.Namespace) error {
+		n.Quota = &grapnelv1.Quota{MaxSubscriptions: quota}
+		return nil
+	}); err != nil {
+		t.Fatal(err)
+	}
+	var wg sync.WaitGroup
+	var next, refused atomic.Int64
+	for _, reg := range []*subscription.Registry{r, r2} {
+		for range 12 {
+			wg.Go(func() {
+				for i := next.Add(1); i <= 400; i = next.Add(1) {
+					_, err := reg.CreateSubscription(t.Context(), "acme", fmt.Sprint("s", i), valid(), subscription.CreateOptions{})
+					if _, ok := errors.AsType[*subscription.QuotaError](err); ok {
+						refused.Add(1)
+					} else if err != nil {
+						t.Error(err)
+					}
+				}
+			})
+		}
+	}
+	wg.Wait()
+	if n := len(keys(t, "namespaces/acme/subscriptions/")); n != quota || refused.Load() != 400+20-quota || r.Snapshot().Count("acme") > quota {
+		t.Errorf("%d were made and %d refused, want %d", n, refused.Load(), quota)
+	}
+	if _, err := r.DeleteSubscription(t.Context(), "acme", "free0", ""); err != nil {
+		t.Fatal(err)
+	}
+	create(t, r, "in-its-place")
 }
 
 func TestSecretReferences(t *testing.T) {

@@ -26,6 +26,8 @@ const (
 	// under way at once. With more of them the quota may be overrun by maxConcurrentCreates for each.
 	quotaMargin = 4 * maxConcurrentCreates
 	maxReason   = 256
+	// maxStrayRefs bounds a search that only a damaged value asks for.
+	maxStrayRefs = 100_000
 )
 
 // newID makes an ID for a caller who gave none.
@@ -47,7 +49,7 @@ func (r *Registry) CreateSubscription(ctx context.Context, ns, id string, p *gra
 	}
 	w := &writing{registry: r, ns: ns, id: id, only: o.ValidateOnly, request: req, approve: o.Approve}
 	return w.run(ctx, func(_ *Namespace, it keyspace.Item) (*grapnelv1.Subscription, error) {
-		if it.Revision != 0 {
+		if it.Revision != 0 && !r.lost(it) {
 			return nil, fmt.Errorf("%s %w", it.Key, ErrExists)
 		}
 		return p, nil
@@ -226,7 +228,7 @@ func (w *writing) attempt(ctx context.Context, change func(*Namespace, keyspace.
 func (w *writing) plan(ctx context.Context, n *Namespace, it keyspace.Item, counted int64, content *grapnelv1.Subscription) (keyspace.Txn, error) {
 	r := w.registry
 	var old *Subscription
-	if it.Revision != 0 {
+	if it.Revision != 0 && !r.lost(it) {
 		var err error
 		if old, err = r.subscription(it); err != nil {
 			return keyspace.Txn{}, err
@@ -238,7 +240,7 @@ func (w *writing) plan(ctx context.Context, n *Namespace, it keyspace.Item, coun
 	if err != nil {
 		return keyspace.Txn{}, err
 	}
-	if old != nil && sameContent(p, old.Proto) {
+	if old != nil && it.Err == nil && sameContent(p, old.Proto) {
 		w.out = old
 		return keyspace.Txn{}, nil
 	}
@@ -268,6 +270,11 @@ func (w *writing) plan(ctx context.Context, n *Namespace, it keyspace.Item, coun
 		return keyspace.Txn{}, err
 	}
 	r.refer(&txn, it.Key, old, secrets)
+	if r.lost(it) {
+		if err := r.unrefer(ctx, &txn, w.ns, it.Key, secrets); err != nil {
+			return keyspace.Txn{}, err
+		}
+	}
 	if w.slot {
 		txn.Then = append(txn.Then, keyspace.Put(quotaKey(w.ns), nil))
 	}
@@ -428,6 +435,18 @@ func (r *Registry) refer(txn *keyspace.Txn, name string, old *Subscription, secr
 			txn.Then = append(txn.Then, keyspace.Delete(refKey(secretName, name)))
 		}
 	}
+}
+
+// unrefer removes the references of a subscription that nobody knows any more, but for those it has again.
+func (r *Registry) unrefer(ctx context.Context, txn *keyspace.Txn, ns, name string, secrets map[string]string) error {
+	keys, _, err := r.space.Below(ctx, refKey(namespaceName(ns), ""), maxStrayRefs)
+	for _, key := range keys {
+		secretName, ok := strings.CutSuffix(strings.TrimPrefix(key, "refs/"), "/"+name)
+		if _, again := secrets[secretName]; ok && !again {
+			txn.Then = append(txn.Then, keyspace.Delete(key))
+		}
+	}
+	return err
 }
 
 // putSubscription makes the transaction that stores a message, without its etag, which is not known yet.
