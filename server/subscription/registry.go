@@ -40,8 +40,10 @@ type Registry struct {
 	sharer   sharer
 	onChange []func([]Change)
 
-	// creates bounds concurrent creates under a quota: by what they may overrun it.
+	// creates bounds concurrent creates under a quota: by what they may overrun it. Near it those of one
+	// namespace go one by one: they would only make each other fail.
 	creates chan struct{}
+	near    [nearLocks]chan struct{}
 	leases  *leases
 }
 
@@ -64,6 +66,9 @@ func Open(ctx context.Context, o Options) (*Registry, error) {
 		log:        o.Logger.With("component", "subscription"),
 		creates:    make(chan struct{}, maxConcurrentCreates),
 		leases:     newLeases(),
+	}
+	for i := range r.near {
+		r.near[i] = make(chan struct{}, 1)
 	}
 	r.space, err = keyspace.Open(ctx, keyspace.Options{
 		Client:   o.Client,

@@ -397,7 +397,7 @@ func TestQuotaIsReachedExactly(t *testing.T) {
 	for i := range 20 {
 		create(t, r2, fmt.Sprint("free", i))
 	}
-	const quota = 330
+	const quota = 280
 	if _, err := r.UpdateNamespace(t.Context(), "acme", "", func(n *grapnelv1.Namespace) error {
 		n.Quota = &grapnelv1.Quota{MaxSubscriptions: quota}
 		return nil
@@ -407,9 +407,9 @@ func TestQuotaIsReachedExactly(t *testing.T) {
 	var wg sync.WaitGroup
 	var next, refused atomic.Int64
 	for _, reg := range []*subscription.Registry{r, r2} {
-		for range 12 {
+		for range 6 {
 			wg.Go(func() {
-				for i := next.Add(1); i <= 400; i = next.Add(1) {
+				for i := next.Add(1); i <= 290; i = next.Add(1) {
 					_, err := reg.CreateSubscription(t.Context(), "acme", fmt.Sprint("s", i), valid(), subscription.CreateOptions{})
 					if _, ok := errors.AsType[*subscription.QuotaError](err); ok {
 						refused.Add(1)
@@ -421,7 +421,7 @@ func TestQuotaIsReachedExactly(t *testing.T) {
 		}
 	}
 	wg.Wait()
-	if n := len(keys(t, "namespaces/acme/subscriptions/")); n != quota || refused.Load() != 400+20-quota || r.Snapshot().Count("acme") > quota {
+	if n := len(keys(t, "namespaces/acme/subscriptions/")); n != quota || refused.Load() != 290+20-quota || r.Snapshot().Count("acme") > quota {
 		t.Errorf("%d were made and %d refused, want %d", n, refused.Load(), quota)
 	}
 	if _, err := r.DeleteSubscription(t.Context(), "acme", "free0", ""); err != nil {

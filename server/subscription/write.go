@@ -5,6 +5,7 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"hash/crc32"
 	"maps"
 	"math"
 	"slices"
@@ -25,7 +26,9 @@ const (
 	// quotaMargin is how close to the quota creates begin to exclude each other: more than four servers have
 	// under way at once. With more of them the quota may be overrun by maxConcurrentCreates for each.
 	quotaMargin = 4 * maxConcurrentCreates
-	maxReason   = 256
+	// nearLocks is how many namespaces at most make their last subscriptions at the same time.
+	nearLocks = 64
+	maxReason = 256
 	// maxStrayRefs bounds a search that only a damaged value asks for.
 	maxStrayRefs = 100_000
 )
@@ -168,6 +171,8 @@ type writing struct {
 	// approved is what approve has said yes to; asked is what it is to be asked about next.
 	approved, asked *grapnelv1.Subscription
 	slot            bool
+	// near is the lock held by one that is near the quota.
+	near chan struct{}
 }
 
 // errAsk ends a plan that approve has to be asked about first.
@@ -309,7 +314,7 @@ func sameTarget(a, b *grapnelv1.Subscription) bool {
 // admit checks the quota, where there is one, by counting what the snapshot shows. Each create under a quota
 // writes the quota's key, so that the snapshot shows all of them once it has come to the revision at which
 // that was written last, and what is missing is under way now. Far from the quota creates run side by side;
-// near it each one that lands makes those beside it fail and count again.
+// near it each one that lands makes those of other servers beside it fail and count again.
 func (w *writing) admit(ctx context.Context, n *Namespace, counted int64) (near bool, err error) {
 	r := w.registry
 	limit := n.Quota().MaxSubscriptions
@@ -330,14 +335,27 @@ func (w *writing) admit(ctx context.Context, n *Namespace, counted int64) (near 
 	if count >= limit {
 		return false, &QuotaError{Namespace: w.ns, Quota: "max_subscriptions", Limit: limit}
 	}
-	return count+quotaMargin >= limit, nil
+	if count+quotaMargin < limit {
+		return false, nil
+	}
+	if w.near == nil {
+		lock := r.near[crc32.ChecksumIEEE([]byte(w.ns))%nearLocks]
+		if err := acquire(ctx, lock); err != nil {
+			return false, err
+		}
+		w.near = lock
+	}
+	return true, nil
 }
 
 func (w *writing) release() {
 	if w.slot {
 		<-w.registry.creates
 	}
-	w.slot = false
+	if w.near != nil {
+		<-w.near
+	}
+	w.slot, w.near = false, nil
 }
 
 // acquire takes a place in a channel used as a semaphore.
