@@ -30,7 +30,12 @@ import (
 //nolint:gochecknoglobals // a test flag
 var more = flag.Int("salvage.seeds", 1, "how many times as many seeds")
 
-func seeds(n int) uint64 { return uint64(n * *more) }
+func seeds(n int) uint64 {
+	if testing.Short() {
+		return 1
+	}
+	return uint64(n * *more)
+}
 
 // store is a database in use, with everything that was ever written to it.
 type store struct {
@@ -186,6 +191,15 @@ func stopped(t *testing.T, seed uint64) (*store, string) {
 	s.write(2000)
 	s.close()
 	return s, s.image()
+}
+
+// in is s for a subtest, which has a copy of dir for itself.
+func (s *store) in(t *testing.T, dir string) (*store, string) {
+	t.Helper()
+	own := &store{t: t, rows: s.rows, history: s.history}
+	to := filepath.Join(t.TempDir(), "journal")
+	check(t, os.CopyFS(to, os.DirFS(dir)))
+	return own, to
 }
 
 // salvaged copies dir and returns the rows of the copy, as Pebble reads them, after holding against each other what
@@ -426,6 +440,7 @@ func TestFlippedTable(t *testing.T) {
 
 // A table that has lost its index, its footer or its end is read from the front as far as it goes.
 func TestTableWithoutIndex(t *testing.T) {
+	origin, image := killed(t, 5)
 	for name, damage := range map[string]func(b []byte) []byte{
 		"footer":     func(b []byte) []byte { b[len(b)-20] ^= 1; return b },
 		"magic":      func(b []byte) []byte { b[len(b)-1] ^= 1; return b },
@@ -437,7 +452,7 @@ func TestTableWithoutIndex(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			s, dir := killed(t, 5)
+			s, dir := origin.in(t, image)
 			before, err := salvage.Check(context.Background(), dir)
 			check(t, err)
 			largest := slices.MaxFunc(before.Tables, func(a, b salvage.Table) int { return int(a.Bytes - b.Bytes) })
@@ -514,6 +529,7 @@ func (s *store) table(value string, rows int) string {
 
 // Without its manifest a journal has all its rows; some that were erased may be back, and that is said.
 func TestManifestGone(t *testing.T) {
+	origin, image := killed(t, 3)
 	for name, damage := range map[string]func(t *testing.T, dir, manifest string){
 		"deleted": func(t *testing.T, _, manifest string) { check(t, os.Remove(manifest)) },
 		"emptied": func(t *testing.T, _, manifest string) { check(t, os.Truncate(manifest, 0)) },
@@ -535,7 +551,7 @@ func TestManifestGone(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			s, dir := killed(t, 3)
+			s, dir := origin.in(t, image)
 			desc, err := pebble.Peek(dir, vfs.Default)
 			check(t, err)
 			damage(t, dir, desc.ManifestFilename)
