@@ -6,9 +6,10 @@ MAKEFLAGS += --no-builtin-rules --warn-undefined-variables
 
 TOOL := go tool -modfile=tools/go.mod
 KILL_CYCLES ?= 500
+MEDDLE_CYCLES ?= 200
 STORM ?= 60s
 
-.PHONY: help build test race bench lint generate protos cross deps ci check demo kill storm fuzz clean
+.PHONY: help build test race bench limits lint generate protos cross deps ci check demo kill storm fuzz clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -25,8 +26,12 @@ race: ## the tests under the race detector
 bench: build ## throughput, latency, start and backlog against the raw bound of the same run
 	bin/grapnel-bench
 
-kill: ## kill -9 the server KILL_CYCLES times under load; nothing acknowledged may be lost
-	go test ./cmd/grapnel-bench -run TestKill -count=1 -timeout 4h -v -kill.cycles=$(KILL_CYCLES)
+limits: build ## what large fan-outs, very many subscriptions, hanging receivers, little memory and long backlogs do to it; about an hour
+	for part in fanout lanes hanging memory; do bin/grapnel-bench -only "$$part"; done
+	bin/grapnel-bench -only backlog -backlog 1x10000000,10x1000000,100000x10 -limit 1h
+
+kill: ## kill -9 the server KILL_CYCLES times under load, and MEDDLE_CYCLES times while others change and delete; nothing may be lost
+	go test ./cmd/grapnel-bench -run TestKill -count=1 -timeout 4h -v -kill.cycles=$(KILL_CYCLES) -kill.meddle=$(MEDDLE_CYCLES)
 
 storm: ## kill -9 all plugins every 200 ms for STORM under load, and upgrade one 20 times; nothing may be lost or blamed
 	go test ./cmd/grapnel-bench -run 'TestStorm|TestUpgrade' -count=1 -timeout 1h -v -storm.duration=$(STORM) -upgrade.times=20

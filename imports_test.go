@@ -38,13 +38,14 @@ var allowed = map[string][]string{
 	"server/secret":                {"proto/...", "server/keyspace"},
 	"server/plugindir":             {"server/pluginhost", "proto/grapnel/plugin/v1"},
 	"server/ingest":                {"server/subscription", "server/delivery", "proto/grapnel/v1"},
-	"server/dispatch":              {"server/subscription", "server/delivery", "proto/grapnel/v1"},
+	"server/dispatch":              {"server/dispatch/window", "server/subscription", "server/delivery", "proto/grapnel/v1"},
+	"server/dispatch/window":       {"server/delivery"},
 	"server/pluginhost":            {"server/subscription", "server/delivery", "proto/grapnel/v1", "proto/grapnel/plugin/v1", "sdk/plugin"},
 	"server/api":                   {"server/ingest", "server/subscription", "server/secret", "server/delivery", "server/api/filter", "proto/grapnel/v1"},
 	"server/api/filter":            {},
 	"server":                       {"server/...", "proto/grapnel/v1"},
 	"server/servertest":            {"server", "sdk/...", "plugins", "proto/grapnel/v1"},
-	"cmd/grapnel":                  {"server", "server/plugindir", "server/pluginhost", "server/delivery", "server/subscription", "proto/grapnel/plugin/v1", "sdk/...", "plugins", "proto/grapnel/v1"},
+	"cmd/grapnel":                  {"server", "server/plugindir", "server/pluginhost", "server/delivery", "server/delivery/salvage", "server/subscription", "proto/grapnel/plugin/v1", "sdk/...", "plugins", "proto/grapnel/v1"},
 	"cmd/grapnel-bench":            {"sdk/...", "proto/grapnel/v1"},
 }
 
@@ -52,6 +53,7 @@ var allowed = map[string][]string{
 var fenced = map[string][]string{
 	"go.etcd.io/etcd/client/v3":       {"server", "server/keyspace", "server/keyspace/keyspacetest", "server/subscription", "server/secret"},
 	"go.etcd.io/etcd/server/v3":       {"server", "server/keyspace/keyspacetest"},
+	"go.etcd.io/bbolt":                {"server"},
 	"github.com/cockroachdb/pebble":   {"server/delivery", "server/delivery/salvage"},
 	"github.com/hashicorp/go-plugin":  {"server/pluginhost", "sdk/plugin", "sdk/plugintest"},
 	"github.com/spf13/cobra":          {"cmd/grapnel"},
@@ -59,6 +61,7 @@ var fenced = map[string][]string{
 	"go.etcd.io/etcd/client/pkg/v3":   {"server", "server/keyspace"},
 	"github.com/prometheus/":          {"server", "server/api", "server/delivery", "server/dispatch", "server/pluginhost", "server/ingest", "server/subscription", "server/secret"},
 	"cel.dev/":                        {"server/subscription"},
+	"github.com/tidwall/btree":        {"server/subscription"},
 	"github.com/santhosh-tekuri/":     {"server/pluginhost", "sdk/plugin", "sdk/conformance"},
 	"buf.build/go/protovalidate":      {"server/api"},
 	"github.com/standard-webhooks/":   {},

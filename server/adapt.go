@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"time"
 
 	"google.golang.org/protobuf/types/known/durationpb"
@@ -32,11 +33,9 @@ func (s *Server) newPlugins(closers *stack) (*pluginhost.Host, error) {
 		}
 		specs = append(specs, found...)
 	}
-	// A directory of our own in the system's temporary one: a unix socket's path may hold only about a
-	// hundred characters, and a data directory is often deeper than that.
-	dir, err := os.MkdirTemp("", "grapnel-")
+	dir, err := s.socketDir()
 	if err != nil {
-		return nil, fmt.Errorf("make the directory for plugin sockets: %w", err)
+		return nil, err
 	}
 	closers.push(func() error { return os.RemoveAll(dir) })
 	return pluginhost.New(pluginhost.Options{
@@ -45,8 +44,34 @@ func (s *Server) newPlugins(closers *stack) (*pluginhost.Host, error) {
 	})
 }
 
+// socketDir makes a directory of our own in the system's temporary one: a unix socket's path may hold only about a
+// hundred characters, and a data directory is often deeper than that. Where that cannot be, it is in the data
+// directory all the same.
+func (s *Server) socketDir() (string, error) {
+	dir, err := os.MkdirTemp("", "grapnel-")
+	if err == nil {
+		return dir, nil
+	}
+	own, absErr := filepath.Abs(filepath.Join(s.options.DataDir, "sockets"))
+	if absErr != nil || len(own) > longestSocketDir {
+		return "", fmt.Errorf("make the directory for plugin sockets: %w; the data directory, where it could be as well, has too long a path (%d characters, %d allowed): set TMPDIR to a directory that can be written",
+			err, len(own), longestSocketDir)
+	}
+	if err := errors.Join(os.RemoveAll(own), os.Mkdir(own, 0o700)); err != nil {
+		return "", fmt.Errorf("make the directory for plugin sockets: %w", err)
+	}
+	s.log.Warn("the temporary directory cannot be used, plugin sockets go into the data directory", "dir", own, "err", err)
+	return own, nil
+}
+
+// longestSocketDir leaves room for a socket's name in the path of a unix socket, on every system.
+const longestSocketDir = 64
+
 func (s *Server) builtin() pluginhost.Spec {
-	return pluginhost.Spec{Path: s.options.BuiltinPlugin[0], Args: s.options.BuiltinPlugin[1:], Builtin: true}
+	return pluginhost.Spec{
+		Path: s.options.BuiltinPlugin[0], Args: s.options.BuiltinPlugin[1:], Builtin: true,
+		SoftMemoryBytes: uint64(s.memory.plugin),
+	}
 }
 
 // watchPlugins has the host follow the plugin directory until ctx ends.
@@ -82,12 +107,26 @@ func (s *Server) disable(ctx context.Context, sub *subscription.Subscription, re
 // for it although its subscriptions are kept until it is erased.
 type subscriptions struct{ *subscription.Registry }
 
-func (r subscriptions) Subscription(ns, id string) *subscription.Subscription {
+func (r subscriptions) Subscription(lane delivery.LaneKey) *subscription.Subscription {
 	snapshot := r.Snapshot()
-	if n := snapshot.Namespace(ns); n == nil || n.Deleted() {
+	if n := snapshot.NamespaceByKey(uint64(lane.Namespace)); n == nil || n.Deleted() {
 		return nil
 	}
-	return snapshot.Subscription(ns, id)
+	return snapshot.SubscriptionByKey(uint64(lane.Subscription))
+}
+
+// Deleted goes by what was seen: a tombstone of the subscription or of its namespace, or a namespace that says so
+// itself.
+func (r subscriptions) Deleted(lane delivery.LaneKey) bool {
+	snapshot := r.Snapshot()
+	if _, gone := snapshot.Deleted(uint64(lane.Subscription)); gone {
+		return true
+	}
+	if _, gone := snapshot.Deleted(uint64(lane.Namespace)); gone {
+		return true
+	}
+	n := snapshot.NamespaceByKey(uint64(lane.Namespace))
+	return n != nil && n.Deleted()
 }
 
 // plugins is the host as the API sees it.
@@ -131,16 +170,49 @@ func diagnostics(ds []pluginhost.Diagnostic, err error) ([]api.Diagnostic, error
 }
 
 // engine is dispatch as the API sees it.
-type engine struct{ *dispatch.Engine }
+type engine struct {
+	*dispatch.Engine
+	registry *subscription.Registry
+}
+
+// space is what dispatch knows a namespace by; 0, which is all of them, for "". It reports false for one that does not
+// exist.
+func (e engine) space(ns string) (delivery.NamespaceKey, bool) {
+	if ns == "" {
+		return 0, true
+	}
+	n := e.registry.Snapshot().Namespace(ns)
+	if n == nil {
+		return 0, false
+	}
+	return delivery.UID(n.UID).NamespaceKey(), true
+}
 
 func (e engine) Stats(ns string, window time.Duration, top int) (*grapnelv1.Stats, []*grapnelv1.Stats) {
-	total, rows := e.Engine.Stats(ns, window, top)
-	per := make([]*grapnelv1.Stats, len(rows))
-	for i, r := range rows {
-		per[i] = stats(r)
-		per[i].Subscription = "namespaces/" + r.Lane.Namespace + "/subscriptions/" + r.Lane.Subscription
+	space, ok := e.space(ns)
+	if !ok {
+		return &grapnelv1.Stats{}, nil
+	}
+	total, rows := e.Engine.Stats(space, window, top)
+	snapshot := e.registry.Snapshot()
+	var per []*grapnelv1.Stats
+	for _, r := range rows {
+		// Those of deleted subscriptions count in the total.
+		if sub := snapshot.SubscriptionByKey(uint64(r.Lane.Subscription)); sub != nil {
+			row := stats(r)
+			row.Subscription = sub.Proto.GetName()
+			per = append(per, row)
+		}
 	}
 	return stats(total), per
+}
+
+func (e engine) OldestDue(ns string) time.Duration {
+	space, ok := e.space(ns)
+	if !ok {
+		return 0
+	}
+	return e.Engine.OldestDue(space)
 }
 
 func (e engine) Test(ctx context.Context, sub *subscription.Subscription, event *delivery.Event) (delivery.Attempt, error) {
@@ -157,13 +229,12 @@ func (e engine) Test(ctx context.Context, sub *subscription.Subscription, event 
 }
 
 func (e engine) Running() int {
-	total, _ := e.Engine.Stats("", time.Minute, 0)
-	return int(total.InFlight)
+	return e.Engine.InFlightNow()
 }
 
 func stats(s dispatch.Stats) *grapnelv1.Stats {
 	return &grapnelv1.Stats{
-		Events: s.Events, Attempts: s.Attempts, FailedAttempts: s.FailedAttempts,
+		Attempts: s.Attempts, FailedAttempts: s.FailedAttempts,
 		Succeeded: s.Succeeded, Failed: s.Failed, Open: s.Open,
 		P50Latency: durationpb.New(s.P50), P99Latency: durationpb.New(s.P99), OldestDueAge: durationpb.New(s.OldestDue),
 	}

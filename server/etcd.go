@@ -2,72 +2,242 @@ package server
 
 import (
 	"context"
+	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
+	"net"
 	"net/url"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
-	"github.com/prometheus/client_golang/prometheus"
+	"go.etcd.io/bbolt"
+	berrors "go.etcd.io/bbolt/errors"
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.etcd.io/etcd/server/v3/embed"
 	"go.etcd.io/etcd/server/v3/etcdserver/api/v3client"
-	"go.uber.org/zap"
-	"go.uber.org/zap/zapcore"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/backoff"
 )
-
-// etcdQuota bounds the embedded etcd's file. Configuration is small: 100 000 subscriptions take about
-// 100 MiB, history included.
-const etcdQuota = 1 << 30
 
 // configStore is the etcd that holds configuration: a server in this process, or a cluster elsewhere.
 type configStore struct {
 	client   *clientv3.Client
 	embedded *embed.Etcd
+	log      *slog.Logger
+	quota    int64 // of the embedded one's file, in bytes
+	room     etcdRoom
+	// cluster is what etcd calls itself, and keeps for life.
+	cluster uint64
 }
 
-// openConfigStore starts the embedded etcd, or dials the external one. The embedded one listens on no
-// socket: it has one member, and its only client is in this process.
-func openConfigStore(ctx context.Context, o Options) (*configStore, error) {
+// openConfigStore starts the embedded etcd, or dials the external one, and returns once it answers.
+func openConfigStore(ctx context.Context, o Options) (c *configStore, err error) {
 	if len(o.EtcdEndpoints) > 0 {
-		return dialEtcd(o)
+		c, err = dialEtcd(o)
+	} else {
+		c, err = openEmbedded(ctx, o)
 	}
+	if err != nil {
+		return nil, err
+	}
+	c.log = o.Logger.With("component", "etcd")
+	if err := wait(ctx, c.log, "etcd to answer", func(ctx context.Context) error { return c.meet(ctx, o) }); err != nil {
+		return nil, errors.Join(err, c.close())
+	}
+	return c, nil
+}
+
+// meet asks etcd something for the first time. The error is the cause where the client hides it.
+func (c *configStore) meet(ctx context.Context, o Options) error {
+	resp, err := c.client.Get(ctx, configPrefix, clientv3.WithCountOnly())
+	if errors.Is(err, rpctypes.ErrUserEmpty) {
+		return fmt.Errorf("etcd at %s wants a user: %w; give --etcd-user and --etcd-password-file", strings.Join(o.EtcdEndpoints, ", "), err)
+	}
+	if err != nil {
+		return errors.Join(fmt.Errorf("etcd at %s: %w", strings.Join(o.EtcdEndpoints, ", "), err), diagnose(o))
+	}
+	c.cluster = resp.Header.GetClusterId()
+	return nil
+}
+
+// configPrefix is where all keys of ours are.
+const configPrefix = "/grapnel/v1/"
+
+// etcdDir is where the embedded etcd lives. What it has made it keeps in member/, which appears there whole or not
+// at all.
+func etcdDir(o Options) string { return filepath.Join(o.DataDir, "etcd") }
+
+// etcdMade reports whether there is an embedded etcd, of whatever state.
+func etcdMade(o Options) bool {
+	_, err := os.Stat(filepath.Join(etcdDir(o), "member"))
+	return !errors.Is(err, fs.ErrNotExist)
+}
+
+// openEmbedded starts the embedded etcd, and makes one first where there is none. It listens on no socket: it has one
+// member, and its only client is in this process.
+func openEmbedded(ctx context.Context, o Options) (*configStore, error) {
+	dir := etcdDir(o)
+	if err := makeEtcd(ctx, o); err != nil {
+		return nil, fmt.Errorf("make the embedded etcd in %s: %w", dir, err)
+	}
+	if err := checkEtcd(dir); err != nil {
+		return nil, fmt.Errorf("embedded etcd: %w", err)
+	}
+	var e *embed.Etcd
+	err := wait(ctx, o.Logger.With("component", "etcd"), "the embedded etcd to come up", func(ctx context.Context) (err error) {
+		e, err = startEtcd(ctx, etcdConfig(o, dir))
+		return err
+	})
+	switch {
+	case errors.Is(err, context.DeadlineExceeded) || err != nil && ctx.Err() == nil:
+		return nil, fmt.Errorf("the embedded etcd in %s does not come up: %w; its log in member/wal may be damaged, cut off or another's; %s", dir, err, wayOut(dir))
+	case err != nil:
+		return nil, err
+	}
+	return &configStore{client: v3client.New(e.Server), embedded: e, quota: o.EtcdQuota}, nil
+}
+
+// makeEtcd makes an etcd aside, and gives it its place when it has written and said that it is ready. One that was
+// left half-made is thrown away: nobody was told of anything in it.
+func makeEtcd(ctx context.Context, o Options) error {
+	dir := etcdDir(o)
+	aside := filepath.Join(dir, "new")
+	if err := os.RemoveAll(aside); err != nil {
+		return err
+	}
+	if etcdMade(o) {
+		return nil
+	}
+	if err := makeDir(aside); err != nil {
+		return err
+	}
+	err := wait(ctx, o.Logger.With("component", "etcd"), "a new etcd to come up", func(ctx context.Context) error {
+		cfg := etcdConfig(o, aside)
+		cfg.TickMs, cfg.ElectionMs = 5, 25 // it lives for a moment
+		e, err := startEtcd(ctx, cfg)
+		if err == nil {
+			e.Close()
+		}
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	if err := moveDurably(filepath.Join(aside, "member"), filepath.Join(dir, "member")); err != nil {
+		return err
+	}
+	return os.RemoveAll(aside)
+}
+
+func etcdConfig(o Options, dir string) *embed.Config {
 	cfg := embed.NewConfig()
 	cfg.Name = "grapnel"
-	cfg.Dir = filepath.Join(o.DataDir, "etcd")
+	cfg.Dir = dir
 	cfg.ListenClientUrls, cfg.ListenPeerUrls = nil, nil
 	cfg.AdvertiseClientUrls = nil
 	// Never listened on or dialled: a member needs a peer address to be told apart.
 	peer := url.URL{Scheme: "http", Host: "127.0.0.1:1"}
 	cfg.AdvertisePeerUrls = []url.URL{peer}
 	cfg.InitialCluster = cfg.Name + "=" + peer.String()
+	// The cluster's ID is made of this: no two are the same. An etcd that exists has its own.
+	cfg.InitialClusterToken = rand.Text()
 	// A single member waits one election timeout at start, so a short one starts sooner.
 	cfg.TickMs, cfg.ElectionMs = 50, 250
-	cfg.QuotaBackendBytes = etcdQuota
+	cfg.QuotaBackendBytes = hardQuota(o.EtcdQuota)
 	cfg.AutoCompactionMode, cfg.AutoCompactionRetention = embed.CompactorModeRevision, "1000"
 	cfg.SnapshotCount = 10_000
 	cfg.MaxRequestBytes = 2 << 20
-	cfg.ZapLoggerBuilder = embed.NewZapLoggerBuilder(zap.New(&slogCore{log: o.Logger.With("component", "etcd")}))
-	e, err := embed.StartEtcd(cfg)
-	if err != nil {
-		return nil, fmt.Errorf("start embedded etcd in %s: %w", cfg.Dir, err)
+	cfg.ZapLoggerBuilder = embed.NewZapLoggerBuilder(etcdLogger(o.Logger, dir))
+	return cfg
+}
+
+// startEtcd returns when etcd is ready, or when ctx ends.
+func startEtcd(ctx context.Context, cfg *embed.Config) (*embed.Etcd, error) {
+	type result struct {
+		etcd *embed.Etcd
+		err  error
+	}
+	started := make(chan result, 1)
+	go func() { // it takes no context
+		e, err := embed.StartEtcd(cfg)
+		started <- result{e, err}
+	}()
+	var e *embed.Etcd
+	select {
+	case r := <-started:
+		if r.err != nil {
+			return nil, r.err
+		}
+		e = r.etcd
+	case <-ctx.Done():
+		go func() {
+			if r := <-started; r.err == nil {
+				r.etcd.Close()
+			}
+		}()
+		return nil, ctx.Err()
 	}
 	select {
 	case <-e.Server.ReadyNotify():
+		return e, nil
 	case err := <-e.Err():
 		e.Close()
-		return nil, fmt.Errorf("start embedded etcd in %s: %w", cfg.Dir, err)
+		return nil, err
 	case <-ctx.Done():
 		e.Close()
 		return nil, ctx.Err()
 	}
-	return &configStore{client: v3client.New(e.Server), embedded: e}, nil
+}
+
+// checkEtcd finds what etcd itself would wait for without end, or end the process for in a way that tells nobody
+// anything: it maps its file into memory, and reading behind a cut is a fault of the processor's.
+func checkEtcd(dir string) error {
+	logs, err := filepath.Glob(filepath.Join(dir, "member", "wal", "*.wal"))
+	if err != nil {
+		return err
+	}
+	if len(logs) == 0 {
+		return fmt.Errorf("its log is missing: no *.wal in %s; %s", filepath.Join(dir, "member", "wal"), wayOut(dir))
+	}
+	file := filepath.Join(dir, "member", "snap", "db")
+	info, err := os.Stat(file)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil // made again from the log, where that is whole
+	}
+	if err != nil {
+		return err
+	}
+	db, err := bbolt.Open(file, 0o600, &bbolt.Options{ReadOnly: true, Timeout: time.Second})
+	if errors.Is(err, berrors.ErrTimeout) {
+		return fmt.Errorf("%s is in use by another process", file)
+	}
+	if err != nil {
+		return fmt.Errorf("its database %s is damaged: %w; %s", file, err, wayOut(dir))
+	}
+	var size int64
+	err = db.View(func(tx *bbolt.Tx) error {
+		size = tx.Size()
+		return nil
+	})
+	if err := errors.Join(err, db.Close()); err != nil {
+		return fmt.Errorf("its database %s is damaged: %w; %s", file, err, wayOut(dir))
+	}
+	if info.Size() < size {
+		return fmt.Errorf("its database %s is cut off: %d bytes of %d are there; %s", file, info.Size(), size, wayOut(dir))
+	}
+	return nil
+}
+
+// wayOut is what an operator can do about an embedded etcd that does not come up.
+func wayOut(dir string) string {
+	return fmt.Sprintf("restore %s from a backup; without one, see \"When it does not start\" in docs/operations.md", dir)
 }
 
 func dialEtcd(o Options) (*configStore, error) {
@@ -76,9 +246,9 @@ func dialEtcd(o Options) (*configStore, error) {
 		return nil, err
 	}
 	c, err := clientv3.New(clientv3.Config{
-		Endpoints: o.EtcdEndpoints, TLS: tlsConfig,
+		Endpoints: o.EtcdEndpoints, TLS: tlsConfig, Username: o.EtcdUser, Password: o.EtcdPassword,
 		DialTimeout: 5 * time.Second, DialKeepAliveTime: 10 * time.Second, DialKeepAliveTimeout: 5 * time.Second,
-		Logger: zap.New(&slogCore{log: o.Logger.With("component", "etcd")}),
+		Logger: etcdLogger(o.Logger, ""),
 		// gRPC's own backoff grows to two minutes: too long to notice that etcd is back.
 		DialOptions: []grpc.DialOption{grpc.WithConnectParams(grpc.ConnectParams{
 			Backoff:           backoff.Config{BaseDelay: 200 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: 3 * time.Second},
@@ -86,9 +256,47 @@ func dialEtcd(o Options) (*configStore, error) {
 		})},
 	})
 	if err != nil {
-		return nil, fmt.Errorf("dial etcd at %v: %w", o.EtcdEndpoints, err)
+		return nil, errors.Join(fmt.Errorf("dial etcd at %v: %w", o.EtcdEndpoints, err), diagnose(o))
 	}
 	return &configStore{client: c}, nil
+}
+
+// diagnose finds out why none of the external endpoints answers: the client hides what TLS and the network say.
+func diagnose(o Options) error {
+	if len(o.EtcdEndpoints) == 0 {
+		return nil
+	}
+	tlsConfig, err := o.EtcdTLS.load()
+	if err != nil {
+		return err
+	}
+	var causes []error
+	for _, endpoint := range o.EtcdEndpoints {
+		secure, addr := tlsConfig != nil, endpoint
+		if scheme, rest, ok := strings.Cut(endpoint, "://"); ok {
+			secure, addr = strings.HasPrefix(scheme, "https"), rest
+		}
+		dialer := &net.Dialer{Timeout: time.Second}
+		conn, err := dialer.Dial("tcp", addr)
+		if err == nil && secure {
+			_ = conn.SetDeadline(time.Now().Add(time.Second))
+			cfg := &tls.Config{MinVersion: tls.VersionTLS12}
+			if tlsConfig != nil {
+				cfg = tlsConfig.Clone()
+			}
+			cfg.ServerName, _, _ = net.SplitHostPort(addr)
+			if err = tls.Client(conn, cfg).Handshake(); err != nil {
+				err = fmt.Errorf("TLS handshake: %w; does this port speak TLS?", err)
+			}
+		}
+		if conn != nil {
+			_ = conn.Close()
+		}
+		if err != nil {
+			causes = append(causes, fmt.Errorf("%s: %w", endpoint, err))
+		}
+	}
+	return errors.Join(causes...)
 }
 
 // failed reports the end of the embedded server, when there is one.
@@ -98,25 +306,6 @@ func (c *configStore) failed() <-chan error {
 	}
 	return c.embedded.Err()
 }
-
-// watchSpace registers what tells an operator that the embedded etcd fills up. At its quota it refuses
-// every change until history has been compacted away; deliveries do not notice.
-func (c *configStore) watchSpace(r prometheus.Registerer) {
-	if c.embedded == nil {
-		return
-	}
-	r.MustRegister(
-		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
-			Name: "grapnel_config_store_bytes", Help: "Size of the embedded etcd's file.",
-		}, func() float64 { return float64(c.embedded.Server.Backend().Size()) }),
-		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
-			Name: "grapnel_config_store_quota_bytes", Help: "Size at which the embedded etcd refuses changes.",
-		}, func() float64 { return etcdQuota }),
-	)
-}
-
-// full reports whether the embedded etcd has raised its alarm for want of space.
-func (c *configStore) full() bool { return c.embedded != nil && len(c.embedded.Server.Alarms()) > 0 }
 
 func (c *configStore) close() error {
 	err := c.client.Close()
@@ -153,59 +342,4 @@ func (t EtcdTLS) load() (*tls.Config, error) {
 		cfg.Certificates = []tls.Certificate{pair}
 	}
 	return cfg, nil
-}
-
-// slogCore hands etcd's log to slog one level lower: what etcd calls a warning (a slow disk, a missing
-// peer address) is rarely one for our operator.
-type slogCore struct {
-	log    *slog.Logger
-	fields []zapcore.Field
-}
-
-func (c *slogCore) Enabled(l zapcore.Level) bool {
-	return c.log.Enabled(context.Background(), slogLevel(l))
-}
-
-func (c *slogCore) With(fields []zapcore.Field) zapcore.Core {
-	return &slogCore{log: c.log, fields: append(append([]zapcore.Field(nil), c.fields...), fields...)}
-}
-
-func (c *slogCore) Check(e zapcore.Entry, ce *zapcore.CheckedEntry) *zapcore.CheckedEntry {
-	if c.Enabled(e.Level) {
-		return ce.AddCore(e, c)
-	}
-	return ce
-}
-
-func (c *slogCore) Write(e zapcore.Entry, fields []zapcore.Field) error {
-	enc := zapcore.NewMapObjectEncoder()
-	for _, f := range append(append([]zapcore.Field(nil), c.fields...), fields...) {
-		f.AddTo(enc)
-	}
-	attrs := make([]slog.Attr, 0, len(enc.Fields))
-	for k, v := range enc.Fields {
-		attrs = append(attrs, slog.Any(k, v))
-	}
-	level := slogLevel(e.Level)
-	switch e.Message {
-	case "failed to update storage version", // at a first start, before the first entry; etcd tries again
-		"Running http and grpc server on single port. This is not recommended for production.", // on none
-		"simple token is not cryptographically signed":                                         // nobody logs in
-		level = slog.LevelDebug
-	}
-	c.log.LogAttrs(context.Background(), level, e.Message, attrs...)
-	return nil
-}
-
-func (c *slogCore) Sync() error { return nil }
-
-func slogLevel(l zapcore.Level) slog.Level {
-	switch {
-	case l >= zapcore.ErrorLevel:
-		return slog.LevelWarn
-	case l >= zapcore.WarnLevel:
-		return slog.LevelInfo
-	default:
-		return slog.LevelDebug
-	}
 }

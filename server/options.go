@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"strings"
 	"time"
 )
 
@@ -21,8 +22,24 @@ type Options struct {
 	// EtcdEndpoints of an external cluster; empty starts the embedded server.
 	EtcdEndpoints []string
 	EtcdTLS       EtcdTLS
-	// Partitions of a new journal, default 16; an existing one keeps its own.
+	// EtcdUser and EtcdPassword are for an external etcd with authentication.
+	EtcdUser, EtcdPassword string
+	// EtcdQuota is the size of the embedded etcd's file, in bytes, from which on new configuration is refused. Deletions
+	// may let it grow by another quarter. Default 1 GiB; 100 000 subscriptions take about 100 MiB.
+	EtcdQuota int64
+	// AdoptStores takes the journal and the etcd that are there for each other's although at least one of them is
+	// new or a stranger. What the other one had is then gone for good.
+	AdoptStores bool
+	// Partitions of a new journal, default 16; an existing one keeps its own and is not opened with another number.
 	Partitions int
+	// MemoryBytes is what the server and the first-party plugins may use together; default the least of the machine's
+	// memory and the limits of the control groups that the process is in. Caches, windows and soft limits follow it.
+	MemoryBytes int64
+	// WindowBytes bounds the deliveries that wait in memory, Slots the attempts in flight; defaults by MemoryBytes.
+	WindowBytes int64
+	Slots       int
+	// AcceptLoss starts a journal that holds less than was acknowledged; the loss is told.
+	AcceptLoss bool
 	// PluginDir holds third-party plugins: those of its plugins.lock, or without one every executable file in
 	// it. It is watched. Empty means none.
 	PluginDir string
@@ -46,6 +63,12 @@ type Options struct {
 	Abandon <-chan struct{}
 }
 
+// Bounds of EtcdQuota: less does not hold a tenant, more is slow to open and to make anew.
+const (
+	minEtcdQuota = 16 << 20
+	maxEtcdQuota = 8 << 30
+)
+
 // EtcdTLS names the files for TLS to an external etcd. All empty means plain text.
 type EtcdTLS struct {
 	CAFile, CertFile, KeyFile string
@@ -63,12 +86,19 @@ func (o *Options) fill() error {
 	if o.AdminListen == "" {
 		o.AdminListen = "127.0.0.1:7071"
 	}
-	if o.Partitions == 0 {
-		o.Partitions = 16
-	}
-	if o.Partitions < 1 || o.Partitions > 1024 {
+	if o.Partitions < 0 || o.Partitions > 1024 {
 		errs = append(errs, fmt.Errorf("partitions: %d given, 1 to 1024 allowed", o.Partitions))
 	}
+	if o.EtcdQuota == 0 {
+		o.EtcdQuota = 1 << 30
+	}
+	if o.EtcdQuota < minEtcdQuota || o.EtcdQuota > maxEtcdQuota {
+		errs = append(errs, fmt.Errorf("etcd-quota: %d bytes given, %d to %d allowed", o.EtcdQuota, minEtcdQuota, maxEtcdQuota))
+	}
+	if o.MemoryBytes < 0 || o.WindowBytes < 0 || o.Slots < 0 {
+		errs = append(errs, errors.New("memory, window-bytes and slots: must not be negative"))
+	}
+	errs = append(errs, o.checkEtcd())
 	if o.Grace == 0 {
 		o.Grace = 30 * time.Second
 	}
@@ -96,6 +126,23 @@ func (o *Options) fill() error {
 		o.BuiltinPlugin = []string{self, "plugin", "serve"}
 	}
 	return errors.Join(errs...)
+}
+
+// checkEtcd refuses what etcd's client would ignore.
+func (o *Options) checkEtcd() error {
+	for _, endpoint := range o.EtcdEndpoints {
+		// Not with the endpoint: it holds the password.
+		if strings.Contains(endpoint, "@") {
+			return errors.New("etcd-endpoints: user and password do not go into an endpoint; give --etcd-user and --etcd-password-file")
+		}
+	}
+	if (o.EtcdUser == "") != (o.EtcdPassword == "") {
+		return errors.New("etcd-user and etcd-password-file: both or neither")
+	}
+	if o.EtcdUser != "" && len(o.EtcdEndpoints) == 0 {
+		return errors.New("etcd-user: the embedded etcd has no users; it is for --etcd-endpoints")
+	}
+	return nil
 }
 
 // checkExposure refuses a public address that anybody could use: authentication is not built yet, so such

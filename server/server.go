@@ -1,18 +1,21 @@
 // Package server wires Grapnel together: it opens the stores, starts the parts bottom-up, serves, and
 // stops them top-down. It holds no rule of the domain.
 //
-// Start: configuration store (etcd) → secrets and subscriptions → journal → plugin host → dispatch →
-// ingest → API. Stop runs the other way, in named steps that are each bounded: health says NOT_SERVING,
+// Start: room on the disk → journal → configuration store (etcd) → secrets and subscriptions → plugin host →
+// dispatch → ingest → API. What is new is made aside and renamed, each wait is bounded, and a store that is not
+// the other's is refused. Stop runs the other way, in named steps that are each bounded: health says NOT_SERVING,
 // publishes are refused, dispatch takes no new work and waits for its attempts until the grace ends,
-// calls end, plugins drain, the journal closes, the configuration store closes.
+// calls end, plugins drain, the configuration store closes, the journal closes.
 package server
 
 import (
+	"cmp"
 	"context"
 	"crypto/hkdf"
 	"crypto/sha256"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"net"
 	"os"
@@ -24,10 +27,12 @@ import (
 	"golang.org/x/sync/errgroup"
 	"google.golang.org/grpc"
 
+	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
 	"github.com/grapnel/grapnel/server/api"
 	"github.com/grapnel/grapnel/server/delivery"
 	"github.com/grapnel/grapnel/server/dispatch"
 	"github.com/grapnel/grapnel/server/ingest"
+	"github.com/grapnel/grapnel/server/keyspace"
 	"github.com/grapnel/grapnel/server/pluginhost"
 	"github.com/grapnel/grapnel/server/secret"
 	"github.com/grapnel/grapnel/server/subscription"
@@ -42,6 +47,8 @@ type Server struct {
 
 	public, admin net.Listener
 
+	memory   memoryPlan
+	space    *delivery.Space
 	etcd     *configStore
 	secrets  *secret.Store
 	registry *subscription.Registry
@@ -50,14 +57,14 @@ type Server struct {
 	engine   *dispatch.Engine
 	ingest   *ingest.Ingest
 	api      *api.Server
+	health   *health
 	pageKey  []byte
 
 	mu      sync.Mutex
 	started bool
 }
 
-// New checks the options and takes the listening addresses, so that a fault is known at once. It starts
-// nothing.
+// New checks the options. It opens and starts nothing.
 func New(o Options) (*Server, error) {
 	if err := o.fill(); err != nil {
 		return nil, err
@@ -81,7 +88,7 @@ func (s *Server) AdminAddr() string { return s.admin.Addr().String() }
 func (s *Server) PluginPids() map[string]int { return s.plugins.Pids() }
 
 // Run starts the server, serves until ctx ends or a part fails for good, and stops it. It returns nil
-// after an orderly stop. It may be called once.
+// after an orderly stop, also one during the start. It may be called once.
 func (s *Server) Run(ctx context.Context) (err error) {
 	s.mu.Lock()
 	again := s.started
@@ -93,6 +100,10 @@ func (s *Server) Run(ctx context.Context) (err error) {
 	var closers stack
 	defer func() { err = errors.Join(err, closers.close()) }()
 	if err := s.open(ctx, &closers); err != nil {
+		if ctx.Err() != nil && errors.Is(err, ctx.Err()) {
+			s.log.Info("stopped while starting")
+			return nil
+		}
 		return err
 	}
 	return s.serve(ctx)
@@ -101,7 +112,7 @@ func (s *Server) Run(ctx context.Context) (err error) {
 // open makes everything that needs no goroutine of ours, bottom-up.
 func (s *Server) open(ctx context.Context, closers *stack) (err error) {
 	o := s.options
-	if err := os.MkdirAll(o.DataDir, 0o700); err != nil {
+	if err := makeDir(o.DataDir); err != nil {
 		return fmt.Errorf("make the data directory: %w", err)
 	}
 	if s.public, err = net.Listen("tcp", o.Listen); err != nil {
@@ -112,12 +123,11 @@ func (s *Server) open(ctx context.Context, closers *stack) (err error) {
 		return fmt.Errorf("listen for administration: %w", err)
 	}
 	closers.push(s.admin.Close)
-	if s.etcd, err = openConfigStore(ctx, o); err != nil {
+	s.planMemory()
+	if err := s.openStores(ctx, closers); err != nil {
 		return err
 	}
-	closers.push(s.etcd.close)
-	s.etcd.watchSpace(s.metrics)
-	if err := s.openStores(ctx, closers); err != nil {
+	if err := s.openConfig(ctx); err != nil {
 		return err
 	}
 	if s.plugins, err = s.newPlugins(closers); err != nil {
@@ -125,30 +135,133 @@ func (s *Server) open(ctx context.Context, closers *stack) (err error) {
 	}
 	s.engine = dispatch.New(dispatch.Options{
 		Journal: s.journal, Subscriptions: subscriptions{s.registry}, Attempter: s.plugins,
+		Slots: s.memory.slots, WindowBytes: s.memory.window,
 		Disable: s.disable, Logger: o.Logger, Registerer: s.metrics,
 	})
 	s.ingest = ingest.New(ingest.Options{Registry: s.registry, Journal: s.journal, Logger: o.Logger, Registerer: s.metrics})
 	s.api = api.New(api.Options{
 		Registry: s.registry, Secrets: s.secrets, Journal: s.journal, Ingest: s.ingest,
-		Engine: engine{s.engine}, Plugins: plugins{s.plugins},
+		Engine: engine{s.engine, s.registry}, Plugins: plugins{s.plugins},
 		Version: o.Version, Commit: o.Commit, NodeName: o.NodeName, Address: s.public.Addr().String(),
 		ClusterID: s.journal.ID(), Partitions: s.journal.Partitions(),
-		PageKey: s.pageKey, Logger: o.Logger, Registerer: s.metrics,
+		PageKey: s.pageKey, Room: s.hasRoom, Logger: o.Logger, Registerer: s.metrics,
+	})
+	s.health = s.newServerHealth(func(serving bool) {
+		s.api.SetServing(grapnelv1.PublishService_ServiceDesc.ServiceName, serving)
 	})
 	s.registry.OnChange(func(changes []subscription.Change) {
 		s.plugins.Changed(changes)
 		s.engine.Changed(changes)
 	})
 	s.secrets.OnChange(s.plugins.SecretChanged)
-	s.journal.OnTimer(s.engine.Timer)
-	s.journal.Start(s.engine.Offer)
+	s.journal.Start(s.engine)
 	return nil
 }
 
-// openStores opens what holds state.
-func (s *Server) openStores(ctx context.Context, closers *stack) error {
+// planMemory divides what there is.
+func (s *Server) planMemory() {
 	o := s.options
-	key, err := secret.LoadOrCreateKey(filepath.Join(o.DataDir, "secret.key"))
+	total := o.MemoryBytes
+	if total == 0 {
+		total = availableMemory(os.ReadFile)
+	}
+	s.memory = planMemory(total)
+	s.memory.window = cmp.Or(o.WindowBytes, s.memory.window)
+	s.memory.slots = cmp.Or(o.Slots, s.memory.slots)
+	s.memory.apply()
+	s.log.Info("memory", "bytes", total, "heap_bytes", s.memory.heap, "plugin_bytes", s.memory.plugin,
+		"window_bytes", s.memory.window, "slots", s.memory.slots)
+}
+
+// openStores opens the two stores, and makes them where there are none. Before either can ask for it there is room on
+// the disk, if that is in our power; and the journal is there before etcd is, so that an etcd without a journal has
+// lost one.
+func (s *Server) openStores(ctx context.Context, closers *stack) (err error) {
+	o := s.options
+	if err := checkPresence(o); err != nil {
+		return err
+	}
+	s.space = delivery.NewSpace(delivery.SpaceOptions{Dir: o.DataDir, Also: []string{journalDir(o), etcdDir(o)}, Logger: o.Logger})
+	if err := step(s.log, "open the journal in "+journalDir(o), s.openJournal); err != nil {
+		return fmt.Errorf("open the journal: %w", err)
+	}
+	closers.push(s.journal.Close)
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	if s.etcd, err = openConfigStore(ctx, o); err != nil {
+		return err
+	}
+	closers.push(s.etcd.close)
+	s.etcd.watchRoom(s.metrics)
+	return wait(ctx, s.log, "etcd to say whose it is", s.checkStores)
+}
+
+// checkStores refuses strangers.
+func (s *Server) checkStores(ctx context.Context) error {
+	if s.options.AdoptStores {
+		return keyspace.Adopt(ctx, s.etcd.client, configPrefix, s.journal.ID())
+	}
+	owner, err := keyspace.Owner(ctx, s.etcd.client, configPrefix)
+	if err != nil {
+		return err
+	}
+	return checkPair(s.options, s.stores(), owner)
+}
+
+// stores are those that are open.
+func (s *Server) stores() pair { return pair{journal: s.journal.ID(), etcd: s.etcd.cluster} }
+
+// openJournal opens the journal. A new one is made aside and closed again first: the log of the process that makes a
+// journal is of an older format, in which a damaged record looks like the end of the log.
+func (s *Server) openJournal() (err error) {
+	dir := journalDir(s.options)
+	options := delivery.Options{
+		Dir: dir, Partitions: s.options.Partitions, Space: s.space,
+		CacheBytes: s.memory.cache, MemTableBytes: s.memory.memTable, Logger: s.options.Logger,
+	}
+	highWater := dir + ".highwater"
+	if !journalMade(s.options) {
+		if err := makeJournal(options); err != nil {
+			return err
+		}
+	}
+	options.Registerer, options.HighWater, options.AcceptLoss = s.metrics, highWater, s.options.AcceptLoss
+	s.journal, err = delivery.Open(options)
+	return err
+}
+
+// makeJournal makes a journal, whole or not at all.
+func makeJournal(options delivery.Options) error {
+	dir, aside := options.Dir, options.Dir+".new"
+	if err := os.RemoveAll(aside); err != nil {
+		return err
+	}
+	// An empty directory gives way. One that cannot is a volume of its own, and has the journal made in it.
+	inPlace := os.Remove(dir)
+	if inPlace == nil || errors.Is(inPlace, fs.ErrNotExist) {
+		options.Dir = aside
+	}
+	j, err := delivery.Open(options)
+	if err == nil {
+		err = j.Close()
+	}
+	if err != nil || options.Dir == dir {
+		return err
+	}
+	return moveDurably(aside, dir)
+}
+
+// openConfig opens what etcd holds.
+func (s *Server) openConfig(ctx context.Context) error {
+	o := s.options
+	key, err := secret.LoadOrCreateKey(filepath.Join(o.DataDir, "secret.key"), func() (sealed bool, err error) {
+		err = wait(ctx, s.log, "etcd to say whether it holds secrets", func(ctx context.Context) error {
+			sealed, err = secret.Sealed(ctx, s.etcd.client, configPrefix)
+			return err
+		})
+		return sealed, err
+	})
 	if err != nil {
 		return err
 	}
@@ -156,13 +269,23 @@ func (s *Server) openStores(ctx context.Context, closers *stack) error {
 	if s.pageKey, err = hkdf.Key(sha256.New, key, nil, "grapnel page tokens", sha256.Size); err != nil {
 		return fmt.Errorf("derive the page key: %w", err)
 	}
-	s.secrets, err = secret.Open(ctx, secret.Options{Client: s.etcd.client, Key: key, Logger: o.Logger})
-	if err != nil {
-		return fmt.Errorf("open the secrets: %w", err)
+	id := s.journal.ID()
+	err = step(s.log, "read secrets and subscriptions from etcd", func() (err error) {
+		s.secrets, err = secret.Open(ctx, secret.Options{Client: s.etcd.client, Identity: id, Key: key, Logger: o.Logger})
+		if err != nil {
+			return fmt.Errorf("open the secrets: %w", err)
+		}
+		s.registry, err = subscription.Open(ctx, subscription.Options{Client: s.etcd.client, Identity: id, Logger: o.Logger})
+		if err != nil {
+			return fmt.Errorf("open the subscriptions: %w", err)
+		}
+		return nil
+	})
+	if stranger := new(keyspace.StrangerError); errors.As(err, &stranger) { // since it was asked, or nobody's
+		return fmt.Errorf("%w: %w; %s", errStranger, stranger, meant)
 	}
-	s.registry, err = subscription.Open(ctx, subscription.Options{Client: s.etcd.client, Logger: o.Logger})
 	if err != nil {
-		return fmt.Errorf("open the subscriptions: %w", err)
+		return err
 	}
 	s.metrics.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 		Name: "grapnel_config_store_healthy", Help: "1 while etcd answers; at 0 configuration cannot be changed.",
@@ -172,14 +295,15 @@ func (s *Server) openStores(ctx context.Context, closers *stack) error {
 		}
 		return 0
 	}))
-	s.journal, err = delivery.Open(delivery.Options{
-		Dir: filepath.Join(o.DataDir, "journal"), Partitions: o.Partitions, Logger: o.Logger, Registerer: s.metrics,
-	})
-	if err != nil {
-		return fmt.Errorf("open the journal: %w", err)
+	return notePair(o, s.stores())
+}
+
+// hasRoom is nil while new configuration may be stored.
+func (s *Server) hasRoom() error {
+	if err := s.space.Err(); err != nil {
+		return err
 	}
-	closers.push(s.journal.Close)
-	return nil
+	return s.etcd.Err()
 }
 
 // serve runs the parts until ctx ends or one of them fails, then stops them in order.
@@ -202,6 +326,7 @@ func (s *Server) serve(ctx context.Context) error {
 	stores(s.secrets.Run, base, "secrets")
 	stores(s.registry.Run, base, "subscriptions")
 	stores(s.sweep, base, "sweep")
+	stores(func(ctx context.Context) error { return s.etcd.keepRoom(ctx, s.space.Free) }, base, "room in etcd")
 	hostEnded := make(chan struct{})
 	parts.Go(func() error {
 		defer close(hostEnded)
@@ -211,7 +336,13 @@ func (s *Server) serve(ctx context.Context) error {
 		return nil
 	})
 	stores(s.watchPlugins, hosts, "plugin directory")
-	stores(s.engine.Run, base, "dispatch")
+	parts.Go(func() error {
+		// A stop during the start may come before Run.
+		if err := s.engine.Run(base); err != nil && base.Err() == nil && !errors.Is(err, dispatch.ErrStopped) {
+			return fmt.Errorf("dispatch: %w", err)
+		}
+		return nil
+	})
 	parts.Go(func() error {
 		select {
 		case err := <-s.etcd.failed():
@@ -225,7 +356,11 @@ func (s *Server) serve(ctx context.Context) error {
 		stopBase()
 		return errors.Join(err, parts.Wait())
 	}
+	looking, stopLooking := context.WithCancel(base)
+	defer stopLooking()
+	var looks sync.WaitGroup
 	if s.awaitPlugins(ctx, failed) {
+		looks.Go(func() { s.health.run(looking) })
 		s.log.Info("ready", "listen", s.Addr(), "admin_listen", s.AdminAddr(), "data_dir", s.options.DataDir)
 		close(s.ready)
 		select {
@@ -234,6 +369,8 @@ func (s *Server) serve(ctx context.Context) error {
 		}
 	}
 	s.log.Info("stopping", "grace", s.options.Grace)
+	stopLooking()
+	looks.Wait() // from here on nothing says again that publishes are served
 	stopErr := s.stop(public, stopServing)
 	stopHosts()
 	<-hostEnded
@@ -250,7 +387,7 @@ func (s *Server) awaitPlugins(ctx, failed context.Context) bool {
 	wait, done := context.WithTimeout(ctx, pluginPatience)
 	defer done()
 	defer context.AfterFunc(failed, done)()
-	err := s.plugins.Ready(wait)
+	err := step(s.log, "start the first-party plugins", func() error { return s.plugins.Ready(wait) })
 	if ctx.Err() != nil || failed.Err() != nil {
 		return false
 	}

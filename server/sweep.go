@@ -5,14 +5,19 @@ import (
 	"time"
 
 	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
+	"github.com/grapnel/grapnel/server/delivery"
 	"github.com/grapnel/grapnel/server/subscription"
 )
 
 // sweepEvery is how often what has outlived its time is looked for.
 const sweepEvery = 10 * time.Minute
 
-// sweep drops history past its retention and erases namespaces past their purge time, now and then.
-// A fault is logged and met again at the next turn.
+// graveTime is how long a tombstone is kept at least: longer than any publish that was matched before the deletion
+// takes to be stored.
+const graveTime = time.Hour
+
+// sweep drops history past its retention, erases namespaces past their purge time, and forgets deletions that have
+// been worked off, now and then. A fault is logged and met again at the next turn.
 func (s *Server) sweep(ctx context.Context) error {
 	tick := time.NewTicker(sweepEvery)
 	defer tick.Stop()
@@ -22,35 +27,62 @@ func (s *Server) sweep(ctx context.Context) error {
 			return nil
 		case <-tick.C:
 		}
-		if s.etcd.full() {
-			s.log.Error("the embedded etcd is full and refuses changes; delete what is not needed, or use an external etcd",
-				"quota_bytes", etcdQuota)
-		}
 		snapshot := s.registry.Snapshot()
-		retention := func(ns string) time.Duration {
-			if n := snapshot.Namespace(ns); n != nil {
-				return n.Quota().Retention
-			}
-			return new(subscription.Namespace).Quota().Retention
-		}
-		if err := s.journal.Retain(ctx, retention); err != nil && ctx.Err() == nil {
+		if err := s.journal.Retain(ctx, retention(snapshot)); err != nil && ctx.Err() == nil {
 			s.log.Error("history past its retention could not be dropped", "err", err)
 		}
 		for n := range snapshot.Namespaces("") {
 			if n.Proto.GetState() != grapnelv1.Namespace_STATE_DELETED || n.Proto.GetPurgeTime().AsTime().After(time.Now()) {
 				continue
 			}
-			if err := s.purge(ctx, n.ID); err != nil && ctx.Err() == nil {
+			if err := s.purge(ctx, n); err != nil && ctx.Err() == nil {
 				s.log.Error("namespace could not be erased", "namespace", n.ID, "err", err)
 			}
+		}
+		if err := s.forget(ctx, snapshot); err != nil && ctx.Err() == nil {
+			s.log.Error("deletions that have been worked off could not be forgotten", "err", err)
 		}
 	}
 }
 
+// forget removes the tombstones of which the journal has nothing open any more.
+func (s *Server) forget(ctx context.Context, snapshot *subscription.Snapshot) error {
+	if !s.journal.Counted() {
+		return nil
+	}
+	var uids [][16]byte
+	for t := range snapshot.Tombstones() {
+		ns := delivery.UID(t.NamespaceUID).NamespaceKey()
+		open := s.journal.OpenIn(ns)
+		if !t.OfNamespace {
+			open = s.journal.OpenOf(delivery.LaneKey{Namespace: ns, Subscription: delivery.UID(t.UID).SubscriptionKey()})
+		}
+		if open == 0 && time.Since(t.Time) > graveTime {
+			uids = append(uids, t.UID)
+		}
+	}
+	return s.registry.Forget(ctx, uids...)
+}
+
 // purge erases a namespace: first its events, so that a crash in between leaves it marked and is repeated.
-func (s *Server) purge(ctx context.Context, ns string) error {
-	if err := s.journal.DropNamespace(ctx, ns); err != nil {
+func (s *Server) purge(ctx context.Context, n *subscription.Namespace) error {
+	if err := s.journal.DropNamespace(ctx, delivery.UID(n.UID).NamespaceKey()); err != nil {
 		return err
 	}
-	return s.registry.PurgeNamespace(ctx, ns)
+	return s.registry.PurgeNamespace(ctx, n.ID)
+}
+
+// retention is what the namespaces of a snapshot keep. What is of none of them keeps as long as they do by default.
+func retention(snapshot *subscription.Snapshot) delivery.Retention {
+	standard := new(subscription.Namespace).Quota().Retention
+	shortest := standard
+	for n := range snapshot.Namespaces("") {
+		shortest = min(shortest, n.Quota().Retention)
+	}
+	return delivery.Retention{Shortest: shortest, Of: func(ns delivery.NamespaceKey) time.Duration {
+		if n := snapshot.NamespaceByKey(uint64(ns)); n != nil {
+			return n.Quota().Retention
+		}
+		return standard
+	}}
 }

@@ -16,6 +16,9 @@ var binaries struct {
 }
 
 func TestMain(m *testing.M) {
+	if len(os.Args) == 4 && os.Args[1] == "etcd" {
+		exit(runEtcd(os.Args[2], os.Args[3]))
+	}
 	code := m.Run()
 	if binaries.dir != "" {
 		_ = os.RemoveAll(binaries.dir)

@@ -11,7 +11,22 @@ import (
 	"time"
 )
 
-var killCycles = flag.Int("kill.cycles", 20, "how often TestKill kills the server")
+var (
+	killCycles   = flag.Int("kill.cycles", 20, "how often TestKill kills the server")
+	meddleCycles = flag.Int("kill.meddle", 0, "how often TestKillMeddling ends the server, with each kind of etcd")
+	killSeed     = flag.Uint64("kill.seed", 0, "seed of TestKill and TestKillMeddling; 0 draws one")
+)
+
+// seeded is what a test draws from, and says so.
+func seeded(t *testing.T) *rand.Rand {
+	t.Helper()
+	seed := *killSeed
+	if seed == 0 {
+		seed = rand.Uint64()
+	}
+	t.Logf("seed %d", seed)
+	return rand.New(rand.NewPCG(seed, 1))
+}
 
 // TestKill kills the real server with SIGKILL again and again while events pour in, and holds two ledgers
 // against each other: what was acknowledged to the publisher, and what the receivers accepted. Nothing
@@ -34,9 +49,7 @@ func TestKill(t *testing.T) {
 		t.Fatal(err)
 	}
 	published := newPublisherLedger(5000)
-	seed := rand.Uint64()
-	t.Logf("seed %d", seed)
-	rng := rand.New(rand.NewPCG(seed, 1))
+	rng := seeded(t)
 	restart := time.Duration(0)
 	for cycle := range *killCycles {
 		run, cancel := context.WithCancel(ctx)
@@ -63,4 +76,64 @@ func TestKill(t *testing.T) {
 	}
 	t.Logf("%d cycles, %d events acknowledged, %d lost, %d arrivals of %d deliveries, slowest restart %v",
 		*killCycles, published.sent(), lost, ledger.arrivals(), ledger.distinct(), restart)
+}
+
+// TestKillMeddling ends the server again and again, by kill -9 and as an operator does, while events pour in and
+// subscriptions are paused, resumed, pointed elsewhere, deleted and made again, and deliveries cancelled and retried;
+// an etcd of its own process is killed, too. Whatever was acknowledged must have arrived at every subscription that
+// was there before it and is there now, unless somebody cancelled it; nothing may end twice, stay open, be cancelled by
+// nobody, or arrive where it may not.
+func TestKillMeddling(t *testing.T) {
+	if *meddleCycles == 0 {
+		t.Skip("-kill.meddle says how many cycles")
+	}
+	t.Run("embedded etcd", func(t *testing.T) { killMeddling(t, false) })
+	t.Run("external etcd", func(t *testing.T) { killMeddling(t, true) })
+}
+
+func killMeddling(t *testing.T, external bool) {
+	m := newMeddling(t, external)
+	rng := seeded(t)
+	if err := m.start(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		p, _ := m.server()
+		p.kill()
+	})
+	if err := m.p.prepare(t.Context(), namespace); err != nil {
+		t.Fatal(err)
+	}
+	for i := range meddled {
+		if err := m.create(t.Context(), i); err != nil {
+			t.Fatal(err)
+		}
+	}
+	run, stop := context.WithCancel(t.Context())
+	defer stop()
+	var others sync.WaitGroup
+	for first := range meddlers {
+		edits := rand.New(rand.NewPCG(rng.Uint64(), uint64(first)))
+		others.Go(func() {
+			if err := m.meddle(run, edits, first); err != nil {
+				m.complain("%v", err)
+			}
+		})
+	}
+	others.Go(func() { m.watch(run) })
+	for range *meddleCycles {
+		m.cycle(t, rng)
+	}
+	stop()
+	others.Wait()
+	all := m.settle(t)
+	v, wrong := m.judge(all)
+	for _, w := range wrong[:min(len(wrong), 20)] {
+		t.Error(w)
+	}
+	if more := len(wrong) - 20; more > 0 {
+		t.Errorf("and %d more", more)
+	}
+	t.Logf("%d cycles, %d of them kills, edits %v, %d sweeps; %d events acknowledged, %d deliveries, %d arrivals: %d lost, %d stuck, %d ended twice",
+		*meddleCycles, m.crashes, m.done, m.swept, m.published.sent(), len(all), m.ledger.arrivals(), v.lost, v.stuck, v.twice)
 }

@@ -36,8 +36,8 @@ func balance(t *testing.T, published *publisherLedger, rcv *receiverLedger) int 
 
 // publisherLedger is what the publisher knows: every event it sent, and those it has no answer for.
 type publisherLedger struct {
-	// lead is how many deliveries it keeps ahead of the receivers, and pace the least time between batches of
-	// one caller of publish.
+	// lead is how many deliveries it keeps ahead of the receivers, 0 for any number, and pace the least time between
+	// batches of one caller of publish.
 	lead int
 	pace time.Duration
 
@@ -45,10 +45,14 @@ type publisherLedger struct {
 	next    int
 	bodies  map[string][32]byte
 	unknown []*grapnelv1.Event
+	// first is when an event was first sent, acked when it was acknowledged.
+	first, acked map[string]time.Time
 }
 
 func newPublisherLedger(lead int) *publisherLedger {
-	return &publisherLedger{lead: lead, bodies: map[string][32]byte{}}
+	return &publisherLedger{
+		lead: lead, bodies: map[string][32]byte{}, first: map[string]time.Time{}, acked: map[string]time.Time{},
+	}
 }
 
 // publish sends batches until the server dies under it or ctx ends; it begins with what has no answer yet. It
@@ -57,7 +61,7 @@ func newPublisherLedger(lead int) *publisherLedger {
 func (l *publisherLedger) publish(ctx context.Context, conn *grpc.ClientConn, rcv *receiverLedger) {
 	client := grapnelv1.NewPublishServiceClient(conn)
 	for ctx.Err() == nil {
-		if l.sent()*len(rcv.paths)-rcv.distinct() > l.lead {
+		if l.lead > 0 && l.sent()*len(rcv.paths)-rcv.distinct() > l.lead {
 			pause := time.NewTimer(time.Millisecond)
 			<-pause.C
 			continue
@@ -69,6 +73,8 @@ func (l *publisherLedger) publish(ctx context.Context, conn *grpc.ClientConn, rc
 		for i, e := range events {
 			if err != nil || resp.GetResults()[i].GetError() != nil {
 				l.unknown = append(l.unknown, e)
+			} else {
+				l.acked[e.GetId()] = time.Now()
 			}
 		}
 		l.mu.Unlock()
@@ -97,6 +103,7 @@ func (l *publisherLedger) take(n int) []*grapnelv1.Event {
 		body := payload(200, int64(l.next), time.Now())
 		e := event(int64(l.next), body)
 		l.bodies[e.GetId()] = sha256.Sum256(body)
+		l.first[e.GetId()] = time.Now()
 		events = append(events, e)
 	}
 	return events
@@ -114,13 +121,21 @@ func (l *publisherLedger) settle(t *testing.T, conn *grpc.ClientConn) {
 		if err != nil {
 			t.Fatalf("resend: %v", err)
 		}
-		for _, r := range resp.GetResults() {
+		for i, r := range resp.GetResults() {
 			if r.GetError() != nil {
 				t.Fatalf("resend: %v", r.GetError())
 			}
+			l.acked[l.unknown[i].GetId()] = time.Now()
 		}
 		l.unknown = l.unknown[k:]
 	}
+}
+
+// times are when an event was first sent, and when it was acknowledged.
+func (l *publisherLedger) times(id string) (first, acked time.Time) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.first[id], l.acked[id]
 }
 
 func (l *publisherLedger) all() map[string][32]byte { return l.bodies }

@@ -18,24 +18,38 @@ import (
 	"os/signal"
 	"path/filepath"
 	"runtime"
+	"strings"
 	"syscall"
 	"time"
 )
 
 // options are the command line.
 type options struct {
-	grapnel     string
-	json        bool
-	events      int
-	events10    int
-	payload     int
-	concurrency int
-	repeat      int
-	latencyFor  time.Duration
-	latencyRate int
-	backlog     int
-	only        string
-	profile     string
+	grapnel       string
+	against       string
+	serverFlags   string
+	json          bool
+	events        int
+	events10      int
+	payload       int
+	concurrency   int
+	repeat        int
+	latencyFor    time.Duration
+	latencyRate   int
+	backlogs      products
+	fanouts       products
+	hung          numbers
+	healthy       int
+	together      bool
+	hangingFor    time.Duration
+	memoryFor     time.Duration
+	subscriptions int
+	namespaces    int
+	sweepRows     int
+	only          string
+	limit         time.Duration
+	mostMemory    float64
+	profile       string
 }
 
 func main() {
@@ -44,6 +58,8 @@ func main() {
 	}
 	var o options
 	flag.StringVar(&o.grapnel, "grapnel", "", "grapnel `binary`; default beside this one, else built with go")
+	flag.StringVar(&o.against, "against", "", "another grapnel `binary`, whose throughput is measured in turn and compared")
+	flag.StringVar(&o.serverFlags, "server-flags", "", "more `flags` for grapnel server, separated by blanks")
 	flag.BoolVar(&o.json, "json", false, "print one JSON object instead of the table")
 	flag.IntVar(&o.events, "events", 100_000, "events of each fan-out 1 run")
 	flag.IntVar(&o.events10, "events10", 20_000, "events of each fan-out 10 run")
@@ -52,8 +68,22 @@ func main() {
 	flag.IntVar(&o.repeat, "repeat", 1, "times to repeat raw bound and throughput; medians are printed")
 	flag.DurationVar(&o.latencyFor, "latency", 20*time.Second, "length of the latency run")
 	flag.IntVar(&o.latencyRate, "rate", 100, "events per second of the latency run")
-	flag.IntVar(&o.backlog, "backlog", 1_000_000, "waiting deliveries of the backlog run; 0 leaves it out")
-	flag.StringVar(&o.only, "only", "", "run one part: start, throughput, latency, neighbour or backlog")
+	o.backlogs = products{{1, 1_000_000}}
+	flag.Var(&o.backlogs, "backlog", "`sizes` of the backlog runs, lanes x waiting deliveries of each, such as\n1x10000000,10x1000000,100000x10; empty leaves them out")
+	o.fanouts = products{{1, 100_000}, {10, 20_000}, {1000, 300}, {10_000, 100}}
+	flag.Var(&o.fanouts, "fanout", "`sizes` of the fan-out runs, subscriptions x events; the last is run again with a kill")
+	o.hung = numbers{0, 1, 30, 64, 200, 1000}
+	flag.Var(&o.hung, "hung", "`numbers` of hanging receivers in the hanging runs")
+	flag.BoolVar(&o.together, "together", false, "have hanging receivers in the namespace of the healthy ones")
+	flag.IntVar(&o.healthy, "healthy", 1000, "receivers of the hanging runs that answer, each with an event a second")
+	flag.DurationVar(&o.hangingFor, "hanging-for", 20*time.Second, "length of a hanging run, alone and beside")
+	flag.DurationVar(&o.memoryFor, "memory-for", time.Minute, "how long the memory run publishes large events")
+	flag.IntVar(&o.subscriptions, "subscriptions", 100_000, "subscriptions of one namespace in the lanes run; 0 leaves it out")
+	flag.IntVar(&o.namespaces, "namespaces", 100_000, "namespaces with one subscription each in the lanes run; 0 leaves it out")
+	flag.IntVar(&o.sweepRows, "sweep-rows", 1_000_000, "deliveries for the lanes run's sweep to erase")
+	flag.DurationVar(&o.limit, "limit", 10*time.Minute, "longest time of one run of fanout, lanes, hanging, backlog and memory")
+	flag.Float64Var(&o.mostMemory, "most-memory", 6144, "`MiB` of the server at which such a run is ended")
+	flag.StringVar(&o.only, "only", "", "run one `part`: start, throughput, latency, neighbour, backlog, or one that takes\nlonger and is only run when named: fanout, lanes, hanging, memory")
 	flag.StringVar(&o.profile, "profile", "", "`directory` for CPU profiles of the server during the batch runs")
 	flag.Parse()
 
@@ -91,20 +121,29 @@ func run(ctx context.Context, o options) error {
 	parts := []struct {
 		name string
 		run  func(context.Context) error
+		// named parts are run only when they are asked for.
+		named bool
 	}{
-		{"start", b.start}, {"throughput", b.throughput}, {"latency", b.latency}, {"neighbour", b.neighbour}, {"backlog", b.waiting},
+		{"start", b.start, false}, {"throughput", b.throughput, false}, {"latency", b.latency, false},
+		{"neighbour", b.neighbour, false}, {"backlog", b.backlog, false}, {"fanout", b.fanout, true}, {"lanes", b.lanes, true},
+		{"hanging", b.hanging, true}, {"memory", b.memory, true},
 	}
 	var errs error
+	known := o.only == ""
 	for _, p := range parts {
-		if o.only != "" && o.only != p.name {
+		if o.only == "" && p.named || o.only != "" && o.only != p.name {
 			continue
 		}
+		known = true
 		if err := p.run(ctx); err != nil {
 			errs = errors.Join(errs, fmt.Errorf("%s: %w", p.name, err))
 		}
 		if ctx.Err() != nil {
 			break
 		}
+	}
+	if !known {
+		return fmt.Errorf("-only %s is not a part; -help lists them", o.only)
 	}
 	if o.json {
 		out, err := json.MarshalIndent(rep, "", "  ")
@@ -125,12 +164,24 @@ type bench struct {
 	sink   *sinkProcess
 	report *report
 	runs   int
+	// probes counts the series of events of the lanes runs.
+	probes int
 }
 
 // dataDir names a new data directory.
 func (b *bench) dataDir() string {
 	b.runs++
 	return filepath.Join(b.dir, fmt.Sprintf("data-%d", b.runs))
+}
+
+// serve starts a binary as startServer does, with the flags that were asked for.
+func (b *bench) serve(ctx context.Context, grapnel, dir string) (*serverProcess, error) {
+	return startServer(ctx, grapnel, dir, strings.Fields(b.serverFlags)...)
+}
+
+// progress tells on standard error what a long part is doing.
+func (b *bench) progress(format string, args ...any) {
+	fmt.Fprintf(os.Stderr, "%s  %s\n", time.Now().Format(time.TimeOnly), fmt.Sprintf(format, args...))
 }
 
 // findGrapnel settles which binary is measured.

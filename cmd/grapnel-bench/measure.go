@@ -87,13 +87,16 @@ func children(pid int) []int {
 }
 
 // rss is the resident set of a process in MiB.
-func rss(pid int) float64 {
+func rss(pid int) float64 { return statusMiB(pid, "VmRSS:") }
+
+// statusMiB reads a size out of /proc/PID/status in MiB; 0 where there is none.
+func statusMiB(pid int, name string) float64 {
 	raw, err := os.ReadFile(filepath.Join("/proc", strconv.Itoa(pid), "status"))
 	if err != nil {
 		return 0
 	}
 	for line := range strings.Lines(string(raw)) {
-		if rest, ok := strings.CutPrefix(line, "VmRSS:"); ok {
+		if rest, ok := strings.CutPrefix(line, name); ok {
 			kb, _ := strconv.ParseFloat(strings.Fields(rest)[0], 64)
 			return kb / 1024
 		}

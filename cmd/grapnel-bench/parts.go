@@ -21,7 +21,7 @@ func (b *bench) start(ctx context.Context) error {
 		return err
 	}
 	begin := time.Now()
-	p, err := startServer(ctx, b.grapnel, b.dataDir())
+	p, err := b.serve(ctx, b.grapnel, b.dataDir())
 	if err != nil {
 		return err
 	}
@@ -49,7 +49,8 @@ func (b *bench) start(ctx context.Context) error {
 	return p.stop()
 }
 
-// throughput runs the raw bound and then each way of publishing, fan-out 1 and 10.
+// throughput runs the raw bound and then each way of publishing, fan-out 1 and 10; with another binary to compare with,
+// each run is followed at once by the same with that one.
 func (b *bench) throughput(ctx context.Context) error {
 	for range b.repeat {
 		raw, err := b.rawBound(ctx, b.events)
@@ -70,24 +71,34 @@ func (b *bench) throughput(ctx context.Context) error {
 			if r.fanout > 1 {
 				n = b.events10
 			}
-			t, err := b.one(ctx, r.name, r.fanout, n, r.send)
+			t, err := b.one(ctx, b.grapnel, r.name, r.fanout, n, r.send)
 			if err != nil {
 				return fmt.Errorf("%s: %w", r.name, err)
 			}
 			t.Ratio = t.PerSecond / raw.PerSecond
 			b.report.add(t)
+			if b.against == "" {
+				continue
+			}
+			other, err := b.one(ctx, b.against, r.name+", other", r.fanout, n, r.send)
+			if err != nil {
+				return fmt.Errorf("%s with %s: %w", r.name, b.against, err)
+			}
+			other.Ratio = other.PerSecond / raw.PerSecond
+			b.report.add(other)
+			b.report.pair(t, other)
 		}
 	}
 	return nil
 }
 
 // one measures from the first publish until the last delivery is recorded.
-func (b *bench) one(ctx context.Context, name string, fanout, n int, send publisher) (throughput, error) {
+func (b *bench) one(ctx context.Context, grapnel, name string, fanout, n int, send publisher) (throughput, error) {
 	var t throughput
 	if err := b.sink.reset(); err != nil {
 		return t, err
 	}
-	p, err := startServer(ctx, b.grapnel, b.dataDir())
+	p, err := b.serve(ctx, grapnel, b.dataDir())
 	if err != nil {
 		return t, err
 	}
@@ -159,7 +170,7 @@ func (b *bench) latency(ctx context.Context) error {
 	if err := b.sink.reset(); err != nil {
 		return err
 	}
-	p, err := startServer(ctx, b.grapnel, b.dataDir())
+	p, err := b.serve(ctx, b.grapnel, b.dataDir())
 	if err != nil {
 		return err
 	}
@@ -219,7 +230,7 @@ func (b *bench) steady(ctx context.Context, p *serverProcess, d time.Duration, f
 // neighbour measures the latency of a healthy subscription alone, and again beside one whose receiver
 // hangs while events pour in for it.
 func (b *bench) neighbour(ctx context.Context) error {
-	p, err := startServer(ctx, b.grapnel, b.dataDir())
+	p, err := b.serve(ctx, b.grapnel, b.dataDir())
 	if err != nil {
 		return err
 	}
@@ -227,7 +238,7 @@ func (b *bench) neighbour(ctx context.Context) error {
 	if err := p.prepare(ctx, namespace, b.sink.url("/s/quiet")); err != nil {
 		return err
 	}
-	if err := p.prepare(ctx, "noisy", b.sink.url("/slow/20s")); err != nil {
+	if err := p.prepare(ctx, "noisy", b.sink.url("/slow/20s/noisy")); err != nil {
 		return err
 	}
 	if err := b.sink.reset(); err != nil {
@@ -250,72 +261,6 @@ func (b *bench) neighbour(ctx context.Context) error {
 	}
 	b.report.Neighbour = &neighbourReport{Alone: *alone, Beside: *beside, P99Ratio: beside.P99 / alone.P99}
 	return nil
-}
-
-// waiting measures what a backlog costs: memory, and the time to restart after kill -9.
-func (b *bench) waiting(ctx context.Context) error {
-	if b.backlog == 0 {
-		return nil
-	}
-	dir := b.dataDir()
-	p, err := startServer(ctx, b.grapnel, dir)
-	if err != nil {
-		return err
-	}
-	defer func() { p.kill() }()
-	if err := p.prepare(ctx, namespace, b.sink.url("/s/waiting")); err != nil {
-		return err
-	}
-	name := "namespaces/" + namespace + "/subscriptions/sub-0"
-	subs := grapnelv1.NewSubscriptionServiceClient(p.conn)
-	if _, err := subs.PauseSubscription(ctx, &grapnelv1.PauseSubscriptionRequest{Name: name, Reason: "benchmark"}); err != nil {
-		return err
-	}
-	begin := time.Now()
-	if err := batch(ctx, p, namespace, b.backlog, b.payload); err != nil {
-		return err
-	}
-	r := &backlogReport{Deliveries: b.backlog, PublishPerSecond: float64(b.backlog) / time.Since(begin).Seconds()}
-	r.RSSAfterPublish = rss(p.cmd.Process.Pid)
-	p.kill()
-	if p, err = startServer(ctx, b.grapnel, dir); err != nil {
-		return err
-	}
-	r.Restart = p.ready.Seconds()
-	if err := sleep(ctx, 10*time.Second); err != nil {
-		return err
-	}
-	r.RSSAfterRestart = rss(p.cmd.Process.Pid)
-	got, err := grapnelv1.NewNamespaceServiceClient(p.conn).GetNamespace(ctx, &grapnelv1.GetNamespaceRequest{Name: "namespaces/" + namespace})
-	if err != nil {
-		return err
-	}
-	if open := int(got.GetNamespace().GetUsage().GetOpenDeliveries()); open != b.backlog {
-		return fmt.Errorf("after the restart %d deliveries wait, %d were published", open, b.backlog)
-	}
-	b.report.Backlog = r
-	return b.drain(ctx, p, name, r)
-}
-
-// drain lets the backlog go and waits until all of it has arrived and is recorded.
-func (b *bench) drain(ctx context.Context, p *serverProcess, name string, r *backlogReport) error {
-	if err := b.sink.reset(); err != nil {
-		return err
-	}
-	begin := time.Now()
-	_, err := grapnelv1.NewSubscriptionServiceClient(p.conn).ResumeSubscription(ctx, &grapnelv1.ResumeSubscriptionRequest{Name: name})
-	if err != nil {
-		return err
-	}
-	if _, err := b.sink.await(ctx, int64(b.backlog)); err != nil {
-		return err
-	}
-	if err := p.recorded(ctx, namespace); err != nil {
-		return err
-	}
-	r.DrainPerSecond = float64(b.backlog) / time.Since(begin).Seconds()
-	r.RSSAfterDrain = rss(p.cmd.Process.Pid)
-	return p.stop()
 }
 
 func sleep(ctx context.Context, d time.Duration) error {

@@ -35,8 +35,14 @@ type serverProcess struct {
 
 var hostPort = regexp.MustCompile(`127\.0\.0\.1:\d+`)
 
-// startServer runs `grapnel server` on dir and waits for its ready line.
+// startServer runs `grapnel server` on dir and waits for its ready line: as long as ctx has a deadline until then, else
+// for a minute.
 func startServer(ctx context.Context, bin, dir string, extra ...string) (*serverProcess, error) {
+	return startServerIn(ctx, bin, dir, func(int) error { return nil }, extra...)
+}
+
+// startServerIn hands the new process to place before it waits.
+func startServerIn(ctx context.Context, bin, dir string, place func(pid int) error, extra ...string) (*serverProcess, error) {
 	args := append([]string{
 		"server", "--data-dir", dir, "--listen", "127.0.0.1:0", "--admin-listen", "127.0.0.1:0",
 		"--egress-allow", "127.0.0.0/8", "--log-level", "warn",
@@ -52,6 +58,11 @@ func startServer(ctx context.Context, bin, dir string, extra ...string) (*server
 	if err := cmd.Start(); err != nil {
 		return nil, fmt.Errorf("start %s: %w", bin, err)
 	}
+	placed := place(cmd.Process.Pid)
+	longest := time.Minute
+	if end, ok := ctx.Deadline(); ok {
+		longest = time.Until(end)
+	}
 	lines := make(chan string, 1)
 	go func() {
 		r := bufio.NewReader(stdout)
@@ -63,6 +74,10 @@ func startServer(ctx context.Context, bin, dir string, extra ...string) (*server
 		_ = cmd.Wait()
 		close(p.ended)
 	}()
+	if placed != nil {
+		p.kill()
+		return nil, fmt.Errorf("place the server: %w", placed)
+	}
 	select {
 	case line, ok := <-lines:
 		addrs := hostPort.FindAllString(line, 2)
@@ -74,9 +89,9 @@ func startServer(ctx context.Context, bin, dir string, extra ...string) (*server
 		if len(addrs) == 2 {
 			p.admin = addrs[1]
 		}
-	case <-time.After(60 * time.Second):
+	case <-time.After(longest):
 		p.kill()
-		return nil, fmt.Errorf("%s server was not ready within 60s\n%s", bin, p.log)
+		return nil, fmt.Errorf("%s server was not ready within %v\n%s", bin, longest.Round(time.Second), p.log)
 	case <-ctx.Done():
 		p.kill()
 		return nil, ctx.Err()
@@ -107,8 +122,11 @@ func (p *serverProcess) stop() error {
 	}
 }
 
-// kill is kill -9.
+// kill is kill -9. Of no server, one that did not start, it kills nothing.
 func (p *serverProcess) kill() {
+	if p == nil {
+		return
+	}
 	if p.conn != nil {
 		_ = p.conn.Close()
 	}
@@ -151,7 +169,7 @@ func (p *serverProcess) prepare(ctx context.Context, ns string, uris ...string) 
 	_, err := grapnelv1.NewNamespaceServiceClient(p.conn).CreateNamespace(ctx, &grapnelv1.CreateNamespaceRequest{
 		NamespaceId: ns,
 		Namespace: &grapnelv1.Namespace{Quota: &grapnelv1.Quota{
-			MaxPublishRate: 1_000_000, MaxOpenDeliveries: 100_000_000,
+			MaxPublishRate: 1_000_000, MaxOpenDeliveries: 100_000_000, MaxSubscriptions: 1_000_000,
 		}},
 	}, grpc.WaitForReady(true))
 	if err != nil {
@@ -164,20 +182,8 @@ func (p *serverProcess) prepare(ctx context.Context, ns string, uris ...string) 
 	if err != nil {
 		return err
 	}
-	subs := grapnelv1.NewSubscriptionServiceClient(p.conn)
-	for i, uri := range uris {
-		_, err := subs.CreateSubscription(ctx, &grapnelv1.CreateSubscriptionRequest{
-			Parent: parent, SubscriptionId: fmt.Sprintf("sub-%d", i),
-			Subscription: &grapnelv1.Subscription{
-				Uri: uri, EventTypes: []string{"bench.*"}, MaxInFlight: 256,
-				Signers: []*grapnelv1.PluginBinding{{Secrets: map[string]string{"key": parent + "/secrets/key"}}},
-			},
-		})
-		if err != nil {
-			return err
-		}
-	}
-	return nil
+	_, err = p.subscribeTo(ctx, ns, len(uris), func(i int) *grapnelv1.Subscription { return signed(ns, uris[i], "bench.*") })
+	return err
 }
 
 // recorded waits until no delivery of the namespace is open any more.

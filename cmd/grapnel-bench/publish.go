@@ -67,19 +67,26 @@ func batch(ctx context.Context, p *serverProcess, ns string, n, size int) error 
 				for i := begin; i < min(end, int64(n)); i++ {
 					req.Events = append(req.Events, event(i, body))
 				}
-				resp, err := client.BatchPublish(ctx, req)
-				if err != nil {
+				if err := batchErr(client.BatchPublish(ctx, req)); err != nil {
 					return err
-				}
-				for _, r := range resp.GetResults() {
-					if r.GetError() != nil {
-						return fmt.Errorf("batch item refused: %s: %s", r.GetError().GetReason(), r.GetError().GetMessage())
-					}
 				}
 			}
 		})
 	}
 	return g.Wait()
+}
+
+// batchErr is the error of a call, or the first of its events'.
+func batchErr(resp *grapnelv1.BatchPublishResponse, err error) error {
+	if err != nil {
+		return err
+	}
+	for _, r := range resp.GetResults() {
+		if r.GetError() != nil {
+			return fmt.Errorf("batch item refused: %s: %s", r.GetError().GetReason(), r.GetError().GetMessage())
+		}
+	}
+	return nil
 }
 
 // stream sends over one PublishStream, within the server's window.

@@ -15,9 +15,14 @@ type report struct {
 	Payload    int              `json:"payload_bytes"`
 	Start      *startReport     `json:"start,omitempty"`
 	Throughput []throughput     `json:"throughput,omitempty"`
+	Paired     []paired         `json:"paired,omitempty"`
 	Latency    *latencyReport   `json:"latency,omitempty"`
 	Neighbour  *neighbourReport `json:"slow_neighbour,omitempty"`
 	Backlog    *backlogReport   `json:"backlog,omitempty"`
+	Fanout     *fanoutReport    `json:"fanout,omitempty"`
+	Lanes      *lanesReport     `json:"lanes,omitempty"`
+	Hanging    *hangingReport   `json:"hanging,omitempty"`
+	Memory     *boundedReport   `json:"memory,omitempty"`
 
 	runs map[string][]throughput
 }
@@ -48,6 +53,18 @@ type throughput struct {
 	ServerRSS  float64 `json:"server_rss_mib,omitempty"`
 }
 
+// paired compares one kind of run with the same of another binary: medians over the pairs of ours divided by the
+// other's.
+type paired struct {
+	Name      string  `json:"name"`
+	Pairs     int     `json:"pairs"`
+	PerSecond float64 `json:"per_second"`
+	// CPU is that of server and plugin together.
+	CPU float64 `json:"cpu"`
+
+	perSecond, cpu []float64
+}
+
 // latencyReport is publish to arrival, in milliseconds.
 type latencyReport struct {
 	Rate    int     `json:"events_per_second"`
@@ -62,17 +79,6 @@ type neighbourReport struct {
 	Alone    latencyReport `json:"alone"`
 	Beside   latencyReport `json:"beside"`
 	P99Ratio float64       `json:"p99_ratio"`
-}
-
-// backlogReport is what waiting deliveries cost.
-type backlogReport struct {
-	Deliveries       int     `json:"deliveries"`
-	PublishPerSecond float64 `json:"publish_per_second"`
-	RSSAfterPublish  float64 `json:"rss_after_publish_mib"`
-	RSSAfterRestart  float64 `json:"rss_after_restart_mib"`
-	RSSAfterDrain    float64 `json:"rss_after_drain_mib"`
-	Restart          float64 `json:"restart_seconds"`
-	DrainPerSecond   float64 `json:"drain_per_second"`
 }
 
 // add keeps the run; of several runs of one name the one with the median ratio is reported.
@@ -98,6 +104,26 @@ func (r *report) add(t throughput) {
 	r.Throughput = append(r.Throughput, median)
 }
 
+// pair enters a run and the other binary's that followed it.
+func (r *report) pair(t, other throughput) {
+	i := slices.IndexFunc(r.Paired, func(p paired) bool { return p.Name == t.Name })
+	if i < 0 {
+		i = len(r.Paired)
+		r.Paired = append(r.Paired, paired{Name: t.Name})
+	}
+	p := &r.Paired[i]
+	p.Pairs++
+	p.perSecond = append(p.perSecond, ratio(t.PerSecond, other.PerSecond))
+	p.cpu = append(p.cpu, ratio(t.ServerCPU+t.PluginCPU, other.ServerCPU+other.PluginCPU))
+	p.PerSecond, p.CPU = median(p.perSecond), median(p.cpu)
+}
+
+func median(all []float64) float64 {
+	sorted := slices.Sorted(slices.Values(all))
+	n := len(sorted)
+	return (sorted[n/2] + sorted[(n-1)/2]) / 2
+}
+
 func (r *report) print(out io.Writer) {
 	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', tabwriter.AlignRight)
 	if s := r.Start; s != nil {
@@ -113,14 +139,28 @@ func (r *report) print(out io.Writer) {
 		}
 		_ = w.Flush()
 	}
+	for _, p := range r.Paired {
+		fmt.Fprintf(out, "paired           %s: %.2f times the other's deliveries/s, %.2f times its CPU (median of %d pairs)\n", p.Name, p.PerSecond, p.CPU, p.Pairs)
+	}
 	if l := r.Latency; l != nil {
 		fmt.Fprintf(out, "latency          at %d events/s: p50 %.2f ms, p99 %.2f ms, max %.2f ms (%d samples)\n", l.Rate, l.P50, l.P99, l.Max, l.Samples)
 	}
 	if n := r.Neighbour; n != nil {
 		fmt.Fprintf(out, "slow neighbour   p99 alone %.2f ms, beside a hanging receiver %.2f ms: ratio %.2f\n", n.Alone.P99, n.Beside.P99, n.P99Ratio)
 	}
-	if b := r.Backlog; b != nil {
-		fmt.Fprintf(out, "backlog          %d waiting: RSS %.0f MiB, %.0f MiB after restart, %.0f MiB drained; restart %.2fs; published %.0f/s, drained %.0f/s\n",
-			b.Deliveries, b.RSSAfterPublish, b.RSSAfterRestart, b.RSSAfterDrain, b.Restart, b.PublishPerSecond, b.DrainPerSecond)
+	if r.Backlog != nil {
+		r.Backlog.print(out)
+	}
+	if r.Fanout != nil {
+		r.Fanout.print(out)
+	}
+	if r.Lanes != nil {
+		r.Lanes.print(out)
+	}
+	if r.Hanging != nil {
+		r.Hanging.print(out)
+	}
+	if r.Memory != nil {
+		r.Memory.print(out)
 	}
 }

@@ -34,7 +34,8 @@ type sinkStats struct {
 	Latencies []int64 `json:"latencies,omitempty"`
 }
 
-// sink is the receiver: it answers 204 to everything below /s/, checks the signature, and counts.
+// sink is the receiver: it answers 204 to everything below /s/, checks the signature, and counts. Below /plain/ it does
+// the same for requests that are not signed.
 // Below /slow/ it answers after the time named by the path.
 type sink struct {
 	verifier *webhook.Verifier
@@ -42,9 +43,11 @@ type sink struct {
 	unique   atomic.Int64
 	bad      atomic.Int64
 	firstBad atomic.Pointer[string]
-	seed     maphash.Seed
-	shards   [64]sinkShard
-	bodies   sync.Pool
+	// since is the latest reset in nanoseconds: arrivals of what was published before it have no latency.
+	since  atomic.Int64
+	seed   maphash.Seed
+	shards [64]sinkShard
+	bodies sync.Pool
 }
 
 type sinkShard struct {
@@ -69,7 +72,8 @@ func runSink([]string) error {
 	fmt.Println(lis.Addr())
 	mux := http.NewServeMux()
 	mux.HandleFunc("POST /s/", s.receive)
-	mux.HandleFunc("POST /slow/{wait}", func(w http.ResponseWriter, r *http.Request) {
+	mux.HandleFunc("POST /plain/", s.receive)
+	mux.HandleFunc("POST /slow/{wait}/{who...}", func(w http.ResponseWriter, r *http.Request) {
 		wait, err := time.ParseDuration(r.PathValue("wait"))
 		if err != nil {
 			http.Error(w, err.Error(), http.StatusBadRequest)
@@ -100,7 +104,7 @@ func (s *sink) receive(w http.ResponseWriter, r *http.Request) {
 	defer s.bodies.Put(buf)
 	body, err := readInto((*buf)[:0], r.Body)
 	*buf = body
-	if err == nil {
+	if err == nil && !strings.HasPrefix(r.URL.Path, "/plain/") {
 		err = s.verifier.Verify(r.Header, body)
 	}
 	if err != nil {
@@ -121,7 +125,7 @@ func (s *sink) receive(w http.ResponseWriter, r *http.Request) {
 	_, dup := sh.seen[key]
 	if !dup {
 		sh.seen[key] = struct{}{}
-		if sent != 0 {
+		if sent != 0 && sent >= s.since.Load() {
 			sh.latencies = append(sh.latencies, now.UnixNano()-sent)
 		}
 	}
@@ -176,6 +180,7 @@ func sentAt(body []byte) int64 {
 }
 
 func (s *sink) reset() {
+	s.since.Store(time.Now().UnixNano())
 	for i := range s.shards {
 		sh := &s.shards[i]
 		sh.mu.Lock()
@@ -267,7 +272,11 @@ func (p *sinkProcess) stats(latencies bool) (sinkStats, error) {
 
 // await waits until want deliveries have arrived, and fails when they stop coming or one is bad.
 func (p *sinkProcess) await(ctx context.Context, want int64) (sinkStats, error) {
-	const patience = 30 * time.Second
+	return p.awaitPatiently(ctx, want, 30*time.Second)
+}
+
+// awaitPatiently is await that takes them for missing when none has come for as long as patience.
+func (p *sinkProcess) awaitPatiently(ctx context.Context, want int64, patience time.Duration) (sinkStats, error) {
 	last, since := int64(-1), time.Now()
 	for {
 		st, err := p.stats(false)

@@ -37,6 +37,8 @@ func wrongValue(flag *pflag.Flag, value string) error {
 		wanted = "a number"
 	case "duration":
 		wanted = "a duration such as 30s"
+	case "size":
+		wanted = "a size such as 64MiB"
 	case "bool":
 		wanted = "true or false"
 	}

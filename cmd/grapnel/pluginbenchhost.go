@@ -160,9 +160,9 @@ func (s benchSink) Complete(_ *delivery.Job, r delivery.Result) { s(r) }
 
 func benchJob(body []byte) *delivery.Job {
 	return &delivery.Job{
-		Subscription: "bench", MaxAttempts: 1, Expire: time.Now().Add(time.Hour),
+		MaxAttempts: 1, Expire: time.Now().Add(time.Hour),
 		Event: &delivery.Event{
-			Namespace: "bench", ID: "order-1", Source: "/bench", Type: "order.created", Time: time.Now(), ContentType: "application/json",
+			ID: "order-1", Source: "/bench", Type: "order.created", Time: time.Now(), ContentType: "application/json",
 			Payload: body, UID: "evt_0123456789abcdef",
 		},
 	}

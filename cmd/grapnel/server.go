@@ -6,8 +6,10 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"math"
 	"net/netip"
 	"os"
+	"strconv"
 	"strings"
 	"time"
 
@@ -21,6 +23,7 @@ import (
 // environment variable.
 type serverFlags struct {
 	options       server.Options
+	passwordFile  string // of the external etcd
 	egressAllow   []string
 	logLevel      string
 	logFormat     string
@@ -70,7 +73,15 @@ func (f *serverFlags) register(cmd *cobra.Command) {
 	flags.StringVar(&o.EtcdTLS.CAFile, "etcd-ca", "", "PEM `file` of the external etcd's roots")
 	flags.StringVar(&o.EtcdTLS.CertFile, "etcd-cert", "", "PEM `file` of the client certificate for etcd")
 	flags.StringVar(&o.EtcdTLS.KeyFile, "etcd-key", "", "PEM `file` of the client key for etcd")
-	flags.IntVar(&o.Partitions, "partitions", 16, "partitions of the journal; fixed when the data directory is made")
+	flags.StringVar(&o.EtcdUser, "etcd-user", "", "user for an external etcd with authentication")
+	flags.StringVar(&f.passwordFile, "etcd-password-file", "", "`file` with the password of --etcd-user; without it GRAPNEL_ETCD_PASSWORD is the password")
+	flags.Var((*bytesValue)(&o.EtcdQuota), "etcd-quota", "`size` of the embedded etcd's file from which on new configuration is refused; 0 means 1GiB")
+	flags.BoolVar(&o.AdoptStores, "adopt-stores", false, "for one start: take journal and etcd for each other's although one of them is new or another's")
+	flags.IntVar(&o.Partitions, "partitions", 0, "partitions of a new journal, for good; 0 means 16, or what the journal has")
+	flags.BoolVar(&o.AcceptLoss, "accept-loss", false, "for one start: go on with a journal that holds less than was acknowledged")
+	flags.Var((*bytesValue)(&o.MemoryBytes), "memory", "`size` of the memory that server and plugins share; 0 means the control group's or the machine's")
+	flags.Var((*bytesValue)(&o.WindowBytes), "window-bytes", "`size` of the deliveries that wait in memory; 0 follows --memory, 64MiB at the most")
+	flags.IntVar(&o.Slots, "slots", 0, "attempts in flight over all subscriptions; 0 follows --memory, 4096 at the most")
 	flags.StringVar(&o.PluginDir, "plugin-dir", "", "`directory` of third-party plugins")
 	flags.StringSliceVar(&f.egressAllow, "egress-allow", nil, "private or reserved `ranges` that deliveries may go to, such as 127.0.0.0/8")
 	flags.StringVar(&o.TLSCert, "tls-cert", "", "PEM `file` of the public API's certificate")
@@ -105,6 +116,11 @@ func (f *serverFlags) complete(cmd *cobra.Command, c *cli) error {
 		}
 		f.options.EgressAllow = append(f.options.EgressAllow, prefix)
 	}
+	password, err := f.password(c)
+	if err != nil {
+		faults = append(faults, err)
+	}
+	f.options.EtcdPassword = password
 	logger, err := newLogger(c.stderr, f.logLevel, f.logFormat)
 	if err := errors.Join(append(faults, err)...); err != nil {
 		return usageError{err}
@@ -115,6 +131,51 @@ func (f *serverFlags) complete(cmd *cobra.Command, c *cli) error {
 	f.options.Abandon = c.abandon
 	return nil
 }
+
+// password is that of the external etcd's user. It is no flag of its own: everybody may read a command line.
+func (f *serverFlags) password(c *cli) (string, error) {
+	if f.passwordFile == "" {
+		if f.options.EtcdUser == "" {
+			return "", nil
+		}
+		password, _ := c.lookupEnv("GRAPNEL_ETCD_PASSWORD")
+		return password, nil
+	}
+	text, err := os.ReadFile(f.passwordFile)
+	if err != nil {
+		return "", fmt.Errorf("etcd-password-file: %w", err)
+	}
+	return strings.TrimRight(string(text), "\r\n"), nil
+}
+
+// bytesValue is a flag for a number of bytes.
+type bytesValue int64
+
+func (v *bytesValue) Set(text string) error {
+	if text == "0" {
+		*v = 0
+		return nil
+	}
+	n, err := parseBytes(text)
+	if err == nil && n > math.MaxInt64 {
+		err = errors.New("too large")
+	}
+	if err == nil {
+		*v = bytesValue(n)
+	}
+	return err
+}
+
+func (v *bytesValue) String() string {
+	n, units := int64(*v), []string{"", "KiB", "MiB", "GiB"}
+	unit := 0
+	for n != 0 && n%1024 == 0 && unit < len(units)-1 {
+		n, unit = n/1024, unit+1
+	}
+	return strconv.FormatInt(n, 10) + units[unit]
+}
+
+func (v *bytesValue) Type() string { return "size" }
 
 // parsePrefix reads a range, or a single address.
 func parsePrefix(text string) (netip.Prefix, error) {

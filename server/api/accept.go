@@ -44,7 +44,6 @@ func eventOf(ns string, e *grapnelv1.Event, now time.Time) (*delivery.Event, []V
 	var c checks
 	c.attributesOf(e)
 	ev := &delivery.Event{
-		Namespace:   ns,
 		ID:          e.GetId(),
 		Source:      e.GetSource(),
 		Type:        e.GetType(),

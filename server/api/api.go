@@ -31,9 +31,11 @@ import (
 type Engine interface {
 	Cancel(ctx context.Context, id delivery.ID, lane delivery.LaneKey) (*delivery.Delivery, error)
 	Retry(ctx context.Context, id delivery.ID, lane delivery.LaneKey, ifAttempts int) (*delivery.Delivery, error)
-	CancelLane(ctx context.Context, lane delivery.LaneKey, uid delivery.UID, reason string) (int, error)
+	CancelLane(ctx context.Context, lane delivery.LaneKey, reason string) (int, error)
 	// InFlight reports whether an attempt of the delivery is running now.
-	InFlight(id delivery.ID) bool
+	InFlight(id delivery.ID, lane delivery.LaneKey) bool
+	// WaitReason says why a delivery that is due is not tried; empty when nothing holds it back.
+	WaitReason(id delivery.ID, lane delivery.LaneKey) string
 	// Test makes one attempt and stores nothing.
 	Test(ctx context.Context, sub *subscription.Subscription, event *delivery.Event) (delivery.Attempt, error)
 	// Stats are counters over the window; namespace "" is the whole server. Per-subscription rows carry the
@@ -99,6 +101,9 @@ type Options struct {
 	// PageKey seals page tokens; nodes of one cluster share it. Empty: a random one, so that tokens end
 	// with the process.
 	PageKey []byte
+	// Room is asked before anything is added to the configuration or changed in it; deletions do not ask. Its error
+	// refuses the call: delivery.ErrDiskFull or ErrConfigFull. Nil always has room. It is called often.
+	Room func() error
 	// MaxCalls bounds the unary calls and, apart, the streams in progress. Default 4096.
 	MaxCalls int
 
@@ -130,6 +135,9 @@ func New(o Options) *Server {
 	}
 	if o.MaxCalls <= 0 {
 		o.MaxCalls = 4096
+	}
+	if o.Room == nil {
+		o.Room = func() error { return nil }
 	}
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)

@@ -8,6 +8,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/google/uuid"
 	"google.golang.org/protobuf/types/known/durationpb"
 
 	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
@@ -20,16 +21,16 @@ const maxAttemptsPage = 100
 
 // GetDelivery reads one delivery.
 func (s deliveryService) GetDelivery(_ context.Context, r *grapnelv1.GetDeliveryRequest) (*grapnelv1.GetDeliveryResponse, error) {
-	d, err := s.delivery("name", r.GetName())
+	ns, d, err := s.delivery("name", r.GetName())
 	if err != nil {
 		return nil, err
 	}
-	return &grapnelv1.GetDeliveryResponse{Delivery: s.deliveryProto(d, s.inFlight(d))}, nil
+	return &grapnelv1.GetDeliveryResponse{Delivery: s.deliveryProto(ns, d, s.inFlight(d))}, nil
 }
 
 // ListDeliveries reads one page, newest first. A page may be short, or empty, before the end.
 func (s deliveryService) ListDeliveries(_ context.Context, r *grapnelv1.ListDeliveriesRequest) (*grapnelv1.ListDeliveriesResponse, error) {
-	ns, err := s.existingNamespace("parent", r.GetParent())
+	ns, space, err := s.existingNamespace("parent", r.GetParent())
 	if err != nil {
 		return nil, err
 	}
@@ -49,8 +50,8 @@ func (s deliveryService) ListDeliveries(_ context.Context, r *grapnelv1.ListDeli
 	// Whether an attempt runs can change from one look to the next: it is looked up once per delivery, so
 	// that what is shown is what the filter saw.
 	running := map[delivery.ID]bool{}
-	q := delivery.Query{Namespace: ns, Limit: size, After: after}
-	if !narrow(&q, f) {
+	q := delivery.Query{Namespace: space, Limit: size, After: after}
+	if !s.narrow(&q, ns, f) {
 		return &grapnelv1.ListDeliveriesResponse{}, nil
 	}
 	q.Match = func(d *delivery.Delivery) bool {
@@ -69,14 +70,14 @@ func (s deliveryService) ListDeliveries(_ context.Context, r *grapnelv1.ListDeli
 	}
 	out := &grapnelv1.ListDeliveriesResponse{NextPageToken: s.pages.seal(page.Next, query...)}
 	for _, d := range page.Deliveries {
-		out.Deliveries = append(out.Deliveries, s.deliveryProto(d, running[d.ID]))
+		out.Deliveries = append(out.Deliveries, s.deliveryProto(ns, d, running[d.ID]))
 	}
 	return out, nil
 }
 
 // ListAttempts reads the attempts of one delivery, first to last.
 func (s deliveryService) ListAttempts(_ context.Context, r *grapnelv1.ListAttemptsRequest) (*grapnelv1.ListAttemptsResponse, error) {
-	d, err := s.delivery("parent", r.GetParent())
+	_, d, err := s.delivery("parent", r.GetParent())
 	if err != nil {
 		return nil, err
 	}
@@ -90,7 +91,7 @@ func (s deliveryService) ListAttempts(_ context.Context, r *grapnelv1.ListAttemp
 		return nil, err
 	}
 	after, _ := strconv.Atoi(token) // "" is before the first
-	attempts, err := s.Journal.Attempts(d.ID)
+	attempts, err := s.Journal.Attempts(d.Namespace, d.ID)
 	if err != nil {
 		return nil, toStatus(err, r.GetParent())
 	}
@@ -111,7 +112,7 @@ func (s deliveryService) ListAttempts(_ context.Context, r *grapnelv1.ListAttemp
 
 // RetryDelivery makes a delivery due now.
 func (s deliveryService) RetryDelivery(ctx context.Context, r *grapnelv1.RetryDeliveryRequest) (*grapnelv1.RetryDeliveryResponse, error) {
-	d, err := s.delivery("name", r.GetName())
+	ns, d, err := s.delivery("name", r.GetName())
 	if err != nil {
 		return nil, err
 	}
@@ -121,53 +122,53 @@ func (s deliveryService) RetryDelivery(ctx context.Context, r *grapnelv1.RetryDe
 	}
 	after, err := s.Engine.Retry(ctx, d.ID, laneOf(d), attempts)
 	if errors.Is(err, delivery.ErrInvalidState) {
-		return nil, s.cannot("retried", r.GetName(), d.ID, attempts)
+		return nil, s.cannot("retried", r.GetName(), d, attempts)
 	}
 	if err != nil {
 		return nil, toStatus(err, r.GetName())
 	}
-	return &grapnelv1.RetryDeliveryResponse{Delivery: s.deliveryProto(after, false)}, nil
+	return &grapnelv1.RetryDeliveryResponse{Delivery: s.deliveryProto(ns, after, false)}, nil
 }
 
 // CancelDelivery stops a delivery for good; an attempt that is running is left to end.
 func (s deliveryService) CancelDelivery(ctx context.Context, r *grapnelv1.CancelDeliveryRequest) (*grapnelv1.CancelDeliveryResponse, error) {
-	d, err := s.delivery("name", r.GetName())
+	ns, d, err := s.delivery("name", r.GetName())
 	if err != nil {
 		return nil, err
 	}
 	after, err := s.Engine.Cancel(ctx, d.ID, laneOf(d))
 	if errors.Is(err, delivery.ErrFinal) {
-		return nil, s.cannot("cancelled", r.GetName(), d.ID, -1)
+		return nil, s.cannot("cancelled", r.GetName(), d, -1)
 	}
 	if err != nil {
 		return nil, toStatus(err, r.GetName())
 	}
-	return &grapnelv1.CancelDeliveryResponse{Delivery: s.deliveryProto(after, false)}, nil
+	return &grapnelv1.CancelDeliveryResponse{Delivery: s.deliveryProto(ns, after, false)}, nil
 }
 
 // delivery reads the delivery of a name. One of another namespace does not exist.
-func (s *Server) delivery(field, name string) (*delivery.Delivery, error) {
+func (s *Server) delivery(field, name string) (ns string, d *delivery.Delivery, err error) {
 	ns, id, err := parseDelivery(field, name)
 	if err != nil {
-		return nil, err
+		return "", nil, err
 	}
-	d, err := s.Journal.Delivery(id)
+	space, err := s.space(ns, name)
 	if err != nil {
-		return nil, toStatus(err, name)
+		return "", nil, err
 	}
-	if d.Namespace != ns {
-		return nil, notFound(name, "delivery")
+	if d, err = s.Journal.Delivery(space, id); err != nil {
+		return "", nil, toStatus(err, name)
 	}
-	return d, nil
+	return ns, d, nil
 }
 
 func laneOf(d *delivery.Delivery) delivery.LaneKey {
-	return delivery.LaneKey{Namespace: d.Namespace, Subscription: d.Subscription}
+	return delivery.LaneKey{Namespace: d.Namespace, Subscription: d.ID.Subscription}
 }
 
 // cannot says why a delivery cannot be retried or cancelled, as it stands now.
-func (s *Server) cannot(what, name string, id delivery.ID, attempts int) error {
-	d, err := s.Journal.Delivery(id)
+func (s *Server) cannot(what, name string, was *delivery.Delivery, attempts int) error {
+	d, err := s.Journal.Delivery(was.Namespace, was.ID)
 	if err != nil {
 		return toStatus(err, name)
 	}
@@ -181,7 +182,7 @@ func (s *Server) cannot(what, name string, id delivery.ID, attempts int) error {
 // inFlight reports whether an attempt of the delivery runs now; on disk it has the state it would be
 // resumed in.
 func (s *Server) inFlight(d *delivery.Delivery) bool {
-	return !d.State.Final() && s.Engine.InFlight(d.ID)
+	return !d.State.Final() && s.Engine.InFlight(d.ID, laneOf(d))
 }
 
 // shownDelivery is a delivery as callers see it.
@@ -201,15 +202,32 @@ func stateOf(d *delivery.Delivery, inFlight bool) grapnelv1.Delivery_State {
 	return grapnelv1.Delivery_State(d.State)
 }
 
-// narrow puts into q what the index can use of f. It reports false when nothing can pass.
-func narrow(q *delivery.Query, f *filter.Filter[shownDelivery]) bool {
+// narrow puts into q what the journal can use of f. It reports false when nothing can pass.
+func (s *Server) narrow(q *delivery.Query, ns string, f *filter.Filter[shownDelivery]) bool {
 	q.Since, q.Until = f.Between("create_time")
 	if values, known := f.OneOf("subscription"); known {
 		if len(values) == 0 {
 			return false
 		}
+		// A name that is not in use may have had deliveries; only their events know of it.
+		if sub := s.Registry.Snapshot().Subscription(ns, values[0]); sub != nil && len(values) == 1 {
+			q.Subscription = delivery.UID(sub.UID).SubscriptionKey()
+		}
+	}
+	if values, known := f.OneOf("subscription_uid"); known {
+		if len(values) == 0 {
+			return false
+		}
+		if u, err := uuid.Parse(values[0]); err == nil && len(values) == 1 {
+			q.Subscription = delivery.UID(u).SubscriptionKey()
+		}
+	}
+	if values, known := f.OneOf("event_uid"); known {
+		if len(values) == 0 {
+			return false
+		}
 		if len(values) == 1 {
-			q.Subscription = values[0]
+			q.EventUID = values[0]
 		}
 	}
 	if values, known := f.OneOf("event"); known {
@@ -254,6 +272,8 @@ func deliveryFields(ns string) []filter.Field[shownDelivery] {
 			Name: "subscription", Text: func(d shownDelivery) string { return d.Subscription },
 			Canonical: ownID(ns, collectionSubscriptions),
 		},
+		{Name: "subscription_uid", Text: func(d shownDelivery) string { return uuid.UUID(d.SubscriptionUID).String() }},
+		{Name: "event_uid", Text: func(d shownDelivery) string { return d.EventUID }},
 		{Name: "event", Text: func(d shownDelivery) string { return d.EventID }, Canonical: ownID(ns, collectionEvents)},
 		{Name: "event_type", Text: func(d shownDelivery) string { return d.EventType }},
 		{
@@ -305,12 +325,12 @@ func ownID(ns, collection string) func(string) (string, error) {
 	}
 }
 
-func (s *Server) deliveryProto(d *delivery.Delivery, inFlight bool) *grapnelv1.Delivery {
+func (s *Server) deliveryProto(ns string, d *delivery.Delivery, inFlight bool) *grapnelv1.Delivery {
 	m := &grapnelv1.Delivery{
-		Name:            deliveryName(d.Namespace, d.ID),
-		Event:           eventName(d.Namespace, d.EventID),
+		Name:            deliveryName(ns, d.ID),
+		Event:           eventName(ns, d.EventID),
 		EventType:       d.EventType,
-		Subscription:    subscriptionName(d.Namespace, d.Subscription),
+		Subscription:    subscriptionName(ns, d.Subscription),
 		State:           stateOf(d, inFlight),
 		Trigger:         grapnelv1.Delivery_TRIGGER_PUBLISH,
 		AttemptCount:    int32(d.Attempts),
@@ -320,9 +340,14 @@ func (s *Server) deliveryProto(d *delivery.Delivery, inFlight bool) *grapnelv1.D
 		CreateTime:      stamp(d.CreateTime),
 		CompleteTime:    stamp(d.CompleteTime),
 		StateReason:     d.StateReason,
+		SubscriptionUid: uuid.UUID(d.SubscriptionUID).String(),
+		EventUid:        d.EventUID,
 	}
 	if d.Last != nil {
 		m.LastAttempt = s.attemptProto(d.Last, false)
+	}
+	if !d.State.Final() && !inFlight {
+		m.StateReason = s.Engine.WaitReason(d.ID, laneOf(d))
 	}
 	return m
 }

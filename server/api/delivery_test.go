@@ -37,18 +37,19 @@ func settled(t *testing.T, st *station) map[string]string {
 	}
 	names := map[string]string{}
 	for _, job := range st.takeJobs(t, 6) {
+		job := &job
 		names[job.Event.ID] = "namespaces/acme/deliveries/" + job.ID.String()
 		switch job.Event.ID {
 		case "flying":
 			st.hooks.set(func(h *hooks) { h.inFlight[job.ID] = true })
 		case "scheduled":
-			st.journal.Settle(job, delivery.Step{State: delivery.Scheduled, Due: time.Now().Add(time.Hour)}, attempt(delivery.OutcomeRetryable, 503))
+			st.journal.Settle(job, delivery.Step{State: delivery.Scheduled, Due: time.Now().Add(time.Hour)}, attempt(delivery.OutcomeRetryable, 503), nil)
 		case "succeeded":
-			st.journal.Settle(job, delivery.Step{State: delivery.Succeeded}, attempt(delivery.OutcomeSucceeded, 204))
+			st.journal.Settle(job, delivery.Step{State: delivery.Succeeded}, attempt(delivery.OutcomeSucceeded, 204), nil)
 		case "exhausted":
-			st.journal.Settle(job, delivery.Step{State: delivery.Exhausted, Reason: "attempts used up"}, attempt(delivery.OutcomeTimedOut, 0))
+			st.journal.Settle(job, delivery.Step{State: delivery.Exhausted, Reason: "attempts used up"}, attempt(delivery.OutcomeTimedOut, 0), nil)
 		case "rejected":
-			st.journal.Settle(job, delivery.Step{State: delivery.Rejected, Reason: "410"}, attempt(delivery.OutcomePermanent, 410))
+			st.journal.Settle(job, delivery.Step{State: delivery.Rejected, Reason: "410"}, attempt(delivery.OutcomePermanent, 410), nil)
 		}
 	}
 	if err := st.journal.Flush(t.Context()); err != nil {
@@ -198,17 +199,20 @@ func TestListAttemptsPages(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	event, err := st.journal.Event("acme", "e1")
+	event, err := st.journal.Event(st.key("acme"), "e1")
 	if err != nil {
 		t.Fatal(err)
 	}
+	due := time.Now().Add(time.Hour)
+	job := &delivery.Job{ID: id, Event: event, Epoch: 1, MaxAttempts: 10, Expire: time.Now().Add(time.Hour)}
 	for n := 1; n <= 5; n++ {
-		job := &delivery.Job{ID: id, Event: event, Subscription: "orders", SubscriptionUID: event.Targets[0].UID, Attempts: n - 1, MaxAttempts: 10, Expire: time.Now().Add(time.Hour)}
-		st.journal.Settle(job, delivery.Step{State: delivery.Scheduled, Due: time.Now().Add(time.Hour)},
-			&delivery.Attempt{Number: n, Start: time.Now(), Outcome: delivery.OutcomeRetryable, ResponseCode: 500 + n})
+		st.journal.Settle(job, delivery.Step{State: delivery.Scheduled, Due: due},
+			&delivery.Attempt{Number: n, Start: time.Now(), Outcome: delivery.OutcomeRetryable, ResponseCode: 500 + n}, nil)
 		if err := st.journal.Flush(t.Context()); err != nil {
 			t.Fatal(err)
 		}
+		job.Attempts, job.Kind, job.Due, job.Epoch = n, delivery.Timer, delivery.InstantOf(due), uint32(n+1)
+		due = due.Add(time.Second)
 	}
 	var numbers []int32
 	r := &grapnelv1.ListAttemptsRequest{Parent: name, PageSize: 2}

@@ -31,6 +31,9 @@ var (
 	ErrUnknownPlugin     = errors.New("no such plugin")
 )
 
+// ErrConfigFull is returned by Options.Room when the configuration store has no room of its own left.
+var ErrConfigFull = errors.New("the configuration store is full")
+
 // Error is a refusal as the caller sees it. Its text, metadata and details are made for outsiders; the
 // cause is for the log alone.
 type Error struct {
@@ -80,13 +83,17 @@ func (e *Error) GRPCStatus() *status.Status {
 
 // item is the error of one element of a batch or a stream.
 func (e *Error) item() *grapnelv1.ItemStatus {
-	return &grapnelv1.ItemStatus{
+	item := &grapnelv1.ItemStatus{
 		Code:      codeName(e.code),
 		Reason:    e.Reason(),
 		Message:   e.message,
 		Field:     e.field,
 		Retryable: e.retry > 0 || e.code == codes.Unavailable || e.code == codes.Internal,
 	}
+	if e.retry > 0 {
+		item.RetryDelay = durationpb.New(e.retry)
+	}
+	return item
 }
 
 // codeName is the code's name; that of nil is OK.
@@ -486,6 +493,8 @@ func fromStore(err error, resource string) *Error {
 		return invalidState(resource, "the namespace of "+resource+" is deleted")
 	case errors.Is(err, subscription.ErrUnavailable):
 		return storeUnavailable()
+	case errors.Is(err, ErrConfigFull):
+		return storeFull("configuration", "the configuration store has reached its quota; deliveries, events and deletions go on, new configuration is refused until something is deleted")
 	case errors.Is(err, secret.ErrTooManyVersions):
 		return invalidState(resource, resource+" has ten live versions; wait until one expires, or rotate with a shorter overlap")
 	}
@@ -503,13 +512,13 @@ func fromDelivery(err error, resource string) *Error {
 	case errors.Is(err, delivery.ErrInvalidState):
 		return invalidState(resource, "the delivery is not in a state that allows this call")
 	case errors.Is(err, delivery.ErrDiskFull):
-		e := rateLimited("journal", "the server's disk is nearly full; deliveries go on, new events are refused until there is room", 30*time.Second)
-		e.reason = grapnelv1.ErrorReason_ERROR_REASON_STORE_FULL
-		return e
+		return storeFull("disk", "the server's disk is nearly full; deliveries and deletions go on, new events and changes of configuration are refused until there is room")
 	case errors.Is(err, delivery.ErrInvalidEvent):
 		return invalid(Violation{"event", err.Error(), "event"})
 	case errors.Is(err, delivery.ErrInvalidCursor):
 		return pageTokenError("the page token does not fit this server's journal; begin at the first page")
+	case errors.Is(err, delivery.ErrRefused):
+		return unavailable(grapnelv1.ErrorReason_ERROR_REASON_STORE_UNAVAILABLE, "the journal could not store it; nothing has changed", time.Second)
 	case errors.Is(err, delivery.ErrClosed):
 		return unavailable(grapnelv1.ErrorReason_ERROR_REASON_DRAINING, "the server is stopping", time.Second)
 	}
@@ -545,6 +554,13 @@ func fromPlugin(err error, resource string) *Error {
 		return notFound(resource, noun(resource))
 	}
 	return nil
+}
+
+// storeFull says that what is to be stored has to wait until an operator or a deletion makes room.
+func storeFull(subject, description string) *Error {
+	e := rateLimited(subject, description, 30*time.Second)
+	e.reason = grapnelv1.ErrorReason_ERROR_REASON_STORE_FULL
+	return e
 }
 
 func storeUnavailable() *Error {

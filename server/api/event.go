@@ -2,6 +2,7 @@ package api
 
 import (
 	"context"
+	"errors"
 	"time"
 
 	"google.golang.org/protobuf/types/known/durationpb"
@@ -18,16 +19,33 @@ func (s eventService) GetEvent(_ context.Context, r *grapnelv1.GetEventRequest) 
 	if err != nil {
 		return nil, err
 	}
-	ev, err := s.Journal.Event(ns, id)
+	space, err := s.space(ns, r.GetName())
+	if err != nil {
+		return nil, err
+	}
+	ev, err := s.Journal.Event(space, id)
+	if errors.Is(err, delivery.ErrNotFound) {
+		ev, err = s.Journal.EventByUID(space, id)
+	}
 	if err != nil {
 		return nil, toStatus(err, r.GetName())
 	}
-	return &grapnelv1.GetEventResponse{Event: eventProto(ev, r.GetIncludePayload())}, nil
+	return &grapnelv1.GetEventResponse{Event: eventProto(ns, ev, r.GetIncludePayload())}, nil
+}
+
+// space is what the journal knows a namespace by. One that does not exist has nothing, so that resource is what was
+// not found.
+func (s *Server) space(ns, resource string) (delivery.NamespaceKey, error) {
+	n := s.Registry.Snapshot().Namespace(ns)
+	if n == nil {
+		return 0, notFound(resource, noun(resource))
+	}
+	return delivery.UID(n.UID).NamespaceKey(), nil
 }
 
 // ListEvents reads one page, newest first, without payloads. A page may be short, or empty, before the end.
 func (s eventService) ListEvents(_ context.Context, r *grapnelv1.ListEventsRequest) (*grapnelv1.ListEventsResponse, error) {
-	ns, err := s.existingNamespace("parent", r.GetParent())
+	ns, space, err := s.existingNamespace("parent", r.GetParent())
 	if err != nil {
 		return nil, err
 	}
@@ -44,48 +62,69 @@ func (s eventService) ListEvents(_ context.Context, r *grapnelv1.ListEventsReque
 	if err != nil {
 		return nil, err
 	}
-	q := delivery.EventQuery{Namespace: ns, Limit: size, After: after}
+	q := delivery.EventQuery{Namespace: space, Limit: size, After: after}
 	if !f.Empty() {
 		q.Match = f.Match
 		q.Since, q.Until = f.Between("accept_time")
 	}
-	page, err := s.Journal.Events(q)
+	page, err := s.events(q, f)
 	if err != nil {
 		return nil, toStatus(err, r.GetParent())
 	}
 	out := &grapnelv1.ListEventsResponse{NextPageToken: s.pages.seal(page.Next, query...)}
 	for _, ev := range page.Events {
-		out.Events = append(out.Events, eventProto(ev, false))
+		out.Events = append(out.Events, eventProto(ns, ev, false))
 	}
 	return out, nil
 }
 
+// events reads a page. An event that the filter names is read by itself.
+func (s *Server) events(q delivery.EventQuery, f *filter.Filter[*delivery.Event]) (delivery.EventPage, error) {
+	uids, known := f.OneOf("uid")
+	if !known {
+		return s.Journal.Events(q)
+	}
+	var page delivery.EventPage
+	for _, uid := range uids {
+		ev, err := s.Journal.EventByUID(q.Namespace, uid)
+		if err != nil && !errors.Is(err, delivery.ErrNotFound) {
+			return delivery.EventPage{}, err
+		}
+		if err == nil && f.Match(ev) {
+			page.Events = append(page.Events, ev)
+		}
+	}
+	return page, nil
+}
+
 // existingNamespace reads the name of a namespace that must be there, deleted or not.
-func (s *Server) existingNamespace(field, name string) (string, error) {
+func (s *Server) existingNamespace(field, name string) (string, delivery.NamespaceKey, error) {
 	ns, err := parseNamespace(field, name)
 	if err != nil {
-		return "", err
+		return "", 0, err
 	}
-	if s.Registry.Snapshot().Namespace(ns) == nil {
-		return "", notFound(name, "namespace")
-	}
-	return ns, nil
+	space, err := s.space(ns, name)
+	return ns, space, err
 }
 
 func eventFields() []filter.Field[*delivery.Event] {
 	type field = filter.Field[*delivery.Event]
 	return []field{
+		{Name: "id", Text: func(e *delivery.Event) string { return e.ID }},
+		{Name: "uid", Text: func(e *delivery.Event) string { return e.UID }},
 		{Name: "type", Text: func(e *delivery.Event) string { return e.Type }},
 		{Name: "subject", Text: func(e *delivery.Event) string { return e.Subject }},
 		{Name: "source", Text: func(e *delivery.Event) string { return e.Source }},
+		{Name: "time", Time: func(e *delivery.Event) time.Time { return e.Time }},
 		{Name: "accept_time", Time: func(e *delivery.Event) time.Time { return e.AcceptTime }},
+		{Name: "matched_subscriptions", Int: func(e *delivery.Event) int64 { return int64(e.Matched) }},
 		{Name: "attributes", Map: func(e *delivery.Event) map[string]string { return e.Attributes }},
 	}
 }
 
-func eventProto(ev *delivery.Event, payload bool) *grapnelv1.Event {
+func eventProto(ns string, ev *delivery.Event, payload bool) *grapnelv1.Event {
 	m := &grapnelv1.Event{
-		Name:                 eventName(ev.Namespace, ev.ID),
+		Name:                 eventName(ns, ev.ID),
 		Id:                   ev.ID,
 		Source:               ev.Source,
 		Type:                 ev.Type,
@@ -97,7 +136,8 @@ func eventProto(ev *delivery.Event, payload bool) *grapnelv1.Event {
 		DeliverTime:          stamp(ev.DeliverTime),
 		AcceptTime:           stamp(ev.AcceptTime),
 		SizeBytes:            int32(len(ev.Payload)),
-		MatchedSubscriptions: int32(len(ev.Targets)),
+		MatchedSubscriptions: clampInt32(int64(ev.Matched)),
+		SkippedSubscriptions: clampInt32(int64(ev.Skipped)),
 		Uid:                  ev.UID,
 	}
 	if ev.TTL > 0 {

@@ -17,6 +17,8 @@ import (
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/peer"
 	"google.golang.org/protobuf/proto"
+
+	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
 )
 
 // Limits of the listener.
@@ -110,7 +112,24 @@ func (e *edge) serveUnary(ctx context.Context, req any, method string, handler g
 			return nil, err
 		}
 	}
+	if takesRoom(method) {
+		if err := e.server.Room(); err != nil {
+			return nil, err
+		}
+	}
 	return handler(ctx, req)
+}
+
+// takesRoom tells the methods after which the configuration store holds more than before. To pause and to resume is
+// not among them: that is what an operator may need most while room is short.
+func takesRoom(method string) bool {
+	switch method {
+	case grapnelv1.NamespaceService_CreateNamespace_FullMethodName, grapnelv1.NamespaceService_UpdateNamespace_FullMethodName,
+		grapnelv1.SubscriptionService_CreateSubscription_FullMethodName, grapnelv1.SubscriptionService_UpdateSubscription_FullMethodName,
+		grapnelv1.SecretService_CreateSecret_FullMethodName, grapnelv1.SecretService_RotateSecret_FullMethodName:
+		return true
+	}
+	return false
 }
 
 func (e *edge) stream(srv any, stream grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) error {

@@ -9,12 +9,13 @@ import (
 	"google.golang.org/protobuf/types/known/durationpb"
 
 	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
+	"github.com/grapnel/grapnel/server/delivery"
 	"github.com/grapnel/grapnel/server/subscription"
 )
 
 // namespaceOutputOnly are the fields of Namespace that callers cannot set.
 var namespaceOutputOnly = []string{
-	"name", "usage", "state", "state_reason", "create_time", "delete_time", "purge_time", "etag",
+	"name", "uid", "usage", "state", "state_reason", "create_time", "delete_time", "purge_time", "etag",
 }
 
 // CreateNamespace adds a namespace. The id is its idempotency key: a repeated call is RESOURCE_EXISTS.
@@ -44,21 +45,17 @@ func (s namespaceService) GetNamespace(_ context.Context, r *grapnelv1.GetNamesp
 		return nil, notFound(r.GetName(), "namespace")
 	}
 	out := proto.CloneOf(n.Proto)
-	out.Usage = s.usage(snapshot, id)
+	out.Usage = s.usage(snapshot, n)
 	return &grapnelv1.GetNamespaceResponse{Namespace: out}, nil
 }
 
 // usage reads how much of its quota a namespace has used.
-func (s namespaceService) usage(snapshot *subscription.Snapshot, id string) *grapnelv1.Usage {
-	count := 0
-	for range snapshot.Subscriptions(id, "") {
-		count++
-	}
+func (s namespaceService) usage(snapshot *subscription.Snapshot, n *subscription.Namespace) *grapnelv1.Usage {
 	return &grapnelv1.Usage{
-		Subscriptions:  clampInt32(int64(count)),
-		OpenDeliveries: clampInt32(s.Journal.OpenIn(id)),
-		PublishRate:    s.Ingest.Rate(id),
-		OldestDueAge:   durationpb.New(s.Engine.OldestDue(id)),
+		Subscriptions:  clampInt32(int64(snapshot.Count(n.ID))),
+		OpenDeliveries: clampInt32(s.Journal.OpenIn(delivery.UID(n.UID).NamespaceKey())),
+		PublishRate:    s.Ingest.Rate(n.ID),
+		OldestDueAge:   durationpb.New(s.Engine.OldestDue(n.ID)),
 	}
 }
 

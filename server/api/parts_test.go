@@ -173,7 +173,7 @@ func TestApplyMask(t *testing.T) {
 }
 
 func TestNames(t *testing.T) {
-	id := strings.Repeat("0", 20)
+	id := strings.Repeat("0", 29)
 	for name, collection := range map[string]string{
 		"namespaces/a/subscriptions/b-1": collectionSubscriptions, "namespaces/a/secrets/b": collectionSecrets,
 		"namespaces/a/events/A._~-": collectionEvents, "namespaces/a/deliveries/" + id: collectionDeliveries,

@@ -34,8 +34,10 @@ func (s publishService) Publish(ctx context.Context, r *grapnelv1.PublishRequest
 	return &grapnelv1.PublishResponse{
 		Name:                 eventName(ns, result.Event.ID),
 		Duplicate:            result.Duplicate,
-		MatchedSubscriptions: queuedFor(result.Event),
+		MatchedSubscriptions: clampInt32(int64(result.Event.Matched)),
+		SkippedSubscriptions: clampInt32(int64(result.Event.Skipped)),
 		AcceptTime:           timestamppb.New(result.Event.AcceptTime),
+		Uid:                  result.Event.UID,
 	}, nil
 }
 
@@ -109,7 +111,10 @@ func ofNamespace(err error) bool {
 
 func publishResult(ns string, ev *delivery.Event, r ingest.Result) *grapnelv1.PublishResult {
 	if r.Err == nil {
-		return &grapnelv1.PublishResult{Name: eventName(ns, r.Event.ID), Duplicate: r.Duplicate}
+		return &grapnelv1.PublishResult{
+			Name: eventName(ns, r.Event.ID), Duplicate: r.Duplicate, Uid: r.Event.UID, AcceptTime: timestamppb.New(r.Event.AcceptTime),
+			MatchedSubscriptions: clampInt32(int64(r.Event.Matched)), SkippedSubscriptions: clampInt32(int64(r.Event.Skipped)),
+		}
 	}
 	if bad, ok := errors.AsType[*ingest.FieldError](r.Err); ok {
 		return &grapnelv1.PublishResult{Error: invalid(Violation{bad.Field, bad.Description, bad.Rule}).item()}
@@ -123,15 +128,4 @@ func publishedName(ns string, ev *delivery.Event, err error) string {
 		return eventName(ns, ev.ID)
 	}
 	return namespaceName(ns)
-}
-
-// queuedFor counts the subscriptions that the event will be sent to.
-func queuedFor(ev *delivery.Event) int32 {
-	n := int32(0)
-	for i := range ev.Targets {
-		if !ev.Targets[i].Skip {
-			n++
-		}
-	}
-	return n
 }

@@ -261,7 +261,7 @@ func TestDisabledSubscriptionIsSkipped(t *testing.T) {
 	st.subscribe(t, "acme", "orders", nil)
 	st.disable(t, "acme", "orders")
 	got, err := st.publish.Publish(t.Context(), publishText("acme", "e1", ""))
-	if err != nil || got.GetMatchedSubscriptions() != 0 {
+	if err != nil || got.GetMatchedSubscriptions() != 1 || got.GetSkippedSubscriptions() != 1 || !strings.HasPrefix(got.GetUid(), "evt_") {
 		t.Fatalf("got %v %v", got, err)
 	}
 	list, err := st.deliveries.ListDeliveries(t.Context(), &grapnelv1.ListDeliveriesRequest{Parent: "namespaces/acme", Filter: "state = SKIPPED"})

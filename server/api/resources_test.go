@@ -71,7 +71,7 @@ func startWorld(t *testing.T) *world {
 	if err != nil {
 		t.Fatal(err)
 	}
-	journal.Start(func([]*delivery.Job) {})
+	journal.Start(&station{})
 	var running sync.WaitGroup
 	running.Go(func() { _ = registry.Run(ctx) })
 	running.Go(func() { _ = secrets.Run(ctx) })
@@ -286,17 +286,19 @@ func (e *fakeEngine) Retry(context.Context, delivery.ID, delivery.LaneKey, int) 
 	return nil, delivery.ErrNotFound
 }
 
-func (e *fakeEngine) CancelLane(_ context.Context, lane delivery.LaneKey, uid delivery.UID, reason string) (int, error) {
+func (e *fakeEngine) CancelLane(_ context.Context, lane delivery.LaneKey, reason string) (int, error) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	if uid == (delivery.UID{}) {
+	if lane.Subscription == 0 {
 		reason = "without a uid"
 	}
-	e.cancelled = append(e.cancelled, lane.Namespace+"/"+lane.Subscription+": "+reason)
+	e.cancelled = append(e.cancelled, reason)
 	return e.cancels, e.cancelErr
 }
 
-func (e *fakeEngine) InFlight(delivery.ID) bool { return false }
+func (e *fakeEngine) InFlight(delivery.ID, delivery.LaneKey) bool { return false }
+
+func (e *fakeEngine) WaitReason(delivery.ID, delivery.LaneKey) string { return "" }
 
 func (e *fakeEngine) Test(_ context.Context, _ *subscription.Subscription, ev *delivery.Event) (delivery.Attempt, error) {
 	e.mu.Lock()

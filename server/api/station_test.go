@@ -39,7 +39,23 @@ type station struct {
 	hooks      *hooks
 
 	mu   sync.Mutex
-	jobs []*delivery.Job
+	jobs []delivery.Job
+}
+
+// Offer, Timed and Edited make the station the journal's follower.
+func (st *station) Offer(_ delivery.Commit, jobs []delivery.Job) {
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	st.jobs = append(st.jobs, jobs...)
+}
+
+func (st *station) Timed(delivery.Commit, delivery.LaneKey, uint16, delivery.Row) {}
+
+func (st *station) Edited(delivery.Commit, delivery.LaneKey, uint16, uint64, uint32) {}
+
+// key is what the journal knows a namespace by.
+func (st *station) key(ns string) delivery.NamespaceKey {
+	return delivery.UID(st.registry.Snapshot().Namespace(ns).UID).NamespaceKey()
 }
 
 // hooks is an engine over a journal.
@@ -53,24 +69,24 @@ type hooks struct {
 	onRetry func(context.Context)
 }
 
-func (h *hooks) Cancel(ctx context.Context, id delivery.ID, _ delivery.LaneKey) (*delivery.Delivery, error) {
-	return h.journal.Cancel(ctx, id, "cancelled by a caller")
+func (h *hooks) Cancel(ctx context.Context, id delivery.ID, lane delivery.LaneKey) (*delivery.Delivery, error) {
+	return h.journal.Cancel(ctx, lane, id, "cancelled by a caller")
 }
 
-func (h *hooks) Retry(ctx context.Context, id delivery.ID, _ delivery.LaneKey, ifAttempts int) (*delivery.Delivery, error) {
+func (h *hooks) Retry(ctx context.Context, id delivery.ID, lane delivery.LaneKey, ifAttempts int) (*delivery.Delivery, error) {
 	h.mu.Lock()
 	hook := h.onRetry
 	h.mu.Unlock()
 	if hook != nil {
 		hook(ctx)
 	}
-	if h.InFlight(id) {
+	if h.InFlight(id, lane) {
 		return nil, delivery.ErrInvalidState
 	}
-	return h.journal.Retry(ctx, id, ifAttempts)
+	return h.journal.Retry(ctx, lane, id, ifAttempts)
 }
 
-func (h *hooks) InFlight(id delivery.ID) bool {
+func (h *hooks) InFlight(id delivery.ID, _ delivery.LaneKey) bool {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	return h.inFlight[id]
@@ -107,11 +123,7 @@ func startStation(t *testing.T, change ...func(*api.Options)) *station {
 	if err != nil {
 		t.Fatal(err)
 	}
-	st.journal.Start(func(jobs []*delivery.Job) {
-		st.mu.Lock()
-		defer st.mu.Unlock()
-		st.jobs = append(st.jobs, jobs...)
-	})
+	st.journal.Start(st)
 	var running sync.WaitGroup
 	running.Go(func() { _ = registry.Run(ctx) })
 	running.Go(func() { _ = secrets.Run(ctx) })
@@ -164,9 +176,9 @@ func (st *station) serve(t *testing.T) {
 }
 
 // takeJobs returns the deliveries that the journal has handed out so far, when there are n of them.
-func (st *station) takeJobs(t *testing.T, n int) []*delivery.Job {
+func (st *station) takeJobs(t *testing.T, n int) []delivery.Job {
 	t.Helper()
-	var jobs []*delivery.Job
+	var jobs []delivery.Job
 	eventually(t, func() bool {
 		st.mu.Lock()
 		defer st.mu.Unlock()

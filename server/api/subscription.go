@@ -204,13 +204,21 @@ func (s subscriptionService) DeleteSubscription(ctx context.Context, r *grapnelv
 // cancelOpen cancels what a deleted subscription leaves open and says how many there were. It is deleted, so
 // the caller's answer is OK whatever happens here: dispatch cancels the rest when it meets it.
 func (s *Server) cancelOpen(ctx context.Context, gone *subscription.Subscription, reason string) int {
-	lane := delivery.LaneKey{Namespace: gone.Namespace, Subscription: gone.ID}
-	n, err := s.Engine.CancelLane(ctx, lane, gone.UID, reason)
+	n, err := s.Engine.CancelLane(ctx, s.lane(gone), reason)
 	if err != nil {
 		s.log.WarnContext(ctx, "open deliveries of a deleted subscription are left to dispatch",
 			"subscription_id", gone.ID, "cancelled", n, "err", err)
 	}
 	return n
+}
+
+// lane is the queue of a subscription, also of one that has just been deleted.
+func (s *Server) lane(sub *subscription.Subscription) delivery.LaneKey {
+	lane := delivery.LaneKey{Subscription: delivery.UID(sub.UID).SubscriptionKey()}
+	if n := s.Registry.Snapshot().Namespace(sub.Namespace); n != nil {
+		lane.Namespace = delivery.UID(n.UID).NamespaceKey()
+	}
+	return lane
 }
 
 // PauseSubscription stops attempts while events keep queueing. Repeating it changes the reason only.

@@ -491,7 +491,7 @@ func TestDeletePauseResumeSubscription(t *testing.T) {
 	if err != nil || gone.GetCancelledDeliveries() != 7 {
 		t.Errorf("deleted = %v, %v", gone, err)
 	}
-	if want := []string{"acme/orders: subscription deleted"}; !slices.Equal(w.engine.cancelled, want) {
+	if want := []string{"subscription deleted"}; !slices.Equal(w.engine.cancelled, want) {
 		t.Errorf("cancelled lanes = %q, want %q", w.engine.cancelled, want)
 	}
 	_, err = w.subscriptions.DeleteSubscription(ctx, &grapnelv1.DeleteSubscriptionRequest{Name: name})

@@ -33,7 +33,7 @@ func TestTestSubscription(t *testing.T) {
 		t.Errorf("attempt = %v", got)
 	}
 	sample := w.engine.tested[0]
-	if sample.Type != "grapnel.test" || sample.Namespace != "acme" || sample.ContentType != "application/json" || len(sample.Payload) == 0 ||
+	if sample.Type != "grapnel.test" || sample.ContentType != "application/json" || len(sample.Payload) == 0 ||
 		sample.ID == "" || sample.Source != "//grapnel/acme" {
 		t.Errorf("sample event = %+v", sample)
 	}

@@ -2,17 +2,10 @@ package delivery
 
 import (
 	"context"
-	"encoding/binary"
-	"errors"
 	"fmt"
-	"strings"
 	"sync/atomic"
 	"time"
 	"unicode/utf8"
-
-	"github.com/cockroachdb/pebble/v2"
-
-	storev1 "github.com/grapnel/grapnel/proto/grapnel/store/v1"
 )
 
 const (
@@ -38,7 +31,7 @@ type appendPart struct {
 }
 
 type appendEntry struct {
-	event  *Event
+	Publication
 	result *AppendResult
 }
 
@@ -49,10 +42,10 @@ func (c *appendCall) finish() {
 }
 
 // Append stores events, each with one delivery per target, and returns one result per event, in order,
-// once they are durable. An event whose namespace, ID and ContentHash were accepted within the last 24
-// hours is a Duplicate of that one; with another hash it is ErrEventConflict. The events belong to the
-// journal from here on, whatever the result; when ctx ends early they may still be stored.
-func (j *Journal) Append(ctx context.Context, events []*Event) []AppendResult {
+// once they are durable. An event whose namespace, Source, ID and ContentHash were accepted within the last 24
+// hours is a Duplicate of that one; with another hash it is ErrEventConflict. The events and targets belong to
+// the journal from here on, whatever the result; when ctx ends early they may still be stored.
+func (j *Journal) Append(ctx context.Context, events []Publication) []AppendResult {
 	if j.space.low() {
 		j.metrics.refused.Add(uint64(len(events)))
 		return sameResult(len(events), ErrDiskFull)
@@ -61,7 +54,7 @@ func (j *Journal) Append(ctx context.Context, events []*Event) []AppendResult {
 	parts := j.split(call, events)
 	call.left.Store(int32(len(parts)))
 	for _, part := range parts {
-		p := j.partitions[part.entries[0].event.Partition]
+		p := j.partitions[part.entries[0].Event.Partition]
 		if !p.enqueue(part) {
 			for _, e := range part.entries {
 				e.result.Err = ErrClosed
@@ -90,22 +83,23 @@ func sameResult(n int, err error) []AppendResult {
 }
 
 // split groups the events that can be stored by partition, keeping their order.
-func (j *Journal) split(call *appendCall, events []*Event) []appendPart {
+func (j *Journal) split(call *appendCall, events []Publication) []appendPart {
 	entries := make([]appendEntry, 0, len(events))
 	sizes := make([]int32, len(j.partitions))
-	for i, e := range events {
+	for i := range events {
 		result := &call.results[i]
-		if result.Err = checkEvent(e); result.Err != nil {
+		if result.Err = checkPublication(&events[i]); result.Err != nil {
 			continue
 		}
+		e := events[i].Event
 		e.Partition = partitionOf(e.Namespace, e.ID, len(j.partitions))
 		sizes[e.Partition]++
-		entries = append(entries, appendEntry{e, result})
+		entries = append(entries, appendEntry{events[i], result})
 	}
 	if len(entries) == 0 {
 		return nil
 	}
-	if int(sizes[entries[0].event.Partition]) == len(entries) {
+	if int(sizes[entries[0].Event.Partition]) == len(entries) {
 		return []appendPart{{call, entries, sizeOf(entries)}}
 	}
 	grouped := make([]appendEntry, len(entries))
@@ -120,7 +114,7 @@ func (j *Journal) split(call *appendCall, events []*Event) []appendPart {
 		at += n
 	}
 	for _, e := range entries {
-		k := e.event.Partition
+		k := e.Event.Partition
 		grouped[next[k]] = e
 		next[k]++
 	}
@@ -130,25 +124,28 @@ func (j *Journal) split(call *appendCall, events []*Event) []appendPart {
 	return parts
 }
 
+// sizeOf is about what the entries take in a batch.
 func sizeOf(entries []appendEntry) int {
 	size := 0
 	for _, e := range entries {
-		size += len(e.event.Payload) + 128*len(e.event.Targets)
+		size += 160 + sizeOfEvent(e.Event) + sizeOfTargets(e.Targets) + 56*len(e.Targets)
 	}
 	return size
 }
 
-// checkEvent refuses what has no key or cannot be encoded; the rules of the API are stricter.
-func checkEvent(e *Event) error {
+// maxTargets keeps an event's batch, and the record of its targets, to a size that the journal's engine takes.
+const maxTargets = 1 << 20
+
+// checkPublication refuses what cannot be encoded; the rules of the API are stricter.
+func checkPublication(pub *Publication) error {
+	e := pub.Event
 	switch {
-	case e.Namespace == "" || strings.IndexByte(e.Namespace, 0) >= 0:
-		return fmt.Errorf("%w: bad namespace %q", ErrInvalidEvent, e.Namespace)
 	case e.ID == "":
 		return fmt.Errorf("%w: no id", ErrInvalidEvent)
-	case len(e.Targets) > 1<<16:
-		return fmt.Errorf("%w: %d targets", ErrInvalidEvent, len(e.Targets))
+	case len(pub.Targets) > maxTargets:
+		return fmt.Errorf("%w: %d targets, at most %d are possible", ErrInvalidEvent, len(pub.Targets), maxTargets)
 	}
-	for _, text := range [...]string{e.Namespace, e.ID, e.Source, e.Type, e.Subject, e.ContentType, e.Schema} {
+	for _, text := range [...]string{e.ID, e.Source, e.Type, e.Subject, e.ContentType, e.Schema} {
 		if !utf8.ValidString(text) {
 			return fmt.Errorf("%w: text is not UTF-8", ErrInvalidEvent)
 		}
@@ -158,27 +155,21 @@ func checkEvent(e *Event) error {
 			return fmt.Errorf("%w: attribute is not UTF-8", ErrInvalidEvent)
 		}
 	}
-	return checkTargets(e.Targets)
+	return checkTargets(pub.Targets)
 }
 
+// checkTargets refuses a subscription twice: it is part of the key, so one event can have it once.
 func checkTargets(targets []Target) error {
-	// The subscription is part of the key, so one event can have it once.
-	var seen map[string]struct{}
-	if len(targets) > 1 {
-		seen = make(map[string]struct{}, len(targets))
+	if len(targets) < 2 {
+		return nil
 	}
+	seen := make(map[SubscriptionKey]struct{}, len(targets))
 	for i := range targets {
-		name := targets[i].Subscription
-		if name == "" || strings.IndexByte(name, 0) >= 0 || !utf8.ValidString(name) {
-			return fmt.Errorf("%w: bad subscription %q", ErrInvalidEvent, name)
+		key := targets[i].UID.SubscriptionKey()
+		if _, twice := seen[key]; twice {
+			return fmt.Errorf("%w: subscription %q twice", ErrInvalidEvent, targets[i].Subscription)
 		}
-		if seen == nil {
-			continue
-		}
-		if _, twice := seen[name]; twice {
-			return fmt.Errorf("%w: subscription %q twice", ErrInvalidEvent, name)
-		}
-		seen[name] = struct{}{}
+		seen[key] = struct{}{}
 	}
 	return nil
 }
@@ -198,153 +189,104 @@ func (p *partition) enqueue(part appendPart) bool {
 	return true
 }
 
-// applyAppends adds the events to the batch and reports whether any was fresh.
-func (p *partition) applyAppends(b *pebble.Batch, parts []appendPart) bool {
-	fresh := false
-	clear(p.seen)
-	many := len(parts) > 1 || len(parts) == 1 && len(parts[0].entries) > 1
-	for i := range parts {
-		for _, e := range parts[i].entries {
-			*e.result = p.appendOne(b, e.event, many)
-			fresh = fresh || e.result.Err == nil && !e.result.Duplicate
-		}
-	}
-	return fresh
+// inRound finds events of the same round by their identity.
+type inRound map[spacedIdentity]*Event
+
+type spacedIdentity struct {
+	ns NamespaceKey
+	identity
 }
 
-// appendOne gives the event its sequence and adds its records to the batch, unless it is known.
-func (p *partition) appendOne(b *pebble.Batch, e *Event, many bool) AppendResult {
-	seq := max(p.lastSeq+1, seqAt(p.now))
-	if many {
-		id := eventKey{e.Namespace, e.ID}
-		if first := p.seen[id]; first != nil {
-			return p.known(first, first.ContentHash == e.ContentHash)
-		}
-		p.seen[id] = e
+// publish prepares the appends of a round.
+func (c *commit) publish(parts []appendPart) {
+	var seen inRound
+	if len(parts) > 1 || len(parts) == 1 && len(parts[0].entries) > 1 {
+		seen = make(inRound)
 	}
+	for i := range parts {
+		for _, e := range parts[i].entries {
+			c.outcomes = append(c.outcomes, outcome{e.result, c.publishOne(&e.Publication, seen)})
+		}
+	}
+}
+
+// publishOne gives the event its sequence and adds its records to the batch, unless it is known.
+func (c *commit) publishOne(pub *Publication, seen inRound) AppendResult {
+	p, e := c.p, pub.Event
+	id := identityOf(e.Source, e.ID)
+	if seen != nil {
+		if first := seen[spacedIdentity{e.Namespace, id}]; first != nil {
+			return c.known(first, first.ContentHash == e.ContentHash)
+		}
+	}
+	seq := p.nextSeq(c.lastSeq, c.at)
 	today := dayOf(seq)
-	p.key = appendIdempotencyKey(p.key[:0], p.index, today, e.Namespace, e.ID)
-	p.filter.turn(today)
-	hash := p.filter.hash(p.key)
-	if result, known := p.lookUp(e, today, hash); known {
-		if many {
-			delete(p.seen, eventKey{e.Namespace, e.ID})
+	if mixed := id.mixed(e.Namespace); !p.ids.fresh(mixed) {
+		if result, known := c.lookUp(e, id, today); known {
+			return result
 		}
-		return result
+		c.ids = append(c.ids, mixed)
+	} else {
+		c.ids = append(c.ids, mixed)
 	}
-	p.filter.add(hash)
-	p.lastSeq = seq
-	e.Seq, e.AcceptTime, e.UID = seq, p.now, eventUID(p.j.id, p.index, seq)
-	p.idem.Seq, p.idem.ContentHash, p.idem.Targets = seq, e.ContentHash[:], uint32(len(e.Targets))
-	putRecord(b, p.key, &p.idem)
-	eventRecord(&p.event, e)
-	p.key = appendEventKey(p.key[:0], p.index, e.Namespace, seq)
-	putRecord(b, p.key, &p.event)
-	p.appendDeliveries(b, e)
-	if e.Namespace != p.lastSpace {
-		p.j.addSpace(e.Namespace)
-		p.lastSpace = e.Namespace
+	if seen != nil {
+		seen[spacedIdentity{e.Namespace, id}] = e
 	}
-	p.j.metrics.stored.Add(1)
+	c.lastSeq = seq
+	e.Partition, e.Seq, e.AcceptTime, e.UID = p.number, seq, c.at, eventUID(p.memory.journal, p.number, seq)
+	e.Matched, e.Skipped = len(pub.Targets), 0
+	for i := range pub.Targets {
+		if pub.Targets[i].Skip {
+			e.Skipped++
+		}
+	}
+	p.key = appendIdentityKey(p.key[:0], p.number, today, e.Namespace, id)
+	p.value = encodeKnown(p.value[:0], &known{seq, InstantOf(c.at), e.ContentHash})
+	c.set(p.key, p.value)
+	p.key = appendEventKey(p.key[:0], p.number, today, e.Namespace, seq)
+	p.value = encodeEvent(p.value[:0], e)
+	c.set(p.key, p.value)
+	c.target(pub, today)
+	c.stored = append(c.stored, *pub)
+	if cap(p.value) > 1<<20 {
+		p.value = nil // a large event's memory is not kept
+	}
 	return AppendResult{Event: e}
 }
 
-func dayOf(seq uint64) uint32 { return uint32(seq >> seqCounterBits / uint64(day.Milliseconds())) }
-
-func (p *partition) known(original *Event, same bool) AppendResult {
-	if !same {
-		p.j.metrics.refused.Add(1)
-		return AppendResult{Err: ErrEventConflict}
-	}
-	p.j.metrics.duplicates.Add(1)
-	return AppendResult{Event: original, Duplicate: true}
-}
-
-// lookUp finds the event of this id in the records of today and yesterday; p.key is today's key.
-func (p *partition) lookUp(e *Event, today uint32, hash uint64) (AppendResult, bool) {
-	if p.filter.fresh(hash) {
-		return AppendResult{}, false
-	}
-	for d := today; d+2 > today; d-- {
-		binary.BigEndian.PutUint32(p.key[bodyOffset:], d)
-		value, closer, err := p.j.db.Get(p.key)
-		if errors.Is(err, pebble.ErrNotFound) {
-			continue
-		}
-		if err != nil {
-			return AppendResult{Err: fmt.Errorf("look up event: %w", err)}, true
-		}
-		var rec storev1.IdempotencyRecord
-		err = p.j.decode(p.key, value, &rec)
-		_ = closer.Close()
-		if err != nil {
-			return AppendResult{Err: err}, true
-		}
-		if p.now.Sub(seqTime(rec.GetSeq())) > dedupWindow {
-			break
-		}
-		return p.known(p.original(e, &rec), string(rec.GetContentHash()) == string(e.ContentHash[:])), true
-	}
-	binary.BigEndian.PutUint32(p.key[bodyOffset:], today)
-	return AppendResult{}, false
-}
-
-// original reads the event that e repeats, or makes it up from e when it is no longer retained.
-func (p *partition) original(e *Event, rec *storev1.IdempotencyRecord) *Event {
-	if first, err := p.j.readEvent(p.index, e.Namespace, rec.GetSeq()); err == nil {
-		return first
-	}
-	first := *e
-	first.Partition, first.Seq = p.index, rec.GetSeq()
-	first.AcceptTime, first.UID = seqTime(rec.GetSeq()), eventUID(p.j.id, p.index, rec.GetSeq())
-	first.Targets = make([]Target, rec.GetTargets())
-	return &first
-}
-
-// appendDeliveries adds a delivery per target, and collects the jobs of those that are due.
-func (p *partition) appendDeliveries(b *pebble.Batch, e *Event) {
-	if len(e.Targets) == 0 {
+// target adds the deliveries of an event.
+func (c *commit) target(pub *Publication, today dayKey) {
+	p, e := c.p, pub.Event
+	if len(pub.Targets) == 0 {
 		return
 	}
-	start, deferred := e.AcceptTime, e.DeliverTime.After(e.AcceptTime)
+	p.key = appendTargetsKey(p.key[:0], p.number, today, e.Namespace, e.Seq)
+	p.value = encodeTargets(p.value[:0], pub.Targets)
+	c.set(p.key, p.value)
+	start, deferred := startOf(e)
+	row := Row{Kind: FIFO, Seq: e.Seq, Epoch: 1}
 	if deferred {
-		start = e.DeliverTime
+		row.Kind, row.Due = Timer, InstantOf(start)
 	}
-	// One block per event: its jobs hold the same event anyway.
-	var jobs []Job
-	if !deferred {
-		jobs = make([]Job, 0, len(e.Targets))
-	}
-	rec := &p.delivery
-	for i := range e.Targets {
-		t := &e.Targets[i]
-		lane := LaneKey{e.Namespace, t.Subscription}
-		expire := start.Add(maxAge(t.MaxAge, e.TTL))
-		rec.Reset()
-		rec.State, rec.Ordinal, rec.SubscriptionUid = uint32(Pending), uint32(i), t.UID[:]
-		rec.MaxAttempts, rec.ExpireTime = uint32(max(t.MaxAttempts, 1)), expire.UnixNano()
-		switch {
-		case t.Skip:
-			rec.State, rec.CompleteTime, rec.StateReason = uint32(Skipped), e.AcceptTime.UnixNano(), reasonSkipped
-			p.putIndex(b, lane, Skipped, e.Seq)
-		case deferred:
-			rec.NextAttemptTime = e.DeliverTime.UnixNano()
-			p.putIndex(b, lane, Pending, e.Seq)
-			p.putTimer(b, lane, rec.NextAttemptTime, e.Seq)
-			p.timers = append(p.timers, laneTimer{lane, e.DeliverTime})
-		default:
-			jobs = append(jobs, Job{
-				ID: ID{Seq: e.Seq, Partition: p.index, Ordinal: uint16(i)}, Event: e, Subscription: t.Subscription,
-				SubscriptionUID: t.UID, MaxAttempts: max(t.MaxAttempts, 1), Expire: expire,
-			})
-			p.jobs = append(p.jobs, &jobs[len(jobs)-1])
-		}
+	for i := range pub.Targets {
+		t := &pub.Targets[i]
+		lane := LaneKey{e.Namespace, t.UID.SubscriptionKey()}
+		pr := progress{epoch: 1, maxAttempts: max(t.MaxAttempts, 1), expire: InstantOf(start.Add(maxAge(t.MaxAge, e.TTL)))}
 		if !t.Skip {
-			p.j.counts.add(lane, 1)
+			c.putRow(lane, row, &pr)
+			continue
 		}
-		p.key = appendDeliveryKey(p.key[:0], p.index, lane, e.Seq)
-		putRecord(b, p.key, rec)
+		c.putStanding(today, lane, e.Seq, &standing{progress: pr, state: Skipped, reason: reasonSkipped, complete: InstantOf(c.at)})
+		c.bury(today, lane, e.Seq)
 	}
+}
+
+// startOf is when the first attempt may be made, and whether that is later than now.
+func startOf(e *Event) (start time.Time, deferred bool) {
+	if e.DeliverTime.After(e.AcceptTime) {
+		return e.DeliverTime, true
+	}
+	return e.AcceptTime, false
 }
 
 const reasonSkipped = "the subscription was disabled"
@@ -360,22 +302,51 @@ func maxAge(target, ttl time.Duration) time.Duration {
 	return target
 }
 
-func (p *partition) putIndex(b *pebble.Batch, lane LaneKey, state State, seq uint64) {
-	p.key = appendIndexKey(p.key[:0], p.index, lane, state, seq)
-	putMark(b, p.key)
+// known answers for an event whose identity is taken.
+func (c *commit) known(original *Event, same bool) AppendResult {
+	if !same {
+		c.refused++
+		return AppendResult{Err: ErrEventConflict}
+	}
+	c.duplicate++
+	return AppendResult{Event: original, Duplicate: true}
 }
 
-func (p *partition) deleteIndex(b *pebble.Batch, lane LaneKey, state State, seq uint64) {
-	p.key = appendIndexKey(p.key[:0], p.index, lane, state, seq)
-	deleteKey(b, p.key)
+// lookUp finds the event of this identity among those of the last 24 hours.
+func (c *commit) lookUp(e *Event, id identity, today dayKey) (AppendResult, bool) {
+	p := c.p
+	days := idDaysOf(today)
+	if p.ahead.high != 0 && c.at.Sub(p.ahead.noticed.Time()) <= dedupWindow {
+		days = append(days, p.aheadDays...)
+	}
+	for _, d := range days {
+		var k known
+		found, err := p.j.get(c.r, appendIdentityKey(nil, p.number, d, e.Namespace, id), func(value []byte) (err error) {
+			k, err = decodeKnown(value)
+			return err
+		})
+		if err != nil {
+			return AppendResult{Err: fmt.Errorf("look up event: %w", err)}, true
+		}
+		if !found {
+			continue
+		}
+		if c.at.Sub(k.accept.Time()) > dedupWindow {
+			return AppendResult{}, false
+		}
+		return c.known(c.original(e, &k), k.hash == e.ContentHash), true
+	}
+	return AppendResult{}, false
 }
 
-func (p *partition) putTimer(b *pebble.Batch, lane LaneKey, due int64, seq uint64) {
-	p.key = appendTimerKey(p.key[:0], p.index, lane, due, seq)
-	putMark(b, p.key)
-}
-
-func (p *partition) deleteTimer(b *pebble.Batch, lane LaneKey, due int64, seq uint64) {
-	p.key = appendTimerKey(p.key[:0], p.index, lane, due, seq)
-	deleteKey(b, p.key)
+// original reads the event that e repeats, or makes it up from e when it is no longer retained.
+func (c *commit) original(e *Event, k *known) *Event {
+	p := c.p
+	if first, err := p.readEvent(c.r, e.Namespace, k.seq); err == nil {
+		return first
+	}
+	first := *e
+	first.Partition, first.Seq = p.number, k.seq
+	first.AcceptTime, first.UID = k.accept.Time(), eventUID(p.memory.journal, p.number, k.seq)
+	return &first
 }

@@ -1,354 +1,316 @@
 package delivery
 
 import (
-	"context"
-	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/cockroachdb/pebble/v2"
 
-	storev1 "github.com/grapnel/grapnel/proto/grapnel/store/v1"
+	"github.com/grapnel/grapnel/server/delivery/highwater"
 )
 
-const (
-	// settleDelay is how long a settle waits for company; with a busy processor it stays below the
-	// promised 20 ms.
-	settleDelay = 10 * time.Millisecond
-	// settleBatch settles are committed without waiting for more.
-	settleBatch = 256
-	// maxSettles bounds what waits while the disk is slow; Settle blocks above it.
-	maxSettles = 1 << 15
-	// syncDelay is how long a buffered commit waits for its sync; settleDelay and the sync itself come on
-	// top and must stay below the promised 100 ms.
-	syncDelay = 60 * time.Millisecond
-	// A round takes no more appends than these.
-	maxRoundEvents = 1024
-	maxRoundBytes  = 4 << 20
-)
-
-// partition owns one partition's keys. Its committer goroutine is the only writer of them, so whatever it
-// reads while it prepares a batch stays true until that batch is committed.
-type partition struct {
-	j     *Journal
-	index uint16
-	// handed is the highest sequence whose commit has returned. What lies above may be visible in Pebble
-	// but may not be durable, so Backlog does not read it. It rises before onCommit is called: whoever is
-	// told of a job can read it, and may have read it already.
-	handed atomic.Uint64
-	// reopened counts changes that make final deliveries open again; Retain starts over when it moves.
-	reopened atomic.Uint64
-	filter   *idFilter
-	wake     chan struct{}
-	timer    *time.Timer
-
-	mu      sync.Mutex
-	room    sync.Cond // settles has shrunk
-	appends []appendPart
-	settles []settle
-	edits   []edit
-	// settling is set while settles that have left the queue are not visible yet.
-	settling bool
-	since    time.Time // when the first of settles came
-	closing  bool
-
-	committer
+// A commit is how a partition changes: prepared, appended to the log, applied. Preparing reads what has been
+// applied and changes nothing, so that a commit that the log refuses leaves no trace. All that the commit will have
+// done beside its batch, in memory and to those who wait, is kept as its effects until it is applied.
+type commit struct {
+	p     *partition
+	index Commit
+	at    time.Time
+	batch *pebble.Batch
+	// r shows the partition with what has been prepared so far; only where there are edits, or settles that may come
+	// after one.
+	r pebble.Reader
+	// firm: durable before anybody learns of it. Else it is visible at once and durable within 100 ms; losing it
+	// only repeats attempts.
+	firm bool
+	effects
 }
 
-// committer is what only the committer goroutine touches.
-type committer struct {
-	lastSeq  uint64
-	spare    []settle
-	parts    []appendPart
-	jobs     []*Job
-	timers   []laneTimer
-	seen     map[eventKey]*Event
-	now      time.Time
-	key      []byte
-	event    storev1.EventRecord
-	delivery storev1.DeliveryRecord
-	attempt  storev1.AttemptRecord
-	idem     storev1.IdempotencyRecord
-	edited   editedSet
-	// lastSpace saves a look at the set of namespaces for most events.
-	lastSpace string
+// effects of a commit.
+type effects struct {
+	lastSeq   uint64
+	edited    bool      // a caller changed something
+	memory    *memory   // replaced
+	sweeping  *sweeping // replaced
+	stored    []Publication
+	ids       []uint64 // for the filter
+	outcomes  []outcome
+	steps     []step
+	opened    []openChange
+	answers   []answer
+	settled   uint64
+	duplicate uint64
+	refused   uint64
 }
 
-type eventKey struct{ namespace, id string }
+// outcome is what an Append is to be told of one event.
+type outcome struct {
+	to *AppendResult
+	AppendResult
+}
 
-// laneTimer is a timer that an append made.
-type laneTimer struct {
+// step is what the follower is to be told, in order.
+type step struct {
+	settled Settled // or, where nil
+	edited  bool    // Edited, else Timed
+	lane    LaneKey
+	row     Row
+}
+
+// openChange changes how many deliveries of a lane are open.
+type openChange struct {
 	lane LaneKey
-	due  time.Time
+	by   int64
 }
 
-// edit is a change that reads before it writes, run by the committer. A nil run only waits for the
-// settles before it.
-type edit struct {
-	run  func() error
-	done chan error
+type answer struct {
+	to  chan error
+	err error
 }
 
-// work is what one round takes.
-type work struct {
-	appends []appendPart
-	settles []settle
-	edits   []edit
-}
-
-func newPartition(j *Journal, index uint16, lastSeq uint64) *partition {
-	p := &partition{j: j, index: index, filter: newIDFilter(), wake: make(chan struct{}, 1)}
-	p.room.L = &p.mu
-	p.lastSeq = lastSeq
-	p.handed.Store(lastSeq)
-	p.seen = make(map[eventKey]*Event)
-	p.timer = time.AfterFunc(time.Hour, p.signal)
-	p.timer.Stop()
-	return p
-}
-
-func (p *partition) signal() {
-	select {
-	case p.wake <- struct{}{}:
-	default:
+// prepare makes the commit of a round: settles, then edits, then appends, each seeing those before it. What is
+// appended comes last because its jobs are settled without a look: nothing may have changed them.
+func (p *partition) prepare(w work) *commit {
+	c := &commit{p: p, index: p.index + 1, at: p.j.now(), r: p.j.db}
+	c.lastSeq = p.lastSeq
+	if size := batchSize(w); len(w.edits) > 0 || p.edited(w.settles) {
+		c.batch = p.j.db.NewIndexedBatchWithSize(size)
+		c.r = c.batch
+	} else {
+		c.batch = p.j.db.NewBatchWithSize(size)
 	}
+	for i := range w.settles {
+		c.settle(&w.settles[i])
+	}
+	for _, e := range w.edits {
+		c.answers = append(c.answers, answer{e.done, e.run(c)})
+	}
+	c.publish(w.appends)
+	c.firm = c.firm || len(c.stored) > 0
+	if c.memory != nil {
+		p.value = encodeMemory(p.value[:0], c.memory)
+		c.set(appendTag(p.key[:0], p.number, tagPartition), p.value)
+	}
+	if !c.batch.Empty() {
+		p.value = encodeCommitMark(p.value[:0], commitMark{c.index, c.lastSeq, InstantOf(c.at)})
+		c.set(appendTag(p.key[:0], p.number, tagCommit), p.value)
+	}
+	return c
 }
 
-// run commits until the partition is closed and nothing is left.
-func (p *partition) run() {
-	for {
-		w, ok := p.take()
-		if !ok {
-			return
+// edited reports whether a caller may have changed what is to be settled.
+func (p *partition) edited(settles []settle) bool {
+	for i := range settles {
+		if settles[i].failing == nil && settles[i].job.AsOf < p.lastEdit {
+			return true
 		}
-		p.round(w)
 	}
-}
-
-// take waits for work. Settles wait for company unless something else is to be committed.
-func (p *partition) take() (work, bool) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	for {
-		due := len(p.settles) >= settleBatch || len(p.settles) > 0 && time.Since(p.since) >= settleDelay
-		if due || len(p.appends) > 0 || len(p.edits) > 0 || p.closing {
-			break
-		}
-		p.mu.Unlock()
-		<-p.wake
-		p.mu.Lock()
-	}
-	w := work{appends: p.takeAppends(), settles: p.settles, edits: p.edits}
-	p.settles, p.spare = p.spare, nil
-	p.edits = nil
-	p.settling = len(w.settles) > 0
-	p.room.Broadcast()
-	return w, len(w.appends)+len(w.settles)+len(w.edits) > 0 || !p.closing
-}
-
-// takeAppends moves as many waiting appends as fit a round to p.parts.
-func (p *partition) takeAppends() []appendPart {
-	var n, events, bytes int
-	for n < len(p.appends) && events < maxRoundEvents && bytes < maxRoundBytes {
-		events += len(p.appends[n].entries)
-		bytes += p.appends[n].bytes
-		n++
-	}
-	p.parts = append(p.parts[:0], p.appends[:n]...)
-	left := copy(p.appends, p.appends[n:])
-	clear(p.appends[left:])
-	p.appends = p.appends[:left]
-	return p.parts
-}
-
-// round makes one batch of all appends and settles, commits it, hands the fresh jobs over, answers the
-// appends and then runs the edits.
-func (p *partition) round(w work) {
-	p.now = p.j.now()
-	if len(w.appends)+len(w.settles) > 0 {
-		b := p.j.db.NewBatchWithSize(batchSize(w))
-		for i := range w.settles {
-			p.applySettle(b, &w.settles[i])
-		}
-		fresh := p.applyAppends(b, w.appends)
-		p.commit(b, fresh)
-		p.handed.Store(p.lastSeq)
-	}
-	p.recycle(w.settles)
-	if len(p.jobs) > 0 {
-		jobs := p.jobs
-		p.jobs = nil // onCommit keeps the slice
-		p.j.onCommit(jobs)
-	}
-	for _, t := range p.timers {
-		p.j.onTimer(t.lane, p.index, t.due)
-	}
-	p.timers = p.timers[:0]
-	for i := range w.appends {
-		w.appends[i].call.finish()
-	}
-	clear(w.appends)
-	p.runEdits(w.edits)
+	return false
 }
 
 func batchSize(w work) int {
-	size := 256 + 256*len(w.settles)
+	size := 256 + 192*len(w.settles)
 	for i := range w.appends {
-		size += w.appends[i].bytes + 512*len(w.appends[i].entries)
+		size += w.appends[i].bytes
 	}
 	return size
 }
 
-// recycle gives the settles' memory back to the queue.
-func (p *partition) recycle(settles []settle) {
-	clear(settles)
-	if cap(settles) > 4*settleBatch {
-		settles = nil
-	}
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.spare = settles[:0]
-	p.settling = false
+// append hands the commit to the replicated log, where there is one, and reports whether it stands. A single node
+// has none: its Pebble is the log.
+func (p *partition) append(*commit) bool {
+	return p.j.refuse == nil || !p.j.refuse(p.number)
 }
 
-// runEdits runs edits in order, each in a batch of its own so that it sees those before it, and syncs once.
-func (p *partition) runEdits(edits []edit) {
-	wrote := p.j.written.Load()
-	errs := make([]error, len(edits))
-	for i, e := range edits {
-		if e.run != nil {
-			errs[i] = e.run()
+// apply makes the commit visible, and durable if it is firm, then has its effects happen. It does not fail: an
+// error that leaves open what the disk holds ends the process.
+func (p *partition) apply(c *commit) {
+	for i := range c.stored {
+		e := c.stored[i].Event
+		if p.events.add(e) != e {
+			p.j.die("two events have the sequence " + eventUID(p.j.id, p.number, e.Seq))
 		}
 	}
-	if p.j.written.Load() != wrote {
-		p.j.syncWAL()
+	if !c.batch.Empty() {
+		p.visible.Lock()
+		p.write(c)
+		p.index, p.appliedSeq = c.index, c.lastSeq
+		p.visible.Unlock()
 	}
-	for i, e := range edits {
-		e.done <- errs[i]
+	_ = c.batch.Close()
+	p.lastSeq = c.lastSeq
+	if c.edited {
+		p.lastEdit = c.index
+	}
+	if c.memory != nil {
+		p.memory = *c.memory
+		p.swept.Store(&c.memory.swept)
+	}
+	if c.sweeping != nil {
+		p.sweeping = c.sweeping
+	}
+	p.ids.turn(dayOf(c.lastSeq))
+	for _, id := range c.ids {
+		p.ids.add(id)
+	}
+	p.j.counts.apply(c)
+	p.j.metrics.applied(c)
+	p.tell(c)
+	for i := range c.outcomes {
+		*c.outcomes[i].to = c.outcomes[i].AppendResult
+	}
+	for i := range p.parts {
+		p.parts[i].call.finish()
+	}
+	clear(p.parts)
+	p.parts = p.parts[:0]
+	for _, a := range c.answers {
+		a.to <- a.err
 	}
 }
 
-// commit is the only way in which anything is written once the journal has been opened: one batch of one
-// partition. When it returns the batch is visible, and durable if sync is set. A replicated journal
-// appends the batch to its log here. It does not fail: an error that leaves open what the disk holds
-// ends the process.
-func (p *partition) commit(b *pebble.Batch, sync bool) {
-	if b.Empty() {
-		_ = b.Close()
-		return
-	}
-	written := p.j.written.Load()
+// write is the only place where anything is written once the partition has been started.
+func (p *partition) write(c *commit) {
 	opts := pebble.NoSync
-	if sync {
+	if c.firm {
 		opts = pebble.Sync
 	}
-	start := time.Now()
-	if err := b.Commit(opts); err != nil {
+	written := p.j.syncs.written.Load()
+	start := p.j.syncs.begin(c.firm)
+	if err := c.batch.Commit(opts); err != nil {
 		p.j.die("commit: " + err.Error())
 	}
-	_ = b.Close()
-	if sync {
+	if c.firm {
+		p.j.syncs.end(start)
 		p.j.metrics.synced(time.Since(start))
-		p.j.nowSynced(written)
+		p.j.syncs.done(written)
+		p.j.durable(p.number, highwater.Mark{Commit: uint64(c.index), Seq: c.lastSeq, Log: p.j.logNumber.Load()})
 		return
 	}
 	p.j.metrics.buffered.Add(1)
-	p.j.written.Add(1)
-	select {
-	case p.j.dirty <- struct{}{}:
-	default:
+	p.j.syncs.buffered()
+}
+
+// maxOffer bounds the jobs that are offered at once, and so the memory that a large event's take.
+const maxOffer = 1024
+
+// tell has the follower know, in order: rows that were settled or edited, then fresh ones.
+func (p *partition) tell(c *commit) {
+	for i := range c.steps {
+		switch s := &c.steps[i]; {
+		case s.settled != nil:
+			s.settled.Settled(c.index)
+		case s.edited:
+			p.j.follower.Edited(c.index, s.lane, p.number, s.row.Seq, s.row.Epoch)
+		default:
+			p.j.follower.Timed(c.index, s.lane, p.number, s.row)
+		}
+	}
+	for i := range c.stored {
+		p.offer(c, &c.stored[i])
+	}
+	p.flush(c)
+	for i := range c.stored {
+		p.events.release(c.stored[i].Event)
 	}
 }
 
-// do runs an edit on the committer goroutine and waits for it to be durable. When ctx ends first the edit
-// may still be made.
-func (p *partition) do(ctx context.Context, run func() error) error {
-	done := make(chan error, 1)
+// offer collects the jobs of a stored event, and tells of its timers.
+func (p *partition) offer(c *commit, pub *Publication) {
+	e := pub.Event
+	start, deferred := startOf(e)
+	for i := range pub.Targets {
+		t := &pub.Targets[i]
+		if t.Skip {
+			continue
+		}
+		key := t.UID.SubscriptionKey()
+		if deferred {
+			p.j.follower.Timed(c.index, LaneKey{e.Namespace, key}, p.number, Row{Timer, InstantOf(start), e.Seq, 1})
+			continue
+		}
+		p.jobs = append(p.jobs, Job{
+			ID: ID{e.Seq, p.number, key}, Event: e, Epoch: 1, AsOf: c.index,
+			MaxAttempts: max(t.MaxAttempts, 1), Expire: start.Add(maxAge(t.MaxAge, e.TTL)),
+		})
+		if len(p.jobs) == maxOffer {
+			p.flush(c)
+		}
+	}
+}
+
+func (p *partition) flush(c *commit) {
+	if len(p.jobs) > 0 {
+		p.j.follower.Offer(c.index, p.jobs)
+		clear(p.jobs)
+		p.jobs = p.jobs[:0]
+	}
+}
+
+// drop forgets a refused commit: the settles wait for the next one, callers are told.
+func (p *partition) drop(c *commit, w work) {
+	_ = c.batch.Close()
+	for i := range c.outcomes {
+		*c.outcomes[i].to = AppendResult{Err: ErrRefused}
+	}
+	for i := range w.appends {
+		w.appends[i].call.finish()
+	}
+	clear(w.appends)
+	for _, e := range w.edits {
+		e.done <- ErrRefused
+	}
 	p.mu.Lock()
-	if p.closing || !p.j.started.Load() {
-		p.mu.Unlock()
-		return ErrClosed
+	if !p.closing { // else they are made again after the next start
+		p.settles = append(w.settles, p.settles...)
+		p.since = time.Now()
 	}
-	p.edits = append(p.edits, edit{run: run, done: done})
+	wait := !p.closing
 	p.mu.Unlock()
-	p.signal()
-	select {
-	case err := <-done:
-		return err
-	case <-ctx.Done():
-		return context.Cause(ctx)
+	if wait {
+		time.Sleep(refusedPause)
+		p.signal()
 	}
 }
 
-// barrier waits until all settles made before it are visible; it costs nothing when there are none.
-func (p *partition) barrier(ctx context.Context) error {
-	p.mu.Lock()
-	idle := len(p.settles) == 0 && !p.settling
-	p.mu.Unlock()
-	if idle {
-		return nil
-	}
-	return p.do(ctx, nil)
+func (c *commit) set(key, value []byte) {
+	op := c.batch.SetDeferred(len(key), len(value))
+	copy(op.Key, key)
+	copy(op.Value, value)
+	_ = op.Finish() // fails on keys only that the index of the batch cannot hold
 }
 
-// close lets the committer end once it has done what waits.
-func (p *partition) close() {
-	p.mu.Lock()
-	p.closing = true
-	p.room.Broadcast()
-	p.mu.Unlock()
-	p.timer.Stop()
-	p.signal()
+func (c *commit) delete(key []byte) {
+	op := c.batch.DeleteDeferred(len(key))
+	copy(op.Key, key)
+	_ = op.Finish()
 }
 
-// nowSynced notes that the first n buffered commits are durable.
-func (j *Journal) nowSynced(n uint64) {
-	for {
-		old := j.synced.Load()
-		if old >= n || j.synced.CompareAndSwap(old, n) {
-			return
-		}
-	}
+// putRow adds an open row: a delivery that waits for its first attempt, or for a time.
+func (c *commit) putRow(lane LaneKey, row Row, pr *progress) {
+	p := c.p
+	p.key = appendRow(p.key[:0], p.number, lane, row)
+	p.value = encodeProgress(p.value[:0], pr)
+	c.set(p.key, p.value)
 }
 
-// syncWAL makes all buffered commits durable. The log is one file, so syncing any later record will do.
-func (j *Journal) syncWAL() {
-	n := j.written.Load()
-	if j.synced.Load() >= n {
-		return
-	}
-	if err := j.db.LogData([]byte("sync"), pebble.Sync); err != nil {
-		j.die("sync: " + err.Error())
-	}
-	j.nowSynced(n)
+// dropRow takes an open row away.
+func (c *commit) dropRow(lane LaneKey, row Row) {
+	c.p.key = appendRow(c.p.key[:0], c.p.number, lane, row)
+	c.delete(c.p.key)
 }
 
-// syncLoop keeps buffered commits from staying unsynced for longer than syncDelay.
-func (j *Journal) syncLoop() {
-	for {
-		select {
-		case <-j.stop:
-			return
-		case <-j.dirty:
-		}
-		timer := time.NewTimer(syncDelay)
-		select {
-		case <-j.stop:
-			timer.Stop()
-			return
-		case <-timer.C:
-		}
-		j.syncWAL()
-	}
+// putTimer adds a row that waits for a time, and has the follower told.
+func (c *commit) putTimer(lane LaneKey, row Row, pr *progress) {
+	c.putRow(lane, row, pr)
+	c.steps = append(c.steps, step{lane: lane, row: row})
 }
 
-// Flush returns when all settles made before it are durable and visible.
-func (j *Journal) Flush(ctx context.Context) error {
-	for _, p := range j.partitions {
-		if err := p.barrier(ctx); err != nil {
-			return err
-		}
-	}
-	j.syncWAL()
-	return nil
+// putStanding writes where a delivery stands.
+func (c *commit) putStanding(day dayKey, lane LaneKey, seq uint64, s *standing) {
+	p := c.p
+	p.key = appendDeliveryKey(p.key[:0], p.number, day, lane, seq)
+	p.value = encodeStanding(p.value[:0], s)
+	c.set(p.key, p.value)
 }
+
+func (c *commit) open(lane LaneKey, by int64) { c.opened = append(c.opened, openChange{lane, by}) }

@@ -5,6 +5,7 @@ import (
 	"context"
 	"flag"
 	"fmt"
+	"maps"
 	"math/rand/v2"
 	"sync"
 	"testing"
@@ -19,9 +20,9 @@ var crashSeeds = flag.Int("crash.seeds", 100, "simulated power losses")
 // ledger is what callers of a journal were promised before the power went.
 type ledger struct {
 	mu    sync.Mutex
-	acked map[string]*Event
+	acked map[string]Publication
 	// settled are those whose Flush had returned.
-	settled map[string]ID
+	settled map[ID]bool
 }
 
 // The power goes at any moment: what was acknowledged is there when the journal is opened again, whatever part
@@ -36,7 +37,7 @@ func TestPowerLossLosesNothingAcknowledged(t *testing.T) {
 			t.Parallel()
 			rng := rand.New(rand.NewPCG(uint64(seed), 7))
 			fs := vfs.NewCrashableMem()
-			l := &ledger{acked: map[string]*Event{}, settled: map[string]ID{}}
+			l := &ledger{acked: map[string]Publication{}, settled: map[ID]bool{}}
 			for life := range 3 {
 				fs = l.live(t, fs, rng, life)
 			}
@@ -51,100 +52,70 @@ func (l *ledger) live(t *testing.T, fs *vfs.MemFS, rng *rand.Rand, life int) *vf
 	if err != nil {
 		t.Fatalf("life %d: %v", life, err)
 	}
-	jobs := make(chan []*Job, 10_000) // more than this load makes; onCommit must not block
-	j.Start(func(fresh []*Job) { jobs <- fresh })
+	f := &follower{}
+	j.Start(f)
 	ctx, cancel := context.WithCancel(context.Background())
 	var wg sync.WaitGroup
 	for w := range 2 {
 		wg.Go(func() { l.publish(ctx, j, life, w) })
 	}
-	wg.Go(func() { l.settle(ctx, j, jobs) })
-	crashed := make(chan struct{})
+	wg.Go(func() { l.settle(ctx, j, f) })
 	after := 5 + rng.IntN(60)
-	wg.Go(func() { // the plug is pulled after so many acknowledged events of this life
-		defer close(crashed)
-		for ctx.Err() == nil {
-			l.mu.Lock()
-			enough := len(l.acked) >= (life+1)*after
-			l.mu.Unlock()
-			if enough {
-				return
-			}
-			<-time.After(100 * time.Microsecond)
-		}
+	waitFor(t, func() bool { // the plug is pulled after so many acknowledged events of this life
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		return len(l.acked) >= (life+1)*after
 	})
-	<-crashed
 	percent := []int{0, 0, 30, 70, 100}[rng.IntN(5)]
 	// The ledger is read with the disk's state: nothing is acknowledged in between that the clone lacks.
 	l.mu.Lock()
-	acked, settled := len(l.acked), len(l.settled)
 	clone := fs.CrashClone(vfs.CrashCloneCfg{UnsyncedDataPercent: percent, RNG: rng})
-	before := l.copy()
+	acked, settled := maps.Clone(l.acked), maps.Clone(l.settled)
 	l.mu.Unlock()
 	cancel()
 	wg.Wait()
 	if err := j.Close(); err != nil {
 		t.Error(err)
 	}
-	t.Logf("life %d: %d acked, %d settled, %d%% of unsynced data kept", life, acked, settled, percent)
-	l.acked, l.settled = before.acked, before.settled
+	t.Logf("life %d: %d acked, %d settled, %d%% of unsynced data kept", life, len(acked), len(settled), percent)
+	l.acked, l.settled = acked, settled
 	return clone
-}
-
-func (l *ledger) copy() *ledger {
-	c := &ledger{acked: map[string]*Event{}, settled: map[string]ID{}}
-	for k, v := range l.acked {
-		c.acked[k] = v
-	}
-	for k, v := range l.settled {
-		c.settled[k] = v
-	}
-	return c
 }
 
 func (l *ledger) publish(ctx context.Context, j *Journal, life, writer int) {
 	for i := 0; ctx.Err() == nil; i++ {
-		batch := []*Event{event(fmt.Sprintf("%d-%d-%d", life, writer, i), "a", "b")}
+		batch := []Publication{publication(fmt.Sprintf("%d-%d-%d", life, writer, i), 1, 2)}
 		if i%5 == 0 {
-			batch = append(batch, event(fmt.Sprintf("%d-%d-%d+", life, writer, i), "a"))
+			batch = append(batch, publication(fmt.Sprintf("%d-%d-%d+", life, writer, i), 1))
 		}
-		for _, r := range j.Append(context.Background(), batch) {
+		for k, r := range j.Append(context.Background(), batch) {
 			if r.Err == nil {
 				l.mu.Lock()
-				l.acked[r.Event.ID] = r.Event
+				l.acked[r.Event.ID] = batch[k]
 				l.mu.Unlock()
 			}
 		}
 	}
 }
 
-func (l *ledger) settle(ctx context.Context, j *Journal, jobs chan []*Job) {
-	var unflushed []*Job
-	for n := 0; ; {
-		var fresh []*Job
-		select {
-		case <-ctx.Done():
-			return
-		case fresh = <-jobs:
-		}
-		for _, job := range fresh {
+func (l *ledger) settle(ctx context.Context, j *Journal, f *follower) {
+	var unflushed []ID
+	for n := 0; ctx.Err() == nil; {
+		for _, job := range f.jobs() {
 			step := Step{State: Succeeded}
 			if n%3 == 0 {
 				step = Step{State: Scheduled, Due: time.Now().Add(time.Minute)}
 			}
-			j.Settle(job, step, attemptAt(1, OutcomeSucceeded, 200, time.Now()))
-			unflushed = append(unflushed, job)
+			j.Settle(&job, step, attemptAt(1, OutcomeSucceeded, 200, time.Now()), nil)
+			unflushed = append(unflushed, job.ID)
 			n++
-		}
-		if n%7 != 0 {
-			continue
 		}
 		if err := j.Flush(context.Background()); err != nil {
 			return
 		}
 		l.mu.Lock()
-		for _, job := range unflushed {
-			l.settled[job.ID.String()] = job.ID
+		for _, id := range unflushed {
+			l.settled[id] = true
 		}
 		l.mu.Unlock()
 		unflushed = nil
@@ -156,33 +127,21 @@ func crashOptions(fs vfs.FS) Options {
 }
 
 func (l *ledger) check(t *testing.T, fs vfs.FS) {
-	j, err := Open(crashOptions(fs))
-	if err != nil {
-		t.Fatal(err)
-	}
-	j.Start(func([]*Job) {})
+	b := &bench{t: t, opts: crashOptions(fs)}
+	b.open()
+	defer b.close()
 	open := map[ID]bool{}
-	for state, err := range j.Lanes() {
-		if err != nil {
-			t.Fatal(err)
-		}
-		queued, next, err := j.Backlog(state.Lane, state.Partition, state.From, 1<<20, 1<<30)
-		if err != nil || next != 0 {
-			t.Fatalf("next %d, %v", next, err)
-		}
-		timed, _, err := j.Timers(state.Lane, state.Partition, time.Now().Add(time.Hour), 1<<20, 1<<30)
-		if err != nil {
-			t.Fatal(err)
-		}
-		for _, job := range append(queued, timed...) {
+	for _, sub := range []int{1, 2} {
+		for _, job := range append(b.backlog(sub), b.timers(sub, time.Now().Add(time.Hour))...) {
 			if open[job.ID] {
 				t.Errorf("%s is queued twice", job.ID)
 			}
 			open[job.ID] = true
 		}
 	}
-	for id, want := range l.acked {
-		got, err := j.Event("acme", id)
+	for id, pub := range l.acked {
+		want := pub.Event
+		got, err := b.Event(acme, id)
 		if err != nil {
 			t.Errorf("acknowledged %s: %v", id, err)
 			continue
@@ -190,24 +149,25 @@ func (l *ledger) check(t *testing.T, fs vfs.FS) {
 		if got.UID != want.UID || !bytes.Equal(got.Payload, want.Payload) {
 			t.Errorf("%s has changed", id)
 		}
-		for i := range want.Targets {
-			d, err := j.Delivery(ID{want.Seq, want.Partition, uint16(i)})
+		for _, target := range pub.Targets {
+			d, err := b.Delivery(acme, ID{want.Seq, want.Partition, target.UID.SubscriptionKey()})
 			if err != nil {
-				t.Errorf("delivery %d of %s: %v", i, id, err)
+				t.Errorf("%s of %s: %v", target.Subscription, id, err)
 				continue
 			}
 			if d.State.Final() == open[d.ID] {
-				t.Errorf("delivery %d of %s: state %d, queued %v", i, id, d.State, open[d.ID])
+				t.Errorf("%s of %s: state %d, queued %v", target.Subscription, id, d.State, open[d.ID])
 			}
 		}
 	}
-	for _, id := range l.settled {
-		if d, err := j.Delivery(id); err != nil || d.State == Pending {
+	for id := range l.settled {
+		if d, err := b.Delivery(acme, id); err != nil || d.State == Pending {
 			t.Errorf("settle of %s was flushed and is lost: %+v, %v", id, d, err)
 		}
 	}
-	if err := j.Close(); err != nil {
-		t.Error(err)
+	waitFor(t, b.Counted)
+	if n := b.OpenIn(acme); n != int64(len(open)) {
+		t.Errorf("%d open, %d queued", n, len(open))
 	}
 }
 
@@ -218,12 +178,13 @@ func TestSettlesAreDurableSoon(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	jobs := make(chan []*Job, 1)
-	j.Start(func(fresh []*Job) { jobs <- fresh })
-	j.Append(context.Background(), []*Event{event("e", "s")})
-	job := (<-jobs)[0]
+	f := &follower{}
+	j.Start(f)
+	j.Append(context.Background(), []Publication{publication("e", 1)})
+	job := f.jobs()[0]
 	start := time.Now()
-	j.Settle(job, Step{State: Succeeded}, attemptAt(1, OutcomeSucceeded, 200, time.Now()))
+	j.Settle(&job, Step{State: Succeeded}, attemptAt(1, OutcomeSucceeded, 200, time.Now()), nil)
+	j.SetFailing(lane(1), start)
 	waitFor(t, func() bool {
 		clone := fs.CrashClone(vfs.CrashCloneCfg{})
 		again, err := Open(crashOptions(clone))
@@ -231,8 +192,9 @@ func TestSettlesAreDurableSoon(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer again.Close()
-		d, err := again.Delivery(job.ID)
-		return err == nil && d.State == Succeeded
+		d, err := again.Delivery(acme, job.ID)
+		failing, ferr := again.Failing()
+		return err == nil && d.State == Succeeded && ferr == nil && len(failing) == 1
 	})
 	// The promise is 100 ms; a loaded machine that runs the whole suite gets more.
 	if took := time.Since(start); took > 2*time.Second {
@@ -240,5 +202,54 @@ func TestSettlesAreDurableSoon(t *testing.T) {
 	}
 	if err := j.Close(); err != nil {
 		t.Error(err)
+	}
+}
+
+// An edit is durable when it returns.
+func TestEditsAreDurableAtOnce(t *testing.T) {
+	fs := vfs.NewCrashableMem()
+	b := newBench(t, func(o *Options) { o.fs = fs })
+	b.append(publication("a", 1), publication("b", 1), publication("c", 2), publication("d", 1))
+	jobs := map[string]Job{}
+	for _, job := range b.jobs() {
+		jobs[job.Event.ID] = job
+	}
+	beside := publication("a", 1)
+	beside.Event.Namespace = other
+	b.append(beside)
+	b.exhaust(jobs["b"])
+	b.flush()
+	ctx := t.Context()
+	for _, edit := range []struct {
+		make func() error
+		want func(*bench) bool
+	}{
+		{
+			func() error { _, err := b.Cancel(ctx, lane(1), jobs["a"].ID, "x"); return err },
+			func(b *bench) bool { return b.delivery(jobs["a"].ID).State == Cancelled },
+		},
+		{
+			func() error { _, err := b.Retry(ctx, lane(1), jobs["b"].ID, -1); return err },
+			func(b *bench) bool { return b.delivery(jobs["b"].ID).State == Scheduled },
+		},
+		{
+			func() error { _, err := b.CancelLane(ctx, lane(2), "x"); return err },
+			func(b *bench) bool { return b.delivery(jobs["c"].ID).State == Cancelled },
+		},
+		{
+			func() error { return b.DropNamespace(ctx, other) },
+			func(b *bench) bool { return len(all(b.t, b, Query{Namespace: other})) == 0 },
+		},
+	} {
+		if err := edit.make(); err != nil {
+			t.Fatal(err)
+		}
+		after := &bench{t: t, clock: b.clock, opts: b.opts}
+		after.opts.fs = fs.CrashClone(vfs.CrashCloneCfg{})
+		after.open()
+		if !edit.want(after) {
+			t.Error("an edit is lost")
+		}
+		after.close()
 	}
 }

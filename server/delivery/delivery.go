@@ -14,6 +14,7 @@
 package delivery
 
 import (
+	"encoding/binary"
 	"time"
 )
 
@@ -49,19 +50,35 @@ const (
 	OutcomeInterrupted Outcome = 7
 )
 
-// UID is a subscription's server-made UUID.
+// UID is the server-made UUID of a namespace or a subscription.
 type UID [16]byte
 
-// LaneKey names the queue of one subscription, by the last segments of its resource name.
+// key is what stands for the UID in the journal's keys. Its last eight bytes hold 62 random bits, and a
+// registry gives no two resources the same ones.
+func (u UID) key() uint64 { return binary.BigEndian.Uint64(u[8:]) }
+
+// NamespaceKey stands for a namespace in keys and lanes: a name that is used again is another namespace.
+type NamespaceKey uint64
+
+// SubscriptionKey stands for a subscription in keys, lanes and delivery ids.
+type SubscriptionKey uint64
+
+// NamespaceKey is the key of a namespace with this UID.
+func (u UID) NamespaceKey() NamespaceKey { return NamespaceKey(u.key()) }
+
+// SubscriptionKey is the key of a subscription with this UID.
+func (u UID) SubscriptionKey() SubscriptionKey { return SubscriptionKey(u.key()) }
+
+// LaneKey names the queue of one subscription.
 type LaneKey struct {
-	Namespace    string
-	Subscription string
+	Namespace    NamespaceKey
+	Subscription SubscriptionKey
 }
 
 // Event is an accepted event. It is immutable once Append has returned; Payload and Attributes are
-// shared by everything that reads it and must not be changed.
+// shared by everything that reads it and must not be changed. Events of jobs are counted: see Journal.Hold.
 type Event struct {
-	Namespace   string
+	Namespace   NamespaceKey
 	ID          string
 	Source      string
 	Type        string
@@ -75,8 +92,6 @@ type Event struct {
 	DeliverTime time.Time
 	// TTL is zero, or a bound on every target's MaxAge.
 	TTL time.Duration
-	// Targets are the matching subscriptions; a delivery's ordinal is its index here.
-	Targets []Target
 	// ContentHash covers what the publisher sent; equal hashes make a repeated ID a duplicate.
 	ContentHash [16]byte
 
@@ -84,12 +99,23 @@ type Event struct {
 	Partition  uint16
 	Seq        uint64
 	AcceptTime time.Time
+	// Matched is how many subscriptions it was queued for or skipped by, Skipped how many of them were disabled.
+	Matched, Skipped int
 	// UID is the webhook-id: derived from journal, partition and sequence; no dot in it.
 	UID string
+
+	refs int32 // jobs and readers that hold it; guarded by its table
+}
+
+// Publication is an event on its way into the journal, with the subscriptions it matched.
+type Publication struct {
+	Event   *Event
+	Targets []Target
 }
 
 // Target is a matching subscription as it was when the event was accepted.
 type Target struct {
+	// Subscription is the last segment of its name, for people: keys and queues go by the UID.
 	Subscription string
 	UID          UID
 	MaxAttempts  int
@@ -101,17 +127,20 @@ type Target struct {
 // Job is a delivery in memory on its way to an attempt. Its owner is, in turn, the journal, the lane and
 // the attempt; only the owner may change it.
 type Job struct {
-	ID              ID
-	Event           *Event
-	Subscription    string
-	SubscriptionUID UID
+	ID ID
+	// Event is shared by all jobs of the event that are in memory, and shows no targets.
+	Event *Event
+	// Kind, Due and Epoch are those of the row that the job was made of: see Row.
+	Kind  Kind
+	Epoch uint32
+	Due   Instant
+	// AsOf is the newest commit of the partition that the job takes into account.
+	AsOf Commit
 	// Attempts that have ended.
 	Attempts    int
 	MaxAttempts int
 	// Expire is when the last attempt may start.
 	Expire time.Time
-	// Due is zero for a job of the FIFO, else the due time in its timer's key.
-	Due time.Time
 	// Manual marks an attempt that a caller asked for.
 	Manual bool
 	// Indeterminate counts attempts that were in flight when a plugin died. They use up none of MaxAttempts.
@@ -122,13 +151,17 @@ type Job struct {
 }
 
 // Lane is the queue that the job belongs to.
-func (j *Job) Lane() LaneKey { return LaneKey{j.Event.Namespace, j.Subscription} }
+func (j *Job) Lane() LaneKey { return LaneKey{j.Event.Namespace, j.ID.Subscription} }
+
+// Row is the row that the job was made of.
+func (j *Job) Row() Row { return Row{Kind: j.Kind, Due: j.Due, Seq: j.ID.Seq, Epoch: j.Epoch} }
 
 // Delivery is where a delivery stands, joined with its event, as read by callers.
 type Delivery struct {
 	ID              ID
-	Namespace       string
+	Namespace       NamespaceKey
 	EventID         string
+	EventUID        string
 	EventType       string
 	Subscription    string
 	SubscriptionUID UID

@@ -1,19 +1,18 @@
 package delivery
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"time"
 
 	"github.com/cockroachdb/pebble/v2"
-
-	storev1 "github.com/grapnel/grapnel/proto/grapnel/store/v1"
 )
 
 const (
-	// editBatch bounds how long CancelLane holds a committer.
-	editBatch = 500
+	// editBatch bounds the deliveries that CancelLane ends in one commit.
+	editBatch = 512
 	// retryWindow is how long a delivery whose time is up may still start the attempt a caller asks for.
 	retryWindow = 24 * time.Hour
 )
@@ -21,108 +20,125 @@ const (
 // Cancel ends an open delivery as CANCELLED, durably. A delivery that has been cancelled before is returned
 // as it is; one that has ended otherwise is ErrFinal, an unknown one ErrNotFound. An attempt in flight is
 // left to end and is added to the history.
-func (j *Journal) Cancel(ctx context.Context, id ID, reason string) (*Delivery, error) {
-	return j.edit(ctx, id, func(p *partition, lane LaneKey, rec *storev1.DeliveryRecord) error {
-		switch state := State(rec.GetState()); {
-		case state == Cancelled:
+func (j *Journal) Cancel(ctx context.Context, lane LaneKey, id ID, reason string) (*Delivery, error) {
+	return j.edit(ctx, lane, id, func(c *commit, at *place) error {
+		switch {
+		case at.state == Cancelled:
 			return nil
-		case state.Final():
+		case at.state.Final():
 			return ErrFinal
 		}
-		b := p.j.db.NewBatch()
-		p.cancel(b, lane, id.Seq, rec, reason)
-		p.edited.add(id, p.now)
-		p.commit(b, false) // runEdits syncs
+		c.cancel(lane, at, reason)
 		return nil
 	})
 }
 
-// cancel adds the end of an open delivery to the batch.
-func (p *partition) cancel(b *pebble.Batch, lane LaneKey, seq uint64, rec *storev1.DeliveryRecord, reason string) {
-	p.unlink(b, lane, seq, rec)
-	rec.State, rec.StateReason = uint32(Cancelled), validText(reason)
-	rec.NextAttemptTime, rec.CompleteTime, rec.Manual = 0, p.now.UnixNano(), false
-	p.putIndex(b, lane, Cancelled, seq)
-	p.key = appendDeliveryKey(p.key[:0], p.index, lane, seq)
-	putRecord(b, p.key, rec)
-	p.j.counts.add(lane, -1)
-}
-
-// unlink takes away the timer and the index entry of a delivery's present state.
-func (p *partition) unlink(b *pebble.Batch, lane LaneKey, seq uint64, rec *storev1.DeliveryRecord) {
-	if rec.GetNextAttemptTime() != 0 {
-		p.deleteTimer(b, lane, rec.GetNextAttemptTime(), seq)
-	}
-	p.deleteIndex(b, lane, State(rec.GetState()), seq)
+// cancel ends an open delivery.
+func (c *commit) cancel(lane LaneKey, at *place, reason string) {
+	c.firm = true
+	c.supersede(lane, at.row)
+	c.dropRow(lane, at.row)
+	at.open = false
+	at.state, at.reason, at.due, at.complete, at.manual = Cancelled, validText(reason), 0, InstantOf(c.at), false
+	c.putStanding(at.day, lane, at.row.Seq, &at.standing)
+	c.bury(at.day, lane, at.row.Seq)
+	c.open(lane, -1)
 }
 
 // Retry makes a delivery due now, durably, with one attempt more when its attempts are used up and a day more
 // when its time is. A delivery of the FIFO is due anyway and stays as it is. ErrInvalidState says that it has
 // succeeded, or that ifAttempts is not negative and not the number of attempts that have ended.
-func (j *Journal) Retry(ctx context.Context, id ID, ifAttempts int) (*Delivery, error) {
-	return j.edit(ctx, id, func(p *partition, lane LaneKey, rec *storev1.DeliveryRecord) error {
-		state := State(rec.GetState())
+func (j *Journal) Retry(ctx context.Context, lane LaneKey, id ID, ifAttempts int) (*Delivery, error) {
+	return j.edit(ctx, lane, id, func(c *commit, at *place) error {
 		switch {
-		case state == Succeeded:
+		case at.state == Succeeded:
 			return fmt.Errorf("%w: it has succeeded", ErrInvalidState)
-		case ifAttempts >= 0 && ifAttempts != int(rec.GetAttemptCount()):
-			return fmt.Errorf("%w: %d attempts have ended", ErrInvalidState, rec.GetAttemptCount())
-		case state == Pending && rec.GetNextAttemptTime() == 0:
+		case ifAttempts >= 0 && ifAttempts != at.attempts:
+			return fmt.Errorf("%w: %d attempts have ended", ErrInvalidState, at.attempts)
+		case at.open && at.row.Kind == FIFO:
 			return nil
 		}
-		b := p.j.db.NewBatch()
-		p.unlink(b, lane, id.Seq, rec)
-		rec.State, rec.StateReason, rec.CompleteTime = uint32(Scheduled), "", 0
-		rec.NextAttemptTime, rec.Manual = p.now.UnixNano(), true
-		rec.IndeterminateCount = 0                 // the caller takes it out of quarantine
-		rec.Suspicion = min(rec.GetSuspicion(), 1) // and it is still tried apart from others
-		rec.MaxAttempts = max(rec.GetMaxAttempts(), rec.GetAttemptCount()+1)
-		if rec.GetExpireTime() <= rec.GetNextAttemptTime() {
-			rec.ExpireTime = p.now.Add(retryWindow).UnixNano()
-		}
-		p.putTimer(b, lane, rec.GetNextAttemptTime(), id.Seq)
-		p.putIndex(b, lane, Scheduled, id.Seq)
-		p.key = appendDeliveryKey(p.key[:0], p.index, lane, id.Seq)
-		putRecord(b, p.key, rec)
-		if state.Final() {
-			p.j.counts.add(lane, 1)
-			p.reopened.Add(1)
-		}
-		p.edited.add(id, p.now)
-		p.commit(b, false)
-		return nil
+		return c.retry(lane, at)
 	})
 }
 
-// edit reads a delivery on its committer, lets change decide, and returns how it stands afterwards.
-func (j *Journal) edit(ctx context.Context, id ID, change func(*partition, LaneKey, *storev1.DeliveryRecord) error) (*Delivery, error) {
+// retry schedules a delivery for now.
+func (c *commit) retry(lane LaneKey, at *place) error {
+	seq := at.row.Seq
+	if at.open {
+		c.supersede(lane, at.row)
+		c.dropRow(lane, at.row)
+	} else {
+		from := at.day
+		if from != kept && cmp.Or(c.sweeping, c.p.sweeping).takes(lane.Namespace, seq) {
+			if err := c.keep(lane, seq); err != nil {
+				return err
+			}
+			at.day = kept
+		}
+		c.unbury(from, lane, seq)
+		c.open(lane, 1)
+	}
+	c.firm, c.edited = true, true
+	now := InstantOf(c.at)
+	at.open, at.state, at.reason, at.complete = true, Scheduled, "", 0
+	at.due, at.manual = max(now, 1), true
+	if at.row.Kind == Timer && at.due == at.row.Due {
+		at.due++ // a row is never overwritten
+	}
+	at.epoch++
+	at.indeterminate = 0                // the caller takes it out of quarantine
+	at.suspicion = min(at.suspicion, 1) // and it is still tried apart from others
+	at.maxAttempts = max(at.maxAttempts, at.attempts+1)
+	if at.expire <= at.due {
+		at.expire = InstantOf(c.at.Add(retryWindow))
+	}
+	at.row = Row{Timer, at.due, seq, at.epoch}
+	c.putStanding(at.day, lane, seq, &at.standing)
+	c.putTimer(lane, at.row, &at.progress)
+	return nil
+}
+
+// edit finds a delivery on its committer, lets change decide, and returns how it stands afterwards.
+func (j *Journal) edit(ctx context.Context, lane LaneKey, id ID, change func(*commit, *place) error) (*Delivery, error) {
 	leave, err := j.enter()
 	if err != nil {
 		return nil, err
 	}
 	defer leave()
-	lane, head, err := j.locate(id)
-	if err != nil {
-		return nil, err
+	if int(id.Partition) >= len(j.partitions) || lane.Subscription != id.Subscription {
+		return nil, ErrNotFound
 	}
 	p := j.partitions[id.Partition]
-	var rec storev1.DeliveryRecord
-	err = p.do(ctx, func() error {
-		key := appendDeliveryKey(nil, p.index, lane, id.Seq)
-		if err := j.get(key, &rec); err != nil {
+	var d *Delivery
+	err = p.do(ctx, func(c *commit) error {
+		at, err := p.find(c.r, lane, id.Seq)
+		if err != nil {
 			return err
 		}
-		return change(p, lane, &rec)
+		if at == nil {
+			return ErrNotFound
+		}
+		// First all that may fail: an edit that is answered with an error has changed nothing.
+		head, target, err := p.readJoined(c.r, lane, at)
+		if err != nil {
+			return err
+		}
+		if err := change(c, at); err != nil {
+			return err
+		}
+		d = p.join(lane, at, &head, &target)
+		return nil
 	})
 	if err != nil {
-		return nil, err // rec may still be in the committer's hands
+		return nil, err // d may still be in the committer's hands
 	}
-	return deliveryOf(id, lane, &rec, head), nil
+	return d, nil
 }
 
-// CancelLane cancels all open deliveries of one incarnation of a subscription and says how many there were.
-// When it fails half way, what has been cancelled stays so; call it again.
-func (j *Journal) CancelLane(ctx context.Context, lane LaneKey, uid UID, reason string) (int, error) {
+// CancelLane cancels all open deliveries of a subscription and says how many there were. When it fails half way,
+// what has been cancelled stays so; call it again.
+func (j *Journal) CancelLane(ctx context.Context, lane LaneKey, reason string) (int, error) {
 	leave, err := j.enter()
 	if err != nil {
 		return 0, err
@@ -130,180 +146,124 @@ func (j *Journal) CancelLane(ctx context.Context, lane LaneKey, uid UID, reason 
 	defer leave()
 	total := 0
 	for _, p := range j.partitions {
-		n, err := p.cancelLane(ctx, lane, uid, reason)
-		total += n
-		if err != nil {
-			return total, fmt.Errorf("cancel deliveries of %s/%s: %w", lane.Namespace, lane.Subscription, err)
+		for more := true; more; {
+			found, err := p.anyOpen(lane)
+			if err == nil && found {
+				var n int
+				n, more, err = p.cancelSome(ctx, lane, reason)
+				total += n
+			} else {
+				more = false
+			}
+			if err != nil {
+				return total, fmt.Errorf("cancel deliveries of subscription %016x: %w", uint64(lane.Subscription), err)
+			}
 		}
 	}
 	return total, nil
 }
 
-func (p *partition) cancelLane(ctx context.Context, lane LaneKey, uid UID, reason string) (int, error) {
-	sweep := &laneSweep{p: p, lane: lane, uid: uid, reason: reason}
-	for done := false; !done; {
-		result := make(chan sweepStep, 1)
-		err := p.do(ctx, func() error {
-			p.edited.addLane(lane, uid, reason, p.now)
-			done, err := sweep.step()
-			result <- sweepStep{done, sweep.cancelled}
-			return err
+// anyOpen reports whether a lane has open rows, and spares the committer where it has none.
+func (p *partition) anyOpen(lane LaneKey) (bool, error) {
+	for _, tag := range []byte{tagFIFO, tagTimer} {
+		prefix, found := appendLane(nil, p.number, tag, lane), false
+		err := p.j.iterate(p.j.db, prefix, prefixEnd(prefix), func(it *pebble.Iterator) error {
+			found = it.First()
+			return nil
 		})
-		if err != nil {
+		if found || err != nil {
+			return found, err
+		}
+	}
+	return false, nil
+}
+
+// cancelSome cancels up to editBatch deliveries in one commit, and reports whether there may be more.
+func (p *partition) cancelSome(ctx context.Context, lane LaneKey, reason string) (n int, more bool, err error) {
+	result := make(chan int, 1)
+	err = p.do(ctx, func(c *commit) error {
+		n, err := c.cancelOpen(lane, reason)
+		result <- n
+		return err
+	})
+	if err != nil {
+		return 0, false, err
+	}
+	n = <-result
+	return n, n == editBatch, nil
+}
+
+func (c *commit) cancelOpen(lane LaneKey, reason string) (n int, err error) {
+	var seqs []uint64
+	for _, tag := range []byte{tagFIFO, tagTimer} {
+		prefix := appendLane(nil, c.p.number, tag, lane)
+		err := c.p.j.scan(c.r, prefix, prefixEnd(prefix), func(key, _ []byte) error {
+			_, row, ok := splitRow(key)
+			if !ok {
+				return c.p.j.corrupt(key, errBadKey)
+			}
+			if seqs = append(seqs, row.Seq); len(seqs) >= editBatch {
+				return errStopped
+			}
+			return nil
+		})
+		if err != nil && !errors.Is(err, errStopped) {
 			return 0, err
 		}
-		r := <-result
-		if done = r.done; done {
-			return r.cancelled, nil
+		if len(seqs) >= editBatch {
+			break
 		}
 	}
-	return 0, nil
-}
-
-// sweepStep is how far a laneSweep is; a value, because the sweep belongs to the committer.
-type sweepStep struct {
-	done      bool
-	cancelled int
-}
-
-// laneSweep walks the open deliveries of a lane in one partition, a bounded piece at a time.
-type laneSweep struct {
-	p         *partition
-	lane      LaneKey
-	uid       UID
-	reason    string
-	phase     int // index into the sources: Scheduled, Pending with a time, FIFO
-	from      uint64
-	cancelled int
-}
-
-// step cancels up to editBatch deliveries. It runs on the committer.
-func (s *laneSweep) step() (done bool, err error) {
-	b := s.p.j.db.NewBatch()
-	defer func() {
+	for _, seq := range seqs {
+		at, err := c.p.find(c.r, lane, seq)
 		if err != nil {
-			_ = b.Close()
-			return
+			return n, err
 		}
-		s.p.commit(b, false)
-	}()
-	for n := 0; s.phase < 3; s.phase, s.from = s.phase+1, 0 {
-		prefix, start := s.bounds()
-		more, err := s.p.scanSeqs(prefix, start, func(seq uint64) (bool, error) {
-			s.from = seq + 1
+		if at != nil && at.open {
+			c.cancel(lane, at, reason)
 			n++
-			cancelled, err := s.cancelOne(b, seq)
-			if cancelled {
-				s.cancelled++
-			}
-			return n < editBatch, err
-		})
-		if err != nil || more {
-			return false, err
 		}
 	}
-	return true, nil
+	return n, nil
 }
 
-func (s *laneSweep) bounds() (prefix []byte, from uint64) {
-	switch s.phase {
-	case 0:
-		return appendStatePrefix(nil, s.p.index, s.lane, Scheduled), s.from
-	case 1:
-		return appendStatePrefix(nil, s.p.index, s.lane, Pending), s.from
-	}
-	return appendLane(nil, s.p.index, tagDelivery, s.lane), max(s.from, s.p.j.lowWater(s.p.index, s.lane))
-}
-
-func (s *laneSweep) cancelOne(b *pebble.Batch, seq uint64) (bool, error) {
-	var rec storev1.DeliveryRecord
-	key := appendDeliveryKey(nil, s.p.index, s.lane, seq)
-	if err := s.p.j.get(key, &rec); err != nil {
-		if errors.Is(err, ErrNotFound) {
-			return false, nil
-		}
-		return false, err
-	}
-	if State(rec.GetState()).Final() || string(rec.GetSubscriptionUid()) != string(s.uid[:]) {
-		return false, nil
-	}
-	// In the third phase the batch may already hold the end of what was Scheduled.
-	if s.phase == 2 && rec.GetNextAttemptTime() != 0 {
-		return false, nil
-	}
-	s.p.cancel(b, s.lane, seq, &rec, s.reason)
-	return true, nil
-}
-
-// scanSeqs calls visit with the sequences that end the keys of prefix, from from on, until it returns false
-// (more is true then).
-func (p *partition) scanSeqs(prefix []byte, from uint64, visit func(seq uint64) (bool, error)) (more bool, err error) {
-	it, err := p.j.db.NewIter(&pebble.IterOptions{LowerBound: appendSeq(prefix, from), UpperBound: prefixEnd(prefix)})
-	if err != nil {
-		return false, err
-	}
-	defer func() { err = errors.Join(err, it.Close()) }()
-	for ok := it.First(); ok; ok = it.Next() {
-		seq, valid := lastSeqOf(it.Key())
-		if !valid {
-			return false, p.j.corrupt(it.Key(), errBadKey)
-		}
-		goOn, err := visit(seq)
-		if err != nil {
-			return false, err
-		}
-		if !goOn {
-			return true, nil
-		}
-	}
-	return false, it.Error()
-}
-
-var errBadKey = errors.New("key does not fit the layout")
-
-// DropNamespace erases everything of a namespace, open deliveries included, durably.
-func (j *Journal) DropNamespace(ctx context.Context, namespace string) error {
+// DropNamespace erases everything of a namespace, open deliveries included, durably. What is in memory of them
+// finds nothing to settle.
+func (j *Journal) DropNamespace(ctx context.Context, ns NamespaceKey) error {
 	leave, err := j.enter()
 	if err != nil {
 		return err
 	}
 	defer leave()
 	for _, p := range j.partitions {
-		if err := p.do(ctx, func() error { return p.drop(namespace) }); err != nil {
-			return fmt.Errorf("drop namespace %q: %w", namespace, err)
+		if err := p.do(ctx, func(c *commit) error { return c.dropNamespace(ns) }); err != nil {
+			return fmt.Errorf("drop namespace %016x: %w", uint64(ns), err)
 		}
 	}
-	j.counts.drop(namespace)
+	j.counts.drop(ns)
 	return nil
 }
 
-func (p *partition) drop(namespace string) error {
-	b := p.j.db.NewBatch()
-	for _, tag := range []byte{tagEvent, tagDelivery, tagTimer, tagIndex, tagAttempt, tagLane} {
-		deletePrefix(b, appendSpace(nil, p.index, tag, namespace))
+func (c *commit) dropNamespace(ns NamespaceKey) error {
+	p := c.p
+	for _, tag := range []byte{tagFIFO, tagTimer, tagFailing} {
+		c.deletePrefix(appendSpace(nil, p.number, tag, ns))
 	}
-	days, err := p.j.days(p.index)
-	if err != nil {
-		_ = b.Close()
+	if err := p.eachDay(p.j.db, 0, func(day dayKey) error {
+		c.deletePrefix(appendDaySpace(nil, p.number, day, ns))
+		return nil
+	}); err != nil {
 		return err
 	}
-	for _, d := range days {
-		deletePrefix(b, appendName(appendDay(nil, p.index, d), namespace))
-	}
-	p.keepSeq(b)
-	p.edited.addSpace(namespace, p.lastSeq)
-	p.reopened.Add(1) // a sweep of Retain must look again
-	p.commit(b, false)
+	c.firm, c.edited = true, true
 	return nil
 }
 
-// keepSeq notes the highest sequence, whose event may be about to be erased.
-func (p *partition) keepSeq(b *pebble.Batch) {
-	putRecord(b, appendTag(nil, p.index, tagPartition), &storev1.PartitionRecord{LastSeq: p.lastSeq})
-}
+func (c *commit) deletePrefix(prefix []byte) { c.deleteSpan(prefix, prefixEnd(prefix)) }
 
-func deletePrefix(b *pebble.Batch, prefix []byte) { deleteSpan(b, prefix, prefixEnd(prefix)) }
-
-func deleteSpan(b *pebble.Batch, start, end []byte) {
-	_ = b.DeleteRange(start, end, nil) // fails only on batches that are indexed
+// deleteSpan erases [start, end).
+func (c *commit) deleteSpan(start, end []byte) {
+	if err := c.batch.DeleteRange(start, end, nil); err != nil {
+		c.p.j.die("erase: " + err.Error())
+	}
 }

@@ -4,146 +4,53 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"sync"
 	"testing"
 	"time"
 )
 
-func TestDeferredEventWaitsForItsTimer(t *testing.T) {
-	b := newBench(t)
-	b.close()
-	j, err := Open(b.opts)
-	if err != nil {
-		t.Fatal(err)
-	}
-	b.Journal = j
-	told := make(chan time.Time, 1)
-	j.OnTimer(func(_ LaneKey, _ uint16, due time.Time) { told <- due })
-	j.Start(func(jobs []*Job) { t.Errorf("%d jobs handed over", len(jobs)) })
-	e := event("later", "s")
-	e.DeliverTime = b.clock.now().Add(time.Hour)
-	b.append(e)
-	if due := <-told; !due.Equal(e.DeliverTime) {
-		t.Errorf("told of %v", due)
-	}
-	if got := b.backlog(lane("s"), 10); len(got) != 0 {
-		t.Errorf("in the backlog: %v", ids(got))
-	}
-	d := b.delivery(ID{e.Seq, e.Partition, 0})
-	if d.State != Pending || !d.NextAttempt.Equal(e.DeliverTime) || !d.Expire.Equal(e.DeliverTime.Add(time.Hour)) {
-		t.Errorf("%+v", d)
-	}
-	b.reopen()
-	due := 0
-	for state, err := range b.Lanes() {
-		if err != nil {
-			t.Fatal(err)
-		}
-		if state.NextDue.Equal(e.DeliverTime) && state.Lane == lane("s") {
-			due++
-		}
-	}
-	if due != 1 {
-		t.Errorf("%d lanes with the timer", due)
-	}
-	jobs := b.timers(lane("s"), e.DeliverTime)
-	if len(jobs) != 1 || jobs[0].Attempts != 0 {
-		t.Fatalf("timers %+v", jobs)
-	}
-	b.Settle(jobs[0], Step{State: Scheduled, Due: e.DeliverTime.Add(time.Minute)}, attemptAt(1, OutcomeRetryable, 500, e.DeliverTime))
-	b.flush()
-	jobs = b.timers(lane("s"), e.DeliverTime.Add(time.Hour))
-	if len(jobs) != 1 || jobs[0].Attempts != 1 {
-		t.Fatalf("timers %+v", jobs)
-	}
-	b.Settle(jobs[0], Step{State: Exhausted, Reason: "enough"}, attemptAt(2, OutcomeRetryable, 500, e.DeliverTime))
-	b.flush()
-	for _, state := range []State{Pending, Scheduled} {
-		n := 0
-		_ = b.eachOpen(b.db, e.Partition, lane("s"), ^uint64(0), func(uint64) error { n++; return nil })
-		if n != 0 {
-			t.Errorf("%d open entries left as %d", n, state)
-		}
-	}
-}
-
-func TestTimersComeInPieces(t *testing.T) {
-	b := newBench(t, func(o *Options) { o.Partitions = 1 })
-	now := b.clock.now()
-	for i := range 5 {
-		b.append(event(fmt.Sprint(i), "s"))
-	}
-	for i, job := range b.jobs() {
-		b.Settle(job, Step{State: Scheduled, Due: now.Add(time.Duration(5-i) * time.Second)}, attemptAt(1, OutcomeTimedOut, 0, now))
-	}
-	jobs, next, err := b.Timers(lane("s"), 0, now.Add(3*time.Second), 2, 1<<20) // sees queued settles
-	if err != nil || len(jobs) != 2 || jobs[0].Event.ID != "4" || !next.Equal(now.Add(3*time.Second)) {
-		t.Fatalf("%v next %v, %v", ids(jobs), next, err)
-	}
-	jobs, next, err = b.Timers(lane("s"), 0, now.Add(3*time.Second), 10, 1<<20)
-	if err != nil || len(jobs) != 3 || !next.Equal(now.Add(4*time.Second)) {
-		t.Errorf("%v next %v, %v", ids(jobs), next, err)
-	}
-	if jobs, _, _ = b.Timers(lane("s"), 0, now.Add(time.Minute), 10, 1); len(jobs) != 1 {
-		t.Errorf("%d jobs over the byte bound", len(jobs))
-	}
-}
-
-func TestSkippedTargetIsRecordedOnly(t *testing.T) {
-	b := newBench(t)
-	e := event("e", "on", "off")
-	e.Targets[1].Skip = true
-	b.append(e)
-	if jobs := b.jobs(); len(jobs) != 1 || jobs[0].Subscription != "on" {
-		t.Errorf("%+v", jobs)
-	}
-	d := b.delivery(ID{e.Seq, e.Partition, 1})
-	if d.State != Skipped || d.StateReason == "" || d.CompleteTime.IsZero() {
-		t.Errorf("%+v", d)
-	}
-	if n := b.OpenIn("acme"); n != 1 {
-		t.Errorf("%d open", n)
-	}
-	if got := b.backlog(lane("off"), 10); len(got) != 0 {
-		t.Error("skipped delivery is in the backlog")
-	}
-}
-
 func TestCancel(t *testing.T) {
 	b := newBench(t)
 	ctx := t.Context()
-	b.append(event("fifo", "s"), event("timer", "s"), event("done", "s"))
-	byID := map[string]*Job{}
+	b.append(publication("fifo", 1), publication("timer", 1), publication("done", 1))
+	byID := map[string]Job{}
 	for _, j := range b.jobs() {
 		byID[j.Event.ID] = j
 	}
 	now := b.clock.now()
-	b.Settle(byID["timer"], Step{State: Scheduled, Due: now.Add(time.Minute)}, attemptAt(1, OutcomeRetryable, 503, now))
-	b.Settle(byID["done"], Step{State: Succeeded}, attemptAt(1, OutcomeSucceeded, 200, now))
+	b.failed(byID["timer"], time.Minute)
+	b.succeed(byID["done"])
 	for _, name := range []string{"fifo", "timer", "timer"} {
-		d, err := b.Cancel(ctx, byID[name].ID, "no longer wanted")
-		if err != nil || d.State != Cancelled || d.StateReason != "no longer wanted" {
+		d, err := b.Cancel(ctx, lane(1), byID[name].ID, "no longer wanted")
+		if err != nil || d.State != Cancelled || d.StateReason != "no longer wanted" || d.Subscription != "sub-1" || d.CompleteTime.IsZero() {
 			t.Errorf("%s: %+v, %v", name, d, err)
 		}
 	}
-	if _, err := b.Cancel(ctx, byID["done"].ID, ""); !errors.Is(err, ErrFinal) {
+	if _, err := b.Cancel(ctx, lane(1), byID["done"].ID, ""); !errors.Is(err, ErrFinal) {
 		t.Errorf("done: %v", err)
 	}
-	if _, err := b.Cancel(ctx, ID{Seq: 1}, ""); !errors.Is(err, ErrNotFound) {
+	if _, err := b.Cancel(ctx, lane(1), ID{Seq: 1, Subscription: 1}, ""); !errors.Is(err, ErrNotFound) {
 		t.Errorf("unknown: %v", err)
 	}
+	if _, err := b.Cancel(ctx, lane(2), byID["fifo"].ID, ""); !errors.Is(err, ErrNotFound) {
+		t.Errorf("another lane's: %v", err)
+	}
+	if _, err := b.Cancel(ctx, LaneKey{other, 1}, byID["fifo"].ID, ""); !errors.Is(err, ErrNotFound) {
+		t.Errorf("another namespace's: %v", err)
+	}
 	// An attempt that was in flight ends afterwards: kept, but changes nothing.
-	b.Settle(byID["fifo"], Step{State: Scheduled, Due: now.Add(time.Minute)}, attemptAt(1, OutcomeRetryable, 500, now))
+	b.failed(byID["fifo"], time.Minute)
 	b.flush()
 	if d := b.delivery(byID["fifo"].ID); d.State != Cancelled || d.Attempts != 1 {
 		t.Errorf("resurrected: %+v", d)
 	}
-	if attempts, _ := b.Attempts(byID["fifo"].ID); len(attempts) != 1 || attempts[0].ResponseCode != 500 {
+	if attempts, _ := b.Attempts(acme, byID["fifo"].ID); len(attempts) != 1 || attempts[0].ResponseCode != 500 {
 		t.Errorf("late attempt lost: %+v", attempts)
 	}
-	if got := b.timers(lane("s"), now.Add(time.Hour)); len(got) != 0 {
+	if got := b.timers(1, now.Add(time.Hour)); len(got) != 0 {
 		t.Errorf("timers left: %v", ids(got))
 	}
-	if n := b.OpenIn("acme"); n != 0 {
+	if n := b.OpenIn(acme); n != 0 {
 		t.Errorf("%d open", n)
 	}
 }
@@ -151,197 +58,329 @@ func TestCancel(t *testing.T) {
 func TestRetry(t *testing.T) {
 	b := newBench(t)
 	ctx := t.Context()
-	e := event("e", "s", "ok")
-	e.Targets[0].MaxAttempts = 1
-	b.append(e)
+	pub := publication("e", 1, 2)
+	pub.Targets[0].MaxAttempts = 1
+	b.append(pub)
 	jobs := b.jobs()
-	now := b.clock.now()
-	b.Settle(jobs[0], Step{State: Exhausted, Reason: "enough"}, attemptAt(1, OutcomeRetryable, 500, now))
-	b.Settle(jobs[1], Step{State: Succeeded}, attemptAt(1, OutcomeSucceeded, 200, now))
+	b.exhaust(jobs[0])
+	b.succeed(jobs[1])
 	b.flush()
 	b.clock.add(3 * time.Hour) // beyond Expire
-	if _, err := b.Retry(ctx, jobs[1].ID, -1); !errors.Is(err, ErrInvalidState) {
+	if _, err := b.Retry(ctx, lane(2), jobs[1].ID, -1); !errors.Is(err, ErrInvalidState) {
 		t.Errorf("succeeded: %v", err)
 	}
-	if _, err := b.Retry(ctx, jobs[0].ID, 7); !errors.Is(err, ErrInvalidState) {
+	if _, err := b.Retry(ctx, lane(1), jobs[0].ID, 7); !errors.Is(err, ErrInvalidState) {
 		t.Errorf("guard: %v", err)
 	}
-	d, err := b.Retry(ctx, jobs[0].ID, 1)
+	d, err := b.Retry(ctx, lane(1), jobs[0].ID, 1)
 	if err != nil || d.State != Scheduled || d.MaxAttempts != 2 || !d.Expire.After(b.clock.now()) || !d.CompleteTime.IsZero() {
 		t.Fatalf("%+v, %v", d, err)
 	}
-	if n := b.OpenOf(lane("s")); n != 1 {
+	if n := b.OpenOf(lane(1)); n != 1 {
 		t.Errorf("%d open", n)
 	}
-	again := b.timers(lane("s"), b.clock.now())
+	again := b.timers(1, b.clock.now())
 	if len(again) != 1 || !again[0].Manual || again[0].Attempts != 1 {
 		t.Fatalf("%+v", again)
 	}
-	b.Settle(again[0], Step{State: Succeeded}, attemptAt(2, OutcomeSucceeded, 200, b.clock.now()))
+	b.succeed(again[0])
 	b.flush()
 	if d := b.delivery(jobs[0].ID); d.State != Succeeded || d.Attempts != 2 {
 		t.Errorf("%+v", d)
 	}
-	page, err := b.Deliveries(Query{Namespace: "acme", States: []State{Exhausted, Scheduled}})
-	if err != nil || len(page.Deliveries) != 0 {
-		t.Errorf("index not clean: %+v, %v", page, err)
+	if got := all(t, b, Query{States: []State{Exhausted, Scheduled}}); len(got) != 0 {
+		t.Errorf("index not clean: %+v", got)
+	}
+}
+
+// A delivery of the FIFO is due anyway; asked for again and again it keeps its place, and so do those behind it (A2).
+func TestRetryLeavesTheFIFOAsItIs(t *testing.T) {
+	b := newBench(t, onePartition)
+	for i := range 5 {
+		b.append(publication(fmt.Sprint(i), 1))
+	}
+	jobs := b.jobs()
+	b.heard()
+	for _, i := range []int{3, 0, 3} {
+		d, err := b.Retry(t.Context(), lane(1), jobs[i].ID, -1)
+		if err != nil || d.State != Pending {
+			t.Errorf("%+v, %v", d, err)
+		}
+	}
+	if got := b.heard(); len(got) != 0 {
+		t.Errorf("told %v", got)
+	}
+	b.reopen()
+	got := b.backlog(1)
+	for i, job := range got {
+		if job.ID != jobs[i].ID {
+			t.Errorf("%d is %v, want %v", i, job.ID, jobs[i].ID)
+		}
+	}
+	if len(got) != 5 {
+		t.Errorf("%d wait", len(got))
+	}
+}
+
+// A deferred delivery is due at once when a caller asks for it.
+func TestRetryOfADeferredDelivery(t *testing.T) {
+	b := newBench(t)
+	pub := publication("e", 1)
+	pub.Event.DeliverTime = b.clock.now().Add(time.Hour)
+	b.append(pub)
+	id := idOf(pub.Event, 1)
+	if d, err := b.Retry(t.Context(), lane(1), id, 0); err != nil || d.State != Scheduled || d.NextAttempt.After(b.clock.now().Add(time.Millisecond)) {
+		t.Errorf("%+v, %v", d, err)
+	}
+	// Twice in one microsecond, and still no row is overwritten.
+	for range 3 {
+		if _, err := b.Retry(t.Context(), lane(1), id, 0); err != nil {
+			t.Error(err)
+		}
+	}
+	jobs := b.timers(1, pub.Event.DeliverTime)
+	if len(jobs) != 1 || jobs[0].Epoch != 5 {
+		t.Fatalf("%+v", jobs)
+	}
+	b.succeed(jobs[0])
+	b.flush()
+	if got := b.lanes(); len(got) != 0 {
+		t.Errorf("%+v", got)
 	}
 }
 
 func TestRetryFreesFromQuarantine(t *testing.T) {
 	b := newBench(t)
-	b.append(event("e", "s"))
+	b.append(publication("e", 1))
 	job := b.jobs()[0]
 	now := b.clock.now()
 	job.Indeterminate, job.Suspicion = 2, 2
-	b.Settle(job, Step{State: Scheduled, Due: now.Add(time.Minute)}, attemptAt(2, OutcomeInterrupted, 0, now))
+	b.settle(job, Step{State: Scheduled, Due: now.Add(time.Minute)}, attemptAt(2, OutcomeInterrupted, 0, now))
 	b.flush()
 	b.clock.add(time.Minute)
-	again := b.timers(lane("s"), b.clock.now())
+	again := b.timers(1, b.clock.now())
 	if len(again) != 1 || again[0].Indeterminate != 2 || again[0].Suspicion != 2 {
 		t.Fatalf("%+v", again)
 	}
 	again[0].Indeterminate, again[0].Suspicion = 3, 3
-	b.Settle(again[0], Step{State: Rejected, Reason: "quarantined"}, attemptAt(3, OutcomeInterrupted, 0, now))
+	b.settle(again[0], Step{State: Rejected, Reason: "quarantined"}, attemptAt(3, OutcomeInterrupted, 0, now))
 	b.flush()
-	if d, err := b.Retry(t.Context(), job.ID, -1); err != nil || d.State != Scheduled || d.StateReason != "" {
+	if d, err := b.Retry(t.Context(), lane(1), job.ID, -1); err != nil || d.State != Scheduled || d.StateReason != "" {
 		t.Fatalf("%+v, %v", d, err)
 	}
-	freed := b.timers(lane("s"), b.clock.now())
+	freed := b.timers(1, b.clock.now())
 	if len(freed) != 1 || freed[0].Indeterminate != 0 || freed[0].Suspicion != 1 {
 		t.Errorf("want it free, and tried apart from others: %+v", freed)
 	}
 }
 
-func TestCancelLaneEndsOneIncarnation(t *testing.T) {
+func TestCancelLaneEndsItsOwn(t *testing.T) {
 	b := newBench(t)
 	now := b.clock.now()
-	const n = 1200
-	var events []*Event
+	const n = 3000 // some partition's share is more than a batch of edits
+	var pubs []Publication
 	for i := range n {
-		e := event(fmt.Sprint(i), "s")
+		p := publication(fmt.Sprint(i), 1)
 		if i%3 == 0 {
-			e.DeliverTime = now.Add(time.Hour)
+			p.Event.DeliverTime = now.Add(time.Hour)
 		}
 		if i%10 == 9 {
-			e.Targets[0].UID = testUID(9)
+			p.Targets[0].UID = uid(9)
 		}
-		events = append(events, e)
+		pubs = append(pubs, p)
 	}
-	b.append(events...)
+	b.append(pubs...)
 	jobs := b.jobs()
 	for i, job := range jobs[:100] {
-		b.Settle(job, Step{State: Scheduled, Due: now.Add(time.Duration(i+1) * time.Minute)}, attemptAt(1, OutcomeRetryable, 500, now))
+		b.failed(job, time.Duration(i+1)*time.Minute)
 	}
-	got, err := b.CancelLane(context.Background(), lane("s"), testUID(1), "subscription deleted")
+	b.flush()
+	b.heard()
+	got, err := b.CancelLane(context.Background(), lane(1), "subscription deleted")
 	if err != nil || got != n-n/10 {
 		t.Errorf("cancelled %d, %v", got, err)
 	}
-	if open := b.OpenOf(lane("s")); open != n/10 {
-		t.Errorf("%d open", open)
+	if log := b.heard(); len(log) != got {
+		t.Errorf("%d rows were cancelled, %d told", got, len(log))
 	}
-	left := len(b.backlog(lane("s"), 1000)) + len(b.timers(lane("s"), now.Add(48*time.Hour)))
-	if left != n/10 {
+	if mine, others := b.OpenOf(lane(1)), b.OpenOf(lane(9)); mine != 0 || others != n/10 {
+		t.Errorf("%d and %d open", mine, others)
+	}
+	left := len(b.backlog(9)) + len(b.timers(9, now.Add(48*time.Hour)))
+	if left != n/10 || len(b.backlog(1))+len(b.timers(1, now.Add(48*time.Hour))) != 0 {
 		t.Errorf("%d left", left)
 	}
 	// What was in memory is settled later and stays cancelled.
 	for _, job := range jobs[100:200] {
-		b.Settle(job, Step{State: Scheduled, Due: now.Add(time.Minute)}, attemptAt(1, OutcomeRetryable, 500, now))
+		b.failed(job, time.Minute)
 	}
 	b.flush()
-	if d := b.delivery(jobs[150].ID); jobs[150].SubscriptionUID == testUID(1) && d.State != Cancelled {
-		t.Errorf("%+v", d)
+	for _, job := range jobs[100:200] {
+		if d := b.delivery(job.ID); (d.State == Cancelled) != (job.ID.Subscription == 1) {
+			t.Errorf("%+v", d)
+		}
 	}
-	if again, err := b.CancelLane(context.Background(), lane("s"), testUID(1), ""); again != 0 || err != nil {
+	if again, err := b.CancelLane(context.Background(), lane(1), ""); again != 0 || err != nil {
 		t.Errorf("again %d, %v", again, err)
 	}
 }
 
 func TestDropNamespace(t *testing.T) {
 	b := newBench(t)
-	b.append(event("e", "s"))
-	other := event("e", "s")
-	other.Namespace = "acme2"
-	b.append(other)
+	b.append(publication("e", 1), publication("gone", 1))
+	beside := publication("e", 1)
+	beside.Event.Namespace = other
+	b.append(beside)
 	jobs := b.jobs()
-	if err := b.DropNamespace(t.Context(), "acme"); err != nil {
+	if err := b.DropNamespace(t.Context(), acme); err != nil {
 		t.Fatal(err)
 	}
-	for _, job := range jobs {
-		b.Settle(job, Step{State: Succeeded}, attemptAt(1, OutcomeSucceeded, 200, b.clock.now()))
+	for i, job := range jobs {
+		switch i {
+		case 0:
+			b.failed(job, time.Minute)
+		default:
+			b.succeed(job)
+		}
 	}
 	b.flush()
-	if _, err := b.Event("acme", "e"); !errors.Is(err, ErrNotFound) {
+	if _, err := b.Event(acme, "e"); !errors.Is(err, ErrNotFound) {
 		t.Errorf("event is still there: %v", err)
 	}
-	if page, err := b.Deliveries(Query{Namespace: "acme", Subscription: "s"}); err != nil || len(page.Deliveries) != 0 {
-		t.Errorf("%+v, %v", page, err)
+	for _, q := range []Query{{Namespace: acme, Subscription: 1}, {Namespace: acme}, {Namespace: acme, EventUID: jobs[0].Event.UID}} {
+		if page, err := b.Deliveries(q); err != nil || len(page.Deliveries) != 0 {
+			t.Errorf("%+v, %v", page, err)
+		}
 	}
-	if d := b.delivery(ID{other.Seq, other.Partition, 0}); d.State != Succeeded {
-		t.Errorf("other namespace: %+v", d)
+	if d, err := b.Delivery(other, idOf(beside.Event, 1)); err != nil || d.State != Succeeded {
+		t.Errorf("other namespace: %+v, %v", d, err)
 	}
-	if b.OpenIn("acme") != 0 || b.OpenIn("acme2") != 0 {
-		t.Error("counters")
+	if b.OpenIn(acme) != 0 || b.OpenIn(other) != 0 || len(b.lanes()) != 0 {
+		t.Error("something is open")
+	}
+	settled := 0
+	for _, line := range b.heard() {
+		if line == "settled 1" {
+			settled++
+		}
+	}
+	if settled != len(jobs) {
+		t.Errorf("%d of %d settles told", settled, len(jobs))
 	}
 	b.reopen()
-	again := event("e", "s")
+	again := publication("e", 1)
 	if r := b.append(again)[0]; r.Duplicate {
 		t.Error("id of a dropped namespace is still taken")
 	}
-	if first := jobs[0].ID; again.Partition == first.Partition && again.Seq <= first.Seq {
+	if first := jobs[0].ID; again.Event.Partition == first.Partition && again.Event.Seq <= first.Seq {
 		t.Error("sequence was given twice")
 	}
 }
 
 func TestOpenCountsSurviveReopen(t *testing.T) {
 	b := newBench(t)
-	var events []*Event
+	var pubs []Publication
 	for i := range 60 {
-		e := event(fmt.Sprint(i), "a", "b")
+		p := publication(fmt.Sprint(i), 1, 2)
 		if i%4 == 0 {
-			e.DeliverTime = b.clock.now().Add(time.Hour)
+			p.Event.DeliverTime = b.clock.now().Add(time.Hour)
 		}
-		events = append(events, e)
+		pubs = append(pubs, p)
 	}
-	b.append(events...)
+	b.append(pubs...)
 	for i, job := range b.jobs() {
 		switch i % 3 {
 		case 0:
-			b.Settle(job, Step{State: Succeeded}, attemptAt(1, OutcomeSucceeded, 200, b.clock.now()))
+			b.succeed(job)
 		case 1:
-			b.Settle(job, Step{State: Scheduled, Due: b.clock.now().Add(time.Minute)}, attemptAt(1, OutcomeRetryable, 500, b.clock.now()))
+			b.failed(job, time.Minute)
 		}
 	}
 	b.flush()
 	waitFor(t, b.Counted)
-	want, wantA := b.OpenIn("acme"), b.OpenOf(lane("a"))
+	want, want1 := b.OpenIn(acme), b.OpenOf(lane(1))
 	if want != 90 {
 		t.Errorf("%d open", want)
 	}
 	b.reopen()
 	waitFor(t, b.Counted)
-	if got, gotA := b.OpenIn("acme"), b.OpenOf(lane("a")); got != want || gotA != wantA {
-		t.Errorf("%d, %d after reopen, want %d, %d", got, gotA, want, wantA)
+	if got, got1 := b.OpenIn(acme), b.OpenOf(lane(1)); got != want || got1 != want1 {
+		t.Errorf("%d, %d after reopen, want %d, %d", got, got1, want, want1)
 	}
 }
 
-func TestLowWaterMovesRecoveryOn(t *testing.T) {
-	b := newBench(t, func(o *Options) { o.Partitions = 1 })
-	var last *Job
-	for i := range 20 {
-		b.append(event(fmt.Sprint(i), "s"))
-	}
+// A caller that goes away parts no change from what follows of it (A7): the follower is told, and the change is
+// durable.
+func TestEditGoesOnWithoutItsCaller(t *testing.T) {
+	log := newHeldLog()
+	b := newBench(t, onePartition, log.use)
+	b.append(publication("e", 1), publication("f", 1))
 	jobs := b.jobs()
-	for _, job := range jobs[:15] {
-		b.Settle(job, Step{State: Succeeded}, attemptAt(1, OutcomeSucceeded, 200, b.clock.now()))
-		last = job
-	}
-	b.SetLowWater(lane("s"), 0, last.ID.Seq+1)
+	b.exhaust(jobs[0])
 	b.flush()
+	b.heard()
+	log.hold(b)
+	ctx, cancel := context.WithCancel(t.Context())
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		if _, err := b.Retry(ctx, lane(1), jobs[0].ID, -1); !errors.Is(err, context.Canceled) {
+			t.Errorf("retry: %v", err)
+		}
+	})
+	wg.Go(func() {
+		if _, err := b.Cancel(ctx, lane(1), jobs[1].ID, "x"); !errors.Is(err, context.Canceled) {
+			t.Errorf("cancel: %v", err)
+		}
+	})
+	p := b.partitions[0]
+	waitFor(t, func() bool { p.mu.Lock(); defer p.mu.Unlock(); return len(p.edits) == 2 })
+	cancel()
+	wg.Wait()
+	log.release()
+	b.flush()
+	told := map[string]int{}
+	for _, line := range b.heard() {
+		told[line]++
+	}
+	if told["timed 2"] != 1 || told["edited 1"] != 1 || len(told) != 2 {
+		t.Errorf("told %v", told)
+	}
 	b.reopen()
-	for state, err := range b.Lanes() {
-		if err != nil || state.From != jobs[15].ID.Seq {
-			t.Errorf("%+v, %v; want from %d", state, err, jobs[15].ID.Seq)
+	if got := b.timers(1, b.clock.now()); len(got) != 1 || len(b.backlog(1)) != 0 {
+		t.Errorf("%v are due", ids(got))
+	}
+}
+
+// An edit whose context has ended before is not made.
+func TestEditOfAGoneCallerIsNotBegun(t *testing.T) {
+	b := newBench(t)
+	b.append(publication("e", 1))
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, err := b.Cancel(ctx, lane(1), b.jobs()[0].ID, "x"); !errors.Is(err, context.Canceled) {
+		t.Error(err)
+	}
+	b.flush()
+	if got := b.backlog(1); len(got) != 1 {
+		t.Error("cancelled")
+	}
+}
+
+// A delivery that is looked up costs what it is, however many namespaces there are, and is seen in its own only (A14).
+func TestDeliveryIsFoundInItsNamespaceOnly(t *testing.T) {
+	b := newBench(t)
+	var events []*Event
+	for ns := range 50 {
+		p := publication("e", 1)
+		p.Event.Namespace = NamespaceKey(ns + 100)
+		events = append(events, b.append(p)[0].Event)
+	}
+	for _, e := range events {
+		for ns := range NamespaceKey(50) {
+			_, err := b.Delivery(ns+100, idOf(e, 1))
+			if found := err == nil; found != (ns+100 == e.Namespace) {
+				t.Fatalf("event of %d in %d: %v", e.Namespace, ns+100, err)
+			}
 		}
 	}
 }

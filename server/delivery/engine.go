@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"time"
 
 	"github.com/cockroachdb/pebble/v2"
 	"github.com/cockroachdb/pebble/v2/bloom"
@@ -11,12 +12,14 @@ import (
 )
 
 const (
-	memTableBytes = 32 << 20
+	defaultMemTableBytes = 32 << 20
 	// maxMemTables bounds the log that a crash leaves to be replayed, and memory while flushes are slow.
 	maxMemTables  = 4
 	bloomBits     = 10
 	maxOpenTables = 1000
-	baseLevel     = 128 << 20
+	// flushDelay is how long a range that retention has erased may wait for its table.
+	flushDelay = time.Minute
+	baseLevel  = 128 << 20
 	// compactAt is high because compactions, not appends, take most of the processor time: waiting for more
 	// tables merges the same bytes less often. Reads, which are few, look at more tables.
 	compactAt = 10
@@ -32,7 +35,7 @@ func (j *Journal) pebbleOptions(o Options) *pebble.Options {
 		FS:                          vfs.OnDiskFull(o.fs, j.space.full),
 		FormatMajorVersion:          pebble.FormatNewest,
 		CacheSize:                   o.CacheBytes,
-		MemTableSize:                memTableBytes,
+		MemTableSize:                uint64(o.MemTableBytes),
 		MemTableStopWritesThreshold: maxMemTables,
 		L0CompactionThreshold:       compactAt,
 		L0StopWritesThreshold:       stopWritesAt,
@@ -53,9 +56,11 @@ func (j *Journal) pebbleOptions(o Options) *pebble.Options {
 
 func (j *Journal) listener() *pebble.EventListener {
 	return &pebble.EventListener{
-		BackgroundError: func(err error) { j.log.Error("journal background work", "err", err) },
+		// As text: the errors print their stacks otherwise.
+		BackgroundError: func(err error) { j.log.Error("journal background work", "err", err.Error()) },
+		WALCreated:      func(info pebble.WALCreateInfo) { j.logNumber.Store(uint64(info.FileNum)) },
 		DataCorruption: func(info pebble.DataCorruptionInfo) {
-			j.log.Error("journal corruption", "file", info.Path, "err", info.Details)
+			j.log.Error("journal corruption", "file", info.Path, "err", info.Details.Error())
 		},
 		DiskSlow:        func(info pebble.DiskSlowInfo) { j.log.Warn("journal's disk is slow", "file", info.Path) },
 		WriteStallBegin: func(info pebble.WriteStallBeginInfo) { j.log.Warn("journal writes wait", "reason", info.Reason) },

@@ -4,23 +4,26 @@ import (
 	"encoding/base32"
 	"encoding/binary"
 	"errors"
+	"strings"
 	"time"
 )
 
-// ID names a delivery. Its text form sorts by creation time and leads to the partition.
+// ID names a delivery: an event and the subscription it is for. Its text form sorts by creation time and leads
+// to the partition.
 type ID struct {
 	// Seq is the event's sequence: unix milliseconds << 16 | counter, rising within a partition.
 	Seq       uint64
 	Partition uint16
-	// Ordinal is the index into the event's targets.
-	Ordinal uint16
+	// Subscription is the lane's, so that it needs no look at the event's targets.
+	Subscription SubscriptionKey
 }
 
 // ErrInvalidID says that a text is not the text form of an ID.
 var ErrInvalidID = errors.New("not a delivery id")
 
 const (
-	idTextLen = 20
+	idTextLen = 29
+	idLen     = 18
 	// base32hex keeps the order of the bytes; lower case is what resource names allow.
 	hexAlphabet = "0123456789abcdefghijklmnopqrstuv"
 )
@@ -29,12 +32,12 @@ func textEncoding() *base32.Encoding {
 	return base32.NewEncoding(hexAlphabet).WithPadding(base32.NoPadding)
 }
 
-// String returns the 20 characters that name the delivery.
+// String returns the 29 characters that name the delivery.
 func (id ID) String() string {
-	var raw [12]byte
+	var raw [idLen]byte
 	binary.BigEndian.PutUint64(raw[0:], id.Seq)
 	binary.BigEndian.PutUint16(raw[8:], id.Partition)
-	binary.BigEndian.PutUint16(raw[10:], id.Ordinal)
+	binary.BigEndian.PutUint64(raw[10:], uint64(id.Subscription))
 	var text [idTextLen]byte
 	encodeText(text[:], raw[:])
 	return string(text[:])
@@ -49,13 +52,13 @@ func ParseID(text string) (ID, error) {
 		return ID{}, ErrInvalidID
 	}
 	raw, err := textEncoding().DecodeString(text)
-	if err != nil || len(raw) != 12 {
+	if err != nil || len(raw) != idLen {
 		return ID{}, ErrInvalidID
 	}
 	id := ID{
-		Seq:       binary.BigEndian.Uint64(raw[0:]),
-		Partition: binary.BigEndian.Uint16(raw[8:]),
-		Ordinal:   binary.BigEndian.Uint16(raw[10:]),
+		Seq:          binary.BigEndian.Uint64(raw[0:]),
+		Partition:    binary.BigEndian.Uint16(raw[8:]),
+		Subscription: SubscriptionKey(binary.BigEndian.Uint64(raw[10:])),
 	}
 	// The last character has spare bits: only one spelling of an ID is accepted.
 	if id.String() != text {
@@ -82,10 +85,14 @@ func encodeText(dst, src []byte) {
 	}
 }
 
-const uidPrefix = "evt_"
+const (
+	uidPrefix = "evt_"
+	// idBytes is how much of a journal's id is random.
+	idBytes = 5
+)
 
 // eventUID makes the webhook-id of an event: 24 characters after the prefix, unique over all journals.
-func eventUID(journal [5]byte, partition uint16, seq uint64) string {
+func eventUID(journal [idBytes]byte, partition uint16, seq uint64) string {
 	var raw [15]byte
 	binary.BigEndian.PutUint64(raw[0:], seq)
 	binary.BigEndian.PutUint16(raw[8:], partition)
@@ -94,6 +101,19 @@ func eventUID(journal [5]byte, partition uint16, seq uint64) string {
 	copy(text[:], uidPrefix)
 	encodeText(text[len(uidPrefix):], raw[:])
 	return string(text[:])
+}
+
+// parseUID reads what eventUID wrote for this journal.
+func parseUID(journal [idBytes]byte, uid string) (partition uint16, seq uint64, ok bool) {
+	text, ok := strings.CutPrefix(uid, uidPrefix)
+	if !ok || len(text) != 24 {
+		return 0, 0, false
+	}
+	raw, err := textEncoding().DecodeString(text)
+	if err != nil || len(raw) != 15 || string(raw[10:]) != string(journal[:]) {
+		return 0, 0, false
+	}
+	return binary.BigEndian.Uint16(raw[8:]), binary.BigEndian.Uint64(raw), true
 }
 
 const seqCounterBits = 16
@@ -109,15 +129,14 @@ func seqAt(t time.Time) uint64 {
 
 func seqTime(seq uint64) time.Time { return time.UnixMilli(int64(seq >> seqCounterBits)) }
 
-// partitionOf places an event. The result is stored nowhere and must never change: FNV-1a over
-// namespace, a zero byte and the event id, mixed so that the low bits depend on every byte.
-func partitionOf(namespace, eventID string, partitions int) uint16 {
+// partitionOf places an event. The result is stored nowhere and must never change: FNV-1a over the namespace's
+// key and the event id, mixed so that the low bits depend on every byte.
+func partitionOf(ns NamespaceKey, eventID string, partitions int) uint16 {
 	const offset, prime = 14695981039346656037, 1099511628211
 	h := uint64(offset)
-	for i := range len(namespace) {
-		h = (h ^ uint64(namespace[i])) * prime
+	for i := 0; i < 64; i += 8 {
+		h = (h ^ uint64(ns)>>i&0xff) * prime
 	}
-	h *= prime
 	for i := range len(eventID) {
 		h = (h ^ uint64(eventID[i])) * prime
 	}

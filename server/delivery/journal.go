@@ -14,9 +14,8 @@ import (
 	"github.com/cockroachdb/pebble/v2"
 	"github.com/cockroachdb/pebble/v2/vfs"
 	"github.com/prometheus/client_golang/prometheus"
-	"google.golang.org/protobuf/proto"
 
-	storev1 "github.com/grapnel/grapnel/proto/grapnel/store/v1"
+	"github.com/grapnel/grapnel/server/delivery/highwater"
 )
 
 // Errors of the journal. Results may wrap them.
@@ -37,6 +36,8 @@ var (
 	ErrInvalidState = errors.New("delivery's state does not allow this")
 	// ErrInvalidCursor says that a cursor was not made by the journal.
 	ErrInvalidCursor = errors.New("cursor is not valid")
+	// ErrRefused says that a commit was refused, so that nothing of it has happened. It may be tried again.
+	ErrRefused = errors.New("the journal's log refused the commit")
 )
 
 // CorruptError names the record that cannot be read. It is never skipped over.
@@ -64,6 +65,12 @@ type Options struct {
 	Partitions int
 	// CacheBytes bounds the cache of what is on disk; 0 means 64 MiB.
 	CacheBytes int64
+	// MemTableBytes is the size at which what was written goes to a table on disk. Up to four times as much is
+	// held in memory. 0 means 32 MiB.
+	MemTableBytes int64
+	// Space is the watch over a disk that the journal shares with other stores; it goes on from Start to Close.
+	// Nil makes one of the journal's own out of the two fields that follow.
+	Space *Space
 	// MinFreeBytes is the free space below which Append is refused. 0 means 256 MiB, or a tenth of
 	// the volume where that is less; below 0 means no watermark.
 	MinFreeBytes int64
@@ -71,6 +78,11 @@ type Options struct {
 	// deliveries and deletions go on. 0 means 64 MiB, or a quarter of MinFreeBytes where that is
 	// less; below 0 means none.
 	BallastBytes int64
+	// HighWater is the path of a file that remembers, apart from the journal, what of it is durable, so that a
+	// start that finds less says so; empty means none. It belongs beside Dir, not into it.
+	HighWater string
+	// AcceptLoss starts a journal all the same that holds less than was acknowledged.
+	AcceptLoss bool
 	// Logger is required to be told of trouble; nil discards.
 	Logger *slog.Logger
 	// Registerer takes the journal's metrics; nil means none.
@@ -79,8 +91,9 @@ type Options struct {
 	// must not return; nil ends the process with status 70.
 	Fatal func(reason string)
 
-	fs  vfs.FS           // tests
-	now func() time.Time // tests
+	fs     vfs.FS                      // tests
+	now    func() time.Time            // tests: the journal's clock
+	refuse func(partition uint16) bool // tests: what a replicated log may do to a commit
 }
 
 // Sink takes the result of an attempt, exactly once, from any goroutine.
@@ -90,27 +103,17 @@ type Sink interface {
 
 // AppendResult says what became of one event of an Append.
 type AppendResult struct {
-	// Event is the stored event. For a duplicate it is the original, whose Targets may have lost
-	// everything but their number once the original is no longer retained. Nil with Err.
+	// Event is the stored event; for a duplicate the original, or what is known of it once it is no longer
+	// retained. Nil with Err.
 	Event *Event
 	// Duplicate says that the same event had been accepted before and nothing was queued.
 	Duplicate bool
 	Err       error
 }
 
-// LaneState is what recovery needs to know about one subscription's queue in one partition.
-type LaneState struct {
-	Lane      LaneKey
-	Partition uint16
-	// From is a sequence below which nothing of the FIFO is Pending; 0 means nothing is.
-	From uint64
-	// NextDue is the due time of the first timer; zero means none.
-	NextDue time.Time
-}
-
 const (
 	// layoutFormat is the version of the key layout; a journal of another one is refused.
-	layoutFormat      = 1
+	layoutFormat      = 2
 	defaultPartitions = 16
 	defaultCacheBytes = 64 << 20
 	exitBroken        = 70
@@ -120,38 +123,38 @@ const (
 // concurrently.
 type Journal struct {
 	dir        string
-	id         [5]byte
+	id         [idBytes]byte
 	db         *pebble.DB
 	log        *slog.Logger
 	now        func() time.Time
 	fatal      func(string)
+	refuse     func(partition uint16) bool
 	partitions []*partition
-	space      *space
+	space      *Space
 	metrics    *metrics
 	counts     *counters
+	eventBytes atomic.Int64
 	opened     *pebble.Snapshot // what was there at Open; counted after Start
-	onCommit   func([]*Job)
-	onTimer    func(LaneKey, uint16, time.Time)
+	follower   Follower
 	started    atomic.Bool
+	syncs      syncs
+	marks      *highwater.File // nil when nothing is to be remembered
+	logNumber  atomic.Uint64   // of the write-ahead log that is written to
 
-	// written counts buffered commits, synced those that are known to be durable.
-	written, synced atomic.Uint64
-	dirty           chan struct{}
-	stop            chan struct{}
-	committers      sync.WaitGroup
-	background      sync.WaitGroup
+	stop       chan struct{}
+	committers sync.WaitGroup
+	background sync.WaitGroup
 
 	// gate is held for reading by every method that reads the database, and taken by Close.
 	gate   sync.RWMutex
 	closed bool
 
-	spaceMu sync.RWMutex
-	spaces  map[string]struct{} // namespaces that have or had events
+	retaining sync.Mutex // one sweep at a time
 }
 
-// Open opens the journal in Options.Dir, or makes one, and replays what a crash left in its log; no repair is
-// ever needed. It refuses a journal of an unknown format. It pairs with Close. Reading works from here on,
-// everything else once Start has been called.
+// Open opens the journal in Options.Dir, or makes one, and replays what a crash left in its log. It refuses a
+// journal of another format. It pairs with Close. Reading works from here on, everything else once Start has been
+// called.
 func Open(o Options) (*Journal, error) {
 	j := newJournal(&o)
 	if o.Dir == "" {
@@ -172,6 +175,9 @@ func Open(o Options) (*Journal, error) {
 	if err := j.load(o); err != nil {
 		return nil, errors.Join(fmt.Errorf("open journal %s: %w", o.Dir, err), db.Close())
 	}
+	if err := j.openMarks(o); err != nil {
+		return nil, errors.Join(fmt.Errorf("open journal: %w", err), db.Close())
+	}
 	if err := j.metrics.register(o.Registerer, j); err != nil {
 		return nil, errors.Join(fmt.Errorf("open journal: %w", err), db.Close())
 	}
@@ -188,113 +194,77 @@ func newJournal(o *Options) *Journal {
 		o.fs = vfs.Default
 	}
 	if o.now == nil {
-		o.now = time.Now
+		o.now = clock{time.Now()}.now
 	}
 	if o.CacheBytes <= 0 {
 		o.CacheBytes = defaultCacheBytes
+	}
+	if o.MemTableBytes <= 0 {
+		o.MemTableBytes = defaultMemTableBytes
 	}
 	if o.Fatal == nil {
 		o.Fatal = func(string) { os.Exit(exitBroken) }
 	}
 	return &Journal{
-		dir: o.Dir, log: o.Logger.With("component", "journal"), now: o.now, fatal: o.Fatal,
-		metrics: newMetrics(), counts: newCounters(), spaces: make(map[string]struct{}),
-		dirty: make(chan struct{}, 1), stop: make(chan struct{}),
-		onTimer: func(LaneKey, uint16, time.Time) {},
+		dir: o.Dir, log: o.Logger.With("component", "journal"), now: o.now, fatal: o.Fatal, refuse: o.refuse,
+		metrics: newMetrics(), counts: newCounters(), stop: make(chan struct{}),
+		syncs: syncs{dirty: make(chan struct{}, 1)},
 	}
 }
 
 // load reads or makes the meta record and finds where each partition stands.
 func (j *Journal) load(o Options) error {
-	meta, err := j.meta(o.Partitions)
+	m, err := j.meta(o.Partitions)
 	if err != nil {
 		return err
 	}
-	if o.Partitions != 0 && o.Partitions != int(meta.GetPartitions()) {
-		return fmt.Errorf("it was made with %d partitions and cannot be opened with %d", meta.GetPartitions(), o.Partitions)
+	if o.Partitions != 0 && o.Partitions != m.partitions {
+		return fmt.Errorf("it was made with %d partitions, which is for good, and cannot be opened with %d: leave the number out", m.partitions, o.Partitions)
 	}
-	copy(j.id[:], meta.GetJournalId())
-	for i := range meta.GetPartitions() {
-		last, err := j.recoverPartition(uint16(i))
-		if err != nil {
+	j.id = m.id
+	for i := range m.partitions {
+		p := newPartition(j, uint16(i))
+		if err := p.load(); err != nil {
 			return err
 		}
-		j.partitions = append(j.partitions, newPartition(j, uint16(i), last))
+		j.partitions = append(j.partitions, p)
 	}
 	return nil
 }
 
 // meta reads the meta record, and writes one into an empty database.
-func (j *Journal) meta(partitions int) (*storev1.MetaRecord, error) {
-	var meta storev1.MetaRecord
-	err := j.get(metaKey(), &meta)
-	if err == nil {
-		switch n := meta.GetPartitions(); {
-		case meta.GetFormat() != layoutFormat:
-			return nil, j.corrupt(metaKey(), fmt.Errorf("format %d is not known to this release", meta.GetFormat()))
-		case n == 0 || n > maxPartitions || len(meta.GetJournalId()) != len(j.id):
-			return nil, j.corrupt(metaKey(), errors.New("record makes no sense"))
-		}
-		return &meta, nil
-	}
-	if !errors.Is(err, ErrNotFound) {
-		return nil, err
+func (j *Journal) meta(partitions int) (m meta, err error) {
+	found, err := j.get(j.db, metaKey(), func(value []byte) (err error) {
+		m, err = decodeMeta(value)
+		return err
+	})
+	switch {
+	case err != nil:
+		return m, err
+	case found && m.format != layoutFormat:
+		return m, fmt.Errorf("its format is %d, this release knows %d only: start with an empty directory, "+
+			"or with the release that made this one", m.format, layoutFormat)
+	case found && (m.partitions < 1 || m.partitions > maxPartitions):
+		return m, j.corrupt(metaKey(), errors.New("record makes no sense"))
+	case found:
+		return m, nil
 	}
 	if err := j.scan(j.db, nil, nil, func(key, _ []byte) error {
 		return j.corrupt(metaKey(), fmt.Errorf("record is missing, but there is %s", keyText(key)))
 	}); err != nil {
-		return nil, err
+		return m, err
 	}
 	if partitions == 0 {
 		partitions = defaultPartitions
 	}
-	_, _ = rand.Read(j.id[:]) // never fails
-	meta.Format, meta.Partitions, meta.JournalId = layoutFormat, uint32(partitions), j.id[:]
-	b := j.db.NewBatch()
-	putRecord(b, metaKey(), &meta)
-	if err := b.Commit(pebble.Sync); err != nil {
-		return nil, err
-	}
-	return &meta, b.Close()
+	m.format, m.partitions = layoutFormat, partitions
+	_, _ = rand.Read(m.id[:]) // never fails
+	return m, j.db.Set(metaKey(), encodeMeta(nil, m), pebble.Sync)
 }
 
-// recoverPartition finds the highest sequence given so far, and the namespaces.
-func (j *Journal) recoverPartition(partition uint16) (last uint64, err error) {
-	var rec storev1.PartitionRecord
-	if err := j.get(appendTag(nil, partition, tagPartition), &rec); err != nil && !errors.Is(err, ErrNotFound) {
-		return 0, err
-	}
-	last = rec.GetLastSeq()
-	prefix := appendTag(nil, partition, tagEvent)
-	it, err := j.db.NewIter(&pebble.IterOptions{LowerBound: prefix, UpperBound: prefixEnd(prefix)})
-	if err != nil {
-		return 0, err
-	}
-	defer func() { err = errors.Join(err, it.Close()) }()
-	for ok := it.First(); ok; {
-		name, _, valid := splitName(it.Key()[bodyOffset:])
-		if !valid {
-			return 0, j.corrupt(it.Key(), errBadKey)
-		}
-		j.addSpace(name)
-		end := prefixEnd(appendSpace(nil, partition, tagEvent, name))
-		if it.SeekLT(end) {
-			seq, valid := lastSeqOf(it.Key())
-			if !valid {
-				return 0, j.corrupt(it.Key(), errBadKey)
-			}
-			last = max(last, seq)
-		}
-		ok = it.SeekGE(end)
-	}
-	return last, it.Error()
-}
-
-// Start begins to take work. onCommit gets the jobs of fresh deliveries that are due, of one partition and in
-// order of sequence, once they are durable. It is called by the partition's committer and must neither block
-// nor call Backlog, Timers, Flush or an edit. OnTimer, where wanted, comes before Start. Call it once.
-func (j *Journal) Start(onCommit func([]*Job)) {
-	j.onCommit = onCommit
+// Start begins to take work, with a follower that learns of every commit. Call it once.
+func (j *Journal) Start(f Follower) {
+	j.follower = f
 	j.started.Store(true)
 	for _, p := range j.partitions {
 		j.committers.Go(p.run)
@@ -302,16 +272,20 @@ func (j *Journal) Start(onCommit func([]*Job)) {
 	snapshot := j.opened
 	j.opened = nil
 	j.background.Go(func() {
+		defer snapshot.Close()
 		j.loadFilters(snapshot)
 		j.countOpen(snapshot)
 	})
 	j.background.Go(j.syncLoop)
+	if j.marks != nil {
+		j.background.Go(j.keepMarks)
+	}
 	j.background.Go(func() { j.space.watch(j.stop) })
 }
 
-// OnTimer registers a function that is told of timers made by appends, for events with a delivery time, under
-// the same rules as onCommit. Call it before Start.
-func (j *Journal) OnTimer(f func(lane LaneKey, partition uint16, due time.Time)) { j.onTimer = f }
+// Now is the journal's clock: the wall clock when the journal was opened plus the monotonic time since, so that it
+// never jumps. Due times, expire times and sequences are on it.
+func (j *Journal) Now() time.Time { return j.now() }
 
 // Partitions is how many there are.
 func (j *Journal) Partitions() int { return len(j.partitions) }
@@ -339,8 +313,12 @@ func (j *Journal) Close() error {
 	if j.opened != nil {
 		err = j.opened.Close()
 	}
-	j.syncWAL()
-	if err = errors.Join(err, j.db.Close()); err != nil {
+	j.sync()
+	err = errors.Join(err, j.db.Close())
+	if j.marks != nil {
+		err = errors.Join(err, j.marks.Close(err == nil))
+	}
+	if err != nil {
 		return fmt.Errorf("close journal: %w", err)
 	}
 	return nil
@@ -372,59 +350,83 @@ func (j *Journal) die(reason string) {
 	select {}
 }
 
-func (j *Journal) addSpace(name string) {
-	j.spaceMu.RLock()
-	_, known := j.spaces[name]
-	j.spaceMu.RUnlock()
-	if known {
-		return
-	}
-	j.spaceMu.Lock()
-	defer j.spaceMu.Unlock()
-	j.spaces[name] = struct{}{}
+func (j *Journal) corrupt(key []byte, reason error) error {
+	return &CorruptError{Dir: j.dir, Key: keyText(key), Reason: reason}
 }
 
-// spaceNames are the namespaces that have or had events.
-func (j *Journal) spaceNames() []string {
-	j.spaceMu.RLock()
-	defer j.spaceMu.RUnlock()
-	names := make([]string, 0, len(j.spaces))
-	for name := range j.spaces {
-		names = append(names, name)
-	}
-	return names
-}
-
-// get reads a record; ErrNotFound when there is none.
-func (j *Journal) get(key []byte, m proto.Message) error { return j.getIn(j.db, key, m) }
-
-func (j *Journal) getIn(r pebble.Reader, key []byte, m proto.Message) error {
+// get has a record decoded, whose memory is lent for the call. It reports whether there is one; a record that
+// cannot be decoded is a *CorruptError.
+func (j *Journal) get(r pebble.Reader, key []byte, decode func(value []byte) error) (bool, error) {
 	value, closer, err := r.Get(key)
 	if errors.Is(err, pebble.ErrNotFound) {
-		return ErrNotFound
+		return false, nil
 	}
 	if err != nil {
-		return fmt.Errorf("journal %s: read %s: %w", j.dir, keyText(key), err)
+		return false, fmt.Errorf("journal %s: read %s: %w", j.dir, keyText(key), err)
 	}
 	defer closer.Close()
-	return j.decode(key, value, m)
+	if err := decode(value); err != nil {
+		return true, j.corrupt(key, err)
+	}
+	return true, nil
+}
+
+// has reports whether there is such a key.
+func (j *Journal) has(r pebble.Reader, key []byte) (bool, error) {
+	return j.get(r, key, func([]byte) error { return nil })
+}
+
+// iterate opens an iterator over [lower, upper) for the time of a function.
+func (j *Journal) iterate(r pebble.Reader, lower, upper []byte, use func(*pebble.Iterator) error) (err error) {
+	it, err := r.NewIter(&pebble.IterOptions{LowerBound: lower, UpperBound: upper})
+	if err != nil {
+		return fmt.Errorf("journal %s: %w", j.dir, err)
+	}
+	defer func() {
+		if failed := errors.Join(it.Error(), it.Close()); failed != nil {
+			err = errors.Join(err, fmt.Errorf("journal %s: read from %s: %w", j.dir, keyText(lower), failed))
+		}
+	}()
+	return use(it)
 }
 
 // scan visits the keys in [lower, upper) in order; key and value are valid during the visit only.
-func (j *Journal) scan(r pebble.Reader, lower, upper []byte, visit func(key, value []byte) error) (err error) {
-	it, err := r.NewIter(&pebble.IterOptions{LowerBound: lower, UpperBound: upper})
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, it.Close()) }()
-	for ok := it.First(); ok; ok = it.Next() {
-		value, err := it.ValueAndErr()
-		if err != nil {
-			return err
+func (j *Journal) scan(r pebble.Reader, lower, upper []byte, visit func(key, value []byte) error) error {
+	return j.iterate(r, lower, upper, func(it *pebble.Iterator) error {
+		for ok := it.First(); ok; ok = it.Next() {
+			value, err := it.ValueAndErr()
+			if err != nil {
+				return err
+			}
+			if err := visit(it.Key(), value); err != nil {
+				return err
+			}
 		}
-		if err := visit(it.Key(), value); err != nil {
-			return err
+		return nil
+	})
+}
+
+// hop visits the first key of [lower, upper) and of what follows where skip says: from prefix to prefix by seeks,
+// whatever lies within them.
+func (j *Journal) hop(r pebble.Reader, lower, upper []byte, visit func(key []byte) (skip []byte, err error)) error {
+	return j.iterate(r, lower, upper, func(it *pebble.Iterator) error {
+		for ok := it.First(); ok; {
+			skip, err := visit(it.Key())
+			if err != nil {
+				return err
+			}
+			ok = it.SeekGE(skip)
 		}
-	}
-	return it.Error()
+		return nil
+	})
+}
+
+// lastKey visits the last key of [lower, upper), if there is one.
+func (j *Journal) lastKey(r pebble.Reader, lower, upper []byte, visit func(key []byte) error) error {
+	return j.iterate(r, lower, upper, func(it *pebble.Iterator) error {
+		if it.Last() {
+			return visit(it.Key())
+		}
+		return nil
+	})
 }

@@ -4,40 +4,69 @@ import (
 	"bytes"
 	"encoding/binary"
 	"fmt"
+	"time"
 )
 
-// Layout. Every key begins with its partition (2 bytes, big endian) and a tag, so that a partition is one
-// contiguous range that can be copied, replayed or handed over by itself. ns, sub and id hold no zero byte.
-// Numbers are big endian; seq is 8 bytes.
+// Layout, format 2. Every key begins with its partition (2 bytes) and a tag, so that a partition is one contiguous
+// range that can be copied, replayed or handed over by itself. Numbers are big endian; ns and lane are the keys of
+// the namespace's and the subscription's UID, 8 bytes each, and so is seq; day (2 bytes) is that of the sequence.
 //
-//	e | ns 0 | seq                   EventRecord
-//	i | day u32 | ns 0 | id          IdempotencyRecord, day since 1970 of the sequence
-//	d | ns 0 | sub 0 | seq           DeliveryRecord. The Pending ones without a timer, at or above the lane's
-//	                                 low-water mark, are the FIFO; settling overwrites in place
-//	t | ns 0 | sub 0 | due i64 | seq empty; timers of Scheduled deliveries and of Pending ones with a
-//	                                 delivery time. A lane needs one timer in memory: its first key
-//	x | ns 0 | sub 0 | state | seq   empty; every state but Succeeded and Pending-in-the-FIFO. So all that
-//	                                 is open is the FIFO, x|Pending and x|Scheduled
-//	h | ns 0 | sub 0 | seq | n u32   AttemptRecord of attempts that did not succeed
-//	c | ns 0 | sub 0                 LaneRecord
-//	p                                PartitionRecord
+//	q | ns lane seq             Job: waiting, untried
+//	t | ns lane due seq         Job: waiting for a time. due is an Instant, 8 bytes
+//	r | day ns b seq            event, without targets
+//	r | day ns t seq            its targets
+//	r | day ns i h8 h8          where the event with this id is: hash of the id, hash of source and id
+//	r | day ns d lane seq       where a delivery stands; none while it is PENDING, and so in q or t
+//	r | day ns a lane seq n     failed attempt with its bodies; n is 4 bytes
+//	r | day ns z seq lane       empty: the delivery has ended without success
+//	r | 0xffff ns …             kept: the same, of events that outlive their day because a delivery is open; i has
+//	                            the sequence behind it, since an id may come again after a day
+//	f | ns lane                 since when the target has been failing
+//	w                           the newest commit
+//	p                           journal id, and what the partition remembers of itself
 //
-// The meta record is at partition 0xffff, which no event can have.
+// What is open (q, t) is keyed by lane and vanishes at its end. What has ended is keyed by day and goes by the day,
+// so that a question costs what it touches and retention what it erases. The meta record is at partition 0xffff,
+// which no event can have.
+//
+// A q or t key is Set once between its deletes: edits move rows, they never overwrite them. Four functions write
+// there: putWaiting, putTimer, dropRow and dropNamespace.
 const (
-	tagEvent       = 'e'
-	tagIdempotency = 'i'
-	tagDelivery    = 'd'
-	tagTimer       = 't'
-	tagIndex       = 'x'
-	tagAttempt     = 'h'
-	tagLane        = 'c'
-	tagPartition   = 'p'
+	tagFIFO      = 'q'
+	tagTimer     = 't'
+	tagRecord    = 'r'
+	tagFailing   = 'f'
+	tagCommit    = 'w'
+	tagPartition = 'p'
+
+	kindEvent    = 'b'
+	kindTargets  = 't'
+	kindIdentity = 'i'
+	kindDelivery = 'd'
+	kindAttempt  = 'a'
+	kindDead     = 'z'
 
 	// maxPartitions keeps partition numbers away from the meta key.
 	maxPartitions = 4096
 	tagOffset     = 2
 	bodyOffset    = 3
+	laneEnd       = bodyOffset + 16
+	recordPrefix  = bodyOffset + 2 + 8 + 1 // of an r key: partition, tag, day, ns, kind
 )
+
+// dayKey is a day as keys have it: days since 1970.
+type dayKey uint16
+
+// kept stands in place of the day for what outlives it.
+const kept dayKey = 0xffff
+
+const msPerDay = uint64(24 * time.Hour / time.Millisecond)
+
+// dayOf is the day of a sequence.
+func dayOf(seq uint64) dayKey { return dayKey(min(seq>>seqCounterBits/msPerDay, uint64(kept)-1)) }
+
+// firstSeq is the lowest sequence of a day.
+func firstSeq(d dayKey) uint64 { return uint64(d) * msPerDay << seqCounterBits }
 
 func metaKey() []byte { return []byte("\xff\xffmeta") }
 
@@ -45,62 +74,81 @@ func appendTag(b []byte, partition uint16, tag byte) []byte {
 	return append(binary.BigEndian.AppendUint16(b, partition), tag)
 }
 
-func appendName(b []byte, name string) []byte {
-	return append(append(b, name...), 0)
+func appendU64(b []byte, v uint64) []byte { return binary.BigEndian.AppendUint64(b, v) }
+
+// appendSpace is the prefix of a namespace's keys under q, t or f.
+func appendSpace(b []byte, partition uint16, tag byte, ns NamespaceKey) []byte {
+	return appendU64(appendTag(b, partition, tag), uint64(ns))
 }
 
-// appendSpace is the prefix of a namespace's keys under a tag.
-func appendSpace(b []byte, partition uint16, tag byte, namespace string) []byte {
-	return appendName(appendTag(b, partition, tag), namespace)
-}
-
-// appendLane is the prefix of a lane's keys under a tag.
+// appendLane is the prefix of a lane's keys under q, t or f.
 func appendLane(b []byte, partition uint16, tag byte, lane LaneKey) []byte {
-	return appendName(appendSpace(b, partition, tag, lane.Namespace), lane.Subscription)
+	return appendU64(appendSpace(b, partition, tag, lane.Namespace), uint64(lane.Subscription))
 }
 
-func appendSeq(b []byte, seq uint64) []byte { return binary.BigEndian.AppendUint64(b, seq) }
-
-func appendEventKey(b []byte, partition uint16, namespace string, seq uint64) []byte {
-	return appendSeq(appendSpace(b, partition, tagEvent, namespace), seq)
+func appendRow(b []byte, partition uint16, lane LaneKey, row Row) []byte {
+	if row.Kind == FIFO {
+		return appendU64(appendLane(b, partition, tagFIFO, lane), row.Seq)
+	}
+	return appendU64(appendU64(appendLane(b, partition, tagTimer, lane), uint64(row.Due)), row.Seq)
 }
 
-func appendDay(b []byte, partition uint16, day uint32) []byte {
-	return binary.BigEndian.AppendUint32(appendTag(b, partition, tagIdempotency), day)
+// appendPos is the first key of a lane's rows of a kind that are not before a place.
+func appendPos(b []byte, partition uint16, lane LaneKey, kind Kind, at Pos) []byte {
+	return appendRow(b, partition, lane, Row{Kind: kind, Due: at.Due, Seq: at.Seq})
 }
 
-func appendIdempotencyKey(b []byte, partition uint16, day uint32, namespace, eventID string) []byte {
-	return append(appendName(appendDay(b, partition, day), namespace), eventID...)
+func appendDay(b []byte, partition uint16, day dayKey) []byte {
+	return binary.BigEndian.AppendUint16(appendTag(b, partition, tagRecord), uint16(day))
 }
 
-func appendDeliveryKey(b []byte, partition uint16, lane LaneKey, seq uint64) []byte {
-	return appendSeq(appendLane(b, partition, tagDelivery, lane), seq)
+// appendDaySpace is the prefix of a namespace's records of a day.
+func appendDaySpace(b []byte, partition uint16, day dayKey, ns NamespaceKey) []byte {
+	return appendU64(appendDay(b, partition, day), uint64(ns))
 }
 
-func appendTimerKey(b []byte, partition uint16, lane LaneKey, due int64, seq uint64) []byte {
-	b = appendLane(b, partition, tagTimer, lane)
-	return appendSeq(binary.BigEndian.AppendUint64(b, uint64(max(due, 0))), seq)
+func appendKind(b []byte, partition uint16, day dayKey, ns NamespaceKey, kind byte) []byte {
+	return append(appendDaySpace(b, partition, day, ns), kind)
 }
 
-func appendStatePrefix(b []byte, partition uint16, lane LaneKey, state State) []byte {
-	return append(appendLane(b, partition, tagIndex, lane), byte(state))
+func appendEventKey(b []byte, partition uint16, day dayKey, ns NamespaceKey, seq uint64) []byte {
+	return appendU64(appendKind(b, partition, day, ns, kindEvent), seq)
 }
 
-func appendIndexKey(b []byte, partition uint16, lane LaneKey, state State, seq uint64) []byte {
-	return appendSeq(appendStatePrefix(b, partition, lane, state), seq)
+func appendTargetsKey(b []byte, partition uint16, day dayKey, ns NamespaceKey, seq uint64) []byte {
+	return appendU64(appendKind(b, partition, day, ns, kindTargets), seq)
 }
 
-func appendAttemptKey(b []byte, partition uint16, lane LaneKey, seq uint64, number int) []byte {
-	b = appendSeq(appendLane(b, partition, tagAttempt, lane), seq)
-	return binary.BigEndian.AppendUint32(b, uint32(number))
+func appendIdentityKey(b []byte, partition uint16, day dayKey, ns NamespaceKey, id identity) []byte {
+	return appendU64(appendU64(appendKind(b, partition, day, ns, kindIdentity), id.id), id.sourced)
 }
 
-func appendLaneKey(b []byte, partition uint16, lane LaneKey) []byte {
-	return appendLane(b, partition, tagLane, lane)
+func appendKeptIdentity(b []byte, partition uint16, ns NamespaceKey, id identity, seq uint64) []byte {
+	return appendU64(appendIdentityKey(b, partition, kept, ns, id), seq)
 }
 
-// prefixEnd is the first key after all keys that begin with prefix. Prefixes end in a tag, a zero byte, a
-// state or a number, none of which is all ones in practice; nil would mean no end.
+func appendDeliveryKey(b []byte, partition uint16, day dayKey, lane LaneKey, seq uint64) []byte {
+	b = appendKind(b, partition, day, lane.Namespace, kindDelivery)
+	return appendU64(appendU64(b, uint64(lane.Subscription)), seq)
+}
+
+// appendAttempts is the prefix of a delivery's attempts.
+func appendAttempts(b []byte, partition uint16, day dayKey, lane LaneKey, seq uint64) []byte {
+	b = appendKind(b, partition, day, lane.Namespace, kindAttempt)
+	return appendU64(appendU64(b, uint64(lane.Subscription)), seq)
+}
+
+func appendAttemptKey(b []byte, partition uint16, day dayKey, lane LaneKey, seq uint64, number int) []byte {
+	return binary.BigEndian.AppendUint32(appendAttempts(b, partition, day, lane, seq), uint32(number))
+}
+
+func appendDeadKey(b []byte, partition uint16, day dayKey, lane LaneKey, seq uint64) []byte {
+	b = appendKind(b, partition, day, lane.Namespace, kindDead)
+	return appendU64(appendU64(b, seq), uint64(lane.Subscription))
+}
+
+// prefixEnd is the first key after all keys that begin with prefix; nil would mean no end, and no prefix is all
+// ones.
 func prefixEnd(prefix []byte) []byte {
 	end := bytes.Clone(prefix)
 	for i := len(end) - 1; i >= 0; i-- {
@@ -112,55 +160,71 @@ func prefixEnd(prefix []byte) []byte {
 	return nil
 }
 
-// splitName cuts a zero-terminated name off the front.
-func splitName(b []byte) (name string, rest []byte, ok bool) {
-	head, rest, ok := bytes.Cut(b, []byte{0})
-	return string(head), rest, ok
+// splitRow reads a q or t key.
+func splitRow(key []byte) (lane LaneKey, row Row, ok bool) {
+	if len(key) < laneEnd+8 {
+		return lane, row, false
+	}
+	lane, _ = splitLane(key)
+	rest := key[laneEnd:]
+	switch {
+	case key[tagOffset] == tagFIFO && len(rest) == 8:
+		row.Seq = binary.BigEndian.Uint64(rest)
+	case key[tagOffset] == tagTimer && len(rest) == 16:
+		row.Kind, row.Due, row.Seq = Timer, Instant(binary.BigEndian.Uint64(rest)), binary.BigEndian.Uint64(rest[8:])
+	default:
+		return lane, row, false
+	}
+	return lane, row, true
 }
 
-// splitLane reads the lane of a d, t, x, h or c key; rest is what follows it.
-func splitLane(key []byte) (lane LaneKey, rest []byte, ok bool) {
-	if len(key) < bodyOffset {
-		return LaneKey{}, nil, false
+// splitRecord reads what every r key has; rest is what follows the kind.
+func splitRecord(key []byte) (day dayKey, ns NamespaceKey, kind byte, rest []byte, ok bool) {
+	if len(key) < recordPrefix || key[tagOffset] != tagRecord {
+		return 0, 0, 0, nil, false
 	}
-	if lane.Namespace, rest, ok = splitName(key[bodyOffset:]); !ok {
-		return LaneKey{}, nil, false
-	}
-	lane.Subscription, rest, ok = splitName(rest)
-	return lane, rest, ok
+	day = dayKey(binary.BigEndian.Uint16(key[bodyOffset:]))
+	ns = NamespaceKey(binary.BigEndian.Uint64(key[bodyOffset+2:]))
+	return day, ns, key[recordPrefix-1], key[recordPrefix:], true
 }
 
-// lastSeqOf reads the sequence that ends an e, d, t or x key.
-func lastSeqOf(key []byte) (uint64, bool) {
-	if len(key) < bodyOffset+8 {
-		return 0, false
+// recordSeq reads the sequence of an r key that has one.
+func recordSeq(kind byte, rest []byte) (uint64, bool) {
+	switch {
+	case (kind == kindEvent || kind == kindTargets || kind == kindDead) && len(rest) >= 8:
+		return binary.BigEndian.Uint64(rest), true
+	case (kind == kindDelivery || kind == kindAttempt) && len(rest) >= 16:
+		return binary.BigEndian.Uint64(rest[8:]), true
 	}
-	return binary.BigEndian.Uint64(key[len(key)-8:]), true
+	return 0, false
 }
 
-// splitTimer reads what follows the lane in a t key.
-func splitTimer(rest []byte) (due int64, seq uint64, ok bool) {
-	if len(rest) != 16 {
-		return 0, 0, false
-	}
-	return int64(binary.BigEndian.Uint64(rest)), binary.BigEndian.Uint64(rest[8:]), true
-}
-
-// keyText shows a key to people.
+// keyText is a key for people.
 func keyText(key []byte) string {
 	if bytes.Equal(key, metaKey()) {
 		return "meta"
 	}
 	if len(key) < bodyOffset {
-		return fmt.Sprintf("%q", key)
+		return fmt.Sprintf("%x", key)
 	}
-	return fmt.Sprintf("partition %d %c %q", binary.BigEndian.Uint16(key), key[tagOffset], key[bodyOffset:])
+	partition, tag := binary.BigEndian.Uint16(key), key[tagOffset]
+	if lane, row, ok := splitRow(key); ok {
+		return fmt.Sprintf("partition %d %c namespace %016x delivery %s", partition, tag, uint64(lane.Namespace),
+			ID{row.Seq, partition, lane.Subscription})
+	}
+	if day, ns, kind, rest, ok := splitRecord(key); ok {
+		seq, _ := recordSeq(kind, rest)
+		return fmt.Sprintf("partition %d %c%c day %d namespace %016x sequence %016x key %x", partition, tag, kind, day, uint64(ns), seq, key)
+	}
+	return fmt.Sprintf("partition %d %c %x", partition, tag, key[bodyOffset:])
 }
 
-// dayOfKey reads the day of an i key.
-func dayOfKey(key []byte) (uint32, bool) {
-	if len(key) < bodyOffset+4 {
-		return 0, false
+// splitLane reads the lane of a q, t or f key.
+func splitLane(key []byte) (lane LaneKey, ok bool) {
+	if len(key) < laneEnd {
+		return lane, false
 	}
-	return binary.BigEndian.Uint32(key[bodyOffset:]), true
+	lane.Namespace = NamespaceKey(binary.BigEndian.Uint64(key[bodyOffset:]))
+	lane.Subscription = SubscriptionKey(binary.BigEndian.Uint64(key[bodyOffset+8:]))
+	return lane, true
 }

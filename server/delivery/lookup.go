@@ -1,59 +1,191 @@
 package delivery
 
 import (
+	"encoding/binary"
 	"errors"
-	"fmt"
 	"slices"
 	"sort"
 
 	"github.com/cockroachdb/pebble/v2"
-
-	storev1 "github.com/grapnel/grapnel/proto/grapnel/store/v1"
 )
 
-// readEvent reads one event whole.
-func (j *Journal) readEvent(partition uint16, namespace string, seq uint64) (*Event, error) {
-	key := appendEventKey(nil, partition, namespace, seq)
-	value, closer, err := j.db.Get(key)
-	if errors.Is(err, pebble.ErrNotFound) {
-		return nil, ErrNotFound
-	}
-	if err != nil {
-		return nil, fmt.Errorf("journal %s: read %s: %w", j.dir, keyText(key), err)
-	}
-	defer closer.Close()
-	return j.eventOf(partition, namespace, seq, key, value)
+// place is a delivery as it lies on disk.
+type place struct {
+	standing
+	// day is where its records are: the sequence's, or kept.
+	day dayKey
+	// row is the open one; of an ended delivery it has the sequence only.
+	row  Row
+	open bool
 }
 
-// readHead reads what deliveries show of their event.
-func (j *Journal) readHead(partition uint16, namespace string, seq uint64) (*eventHead, error) {
-	key := appendEventKey(nil, partition, namespace, seq)
-	value, closer, err := j.db.Get(key)
-	if errors.Is(err, pebble.ErrNotFound) {
-		return nil, ErrNotFound
+// home is where the records of an event are. Nothing is read for days that no sweep has touched.
+func (p *partition) home(r pebble.Reader, ns NamespaceKey, seq uint64) (dayKey, error) {
+	day := dayOf(seq)
+	if !p.swept.Load().has(day) {
+		return day, nil
 	}
-	if err != nil {
-		return nil, fmt.Errorf("journal %s: read %s: %w", j.dir, keyText(key), err)
+	moved, err := p.j.has(r, appendEventKey(nil, p.number, kept, ns, seq))
+	if moved {
+		return kept, err
 	}
-	defer closer.Close()
-	head, err := j.head(key, value)
-	return &head, err
+	return day, err
 }
 
-// Event reads the latest event of this id; ErrNotFound when there is none or it is no longer retained.
-func (j *Journal) Event(namespace, eventID string) (*Event, error) {
+// find reads where a delivery stands; nil when there is none.
+func (p *partition) find(r pebble.Reader, lane LaneKey, seq uint64) (*place, error) {
+	day, err := p.home(r, lane.Namespace, seq)
+	if err != nil {
+		return nil, err
+	}
+	at := &place{day: day, row: Row{Seq: seq}}
+	recorded, err := p.j.get(r, appendDeliveryKey(nil, p.number, day, lane, seq), func(value []byte) (err error) {
+		at.standing, err = decodeStanding(value)
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	if recorded {
+		if at.open = at.state == Scheduled; at.open {
+			at.row = Row{Timer, at.due, seq, at.epoch}
+		}
+		return at, nil
+	}
+	return p.findPending(r, lane, at)
+}
+
+// findPending reads a delivery that has no record yet: it waits in the FIFO, or for its event's delivery time.
+func (p *partition) findPending(r pebble.Reader, lane LaneKey, at *place) (*place, error) {
+	seq := at.row.Seq
+	found, err := p.readRow(r, lane, Row{Kind: FIFO, Seq: seq}, at)
+	if err != nil || found {
+		return at, err
+	}
+	e, err := p.readEvent(r, lane.Namespace, seq)
+	if errors.Is(err, ErrNotFound) || err == nil && e.DeliverTime.IsZero() {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	if found, err = p.readRow(r, lane, Row{Kind: Timer, Due: InstantOf(e.DeliverTime), Seq: seq}, at); !found {
+		return nil, err
+	}
+	at.due = at.row.Due
+	return at, err
+}
+
+// readRow fills at in from an open row, if it is there.
+func (p *partition) readRow(r pebble.Reader, lane LaneKey, row Row, at *place) (bool, error) {
+	return p.j.get(r, appendRow(nil, p.number, lane, row), func(value []byte) (err error) {
+		at.progress, err = decodeProgress(value)
+		at.state, at.open = Pending, true
+		row.Epoch = at.epoch
+		at.row = row
+		return err
+	})
+}
+
+// readEvent reads one event whole; ErrNotFound when there is none.
+func (p *partition) readEvent(r pebble.Reader, ns NamespaceKey, seq uint64) (e *Event, err error) {
+	day, err := p.home(r, ns, seq)
+	if err != nil {
+		return nil, err
+	}
+	found, err := p.j.get(r, appendEventKey(nil, p.number, day, ns, seq), func(value []byte) (err error) {
+		e, err = decodeEvent(value)
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	if !found {
+		return nil, ErrNotFound
+	}
+	p.place(e, ns, seq)
+	return e, nil
+}
+
+// place completes an event that was read by what its key says.
+func (p *partition) place(e *Event, ns NamespaceKey, seq uint64) {
+	e.Namespace, e.Partition, e.Seq, e.UID = ns, p.number, seq, eventUID(p.j.id, p.number, seq)
+}
+
+// readHead reads what deliveries show of their event; ErrNotFound when there is none.
+func (p *partition) readHead(r pebble.Reader, day dayKey, ns NamespaceKey, seq uint64) (h eventHead, err error) {
+	found, err := p.j.get(r, appendEventKey(nil, p.number, day, ns, seq), func(value []byte) (err error) {
+		h, err = decodeHead(value)
+		return err
+	})
+	if err == nil && !found {
+		err = ErrNotFound
+	}
+	return h, err
+}
+
+// readTarget reads one target of an event; the zero Target when there is none.
+func (p *partition) readTarget(r pebble.Reader, day dayKey, lane LaneKey, seq uint64) (t Target, err error) {
+	_, err = p.j.get(r, appendTargetsKey(nil, p.number, day, lane.Namespace, seq), func(value []byte) error {
+		list, err := decodeTargets(value)
+		if err != nil {
+			return err
+		}
+		if i, ok := list.find(lane.Subscription); ok {
+			t.Subscription, t.UID = list.name(i), list.uid(i)
+		}
+		return nil
+	})
+	return t, err
+}
+
+// deliveryOf joins a delivery with its event.
+func (p *partition) deliveryOf(r pebble.Reader, lane LaneKey, at *place) (*Delivery, error) {
+	head, target, err := p.readJoined(r, lane, at)
+	if err != nil {
+		return nil, err
+	}
+	return p.join(lane, at, &head, &target), nil
+}
+
+// readJoined reads what a delivery shows of its event.
+func (p *partition) readJoined(r pebble.Reader, lane LaneKey, at *place) (head eventHead, target Target, err error) {
+	if head, err = p.readHead(r, at.day, lane.Namespace, at.row.Seq); err != nil {
+		return head, target, err
+	}
+	target, err = p.readTarget(r, at.day, lane, at.row.Seq)
+	return head, target, err
+}
+
+func (p *partition) join(lane LaneKey, at *place, head *eventHead, target *Target) *Delivery {
+	return &Delivery{
+		ID: ID{at.row.Seq, p.number, lane.Subscription}, Namespace: lane.Namespace,
+		EventID: head.id, EventUID: eventUID(p.j.id, p.number, at.row.Seq), EventType: head.eventType,
+		Subscription: target.Subscription, SubscriptionUID: target.UID,
+		State: at.state, StateReason: at.reason, Attempts: at.attempts, MaxAttempts: at.maxAttempts,
+		NextAttempt: at.due.Time(), Expire: at.expire.Time(), Last: at.last,
+		CreateTime: head.accept, CompleteTime: at.complete.Time(),
+	}
+}
+
+// Event reads the latest event of a namespace with this id; ErrNotFound when there is none or it is no longer
+// retained.
+func (j *Journal) Event(ns NamespaceKey, eventID string) (*Event, error) {
 	leave, err := j.enter()
 	if err != nil {
 		return nil, err
 	}
 	defer leave()
-	partition := partitionOf(namespace, eventID, len(j.partitions))
-	seqs, err := j.sequences(partition, namespace, eventID)
+	p := j.partitions[partitionOf(ns, eventID, len(j.partitions))]
+	seqs, err := p.sequences(ns, eventID)
 	if err != nil {
 		return nil, err
 	}
 	for _, seq := range seqs {
-		e, err := j.readEvent(partition, namespace, seq)
+		e, err := p.readEvent(j.db, ns, seq)
+		if err == nil && e.ID != eventID {
+			continue // two ids of one hash
+		}
 		if err == nil || !errors.Is(err, ErrNotFound) {
 			return e, err
 		}
@@ -61,135 +193,101 @@ func (j *Journal) Event(namespace, eventID string) (*Event, error) {
 	return nil, ErrNotFound
 }
 
-// sequences finds the events that were accepted with an id, newest first.
-func (j *Journal) sequences(partition uint16, namespace, eventID string) ([]uint64, error) {
-	days, err := j.days(partition)
+// EventByUID reads an event of a namespace by its webhook-id; ErrNotFound when there is none, it is no longer
+// retained, or this is no webhook-id of this journal.
+func (j *Journal) EventByUID(ns NamespaceKey, uid string) (*Event, error) {
+	leave, err := j.enter()
 	if err != nil {
 		return nil, err
 	}
+	defer leave()
+	partition, seq, ok := parseUID(j.id, uid)
+	if !ok || int(partition) >= len(j.partitions) {
+		return nil, ErrNotFound
+	}
+	return j.partitions[partition].readEvent(j.db, ns, seq)
+}
+
+// sequences finds the events that were accepted with an id, newest first.
+func (p *partition) sequences(ns NamespaceKey, eventID string) ([]uint64, error) {
+	var days []dayKey
+	if err := p.eachDay(p.j.db, 0, func(day dayKey) error {
+		days = append(days, day)
+		return nil
+	}); err != nil {
+		return nil, err
+	}
+	hash := identityOf("", eventID).id
 	var seqs []uint64
-	for _, d := range slices.Backward(days) {
-		var rec storev1.IdempotencyRecord
-		err := j.get(appendIdempotencyKey(nil, partition, d, namespace, eventID), &rec)
-		if errors.Is(err, ErrNotFound) {
-			continue
-		}
+	for _, day := range days {
+		prefix := appendU64(appendKind(nil, p.number, day, ns, kindIdentity), hash)
+		err := p.j.scan(p.j.db, prefix, prefixEnd(prefix), func(key, value []byte) error {
+			k, err := decodeKnown(value)
+			if err != nil {
+				return p.j.corrupt(key, err)
+			}
+			seqs = append(seqs, k.seq)
+			return nil
+		})
 		if err != nil {
 			return nil, err
 		}
-		seqs = append(seqs, rec.GetSeq())
 	}
-	return seqs, nil
+	slices.Sort(seqs)
+	slices.Reverse(seqs)
+	return slices.Compact(seqs), nil
 }
 
-// days lists the days of which a partition has idempotency records, in order.
-func (j *Journal) days(partition uint16) (days []uint32, err error) {
-	prefix := appendTag(nil, partition, tagIdempotency)
-	it, err := j.db.NewIter(&pebble.IterOptions{LowerBound: prefix, UpperBound: prefixEnd(prefix)})
-	if err != nil {
-		return nil, err
-	}
-	defer func() { err = errors.Join(err, it.Close()) }()
-	for ok := it.First(); ok; {
-		d, valid := dayOfKey(it.Key())
-		if !valid {
-			return nil, j.corrupt(it.Key(), errBadKey)
-		}
-		days = append(days, d)
-		ok = it.SeekGE(prefixEnd(appendDay(nil, partition, d)))
-	}
-	return days, it.Error()
-}
-
-// locate finds lane and event of a delivery by its ID alone: one look-up per namespace.
-func (j *Journal) locate(id ID) (LaneKey, *eventHead, error) {
-	if int(id.Partition) >= len(j.partitions) {
-		return LaneKey{}, nil, ErrNotFound
-	}
-	for _, namespace := range j.spaceNames() {
-		lane, head, err := j.locateIn(namespace, id)
-		if err == nil || !errors.Is(err, ErrNotFound) {
-			return lane, head, err
-		}
-	}
-	return LaneKey{}, nil, ErrNotFound
-}
-
-func (j *Journal) locateIn(namespace string, id ID) (LaneKey, *eventHead, error) {
-	if int(id.Partition) >= len(j.partitions) {
-		return LaneKey{}, nil, ErrNotFound
-	}
-	head, err := j.readHead(id.Partition, namespace, id.Seq)
-	if err != nil {
-		return LaneKey{}, nil, err
-	}
-	if int(id.Ordinal) >= len(head.targets) {
-		return LaneKey{}, nil, ErrNotFound
-	}
-	return LaneKey{namespace, head.targets[id.Ordinal]}, head, nil
-}
-
-// Delivery reads one delivery; ErrNotFound when there is none or it is no longer retained. A settle shows
-// within 20 ms. With many namespaces, DeliveryIn is cheaper.
-func (j *Journal) Delivery(id ID) (*Delivery, error) {
+// Delivery reads one delivery of a namespace; ErrNotFound when there is none or it is no longer retained. A settle
+// shows within 20 ms.
+func (j *Journal) Delivery(ns NamespaceKey, id ID) (*Delivery, error) {
 	leave, err := j.enter()
 	if err != nil {
 		return nil, err
 	}
 	defer leave()
-	lane, head, err := j.locate(id)
-	if err != nil {
-		return nil, err
-	}
-	return j.readDelivery(id, lane, head)
+	d, _, err := j.readDelivery(ns, id)
+	return d, err
 }
 
-// DeliveryIn is Delivery for a caller that knows the namespace; a delivery of another one is ErrNotFound.
-func (j *Journal) DeliveryIn(namespace string, id ID) (*Delivery, error) {
-	leave, err := j.enter()
+func (j *Journal) readDelivery(ns NamespaceKey, id ID) (*Delivery, *place, error) {
+	if int(id.Partition) >= len(j.partitions) {
+		return nil, nil, ErrNotFound
+	}
+	p, lane := j.partitions[id.Partition], LaneKey{ns, id.Subscription}
+	r, _ := p.snapshot() // else a retry could slip from row to row between two looks
+	defer r.Close()
+	at, err := p.find(r, lane, id.Seq)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	defer leave()
-	lane, head, err := j.locateIn(namespace, id)
-	if err != nil {
-		return nil, err
+	if at == nil {
+		return nil, nil, ErrNotFound
 	}
-	return j.readDelivery(id, lane, head)
-}
-
-func (j *Journal) readDelivery(id ID, lane LaneKey, head *eventHead) (*Delivery, error) {
-	var rec storev1.DeliveryRecord
-	if err := j.get(appendDeliveryKey(nil, id.Partition, lane, id.Seq), &rec); err != nil {
-		return nil, err
-	}
-	return deliveryOf(id, lane, &rec, head), nil
+	d, err := p.deliveryOf(r, lane, at)
+	return d, at, err
 }
 
 // Attempts reads the attempts of a delivery that have ended, first to last, with what is kept of bodies and
 // headers.
-func (j *Journal) Attempts(id ID) ([]Attempt, error) {
+func (j *Journal) Attempts(ns NamespaceKey, id ID) ([]Attempt, error) {
 	leave, err := j.enter()
 	if err != nil {
 		return nil, err
 	}
 	defer leave()
-	lane, head, err := j.locate(id)
-	if err != nil {
-		return nil, err
-	}
-	d, err := j.readDelivery(id, lane, head)
+	d, at, err := j.readDelivery(ns, id)
 	if err != nil {
 		return nil, err
 	}
 	var attempts []Attempt
-	prefix := appendSeq(appendLane(nil, id.Partition, tagAttempt, lane), id.Seq)
+	prefix := appendAttempts(nil, id.Partition, at.day, LaneKey{ns, id.Subscription}, id.Seq)
 	err = j.scan(j.db, prefix, prefixEnd(prefix), func(key, value []byte) error {
-		var rec storev1.AttemptRecord
-		if err := j.decode(key, value, &rec); err != nil {
-			return err
+		a, err := decodeAttempt(value)
+		if err != nil {
+			return j.corrupt(key, err)
 		}
-		attempts = append(attempts, *attemptOf(&rec))
+		attempts = append(attempts, *a)
 		return nil
 	})
 	if err != nil {
@@ -201,4 +299,12 @@ func (j *Journal) Attempts(id ID) ([]Attempt, error) {
 		sort.Slice(attempts, func(a, b int) bool { return attempts[a].Number < attempts[b].Number })
 	}
 	return attempts, nil
+}
+
+// seqOfKey reads the last eight bytes of a key.
+func seqOfKey(key []byte) (uint64, bool) {
+	if len(key) < recordPrefix+8 {
+		return 0, false
+	}
+	return binary.BigEndian.Uint64(key[len(key)-8:]), true
 }

@@ -24,6 +24,14 @@ func newMetrics() *metrics {
 	})}
 }
 
+// applied counts what a commit did.
+func (m *metrics) applied(c *commit) {
+	m.stored.Add(uint64(len(c.stored)))
+	m.duplicates.Add(c.duplicate)
+	m.refused.Add(c.refused)
+	m.settled.Add(c.settled)
+}
+
 func (m *metrics) synced(d time.Duration) { m.syncSeconds.Observe(d.Seconds()) }
 
 func (m *metrics) register(r prometheus.Registerer, j *Journal) error {

@@ -109,11 +109,11 @@ func TestWatch(t *testing.T) {
 }
 
 func TestIDText(t *testing.T) {
-	ids := []ID{{}, {1, 0, 0}, {1 << 16, 3, 4}, {uint64(time.Now().UnixMilli()) << 16, 15, 65535}, {^uint64(0), 65535, 65535}}
+	ids := []ID{{}, {1, 0, 0}, {1 << 16, 3, 4}, {uint64(time.Now().UnixMilli()) << 16, 15, 65535}, {^uint64(0), 65535, ^SubscriptionKey(0)}}
 	last := ""
 	for _, id := range ids {
 		text := id.String()
-		if got, err := ParseID(text); err != nil || got != id || len(text) != 20 {
+		if got, err := ParseID(text); err != nil || got != id || len(text) != 29 {
 			t.Errorf("%+v: %q, %+v, %v", id, text, got, err)
 		}
 		if text <= last && last != "" {
@@ -121,7 +121,7 @@ func TestIDText(t *testing.T) {
 		}
 		last = text
 	}
-	for _, bad := range []string{"", "x", strings.Repeat("0", 21), strings.Repeat("w", 20), strings.ToUpper(ids[4].String()), strings.Repeat("0", 19) + "1", strings.Repeat("\n", 20)} {
+	for _, bad := range []string{"", "x", strings.Repeat("0", 30), strings.Repeat("w", 29), strings.ToUpper(ids[4].String()), strings.Repeat("0", 28) + "1", strings.Repeat("\n", 29)} {
 		if _, err := ParseID(bad); err == nil {
 			t.Errorf("%q was read", bad)
 		}

@@ -1,19 +1,21 @@
 package delivery
 
 import (
+	"bytes"
+	"cmp"
 	"errors"
 	"slices"
 	"time"
-
-	storev1 "github.com/grapnel/grapnel/proto/grapnel/store/v1"
 )
 
 // Query selects deliveries, newest first. Namespace is required, zero values select all.
 type Query struct {
-	Namespace    string
-	Subscription string
+	Namespace    NamespaceKey
+	Subscription SubscriptionKey
 	EventID      string
-	States       []State
+	// EventUID is a webhook-id.
+	EventUID string
+	States   []State
 	// Since is inclusive and Until exclusive, by creation time.
 	Since, Until time.Time
 	// Match is applied last; nil matches all.
@@ -34,7 +36,7 @@ type Page struct {
 
 // EventQuery selects events, newest first. Namespace is required.
 type EventQuery struct {
-	Namespace    string
+	Namespace    NamespaceKey
 	Since, Until time.Time
 	// Match is applied last; nil matches all.
 	Match func(*Event) bool
@@ -53,32 +55,32 @@ type EventPage struct {
 const (
 	defaultLimit = 50
 	maxLimit     = 1000
-	// scanLimit bounds the records that one call looks at.
+	// scanLimit bounds the deliveries or events that one call looks at.
 	scanLimit = 10_000
 	// pageBytes bounds the payload in a page of events.
 	pageBytes = 16 << 20
-	// maxSources bounds the iterators of a query; above it, events are walked instead.
-	maxSources = 512
 )
 
-// Deliveries reads a page of deliveries, newest first; those of one event in the order of its targets. Settles
-// show within 20 ms. ErrInvalidCursor says that Query.After is not the Next of a page.
+// Deliveries reads a page of deliveries, newest first; those of one event in the order of their subscriptions'
+// keys. Settles show within 20 ms. ErrInvalidCursor says that Query.After is not the Next of a page.
 func (j *Journal) Deliveries(q Query) (Page, error) {
 	leave, err := j.enter()
 	if err != nil {
 		return Page{}, err
 	}
 	defer leave()
-	s := &search{j: j, q: q, limit: limitOf(q.Limit)}
+	s := &search{q: q, limit: limitOf(q.Limit)}
 	if s.window, err = windowOf(q.Since, q.Until, q.After); err != nil {
 		return Page{}, err
 	}
-	if q.EventID != "" {
-		err = s.byEvent()
-	} else {
-		err = s.walk()
+	if s.merger, err = j.merge(s.window); err != nil {
+		return Page{}, err
 	}
-	if err != nil {
+	defer s.merger.close()
+	if err := s.open(j); err != nil {
+		return Page{}, err
+	}
+	if err := s.walk(); err != nil {
 		return Page{}, err
 	}
 	return s.page, nil
@@ -92,7 +94,7 @@ func limitOf(n int) int {
 }
 
 // window is the part of the order that a call may return: sequences in [low, high), after the cursor. The
-// order is descending by sequence and partition, ascending by ordinal.
+// order is descending by sequence and partition, ascending by subscription.
 type window struct {
 	low, high uint64
 	after     *ID
@@ -128,216 +130,164 @@ func (w window) below(partition uint16) uint64 {
 	return min(w.high, w.after.Seq)
 }
 
+// holds reports whether a sequence of a partition is in the window.
+func (w window) holds(partition uint16, seq uint64) bool {
+	return seq >= w.low && seq < w.below(partition)
+}
+
 // past reports whether the cursor has passed id.
 func (w window) past(id ID) bool {
-	return w.after != nil && id.Seq == w.after.Seq && id.Partition == w.after.Partition && id.Ordinal <= w.after.Ordinal
+	return w.after != nil && id.Seq == w.after.Seq && id.Partition == w.after.Partition && id.Subscription <= w.after.Subscription
 }
 
 // search is one Deliveries call.
 type search struct {
-	j      *Journal
 	q      Query
 	window window
+	merger *merger
 	limit  int
+	looked int
 	page   Page
 }
 
-// byEvent looks only at the events of one id.
-func (s *search) byEvent() error {
-	partition := partitionOf(s.q.Namespace, s.q.EventID, len(s.j.partitions))
-	seqs, err := s.j.sequences(partition, s.q.Namespace, s.q.EventID)
-	if err != nil {
-		return err
-	}
-	for _, seq := range seqs {
-		if seq < s.window.low || seq >= s.window.below(partition) {
-			continue
+// open picks the sources that cover the query: the event's own, those that have ended without success, the lane's,
+// or the targets of all events.
+func (s *search) open(j *Journal) error {
+	m, q := s.merger, &s.q
+	lane := LaneKey{q.Namespace, q.Subscription}
+	dead := len(q.States) > 0 && !slices.ContainsFunc(q.States, func(st State) bool { return !st.Final() || st == Succeeded })
+	switch {
+	case q.EventUID != "":
+		if partition, seq, ok := parseUID(j.id, q.EventUID); ok && int(partition) < len(j.partitions) {
+			return m.openTargets(j.partitions[partition], q.Namespace, []uint64{seq})
 		}
-		head, err := s.j.readHead(partition, s.q.Namespace, seq)
-		if errors.Is(err, ErrNotFound) {
-			continue
-		}
+		return nil
+	case q.EventID != "":
+		p := j.partitions[partitionOf(q.Namespace, q.EventID, len(j.partitions))]
+		seqs, err := p.sequences(q.Namespace, q.EventID)
 		if err != nil {
 			return err
 		}
-		found, err := s.ofEvent(partition, seq, head)
-		if err != nil {
+		return m.openTargets(p, q.Namespace, seqs)
+	case dead && q.Subscription == 0:
+		return m.openDays(q.Namespace, kindDead, 0)
+	case q.Subscription != 0:
+		if err := m.openDays(q.Namespace, kindDelivery, q.Subscription); err != nil {
 			return err
 		}
-		if s.add(found, true) {
-			return nil
-		}
+		return m.openRows(lane)
 	}
-	return nil
+	return m.openDays(q.Namespace, kindTargets, 0)
 }
 
-// walk merges the sources that cover the query.
+// walk goes through the events that the sources have, newest first.
 func (s *search) walk() error {
-	m := &merger{j: s.j, window: s.window}
-	defer m.close()
-	if err := s.open(m); err != nil {
-		return err
-	}
-	for looked := 0; ; looked++ {
-		group, err := m.next()
+	for {
+		group, err := s.merger.next()
 		if err != nil || len(group) == 0 {
 			return err
 		}
-		var found []*Delivery
-		for _, at := range group {
-			more, err := s.load(at)
-			if err != nil {
-				return err
-			}
-			found = append(found, more...)
-		}
-		slices.SortFunc(found, func(a, b *Delivery) int { return int(a.ID.Ordinal) - int(b.ID.Ordinal) })
-		if s.add(found, !m.empty()) {
-			return nil
-		}
-		if looked >= scanLimit && !m.empty() {
-			s.page.Next = ID{group[0].seq, group[0].partition, ^uint16(0)}.String()
-			return nil
-		}
-	}
-}
-
-// add puts what matches on the page and reports whether it is full.
-func (s *search) add(found []*Delivery, more bool) bool {
-	for i, d := range found {
-		if s.window.past(d.ID) || s.q.Match != nil && !s.q.Match(d) {
-			continue
-		}
-		s.page.Deliveries = append(s.page.Deliveries, d)
-		if len(s.page.Deliveries) >= s.limit {
-			if more || i+1 < len(found) {
-				s.page.Next = d.ID.String()
-			}
-			return true
-		}
-	}
-	return false
-}
-
-// open picks the cheapest sources: the index when all states asked for are in it, the lane's records, or the
-// namespace's events.
-func (s *search) open(m *merger) error {
-	indexed := len(s.q.States) > 0
-	for _, state := range s.q.States {
-		// Pending is in the index only with a delivery time.
-		indexed = indexed && state != Succeeded && state != Pending && state != InFlight
-	}
-	if indexed {
-		lanes, err := s.lanes()
-		if err != nil {
-			return err
-		}
-		states := slices.Compact(slices.Sorted(slices.Values(s.q.States)))
-		if n := len(lanes) * len(states); s.q.Subscription != "" || n <= maxSources {
-			for _, at := range lanes {
-				for _, state := range states {
-					if err := m.open(appendStatePrefix(nil, at.partition, at.lane, state), at.partition, at.lane); err != nil {
-						return err
-					}
-				}
-			}
-			return nil
-		}
-	}
-	for _, p := range s.j.partitions {
-		prefix, lane := appendSpace(nil, p.index, tagEvent, s.q.Namespace), LaneKey{}
-		if s.q.Subscription != "" {
-			lane = LaneKey{s.q.Namespace, s.q.Subscription}
-			prefix = appendLane(nil, p.index, tagDelivery, lane)
-		}
-		if err := m.open(prefix, p.index, lane); err != nil {
+		full, err := s.visit(group)
+		if err != nil || full {
 			return err
 		}
 	}
-	return nil
 }
 
-type laneAt struct {
-	partition uint16
-	lane      LaneKey
-}
-
-// lanes lists where the query's lanes have index entries; it gives up above maxSources.
-func (s *search) lanes() (lanes []laneAt, err error) {
-	for _, p := range s.j.partitions {
-		if s.q.Subscription != "" {
-			lanes = append(lanes, laneAt{p.index, LaneKey{s.q.Namespace, s.q.Subscription}})
+// visit looks at the deliveries of one event, and reports whether the page is full.
+func (s *search) visit(group []spot) (full bool, err error) {
+	at := s.merger.at(group[0])
+	lanes := at.lanes(group)
+	for i, sub := range lanes {
+		id := ID{at.seq, at.p.number, sub}
+		if s.window.past(id) || s.q.Subscription != 0 && s.q.Subscription != sub {
 			continue
 		}
-		prefix := appendSpace(nil, p.index, tagIndex, s.q.Namespace)
-		err := s.j.lanesUnder(s.j.db, prefix, func(lane LaneKey) error {
-			lanes = append(lanes, laneAt{p.index, lane})
-			if len(lanes) > maxSources {
-				return errStopped
+		s.looked++
+		d, err := at.delivery(LaneKey{s.q.Namespace, sub}, s.q.States)
+		if err != nil {
+			return false, err
+		}
+		if d != nil && (s.q.Match == nil || s.q.Match(d)) {
+			s.page.Deliveries = append(s.page.Deliveries, d)
+		}
+		if len(s.page.Deliveries) >= s.limit || s.looked >= scanLimit {
+			if i+1 < len(lanes) || !s.merger.empty() {
+				s.page.Next = id.String()
 			}
-			return nil
-		})
-		if errors.Is(err, errStopped) {
-			return lanes, nil
-		}
-		if err != nil {
-			return nil, err
+			return true, nil
 		}
 	}
-	return lanes, nil
+	return false, nil
 }
 
-// load reads the deliveries at one place, those in other states left out.
-func (s *search) load(at place) ([]*Delivery, error) {
-	if at.lane == (LaneKey{}) {
-		head, err := s.j.head(at.key, at.value)
-		if err != nil {
-			return nil, err
+// eventAt is one event during a search: what its deliveries share is read once.
+type eventAt struct {
+	p       *partition
+	m       *merger
+	ns      NamespaceKey
+	seq     uint64
+	day     dayKey
+	found   bool
+	head    eventHead
+	targets targetList
+	err     error
+}
+
+// at reads an event's head and targets.
+func (m *merger) at(s spot) *eventAt {
+	e := &eventAt{p: s.p, m: m, ns: s.ns, seq: s.seq}
+	r := m.snapshots[s.p.number]
+	if e.day, e.err = s.p.home(r, s.ns, s.seq); e.err != nil {
+		return e
+	}
+	e.head, e.err = s.p.readHead(r, e.day, s.ns, s.seq)
+	if errors.Is(e.err, ErrNotFound) {
+		e.err = nil // erased since
+		return e
+	}
+	if e.err != nil {
+		return e
+	}
+	e.found = true
+	_, e.err = s.p.j.get(r, appendTargetsKey(nil, s.p.number, e.day, s.ns, s.seq), func(value []byte) (err error) {
+		e.targets, err = decodeTargets(bytes.Clone(value))
+		return err
+	})
+	return e
+}
+
+// lanes are the subscriptions to look at, in order: those that the sources name, or all targets.
+func (e *eventAt) lanes(group []spot) []SubscriptionKey {
+	var subs []SubscriptionKey
+	for _, s := range group {
+		if s.sub == 0 {
+			subs = make([]SubscriptionKey, e.targets.n)
+			for i := range subs {
+				subs[i] = e.targets.uid(i).SubscriptionKey()
+			}
+			return subs
 		}
-		return s.ofEvent(at.partition, at.seq, &head)
+		subs = append(subs, s.sub)
 	}
-	var rec storev1.DeliveryRecord
-	err := s.j.get(appendDeliveryKey(nil, at.partition, at.lane, at.seq), &rec)
-	if errors.Is(err, ErrNotFound) || err == nil && !s.wants(&rec) {
-		return nil, nil
+	slices.Sort(subs)
+	return slices.Compact(subs)
+}
+
+// delivery reads one of the event's deliveries; nil when it is in none of the states asked for, or gone.
+func (e *eventAt) delivery(lane LaneKey, states []State) (*Delivery, error) {
+	if e.err != nil || !e.found {
+		return nil, e.err
 	}
-	if err != nil {
+	at, err := e.p.find(e.m.snapshots[e.p.number], lane, e.seq)
+	if err != nil || at == nil || len(states) > 0 && !slices.Contains(states, at.state) {
 		return nil, err
 	}
-	head, err := s.j.readHead(at.partition, at.lane.Namespace, at.seq)
-	if errors.Is(err, ErrNotFound) {
-		return nil, nil // erased since
+	var target Target
+	if i, ok := e.targets.find(lane.Subscription); ok {
+		target.Subscription, target.UID = e.targets.name(i), e.targets.uid(i)
 	}
-	if err != nil {
-		return nil, err
-	}
-	id := ID{at.seq, at.partition, uint16(rec.GetOrdinal())}
-	return []*Delivery{deliveryOf(id, at.lane, &rec, head)}, nil
-}
-
-// ofEvent reads an event's deliveries, in order.
-func (s *search) ofEvent(partition uint16, seq uint64, head *eventHead) ([]*Delivery, error) {
-	var found []*Delivery
-	for i, name := range head.targets {
-		if s.q.Subscription != "" && s.q.Subscription != name {
-			continue
-		}
-		lane := LaneKey{s.q.Namespace, name}
-		var rec storev1.DeliveryRecord
-		err := s.j.get(appendDeliveryKey(nil, partition, lane, seq), &rec)
-		if errors.Is(err, ErrNotFound) || err == nil && !s.wants(&rec) {
-			continue
-		}
-		if err != nil {
-			return nil, err
-		}
-		found = append(found, deliveryOf(ID{seq, partition, uint16(i)}, lane, &rec, head))
-	}
-	return found, nil
-}
-
-func (s *search) wants(rec *storev1.DeliveryRecord) bool {
-	return len(s.q.States) == 0 || slices.Contains(s.q.States, State(rec.GetState()))
+	return e.p.join(lane, at, &e.head, &target), nil
 }
 
 // Events reads a page of events, newest first, with their payloads.
@@ -351,36 +301,42 @@ func (j *Journal) Events(q EventQuery) (EventPage, error) {
 	if err != nil {
 		return EventPage{}, err
 	}
-	m := &merger{j: j, window: w}
+	m, err := j.merge(w)
+	if err != nil {
+		return EventPage{}, err
+	}
 	defer m.close()
-	for _, p := range j.partitions {
-		if err := m.open(appendSpace(nil, p.index, tagEvent, q.Namespace), p.index, LaneKey{}); err != nil {
-			return EventPage{}, err
-		}
+	if err := m.openDays(q.Namespace, kindEvent, 0); err != nil {
+		return EventPage{}, err
 	}
 	var page EventPage
-	for looked, bytes := 0, 0; ; looked++ {
+	for looked, size := 0, 0; ; looked++ {
 		group, err := m.next()
 		if err != nil || len(group) == 0 {
 			return page, err
 		}
 		at := group[0]
-		id := ID{at.seq, at.partition, 0}
+		id := ID{at.seq, at.p.number, 0}
 		if w.past(id) {
 			continue
 		}
-		e, err := j.eventOf(at.partition, q.Namespace, at.seq, at.key, at.value)
-		if err != nil {
+		e, err := at.p.readEvent(m.snapshots[at.p.number], q.Namespace, at.seq)
+		if err != nil && !errors.Is(err, ErrNotFound) {
 			return EventPage{}, err
 		}
-		if q.Match == nil || q.Match(e) {
+		if err == nil && (q.Match == nil || q.Match(e)) {
 			page.Events = append(page.Events, e)
-			bytes += len(e.Payload)
+			size += len(e.Payload)
 		}
-		full := len(page.Events) >= limitOf(q.Limit) || bytes >= pageBytes || looked >= scanLimit
+		full := len(page.Events) >= limitOf(q.Limit) || size >= pageBytes || looked >= scanLimit
 		if full && !m.empty() {
 			page.Next = id.String()
 			return page, nil
 		}
 	}
+}
+
+// newer orders spots: the highest sequence first, the highest partition first among equals.
+func newer(a, b spot) int {
+	return cmp.Or(cmp.Compare(b.seq, a.seq), cmp.Compare(b.p.number, a.p.number))
 }

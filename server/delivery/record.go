@@ -1,299 +1,480 @@
 package delivery
 
 import (
-	"errors"
+	"encoding/binary"
 	"fmt"
+	"slices"
+	"strings"
 	"time"
-
-	"github.com/cockroachdb/pebble/v2"
-	"google.golang.org/protobuf/encoding/protowire"
-	"google.golang.org/protobuf/proto"
-
-	storev1 "github.com/grapnel/grapnel/proto/grapnel/store/v1"
+	"unicode/utf8"
 )
-
-// recordVersion begins every value. It changes only when old readers would misread new records; fields
-// added to the messages do not change it.
-const recordVersion = 1
-
-var errNoVersion = errors.New("record has no version")
-
-// putRecord writes a record straight into the batch's buffer.
-func putRecord(b *pebble.Batch, key []byte, m proto.Message) {
-	size := proto.Size(m)
-	op := b.SetDeferred(len(key), 1+size)
-	copy(op.Key, key)
-	op.Value[0] = recordVersion
-	out, err := proto.MarshalOptions{UseCachedSize: true}.MarshalAppend(op.Value[1:1], m)
-	if err != nil || len(out) != size {
-		// Only text that is not UTF-8 gets here, and Append has refused it.
-		panic(fmt.Sprintf("delivery: record %s cannot be encoded: %v", keyText(key), err))
-	}
-	_ = op.Finish() // Finish cannot fail on a batch without an index.
-}
-
-// putMark writes a key that says all by itself.
-func putMark(b *pebble.Batch, key []byte) {
-	op := b.SetDeferred(len(key), 0)
-	copy(op.Key, key)
-	_ = op.Finish()
-}
-
-func deleteKey(b *pebble.Batch, key []byte) {
-	op := b.DeleteDeferred(len(key))
-	copy(op.Key, key)
-	_ = op.Finish()
-}
-
-// body checks a value's version and returns the rest.
-func body(value []byte) ([]byte, error) {
-	if len(value) == 0 {
-		return nil, errNoVersion
-	}
-	if value[0] != recordVersion {
-		return nil, fmt.Errorf("record version %d is not known to this release", value[0])
-	}
-	return value[1:], nil
-}
-
-// decode reads a record; m must be empty. Errors are *CorruptError.
-func (j *Journal) decode(key, value []byte, m proto.Message) error {
-	raw, err := body(value)
-	if err == nil {
-		err = proto.Unmarshal(raw, m)
-	}
-	if err != nil {
-		return j.corrupt(key, err)
-	}
-	return nil
-}
-
-func (j *Journal) corrupt(key []byte, reason error) error {
-	return &CorruptError{Dir: j.dir, Key: keyText(key), Reason: reason}
-}
-
-// Field numbers that are read without decoding the whole record.
-const (
-	fieldState       = 1
-	fieldNextAttempt = 7
-
-	fieldEventID      = 1
-	fieldEventType    = 3
-	fieldEventAccept  = 10
-	fieldEventTargets = 13
-)
-
-// peek reads state and next attempt time of a DeliveryRecord, for scans that look at many.
-func (j *Journal) peek(key, value []byte) (state State, next int64, err error) {
-	raw, err := body(value)
-	if err != nil {
-		return 0, 0, j.corrupt(key, err)
-	}
-	for len(raw) > 0 {
-		num, typ, n := protowire.ConsumeTag(raw)
-		if n < 0 {
-			return 0, 0, j.corrupt(key, protowire.ParseError(n))
-		}
-		raw = raw[n:]
-		if typ == protowire.VarintType && (num == fieldState || num == fieldNextAttempt) {
-			v, n := protowire.ConsumeVarint(raw)
-			if n < 0 {
-				return 0, 0, j.corrupt(key, protowire.ParseError(n))
-			}
-			raw = raw[n:]
-			if num == fieldState {
-				state = State(v)
-			} else {
-				next = int64(v)
-			}
-			continue
-		}
-		if n = protowire.ConsumeFieldValue(num, typ, raw); n < 0 {
-			return 0, 0, j.corrupt(key, protowire.ParseError(n))
-		}
-		raw = raw[n:]
-	}
-	return state, next, nil
-}
 
 // eventHead is what a Delivery shows of its event.
 type eventHead struct {
 	id, eventType string
 	accept        time.Time
-	targets       []string
 }
 
-// head reads the front matter of an EventRecord and leaves the payload alone.
-func (j *Journal) head(key, value []byte) (h eventHead, err error) {
-	raw, err := body(value)
-	if err != nil {
-		return h, j.corrupt(key, err)
+// encodeEvent writes the record of an event; the payload comes last, so that readers of the rest can leave it.
+func encodeEvent(b []byte, e *Event) []byte {
+	w := newRecord(b)
+	w.time(e.AcceptTime)
+	w.text(e.ID)
+	w.text(e.Type)
+	w.text(e.Source)
+	w.text(e.Subject)
+	w.time(e.Time)
+	w.text(e.ContentType)
+	w.text(e.Schema)
+	w.time(e.DeliverTime)
+	w.uint(uint64(max(e.TTL, 0)))
+	w.int(e.Matched)
+	w.int(e.Skipped)
+	w = append(w, e.ContentHash[:]...)
+	w.int(len(e.Attributes))
+	for name, value := range e.Attributes {
+		w.text(name)
+		w.text(value)
 	}
-	for len(raw) > 0 {
-		num, typ, n := protowire.ConsumeTag(raw)
-		if n < 0 {
-			return h, j.corrupt(key, protowire.ParseError(n))
+	w.bytes(e.Payload)
+	return w
+}
+
+// sizeOfEvent bounds what encodeEvent writes.
+func sizeOfEvent(e *Event) int {
+	size := 160 + len(e.ID) + len(e.Type) + len(e.Source) + len(e.Subject) + len(e.ContentType) + len(e.Schema) + len(e.Payload)
+	for name, value := range e.Attributes {
+		size += 8 + len(name) + len(value)
+	}
+	return size
+}
+
+// decodeEvent reads an event. Its texts share one string, which is no part of value.
+func decodeEvent(value []byte) (*Event, error) {
+	d := readRecord(value)
+	e := &Event{AcceptTime: d.time()}
+	// All text in one allocation: the head of the record as a string, cut up.
+	head := d.b
+	text := ""
+	cut := func() string {
+		part := d.bytes()
+		if len(part) == 0 {
+			return ""
 		}
-		size := protowire.ConsumeFieldValue(num, typ, raw[n:])
-		if size < 0 {
-			return h, j.corrupt(key, protowire.ParseError(size))
+		if text == "" {
+			text = string(head[:min(len(head), headBytes(head))])
 		}
-		value := raw[n : n+size]
-		raw = raw[n+size:]
-		switch {
-		case num == fieldEventAccept && typ == protowire.VarintType:
-			v, _ := protowire.ConsumeVarint(value)
-			h.accept = fromNano(int64(v))
-		case typ != protowire.BytesType:
-		case num == fieldEventID:
-			h.id, _ = protowire.ConsumeString(value)
-		case num == fieldEventType:
-			h.eventType, _ = protowire.ConsumeString(value)
-		case num == fieldEventTargets:
-			var t storev1.Target
-			inner, _ := protowire.ConsumeBytes(value)
-			if err := proto.Unmarshal(inner, &t); err != nil {
-				return h, j.corrupt(key, err)
+		end := len(head) - len(d.b)
+		if end > len(text) {
+			return string(part)
+		}
+		return text[end-len(part) : end]
+	}
+	e.ID, e.Type, e.Source, e.Subject = cut(), cut(), cut(), cut()
+	e.Time = d.time()
+	e.ContentType, e.Schema = cut(), cut()
+	e.DeliverTime, e.TTL = d.time(), time.Duration(d.uint())
+	e.Matched, e.Skipped = d.int(), d.int()
+	copy(e.ContentHash[:], d.fixed(len(e.ContentHash)))
+	if n := d.int(); n > 0 && d.err == nil {
+		e.Attributes = make(map[string]string, min(n, 64))
+		for range n {
+			name, value := d.text(), d.text()
+			if d.err != nil {
+				break
 			}
-			h.targets = append(h.targets, t.GetSubscription())
+			e.Attributes[name] = value
 		}
 	}
-	return h, nil
+	e.Payload = slices.Clone(d.bytes())
+	return e, d.err
 }
 
-func toNano(t time.Time) int64 {
-	if t.IsZero() {
+// headBytes is how long the texts in front of the attributes are.
+func headBytes(head []byte) int {
+	d := decoder{b: head}
+	for range 4 {
+		d.bytes()
+	}
+	d.time()
+	d.bytes()
+	d.bytes()
+	return len(head) - len(d.b)
+}
+
+func decodeHead(value []byte) (h eventHead, err error) {
+	d := readRecord(value)
+	h.accept, h.id, h.eventType = d.time(), d.text(), d.text()
+	return h, d.err
+}
+
+// encodeTargets writes the targets in the order of their keys: first all UIDs, then where each name ends, then
+// the names, so that one is found without reading the others.
+func encodeTargets(b []byte, targets []Target) []byte {
+	order := make([]int, len(targets))
+	for i := range order {
+		order[i] = i
+	}
+	slices.SortFunc(order, func(a, b int) int {
+		ka, kb := targets[a].UID.key(), targets[b].UID.key()
+		switch {
+		case ka < kb:
+			return -1
+		case ka > kb:
+			return 1
+		}
 		return 0
+	})
+	w := newRecord(b)
+	w = binary.BigEndian.AppendUint32(w, uint32(len(targets)))
+	for _, i := range order {
+		w = append(w, targets[i].UID[:]...)
 	}
-	return t.UnixNano()
+	end := 0
+	for _, i := range order {
+		end += len(targets[i].Subscription)
+		w = binary.BigEndian.AppendUint32(w, uint32(end))
+	}
+	for _, i := range order {
+		w = append(w, targets[i].Subscription...)
+	}
+	return w
 }
 
-func fromNano(n int64) time.Time {
-	if n == 0 {
-		return time.Time{}
+func sizeOfTargets(targets []Target) int {
+	size := 5
+	for i := range targets {
+		size += 20 + len(targets[i].Subscription)
 	}
-	return time.Unix(0, n)
+	return size
 }
 
-// eventRecord fills rec, whose target messages are used again, with e. rec shares e's memory.
-func eventRecord(rec *storev1.EventRecord, e *Event) {
-	rec.Id, rec.Source, rec.Type, rec.Subject = e.ID, e.Source, e.Type, e.Subject
-	rec.Time = toNano(e.Time)
-	rec.DataContentType, rec.DataSchema = e.ContentType, e.Schema
-	rec.Attributes, rec.Payload = e.Attributes, e.Payload
-	rec.AcceptTime, rec.DeliverTime, rec.Ttl = toNano(e.AcceptTime), toNano(e.DeliverTime), int64(e.TTL)
-	rec.ContentHash = e.ContentHash[:]
-	all := rec.Targets[:cap(rec.Targets)]
-	for len(all) < len(e.Targets) {
-		all = append(all, nil)
+// targetList is a targets record, read where it lies.
+type targetList struct {
+	n           int
+	uids, rest  []byte // rest: ends of names, names
+	namesOffset int
+}
+
+func decodeTargets(value []byte) (t targetList, err error) {
+	d := readRecord(value)
+	if head := d.fixed(4); d.err == nil {
+		t.n = int(binary.BigEndian.Uint32(head))
 	}
-	for i := range e.Targets {
-		if all[i] == nil {
-			all[i] = &storev1.Target{}
+	t.uids = d.fixed(16 * t.n)
+	t.namesOffset = 4 * t.n
+	if t.rest = d.b; len(t.rest) < t.namesOffset {
+		d.fail()
+	}
+	if d.err == nil && t.n > 0 && len(t.rest)-t.namesOffset != t.nameEnd(t.n-1) {
+		d.fail()
+	}
+	return t, d.err
+}
+
+func (t *targetList) uid(i int) (u UID) {
+	copy(u[:], t.uids[16*i:])
+	return u
+}
+
+func (t *targetList) nameEnd(i int) int { return int(binary.BigEndian.Uint32(t.rest[4*i:])) }
+
+func (t *targetList) name(i int) string {
+	start := 0
+	if i > 0 {
+		start = t.nameEnd(i - 1)
+	}
+	end := t.nameEnd(i)
+	if start > end || t.namesOffset+end > len(t.rest) {
+		return ""
+	}
+	return string(t.rest[t.namesOffset+start : t.namesOffset+end])
+}
+
+// find is where a subscription stands among the targets.
+func (t *targetList) find(key SubscriptionKey) (int, bool) {
+	low, high := 0, t.n
+	for low < high {
+		mid := (low + high) / 2
+		if binary.BigEndian.Uint64(t.uids[16*mid+8:]) < uint64(key) {
+			low = mid + 1
+		} else {
+			high = mid
 		}
-		all[i].Subscription, all[i].Uid = e.Targets[i].Subscription, e.Targets[i].UID[:]
 	}
-	rec.Targets = all[:len(e.Targets)]
+	return low, low < t.n && binary.BigEndian.Uint64(t.uids[16*low+8:]) == uint64(key)
 }
 
-// eventOf turns a record into the event it was made of. Targets know only subscription and UID.
-func (j *Journal) eventOf(partition uint16, namespace string, seq uint64, key, value []byte) (*Event, error) {
-	var rec storev1.EventRecord
-	if err := j.decode(key, value, &rec); err != nil {
-		return nil, err
-	}
-	e := &Event{
-		Namespace: namespace, ID: rec.GetId(), Source: rec.GetSource(), Type: rec.GetType(), Subject: rec.GetSubject(),
-		Time: fromNano(rec.GetTime()), ContentType: rec.GetDataContentType(), Schema: rec.GetDataSchema(),
-		Attributes: rec.GetAttributes(), Payload: rec.GetPayload(),
-		DeliverTime: fromNano(rec.GetDeliverTime()), TTL: time.Duration(rec.GetTtl()),
-		Partition: partition, Seq: seq, AcceptTime: fromNano(rec.GetAcceptTime()),
-		UID: eventUID(j.id, partition, seq),
-	}
-	copy(e.ContentHash[:], rec.GetContentHash())
-	e.Targets = make([]Target, len(rec.GetTargets()))
-	for i, t := range rec.GetTargets() {
-		e.Targets[i].Subscription = t.GetSubscription()
-		copy(e.Targets[i].UID[:], t.GetUid())
-	}
-	return e, nil
+// progress is what a job's row says beside its key.
+type progress struct {
+	epoch         uint32
+	attempts      int
+	maxAttempts   int
+	expire        Instant
+	indeterminate int
+	suspicion     int
+	manual        bool
 }
 
-// attemptRecord fills rec with a; bodies and headers only when asked for.
-func attemptRecord(rec *storev1.AttemptRecord, a *Attempt, bodies bool) {
-	rec.Number, rec.Outcome, rec.ResponseCode = uint32(a.Number), uint32(a.Outcome), uint32(a.ResponseCode)
-	rec.StartTime, rec.Duration, rec.RetryAfter = toNano(a.Start), int64(a.Duration), int64(a.RetryAfter)
-	rec.Error, rec.Peer, rec.Manual = validText(a.Error), validText(a.Peer), a.Manual
-	rec.ResponseBody, rec.ResponseHeaders, rec.RequestHeaders = nil, nil, nil
+const (
+	flagManual = 1 << iota
+	flagTroubled
+)
+
+func encodeProgress(b []byte, p *progress) []byte {
+	w := newRecord(b)
+	flags := byte(0)
+	if p.manual {
+		flags |= flagManual
+	}
+	if p.indeterminate > 0 || p.suspicion > 0 {
+		flags |= flagTroubled
+	}
+	w.byte(flags)
+	w.uint(uint64(p.epoch))
+	w.int(p.attempts)
+	w.int(p.maxAttempts)
+	w.instant(p.expire)
+	if flags&flagTroubled != 0 {
+		w.int(p.indeterminate)
+		w.int(p.suspicion)
+	}
+	return w
+}
+
+func decodeProgress(value []byte) (p progress, err error) {
+	d := readRecord(value)
+	flags := d.byte()
+	p.manual = flags&flagManual != 0
+	p.epoch, p.attempts, p.maxAttempts, p.expire = uint32(d.uint()), d.int(), d.int(), d.instant()
+	if flags&flagTroubled != 0 {
+		p.indeterminate, p.suspicion = d.int(), d.int()
+	}
+	return p, d.err
+}
+
+// standing is the record of a delivery that is not PENDING.
+type standing struct {
+	progress
+	state    State
+	reason   string
+	due      Instant // while Scheduled
+	complete Instant
+	last     *Attempt // without bodies
+}
+
+func encodeStanding(b []byte, s *standing) []byte {
+	w := encoder(encodeProgress(b, &s.progress))
+	w.byte(byte(s.state))
+	w.text(validText(s.reason))
+	w.instant(s.due)
+	w.instant(s.complete)
+	if s.last == nil {
+		w.byte(0)
+		return w
+	}
+	w.byte(1)
+	appendAttempt(&w, s.last, false)
+	return w
+}
+
+func decodeStanding(value []byte) (s standing, err error) {
+	d := readRecord(value)
+	flags := d.byte()
+	s.manual = flags&flagManual != 0
+	s.epoch, s.attempts, s.maxAttempts, s.expire = uint32(d.uint()), d.int(), d.int(), d.instant()
+	if flags&flagTroubled != 0 {
+		s.indeterminate, s.suspicion = d.int(), d.int()
+	}
+	s.state, s.reason, s.due, s.complete = State(d.byte()), d.text(), d.instant(), d.instant()
+	if d.byte() == 1 {
+		s.last = d.attempt()
+	}
+	return s, d.err
+}
+
+func encodeAttempt(b []byte, a *Attempt) []byte {
+	w := newRecord(b)
+	appendAttempt(&w, a, true)
+	return w
+}
+
+func decodeAttempt(value []byte) (*Attempt, error) {
+	d := readRecord(value)
+	a := d.attempt()
+	return a, d.err
+}
+
+const (
+	attemptManual = 1 << iota
+	attemptBodies
+)
+
+func appendAttempt(w *encoder, a *Attempt, bodies bool) {
+	bodies = bodies && len(a.ResponseBody)+len(a.ResponseHeaders)+len(a.RequestHeaders) > 0
+	flags := byte(0)
+	if a.Manual {
+		flags |= attemptManual
+	}
 	if bodies {
-		rec.ResponseBody = a.ResponseBody
-		rec.ResponseHeaders = headerRecords(a.ResponseHeaders)
-		rec.RequestHeaders = headerRecords(a.RequestHeaders)
+		flags |= attemptBodies
+	}
+	w.byte(flags)
+	w.int(a.Number)
+	w.time(a.Start)
+	w.uint(uint64(max(a.Duration, 0)))
+	w.byte(byte(a.Outcome))
+	w.int(a.ResponseCode)
+	w.uint(uint64(max(a.RetryAfter, 0)))
+	w.text(validText(a.Error))
+	w.text(validText(a.Peer))
+	if bodies {
+		w.bytes(a.ResponseBody)
+		appendHeaders(w, a.ResponseHeaders)
+		appendHeaders(w, a.RequestHeaders)
 	}
 }
 
-func headerRecords(headers []Header) []*storev1.Header {
-	if len(headers) == 0 {
-		return nil
-	}
-	block := make([]storev1.Header, len(headers))
-	recs := make([]*storev1.Header, len(headers))
-	for i, h := range headers {
-		recs[i] = &block[i]
-		recs[i].Name, recs[i].Value = validText(h.Name), validText(h.Value)
-	}
-	return recs
-}
-
-func attemptOf(rec *storev1.AttemptRecord) *Attempt {
-	if rec == nil {
-		return nil
-	}
-	return &Attempt{
-		Number: int(rec.GetNumber()), Start: fromNano(rec.GetStartTime()), Duration: time.Duration(rec.GetDuration()),
-		Outcome: Outcome(rec.GetOutcome()), ResponseCode: int(rec.GetResponseCode()), Error: rec.GetError(),
-		RetryAfter: time.Duration(rec.GetRetryAfter()), Peer: rec.GetPeer(), Manual: rec.GetManual(),
-		ResponseBody: rec.GetResponseBody(), ResponseHeaders: headersOf(rec.GetResponseHeaders()),
-		RequestHeaders: headersOf(rec.GetRequestHeaders()),
+func appendHeaders(w *encoder, headers []Header) {
+	w.int(len(headers))
+	for _, h := range headers {
+		w.text(validText(h.Name))
+		w.text(validText(h.Value))
 	}
 }
 
-func headersOf(recs []*storev1.Header) []Header {
-	if len(recs) == 0 {
-		return nil
+func (d *decoder) attempt() *Attempt {
+	flags := d.byte()
+	a := &Attempt{Manual: flags&attemptManual != 0}
+	a.Number, a.Start, a.Duration = d.int(), d.time(), time.Duration(d.uint())
+	a.Outcome, a.ResponseCode, a.RetryAfter = Outcome(d.byte()), d.int(), time.Duration(d.uint())
+	a.Error, a.Peer = d.text(), d.text()
+	if flags&attemptBodies != 0 {
+		a.ResponseBody = slices.Clone(d.bytes())
+		a.ResponseHeaders, a.RequestHeaders = d.headers(), d.headers()
 	}
-	headers := make([]Header, len(recs))
-	for i, r := range recs {
-		headers[i] = Header{Name: r.GetName(), Value: r.GetValue()}
+	return a
+}
+
+func (d *decoder) headers() []Header {
+	var headers []Header
+	for range d.int() {
+		h := Header{Name: d.text(), Value: d.text()}
+		if d.err != nil {
+			return nil
+		}
+		headers = append(headers, h)
 	}
 	return headers
 }
 
-// deliveryOf joins a record with its event's head.
-func deliveryOf(id ID, lane LaneKey, rec *storev1.DeliveryRecord, head *eventHead) *Delivery {
-	d := &Delivery{
-		ID: id, Namespace: lane.Namespace, EventID: head.id, EventType: head.eventType, Subscription: lane.Subscription,
-		State: State(rec.GetState()), StateReason: rec.GetStateReason(),
-		Attempts: int(rec.GetAttemptCount()), MaxAttempts: int(rec.GetMaxAttempts()),
-		NextAttempt: fromNano(rec.GetNextAttemptTime()), Expire: fromNano(rec.GetExpireTime()),
-		Last: attemptOf(rec.GetLastAttempt()), CreateTime: head.accept, CompleteTime: fromNano(rec.GetCompleteTime()),
+// validText makes text from outside fit to be stored.
+func validText(s string) string {
+	if utf8.ValidString(s) {
+		return s
 	}
-	copy(d.SubscriptionUID[:], rec.GetSubscriptionUid())
-	if d.CreateTime.IsZero() {
-		d.CreateTime = seqTime(id.Seq)
-	}
-	return d
+	return strings.ToValidUTF8(s, "\uFFFD")
 }
 
-// jobOf makes the job of a record that is open; due is zero for the FIFO.
-func jobOf(rec *storev1.DeliveryRecord, e *Event, lane LaneKey, due int64) *Job {
-	job := &Job{
-		ID:    ID{Seq: e.Seq, Partition: e.Partition, Ordinal: uint16(rec.GetOrdinal())},
-		Event: e, Subscription: lane.Subscription,
-		Attempts: int(rec.GetAttemptCount()), MaxAttempts: int(rec.GetMaxAttempts()),
-		Expire: fromNano(rec.GetExpireTime()), Due: fromNano(due), Manual: rec.GetManual(),
-		Indeterminate: int(rec.GetIndeterminateCount()), Suspicion: int(rec.GetSuspicion()),
+// commitMark is the w record: the newest commit of a partition.
+type commitMark struct {
+	index   Commit
+	lastSeq uint64
+	at      Instant
+}
+
+func encodeCommitMark(b []byte, m commitMark) []byte {
+	w := newRecord(b)
+	w.uint(uint64(m.index))
+	w.uint(m.lastSeq)
+	w.instant(m.at)
+	return w
+}
+
+func decodeCommitMark(value []byte) (m commitMark, err error) {
+	d := readRecord(value)
+	m.index, m.lastSeq, m.at = Commit(d.uint()), d.uint(), d.instant()
+	return m, d.err
+}
+
+// memory is the p record: what a partition remembers of itself.
+type memory struct {
+	journal [idBytes]byte
+	swept   sweptDays
+	// ahead are sequences that were given while the clock was more than a day ahead; zero when there are none.
+	ahead aheadSpan
+}
+
+// sweptDays are those that retention has erased something of: what is open of them may have moved to kept. They are
+// all days up to one, and those of a span that lies behind it because a clock that was wrong has made it.
+type sweptDays struct{ upTo, low, high dayKey }
+
+func (s sweptDays) has(d dayKey) bool { return d <= s.upTo || s.low <= d && d <= s.high }
+
+func (s sweptDays) with(d dayKey, ahead bool) sweptDays {
+	switch {
+	case !ahead:
+		s.upTo = max(s.upTo, d)
+	case s.high == 0:
+		s.low, s.high = d, d
+	default:
+		s.low, s.high = min(s.low, d), max(s.high, d)
 	}
-	copy(job.SubscriptionUID[:], rec.GetSubscriptionUid())
-	return job
+	return s
+}
+
+// aheadSpan is the part of the future that has events, as noticed at a time.
+type aheadSpan struct {
+	high    uint64
+	noticed Instant
+	// times says how often a clock was found to have been ahead.
+	times int
+}
+
+func encodeMemory(b []byte, m *memory) []byte {
+	w := newRecord(b)
+	w = append(w, m.journal[:]...)
+	for _, d := range [...]dayKey{m.swept.upTo, m.swept.low, m.swept.high} {
+		w.uint(uint64(d))
+	}
+	w.uint(m.ahead.high)
+	w.instant(m.ahead.noticed)
+	w.int(m.ahead.times)
+	return w
+}
+
+func decodeMemory(value []byte) (m memory, err error) {
+	d := readRecord(value)
+	copy(m.journal[:], d.fixed(idBytes))
+	m.swept = sweptDays{dayKey(d.uint()), dayKey(d.uint()), dayKey(d.uint())}
+	m.ahead = aheadSpan{d.uint(), d.instant(), d.int()}
+	return m, d.err
+}
+
+// meta describes a journal; written once, when it is made.
+type meta struct {
+	format     int
+	partitions int
+	id         [idBytes]byte
+}
+
+func encodeMeta(b []byte, m meta) []byte {
+	w := newRecord(b)
+	w.int(m.format)
+	w.int(m.partitions)
+	return append(w, m.id[:]...)
+}
+
+// decodeMeta also knows format 1, whose records were protobuf messages behind a version byte 1.
+func decodeMeta(value []byte) (m meta, err error) {
+	if len(value) > 0 && value[0] == 1 {
+		return meta{format: 1}, nil
+	}
+	d := readRecord(value)
+	m.format, m.partitions = d.int(), d.int()
+	copy(m.id[:], d.fixed(idBytes))
+	if d.err != nil {
+		return m, fmt.Errorf("meta record: %w", d.err)
+	}
+	return m, nil
 }

@@ -2,9 +2,12 @@ package delivery
 
 import (
 	"bytes"
+	"cmp"
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
+	"math"
 	"slices"
 	"time"
 
@@ -12,195 +15,540 @@ import (
 )
 
 const (
-	// minIdempotency keeps event ids known for the whole of dedupWindow, whatever the retention.
-	minIdempotency = 2 * day
-	// retainTries bounds how often a sweep starts over because deliveries were reopened meanwhile.
-	retainTries = 3
+	// eraseByKey is how many rows a run of records may have to be erased one by one: a range costs every later
+	// iterator, a delete only the rows next to it.
+	eraseByKey = 4096
+	// keepBatch is how many open deliveries move to kept in one commit, and keepBytes how much of them.
+	keepBatch = 512
+	keepBytes = 1 << 20
+	// walkBelow is the retention below which a day is erased hour by hour and not as a whole.
+	walkBelow = 2 * day
+	// lookAgain is how long a day is not looked at again whose records are all younger than their retention.
+	lookAgain = time.Hour
+	// tidyEvery is how often kept events are looked through for those that have ended since.
+	tidyEvery = 6 * time.Hour
 )
 
-var errMoved = errors.New("deliveries were reopened during the sweep")
+// Retention says how long records of what has ended are kept.
+type Retention struct {
+	// Of a namespace. Zero or less keeps everything.
+	Of func(NamespaceKey) time.Duration
+	// Shortest is a lower bound of what Of returns; zero when it is not known. Younger days are not looked at.
+	Shortest time.Duration
+}
 
-// Retain erases, in one sweep, what is older than its namespace's retention: events, deliveries, attempts and
-// ids. What is open stays whole, however old. A retention of zero or less keeps everything. It reads one entry
-// per open delivery that is older than the retention, and erases by range.
-func (j *Journal) Retain(ctx context.Context, retention func(namespace string) time.Duration) error {
+// Retain erases, in one sweep, what is older than its namespace's retention: events, deliveries that have ended,
+// attempts and ids. What is open stays whole, however old, with its event. A retention of two days or more is
+// kept by the day, and so up to a day longer; a shorter one by the sweep; an event id stays known for a day in any
+// case. A sweep costs what it erases, what is open of it, and a look at each day and namespace that is due.
+func (j *Journal) Retain(ctx context.Context, keep Retention) error {
 	leave, err := j.enter()
 	if err != nil {
 		return err
 	}
 	defer leave()
-	for _, namespace := range j.spaceNames() {
-		keep := retention(namespace)
-		if keep <= 0 {
-			continue
-		}
-		for _, p := range j.partitions {
-			if err := p.retain(ctx, namespace, keep); err != nil {
-				return fmt.Errorf("retain namespace %q: %w", namespace, err)
-			}
+	j.retaining.Lock()
+	defer j.retaining.Unlock()
+	for _, p := range j.partitions {
+		if err := p.retain(ctx, keep); err != nil {
+			return fmt.Errorf("retain in partition %d: %w", p.number, err)
 		}
 	}
+	j.counts.prune()
 	return nil
 }
 
-func (p *partition) retain(ctx context.Context, namespace string, keep time.Duration) error {
-	for try := 1; ; try++ {
-		moves := p.reopened.Load()
-		spans, err := p.expired(ctx, namespace, seqAt(p.j.now().Add(-keep)))
-		if err != nil || len(spans) == 0 {
-			return err
-		}
-		err = p.do(ctx, func() error {
-			if p.reopened.Load() != moves {
-				return errMoved
-			}
-			b := p.j.db.NewBatch()
-			for _, s := range spans {
-				deleteSpan(b, s.start, s.end)
-			}
-			p.keepSeq(b)
-			p.commit(b, false)
-			return nil
-		})
-		if errors.Is(err, errMoved) && try < retainTries {
-			continue
-		}
-		if errors.Is(err, errMoved) {
-			return nil // the next sweep will do it
-		}
+// retention is what a partition remembers between sweeps.
+type retention struct {
+	// quiet says until when a day need not be looked at.
+	quiet map[dayKey]time.Time
+	// tidied is when kept was last looked through.
+	tidied time.Time
+}
+
+// fate is what a sweep does with the records of a namespace in a day.
+type fate struct {
+	ns NamespaceKey
+	// below is the first sequence that stays; all go when it is math.MaxUint64.
+	below uint64
+}
+
+// sweeping is what a sweep is about to erase: nothing when it has no fates.
+type sweeping struct {
+	day   dayKey
+	fates []fate // by namespace
+}
+
+// takes reports whether the records of an event are about to go.
+func (s *sweeping) takes(ns NamespaceKey, seq uint64) bool {
+	if s == nil || dayOf(seq) != s.day {
+		return false
+	}
+	i, found := slices.BinarySearchFunc(s.fates, ns, func(f fate, ns NamespaceKey) int { return cmp.Compare(f.ns, ns) })
+	return found && seq < s.fates[i].below
+}
+
+// sweep is one sweep of one partition.
+type sweep struct {
+	p    *partition
+	keep Retention
+	now  time.Time
+	// erased spans what was erased by ranges or in large numbers.
+	first, last []byte
+}
+
+func (p *partition) retain(ctx context.Context, keep Retention) error {
+	s := &sweep{p: p, keep: keep, now: p.j.now()}
+	due, err := s.due(ctx)
+	if err != nil {
 		return err
 	}
+	for _, d := range due {
+		if err := s.erase(ctx, d.day, d.fates); err != nil {
+			return err
+		}
+	}
+	if s.now.Sub(p.retention.tidied) >= tidyEvery {
+		if err := s.tidy(ctx); err != nil {
+			return err
+		}
+		p.retention.tidied = s.now
+	}
+	if s.first == nil {
+		return nil
+	}
+	return p.j.db.Compact(ctx, s.first, s.last, false)
 }
 
-type span struct{ start, end []byte }
-
-// expiry collects what may be erased of one namespace in one partition, from one snapshot.
-type expiry struct {
-	p         *partition
-	snapshot  *pebble.Snapshot
-	namespace string
-	limit     uint64
-	spans     []span
+type dueDay struct {
+	day   dayKey
+	fates []fate
 }
 
-func (p *partition) expired(ctx context.Context, namespace string, limit uint64) (spans []span, err error) {
-	x := &expiry{p: p, snapshot: p.j.db.NewSnapshot(), namespace: namespace, limit: limit}
-	defer func() { err = errors.Join(err, x.snapshot.Close()) }()
-	var all []uint64
-	prefix := appendSpace(nil, p.index, tagDelivery, namespace)
-	err = p.j.lanesUnder(x.snapshot, prefix, func(lane LaneKey) error {
+// due finds the days and namespaces that have something to erase.
+func (s *sweep) due(ctx context.Context) (due []dueDay, err error) {
+	p := s.p
+	if p.retention.quiet == nil {
+		p.retention.quiet = make(map[dayKey]time.Time)
+	}
+	snapshot := p.j.db.NewSnapshot()
+	defer func() { err = errors.Join(err, snapshot.Close()) }()
+	seen := make(map[dayKey]time.Time)
+	err = p.eachDay(snapshot, 0, func(day dayKey) error {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
-		open, err := x.lane(lane)
-		all = append(all, open...)
-		return err
-	})
-	if err != nil {
-		return nil, err
-	}
-	slices.Sort(all)
-	all = slices.Compact(all)
-	if err := x.gaps(appendSpace(nil, p.index, tagEvent, namespace), all); err != nil {
-		return nil, err
-	}
-	oldest := limit
-	if len(all) > 0 {
-		oldest = all[0]
-	}
-	err = x.ids(min(oldest, seqAt(p.j.now().Add(-minIdempotency))))
-	return x.spans, err
-}
-
-// lane collects what may be erased of a lane and returns the open sequences below the limit.
-func (x *expiry) lane(lane LaneKey) (open []uint64, err error) {
-	j, index := x.p.j, x.p.index
-	err = j.eachOpen(x.snapshot, index, lane, x.limit, func(seq uint64) error {
-		open = append(open, seq)
+		if day == kept || s.age(day) < s.keep.Shortest-24*time.Hour {
+			return nil
+		}
+		if until := p.retention.quiet[day]; s.now.Before(until) {
+			seen[day] = until
+			return nil
+		}
+		d := dueDay{day: day}
+		if err := p.eachSpace(snapshot, day, func(ns NamespaceKey) error {
+			if below := s.below(day, s.keep.Of(ns)); below > 0 {
+				d.fates = append(d.fates, fate{ns, below})
+			}
+			return nil
+		}); err != nil {
+			return err
+		}
+		if len(d.fates) == 0 {
+			seen[day] = s.now.Add(lookAgain)
+		} else {
+			due = append(due, d)
+		}
 		return nil
 	})
-	if err != nil {
-		return nil, err
-	}
-	slices.Sort(open)
-	for _, tag := range []byte{tagDelivery, tagAttempt} {
-		if err := x.gaps(appendLane(nil, index, tag, lane), open); err != nil {
-			return nil, err
-		}
-	}
-	for _, state := range []State{Exhausted, Rejected, Cancelled, Skipped} {
-		if err := x.gaps(appendStatePrefix(nil, index, lane, state), nil); err != nil {
-			return nil, err
-		}
-	}
-	if len(open) == 0 {
-		return nil, x.laneRecord(lane)
-	}
-	return open, nil
+	p.retention.quiet = seen
+	return due, err
 }
 
-// laneRecord drops the low-water mark of a lane that has nothing left.
-func (x *expiry) laneRecord(lane LaneKey) error {
-	prefix := appendLane(nil, x.p.index, tagDelivery, lane)
-	left, err := x.any(appendSeq(bytes.Clone(prefix), x.limit), prefixEnd(prefix))
-	if err != nil || left {
+// age of a day: since its end, or, when a clock that was wrong has made it, since that was noticed.
+func (s *sweep) age(d dayKey) time.Duration {
+	if s.ahead(d) {
+		return s.now.Sub(s.p.ahead.noticed.Time())
+	}
+	return s.now.Sub(seqTime(firstSeq(d + 1)))
+}
+
+func (s *sweep) ahead(d dayKey) bool {
+	first := firstSeq(d)
+	return first > seqAt(s.now.Add(maxAhead)) && first <= s.p.ahead.high
+}
+
+// below is the first sequence of a day that stays: 0 when all of it does, math.MaxUint64 when nothing does.
+func (s *sweep) below(d dayKey, keep time.Duration) uint64 {
+	if keep <= 0 {
+		return 0
+	}
+	if s.age(d) >= max(keep, dedupWindow) {
+		return math.MaxUint64
+	}
+	if limit := seqAt(s.now.Add(-keep)); keep < walkBelow && limit > firstSeq(d) && !s.ahead(d) {
+		return min(limit, firstSeq(d+1))
+	}
+	return 0
+}
+
+// erase moves what is open of the given namespaces in a day to kept, then erases their records.
+func (s *sweep) erase(ctx context.Context, d dayKey, fates []fate) error {
+	p := s.p
+	if err := p.do(ctx, func(c *commit) error {
+		c.sweeping = &sweeping{d, fates}
+		if swept := p.memory.swept.with(d, s.ahead(d)); swept != p.memory.swept {
+			m := p.memory
+			m.swept = swept
+			c.memory, c.firm = &m, true
+		}
+		return nil
+	}); err != nil {
 		return err
 	}
-	key := appendLaneKey(nil, x.p.index, lane)
-	x.spans = append(x.spans, span{key, prefixEnd(key)})
-	return nil
+	err := s.keepOpen(ctx, d, fates)
+	if err == nil {
+		err = s.eraseRuns(ctx, d, fates)
+	}
+	// Also when ctx has ended: a day that is not being erased need not move anything.
+	done := p.do(context.WithoutCancel(ctx), func(c *commit) error {
+		c.sweeping = &sweeping{}
+		return nil
+	})
+	return errors.Join(err, done)
 }
 
-// gaps adds the spans of prefix below the limit that hold something and leave the open sequences out.
-func (x *expiry) gaps(prefix []byte, open []uint64) error {
-	from := uint64(0)
-	for i := 0; i <= len(open); i++ {
-		to := x.limit
-		if i < len(open) {
-			to = open[i]
+// keepOpen moves the open deliveries of a day to kept, with their events.
+func (s *sweep) keepOpen(ctx context.Context, d dayKey, fates []fate) (err error) {
+	p := s.p
+	snapshot := p.j.db.NewSnapshot()
+	defer func() { err = errors.Join(err, snapshot.Close()) }()
+	var some []rowAt
+	flush := func() error {
+		batch := some
+		some = nil
+		for len(batch) > 0 {
+			left := make(chan int, 1)
+			if err := p.do(ctx, func(c *commit) error {
+				n, err := c.keepSome(batch)
+				left <- n
+				return err
+			}); err != nil {
+				return err
+			}
+			batch = batch[<-left:]
 		}
-		if from < to {
-			start, end := appendSeq(bytes.Clone(prefix), from), appendSeq(bytes.Clone(prefix), to)
-			found, err := x.any(start, end)
+		return nil
+	}
+	for _, f := range fates {
+		for _, kind := range []Kind{FIFO, Timer} {
+			prefix := appendSpace(nil, p.number, tagOf(kind), f.ns)
+			err := p.j.scan(snapshot, prefix, prefixEnd(prefix), func(key, _ []byte) error {
+				lane, row, ok := splitRow(key)
+				if !ok {
+					return p.j.corrupt(key, errBadKey)
+				}
+				if dayOf(row.Seq) != d || row.Seq >= f.below {
+					return nil
+				}
+				if some = append(some, rowAt{lane, row.Seq}); len(some) < keepBatch {
+					return nil
+				}
+				return flush()
+			})
 			if err != nil {
 				return err
 			}
-			if found {
-				x.spans = append(x.spans, span{start, end})
-			}
 		}
-		from = to + 1
 	}
-	return nil
+	return flush()
 }
 
-func (x *expiry) any(start, end []byte) (found bool, err error) {
-	it, err := x.snapshot.NewIter(&pebble.IterOptions{LowerBound: start, UpperBound: end})
-	if err != nil {
-		return false, err
-	}
-	defer func() { err = errors.Join(err, it.Close()) }()
-	return it.First(), it.Error()
+type rowAt struct {
+	lane LaneKey
+	seq  uint64
 }
 
-// ids adds the days of event ids that end before limit.
-func (x *expiry) ids(limit uint64) error {
-	days, err := x.p.j.days(x.p.index)
+// keepSome moves deliveries until a commit is full, and says how many it has moved.
+func (c *commit) keepSome(rows []rowAt) (n int, err error) {
+	start := c.batch.Len()
+	for n < len(rows) && (n == 0 || c.batch.Len()-start < keepBytes) {
+		if err := c.keep(rows[n].lane, rows[n].seq); err != nil {
+			return n, err
+		}
+		n++
+	}
+	return n, nil
+}
+
+// keep copies a delivery's records, and those of its event, from their day to kept. Those of the day are left to be
+// erased; from now on kept rules.
+func (c *commit) keep(lane LaneKey, seq uint64) error {
+	p, d := c.p, dayOf(seq)
+	moved, err := p.j.has(c.r, appendEventKey(nil, p.number, kept, lane.Namespace, seq))
 	if err != nil {
 		return err
 	}
-	for _, d := range days {
-		if uint64(d)+1 > uint64(dayOf(limit)) {
+	if !moved {
+		var id identity
+		found, err := p.j.get(c.r, appendEventKey(nil, p.number, d, lane.Namespace, seq), func(value []byte) error {
+			e, err := decodeEvent(value)
+			if err == nil {
+				id = identityOf(e.Source, e.ID)
+				c.set(appendEventKey(nil, p.number, kept, lane.Namespace, seq), bytes.Clone(value))
+			}
+			return err
+		})
+		if err != nil || !found {
+			return err
+		}
+		for _, keys := range [][2][]byte{
+			{appendTargetsKey(nil, p.number, d, lane.Namespace, seq), appendTargetsKey(nil, p.number, kept, lane.Namespace, seq)},
+			{appendIdentityKey(nil, p.number, d, lane.Namespace, id), appendKeptIdentity(nil, p.number, lane.Namespace, id, seq)},
+		} {
+			if err := c.copy(keys[0], keys[1]); err != nil {
+				return err
+			}
+		}
+	}
+	// What a sweep that was cut short has moved has gone on since.
+	record := appendDeliveryKey(nil, p.number, kept, lane, seq)
+	if moved, err := p.j.has(c.r, record); moved || err != nil {
+		return err
+	}
+	if err := c.copy(appendDeliveryKey(nil, p.number, d, lane, seq), record); err != nil {
+		return err
+	}
+	prefix := appendAttempts(nil, p.number, d, lane, seq)
+	type pair struct{ key, value []byte }
+	var attempts []pair // an iterator does not see what is added to its batch, but is not to be disturbed either
+	if err := p.j.scan(c.r, prefix, prefixEnd(prefix), func(key, value []byte) error {
+		attempts = append(attempts, pair{append(appendAttempts(nil, p.number, kept, lane, seq), key[len(prefix):]...), bytes.Clone(value)})
+		return nil
+	}); err != nil {
+		return err
+	}
+	for _, a := range attempts {
+		c.set(a.key, a.value)
+	}
+	return nil
+}
+
+// copy copies a record, if it is there.
+func (c *commit) copy(from, to []byte) error {
+	var value []byte
+	found, err := c.p.j.get(c.r, from, func(v []byte) error {
+		value = bytes.Clone(v)
+		return nil
+	})
+	if found && err == nil {
+		c.set(to, value)
+	}
+	return err
+}
+
+// eraseRuns erases the records of a day: neighbours that go as a whole in one run.
+func (s *sweep) eraseRuns(ctx context.Context, d dayKey, fates []fate) error {
+	p := s.p
+	for i := 0; i < len(fates); {
+		if fates[i].below != math.MaxUint64 {
+			if err := s.eraseBelow(ctx, d, fates[i]); err != nil {
+				return err
+			}
+			i++
 			continue
 		}
-		prefix := appendName(appendDay(nil, x.p.index, d), x.namespace)
-		found, err := x.any(prefix, prefixEnd(prefix))
+		end := i + 1
+		for end < len(fates) && fates[end].below == math.MaxUint64 {
+			end++
+		}
+		// The run ends where a namespace stays that lies between two that go.
+		start := appendDaySpace(nil, p.number, d, fates[i].ns)
+		next, err := s.firstOther(d, fates[i:end])
 		if err != nil {
 			return err
 		}
-		if found {
-			x.spans = append(x.spans, span{prefix, prefixEnd(prefix)})
+		if next < end-i {
+			end = i + next
+		}
+		if err := s.eraseSpan(ctx, start, prefixEnd(appendDaySpace(nil, p.number, d, fates[end-1].ns))); err != nil {
+			return err
+		}
+		i = end
+	}
+	return nil
+}
+
+// firstOther is how many of the fates follow each other without another namespace in between.
+func (s *sweep) firstOther(d dayKey, fates []fate) (n int, err error) {
+	lower := appendDaySpace(nil, s.p.number, d, fates[0].ns)
+	upper := prefixEnd(appendDaySpace(nil, s.p.number, d, fates[len(fates)-1].ns))
+	err = s.p.j.hop(s.p.j.db, lower, upper, func(key []byte) ([]byte, error) {
+		_, ns, _, _, ok := splitRecord(key)
+		if !ok {
+			return nil, s.p.j.corrupt(key, errBadKey)
+		}
+		if n < len(fates) && fates[n].ns == ns {
+			n++
+			return prefixEnd(key[:bodyOffset+2+8]), nil
+		}
+		return nil, errStopped
+	})
+	if errors.Is(err, errStopped) {
+		err = nil
+	}
+	return max(n, 1), err
+}
+
+// eraseSpan erases all keys of a span: one by one when they are few, else by a range.
+func (s *sweep) eraseSpan(ctx context.Context, start, end []byte) error {
+	var keys [][]byte
+	err := s.p.j.scan(s.p.j.db, start, end, func(key, _ []byte) error {
+		if len(keys) >= eraseByKey {
+			return errStopped
+		}
+		keys = append(keys, bytes.Clone(key))
+		return nil
+	})
+	if err != nil && !errors.Is(err, errStopped) {
+		return err
+	}
+	if err == nil {
+		return s.eraseKeys(ctx, keys)
+	}
+	s.note(start, end)
+	return s.p.do(ctx, func(c *commit) error {
+		c.deleteSpan(start, end)
+		return nil
+	})
+}
+
+func (s *sweep) eraseKeys(ctx context.Context, keys [][]byte) error {
+	if len(keys) == 0 {
+		return nil
+	}
+	return s.p.do(ctx, func(c *commit) error {
+		for _, key := range keys {
+			c.delete(key)
+		}
+		return nil
+	})
+}
+
+// note widens what is to be compacted.
+func (s *sweep) note(start, end []byte) {
+	if s.first == nil || bytes.Compare(start, s.first) < 0 {
+		s.first = start
+	}
+	if bytes.Compare(end, s.last) > 0 {
+		s.last = end
+	}
+}
+
+// eraseBelow erases a namespace's records of a day below a sequence; the ids stay until the day goes.
+func (s *sweep) eraseBelow(ctx context.Context, d dayKey, f fate) error {
+	for _, kind := range []byte{kindEvent, kindTargets, kindDead} {
+		prefix := appendKind(nil, s.p.number, d, f.ns, kind)
+		if err := s.eraseSpan(ctx, prefix, appendU64(prefix[:len(prefix):len(prefix)], f.below)); err != nil {
+			return err
+		}
+	}
+	for _, kind := range []byte{kindDelivery, kindAttempt} {
+		prefix := appendKind(nil, s.p.number, d, f.ns, kind)
+		var keys [][]byte
+		erased := 0
+		err := s.p.j.scan(s.p.j.db, prefix, prefixEnd(prefix), func(key, _ []byte) error {
+			seq, ok := recordSeq(kind, key[recordPrefix:])
+			if !ok || seq >= f.below {
+				return nil
+			}
+			if keys = append(keys, bytes.Clone(key)); len(keys) < eraseByKey {
+				return nil
+			}
+			some := keys
+			keys, erased = nil, erased+len(keys)
+			return s.eraseKeys(ctx, some)
+		})
+		if err == nil {
+			err = s.eraseKeys(ctx, keys)
+		}
+		if err != nil {
+			return err
+		}
+		if erased > 0 {
+			s.note(prefix, prefixEnd(prefix))
 		}
 	}
 	return nil
+}
+
+// tidy erases kept events that have nothing open any more and are past their retention.
+func (s *sweep) tidy(ctx context.Context) error {
+	p := s.p
+	return p.eachSpace(p.j.db, kept, func(ns NamespaceKey) error {
+		keep := s.keep.Of(ns)
+		prefix := appendKind(nil, p.number, kept, ns, kindEvent)
+		return p.j.scan(p.j.db, prefix, prefixEnd(prefix), func(key, _ []byte) error {
+			seq := binary.BigEndian.Uint64(key[len(key)-8:])
+			if keep <= 0 || s.age(dayOf(seq)) < keep {
+				return nil
+			}
+			return p.do(ctx, func(c *commit) error { return c.forget(ns, seq) })
+		})
+	})
+}
+
+// forget erases a kept event, unless one of its deliveries is open.
+func (c *commit) forget(ns NamespaceKey, seq uint64) error {
+	p := c.p
+	e, err := p.readEvent(c.r, ns, seq)
+	if errors.Is(err, ErrNotFound) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	var subs []SubscriptionKey
+	if _, err := p.j.get(c.r, appendTargetsKey(nil, p.number, kept, ns, seq), func(value []byte) error {
+		list, err := decodeTargets(value)
+		for i := range list.n {
+			subs = append(subs, list.uid(i).SubscriptionKey())
+		}
+		return err
+	}); err != nil {
+		return err
+	}
+	for _, sub := range subs {
+		if at, err := p.find(c.r, LaneKey{ns, sub}, seq); err != nil || at != nil && at.open {
+			return err
+		}
+	}
+	for _, sub := range subs {
+		lane := LaneKey{ns, sub}
+		c.delete(appendDeliveryKey(nil, p.number, kept, lane, seq))
+		c.delete(appendDeadKey(nil, p.number, kept, lane, seq))
+		prefix := appendAttempts(nil, p.number, kept, lane, seq)
+		if err := c.deleteKeys(prefix); err != nil {
+			return err
+		}
+	}
+	c.delete(appendKeptIdentity(nil, p.number, ns, identityOf(e.Source, e.ID), seq))
+	c.delete(appendTargetsKey(nil, p.number, kept, ns, seq))
+	c.delete(appendEventKey(nil, p.number, kept, ns, seq))
+	return nil
+}
+
+// deleteKeys erases the keys of a prefix one by one.
+func (c *commit) deleteKeys(prefix []byte) error {
+	var keys [][]byte
+	err := c.p.j.iterate(c.r, prefix, prefixEnd(prefix), func(it *pebble.Iterator) error {
+		for ok := it.First(); ok; ok = it.Next() {
+			keys = append(keys, bytes.Clone(it.Key()))
+		}
+		return nil
+	})
+	for _, key := range keys {
+		c.delete(key)
+	}
+	return err
 }

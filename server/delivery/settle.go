@@ -1,52 +1,35 @@
 package delivery
 
 import (
-	"errors"
-	"strings"
 	"time"
-	"unicode/utf8"
-
-	"github.com/cockroachdb/pebble/v2"
-
-	storev1 "github.com/grapnel/grapnel/proto/grapnel/store/v1"
 )
 
-// settle is a queued Settle or SetLowWater. It holds a copy of the job, which the caller may change as
-// soon as Settle has returned.
+// settle is a queued Settle or SetFailing. It holds a copy of the job, which the caller may change as soon as
+// Settle has returned.
 type settle struct {
 	job     Job
 	step    Step
 	attempt *Attempt
-	lane    LaneKey
-	// lowWater marks a SetLowWater to job.ID.Seq.
-	lowWater bool
+	done    Settled
+	// failing, where set, makes it a SetFailing.
+	failing *failing
 }
 
 // Settle records how a delivery goes on: the step, and the attempt that led to it, which is nil when none
 // was made (expired, cancelled). The attempt's Number rules over job.Attempts, which may or may not count
-// it yet; job.Indeterminate and job.Suspicion must count it. The attempt must not be changed afterwards. Settle returns at once
-// unless the disk is far behind; the record is visible within 20 ms and durable within 100 ms, and those
-// of one partition become so in order. A crash may forget it, and the attempt is then made again with the
-// same message id. Once the journal is closed it does nothing.
-func (j *Journal) Settle(job *Job, step Step, attempt *Attempt) {
+// it yet; job.Indeterminate and job.Suspicion must count it. The attempt must not be changed afterwards. Settle
+// returns at once unless the disk is far behind; the record is visible within 20 ms, when done is told, and durable
+// within 100 ms, and those of one partition become so in order. A crash may forget it, and the attempt is then made
+// again with the same message id. Once the journal is closed it does nothing, and done is not told.
+//
+// A job whose row a caller has changed since it was made does not apply: the attempt becomes history, but a success
+// ends the delivery if it is open.
+func (j *Journal) Settle(job *Job, step Step, attempt *Attempt, done Settled) {
 	if !step.State.Final() && step.State != Scheduled || int(job.ID.Partition) >= len(j.partitions) {
 		return // unspent: nothing has changed
 	}
-	p := j.partitions[job.ID.Partition]
-	p.queue(func(s *settle) {
-		s.job, s.step, s.attempt, s.lane = *job, step, attempt, job.Lane()
-	})
-}
-
-// SetLowWater notes that no delivery of the lane's FIFO below seq is Pending, once the settles made before
-// it are recorded. Recovery starts there.
-func (j *Journal) SetLowWater(lane LaneKey, partition uint16, seq uint64) {
-	if int(partition) >= len(j.partitions) {
-		return
-	}
-	p := j.partitions[partition]
-	p.queue(func(s *settle) {
-		s.lane, s.job.ID.Seq, s.lowWater = lane, seq, true
+	j.partitions[job.ID.Partition].queue(func(s *settle) {
+		s.job, s.step, s.attempt, s.done = *job, step, attempt, done
 	})
 }
 
@@ -73,239 +56,241 @@ func (p *partition) queue(fill func(*settle)) {
 	}
 }
 
-// applySettle adds one settle to the batch. In the common case, success at the first attempt, that is one
-// record and no read.
-func (p *partition) applySettle(b *pebble.Batch, s *settle) {
-	if s.lowWater {
-		p.key = appendLaneKey(p.key[:0], p.index, s.lane)
-		putRecord(b, p.key, &storev1.LaneRecord{LowWater: s.job.ID.Seq})
+// settle prepares one settle. In the common case, success at the first attempt, that is a row deleted, a record
+// put, and no read.
+func (c *commit) settle(s *settle) {
+	if s.failing != nil {
+		c.noteFailing(s.failing)
 		return
 	}
-	if p.edited.touches(s) {
-		p.settleEdited(b, s)
-		return
-	}
-	p.writeSettle(b, s)
-}
-
-func (p *partition) writeSettle(b *pebble.Batch, s *settle) {
-	job, rec := &s.job, &p.delivery
-	before, made := job.Attempts, job.Attempts
-	if s.attempt != nil {
-		made = attemptNumber(s)
-		before = made - 1
-	}
-	rec.Reset()
-	rec.State, rec.Ordinal, rec.SubscriptionUid = uint32(s.step.State), uint32(job.ID.Ordinal), job.SubscriptionUID[:]
-	rec.MaxAttempts, rec.ExpireTime = uint32(job.MaxAttempts), toNano(job.Expire)
-	rec.AttemptCount, rec.IndeterminateCount = uint32(made), uint32(job.Indeterminate)
-	rec.Suspicion = uint32(job.Suspicion)
-	rec.StateReason = validText(s.step.Reason)
-	p.addAttempt(b, s, rec, made)
-	p.moveIndex(b, s, rec, before)
-	p.key = appendDeliveryKey(p.key[:0], p.index, s.lane, job.ID.Seq)
-	putRecord(b, p.key, rec)
-	p.j.metrics.settled.Add(1)
-}
-
-func attemptNumber(s *settle) int {
-	if s.attempt.Number > 0 {
-		return s.attempt.Number
-	}
-	return s.job.Attempts + 1
-}
-
-// addAttempt embeds the attempt in the delivery's record. One that did not succeed gets a record of its own
-// with its bodies, which later attempts do not overwrite.
-func (p *partition) addAttempt(b *pebble.Batch, s *settle, rec *storev1.DeliveryRecord, number int) {
-	if s.attempt == nil {
-		if number > 0 {
-			rec.LastAttempt = p.lastAttempt(s.lane, s.job.ID.Seq, number)
+	lane, seq := s.job.Lane(), s.job.ID.Seq
+	day, err := c.p.home(c.r, lane.Namespace, seq)
+	if err == nil && (c.edited || s.job.AsOf < c.p.lastEdit) {
+		var current bool
+		if current, err = c.current(lane, s.job.Row()); err == nil && !current {
+			err = c.settleStale(day, lane, s)
+			c.told(s, err)
+			return
 		}
-		return
 	}
-	success := s.step.State == Succeeded
-	attemptRecord(&p.attempt, s.attempt, true)
-	p.attempt.Number = uint32(number)
-	if !success {
-		p.key = appendAttemptKey(p.key[:0], p.index, s.lane, s.job.ID.Seq, number)
-		putRecord(b, p.key, &p.attempt)
-		p.attempt.ResponseBody, p.attempt.ResponseHeaders, p.attempt.RequestHeaders = nil, nil, nil
+	if err == nil {
+		err = c.settleRow(day, lane, s.job.Row(), progressOf(&s.job), s)
 	}
-	rec.LastAttempt = &p.attempt
+	c.told(s, err)
 }
 
-// lastAttempt reads an attempt's record without its bodies; nil when there is none.
-func (p *partition) lastAttempt(lane LaneKey, seq uint64, number int) *storev1.AttemptRecord {
-	p.key = appendAttemptKey(p.key[:0], p.index, lane, seq, number)
-	var rec storev1.AttemptRecord
-	if err := p.j.get(p.key, &rec); err != nil {
+// told has the one who settled know, after all. A settle that could not be made for want of a readable record is
+// made again after the next start.
+func (c *commit) told(s *settle, err error) {
+	if err != nil {
+		c.p.j.log.Error("delivery not settled", "delivery_id", s.job.ID.String(), "err", err)
+	}
+	if s.done == nil {
+		return
+	}
+	done := step{settled: s.done}
+	// Before the row that follows.
+	if n := len(c.steps); n > 0 && c.steps[n-1].settled == nil && !c.steps[n-1].edited &&
+		c.steps[n-1].row.Seq == s.job.ID.Seq && c.steps[n-1].lane == s.job.Lane() {
+		c.steps = append(c.steps[:n-1], done, c.steps[n-1])
+		return
+	}
+	c.steps = append(c.steps, done)
+}
+
+func progressOf(job *Job) progress {
+	return progress{
+		epoch: job.Epoch, attempts: job.Attempts, maxAttempts: job.MaxAttempts, expire: InstantOf(job.Expire),
+		indeterminate: job.Indeterminate, suspicion: job.Suspicion, manual: job.Manual,
+	}
+}
+
+// current reports whether an open row is as a job has it.
+func (c *commit) current(lane LaneKey, row Row) (bool, error) {
+	epoch := uint32(0)
+	found, err := c.p.j.get(c.r, appendRow(nil, c.p.number, lane, row), func(value []byte) error {
+		pr, err := decodeProgress(value)
+		epoch = pr.epoch
+		return err
+	})
+	return found && epoch == row.Epoch, err
+}
+
+// settleRow moves a delivery from an open row to what the step says.
+func (c *commit) settleRow(day dayKey, lane LaneKey, row Row, pr progress, s *settle) error {
+	last, err := c.history(day, lane, row.Seq, &pr, s)
+	if err != nil {
+		return err
+	}
+	st := standing{progress: pr, state: s.step.State, reason: s.step.Reason, last: last}
+	st.manual = false
+	c.dropRow(lane, row)
+	if s.step.State == Scheduled {
+		st.epoch++
+		st.due = InstantOf(s.step.Due)
+		c.putStanding(day, lane, row.Seq, &st)
+		c.putTimer(lane, Row{Timer, st.due, row.Seq, st.epoch}, &st.progress)
+	} else {
+		st.complete = InstantOf(c.at)
+		c.putStanding(day, lane, row.Seq, &st)
+		if st.state != Succeeded {
+			c.bury(day, lane, row.Seq)
+		}
+		c.open(lane, -1)
+	}
+	c.settled++
+	return nil
+}
+
+// history counts the attempt of a settle. One that did not succeed gets a record of its own with its bodies, which
+// later attempts do not overwrite. It returns the latest attempt that ended, which without one of now is on record.
+func (c *commit) history(day dayKey, lane LaneKey, seq uint64, pr *progress, s *settle) (*Attempt, error) {
+	p := c.p
+	if s.attempt == nil {
+		if pr.attempts == 0 {
+			return nil, nil
+		}
+		var last *Attempt
+		_, err := p.j.get(c.r, appendDeliveryKey(nil, p.number, day, lane, seq), func(value []byte) error {
+			st, err := decodeStanding(value)
+			last = st.last
+			return err
+		})
+		return last, err
+	}
+	if pr.attempts++; s.attempt.Number > 0 {
+		pr.attempts = s.attempt.Number
+	}
+	a := s.attempt
+	if a.Number != pr.attempts {
+		renumbered := *a
+		renumbered.Number = pr.attempts
+		a = &renumbered
+	}
+	if s.step.State != Succeeded {
+		c.putAttempt(day, lane, seq, a)
+	}
+	return a, nil
+}
+
+func (c *commit) putAttempt(day dayKey, lane LaneKey, seq uint64, a *Attempt) {
+	p := c.p
+	p.key = appendAttemptKey(p.key[:0], p.number, day, lane, seq, a.Number)
+	p.value = encodeAttempt(p.value[:0], a)
+	c.set(p.key, p.value)
+	if cap(p.value) > 1<<20 {
+		p.value = nil
+	}
+}
+
+// bury notes that a delivery has ended without success.
+func (c *commit) bury(day dayKey, lane LaneKey, seq uint64) {
+	c.p.key = appendDeadKey(c.p.key[:0], c.p.number, day, lane, seq)
+	c.set(c.p.key, nil)
+}
+
+func (c *commit) unbury(day dayKey, lane LaneKey, seq uint64) {
+	c.p.key = appendDeadKey(c.p.key[:0], c.p.number, day, lane, seq)
+	c.delete(c.p.key)
+}
+
+// settleStale handles a settle of a delivery that a caller has changed since the job was made: what the caller
+// asked for stands, and the attempt is kept as history. A success wins over a retry.
+func (c *commit) settleStale(day dayKey, lane LaneKey, s *settle) error {
+	at, err := c.p.find(c.r, lane, s.job.ID.Seq)
+	if err != nil || at == nil || s.attempt == nil {
+		return err // dropped with its namespace, or retained no longer
+	}
+	own := *s
+	own.attempt = new(Attempt)
+	*own.attempt = *s.attempt
+	own.attempt.Number = 0
+	if at.open && s.step.State == Succeeded {
+		c.supersede(lane, at.row)
+		return c.settleRow(at.day, lane, at.row, at.progress, &own)
+	}
+	if !at.open && at.last != nil && at.last.Outcome == OutcomeSucceeded {
+		c.putAttempt(at.day, lane, s.job.ID.Seq, at.last) // it is the latest no more, and has no record of its own
+	}
+	st := at.standing
+	own.step.State = Cancelled // anything that keeps the attempt as a record of its own
+	if st.last, err = c.history(day, lane, s.job.ID.Seq, &st.progress, &own); err != nil {
+		return err
+	}
+	if !at.open {
+		c.putStanding(at.day, lane, s.job.ID.Seq, &st)
 		return nil
 	}
-	rec.ResponseBody, rec.ResponseHeaders, rec.RequestHeaders = nil, nil, nil
-	return &rec
+	// The row moves, so that it knows of the attempt.
+	c.supersede(lane, at.row)
+	c.dropRow(lane, at.row)
+	st.epoch++
+	st.state, st.due = Scheduled, max(at.row.Due+1, InstantOf(c.at))
+	c.putStanding(at.day, lane, s.job.ID.Seq, &st)
+	c.putTimer(lane, Row{Timer, st.due, s.job.ID.Seq, st.epoch}, &st.progress)
+	return nil
 }
 
-// moveIndex replaces the timer and index entries of the state that the job came from by those of the new
-// one, fills the record's times, and counts. before is the number of attempts on record so far.
-func (p *partition) moveIndex(b *pebble.Batch, s *settle, rec *storev1.DeliveryRecord, before int) {
-	job, to := &s.job, s.step.State
-	fromTimer := !job.Due.IsZero()
-	if fromTimer {
-		p.deleteTimer(b, s.lane, toNano(job.Due), job.ID.Seq)
-		if before == 0 || to.Final() {
-			// Without attempts it may have been Pending until a time, or Scheduled by a caller.
-			p.deleteIndex(b, s.lane, Pending, job.ID.Seq)
-			p.deleteIndex(b, s.lane, Scheduled, job.ID.Seq)
-		}
-	}
-	if to == Scheduled {
-		rec.NextAttemptTime = toNano(s.step.Due)
-		p.putTimer(b, s.lane, rec.NextAttemptTime, job.ID.Seq)
-		p.putIndex(b, s.lane, Scheduled, job.ID.Seq)
+// supersede has the follower know that a row goes by a caller's hand.
+func (c *commit) supersede(lane LaneKey, row Row) {
+	c.edited = true
+	c.steps = append(c.steps, step{edited: true, lane: lane, row: row})
+}
+
+// failing is a note of since when a lane's target has been failing; the zero time is none.
+type failing struct {
+	lane  LaneKey
+	since time.Time
+}
+
+// failingHome is the partition that keeps a lane's note.
+func (j *Journal) failingHome(lane LaneKey) *partition {
+	h := (uint64(lane.Subscription) ^ uint64(lane.Namespace)) * 0x9e3779b97f4a7c15
+	return j.partitions[h>>32%uint64(len(j.partitions))]
+}
+
+// SetFailing notes since when a lane's target has been failing without a success; the zero time says that it is
+// not. It is durable within 100 ms.
+func (j *Journal) SetFailing(lane LaneKey, since time.Time) {
+	j.failingHome(lane).queue(func(s *settle) { s.failing = &failing{lane, since} })
+}
+
+func (c *commit) noteFailing(f *failing) {
+	p := c.p
+	p.key = appendLane(p.key[:0], p.number, tagFailing, f.lane)
+	if f.since.IsZero() {
+		c.delete(p.key)
 		return
 	}
-	rec.CompleteTime = p.now.UnixNano()
-	if to != Succeeded {
-		p.putIndex(b, s.lane, to, job.ID.Seq)
-	}
-	p.j.counts.add(s.lane, -1)
+	w := newRecord(p.value[:0])
+	w.time(f.since)
+	p.value = w
+	c.set(p.key, p.value)
 }
 
-// settleEdited handles a settle of a delivery that a caller has changed since the job was made: what the
-// caller asked for stands, and the attempt is kept as history. A success wins over a retry.
-func (p *partition) settleEdited(b *pebble.Batch, s *settle) {
-	key := appendDeliveryKey(nil, p.index, s.lane, s.job.ID.Seq)
-	var rec storev1.DeliveryRecord
-	if err := p.j.get(key, &rec); err != nil {
-		if !errors.Is(err, ErrNotFound) {
-			p.j.log.Error("settle of an edited delivery", "delivery_id", s.job.ID.String(), "err", err)
-		}
-		return // dropped with its namespace, or retained no longer
+// Failing reads the notes of SetFailing: one for each lane whose target has been failing.
+func (j *Journal) Failing() (map[LaneKey]time.Time, error) {
+	leave, err := j.enter()
+	if err != nil {
+		return nil, err
 	}
-	state := State(rec.GetState())
-	if gone, ok := p.edited.lanes[laneIncarnation{s.lane, s.job.SubscriptionUID}]; ok && s.step.State == Scheduled {
-		// CancelLane may have passed by already.
-		s.step = Step{State: Cancelled, Reason: gone.reason}
-	}
-	current := !state.Final() && rec.GetNextAttemptTime() == toNano(s.job.Due)
-	if current || !state.Final() && s.step.State == Succeeded {
-		s.job.Attempts = int(rec.GetAttemptCount())
-		s.job.MaxAttempts = int(rec.GetMaxAttempts())
-		s.job.Due = fromNano(rec.GetNextAttemptTime())
-		s.attempt = renumbered(s.attempt, s.job.Attempts+1)
-		p.edited.forget(s.job.ID)
-		p.writeSettle(b, s)
-		return
-	}
-	if s.attempt == nil {
-		return
-	}
-	number := int(rec.GetAttemptCount()) + 1
-	rec.AttemptCount = uint32(number)
-	s.step.State = Cancelled // anything that keeps the attempt as a record of its own
-	p.addAttempt(b, s, &rec, number)
-	putRecord(b, key, &rec)
-}
-
-func renumbered(a *Attempt, number int) *Attempt {
-	if a == nil || a.Number == number {
-		return a
-	}
-	c := *a
-	c.Number = number
-	return &c
-}
-
-// validText makes text from outside fit to be stored.
-func validText(s string) string {
-	if utf8.ValidString(s) {
-		return s
-	}
-	return strings.ToValidUTF8(s, "\uFFFD")
-}
-
-// editedSet remembers what callers have changed while jobs of the old state may still be in memory.
-type editedSet struct {
-	ids    map[ID]time.Time
-	lanes  map[laneIncarnation]cancelled
-	spaces map[string]uint64
-}
-
-type laneIncarnation struct {
-	lane LaneKey
-	uid  UID
-}
-
-type cancelled struct {
-	at     time.Time
-	reason string
-}
-
-const (
-	// editedFor is longer than any job stays in memory unsettled.
-	editedFor = 48 * time.Hour
-	// editedMax bounds the memory of single edits; the oldest are forgotten.
-	editedMax = 1 << 16
-)
-
-// touches reports whether the settle's delivery may have been changed by a caller.
-func (s *editedSet) touches(v *settle) bool {
-	if len(s.ids)+len(s.lanes)+len(s.spaces) == 0 {
-		return false
-	}
-	if _, ok := s.ids[v.job.ID]; ok {
-		return true
-	}
-	if _, ok := s.lanes[laneIncarnation{v.lane, v.job.SubscriptionUID}]; ok {
-		return true
-	}
-	upTo, ok := s.spaces[v.lane.Namespace]
-	return ok && v.job.ID.Seq <= upTo
-}
-
-func (s *editedSet) add(id ID, now time.Time) {
-	if s.ids == nil {
-		s.ids = make(map[ID]time.Time)
-	}
-	if len(s.ids) >= editedMax {
-		s.expire(now)
-	}
-	s.ids[id] = now
-}
-
-// expire forgets old edits, and half of the rest if that does not make room.
-func (s *editedSet) expire(now time.Time) {
-	for id, at := range s.ids {
-		if now.Sub(at) > editedFor {
-			delete(s.ids, id)
+	defer leave()
+	notes := make(map[LaneKey]time.Time)
+	for _, p := range j.partitions {
+		prefix := appendTag(nil, p.number, tagFailing)
+		err := j.scan(j.db, prefix, prefixEnd(prefix), func(key, value []byte) error {
+			lane, ok := splitLane(key)
+			d := readRecord(value)
+			since := d.time()
+			if !ok || d.err != nil {
+				return j.corrupt(key, errBadKey)
+			}
+			notes[lane] = since
+			return nil
+		})
+		if err != nil {
+			return nil, err
 		}
 	}
-	for lane, c := range s.lanes {
-		if now.Sub(c.at) > editedFor {
-			delete(s.lanes, lane)
-		}
-	}
-	for id := range s.ids {
-		if len(s.ids) <= editedMax/2 {
-			break
-		}
-		delete(s.ids, id)
-	}
-}
-
-func (s *editedSet) forget(id ID) { delete(s.ids, id) }
-
-func (s *editedSet) addLane(lane LaneKey, uid UID, reason string, now time.Time) {
-	if s.lanes == nil {
-		s.lanes = make(map[laneIncarnation]cancelled)
-	}
-	s.lanes[laneIncarnation{lane, uid}] = cancelled{now, reason}
-}
-
-func (s *editedSet) addSpace(namespace string, upTo uint64) {
-	if s.spaces == nil {
-		s.spaces = make(map[string]uint64)
-	}
-	s.spaces[namespace] = upTo
+	return notes, nil
 }

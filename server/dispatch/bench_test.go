@@ -26,19 +26,24 @@ func (*nullJournal) Lanes() iter.Seq2[delivery.LaneState, error] {
 	return func(func(delivery.LaneState, error) bool) {}
 }
 
-func (j *nullJournal) Settle(*delivery.Job, delivery.Step, *delivery.Attempt) {
+func (j *nullJournal) Settle(_ *delivery.Job, _ delivery.Step, _ *delivery.Attempt, done delivery.Settled) {
+	done.Settled(1)
 	if j.settled.Add(1) == j.want {
 		close(j.done)
 	}
 }
 
-func (*nullJournal) SetLowWater(delivery.LaneKey, uint16, uint64) {}
+func (*nullJournal) Now() time.Time                                   { return time.Now() }
+func (*nullJournal) Failing() (map[delivery.LaneKey]time.Time, error) { return nil, nil }
+func (*nullJournal) Hold(*delivery.Event)                             {}
+func (*nullJournal) Release(*delivery.Event)                          {}
+func (*nullJournal) EventBytes() int64                                { return 0 }
 
 // pipe is an Attempter that answers from another goroutine, as the plugin host's receiver does.
 type pipe chan flight
 
 func (p pipe) Attempt(_ *subscription.Subscription, job *delivery.Job, sink delivery.Sink) {
-	p <- flight{job, sink}
+	p <- flight{job: job, sink: sink}
 }
 
 type instant struct{}
@@ -67,23 +72,21 @@ func BenchmarkEngine(b *testing.B) {
 func benchmark(b *testing.B, lanes int, attempter dispatch.Attempter) {
 	journal := &nullJournal{want: int64(b.N), done: make(chan struct{})}
 	reg := subs{}
+	keys := make([]delivery.LaneKey, lanes)
 	for i := range lanes {
 		s := &subscription.Subscription{
-			Proto:     &grapnelv1.Subscription{State: grapnelv1.Subscription_STATE_ACTIVE},
-			Namespace: "acme", ID: fmt.Sprint("sub", i), MaxInFlight: 64,
+			Proto: &grapnelv1.Subscription{State: grapnelv1.Subscription_STATE_ACTIVE},
+			UID:   uid(fmt.Sprint("sub", i)), NamespaceUID: uid("acme"), MaxInFlight: 64,
 		}
-		reg[delivery.LaneKey{Namespace: "acme", Subscription: s.ID}] = s
+		keys[i] = laneOf(s)
+		reg[keys[i]] = s
 	}
 	e := dispatch.New(dispatch.Options{
 		Journal: journal, Subscriptions: reg, Attempter: attempter, WindowBytes: 1 << 40,
 	})
 	go func() { _ = e.Run(context.Background()) }()
 	time.Sleep(50 * time.Millisecond) // what is offered before the recovery ends is left on disk
-	event := &delivery.Event{Namespace: "acme", AcceptTime: time.Now(), Payload: make([]byte, 1024)}
-	names := make([]string, lanes)
-	for i := range names {
-		names[i] = fmt.Sprint("sub", i)
-	}
+	event := &delivery.Event{Namespace: acme(), AcceptTime: time.Now(), Payload: make([]byte, 1024)}
 	b.ReportAllocs()
 	b.ResetTimer()
 	const group = 32
@@ -93,16 +96,15 @@ func benchmark(b *testing.B, lanes int, attempter dispatch.Attempter) {
 			time.Sleep(20 * time.Microsecond)
 		}
 		jobs := make([]delivery.Job, min(group, b.N-n))
-		offer := make([]*delivery.Job, len(jobs))
+		partition := uint16(n / group % 16)
 		for i := range jobs {
 			n++
 			jobs[i] = delivery.Job{
-				ID: delivery.ID{Seq: uint64(n), Partition: uint16(n / group % 16)}, Event: event,
-				Subscription: names[n%lanes], MaxAttempts: 1,
+				ID:    delivery.ID{Seq: uint64(n), Partition: partition, Subscription: keys[n%lanes].Subscription},
+				Event: event, Epoch: 1, MaxAttempts: 1,
 			}
-			offer[i] = &jobs[i]
 		}
-		e.Offer(offer)
+		e.Offer(1, jobs)
 	}
 	<-journal.done
 	b.StopTimer()
@@ -111,6 +113,5 @@ func benchmark(b *testing.B, lanes int, attempter dispatch.Attempter) {
 
 type subs map[delivery.LaneKey]*subscription.Subscription
 
-func (s subs) Subscription(ns, id string) *subscription.Subscription {
-	return s[delivery.LaneKey{Namespace: ns, Subscription: id}]
-}
+func (s subs) Subscription(lane delivery.LaneKey) *subscription.Subscription { return s[lane] }
+func (s subs) Deleted(delivery.LaneKey) bool                                 { return false }

@@ -20,7 +20,7 @@ func TestEngineCancel(t *testing.T) {
 		defer w.stop()
 		w.receiver.set(always(time.Second, ok))
 		sub := w.sub("orders", func(s *subscription.Subscription) { s.MaxInFlight = 1 })
-		lane := delivery.LaneKey{Namespace: "acme", Subscription: "orders"}
+		lane := lane("orders")
 		ids := w.publishN(sub, 0, 40)
 		synctest.Wait()
 		flying, waiting, onDisk := ids[0], ids[1], ids[39]
@@ -60,7 +60,7 @@ func TestEngineCancelsScheduled(t *testing.T) {
 		w.receiver.set(always(0, func() *delivery.Result { return refused(500) }))
 		id := w.publish(w.sub("orders"), 0)
 		time.Sleep(time.Second)
-		if _, err := w.engine.Cancel(t.Context(), id, delivery.LaneKey{Namespace: "acme", Subscription: "orders"}); err != nil {
+		if _, err := w.engine.Cancel(t.Context(), id, lane("orders")); err != nil {
 			t.Fatal(err)
 		}
 		time.Sleep(time.Hour)
@@ -75,7 +75,7 @@ func TestEngineRetry(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
 		defer w.stop()
-		lane := delivery.LaneKey{Namespace: "acme", Subscription: "orders"}
+		lane := lane("orders")
 		w.receiver.set(always(time.Second, func() *delivery.Result { return refused(500) }))
 		sub := w.sub("orders", func(s *subscription.Subscription) { s.MaxInFlight = 1 })
 		ids := w.publishN(sub, 0, 3)
@@ -119,7 +119,7 @@ func TestEngineRetriesExhausted(t *testing.T) {
 		id := w.publish(w.sub("orders", func(s *subscription.Subscription) { s.MaxAttempts = 1 }), 7)
 		time.Sleep(time.Minute)
 		w.receiver.set(always(0, ok))
-		if _, err := w.engine.Retry(t.Context(), id, delivery.LaneKey{Namespace: "acme", Subscription: "orders"}, 1); err != nil {
+		if _, err := w.engine.Retry(t.Context(), id, lane("orders"), 1); err != nil {
 			t.Fatal(err)
 		}
 		time.Sleep(time.Second)
@@ -135,8 +135,8 @@ func TestEngineCancelLane(t *testing.T) {
 		sub := w.sub("orders", func(s *subscription.Subscription) { s.MaxInFlight = 2 })
 		w.publishN(sub, 0, 50)
 		synctest.Wait()
-		lane := delivery.LaneKey{Namespace: "acme", Subscription: "orders"}
-		n, err := w.engine.CancelLane(t.Context(), lane, sub.UID, "asked for")
+		lane := lane("orders")
+		n, err := w.engine.CancelLane(t.Context(), lane, "asked for")
 		if n != 50 || err != nil {
 			t.Errorf("cancelled %d, %v", n, err)
 		}
@@ -160,7 +160,7 @@ func TestEngineTest(t *testing.T) {
 		if diff := cmp.Diff(want, a); diff != "" || err != nil {
 			t.Errorf("%v, (-want +got):\n%s", err, diff)
 		}
-		if got := w.receiver.starts()[0].job.Event; got.UID == "" || event.UID != "" || got.Namespace != "acme" {
+		if got := w.receiver.starts()[0].job.Event; got.UID == "" || event.UID != "" || got.Namespace != acme() {
 			t.Errorf("sent %+v", got)
 		}
 		if _, err := w.engine.Test(t.Context(), sub, event); !errors.Is(err, dispatch.ErrTestLimit) {

@@ -1,26 +1,31 @@
 // Package dispatch owns the way from a stored delivery to its attempt and back: which delivery is tried
 // next, and when.
 //
-// An Engine keeps one lane for each subscription that has work. It guarantees
+// An Engine keeps a lane for each subscription that has open deliveries. It guarantees
 //
 //   - at most one attempt of a delivery at a time, each started with the subscription as the snapshot has
-//     it at that moment, and none for a paused, disabled or deleted one;
+//     it at that moment, and none for one that is paused, disabled, deleted or not in the snapshot;
+//   - that a delivery is cancelled for a deletion that was seen, never because configuration is absent:
+//     then its lane is parked, and Status says so;
 //   - that every result is settled in the journal, unless Stop had to abandon the attempt, in which case
 //     the delivery is repeated after a restart;
-//   - bounded memory, whatever waits: a lane holds a window of its deliveries, the rest stays in the
-//     journal behind a read position (see part), and retries stay there until they are due;
-//   - that a lane which is slow, closed or broken holds no more than its share of the slots.
+//   - bounded memory, whatever waits and for however many lanes: see budget. The rest stays in the journal,
+//     behind the positions of a window.Window for each lane and partition, and so do retries until they are due;
+//   - that lanes which hang, are slow or have not proven themselves never hold, all together, the slots and the
+//     memory that the others need: see slots and budget.
 //
-// It does not know plugins, requests or etcd, and it keeps nothing on disk itself. How long a
-// subscription has been failing is kept in memory only: after a restart disable_after counts afresh.
+// A lane costs nothing while nothing is open in it; what was learnt of its target is kept apart for a while
+// (see health), and since when it has been failing is kept by the journal.
+//
+// It does not know plugins, requests or etcd, and it keeps nothing on disk itself. Its clock is the journal's.
 //
 // Of two locks the left one is taken first:
 //
-//	lane.io → lane.start → lane.mu → ring.mu, alarms.mu, refills.mu, shard.mu, Engine.mu
+//	lane.start → lane.mu → Engine.mu, ring.mu, alarms.mu, reads.mu, budget.mu, graves.mu, statistics.mu → series.mu
 //
-// No lock but lane.io is held while the journal is read, and none but lane.io and lane.start while it
-// is written or an attempt is handed over, because the journal calls Offer on the goroutine that does
-// its writing.
+// No lock but lane.start is held while the journal is read or written or an attempt is handed over, because the
+// journal calls the Engine, its Follower, on the goroutine that does its writing. No attempt is handed over on that
+// goroutine either.
 package dispatch
 
 import (
@@ -50,28 +55,40 @@ var (
 
 // Queue is where waiting deliveries are read from.
 type Queue interface {
-	// Lanes lists every queue with open work, per partition.
+	// Now is the clock that due and expire times are on. It never jumps.
+	Now() time.Time
+	// Lanes lists every lane and partition with open work, LanesOf those of one partition.
 	Lanes() iter.Seq2[delivery.LaneState, error]
-	// Backlog reads the FIFO from a sequence on; next is 0 when nothing more is there now.
-	Backlog(lane delivery.LaneKey, partition uint16, from uint64, limit, maxBytes int) (jobs []*delivery.Job, next uint64, err error)
-	// Timers reads what is due until a time, first due first, and when the rest begins to be due.
-	Timers(lane delivery.LaneKey, partition uint16, until time.Time, limit, maxBytes int) (jobs []*delivery.Job, nextDue time.Time, err error)
+	LanesOf(partition uint16) iter.Seq2[delivery.LaneState, error]
+	// Read reads open rows of one kind from a place on, in order: at most limit, and no more after maxBytes of
+	// events that were not in memory yet; of Timer only what is due by until. Its events are held.
+	Read(lane delivery.LaneKey, partition uint16, kind delivery.Kind, from delivery.Pos, until delivery.Instant,
+		limit, maxBytes int) (delivery.Read, error)
+}
+
+// Events counts who holds an event in memory.
+type Events interface {
+	Hold(*delivery.Event)
+	Release(*delivery.Event)
+	// EventBytes is the size of all that are held, each once.
+	EventBytes() int64
 }
 
 // Settler is where results are written.
 type Settler interface {
-	// Settle takes the job over. The writes of one partition are applied in the order of the calls.
-	Settle(*delivery.Job, delivery.Step, *delivery.Attempt)
-	// SetLowWater says that nothing of the FIFO below a sequence is pending once the writes so far are
-	// applied.
-	SetLowWater(lane delivery.LaneKey, partition uint16, seq uint64)
+	// Settle records how a held row goes on, and calls done once its commit is visible. It may wait for the disk, so no
+	// lock is held. It does not change the job.
+	Settle(job *delivery.Job, step delivery.Step, attempt *delivery.Attempt, done delivery.Settled)
+	// SetFailing notes since when a lane's target has been failing; the zero time: it is not. Failing reads all notes.
+	SetFailing(lane delivery.LaneKey, since time.Time)
+	Failing() (map[delivery.LaneKey]time.Time, error)
 }
 
-// Editor changes deliveries on behalf of callers, durably.
+// Editor changes deliveries on behalf of callers, durably. The engine is told of each change as a Follower.
 type Editor interface {
-	Cancel(ctx context.Context, id delivery.ID, reason string) (*delivery.Delivery, error)
-	Retry(ctx context.Context, id delivery.ID, ifAttempts int) (*delivery.Delivery, error)
-	CancelLane(ctx context.Context, lane delivery.LaneKey, uid delivery.UID, reason string) (int, error)
+	Cancel(ctx context.Context, lane delivery.LaneKey, id delivery.ID, reason string) (*delivery.Delivery, error)
+	Retry(ctx context.Context, lane delivery.LaneKey, id delivery.ID, ifAttempts int) (*delivery.Delivery, error)
+	CancelLane(ctx context.Context, lane delivery.LaneKey, reason string) (int, error)
 }
 
 // Counter counts open deliveries.
@@ -82,15 +99,19 @@ type Counter interface {
 // Journal is what the engine needs of *delivery.Journal.
 type Journal interface {
 	Queue
+	Events
 	Settler
 	Editor
 	Counter
 }
 
-// Subscriptions is the current snapshot; nil stands for a subscription that does not exist. It is asked
-// before each attempt and must be fast.
+// Subscriptions is the current snapshot. It is asked before each attempt and must be fast.
 type Subscriptions interface {
-	Subscription(namespace, id string) *subscription.Subscription
+	// Subscription is nil when the snapshot has none, or its namespace is deleted.
+	Subscription(lane delivery.LaneKey) *subscription.Subscription
+	// Deleted reports whether the deletion of the subscription, or the erasure of its namespace, has been seen:
+	// its deliveries are to be cancelled. What is in neither is parked.
+	Deleted(lane delivery.LaneKey) bool
 }
 
 // Attempter makes attempts. Attempt returns at once; sink.Complete is called exactly once, from any
@@ -104,59 +125,78 @@ type Options struct {
 	Journal       Journal
 	Subscriptions Subscriptions
 	Attempter     Attempter
-	// Slots bounds the attempts in flight over all lanes; 0 means 1024.
+	// Slots bounds the attempts in flight over all lanes; 0 means 4096.
 	Slots int
-	// WindowBytes bounds what waits in memory over all lanes; 0 means 64 MiB. Beyond it each lane still
-	// gets a delivery at a time.
+	// WindowBytes bounds what is in memory over all lanes, waiting or in flight; 0 means 64 MiB. See budget for
+	// the quarter more that lanes may use which have proven themselves and have nothing in memory.
 	WindowBytes int64
+	// StatsBytes bounds the statistics of lanes; 0 means 16 MiB. Beyond it the lanes that were busy least recently
+	// are counted in totals over all namespaces only.
+	StatsBytes int64
 	// Disable is called when a subscription's failure policy says so; nil means that nothing is ever
 	// disabled. The engine calls it again later when it fails.
 	Disable func(ctx context.Context, sub *subscription.Subscription, reason string) error
+	// WorkedOff is called when nothing is open any more for a subscription that is Deleted, some seconds after the
+	// last was cancelled. It may be nil, and is called again when that is true again.
+	WorkedOff func(lane delivery.LaneKey)
 	// Logger nil discards.
 	Logger *slog.Logger
 	// Registerer takes the metrics; nil means none.
 	Registerer prometheus.Registerer
 }
 
-// Engine dispatches deliveries. Its methods may be called from any goroutine.
+// Engine dispatches deliveries. Its methods may be called from any goroutine. It is the journal's Follower.
 type Engine struct {
 	journal   Journal
 	subs      Subscriptions
 	attempter Attempter
 	disable   func(ctx context.Context, sub *subscription.Subscription, reason string) error
+	workedOff func(lane delivery.LaneKey)
 	log       *slog.Logger
 	metrics   *metrics
 
-	slots       int
-	share       int
-	windowBytes int64
+	slots      slots
+	budget     budget
+	statistics statistics
 
-	inFlight atomic.Int64 // attempts that hold a slot
-	memory   atomic.Int64 // bytes of the jobs in memory
-	ready    atomic.Bool  // recovery is done; until then every job is left on disk
-	stopping atomic.Bool  // takes no new work
+	ready    atomic.Bool // recovery is done; until then every job is left on disk
+	stopping atomic.Bool // takes no new work
 
-	ring    ring
-	alarms  alarms
-	refills refills
-	index   index
-	tests   tests
+	ring   ring
+	alarms alarms
+	reads  reads
+	graves graves
+	tests  tests
 
 	// taking ends when no new work is taken, work when what is under way is abandoned.
 	taking, work       context.Context
 	endTaking, endWork context.CancelFunc
 	stopped            <-chan struct{} // taking.Done()
 	drained            chan struct{}   // size 1: the last slot was released while stopping
-	aside              sync.WaitGroup  // what runs beside Run: disabling, cancelling
+	aside              sync.WaitGroup  // what runs beside Run: disabling
+	disables           chan struct{}   // a place for each that runs at once
 
-	mu       sync.RWMutex
-	lanes    map[delivery.LaneKey]*lane
-	dirty    []*lane       // lanes to look after in the next round of upkeep
-	running  chan struct{} // closed when Run's goroutines have ended; nil before Run
-	finished chan struct{} // closed when Stop is done
-	stops    bool          // Stop has been called
-	closed   bool          // nothing more may start beside Run
+	mu    sync.RWMutex
+	lanes map[delivery.LaneKey]*lane
+	// tenants are the namespaces of lanes.
+	tenants map[delivery.NamespaceKey]*tenant
+	// healths is what is known of targets of lanes that have nothing open.
+	healths map[delivery.LaneKey]health
+	// partitions says how those stand that were not started with all others.
+	partitions map[uint16]phase
+	running    chan struct{} // closed when Run's goroutines have ended; nil before Run
+	finished   chan struct{} // closed when Stop is done
+	stops      bool          // Stop has been called
+	closed     bool          // nothing more may start beside Run
 }
+
+const (
+	defaultSlots       = 4096
+	defaultWindowBytes = 64 << 20
+	defaultStatsBytes  = 16 << 20
+	// disablesAtOnce bounds the calls of Options.Disable.
+	disablesAtOnce = 4
+)
 
 // New makes an Engine that takes jobs at once and starts attempts when Run is called.
 func New(o Options) *Engine {
@@ -164,24 +204,55 @@ func New(o Options) *Engine {
 		o.Logger = slog.New(slog.DiscardHandler)
 	}
 	if o.Slots <= 0 {
-		o.Slots = 1024
+		o.Slots = defaultSlots
 	}
 	if o.WindowBytes <= 0 {
-		o.WindowBytes = 64 << 20
+		o.WindowBytes = defaultWindowBytes
+	}
+	if o.StatsBytes <= 0 {
+		o.StatsBytes = defaultStatsBytes
 	}
 	e := &Engine{
-		journal: o.Journal, subs: o.Subscriptions, attempter: o.Attempter, disable: o.Disable,
-		log:   o.Logger.With("component", "dispatch"),
-		slots: o.Slots, share: max(1, o.Slots/10), windowBytes: o.WindowBytes,
-		lanes:   make(map[delivery.LaneKey]*lane),
-		drained: make(chan struct{}, 1), finished: make(chan struct{}),
+		journal: o.Journal, subs: o.Subscriptions, attempter: o.Attempter, disable: o.Disable, workedOff: o.WorkedOff,
+		log:        o.Logger.With("component", "dispatch"),
+		slots:      slots{total: int64(o.Slots)},
+		budget:     budget{limit: o.WindowBytes, events: o.Journal},
+		statistics: statistics{limit: o.StatsBytes, lanes: make(map[delivery.LaneKey]*series), rest: &series{}},
+		lanes:      make(map[delivery.LaneKey]*lane), tenants: make(map[delivery.NamespaceKey]*tenant), healths: make(map[delivery.LaneKey]health),
+		partitions: make(map[uint16]phase),
+		drained:    make(chan struct{}, 1), finished: make(chan struct{}),
+		disables: make(chan struct{}, disablesAtOnce),
 	}
 	e.ring.wake = make(chan struct{}, 1)
 	e.alarms.wake = make(chan struct{}, 1)
-	e.refills.wake = make(chan struct{}, 1)
+	e.reads.wake = make(chan struct{}, 1)
+	e.graves.wake = make(chan struct{}, 1)
 	e.taking, e.endTaking = context.WithCancel(context.Background())
 	e.work, e.endWork = context.WithCancel(context.Background())
 	e.stopped = e.taking.Done()
 	e.metrics = newMetrics(e, o.Registerer)
 	return e
+}
+
+// now is the journal's clock.
+func (e *Engine) now() time.Time { return e.journal.Now() }
+
+// instant is the last instant that has come at a time.
+func instant(now time.Time) delivery.Instant {
+	return delivery.InstantOf(now.Truncate(time.Microsecond))
+}
+
+func signal(c chan struct{}) {
+	select {
+	case c <- struct{}{}:
+	default:
+	}
+}
+
+// laneOf is the lane of a subscription.
+func laneOf(sub *subscription.Subscription) delivery.LaneKey {
+	return delivery.LaneKey{
+		Namespace:    delivery.UID(sub.NamespaceUID).NamespaceKey(),
+		Subscription: delivery.UID(sub.UID).SubscriptionKey(),
+	}
 }

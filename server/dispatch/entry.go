@@ -1,52 +1,53 @@
 package dispatch
 
 import (
-	"sync/atomic"
 	"time"
 
 	"github.com/grapnel/grapnel/server/delivery"
+	"github.com/grapnel/grapnel/server/dispatch/window"
 	"github.com/grapnel/grapnel/server/subscription"
 )
 
-// States of an entry.
-//
-//	waiting ⇄ inFlight ──▶ settling ──▶ gone
-//	   ⇅         │  ▲________│ (unspent: back to waiting)
-//	  held       ├──▶ cancelling ──▶ settling
-//	             └──▶ gone (abandoned)
-//
-// Leaving inFlight and cancelling is by compare-and-swap, so that of an attempt's end, its cancellation
-// and its abandonment one wins. Every other change is made under lane.mu.
 const (
-	waiting uint32 = iota
-	inFlight
-	cancelling // in flight, and to be settled as CANCELLED
-	settling
-	held // a caller's change is being written
-	gone
+	// entryBytes is what an entry takes with its place in the lane's index.
+	entryBytes = 224
+	// eventBytes and attributeBytes are about what an event takes beside its payload.
+	eventBytes     = 400
+	attributeBytes = 64
 )
 
-// entry is a job in memory. It is the sink of its own attempt, which saves every look-up at the end.
+// entry is a job in memory: a row that its lane's window holds. It is the sink of its own attempt and is told of its
+// own settling, which saves look-ups and allocations. All but the job is guarded by lane.mu; the job is, while Settling,
+// the journal's.
 type entry struct {
-	lane *lane
-	part *part
-	job  *delivery.Job
-	// id and due are copies: the job is the journal's once it is settled.
-	id  delivery.ID
-	due int64
-
-	prev, next   *entry // in the queue that it stands in: lane.fresh, lane.retries or lane.flying
-	older, newer *entry // in part.oldest … part.newest; jobs of the FIFO only
-
-	size    int64
-	state   atomic.Uint32
-	sub     *subscription.Subscription // as the attempt was started with
-	started time.Time
-	reason  string // why it is cancelling
+	delivery.Job
+	lane       *lane
+	prev, next *entry                     // in the queue that it stands in: lane.fresh, lane.timers or lane.flying
+	sub        *subscription.Subscription // as the attempt was started with
+	started    time.Time
+	size       int64
+	stage      window.Stage
+	marked     bool // a caller has ended or replaced its row: it must not wait again
+	gone       bool // abandoned, or its partition is: nothing of it counts any more
+	target     uint32
 }
 
-// fifo reports whether the job comes from the FIFO and not from a timer.
-func (x *entry) fifo() bool { return x.due == 0 }
+// place is where a row stands, within a lane.
+type place struct {
+	seq       uint64
+	partition uint16
+}
+
+func (x *entry) place() place { return place{x.ID.Seq, x.ID.Partition} }
+
+// sizeOf is what a job counts for in its lane, its event in full.
+func sizeOf(j *delivery.Job) int64 {
+	return entryBytes + eventBytes + int64(len(j.Event.Payload)) + attributeBytes*int64(len(j.Event.Attributes))
+}
+
+func (x *entry) before(y *entry) bool { return x.Row().Pos().Before(y.Row().Pos()) }
+
+func (x *entry) expired(now time.Time) bool { return !x.Expire.IsZero() && now.After(x.Expire) }
 
 // queue is a list of entries linked by prev and next.
 type queue struct {
@@ -74,6 +75,32 @@ func (q *queue) insert(after, x *entry) {
 
 func (q *queue) push(x *entry) { q.insert(q.tail, x) }
 
+// add puts x in its place in the order of rows. near is nil or an entry of the queue that comes before x; without it
+// the search begins at the tail.
+func (q *queue) add(x, near *entry) {
+	if near != nil {
+		for near.next != nil && near.next.before(x) {
+			near = near.next
+		}
+		q.insert(near, x)
+		return
+	}
+	after := q.tail
+	for after != nil && x.before(after) {
+		after = after.prev
+	}
+	q.insert(after, x)
+}
+
+// putBack returns x, which came from about the head.
+func (q *queue) putBack(x *entry) {
+	var after *entry
+	for y := q.head; y != nil && y.before(x); y = y.next {
+		after = y
+	}
+	q.insert(after, x)
+}
+
 func (q *queue) remove(x *entry) {
 	if x.prev == nil {
 		q.head = x.next
@@ -88,27 +115,4 @@ func (q *queue) remove(x *entry) {
 	x.prev, x.next = nil, nil
 	q.n--
 	q.bytes -= x.size
-}
-
-// putBack returns x to where it waited, or to the head: behind what is older, so that the order of its part
-// survives several jobs coming back.
-func (q *queue) putBack(x *entry) {
-	for y := x.older; y != nil; y = y.older {
-		if y.state.Load() == waiting {
-			q.insert(y, x)
-			return
-		}
-	}
-	var after *entry
-	for y := q.head; y != nil && y.before(x); y = y.next {
-		after = y
-	}
-	q.insert(after, x)
-}
-
-func (x *entry) before(y *entry) bool {
-	if x.due != y.due {
-		return x.due < y.due
-	}
-	return x.id.Seq < y.id.Seq
 }

@@ -16,7 +16,7 @@ import (
 // oracle is an Attempter that remembers what was accepted.
 type oracle struct {
 	mu       sync.Mutex
-	accepted map[string]int
+	accepted map[delivery.ID]int
 	calls    sync.WaitGroup
 }
 
@@ -29,7 +29,7 @@ func (o *oracle) Attempt(_ *subscription.Subscription, job *delivery.Job, sink d
 			sink.Complete(job, *refused(500))
 		default:
 			o.mu.Lock()
-			o.accepted[job.Event.ID+"/"+job.Subscription]++
+			o.accepted[job.ID]++
 			o.mu.Unlock()
 			sink.Complete(job, *ok())
 		}
@@ -45,18 +45,17 @@ func TestEngineOnRealJournal(t *testing.T) {
 		s.Schedule = []time.Duration{time.Millisecond}
 		s.MaxAttempts, s.MaxInFlight, s.DisableAfter = 100, 8, 0
 	}
-	w := &world{t: t, registry: &registry{subs: make(map[delivery.LaneKey]*subscription.Subscription)}}
-	w.engine = dispatch.New(dispatch.Options{})
+	w := &world{t: t, registry: newRegistry(), journal: newJournal(t)}
+	w.engine = dispatch.New(dispatch.Options{Journal: w.journal, Subscriptions: w.registry})
 	subs := []*subscription.Subscription{w.sub("a", quick), w.sub("b", quick), w.sub("c", quick)}
-	o := &oracle{accepted: make(map[string]int)}
+	o := &oracle{accepted: make(map[delivery.ID]int)}
 	for life := range 2 {
 		j, err := delivery.Open(delivery.Options{Dir: dir, Partitions: 4, MinFreeBytes: -1})
 		if err != nil {
 			t.Fatal(err)
 		}
 		e := dispatch.New(dispatch.Options{Journal: j, Subscriptions: w.registry, Attempter: o, WindowBytes: 256 << 10})
-		j.OnTimer(e.Timer)
-		j.Start(e.Offer)
+		j.Start(e)
 		ran := make(chan error, 1)
 		go func() { ran <- e.Run(context.Background()) }()
 		var publishing sync.WaitGroup
@@ -74,6 +73,9 @@ func TestEngineOnRealJournal(t *testing.T) {
 			t.Error(err)
 		}
 		o.calls.Wait()
+		if bytes := j.EventBytes(); life == 1 && bytes != 0 {
+			t.Errorf("%d bytes of events are still held", bytes)
+		}
 		if err := j.Close(); err != nil {
 			t.Error(err)
 		}
@@ -83,21 +85,22 @@ func TestEngineOnRealJournal(t *testing.T) {
 	}
 	for name, n := range o.accepted {
 		if n != 1 {
-			t.Errorf("%s accepted %d times", name, n)
+			t.Errorf("%v accepted %d times", name, n)
 		}
 	}
 }
 
 func publishTo(t *testing.T, j *delivery.Journal, subs []*subscription.Subscription, name string, n int) {
 	for i := range n {
-		e := &delivery.Event{Namespace: "acme", ID: fmt.Sprint(name, "-", i), Type: "t", Payload: make([]byte, 1000)}
+		e := &delivery.Event{Namespace: acme(), ID: fmt.Sprint(name, "-", i), Type: "t", Payload: make([]byte, 1000)}
 		if i%20 == 0 {
 			e.DeliverTime = time.Now().Add(time.Duration(rand.IntN(5)) * time.Millisecond)
 		}
+		p := delivery.Publication{Event: e}
 		for _, s := range subs {
-			e.Targets = append(e.Targets, delivery.Target{Subscription: s.ID, UID: s.UID, MaxAttempts: 100, MaxAge: time.Hour})
+			p.Targets = append(p.Targets, delivery.Target{Subscription: s.ID, UID: s.UID, MaxAttempts: 100, MaxAge: time.Hour})
 		}
-		if r := j.Append(t.Context(), []*delivery.Event{e}); r[0].Err != nil {
+		if r := j.Append(t.Context(), []delivery.Publication{p}); r[0].Err != nil {
 			t.Error(r[0].Err)
 		}
 	}
@@ -114,7 +117,7 @@ func waitForNone(t *testing.T, j *delivery.Journal, subs []*subscription.Subscri
 			t.Fatal(err)
 		}
 		for _, s := range subs {
-			open += j.OpenOf(delivery.LaneKey{Namespace: "acme", Subscription: s.ID})
+			open += j.OpenOf(laneOf(s))
 		}
 		if open == 0 {
 			return

@@ -2,6 +2,7 @@ package dispatch
 
 import (
 	"math"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -10,59 +11,98 @@ import (
 
 	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
 	"github.com/grapnel/grapnel/server/delivery"
+	"github.com/grapnel/grapnel/server/dispatch/window"
 	"github.com/grapnel/grapnel/server/subscription"
 )
 
 // lane is the queue of one subscription.
 type lane struct {
-	e   *Engine
-	key delivery.LaneKey
-	// queued says that the lane is on the ring.
-	queued atomic.Bool
+	e      *Engine
+	key    delivery.LaneKey
+	tenant *tenant
 
-	// io is held while the lane's deliveries are read from the journal, and while a caller's change of
-	// one of them is written: what was read cannot be out of date when it arrives in memory.
-	io sync.Mutex
 	// start is held from the last look at the snapshot until the attempt has been handed over. Changed
 	// passes through it, so that no attempt to an old target starts after Changed has returned.
 	start sync.Mutex
+	// noting is held while it is written down since when the target has been failing.
+	noting sync.Mutex
 
-	mu    sync.Mutex
-	parts []*part // by partition; nil where nothing was seen
-	// fresh and retries wait, flying holds slots.
-	fresh, retries, flying queue
-	retryTurn              bool // the next one is a retry, if there is any
-	running                bool // a goroutine is starting attempts and will look again before it leaves
-	backlogs               int  // parts with a read position
-	due                    int64
-	queuedRead             bool // asked for a read
-	readAt                 time.Time
-	armed                  time.Time
-	evicted                bool
-	dirty                  bool
+	mu sync.Mutex
+	// parts are the windows that are not idle, sorted by partition; held is what they hold.
+	parts []part
+	held  map[place]*entry
+	// fresh and timers wait, in the order of their rows; flying holds slots, in the order of their start.
+	fresh, timers, flying queue
+	bytes                 int64 // of all that is held
+	timerTurn             bool  // the next one is a timer, if there is any
+	running               bool  // a goroutine is starting attempts and will look again before it leaves
+	// reading: the lane waits for a read, or for room for one, or is being read.
+	reading bool
+	readAt  time.Time // no read before this
+	sweepAt time.Time // when a closed lane is to be looked through; zero while it is open
+	idle    time.Time // since when nothing is open; zero while something is
+	evicted bool
 
-	// What keeps the lane closed, beside the subscription's state.
-	closed    time.Time // no attempt before this
-	park      time.Duration
+	// What keeps the lane closed, beside the subscription's state and its health.
 	cancels   int  // CancelLane is at work
 	disabling bool // Disable is at work
-	sweepAt   time.Time
 
-	limiter *rate.Limiter
-	limit   float64
-	// failing is when the run of failures without a success began.
-	failing time.Time
-	stats   *series
+	health   health
+	standing standing // of the health, as slots and budget know it
+	target   uint32   // rises when the target changes: ends of older attempts say nothing about it
+	limiter  *rate.Limiter
+	limit    float64
+	series   *series
+
+	// Places in queues of the engine.
+	queued                 atomic.Bool // on the ring
+	ringNext               *lane       // ring.mu
+	readNext               *lane       // reads.mu
+	hungry                 bool        // budget.mu, and so the next ones
+	hungryAs               standing
+	hungryPrev, hungryNext *lane
+	alarm                  alarm // alarms.mu
 }
+
+// part is a lane's window of one partition.
+type part struct {
+	number uint16
+	window.Window
+}
+
+// idleFor is how long a lane is kept that has nothing to do.
+const idleFor = 10 * time.Second
 
 // lane returns the lane with its mutex held, and makes it when needed.
 func (e *Engine) lane(key delivery.LaneKey) *lane {
+	for {
+		if l := e.find(key); l != nil {
+			return l
+		}
+		e.mu.Lock()
+		if e.lanes[key] == nil {
+			l := &lane{e: e, key: key, health: e.healths[key], alarm: alarm{index: -1}, tenant: e.tenants[key.Namespace]}
+			if l.tenant == nil {
+				l.tenant = &tenant{}
+				e.tenants[key.Namespace] = l.tenant
+			}
+			l.tenant.lanes++
+			l.standing = l.health.standing()
+			delete(e.healths, key)
+			e.lanes[key] = l
+		}
+		e.mu.Unlock()
+	}
+}
+
+// find returns the lane with its mutex held, or nil when there is none.
+func (e *Engine) find(key delivery.LaneKey) *lane {
 	for {
 		e.mu.RLock()
 		l := e.lanes[key]
 		e.mu.RUnlock()
 		if l == nil {
-			l = e.addLane(key)
+			return nil
 		}
 		l.mu.Lock()
 		if !l.evicted {
@@ -70,17 +110,6 @@ func (e *Engine) lane(key delivery.LaneKey) *lane {
 		}
 		l.mu.Unlock()
 	}
-}
-
-func (e *Engine) addLane(key delivery.LaneKey) *lane {
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	l := e.lanes[key]
-	if l == nil {
-		l = &lane{e: e, key: key}
-		e.lanes[key] = l
-	}
-	return l
 }
 
 // allLanes is a copy: a lane's mutex must not be taken under the engine's.
@@ -94,175 +123,300 @@ func (e *Engine) allLanes() []*lane {
 	return all
 }
 
-// gate says whether attempts may start now. When not, until is when to look again; zero means that
-// something else will call.
-type gate struct {
-	sub   *subscription.Subscription
-	open  bool
-	until time.Time
-	// sweep: the lane is closed for so long that deliveries expire, or for good.
-	sweep bool
+// rest drops the lane when nothing has been open in it for a while. What it has learnt is kept apart.
+func (l *lane) rest(now time.Time) {
+	if l.idle.IsZero() {
+		l.idle = now
+	}
+	if wait := l.idle.Add(idleFor); now.Before(wait) {
+		l.arm(wait)
+		return
+	}
+	e := l.e
+	l.evicted = true
+	e.alarms.remove(l)
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	delete(e.lanes, l.key)
+	if l.tenant.lanes--; l.tenant.lanes == 0 {
+		delete(e.tenants, l.key.Namespace)
+	}
+	if !l.health.fresh(now) && (len(e.healths) < maxHealths || !l.health.failing.IsZero()) {
+		e.healths[l.key] = l.health
+	}
 }
 
-func (l *lane) gate(now time.Time) gate {
-	if l.e.stopping.Load() || l.cancels > 0 || l.disabling {
-		return gate{}
+// maxHealths bounds what is kept of lanes that are not failing.
+const maxHealths = 100_000
+
+// busy reports whether something is open or under way.
+func (l *lane) busy() bool {
+	return len(l.parts) > 0 || l.flying.n > 0 || l.running || l.reading || l.cancels > 0 || l.disabling || l.queued.Load()
+}
+
+// window returns the window of a partition. It is valid until the lane's parts change.
+func (l *lane) window(partition uint16) *window.Window {
+	i, ok := l.partAt(partition)
+	if !ok {
+		l.parts = slices.Insert(l.parts, i, part{number: partition})
+		l.idle = time.Time{}
 	}
-	sub := l.e.subs.Subscription(l.key.Namespace, l.key.Subscription)
+	return &l.parts[i].Window
+}
+
+func (l *lane) partAt(partition uint16) (int, bool) {
+	for i := range l.parts { // there are few
+		if n := l.parts[i].number; n >= partition {
+			return i, n == partition
+		}
+	}
+	return len(l.parts), false
+}
+
+// tidy throws the window of a partition away when it is idle.
+func (l *lane) tidy(partition uint16) {
+	if i, ok := l.partAt(partition); ok && l.parts[i].Idle() {
+		l.parts = slices.Delete(l.parts, i, i+1)
+		if len(l.parts) == 0 {
+			l.held = nil
+		}
+	}
+}
+
+// heldIn looks up what is held of a partition.
+func (l *lane) heldIn(partition uint16) window.Held {
+	return func(seq uint64) (delivery.Row, window.Stage, bool) {
+		x := l.held[place{seq, partition}]
+		if x == nil {
+			return delivery.Row{}, 0, false
+		}
+		return x.Row(), x.stage, true
+	}
+}
+
+// admit takes a job to memory that its window has taken, and whose event is held. near is nil or an entry that was
+// admitted before it, of the same read.
+func (l *lane) admit(j *delivery.Job, near *entry) *entry {
+	x := &entry{Job: *j, lane: l, size: sizeOf(j)}
+	if l.held == nil {
+		l.held = make(map[place]*entry)
+	}
+	l.held[x.place()] = x
+	l.charge(1, x.size)
+	l.queueOf(x).add(x, near)
+	return x
+}
+
+// forget gives up an entry that stands in no queue any more and that its window holds no more.
+func (l *lane) forget(x *entry) {
+	x.gone = true
+	delete(l.held, x.place())
+	l.e.journal.Release(x.Event)
+	l.charge(-1, -x.size)
+}
+
+// queueOf is where a waiting entry stands.
+func (l *lane) queueOf(x *entry) *queue {
+	if x.Kind == delivery.FIFO {
+		return &l.fresh
+	}
+	return &l.timers
+}
+
+func (l *lane) waiting() int { return l.fresh.n + l.timers.n }
+
+// shed gives what waits in memory back to the disk, the last ones first.
+func (l *lane) shed() {
+	for _, q := range []*queue{&l.timers, &l.fresh} {
+		for x := q.tail; x != nil; x = q.tail {
+			q.remove(x)
+			l.window(x.ID.Partition).Shed(x.Row())
+			l.forget(x)
+		}
+	}
+}
+
+// reclass follows the lane's health: what it holds counts for its new standing. What it may no longer hold waiting goes
+// back to the disk.
+func (l *lane) reclass() {
+	is := l.health.standing()
+	if is == l.standing {
+		return
+	}
+	was, b := l.standing, &l.e.budget
+	l.e.slots.count(l, -int64(l.flying.n))
+	l.standing = is
+	l.e.slots.count(l, int64(l.flying.n))
 	switch {
-	case sub == nil || !active(sub):
-		return gate{sub: sub, sweep: true}
-	case now.Before(l.closed):
-		return gate{sub: sub, until: l.closed}
+	case was == proven:
+		b.slow.Add(l.bytes)
+	case is == proven:
+		b.slow.Add(-l.bytes)
 	}
-	return gate{sub: sub, open: true}
-}
-
-func active(sub *subscription.Subscription) bool {
-	switch sub.Proto.GetState() {
-	case grapnelv1.Subscription_STATE_PAUSED, grapnelv1.Subscription_STATE_DISABLED:
-		return false
-	}
-	return true
-}
-
-// close keeps the lane from starting attempts until a time.
-func (l *lane) closeUntil(now, until time.Time) {
-	if until.After(l.closed) {
-		l.closed = until
-	}
-	if until.Sub(now) > shedAfter {
+	if is == suspect && b.slow.Load() > b.limit/4 {
 		l.shed()
 	}
+	// Others may have waited for what the lane no longer holds on trial.
+	signal(l.e.ring.wake)
+	if l.sated() {
+		l.reading = false
+	}
+}
+
+// gate says whether attempts may start now, and if not, why. until is when to look again; zero means that
+// something else will call.
+type gate struct {
+	sub    *subscription.Subscription
+	reason string
+	until  time.Time
+	// lasting: closed for so long that deliveries expire.
+	lasting bool
+	deleted bool
+}
+
+func (g gate) open() bool { return g.reason == "" }
+
+// Why a lane is closed, for people.
+const (
+	closedStopping   = "the server stops"
+	closedCancelling = "its deliveries are being cancelled"
+	closedDisabling  = "its subscription is being disabled"
+	closedAbsent     = "parked: its subscription is not in the configuration"
+	closedDeleted    = "its subscription is deleted"
+	closedPaused     = "its subscription is paused"
+	closedDisabled   = "its subscription is disabled"
+	closedRate       = "its subscription's max_rate is reached"
+	closedTarget     = "its target asked for a pause (Retry-After)"
+	closedPlugin     = "parked: its plugin is not ready"
+)
+
+func (l *lane) gate(now time.Time) gate {
+	switch {
+	case l.e.stopping.Load():
+		return gate{reason: closedStopping}
+	case l.cancels > 0:
+		return gate{reason: closedCancelling}
+	case l.disabling:
+		return gate{reason: closedDisabling}
+	}
+	sub := l.e.subs.Subscription(l.key)
+	if sub == nil {
+		if l.e.subs.Deleted(l.key) {
+			return gate{reason: closedDeleted, lasting: true, deleted: true}
+		}
+		return gate{reason: closedAbsent, lasting: true}
+	}
+	if reason := closedBy(sub); reason != "" {
+		return gate{sub: sub, reason: reason, lasting: true}
+	}
+	if h := &l.health; now.Before(h.closed) {
+		return gate{sub: sub, reason: h.why.reason(), until: h.closed}
+	}
+	return gate{sub: sub}
+}
+
+// closedBy is why a subscription's state closes its lane, or empty.
+func closedBy(sub *subscription.Subscription) string {
+	switch sub.Proto.GetState() {
+	case grapnelv1.Subscription_STATE_PAUSED:
+		return closedPaused
+	case grapnelv1.Subscription_STATE_DISABLED:
+		return closedDisabled
+	}
+	return ""
+}
+
+func (c closure) reason() string {
+	switch c {
+	case byTarget:
+		return closedTarget
+	case byPlugin:
+		return closedPlugin
+	case byDisable:
+		return closedDisabling
+	}
+	return closedRate
 }
 
 const (
-	// shedAfter is how long a lane may be closed and keep its window.
+	// shedAfter is how long a lane may be closed and keep what it has in memory.
 	shedAfter = 5 * time.Second
-	// sweepEvery is how often a closed lane is looked through for what has expired.
-	sweepEvery = time.Minute
-	readJobs   = 512
-	readBytes  = 1 << 20
+	// sweepEvery is how often a closed lane is looked through, at most, for what has expired, and sweepLatest at least.
+	sweepEvery  = time.Minute
+	sweepLatest = time.Hour
 )
 
-// window is how much may wait in memory. It is wide while there is room, so that a burst need not be
-// read back from disk, and narrow when all lanes together hold much.
-func (l *lane) window(sub *subscription.Subscription) (jobs int, bytes int64) {
-	used, total := l.e.memory.Load(), l.e.windowBytes
-	least := 2 * maxInFlight(sub)
-	switch {
-	case used < total/2 && (sub == nil || sub.MaxRate == 0):
-		return max(8192, least), min(8<<20, total-used)
-	case used < total:
-		return max(256, least), min(1<<20, total-used)
-	}
-	return 4, 16 << 10
-}
-
-func maxInFlight(sub *subscription.Subscription) int {
-	if sub == nil || sub.MaxInFlight <= 0 {
-		return 16
-	}
-	return sub.MaxInFlight
-}
-
-// kick starts what the lane's state calls for: a read from disk, an alarm, a place on the ring.
+// kick starts what the lane's state calls for: a read from disk, an alarm, a place on the ring. l.mu is held.
 func (l *lane) kick(now time.Time) {
 	e := l.e
-	if !e.ready.Load() || e.stopping.Load() {
+	if !e.ready.Load() || e.stopping.Load() || l.evicted {
 		return
 	}
-	work := l.fresh.n + l.retries.n
-	if work == 0 && l.backlogs == 0 && l.due == 0 {
+	if !l.busy() {
+		l.rest(now)
 		return
 	}
+	l.idle = time.Time{}
+	l.look(now)
 	g := l.gate(now)
-	if !g.open {
+	if !g.open() {
 		l.kickClosed(g, now)
 		return
 	}
 	l.sweepAt = time.Time{}
-	if !l.queuedRead && (l.wantsFIFO(g.sub, now) || l.wantsTimers(g.sub, now)) {
-		l.queuedRead = true
-		e.refills.push(l)
-	}
-	if work > 0 && !l.running && !l.full(g.sub) {
+	l.wantRead(g, now)
+	if l.waiting() > 0 && !l.running && !l.full(g.sub) {
 		e.ring.push(l)
 	}
+}
+
+// look judges the lane by what it has in flight.
+func (l *lane) look(now time.Time) {
+	if l.flying.n > 0 {
+		if at := l.health.look(l.flying.head.started, now); !at.IsZero() {
+			l.arm(at)
+		}
+	}
+	l.reclass()
 }
 
 func (l *lane) kickClosed(g gate, now time.Time) {
 	if !g.until.IsZero() {
 		l.arm(g.until)
-	}
-	if !g.sweep || l.queuedRead {
-		return
-	}
-	if l.sweepAt.IsZero() {
-		l.shed()
-		l.sweepAt = now
-		if g.sub != nil {
-			l.sweepAt = now.Add(sweepEvery)
+		if g.until.Sub(now) > shedAfter {
+			l.shed()
 		}
 	}
-	if l.sweepAt.After(now) {
-		l.arm(l.sweepAt)
+	if !g.lasting {
 		return
 	}
-	l.queuedRead = true
-	l.e.refills.push(l)
+	l.shed()
+	switch {
+	case g.deleted && (l.first(delivery.FIFO) != nil || l.first(delivery.Timer) != nil):
+		l.e.graves.add(l.key)
+	case g.sub == nil: // nobody tells when the deletion of one that is not there is seen
+		l.arm(now.Add(sweepEvery))
+	}
+	switch {
+	case l.reading:
+	case l.sweepAt.IsZero():
+		l.sweepAt = now.Add(sweepEvery)
+		l.arm(l.sweepAt)
+	case l.sweepAt.After(now):
+		l.arm(l.sweepAt)
+	default:
+		l.reading = true
+		l.e.reads.push(l)
+	}
 }
 
-// wantsFIFO reports whether the window runs low and the disk has more.
-func (l *lane) wantsFIFO(sub *subscription.Subscription, now time.Time) bool {
-	if l.backlogs == 0 {
-		return false
-	}
-	if now.Before(l.readAt) {
-		l.arm(l.readAt)
-		return false
-	}
-	jobs, bytes := l.window(sub)
-	return l.fresh.n <= jobs/2 && l.fresh.bytes <= bytes/2
-}
-
-// wantsTimers reports whether timers are due and there is room for them.
-func (l *lane) wantsTimers(sub *subscription.Subscription, now time.Time) bool {
-	if l.due == 0 {
-		return false
-	}
-	if l.due > now.UnixNano() {
-		l.arm(fromWall(now, l.due))
-		return false
-	}
-	jobs, _ := l.retryRoom(sub)
-	return jobs > 0
-}
-
-// retryRoom is how many jobs of timers may come to memory.
-func (l *lane) retryRoom(sub *subscription.Subscription) (jobs int, bytes int64) {
-	jobs, bytes = l.window(sub)
-	jobs, bytes = min(jobs, max(256, 2*maxInFlight(sub))), min(bytes, readBytes)
-	if l.retries.n > jobs/2 || l.retries.bytes > bytes/2 {
-		return 0, 0
-	}
-	return jobs - l.retries.n, bytes - l.retries.bytes
+// full reports whether the lane has to wait for one of its own attempts to end.
+func (l *lane) full(sub *subscription.Subscription) bool {
+	return l.flying.n >= l.e.slots.share(&l.health, l.standing, sub)
 }
 
 // arm asks for a kick at a time.
-func (l *lane) arm(at time.Time) {
-	if !l.armed.IsZero() && !at.Before(l.armed) {
-		return
-	}
-	l.armed = at
-	l.e.alarms.set(l, at)
-}
-
-// fromWall turns a wall clock time into one on the clock that now also carries, which never jumps.
-func fromWall(now time.Time, nanos int64) time.Time {
-	left := nanos - now.UnixNano()
-	return now.Add(time.Duration(left))
-}
+func (l *lane) arm(at time.Time) { l.e.alarms.set(l, at) }
 
 // allow takes a token of the subscription's rate, or closes the lane until there is one.
 func (l *lane) allow(sub *subscription.Subscription, now time.Time) bool {
@@ -280,6 +434,6 @@ func (l *lane) allow(sub *subscription.Subscription, now time.Time) bool {
 		return true
 	}
 	r.CancelAt(now)
-	l.closeUntil(now, now.Add(wait))
+	l.health.close(byRate, now.Add(wait))
 	return false
 }

@@ -75,12 +75,15 @@ func newMetrics(e *Engine, r prometheus.Registerer) *metrics {
 	})
 	flying := prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 		Name: "grapnel_in_flight", Help: "Attempts in flight.",
-	}, func() float64 { return float64(e.inFlight.Load()) })
+	}, func() float64 { return float64(e.slots.used.Load()) })
 	memory := prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 		Name: "grapnel_window_bytes", Help: "Size of the deliveries in memory.",
-	}, func() float64 { return float64(e.memory.Load()) })
+	}, func() float64 { return float64(e.budget.used()) })
+	slow := prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: "grapnel_in_flight_slow", Help: "Attempts in flight to targets that hang, are slow or have not answered yet.",
+	}, func() float64 { return float64(e.slots.slow.Load() + e.slots.trial.Load()) })
 	if r != nil {
-		r.MustRegister(attempts, deliveries, m.parked, m.latency, flying, memory, newLaneStates(e))
+		r.MustRegister(attempts, deliveries, m.parked, m.latency, flying, slow, memory, newLaneStates(e))
 	}
 	return m
 }
@@ -118,14 +121,14 @@ func (s *laneStates) Describe(c chan<- *prometheus.Desc) { c <- s.desc }
 
 // Collect implements prometheus.Collector.
 func (s *laneStates) Collect(c chan<- prometheus.Metric) {
-	now := time.Now()
+	now := s.e.now()
 	var idle, busy, closed float64
 	for _, l := range s.e.allLanes() {
 		l.mu.Lock()
 		switch {
-		case l.fresh.n+l.retries.n+l.flying.n+l.backlogs == 0:
+		case len(l.parts) == 0:
 			idle++
-		case l.gate(now).open:
+		case l.gate(now).open():
 			busy++
 		default:
 			closed++

@@ -6,7 +6,7 @@ import (
 	"time"
 
 	"github.com/grapnel/grapnel/server/delivery"
-	"github.com/grapnel/grapnel/server/subscription"
+	"github.com/grapnel/grapnel/server/dispatch/window"
 )
 
 const (
@@ -17,88 +17,131 @@ const (
 	inlineTurns = 4
 )
 
-// ring holds the lanes that may have something to start, in the order of their turns. Each is on it at
-// most once.
+// ring holds the lanes that may have something to start, in the order of their turns: by standing, so that lanes which
+// have no slots to hope for do not stand in the way of others, then namespace after namespace, so that one with
+// ten thousand lanes gets one namespace's turns, then lane after lane. Each lane is on it at most once.
 type ring struct {
-	mu    sync.Mutex
-	lanes []*lane // circular
-	head  int
-	n     int
-
-	waiting atomic.Int64 // n, readable without the lock
-	wake    chan struct{}
+	mu     sync.Mutex
+	rounds [standings]round
+	turn   standing // whose turn it is
+	wake   chan struct{}
 }
 
+// round is the turns of lanes of one standing.
+type round struct {
+	spaces     map[delivery.NamespaceKey]*space
+	head, tail *space
+	n          atomic.Int64
+}
+
+// space is a namespace with lanes that wait for their turn.
+type space struct {
+	key        delivery.NamespaceKey
+	tenant     *tenant
+	next       *space
+	head, tail *lane // linked by lane.ringNext
+}
+
+// push takes a lane whose mutex is held.
 func (r *ring) push(l *lane) {
 	if !l.queued.CompareAndSwap(false, true) {
 		return
 	}
 	r.mu.Lock()
-	if r.n == len(r.lanes) {
-		bigger := make([]*lane, max(64, 2*r.n))
-		copied := copy(bigger, r.lanes[r.head:])
-		copy(bigger[copied:], r.lanes[:r.head])
-		r.lanes, r.head = bigger, 0
-	}
-	r.lanes[(r.head+r.n)%len(r.lanes)] = l
-	r.n++
-	r.waiting.Store(int64(r.n))
+	r.rounds[l.standing].push(l)
 	r.mu.Unlock()
 	signal(r.wake)
 }
 
-func (r *ring) pop() *lane {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if r.n == 0 {
+func (r *round) push(l *lane) {
+	s := r.spaces[l.key.Namespace]
+	if s == nil {
+		s = &space{key: l.key.Namespace, tenant: l.tenant}
+		if r.spaces == nil {
+			r.spaces = make(map[delivery.NamespaceKey]*space)
+		}
+		r.spaces[s.key] = s
+		r.append(s)
+	}
+	if s.tail == nil {
+		s.head = l
+	} else {
+		s.tail.ringNext = l
+	}
+	s.tail = l
+	r.n.Add(1)
+}
+
+func (r *round) append(s *space) {
+	if r.tail == nil {
+		r.head = s
+	} else {
+		r.tail.next = s
+	}
+	r.tail = s
+}
+
+// shift takes the first namespace off.
+func (r *round) shift() *space {
+	s := r.head
+	r.head, s.next = s.next, nil
+	if r.head == nil {
+		r.tail = nil
+	}
+	return s
+}
+
+// pop returns nil when no lane may have a slot.
+func (r *round) pop(slots *slots, st standing) *lane {
+	if r.head != nil && !slots.roomFor(r.head.tenant, st) {
+		r.append(r.shift()) // no two namespaces can hold all that one may hold
+	}
+	if r.head == nil || !slots.roomFor(r.head.tenant, st) {
 		return nil
 	}
-	l := r.lanes[r.head]
-	r.lanes[r.head] = nil
-	r.head = (r.head + 1) % len(r.lanes)
-	r.n--
-	r.waiting.Store(int64(r.n))
+	s := r.shift()
+	l := s.head
+	s.head, l.ringNext = l.ringNext, nil
+	if s.head == nil {
+		delete(r.spaces, s.key)
+	} else {
+		r.append(s)
+	}
+	r.n.Add(-1)
 	l.queued.Store(false)
 	return l
 }
 
-func signal(c chan struct{}) {
-	select {
-	case c <- struct{}{}:
-	default:
-	}
-}
-
-// overShare reports whether a lane that holds so many slots must not have another one. More than its
-// share it gets only while less than half of the slots are in use, so that one slow receiver leaves the
-// other half to all others. It goes on when one of its own attempts ends.
-func (e *Engine) overShare(held int) bool {
-	return held >= e.share && e.inFlight.Load() >= int64(e.slots/2)
-}
-
-// acquire takes a slot.
-func (e *Engine) acquire() bool {
-	for {
-		used := e.inFlight.Load()
-		if used >= int64(e.slots) {
-			return false
-		}
-		if e.inFlight.CompareAndSwap(used, used+1) {
-			return true
+// next takes the lane whose turn it is among those that may get a slot.
+func (r *ring) next(s *slots) *lane {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for range standings {
+		st := r.turn
+		r.turn = (r.turn + 1) % standings
+		if s.room(st) {
+			if l := r.rounds[st].pop(s, st); l != nil {
+				return l
+			}
 		}
 	}
+	return nil
 }
 
-// release gives a slot back, and the next lane its turn.
-func (e *Engine) release() {
-	left := e.inFlight.Add(-1)
-	if left == 0 && e.stopping.Load() {
-		signal(e.drained)
-		return
+func (r *ring) waiting() int64 {
+	n := int64(0)
+	for i := range r.rounds {
+		n += r.rounds[i].n.Load()
 	}
-	if e.ring.waiting.Load() > 0 {
-		signal(e.ring.wake)
+	return n
+}
+
+// contended reports whether others wait whom a lane of this standing would keep waiting by going on.
+func (r *ring) contended(st standing) bool {
+	if st == proven {
+		return r.rounds[proven].n.Load()+r.rounds[unknown].n.Load() > 0
 	}
+	return r.waiting() > 0
 }
 
 // dispatch gives the lanes on the ring their turns until the engine stops. A lane that finds no slot
@@ -110,8 +153,8 @@ func (e *Engine) dispatch() {
 			return
 		case <-e.ring.wake:
 		}
-		for e.inFlight.Load() < int64(e.slots) && !e.stopping.Load() {
-			l := e.ring.pop()
+		for !e.stopping.Load() {
+			l := e.ring.next(&e.slots)
 			if l == nil {
 				break
 			}
@@ -122,44 +165,17 @@ func (e *Engine) dispatch() {
 	}
 }
 
-// verdict is what becomes of a job at the head of its lane.
-type verdict int
-
-const (
-	attempt verdict = iota
-	expire
-	orphan // its subscription is gone
-)
-
-func judge(j *delivery.Job, uid delivery.UID, gone bool, now time.Time) verdict {
-	switch {
-	case gone || j.SubscriptionUID != uid:
-		return orphan
-	case !j.Expire.IsZero() && now.After(j.Expire):
-		return expire
-	}
-	return attempt
-}
-
-// step is how a job ends that is not tried.
-func (v verdict) step() delivery.Step {
-	if v == orphan {
-		return delivery.Step{State: delivery.Cancelled, Reason: reasonDeleted}
-	}
-	return delivery.Step{State: delivery.Exhausted, Reason: reasonMaxAge}
-}
-
 const (
 	reasonDeleted   = "subscription deleted"
 	reasonMaxAge    = "max_age"
 	reasonCancelled = "cancelled by a caller"
 )
 
-// batch is what one turn starts.
+// batch is what one turn starts, or ends because it has expired.
 type batch struct {
 	n       int
 	entries [quantum]*entry
-	verdict [quantum]verdict
+	expired [quantum]bool
 }
 
 // run gives the lane up to so many turns, and leaves the rest to the ring. l.mu is held, but not while
@@ -172,30 +188,34 @@ func (l *lane) run(turns int) {
 	l.running = true
 	for ; turns > 0; turns-- {
 		var b batch
-		l.take(&b, time.Now())
+		l.take(&b, l.e.now())
 		if b.n == 0 {
 			break
 		}
 		l.mu.Unlock()
 		l.start.Lock()
 		for i := range b.n {
-			l.begin(b.entries[i], b.verdict[i])
+			if b.expired[i] {
+				l.e.expire(b.entries[i])
+			} else {
+				l.begin(b.entries[i])
+			}
 		}
 		l.start.Unlock()
 		l.mu.Lock()
-		if l.e.ring.waiting.Load() > 0 {
+		if l.e.ring.contended(l.standing) {
 			break
 		}
 	}
 	l.running = false
-	l.kick(time.Now())
+	l.kick(l.e.now())
 }
 
 // take picks the jobs of one turn. Breaker, adaptive limits and ordering keys are further reasons to
 // stop here.
 func (l *lane) take(b *batch, now time.Time) {
 	g := l.gate(now)
-	if !g.open {
+	if !g.open() {
 		return
 	}
 	for b.n < quantum {
@@ -203,22 +223,19 @@ func (l *lane) take(b *batch, now time.Time) {
 		if x == nil {
 			return
 		}
-		v := judge(x.job, g.sub.UID, false, now)
-		if v == attempt && !l.mayStart(g, now) {
+		expired := x.expired(now)
+		if !expired && !l.mayStart(g, now) {
 			return
 		}
 		l.queueOf(x).remove(x)
-		l.retryTurn = x.fifo()
-		if x.fifo() {
-			x.part.begun = max(x.part.begun, x.id.Seq)
-		}
-		if v == attempt {
-			l.flying.push(x)
-			x.state.Store(inFlight)
+		l.timerTurn = x.Kind == delivery.FIFO
+		if expired {
+			x.stage = window.Settling
 		} else {
-			x.state.Store(settling)
+			l.takeOff(x, now)
+			x.sub = g.sub
 		}
-		b.entries[b.n], b.verdict[b.n] = x, v
+		b.entries[b.n], b.expired[b.n] = x, expired
 		b.n++
 	}
 }
@@ -226,65 +243,64 @@ func (l *lane) take(b *batch, now time.Time) {
 // next is the entry whose turn it is: fresh ones and retries alternate, so that neither waits for the
 // other. A retry budget takes its place here.
 func (l *lane) next() *entry {
-	if l.retries.head != nil && (l.retryTurn || l.fresh.head == nil) {
-		return l.retries.head
+	if l.timers.head != nil && (l.timerTurn || l.fresh.head == nil) {
+		return l.timers.head
 	}
 	return l.fresh.head
 }
 
 // mayStart checks the limits and takes a slot.
 func (l *lane) mayStart(g gate, now time.Time) bool {
-	if l.full(g.sub) || !l.e.acquire() {
+	if l.full(g.sub) || !l.e.slots.acquire(l) {
 		return false
 	}
 	if !l.allow(g.sub, now) {
-		l.e.release()
+		l.e.slots.returned(l)
 		return false
 	}
 	return true
 }
 
-// full reports whether the lane has to wait for one of its own attempts to end.
-func (l *lane) full(sub *subscription.Subscription) bool {
-	return l.flying.n >= maxInFlight(sub) || l.e.overShare(l.flying.n)
-}
-
-// begin hands an attempt over, or ends what must not be tried. l.start is held, l.mu is not.
-func (l *lane) begin(x *entry, v verdict) {
-	e := l.e
-	if v != attempt {
-		e.settleUntried(x, v)
-		return
-	}
-	sub := e.subs.Subscription(l.key.Namespace, l.key.Subscription)
-	if sub == nil || !active(sub) || sub.UID != x.job.SubscriptionUID {
+// begin hands an attempt over. l.start is held, l.mu is not.
+func (l *lane) begin(x *entry) {
+	sub := l.e.subs.Subscription(l.key)
+	if sub == nil || closedBy(sub) != "" {
 		// It changed since the job was taken: back, for the next look to decide.
-		l.giveBack(x)
+		l.mu.Lock()
+		l.back(x)
+		l.mu.Unlock()
 		return
 	}
 	x.sub = sub
-	x.started = time.Now()
-	e.attempter.Attempt(sub, x.job, x)
+	l.e.attempter.Attempt(sub, &x.Job, x)
 }
 
-// giveBack returns a job to the head of its queue, unless it was cancelled meanwhile.
-func (l *lane) giveBack(x *entry) {
-	l.mu.Lock()
-	back := x.state.CompareAndSwap(inFlight, settling)
-	if back {
-		l.wait(x)
-	}
-	l.mu.Unlock()
-	if back {
-		l.e.release()
-	} else if x.state.CompareAndSwap(cancelling, settling) {
-		l.e.settleCancelled(x)
-	}
+// takeOff and land keep flying and the slots of standings in step. l.mu is held.
+func (l *lane) takeOff(x *entry, now time.Time) {
+	x.stage, x.started, x.target = window.Flying, now, l.target
+	l.flying.push(x)
 }
 
-// wait moves an entry that was to be tried back to where it waited.
-func (l *lane) wait(x *entry) {
+func (l *lane) land(x *entry) {
 	l.flying.remove(x)
+	l.e.slots.count(l, -1)
+}
+
+// back returns an entry that was to be tried, or of which nothing was tried, to where it waited. If a caller has
+// ended or replaced it meanwhile, that was it.
+func (l *lane) back(x *entry) {
+	if x.stage != window.Flying || x.gone {
+		return
+	}
+	l.land(x)
+	l.e.release()
+	if x.marked {
+		w := l.window(x.ID.Partition)
+		w.Forget(x.Row())
+		l.forget(x)
+		l.tidy(x.ID.Partition)
+		return
+	}
+	x.stage = window.Waiting
 	l.queueOf(x).putBack(x)
-	x.state.Store(waiting)
 }

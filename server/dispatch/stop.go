@@ -3,19 +3,95 @@ package dispatch
 import (
 	"context"
 	"fmt"
+	"iter"
 	"sync"
 	"time"
 
 	"github.com/grapnel/grapnel/server/delivery"
+	"github.com/grapnel/grapnel/server/dispatch/window"
 )
 
 const (
-	// upkeepEvery is how often the clock is compared and low-water marks are written.
+	// upkeepEvery is how often the clock is compared.
 	upkeepEvery = time.Second
-	// lowWaterRounds and evictRounds are how many rounds of upkeep lie between two of theirs.
-	lowWaterRounds = 3
-	evictRounds    = 60
+	// tidyRounds is how many rounds of upkeep lie between two in which old statistics and healths go.
+	tidyRounds = 60
 )
+
+// phase says how a partition stands.
+type phase uint8
+
+const (
+	recovering phase = iota // what is offered is left on disk
+	started
+	dropped // nothing of it is known, and what is told of it is ignored
+)
+
+// phase of a partition: those that were not stopped stand as the engine does.
+func (e *Engine) phase(partition uint16) phase {
+	e.mu.RLock()
+	defer e.mu.RUnlock()
+	if p, ok := e.partitions[partition]; ok {
+		return p
+	}
+	if e.ready.Load() {
+		return started
+	}
+	return recovering
+}
+
+func (e *Engine) setPhase(partition uint16, p phase) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.partitions[partition] = p
+}
+
+// StartPartition recovers a partition that was stopped, while others run. It does not wait for its work. With an error
+// the partition is stopped again.
+func (e *Engine) StartPartition(partition uint16) error {
+	e.setPhase(partition, recovering)
+	err := e.recoverLanes(e.taking, e.journal.LanesOf(partition))
+	if err != nil {
+		e.StopPartition(partition)
+		return err
+	}
+	e.setPhase(partition, started)
+	e.kickAll()
+	return nil
+}
+
+// StopPartition gives up all that is in memory of a partition, while others run. Attempts in flight are abandoned: their
+// results are not taken. The journal tells nothing more of it until StartPartition, or is not listened to. It may be
+// called before Run, for partitions that are not to be started with all others.
+func (e *Engine) StopPartition(partition uint16) {
+	e.setPhase(partition, dropped)
+	for _, l := range e.allLanes() {
+		l.mu.Lock()
+		l.drop(partition)
+		l.kick(e.now())
+		l.mu.Unlock()
+	}
+}
+
+func (l *lane) drop(partition uint16) {
+	for _, x := range l.held {
+		if x.ID.Partition != partition {
+			continue
+		}
+		switch x.stage {
+		case window.Waiting:
+			l.queueOf(x).remove(x)
+		case window.Flying:
+			l.land(x)
+			l.e.release()
+		}
+		l.forget(x)
+	}
+	if i, ok := l.partAt(partition); ok {
+		l.parts[i].Window = window.Window{}
+		l.tidy(partition)
+	}
+}
 
 // Run recovers the lanes from the journal, then dispatches until Stop, which it waits for. When ctx ends
 // it stops by itself and abandons what is in flight. It may be called once.
@@ -28,7 +104,7 @@ func (e *Engine) Run(ctx context.Context) error {
 	e.running = make(chan struct{})
 	e.mu.Unlock()
 
-	err := e.recoverLanes(ctx)
+	err := e.recover(ctx)
 	var own sync.WaitGroup
 	if err == nil {
 		own.Go(e.dispatch)
@@ -36,6 +112,9 @@ func (e *Engine) Run(ctx context.Context) error {
 		own.Go(e.upkeep)
 		for range readers {
 			own.Go(e.readDisk)
+		}
+		for range gravediggers {
+			own.Go(e.bury)
 		}
 		select {
 		case <-ctx.Done():
@@ -54,42 +133,69 @@ func (e *Engine) Run(ctx context.Context) error {
 	return err
 }
 
-// recoverLanes reads where each lane stands. Until it is done, all that is offered is left on disk.
-func (e *Engine) recoverLanes(ctx context.Context) error {
-	for state, err := range e.journal.Lanes() {
+// recover reads where each lane stands. Until it is done, all that is offered is left on disk.
+func (e *Engine) recover(ctx context.Context) error {
+	failing, err := e.journal.Failing()
+	if err != nil {
+		return fmt.Errorf("recover since when targets have been failing: %w", err)
+	}
+	for key, since := range failing {
+		e.recoverFailing(key, since)
+	}
+	if err := e.recoverLanes(ctx, e.journal.Lanes()); err != nil {
+		return err
+	}
+	if e.stopping.Load() {
+		return nil
+	}
+	e.ready.Store(true)
+	e.kickAll()
+	return nil
+}
+
+func (e *Engine) recoverFailing(key delivery.LaneKey, since time.Time) {
+	if l := e.find(key); l != nil {
+		l.health.failing = since
+		l.mu.Unlock()
+		return
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	h := e.healths[key]
+	h.failing = since
+	e.healths[key] = h
+}
+
+func (e *Engine) recoverLanes(ctx context.Context, states iter.Seq2[delivery.LaneState, error]) error {
+	for state, err := range states {
 		if err != nil {
 			return fmt.Errorf("recover lanes: %w", err)
 		}
 		if ctx.Err() != nil || e.stopping.Load() {
 			return nil
 		}
-		e.recoverLane(state)
-	}
-	e.ready.Store(true)
-	now := time.Now()
-	for _, l := range e.allLanes() {
-		l.mu.Lock()
-		l.kick(now)
+		if e.phase(state.Partition) == dropped {
+			continue
+		}
+		l := e.lane(state.Lane)
+		l.window(state.Partition).Found(state.FIFO, state.Timer)
 		l.mu.Unlock()
 	}
 	return nil
 }
 
-func (e *Engine) recoverLane(state delivery.LaneState) {
-	l := e.lane(state.Lane)
-	defer l.mu.Unlock()
-	p := l.part(state.Partition)
-	if state.From != 0 && (p.from == 0 || state.From < p.from) {
-		l.setFrom(p, state.From)
-	}
-	if !state.NextDue.IsZero() {
-		l.lower(p, state.NextDue.UnixNano())
+func (e *Engine) kickAll() {
+	now := e.now()
+	for _, l := range e.allLanes() {
+		l.mu.Lock()
+		l.kick(now)
+		l.mu.Unlock()
 	}
 }
 
 // Stop takes no new work and waits for the attempts in flight. When ctx ends first it abandons them: their
 // results are no longer taken, and the deliveries are repeated after a restart; Stop then returns an error
-// that says how many. Nothing of the engine runs any more when it has returned.
+// that says how many. Nothing of the engine runs any more when it has returned, but what the journal tells it.
 func (e *Engine) Stop(ctx context.Context) error {
 	e.refuse()
 	e.mu.Lock()
@@ -113,11 +219,6 @@ func (e *Engine) Stop(ctx context.Context) error {
 	if running != nil {
 		<-running
 	}
-	if e.ready.Load() { // before recovery the read positions mean nothing
-		for _, l := range e.allLanes() {
-			l.setLowWater()
-		}
-	}
 	return err
 }
 
@@ -131,7 +232,7 @@ func (e *Engine) refuse() {
 func (e *Engine) drain(ctx context.Context) error {
 	done := ctx.Done()
 	abandoned := 0
-	for e.inFlight.Load() > 0 {
+	for e.slots.used.Load() > 0 {
 		select {
 		case <-e.drained:
 		case <-done:
@@ -148,13 +249,15 @@ func (e *Engine) drain(ctx context.Context) error {
 // abandon gives the attempts in flight up, so that their ends are not taken.
 func (e *Engine) abandon() int {
 	n := 0
-	e.index.each(func(x *entry) {
-		if x.state.CompareAndSwap(inFlight, gone) || x.state.CompareAndSwap(cancelling, gone) {
+	for _, l := range e.allLanes() {
+		l.mu.Lock()
+		for x := l.flying.head; x != nil; x = l.flying.head {
+			l.land(x)
+			x.gone = true
+			e.release()
 			n++
 		}
-	})
-	if e.inFlight.Add(int64(-n)) == 0 {
-		signal(e.drained)
+		l.mu.Unlock()
 	}
 	return n
 }
@@ -170,7 +273,7 @@ func (e *Engine) background(ctx context.Context, f func(context.Context)) bool {
 	return true
 }
 
-// upkeep writes low-water marks, watches the wall clock and drops lanes that nobody needs.
+// upkeep watches the wall clock, and drops what is old.
 func (e *Engine) upkeep() {
 	tick := time.NewTicker(upkeepEvery)
 	defer tick.Stop()
@@ -182,87 +285,25 @@ func (e *Engine) upkeep() {
 			return
 		case <-tick.C:
 		}
-		now := time.Now()
-		if d := drift(start, now); d-known > maxDrift || known-d > maxDrift {
-			e.log.Warn("wall clock has jumped, timers are read again", "by", d-known)
+		if d := drift(start, time.Now()); d-known > maxDrift || known-d > maxDrift {
+			e.log.Warn("wall clock has jumped; what is due goes by the clock that has not", "by", d-known)
 			known = d
-			e.rearmAll(now)
 		}
-		if round%lowWaterRounds == 0 {
-			e.setLowWaters()
-		}
-		if round%evictRounds == 0 {
-			e.evict()
+		e.feed() // room may come from events that others held
+		if round%tidyRounds == 0 {
+			now := e.now()
+			e.statistics.tidy(now)
+			e.tidyHealths(now)
 		}
 	}
 }
 
-func (e *Engine) setLowWaters() {
+func (e *Engine) tidyHealths(now time.Time) {
 	e.mu.Lock()
-	dirty := e.dirty
-	e.dirty = nil
-	e.mu.Unlock()
-	for _, l := range dirty {
-		l.setLowWater()
-	}
-}
-
-// setLowWater tells the journal below what nothing of the FIFO is pending, where that has changed. What
-// is being settled still counts as pending here, so each mark is queued behind the settles below it.
-func (l *lane) setLowWater() {
-	type mark struct {
-		partition uint16
-		seq       uint64
-	}
-	var marks []mark
-	l.mu.Lock()
-	l.dirty = false
-	for _, p := range l.parts {
-		if p == nil {
-			continue
-		}
-		if low := p.pendingFrom(); low > p.lowWater {
-			p.lowWater = low
-			marks = append(marks, mark{p.number, low})
+	defer e.mu.Unlock()
+	for key, h := range e.healths {
+		if h.fresh(now) {
+			delete(e.healths, key)
 		}
 	}
-	l.mu.Unlock()
-	for _, m := range marks {
-		l.e.journal.SetLowWater(l.key, m.partition, m.seq)
-	}
-}
-
-// pendingFrom is a sequence below which nothing of the FIFO is pending; 0 when that is not known.
-func (p *part) pendingFrom() uint64 {
-	switch {
-	case p.oldest != nil:
-		return p.oldest.id.Seq
-	case p.from != 0:
-		return p.from
-	case p.loaded != 0:
-		return p.loaded + 1
-	}
-	return 0
-}
-
-// evict drops the idle lanes of subscriptions that are gone.
-func (e *Engine) evict() {
-	for _, l := range e.allLanes() {
-		if e.subs.Subscription(l.key.Namespace, l.key.Subscription) != nil {
-			continue
-		}
-		l.mu.Lock()
-		if l.idle() {
-			l.evicted = true
-			e.mu.Lock()
-			delete(e.lanes, l.key)
-			e.mu.Unlock()
-		}
-		l.mu.Unlock()
-	}
-}
-
-func (l *lane) idle() bool {
-	return l.fresh.n+l.retries.n+l.flying.n+l.backlogs+l.cancels == 0 && l.due == 0 &&
-		!l.dirty && !l.running && !l.disabling && !l.queuedRead && !l.queued.Load()
 }

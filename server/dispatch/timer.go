@@ -6,27 +6,45 @@ import (
 	"time"
 )
 
-// alarms wakes lanes: one heap of lanes for the whole engine, never a timer for each delivery. A lane may
-// be in it more than once; a call too many does no harm.
+// alarms wakes lanes: one heap for the whole engine in which each lane is at most once, never a timer for each delivery.
 type alarms struct {
 	mu   sync.Mutex
 	due  alarmHeap
 	wake chan struct{}
 }
 
+// alarm is a lane's place in the heap; index -1 is none.
 type alarm struct {
-	// at carries the clock that does not jump.
-	at   time.Time
-	lane *lane
+	at    time.Time
+	index int
 }
 
+// set wakes the lane at a time, or before. Who is woken early sets another one.
 func (a *alarms) set(l *lane, at time.Time) {
 	a.mu.Lock()
-	heap.Push(&a.due, alarm{at, l})
-	first := a.due[0].lane == l && a.due[0].at.Equal(at)
+	switch {
+	case l.alarm.index < 0:
+		l.alarm.at = at
+		heap.Push(&a.due, l)
+	case at.Before(l.alarm.at):
+		l.alarm.at = at
+		heap.Fix(&a.due, l.alarm.index)
+	default:
+		a.mu.Unlock()
+		return
+	}
+	first := l.alarm.index == 0
 	a.mu.Unlock()
 	if first {
 		signal(a.wake)
+	}
+}
+
+func (a *alarms) remove(l *lane) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if l.alarm.index >= 0 {
+		heap.Remove(&a.due, l.alarm.index)
 	}
 }
 
@@ -37,10 +55,10 @@ func (a *alarms) next(now time.Time) (*lane, time.Duration) {
 	if len(a.due) == 0 {
 		return nil, 0
 	}
-	if wait := a.due[0].at.Sub(now); wait > 0 {
+	if wait := a.due[0].alarm.at.Sub(now); wait > 0 {
 		return nil, wait
 	}
-	return heap.Pop(&a.due).(alarm).lane, 0
+	return heap.Pop(&a.due).(*lane), 0
 }
 
 // wakeLanes wakes lanes when their time has come, until the engine stops.
@@ -48,11 +66,10 @@ func (e *Engine) wakeLanes() {
 	timer := time.NewTimer(time.Hour)
 	defer timer.Stop()
 	for {
-		now := time.Now()
+		now := e.now()
 		l, wait := e.alarms.next(now)
 		if l != nil {
 			l.mu.Lock()
-			l.armed = time.Time{}
 			l.kick(now)
 			l.mu.Unlock()
 			continue
@@ -70,36 +87,35 @@ func (e *Engine) wakeLanes() {
 	}
 }
 
-type alarmHeap []alarm
+type alarmHeap []*lane
 
 func (h alarmHeap) Len() int           { return len(h) }
-func (h alarmHeap) Less(i, j int) bool { return h[i].at.Before(h[j].at) }
-func (h alarmHeap) Swap(i, j int)      { h[i], h[j] = h[j], h[i] }
-func (h *alarmHeap) Push(x any)        { *h = append(*h, x.(alarm)) }
+func (h alarmHeap) Less(i, j int) bool { return h[i].alarm.at.Before(h[j].alarm.at) }
+
+func (h alarmHeap) Swap(i, j int) {
+	h[i], h[j] = h[j], h[i]
+	h[i].alarm.index, h[j].alarm.index = i, j
+}
+
+func (h *alarmHeap) Push(x any) {
+	l := x.(*lane)
+	l.alarm.index = len(*h)
+	*h = append(*h, l)
+}
 
 func (h *alarmHeap) Pop() any {
 	old := *h
 	last := old[len(old)-1]
-	old[len(old)-1] = alarm{}
+	old[len(old)-1] = nil
 	*h = old[:len(old)-1]
+	last.alarm.index = -1
 	return last
 }
 
-// maxDrift is how far the wall clock may move against the monotonic one before all timers are looked at
-// again. Due times are on the wall clock, waiting is not.
+// maxDrift is how far the wall clock may move against the journal's before that is told.
 const maxDrift = 2 * time.Second
 
 // drift is how far the wall clock has moved against the monotonic one since start.
 func drift(start, now time.Time) time.Duration {
 	return now.Round(0).Sub(start.Round(0)) - now.Sub(start)
-}
-
-// rearmAll has every lane work out anew when it is due.
-func (e *Engine) rearmAll(now time.Time) {
-	for _, l := range e.allLanes() {
-		l.mu.Lock()
-		l.armed = time.Time{}
-		l.kick(now)
-		l.mu.Unlock()
-	}
 }

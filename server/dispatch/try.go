@@ -57,13 +57,13 @@ func (e *Engine) Test(ctx context.Context, sub *subscription.Subscription, event
 	if e.stopping.Load() {
 		return delivery.Attempt{}, ErrStopped
 	}
-	now := time.Now()
-	key := delivery.LaneKey{Namespace: sub.Namespace, Subscription: sub.ID}
+	now := e.now()
+	key := laneOf(sub)
 	if !e.tests.allow(key, now) {
-		return delivery.Attempt{}, fmt.Errorf("test %s/%s: %w", key.Namespace, key.Subscription, ErrTestLimit)
+		return delivery.Attempt{}, fmt.Errorf("test %s/%s: %w", sub.Namespace, sub.ID, ErrTestLimit)
 	}
 	sample := *event
-	sample.Namespace = sub.Namespace
+	sample.Namespace = key.Namespace
 	if sample.UID == "" {
 		sample.UID = "test_" + strings.ToLower(rand.Text())
 	}
@@ -71,22 +71,22 @@ func (e *Engine) Test(ctx context.Context, sub *subscription.Subscription, event
 		sample.AcceptTime = now
 	}
 	job := &delivery.Job{
-		Event: &sample, Subscription: sub.ID, SubscriptionUID: sub.UID,
-		MaxAttempts: 1, Expire: now.Add(time.Hour), Manual: true,
+		ID: delivery.ID{Subscription: key.Subscription}, Event: &sample, MaxAttempts: 1,
+		Expire: now.Add(time.Hour), Manual: true,
 	}
 	sink := make(trial, 1)
 	e.attempter.Attempt(sub, job, sink)
 	select {
 	case <-ctx.Done():
-		return delivery.Attempt{}, fmt.Errorf("test %s/%s: %w", key.Namespace, key.Subscription, context.Cause(ctx))
+		return delivery.Attempt{}, fmt.Errorf("test %s/%s: %w", sub.Namespace, sub.ID, context.Cause(ctx))
 	case <-e.work.Done():
 		return delivery.Attempt{}, ErrStopped
 	case r := <-sink:
-		return tested(r, now)
+		return tested(r, now, e.now())
 	}
 }
 
-func tested(r delivery.Result, started time.Time) (delivery.Attempt, error) {
+func tested(r delivery.Result, started, ended time.Time) (delivery.Attempt, error) {
 	if r.Cause == delivery.CauseUnspent {
 		if r.Error == "" {
 			return delivery.Attempt{}, ErrUnspent
@@ -99,7 +99,7 @@ func tested(r delivery.Result, started time.Time) (delivery.Attempt, error) {
 		a.Start = started
 	}
 	if a.Duration == 0 {
-		a.Duration = time.Since(started)
+		a.Duration = ended.Sub(started)
 	}
 	return a, nil
 }

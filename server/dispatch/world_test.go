@@ -2,6 +2,7 @@ package dispatch_test
 
 import (
 	"context"
+	"crypto/sha256"
 	"slices"
 	"sync"
 	"testing"
@@ -15,15 +16,61 @@ import (
 
 // registry is the snapshot.
 type registry struct {
-	mu   sync.Mutex
-	subs map[delivery.LaneKey]*subscription.Subscription
+	mu      sync.Mutex
+	subs    map[delivery.LaneKey]*subscription.Subscription
+	deleted map[delivery.LaneKey]bool
 }
 
-func (r *registry) Subscription(ns, id string) *subscription.Subscription {
+func newRegistry() *registry {
+	return &registry{
+		subs:    make(map[delivery.LaneKey]*subscription.Subscription),
+		deleted: make(map[delivery.LaneKey]bool),
+	}
+}
+
+func (r *registry) Subscription(lane delivery.LaneKey) *subscription.Subscription {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	return r.subs[delivery.LaneKey{Namespace: ns, Subscription: id}]
+	return r.subs[lane]
 }
+
+func (r *registry) Deleted(lane delivery.LaneKey) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.deleted[lane]
+}
+
+func (r *registry) swap(lane delivery.LaneKey, s *subscription.Subscription, deleted bool) (old *subscription.Subscription) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	old = r.subs[lane]
+	delete(r.subs, lane)
+	if s != nil {
+		r.subs[lane] = s
+	}
+	r.deleted[lane] = deleted
+	return old
+}
+
+func uid(name string) (u [16]byte) {
+	sum := sha256.Sum256([]byte(name))
+	copy(u[:], sum[:])
+	return u
+}
+
+func laneOf(s *subscription.Subscription) delivery.LaneKey {
+	return delivery.LaneKey{
+		Namespace:    delivery.UID(s.NamespaceUID).NamespaceKey(),
+		Subscription: delivery.UID(s.UID).SubscriptionKey(),
+	}
+}
+
+// lane is that of a subscription in acme, and acme its namespace.
+func lane(id string) delivery.LaneKey {
+	return delivery.LaneKey{Namespace: acme(), Subscription: delivery.UID(uid(id)).SubscriptionKey()}
+}
+
+func acme() delivery.NamespaceKey { return delivery.UID(uid("acme")).NamespaceKey() }
 
 // receiver is the Attempter. answer decides when each attempt ends, and how; nil leaves it open for end.
 type receiver struct {
@@ -38,6 +85,7 @@ type receiver struct {
 }
 
 type flight struct {
+	sub  string
 	job  *delivery.Job
 	sink delivery.Sink
 }
@@ -51,11 +99,14 @@ func (r *receiver) forget() {
 }
 
 type start struct {
-	id  delivery.ID
-	sub string
-	uri string
-	job *delivery.Job
-	at  time.Time
+	id     delivery.ID
+	kind   delivery.Kind
+	sub    string
+	uri    string
+	job    *delivery.Job
+	event  *delivery.Event
+	at     time.Time
+	accept time.Time
 }
 
 func (r *receiver) Attempt(sub *subscription.Subscription, job *delivery.Job, sink delivery.Sink) {
@@ -63,8 +114,10 @@ func (r *receiver) Attempt(sub *subscription.Subscription, job *delivery.Job, si
 	if r.flying[job.ID].job != nil {
 		r.t.Errorf("two attempts of %v at once", job.ID)
 	}
-	r.flying[job.ID] = flight{job, sink}
-	r.started = append(r.started, start{job.ID, sub.ID, sub.Proto.GetUri(), job, time.Now()})
+	r.flying[job.ID] = flight{sub.ID, job, sink}
+	r.started = append(r.started, start{
+		job.ID, job.Kind, sub.ID, sub.Proto.GetUri(), job, job.Event, time.Now(), job.Event.AcceptTime,
+	})
 	r.now[sub.ID]++
 	r.most[sub.ID] = max(r.most[sub.ID], r.now[sub.ID])
 	answer := r.answer
@@ -87,7 +140,7 @@ func (r *receiver) end(job *delivery.Job, result delivery.Result) {
 	f := r.flying[job.ID]
 	if f.job == job {
 		delete(r.flying, job.ID)
-		r.now[job.Subscription]--
+		r.now[f.sub]--
 	}
 	r.mu.Unlock()
 	if f.job == job {
@@ -122,6 +175,10 @@ func refused(code int) *delivery.Result {
 	return &delivery.Result{Attempt: delivery.Attempt{Outcome: delivery.OutcomeRetryable, ResponseCode: code}}
 }
 
+func timedOut() *delivery.Result {
+	return &delivery.Result{Attempt: delivery.Attempt{Outcome: delivery.OutcomeTimedOut}}
+}
+
 func unspent() *delivery.Result { return &delivery.Result{Cause: delivery.CauseUnspent} }
 
 func always(delay time.Duration, result func() *delivery.Result) func(*subscription.Subscription, *delivery.Job) (time.Duration, *delivery.Result) {
@@ -140,20 +197,22 @@ type world struct {
 	options  dispatch.Options
 	ran      chan error
 
-	mu       sync.Mutex
-	disabled []string
+	mu        sync.Mutex
+	disabled  []string
+	workedOff []delivery.LaneKey
 }
 
 func newWorld(t *testing.T, change ...func(*dispatch.Options)) *world {
 	w := &world{
-		t: t, journal: newJournal(t),
-		registry: &registry{subs: make(map[delivery.LaneKey]*subscription.Subscription)},
+		t: t, journal: newJournal(t), registry: newRegistry(),
 		receiver: &receiver{
 			t: t, flying: make(map[delivery.ID]flight), most: make(map[string]int), now: make(map[string]int),
 			answer: always(10*time.Millisecond, ok),
 		},
 	}
-	w.options = dispatch.Options{Journal: w.journal, Subscriptions: w.registry, Attempter: w.receiver, Disable: w.disable}
+	w.options = dispatch.Options{
+		Journal: w.journal, Subscriptions: w.registry, Attempter: w.receiver, Disable: w.disable, WorkedOff: w.noteWorkedOff,
+	}
 	for _, c := range change {
 		c(&w.options)
 	}
@@ -163,12 +222,15 @@ func newWorld(t *testing.T, change ...func(*dispatch.Options)) *world {
 
 func (w *world) start() {
 	w.engine = dispatch.New(w.options)
+	w.journal.mu.Lock()
+	w.journal.follower = w.engine
+	w.journal.mu.Unlock()
 	w.ran = make(chan error, 1)
 	engine, ran := w.engine, w.ran
 	go func() { ran <- engine.Run(context.Background()) }()
 }
 
-// stop drains the engine.
+// stop drains the engine and closes the journal.
 func (w *world) stop() {
 	w.t.Helper()
 	if err := w.engine.Stop(w.t.Context()); err != nil {
@@ -177,6 +239,7 @@ func (w *world) stop() {
 	if err := <-w.ran; err != nil {
 		w.t.Errorf("run: %v", err)
 	}
+	w.journal.close(true)
 }
 
 // kill abandons everything.
@@ -185,6 +248,7 @@ func (w *world) kill() error {
 	cancel()
 	err := w.engine.Stop(ctx)
 	<-w.ran
+	w.journal.close(false)
 	w.receiver.forget()
 	return err
 }
@@ -193,7 +257,8 @@ func (w *world) kill() error {
 func (w *world) sub(id string, change ...func(*subscription.Subscription)) *subscription.Subscription {
 	s := &subscription.Subscription{
 		Proto:     &grapnelv1.Subscription{State: grapnelv1.Subscription_STATE_ACTIVE, Uri: "https://one.example"},
-		Namespace: "acme", ID: id, UID: [16]byte{1}, MaxInFlight: 4, MaxAttempts: 4, MaxAge: time.Hour,
+		Namespace: "acme", ID: id, UID: uid(id), NamespaceUID: uid("acme"),
+		MaxInFlight: 4, MaxAttempts: 4, MaxAge: time.Hour,
 		Schedule: []time.Duration{5 * time.Second, 5 * time.Minute}, DisableAfter: 30 * time.Minute,
 	}
 	for _, c := range change {
@@ -203,27 +268,24 @@ func (w *world) sub(id string, change ...func(*subscription.Subscription)) *subs
 	return s
 }
 
-// put replaces a subscription and tells the engine; nil Proto deletes it.
+// put replaces a subscription and tells the engine.
 func (w *world) put(s *subscription.Subscription) {
-	key := delivery.LaneKey{Namespace: s.Namespace, Subscription: s.ID}
-	w.registry.mu.Lock()
-	old := w.registry.subs[key]
-	w.registry.subs[key] = s
-	w.registry.mu.Unlock()
+	old := w.registry.swap(laneOf(s), s, false)
 	w.engine.Changed([]subscription.Change{{Old: old, New: s}})
 }
 
-func (w *world) remove(id string) {
-	key := delivery.LaneKey{Namespace: "acme", Subscription: id}
-	w.registry.mu.Lock()
-	old := w.registry.subs[key]
-	delete(w.registry.subs, key)
-	w.registry.mu.Unlock()
+// remove takes a subscription out of the snapshot: deleted, or absent.
+func (w *world) remove(id string, deleted bool) {
+	old := w.registry.swap(lane(id), nil, deleted)
 	w.engine.Changed([]subscription.Change{{Old: old}})
 }
 
 func inState(state grapnelv1.Subscription_State) func(*subscription.Subscription) {
 	return func(s *subscription.Subscription) { s.Proto.State = state }
+}
+
+func inNamespace(name string) func(*subscription.Subscription) {
+	return func(s *subscription.Subscription) { s.Namespace, s.NamespaceUID = name, uid(name) }
 }
 
 func (w *world) disable(_ context.Context, sub *subscription.Subscription, reason string) error {
@@ -234,20 +296,28 @@ func (w *world) disable(_ context.Context, sub *subscription.Subscription, reaso
 	return nil
 }
 
-// wasDisabled lists what was disabled, and why.
+func (w *world) noteWorkedOff(key delivery.LaneKey) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.workedOff = append(w.workedOff, key)
+}
+
+// wasDisabled lists what was disabled, and why; wasWorkedOff what WorkedOff was called for.
 func (w *world) wasDisabled() []string {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	return slices.Clone(w.disabled)
 }
 
-// publish stores one delivery per subscription and offers it.
+func (w *world) wasWorkedOff() []delivery.LaneKey {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return slices.Clone(w.workedOff)
+}
+
+// publish stores an event with one delivery, and has it offered.
 func (w *world) publish(sub *subscription.Subscription, partition uint16) delivery.ID {
-	j := w.journal.add(sub, partition, 1024)
-	id := j.ID
-	w.engine.Offer([]*delivery.Job{j})
-	w.journal.nowHanded(partition, id.Seq)
-	return id
+	return w.journal.add(partition, 1024, time.Time{}, sub)[0]
 }
 
 func (w *world) publishN(sub *subscription.Subscription, partition uint16, n int) []delivery.ID {

@@ -8,7 +8,6 @@ package ingest
 import (
 	"context"
 	"log/slog"
-	"sync"
 	"sync/atomic"
 	"time"
 
@@ -22,9 +21,9 @@ import (
 
 // Journal is what ingest needs of *delivery.Journal.
 type Journal interface {
-	Append(ctx context.Context, events []*delivery.Event) []delivery.AppendResult
+	Append(ctx context.Context, events []delivery.Publication) []delivery.AppendResult
 	// OpenIn counts the open deliveries of a namespace.
-	OpenIn(namespace string) int64
+	OpenIn(namespace delivery.NamespaceKey) int64
 }
 
 // Registry is what ingest needs of *subscription.Registry.
@@ -60,8 +59,7 @@ type Ingest struct {
 	log      *slog.Logger
 	metrics  metrics
 	draining atomic.Bool
-	// meters holds a *meter per namespace that has published; namespaces that do not exist never enter.
-	meters sync.Map
+	meters   meters
 }
 
 // New builds an Ingest.
@@ -82,8 +80,10 @@ func (i *Ingest) Drain() { i.draining.Store(true) }
 
 // Rate is how many events a second the namespace has had accepted over the last minute.
 func (i *Ingest) Rate(namespace string) float64 {
-	if m, ok := i.meters.Load(namespace); ok {
-		return m.(*meter).rate(time.Now())
+	if ns := i.registry.Snapshot().Namespace(namespace); ns != nil {
+		if m := i.meters.find(ns.UID); m != nil {
+			return m.rate(time.Now())
+		}
 	}
 	return 0
 }
@@ -94,9 +94,9 @@ func (i *Ingest) Rate(namespace string) float64 {
 // delivery.ErrEventConflict, ErrDiskFull, ErrClosed, or the context's.
 func (i *Ingest) Publish(ctx context.Context, namespace string, events []*delivery.Event) []Result {
 	results := make([]Result, len(events))
-	n := i.admit(namespace, events, results)
-	if n > 0 {
-		i.store(ctx, namespace, events, results, n)
+	ns, admitted := i.admit(namespace, events, results)
+	if len(admitted) > 0 {
+		i.store(ctx, ns, admitted, results)
 	}
 	i.metrics.count(results)
 	if i.log.Enabled(ctx, slog.LevelDebug) {
@@ -120,15 +120,15 @@ func (i *Ingest) logRefusals(ctx context.Context, namespace string, events []*de
 	}
 }
 
-// admit refuses by setting an Err, prepares the rest, and returns how many are left.
-func (i *Ingest) admit(namespace string, events []*delivery.Event, results []Result) int {
+// admit refuses by setting an Err, and returns the namespace and the rest, matched.
+func (i *Ingest) admit(namespace string, events []*delivery.Event, results []Result) (*subscription.Namespace, []delivery.Publication) {
 	snap := i.registry.Snapshot()
 	ns := snap.Namespace(namespace)
 	if err := i.refusal(namespace, ns); err != nil {
 		for k := range results {
 			results[k].Err = err
 		}
-		return 0
+		return nil, nil
 	}
 	limits := ns.Quota()
 	left := 0
@@ -139,26 +139,27 @@ func (i *Ingest) admit(namespace string, events []*delivery.Event, results []Res
 		}
 		left++
 	}
+	var granted int
+	var wait time.Duration
 	now := time.Now()
-	granted, wait := i.meter(namespace).take(now, left, limits.MaxPublishRate)
+	i.meters.use(ns.UID, now, func(m *meter) { granted, wait = m.take(now, left, limits.MaxPublishRate) })
 	var candidate subscription.Candidate
-	n := 0
+	admitted := make([]delivery.Publication, 0, min(granted, left))
 	for k, ev := range events {
 		if results[k].Err != nil {
 			continue
 		}
-		if n == granted {
+		if len(admitted) == granted {
 			results[k].Err = &RateError{Namespace: namespace, Limit: limits.MaxPublishRate, RetryAfter: wait}
 			continue
 		}
-		n++
-		ev.Namespace = namespace
+		ev.Namespace = delivery.UID(ns.UID).NamespaceKey()
 		if ev.ID == "" {
 			ev.ID = uuid.Must(uuid.NewV7()).String()
 		}
-		ev.Targets = targets(snap, &candidate, ev)
+		admitted = append(admitted, delivery.Publication{Event: ev, Targets: targets(snap, namespace, &candidate, ev)})
 	}
-	return n
+	return ns, admitted
 }
 
 // refusal is the reason to take no event at all, or nil.
@@ -171,23 +172,14 @@ func (i *Ingest) refusal(namespace string, ns *subscription.Namespace) error {
 	case ns.Deleted():
 		return ErrNamespaceDeleted
 	}
-	if limit := int64(ns.Quota().MaxOpenDeliveries); i.journal.OpenIn(namespace) >= limit {
+	if limit := int64(ns.Quota().MaxOpenDeliveries); limit > 0 && i.journal.OpenIn(delivery.UID(ns.UID).NamespaceKey()) >= limit {
 		return &QuotaError{Namespace: namespace, Name: "max_open_deliveries", Limit: limit}
 	}
 	return nil
 }
 
-// store appends the n events that have no error yet.
-func (i *Ingest) store(ctx context.Context, namespace string, events []*delivery.Event, results []Result, n int) {
-	admitted := events
-	if n < len(events) {
-		admitted = make([]*delivery.Event, 0, n)
-		for k, ev := range events {
-			if results[k].Err == nil {
-				admitted = append(admitted, ev)
-			}
-		}
-	}
+// store appends what was admitted: the events that have no error yet.
+func (i *Ingest) store(ctx context.Context, ns *subscription.Namespace, admitted []delivery.Publication, results []Result) {
 	stored := i.journal.Append(ctx, admitted)
 	next, accepted := 0, 0
 	for k := range results {
@@ -205,11 +197,12 @@ func (i *Ingest) store(ctx context.Context, namespace string, events []*delivery
 			accepted++
 		}
 	}
-	i.meter(namespace).add(time.Now(), accepted)
+	now := time.Now()
+	i.meters.use(ns.UID, now, func(m *meter) { m.add(now, accepted) })
 }
 
 // targets lists the subscriptions that match ev, in the snapshot's order.
-func targets(snap *subscription.Snapshot, c *subscription.Candidate, ev *delivery.Event) []delivery.Target {
+func targets(snap *subscription.Snapshot, namespace string, c *subscription.Candidate, ev *delivery.Event) []delivery.Target {
 	*c = subscription.Candidate{
 		ID:          ev.ID,
 		Source:      ev.Source,
@@ -220,7 +213,7 @@ func targets(snap *subscription.Snapshot, c *subscription.Candidate, ev *deliver
 		Attributes:  ev.Attributes,
 		Data:        ev.Payload,
 	}
-	subs := snap.Match(ev.Namespace, c)
+	subs := snap.Match(namespace, c)
 	if len(subs) == 0 {
 		return nil
 	}
@@ -235,12 +228,4 @@ func targets(snap *subscription.Snapshot, c *subscription.Candidate, ev *deliver
 		}
 	}
 	return out
-}
-
-func (i *Ingest) meter(namespace string) *meter {
-	if m, ok := i.meters.Load(namespace); ok {
-		return m.(*meter)
-	}
-	m, _ := i.meters.LoadOrStore(namespace, newMeter())
-	return m.(*meter)
 }

@@ -27,8 +27,8 @@ func (t tenants) Snapshot() *subscription.Snapshot { return t.snapshot }
 func newTenants(t *testing.T, quota *grapnelv1.Quota, subs ...*grapnelv1.Subscription) tenants {
 	t.Helper()
 	namespaces := []*subscription.Namespace{
-		{ID: "acme", Proto: &grapnelv1.Namespace{Name: "namespaces/acme", Quota: quota}},
-		{ID: "gone", Proto: &grapnelv1.Namespace{Name: "namespaces/gone", State: grapnelv1.Namespace_STATE_DELETED}},
+		{ID: "acme", UID: [16]byte{15: 1}, Proto: &grapnelv1.Namespace{Name: "namespaces/acme", Quota: quota}},
+		{ID: "gone", UID: [16]byte{15: 2}, Proto: &grapnelv1.Namespace{Name: "namespaces/gone", State: grapnelv1.Namespace_STATE_DELETED}},
 	}
 	var all []*subscription.Subscription
 	for i, p := range subs {
@@ -51,36 +51,37 @@ func newTenants(t *testing.T, quota *grapnelv1.Quota, subs ...*grapnelv1.Subscri
 // shelf is a journal in memory.
 type shelf struct {
 	mu     sync.Mutex
-	events map[string]*delivery.Event
+	events map[string]delivery.Publication
 	calls  int
 	open   int64
 	err    error
 }
 
-func (s *shelf) Append(_ context.Context, events []*delivery.Event) []delivery.AppendResult {
+func (s *shelf) Append(_ context.Context, events []delivery.Publication) []delivery.AppendResult {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.calls++
 	results := make([]delivery.AppendResult, len(events))
-	for i, e := range events {
+	for i, pub := range events {
+		e := pub.Event
 		if s.err != nil {
 			results[i].Err = s.err
 			continue
 		}
 		if old, ok := s.events[e.ID]; ok {
-			results[i] = delivery.AppendResult{Event: old, Duplicate: true}
+			results[i] = delivery.AppendResult{Event: old.Event, Duplicate: true}
 			continue
 		}
 		if s.events == nil {
-			s.events = map[string]*delivery.Event{}
+			s.events = map[string]delivery.Publication{}
 		}
-		s.events[e.ID] = e
+		s.events[e.ID] = pub
 		results[i].Event = e
 	}
 	return results
 }
 
-func (s *shelf) OpenIn(string) int64 {
+func (s *shelf) OpenIn(delivery.NamespaceKey) int64 {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.open
@@ -125,14 +126,14 @@ func TestTargetsAreThoseThatMatch(t *testing.T) {
 		target("all", 10, fourDays, false), target("disabled", 10, fourDays, true),
 		target("paused", 3, time.Hour, false), target("payload", 10, fourDays, false),
 	}
-	if diff := cmp.Diff(want, got[0].Event.Targets); diff != "" {
+	if diff := cmp.Diff(want, journal.events[got[0].Event.ID].Targets); diff != "" {
 		t.Error(diff)
 	}
-	if got[0].Event.Namespace != "acme" {
+	if got[0].Event.Namespace != delivery.UID(snap.Namespace("acme").UID).NamespaceKey() {
 		t.Error("no namespace")
 	}
 	got = in.Publish(t.Context(), "acme", events(1, func(_ int, e *delivery.Event) { e.ID, e.Type = "none", "user.left" }))
-	if n := len(got[0].Event.Targets); n != 2 { // all, users
+	if n := len(journal.events["none"].Targets); n != 2 { // all, users
 		t.Errorf("%d targets", n)
 	}
 }
@@ -236,6 +237,49 @@ func TestRateIsAveragedOverTenSeconds(t *testing.T) {
 	})
 }
 
+func TestQuotasDefaultToNone(t *testing.T) {
+	in := ingest.New(ingest.Options{Registry: newTenants(t, nil), Journal: &shelf{open: 1 << 40}})
+	for k, r := range in.Publish(t.Context(), "acme", events(50_000, nil)) {
+		if r.Err != nil {
+			t.Fatalf("event %d: %v", k, r.Err)
+		}
+	}
+}
+
+// The same name again has nothing of its predecessor's.
+func TestRateBelongsToTheNamespaceNotItsName(t *testing.T) {
+	named := func(uid byte) *subscription.Snapshot {
+		return subscription.NewSnapshot(1, []*subscription.Namespace{{
+			ID: "acme", UID: [16]byte{uid}, Proto: &grapnelv1.Namespace{Quota: &grapnelv1.Quota{MaxPublishRate: 1}},
+		}}, nil)
+	}
+	current := named(1)
+	in := ingest.New(ingest.Options{Registry: latest(func() *subscription.Snapshot { return current }), Journal: &shelf{}})
+	accepted := func(id string) (n int) {
+		for _, r := range in.Publish(t.Context(), "acme", events(10, func(k int, e *delivery.Event) { e.ID = fmt.Sprint(id, k) })) {
+			if r.Err == nil {
+				n++
+			}
+		}
+		return n
+	}
+	if first, second := accepted("a"), accepted("b"); first != 10 || second != 0 {
+		t.Errorf("%d and %d accepted, want a full bucket once", first, second)
+	}
+	current = named(2)
+	if in.Rate("acme") != 0 {
+		t.Error("it has its predecessor's rate")
+	}
+	if n := accepted("c"); n != 10 {
+		t.Errorf("%d accepted in the new one", n)
+	}
+}
+
+// latest is a registry that changes.
+type latest func() *subscription.Snapshot
+
+func (l latest) Snapshot() *subscription.Snapshot { return l() }
+
 func TestManyPublishersShareTheRate(t *testing.T) {
 	journal := &shelf{}
 	in := ingest.New(ingest.Options{Registry: newTenants(t, &grapnelv1.Quota{MaxPublishRate: 10}), Journal: journal})
@@ -270,12 +314,12 @@ func BenchmarkPublish(b *testing.B) {
 
 type sink struct{}
 
-func (sink) Append(_ context.Context, events []*delivery.Event) []delivery.AppendResult {
+func (sink) Append(_ context.Context, events []delivery.Publication) []delivery.AppendResult {
 	out := make([]delivery.AppendResult, len(events))
 	for i := range out {
-		out[i].Event = events[i]
+		out[i].Event = events[i].Event
 	}
 	return out
 }
 
-func (sink) OpenIn(string) int64 { return 0 }
+func (sink) OpenIn(delivery.NamespaceKey) int64 { return 0 }

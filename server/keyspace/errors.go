@@ -62,6 +62,17 @@ type InvalidError struct {
 	Violations []Violation
 }
 
+// BrokenError says that a stored value is not what was written: a bit has flipped on disk, or somebody else
+// wrote it.
+type BrokenError struct {
+	// Key is the full key in etcd.
+	Key string
+}
+
+func (e *BrokenError) Error() string {
+	return e.Key + " in etcd is damaged, its checksum is wrong: delete it or restore etcd from a backup"
+}
+
 // Violation is one fault in one field.
 type Violation struct {
 	// Field is the proto path from the request, such as subscription.event_types[1].

@@ -4,11 +4,16 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
+	"strings"
 	"sync"
 	"time"
 
 	clientv3 "go.etcd.io/etcd/client/v3"
 )
+
+// damaged stands for the revision of a key whose value was refused: whatever is read of it next is news.
+const damaged = -1
 
 var (
 	errClosed = errors.New("watch was closed")
@@ -27,7 +32,7 @@ func (s *Space) Run(ctx context.Context) error {
 		if ctx.Err() != nil {
 			return nil
 		}
-		s.log.Warn("etcd watch ended, listing anew", "prefix", s.watch, "err", err)
+		s.log.Warn("etcd watch ended, listing anew", "prefix", s.prefix, "err", err)
 		if time.Since(started) > abandonAfter {
 			wait = least
 		}
@@ -36,16 +41,31 @@ func (s *Space) Run(ctx context.Context) error {
 				return nil
 			}
 			wait = min(2*wait, most)
-			if err = s.resync(ctx); err == nil {
+			if err = s.list(ctx); err == nil {
 				break
 			}
 			if ctx.Err() != nil {
 				return nil
 			}
-			s.log.Warn("listing etcd failed, trying again", "prefix", s.watch, "retry_in", wait, "err", err)
+			if !s.reject(err) {
+				s.log.Warn("listing etcd failed, trying again", "prefix", s.prefix, "retry_in", wait, "err", err)
+			}
 		}
-		s.log.Info("etcd is followed again", "prefix", s.watch, "revision", s.revision)
+		s.log.Info("etcd is followed again", "prefix", s.prefix, "revision", s.revision)
 	}
+}
+
+// reject remembers that etcd is a stranger, and says so once, however often it is asked. False when the
+// error is another one.
+func (s *Space) reject(err error) bool {
+	var stranger *StrangerError
+	if !errors.As(err, &stranger) {
+		return false
+	}
+	if old := s.stranger.Swap(stranger); old == nil || old.Error() != stranger.Error() {
+		s.log.Error("etcd is not the one it should be, what is known stays", "prefix", s.prefix, "err", err)
+	}
+	return true
 }
 
 // follow applies what the watch brings until it breaks.
@@ -56,9 +76,11 @@ func (s *Space) follow(ctx context.Context) error {
 	defer probing.Wait()
 	defer cancel()
 
-	watch := s.client.Watch(ctx, s.watch, clientv3.WithPrefix(), clientv3.WithRev(s.revision+1))
-	revisions := make(chan int64)
-	probing.Go(func() { s.probe(ctx, revisions) })
+	from := s.prefix + s.watch[0]
+	end := clientv3.GetPrefixRangeEnd(s.prefix + s.watch[len(s.watch)-1])
+	watch := s.client.Watch(ctx, from, clientv3.WithRange(end), clientv3.WithRev(s.revision+1))
+	signs := make(chan sign)
+	probing.Go(func() { s.probe(ctx, signs) })
 	// spoken is the latest revision the watch has told of; owes is since when etcd is known to be further.
 	spoken, owes := s.revision, time.Time{}
 	for {
@@ -70,14 +92,20 @@ func (s *Space) follow(ctx context.Context) error {
 			if err := resp.Err(); err != nil {
 				return err
 			}
+			if cluster := resp.Header.GetClusterId(); cluster != s.cluster {
+				return &StrangerError{Prefix: s.prefix, Want: s.identity, WantCluster: s.cluster, FoundCluster: cluster}
+			}
 			spoken, owes = max(spoken, resp.Header.GetRevision()), time.Time{}
 			s.take(resp.Events)
-		case revision := <-revisions:
+		case sign := <-signs:
+			if sign.err != nil {
+				return sign.err
+			}
 			s.heard.Store(time.Now().UnixNano())
 			switch {
-			case revision < s.revision:
+			case sign.revision < sign.known:
 				return errPast
-			case revision <= spoken:
+			case sign.revision <= spoken:
 				owes = time.Time{}
 			case owes.IsZero():
 				owes = time.Now()
@@ -88,17 +116,30 @@ func (s *Space) follow(ctx context.Context) error {
 	}
 }
 
-// probe asks etcd for its revision now and then, and the watch to tell how far it is: on its own it would
-// be silent as long as no watched key changes. A watch that has nothing to catch up with does not answer.
-func (s *Space) probe(ctx context.Context, revisions chan<- int64) {
+// sign is what etcd answered to a probe.
+type sign struct {
+	// known is the revision that was taken in before the question: etcd must be as far. The watch may be
+	// further than the answer by the time it is looked at.
+	known, revision int64
+	// err is set when etcd is another one.
+	err error
+}
+
+// probe asks etcd for its revision and identity now and then, and the watch to tell how far it is: on its
+// own it would be silent as long as no watched key changes. A watch that has nothing to catch up with does
+// not answer.
+func (s *Space) probe(ctx context.Context, signs chan<- sign) {
 	for pause(ctx, probeEvery) == nil {
 		asking, cancel := context.WithTimeout(ctx, healthyFor)
-		resp, err := s.client.Get(asking, s.watch, clientv3.WithCountOnly())
+		s.mu.Lock()
+		known := s.revision
+		s.mu.Unlock()
+		found, err := s.client.Get(asking, s.prefix+identityKey)
 		if err == nil {
 			// An error shows as silence.
 			_ = s.client.RequestProgress(asking)
 			select {
-			case revisions <- resp.Header.Revision:
+			case signs <- sign{known: known, revision: found.Header.Revision, err: s.recognise(found)}:
 			case <-ctx.Done():
 			}
 		}
@@ -113,57 +154,109 @@ func (s *Space) take(events []*clientv3.Event) {
 	}
 	var changes []Change
 	for _, ev := range events {
-		key := string(ev.Kv.Key[len(s.prefix):])
-		if !s.keep(key) {
-			continue
-		}
-		c := Change{Key: key, Value: ev.Kv.Value, Revision: ev.Kv.ModRevision, Deleted: ev.Type == clientv3.EventTypeDelete}
-		if c.Deleted {
+		key, ok := s.watched(ev.Kv.Key)
+		switch {
+		case !ok:
+		case ev.Type == clientv3.EventTypeDelete:
 			delete(s.known, key)
-		} else {
-			s.known[key] = c.Revision
+			s.mend(key)
+			changes = append(changes, Change{Key: key, Deleted: true, Revision: ev.Kv.ModRevision})
+		default:
+			value, ok := s.check(key, ev.Kv.Value, ev.Kv.ModRevision)
+			if !ok {
+				s.known[key] = damaged
+				continue
+			}
+			s.known[key] = ev.Kv.ModRevision
+			changes = append(changes, Change{Key: key, Value: value, Revision: ev.Kv.ModRevision})
 		}
-		changes = append(changes, c)
 	}
 	s.advance(events[len(events)-1].Kv.ModRevision, changes)
 }
 
-// resync lists the watched keys and applies what differs from what is known.
-func (s *Space) resync(ctx context.Context) error {
+// watched returns the key without the prefix; false when it is not one of those followed.
+func (s *Space) watched(full []byte) (string, bool) {
+	key := string(full[len(s.prefix):])
+	under := func(part string) bool { return strings.HasPrefix(key, part) }
+	return key, slices.ContainsFunc(s.watch, under) && s.keep(key)
+}
+
+// check returns the value of a watched key. One that is damaged is named, and not used.
+func (s *Space) check(key string, stored []byte, revision int64) ([]byte, bool) {
+	value, ok := CheckSum(key, stored)
+	if ok {
+		s.mend(key)
+		return value, true
+	}
+	s.log.Error("stored value refused, what was known before stays", "key", s.prefix+key, "revision", revision,
+		"err", &BrokenError{Key: s.prefix + key})
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.broken[key] = true
+	return nil, false
+}
+
+func (s *Space) mend(key string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.broken, key)
+}
+
+// list reads the watched keys and applies what differs from what is known. At Open nothing is known, and
+// nobody reads yet: then each page is applied by itself, so that not everything is in memory twice.
+func (s *Space) list(ctx context.Context) error {
+	head, err := s.head(ctx)
+	if err != nil {
+		return err
+	}
+	first := s.cluster == 0
+	revision := head.Header.Revision
+	// Another history may use the same revision numbers for other values.
+	forget := revision < s.revision
 	known := make(map[string]int64, len(s.known))
 	var changes []Change
-	revision, cluster, forget := int64(0), uint64(0), false
-	end := clientv3.GetPrefixRangeEnd(s.watch)
-	for from := s.watch; from != ""; {
-		page, err := s.page(ctx, from, end, revision)
-		if err != nil {
-			return err
-		}
-		if revision == 0 {
-			revision, cluster = page.Header.Revision, page.Header.ClusterId
-			// Another history may use the same revision numbers for other values.
-			forget = cluster != s.cluster || revision < s.revision
-		}
-		from = ""
-		for _, kv := range page.Kvs {
+	for _, part := range s.watch {
+		end := clientv3.GetPrefixRangeEnd(s.prefix + part)
+		for from := s.prefix + part; from != ""; {
+			page, err := s.page(ctx, from, end, revision)
+			if err != nil {
+				return err
+			}
+			from = ""
 			if page.More {
-				from = string(kv.Key) + "\x00"
+				from = string(page.Kvs[len(page.Kvs)-1].Key) + "\x00"
 			}
-			key := string(kv.Key[len(s.prefix):])
-			if !s.keep(key) {
-				continue
+			for _, kv := range page.Kvs {
+				key, ok := s.watched(kv.Key)
+				if !ok {
+					continue
+				}
+				value, ok := s.check(key, kv.Value, kv.ModRevision)
+				if !ok {
+					known[key] = damaged
+					continue
+				}
+				if known[key] = kv.ModRevision; forget || s.known[key] != kv.ModRevision {
+					changes = append(changes, Change{Key: key, Value: value, Revision: kv.ModRevision})
+				}
 			}
-			if known[key] = kv.ModRevision; forget || s.known[key] != kv.ModRevision {
-				changes = append(changes, Change{Key: key, Value: kv.Value, Revision: kv.ModRevision})
+			if first {
+				s.apply(revision, changes)
+				changes = nil
 			}
 		}
 	}
 	for key := range s.known {
 		if _, ok := known[key]; !ok {
+			s.mend(key)
 			changes = append(changes, Change{Key: key, Deleted: true, Revision: revision})
 		}
 	}
-	s.known, s.cluster = known, cluster
+	s.known = known
+	if first {
+		s.cluster = head.Header.ClusterId
+	}
+	s.stranger.Store(nil)
 	s.heard.Store(time.Now().UnixNano())
 	s.advance(revision, changes)
 	return nil

@@ -4,8 +4,9 @@
 //
 // It guarantees that Apply sees every lasting change, in revision order, from one goroutine: when the
 // watch is lost or its history has been compacted, the keys are listed again and the differences are
-// handed over as changes. Changes that cancelled each other out in between are not seen. It knows nothing
-// of what the values mean.
+// handed over as changes. Changes that cancelled each other out in between are not seen. Values carry a
+// checksum; one that is wrong is named in the log and never handed over. An etcd that is not the one it
+// should be is not listened to. It knows nothing of what the values mean.
 package keyspace
 
 import (
@@ -13,7 +14,8 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"math/rand/v2"
+	"maps"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -37,18 +39,22 @@ const (
 	pageSize     = 500
 )
 
-// Options for Open. All but Keep are required.
+// Options for Open. Client, Prefix, Watch and Apply are required.
 type Options struct {
 	// Client is not closed by the Space.
 	Client *clientv3.Client
 	// Prefix is put before every key, and never shown to the owner.
 	Prefix string
-	// Watch is the part below Prefix that is followed.
-	Watch string
+	// Watch lists the parts below Prefix that are followed, in the order of keys. One watch spans them all,
+	// so that what one transaction writes in several of them is one step to Apply.
+	Watch []string
 	// Keep says which watched keys Apply is told of; nil keeps all.
 	Keep func(key string) bool
-	// Apply takes changes into the owner's memory; called by Open and then by Run. Writers wait for it:
-	// it must not block, and must not write.
+	// Identity, when set, is written below Prefix into an etcd that is empty there, and must be found there
+	// for as long as the Space is used: see StrangerError.
+	Identity string
+	// Apply takes changes into the owner's memory; called by Open, several times, and then by Run. Writers
+	// wait for it: it must not block, and must not write.
 	Apply  func(revision int64, changes []Change)
 	Logger *slog.Logger
 }
@@ -62,61 +68,60 @@ type Change struct {
 	Revision int64
 }
 
-// Item is one key as read. Revision is zero when it does not exist.
-type Item struct {
-	Key      string
-	Value    []byte
-	Revision int64
-}
-
-// Txn is what a plan wants written if nothing has changed since it read.
-type Txn struct {
-	// If adds conditions to those on the keys read. When one fails the plan is made anew.
-	If []clientv3.Cmp
-	// Then is what to write. Empty means that there is nothing to do.
-	Then []clientv3.Op
-	// Unwatched says that Then writes no watched key, so that there is no event to wait for.
-	Unwatched bool
-}
-
 // Space is a watched prefix. Its methods may be called from any goroutine.
 type Space struct {
-	client *clientv3.Client
-	prefix string
-	watch  string
-	keep   func(string) bool
-	apply  func(int64, []Change)
-	log    *slog.Logger
+	client   *clientv3.Client
+	prefix   string
+	watch    []string
+	keep     func(string) bool
+	identity string
+	apply    func(int64, []Change)
+	log      *slog.Logger
 
 	// heard is when etcd last spoke, in unix nanoseconds.
 	heard atomic.Int64
-
-	// known holds the revision of every key kept; cluster is the ID of the etcd cluster that said so. Both
-	// belong to Open and then to Run.
-	known   map[string]int64
+	// stranger is set while etcd is not the one it should be.
+	stranger atomic.Pointer[StrangerError]
+	// cluster is the ID of the etcd cluster, set by Open.
 	cluster uint64
 
+	// known holds the revision of every key kept, of damaged ones too. It belongs to Open and then to Run.
+	known map[string]int64
+
 	mu sync.Mutex // guards what follows
+	// broken holds the watched keys whose stored value is damaged.
+	broken map[string]bool
 	// revision is what apply has taken in.
 	revision int64
 	// advanced is closed when revision rises; nil while nobody waits.
 	advanced chan struct{}
 }
 
-// Open lists the watched keys and applies them.
+// Open lists the watched keys and applies them. It returns a *StrangerError when etcd is not the one that
+// Identity asks for.
 func Open(ctx context.Context, o Options) (*Space, error) {
-	if o.Client == nil || o.Prefix == "" || o.Watch == "" || o.Apply == nil {
+	if o.Client == nil || o.Prefix == "" || len(o.Watch) == 0 || o.Apply == nil {
 		return nil, errors.New("keyspace: Client, Prefix, Watch and Apply are required")
 	}
-	s := &Space{client: o.Client, prefix: o.Prefix, watch: o.Prefix + o.Watch, keep: o.Keep, apply: o.Apply, log: o.Logger}
+	s := &Space{
+		client: o.Client, prefix: o.Prefix, watch: o.Watch, keep: o.Keep, identity: o.Identity, apply: o.Apply, log: o.Logger,
+		known: make(map[string]int64), broken: make(map[string]bool),
+	}
 	if s.keep == nil {
 		s.keep = func(string) bool { return true }
 	}
 	if s.log == nil {
 		s.log = slog.New(slog.DiscardHandler)
 	}
-	if err := s.resync(ctx); err != nil {
-		return nil, fmt.Errorf("list %s: %w", s.watch, err)
+	if _, err := s.head(ctx); err != nil && !s.unclaimed(err) {
+		return nil, fmt.Errorf("open %s: %w", s.prefix, err)
+	} else if err != nil {
+		if err := s.claim(ctx); err != nil {
+			return nil, fmt.Errorf("claim %s: %w", s.prefix, err)
+		}
+	}
+	if err := s.list(ctx); err != nil {
+		return nil, fmt.Errorf("list %s: %w", s.prefix, err)
 	}
 	return s, nil
 }
@@ -124,9 +129,9 @@ func Open(ctx context.Context, o Options) (*Space, error) {
 // Key returns the full etcd key of a key of this space.
 func (s *Space) Key(key string) string { return s.prefix + key }
 
-// Healthy reports whether etcd has been heard within the last seconds.
+// Healthy reports whether etcd has been heard within the last seconds, and is the right one.
 func (s *Space) Healthy() bool {
-	return time.Since(time.Unix(0, s.heard.Load())) < healthyFor
+	return s.stranger.Load() == nil && time.Since(time.Unix(0, s.heard.Load())) < healthyFor
 }
 
 // Bound limits the time of one operation made of several calls.
@@ -141,6 +146,9 @@ func (s *Space) Read(ctx context.Context, keys ...string) ([]Item, error) {
 
 // Missing returns those keys that do not exist, without reading values.
 func (s *Space) Missing(ctx context.Context, keys ...string) ([]string, error) {
+	if len(keys) == 0 {
+		return nil, nil
+	}
 	items, err := s.read(ctx, keys, clientv3.WithKeysOnly())
 	if err != nil {
 		return nil, err
@@ -155,27 +163,43 @@ func (s *Space) Missing(ctx context.Context, keys ...string) ([]string, error) {
 }
 
 func (s *Space) read(ctx context.Context, keys []string, opts ...clientv3.OpOption) ([]Item, error) {
-	if len(keys) == 0 {
-		return nil, nil
-	}
-	ops := make([]clientv3.Op, len(keys))
+	ops := make([]clientv3.Op, len(keys), len(keys)+1)
 	for i, key := range keys {
 		ops[i] = clientv3.OpGet(s.prefix+key, opts...)
 	}
 	ctx, cancel := s.Bound(ctx)
 	defer cancel()
-	resp, err := s.client.Txn(ctx).Then(ops...).Commit()
+	resp, err := s.client.Txn(ctx).Then(append(ops, clientv3.OpGet(s.prefix+identityKey))...).Commit()
 	if err != nil {
 		return nil, unavailable(ctx, err)
 	}
+	identity := resp.Responses[len(keys)].GetResponseRange()
+	if err := s.recognise(&clientv3.GetResponse{Header: resp.Header, Kvs: identity.GetKvs()}); err != nil {
+		return nil, err
+	}
 	items := make([]Item, len(keys))
-	for i, r := range resp.Responses {
-		items[i].Key = keys[i]
-		if kvs := r.GetResponseRange().GetKvs(); len(kvs) > 0 {
-			items[i].Value, items[i].Revision = kvs[0].Value, kvs[0].ModRevision
+	for i, key := range keys {
+		items[i].Key = key
+		kvs := resp.Responses[i].GetResponseRange().GetKvs()
+		if len(kvs) == 0 {
+			continue
+		}
+		items[i].Revision = kvs[0].ModRevision
+		if value, ok := CheckSum(key, kvs[0].Value); ok {
+			items[i].Value = value
+		} else {
+			items[i].Err = &BrokenError{Key: s.prefix + key}
 		}
 	}
 	return items, nil
+}
+
+// Broken lists the watched keys, without the prefix, whose stored values are damaged, sorted. What was known
+// of them before is still in use; what was not known is as if it were absent.
+func (s *Space) Broken() []string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return slices.Sorted(maps.Keys(s.broken))
 }
 
 // Below lists keys under a prefix in key order, without values, and counts them all.
@@ -194,84 +218,6 @@ func (s *Space) Below(ctx context.Context, prefix string, limit int64) (keys []s
 		keys = append(keys, strings.TrimPrefix(string(kv.Key), s.prefix))
 	}
 	return keys, resp.Count, nil
-}
-
-// Edit changes keys by compare-and-set. It reads keys, asks plan what follows, and commits that on
-// condition that none of the keys has changed; if one has, it starts again. It returns the revision of the
-// write once Apply has seen it, or zero when plan had nothing to do. An error of plan ends it as it is.
-func (s *Space) Edit(ctx context.Context, keys []string, plan func([]Item) (Txn, error)) (int64, error) {
-	ctx, cancel := s.Bound(ctx)
-	defer cancel()
-	for try := 0; ; try++ {
-		items, err := s.read(ctx, keys)
-		if err != nil {
-			return 0, err
-		}
-		txn, err := plan(items)
-		if err != nil || len(txn.Then) == 0 {
-			return 0, err
-		}
-		conds := txn.If
-		for _, it := range items {
-			conds = append(conds, clientv3.Compare(clientv3.ModRevision(s.prefix+it.Key), "=", it.Revision))
-		}
-		resp, err := s.client.Txn(ctx).If(conds...).Then(txn.Then...).Commit()
-		if err != nil {
-			return 0, unavailable(ctx, err)
-		}
-		if resp.Succeeded && txn.Unwatched {
-			return resp.Header.Revision, nil
-		}
-		if resp.Succeeded {
-			return resp.Header.Revision, s.wait(ctx, resp.Header.Revision)
-		}
-		// Someone else was first; writers that step back for different times get past each other.
-		if err := pause(ctx, rand.N(time.Millisecond<<min(try, 5))); err != nil {
-			return 0, unavailable(ctx, err)
-		}
-	}
-}
-
-// Lease grants a lease.
-func (s *Space) Lease(ctx context.Context, ttl time.Duration) (clientv3.LeaseID, error) {
-	ctx, cancel := s.Bound(ctx)
-	defer cancel()
-	resp, err := s.client.Grant(ctx, int64(ttl/time.Second))
-	if err != nil {
-		return 0, unavailable(ctx, err)
-	}
-	return resp.ID, nil
-}
-
-// Revoke ends a lease and erases the keys that hang on it.
-func (s *Space) Revoke(ctx context.Context, id clientv3.LeaseID) error {
-	ctx, cancel := s.Bound(ctx)
-	defer cancel()
-	if _, err := s.client.Revoke(ctx, id); err != nil {
-		return unavailable(ctx, err)
-	}
-	return nil
-}
-
-// wait blocks until apply has taken in a revision.
-func (s *Space) wait(ctx context.Context, revision int64) error {
-	for {
-		s.mu.Lock()
-		if s.revision >= revision {
-			s.mu.Unlock()
-			return nil
-		}
-		if s.advanced == nil {
-			s.advanced = make(chan struct{})
-		}
-		advanced := s.advanced
-		s.mu.Unlock()
-		select {
-		case <-advanced:
-		case <-ctx.Done():
-			return unavailable(ctx, fmt.Errorf("stored at revision %d, which this server has not seen yet", revision))
-		}
-	}
 }
 
 // unavailable says why a call to etcd failed: the caller gave up, or etcd did not answer. The cause is

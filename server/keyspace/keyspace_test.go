@@ -59,6 +59,12 @@ func (v *view) get() map[string]string {
 	return maps.Clone(v.values)
 }
 
+func (v *view) count() int {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	return v.changes
+}
+
 func open(t *testing.T, c *clientv3.Client, prefix string) (*keyspace.Space, *view) {
 	t.Helper()
 	t.Cleanup(func() {
@@ -68,7 +74,7 @@ func open(t *testing.T, c *clientv3.Client, prefix string) (*keyspace.Space, *vi
 	})
 	v := &view{values: make(map[string]string)}
 	s, err := keyspace.Open(t.Context(), keyspace.Options{
-		Client: c, Prefix: prefix, Watch: "a/", Apply: v.apply,
+		Client: c, Prefix: prefix, Watch: []string{"a/", "c/"}, Apply: v.apply,
 		Keep: func(key string) bool { return !strings.HasSuffix(key, ".skip") },
 	})
 	if err != nil {
@@ -94,15 +100,20 @@ func run(t *testing.T, s *keyspace.Space) (stop func()) {
 
 func set(s *keyspace.Space, key, value string) func([]keyspace.Item) (keyspace.Txn, error) {
 	return func([]keyspace.Item) (keyspace.Txn, error) {
-		return keyspace.Txn{Then: []clientv3.Op{clientv3.OpPut(s.Key(key), value)}}, nil
+		return keyspace.Txn{Then: []keyspace.Write{keyspace.Put(key, []byte(value))}}, nil
 	}
 }
 
+// put stores a value as a Space would. The prefix is the key's first part.
 func put(t *testing.T, c *clientv3.Client, key, value string) {
 	t.Helper()
-	if _, err := c.Put(t.Context(), key, value); err != nil {
+	if _, err := c.Put(t.Context(), key, summed(key, value)); err != nil {
 		t.Fatal(err)
 	}
+}
+
+func summed(key, value string) string {
+	return string(keyspace.AddSum(key[strings.Index(key[1:], "/")+2:], []byte(value)))
 }
 
 // eventually waits for a condition; it says what it waited for when it does not come.
@@ -140,7 +151,7 @@ func TestOpenReadsManyPages(t *testing.T) {
 	for i := range 1203 {
 		key := fmt.Sprintf("a/%04d", i)
 		want[key] = "x"
-		if ops = append(ops, clientv3.OpPut("/pages/"+key, "x")); len(ops) == 100 || i == 1202 {
+		if ops = append(ops, clientv3.OpPut("/pages/"+key, summed("/pages/"+key, "x"))); len(ops) == 100 || i == 1202 {
 			if _, err := etcd.Client.Txn(t.Context()).Then(ops...).Commit(); err != nil {
 				t.Fatal(err)
 			}
@@ -336,7 +347,7 @@ func TestHistoryThatBeginsAnew(t *testing.T) {
 		t.Fatal(err)
 	}
 	eventually(t, "etcd answers", func() bool {
-		_, err := own.Client.Put(t.Context(), "/past/a/new", "y")
+		_, err := own.Client.Put(t.Context(), "/past/a/new", summed("/past/a/new", "y"))
 		return err == nil
 	})
 	want := map[string]string{"a/new": "y"}

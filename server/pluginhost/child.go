@@ -65,6 +65,8 @@ func (c *child) place(env []string, dir string) error {
 	}
 	if limit := c.program.spec.Limits.MemoryBytes; limit > 0 {
 		c.env = append(c.env, "GOMEMLIMIT="+strconv.FormatUint(limit/10*9, 10))
+	} else if soft := c.program.spec.SoftMemoryBytes; soft > 0 {
+		c.env = append(c.env, "GOMEMLIMIT="+strconv.FormatUint(soft, 10))
 	}
 	return c.program.giveDir(dir)
 }

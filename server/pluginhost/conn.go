@@ -300,7 +300,9 @@ func (c *conn) beat() {
 		if err != nil {
 			return
 		}
-		c.unanswered.Add(1)
+		if c.unanswered.Add(1) == silentAfter {
+			c.log.Warn("plugin does not answer; it is ended if that goes on", "pid", c.child.pid())
+		}
 		select {
 		case <-c.ctx.Done():
 			return

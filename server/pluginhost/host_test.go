@@ -358,9 +358,9 @@ func newSub(t testing.TB, id byte, config map[string]any) *subscription.Subscrip
 
 func newJob(n int, eventType string) *delivery.Job {
 	return &delivery.Job{
-		ID: delivery.ID{Seq: uint64(n + 1)}, Subscription: "s", MaxAttempts: 10,
+		ID: delivery.ID{Seq: uint64(n + 1)}, MaxAttempts: 10,
 		Event: &delivery.Event{
-			Namespace: "acme", ID: "ev-" + strconv.Itoa(n), Source: "/shop", Type: eventType, ContentType: "application/json",
+			ID: "ev-" + strconv.Itoa(n), Source: "/shop", Type: eventType, ContentType: "application/json",
 			Payload: []byte(`{"n":` + strconv.Itoa(n) + `}`), UID: "evt" + strconv.Itoa(n), Time: time.Unix(1700000000, 0),
 		},
 	}

@@ -28,6 +28,8 @@ type Spec struct {
 	// Manifest must say the same as the plugin's own Describe: name, version, capabilities, kinds and their
 	// schemas. A plugin that differs does not serve. Nil is not compared.
 	Manifest *pluginv1.DescribeResponse
+	// SoftMemoryBytes is told to a Go plugin as its GOMEMLIMIT where Limits say nothing of memory; 0 tells none.
+	SoftMemoryBytes uint64
 	// Limits of the process. Linux only: elsewhere a plugin with limits does not start.
 	Limits Limits
 	// User to run as: a name or a number, and after a colon a group. Empty is the server's own. It needs a

@@ -50,6 +50,26 @@ func (h *Host) Plugin(id string) (*grapnelv1.Plugin, bool) {
 	return nil, false
 }
 
+// Silence is a plugin whose process runs and does not answer.
+type Silence struct {
+	Name    string
+	Builtin bool
+}
+
+// silentAfter is how many heartbeats without an answer make a silence: one may just be on its way.
+const silentAfter = 2
+
+// Silent are the plugins that have left heartbeats unanswered and are not given up yet.
+func (h *Host) Silent() []Silence {
+	var out []Silence
+	for _, p := range h.processes() {
+		if c := p.conn.Load(); c != nil && c.unanswered.Load() >= silentAfter {
+			out = append(out, Silence{Name: p.displayName(), Builtin: p.spec.Builtin})
+		}
+	}
+	return out
+}
+
 // byKey groups the processes by plugin: the one that has the place first, then one that is to take it, then those
 // that leave.
 func (h *Host) byKey() map[string][]*process {

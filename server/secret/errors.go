@@ -31,5 +31,7 @@ type (
 	EtagError     = keyspace.EtagError
 	// InvalidError never holds the value given.
 	InvalidError = keyspace.InvalidError
-	Violation    = keyspace.Violation
+	// StrangerError means that etcd belongs to another installation.
+	StrangerError = keyspace.StrangerError
+	Violation     = keyspace.Violation
 )

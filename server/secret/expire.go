@@ -6,7 +6,6 @@ import (
 	"maps"
 	"time"
 
-	clientv3 "go.etcd.io/etcd/client/v3"
 	"google.golang.org/protobuf/proto"
 
 	"github.com/grapnel/grapnel/server/keyspace"
@@ -87,7 +86,7 @@ func (s *Store) erase(ctx context.Context, name string) error {
 		if err != nil {
 			return keyspace.Txn{}, err
 		}
-		return keyspace.Txn{Then: []clientv3.Op{clientv3.OpPut(s.space.Key(name), string(value))}}, nil
+		return keyspace.Txn{Then: []keyspace.Write{keyspace.Put(name, value)}}, nil
 	})
 	return err
 }

@@ -1,6 +1,7 @@
 package secret
 
 import (
+	"context"
 	"crypto/rand"
 	"encoding/hex"
 	"errors"
@@ -10,21 +11,53 @@ import (
 	"path/filepath"
 	"runtime"
 	"strings"
+
+	clientv3 "go.etcd.io/etcd/client/v3"
 )
 
-// LoadOrCreateKey reads the key-encryption key in a file, or makes both when there is none. The file holds
+// LoadOrCreateKey reads the key-encryption key in a file, or makes both when there is none and sealed, which is then
+// asked, says that nothing was ever sealed: under a new key what is there could not be read. The file holds
 // 64 hex digits. It refuses a file that others than its owner can read, and anything but a regular file.
 // Two processes that start at once end up with the same key.
-func LoadOrCreateKey(path string) ([]byte, error) {
+func LoadOrCreateKey(path string, sealed func() (bool, error)) ([]byte, error) {
 	key, err := loadKey(path)
 	if !errors.Is(err, fs.ErrNotExist) {
 		return key, err
+	}
+	if found, err := sealed(); err != nil {
+		return nil, fmt.Errorf("key file %s is missing, and whether secrets were sealed with it is unknown: %w", path, err)
+	} else if found {
+		return nil, fmt.Errorf("key file %s is missing, and there are secrets that only it opens: restore it", path)
 	}
 	if err := createKey(path); err != nil && !errors.Is(err, fs.ErrExist) {
 		return nil, fmt.Errorf("make key file %s: %w", path, err)
 	}
 	return loadKey(path)
 }
+
+// Sealed reports whether etcd holds secrets under a prefix of keys such as /grapnel/v1/.
+func Sealed(ctx context.Context, client *clientv3.Client, prefix string) (bool, error) {
+	const page = 1000
+	from, end := prefix+"namespaces/", clientv3.GetPrefixRangeEnd(prefix+"namespaces/")
+	for {
+		resp, err := client.Get(ctx, from, clientv3.WithRange(end), clientv3.WithKeysOnly(), clientv3.WithLimit(page))
+		if err != nil {
+			return false, err
+		}
+		for _, kv := range resp.Kvs {
+			if isSecret(string(kv.Key)) {
+				return true, nil
+			}
+		}
+		if !resp.More {
+			return false, nil
+		}
+		from = string(resp.Kvs[len(resp.Kvs)-1].Key) + "\x00"
+	}
+}
+
+// isSecret tells the keys of secrets from those of what else a namespace has.
+func isSecret(key string) bool { return strings.Contains(key, "/secrets/") }
 
 func loadKey(path string) ([]byte, error) {
 	info, err := os.Lstat(path)

@@ -2,6 +2,7 @@ package secret_test
 
 import (
 	"bytes"
+	"errors"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -12,6 +13,26 @@ import (
 	"github.com/grapnel/grapnel/server/secret"
 )
 
+func unsealed() (bool, error) { return false, nil }
+
+// TestKeyFileIsNotReplaced: under a new key the secrets that are there could never be read.
+func TestKeyFileIsNotReplaced(t *testing.T) {
+	dir := t.TempDir()
+	path := filepath.Join(dir, "key")
+	for want, sealed := range map[string]func() (bool, error){
+		"restore it":     func() (bool, error) { return true, nil },
+		"etcd is asleep": func() (bool, error) { return false, errors.New("etcd is asleep") },
+	} {
+		_, err := secret.LoadOrCreateKey(path, sealed)
+		if err == nil || !strings.Contains(err.Error(), want) || !strings.Contains(err.Error(), path+" is missing") {
+			t.Errorf("got %v, want %q", err, want)
+		}
+	}
+	if left, err := os.ReadDir(dir); err != nil || len(left) > 0 {
+		t.Errorf("left behind: %v, %v", left, err)
+	}
+}
+
 func TestKeyFile(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "key")
 	var wg sync.WaitGroup
@@ -19,7 +40,7 @@ func TestKeyFile(t *testing.T) {
 	for i := range keys {
 		wg.Go(func() {
 			var err error
-			if keys[i], err = secret.LoadOrCreateKey(path); err != nil {
+			if keys[i], err = secret.LoadOrCreateKey(path, unsealed); err != nil {
 				t.Error(err)
 			}
 		})
@@ -64,7 +85,7 @@ func TestKeyFileRefusals(t *testing.T) {
 			if err := os.Chmod(path, tt.mode); err != nil {
 				t.Fatal(err)
 			}
-			_, err := secret.LoadOrCreateKey(path)
+			_, err := secret.LoadOrCreateKey(path, unsealed)
 			if err == nil || !strings.Contains(err.Error(), tt.want) || !strings.Contains(err.Error(), path) {
 				t.Errorf("got %v", err)
 			}
@@ -83,11 +104,11 @@ func TestKeyFileRefusals(t *testing.T) {
 		t.Fatal(err)
 	}
 	if err := os.Symlink(target, link); err == nil {
-		if _, err := secret.LoadOrCreateKey(link); err == nil {
+		if _, err := secret.LoadOrCreateKey(link, unsealed); err == nil {
 			t.Error("a symbolic link was followed")
 		}
 	}
-	if _, err := secret.LoadOrCreateKey(filepath.Join(dir, "absent", "key")); err == nil {
+	if _, err := secret.LoadOrCreateKey(filepath.Join(dir, "absent", "key"), unsealed); err == nil {
 		t.Error("made a key in a directory that does not exist")
 	}
 }

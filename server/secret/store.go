@@ -21,6 +21,8 @@ type Options struct {
 	Client *clientv3.Client
 	// Prefix of all keys, ending in a slash. Default /grapnel/v1/.
 	Prefix string
+	// Identity says whose etcd it must be; empty does not ask. See keyspace.Options.
+	Identity string
 	// Key is the key-encryption key, 32 bytes; see LoadOrCreateKey.
 	Key []byte
 	// Logger defaults to none.
@@ -47,7 +49,7 @@ type Store struct {
 	ids map[string][]string
 }
 
-// Open reads everything once. ctx bounds that only. It returns ErrWrongKey when there are secrets and not
+// Open reads everything once. ctx bounds that only. It returns a *StrangerError for an etcd of somebody else, and ErrWrongKey when there are secrets and not
 // one of them was sealed under the key given.
 func Open(ctx context.Context, o Options) (*Store, error) {
 	if o.Prefix == "" {
@@ -69,12 +71,13 @@ func Open(ctx context.Context, o Options) (*Store, error) {
 		ids:      make(map[string][]string),
 	}
 	s.space, err = keyspace.Open(ctx, keyspace.Options{
-		Client: o.Client,
-		Prefix: o.Prefix,
-		Watch:  "namespaces/",
-		Keep:   func(key string) bool { return strings.Contains(key, "/secrets/") },
-		Apply:  s.apply,
-		Logger: s.log,
+		Client:   o.Client,
+		Prefix:   o.Prefix,
+		Watch:    []string{"namespaces/"},
+		Keep:     func(key string) bool { return strings.Contains(key, "/secrets/") },
+		Identity: o.Identity,
+		Apply:    s.apply,
+		Logger:   s.log,
 	})
 	if err != nil {
 		return nil, err
@@ -96,8 +99,14 @@ func (s *Store) Run(ctx context.Context) error {
 	return s.space.Run(ctx)
 }
 
-// Healthy reports whether etcd has been heard within the last seconds.
+// Healthy reports whether etcd has been heard within the last seconds, and is the right one.
 func (s *Store) Healthy() bool { return s.space.Healthy() }
+
+// Stranger says why etcd is not listened to, a *StrangerError; nil while it is the one it should be.
+func (s *Store) Stranger() error { return s.space.Stranger() }
+
+// Broken lists the full names of secrets whose stored values are damaged, sorted.
+func (s *Store) Broken() []string { return s.space.Broken() }
 
 // OnChange registers a function that is told the name of a secret after any change of it: new, rotated,
 // expired, deleted. One call at a time, from the goroutines of Run; a name may be told more often than

@@ -20,6 +20,7 @@ import (
 
 	storev1 "github.com/grapnel/grapnel/proto/grapnel/store/v1"
 	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
+	"github.com/grapnel/grapnel/server/keyspace"
 	"github.com/grapnel/grapnel/server/keyspace/keyspacetest"
 	"github.com/grapnel/grapnel/server/secret"
 	"github.com/grapnel/grapnel/server/subscription"
@@ -151,8 +152,12 @@ func record(t *testing.T, id string) *storev1.SecretRecord {
 	if err != nil || len(resp.Kvs) != 1 {
 		t.Fatal(resp, err)
 	}
+	value, ok := keyspace.CheckSum(name(id), resp.Kvs[0].Value)
+	if !ok {
+		t.Fatal("stored without a checksum")
+	}
 	rec := &storev1.SecretRecord{}
-	if err := proto.Unmarshal(resp.Kvs[0].Value, rec); err != nil {
+	if err := proto.Unmarshal(value, rec); err != nil {
 		t.Fatal(err)
 	}
 	return rec
@@ -164,7 +169,7 @@ func overwrite(t *testing.T, id string, rec *storev1.SecretRecord) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := etcd.Client.Put(t.Context(), prefix(t)+name(id), string(value)); err != nil {
+	if _, err := etcd.Client.Put(t.Context(), prefix(t)+name(id), string(keyspace.AddSum(name(id), value))); err != nil {
 		t.Fatal(err)
 	}
 }

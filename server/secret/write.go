@@ -6,7 +6,6 @@ import (
 	"strings"
 	"time"
 
-	clientv3 "go.etcd.io/etcd/client/v3"
 	"google.golang.org/protobuf/proto"
 
 	storev1 "github.com/grapnel/grapnel/proto/grapnel/store/v1"
@@ -108,8 +107,8 @@ func (s *Store) Delete(ctx context.Context, ns, id, etag string) error {
 		}
 		return keyspace.Txn{
 			// A subscription that begins to refer to it asks in its transaction that it exists.
-			If:   []clientv3.Cmp{clientv3.Compare(clientv3.CreateRevision(s.space.Key(refs)).WithPrefix(), "=", 0)},
-			Then: []clientv3.Op{clientv3.OpDelete(s.space.Key(name))},
+			If:   []keyspace.Cond{keyspace.NoneBelow(refs)},
+			Then: []keyspace.Write{keyspace.Delete(name)},
 		}, nil
 	})
 	return err
@@ -130,7 +129,7 @@ func (s *Store) edit(ctx context.Context, ns, id string, plan func(keyspace.Item
 		if value, err = proto.Marshal(rec); err != nil {
 			return keyspace.Txn{}, fmt.Errorf("encode %s: %w", name, err)
 		}
-		return keyspace.Txn{Then: []clientv3.Op{clientv3.OpPut(s.space.Key(name), string(value))}}, nil
+		return keyspace.Txn{Then: []keyspace.Write{keyspace.Put(name, value)}}, nil
 	})
 	if err != nil {
 		return nil, err
@@ -159,6 +158,9 @@ func (s *Store) record(it keyspace.Item, etag string) (*storev1.SecretRecord, er
 	if err := checkEtag(etag, it); err != nil {
 		return nil, err
 	}
+	if it.Err != nil {
+		return nil, it.Err
+	}
 	sec, err := decode(it.Key, it.Value, it.Revision, s.keys)
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", s.space.Key(it.Key), err)
@@ -170,6 +172,9 @@ func (s *Store) record(it keyspace.Item, etag string) (*storev1.SecretRecord, er
 func checkNamespace(it keyspace.Item) error {
 	if it.Revision == 0 {
 		return &NotFoundError{Name: it.Key}
+	}
+	if it.Err != nil {
+		return it.Err
 	}
 	p := &grapnelv1.Namespace{}
 	if err := proto.Unmarshal(it.Value, p); err != nil {

@@ -23,6 +23,10 @@ type (
 	InUseError    = keyspace.InUseError
 	EtagError     = keyspace.EtagError
 	InvalidError  = keyspace.InvalidError
+	// StrangerError means that etcd belongs to another installation, BrokenError that one value in it is
+	// damaged.
+	StrangerError = keyspace.StrangerError
+	BrokenError   = keyspace.BrokenError
 	Violation     = keyspace.Violation
 )
 

@@ -47,7 +47,7 @@ func requestKey(ns, requestID string) string {
 	return "requests/" + namespaceName(ns) + "/" + requestID
 }
 
-// quotaKey is written by creates that come close to the quota, so that they exclude each other.
+// quotaKey is written by every create under a quota: see writing.admit.
 func quotaKey(ns string) string { return "quota/" + namespaceName(ns) }
 
 // checkIDs returns an *InvalidError when an ID given by a caller could not be part of a name.

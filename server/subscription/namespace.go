@@ -5,7 +5,7 @@ import (
 	"fmt"
 	"time"
 
-	clientv3 "go.etcd.io/etcd/client/v3"
+	"github.com/google/uuid"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
@@ -33,8 +33,9 @@ func (r *Registry) CreateNamespace(ctx context.Context, id string, n *grapnelv1.
 		Quota:      proto.CloneOf(n.GetQuota()),
 		State:      grapnelv1.Namespace_STATE_ACTIVE,
 		CreateTime: timestamppb.Now(),
+		Uid:        uuid.UUID(r.newUID()).String(),
 	}
-	return r.editNamespace(ctx, id, func(it keyspace.Item) (*grapnelv1.Namespace, []clientv3.Cmp, error) {
+	return r.editNamespace(ctx, id, func(it keyspace.Item) (*grapnelv1.Namespace, []keyspace.Cond, error) {
 		if it.Revision != 0 {
 			return nil, nil, fmt.Errorf("%s %w", it.Key, ErrExists)
 		}
@@ -48,7 +49,7 @@ func (r *Registry) UpdateNamespace(ctx context.Context, id, etag string, mutate 
 	if err := checkIDs("namespace.name", id); err != nil {
 		return nil, err
 	}
-	return r.editNamespace(ctx, id, func(it keyspace.Item) (*grapnelv1.Namespace, []clientv3.Cmp, error) {
+	return r.editNamespace(ctx, id, func(it keyspace.Item) (*grapnelv1.Namespace, []keyspace.Cond, error) {
 		n, err := r.activeNamespace(it)
 		if err != nil {
 			return nil, nil, err
@@ -74,7 +75,7 @@ func (r *Registry) DeleteNamespace(ctx context.Context, id, etag string, force b
 		return nil, err
 	}
 	subs := namespaceName(id) + "/subscriptions/"
-	return r.editNamespace(ctx, id, func(it keyspace.Item) (*grapnelv1.Namespace, []clientv3.Cmp, error) {
+	return r.editNamespace(ctx, id, func(it keyspace.Item) (*grapnelv1.Namespace, []keyspace.Cond, error) {
 		n, err := r.namespace(it)
 		if err != nil {
 			return nil, nil, err
@@ -82,7 +83,7 @@ func (r *Registry) DeleteNamespace(ctx context.Context, id, etag string, force b
 		if err := checkEtag(etag, it); err != nil || n.Deleted() {
 			return n.Proto, nil, err
 		}
-		var conds []clientv3.Cmp
+		var conds []keyspace.Cond
 		if !force {
 			users, _, err := r.space.Below(ctx, subs, maxUsers)
 			if err != nil {
@@ -92,7 +93,7 @@ func (r *Registry) DeleteNamespace(ctx context.Context, id, etag string, force b
 				return nil, nil, &InUseError{Name: it.Key, Users: users}
 			}
 			// None may be made while this is being written.
-			conds = []clientv3.Cmp{clientv3.Compare(clientv3.CreateRevision(r.space.Key(subs)).WithPrefix(), "=", 0)}
+			conds = []keyspace.Cond{keyspace.NoneBelow(subs)}
 		}
 		now := time.Now()
 		p := proto.CloneOf(n.Proto)
@@ -105,7 +106,7 @@ func (r *Registry) DeleteNamespace(ctx context.Context, id, etag string, force b
 }
 
 // editNamespace stores what plan makes of the namespace, unless that is what it is already.
-func (r *Registry) editNamespace(ctx context.Context, id string, plan func(keyspace.Item) (*grapnelv1.Namespace, []clientv3.Cmp, error)) (*Namespace, error) {
+func (r *Registry) editNamespace(ctx context.Context, id string, plan func(keyspace.Item) (*grapnelv1.Namespace, []keyspace.Cond, error)) (*Namespace, error) {
 	var out *Namespace
 	key := namespaceName(id)
 	revision, err := r.space.Edit(ctx, []string{key}, func(items []keyspace.Item) (keyspace.Txn, error) {
@@ -122,12 +123,16 @@ func (r *Registry) editNamespace(ctx context.Context, id string, plan func(keysp
 		if err := c.err(); err != nil {
 			return keyspace.Txn{}, err
 		}
-		out = &Namespace{Proto: p, ID: id, Revision: it.Revision}
+		uid, err := uuid.Parse(p.Uid)
+		if err != nil {
+			return keyspace.Txn{}, fmt.Errorf("%s: read uid: %w", key, err)
+		}
+		out = &Namespace{Proto: p, ID: id, UID: uid, Revision: it.Revision}
 		value, err := marshal(p)
 		if err != nil || string(value) == string(it.Value) {
 			return keyspace.Txn{}, err
 		}
-		return keyspace.Txn{If: conds, Then: []clientv3.Op{clientv3.OpPut(r.space.Key(key), string(value))}}, nil
+		return keyspace.Txn{If: conds, Then: []keyspace.Write{keyspace.Put(key, value)}}, nil
 	})
 	if err != nil {
 		return nil, err
@@ -139,48 +144,43 @@ func (r *Registry) editNamespace(ctx context.Context, id string, plan func(keysp
 	return out, nil
 }
 
-// PurgeNamespace erases a deleted namespace with all its subscriptions and secrets, in batches; it can be
-// repeated when it failed. The caller sees to it that purge_time has come and that the journal holds
+// PurgeNamespace erases a deleted namespace with all its subscriptions and secrets, in batches, and leaves a
+// tombstone from the first of them on; it can be repeated when it failed. The caller sees to it that purge_time has come and that the journal holds
 // nothing of the namespace any more.
 func (r *Registry) PurgeNamespace(ctx context.Context, id string) error {
 	if err := checkIDs("name", id); err != nil {
 		return err
 	}
 	name := namespaceName(id)
-	if err := r.purge(ctx, name, name+"/", false); err != nil {
-		return err
-	}
-	for _, prefix := range []string{"refs/" + name + "/", requestKey(id, "")} {
-		if err := r.purge(ctx, name, prefix, true); err != nil {
+	for _, prefix := range []string{name + "/", "refs/" + name + "/", requestKey(id, "")} {
+		if err := r.purge(ctx, name, prefix); err != nil {
 			return err
 		}
 	}
 	_, err := r.space.Edit(ctx, []string{name}, func(items []keyspace.Item) (keyspace.Txn, error) {
+		grave, err := r.checkPurge(items[0])
 		return keyspace.Txn{
-			If: []clientv3.Cmp{clientv3.Compare(clientv3.CreateRevision(r.space.Key(name+"/")).WithPrefix(), "=", 0)},
-			Then: []clientv3.Op{
-				clientv3.OpDelete(r.space.Key(name)),
-				clientv3.OpDelete(r.space.Key(quotaKey(id))),
-			},
-		}, r.checkPurge(items[0])
+			If:   []keyspace.Cond{keyspace.NoneBelow(name + "/")},
+			Then: []keyspace.Write{grave, keyspace.Delete(name), keyspace.Delete(quotaKey(id))},
+		}, err
 	})
 	return err
 }
 
 // purge erases the keys below a prefix as long as the namespace is deleted: then no new ones can appear.
-func (r *Registry) purge(ctx context.Context, name, prefix string, unwatched bool) error {
+func (r *Registry) purge(ctx context.Context, name, prefix string) error {
 	for {
 		keys, _, err := r.space.Below(ctx, prefix, purgeBatch)
 		if err != nil {
 			return err
 		}
 		_, err = r.space.Edit(ctx, []string{name}, func(items []keyspace.Item) (keyspace.Txn, error) {
-			if err := r.checkPurge(items[0]); err != nil || len(keys) == 0 {
+			grave, err := r.checkPurge(items[0])
+			if err != nil || len(keys) == 0 {
 				return keyspace.Txn{}, err
 			}
-			last := r.space.Key(keys[len(keys)-1]) + "\x00"
-			batch := clientv3.OpDelete(r.space.Key(keys[0]), clientv3.WithRange(last))
-			return keyspace.Txn{Then: []clientv3.Op{batch}, Unwatched: unwatched}, nil
+			batch := keyspace.DeleteRange(keys[0], keys[len(keys)-1])
+			return keyspace.Txn{Then: []keyspace.Write{grave, batch}}, nil
 		})
 		if err != nil || len(keys) < purgeBatch {
 			return err
@@ -188,15 +188,16 @@ func (r *Registry) purge(ctx context.Context, name, prefix string, unwatched boo
 	}
 }
 
-func (r *Registry) checkPurge(it keyspace.Item) error {
+// checkPurge returns the tombstone of a namespace that may be erased.
+func (r *Registry) checkPurge(it keyspace.Item) (keyspace.Write, error) {
 	n, err := r.namespace(it)
 	if err != nil {
-		return err
+		return keyspace.Write{}, err
 	}
 	if !n.Deleted() {
-		return fmt.Errorf("purge %s: it is not deleted", it.Key)
+		return keyspace.Write{}, fmt.Errorf("purge %s: it is not deleted", it.Key)
 	}
-	return nil
+	return r.tombstone(Tombstone{UID: n.UID, Name: it.Key, NamespaceUID: n.UID, OfNamespace: true})
 }
 
 // marshal encodes what is stored: the same message always gives the same bytes.

@@ -15,6 +15,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
+	"github.com/grapnel/grapnel/server/keyspace"
 	"github.com/grapnel/grapnel/server/keyspace/keyspacetest"
 	"github.com/grapnel/grapnel/server/subscription"
 )
@@ -22,7 +23,7 @@ import (
 func TestUnreadableValuesAreSkipped(t *testing.T) {
 	erase(t)
 	put := func(key, value string) {
-		if _, err := etcd.Client.Put(t.Context(), prefix(t)+key, value); err != nil {
+		if _, err := etcd.Client.Put(t.Context(), prefix(t)+key, string(keyspace.AddSum(key, []byte(value)))); err != nil {
 			t.Fatal(err)
 		}
 	}

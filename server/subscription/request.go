@@ -4,8 +4,8 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
-	"errors"
 	"fmt"
+	"sync/atomic"
 	"time"
 
 	"github.com/google/uuid"
@@ -20,14 +20,51 @@ import (
 // requestLife is how long a create call with a request ID may be repeated.
 const requestLife = 24 * time.Hour
 
+// A lease is shared by so many requests, and for so long, that a create costs none of its own and the end of
+// one is little work for etcd.
+const (
+	leaseShare = 500
+	leaseSpan  = 10 * time.Minute
+)
+
 // requestFormat begins a stored request; behind it come the hash of the call and the subscription made.
 const requestFormat = 1
 
 // request makes a create call idempotent.
 type request struct {
-	key   string
-	hash  [sha256.Size]byte
-	lease clientv3.LeaseID
+	key  string
+	hash [sha256.Size]byte
+}
+
+// leases are what request records hang on.
+type leases struct {
+	// taking is a lock that a caller can give up waiting for.
+	taking chan struct{}
+	id     clientv3.LeaseID
+	left   int
+	until  time.Time
+	// lost is set when etcd may not have it any more.
+	lost atomic.Bool
+}
+
+func newLeases() *leases { return &leases{taking: make(chan struct{}, 1)} }
+
+// take returns a lease that lasts for at least requestLife.
+func (l *leases) take(ctx context.Context, space *keyspace.Space) (clientv3.LeaseID, error) {
+	if err := acquire(ctx, l.taking); err != nil {
+		return 0, err
+	}
+	defer func() { <-l.taking }()
+	if l.lost.Swap(false) || l.left == 0 || time.Now().After(l.until) {
+		id, err := space.Lease(ctx, requestLife+leaseSpan)
+		if err != nil {
+			l.lost.Store(true)
+			return 0, err
+		}
+		l.id, l.left, l.until = id, leaseShare, time.Now().Add(leaseSpan)
+	}
+	l.left--
+	return l.id, nil
 }
 
 // newRequest returns nil when the call carries no request ID.
@@ -58,6 +95,9 @@ func newRequest(ns, id string, p *grapnelv1.Subscription, o CreateOptions) (*req
 // repeated answers a call that has been made before: with the subscription as it is, or as it was when it
 // has been deleted since.
 func (r *Registry) repeated(req *request, it keyspace.Item) (*Subscription, error) {
+	if it.Err != nil {
+		return nil, it.Err
+	}
 	body, ok := bytes.CutPrefix(it.Value, []byte{requestFormat})
 	if !ok || len(body) < sha256.Size {
 		return nil, fmt.Errorf("%s: unknown format", r.space.Key(it.Key))
@@ -85,12 +125,9 @@ func (r *Registry) repeated(req *request, it keyspace.Item) (*Subscription, erro
 
 // remember adds the request to the transaction that makes its subscription.
 func (r *Registry) remember(ctx context.Context, req *request, p *grapnelv1.Subscription, txn *keyspace.Txn) error {
-	if req.lease == 0 {
-		lease, err := r.space.Lease(ctx, requestLife)
-		if err != nil {
-			return err
-		}
-		req.lease = lease
+	lease, err := r.leases.take(ctx, r.space)
+	if err != nil {
+		return err
 	}
 	value, err := marshal(p)
 	if err != nil {
@@ -98,18 +135,6 @@ func (r *Registry) remember(ctx context.Context, req *request, p *grapnelv1.Subs
 	}
 	record := append([]byte{requestFormat}, req.hash[:]...)
 	record = append(record, value...)
-	txn.Then = append(txn.Then, clientv3.OpPut(r.space.Key(req.key), string(record), clientv3.WithLease(req.lease)))
+	txn.Then = append(txn.Then, keyspace.PutUnder(lease, req.key, record))
 	return nil
-}
-
-// settleLease gives a lease back that nothing hangs on. When the outcome is unknown the lease stays: the
-// request may have been stored under it.
-func (r *Registry) settleLease(ctx context.Context, req *request, written bool, err error) {
-	unknown := errors.Is(err, ErrUnavailable) || ctx.Err() != nil
-	if req.lease == 0 || written || unknown {
-		return
-	}
-	if err := r.space.Revoke(ctx, req.lease); err != nil {
-		r.log.Debug("lease not given back, it will expire", "err", err)
-	}
 }

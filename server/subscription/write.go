@@ -13,7 +13,6 @@ import (
 	"unicode/utf8"
 
 	"github.com/google/uuid"
-	clientv3 "go.etcd.io/etcd/client/v3"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
@@ -23,9 +22,9 @@ import (
 
 const (
 	maxConcurrentCreates = 64
-	// quotaMargin is how close to the quota creates begin to exclude each other: more than all servers of a
-	// cluster have under way at once.
-	quotaMargin = 256
+	// quotaMargin is how close to the quota creates begin to exclude each other: more than four servers have
+	// under way at once. With more of them the quota may be overrun by maxConcurrentCreates for each.
+	quotaMargin = 4 * maxConcurrentCreates
 	maxReason   = 256
 )
 
@@ -121,7 +120,7 @@ func (r *Registry) SetState(ctx context.Context, ns, id string, uid [16]byte, st
 	return stored(out, revision, err)
 }
 
-// DeleteSubscription removes a subscription and returns what it was.
+// DeleteSubscription removes a subscription, leaves its tombstone, and returns what it was.
 func (r *Registry) DeleteSubscription(ctx context.Context, ns, id, etag string) (*Subscription, error) {
 	if err := checkIDs("name", ns, "name", id); err != nil {
 		return nil, err
@@ -129,7 +128,7 @@ func (r *Registry) DeleteSubscription(ctx context.Context, ns, id, etag string) 
 	var old *Subscription
 	name := subscriptionName(ns, id)
 	_, err := r.space.Edit(ctx, []string{namespaceName(ns), name}, func(items []keyspace.Item) (keyspace.Txn, error) {
-		_, err := r.activeNamespace(items[0])
+		n, err := r.activeNamespace(items[0])
 		if err != nil {
 			return keyspace.Txn{}, err
 		}
@@ -139,9 +138,13 @@ func (r *Registry) DeleteSubscription(ctx context.Context, ns, id, etag string) 
 		if err := checkEtag(etag, items[1]); err != nil {
 			return keyspace.Txn{}, err
 		}
-		ops := []clientv3.Op{clientv3.OpDelete(r.space.Key(name))}
+		grave, err := r.tombstone(Tombstone{UID: old.UID, Name: name, NamespaceUID: n.UID})
+		if err != nil {
+			return keyspace.Txn{}, err
+		}
+		ops := []keyspace.Write{grave, keyspace.Delete(name)}
 		for secretName := range secretFields(old.Proto) {
-			ops = append(ops, clientv3.OpDelete(r.space.Key(refKey(secretName, name))))
+			ops = append(ops, keyspace.Delete(refKey(secretName, name)))
 		}
 		return keyspace.Txn{Then: ops}, nil
 	})
@@ -163,7 +166,6 @@ type writing struct {
 	// approved is what approve has said yes to; asked is what it is to be asked about next.
 	approved, asked *grapnelv1.Subscription
 	slot            bool
-	near            bool
 }
 
 // errAsk ends a plan that approve has to be asked about first.
@@ -212,16 +214,16 @@ func (w *writing) attempt(ctx context.Context, change func(*Namespace, keyspace.
 		if err != nil {
 			return keyspace.Txn{}, err
 		}
-		return w.plan(ctx, n, items[1], p)
+		return w.plan(ctx, n, items[1], items[2].Revision, p)
 	})
-	if w.request != nil {
-		r.settleLease(ctx, w.request, revision != 0, err)
+	if w.request != nil && errors.Is(err, ErrUnavailable) {
+		r.leases.lost.Store(true)
 	}
 	return stored(w.out, revision, err)
 }
 
 // plan checks the new content in all ways and makes the transaction.
-func (w *writing) plan(ctx context.Context, n *Namespace, it keyspace.Item, content *grapnelv1.Subscription) (keyspace.Txn, error) {
+func (w *writing) plan(ctx context.Context, n *Namespace, it keyspace.Item, counted int64, content *grapnelv1.Subscription) (keyspace.Txn, error) {
 	r := w.registry
 	var old *Subscription
 	if it.Revision != 0 {
@@ -230,7 +232,7 @@ func (w *writing) plan(ctx context.Context, n *Namespace, it keyspace.Item, cont
 			return keyspace.Txn{}, err
 		}
 	}
-	p, uid := withOutput(content, it.Key, old)
+	p, uid := r.withOutput(content, it.Key, old)
 	fillDefaults(p)
 	cond, err := validate(p, w.ns, r.conditions)
 	if err != nil {
@@ -245,8 +247,9 @@ func (w *writing) plan(ctx context.Context, n *Namespace, it keyspace.Item, cont
 	if err := r.secretsExist(ctx, secrets); err != nil {
 		return keyspace.Txn{}, err
 	}
+	near := false
 	if old == nil {
-		if err := w.admit(ctx, n); err != nil {
+		if near, err = w.admit(ctx, n, counted); err != nil {
 			return keyspace.Txn{}, err
 		}
 	}
@@ -265,8 +268,11 @@ func (w *writing) plan(ctx context.Context, n *Namespace, it keyspace.Item, cont
 		return keyspace.Txn{}, err
 	}
 	r.refer(&txn, it.Key, old, secrets)
-	if w.near {
-		txn.Then = append(txn.Then, clientv3.OpPut(r.space.Key(quotaKey(w.ns)), ""))
+	if w.slot {
+		txn.Then = append(txn.Then, keyspace.Put(quotaKey(w.ns), nil))
+	}
+	if !near {
+		txn.Loose = []string{quotaKey(w.ns)}
 	}
 	if w.request != nil {
 		err = r.remember(ctx, w.request, p, &txn)
@@ -293,41 +299,38 @@ func sameTarget(a, b *grapnelv1.Subscription) bool {
 	return a.Uri == b.Uri && proto.Equal(a.Transport, b.Transport) && rate(b) <= rate(a)
 }
 
-// admit checks the quota. Far from it creates run side by side and counting is enough; close to it they
-// go one by one, and each makes the others' transactions fail.
-func (w *writing) admit(ctx context.Context, n *Namespace) error {
+// admit checks the quota, where there is one, by counting what the snapshot shows. Each create under a quota
+// writes the quota's key, so that the snapshot shows all of them once it has come to the revision at which
+// that was written last, and what is missing is under way now. Far from the quota creates run side by side;
+// near it each one that lands makes those beside it fail and count again.
+func (w *writing) admit(ctx context.Context, n *Namespace, counted int64) (near bool, err error) {
 	r := w.registry
+	limit := n.Quota().MaxSubscriptions
+	if limit == 0 {
+		return false, nil
+	}
 	if !w.slot {
 		if err := acquire(ctx, r.creates); err != nil {
-			return err
+			return false, err
 		}
 		w.slot = true
 	}
-	limit := n.Quota().MaxSubscriptions
-	_, count, err := r.space.Below(ctx, namespaceName(w.ns)+"/subscriptions/", 0)
-	if err != nil {
-		return err
+	// Before the namespace was written last there may have been no quota.
+	if err := r.space.Wait(ctx, max(counted, n.Revision)); err != nil {
+		return false, err
 	}
-	if count >= int64(limit) {
-		return &QuotaError{Namespace: w.ns, Quota: "max_subscriptions", Limit: limit}
+	count := r.Snapshot().Count(w.ns)
+	if count >= limit {
+		return false, &QuotaError{Namespace: w.ns, Quota: "max_subscriptions", Limit: limit}
 	}
-	if count+quotaMargin >= int64(limit) && !w.near {
-		if err := acquire(ctx, r.nearQuota); err != nil {
-			return err
-		}
-		w.near = true
-	}
-	return nil
+	return count+quotaMargin >= limit, nil
 }
 
 func (w *writing) release() {
 	if w.slot {
 		<-w.registry.creates
 	}
-	if w.near {
-		<-w.registry.nearQuota
-	}
-	w.slot, w.near = false, false
+	w.slot = false
 }
 
 // acquire takes a place in a channel used as a semaphore.
@@ -341,7 +344,7 @@ func acquire(ctx context.Context, sem chan struct{}) error {
 }
 
 // withOutput returns a copy of content with the output only fields of what is stored, or new ones.
-func withOutput(content *grapnelv1.Subscription, name string, old *Subscription) (*grapnelv1.Subscription, uuid.UUID) {
+func (r *Registry) withOutput(content *grapnelv1.Subscription, name string, old *Subscription) (*grapnelv1.Subscription, uuid.UUID) {
 	p := proto.CloneOf(content)
 	if p == nil {
 		p = &grapnelv1.Subscription{}
@@ -352,10 +355,23 @@ func withOutput(content *grapnelv1.Subscription, name string, old *Subscription)
 		p.CreateTime, p.UpdateTime = old.Proto.CreateTime, old.Proto.UpdateTime
 		return p, old.UID
 	}
-	uid := uuid.New()
+	uid := r.newUID()
 	p.Uid, p.State, p.StateReason = uid.String(), grapnelv1.Subscription_STATE_ACTIVE, ""
 	p.CreateTime = timestamppb.Now()
 	return p, uid
+}
+
+// newUID draws a uid whose key nobody has, nor had for as long as anything knows of it.
+func (r *Registry) newUID() uuid.UUID {
+	return drawUID(uuid.New, r.Snapshot().taken)
+}
+
+func drawUID(draw func() uuid.UUID, taken func(uint64) bool) uuid.UUID {
+	for {
+		if uid := draw(); !taken(UIDKey(uid)) {
+			return uid
+		}
+	}
 }
 
 // sameContent reports whether an update changes nothing.
@@ -396,14 +412,14 @@ func (r *Registry) refer(txn *keyspace.Txn, name string, old *Subscription, secr
 		before = secretFields(old.Proto)
 	}
 	for _, secretName := range slices.Sorted(maps.Keys(secrets)) {
-		txn.If = append(txn.If, clientv3.Compare(clientv3.CreateRevision(r.space.Key(secretName)), ">", 0))
+		txn.If = append(txn.If, keyspace.Exists(secretName))
 		if _, ok := before[secretName]; !ok {
-			txn.Then = append(txn.Then, clientv3.OpPut(r.space.Key(refKey(secretName, name)), ""))
+			txn.Then = append(txn.Then, keyspace.Put(refKey(secretName, name), nil))
 		}
 	}
 	for _, secretName := range slices.Sorted(maps.Keys(before)) {
 		if _, ok := secrets[secretName]; !ok {
-			txn.Then = append(txn.Then, clientv3.OpDelete(r.space.Key(refKey(secretName, name))))
+			txn.Then = append(txn.Then, keyspace.Delete(refKey(secretName, name)))
 		}
 	}
 }
@@ -415,7 +431,7 @@ func (r *Registry) putSubscription(p *grapnelv1.Subscription) (keyspace.Txn, err
 	if err != nil {
 		return keyspace.Txn{}, err
 	}
-	return keyspace.Txn{Then: []clientv3.Op{clientv3.OpPut(r.space.Key(p.Name), string(value))}}, nil
+	return keyspace.Txn{Then: []keyspace.Write{keyspace.Put(p.Name, value)}}, nil
 }
 
 // stored completes the result of a write with its revision; zero means that nothing was written.

@@ -33,7 +33,7 @@ const (
 	// Taking work.
 	Node_STATE_READY Node_State = 1
 	// Stopping: finishing its attempts, taking no new work.
-	Node_STATE_DRAINING Node_State = 2
+	Node_STATE_DRAINING Node_State = 2 // 3 and 4 are kept for states of a drain.
 )
 
 // Enum value maps for Node_State.
@@ -224,7 +224,7 @@ type GetClusterResponse struct {
 	// All nodes.
 	Nodes []*Node `protobuf:"bytes,3,rep,name=nodes,proto3" json:"nodes,omitempty"`
 	// False when the store has no quorum.
-	StoreHealthy bool `protobuf:"varint,4,opt,name=store_healthy,json=storeHealthy,proto3" json:"store_healthy,omitempty"`
+	StoreHealthy bool `protobuf:"varint,4,opt,name=store_healthy,json=storeHealthy,proto3" json:"store_healthy,omitempty"` // 5 and 6 are kept for what a cluster of several nodes has to tell.
 	// Tells this installation from every other; drawn when its journal was made.
 	ClusterId     string `protobuf:"bytes,7,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"`
 	unknownFields protoimpl.UnknownFields
@@ -547,7 +547,7 @@ var File_grapnel_v1_admin_proto protoreflect.FileDescriptor
 const file_grapnel_v1_admin_proto_rawDesc = "" +
 	"\n" +
 	"\x16grapnel/v1/admin.proto\x12\n" +
-	"grapnel.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xd0\x02\n" +
+	"grapnel.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xc4\x02\n" +
 	"\x04Node\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x18\n" +
 	"\aaddress\x18\x02 \x01(\tR\aaddress\x12\x18\n" +
@@ -556,19 +556,19 @@ const file_grapnel_v1_admin_proto_rawDesc = "" +
 	"\x10owned_partitions\x18\x05 \x01(\x05R\x0fownedPartitions\x12\x1b\n" +
 	"\tin_flight\x18\x06 \x01(\x05R\binFlight\x129\n" +
 	"\n" +
-	"start_time\x18\a \x01(\v2\x1a.google.protobuf.TimestampR\tstartTime\"O\n" +
+	"start_time\x18\a \x01(\v2\x1a.google.protobuf.TimestampR\tstartTime\"C\n" +
 	"\x05State\x12\x15\n" +
 	"\x11STATE_UNSPECIFIED\x10\x00\x12\x0f\n" +
 	"\vSTATE_READY\x10\x01\x12\x12\n" +
-	"\x0eSTATE_DRAINING\x10\x02\"\x04\b\x03\x10\x03\"\x04\b\x04\x10\x04\"\x13\n" +
-	"\x11GetClusterRequest\"\xbe\x01\n" +
+	"\x0eSTATE_DRAINING\x10\x02\"\x13\n" +
+	"\x11GetClusterRequest\"\xb2\x01\n" +
 	"\x12GetClusterResponse\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\tR\aversion\x12\x16\n" +
 	"\x06commit\x18\x02 \x01(\tR\x06commit\x12&\n" +
 	"\x05nodes\x18\x03 \x03(\v2\x10.grapnel.v1.NodeR\x05nodes\x12#\n" +
 	"\rstore_healthy\x18\x04 \x01(\bR\fstoreHealthy\x12\x1d\n" +
 	"\n" +
-	"cluster_id\x18\a \x01(\tR\tclusterIdJ\x04\b\x05\x10\x06J\x04\b\x06\x10\a\"\xb4\x02\n" +
+	"cluster_id\x18\a \x01(\tR\tclusterId\"\xb4\x02\n" +
 	"\x0fGetStatsRequest\x12\xa3\x01\n" +
 	"\x06parent\x18\x01 \x01(\tB\x8a\x01\xbaH\x86\x01\xba\x01\x82\x01\n" +
 	"\x10namespace_or_all\x127must look like namespaces/NAME, or namespaces/- for all\x1a5this.matches('^namespaces/(-|[a-z][a-z0-9-]{0,62})$')R\x06parent\x12C\n" +

@@ -10,6 +10,7 @@ import (
 	_ "buf.build/gen/go/bufbuild/protovalidate/protocolbuffers/go/buf/validate"
 	protoreflect "google.golang.org/protobuf/reflect/protoreflect"
 	protoimpl "google.golang.org/protobuf/runtime/protoimpl"
+	durationpb "google.golang.org/protobuf/types/known/durationpb"
 	structpb "google.golang.org/protobuf/types/known/structpb"
 	reflect "reflect"
 	sync "sync"
@@ -232,7 +233,9 @@ type ItemStatus struct {
 	// Path of the offending field inside the item, when there is one.
 	Field string `protobuf:"bytes,4,opt,name=field,proto3" json:"field,omitempty"`
 	// True when sending the same item again, with the same event ID, may succeed.
-	Retryable     bool `protobuf:"varint,5,opt,name=retryable,proto3" json:"retryable,omitempty"`
+	Retryable bool `protobuf:"varint,5,opt,name=retryable,proto3" json:"retryable,omitempty"`
+	// How long to wait before that; unset when it is not known.
+	RetryDelay    *durationpb.Duration `protobuf:"bytes,6,opt,name=retry_delay,json=retryDelay,proto3" json:"retry_delay,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -302,12 +305,19 @@ func (x *ItemStatus) GetRetryable() bool {
 	return false
 }
 
+func (x *ItemStatus) GetRetryDelay() *durationpb.Duration {
+	if x != nil {
+		return x.RetryDelay
+	}
+	return nil
+}
+
 var File_grapnel_v1_common_proto protoreflect.FileDescriptor
 
 const file_grapnel_v1_common_proto_rawDesc = "" +
 	"\n" +
 	"\x17grapnel/v1/common.proto\x12\n" +
-	"grapnel.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1cgoogle/protobuf/struct.proto\"\xcd\x02\n" +
+	"grapnel.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cgoogle/protobuf/struct.proto\"\xcd\x02\n" +
 	"\rPluginBinding\x12{\n" +
 	"\x06plugin\x18\x01 \x01(\tBc\xbaH`\xba\x01]\n" +
 	"\vplugin_name\x12\x1bmust look like plugins/NAME\x1a1this.matches('^(plugins/[a-z][a-z0-9-]{0,62})?$')R\x06plugin\x12/\n" +
@@ -316,14 +326,16 @@ const file_grapnel_v1_common_proto_rawDesc = "" +
 	"\x10\b\"\x06r\x04\x10\x01\x18?R\asecrets\x1a:\n" +
 	"\fSecretsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x86\x01\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xc2\x01\n" +
 	"\n" +
 	"ItemStatus\x12\x12\n" +
 	"\x04code\x18\x01 \x01(\tR\x04code\x12\x16\n" +
 	"\x06reason\x18\x02 \x01(\tR\x06reason\x12\x18\n" +
 	"\amessage\x18\x03 \x01(\tR\amessage\x12\x14\n" +
 	"\x05field\x18\x04 \x01(\tR\x05field\x12\x1c\n" +
-	"\tretryable\x18\x05 \x01(\bR\tretryable*\xed\x05\n" +
+	"\tretryable\x18\x05 \x01(\bR\tretryable\x12:\n" +
+	"\vretry_delay\x18\x06 \x01(\v2\x19.google.protobuf.DurationR\n" +
+	"retryDelay*\xe1\x05\n" +
 	"\vErrorReason\x12\x1c\n" +
 	"\x18ERROR_REASON_UNSPECIFIED\x10\x00\x12\x1e\n" +
 	"\x1aERROR_REASON_INVALID_FIELD\x10\x01\x12\x1f\n" +
@@ -347,7 +359,7 @@ const file_grapnel_v1_common_proto_rawDesc = "" +
 	"\x15ERROR_REASON_INTERNAL\x10\x14\x12\x1a\n" +
 	"\x16ERROR_REASON_ABANDONED\x10\x15\x12\x1f\n" +
 	"\x1bERROR_REASON_UNKNOWN_METHOD\x10\x16\x12\"\n" +
-	"\x1eERROR_REASON_OWNERSHIP_REFUSED\x10\x17\"\x04\b\x0f\x10\x0f\"\x04\b\x10\x10\x10B7Z5github.com/grapnel/grapnel/proto/grapnel/v1;grapnelv1b\x06proto3"
+	"\x1eERROR_REASON_OWNERSHIP_REFUSED\x10\x17B7Z5github.com/grapnel/grapnel/proto/grapnel/v1;grapnelv1b\x06proto3"
 
 var (
 	file_grapnel_v1_common_proto_rawDescOnce sync.Once
@@ -364,20 +376,22 @@ func file_grapnel_v1_common_proto_rawDescGZIP() []byte {
 var file_grapnel_v1_common_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
 var file_grapnel_v1_common_proto_msgTypes = make([]protoimpl.MessageInfo, 3)
 var file_grapnel_v1_common_proto_goTypes = []any{
-	(ErrorReason)(0),        // 0: grapnel.v1.ErrorReason
-	(*PluginBinding)(nil),   // 1: grapnel.v1.PluginBinding
-	(*ItemStatus)(nil),      // 2: grapnel.v1.ItemStatus
-	nil,                     // 3: grapnel.v1.PluginBinding.SecretsEntry
-	(*structpb.Struct)(nil), // 4: google.protobuf.Struct
+	(ErrorReason)(0),            // 0: grapnel.v1.ErrorReason
+	(*PluginBinding)(nil),       // 1: grapnel.v1.PluginBinding
+	(*ItemStatus)(nil),          // 2: grapnel.v1.ItemStatus
+	nil,                         // 3: grapnel.v1.PluginBinding.SecretsEntry
+	(*structpb.Struct)(nil),     // 4: google.protobuf.Struct
+	(*durationpb.Duration)(nil), // 5: google.protobuf.Duration
 }
 var file_grapnel_v1_common_proto_depIdxs = []int32{
 	4, // 0: grapnel.v1.PluginBinding.config:type_name -> google.protobuf.Struct
 	3, // 1: grapnel.v1.PluginBinding.secrets:type_name -> grapnel.v1.PluginBinding.SecretsEntry
-	2, // [2:2] is the sub-list for method output_type
-	2, // [2:2] is the sub-list for method input_type
-	2, // [2:2] is the sub-list for extension type_name
-	2, // [2:2] is the sub-list for extension extendee
-	0, // [0:2] is the sub-list for field type_name
+	5, // 2: grapnel.v1.ItemStatus.retry_delay:type_name -> google.protobuf.Duration
+	3, // [3:3] is the sub-list for method output_type
+	3, // [3:3] is the sub-list for method input_type
+	3, // [3:3] is the sub-list for extension type_name
+	3, // [3:3] is the sub-list for extension extendee
+	0, // [0:3] is the sub-list for field type_name
 }
 
 func init() { file_grapnel_v1_common_proto_init() }

@@ -108,7 +108,7 @@ const (
 	// Not a trigger.
 	Delivery_TRIGGER_UNSPECIFIED Delivery_Trigger = 0
 	// A matching event was published.
-	Delivery_TRIGGER_PUBLISH Delivery_Trigger = 1
+	Delivery_TRIGGER_PUBLISH Delivery_Trigger = 1 // 2 is kept for TRIGGER_REPLAY.
 )
 
 // Enum value maps for Delivery_Trigger.
@@ -237,7 +237,7 @@ type Delivery struct {
 	// Where it stands.
 	State Delivery_State `protobuf:"varint,5,opt,name=state,proto3,enum=grapnel.v1.Delivery_State" json:"state,omitempty"`
 	// Why it exists.
-	Trigger Delivery_Trigger `protobuf:"varint,6,opt,name=trigger,proto3,enum=grapnel.v1.Delivery_Trigger" json:"trigger,omitempty"`
+	Trigger Delivery_Trigger `protobuf:"varint,6,opt,name=trigger,proto3,enum=grapnel.v1.Delivery_Trigger" json:"trigger,omitempty"` // 7 is kept for the replay that made it.
 	// Attempts that have ended.
 	AttemptCount int32 `protobuf:"varint,8,opt,name=attempt_count,json=attemptCount,proto3" json:"attempt_count,omitempty"`
 	// From the retry policy when the delivery was made.
@@ -252,8 +252,13 @@ type Delivery struct {
 	CreateTime *timestamppb.Timestamp `protobuf:"bytes,13,opt,name=create_time,json=createTime,proto3" json:"create_time,omitempty"`
 	// Set when final.
 	CompleteTime *timestamppb.Timestamp `protobuf:"bytes,14,opt,name=complete_time,json=completeTime,proto3" json:"complete_time,omitempty"`
-	// Set when final for a reason that last_attempt does not show, for example "subscription deleted".
-	StateReason   string `protobuf:"bytes,15,opt,name=state_reason,json=stateReason,proto3" json:"state_reason,omitempty"`
+	// Set when final for a reason that last_attempt does not show, for example "subscription deleted", and while open
+	// when something holds it back, for example "subscription paused".
+	StateReason string `protobuf:"bytes,15,opt,name=state_reason,json=stateReason,proto3" json:"state_reason,omitempty"`
+	// The subscription's uid: one that is made anew under the same name has another.
+	SubscriptionUid string `protobuf:"bytes,16,opt,name=subscription_uid,json=subscriptionUid,proto3" json:"subscription_uid,omitempty"`
+	// The event's uid, the webhook-id that receivers see.
+	EventUid      string `protobuf:"bytes,17,opt,name=event_uid,json=eventUid,proto3" json:"event_uid,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -382,6 +387,20 @@ func (x *Delivery) GetCompleteTime() *timestamppb.Timestamp {
 func (x *Delivery) GetStateReason() string {
 	if x != nil {
 		return x.StateReason
+	}
+	return ""
+}
+
+func (x *Delivery) GetSubscriptionUid() string {
+	if x != nil {
+		return x.SubscriptionUid
+	}
+	return ""
+}
+
+func (x *Delivery) GetEventUid() string {
+	if x != nil {
+		return x.EventUid
 	}
 	return ""
 }
@@ -641,7 +660,7 @@ type ListDeliveriesRequest struct {
 	PageSize int32 `protobuf:"varint,2,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"`
 	// From the previous page.
 	PageToken string `protobuf:"bytes,3,opt,name=page_token,json=pageToken,proto3" json:"page_token,omitempty"`
-	// Filter over: state, subscription, event, event_type, trigger, create_time,
+	// Filter over: state, subscription, subscription_uid, event, event_uid, event_type, trigger, create_time,
 	// attempt_count, last_attempt.outcome, last_attempt.response_code.
 	Filter        string `protobuf:"bytes,4,opt,name=filter,proto3" json:"filter,omitempty"`
 	unknownFields protoimpl.UnknownFields
@@ -1087,7 +1106,7 @@ var File_grapnel_v1_delivery_proto protoreflect.FileDescriptor
 const file_grapnel_v1_delivery_proto_rawDesc = "" +
 	"\n" +
 	"\x19grapnel/v1/delivery.proto\x12\n" +
-	"grapnel.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x90\a\n" +
+	"grapnel.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xcc\a\n" +
 	"\bDelivery\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
 	"\x05event\x18\x02 \x01(\tR\x05event\x12\x1d\n" +
@@ -1106,7 +1125,9 @@ const file_grapnel_v1_delivery_proto_rawDesc = "" +
 	"\vcreate_time\x18\r \x01(\v2\x1a.google.protobuf.TimestampR\n" +
 	"createTime\x12?\n" +
 	"\rcomplete_time\x18\x0e \x01(\v2\x1a.google.protobuf.TimestampR\fcompleteTime\x12!\n" +
-	"\fstate_reason\x18\x0f \x01(\tR\vstateReason\"\xc1\x01\n" +
+	"\fstate_reason\x18\x0f \x01(\tR\vstateReason\x12)\n" +
+	"\x10subscription_uid\x18\x10 \x01(\tR\x0fsubscriptionUid\x12\x1b\n" +
+	"\tevent_uid\x18\x11 \x01(\tR\beventUid\"\xc1\x01\n" +
 	"\x05State\x12\x15\n" +
 	"\x11STATE_UNSPECIFIED\x10\x00\x12\x11\n" +
 	"\rSTATE_PENDING\x10\x01\x12\x13\n" +
@@ -1116,10 +1137,10 @@ const file_grapnel_v1_delivery_proto_rawDesc = "" +
 	"\x0fSTATE_EXHAUSTED\x10\x05\x12\x12\n" +
 	"\x0eSTATE_REJECTED\x10\x06\x12\x13\n" +
 	"\x0fSTATE_CANCELLED\x10\a\x12\x11\n" +
-	"\rSTATE_SKIPPED\x10\b\"=\n" +
+	"\rSTATE_SKIPPED\x10\b\"7\n" +
 	"\aTrigger\x12\x17\n" +
 	"\x13TRIGGER_UNSPECIFIED\x10\x00\x12\x13\n" +
-	"\x0fTRIGGER_PUBLISH\x10\x01\"\x04\b\x02\x10\x02J\x04\b\a\x10\b\"\xb0\a\n" +
+	"\x0fTRIGGER_PUBLISH\x10\x01\"\xb0\a\n" +
 	"\aAttempt\x12\x16\n" +
 	"\x06number\x18\x01 \x01(\x05R\x06number\x129\n" +
 	"\n" +
@@ -1154,7 +1175,7 @@ const file_grapnel_v1_delivery_proto_rawDesc = "" +
 	"\x13OUTCOME_INTERRUPTED\x10\a\"\xbc\x01\n" +
 	"\x12GetDeliveryRequest\x12\xa5\x01\n" +
 	"\x04name\x18\x01 \x01(\tB\x90\x01\xbaH\x8c\x01\xba\x01\x88\x01\n" +
-	"\rdelivery_name\x12,must look like namespaces/NAME/deliveries/ID\x1aIthis.matches('^namespaces/[a-z][a-z0-9-]{0,62}/deliveries/[0-9a-v]{20}$')R\x04name\"G\n" +
+	"\rdelivery_name\x12,must look like namespaces/NAME/deliveries/ID\x1aIthis.matches('^namespaces/[a-z][a-z0-9-]{0,62}/deliveries/[0-9a-v]{29}$')R\x04name\"G\n" +
 	"\x13GetDeliveryResponse\x120\n" +
 	"\bdelivery\x18\x01 \x01(\v2\x14.grapnel.v1.DeliveryR\bdelivery\"\x82\x02\n" +
 	"\x15ListDeliveriesRequest\x12\x81\x01\n" +
@@ -1171,7 +1192,7 @@ const file_grapnel_v1_delivery_proto_rawDesc = "" +
 	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\xad\x02\n" +
 	"\x13ListAttemptsRequest\x12\xa9\x01\n" +
 	"\x06parent\x18\x01 \x01(\tB\x90\x01\xbaH\x8c\x01\xba\x01\x88\x01\n" +
-	"\rdelivery_name\x12,must look like namespaces/NAME/deliveries/ID\x1aIthis.matches('^namespaces/[a-z][a-z0-9-]{0,62}/deliveries/[0-9a-v]{20}$')R\x06parent\x12$\n" +
+	"\rdelivery_name\x12,must look like namespaces/NAME/deliveries/ID\x1aIthis.matches('^namespaces/[a-z][a-z0-9-]{0,62}/deliveries/[0-9a-v]{29}$')R\x06parent\x12$\n" +
 	"\tpage_size\x18\x02 \x01(\x05B\a\xbaH\x04\x1a\x02(\x00R\bpageSize\x12\x1d\n" +
 	"\n" +
 	"page_token\x18\x03 \x01(\tR\tpageToken\x12%\n" +
@@ -1181,14 +1202,14 @@ const file_grapnel_v1_delivery_proto_rawDesc = "" +
 	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\x8b\x02\n" +
 	"\x14RetryDeliveryRequest\x12\xa5\x01\n" +
 	"\x04name\x18\x01 \x01(\tB\x90\x01\xbaH\x8c\x01\xba\x01\x88\x01\n" +
-	"\rdelivery_name\x12,must look like namespaces/NAME/deliveries/ID\x1aIthis.matches('^namespaces/[a-z][a-z0-9-]{0,62}/deliveries/[0-9a-v]{20}$')R\x04name\x126\n" +
+	"\rdelivery_name\x12,must look like namespaces/NAME/deliveries/ID\x1aIthis.matches('^namespaces/[a-z][a-z0-9-]{0,62}/deliveries/[0-9a-v]{29}$')R\x04name\x126\n" +
 	"\x10if_attempt_count\x18\x02 \x01(\x05B\a\xbaH\x04\x1a\x02(\x00H\x00R\x0eifAttemptCount\x88\x01\x01B\x13\n" +
 	"\x11_if_attempt_count\"I\n" +
 	"\x15RetryDeliveryResponse\x120\n" +
 	"\bdelivery\x18\x01 \x01(\v2\x14.grapnel.v1.DeliveryR\bdelivery\"\xbf\x01\n" +
 	"\x15CancelDeliveryRequest\x12\xa5\x01\n" +
 	"\x04name\x18\x01 \x01(\tB\x90\x01\xbaH\x8c\x01\xba\x01\x88\x01\n" +
-	"\rdelivery_name\x12,must look like namespaces/NAME/deliveries/ID\x1aIthis.matches('^namespaces/[a-z][a-z0-9-]{0,62}/deliveries/[0-9a-v]{20}$')R\x04name\"J\n" +
+	"\rdelivery_name\x12,must look like namespaces/NAME/deliveries/ID\x1aIthis.matches('^namespaces/[a-z][a-z0-9-]{0,62}/deliveries/[0-9a-v]{29}$')R\x04name\"J\n" +
 	"\x16CancelDeliveryResponse\x120\n" +
 	"\bdelivery\x18\x01 \x01(\v2\x14.grapnel.v1.DeliveryR\bdelivery2\xd2\x03\n" +
 	"\x0fDeliveryService\x12S\n" +

@@ -30,7 +30,8 @@ type Event struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Output only: namespaces/{namespace}/events/{id}
 	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
-	// Unique in the namespace; makes publishing idempotent for the deduplication window.
+	// Unique among the events of its source in the namespace, as in CloudEvents; makes publishing idempotent for the
+	// deduplication window of 24 hours.
 	// ^[A-Za-z0-9._~-]{1,128}$. Empty: the server makes one and the call is not idempotent.
 	Id string `protobuf:"bytes,2,opt,name=id,proto3" json:"id,omitempty"`
 	// CloudEvents source, a URI reference of up to 256 characters. Default: //grapnel/{namespace}
@@ -66,12 +67,14 @@ type Event struct {
 	SizeBytes int32 `protobuf:"varint,17,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"`
 	// Output only: true when the payload is no longer kept.
 	PayloadPurged bool `protobuf:"varint,18,opt,name=payload_purged,json=payloadPurged,proto3" json:"payload_purged,omitempty"`
-	// Output only: subscriptions it was queued for or skipped by.
+	// Output only: subscriptions it matched: it was queued for them, or skipped by those that were disabled.
 	MatchedSubscriptions int32 `protobuf:"varint,19,opt,name=matched_subscriptions,json=matchedSubscriptions,proto3" json:"matched_subscriptions,omitempty"`
 	// Output only: the webhook-id that receivers see, the same on every attempt and subscription.
-	Uid           string `protobuf:"bytes,20,opt,name=uid,proto3" json:"uid,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	Uid string `protobuf:"bytes,20,opt,name=uid,proto3" json:"uid,omitempty"`
+	// Output only: those of matched_subscriptions that were disabled and skipped it.
+	SkippedSubscriptions int32 `protobuf:"varint,21,opt,name=skipped_subscriptions,json=skippedSubscriptions,proto3" json:"skipped_subscriptions,omitempty"`
+	unknownFields        protoimpl.UnknownFields
+	sizeCache            protoimpl.SizeCache
 }
 
 func (x *Event) Reset() {
@@ -250,6 +253,13 @@ func (x *Event) GetUid() string {
 	return ""
 }
 
+func (x *Event) GetSkippedSubscriptions() int32 {
+	if x != nil {
+		return x.SkippedSubscriptions
+	}
+	return 0
+}
+
 type isEvent_Payload interface {
 	isEvent_Payload()
 }
@@ -337,12 +347,16 @@ type PublishResponse struct {
 	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
 	// True when the same ID was accepted before; nothing new was queued.
 	Duplicate bool `protobuf:"varint,2,opt,name=duplicate,proto3" json:"duplicate,omitempty"`
-	// Subscriptions it was queued for; 0 is not an error.
+	// As in Event; 0 is not an error.
 	MatchedSubscriptions int32 `protobuf:"varint,3,opt,name=matched_subscriptions,json=matchedSubscriptions,proto3" json:"matched_subscriptions,omitempty"`
 	// When it was accepted.
-	AcceptTime    *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=accept_time,json=acceptTime,proto3" json:"accept_time,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	AcceptTime *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=accept_time,json=acceptTime,proto3" json:"accept_time,omitempty"`
+	// The webhook-id that receivers see; as in Event.
+	Uid string `protobuf:"bytes,5,opt,name=uid,proto3" json:"uid,omitempty"`
+	// As in Event.
+	SkippedSubscriptions int32 `protobuf:"varint,6,opt,name=skipped_subscriptions,json=skippedSubscriptions,proto3" json:"skipped_subscriptions,omitempty"`
+	unknownFields        protoimpl.UnknownFields
+	sizeCache            protoimpl.SizeCache
 }
 
 func (x *PublishResponse) Reset() {
@@ -401,6 +415,20 @@ func (x *PublishResponse) GetAcceptTime() *timestamppb.Timestamp {
 		return x.AcceptTime
 	}
 	return nil
+}
+
+func (x *PublishResponse) GetUid() string {
+	if x != nil {
+		return x.Uid
+	}
+	return ""
+}
+
+func (x *PublishResponse) GetSkippedSubscriptions() int32 {
+	if x != nil {
+		return x.SkippedSubscriptions
+	}
+	return 0
 }
 
 // BatchPublishRequest carries events of one namespace.
@@ -466,9 +494,17 @@ type PublishResult struct {
 	// As in PublishResponse.
 	Duplicate bool `protobuf:"varint,2,opt,name=duplicate,proto3" json:"duplicate,omitempty"`
 	// Set when refused.
-	Error         *ItemStatus `protobuf:"bytes,3,opt,name=error,proto3" json:"error,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	Error *ItemStatus `protobuf:"bytes,3,opt,name=error,proto3" json:"error,omitempty"`
+	// As in PublishResponse.
+	MatchedSubscriptions int32 `protobuf:"varint,4,opt,name=matched_subscriptions,json=matchedSubscriptions,proto3" json:"matched_subscriptions,omitempty"`
+	// As in PublishResponse.
+	AcceptTime *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=accept_time,json=acceptTime,proto3" json:"accept_time,omitempty"`
+	// As in PublishResponse.
+	Uid string `protobuf:"bytes,6,opt,name=uid,proto3" json:"uid,omitempty"`
+	// As in PublishResponse.
+	SkippedSubscriptions int32 `protobuf:"varint,7,opt,name=skipped_subscriptions,json=skippedSubscriptions,proto3" json:"skipped_subscriptions,omitempty"`
+	unknownFields        protoimpl.UnknownFields
+	sizeCache            protoimpl.SizeCache
 }
 
 func (x *PublishResult) Reset() {
@@ -520,6 +556,34 @@ func (x *PublishResult) GetError() *ItemStatus {
 		return x.Error
 	}
 	return nil
+}
+
+func (x *PublishResult) GetMatchedSubscriptions() int32 {
+	if x != nil {
+		return x.MatchedSubscriptions
+	}
+	return 0
+}
+
+func (x *PublishResult) GetAcceptTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.AcceptTime
+	}
+	return nil
+}
+
+func (x *PublishResult) GetUid() string {
+	if x != nil {
+		return x.Uid
+	}
+	return ""
+}
+
+func (x *PublishResult) GetSkippedSubscriptions() int32 {
+	if x != nil {
+		return x.SkippedSubscriptions
+	}
+	return 0
 }
 
 // BatchPublishResponse has one result per event, in request order.
@@ -731,7 +795,8 @@ func (x *PublishStreamResponse) GetDraining() bool {
 // GetEventRequest names one event.
 type GetEventRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// namespaces/{namespace}/events/{event}
+	// namespaces/{namespace}/events/{event}, where event is its id or its uid, the webhook-id that receivers see. Of
+	// several events with an id the latest is meant.
 	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
 	// True returns the payload too, which needs the permission events.payload.
 	IncludePayload bool `protobuf:"varint,2,opt,name=include_payload,json=includePayload,proto3" json:"include_payload,omitempty"`
@@ -838,7 +903,7 @@ type ListEventsRequest struct {
 	PageSize int32 `protobuf:"varint,2,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"`
 	// From the previous page.
 	PageToken string `protobuf:"bytes,3,opt,name=page_token,json=pageToken,proto3" json:"page_token,omitempty"`
-	// Filter over: type, subject, source, accept_time, attributes.KEY.
+	// Filter over: id, uid, type, subject, source, time, accept_time, matched_subscriptions, attributes.KEY.
 	Filter        string `protobuf:"bytes,4,opt,name=filter,proto3" json:"filter,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1182,7 +1247,7 @@ var File_grapnel_v1_event_proto protoreflect.FileDescriptor
 const file_grapnel_v1_event_proto_rawDesc = "" +
 	"\n" +
 	"\x16grapnel/v1/event.proto\x12\n" +
-	"grapnel.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17grapnel/v1/common.proto\"\xb7\f\n" +
+	"grapnel.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17grapnel/v1/common.proto\"\xe6\f\n" +
 	"\x05Event\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12y\n" +
 	"\x02id\x18\x02 \x01(\tBi\xbaHf\xba\x01c\n" +
@@ -1214,29 +1279,37 @@ const file_grapnel_v1_event_proto_rawDesc = "" +
 	"size_bytes\x18\x11 \x01(\x05R\tsizeBytes\x12%\n" +
 	"\x0epayload_purged\x18\x12 \x01(\bR\rpayloadPurged\x123\n" +
 	"\x15matched_subscriptions\x18\x13 \x01(\x05R\x14matchedSubscriptions\x12\x10\n" +
-	"\x03uid\x18\x14 \x01(\tR\x03uid\x1a=\n" +
+	"\x03uid\x18\x14 \x01(\tR\x03uid\x123\n" +
+	"\x15skipped_subscriptions\x18\x15 \x01(\x05R\x14skippedSubscriptions\x1a=\n" +
 	"\x0fAttributesEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01B\t\n" +
-	"\apayloadJ\x04\b\r\x10\x0e\"\xc5\x01\n" +
+	"\apayload\"\xc5\x01\n" +
 	"\x0ePublishRequest\x12\x81\x01\n" +
 	"\x06parent\x18\x01 \x01(\tBi\xbaHf\xba\x01c\n" +
 	"\x0enamespace_name\x12\x1emust look like namespaces/NAME\x1a1this.matches('^namespaces/[a-z][a-z0-9-]{0,62}$')R\x06parent\x12/\n" +
-	"\x05event\x18\x02 \x01(\v2\x11.grapnel.v1.EventB\x06\xbaH\x03\xc8\x01\x01R\x05event\"\xb5\x01\n" +
+	"\x05event\x18\x02 \x01(\v2\x11.grapnel.v1.EventB\x06\xbaH\x03\xc8\x01\x01R\x05event\"\xfc\x01\n" +
 	"\x0fPublishResponse\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1c\n" +
 	"\tduplicate\x18\x02 \x01(\bR\tduplicate\x123\n" +
 	"\x15matched_subscriptions\x18\x03 \x01(\x05R\x14matchedSubscriptions\x12;\n" +
 	"\vaccept_time\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\n" +
-	"acceptTime\"\xd1\x01\n" +
+	"acceptTime\x12\x10\n" +
+	"\x03uid\x18\x05 \x01(\tR\x03uid\x123\n" +
+	"\x15skipped_subscriptions\x18\x06 \x01(\x05R\x14skippedSubscriptions\"\xd1\x01\n" +
 	"\x13BatchPublishRequest\x12\x81\x01\n" +
 	"\x06parent\x18\x01 \x01(\tBi\xbaHf\xba\x01c\n" +
 	"\x0enamespace_name\x12\x1emust look like namespaces/NAME\x1a1this.matches('^namespaces/[a-z][a-z0-9-]{0,62}$')R\x06parent\x126\n" +
-	"\x06events\x18\x02 \x03(\v2\x11.grapnel.v1.EventB\v\xbaH\b\x92\x01\x05\b\x01\x10\xf4\x03R\x06events\"o\n" +
+	"\x06events\x18\x02 \x03(\v2\x11.grapnel.v1.EventB\v\xbaH\b\x92\x01\x05\b\x01\x10\xf4\x03R\x06events\"\xa8\x02\n" +
 	"\rPublishResult\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1c\n" +
 	"\tduplicate\x18\x02 \x01(\bR\tduplicate\x12,\n" +
-	"\x05error\x18\x03 \x01(\v2\x16.grapnel.v1.ItemStatusR\x05error\"n\n" +
+	"\x05error\x18\x03 \x01(\v2\x16.grapnel.v1.ItemStatusR\x05error\x123\n" +
+	"\x15matched_subscriptions\x18\x04 \x01(\x05R\x14matchedSubscriptions\x12;\n" +
+	"\vaccept_time\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\n" +
+	"acceptTime\x12\x10\n" +
+	"\x03uid\x18\x06 \x01(\tR\x03uid\x123\n" +
+	"\x15skipped_subscriptions\x18\a \x01(\x05R\x14skippedSubscriptions\"n\n" +
 	"\x14BatchPublishResponse\x123\n" +
 	"\aresults\x18\x01 \x03(\v2\x19.grapnel.v1.PublishResultR\aresults\x12!\n" +
 	"\ffailed_count\x18\x02 \x01(\x05R\vfailedCount\"\xab\x03\n" +
@@ -1334,30 +1407,31 @@ var file_grapnel_v1_event_proto_depIdxs = []int32{
 	17, // 7: grapnel.v1.PublishResponse.accept_time:type_name -> google.protobuf.Timestamp
 	0,  // 8: grapnel.v1.BatchPublishRequest.events:type_name -> grapnel.v1.Event
 	20, // 9: grapnel.v1.PublishResult.error:type_name -> grapnel.v1.ItemStatus
-	4,  // 10: grapnel.v1.BatchPublishResponse.results:type_name -> grapnel.v1.PublishResult
-	13, // 11: grapnel.v1.PublishStreamRequest.open:type_name -> grapnel.v1.PublishStreamRequest.Open
-	14, // 12: grapnel.v1.PublishStreamRequest.item:type_name -> grapnel.v1.PublishStreamRequest.Item
-	15, // 13: grapnel.v1.PublishStreamResponse.acks:type_name -> grapnel.v1.PublishStreamResponse.Ack
-	16, // 14: grapnel.v1.PublishStreamResponse.window:type_name -> grapnel.v1.PublishStreamResponse.Window
-	0,  // 15: grapnel.v1.GetEventResponse.event:type_name -> grapnel.v1.Event
-	0,  // 16: grapnel.v1.ListEventsResponse.events:type_name -> grapnel.v1.Event
-	0,  // 17: grapnel.v1.PublishStreamRequest.Item.event:type_name -> grapnel.v1.Event
-	4,  // 18: grapnel.v1.PublishStreamResponse.Ack.result:type_name -> grapnel.v1.PublishResult
-	1,  // 19: grapnel.v1.PublishService.Publish:input_type -> grapnel.v1.PublishRequest
-	3,  // 20: grapnel.v1.PublishService.BatchPublish:input_type -> grapnel.v1.BatchPublishRequest
-	6,  // 21: grapnel.v1.PublishService.PublishStream:input_type -> grapnel.v1.PublishStreamRequest
-	8,  // 22: grapnel.v1.EventService.GetEvent:input_type -> grapnel.v1.GetEventRequest
-	10, // 23: grapnel.v1.EventService.ListEvents:input_type -> grapnel.v1.ListEventsRequest
-	2,  // 24: grapnel.v1.PublishService.Publish:output_type -> grapnel.v1.PublishResponse
-	5,  // 25: grapnel.v1.PublishService.BatchPublish:output_type -> grapnel.v1.BatchPublishResponse
-	7,  // 26: grapnel.v1.PublishService.PublishStream:output_type -> grapnel.v1.PublishStreamResponse
-	9,  // 27: grapnel.v1.EventService.GetEvent:output_type -> grapnel.v1.GetEventResponse
-	11, // 28: grapnel.v1.EventService.ListEvents:output_type -> grapnel.v1.ListEventsResponse
-	24, // [24:29] is the sub-list for method output_type
-	19, // [19:24] is the sub-list for method input_type
-	19, // [19:19] is the sub-list for extension type_name
-	19, // [19:19] is the sub-list for extension extendee
-	0,  // [0:19] is the sub-list for field type_name
+	17, // 10: grapnel.v1.PublishResult.accept_time:type_name -> google.protobuf.Timestamp
+	4,  // 11: grapnel.v1.BatchPublishResponse.results:type_name -> grapnel.v1.PublishResult
+	13, // 12: grapnel.v1.PublishStreamRequest.open:type_name -> grapnel.v1.PublishStreamRequest.Open
+	14, // 13: grapnel.v1.PublishStreamRequest.item:type_name -> grapnel.v1.PublishStreamRequest.Item
+	15, // 14: grapnel.v1.PublishStreamResponse.acks:type_name -> grapnel.v1.PublishStreamResponse.Ack
+	16, // 15: grapnel.v1.PublishStreamResponse.window:type_name -> grapnel.v1.PublishStreamResponse.Window
+	0,  // 16: grapnel.v1.GetEventResponse.event:type_name -> grapnel.v1.Event
+	0,  // 17: grapnel.v1.ListEventsResponse.events:type_name -> grapnel.v1.Event
+	0,  // 18: grapnel.v1.PublishStreamRequest.Item.event:type_name -> grapnel.v1.Event
+	4,  // 19: grapnel.v1.PublishStreamResponse.Ack.result:type_name -> grapnel.v1.PublishResult
+	1,  // 20: grapnel.v1.PublishService.Publish:input_type -> grapnel.v1.PublishRequest
+	3,  // 21: grapnel.v1.PublishService.BatchPublish:input_type -> grapnel.v1.BatchPublishRequest
+	6,  // 22: grapnel.v1.PublishService.PublishStream:input_type -> grapnel.v1.PublishStreamRequest
+	8,  // 23: grapnel.v1.EventService.GetEvent:input_type -> grapnel.v1.GetEventRequest
+	10, // 24: grapnel.v1.EventService.ListEvents:input_type -> grapnel.v1.ListEventsRequest
+	2,  // 25: grapnel.v1.PublishService.Publish:output_type -> grapnel.v1.PublishResponse
+	5,  // 26: grapnel.v1.PublishService.BatchPublish:output_type -> grapnel.v1.BatchPublishResponse
+	7,  // 27: grapnel.v1.PublishService.PublishStream:output_type -> grapnel.v1.PublishStreamResponse
+	9,  // 28: grapnel.v1.EventService.GetEvent:output_type -> grapnel.v1.GetEventResponse
+	11, // 29: grapnel.v1.EventService.ListEvents:output_type -> grapnel.v1.ListEventsResponse
+	25, // [25:30] is the sub-list for method output_type
+	20, // [20:25] is the sub-list for method input_type
+	20, // [20:20] is the sub-list for extension type_name
+	20, // [20:20] is the sub-list for extension extendee
+	0,  // [0:20] is the sub-list for field type_name
 }
 
 func init() { file_grapnel_v1_event_proto_init() }

@@ -32,7 +32,7 @@ const (
 	// Not a state.
 	Namespace_STATE_UNSPECIFIED Namespace_State = 0
 	// In use.
-	Namespace_STATE_ACTIVE Namespace_State = 1
+	Namespace_STATE_ACTIVE Namespace_State = 1 // 2 is kept for STATE_PAUSED.
 	// Waiting to be erased; publishing and every change fail, reading goes on.
 	Namespace_STATE_DELETED Namespace_State = 3
 )
@@ -100,7 +100,10 @@ type Namespace struct {
 	// Output only: when it will be erased.
 	PurgeTime *timestamppb.Timestamp `protobuf:"bytes,9,opt,name=purge_time,json=purgeTime,proto3" json:"purge_time,omitempty"`
 	// Strong validator.
-	Etag          string `protobuf:"bytes,10,opt,name=etag,proto3" json:"etag,omitempty"`
+	Etag string `protobuf:"bytes,10,opt,name=etag,proto3" json:"etag,omitempty"`
+	// Output only: made by the server, another one each time a name is used again. What a namespace had
+	// belongs to its uid, not to its name.
+	Uid           string `protobuf:"bytes,11,opt,name=uid,proto3" json:"uid,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -205,18 +208,25 @@ func (x *Namespace) GetEtag() string {
 	return ""
 }
 
-// Quota: zero fields take the cluster default.
+func (x *Namespace) GetUid() string {
+	if x != nil {
+		return x.Uid
+	}
+	return ""
+}
+
+// Quota: what is zero is not limited, but for the two fields that have a default.
 type Quota struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Subscriptions; cluster default 1000.
+	// Subscriptions; 0 is no limit.
 	MaxSubscriptions int32 `protobuf:"varint,1,opt,name=max_subscriptions,json=maxSubscriptions,proto3" json:"max_subscriptions,omitempty"`
-	// Accepted events per second, averaged over 10 s; cluster default 1000.
+	// Accepted events per second, averaged over 10 s; 0 is no limit.
 	MaxPublishRate int32 `protobuf:"varint,2,opt,name=max_publish_rate,json=maxPublishRate,proto3" json:"max_publish_rate,omitempty"`
-	// Payload bytes of one event; cluster default 262144, at most 1048576.
+	// Payload bytes of one event, at most 1048576; 0 means the default, 262144.
 	MaxEventBytes int32 `protobuf:"varint,3,opt,name=max_event_bytes,json=maxEventBytes,proto3" json:"max_event_bytes,omitempty"`
-	// Open deliveries; publishing fails with QUOTA_EXCEEDED above it; cluster default 1000000.
-	MaxOpenDeliveries int32 `protobuf:"varint,4,opt,name=max_open_deliveries,json=maxOpenDeliveries,proto3" json:"max_open_deliveries,omitempty"`
-	// How long final deliveries and payloads are kept, 1h to 90 days; cluster default 3 days.
+	// Open deliveries; publishing fails with QUOTA_EXCEEDED above it; 0 is no limit.
+	MaxOpenDeliveries int32 `protobuf:"varint,4,opt,name=max_open_deliveries,json=maxOpenDeliveries,proto3" json:"max_open_deliveries,omitempty"` // 5 is kept for a limit to come.
+	// How long final deliveries and payloads are kept, 1h to 90 days; default 3 days.
 	Retention     *durationpb.Duration `protobuf:"bytes,6,opt,name=retention,proto3" json:"retention,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -888,7 +898,7 @@ var File_grapnel_v1_namespace_proto protoreflect.FileDescriptor
 const file_grapnel_v1_namespace_proto_rawDesc = "" +
 	"\n" +
 	"\x1agrapnel/v1/namespace.proto\x12\n" +
-	"grapnel.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xe9\x04\n" +
+	"grapnel.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xf5\x04\n" +
 	"\tNamespace\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12Q\n" +
 	"\x06labels\x18\x02 \x03(\v2!.grapnel.v1.Namespace.LabelsEntryB\x16\xbaH\x13\x9a\x01\x10\x10@\"\x06r\x04\x10\x01\x18?*\x04r\x02\x18?R\x06labels\x12'\n" +
@@ -903,20 +913,21 @@ const file_grapnel_v1_namespace_proto_rawDesc = "" +
 	"\n" +
 	"purge_time\x18\t \x01(\v2\x1a.google.protobuf.TimestampR\tpurgeTime\x12\x12\n" +
 	"\x04etag\x18\n" +
-	" \x01(\tR\x04etag\x1a9\n" +
+	" \x01(\tR\x04etag\x12\x10\n" +
+	"\x03uid\x18\v \x01(\tR\x03uid\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"I\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"C\n" +
 	"\x05State\x12\x15\n" +
 	"\x11STATE_UNSPECIFIED\x10\x00\x12\x10\n" +
 	"\fSTATE_ACTIVE\x10\x01\x12\x11\n" +
-	"\rSTATE_DELETED\x10\x03\"\x04\b\x02\x10\x02\"\xb1\x02\n" +
+	"\rSTATE_DELETED\x10\x03\"\xab\x02\n" +
 	"\x05Quota\x124\n" +
 	"\x11max_subscriptions\x18\x01 \x01(\x05B\a\xbaH\x04\x1a\x02(\x00R\x10maxSubscriptions\x121\n" +
 	"\x10max_publish_rate\x18\x02 \x01(\x05B\a\xbaH\x04\x1a\x02(\x00R\x0emaxPublishRate\x123\n" +
 	"\x0fmax_event_bytes\x18\x03 \x01(\x05B\v\xbaH\b\x1a\x06\x18\x80\x80@(\x00R\rmaxEventBytes\x127\n" +
 	"\x13max_open_deliveries\x18\x04 \x01(\x05B\a\xbaH\x04\x1a\x02(\x00R\x11maxOpenDeliveries\x12K\n" +
-	"\tretention\x18\x06 \x01(\v2\x19.google.protobuf.DurationB\x12\xbaH\x0f\xaa\x01\f\"\x05\b\x80\xce\xda\x032\x03\b\x90\x1cR\tretentionJ\x04\b\x05\x10\x06\"\xba\x01\n" +
+	"\tretention\x18\x06 \x01(\v2\x19.google.protobuf.DurationB\x12\xbaH\x0f\xaa\x01\f\"\x05\b\x80\xce\xda\x032\x03\b\x90\x1cR\tretention\"\xba\x01\n" +
 	"\x05Usage\x12$\n" +
 	"\rsubscriptions\x18\x01 \x01(\x05R\rsubscriptions\x12'\n" +
 	"\x0fopen_deliveries\x18\x02 \x01(\x05R\x0eopenDeliveries\x12!\n" +

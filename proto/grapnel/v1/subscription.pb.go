@@ -224,7 +224,7 @@ type Subscription struct {
 	// Most attempts started per second, 0 to 10000; 0, the default, is no limit.
 	MaxRate float64 `protobuf:"fixed64,13,opt,name=max_rate,json=maxRate,proto3" json:"max_rate,omitempty"`
 	// Most attempts in flight, 1 to 1000; 0 means the default, 16.
-	MaxInFlight int32 `protobuf:"varint,14,opt,name=max_in_flight,json=maxInFlight,proto3" json:"max_in_flight,omitempty"`
+	MaxInFlight int32 `protobuf:"varint,14,opt,name=max_in_flight,json=maxInFlight,proto3" json:"max_in_flight,omitempty"` // 15 is kept for ordered.
 	// When the server stops trying altogether.
 	FailurePolicy *FailurePolicy `protobuf:"bytes,16,opt,name=failure_policy,json=failurePolicy,proto3" json:"failure_policy,omitempty"`
 	// Output only.
@@ -1541,7 +1541,7 @@ var File_grapnel_v1_subscription_proto protoreflect.FileDescriptor
 const file_grapnel_v1_subscription_proto_rawDesc = "" +
 	"\n" +
 	"\x1dgrapnel/v1/subscription.proto\x12\n" +
-	"grapnel.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17grapnel/v1/common.proto\x1a\x19grapnel/v1/delivery.proto\x1a\x16grapnel/v1/event.proto\"\xca\v\n" +
+	"grapnel.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17grapnel/v1/common.proto\x1a\x19grapnel/v1/delivery.proto\x1a\x16grapnel/v1/event.proto\"\xc4\v\n" +
 	"\fSubscription\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x10\n" +
 	"\x03uid\x18\x02 \x01(\tR\x03uid\x12*\n" +
@@ -1580,7 +1580,7 @@ const file_grapnel_v1_subscription_proto_rawDesc = "" +
 	"\x11STATE_UNSPECIFIED\x10\x00\x12\x10\n" +
 	"\fSTATE_ACTIVE\x10\x01\x12\x10\n" +
 	"\fSTATE_PAUSED\x10\x02\x12\x12\n" +
-	"\x0eSTATE_DISABLED\x10\x03J\x04\b\x0f\x10\x10\"\xfc\x02\n" +
+	"\x0eSTATE_DISABLED\x10\x03\"\xfc\x02\n" +
 	"\fPayloadShape\x127\n" +
 	"\x06format\x18\x01 \x01(\x0e2\x1f.grapnel.v1.PayloadShape.FormatR\x06format\x12F\n" +
 	"\vcompression\x18\x02 \x01(\x0e2$.grapnel.v1.PayloadShape.CompressionR\vcompression\x12+\n" +

@@ -24,6 +24,59 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
+// What was deleted.
+type TombstoneRecord_Kind int32
+
+const (
+	// Not a kind.
+	TombstoneRecord_KIND_UNSPECIFIED TombstoneRecord_Kind = 0
+	// A subscription.
+	TombstoneRecord_KIND_SUBSCRIPTION TombstoneRecord_Kind = 1
+	// A namespace, with all that was in it.
+	TombstoneRecord_KIND_NAMESPACE TombstoneRecord_Kind = 2
+)
+
+// Enum value maps for TombstoneRecord_Kind.
+var (
+	TombstoneRecord_Kind_name = map[int32]string{
+		0: "KIND_UNSPECIFIED",
+		1: "KIND_SUBSCRIPTION",
+		2: "KIND_NAMESPACE",
+	}
+	TombstoneRecord_Kind_value = map[string]int32{
+		"KIND_UNSPECIFIED":  0,
+		"KIND_SUBSCRIPTION": 1,
+		"KIND_NAMESPACE":    2,
+	}
+)
+
+func (x TombstoneRecord_Kind) Enum() *TombstoneRecord_Kind {
+	p := new(TombstoneRecord_Kind)
+	*p = x
+	return p
+}
+
+func (x TombstoneRecord_Kind) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (TombstoneRecord_Kind) Descriptor() protoreflect.EnumDescriptor {
+	return file_grapnel_store_v1_store_proto_enumTypes[0].Descriptor()
+}
+
+func (TombstoneRecord_Kind) Type() protoreflect.EnumType {
+	return &file_grapnel_store_v1_store_proto_enumTypes[0]
+}
+
+func (x TombstoneRecord_Kind) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use TombstoneRecord_Kind.Descriptor instead.
+func (TombstoneRecord_Kind) EnumDescriptor() ([]byte, []int) {
+	return file_grapnel_store_v1_store_proto_rawDescGZIP(), []int{9, 0}
+}
+
 // EventRecord is an accepted event.
 type EventRecord struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -817,6 +870,80 @@ func (x *MetaRecord) GetJournalId() []byte {
 	return nil
 }
 
+// TombstoneRecord says in etcd that a namespace or subscription was deleted, until everything it had has been
+// dealt with. Its uid is part of its key.
+type TombstoneRecord struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// What was deleted.
+	Kind TombstoneRecord_Kind `protobuf:"varint,1,opt,name=kind,proto3,enum=grapnel.store.v1.TombstoneRecord_Kind" json:"kind,omitempty"`
+	// namespaces/{namespace}[/subscriptions/{subscription}]
+	Name string `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
+	// The uid of the namespace that it was or was in, 16 bytes.
+	NamespaceUid []byte `protobuf:"bytes,3,opt,name=namespace_uid,json=namespaceUid,proto3" json:"namespace_uid,omitempty"`
+	// Unix nanoseconds.
+	DeleteTime    int64 `protobuf:"varint,4,opt,name=delete_time,json=deleteTime,proto3" json:"delete_time,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TombstoneRecord) Reset() {
+	*x = TombstoneRecord{}
+	mi := &file_grapnel_store_v1_store_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TombstoneRecord) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TombstoneRecord) ProtoMessage() {}
+
+func (x *TombstoneRecord) ProtoReflect() protoreflect.Message {
+	mi := &file_grapnel_store_v1_store_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TombstoneRecord.ProtoReflect.Descriptor instead.
+func (*TombstoneRecord) Descriptor() ([]byte, []int) {
+	return file_grapnel_store_v1_store_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *TombstoneRecord) GetKind() TombstoneRecord_Kind {
+	if x != nil {
+		return x.Kind
+	}
+	return TombstoneRecord_KIND_UNSPECIFIED
+}
+
+func (x *TombstoneRecord) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *TombstoneRecord) GetNamespaceUid() []byte {
+	if x != nil {
+		return x.NamespaceUid
+	}
+	return nil
+}
+
+func (x *TombstoneRecord) GetDeleteTime() int64 {
+	if x != nil {
+		return x.DeleteTime
+	}
+	return 0
+}
+
 // SecretRecord is a secret in etcd. Values are sealed, bound to name and version.
 type SecretRecord struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -838,7 +965,7 @@ type SecretRecord struct {
 
 func (x *SecretRecord) Reset() {
 	*x = SecretRecord{}
-	mi := &file_grapnel_store_v1_store_proto_msgTypes[9]
+	mi := &file_grapnel_store_v1_store_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -850,7 +977,7 @@ func (x *SecretRecord) String() string {
 func (*SecretRecord) ProtoMessage() {}
 
 func (x *SecretRecord) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_store_v1_store_proto_msgTypes[9]
+	mi := &file_grapnel_store_v1_store_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -863,7 +990,7 @@ func (x *SecretRecord) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SecretRecord.ProtoReflect.Descriptor instead.
 func (*SecretRecord) Descriptor() ([]byte, []int) {
-	return file_grapnel_store_v1_store_proto_rawDescGZIP(), []int{9}
+	return file_grapnel_store_v1_store_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *SecretRecord) GetName() string {
@@ -937,7 +1064,7 @@ type SecretVersionRecord struct {
 
 func (x *SecretVersionRecord) Reset() {
 	*x = SecretVersionRecord{}
-	mi := &file_grapnel_store_v1_store_proto_msgTypes[10]
+	mi := &file_grapnel_store_v1_store_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -949,7 +1076,7 @@ func (x *SecretVersionRecord) String() string {
 func (*SecretVersionRecord) ProtoMessage() {}
 
 func (x *SecretVersionRecord) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_store_v1_store_proto_msgTypes[10]
+	mi := &file_grapnel_store_v1_store_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -962,7 +1089,7 @@ func (x *SecretVersionRecord) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SecretVersionRecord.ProtoReflect.Descriptor instead.
 func (*SecretVersionRecord) Descriptor() ([]byte, []int) {
-	return file_grapnel_store_v1_store_proto_rawDescGZIP(), []int{10}
+	return file_grapnel_store_v1_store_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *SecretVersionRecord) GetVersion() uint32 {
@@ -1117,7 +1244,17 @@ const file_grapnel_store_v1_store_proto_rawDesc = "" +
 	"partitions\x18\x02 \x01(\rR\n" +
 	"partitions\x12\x1d\n" +
 	"\n" +
-	"journal_id\x18\x03 \x01(\fR\tjournalId\"\xc6\x01\n" +
+	"journal_id\x18\x03 \x01(\fR\tjournalId\"\xf0\x01\n" +
+	"\x0fTombstoneRecord\x12:\n" +
+	"\x04kind\x18\x01 \x01(\x0e2&.grapnel.store.v1.TombstoneRecord.KindR\x04kind\x12\x12\n" +
+	"\x04name\x18\x02 \x01(\tR\x04name\x12#\n" +
+	"\rnamespace_uid\x18\x03 \x01(\fR\fnamespaceUid\x12\x1f\n" +
+	"\vdelete_time\x18\x04 \x01(\x03R\n" +
+	"deleteTime\"G\n" +
+	"\x04Kind\x12\x14\n" +
+	"\x10KIND_UNSPECIFIED\x10\x00\x12\x15\n" +
+	"\x11KIND_SUBSCRIPTION\x10\x01\x12\x12\n" +
+	"\x0eKIND_NAMESPACE\x10\x02\"\xc6\x01\n" +
 	"\fSecretRecord\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
 	"\x04kind\x18\x02 \x01(\rR\x04kind\x12A\n" +
@@ -1154,33 +1291,37 @@ func file_grapnel_store_v1_store_proto_rawDescGZIP() []byte {
 	return file_grapnel_store_v1_store_proto_rawDescData
 }
 
-var file_grapnel_store_v1_store_proto_msgTypes = make([]protoimpl.MessageInfo, 12)
+var file_grapnel_store_v1_store_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
+var file_grapnel_store_v1_store_proto_msgTypes = make([]protoimpl.MessageInfo, 13)
 var file_grapnel_store_v1_store_proto_goTypes = []any{
-	(*EventRecord)(nil),         // 0: grapnel.store.v1.EventRecord
-	(*Target)(nil),              // 1: grapnel.store.v1.Target
-	(*IdempotencyRecord)(nil),   // 2: grapnel.store.v1.IdempotencyRecord
-	(*DeliveryRecord)(nil),      // 3: grapnel.store.v1.DeliveryRecord
-	(*AttemptRecord)(nil),       // 4: grapnel.store.v1.AttemptRecord
-	(*Header)(nil),              // 5: grapnel.store.v1.Header
-	(*LaneRecord)(nil),          // 6: grapnel.store.v1.LaneRecord
-	(*PartitionRecord)(nil),     // 7: grapnel.store.v1.PartitionRecord
-	(*MetaRecord)(nil),          // 8: grapnel.store.v1.MetaRecord
-	(*SecretRecord)(nil),        // 9: grapnel.store.v1.SecretRecord
-	(*SecretVersionRecord)(nil), // 10: grapnel.store.v1.SecretVersionRecord
-	nil,                         // 11: grapnel.store.v1.EventRecord.AttributesEntry
+	(TombstoneRecord_Kind)(0),   // 0: grapnel.store.v1.TombstoneRecord.Kind
+	(*EventRecord)(nil),         // 1: grapnel.store.v1.EventRecord
+	(*Target)(nil),              // 2: grapnel.store.v1.Target
+	(*IdempotencyRecord)(nil),   // 3: grapnel.store.v1.IdempotencyRecord
+	(*DeliveryRecord)(nil),      // 4: grapnel.store.v1.DeliveryRecord
+	(*AttemptRecord)(nil),       // 5: grapnel.store.v1.AttemptRecord
+	(*Header)(nil),              // 6: grapnel.store.v1.Header
+	(*LaneRecord)(nil),          // 7: grapnel.store.v1.LaneRecord
+	(*PartitionRecord)(nil),     // 8: grapnel.store.v1.PartitionRecord
+	(*MetaRecord)(nil),          // 9: grapnel.store.v1.MetaRecord
+	(*TombstoneRecord)(nil),     // 10: grapnel.store.v1.TombstoneRecord
+	(*SecretRecord)(nil),        // 11: grapnel.store.v1.SecretRecord
+	(*SecretVersionRecord)(nil), // 12: grapnel.store.v1.SecretVersionRecord
+	nil,                         // 13: grapnel.store.v1.EventRecord.AttributesEntry
 }
 var file_grapnel_store_v1_store_proto_depIdxs = []int32{
-	11, // 0: grapnel.store.v1.EventRecord.attributes:type_name -> grapnel.store.v1.EventRecord.AttributesEntry
-	1,  // 1: grapnel.store.v1.EventRecord.targets:type_name -> grapnel.store.v1.Target
-	4,  // 2: grapnel.store.v1.DeliveryRecord.last_attempt:type_name -> grapnel.store.v1.AttemptRecord
-	5,  // 3: grapnel.store.v1.AttemptRecord.response_headers:type_name -> grapnel.store.v1.Header
-	5,  // 4: grapnel.store.v1.AttemptRecord.request_headers:type_name -> grapnel.store.v1.Header
-	10, // 5: grapnel.store.v1.SecretRecord.versions:type_name -> grapnel.store.v1.SecretVersionRecord
-	6,  // [6:6] is the sub-list for method output_type
-	6,  // [6:6] is the sub-list for method input_type
-	6,  // [6:6] is the sub-list for extension type_name
-	6,  // [6:6] is the sub-list for extension extendee
-	0,  // [0:6] is the sub-list for field type_name
+	13, // 0: grapnel.store.v1.EventRecord.attributes:type_name -> grapnel.store.v1.EventRecord.AttributesEntry
+	2,  // 1: grapnel.store.v1.EventRecord.targets:type_name -> grapnel.store.v1.Target
+	5,  // 2: grapnel.store.v1.DeliveryRecord.last_attempt:type_name -> grapnel.store.v1.AttemptRecord
+	6,  // 3: grapnel.store.v1.AttemptRecord.response_headers:type_name -> grapnel.store.v1.Header
+	6,  // 4: grapnel.store.v1.AttemptRecord.request_headers:type_name -> grapnel.store.v1.Header
+	0,  // 5: grapnel.store.v1.TombstoneRecord.kind:type_name -> grapnel.store.v1.TombstoneRecord.Kind
+	12, // 6: grapnel.store.v1.SecretRecord.versions:type_name -> grapnel.store.v1.SecretVersionRecord
+	7,  // [7:7] is the sub-list for method output_type
+	7,  // [7:7] is the sub-list for method input_type
+	7,  // [7:7] is the sub-list for extension type_name
+	7,  // [7:7] is the sub-list for extension extendee
+	0,  // [0:7] is the sub-list for field type_name
 }
 
 func init() { file_grapnel_store_v1_store_proto_init() }
@@ -1193,13 +1334,14 @@ func file_grapnel_store_v1_store_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_grapnel_store_v1_store_proto_rawDesc), len(file_grapnel_store_v1_store_proto_rawDesc)),
-			NumEnums:      0,
-			NumMessages:   12,
+			NumEnums:      1,
+			NumMessages:   13,
 			NumExtensions: 0,
 			NumServices:   0,
 		},
 		GoTypes:           file_grapnel_store_v1_store_proto_goTypes,
 		DependencyIndexes: file_grapnel_store_v1_store_proto_depIdxs,
+		EnumInfos:         file_grapnel_store_v1_store_proto_enumTypes,
 		MessageInfos:      file_grapnel_store_v1_store_proto_msgTypes,
 	}.Build()
 	File_grapnel_store_v1_store_proto = out.File

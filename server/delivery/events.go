@@ -1,0 +1,92 @@
+package delivery
+
+import (
+	"sync"
+	"sync/atomic"
+)
+
+// eventOverhead is what an event takes beside its payload and attributes.
+const eventOverhead = 400
+
+// eventTable holds the events of one partition that jobs in memory need: each once, however many jobs share it.
+// It is forgotten with the last job.
+type eventTable struct {
+	bytes *atomic.Int64 // over all partitions
+
+	mu     sync.Mutex
+	events map[uint64]*Event
+}
+
+func (e *Event) size() int64 {
+	size := eventOverhead + len(e.Payload) + len(e.ID) + len(e.Source) + len(e.Type) + len(e.Subject) + len(e.Schema)
+	for name, value := range e.Attributes {
+		size += 32 + len(name) + len(value)
+	}
+	return int64(size)
+}
+
+// add takes an event in and holds it. When the table has it already it returns that one, held.
+func (t *eventTable) add(e *Event) *Event {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if known := t.events[e.Seq]; known != nil && known.Namespace == e.Namespace {
+		known.refs++
+		return known
+	}
+	if t.events == nil {
+		t.events = make(map[uint64]*Event)
+	}
+	e.refs = 1
+	t.events[e.Seq] = e
+	t.bytes.Add(e.size())
+	return e
+}
+
+// find holds and returns the event; nil when the table does not have it.
+func (t *eventTable) find(ns NamespaceKey, seq uint64) *Event {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	e := t.events[seq]
+	if e == nil || e.Namespace != ns {
+		return nil
+	}
+	e.refs++
+	return e
+}
+
+func (t *eventTable) hold(e *Event) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.events[e.Seq] == e {
+		e.refs++
+	}
+}
+
+func (t *eventTable) release(e *Event) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.events[e.Seq] != e {
+		return
+	}
+	if e.refs--; e.refs == 0 {
+		delete(t.events, e.Seq)
+		t.bytes.Add(-e.size())
+	}
+}
+
+// Hold keeps the event of a job that Offer lends. Jobs from Read are held already.
+func (j *Journal) Hold(e *Event) {
+	if int(e.Partition) < len(j.partitions) {
+		j.partitions[e.Partition].events.hold(e)
+	}
+}
+
+// Release gives up what Hold or Read has held: once for each job.
+func (j *Journal) Release(e *Event) {
+	if int(e.Partition) < len(j.partitions) {
+		j.partitions[e.Partition].events.release(e)
+	}
+}
+
+// EventBytes is the size of all events that are held, each counted once: payload, attributes and 400 bytes.
+func (j *Journal) EventBytes() int64 { return j.eventBytes.Load() }

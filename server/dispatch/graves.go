@@ -1,0 +1,138 @@
+package dispatch
+
+import (
+	"sync"
+	"time"
+
+	"github.com/grapnel/grapnel/server/delivery"
+)
+
+const (
+	// gravediggers is how many lanes of deleted subscriptions are worked off at once: each walks all partitions.
+	gravediggers = 2
+	// walkAgain is after how long a lane is looked at again in which something was cancelled: what was accepted with an
+	// older snapshot comes late.
+	walkAgain = 5 * time.Second
+)
+
+// graves are the lanes of subscriptions whose deletion has been seen. Each is walked until a walk finds nothing.
+type graves struct {
+	mu    sync.Mutex
+	known map[delivery.LaneKey]struct{}
+	// now are to be walked at once, later after a while; both in the order of their times.
+	now   []delivery.LaneKey
+	later []grave
+	wake  chan struct{}
+}
+
+type grave struct {
+	lane delivery.LaneKey
+	at   time.Time
+}
+
+func (g *graves) add(key delivery.LaneKey) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if _, ok := g.known[key]; ok {
+		return
+	}
+	if g.known == nil {
+		g.known = make(map[delivery.LaneKey]struct{})
+	}
+	g.known[key] = struct{}{}
+	g.now = append(g.now, key)
+	signal(g.wake)
+}
+
+// next takes a lane, or says how long to wait; 0 means until one is added.
+func (g *graves) next(now time.Time) (key delivery.LaneKey, wait time.Duration, ok bool) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	for len(g.later) > 0 && !now.Before(g.later[0].at) {
+		g.now = append(g.now, g.later[0].lane)
+		g.later = g.later[1:]
+	}
+	if len(g.now) > 0 {
+		key, g.now = g.now[0], g.now[1:]
+		if len(g.now) > 0 {
+			signal(g.wake) // for the others
+		}
+		return key, 0, true
+	}
+	if len(g.later) > 0 {
+		wait = g.later[0].at.Sub(now)
+	}
+	return key, wait, false
+}
+
+func (g *graves) again(key delivery.LaneKey, at time.Time) {
+	g.mu.Lock()
+	g.later = append(g.later, grave{key, at})
+	g.mu.Unlock()
+	signal(g.wake)
+}
+
+func (g *graves) done(key delivery.LaneKey) {
+	g.mu.Lock()
+	delete(g.known, key)
+	g.mu.Unlock()
+}
+
+// bury works off the lanes of deleted subscriptions until the engine stops.
+func (e *Engine) bury() {
+	timer := time.NewTimer(time.Hour)
+	defer timer.Stop()
+	for {
+		key, wait, ok := e.graves.next(e.now())
+		if ok {
+			e.walk(key)
+			continue
+		}
+		if wait == 0 {
+			wait = time.Hour
+		}
+		timer.Reset(wait)
+		select {
+		case <-e.stopped:
+			return
+		case <-e.graves.wake:
+		case <-timer.C:
+		}
+	}
+}
+
+// walk cancels what a deleted subscription has left.
+func (e *Engine) walk(key delivery.LaneKey) {
+	n, err := e.CancelLane(e.taking, key, reasonDeleted)
+	if e.taking.Err() != nil {
+		return
+	}
+	again := walkAgain
+	if err != nil {
+		e.log.Warn("deliveries of a deleted subscription not cancelled yet",
+			"namespace_key", key.Namespace, "subscription_key", key.Subscription, "err", err)
+		again = readAgain
+	}
+	now := e.now()
+	if !e.subs.Deleted(key) { // it is there after all: a resync has brought it back
+		e.graves.done(key)
+		return
+	}
+	if l := e.find(key); l != nil {
+		l.sweepAt = now // to find that nothing is there any more
+		l.kick(now)
+		l.mu.Unlock()
+	}
+	if err != nil || n > 0 || e.journal.OpenOf(key) > 0 {
+		e.graves.again(key, now.Add(again))
+		return
+	}
+	e.graves.done(key)
+	e.mu.Lock()
+	delete(e.healths, key)
+	e.mu.Unlock()
+	e.journal.SetFailing(key, time.Time{})
+	if e.workedOff != nil {
+		e.workedOff(key)
+	}
+}

@@ -1,0 +1,132 @@
+package dispatch_test
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/grapnel/grapnel/server/delivery"
+	"github.com/grapnel/grapnel/server/dispatch"
+	"github.com/grapnel/grapnel/server/subscription"
+)
+
+// neighbourhood is a number of receivers that hang beside others that are well.
+type neighbourhood struct {
+	hanging, healthy int
+	// backlog is how many events each of those that hang gets at once; then they get one a second.
+	backlog int
+	// wellUntil is how long those that hang answer at first.
+	wellUntil time.Duration
+	// apart: the healthy ones have a namespace each.
+	apart   bool
+	options func(*dispatch.Options)
+	// mostSlow is how many attempts may hang at once; 0 means half of the slots and an eighth.
+	mostSlow int
+}
+
+func TestHangingReceiversAreNotFelt(t *testing.T) {
+	small := func(o *dispatch.Options) { o.WindowBytes = 4 << 20 }
+	for name, n := range map[string]neighbourhood{
+		"none":                          {healthy: 1000},
+		"200":                           {hanging: 200, healthy: 1000, backlog: 40},
+		"1000":                          {hanging: 1000, healthy: 1000, backlog: 40},
+		"2400":                          {hanging: 2400, healthy: 500, backlog: 4},
+		"200 that were well":            {hanging: 200, healthy: 1000, backlog: 5, wellUntil: 3 * time.Second},
+		"1000 that were well":           {hanging: 1000, healthy: 1000, backlog: 5, wellUntil: 3 * time.Second, mostSlow: 4000},
+		"1000 with little memory":       {hanging: 1000, healthy: 200, backlog: 40, options: small},
+		"5000 in another namespace":     {hanging: 5000, healthy: 100, backlog: 2, apart: true},
+		"1000, and few slots for all":   {hanging: 1000, healthy: 100, backlog: 4, options: func(o *dispatch.Options) { o.Slots = 256 }, apart: true},
+		"with little memory, well once": {hanging: 500, healthy: 200, backlog: 40, wellUntil: 3 * time.Second, options: small},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) { n.run(t) })
+		})
+	}
+}
+
+func (n neighbourhood) run(t *testing.T) {
+	w := newWorld(t, func(o *dispatch.Options) {
+		if n.options != nil {
+			n.options(o)
+		}
+	})
+	synctest.Wait()
+	begin := time.Now()
+	w.receiver.set(func(sub *subscription.Subscription, _ *delivery.Job) (time.Duration, *delivery.Result) {
+		if sub.ID[0] == 'h' && time.Since(begin) >= n.wellUntil {
+			return 15 * time.Second, timedOut()
+		}
+		return 2 * time.Millisecond, ok()
+	})
+	usual := func(s *subscription.Subscription) { s.MaxInFlight, s.MaxAttempts, s.MaxAge = 16, 10, 100*time.Hour }
+	var hanging, healthy []*subscription.Subscription
+	for i := range n.hanging {
+		hanging = append(hanging, w.sub(fmt.Sprint("hangs", i), usual))
+	}
+	for i := range n.healthy {
+		name := fmt.Sprint("well", i)
+		s := &subscription.Subscription{}
+		if n.apart {
+			s = w.sub(name, usual, inNamespace(name))
+		} else {
+			s = w.sub(name, usual)
+		}
+		healthy = append(healthy, s)
+	}
+	for i, s := range hanging {
+		w.publishN(s, uint16(i%16), n.backlog)
+	}
+	const seconds, perSecond = 20, 100
+	for tick := range seconds * perSecond {
+		for i := tick % perSecond; i < len(healthy); i += perSecond {
+			w.publish(healthy[i], uint16(i%16))
+		}
+		if tick%perSecond == 0 && tick/perSecond == int(n.wellUntil/time.Second) && n.wellUntil > 0 {
+			for i, s := range hanging { // a burst to all of them in the moment that they begin to hang
+				w.publishN(s, uint16(i%16), 16)
+			}
+		}
+		for i := tick % perSecond; i < len(hanging); i += perSecond {
+			w.publish(hanging[i], uint16(i%16))
+		}
+		time.Sleep(time.Second / perSecond)
+	}
+	time.Sleep(time.Second)
+	var waits []time.Duration
+	hung := 0
+	for _, s := range w.receiver.starts() {
+		if strings.HasPrefix(s.sub, "well") {
+			waits = append(waits, s.at.Sub(s.accept))
+		}
+	}
+	w.receiver.mu.Lock()
+	for sub, now := range w.receiver.now {
+		if strings.HasPrefix(sub, "hangs") {
+			hung += now
+		}
+	}
+	w.receiver.mu.Unlock()
+	slices.Sort(waits)
+	if want := seconds * n.healthy; len(waits) != want {
+		t.Errorf("%d of %d were tried", len(waits), want)
+	}
+	if late, _ := slices.BinarySearch(waits, time.Second); len(waits)-late > len(waits)/1000 {
+		t.Errorf("%d of %d waited for a second and more, p50 %v, p99 %v, max %v", len(waits)-late, len(waits),
+			waits[len(waits)/2], waits[len(waits)*99/100], waits[len(waits)-1])
+	}
+	most := n.mostSlow
+	if most == 0 {
+		most = 3072
+	}
+	if hung > most {
+		t.Errorf("%d attempts hang", hung)
+	}
+	if len(waits) == 0 {
+		t.FailNow()
+	}
+	t.Logf("%s: p50 %v, p99 %v, max %v; %d hang", t.Name(), waits[len(waits)/2], waits[len(waits)*99/100], waits[len(waits)-1], hung)
+	_ = w.kill()
+}

@@ -1,0 +1,137 @@
+package dispatch
+
+import (
+	"sync/atomic"
+
+	"github.com/grapnel/grapnel/server/subscription"
+)
+
+const (
+	// few is how many attempts a lane may have in flight that hangs.
+	few = 2
+	// defaultInFlight is for subscriptions without a limit.
+	defaultInFlight = 16
+)
+
+// slots are the attempts in flight. What keeps them fair, however many lanes hang:
+//
+//   - Suspects, lanes that hang or are slow, start nothing while they hold half of the slots, all together. The fuller
+//     that half is, the fewer each one may hold, down to one. One that hangs holds few anyway, and one that has never
+//     answered just one.
+//   - A lane of which nothing is known has one attempt, on trial. A trial is short: after it the lane has proven itself or
+//     is a suspect. An eighth of the slots is for trials, so that a new lane waits for other trials, never for those
+//     that hang. Trials stop while they and the suspects hold three quarters of the slots, and those of one namespace while
+//     its lanes hold five eighths.
+//   - A proven lane that begins to hang is known for it only after a while. So once half of the slots are in use, a
+//     proven lane starts nothing while it holds few, and in the last quarter while it holds any.
+//   - No lane holds more than its subscription's limit.
+//
+// With 4096 slots and attempts that hang for 15 s, 2048 new lanes that hang are known as such in half a second, and leave
+// 1024 slots to the proven ones. Of 1000 proven lanes that begin to hang at once with 16 deliveries each, the first 128
+// take 2048 slots, the next 512 take 1024 and the other 360 one each: 664 slots are left, one for each who needs it.
+type slots struct {
+	total int64
+	used  atomic.Int64
+	// trial counts those of unknown lanes, slow those of suspects.
+	trial, slow atomic.Int64
+}
+
+// tenant is a namespace with lanes.
+type tenant struct {
+	lanes int          // Engine.mu
+	slow  atomic.Int64 // slots of lanes that are not proven
+}
+
+func part8(total, eighths int64) int64 { return max(1, total*eighths/8) }
+
+// room reports whether lanes of this standing may have another slot.
+func (s *slots) room(st standing) bool {
+	if s.used.Load() >= s.total {
+		return false
+	}
+	switch st {
+	case unknown:
+		trial := s.trial.Load()
+		return trial < part8(s.total, 1) && trial+s.slow.Load() < part8(s.total, 6)
+	case suspect:
+		return s.slow.Load() < part8(s.total, 4)
+	}
+	return true
+}
+
+// roomFor reports whether lanes of a namespace may have another slot, if there is room.
+func (s *slots) roomFor(t *tenant, st standing) bool {
+	return st != unknown || t.slow.Load() < part8(s.total, 5)
+}
+
+// acquire takes a slot for a lane, whose mutex is held.
+func (s *slots) acquire(l *lane) bool {
+	if !s.room(l.standing) || !s.roomFor(l.tenant, l.standing) {
+		return false
+	}
+	if s.used.Add(1) > s.total {
+		s.used.Add(-1)
+		return false
+	}
+	s.count(l, 1)
+	return true
+}
+
+// returned gives a slot back that was not used.
+func (s *slots) returned(l *lane) {
+	s.count(l, -1)
+	s.used.Add(-1)
+}
+
+// count has slots of the lane count for its standing, or no more. What several take at once may pass the bounds of a
+// standing by as many; only used is exact.
+func (s *slots) count(l *lane, n int64) {
+	switch l.standing {
+	case unknown:
+		s.trial.Add(n)
+	case suspect:
+		s.slow.Add(n)
+	case proven:
+		return
+	}
+	l.tenant.slow.Add(n)
+}
+
+// share is how many slots one lane may hold.
+func (s *slots) share(h *health, st standing, sub *subscription.Subscription) int {
+	most := maxInFlight(sub)
+	switch used, slow := s.used.Load(), s.slow.Load(); {
+	case st == unknown, st == suspect && !h.answers:
+		return 1
+	case st == proven && used < part8(s.total, 4):
+		return most
+	case st == proven && used < part8(s.total, 6):
+		return min(most, few)
+	case st == proven:
+		return 1
+	case slow < part8(s.total, 2) && !h.hangs:
+		return min(most, max(few, int(s.total/10)))
+	case slow < part8(s.total, 3):
+		return min(most, few)
+	}
+	return 1
+}
+
+func maxInFlight(sub *subscription.Subscription) int {
+	if sub.MaxInFlight <= 0 {
+		return defaultInFlight
+	}
+	return sub.MaxInFlight
+}
+
+// release gives a slot back that stands in flying no more, and the next lane its turn.
+func (e *Engine) release() {
+	left := e.slots.used.Add(-1)
+	if left == 0 && e.stopping.Load() {
+		signal(e.drained)
+		return
+	}
+	if e.ring.waiting() > 0 {
+		signal(e.ring.wake)
+	}
+}

@@ -1,0 +1,220 @@
+package server
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"net/http"
+	"sync"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+)
+
+const (
+	healthEvery = 500 * time.Millisecond
+	// syncSlow is the age at which a sync that has not ended is told of, syncHangs that at which nothing more is to
+	// be sent here.
+	syncSlow  = 2 * time.Second
+	syncHangs = 5 * time.Second
+	// pluginAbsence is how long the first-party plugins may be away before that counts: a restart takes less.
+	pluginAbsence = 5 * time.Second
+)
+
+// vital is one thing that the server cannot do without, or can for a while.
+type vital struct {
+	name string
+	// ail says what is wrong now, "" when nothing is. It must not block.
+	ail func() string
+	// grace is how long it may last before the server counts as not ready; negative is for ever.
+	grace time.Duration
+	// publishing says that nothing can be published meanwhile.
+	publishing bool
+	// quiet leaves it to somebody else to log that it is not well.
+	quiet bool
+}
+
+// health looks after what can go wrong and come right again while the server runs, and tells it while it lasts.
+type health struct {
+	log    *slog.Logger
+	vitals []vital
+	// publish is told when the publish service can no longer serve, and when it can again.
+	publish func(serving bool)
+
+	mu      sync.Mutex // guards what follows
+	states  []ailment  // of vitals
+	serving bool
+}
+
+// ailment is the state of a vital.
+type ailment struct {
+	text  string
+	since time.Time
+	// grave is set when it has lasted longer than its grace.
+	grave bool
+}
+
+func newHealth(log *slog.Logger, publish func(bool), vitals ...vital) *health {
+	return &health{log: log, vitals: vitals, publish: publish, states: make([]ailment, len(vitals)), serving: true}
+}
+
+// run looks until ctx ends.
+func (h *health) run(ctx context.Context) {
+	tick := time.NewTicker(healthEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+			h.look(time.Now())
+		}
+	}
+}
+
+func (h *health) look(now time.Time) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	serving := true
+	for i, v := range h.vitals {
+		was, text := h.states[i], v.ail()
+		is := ailment{text: text, since: was.since}
+		switch {
+		case text == "":
+			is.since = time.Time{}
+		case was.text == "":
+			is.since = now
+		}
+		is.grave = text != "" && v.grace >= 0 && now.Sub(is.since) >= v.grace
+		h.states[i] = is
+		if is.grave && v.publishing {
+			serving = false
+		}
+		switch {
+		case was.grave && !is.grave || text == "" && was.text != "" && !v.quiet:
+			h.log.Info("well again", "what", v.name, "after", now.Sub(was.since).Round(healthEvery))
+		case is.grave && !was.grave || text != "" && was.text == "" && !v.quiet:
+			h.log.Warn(text, "what", v.name, "ready", !is.grave)
+		}
+	}
+	if serving != h.serving {
+		h.serving = serving
+		h.publish(serving)
+	}
+}
+
+// report is what is wrong, a line each, and whether the server is ready all the same.
+func (h *health) report() (lines []string, ready bool) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	ready = true
+	for i, is := range h.states {
+		if is.text != "" {
+			lines = append(lines, h.vitals[i].name+": "+is.text)
+			ready = ready && !is.grave
+		}
+	}
+	return lines, ready
+}
+
+// serveReady answers whether the server is to get calls: with 200 and ok, or with 503. What is wrong is told in
+// either case, a line each.
+func (s *Server) serveReady(w http.ResponseWriter, _ *http.Request) {
+	select {
+	case <-s.ready:
+	default:
+		http.Error(w, "starting", http.StatusServiceUnavailable)
+		return
+	}
+	lines, ready := s.health.report()
+	w.Header().Set("Content-Type", "text/plain; charset=utf-8")
+	first := "ok"
+	if !ready {
+		first = "not ready"
+		w.WriteHeader(http.StatusServiceUnavailable)
+	}
+	_, _ = fmt.Fprintln(w, first)
+	for _, line := range lines {
+		_, _ = fmt.Fprintln(w, line)
+	}
+}
+
+// syncAger is a journal that knows how long the oldest sync that runs has been at it; 0 when none does.
+type syncAger interface{ SyncAge() time.Duration }
+
+// newServerHealth knows what this server depends on.
+func (s *Server) newServerHealth(publish func(bool)) *health {
+	syncAge := func() time.Duration { return 0 }
+	if j, ok := any(s.journal).(syncAger); ok {
+		syncAge = j.SyncAge
+	}
+	s.metrics.MustRegister(
+		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+			Name: "grapnel_journal_sync_age_seconds", Help: "Age of the oldest sync of the journal that has not ended.",
+		}, func() float64 { return syncAge().Seconds() }),
+		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+			Name: "grapnel_plugin_silent", Help: "Plugin processes that leave heartbeats unanswered.",
+		}, func() float64 { return float64(len(s.plugins.Silent())) }),
+	)
+	return newHealth(s.log, publish,
+		vital{name: "journal", publishing: true, grace: syncHangs - syncSlow, ail: func() string {
+			if age := syncAge(); age >= syncSlow {
+				return fmt.Sprintf("the disk has been at a sync for %v; nothing can be accepted meanwhile", age.Round(time.Second))
+			}
+			return ""
+		}},
+		vital{name: "plugins", quiet: true, grace: pluginAbsence, ail: s.pluginsAil},
+		vital{name: "etcd", quiet: true, grace: -1, ail: func() string {
+			if err := s.registry.Stranger(); err != nil {
+				return err.Error()
+			}
+			if !s.registry.Healthy() {
+				return "it does not answer; configuration cannot be changed, deliveries and events go on"
+			}
+			return ""
+		}},
+		vital{name: "disk", quiet: true, grace: -1, ail: func() string { return textOf(s.space.Err()) }},
+		vital{name: "configuration", quiet: true, grace: -1, ail: func() string { return textOf(s.etcd.Err()) }},
+		vital{name: "third-party plugins", quiet: true, grace: -1, ail: func() string {
+			if names := s.silent(false); names != "" {
+				return names + " does not answer"
+			}
+			return ""
+		}},
+	)
+}
+
+func textOf(err error) string {
+	if err == nil {
+		return ""
+	}
+	return err.Error()
+}
+
+// pluginsAil is about the first-party plugins, without which nobody's deliveries move.
+func (s *Server) pluginsAil() string {
+	if s.silent(true) != "" {
+		return "the process of the first-party plugins does not answer; deliveries wait"
+	}
+	gone, cancel := context.WithCancel(context.Background())
+	cancel()
+	if err := s.plugins.Ready(gone); err != nil {
+		return "the process of the first-party plugins is not serving; deliveries wait"
+	}
+	return ""
+}
+
+// silent names the plugins that do not answer.
+func (s *Server) silent(builtin bool) string {
+	var names string
+	for _, p := range s.plugins.Silent() {
+		if p.Builtin != builtin {
+			continue
+		}
+		if names != "" {
+			names += ", "
+		}
+		names += p.Name
+	}
+	return names
+}

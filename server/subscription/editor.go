@@ -1,0 +1,154 @@
+package subscription
+
+import "slices"
+
+// editor makes one snapshot after the other. It belongs to one goroutine.
+type editor struct {
+	trees
+	common *common
+	// changed are the tenants as they will be in the next snapshot; was is what they were in the latest.
+	changed map[string]*tenant
+	was     map[string]*tenant
+	// versions is the latest version given to a tenant.
+	versions uint64
+}
+
+func newEditor() *editor {
+	return &editor{trees: newTrees(), common: &common{}, changed: make(map[string]*tenant), was: make(map[string]*tenant)}
+}
+
+// tenant returns a copy that may be changed.
+func (e *editor) tenant(id string) *tenant {
+	if t := e.changed[id]; t != nil {
+		return t
+	}
+	t := &tenant{id: id}
+	if old, ok := e.tenants.Get(id); ok {
+		*t = *old
+		e.was[id] = old
+	} else {
+		e.versions++
+		t.version = e.versions
+	}
+	e.changed[id] = t
+	return t
+}
+
+// before returns the namespace as the latest snapshot shows it, nil when it does not.
+func (e *editor) before(id string) *Namespace {
+	if t := e.was[id]; t != nil {
+		return t.namespace
+	}
+	return nil
+}
+
+// putNamespace adds or replaces a namespace.
+func (e *editor) putNamespace(n *Namespace) {
+	e.dropNamespace(n.ID)
+	t := e.tenant(n.ID)
+	t.namespace = n
+	if n.UID != [16]byte{} {
+		e.namespaces.Set(UIDKey(n.UID), n)
+	}
+	if t.count > 0 {
+		e.adopt(n)
+	}
+}
+
+// adopt tells the subscriptions of a namespace which one they are in, where it came after them.
+func (e *editor) adopt(n *Namespace) {
+	var strangers []*Subscription
+	e.names.Ascend(named{ns: n.ID}, func(found named) bool {
+		if found.ns == n.ID && found.sub.NamespaceUID != n.UID {
+			strangers = append(strangers, found.sub)
+		}
+		// All have the same: one look is enough when the namespace has only changed.
+		return found.ns == n.ID && len(strangers) > 0
+	})
+	for _, s := range strangers {
+		moved := *s
+		e.put(&moved)
+	}
+}
+
+func (e *editor) dropNamespace(id string) {
+	t := e.tenant(id)
+	if t.namespace != nil && t.namespace.UID != [16]byte{} {
+		e.namespaces.Delete(UIDKey(t.namespace.UID))
+	}
+	t.namespace = nil
+}
+
+// put adds or replaces a subscription, which nobody else has yet, and returns what was there.
+func (e *editor) put(s *Subscription) *Subscription {
+	t := e.tenant(s.Namespace)
+	if t.namespace != nil {
+		s.NamespaceUID = t.namespace.UID
+	}
+	replaced, _ := e.names.Set(named{ns: t.id, id: s.ID, sub: s})
+	old := replaced.sub
+	if old == nil {
+		t.count++
+	} else {
+		e.unlink(old, s)
+	}
+	e.subs.Set(UIDKey(s.UID), s)
+	for g := range placesOf(s) {
+		g.ns = t.id // one string for all
+		e.globs.Set(g)
+	}
+	e.step(t, old, s)
+	return old
+}
+
+// drop removes a subscription and returns it, nil when there was none.
+func (e *editor) drop(ns, id string) *Subscription {
+	found, ok := e.names.Delete(named{ns: ns, id: id})
+	if !ok {
+		return nil
+	}
+	t := e.tenant(ns)
+	t.count--
+	e.unlink(found.sub, nil)
+	e.step(t, found.sub, nil)
+	return found.sub
+}
+
+// unlink removes what of old does not go on in now.
+func (e *editor) unlink(old, now *Subscription) {
+	if now == nil || now.UID != old.UID {
+		if there, _ := e.subs.Get(UIDKey(old.UID)); there == old {
+			e.subs.Delete(UIDKey(old.UID))
+		}
+	}
+	if now != nil && slices.Equal(old.globs, now.globs) {
+		return
+	}
+	for g := range placesOf(old) {
+		e.globs.Delete(g)
+	}
+}
+
+func (e *editor) step(t *tenant, old, now *Subscription) {
+	if len(t.recent) >= 2*maxRecent {
+		t.recent = slices.Clone(t.recent[maxRecent:])
+	}
+	t.recent = append(t.recent, step{before: t.version, old: old, now: now})
+	e.versions++
+	t.version = e.versions
+}
+
+// snapshot shows what has been changed since the latest one.
+func (e *editor) snapshot(revision int64) *Snapshot {
+	for id, t := range e.changed {
+		if t.namespace == nil && t.count == 0 {
+			e.tenants.Delete(id)
+			continue
+		}
+		t.recent = slices.Clone(t.recent[max(0, len(t.recent)-maxRecent):])
+		e.tenants.Set(id, t)
+	}
+	clear(e.changed)
+	clear(e.was)
+	return &Snapshot{revision: revision, trees: e.trees.copy(), common: e.common}
+}
