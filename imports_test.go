@@ -45,7 +45,7 @@ var allowed = map[string][]string{
 	"server/api/filter":            {},
 	"server":                       {"server/...", "proto/grapnel/v1"},
 	"server/servertest":            {"server", "sdk/...", "plugins", "proto/grapnel/v1"},
-	"cmd/grapnel":                  {"server", "server/plugindir", "server/pluginhost", "server/delivery", "server/subscription", "proto/grapnel/plugin/v1", "sdk/...", "plugins", "proto/grapnel/v1"},
+	"cmd/grapnel":                  {"server", "server/plugindir", "server/pluginhost", "server/delivery", "server/delivery/salvage", "server/subscription", "proto/grapnel/plugin/v1", "sdk/...", "plugins", "proto/grapnel/v1"},
 	"cmd/grapnel-bench":            {"sdk/...", "proto/grapnel/v1"},
 }
 

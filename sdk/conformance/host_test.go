@@ -67,7 +67,7 @@ func TestServerTakesThePluginTheSuitePasses(t *testing.T) {
 				Signers: []*grapnelv1.PluginBinding{{Plugin: "plugins/raw-sign", Config: config, Secrets: map[string]string{"key": "namespaces/n/secrets/k"}}},
 			},
 			Namespace: "n", ID: "s", UID: [16]byte{1}, Revision: 1, AttemptTimeout: 10 * time.Second, MaxInFlight: 8, MaxAttempts: 1,
-		}, &delivery.Job{Subscription: "s", MaxAttempts: 1, Event: &delivery.Event{Namespace: "n", ID: "1", Source: "/t", Type: "t", Payload: []byte("{}"), UID: "evt_1"}}, done)
+		}, &delivery.Job{MaxAttempts: 1, Event: &delivery.Event{ID: "1", Source: "/t", Type: "t", Payload: []byte("{}"), UID: "evt_1"}}, done)
 		select {
 		case r := <-done:
 			if r.Attempt.Outcome != delivery.OutcomeSucceeded {

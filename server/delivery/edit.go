@@ -119,11 +119,16 @@ func (j *Journal) edit(ctx context.Context, lane LaneKey, id ID, change func(*co
 		if at == nil {
 			return ErrNotFound
 		}
+		// First all that may fail: an edit that is answered with an error has changed nothing.
+		head, target, err := p.readJoined(c.r, lane, at)
+		if err != nil {
+			return err
+		}
 		if err := change(c, at); err != nil {
 			return err
 		}
-		d, err = p.deliveryOf(c.r, lane, at)
-		return err
+		d = p.join(lane, at, &head, &target)
+		return nil
 	})
 	if err != nil {
 		return nil, err // d may still be in the committer's hands

@@ -9,7 +9,6 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"math"
 	"time"
 
 	"github.com/cockroachdb/pebble/v2"
@@ -152,7 +151,7 @@ func openStopped(dir string, readOnly bool) (*Journal, error) {
 	j.id = m.id
 	for i := range m.partitions {
 		p := newPartition(j, uint16(i))
-		p.swept.Store(math.MaxUint32) // look in both places always
+		p.swept.Store(&sweptDays{upTo: kept - 1}) // look in both places always
 		j.partitions = append(j.partitions, p)
 	}
 	return j, nil

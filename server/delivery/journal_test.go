@@ -72,10 +72,11 @@ func attemptAt(n int, o Outcome, code int, now time.Time) *Attempt {
 
 // told is one call of a Follower or a Settled.
 type told struct {
-	what   string // offer, timed, edited, settled
-	commit Commit
-	lane   LaneKey
-	row    Row
+	what      string // offer, timed, edited, settled
+	commit    Commit
+	lane      LaneKey
+	partition uint16
+	row       Row
 }
 
 // follower keeps what it is told, in order.
@@ -91,19 +92,19 @@ func (f *follower) Offer(c Commit, jobs []Job) {
 	defer f.mu.Unlock()
 	f.fresh = append(f.fresh, jobs...)
 	for i := range jobs {
-		f.calls = append(f.calls, told{"offer", c, jobs[i].Lane(), jobs[i].Row()})
+		f.calls = append(f.calls, told{"offer", c, jobs[i].Lane(), jobs[i].ID.Partition, jobs[i].Row()})
 		if f.hold != nil {
 			f.hold(jobs[i].Event)
 		}
 	}
 }
 
-func (f *follower) Timed(c Commit, lane LaneKey, _ uint16, row Row) {
-	f.add(told{"timed", c, lane, row})
+func (f *follower) Timed(c Commit, lane LaneKey, partition uint16, row Row) {
+	f.add(told{"timed", c, lane, partition, row})
 }
 
-func (f *follower) Edited(c Commit, lane LaneKey, _ uint16, seq uint64, epoch uint32) {
-	f.add(told{"edited", c, lane, Row{Seq: seq, Epoch: epoch}})
+func (f *follower) Edited(c Commit, lane LaneKey, partition uint16, seq uint64, epoch uint32) {
+	f.add(told{"edited", c, lane, partition, Row{Seq: seq, Epoch: epoch}})
 }
 
 func (f *follower) add(t told) {
@@ -139,7 +140,9 @@ type settledBy struct {
 	job *Job
 }
 
-func (s settledBy) Settled(c Commit) { s.f.add(told{"settled", c, s.job.Lane(), s.job.Row()}) }
+func (s settledBy) Settled(c Commit) {
+	s.f.add(told{"settled", c, s.job.Lane(), s.job.ID.Partition, s.job.Row()})
+}
 
 // bench is a journal in memory with its follower.
 type bench struct {

@@ -141,15 +141,20 @@ func (p *partition) readTarget(r pebble.Reader, day dayKey, lane LaneKey, seq ui
 
 // deliveryOf joins a delivery with its event.
 func (p *partition) deliveryOf(r pebble.Reader, lane LaneKey, at *place) (*Delivery, error) {
-	head, err := p.readHead(r, at.day, lane.Namespace, at.row.Seq)
-	if err != nil {
-		return nil, err
-	}
-	target, err := p.readTarget(r, at.day, lane, at.row.Seq)
+	head, target, err := p.readJoined(r, lane, at)
 	if err != nil {
 		return nil, err
 	}
 	return p.join(lane, at, &head, &target), nil
+}
+
+// readJoined reads what a delivery shows of its event.
+func (p *partition) readJoined(r pebble.Reader, lane LaneKey, at *place) (head eventHead, target Target, err error) {
+	if head, err = p.readHead(r, at.day, lane.Namespace, at.row.Seq); err != nil {
+		return head, target, err
+	}
+	target, err = p.readTarget(r, at.day, lane, at.row.Seq)
+	return head, target, err
 }
 
 func (p *partition) join(lane LaneKey, at *place, head *eventHead, target *Target) *Delivery {

@@ -56,7 +56,7 @@ const MaxPartitions = 1 << 16
 // maxJournal is the most bytes that a journal's id may have.
 const maxJournal = 32
 
-// DamageError says that what should be marks cannot be read as such. What they were is unknown.
+// DamageError says that what should be marks cannot be read as such, or not all of it. What it was is unknown.
 type DamageError struct {
 	// Source is the place: the file's path, for instance.
 	Source string
@@ -109,7 +109,7 @@ func (e *LossError) Error() string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "%d commits that were durable are missing from %d partitions, according to %s", e.Commits(), len(e.Losses), e.Source)
 	if log := e.Log(); log != 0 {
-		fmt.Fprintf(&b, " when log %06d was written", log)
+		fmt.Fprintf(&b, " when %06d.log was written", log)
 	}
 	for i, l := range e.Losses {
 		if i == shownLosses {
@@ -122,6 +122,16 @@ func (e *LossError) Error() string {
 		}
 	}
 	return b.String()
+}
+
+// Doubt says in words which marks are older than they were or say nothing, because their copies cannot be read; nil when
+// all can be relied on. It is to be told, as a loss in those partitions may not be noticed.
+func (s State) Doubt() error {
+	if len(s.Torn)+len(s.Lost) == 0 {
+		return nil
+	}
+	return &DamageError{Source: s.Source, Reason: fmt.Sprintf(
+		"of %d of %d partitions both copies are damaged, of %d one is", len(s.Lost), len(s.Marks), len(s.Torn))}
 }
 
 // Compare holds what a journal was found to contain, by partition, against what s remembers. It returns a

@@ -174,7 +174,7 @@ func TestLossIsToldByPartition(t *testing.T) {
 	if loss.Commits() != 5+1+5 || loss.Log() != 8 {
 		t.Errorf("%d commits, log %d", loss.Commits(), loss.Log())
 	}
-	const text = "11 commits that were durable are missing from 3 partitions, according to here when log 000008 was written; " +
+	const text = "11 commits that were durable are missing from 3 partitions, according to here when 000008.log was written; " +
 		"partition 1: 5 of 20, events after sequence 150 up to 200; partition 2: 1 of 30; " +
 		"partition 3: 5 of 5, events after sequence 0 up to 50"
 	if loss.Error() != text {
@@ -220,6 +220,9 @@ func checkDamaged(t *testing.T, what any, s highwater.State, err error, truth []
 	for i, m := range s.Marks {
 		if m.Commit > truth[i].Commit || m.Seq > truth[i].Seq || m.Log > truth[i].Log {
 			t.Fatalf("%v: partition %d is said to be at %+v but is at %+v", what, i, m, truth[i])
+		}
+		if (s.Doubt() == nil) != (len(s.Torn)+len(s.Lost) == 0) {
+			t.Fatalf("%v: doubt %v of %+v", what, s.Doubt(), s)
 		}
 		told := slices.Contains(s.Torn, uint16(i)) || slices.Contains(s.Lost, uint16(i))
 		if m != truth[i] && !told {

@@ -131,9 +131,10 @@ func (c chunks) at(off int) chunk {
 // maskedChecksum is a CRC-32C, turned so that a chunk with checksums in it does not look like one
 // (pebble/internal/crc).
 func maskedChecksum(b []byte) uint32 {
-	sum := crc32.Checksum(b, crc32.MakeTable(crc32.Castagnoli))
-	return (sum>>15 | sum<<17) + 0xa282ead8
+	return masked(crc32.Checksum(b, crc32.MakeTable(crc32.Castagnoli)))
 }
+
+func masked(sum uint32) uint32 { return (sum>>15 | sum<<17) + 0xa282ead8 }
 
 // next is where the next chunk after off can be: off itself, or the next block if a header does not fit before it.
 func (c chunks) next(off int) int {

@@ -30,7 +30,8 @@ type Log struct {
 	End    int64
 	// Batches can be read; Behind counts those of them that come after the first gap.
 	Batches, Behind int
-	// Skipped is how many changes are missing, by the sequence numbers, before the log or between its batches.
+	// Skipped is how many changes are missing, by the sequence numbers, before the log or between its batches. A table
+	// that was taken in from elsewhere while the log was written counts as one, if it has been compacted since.
 	Skipped uint64
 	// Newest: no other log has a higher number.
 	Newest bool
@@ -80,9 +81,14 @@ type change struct {
 type logFile struct {
 	Log
 	changes []change
-	// first and last are the sequence numbers of the first batch and after the last one; 0 if there is none.
+	// first and after are the sequence numbers of the first batch and after the last one; 0 if there is none.
 	first, after uint64
+	// holes are the sequence numbers that are missing between batches.
+	holes []hole
 }
+
+// hole are the sequence numbers from one on and below another.
+type hole struct{ from, to uint64 }
 
 // readLog reads a log in full. Memory: about twice the file.
 func readLog(path string, number uint64) (*logFile, error) {
@@ -128,7 +134,7 @@ func (l *logFile) take(record []byte) bool {
 		l.first = first
 	}
 	if l.after != 0 && first > l.after {
-		l.Skipped += first - l.after
+		l.holes = append(l.holes, hole{l.after, first})
 	}
 	l.after = first + uint64(h.Count)
 	l.changes = append(l.changes, changes...)
@@ -177,18 +183,28 @@ func readLogs(dir string, names []string) ([]*logFile, error) {
 	return logs, nil
 }
 
-// linkLogs notes what is missing between needed logs, each of which begins where the one before it ended.
-func linkLogs(logs []*logFile) {
+// linkLogs notes what is missing in needed logs and between them, as each begins where the one before it ended. Taken
+// are sequence numbers that are in no log: those of tables that were taken in.
+func linkLogs(logs []*logFile, taken []uint64) {
 	var after uint64
 	for i, l := range logs {
 		l.Newest = i == len(logs)-1
-		if !l.Needed || l.first == 0 {
+		if !l.Needed {
+			l.changes = nil
 			continue
 		}
 		if after != 0 && l.first > after {
-			l.Skipped += l.first - after
+			l.holes = append(l.holes, hole{after, l.first})
 		}
-		after = l.after
+		after = max(after, l.after)
+		for _, h := range l.holes {
+			l.Skipped += h.to - h.from
+			for _, seq := range taken {
+				if h.from <= seq && seq < h.to {
+					l.Skipped--
+				}
+			}
+		}
 	}
 }
 

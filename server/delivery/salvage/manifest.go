@@ -1,10 +1,13 @@
 package salvage
 
 import (
+	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -29,11 +32,19 @@ func (m Manifest) Trusted() bool { return m.Reason == "" }
 // span is the part of a table that counts: the keys from first to last. Nil means all.
 type span struct{ first, last []byte }
 
+// role is what a manifest says about a table.
+type role struct {
+	// spans are the parts that count; none means all of it.
+	spans []span
+	// seq is the sequence number of all entries of a table that was made elsewhere and taken in; 0: each has its own.
+	seq uint64
+}
+
 // version is what a manifest says.
 type version struct {
 	Manifest
-	// tables that count, by number, each with its spans.
-	tables map[uint64][]span
+	// tables that count, by number.
+	tables map[uint64]role
 	// needed are the logs that are not in the tables.
 	needed  map[uint64]bool
 	highest uint64 // number of a table
@@ -139,15 +150,18 @@ func (v *version) list(fs *vfs.MemFS) error {
 	if err != nil {
 		return err
 	}
-	v.tables = map[uint64][]span{}
+	v.tables = map[uint64]role{}
 	for _, level := range levels {
 		for _, t := range level {
 			n := uint64(t.BackingSSTNum)
-			var s span
+			r := v.tables[n]
 			if t.Virtual {
-				s = span{first: t.Smallest.UserKey, last: t.Largest.UserKey}
+				r.spans = append(r.spans, span{first: t.Smallest.UserKey, last: t.Largest.UserKey})
 			}
-			v.tables[n] = append(v.tables[n], s)
+			if t.SmallestSeqNum == t.LargestSeqNum {
+				r.seq = uint64(t.SmallestSeqNum)
+			}
+			v.tables[n] = r
 			v.highest = max(v.highest, n)
 		}
 	}
@@ -167,14 +181,34 @@ func (w watched) Open(name string, options ...vfs.OpenOption) (vfs.File, error) 
 	return w.FS.Open(name, options...)
 }
 
+// takeIn adds the tables that were taken in by the logs that are needed; key is the number of such a table.
+func (v *version) takeIn(logs []*logFile) {
+	for _, l := range logs {
+		for _, c := range l.changes {
+			if n, size := binary.Uvarint(c.key); l.Needed && c.kind == pebble.InternalKeyKindIngestSST && size > 0 && v.tables != nil {
+				v.tables[n] = role{seq: c.seq}
+			}
+		}
+	}
+}
+
+// taken are the sequence numbers of tables that were taken in, each once.
+func (v *version) taken() []uint64 {
+	var taken []uint64
+	for _, r := range v.tables {
+		if r.seq != 0 {
+			taken = append(taken, r.seq)
+		}
+	}
+	slices.Sort(taken)
+	return slices.Compact(taken)
+}
+
 // counts says whether a table is to be read. One that is newer than the manifest knows repeats what others have or what
 // the manifest lost.
-func (v version) counts(table uint64) ([]span, bool) {
-	if !v.Trusted() || table > v.highest {
-		return nil, true
-	}
-	spans, ok := v.tables[table]
-	return spans, ok
+func (v version) counts(table uint64) (role, bool) {
+	r, ok := v.tables[table]
+	return r, ok || !v.Trusted() || table > v.highest
 }
 
 // isMarker says whether a file tells Pebble which manifest and format are in use.
@@ -210,6 +244,9 @@ type silent struct{}
 
 func (silent) Infof(string, ...any)  {}
 func (silent) Errorf(string, ...any) {}
+
+func (silent) Eventf(context.Context, string, ...any) {}
+func (silent) IsTracingEnabled(context.Context) bool  { return false }
 
 // Fatalf must not return.
 func (silent) Fatalf(format string, args ...any) { panic(fmt.Sprintf(format, args...)) }

@@ -39,11 +39,13 @@ func ofLogs(logs []*logFile) (*sorted, []erasure) {
 			continue
 		}
 		for _, c := range l.changes {
-			if c.kind == pebble.InternalKeyKindRangeDelete {
+			switch c.kind {
+			case pebble.InternalKeyKindRangeDelete, pebble.InternalKeyKindExcise:
 				erased = append(erased, erasure{from: c.key, to: c.value, seq: c.seq})
-				continue
+			case pebble.InternalKeyKindIngestSST: // a table, which is read as such
+			default:
+				s.changes = append(s.changes, c)
 			}
-			s.changes = append(s.changes, c)
 		}
 	}
 	slices.SortFunc(s.changes, byKey)

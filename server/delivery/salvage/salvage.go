@@ -196,7 +196,8 @@ func look(ctx context.Context, dir string, visit func(key, value []byte) error) 
 			l.Needed = v.needed[l.Number]
 		}
 	}
-	linkLogs(logs)
+	v.takeIn(logs)
+	linkLogs(logs, v.taken())
 	tables, err := openTables(dir, names, v)
 	defer func() {
 		for _, t := range tables {
@@ -225,11 +226,11 @@ func openTables(dir string, names []string, v version) (tables []*tableFile, err
 		if !ok {
 			continue
 		}
-		spans, ok := v.counts(n)
+		r, ok := v.counts(n)
 		if !ok {
 			continue
 		}
-		t, err := openTable(filepath.Join(dir, name), spans)
+		t, err := openTable(filepath.Join(dir, name), r)
 		if err != nil {
 			return tables, err
 		}

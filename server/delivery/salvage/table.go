@@ -54,20 +54,20 @@ func (t Table) Lost() uint64 { return t.Entries - min(t.Read, t.Entries) }
 // that cannot be read.
 type tableFile struct {
 	Table
-	spans  []span
+	role   role
 	reader *sstable.Reader
 	runs   []run
 	it     sstable.Iterator
+	loose  *loose // instead of runs
 	// erased are its range deletions.
 	erased []erasure
 	change change
 }
 
-// run is a row of blocks that can be read: the keys after first; nil means from the table's first on. Until the next
-// one begins or a damaged block.
+// run is a row of blocks that can be read, up to a damaged one or the table's end.
 type run struct {
-	after []byte
-	last  bool // nothing damaged behind it
+	after []byte // the keys of the damaged block before it are not above this; nil: there is none
+	last  bool   // it reaches the table's end
 }
 
 // erasure is a deletion of the keys in [from, to) that are older than seq.
@@ -78,8 +78,8 @@ type erasure struct {
 
 // openTable looks at every block of a table. An error is one of the file system; what is wrong with the table is in
 // Damage.
-func openTable(path string, spans []span) (*tableFile, error) {
-	t := &tableFile{Table: Table{Path: path}, spans: spans}
+func openTable(path string, r role) (*tableFile, error) {
+	t := &tableFile{Table: Table{Path: path}, role: r}
 	info, err := os.Stat(path)
 	if err != nil {
 		return nil, err
@@ -87,7 +87,11 @@ func openTable(path string, spans []span) (*tableFile, error) {
 	t.Bytes = info.Size()
 	if err := t.open(); err != nil {
 		t.damaged(-1, nil, nil, err)
-		return t, t.close()
+		t.runs = nil
+		t.loose, err = openLoose(path)
+		if err != nil {
+			return nil, errors.Join(err, t.close())
+		}
 	}
 	return t, nil
 }
@@ -134,8 +138,15 @@ func (t *tableFile) close() error {
 		err = t.reader.Close()
 		t.reader = nil
 	}
+	if t.loose != nil {
+		err = errors.Join(err, t.loose.close())
+		t.loose = nil
+	}
 	return err
 }
+
+// seqOf is the sequence number of an entry that has this one in the file.
+func (t *tableFile) seqOf(seq uint64) uint64 { return max(seq, t.role.seq) }
 
 func (t *tableFile) findErasures() error {
 	it, err := t.reader.NewRawRangeDelIter(context.Background(), sstable.NoFragmentTransforms, sstable.NoReadEnv)
@@ -147,7 +158,7 @@ func (t *tableFile) findErasures() error {
 	for ; s != nil; s, err = it.Next() {
 		for _, k := range s.Keys {
 			t.Read++
-			t.erased = append(t.erased, erasure{from: bytes.Clone(s.Start), to: bytes.Clone(s.End), seq: uint64(k.SeqNum())})
+			t.erased = append(t.erased, erasure{from: bytes.Clone(s.Start), to: bytes.Clone(s.End), seq: t.seqOf(uint64(k.SeqNum()))})
 		}
 	}
 	return err
@@ -159,13 +170,18 @@ func (t *tableFile) findRuns() error {
 	if err != nil {
 		return err
 	}
+	for _, filter := range layout.Filter { // it costs no entry, but Pebble trips over it
+		if err := t.readable(filter.Handle, blockkind.Filter, noMetadata); err != nil {
+			t.damaged(-1, nil, nil, fmt.Errorf("filter: %w", err))
+		}
+	}
 	var (
 		before []byte // the separator of the block before: its keys are not above it
 		good   bool
 	)
 	for _, h := range layout.Index {
 		err := t.eachBlock(h, func(separator []byte, data block.Handle) {
-			err := t.readable(data, blockkind.SSTableData, func(*block.Metadata, []byte) error { return nil })
+			err := t.readable(data, blockkind.SSTableData, noMetadata)
 			if err != nil {
 				t.damaged(int64(data.Offset), before, separator, err)
 				good = false
@@ -186,6 +202,8 @@ func (t *tableFile) findRuns() error {
 	}
 	return nil
 }
+
+func noMetadata(*block.Metadata, []byte) error { return nil }
 
 // readable reads a block for its checksum.
 func (t *tableFile) readable(h block.Handle, kind block.Kind, init func(*block.Metadata, []byte) error) error {
@@ -239,17 +257,20 @@ func (t *tableFile) next() bool {
 
 // counts says whether the entry is in the part of the table that counts.
 func (t *tableFile) counts() bool {
-	for _, s := range t.spans {
-		if s.first == nil || bytes.Compare(s.first, t.change.key) <= 0 && bytes.Compare(t.change.key, s.last) <= 0 {
+	for _, s := range t.role.spans {
+		if bytes.Compare(s.first, t.change.key) <= 0 && bytes.Compare(t.change.key, s.last) <= 0 {
 			return true
 		}
 	}
-	return len(t.spans) == 0
+	return len(t.role.spans) == 0
 }
 
 func (t *tableFile) step() (ok bool, err error) {
 	defer recoverTo(&err)
-	for t.reader != nil && len(t.runs) > 0 {
+	if t.loose != nil {
+		return t.stepLoose(), nil
+	}
+	for len(t.runs) > 0 {
 		ok, failed := t.move()
 		if ok {
 			return true, nil
@@ -263,6 +284,20 @@ func (t *tableFile) step() (ok bool, err error) {
 		}
 	}
 	return false, nil
+}
+
+// stepLoose is step where there is no index. At the end it says how far it came.
+func (t *tableFile) stepLoose() bool {
+	c, ok := t.loose.next()
+	if !ok {
+		d := &t.Damage[len(t.Damage)-1]
+		d.Reason += fmt.Sprintf("; without its index the table can be read up to offset %d of %d", t.loose.at, t.Bytes)
+		t.loose.release()
+		return false
+	}
+	c.seq = t.seqOf(c.seq)
+	t.change = c
+	return true
 }
 
 // move goes one entry on in the run; false at its end, with an error if that is a damaged block.
@@ -291,7 +326,7 @@ func (t *tableFile) move() (bool, error) {
 	if err != nil {
 		return false, err
 	}
-	t.change = change{kind: kv.Kind(), seq: uint64(kv.SeqNum()), key: kv.K.UserKey, value: value}
+	t.change = change{kind: kv.Kind(), seq: t.seqOf(uint64(kv.SeqNum())), key: kv.K.UserKey, value: value}
 	return true, nil
 }
 

@@ -1,0 +1,1154 @@
+package delivery
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"maps"
+	"math/rand/v2"
+	"slices"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/cockroachdb/pebble/v2/vfs"
+)
+
+//nolint:gochecknoglobals // test flags
+var (
+	modelSeeds = flag.Int("model.seeds", 100, "random lives of a journal that are held against the model")
+	modelFirst = flag.Int("model.first", 0, "the first seed")
+	modelSteps = flag.Int("model.steps", 60, "how long each life is")
+)
+
+// The journal does what a plain list of deliveries would do, whatever comes in which order: events, attempts that
+// end in time or too late, callers' edits, namespaces that go, sweeps, refused commits, clocks that are wrong,
+// restarts and power losses.
+func TestJournalFollowsItsModel(t *testing.T) {
+	seeds := *modelSeeds
+	if testing.Short() {
+		seeds = min(seeds, 20)
+	}
+	for seed := range seeds {
+		t.Run(fmt.Sprint(*modelFirst+seed), func(t *testing.T) {
+			t.Parallel()
+			newModel(t, uint64(*modelFirst+seed)).run(*modelSteps)
+		})
+	}
+}
+
+// standsAt is what the model knows of a delivery, or what the journal shows of it.
+type standsAt struct {
+	state    State
+	attempts int
+	max      int
+	due      Instant
+	epoch    uint32 // while open
+	history  string // outcomes, first to last
+}
+
+// version is how a delivery stood after a step.
+type version struct {
+	step int
+	standsAt
+}
+
+type modelKey struct {
+	ns NamespaceKey
+	ID
+}
+
+func (k modelKey) lane() LaneKey { return LaneKey{k.ns, k.Subscription} }
+
+// modelDelivery has versions since the last that is certainly durable.
+type modelDelivery struct {
+	key      modelKey
+	event    *modelEvent
+	expire   Instant
+	versions []version
+	gone     bool
+}
+
+func (d *modelDelivery) now() *standsAt { return &d.versions[len(d.versions)-1].standsAt }
+
+func (d *modelDelivery) at(step int) standsAt {
+	i := len(d.versions) - 1
+	for i > 0 && d.versions[i].step > step {
+		i--
+	}
+	return d.versions[i].standsAt
+}
+
+func (d *modelDelivery) open() bool { return !d.gone && !d.now().state.Final() }
+
+func (d *modelDelivery) row() Row {
+	s := d.now()
+	r := Row{Seq: d.key.Seq, Epoch: s.epoch}
+	if s.due != 0 {
+		r.Kind, r.Due = Timer, s.due
+	}
+	return r
+}
+
+type modelEvent struct {
+	*Event
+	deliveries []*modelDelivery
+	wasAhead   bool // of the clock, at some start: retention has another measure for it
+	mayGo      bool // a sweep has taken it for too old
+	kept       bool // a sweep has found it open
+	gone       bool
+}
+
+type model struct {
+	t     *testing.T
+	b     *bench
+	fs    *vfs.MemFS
+	rng   *rand.Rand
+	trace []string
+
+	step, durable int
+	events        []*modelEvent
+	deliveries    map[modelKey]*modelDelivery
+	held          map[modelKey]Job
+	keep          map[NamespaceKey]time.Duration
+	want          []told // what the follower is to be told of the current step
+	nextID        int
+	lastSweep     time.Time // of this process
+
+	refuse atomic.Bool
+	crash  atomic.Int32 // at which commit from now on the disk is copied
+	clone  atomic.Pointer[vfs.MemFS]
+}
+
+func newModel(t *testing.T, seed uint64) *model {
+	m := &model{
+		t: t, fs: vfs.NewCrashableMem(), rng: rand.New(rand.NewPCG(seed, 11)),
+		deliveries: map[modelKey]*modelDelivery{}, held: map[modelKey]Job{}, keep: map[NamespaceKey]time.Duration{},
+	}
+	m.b = &bench{t: t, clock: newClock()}
+	m.b.opts = Options{Dir: "journal", Partitions: 2, CacheBytes: 16 << 20, BallastBytes: -1, fs: m.fs, now: m.b.clock.now, refuse: m.log}
+	m.open()
+	return m
+}
+
+// log is the replicated log: it refuses, and it is where the power goes.
+func (m *model) log(uint16) bool {
+	if m.crash.Load() > 0 && m.crash.Add(-1) == 0 {
+		m.clone.Store(m.b.opts.fs.(*vfs.MemFS).CrashClone(vfs.CrashCloneCfg{UnsyncedDataPercent: 50, RNG: rand.New(rand.NewPCG(uint64(m.step), 3))}))
+	}
+	return m.refuse.Swap(false)
+}
+
+func (m *model) fail(format string, args ...any) {
+	m.t.Helper()
+	m.t.Fatalf("%s\nafter:\n  %s", fmt.Sprintf(format, args...), strings.Join(m.trace[max(0, len(m.trace)-40):], "\n  "))
+}
+
+func (m *model) say(format string, args ...any) {
+	m.trace = append(m.trace, fmt.Sprintf("%d %s: ", m.step, m.b.clock.now().Format(time.DateTime))+fmt.Sprintf(format, args...))
+}
+
+func (m *model) open() {
+	m.b.open()
+	m.b.hold = m.b.Hold
+	m.lastSweep = time.Time{}
+	now := m.b.clock.now()
+	for _, e := range m.events {
+		e.wasAhead = e.wasAhead || seqTime(e.Seq).After(now.Add(maxAhead))
+	}
+}
+
+func (m *model) run(steps int) {
+	defer func() { _ = m.b.Close() }()
+	ops := []struct {
+		weight int
+		do     func()
+	}{
+		{30, m.publish},
+		{35, m.settleSome},
+		{12, m.edit},
+		{8, m.readSome},
+		{2, m.cancelLane},
+		{1, m.drop},
+		{5, m.sweep},
+		{4, m.refused},
+		{6, m.wait},
+		{4, m.restart},
+		{5, m.lose},
+		{3, m.loseMeanwhile},
+	}
+	total := 0
+	for _, op := range ops {
+		total += op.weight
+	}
+	for range steps {
+		n := m.rng.IntN(total)
+		for _, op := range ops {
+			if n -= op.weight; n < 0 {
+				op.do()
+				break
+			}
+		}
+		m.check(false)
+	}
+	m.restart()
+	m.check(true)
+}
+
+// set notes how a delivery stands from this step on.
+func (m *model) set(d *modelDelivery, s standsAt) {
+	m.step++
+	d.versions = append(d.versions, version{m.step, s})
+}
+
+// firm notes that all so far is durable.
+func (m *model) firm() {
+	m.durable = m.step
+	for _, d := range m.deliveries {
+		d.versions = d.versions[len(d.versions)-1:]
+	}
+}
+
+func (m *model) tell(what string, key modelKey, row Row) {
+	if what == "edited" {
+		row = Row{Seq: row.Seq, Epoch: row.Epoch}
+	}
+	m.want = append(m.want, told{what: what, lane: key.lane(), partition: key.Partition, row: row})
+}
+
+const modelSpaces, modelLanes = 2, 4
+
+func (m *model) space() NamespaceKey { return acme + NamespaceKey(m.rng.IntN(modelSpaces)) }
+
+// publish appends some events: new ones, known ones, others under a known id.
+func (m *model) publish() {
+	var pubs []Publication
+	for range 1 + m.rng.IntN(3) {
+		id := m.rng.IntN(m.nextID + 3)
+		if m.rng.IntN(3) > 0 {
+			m.nextID++
+			id = m.nextID
+		}
+		pub := publication(fmt.Sprint("e", id))
+		pub.Event.Namespace = m.space()
+		if m.rng.IntN(5) == 0 {
+			pub.Event.Source = "//elsewhere"
+		}
+		if m.rng.IntN(20) == 0 {
+			pub.Event.ContentHash[3]++
+		}
+		if m.rng.IntN(4) == 0 {
+			pub.Event.DeliverTime = m.b.clock.now().Add(time.Duration(m.rng.IntN(100)-10) * time.Hour)
+		}
+		for _, sub := range m.rng.Perm(modelLanes)[:m.rng.IntN(modelLanes+1)] {
+			pub.Targets = append(pub.Targets, Target{
+				Subscription: fmt.Sprint("sub-", sub+1), UID: uid(sub + 1), MaxAttempts: 1 + m.rng.IntN(3), MaxAge: time.Duration(m.rng.IntN(50)) * time.Hour,
+				Skip: m.rng.IntN(10) == 0,
+			})
+		}
+		pubs = append(pubs, pub)
+	}
+	results := m.b.Append(context.Background(), pubs)
+	for i, r := range results {
+		m.published(&pubs[i], r)
+	}
+}
+
+func (m *model) published(pub *Publication, r AppendResult) {
+	e, now := pub.Event, m.b.clock.now()
+	m.say("publish %s %q to %d in %d: %v %v", e.ID, e.Source, len(pub.Targets), e.Namespace, r.Duplicate, r.Err)
+	var known *modelEvent
+	certain := true
+	for _, k := range m.events {
+		if k.Namespace == e.Namespace && k.ID == e.ID && k.Source == e.Source {
+			known = k // the last accepted
+			certain = certain && k.AcceptTime.Before(now.Add(dedupWindow)) && !k.wasAhead
+		}
+	}
+	taken := known != nil && now.Sub(known.AcceptTime) <= dedupWindow
+	switch {
+	case r.Err != nil:
+		if !errors.Is(r.Err, ErrEventConflict) || known == nil || certain && (known.ContentHash == e.ContentHash || !taken) {
+			m.fail("%s: %v", e.ID, r.Err)
+		}
+		return
+	case r.Duplicate:
+		if known == nil || certain && !taken || r.Event.ContentHash != e.ContentHash {
+			m.fail("%s: a duplicate of %+v", e.ID, r.Event)
+		}
+		return
+	case certain && taken:
+		m.fail("%s is stored again, first accepted %v", e.ID, known.AcceptTime)
+	}
+	me := &modelEvent{Event: e}
+	for _, k := range m.events {
+		if k.Partition == e.Partition && k.Seq == e.Seq {
+			m.fail("%s and %s have one sequence", k.ID, e.ID)
+		}
+	}
+	m.events = append(m.events, me)
+	start, deferred := now, e.DeliverTime.After(now)
+	if deferred {
+		start = e.DeliverTime
+	}
+	m.step++
+	for _, t := range pub.Targets {
+		d := &modelDelivery{key: modelKey{e.Namespace, ID{e.Seq, e.Partition, t.UID.SubscriptionKey()}}, event: me, expire: InstantOf(start.Add(maxAge(t.MaxAge, 0)))}
+		s := standsAt{state: Pending, max: t.MaxAttempts, epoch: 1}
+		switch {
+		case t.Skip:
+			s.state, s.epoch = Skipped, 0
+		case deferred:
+			s.due = InstantOf(start)
+		}
+		d.versions = []version{{m.step, s}}
+		m.deliveries[d.key] = d
+		me.deliveries = append(me.deliveries, d)
+		if !t.Skip {
+			what := "offer"
+			if deferred {
+				what = "timed"
+			}
+			m.tell(what, d.key, d.row())
+		}
+	}
+	m.firm()
+}
+
+// take holds what was offered.
+func (m *model) take() {
+	for _, job := range m.b.jobs() {
+		m.hold(job)
+	}
+}
+
+// hold takes a job over whose event is held, unless the delivery has one already.
+func (m *model) hold(job Job) {
+	key := modelKey{job.Event.Namespace, job.ID}
+	if _, held := m.held[key]; held || m.rng.IntN(10) == 0 {
+		m.b.Release(job.Event)
+		return
+	}
+	m.held[key] = job
+}
+
+// letGo gives a job up.
+func (m *model) letGo(key modelKey) {
+	m.b.Release(m.held[key].Event)
+	delete(m.held, key)
+}
+
+// readSome takes jobs from the disk.
+func (m *model) readSome() {
+	lane, partition := LaneKey{m.space(), SubscriptionKey(1 + m.rng.IntN(modelLanes))}, uint16(m.rng.IntN(2))
+	for _, kind := range []Kind{FIFO, Timer} {
+		r, err := m.b.Read(lane, partition, kind, Pos{Some: true}, InstantOf(m.b.clock.now().Add(100*time.Hour)), 1+m.rng.IntN(20), 1+m.rng.IntN(5000))
+		if err != nil || len(r.Aside) > 0 {
+			m.fail("read: %v, %v", err, r.Aside)
+		}
+		for _, job := range r.Jobs {
+			m.hold(job)
+		}
+	}
+}
+
+func (m *model) anyHeld(partition uint16) (keys []modelKey) {
+	for key := range m.held {
+		if key.Partition == partition {
+			keys = append(keys, key)
+		}
+	}
+	slices.SortFunc(keys, func(a, b modelKey) int {
+		return cmp.Or(cmp.Compare(a.ns, b.ns), cmp.Compare(a.Seq, b.Seq), cmp.Compare(a.Subscription, b.Subscription))
+	})
+	m.rng.Shuffle(len(keys), func(a, b int) { keys[a], keys[b] = keys[b], keys[a] })
+	return keys
+}
+
+// settleSome has attempts end, in one round mostly.
+func (m *model) settleSome() {
+	m.queueSome(uint16(m.rng.IntN(2)))
+	m.visible()
+}
+
+// visible has what is queued committed, not durably.
+func (m *model) visible() {
+	for _, p := range m.b.partitions {
+		if err := p.do(context.Background(), func(*commit) error { return nil }); err != nil {
+			m.fail("%v", err)
+		}
+	}
+}
+
+func (m *model) queueSome(partition uint16) {
+	keys := m.anyHeld(partition)
+	for _, key := range keys[:min(len(keys), 1+m.rng.IntN(6))] {
+		m.settle(key)
+	}
+}
+
+func (m *model) settle(key modelKey) {
+	job, now := m.held[key], m.b.clock.now()
+	var step Step
+	outcome := OutcomeRetryable
+	switch m.rng.IntN(6) {
+	case 0, 1, 2:
+		step, outcome = Step{State: Succeeded}, OutcomeSucceeded
+	case 3, 4:
+		step = Step{State: Scheduled, Due: now.Add(time.Duration(m.rng.IntN(7200)) * time.Second)}
+	case 5:
+		step = Step{State: Exhausted, Reason: "enough"}
+	}
+	var a *Attempt
+	if step.State == Succeeded || m.rng.IntN(8) > 0 {
+		a = attemptAt(job.Attempts+1, outcome, 500, now)
+	}
+	m.say("settle %v epoch %d: %d, attempt %v", key, job.Epoch, step.State, a != nil)
+	m.settled(key, &job, step, a)
+	m.b.settle(job, step, a)
+	m.letGo(key)
+}
+
+// settled is what a settle does to the model.
+func (m *model) settled(key modelKey, job *Job, step Step, a *Attempt) {
+	d := m.deliveries[key]
+	done := func() { m.tell("settled", key, job.Row()) }
+	if d == nil || d.gone {
+		done()
+		return
+	}
+	s := *d.now()
+	count := func() {
+		if a != nil {
+			s.attempts++
+			s.history += fmt.Sprint(a.Outcome)
+		}
+	}
+	row := d.row()
+	current := d.open() && row == job.Row()
+	switch {
+	case current || a != nil && d.open() && step.State == Succeeded:
+		if !current {
+			m.tell("edited", key, row)
+		}
+		done()
+		count()
+		if s.state, s.due = step.State, 0; step.State == Scheduled {
+			s.epoch++
+			s.due = InstantOf(step.Due)
+		}
+	case a == nil:
+		done()
+		return
+	case !d.open():
+		done()
+		count()
+	default:
+		m.tell("edited", key, row)
+		done()
+		count()
+		s.epoch++
+		s.state, s.due = Scheduled, max(row.Due+1, InstantOf(m.b.clock.now()))
+	}
+	m.set(d, s)
+	if d.open() && s.epoch != row.Epoch {
+		m.tell("timed", key, d.row())
+	}
+}
+
+func (m *model) anyDelivery() *modelDelivery {
+	keys := slices.SortedFunc(maps.Keys(m.deliveries), func(a, b modelKey) int {
+		return cmp.Or(cmp.Compare(a.Seq, b.Seq), cmp.Compare(a.Partition, b.Partition), cmp.Compare(a.ns, b.ns), cmp.Compare(a.Subscription, b.Subscription))
+	})
+	if len(keys) == 0 {
+		return nil
+	}
+	if len(keys) > 20 && m.rng.IntN(2) == 0 {
+		keys = keys[len(keys)-20:]
+	}
+	return m.deliveries[keys[m.rng.IntN(len(keys))]]
+}
+
+// edit has a caller cancel or retry a delivery.
+func (m *model) edit() {
+	d := m.anyDelivery()
+	if d == nil {
+		return
+	}
+	if m.rng.IntN(3) == 0 {
+		m.queueSome(d.key.Partition) // in one round with it, perhaps
+	}
+	if m.rng.IntN(2) == 0 {
+		m.cancel(d)
+	} else {
+		m.retry(d)
+	}
+	m.visible()
+}
+
+func (m *model) cancel(d *modelDelivery) {
+	_, err := m.b.Cancel(context.Background(), d.key.lane(), d.key.ID, "no more")
+	m.say("cancel %v: %v", d.key, err)
+	s := *d.now()
+	switch {
+	case d.gone && errors.Is(err, ErrNotFound), !d.gone && s.state == Cancelled && err == nil, !d.gone && s.state != Cancelled && s.state.Final() && errors.Is(err, ErrFinal):
+		return
+	case d.gone || err != nil || s.state.Final():
+		m.fail("cancel of %+v: %v", s, err)
+	}
+	m.tell("edited", d.key, d.row())
+	s.state, s.due = Cancelled, 0
+	m.set(d, s)
+	m.firm()
+}
+
+func (m *model) retry(d *modelDelivery) {
+	got, err := m.b.Retry(context.Background(), d.key.lane(), d.key.ID, -1)
+	m.say("retry %v: %v", d.key, err)
+	s, row, open := *d.now(), d.row(), d.open()
+	switch {
+	case d.gone && errors.Is(err, ErrNotFound), !d.gone && s.state == Succeeded && errors.Is(err, ErrInvalidState):
+		return
+	case d.gone || err != nil || s.state == Succeeded:
+		m.fail("retry of %+v: %v", s, err)
+	case open && row.Kind == FIFO:
+		return
+	}
+	if open {
+		m.tell("edited", d.key, row)
+	} else if s.epoch == 0 {
+		s.epoch = 1
+	}
+	now := InstantOf(m.b.clock.now())
+	s.state, s.due, s.epoch, s.max = Scheduled, now, s.epoch+1, max(s.max, s.attempts+1)
+	if row.Kind == Timer && now == row.Due {
+		s.due++
+	}
+	m.set(d, s)
+	m.firm()
+	m.tell("timed", d.key, d.row())
+	if got.NextAttempt != s.due.Time() || got.State != Scheduled || got.Expire.Before(m.b.clock.now()) {
+		m.fail("retried: %+v, want %+v", got, s)
+	}
+}
+
+func (m *model) cancelLane() {
+	lane := LaneKey{m.space(), SubscriptionKey(1 + m.rng.IntN(modelLanes))}
+	n, err := m.b.CancelLane(context.Background(), lane, "deleted")
+	m.say("cancel lane %v: %d %v", lane, n, err)
+	if want := m.cancelled(lane); n != want || err != nil {
+		m.fail("%d of %d cancelled, %v", n, want, err)
+	}
+}
+
+func (m *model) cancelled(lane LaneKey) (n int) {
+	var rows []*modelDelivery
+	for _, d := range m.deliveries {
+		if d.open() && d.key.lane() == lane {
+			rows = append(rows, d)
+		}
+	}
+	slices.SortFunc(rows, func(a, b *modelDelivery) int {
+		return cmp.Or(cmp.Compare(a.key.Partition, b.key.Partition), compareRows(a.row(), b.row()))
+	})
+	for _, d := range rows {
+		m.tell("edited", d.key, d.row())
+		s := *d.now()
+		s.state, s.due = Cancelled, 0
+		m.set(d, s)
+	}
+	if len(rows) > 0 {
+		m.firm()
+	}
+	return len(rows)
+}
+
+func compareRows(a, b Row) int {
+	return cmp.Or(cmp.Compare(a.Kind, b.Kind), cmp.Compare(a.Due, b.Due), cmp.Compare(a.Seq, b.Seq))
+}
+
+func (m *model) drop() {
+	ns := m.space()
+	m.say("drop %d", ns)
+	if err := m.b.DropNamespace(context.Background(), ns); err != nil {
+		m.fail("%v", err)
+	}
+	m.dropped(ns)
+}
+
+func (m *model) dropped(ns NamespaceKey) {
+	m.events = slices.DeleteFunc(m.events, func(e *modelEvent) bool { return e.Namespace == ns })
+	maps.DeleteFunc(m.deliveries, func(k modelKey, _ *modelDelivery) bool { return k.ns == ns })
+	m.step++
+	m.firm()
+}
+
+// sweep erases; what may have gone is looked at.
+func (m *model) sweep() {
+	keep := m.retention()
+	m.say("sweep %v", m.keep)
+	m.old()
+	if err := m.b.Retain(context.Background(), keep); err != nil {
+		m.fail("sweep: %v", err)
+	}
+	m.b.flush()
+	m.firm()
+	m.swept()
+	m.overdue()
+}
+
+func (m *model) retention() Retention {
+	keep := Retention{Of: func(ns NamespaceKey) time.Duration { return m.keep[ns] }}
+	for ns := acme; ns < acme+modelSpaces; ns++ {
+		if m.rng.IntN(3) == 0 {
+			m.keep[ns] = []time.Duration{0, time.Hour, 30 * time.Hour, 72 * time.Hour, 240 * time.Hour}[m.rng.IntN(5)]
+		}
+		if d := m.keep[ns]; d > 0 && (keep.Shortest == 0 || d < keep.Shortest) {
+			keep.Shortest = d
+		}
+	}
+	return keep
+}
+
+// old notes what a sweep of now may erase.
+func (m *model) old() {
+	now := m.b.clock.now()
+	for _, e := range m.events {
+		keep := m.keep[e.Namespace]
+		if keep <= 0 || !e.wasAhead && now.Sub(seqTime(e.Seq)) < keep {
+			continue
+		}
+		e.mayGo = true
+		e.kept = e.kept || e.open()
+	}
+}
+
+func (e *modelEvent) open() bool {
+	return slices.ContainsFunc(e.deliveries, (*modelDelivery).open)
+}
+
+// swept has the model learn what sweeps have erased of what they may erase: never what is open, nor its event.
+func (m *model) swept() {
+	for _, e := range m.events {
+		if !e.mayGo || e.gone {
+			continue
+		}
+		for _, d := range e.deliveries {
+			if !d.gone && !d.open() {
+				_, there := m.look(d)
+				d.gone = !there
+			}
+		}
+		if e.open() {
+			continue
+		}
+		if _, err := m.b.EventByUID(e.Namespace, e.UID); errors.Is(err, ErrNotFound) {
+			e.gone = true
+		} else if err != nil {
+			m.fail("%v", err)
+		}
+		for _, d := range e.deliveries {
+			if e.gone && !d.gone {
+				m.fail("%v is there without its event", d.key)
+			}
+		}
+	}
+}
+
+// overdue finds what a sweep should have erased: it is a day late at most, and a day is looked at once an hour.
+func (m *model) overdue() {
+	now := m.b.clock.now()
+	for _, e := range m.events {
+		keep := m.keep[e.Namespace]
+		if keep > 0 && !e.wasAhead && !e.kept && !e.gone && !e.open() && now.Sub(m.lastSweep) > 3*time.Hour && now.Sub(seqTime(e.Seq)) > max(keep, dedupWindow)+25*time.Hour {
+			m.fail("%s of %v, with %d deliveries, should have gone", e.ID, seqTime(e.Seq), len(e.deliveries))
+		}
+	}
+	m.lastSweep = now
+}
+
+// refused has a commit refused: nothing happens, settles are made later.
+func (m *model) refused() {
+	m.refuse.Store(true)
+	ctx := context.Background()
+	d := m.anyDelivery()
+	switch n := m.rng.IntN(4); {
+	case n == 0 && d != nil:
+		if _, err := m.b.Cancel(ctx, d.key.lane(), d.key.ID, "x"); !errors.Is(err, ErrRefused) {
+			m.fail("refused cancel: %v", err)
+		}
+	case n == 1 && d != nil:
+		if _, err := m.b.Retry(ctx, d.key.lane(), d.key.ID, -1); !errors.Is(err, ErrRefused) {
+			m.fail("refused retry: %v", err)
+		}
+	case n == 2:
+		if r := m.b.Append(ctx, []Publication{publication("refused", 1)})[0]; !errors.Is(r.Err, ErrRefused) {
+			m.fail("refused append: %+v", r)
+		}
+	default:
+		m.queueSome(uint16(m.rng.IntN(2)))
+		for _, p := range m.b.partitions {
+			if err := p.do(ctx, func(*commit) error { return nil }); err != nil && !errors.Is(err, ErrRefused) {
+				m.fail("%v", err)
+			}
+		}
+	}
+	m.refuse.Store(false)
+	m.visible()
+	m.say("refused")
+}
+
+// wait lets time pass; the clock may step while the process lives, but not far back.
+func (m *model) wait() {
+	d := []time.Duration{
+		time.Millisecond, time.Minute, time.Hour, -time.Hour, 10 * time.Hour, 26 * time.Hour, 50 * time.Hour, 5 * 365 * 24 * time.Hour,
+	}[min(m.rng.IntN(12), m.rng.IntN(9))%8]
+	m.b.clock.add(d)
+	m.say("wait %v", d)
+}
+
+// restart closes and opens, perhaps with another clock.
+func (m *model) restart() {
+	m.queueSome(uint16(m.rng.IntN(2)))
+	m.visible()
+	m.check(false)
+	m.queueSome(uint16(m.rng.IntN(2))) // what is queued is made by Close
+	for key := range m.held {
+		m.letGo(key)
+	}
+	if n := m.b.EventBytes(); n != 0 {
+		m.fail("%d bytes are held by nobody", n)
+	}
+	if err := m.b.Close(); err != nil {
+		m.fail("close: %v", err)
+	}
+	m.heard()
+	m.firm()
+	m.begin()
+	m.say("restarted")
+	m.check(true)
+}
+
+// begin opens the journal with an empty memory.
+func (m *model) begin() {
+	m.held = map[modelKey]Job{}
+	if m.rng.IntN(3) == 0 {
+		d := []time.Duration{time.Hour, -time.Hour, 48 * time.Hour, -48 * time.Hour, -100 * time.Hour, 5 * 365 * 24 * time.Hour, -5 * 365 * 24 * time.Hour}[m.rng.IntN(7)]
+		m.b.clock.add(d)
+		m.say("clock steps by %v", d)
+	}
+	m.open()
+}
+
+// lose pulls the plug between two steps: the disk shows the state after one of those since the last that is durable.
+func (m *model) lose() {
+	m.check(false)
+	if diff := m.matches(m.observe(), m.step); diff != "" {
+		m.fail("before the crash: %s", diff)
+	}
+	percent := []int{0, 30, 70, 100}[m.rng.IntN(4)]
+	clone := m.fsNow().CrashClone(vfs.CrashCloneCfg{UnsyncedDataPercent: percent, RNG: m.rng})
+	m.afterCrash(clone)
+	m.say("power lost, %d%% kept", percent)
+	actual := m.observe()
+	for cut := m.step; cut >= m.durable; cut-- {
+		if m.matches(actual, cut) == "" {
+			m.cut(cut)
+			m.swept()
+			m.check(true)
+			return
+		}
+	}
+	m.fail("the disk shows no state between %d and %d: %s; %s", m.durable, m.step, m.matches(actual, m.step), m.matches(actual, m.durable))
+}
+
+func (m *model) fsNow() *vfs.MemFS { return m.b.opts.fs.(*vfs.MemFS) }
+
+func (m *model) afterCrash(clone *vfs.MemFS) {
+	if err := m.b.Close(); err != nil {
+		m.fail("close: %v", err)
+	}
+	m.heard()
+	m.want = nil
+	m.b.opts.fs = clone
+	m.begin()
+}
+
+// cut goes back to the state after a step.
+func (m *model) cut(step int) {
+	for _, d := range m.deliveries {
+		d.versions = []version{{step, d.at(step)}}
+	}
+	m.step = step
+	m.firm()
+}
+
+// loseMeanwhile pulls the plug while something long is under way, between two of its commits.
+func (m *model) loseMeanwhile() {
+	m.visible()
+	m.check(false)
+	before := map[modelKey]standsAt{}
+	for k, d := range m.deliveries {
+		before[k] = *d.now()
+	}
+	m.b.flush()
+	m.firm()
+	m.clone.Store(nil)
+	m.crash.Store(int32(1 + m.rng.IntN(9)))
+	ns := NamespaceKey(0)
+	switch m.rng.IntN(4) {
+	case 0:
+		m.cancelLane()
+	case 1:
+		ns = m.space()
+		m.say("drop %d", ns)
+		if err := m.b.DropNamespace(context.Background(), ns); err != nil {
+			m.fail("%v", err)
+		}
+	default:
+		keep := m.retention()
+		m.say("sweep %v", m.keep)
+		m.old()
+		if err := m.b.Retain(context.Background(), keep); err != nil {
+			m.fail("%v", err)
+		}
+	}
+	m.crash.Store(0)
+	clone := m.clone.Load()
+	if clone == nil { // it was over before
+		clone = m.fsNow().CrashClone(vfs.CrashCloneCfg{UnsyncedDataPercent: 100, RNG: m.rng})
+	}
+	m.afterCrash(clone)
+	m.say("power lost meanwhile")
+	if ns != 0 { // half dropped: the caller makes it again
+		if err := m.b.DropNamespace(context.Background(), ns); err != nil {
+			m.fail("%v", err)
+		}
+		m.dropped(ns)
+	}
+	m.swept()
+	actual := m.observe()
+	for k, d := range m.deliveries {
+		if got, there := actual[k]; !d.gone && there && got == shown(before[k]) {
+			d.versions = []version{{m.step, before[k]}} // not cancelled yet
+		}
+	}
+	m.firm()
+	m.check(true)
+}
+
+// shown is what can be seen of a standing.
+func shown(s standsAt) standsAt {
+	if s.state.Final() {
+		s.epoch = 0
+	}
+	return s
+}
+
+// observe reads all deliveries that the model knows.
+func (m *model) observe() map[modelKey]standsAt {
+	rows := map[modelKey]Row{}
+	for state, err := range m.b.Lanes() {
+		if err != nil {
+			m.fail("lanes: %v", err)
+		}
+		for kind, from := range []Pos{state.FIFO, state.Timer} {
+			if !from.Some {
+				continue
+			}
+			r, err := m.b.Read(state.Lane, state.Partition, Kind(kind), from, 1<<62, 1<<20, 1<<30)
+			if err != nil || len(r.Aside) > 0 {
+				m.fail("read: %v, %v", err, r.Aside)
+			}
+			for i := range r.Jobs {
+				job := &r.Jobs[i]
+				key := modelKey{state.Lane.Namespace, job.ID}
+				if _, twice := rows[key]; twice {
+					m.fail("%v has two rows", key)
+				}
+				rows[key] = job.Row()
+				m.b.Release(job.Event)
+			}
+		}
+	}
+	seen := map[modelKey]standsAt{}
+	for key, d := range m.deliveries {
+		if s, ok := m.look(d); ok {
+			row, open := rows[key]
+			if open == s.state.Final() || open && row.Due != s.due {
+				m.fail("%v is %+v and its row is %+v, %v", key, s, row, open)
+			}
+			s.epoch = row.Epoch
+			seen[key] = s
+			delete(rows, key)
+		}
+	}
+	for key, row := range rows {
+		m.fail("a row of nothing: %v %+v", key, row)
+	}
+	return seen
+}
+
+// look reads one delivery; without its epoch.
+func (m *model) look(d *modelDelivery) (standsAt, bool) {
+	got, err := m.b.Delivery(d.key.ns, d.key.ID)
+	if errors.Is(err, ErrNotFound) {
+		return standsAt{}, false
+	}
+	if err != nil {
+		m.fail("%v", err)
+	}
+	attempts, err := m.b.Attempts(d.key.ns, d.key.ID)
+	if err != nil {
+		m.fail("%v", err)
+	}
+	s := standsAt{state: got.State, attempts: got.Attempts, max: got.MaxAttempts, due: InstantOf(got.NextAttempt)}
+	for i, a := range attempts {
+		if a.Number != i+1 {
+			m.fail("attempt %d of %v has the number %d", i+1, d.key, a.Number)
+		}
+		s.history += fmt.Sprint(a.Outcome)
+	}
+	if got.EventID != d.event.ID || got.SubscriptionUID.SubscriptionKey() != d.key.Subscription || got.EventUID != d.event.UID ||
+		got.State.Final() == got.CompleteTime.IsZero() || len(attempts) > 0 && (got.Last == nil || got.Last.Number != got.Attempts) {
+		m.fail("%v: %+v", d.key, got)
+	}
+	return s, true
+}
+
+// matches compares what was read with the model as of a step; empty when they agree.
+func (m *model) matches(actual map[modelKey]standsAt, step int) string {
+	for key, d := range m.deliveries {
+		got, there := actual[key]
+		if want := shown(d.at(step)); !d.gone && there && got != want {
+			return fmt.Sprintf("%v is %+v, want %+v", key, got, want)
+		}
+		if !there && !d.gone && !(d.event.mayGo && d.at(step).state.Final()) {
+			return fmt.Sprintf("%v is lost", key)
+		}
+	}
+	return ""
+}
+
+// heard compares what the follower was told since the last time: in each partition all of it, in order.
+func (m *model) heard() {
+	f := m.b.follower
+	f.mu.Lock()
+	calls := f.calls
+	f.calls = nil
+	f.mu.Unlock()
+	last := map[uint16]Commit{}
+	for _, c := range calls {
+		if c.commit < last[c.partition] {
+			m.fail("commit %d is told of after %d", c.commit, last[c.partition])
+		}
+		last[c.partition] = c.commit
+	}
+	short := func(calls []told, offers bool) []string {
+		by := map[uint16][]string{}
+		for _, c := range calls {
+			if (c.what == "offer") == offers {
+				by[c.partition] = append(by[c.partition], fmt.Sprintf("%s %v %d %+v", c.what, c.lane, c.partition, c.row))
+			}
+		}
+		return append(by[0], by[1]...)
+	}
+	for _, offers := range []bool{false, true} {
+		if got, want := short(calls, offers), short(m.want, offers); !slices.Equal(got, want) {
+			m.fail("told\n    %s\n  want\n    %s", strings.Join(got, "\n    "), strings.Join(want, "\n    "))
+		}
+	}
+	m.want = nil
+}
+
+// check compares what the journal shows with the model: a sample, or everything.
+func (m *model) check(everything bool) {
+	m.take()
+	m.heard()
+	m.checkCounts()
+	if everything {
+		if diff := m.matches(m.observe(), m.step); diff != "" {
+			m.fail("%s", diff)
+		}
+		for ns := acme; ns < acme+modelSpaces; ns++ {
+			m.checkLists(ns, Query{})
+			for sub := range SubscriptionKey(modelLanes) {
+				m.checkLists(ns, Query{Subscription: sub + 1})
+				m.checkRows(LaneKey{ns, sub + 1})
+			}
+		}
+		return
+	}
+	for range 3 {
+		if d := m.anyDelivery(); d != nil {
+			m.checkDelivery(d)
+		}
+	}
+	m.checkLists(m.space(), m.query())
+	m.checkRows(LaneKey{m.space(), SubscriptionKey(1 + m.rng.IntN(modelLanes))})
+	if len(m.events) > 0 {
+		m.checkEvent(m.events[m.rng.IntN(len(m.events))])
+	}
+}
+
+func (m *model) checkDelivery(d *modelDelivery) {
+	got, there := m.look(d)
+	want := *d.now()
+	want.epoch = 0
+	if there == d.gone || there && got != want {
+		m.fail("%v is %+v, %v; want %+v, gone %v", d.key, got, there, want, d.gone)
+	}
+}
+
+func (m *model) checkCounts() {
+	if !m.b.Counted() {
+		return
+	}
+	lanes, spaces := map[LaneKey]int64{}, map[NamespaceKey]int64{}
+	for _, d := range m.deliveries {
+		if d.open() {
+			lanes[d.key.lane()]++
+			spaces[d.key.ns]++
+		}
+	}
+	for ns := acme; ns < acme+modelSpaces; ns++ {
+		if got := m.b.OpenIn(ns); got != spaces[ns] {
+			m.fail("%d open in %d, want %d", got, ns, spaces[ns])
+		}
+		for sub := range SubscriptionKey(modelLanes) {
+			if got := m.b.OpenOf(LaneKey{ns, sub + 1}); got != lanes[LaneKey{ns, sub + 1}] {
+				m.fail("%d open of %d in %d, want %d", got, sub+1, ns, lanes[LaneKey{ns, sub + 1}])
+			}
+		}
+	}
+}
+
+// checkRows reads a lane's rows piece by piece, and where recovery would begin.
+func (m *model) checkRows(lane LaneKey) {
+	for partition := range uint16(2) {
+		var rows [2][]Row
+		for _, d := range m.deliveries {
+			if r := d.row(); d.open() && d.key.lane() == lane && d.key.Partition == partition {
+				rows[r.Kind] = append(rows[r.Kind], r)
+			}
+		}
+		limit := 1 + m.rng.IntN(4)
+		for kind := range rows {
+			slices.SortFunc(rows[kind], compareRows)
+			var got []Row
+			for from := (Pos{Some: true}); from.Some; {
+				r, err := m.b.Read(lane, partition, Kind(kind), from, 1<<62, limit, 1<<20)
+				if err != nil || len(r.Aside) > 0 {
+					m.fail("read: %v, %v", err, r.Aside)
+				}
+				for i := range r.Jobs {
+					job := &r.Jobs[i]
+					d := m.deliveries[modelKey{lane.Namespace, job.ID}]
+					if d == nil || job.Attempts != d.now().attempts || job.MaxAttempts != d.now().max || job.Event.UID != d.event.UID || string(job.Event.Payload) != string(d.event.Payload) {
+						m.fail("read %+v, want %+v", job, d)
+					}
+					got = append(got, job.Row())
+					m.b.Release(job.Event)
+				}
+				from = r.Next
+			}
+			if !slices.Equal(got, rows[kind]) {
+				m.fail("rows of %v in %d: %v, want %v", lane, partition, got, rows[kind])
+			}
+		}
+		var first [2]Pos
+		for state, err := range m.b.LanesOf(partition) {
+			if err != nil {
+				m.fail("lanes: %v", err)
+			}
+			if state.Lane == lane {
+				first = [2]Pos{Least(first[FIFO], state.FIFO), Least(first[Timer], state.Timer)}
+			}
+		}
+		for kind := range rows {
+			want := Pos{}
+			if len(rows[kind]) > 0 {
+				want = rows[kind][0].Pos()
+			}
+			if first[kind] != want {
+				m.fail("lane %v in %d begins at %v, want %v", lane, partition, first[kind], want)
+			}
+		}
+	}
+}
+
+// query is any of those that callers make.
+func (m *model) query() (q Query) {
+	if m.rng.IntN(2) == 0 {
+		q.Subscription = SubscriptionKey(1 + m.rng.IntN(modelLanes))
+	}
+	switch m.rng.IntN(6) {
+	case 0:
+		q.States = []State{Cancelled, Exhausted, Skipped}
+	case 1:
+		q.States = []State{[]State{Pending, Scheduled, Succeeded, Exhausted, Cancelled}[m.rng.IntN(5)]}
+	case 2:
+		if len(m.events) > 0 {
+			q.EventID = m.events[m.rng.IntN(len(m.events))].ID
+		}
+	case 3:
+		if len(m.events) > 0 {
+			q.EventUID = m.events[m.rng.IntN(len(m.events))].UID
+		}
+	case 4:
+		if len(m.events) > 0 {
+			q.Since = seqTime(m.events[m.rng.IntN(len(m.events))].Seq)
+			q.Until = q.Since.Add(time.Duration(m.rng.IntN(100)) * time.Hour)
+		}
+	}
+	return q
+}
+
+func (m *model) checkLists(ns NamespaceKey, q Query) {
+	var want []ID
+	for key, d := range m.deliveries {
+		if key.ns == ns && !d.gone && (q.Subscription == 0 || q.Subscription == key.Subscription) &&
+			(len(q.States) == 0 || slices.Contains(q.States, d.now().state)) &&
+			(q.EventID == "" || q.EventID == d.event.ID) && (q.EventUID == "" || q.EventUID == d.event.UID) &&
+			(q.Since.IsZero() || key.Seq >= seqAt(q.Since) && key.Seq < seqAt(q.Until)) {
+			want = append(want, key.ID)
+		}
+	}
+	slices.SortFunc(want, func(a, b ID) int {
+		if comesBefore(a, b) {
+			return -1
+		}
+		return 1
+	})
+	q.Namespace, q.Limit = ns, []int{1, 3, 1000}[m.rng.IntN(3)]
+	if len(want) > 30 {
+		q.Limit = 1000
+	}
+	var got []ID
+	for _, d := range all(m.t, m.b, q) {
+		got = append(got, d.ID)
+	}
+	if !slices.Equal(got, want) {
+		m.fail("list %+v: %v, want %v", q, got, want)
+	}
+}
+
+func (m *model) checkEvent(e *modelEvent) {
+	var want *modelEvent
+	for _, k := range m.events {
+		if k.Namespace == e.Namespace && k.ID == e.ID && !k.gone && (want == nil || k.Seq > want.Seq) {
+			want = k
+		}
+	}
+	got, err := m.b.Event(e.Namespace, e.ID)
+	if want == nil && !errors.Is(err, ErrNotFound) || want != nil && (err != nil || got.UID != want.UID || string(got.Payload) != string(want.Payload)) {
+		m.fail("event %s: %+v, %v; want %+v", e.ID, got, err, want)
+	}
+	got, err = m.b.EventByUID(e.Namespace, e.UID)
+	if e.gone != errors.Is(err, ErrNotFound) || !e.gone && (err != nil || got.ID != e.ID || got.Source != e.Source || got.Matched != len(e.deliveries)) {
+		m.fail("event %s: %+v, %v; gone %v", e.UID, got, err, e.gone)
+	}
+}
