@@ -194,7 +194,10 @@ func (s *Server) openStores(ctx context.Context, closers *stack) (err error) {
 	}
 	closers.push(s.etcd.close)
 	s.etcd.watchRoom(s.metrics)
-	return wait(ctx, s.log, "etcd to say whose it is", s.checkStores)
+	if err := wait(ctx, s.log, "etcd to say whose it is", s.checkStores); err != nil {
+		return err
+	}
+	return s.checkMarks(ctx)
 }
 
 // checkStores refuses strangers.
@@ -221,6 +224,11 @@ func (s *Server) openJournal() (err error) {
 		CacheBytes: s.memory.cache, MemTableBytes: s.memory.memTable, Logger: s.options.Logger,
 	}
 	highWater := dir + ".highwater"
+	if s.options.AdoptStores { // another journal's notes say nothing about this one
+		if err := os.Remove(highWater); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+	}
 	if !journalMade(s.options) {
 		if err := makeJournal(options); err != nil {
 			return err
@@ -228,6 +236,9 @@ func (s *Server) openJournal() (err error) {
 	}
 	options.Registerer, options.HighWater, options.AcceptLoss = s.metrics, highWater, s.options.AcceptLoss
 	s.journal, err = delivery.Open(options)
+	if errors.Is(err, delivery.ErrStranger) {
+		err = fmt.Errorf("%w: expected the journal that %s is about: %w; %s", errStranger, highWater, err, meant)
+	}
 	return err
 }
 
@@ -326,6 +337,7 @@ func (s *Server) serve(ctx context.Context) error {
 	stores(s.secrets.Run, base, "secrets")
 	stores(s.registry.Run, base, "subscriptions")
 	stores(s.sweep, base, "sweep")
+	stores(s.keepMarks, base, "notes of what was acknowledged")
 	stores(func(ctx context.Context) error { return s.etcd.keepRoom(ctx, s.space.Free) }, base, "room in etcd")
 	hostEnded := make(chan struct{})
 	parts.Go(func() error {
