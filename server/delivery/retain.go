@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"cmp"
 	"context"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"math"
@@ -498,19 +497,50 @@ func (s *sweep) eraseBelow(ctx context.Context, d dayKey, f fate) error {
 	return nil
 }
 
+// tidyBatch is how many kept events are looked at in one commit.
+const tidyBatch = 64
+
 // tidy erases kept events that have nothing open any more and are past their retention.
 func (s *sweep) tidy(ctx context.Context) error {
 	p := s.p
 	return p.eachSpace(p.j.db, kept, func(ns NamespaceKey) error {
 		keep := s.keep.Of(ns)
-		prefix := appendKind(nil, p.number, kept, ns, kindEvent)
-		return p.j.scan(p.j.db, prefix, prefixEnd(prefix), func(key, _ []byte) error {
-			seq := binary.BigEndian.Uint64(key[len(key)-8:])
-			if keep <= 0 || s.age(dayOf(seq)) < keep {
+		if keep <= 0 {
+			return nil
+		}
+		var some []uint64
+		flush := func() error {
+			if len(some) == 0 {
 				return nil
 			}
-			return p.do(ctx, func(c *commit) error { return p.passOver(c.forget(ns, seq)) })
-		})
+			seqs := some
+			some = nil
+			return p.do(ctx, func(c *commit) error {
+				for _, seq := range seqs {
+					if err := p.passOver(c.forget(ns, seq)); err != nil {
+						return err
+					}
+				}
+				return nil
+			})
+		}
+		prefix := appendKind(nil, p.number, kept, ns, kindEvent)
+		if err := p.j.scan(p.j.db, prefix, prefixEnd(prefix), func(key, _ []byte) error {
+			seq, ok := recordSeq(kindEvent, key[recordPrefix:])
+			if !ok {
+				return p.j.corrupt(key, errBadKey)
+			}
+			if s.age(dayOf(seq)) < keep {
+				return nil
+			}
+			if some = append(some, seq); len(some) < tidyBatch {
+				return nil
+			}
+			return flush()
+		}); err != nil {
+			return err
+		}
+		return flush()
 	})
 }
 
