@@ -133,3 +133,37 @@ func (n neighbourhood) run(t *testing.T) {
 	t.Logf("%s: p50 %v, p99 %v, max %v; %d hang", t.Name(), waits[len(waits)/2], waits[len(waits)*99/100], waits[len(waits)-1], hung)
 	_ = w.kill()
 }
+
+func TestANewTargetDoesNotWaitAmongThoseThatHang(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, func(o *dispatch.Options) { o.Slots = 16 })
+		synctest.Wait()
+		w.receiver.set(func(sub *subscription.Subscription, _ *delivery.Job) (time.Duration, *delivery.Result) {
+			if sub.Proto.GetUri() == "https://two.example" {
+				return time.Millisecond, ok()
+			}
+			return 15 * time.Second, timedOut()
+		})
+		lasting := func(s *subscription.Subscription) { s.MaxAge, s.MaxAttempts = 100*time.Hour, 100 }
+		for i := range 40 {
+			w.publishN(w.sub(fmt.Sprint("hangs", i), lasting), uint16(i%16), 50)
+		}
+		repaired := w.sub("repaired", lasting)
+		w.publishN(repaired, 0, 5)
+		time.Sleep(5 * time.Minute)
+		begin := time.Now()
+		w.sub("repaired", lasting, func(s *subscription.Subscription) { s.Proto.Uri = "https://two.example" })
+		w.publishN(repaired, 0, 5)
+		time.Sleep(time.Second)
+		n := 0
+		for _, s := range w.receiver.starts() {
+			if s.sub == "repaired" && !s.at.Before(begin) {
+				n++
+			}
+		}
+		if n < 5 {
+			t.Errorf("%d attempts within a second of the repair", n)
+		}
+		_ = w.kill()
+	})
+}
