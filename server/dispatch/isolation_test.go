@@ -167,3 +167,38 @@ func TestANewTargetDoesNotWaitAmongThoseThatHang(t *testing.T) {
 		_ = w.kill()
 	})
 }
+
+func TestALaneWithLongWaysKeepsItsRate(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, func(o *dispatch.Options) { o.Slots = 256 })
+		synctest.Wait()
+		w.receiver.set(func(sub *subscription.Subscription, _ *delivery.Job) (time.Duration, *delivery.Result) {
+			if sub.ID == "far" {
+				return 300 * time.Millisecond, ok()
+			}
+			return 15 * time.Second, timedOut()
+		})
+		lasting := func(s *subscription.Subscription) { s.MaxAge, s.MaxAttempts, s.MaxInFlight = 100*time.Hour, 100, 32 }
+		for i := range 400 {
+			w.publishN(w.sub(fmt.Sprint("hangs", i), lasting), uint16(i%16), 20)
+		}
+		time.Sleep(5 * time.Minute) // they hold all that those who hang may hold
+		far := w.sub("far", lasting)
+		w.publish(far, 0)
+		time.Sleep(time.Second)
+		for range 50 * 20 { // it needs 15 at once
+			w.publish(far, 0)
+			time.Sleep(20 * time.Millisecond)
+		}
+		late := 0
+		for _, s := range w.receiver.starts() {
+			if s.sub == "far" && s.at.Sub(s.accept) > 100*time.Millisecond {
+				late++
+			}
+		}
+		if late > 1 {
+			t.Errorf("%d of 1000 waited", late)
+		}
+		_ = w.kill()
+	})
+}
