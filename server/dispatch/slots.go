@@ -117,6 +117,8 @@ func (s *slots) share(h *health, st standing, sub *subscription.Subscription) in
 		return 1
 	}
 	switch {
+	case !h.answers && slow < part8(s.total, 1):
+		return most // as long as there is plenty, nobody goes short by it
 	case !h.answers:
 		return 1
 	case slow < part8(s.total, 2) && !h.hangs:
