@@ -74,9 +74,14 @@ func flagNames(cmd *cobra.Command) []string {
 	return names
 }
 
-// configurable reports whether a flag of the server may stand in its file and in the environment.
+// configurable reports whether a flag of the server may stand in its file and in the environment; not what is meant for
+// one start.
 func configurable(cmd *cobra.Command, name string) bool {
-	return cmd.Flags().Lookup(name) != nil && name != "help" && name != "print-config"
+	switch name {
+	case "help", "print-config", "adopt-stores":
+		return false
+	}
+	return cmd.Flags().Lookup(name) != nil
 }
 
 // applyFile sets the flags that were given neither on the command line nor by the environment from a YAML

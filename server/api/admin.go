@@ -48,5 +48,6 @@ func (s adminService) GetStats(_ context.Context, r *grapnelv1.GetStatsRequest) 
 		window = r.GetWindow().AsDuration()
 	}
 	total, per := s.Engine.Stats(ns, window, int(r.GetTopSubscriptions()))
+	total.Events = s.Ingest.Accepted(ns, window)
 	return &grapnelv1.GetStatsResponse{Total: total, Subscriptions: per}, nil
 }

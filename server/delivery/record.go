@@ -169,7 +169,10 @@ func decodeTargets(value []byte) (t targetList, err error) {
 	if d.err == nil && t.n > 0 && len(t.rest)-t.namesOffset != t.nameEnd(t.n-1) {
 		d.fail()
 	}
-	return t, d.err
+	if d.err != nil {
+		return targetList{}, d.err
+	}
+	return t, nil
 }
 
 func (t *targetList) uid(i int) (u UID) {

@@ -131,6 +131,7 @@ func (e *Engine) walk(key delivery.LaneKey) {
 	e.mu.Lock()
 	delete(e.healths, key)
 	e.mu.Unlock()
+	// The lane, if it is still there, does not leave its health when it goes.
 	e.journal.SetFailing(key, time.Time{})
 	if e.workedOff != nil {
 		e.workedOff(key)

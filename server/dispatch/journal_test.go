@@ -8,6 +8,7 @@ import (
 	"testing"
 	"time"
 
+	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
 	"github.com/grapnel/grapnel/server/delivery"
 	"github.com/grapnel/grapnel/server/dispatch"
 	"github.com/grapnel/grapnel/server/subscription"
@@ -126,6 +127,98 @@ func waitForNone(t *testing.T, j *delivery.Journal, subs []*subscription.Subscri
 		case <-deadline:
 			t.Fatalf("%d deliveries are still open", open)
 		case <-tick.C:
+		}
+	}
+}
+
+// TestEditsOnRealJournal changes deliveries at random while they are made, over restarts: all must come to an end.
+func TestEditsOnRealJournal(t *testing.T) {
+	dir := t.TempDir()
+	quick := func(s *subscription.Subscription) {
+		s.Schedule = []time.Duration{time.Millisecond, 20 * time.Millisecond}
+		s.MaxAttempts, s.MaxInFlight, s.DisableAfter = 100, 8, 0
+	}
+	w := &world{t: t, registry: newRegistry(), journal: newJournal(t)}
+	w.engine = dispatch.New(dispatch.Options{Journal: w.journal, Subscriptions: w.registry})
+	names := []string{"a", "b", "c", "d"}
+	var subs []*subscription.Subscription
+	for _, n := range names {
+		subs = append(subs, w.sub(n, quick))
+	}
+	o := &oracle{accepted: make(map[delivery.ID]int)}
+	const lives = 3
+	for life := range lives {
+		j, err := delivery.Open(delivery.Options{Dir: dir, Partitions: 3, MinFreeBytes: -1})
+		if err != nil {
+			t.Fatal(err)
+		}
+		e := dispatch.New(dispatch.Options{Journal: j, Subscriptions: w.registry, Attempter: o, WindowBytes: 128 << 10})
+		w.engine = e
+		j.Start(e)
+		ran := make(chan error, 1)
+		go func() { ran <- e.Run(context.Background()) }()
+		var publishing sync.WaitGroup
+		publishing.Go(func() { publishTo(t, j, subs, fmt.Sprint(life), 300) })
+		ctx, cancel := context.WithCancel(t.Context())
+		var editing sync.WaitGroup
+		for range 2 {
+			editing.Go(func() { w.editAtRandom(ctx, j, subs, names, quick) })
+		}
+		publishing.Wait()
+		cancel()
+		editing.Wait()
+		for _, n := range names {
+			w.sub(n, quick)
+		}
+		if life == lives-1 {
+			waitForNone(t, j, subs)
+		}
+		ctx, cancel = context.WithTimeout(t.Context(), time.Millisecond)
+		_ = e.Stop(ctx) // or abandons what is in flight
+		cancel()
+		if err := <-ran; err != nil {
+			t.Error(err)
+		}
+		o.calls.Wait()
+		if err := j.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+func (w *world) editAtRandom(ctx context.Context, j *delivery.Journal, subs []*subscription.Subscription, names []string, quick func(*subscription.Subscription)) {
+	for ctx.Err() == nil {
+		sub := subs[rand.IntN(len(subs))]
+		key := laneOf(sub)
+		page, err := j.Deliveries(delivery.Query{Namespace: key.Namespace, Subscription: key.Subscription, Limit: 20})
+		if err != nil {
+			w.t.Error(err)
+			return
+		}
+		for _, d := range page.Deliveries {
+			call, leave := context.WithCancel(ctx)
+			switch rand.IntN(8) {
+			case 0:
+				leave()
+				_, _ = w.engine.Cancel(call, d.ID, key)
+			case 1:
+				_, _ = w.engine.Cancel(call, d.ID, key)
+			case 2, 3:
+				_, _ = w.engine.Retry(call, d.ID, key, -1)
+			}
+			leave()
+		}
+		switch name := names[rand.IntN(len(names))]; rand.IntN(12) {
+		case 0:
+			_, _ = w.engine.CancelLane(ctx, key, "asked for")
+		case 1, 2:
+			w.sub(name, quick, inState(grapnelv1.Subscription_STATE_PAUSED))
+		case 3:
+			w.remove(name, false)
+		case 4:
+			w.remove(name, true)
+		default:
+			w.sub(name, quick)
 		}
 	}
 }

@@ -55,10 +55,10 @@ type lane struct {
 	series   *series
 
 	// Places in queues of the engine.
-	queued                 atomic.Bool // on the ring
-	ringNext               *lane       // ring.mu
-	readNext               *lane       // reads.mu
-	hungry                 bool        // budget.mu, and so the next ones
+	queued                 [standings]atomic.Bool // on the ring, among those of a standing
+	ringNext               [standings]*lane       // ring.mu
+	readNext               *lane                  // reads.mu
+	hungry                 bool                   // budget.mu, and so the next ones
 	hungryAs               standing
 	hungryPrev, hungryNext *lane
 	alarm                  alarm // alarms.mu
@@ -141,7 +141,7 @@ func (l *lane) rest(now time.Time) {
 	if l.tenant.lanes--; l.tenant.lanes == 0 {
 		delete(e.tenants, l.key.Namespace)
 	}
-	if !l.health.fresh(now) && (len(e.healths) < maxHealths || !l.health.failing.IsZero()) {
+	if !l.health.fresh(now) && !e.subs.Deleted(l.key) && (len(e.healths) < maxHealths || !l.health.failing.IsZero()) {
 		e.healths[l.key] = l.health
 	}
 }
@@ -151,7 +151,12 @@ const maxHealths = 100_000
 
 // busy reports whether something is open or under way.
 func (l *lane) busy() bool {
-	return len(l.parts) > 0 || l.flying.n > 0 || l.running || l.reading || l.cancels > 0 || l.disabling || l.queued.Load()
+	for st := range l.queued {
+		if l.queued[st].Load() {
+			return true
+		}
+	}
+	return len(l.parts) > 0 || l.flying.n > 0 || l.running || l.reading || l.cancels > 0 || l.disabling
 }
 
 // window returns the window of a partition. It is valid until the lane's parts change.

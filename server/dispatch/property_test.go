@@ -20,7 +20,11 @@ import (
 // late. The fake journal fails the test when a delivery is settled twice, the receiver when one is attempted twice at once.
 // In the end everything must have ended, each lane and partition in order.
 func TestEngineLosesAndDoublesNothing(t *testing.T) {
-	for seed := range uint64(60) {
+	seeds := uint64(60)
+	if testing.Short() {
+		seeds = 10
+	}
+	for seed := range seeds {
 		t.Run(fmt.Sprint(seed), func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) { randomRun(t, rand.New(rand.NewPCG(seed, 1))) })
 		})

@@ -19,7 +19,7 @@ const (
 
 // ring holds the lanes that may have something to start, in the order of their turns: by standing, so that lanes which
 // have no slots to hope for do not stand in the way of others, then namespace after namespace, so that one with
-// ten thousand lanes gets one namespace's turns, then lane after lane. Each lane is on it at most once.
+// ten thousand lanes gets one namespace's turns, then lane after lane.
 type ring struct {
 	mu     sync.Mutex
 	rounds [standings]round
@@ -42,18 +42,20 @@ type space struct {
 	head, tail *lane // linked by lane.ringNext
 }
 
-// push takes a lane whose mutex is held.
+// push takes a lane whose mutex is held. Where it stands already for an older standing, it stands there, too: a turn too
+// many does no harm, and one that has proven itself must not wait among those that hang.
 func (r *ring) push(l *lane) {
-	if !l.queued.CompareAndSwap(false, true) {
+	st := l.standing
+	if !l.queued[st].CompareAndSwap(false, true) {
 		return
 	}
 	r.mu.Lock()
-	r.rounds[l.standing].push(l)
+	r.rounds[st].push(l, st)
 	r.mu.Unlock()
 	signal(r.wake)
 }
 
-func (r *round) push(l *lane) {
+func (r *round) push(l *lane, st standing) {
 	s := r.spaces[l.key.Namespace]
 	if s == nil {
 		s = &space{key: l.key.Namespace, tenant: l.tenant}
@@ -66,7 +68,7 @@ func (r *round) push(l *lane) {
 	if s.tail == nil {
 		s.head = l
 	} else {
-		s.tail.ringNext = l
+		s.tail.ringNext[st] = l
 	}
 	s.tail = l
 	r.n.Add(1)
@@ -101,14 +103,14 @@ func (r *round) pop(slots *slots, st standing) *lane {
 	}
 	s := r.shift()
 	l := s.head
-	s.head, l.ringNext = l.ringNext, nil
+	s.head, l.ringNext[st] = l.ringNext[st], nil
 	if s.head == nil {
 		delete(r.spaces, s.key)
 	} else {
 		r.append(s)
 	}
 	r.n.Add(-1)
-	l.queued.Store(false)
+	l.queued[st].Store(false)
 	return l
 }
 

@@ -17,7 +17,7 @@ const (
 //
 //   - Suspects, lanes that hang or are slow, start nothing while they hold half of the slots, all together. The fuller
 //     that half is, the fewer each one may hold, down to one. One that hangs holds few anyway, and one that has never
-//     answered just one.
+//     answered just one, once suspects hold an eighth of the slots.
 //   - A lane of which nothing is known has one attempt, on trial. A trial is short: after it the lane has proven itself or
 //     is a suspect. An eighth of the slots is for trials, so that a new lane waits for other trials, never for those
 //     that hang. Trials stop while they and the suspects hold three quarters of the slots, and those of one namespace while
@@ -101,7 +101,11 @@ func (s *slots) count(l *lane, n int64) {
 func (s *slots) share(h *health, st standing, sub *subscription.Subscription) int {
 	most := maxInFlight(sub)
 	switch used, slow := s.used.Load(), s.slow.Load(); {
-	case st == unknown, st == suspect && !h.answers:
+	case st == unknown:
+		return 1
+	case st == suspect && !h.answers && slow < part8(s.total, 1):
+		return most // as long as there is plenty, nobody goes short by it
+	case st == suspect && !h.answers:
 		return 1
 	case st == proven && used < part8(s.total, 4):
 		return most

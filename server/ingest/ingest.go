@@ -60,6 +60,7 @@ type Ingest struct {
 	metrics  metrics
 	draining atomic.Bool
 	meters   meters
+	tallies  tallies
 }
 
 // New builds an Ingest.
@@ -86,6 +87,19 @@ func (i *Ingest) Rate(namespace string) float64 {
 		}
 	}
 	return 0
+}
+
+// Accepted is how many events a namespace, or all with "", has had accepted within a window of a minute to a day, since
+// the process started. Windows are rounded up to whole minutes, above an hour to whole hours.
+func (i *Ingest) Accepted(namespace string, window time.Duration) int64 {
+	if namespace == "" {
+		return i.tallies.sum(nil, time.Now(), window)
+	}
+	ns := i.registry.Snapshot().Namespace(namespace)
+	if ns == nil {
+		return 0
+	}
+	return i.tallies.sum(&ns.UID, time.Now(), window)
 }
 
 // Publish accepts or refuses each event on its own; results[k] answers events[k]. It returns when the
@@ -199,6 +213,7 @@ func (i *Ingest) store(ctx context.Context, ns *subscription.Namespace, admitted
 	}
 	now := time.Now()
 	i.meters.use(ns.UID, now, func(m *meter) { m.add(now, accepted) })
+	i.tallies.add(ns.UID, now, accepted)
 }
 
 // targets lists the subscriptions that match ev, in the snapshot's order.

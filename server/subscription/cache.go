@@ -36,38 +36,31 @@ func newMatch(version uint64, subs []*Subscription) match {
 	}
 }
 
-// follow makes an older answer one for the tenant as it is, by what has changed since. False when the tenant
-// does not remember that.
-func (m *match) follow(known match, t *tenant, eventType string) bool {
-	from := slices.IndexFunc(t.recent, func(s step) bool { return s.before == known.version })
-	if from < 0 {
-		return false
-	}
+// follow makes an older answer one for the tenant as it is, by what has changed since.
+func (s *Snapshot) follow(known match, ns, eventType string) []*Subscription {
 	subs, copied := known.subs, false
-	for _, s := range t.recent[from:] {
-		was, is := s.old != nil && s.old.wants(eventType), s.now != nil && s.now.wants(eventType)
+	for _, step := range s.recent {
+		if step.version <= known.version || step.sub().Namespace != ns {
+			continue
+		}
+		was, is := step.old != nil && step.old.wants(eventType), step.now != nil && step.now.wants(eventType)
 		if !was && !is {
 			continue
 		}
 		if !copied {
 			subs, copied = slices.Clone(subs), true
 		}
-		id := s.old
-		if id == nil {
-			id = s.now
-		}
-		at, ok := slices.BinarySearchFunc(subs, id.ID, func(s *Subscription, id string) int { return strings.Compare(s.ID, id) })
+		at, ok := slices.BinarySearchFunc(subs, step.sub().ID, func(s *Subscription, id string) int { return strings.Compare(s.ID, id) })
 		switch {
 		case ok && is:
-			subs[at] = s.now
+			subs[at] = step.now
 		case ok:
 			subs = slices.Delete(subs, at, at+1)
 		case is:
-			subs = slices.Insert(subs, at, s.now)
+			subs = slices.Insert(subs, at, step.now)
 		}
 	}
-	*m = newMatch(t.version, subs)
-	return true
+	return subs
 }
 
 // wants reports whether one of its globs covers a type.
@@ -82,6 +75,14 @@ type cache struct {
 	young, old map[cacheKey]match
 	// bytes is what young takes.
 	bytes int
+}
+
+// age has what nobody asks for go when the second call comes: an answer keeps subscriptions in memory that
+// may have changed or gone.
+func (c *cache) age() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.old, c.young, c.bytes = c.young, nil, 0
 }
 
 type cacheKey struct{ ns, eventType string }

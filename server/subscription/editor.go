@@ -9,9 +9,14 @@ type editor struct {
 	// changed are the tenants as they will be in the next snapshot; was is what they were in the latest.
 	changed map[string]*tenant
 	was     map[string]*tenant
-	// versions is the latest version given to a tenant.
+	// versions is the latest version given; recent and since are as in Snapshot.
 	versions uint64
+	recent   []step
+	since    uint64
 }
+
+// ageAfter is how many changes make the cache older.
+const ageAfter = 1024
 
 func newEditor() *editor {
 	return &editor{trees: newTrees(), common: &common{}, changed: make(map[string]*tenant), was: make(map[string]*tenant)}
@@ -130,12 +135,23 @@ func (e *editor) unlink(old, now *Subscription) {
 }
 
 func (e *editor) step(t *tenant, old, now *Subscription) {
-	if len(t.recent) >= 2*maxRecent {
-		t.recent = slices.Clone(t.recent[maxRecent:])
+	if len(e.recent) >= 2*maxRecent {
+		e.forget(maxRecent)
 	}
-	t.recent = append(t.recent, step{before: t.version, old: old, now: now})
 	e.versions++
 	t.version = e.versions
+	e.recent = append(e.recent, step{version: t.version, old: old, now: now})
+	if e.versions%ageAfter == 0 {
+		e.common.cache.age()
+	}
+}
+
+// forget leaves the latest changes only.
+func (e *editor) forget(keep int) {
+	if drop := len(e.recent) - keep; drop > 0 {
+		e.since = e.recent[drop-1].version
+		e.recent = slices.Clone(e.recent[drop:])
+	}
 }
 
 // snapshot shows what has been changed since the latest one.
@@ -143,12 +159,12 @@ func (e *editor) snapshot(revision int64) *Snapshot {
 	for id, t := range e.changed {
 		if t.namespace == nil && t.count == 0 {
 			e.tenants.Delete(id)
-			continue
+		} else {
+			e.tenants.Set(id, t)
 		}
-		t.recent = slices.Clone(t.recent[max(0, len(t.recent)-maxRecent):])
-		e.tenants.Set(id, t)
 	}
-	clear(e.changed)
-	clear(e.was)
-	return &Snapshot{revision: revision, trees: e.trees.copy(), common: e.common}
+	// New ones: to clear a map costs as much as was ever in it.
+	e.changed, e.was = make(map[string]*tenant), make(map[string]*tenant)
+	e.forget(maxRecent)
+	return &Snapshot{revision: revision, trees: e.trees.copy(), common: e.common, recent: slices.Clone(e.recent), since: e.since}
 }

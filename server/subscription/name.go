@@ -37,7 +37,10 @@ func splitName(name string) (ns, kind, id string, ok bool) {
 	return ns, kind, id, validID(ns) && validID(id)
 }
 
-// Keys beside the resources; none of them is watched.
+// Keys beside the resources; none of them is followed.
+
+// secretKey is where package secret keeps a secret.
+func secretKey(name string) string { return "secrets/" + name }
 
 // refKey exists while a subscription refers to a secret.
 func refKey(secretName, subName string) string { return "refs/" + secretName + "/" + subName }

@@ -36,7 +36,7 @@ func (r *Registry) CreateNamespace(ctx context.Context, id string, n *grapnelv1.
 		Uid:        uuid.UUID(r.newUID()).String(),
 	}
 	return r.editNamespace(ctx, id, func(it keyspace.Item) (*grapnelv1.Namespace, []keyspace.Cond, error) {
-		if it.Revision != 0 {
+		if it.Revision != 0 && !r.lost(it) {
 			return nil, nil, fmt.Errorf("%s %w", it.Key, ErrExists)
 		}
 		return p, nil, nil
@@ -129,7 +129,7 @@ func (r *Registry) editNamespace(ctx context.Context, id string, plan func(keysp
 		}
 		out = &Namespace{Proto: p, ID: id, UID: uid, Revision: it.Revision}
 		value, err := marshal(p)
-		if err != nil || string(value) == string(it.Value) {
+		if err != nil || it.Err == nil && string(value) == string(it.Value) {
 			return keyspace.Txn{}, err
 		}
 		return keyspace.Txn{If: conds, Then: []keyspace.Write{keyspace.Put(key, value)}}, nil
@@ -152,7 +152,7 @@ func (r *Registry) PurgeNamespace(ctx context.Context, id string) error {
 		return err
 	}
 	name := namespaceName(id)
-	for _, prefix := range []string{name + "/", "refs/" + name + "/", requestKey(id, "")} {
+	for _, prefix := range []string{name + "/", secretKey(name + "/"), "refs/" + name + "/", requestKey(id, "")} {
 		if err := r.purge(ctx, name, prefix); err != nil {
 			return err
 		}

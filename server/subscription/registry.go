@@ -35,12 +35,15 @@ type Registry struct {
 	conditions *conditions
 	log        *slog.Logger
 	snapshot   atomic.Pointer[Snapshot]
-	// editor belongs to Open and then to Run.
+	// editor and sharer belong to Open and then to Run.
 	editor   *editor
+	sharer   sharer
 	onChange []func([]Change)
 
-	// creates bounds concurrent creates under a quota: by what they may overrun it.
+	// creates bounds concurrent creates under a quota: by what they may overrun it. Near it those of one
+	// namespace go one by one: they would only make each other fail.
 	creates chan struct{}
+	near    [nearLocks]chan struct{}
 	leases  *leases
 }
 
@@ -64,11 +67,13 @@ func Open(ctx context.Context, o Options) (*Registry, error) {
 		creates:    make(chan struct{}, maxConcurrentCreates),
 		leases:     newLeases(),
 	}
+	for i := range r.near {
+		r.near[i] = make(chan struct{}, 1)
+	}
 	r.space, err = keyspace.Open(ctx, keyspace.Options{
 		Client:   o.Client,
 		Prefix:   o.Prefix,
 		Watch:    []string{"namespaces/", tombstones},
-		Keep:     keep,
 		Identity: o.Identity,
 		Apply:    r.apply,
 		Logger:   r.log,
@@ -106,15 +111,6 @@ func (r *Registry) ConditionErrors() uint64 { return r.Snapshot().ConditionError
 // function must not block and must not write to the Registry: writers wait for it. A change of a namespace
 // alone is not told, but for its tombstone.
 func (r *Registry) OnChange(f func([]Change)) { r.onChange = append(r.onChange, f) }
-
-// keep says what of namespaces/ belongs to the registry; secrets, for one, do not.
-func keep(key string) bool {
-	if strings.HasPrefix(key, tombstones) {
-		return true
-	}
-	_, kind, _, _ := splitName(key)
-	return kind == "" || kind == "subscriptions"
-}
 
 // apply takes stored changes into the next snapshot. A value that cannot be read is skipped: what was
 // known before stays, and nothing else suffers.
@@ -175,7 +171,7 @@ func (n *news) take(c keyspace.Change) error {
 	}
 	ns, kind, id, ok := splitName(c.Key)
 	switch {
-	case !ok:
+	case !ok || kind != "" && kind != "subscriptions":
 		return fmt.Errorf("not the key of a resource")
 	case kind == "" && c.Deleted:
 		n.editor.dropNamespace(ns)
@@ -194,6 +190,7 @@ func (n *news) take(c keyspace.Change) error {
 		if err != nil {
 			return err
 		}
+		n.registry.sharer.share(s)
 		change := Change{Old: n.editor.put(s), New: s}
 		if change.Old != nil && change.Old.UID != s.UID {
 			change.Tombstone = n.tombstone(change.Old)
@@ -251,13 +248,21 @@ func decodeNamespace(key string, value []byte, revision int64) (*Namespace, erro
 	return &Namespace{Proto: p, ID: strings.TrimPrefix(p.Name, "namespaces/"), UID: uid, Revision: revision}, nil
 }
 
-// namespace reads an item as a namespace, *NotFoundError when it does not exist.
+// namespace reads an item as a namespace, *NotFoundError when it does not exist. In place of a damaged value
+// stands what is known, so that the next write mends it; *BrokenError when nothing is.
 func (r *Registry) namespace(it keyspace.Item) (*Namespace, error) {
 	if it.Revision == 0 {
 		return nil, &NotFoundError{Name: it.Key}
 	}
 	if it.Err != nil {
-		return nil, it.Err
+		known := r.Snapshot().Namespace(strings.TrimPrefix(it.Key, "namespaces/"))
+		if known == nil {
+			return nil, it.Err
+		}
+		n := *known
+		n.Proto, n.Revision = proto.CloneOf(known.Proto), it.Revision
+		n.Proto.Etag = etag(it.Revision)
+		return &n, nil
 	}
 	n, err := decodeNamespace(it.Key, it.Value, it.Revision)
 	if err != nil {
@@ -275,19 +280,39 @@ func (r *Registry) activeNamespace(it keyspace.Item) (*Namespace, error) {
 	return n, err
 }
 
-// subscription reads an item as a subscription, *NotFoundError when it does not exist.
+// subscription reads an item as a subscription, as namespace does.
 func (r *Registry) subscription(it keyspace.Item) (*Subscription, error) {
 	if it.Revision == 0 {
 		return nil, &NotFoundError{Name: it.Key}
 	}
 	if it.Err != nil {
-		return nil, it.Err
+		ns, _, id, _ := splitName(it.Key)
+		known := r.Snapshot().Subscription(ns, id)
+		if known == nil {
+			return nil, it.Err
+		}
+		s := *known
+		s.Proto, s.Revision = proto.CloneOf(known.Proto), it.Revision
+		s.Proto.Etag = etag(it.Revision)
+		return &s, nil
 	}
 	s, err := decode(it.Key, it.Value, it.Revision, r.conditions)
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", r.space.Key(it.Key), err)
 	}
 	return s, nil
+}
+
+// lost reports whether there is nothing left of an item but its key: it may be made anew.
+func (r *Registry) lost(it keyspace.Item) bool {
+	if it.Err == nil {
+		return false
+	}
+	ns, _, id, _ := splitName(it.Key)
+	if id == "" {
+		return r.Snapshot().Namespace(ns) == nil
+	}
+	return r.Snapshot().Subscription(ns, id) == nil
 }
 
 // checkEtag compares a caller's etag, where there is one, with the revision read.

@@ -15,6 +15,9 @@ type Snapshot struct {
 	revision int64
 	trees
 	*common
+	// recent are the latest changes of subscriptions, oldest first, and all there were after the version since.
+	recent []step
+	since  uint64
 }
 
 // common is what all snapshots of one Registry have in common.
@@ -43,23 +46,29 @@ type tenant struct {
 	namespace *Namespace
 	// count is how many subscriptions there are.
 	count int
-	// version tells apart what the tenant's subscriptions were at different times.
+	// version is that of the latest change of its subscriptions.
 	version uint64
-	// recent are the latest changes of them, oldest first.
-	recent []step
 }
 
-// step is one change of a tenant's subscriptions; old or now may be nil.
+// step is one change of a subscription; old or now is nil when it was made or removed.
 type step struct {
-	// before is the tenant's version before it.
-	before   uint64
+	// version is higher than that of every step before, of whatever namespace.
+	version  uint64
 	old, now *Subscription
+}
+
+// sub is one of the two: they have the same name.
+func (s step) sub() *Subscription {
+	if s.now != nil {
+		return s.now
+	}
+	return s.old
 }
 
 // treeDegree is half of what a node holds at most.
 const treeDegree = 16
 
-// maxRecent bounds what a tenant remembers of its changes.
+// maxRecent bounds what a snapshot remembers of changes.
 const maxRecent = 32
 
 // named is a subscription in the order of names.
@@ -242,7 +251,9 @@ func (s *Snapshot) byType(t *tenant, eventType string) match {
 		return known
 	}
 	var now match
-	if !ok || !now.follow(known, t, eventType) {
+	if ok && s.since <= known.version && known.version < t.version {
+		now = newMatch(t.version, s.follow(known, t.id, eventType))
+	} else {
 		now = newMatch(t.version, find(s.globs, t.id, eventType))
 	}
 	s.cache.put(t.id, eventType, now)

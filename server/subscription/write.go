@@ -5,6 +5,7 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"hash/crc32"
 	"maps"
 	"math"
 	"slices"
@@ -25,7 +26,11 @@ const (
 	// quotaMargin is how close to the quota creates begin to exclude each other: more than four servers have
 	// under way at once. With more of them the quota may be overrun by maxConcurrentCreates for each.
 	quotaMargin = 4 * maxConcurrentCreates
-	maxReason   = 256
+	// nearLocks is how many namespaces at most make their last subscriptions at the same time.
+	nearLocks = 64
+	maxReason = 256
+	// maxStrayRefs bounds a search that only a damaged value asks for.
+	maxStrayRefs = 100_000
 )
 
 // newID makes an ID for a caller who gave none.
@@ -47,7 +52,7 @@ func (r *Registry) CreateSubscription(ctx context.Context, ns, id string, p *gra
 	}
 	w := &writing{registry: r, ns: ns, id: id, only: o.ValidateOnly, request: req, approve: o.Approve}
 	return w.run(ctx, func(_ *Namespace, it keyspace.Item) (*grapnelv1.Subscription, error) {
-		if it.Revision != 0 {
+		if it.Revision != 0 && !r.lost(it) {
 			return nil, fmt.Errorf("%s %w", it.Key, ErrExists)
 		}
 		return p, nil
@@ -166,6 +171,8 @@ type writing struct {
 	// approved is what approve has said yes to; asked is what it is to be asked about next.
 	approved, asked *grapnelv1.Subscription
 	slot            bool
+	// near is the lock held by one that is near the quota.
+	near chan struct{}
 }
 
 // errAsk ends a plan that approve has to be asked about first.
@@ -226,7 +233,7 @@ func (w *writing) attempt(ctx context.Context, change func(*Namespace, keyspace.
 func (w *writing) plan(ctx context.Context, n *Namespace, it keyspace.Item, counted int64, content *grapnelv1.Subscription) (keyspace.Txn, error) {
 	r := w.registry
 	var old *Subscription
-	if it.Revision != 0 {
+	if it.Revision != 0 && !r.lost(it) {
 		var err error
 		if old, err = r.subscription(it); err != nil {
 			return keyspace.Txn{}, err
@@ -238,7 +245,7 @@ func (w *writing) plan(ctx context.Context, n *Namespace, it keyspace.Item, coun
 	if err != nil {
 		return keyspace.Txn{}, err
 	}
-	if old != nil && sameContent(p, old.Proto) {
+	if old != nil && it.Err == nil && sameContent(p, old.Proto) {
 		w.out = old
 		return keyspace.Txn{}, nil
 	}
@@ -268,6 +275,11 @@ func (w *writing) plan(ctx context.Context, n *Namespace, it keyspace.Item, coun
 		return keyspace.Txn{}, err
 	}
 	r.refer(&txn, it.Key, old, secrets)
+	if r.lost(it) {
+		if err := r.unrefer(ctx, &txn, w.ns, it.Key, secrets); err != nil {
+			return keyspace.Txn{}, err
+		}
+	}
 	if w.slot {
 		txn.Then = append(txn.Then, keyspace.Put(quotaKey(w.ns), nil))
 	}
@@ -302,7 +314,7 @@ func sameTarget(a, b *grapnelv1.Subscription) bool {
 // admit checks the quota, where there is one, by counting what the snapshot shows. Each create under a quota
 // writes the quota's key, so that the snapshot shows all of them once it has come to the revision at which
 // that was written last, and what is missing is under way now. Far from the quota creates run side by side;
-// near it each one that lands makes those beside it fail and count again.
+// near it each one that lands makes those of other servers beside it fail and count again.
 func (w *writing) admit(ctx context.Context, n *Namespace, counted int64) (near bool, err error) {
 	r := w.registry
 	limit := n.Quota().MaxSubscriptions
@@ -323,14 +335,27 @@ func (w *writing) admit(ctx context.Context, n *Namespace, counted int64) (near 
 	if count >= limit {
 		return false, &QuotaError{Namespace: w.ns, Quota: "max_subscriptions", Limit: limit}
 	}
-	return count+quotaMargin >= limit, nil
+	if count+quotaMargin < limit {
+		return false, nil
+	}
+	if w.near == nil {
+		lock := r.near[crc32.ChecksumIEEE([]byte(w.ns))%nearLocks]
+		if err := acquire(ctx, lock); err != nil {
+			return false, err
+		}
+		w.near = lock
+	}
+	return true, nil
 }
 
 func (w *writing) release() {
 	if w.slot {
 		<-w.registry.creates
 	}
-	w.slot = false
+	if w.near != nil {
+		<-w.near
+	}
+	w.slot, w.near = false, nil
 }
 
 // acquire takes a place in a channel used as a semaphore.
@@ -397,11 +422,17 @@ func secretFields(p *grapnelv1.Subscription) map[string]string {
 }
 
 func (r *Registry) secretsExist(ctx context.Context, fields map[string]string) error {
-	missing, err := r.space.Missing(ctx, slices.Sorted(maps.Keys(fields))...)
+	names := slices.Sorted(maps.Keys(fields))
+	keys := make([]string, len(names))
+	for i, name := range names {
+		keys[i] = secretKey(name)
+	}
+	missing, err := r.space.Missing(ctx, keys...)
 	if err != nil || len(missing) == 0 {
 		return err
 	}
-	return &NotFoundError{Name: missing[0], Field: fields[missing[0]]}
+	name := names[slices.Index(keys, missing[0])]
+	return &NotFoundError{Name: name, Field: fields[name]}
 }
 
 // refer keeps the reference keys in step, on condition that the secrets still exist: deleting a secret
@@ -412,7 +443,7 @@ func (r *Registry) refer(txn *keyspace.Txn, name string, old *Subscription, secr
 		before = secretFields(old.Proto)
 	}
 	for _, secretName := range slices.Sorted(maps.Keys(secrets)) {
-		txn.If = append(txn.If, keyspace.Exists(secretName))
+		txn.If = append(txn.If, keyspace.Exists(secretKey(secretName)))
 		if _, ok := before[secretName]; !ok {
 			txn.Then = append(txn.Then, keyspace.Put(refKey(secretName, name), nil))
 		}
@@ -422,6 +453,18 @@ func (r *Registry) refer(txn *keyspace.Txn, name string, old *Subscription, secr
 			txn.Then = append(txn.Then, keyspace.Delete(refKey(secretName, name)))
 		}
 	}
+}
+
+// unrefer removes the references of a subscription that nobody knows any more, but for those it has again.
+func (r *Registry) unrefer(ctx context.Context, txn *keyspace.Txn, ns, name string, secrets map[string]string) error {
+	keys, _, err := r.space.Below(ctx, refKey(namespaceName(ns), ""), maxStrayRefs)
+	for _, key := range keys {
+		secretName, ok := strings.CutSuffix(strings.TrimPrefix(key, "refs/"), "/"+name)
+		if _, again := secrets[secretName]; ok && !again {
+			txn.Then = append(txn.Then, keyspace.Delete(key))
+		}
+	}
+	return err
 }
 
 // putSubscription makes the transaction that stores a message, without its etag, which is not known yet.

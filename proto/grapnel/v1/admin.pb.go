@@ -365,7 +365,7 @@ type Stats struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Subscription name; empty for the total.
 	Subscription string `protobuf:"bytes,1,opt,name=subscription,proto3" json:"subscription,omitempty"`
-	// Events accepted.
+	// Events accepted; of the total only, since an event is not a subscription's.
 	Events int64 `protobuf:"varint,2,opt,name=events,proto3" json:"events,omitempty"`
 	// Attempts ended.
 	Attempts int64 `protobuf:"varint,3,opt,name=attempts,proto3" json:"attempts,omitempty"`
