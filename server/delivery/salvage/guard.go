@@ -4,7 +4,9 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 
@@ -28,7 +30,8 @@ func (e *DamageError) Error() string {
 // Guard looks at logs and manifest of dir before Pebble opens them, and returns a *DamageError for what Pebble would
 // pass over in silence, or refuse without naming file and place: Pebble drops what is behind damage, and deletes
 // tables of which a damaged manifest does not know. A directory that is not there, or holds no journal, is none of
-// its business. It reads the logs once, and has one at a time in memory; tables are only looked for.
+// its business. It reads the logs once, and has one at a time in memory; of tables it only looks at their
+// size.
 //
 // Doubt says that the newest log has readable batches behind something that cannot be read, and that nothing in it
 // proves that they had been synced. A power loss leaves that, where nothing is lost that was promised, and so does
@@ -56,7 +59,7 @@ func Guard(dir string) (doubt bool, err error) {
 		return false, fmt.Errorf("look at journal: %w", err)
 	}
 	damage := &DamageError{Dir: dir}
-	if !v.Trusted() {
+	if !v.Trusted() && !empty(names, logs) {
 		damage.Files = append(damage.Files, v.Manifest.damage(dir)...)
 	}
 	for _, l := range logs {
@@ -65,10 +68,29 @@ func Guard(dir string) (doubt bool, err error) {
 		}
 		doubt = doubt || l.Needed && l.Behind > 0
 	}
+	damage.Files = append(damage.Files, v.cutTables(dir)...)
 	if len(damage.Files) > 0 {
 		return false, damage
 	}
 	return doubt, nil
+}
+
+// cutTables are tables that do not have the size with which they were made.
+func (v version) cutTables(dir string) (found []string) {
+	for _, n := range slices.Sorted(maps.Keys(v.tables)) {
+		path := filepath.Join(dir, fmt.Sprintf("%06d.sst", n))
+		info, err := os.Stat(path)
+		if want := v.tables[n].bytes; err == nil && want != 0 && info.Size() != want {
+			found = append(found, fmt.Sprintf("%s: it has %d bytes, and had %d", path, info.Size(), want))
+		}
+	}
+	return found
+}
+
+// empty says whether nothing was ever written: the database was not yet made completely.
+func empty(names []string, logs []*logFile) bool {
+	table := slices.ContainsFunc(names, func(name string) bool { _, ok := numbered(name, ".sst"); return ok })
+	return !table && !slices.ContainsFunc(logs, func(l *logFile) bool { return l.Batches > 0 || len(l.Gaps) > 0 })
 }
 
 // isOfJournal says whether a file is a log, a table, or tells of a manifest.

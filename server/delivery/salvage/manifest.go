@@ -49,6 +49,8 @@ type span struct{ first, last []byte }
 type role struct {
 	// spans are the parts that count; none means all of it.
 	spans []span
+	// bytes is the size of the file; 0: it is not known.
+	bytes int64
 	// seq is the sequence number of all entries of a table that was made elsewhere and taken in; 0: each has its own.
 	seq uint64
 }
@@ -87,7 +89,7 @@ func readManifest(dir string, names []string, logs []*logFile) version {
 	}
 	s := chunks{b: b, manifest: true}.scan(func(_ int64, edit []byte, _ bool) {
 		if last, ok := lastSequence(edit); ok {
-			v.after = max(v.after, last+1)
+			v.after = max(v.after, last+1, firstSequence)
 		}
 	})
 	if len(s.gaps) > 0 {
@@ -133,6 +135,9 @@ func (v version) newerTables(names []string) bool {
 		return ok && n > v.highest
 	})
 }
+
+// firstSequence is the first sequence number that Pebble gives (pebble/internal/base).
+const firstSequence = 10
 
 // Tags of an edit that come before the last sequence number (pebble/internal/manifest/version_edit.go).
 const (
@@ -244,6 +249,8 @@ func (v *version) list(fs *vfs.MemFS) error {
 			r := v.tables[n]
 			if t.Virtual {
 				r.spans = append(r.spans, span{first: t.Smallest.UserKey, last: t.Largest.UserKey})
+			} else {
+				r.bytes = int64(t.Size)
 			}
 			if t.SmallestSeqNum == t.LargestSeqNum {
 				r.seq = uint64(t.SmallestSeqNum)
