@@ -169,6 +169,9 @@ func Open(o Options) (*Journal, error) {
 		return nil, fmt.Errorf("open journal: %w", err)
 	}
 	j.space = newSpace(o, j.log)
+	if err := j.guard(o); err != nil {
+		return nil, fmt.Errorf("open journal: %w", err)
+	}
 	db, err := pebble.Open(o.Dir, j.pebbleOptions(o))
 	if err != nil {
 		return nil, fmt.Errorf("open journal %s: %w", o.Dir, err)
