@@ -59,11 +59,11 @@ type namespaceFlags struct {
 func (f *namespaceFlags) register(cmd *cobra.Command) {
 	flags := cmd.Flags()
 	flags.StringArrayVarP(&f.labels, "label", "l", nil, "label as `name=value`; repeat for more")
-	flags.Int32Var(&f.subscriptions, "max-subscriptions", 0, "most subscriptions; 0 is the cluster's default")
-	flags.Int32Var(&f.rate, "max-publish-rate", 0, "most events accepted per second; 0 is the cluster's default")
-	flags.Int32Var(&f.bytes, "max-event-bytes", 0, "most bytes of one payload; 0 is the cluster's default")
-	flags.Int32Var(&f.openDeliveries, "max-open-deliveries", 0, "most open deliveries; 0 is the cluster's default")
-	flags.DurationVar(&f.retention, "retention", 0, "how long final deliveries are kept; 0 is the cluster's default")
+	flags.Int32Var(&f.subscriptions, "max-subscriptions", 0, "most subscriptions; 0 is no limit")
+	flags.Int32Var(&f.rate, "max-publish-rate", 0, "most events accepted per second; 0 is no limit")
+	flags.Int32Var(&f.bytes, "max-event-bytes", 0, "most bytes of one payload; 0 is the default, 262144")
+	flags.Int32Var(&f.openDeliveries, "max-open-deliveries", 0, "most open deliveries; 0 is no limit")
+	flags.DurationVar(&f.retention, "retention", 0, "how long final deliveries are kept; 0 is the default, 72h")
 }
 
 // apply puts the flags that were given into n and returns the paths of what it set.

@@ -42,8 +42,8 @@ func takePage[T any](all iter.Seq[T], size int, keep func(T) bool, key func(T) s
 	return page
 }
 
-// inNamespaces lists a collection of one namespace, or of all when ns is "", after the item whose key
-// (namespace/id) is given.
+// inNamespaces lists a collection of one namespace, or of all that are not deleted when ns is "", after the
+// item whose key (namespace/id) is given.
 func inNamespaces[T any](snapshot *subscription.Snapshot, ns, after string, list func(ns, after string) iter.Seq[T]) iter.Seq[T] {
 	afterNS, afterID, _ := strings.Cut(after, "/")
 	if ns != "" {
@@ -58,6 +58,9 @@ func inNamespaces[T any](snapshot *subscription.Snapshot, ns, after string, list
 			}
 		}
 		for n := range snapshot.Namespaces(afterNS) {
+			if n.Deleted() {
+				continue
+			}
 			for item := range list(n.ID, "") {
 				if !yield(item) {
 					return

@@ -14,7 +14,7 @@ import (
 
 // namespaceOutputOnly are the fields of Namespace that callers cannot set.
 var namespaceOutputOnly = []string{
-	"name", "usage", "state", "state_reason", "create_time", "delete_time", "purge_time", "etag",
+	"name", "uid", "usage", "state", "state_reason", "create_time", "delete_time", "purge_time", "etag",
 }
 
 // CreateNamespace adds a namespace. The id is its idempotency key: a repeated call is RESOURCE_EXISTS.
@@ -50,12 +50,8 @@ func (s namespaceService) GetNamespace(_ context.Context, r *grapnelv1.GetNamesp
 
 // usage reads how much of its quota a namespace has used.
 func (s namespaceService) usage(snapshot *subscription.Snapshot, id string) *grapnelv1.Usage {
-	count := 0
-	for range snapshot.Subscriptions(id, "") {
-		count++
-	}
 	return &grapnelv1.Usage{
-		Subscriptions:  clampInt32(int64(count)),
+		Subscriptions:  clampInt32(int64(snapshot.Count(id))),
 		OpenDeliveries: clampInt32(s.Journal.OpenIn(id)),
 		PublishRate:    s.Ingest.Rate(id),
 		OldestDueAge:   durationpb.New(s.Engine.OldestDue(id)),

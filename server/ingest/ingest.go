@@ -8,7 +8,6 @@ package ingest
 import (
 	"context"
 	"log/slog"
-	"sync"
 	"sync/atomic"
 	"time"
 
@@ -60,8 +59,7 @@ type Ingest struct {
 	log      *slog.Logger
 	metrics  metrics
 	draining atomic.Bool
-	// meters holds a *meter per namespace that has published; namespaces that do not exist never enter.
-	meters sync.Map
+	meters   meters
 }
 
 // New builds an Ingest.
@@ -82,8 +80,10 @@ func (i *Ingest) Drain() { i.draining.Store(true) }
 
 // Rate is how many events a second the namespace has had accepted over the last minute.
 func (i *Ingest) Rate(namespace string) float64 {
-	if m, ok := i.meters.Load(namespace); ok {
-		return m.(*meter).rate(time.Now())
+	if ns := i.registry.Snapshot().Namespace(namespace); ns != nil {
+		if m := i.meters.find(ns.UID); m != nil {
+			return m.rate(time.Now())
+		}
 	}
 	return 0
 }
@@ -94,9 +94,9 @@ func (i *Ingest) Rate(namespace string) float64 {
 // delivery.ErrEventConflict, ErrDiskFull, ErrClosed, or the context's.
 func (i *Ingest) Publish(ctx context.Context, namespace string, events []*delivery.Event) []Result {
 	results := make([]Result, len(events))
-	n := i.admit(namespace, events, results)
+	ns, n := i.admit(namespace, events, results)
 	if n > 0 {
-		i.store(ctx, namespace, events, results, n)
+		i.store(ctx, ns, events, results, n)
 	}
 	i.metrics.count(results)
 	if i.log.Enabled(ctx, slog.LevelDebug) {
@@ -120,15 +120,15 @@ func (i *Ingest) logRefusals(ctx context.Context, namespace string, events []*de
 	}
 }
 
-// admit refuses by setting an Err, prepares the rest, and returns how many are left.
-func (i *Ingest) admit(namespace string, events []*delivery.Event, results []Result) int {
+// admit refuses by setting an Err, prepares the rest, and returns how many are left, and their namespace.
+func (i *Ingest) admit(namespace string, events []*delivery.Event, results []Result) (*subscription.Namespace, int) {
 	snap := i.registry.Snapshot()
 	ns := snap.Namespace(namespace)
 	if err := i.refusal(namespace, ns); err != nil {
 		for k := range results {
 			results[k].Err = err
 		}
-		return 0
+		return nil, 0
 	}
 	limits := ns.Quota()
 	left := 0
@@ -139,8 +139,10 @@ func (i *Ingest) admit(namespace string, events []*delivery.Event, results []Res
 		}
 		left++
 	}
+	var granted int
+	var wait time.Duration
 	now := time.Now()
-	granted, wait := i.meter(namespace).take(now, left, limits.MaxPublishRate)
+	i.meters.use(ns.UID, now, func(m *meter) { granted, wait = m.take(now, left, limits.MaxPublishRate) })
 	var candidate subscription.Candidate
 	n := 0
 	for k, ev := range events {
@@ -158,7 +160,7 @@ func (i *Ingest) admit(namespace string, events []*delivery.Event, results []Res
 		}
 		ev.Targets = targets(snap, &candidate, ev)
 	}
-	return n
+	return ns, n
 }
 
 // refusal is the reason to take no event at all, or nil.
@@ -171,14 +173,14 @@ func (i *Ingest) refusal(namespace string, ns *subscription.Namespace) error {
 	case ns.Deleted():
 		return ErrNamespaceDeleted
 	}
-	if limit := int64(ns.Quota().MaxOpenDeliveries); i.journal.OpenIn(namespace) >= limit {
+	if limit := int64(ns.Quota().MaxOpenDeliveries); limit > 0 && i.journal.OpenIn(namespace) >= limit {
 		return &QuotaError{Namespace: namespace, Name: "max_open_deliveries", Limit: limit}
 	}
 	return nil
 }
 
 // store appends the n events that have no error yet.
-func (i *Ingest) store(ctx context.Context, namespace string, events []*delivery.Event, results []Result, n int) {
+func (i *Ingest) store(ctx context.Context, ns *subscription.Namespace, events []*delivery.Event, results []Result, n int) {
 	admitted := events
 	if n < len(events) {
 		admitted = make([]*delivery.Event, 0, n)
@@ -205,7 +207,8 @@ func (i *Ingest) store(ctx context.Context, namespace string, events []*delivery
 			accepted++
 		}
 	}
-	i.meter(namespace).add(time.Now(), accepted)
+	now := time.Now()
+	i.meters.use(ns.UID, now, func(m *meter) { m.add(now, accepted) })
 }
 
 // targets lists the subscriptions that match ev, in the snapshot's order.
@@ -235,12 +238,4 @@ func targets(snap *subscription.Snapshot, c *subscription.Candidate, ev *deliver
 		}
 	}
 	return out
-}
-
-func (i *Ingest) meter(namespace string) *meter {
-	if m, ok := i.meters.Load(namespace); ok {
-		return m.(*meter)
-	}
-	m, _ := i.meters.LoadOrStore(namespace, newMeter())
-	return m.(*meter)
 }

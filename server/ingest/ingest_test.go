@@ -236,6 +236,49 @@ func TestRateIsAveragedOverTenSeconds(t *testing.T) {
 	})
 }
 
+func TestQuotasDefaultToNone(t *testing.T) {
+	in := ingest.New(ingest.Options{Registry: newTenants(t, nil), Journal: &shelf{open: 1 << 40}})
+	for k, r := range in.Publish(t.Context(), "acme", events(50_000, nil)) {
+		if r.Err != nil {
+			t.Fatalf("event %d: %v", k, r.Err)
+		}
+	}
+}
+
+// The same name again has nothing of its predecessor's.
+func TestRateBelongsToTheNamespaceNotItsName(t *testing.T) {
+	named := func(uid byte) *subscription.Snapshot {
+		return subscription.NewSnapshot(1, []*subscription.Namespace{{
+			ID: "acme", UID: [16]byte{uid}, Proto: &grapnelv1.Namespace{Quota: &grapnelv1.Quota{MaxPublishRate: 1}},
+		}}, nil)
+	}
+	current := named(1)
+	in := ingest.New(ingest.Options{Registry: latest(func() *subscription.Snapshot { return current }), Journal: &shelf{}})
+	accepted := func(id string) (n int) {
+		for _, r := range in.Publish(t.Context(), "acme", events(10, func(k int, e *delivery.Event) { e.ID = fmt.Sprint(id, k) })) {
+			if r.Err == nil {
+				n++
+			}
+		}
+		return n
+	}
+	if first, second := accepted("a"), accepted("b"); first != 10 || second != 0 {
+		t.Errorf("%d and %d accepted, want a full bucket once", first, second)
+	}
+	current = named(2)
+	if in.Rate("acme") != 0 {
+		t.Error("it has its predecessor's rate")
+	}
+	if n := accepted("c"); n != 10 {
+		t.Errorf("%d accepted in the new one", n)
+	}
+}
+
+// latest is a registry that changes.
+type latest func() *subscription.Snapshot
+
+func (l latest) Snapshot() *subscription.Snapshot { return l() }
+
 func TestManyPublishersShareTheRate(t *testing.T) {
 	journal := &shelf{}
 	in := ingest.New(ingest.Options{Registry: newTenants(t, &grapnelv1.Quota{MaxPublishRate: 10}), Journal: journal})

@@ -9,12 +9,71 @@ import (
 // burst is the span over which max_publish_rate is averaged.
 const burst = 10 * time.Second
 
+// memory is how long a meter remembers anything: one that was not used for longer is as good as a new one.
+const memory = time.Minute
+
+// meters holds one for each namespace that has published within the last minute or so, by its UID: a name
+// that is used again starts anew.
+type meters struct {
+	mu  sync.RWMutex // guards what follows
+	all map[[16]byte]*meter
+	// sweepAt is how many there may be before the idle ones are dropped.
+	sweepAt int
+}
+
+// leastMeters is how few are not worth a sweep.
+const leastMeters = 64
+
+// find returns nil when the namespace has not published lately.
+func (m *meters) find(uid [16]byte) *meter {
+	m.mu.RLock()
+	defer m.mu.RUnlock()
+	return m.all[uid]
+}
+
+// use has f count on the namespace's meter. f is called once, with nothing dropping the meter meanwhile.
+func (m *meters) use(uid [16]byte, now time.Time, f func(*meter)) {
+	m.mu.RLock()
+	if found := m.all[uid]; found != nil {
+		f(found)
+		m.mu.RUnlock()
+		return
+	}
+	m.mu.RUnlock()
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	found := m.all[uid]
+	if found == nil {
+		m.sweep(now)
+		found = newMeter()
+		m.all[uid] = found
+	}
+	f(found)
+}
+
+// sweep drops idle meters, each time their number has doubled: a new one costs the same whatever their number.
+func (m *meters) sweep(now time.Time) {
+	if m.all == nil {
+		m.all = make(map[[16]byte]*meter)
+	}
+	if len(m.all) < max(m.sweepAt, leastMeters) {
+		return
+	}
+	for uid, found := range m.all {
+		if found.idle(now) {
+			delete(m.all, uid)
+		}
+	}
+	m.sweepAt = 2 * len(m.all)
+}
+
 // meter counts one namespace: a token bucket against its quota, and what it had accepted in each of the
 // last 60 seconds.
 type meter struct {
 	mu     sync.Mutex
 	tokens float64
 	filled time.Time
+	used   time.Time
 	// perSecond[s%60] counts second s, if stamps[s%60] == s.
 	perSecond [60]int32
 	stamps    [60]int64
@@ -22,11 +81,16 @@ type meter struct {
 
 func newMeter() *meter { return &meter{tokens: math.Inf(1)} }
 
-// take asks for n tokens at limit per second and grants as many as there are. wait is when the first one
-// that was not granted would be; zero when all were.
+// take asks for n tokens at limit per second, 0 for no limit, and grants as many as there are. wait is when
+// the first one that was not granted would be; zero when all were.
 func (m *meter) take(now time.Time, n, limit int) (granted int, wait time.Duration) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	m.used = now
+	if limit == 0 {
+		m.tokens = math.Inf(1)
+		return n, 0
+	}
 	most := float64(limit) * burst.Seconds()
 	if passed := now.Sub(m.filled).Seconds(); passed > 0 {
 		if !math.IsInf(m.tokens, 1) {
@@ -44,10 +108,18 @@ func (m *meter) take(now time.Time, n, limit int) (granted int, wait time.Durati
 	return granted, wait
 }
 
+// idle reports whether the bucket is full and the minute is over, whatever the limit.
+func (m *meter) idle(now time.Time) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return now.Sub(m.used) > memory
+}
+
 // add counts n accepted events.
 func (m *meter) add(now time.Time, n int) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	m.used = now
 	s := now.Unix()
 	k := s % 60
 	if m.stamps[k] != s {

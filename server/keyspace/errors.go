@@ -70,7 +70,7 @@ type BrokenError struct {
 }
 
 func (e *BrokenError) Error() string {
-	return e.Key + " in etcd is damaged, its checksum is wrong: delete it or restore etcd from a backup"
+	return e.Key + " in etcd is damaged, its checksum is wrong: create it again, or restore etcd from a backup"
 }
 
 // Violation is one fault in one field.

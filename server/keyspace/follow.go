@@ -178,7 +178,7 @@ func (s *Space) take(events []*clientv3.Event) {
 func (s *Space) watched(full []byte) (string, bool) {
 	key := string(full[len(s.prefix):])
 	under := func(part string) bool { return strings.HasPrefix(key, part) }
-	return key, slices.ContainsFunc(s.watch, under) && s.keep(key)
+	return key, slices.ContainsFunc(s.watch, under)
 }
 
 // check returns the value of a watched key. One that is damaged is named, and not used.
@@ -217,12 +217,13 @@ func (s *Space) list(ctx context.Context) error {
 	var changes []Change
 	for _, part := range s.watch {
 		end := clientv3.GetPrefixRangeEnd(s.prefix + part)
+		limit := int64(leastPage)
 		for from := s.prefix + part; from != ""; {
-			page, err := s.page(ctx, from, end, revision)
+			page, err := s.page(ctx, from, end, limit, revision)
 			if err != nil {
 				return err
 			}
-			from = ""
+			from, limit = "", nextPage(page, limit)
 			if page.More {
 				from = string(page.Kvs[len(page.Kvs)-1].Key) + "\x00"
 			}
@@ -262,10 +263,20 @@ func (s *Space) list(ctx context.Context) error {
 	return nil
 }
 
-func (s *Space) page(ctx context.Context, from, end string, revision int64) (*clientv3.GetResponse, error) {
+// nextPage is how many keys to ask for after a page.
+func nextPage(page *clientv3.GetResponse, limit int64) int64 {
+	size := int64(0)
+	for _, kv := range page.Kvs {
+		size += int64(len(kv.Key) + len(kv.Value))
+	}
+	fit := pageBytes * int64(len(page.Kvs)) / max(size, 1)
+	return max(leastPage, min(fit, 2*limit, mostPage))
+}
+
+func (s *Space) page(ctx context.Context, from, end string, limit, revision int64) (*clientv3.GetResponse, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, 2*timeout, ErrUnavailable)
 	defer cancel()
-	opts := []clientv3.OpOption{clientv3.WithRange(end), clientv3.WithLimit(pageSize), clientv3.WithRev(revision)}
+	opts := []clientv3.OpOption{clientv3.WithRange(end), clientv3.WithLimit(limit), clientv3.WithRev(revision)}
 	page, err := s.client.Get(ctx, from, opts...)
 	if err != nil {
 		return nil, unavailable(ctx, fmt.Errorf("read from revision %d: %w", revision, err))

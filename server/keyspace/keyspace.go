@@ -36,7 +36,11 @@ const (
 	probeEvery   = time.Second
 	healthyFor   = 4 * time.Second
 	abandonAfter = 15 * time.Second
-	pageSize     = 500
+	// A page of a listing aims at pageBytes. Each costs etcd a look at every key that is left, so that few
+	// and large ones are wanted; but how large values are shows only in the page before.
+	pageBytes = 4 << 20
+	leastPage = 200
+	mostPage  = 2000
 )
 
 // Options for Open. Client, Prefix, Watch and Apply are required.
@@ -48,8 +52,6 @@ type Options struct {
 	// Watch lists the parts below Prefix that are followed, in the order of keys. One watch spans them all,
 	// so that what one transaction writes in several of them is one step to Apply.
 	Watch []string
-	// Keep says which watched keys Apply is told of; nil keeps all.
-	Keep func(key string) bool
 	// Identity, when set, is written below Prefix into an etcd that is empty there, and must be found there
 	// for as long as the Space is used: see StrangerError.
 	Identity string
@@ -73,7 +75,6 @@ type Space struct {
 	client   *clientv3.Client
 	prefix   string
 	watch    []string
-	keep     func(string) bool
 	identity string
 	apply    func(int64, []Change)
 	log      *slog.Logger
@@ -85,7 +86,7 @@ type Space struct {
 	// cluster is the ID of the etcd cluster, set by Open.
 	cluster uint64
 
-	// known holds the revision of every key kept, of damaged ones too. It belongs to Open and then to Run.
+	// known holds the revision of every watched key, of damaged ones too. It belongs to Open and then to Run.
 	known map[string]int64
 
 	mu sync.Mutex // guards what follows
@@ -104,11 +105,8 @@ func Open(ctx context.Context, o Options) (*Space, error) {
 		return nil, errors.New("keyspace: Client, Prefix, Watch and Apply are required")
 	}
 	s := &Space{
-		client: o.Client, prefix: o.Prefix, watch: o.Watch, keep: o.Keep, identity: o.Identity, apply: o.Apply, log: o.Logger,
+		client: o.Client, prefix: o.Prefix, watch: o.Watch, identity: o.Identity, apply: o.Apply, log: o.Logger,
 		known: make(map[string]int64), broken: make(map[string]bool),
-	}
-	if s.keep == nil {
-		s.keep = func(string) bool { return true }
 	}
 	if s.log == nil {
 		s.log = slog.New(slog.DiscardHandler)
@@ -146,6 +144,9 @@ func (s *Space) Read(ctx context.Context, keys ...string) ([]Item, error) {
 
 // Missing returns those keys that do not exist, without reading values.
 func (s *Space) Missing(ctx context.Context, keys ...string) ([]string, error) {
+	if len(keys) == 0 {
+		return nil, nil
+	}
 	items, err := s.read(ctx, keys, clientv3.WithKeysOnly())
 	if err != nil {
 		return nil, err
@@ -160,9 +161,6 @@ func (s *Space) Missing(ctx context.Context, keys ...string) ([]string, error) {
 }
 
 func (s *Space) read(ctx context.Context, keys []string, opts ...clientv3.OpOption) ([]Item, error) {
-	if len(keys) == 0 {
-		return nil, nil
-	}
 	ops := make([]clientv3.Op, len(keys), len(keys)+1)
 	for i, key := range keys {
 		ops[i] = clientv3.OpGet(s.prefix+key, opts...)

@@ -22,12 +22,10 @@ type Item struct {
 type Txn struct {
 	// If adds conditions to those on the keys read. When one fails the plan is made anew.
 	If []Cond
-	// Then is what to write. Empty means that there is nothing to do.
+	// Then is what to write, a watched key among it. Empty means that there is nothing to do.
 	Then []Write
 	// Loose names keys read that may change in between.
 	Loose []string
-	// Unwatched says that Then writes no watched key, so that there is no event to wait for.
-	Unwatched bool
 }
 
 // Cond is a condition of a Txn.
@@ -103,9 +101,6 @@ func (s *Space) Edit(ctx context.Context, keys []string, plan func([]Item) (Txn,
 		resp, err := s.client.Txn(ctx).If(s.conditions(txn, items)...).Then(s.operations(txn)...).Commit()
 		if err != nil {
 			return 0, unavailable(ctx, err)
-		}
-		if resp.Succeeded && txn.Unwatched {
-			return resp.Header.Revision, nil
 		}
 		if resp.Succeeded {
 			return resp.Header.Revision, s.Wait(ctx, resp.Header.Revision)

@@ -69,8 +69,8 @@ func (s *Store) dueAt(now time.Time) (due map[string]time.Time, next time.Time) 
 
 // erase removes expired versions of one secret from etcd.
 func (s *Store) erase(ctx context.Context, name string) error {
-	_, err := s.space.Edit(ctx, []string{name}, func(items []keyspace.Item) (keyspace.Txn, error) {
-		rec, err := s.record(items[0], "")
+	_, err := s.space.Edit(ctx, []string{keyPrefix + name}, func(items []keyspace.Item) (keyspace.Txn, error) {
+		rec, err := s.record(named(items[0]), "")
 		if errors.Is(err, ErrNotFound) {
 			return keyspace.Txn{}, nil
 		}
@@ -86,7 +86,7 @@ func (s *Store) erase(ctx context.Context, name string) error {
 		if err != nil {
 			return keyspace.Txn{}, err
 		}
-		return keyspace.Txn{Then: []keyspace.Write{keyspace.Put(name, value)}}, nil
+		return keyspace.Txn{Then: []keyspace.Write{keyspace.Put(keyPrefix+name, value)}}, nil
 	})
 	return err
 }

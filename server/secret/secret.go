@@ -196,6 +196,9 @@ func timestamp(nanos int64) *timestamppb.Timestamp {
 
 func etag(revision int64) string { return strconv.FormatInt(revision, 36) }
 
+// keyPrefix stands before the name of a secret in its key, so that who wants all secrets reads nothing else.
+const keyPrefix = "secrets/"
+
 func secretName(ns, id string) string { return "namespaces/" + ns + "/secrets/" + id }
 
 // splitName takes namespaces/{ns}/secrets/{id} apart.

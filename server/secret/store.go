@@ -73,8 +73,7 @@ func Open(ctx context.Context, o Options) (*Store, error) {
 	s.space, err = keyspace.Open(ctx, keyspace.Options{
 		Client:   o.Client,
 		Prefix:   o.Prefix,
-		Watch:    []string{"namespaces/"},
-		Keep:     func(key string) bool { return strings.Contains(key, "/secrets/") },
+		Watch:    []string{keyPrefix},
 		Identity: o.Identity,
 		Apply:    s.apply,
 		Logger:   s.log,
@@ -106,7 +105,13 @@ func (s *Store) Healthy() bool { return s.space.Healthy() }
 func (s *Store) Stranger() error { return s.space.Stranger() }
 
 // Broken lists the full names of secrets whose stored values are damaged, sorted.
-func (s *Store) Broken() []string { return s.space.Broken() }
+func (s *Store) Broken() []string {
+	names := s.space.Broken()
+	for i, key := range names {
+		names[i] = strings.TrimPrefix(key, keyPrefix)
+	}
+	return names
+}
 
 // OnChange registers a function that is told the name of a secret after any change of it: new, rotated,
 // expired, deleted. One call at a time, from the goroutines of Run; a name may be told more often than
@@ -173,18 +178,19 @@ func (s *Store) apply(_ int64, stored []keyspace.Change) {
 	names := make([]string, 0, len(stored))
 	expires := false
 	for _, c := range stored {
-		names = append(names, c.Key)
+		name := strings.TrimPrefix(c.Key, keyPrefix)
+		names = append(names, name)
 		var sec *Secret
 		var err error
 		if !c.Deleted {
-			if sec, err = decode(c.Key, c.Value, c.Revision, s.keys); err == nil {
+			if sec, err = decode(name, c.Value, c.Revision, s.keys); err == nil {
 				err = sec.Fault
 			}
 		}
 		if err != nil {
 			s.log.Error("stored secret cannot be used", "key", s.prefix+c.Key, "revision", c.Revision, "err", err)
 		}
-		s.set(c.Key, sec)
+		s.set(name, sec)
 		expires = expires || sec != nil && !sec.nextExpiry().IsZero()
 	}
 	if expires {

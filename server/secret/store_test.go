@@ -148,11 +148,11 @@ func eventually(t *testing.T, what string, ok func() bool) {
 // record reads what is stored of a secret.
 func record(t *testing.T, id string) *storev1.SecretRecord {
 	t.Helper()
-	resp, err := etcd.Client.Get(t.Context(), prefix(t)+name(id))
+	resp, err := etcd.Client.Get(t.Context(), prefix(t)+"secrets/"+name(id))
 	if err != nil || len(resp.Kvs) != 1 {
 		t.Fatal(resp, err)
 	}
-	value, ok := keyspace.CheckSum(name(id), resp.Kvs[0].Value)
+	value, ok := keyspace.CheckSum("secrets/"+name(id), resp.Kvs[0].Value)
 	if !ok {
 		t.Fatal("stored without a checksum")
 	}
@@ -169,7 +169,7 @@ func overwrite(t *testing.T, id string, rec *storev1.SecretRecord) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := etcd.Client.Put(t.Context(), prefix(t)+name(id), string(keyspace.AddSum(name(id), value))); err != nil {
+	if _, err := etcd.Client.Put(t.Context(), prefix(t)+"secrets/"+name(id), string(keyspace.AddSum("secrets/"+name(id), value))); err != nil {
 		t.Fatal(err)
 	}
 }

@@ -83,11 +83,11 @@ func (s *Store) Delete(ctx context.Context, ns, id, etag string) error {
 	}
 	name := secretName(ns, id)
 	refs := "refs/" + name + "/"
-	_, err := s.space.Edit(ctx, []string{namespaceName(ns), name}, func(items []keyspace.Item) (keyspace.Txn, error) {
+	_, err := s.space.Edit(ctx, []string{namespaceName(ns), keyPrefix + name}, func(items []keyspace.Item) (keyspace.Txn, error) {
 		if err := checkNamespace(items[0]); err != nil {
 			return keyspace.Txn{}, err
 		}
-		it := items[1]
+		it := named(items[1])
 		if it.Revision == 0 {
 			return keyspace.Txn{}, &NotFoundError{Name: name}
 		}
@@ -108,7 +108,7 @@ func (s *Store) Delete(ctx context.Context, ns, id, etag string) error {
 		return keyspace.Txn{
 			// A subscription that begins to refer to it asks in its transaction that it exists.
 			If:   []keyspace.Cond{keyspace.NoneBelow(refs)},
-			Then: []keyspace.Write{keyspace.Delete(name)},
+			Then: []keyspace.Write{keyspace.Delete(keyPrefix + name)},
 		}, nil
 	})
 	return err
@@ -118,23 +118,29 @@ func (s *Store) Delete(ctx context.Context, ns, id, etag string) error {
 func (s *Store) edit(ctx context.Context, ns, id string, plan func(keyspace.Item) (*storev1.SecretRecord, error)) (*Secret, error) {
 	var value []byte
 	name := secretName(ns, id)
-	revision, err := s.space.Edit(ctx, []string{namespaceName(ns), name}, func(items []keyspace.Item) (keyspace.Txn, error) {
+	revision, err := s.space.Edit(ctx, []string{namespaceName(ns), keyPrefix + name}, func(items []keyspace.Item) (keyspace.Txn, error) {
 		if err := checkNamespace(items[0]); err != nil {
 			return keyspace.Txn{}, err
 		}
-		rec, err := plan(items[1])
+		rec, err := plan(named(items[1]))
 		if err != nil {
 			return keyspace.Txn{}, err
 		}
 		if value, err = proto.Marshal(rec); err != nil {
 			return keyspace.Txn{}, fmt.Errorf("encode %s: %w", name, err)
 		}
-		return keyspace.Txn{Then: []keyspace.Write{keyspace.Put(name, value)}}, nil
+		return keyspace.Txn{Then: []keyspace.Write{keyspace.Put(keyPrefix+name, value)}}, nil
 	})
 	if err != nil {
 		return nil, err
 	}
 	return decode(name, value, revision, s.keys)
+}
+
+// named is an item with the secret's name in place of its key.
+func named(it keyspace.Item) keyspace.Item {
+	it.Key = strings.TrimPrefix(it.Key, keyPrefix)
+	return it
 }
 
 // addVersion seals a value into a new newest version.
@@ -163,7 +169,7 @@ func (s *Store) record(it keyspace.Item, etag string) (*storev1.SecretRecord, er
 	}
 	sec, err := decode(it.Key, it.Value, it.Revision, s.keys)
 	if err != nil {
-		return nil, fmt.Errorf("%s: %w", s.space.Key(it.Key), err)
+		return nil, fmt.Errorf("%s: %w", s.space.Key(keyPrefix+it.Key), err)
 	}
 	return sec.record, nil
 }

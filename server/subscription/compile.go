@@ -45,16 +45,16 @@ func New(p *grapnelv1.Subscription) (*Subscription, error) {
 // decode reads a stored value. It checks what identity and safety hang on; a subscription that a later
 // rule would refuse is still served.
 func decode(key string, value []byte, revision int64, conds *conditions) (*Subscription, error) {
-	ns, _, id, ok := splitName(key)
-	if !ok {
-		return nil, fmt.Errorf("%q is not a subscription's key", key)
-	}
 	p := &grapnelv1.Subscription{}
 	if err := proto.Unmarshal(value, p); err != nil {
 		return nil, fmt.Errorf("read subscription: %w", err)
 	}
 	if p.Name != key {
 		return nil, fmt.Errorf("holds the subscription %q", p.Name)
+	}
+	ns, _, id, ok := splitName(p.Name)
+	if !ok {
+		return nil, fmt.Errorf("%q is not a subscription's key", key)
 	}
 	uid, err := uuid.Parse(p.Uid)
 	if err != nil {

@@ -1,8 +1,11 @@
 package subscription
 
 import (
+	"iter"
 	"slices"
 	"strings"
+
+	"github.com/tidwall/btree"
 )
 
 // globMatch reports whether a glob covers the whole of s. A star matches any run of characters, an empty
@@ -29,89 +32,184 @@ func globMatch(glob, s string) bool {
 	return strings.Trim(glob[i:], "*") == ""
 }
 
-// index finds the subscriptions whose globs cover an event type, by their positions in the namespace's
-// list, without looking at all of them. Immutable once built.
-type index struct {
-	// all have no globs and match everything.
-	all []int32
-	// exact holds globs without a star.
-	exact map[string][]int32
-	// root is a trie over what stands before a glob's first star.
-	root node
-}
-
-type node struct {
-	// next is sorted by its byte.
-	next []edge
-	// globs end their literal part here.
-	globs []globAt
-}
-
-type edge struct {
-	b  byte
-	to *node
-}
-
+// globAt is one glob of one subscription, where it is found: under the text that is known of every type it
+// covers.
 type globAt struct {
-	glob string
-	// any is set when the star ends the glob: whatever got here matches.
-	any bool
-	at  int32
+	ns string
+	// text is the whole glob, what stands before its first star, or, backwards, what stands behind its last:
+	// the longer of the two tells more.
+	text string
+	kind globKind
+	// after sorts behind everything of the same text; for searching only.
+	after bool
+	sub   *Subscription
+	glob  string
 }
 
-func newIndex(subs []*Subscription) *index {
-	x := &index{exact: make(map[string][]int32)}
-	for i, s := range subs {
-		at := int32(i)
+type globKind uint8
+
+const (
+	whole globKind = iota
+	beginning
+	ending
+)
+
+func lessGlob(a, b globAt) bool {
+	if c := strings.Compare(a.ns, b.ns); c != 0 {
+		return c < 0
+	}
+	if a.kind != b.kind {
+		return a.kind < b.kind
+	}
+	if c := strings.Compare(a.text, b.text); c != 0 {
+		return c < 0
+	}
+	if a.after != b.after {
+		return b.after
+	}
+	if c := strings.Compare(a.id(), b.id()); c != 0 {
+		return c < 0
+	}
+	return a.glob < b.glob
+}
+
+func (g globAt) id() string {
+	if g.sub == nil {
+		return ""
+	}
+	return g.sub.ID
+}
+
+// covers reports whether the glob covers a type under whose text it was found.
+func (g globAt) covers(eventType string) bool {
+	// One star and the text: nothing is left to look at.
+	return g.kind == whole || len(g.glob) == len(g.text)+1 || globMatch(g.glob, eventType)
+}
+
+// placesOf goes through the globs of a subscription; without any it covers everything.
+func placesOf(s *Subscription) iter.Seq[globAt] {
+	return func(yield func(globAt) bool) {
 		if len(s.globs) == 0 {
-			x.all = append(x.all, at)
+			yield(placeOf(s, "*"))
 		}
-		for _, g := range s.globs {
-			star := strings.IndexByte(g, '*')
-			if star < 0 {
-				x.exact[g] = append(x.exact[g], at)
-				continue
+		for _, glob := range s.globs {
+			if !yield(placeOf(s, glob)) {
+				return
 			}
-			n := x.root.child(g[:star])
-			n.globs = append(n.globs, globAt{glob: g, any: star == len(g)-1, at: at})
 		}
 	}
-	return x
 }
 
-// child finds or makes the node at the end of a literal.
-func (n *node) child(literal string) *node {
-	for i := range len(literal) {
-		at, ok := slices.BinarySearchFunc(n.next, literal[i], compareEdge)
+func placeOf(s *Subscription, glob string) globAt {
+	g := globAt{ns: s.Namespace, sub: s, glob: glob}
+	first := strings.IndexByte(glob, '*')
+	if first < 0 {
+		g.text = glob
+		return g
+	}
+	end := glob[strings.LastIndexByte(glob, '*')+1:]
+	if first >= len(end) {
+		g.kind, g.text = beginning, glob[:first]
+	} else {
+		g.kind, g.text = ending, backwards(end)
+	}
+	return g
+}
+
+func backwards(s string) string {
+	b := []byte(s)
+	slices.Reverse(b)
+	return string(b)
+}
+
+// find returns the subscriptions of a namespace whose globs cover a type, in the order of their IDs, each
+// once. Its cost goes by what it finds and by globs that share a beginning or an end with the type.
+func find(globs *btree.BTreeG[globAt], ns, eventType string) []*Subscription {
+	f := finder{globs: globs, ns: ns, eventType: eventType}
+	f.take(whole, eventType)
+	f.walk(ending, backwards(eventType))
+	// What is under the empty text is most, as a rule, and comes last.
+	f.walk(beginning, eventType)
+	return f.found
+}
+
+type finder struct {
+	globs         *btree.BTreeG[globAt]
+	ns, eventType string
+	found, batch  []*Subscription
+}
+
+// walk takes what stands under each text that s begins with, the longest first.
+func (f *finder) walk(kind globKind, s string) {
+	for {
+		text, ok := f.last(kind, s)
 		if !ok {
-			n.next = slices.Insert(n.next, at, edge{b: literal[i], to: &node{}})
+			return
 		}
-		n = n.next[at].to
+		if !strings.HasPrefix(s, text) {
+			// What s begins with and sorts before text is something text begins with, too.
+			s = s[:sameBytes(s, text)]
+			continue
+		}
+		f.take(kind, text)
+		if text == "" {
+			return
+		}
+		s = text[:len(text)-1]
+	}
+}
+
+// last returns the greatest text that is not above s.
+func (f *finder) last(kind globKind, s string) (text string, ok bool) {
+	f.globs.Descend(globAt{ns: f.ns, kind: kind, text: s, after: true}, func(g globAt) bool {
+		text, ok = g.text, g.ns == f.ns && g.kind == kind
+		return false
+	})
+	return text, ok
+}
+
+// take adds the subscriptions under one text.
+func (f *finder) take(kind globKind, text string) {
+	f.batch = f.batch[:0]
+	f.globs.Ascend(globAt{ns: f.ns, kind: kind, text: text}, func(g globAt) bool {
+		if g.ns != f.ns || g.kind != kind || g.text != text {
+			return false
+		}
+		if g.covers(f.eventType) {
+			f.batch = append(f.batch, g.sub)
+		}
+		return true
+	})
+	f.found = merge(f.found, f.batch)
+}
+
+// merge returns two sorted lists as one, each subscription once. The second stays the caller's.
+func merge(a, b []*Subscription) []*Subscription {
+	if len(b) == 0 {
+		return a
+	}
+	out := make([]*Subscription, 0, len(a)+len(b))
+	for len(a) > 0 || len(b) > 0 {
+		var next *Subscription
+		if len(b) == 0 || len(a) > 0 && a[0].ID <= b[0].ID {
+			next, a = a[0], a[1:]
+		} else {
+			next, b = b[0], b[1:]
+		}
+		if len(out) == 0 || out[len(out)-1].ID != next.ID {
+			out = append(out, next)
+		}
+	}
+	return out
+}
+
+// sameBytes returns how many bytes two strings have in common at their beginning.
+func sameBytes(a, b string) int {
+	n := min(len(a), len(b))
+	for i := range n {
+		if a[i] != b[i] {
+			return i
+		}
 	}
 	return n
-}
-
-func compareEdge(e edge, b byte) int { return int(e.b) - int(b) }
-
-// find returns the positions that match, in order, each once.
-func (x *index) find(eventType string) []int32 {
-	found := append(slices.Clone(x.all), x.exact[eventType]...)
-	n := &x.root
-	for i := 0; ; i++ {
-		for _, g := range n.globs {
-			if g.any || globMatch(g.glob, eventType) {
-				found = append(found, g.at)
-			}
-		}
-		if i == len(eventType) {
-			break
-		}
-		at, ok := slices.BinarySearchFunc(n.next, eventType[i], compareEdge)
-		if !ok {
-			break
-		}
-		n = n.next[at].to
-	}
-	slices.Sort(found)
-	return slices.Compact(found)
 }

@@ -37,7 +37,10 @@ func splitName(name string) (ns, kind, id string, ok bool) {
 	return ns, kind, id, validID(ns) && validID(id)
 }
 
-// Keys beside the resources; none of them is watched.
+// Keys beside the resources; none of them is followed.
+
+// secretKey is where package secret keeps a secret.
+func secretKey(name string) string { return "secrets/" + name }
 
 // refKey exists while a subscription refers to a secret.
 func refKey(secretName, subName string) string { return "refs/" + secretName + "/" + subName }
@@ -47,7 +50,7 @@ func requestKey(ns, requestID string) string {
 	return "requests/" + namespaceName(ns) + "/" + requestID
 }
 
-// quotaKey is written by creates that come close to the quota, so that they exclude each other.
+// quotaKey is written by every create under a quota: see writing.admit.
 func quotaKey(ns string) string { return "quota/" + namespaceName(ns) }
 
 // checkIDs returns an *InvalidError when an ID given by a caller could not be part of a name.

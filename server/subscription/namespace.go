@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"time"
 
+	"github.com/google/uuid"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
@@ -32,9 +33,10 @@ func (r *Registry) CreateNamespace(ctx context.Context, id string, n *grapnelv1.
 		Quota:      proto.CloneOf(n.GetQuota()),
 		State:      grapnelv1.Namespace_STATE_ACTIVE,
 		CreateTime: timestamppb.Now(),
+		Uid:        uuid.UUID(r.newUID()).String(),
 	}
 	return r.editNamespace(ctx, id, func(it keyspace.Item) (*grapnelv1.Namespace, []keyspace.Cond, error) {
-		if it.Revision != 0 {
+		if it.Revision != 0 && !r.lost(it) {
 			return nil, nil, fmt.Errorf("%s %w", it.Key, ErrExists)
 		}
 		return p, nil, nil
@@ -121,9 +123,13 @@ func (r *Registry) editNamespace(ctx context.Context, id string, plan func(keysp
 		if err := c.err(); err != nil {
 			return keyspace.Txn{}, err
 		}
-		out = &Namespace{Proto: p, ID: id, Revision: it.Revision}
+		uid, err := uuid.Parse(p.Uid)
+		if err != nil {
+			return keyspace.Txn{}, fmt.Errorf("%s: read uid: %w", key, err)
+		}
+		out = &Namespace{Proto: p, ID: id, UID: uid, Revision: it.Revision}
 		value, err := marshal(p)
-		if err != nil || string(value) == string(it.Value) {
+		if err != nil || it.Err == nil && string(value) == string(it.Value) {
 			return keyspace.Txn{}, err
 		}
 		return keyspace.Txn{If: conds, Then: []keyspace.Write{keyspace.Put(key, value)}}, nil
@@ -138,44 +144,43 @@ func (r *Registry) editNamespace(ctx context.Context, id string, plan func(keysp
 	return out, nil
 }
 
-// PurgeNamespace erases a deleted namespace with all its subscriptions and secrets, in batches; it can be
-// repeated when it failed. The caller sees to it that purge_time has come and that the journal holds
+// PurgeNamespace erases a deleted namespace with all its subscriptions and secrets, in batches, and leaves a
+// tombstone from the first of them on; it can be repeated when it failed. The caller sees to it that purge_time has come and that the journal holds
 // nothing of the namespace any more.
 func (r *Registry) PurgeNamespace(ctx context.Context, id string) error {
 	if err := checkIDs("name", id); err != nil {
 		return err
 	}
 	name := namespaceName(id)
-	if err := r.purge(ctx, name, name+"/", false); err != nil {
-		return err
-	}
-	for _, prefix := range []string{"refs/" + name + "/", requestKey(id, "")} {
-		if err := r.purge(ctx, name, prefix, true); err != nil {
+	for _, prefix := range []string{name + "/", secretKey(name + "/"), "refs/" + name + "/", requestKey(id, "")} {
+		if err := r.purge(ctx, name, prefix); err != nil {
 			return err
 		}
 	}
 	_, err := r.space.Edit(ctx, []string{name}, func(items []keyspace.Item) (keyspace.Txn, error) {
+		grave, err := r.checkPurge(items[0])
 		return keyspace.Txn{
 			If:   []keyspace.Cond{keyspace.NoneBelow(name + "/")},
-			Then: []keyspace.Write{keyspace.Delete(name), keyspace.Delete(quotaKey(id))},
-		}, r.checkPurge(items[0])
+			Then: []keyspace.Write{grave, keyspace.Delete(name), keyspace.Delete(quotaKey(id))},
+		}, err
 	})
 	return err
 }
 
 // purge erases the keys below a prefix as long as the namespace is deleted: then no new ones can appear.
-func (r *Registry) purge(ctx context.Context, name, prefix string, unwatched bool) error {
+func (r *Registry) purge(ctx context.Context, name, prefix string) error {
 	for {
 		keys, _, err := r.space.Below(ctx, prefix, purgeBatch)
 		if err != nil {
 			return err
 		}
 		_, err = r.space.Edit(ctx, []string{name}, func(items []keyspace.Item) (keyspace.Txn, error) {
-			if err := r.checkPurge(items[0]); err != nil || len(keys) == 0 {
+			grave, err := r.checkPurge(items[0])
+			if err != nil || len(keys) == 0 {
 				return keyspace.Txn{}, err
 			}
 			batch := keyspace.DeleteRange(keys[0], keys[len(keys)-1])
-			return keyspace.Txn{Then: []keyspace.Write{batch}, Unwatched: unwatched}, nil
+			return keyspace.Txn{Then: []keyspace.Write{grave, batch}}, nil
 		})
 		if err != nil || len(keys) < purgeBatch {
 			return err
@@ -183,15 +188,16 @@ func (r *Registry) purge(ctx context.Context, name, prefix string, unwatched boo
 	}
 }
 
-func (r *Registry) checkPurge(it keyspace.Item) error {
+// checkPurge returns the tombstone of a namespace that may be erased.
+func (r *Registry) checkPurge(it keyspace.Item) (keyspace.Write, error) {
 	n, err := r.namespace(it)
 	if err != nil {
-		return err
+		return keyspace.Write{}, err
 	}
 	if !n.Deleted() {
-		return fmt.Errorf("purge %s: it is not deleted", it.Key)
+		return keyspace.Write{}, fmt.Errorf("purge %s: it is not deleted", it.Key)
 	}
-	return nil
+	return r.tombstone(Tombstone{UID: n.UID, Name: it.Key, NamespaceUID: n.UID, OfNamespace: true})
 }
 
 // marshal encodes what is stored: the same message always gives the same bytes.

@@ -55,6 +55,77 @@ func TestUnreadableValuesAreSkipped(t *testing.T) {
 	}
 }
 
+// A bit that flips in etcd is not served, and the next write mends what it hit.
+func TestDamagedSubscription(t *testing.T) {
+	o := &told{}
+	r, _ := registry(t, etcd.Client, o.take)
+	withNamespace(t, r, 0)
+	made := create(t, r, "orders")
+	o.said()
+	stored, err := etcd.Client.Get(t.Context(), prefix(t)+ordersName)
+	if err != nil {
+		t.Fatal(err)
+	}
+	value := stored.Kvs[0].Value
+	at := bytes.Index(value, []byte("hooks.example.com"))
+	value[at] ^= 1 // another host
+	if _, err := etcd.Client.Put(t.Context(), prefix(t)+ordersName, string(value)); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "it is seen", func() bool { return cmp.Equal(r.Broken(), []string{ordersName}) })
+	if got := r.Snapshot().Subscription("acme", "orders"); got == nil || got.Proto.Uri != made.Proto.Uri || len(o.said()) != 0 {
+		t.Errorf("serving %v", got)
+	}
+	fresh, err := subscription.Open(t.Context(), subscription.Options{Client: etcd.Client, Prefix: prefix(t)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, deleted := fresh.Snapshot().Deleted(subscription.UIDKey(made.UID))
+	if fresh.Snapshot().Subscription("acme", "orders") != nil || deleted || !cmp.Equal(fresh.Broken(), []string{ordersName}) {
+		t.Error("at start it should be absent, not deleted, and named")
+	}
+	run(t, fresh)
+	var broken *subscription.BrokenError
+	if _, err := fresh.SetState(t.Context(), "acme", "orders", made.UID, grapnelv1.Subscription_STATE_PAUSED, ""); !errors.As(err, &broken) {
+		t.Errorf("built on a damaged value: %v", err)
+	}
+	paused, err := r.SetState(t.Context(), "acme", "orders", made.UID, grapnelv1.Subscription_STATE_PAUSED, "")
+	if err != nil || paused.Proto.Uri != made.Proto.Uri || paused.UID != made.UID {
+		t.Fatalf("%v, %v", paused, err)
+	}
+	if got := r.Snapshot().Subscription("acme", "orders"); len(r.Broken()) != 0 || !proto.Equal(got.Proto, paused.Proto) {
+		t.Errorf("broken %v, serving %v", r.Broken(), got)
+	}
+	eventually(t, "others see it again", func() bool { return fresh.Snapshot().Subscription("acme", "orders") != nil })
+}
+
+// What is damaged and known to nobody can be made anew, and what it referred to is free.
+func TestDamagedBeforeTheStart(t *testing.T) {
+	first, stop := registry(t, etcd.Client)
+	withNamespace(t, first, 0)
+	storeSecret(t, "k1")
+	storeSecret(t, "k2")
+	p := valid()
+	p.Signers = []*grapnelv1.PluginBinding{{Secrets: map[string]string{"key": "namespaces/acme/secrets/k1"}}}
+	lost, err := first.CreateSubscription(t.Context(), "acme", "orders", p, subscription.CreateOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	stop()
+	if _, err := etcd.Client.Put(t.Context(), prefix(t)+ordersName, "damaged"); err != nil {
+		t.Fatal(err)
+	}
+	r, _ := registry(t, etcd.Client)
+	p.Signers[0].Secrets["key"] = "namespaces/acme/secrets/k2"
+	again, err := r.CreateSubscription(t.Context(), "acme", "orders", p, subscription.CreateOptions{})
+	if err != nil || again.UID == lost.UID {
+		t.Fatalf("%v, %v", again, err)
+	}
+	if got := keys(t, "refs/"); len(got) != 1 || !strings.Contains(got[0], "k2") || len(r.Broken()) != 0 {
+		t.Errorf("references %v, broken %v", got, r.Broken())
+	}
+}
+
 func TestResyncAfterCompactionWhileAway(t *testing.T) {
 	var mu sync.Mutex
 	told := make(map[string]int)

@@ -7,6 +7,7 @@ import (
 	"strings"
 	"sync/atomic"
 
+	"github.com/google/uuid"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"google.golang.org/protobuf/proto"
 
@@ -34,13 +35,16 @@ type Registry struct {
 	conditions *conditions
 	log        *slog.Logger
 	snapshot   atomic.Pointer[Snapshot]
-	onChange   []func([]Change)
+	// editor and sharer belong to Open and then to Run.
+	editor   *editor
+	sharer   sharer
+	onChange []func([]Change)
 
-	// creates bounds concurrent creates, which keeps the count of a quota close to the truth; nearQuota
-	// lets one at a time of those by that the quota might be overrun.
-	creates   chan struct{}
-	nearQuota chan struct{}
-	leases    *leases
+	// creates bounds concurrent creates under a quota: by what they may overrun it. Near it those of one
+	// namespace go one by one: they would only make each other fail.
+	creates chan struct{}
+	near    [nearLocks]chan struct{}
+	leases  *leases
 }
 
 // Open reads everything once. ctx bounds that only. It returns a *StrangerError for an etcd of somebody else.
@@ -58,17 +62,18 @@ func Open(ctx context.Context, o Options) (*Registry, error) {
 	r := &Registry{
 		prefix:     o.Prefix,
 		conditions: conds,
+		editor:     newEditor(),
 		log:        o.Logger.With("component", "subscription"),
 		creates:    make(chan struct{}, maxConcurrentCreates),
-		nearQuota:  make(chan struct{}, 1),
 		leases:     newLeases(),
 	}
-	r.snapshot.Store(&Snapshot{errors: new(atomic.Uint64)})
+	for i := range r.near {
+		r.near[i] = make(chan struct{}, 1)
+	}
 	r.space, err = keyspace.Open(ctx, keyspace.Options{
 		Client:   o.Client,
 		Prefix:   o.Prefix,
-		Watch:    []string{"namespaces/"},
-		Keep:     keep,
+		Watch:    []string{"namespaces/", tombstones},
 		Identity: o.Identity,
 		Apply:    r.apply,
 		Logger:   r.log,
@@ -102,55 +107,128 @@ func (r *Registry) Broken() []string { return r.space.Broken() }
 func (r *Registry) ConditionErrors() uint64 { return r.Snapshot().ConditionErrors() }
 
 // OnChange registers a function that is told of every change after the snapshot shows it, in order, from
-// the goroutine of Run. Register before Run. The function must not block and must not write to the
-// Registry: writers wait for it. A change of a namespace alone is not told.
+// the goroutine of Run. Register before Run; what there is by then, tombstones too, is in the Snapshot. The
+// function must not block and must not write to the Registry: writers wait for it. A change of a namespace
+// alone is not told, but for its tombstone.
 func (r *Registry) OnChange(f func([]Change)) { r.onChange = append(r.onChange, f) }
-
-// keep says what of namespaces/ belongs to the registry; secrets, for one, do not.
-func keep(key string) bool {
-	_, kind, _, _ := splitName(key)
-	return kind == "" || kind == "subscriptions"
-}
 
 // apply takes stored changes into the next snapshot. A value that cannot be read is skipped: what was
 // known before stays, and nothing else suffers.
 func (r *Registry) apply(revision int64, stored []keyspace.Change) {
-	edit := newEditor(r.snapshot.Load())
-	var changes []Change
+	n := news{registry: r, editor: r.editor, untold: make(map[uint64]*Tombstone)}
+	// A deletion and its tombstone are one step: the tombstones come first, so that the deletions see them.
 	for _, c := range stored {
-		ns, kind, id, ok := splitName(c.Key)
-		var err error
-		switch {
-		case !ok:
-			err = fmt.Errorf("not the key of a resource")
-		case kind == "" && c.Deleted:
-			edit.tenant(ns).namespace = nil
-		case kind == "":
-			var n *Namespace
-			if n, err = decodeNamespace(c.Key, c.Value, c.Revision); err == nil {
-				edit.tenant(ns).namespace = n
-			}
-		case c.Deleted:
-			if old := edit.drop(ns, id); old != nil {
-				changes = append(changes, Change{Old: old})
-			}
-		default:
-			var s *Subscription
-			if s, err = decode(c.Key, c.Value, c.Revision, r.conditions); err == nil {
-				changes = append(changes, Change{Old: edit.put(s), New: s})
-			}
-		}
-		if err != nil {
-			r.log.Error("stored value skipped", "key", r.prefix+c.Key, "revision", c.Revision, "err", err)
+		if strings.HasPrefix(c.Key, tombstones) && !c.Deleted {
+			n.skip(c, n.bury(c))
 		}
 	}
-	r.snapshot.Store(edit.snapshot(revision))
-	if len(changes) == 0 {
+	for _, c := range stored {
+		n.skip(c, n.take(c))
+	}
+	for _, t := range n.untold {
+		n.changes = append(n.changes, Change{Tombstone: t})
+	}
+	r.snapshot.Store(r.editor.snapshot(revision))
+	if len(n.changes) == 0 {
 		return
 	}
 	for _, f := range r.onChange {
-		f(changes)
+		f(n.changes)
 	}
+}
+
+// news is what one call of apply makes of stored changes.
+type news struct {
+	registry *Registry
+	editor   *editor
+	changes  []Change
+	// untold are the new tombstones that no change has told of yet, by UIDKey.
+	untold map[uint64]*Tombstone
+}
+
+func (n *news) skip(c keyspace.Change, err error) {
+	if err != nil {
+		n.registry.log.Error("stored value skipped", "key", n.registry.prefix+c.Key, "revision", c.Revision, "err", err)
+	}
+}
+
+// bury takes in a tombstone.
+func (n *news) bury(c keyspace.Change) error {
+	t, err := decodeTombstone(c)
+	if err != nil {
+		return err
+	}
+	if _, known := n.editor.tombstones.Set(UIDKey(t.UID), t); !known {
+		n.untold[UIDKey(t.UID)] = &t
+	}
+	return nil
+}
+
+// take takes in one change. Tombstones that are still there are known already.
+func (n *news) take(c keyspace.Change) error {
+	if strings.HasPrefix(c.Key, tombstones) {
+		return n.unbury(c)
+	}
+	ns, kind, id, ok := splitName(c.Key)
+	switch {
+	case !ok || kind != "" && kind != "subscriptions":
+		return fmt.Errorf("not the key of a resource")
+	case kind == "" && c.Deleted:
+		n.editor.dropNamespace(ns)
+	case kind == "":
+		namespace, err := decodeNamespace(c.Key, c.Value, c.Revision)
+		if err != nil {
+			return err
+		}
+		n.editor.putNamespace(namespace)
+	case c.Deleted:
+		if old := n.editor.drop(ns, id); old != nil {
+			n.changes = append(n.changes, Change{Old: old, Tombstone: n.tombstone(old)})
+		}
+	default:
+		s, err := decode(c.Key, c.Value, c.Revision, n.registry.conditions)
+		if err != nil {
+			return err
+		}
+		n.registry.sharer.share(s)
+		change := Change{Old: n.editor.put(s), New: s}
+		if change.Old != nil && change.Old.UID != s.UID {
+			change.Tombstone = n.tombstone(change.Old)
+		}
+		n.changes = append(n.changes, change)
+	}
+	return nil
+}
+
+// unbury removes a tombstone that has been forgotten, and keeps one that is there at the end.
+func (n *news) unbury(c keyspace.Change) error {
+	if !c.Deleted {
+		t, err := decodeTombstone(c)
+		if err == nil {
+			n.editor.tombstones.Set(UIDKey(t.UID), t)
+		}
+		return nil // told before
+	}
+	uid, err := parseTombstoneKey(c.Key)
+	if err == nil {
+		n.editor.tombstones.Delete(UIDKey(uid))
+	}
+	return err
+}
+
+// tombstone finds that of a subscription which is gone, or of the namespace it was in; nil when it was not
+// deleted, as far as is known.
+func (n *news) tombstone(old *Subscription) *Tombstone {
+	if t, ok := n.editor.tombstones.Get(UIDKey(old.UID)); ok && t.UID == old.UID {
+		delete(n.untold, UIDKey(old.UID))
+		return &t
+	}
+	if ns := n.editor.before(old.Namespace); ns != nil {
+		if t, ok := n.editor.tombstones.Get(UIDKey(ns.UID)); ok && t.UID == ns.UID {
+			return &t
+		}
+	}
+	return nil
 }
 
 // decodeNamespace reads a stored value.
@@ -162,17 +240,29 @@ func decodeNamespace(key string, value []byte, revision int64) (*Namespace, erro
 	if p.Name != key {
 		return nil, fmt.Errorf("holds the namespace %q", p.Name)
 	}
+	uid, err := uuid.Parse(p.Uid)
+	if err != nil {
+		return nil, fmt.Errorf("read uid: %w", err)
+	}
 	p.Etag = etag(revision)
-	return &Namespace{Proto: p, ID: strings.TrimPrefix(key, "namespaces/"), Revision: revision}, nil
+	return &Namespace{Proto: p, ID: strings.TrimPrefix(p.Name, "namespaces/"), UID: uid, Revision: revision}, nil
 }
 
-// namespace reads an item as a namespace, *NotFoundError when it does not exist.
+// namespace reads an item as a namespace, *NotFoundError when it does not exist. In place of a damaged value
+// stands what is known, so that the next write mends it; *BrokenError when nothing is.
 func (r *Registry) namespace(it keyspace.Item) (*Namespace, error) {
 	if it.Revision == 0 {
 		return nil, &NotFoundError{Name: it.Key}
 	}
 	if it.Err != nil {
-		return nil, it.Err
+		known := r.Snapshot().Namespace(strings.TrimPrefix(it.Key, "namespaces/"))
+		if known == nil {
+			return nil, it.Err
+		}
+		n := *known
+		n.Proto, n.Revision = proto.CloneOf(known.Proto), it.Revision
+		n.Proto.Etag = etag(it.Revision)
+		return &n, nil
 	}
 	n, err := decodeNamespace(it.Key, it.Value, it.Revision)
 	if err != nil {
@@ -190,19 +280,39 @@ func (r *Registry) activeNamespace(it keyspace.Item) (*Namespace, error) {
 	return n, err
 }
 
-// subscription reads an item as a subscription, *NotFoundError when it does not exist.
+// subscription reads an item as a subscription, as namespace does.
 func (r *Registry) subscription(it keyspace.Item) (*Subscription, error) {
 	if it.Revision == 0 {
 		return nil, &NotFoundError{Name: it.Key}
 	}
 	if it.Err != nil {
-		return nil, it.Err
+		ns, _, id, _ := splitName(it.Key)
+		known := r.Snapshot().Subscription(ns, id)
+		if known == nil {
+			return nil, it.Err
+		}
+		s := *known
+		s.Proto, s.Revision = proto.CloneOf(known.Proto), it.Revision
+		s.Proto.Etag = etag(it.Revision)
+		return &s, nil
 	}
 	s, err := decode(it.Key, it.Value, it.Revision, r.conditions)
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", r.space.Key(it.Key), err)
 	}
 	return s, nil
+}
+
+// lost reports whether there is nothing left of an item but its key: it may be made anew.
+func (r *Registry) lost(it keyspace.Item) bool {
+	if it.Err == nil {
+		return false
+	}
+	ns, _, id, _ := splitName(it.Key)
+	if id == "" {
+		return r.Snapshot().Namespace(ns) == nil
+	}
+	return r.Snapshot().Subscription(ns, id) == nil
 }
 
 // checkEtag compares a caller's etag, where there is one, with the revision read.

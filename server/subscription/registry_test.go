@@ -7,6 +7,7 @@ import (
 	"os"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -91,7 +92,7 @@ func create(t *testing.T, r *subscription.Registry, id string) *subscription.Sub
 func storeSecret(t *testing.T, id string) string {
 	t.Helper()
 	name := "namespaces/acme/secrets/" + id
-	if _, err := etcd.Client.Put(t.Context(), prefix(t)+name, string(keyspace.AddSum(name, []byte("sealed")))); err != nil {
+	if _, err := etcd.Client.Put(t.Context(), prefix(t)+"secrets/"+name, string(keyspace.AddSum("secrets/"+name, []byte("sealed")))); err != nil {
 		t.Fatal(err)
 	}
 	return name
@@ -387,6 +388,48 @@ func TestQuotaIsNeverExceeded(t *testing.T) {
 	create(t, r, "one-more")
 }
 
+// Far from the quota creates run side by side, near it one after the other: it is met exactly, whoever makes
+// them, also when it is set where there was none.
+func TestQuotaIsReachedExactly(t *testing.T) {
+	r, _ := registry(t, etcd.Client)
+	r2, _ := registry(t, etcd.Client) // another server
+	withNamespace(t, r, 0)
+	for i := range 20 {
+		create(t, r2, fmt.Sprint("free", i))
+	}
+	const quota = 280
+	if _, err := r.UpdateNamespace(t.Context(), "acme", "", func(n *grapnelv1.Namespace) error {
+		n.Quota = &grapnelv1.Quota{MaxSubscriptions: quota}
+		return nil
+	}); err != nil {
+		t.Fatal(err)
+	}
+	var wg sync.WaitGroup
+	var next, refused atomic.Int64
+	for _, reg := range []*subscription.Registry{r, r2} {
+		for range 6 {
+			wg.Go(func() {
+				for i := next.Add(1); i <= 290; i = next.Add(1) {
+					_, err := reg.CreateSubscription(t.Context(), "acme", fmt.Sprint("s", i), valid(), subscription.CreateOptions{})
+					if _, ok := errors.AsType[*subscription.QuotaError](err); ok {
+						refused.Add(1)
+					} else if err != nil {
+						t.Error(err)
+					}
+				}
+			})
+		}
+	}
+	wg.Wait()
+	if n := len(keys(t, "namespaces/acme/subscriptions/")); n != quota || refused.Load() != 290+20-quota || r.Snapshot().Count("acme") > quota {
+		t.Errorf("%d were made and %d refused, want %d", n, refused.Load(), quota)
+	}
+	if _, err := r.DeleteSubscription(t.Context(), "acme", "free0", ""); err != nil {
+		t.Fatal(err)
+	}
+	create(t, r, "in-its-place")
+}
+
 func TestSecretReferences(t *testing.T) {
 	r, _ := registry(t, etcd.Client)
 	withNamespace(t, r, 0)
@@ -481,7 +524,7 @@ func TestNamespaceLifecycle(t *testing.T) {
 	if err := r.PurgeNamespace(t.Context(), "acme"); err != nil {
 		t.Fatal(err)
 	}
-	if got := keys(t, ""); got != nil {
+	if got := keys(t, ""); len(got) != 1 || !strings.HasPrefix(got[0], "tombstones/") {
 		t.Errorf("left behind: %v", got)
 	}
 	if r.Snapshot().Namespace("acme") != nil || r.Snapshot().Subscription("acme", "orders") != nil {
@@ -503,7 +546,7 @@ func TestPurgeInBatches(t *testing.T) {
 	for from := 0; from < 1100; from += 100 {
 		var ops []clientv3.Op
 		for i := range 100 {
-			ops = append(ops, clientv3.OpPut(fmt.Sprintf("%snamespaces/acme/secrets/s%d", prefix(t), from+i), "not read"))
+			ops = append(ops, clientv3.OpPut(fmt.Sprintf("%ssecrets/namespaces/acme/secrets/s%d", prefix(t), from+i), "not read"))
 		}
 		if _, err := etcd.Client.Txn(t.Context()).Then(ops...).Commit(); err != nil {
 			t.Fatal(err)
@@ -515,7 +558,7 @@ func TestPurgeInBatches(t *testing.T) {
 	if err := r.PurgeNamespace(t.Context(), "acme"); err != nil {
 		t.Fatal(err)
 	}
-	if diff := cmp.Diff([]string{other.Proto.Name}, keys(t, "")); diff != "" {
+	if diff := cmp.Diff([]string{other.Proto.Name}, append(keys(t, "namespaces/"), keys(t, "secrets/")...)); diff != "" {
 		t.Errorf("(-want +got):\n%s", diff)
 	}
 }

@@ -2,50 +2,106 @@ package subscription
 
 import (
 	"iter"
-	"slices"
 	"strings"
-	"sync"
 	"sync/atomic"
 	"time"
+
+	"github.com/tidwall/btree"
 )
 
-// maxCachedTypes bounds what a namespace remembers of its event types: a publisher may invent as many as
-// it likes.
-const maxCachedTypes = 1024
-
 // Snapshot is all namespaces and subscriptions at one revision. It is immutable; snapshots share what did
-// not change between them.
+// not change between them, so that a change costs the logarithm of what there is.
 type Snapshot struct {
 	revision int64
-	// tenants is sorted by ID.
-	tenants []*tenant
-	errors  *atomic.Uint64
+	trees
+	*common
+	// recent are the latest changes of subscriptions, oldest first, and all there were after the version since.
+	recent []step
+	since  uint64
 }
 
-// tenant is one namespace and its subscriptions. Immutable but for what it works out on demand.
+// common is what all snapshots of one Registry have in common.
+type common struct {
+	// errors counts conditions that could not be evaluated.
+	errors atomic.Uint64
+	cache  cache
+}
+
+// trees hold what there is. Their copies share nodes until one of them is written.
+type trees struct {
+	// tenants are by the ID of their namespace.
+	tenants *btree.Map[string, *tenant]
+	// namespaces and subs are by UIDKey.
+	namespaces *btree.Map[uint64, *Namespace]
+	subs       *btree.Map[uint64, *Subscription]
+	names      *btree.BTreeG[named]
+	globs      *btree.BTreeG[globAt]
+	tombstones *btree.Map[uint64, Tombstone]
+}
+
+// tenant is one namespace, and what is known of its subscriptions as a whole. Immutable in a snapshot.
 type tenant struct {
 	id string
 	// namespace is nil when only subscriptions of it are stored; such a tenant is not shown.
 	namespace *Namespace
-	// subs is sorted by ID.
-	subs  []*Subscription
-	index *lazyIndex
-
-	mu     sync.RWMutex // guards cached
-	cached map[string]match
+	// count is how many subscriptions there are.
+	count int
+	// version is that of the latest change of its subscriptions.
+	version uint64
 }
 
-// lazyIndex is built when an event is first matched, so that a bulk of changes costs one.
-type lazyIndex struct {
-	once sync.Once
-	*index
+// step is one change of a subscription; old or now is nil when it was made or removed.
+type step struct {
+	// version is higher than that of every step before, of whatever namespace.
+	version  uint64
+	old, now *Subscription
 }
 
-// match is the answer of the globs for one event type.
-type match struct {
-	subs []*Subscription
-	// conditional is set when one of subs has a condition.
-	conditional bool
+// sub is one of the two: they have the same name.
+func (s step) sub() *Subscription {
+	if s.now != nil {
+		return s.now
+	}
+	return s.old
+}
+
+// treeDegree is half of what a node holds at most.
+const treeDegree = 16
+
+// maxRecent bounds what a snapshot remembers of changes.
+const maxRecent = 32
+
+// named is a subscription in the order of names.
+type named struct {
+	ns, id string
+	sub    *Subscription
+}
+
+func lessName(a, b named) bool {
+	if c := strings.Compare(a.ns, b.ns); c != 0 {
+		return c < 0
+	}
+	return a.id < b.id
+}
+
+func newTrees() trees {
+	// A writer is alone, and readers have copies that nobody writes. Small nodes make small copies.
+	alone := btree.Options{NoLocks: true, Degree: treeDegree}
+	return trees{
+		tenants:    btree.NewMap[string, *tenant](treeDegree),
+		namespaces: btree.NewMap[uint64, *Namespace](treeDegree),
+		subs:       btree.NewMap[uint64, *Subscription](treeDegree),
+		names:      btree.NewBTreeGOptions(lessName, alone),
+		globs:      btree.NewBTreeGOptions(lessGlob, alone),
+		tombstones: btree.NewMap[uint64, Tombstone](treeDegree),
+	}
+}
+
+func (t trees) copy() trees {
+	return trees{
+		tenants: t.tenants.Copy(), namespaces: t.namespaces.Copy(), subs: t.subs.Copy(),
+		names: t.names.Copy(), globs: t.globs.Copy(), tombstones: t.tombstones.Copy(),
+	}
 }
 
 // Candidate is an event that looks for its subscriptions.
@@ -61,11 +117,11 @@ type Candidate struct {
 }
 
 // NewSnapshot builds a snapshot without etcd, for tests of readers. Subscriptions of namespaces that are
-// not given are not shown.
+// not given are not shown by name.
 func NewSnapshot(revision int64, namespaces []*Namespace, subs []*Subscription) *Snapshot {
-	e := newEditor(&Snapshot{errors: new(atomic.Uint64)})
+	e := newEditor()
 	for _, n := range namespaces {
-		e.tenant(n.ID).namespace = n
+		e.putNamespace(n)
 	}
 	for _, s := range subs {
 		e.put(s)
@@ -82,36 +138,52 @@ func (s *Snapshot) ConditionErrors() uint64 { return s.errors.Load() }
 
 // Namespace returns one namespace, nil when absent. Deleted ones are shown until they are erased.
 func (s *Snapshot) Namespace(id string) *Namespace {
-	if t := s.tenant(id); t != nil {
+	if t, ok := s.tenants.Get(id); ok {
 		return t.namespace
 	}
 	return nil
 }
 
+// NamespaceByKey returns the namespace whose UID has this UIDKey, nil when absent. It allocates nothing.
+func (s *Snapshot) NamespaceByKey(key uint64) *Namespace {
+	n, _ := s.namespaces.Get(key)
+	return n
+}
+
 // Subscription returns one subscription, nil when absent.
 func (s *Snapshot) Subscription(ns, id string) *Subscription {
-	t := s.tenant(ns)
-	if t == nil || t.namespace == nil {
+	if s.Namespace(ns) == nil {
 		return nil
 	}
-	if i, ok := slices.BinarySearchFunc(t.subs, id, compareSubscription); ok {
-		return t.subs[i]
+	found, _ := s.names.Get(named{ns: ns, id: id})
+	return found.sub
+}
+
+// SubscriptionByKey returns the subscription whose UID has this UIDKey, nil when absent: which is no proof
+// that it was deleted, see Deleted. One whose namespace is deleted or absent is returned, too. It allocates
+// nothing.
+func (s *Snapshot) SubscriptionByKey(key uint64) *Subscription {
+	sub, _ := s.subs.Get(key)
+	return sub
+}
+
+// Deleted returns the tombstone of the namespace or subscription whose UID has this UIDKey. A subscription
+// that was erased with its namespace has none of its own: ask for the namespace, too.
+func (s *Snapshot) Deleted(key uint64) (Tombstone, bool) { return s.tombstones.Get(key) }
+
+// Tombstones goes through all tombstones, in no order that means anything.
+func (s *Snapshot) Tombstones() iter.Seq[Tombstone] {
+	return func(yield func(Tombstone) bool) {
+		s.tombstones.Scan(func(_ uint64, t Tombstone) bool { return yield(t) })
 	}
-	return nil
 }
 
 // Namespaces goes through the namespaces in the order of their IDs, beginning behind after.
 func (s *Snapshot) Namespaces(after string) iter.Seq[*Namespace] {
 	return func(yield func(*Namespace) bool) {
-		from, found := slices.BinarySearchFunc(s.tenants, after, compareTenant)
-		if found {
-			from++
-		}
-		for _, t := range s.tenants[from:] {
-			if t.namespace != nil && !yield(t.namespace) {
-				return
-			}
-		}
+		s.tenants.Ascend(after, func(id string, t *tenant) bool {
+			return t.namespace == nil || id == after || yield(t.namespace)
+		})
 	}
 }
 
@@ -119,20 +191,27 @@ func (s *Snapshot) Namespaces(after string) iter.Seq[*Namespace] {
 // after; through none when the namespace is absent.
 func (s *Snapshot) Subscriptions(ns, after string) iter.Seq[*Subscription] {
 	return func(yield func(*Subscription) bool) {
-		t := s.tenant(ns)
-		if t == nil || t.namespace == nil {
+		if s.Namespace(ns) == nil {
 			return
 		}
-		from, found := slices.BinarySearchFunc(t.subs, after, compareSubscription)
-		if found {
-			from++
-		}
-		for _, sub := range t.subs[from:] {
-			if !yield(sub) {
-				return
-			}
-		}
+		s.names.Ascend(named{ns: ns, id: after}, func(n named) bool {
+			return n.ns == ns && (n.id == after || yield(n.sub))
+		})
 	}
+}
+
+// Count returns how many subscriptions a namespace has. It does not go through them.
+func (s *Snapshot) Count(ns string) int {
+	if t, ok := s.tenants.Get(ns); ok && t.namespace != nil {
+		return t.count
+	}
+	return 0
+}
+
+// taken reports whether a uid with this key could be mistaken for another.
+func (s *Snapshot) taken(key uint64) bool {
+	_, deleted := s.Deleted(key)
+	return key == 0 || deleted || s.NamespaceByKey(key) != nil || s.SubscriptionByKey(key) != nil
 }
 
 // Match returns the subscriptions that want the event, in the order of their IDs: those whose globs cover
@@ -140,11 +219,11 @@ func (s *Snapshot) Subscriptions(ns, after string) iter.Seq[*Subscription] {
 // for the caller to say. A condition that cannot be evaluated does not hold, and is counted. A namespace
 // that is absent or deleted matches nothing. The result is shared and must not be changed.
 func (s *Snapshot) Match(ns string, c *Candidate) []*Subscription {
-	t := s.tenant(ns)
-	if t == nil || t.namespace == nil || t.namespace.Deleted() {
+	t, ok := s.tenants.Get(ns)
+	if !ok || t.namespace == nil || t.namespace.Deleted() {
 		return nil
 	}
-	m := t.byType(c.Type)
+	m := s.byType(t, c.Type)
 	if !m.conditional {
 		return m.subs
 	}
@@ -165,112 +244,18 @@ func (s *Snapshot) Match(ns string, c *Candidate) []*Subscription {
 	return out
 }
 
-// byType asks the globs, once per event type.
-func (t *tenant) byType(eventType string) match {
-	t.mu.RLock()
-	m, ok := t.cached[eventType]
-	t.mu.RUnlock()
-	if ok {
-		return m
+// byType asks the globs, or remembers what they said.
+func (s *Snapshot) byType(t *tenant, eventType string) match {
+	known, ok := s.cache.get(t.id, eventType)
+	if ok && known.version == t.version {
+		return known
 	}
-	t.index.once.Do(func() { t.index.index = newIndex(t.subs) })
-	for _, at := range t.index.find(eventType) {
-		m.subs = append(m.subs, t.subs[at])
-		m.conditional = m.conditional || t.subs[at].condition != nil
+	var now match
+	if ok && s.since <= known.version && known.version < t.version {
+		now = newMatch(t.version, s.follow(known, t.id, eventType))
+	} else {
+		now = newMatch(t.version, find(s.globs, t.id, eventType))
 	}
-	m.subs = slices.Clip(m.subs)
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	if t.cached == nil || len(t.cached) >= maxCachedTypes {
-		t.cached = make(map[string]match)
-	}
-	t.cached[strings.Clone(eventType)] = m
-	return m
-}
-
-func (s *Snapshot) tenant(id string) *tenant {
-	if i, ok := slices.BinarySearchFunc(s.tenants, id, compareTenant); ok {
-		return s.tenants[i]
-	}
-	return nil
-}
-
-func compareTenant(t *tenant, id string) int             { return strings.Compare(t.id, id) }
-func compareSubscription(s *Subscription, id string) int { return strings.Compare(s.ID, id) }
-
-// editor makes the next snapshot out of one, copying only the namespaces that change.
-type editor struct {
-	from    *Snapshot
-	changed map[string]*tenant
-}
-
-func newEditor(from *Snapshot) *editor {
-	return &editor{from: from, changed: make(map[string]*tenant)}
-}
-
-// tenant returns a copy that may be changed.
-func (e *editor) tenant(id string) *tenant {
-	if t := e.changed[id]; t != nil {
-		return t
-	}
-	t := &tenant{id: id, index: &lazyIndex{}}
-	if old := e.from.tenant(id); old != nil {
-		t.namespace, t.subs, t.index = old.namespace, slices.Clone(old.subs), old.index
-	}
-	e.changed[id] = t
-	return t
-}
-
-// put adds or replaces a subscription and returns what was there.
-func (e *editor) put(s *Subscription) *Subscription {
-	t := e.tenant(s.Namespace)
-	at, ok := slices.BinarySearchFunc(t.subs, s.ID, compareSubscription)
-	if !ok {
-		t.subs = slices.Insert(t.subs, at, s)
-		t.index = &lazyIndex{}
-		return nil
-	}
-	old := t.subs[at]
-	t.subs[at] = s
-	if !slices.Equal(old.globs, s.globs) {
-		t.index = &lazyIndex{}
-	}
-	return old
-}
-
-// drop removes a subscription and returns it, nil when there was none.
-func (e *editor) drop(ns, id string) *Subscription {
-	t := e.tenant(ns)
-	at, ok := slices.BinarySearchFunc(t.subs, id, compareSubscription)
-	if !ok {
-		return nil
-	}
-	old := t.subs[at]
-	t.subs = slices.Delete(t.subs, at, at+1)
-	t.index = &lazyIndex{}
-	return old
-}
-
-// snapshot ends the edit.
-func (e *editor) snapshot(revision int64) *Snapshot {
-	next := &Snapshot{revision: revision, tenants: e.from.tenants, errors: e.from.errors}
-	if len(e.changed) == 0 {
-		return next
-	}
-	next.tenants = slices.Clone(e.from.tenants)
-	known := len(next.tenants)
-	for _, t := range e.changed {
-		if at, ok := slices.BinarySearchFunc(next.tenants[:known], t.id, compareTenant); ok {
-			next.tenants[at] = t
-		} else {
-			next.tenants = append(next.tenants, t)
-		}
-	}
-	if len(next.tenants) > known {
-		slices.SortFunc(next.tenants, func(a, b *tenant) int { return strings.Compare(a.id, b.id) })
-	}
-	next.tenants = slices.DeleteFunc(next.tenants, func(t *tenant) bool {
-		return t.namespace == nil && len(t.subs) == 0
-	})
-	return next
+	s.cache.put(t.id, eventType, now)
+	return now
 }

@@ -44,17 +44,26 @@ type Subscription struct {
 
 // Namespace is one tenant as stored. Immutable.
 type Namespace struct {
-	// Proto is the stored message; quota fields that are zero take the defaults below when read through
-	// Quota.
-	Proto    *grapnelv1.Namespace
-	ID       string
+	// Proto is the stored message; its quota is to be read through Quota.
+	Proto *grapnelv1.Namespace
+	ID    string
+	// UID is Proto.uid, parsed.
+	UID [16]byte
+	// Revision is etcd's modification revision of the stored value; it rises with each change.
 	Revision int64
 }
 
-// Change is one subscription before and after. Old is nil for a new one, New for a deleted one; when both
-// are set their UIDs may differ: deleted and made again between two looks.
+// Change is one subscription before and after, or news of a deletion alone. Old is nil for a new one, New for
+// one that is gone; when both are set their UIDs may differ: made again between two looks.
+//
+// That Old is gone means that it was deleted only if there is a Tombstone. Without one it is absent: the store
+// may have been restored from a backup, or damaged, and it may come back.
 type Change struct {
 	Old, New *Subscription
+	// Tombstone is that of Old or of its namespace. Alone it is that of something the snapshot did not show
+	// before, or of a namespace: each one that appears is told by itself at least once, unless it is told with
+	// the subscription that it is of.
+	Tombstone *Tombstone
 }
 
 // CreateOptions for CreateSubscription.
@@ -88,23 +97,26 @@ func (n *Namespace) Deleted() bool {
 	return n.Proto.GetState() == grapnelv1.Namespace_STATE_DELETED
 }
 
-// Quota holds a namespace's limits with the cluster defaults filled in.
+// Quota holds a namespace's limits, defaults filled in.
 type Quota struct {
+	// MaxSubscriptions, MaxPublishRate and MaxOpenDeliveries are 0 where there is no limit.
 	MaxSubscriptions  int
 	MaxPublishRate    int
-	MaxEventBytes     int
 	MaxOpenDeliveries int
-	Retention         time.Duration
+	// MaxEventBytes is 256 KiB by default and 1 MiB at most, Retention 3 days by default, from an hour to 90
+	// days.
+	MaxEventBytes int
+	Retention     time.Duration
 }
 
 // Quota returns the limits in force; stored ones that are out of bounds are brought within them.
 func (n *Namespace) Quota() Quota {
 	q := n.Proto.GetQuota()
 	return Quota{
-		MaxSubscriptions:  positive(q.GetMaxSubscriptions(), 1000),
-		MaxPublishRate:    positive(q.GetMaxPublishRate(), 1000),
+		MaxSubscriptions:  positive(q.GetMaxSubscriptions(), 0),
+		MaxPublishRate:    positive(q.GetMaxPublishRate(), 0),
+		MaxOpenDeliveries: positive(q.GetMaxOpenDeliveries(), 0),
 		MaxEventBytes:     min(positive(q.GetMaxEventBytes(), 256<<10), 1<<20),
-		MaxOpenDeliveries: positive(q.GetMaxOpenDeliveries(), 1_000_000),
 		Retention:         clamp(positive(q.GetRetention().AsDuration(), 72*time.Hour), time.Hour, 90*24*time.Hour),
 	}
 }

@@ -5,6 +5,7 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"hash/crc32"
 	"maps"
 	"math"
 	"slices"
@@ -22,10 +23,14 @@ import (
 
 const (
 	maxConcurrentCreates = 64
-	// quotaMargin is how close to the quota creates begin to exclude each other: more than all servers of a
-	// cluster have under way at once.
-	quotaMargin = 256
-	maxReason   = 256
+	// quotaMargin is how close to the quota creates begin to exclude each other: more than four servers have
+	// under way at once. With more of them the quota may be overrun by maxConcurrentCreates for each.
+	quotaMargin = 4 * maxConcurrentCreates
+	// nearLocks is how many namespaces at most make their last subscriptions at the same time.
+	nearLocks = 64
+	maxReason = 256
+	// maxStrayRefs bounds a search that only a damaged value asks for.
+	maxStrayRefs = 100_000
 )
 
 // newID makes an ID for a caller who gave none.
@@ -47,7 +52,7 @@ func (r *Registry) CreateSubscription(ctx context.Context, ns, id string, p *gra
 	}
 	w := &writing{registry: r, ns: ns, id: id, only: o.ValidateOnly, request: req, approve: o.Approve}
 	return w.run(ctx, func(_ *Namespace, it keyspace.Item) (*grapnelv1.Subscription, error) {
-		if it.Revision != 0 {
+		if it.Revision != 0 && !r.lost(it) {
 			return nil, fmt.Errorf("%s %w", it.Key, ErrExists)
 		}
 		return p, nil
@@ -120,7 +125,7 @@ func (r *Registry) SetState(ctx context.Context, ns, id string, uid [16]byte, st
 	return stored(out, revision, err)
 }
 
-// DeleteSubscription removes a subscription and returns what it was.
+// DeleteSubscription removes a subscription, leaves its tombstone, and returns what it was.
 func (r *Registry) DeleteSubscription(ctx context.Context, ns, id, etag string) (*Subscription, error) {
 	if err := checkIDs("name", ns, "name", id); err != nil {
 		return nil, err
@@ -128,7 +133,7 @@ func (r *Registry) DeleteSubscription(ctx context.Context, ns, id, etag string) 
 	var old *Subscription
 	name := subscriptionName(ns, id)
 	_, err := r.space.Edit(ctx, []string{namespaceName(ns), name}, func(items []keyspace.Item) (keyspace.Txn, error) {
-		_, err := r.activeNamespace(items[0])
+		n, err := r.activeNamespace(items[0])
 		if err != nil {
 			return keyspace.Txn{}, err
 		}
@@ -138,7 +143,11 @@ func (r *Registry) DeleteSubscription(ctx context.Context, ns, id, etag string) 
 		if err := checkEtag(etag, items[1]); err != nil {
 			return keyspace.Txn{}, err
 		}
-		ops := []keyspace.Write{keyspace.Delete(name)}
+		grave, err := r.tombstone(Tombstone{UID: old.UID, Name: name, NamespaceUID: n.UID})
+		if err != nil {
+			return keyspace.Txn{}, err
+		}
+		ops := []keyspace.Write{grave, keyspace.Delete(name)}
 		for secretName := range secretFields(old.Proto) {
 			ops = append(ops, keyspace.Delete(refKey(secretName, name)))
 		}
@@ -162,7 +171,8 @@ type writing struct {
 	// approved is what approve has said yes to; asked is what it is to be asked about next.
 	approved, asked *grapnelv1.Subscription
 	slot            bool
-	near            bool
+	// near is the lock held by one that is near the quota.
+	near chan struct{}
 }
 
 // errAsk ends a plan that approve has to be asked about first.
@@ -211,7 +221,7 @@ func (w *writing) attempt(ctx context.Context, change func(*Namespace, keyspace.
 		if err != nil {
 			return keyspace.Txn{}, err
 		}
-		return w.plan(ctx, n, items[1], p)
+		return w.plan(ctx, n, items[1], items[2].Revision, p)
 	})
 	if w.request != nil && errors.Is(err, ErrUnavailable) {
 		r.leases.lost.Store(true)
@@ -220,22 +230,22 @@ func (w *writing) attempt(ctx context.Context, change func(*Namespace, keyspace.
 }
 
 // plan checks the new content in all ways and makes the transaction.
-func (w *writing) plan(ctx context.Context, n *Namespace, it keyspace.Item, content *grapnelv1.Subscription) (keyspace.Txn, error) {
+func (w *writing) plan(ctx context.Context, n *Namespace, it keyspace.Item, counted int64, content *grapnelv1.Subscription) (keyspace.Txn, error) {
 	r := w.registry
 	var old *Subscription
-	if it.Revision != 0 {
+	if it.Revision != 0 && !r.lost(it) {
 		var err error
 		if old, err = r.subscription(it); err != nil {
 			return keyspace.Txn{}, err
 		}
 	}
-	p, uid := withOutput(content, it.Key, old)
+	p, uid := r.withOutput(content, it.Key, old)
 	fillDefaults(p)
 	cond, err := validate(p, w.ns, r.conditions)
 	if err != nil {
 		return keyspace.Txn{}, err
 	}
-	if old != nil && sameContent(p, old.Proto) {
+	if old != nil && it.Err == nil && sameContent(p, old.Proto) {
 		w.out = old
 		return keyspace.Txn{}, nil
 	}
@@ -244,8 +254,9 @@ func (w *writing) plan(ctx context.Context, n *Namespace, it keyspace.Item, cont
 	if err := r.secretsExist(ctx, secrets); err != nil {
 		return keyspace.Txn{}, err
 	}
+	near := false
 	if old == nil {
-		if err := w.admit(ctx, n); err != nil {
+		if near, err = w.admit(ctx, n, counted); err != nil {
 			return keyspace.Txn{}, err
 		}
 	}
@@ -264,8 +275,16 @@ func (w *writing) plan(ctx context.Context, n *Namespace, it keyspace.Item, cont
 		return keyspace.Txn{}, err
 	}
 	r.refer(&txn, it.Key, old, secrets)
-	if w.near {
+	if r.lost(it) {
+		if err := r.unrefer(ctx, &txn, w.ns, it.Key, secrets); err != nil {
+			return keyspace.Txn{}, err
+		}
+	}
+	if w.slot {
 		txn.Then = append(txn.Then, keyspace.Put(quotaKey(w.ns), nil))
+	}
+	if !near {
+		txn.Loose = []string{quotaKey(w.ns)}
 	}
 	if w.request != nil {
 		err = r.remember(ctx, w.request, p, &txn)
@@ -292,41 +311,51 @@ func sameTarget(a, b *grapnelv1.Subscription) bool {
 	return a.Uri == b.Uri && proto.Equal(a.Transport, b.Transport) && rate(b) <= rate(a)
 }
 
-// admit checks the quota. Far from it creates run side by side and counting is enough; close to it they
-// go one by one, and each makes the others' transactions fail.
-func (w *writing) admit(ctx context.Context, n *Namespace) error {
+// admit checks the quota, where there is one, by counting what the snapshot shows. Each create under a quota
+// writes the quota's key, so that the snapshot shows all of them once it has come to the revision at which
+// that was written last, and what is missing is under way now. Far from the quota creates run side by side;
+// near it each one that lands makes those of other servers beside it fail and count again.
+func (w *writing) admit(ctx context.Context, n *Namespace, counted int64) (near bool, err error) {
 	r := w.registry
+	limit := n.Quota().MaxSubscriptions
+	if limit == 0 {
+		return false, nil
+	}
 	if !w.slot {
 		if err := acquire(ctx, r.creates); err != nil {
-			return err
+			return false, err
 		}
 		w.slot = true
 	}
-	limit := n.Quota().MaxSubscriptions
-	_, count, err := r.space.Below(ctx, namespaceName(w.ns)+"/subscriptions/", 0)
-	if err != nil {
-		return err
+	// Before the namespace was written last there may have been no quota.
+	if err := r.space.Wait(ctx, max(counted, n.Revision)); err != nil {
+		return false, err
 	}
-	if count >= int64(limit) {
-		return &QuotaError{Namespace: w.ns, Quota: "max_subscriptions", Limit: limit}
+	count := r.Snapshot().Count(w.ns)
+	if count >= limit {
+		return false, &QuotaError{Namespace: w.ns, Quota: "max_subscriptions", Limit: limit}
 	}
-	if count+quotaMargin >= int64(limit) && !w.near {
-		if err := acquire(ctx, r.nearQuota); err != nil {
-			return err
+	if count+quotaMargin < limit {
+		return false, nil
+	}
+	if w.near == nil {
+		lock := r.near[crc32.ChecksumIEEE([]byte(w.ns))%nearLocks]
+		if err := acquire(ctx, lock); err != nil {
+			return false, err
 		}
-		w.near = true
+		w.near = lock
 	}
-	return nil
+	return true, nil
 }
 
 func (w *writing) release() {
 	if w.slot {
 		<-w.registry.creates
 	}
-	if w.near {
-		<-w.registry.nearQuota
+	if w.near != nil {
+		<-w.near
 	}
-	w.slot, w.near = false, false
+	w.slot, w.near = false, nil
 }
 
 // acquire takes a place in a channel used as a semaphore.
@@ -340,7 +369,7 @@ func acquire(ctx context.Context, sem chan struct{}) error {
 }
 
 // withOutput returns a copy of content with the output only fields of what is stored, or new ones.
-func withOutput(content *grapnelv1.Subscription, name string, old *Subscription) (*grapnelv1.Subscription, uuid.UUID) {
+func (r *Registry) withOutput(content *grapnelv1.Subscription, name string, old *Subscription) (*grapnelv1.Subscription, uuid.UUID) {
 	p := proto.CloneOf(content)
 	if p == nil {
 		p = &grapnelv1.Subscription{}
@@ -351,10 +380,23 @@ func withOutput(content *grapnelv1.Subscription, name string, old *Subscription)
 		p.CreateTime, p.UpdateTime = old.Proto.CreateTime, old.Proto.UpdateTime
 		return p, old.UID
 	}
-	uid := uuid.New()
+	uid := r.newUID()
 	p.Uid, p.State, p.StateReason = uid.String(), grapnelv1.Subscription_STATE_ACTIVE, ""
 	p.CreateTime = timestamppb.Now()
 	return p, uid
+}
+
+// newUID draws a uid whose key nobody has, nor had for as long as anything knows of it.
+func (r *Registry) newUID() uuid.UUID {
+	return drawUID(uuid.New, r.Snapshot().taken)
+}
+
+func drawUID(draw func() uuid.UUID, taken func(uint64) bool) uuid.UUID {
+	for {
+		if uid := draw(); !taken(UIDKey(uid)) {
+			return uid
+		}
+	}
 }
 
 // sameContent reports whether an update changes nothing.
@@ -380,11 +422,17 @@ func secretFields(p *grapnelv1.Subscription) map[string]string {
 }
 
 func (r *Registry) secretsExist(ctx context.Context, fields map[string]string) error {
-	missing, err := r.space.Missing(ctx, slices.Sorted(maps.Keys(fields))...)
+	names := slices.Sorted(maps.Keys(fields))
+	keys := make([]string, len(names))
+	for i, name := range names {
+		keys[i] = secretKey(name)
+	}
+	missing, err := r.space.Missing(ctx, keys...)
 	if err != nil || len(missing) == 0 {
 		return err
 	}
-	return &NotFoundError{Name: missing[0], Field: fields[missing[0]]}
+	name := names[slices.Index(keys, missing[0])]
+	return &NotFoundError{Name: name, Field: fields[name]}
 }
 
 // refer keeps the reference keys in step, on condition that the secrets still exist: deleting a secret
@@ -395,7 +443,7 @@ func (r *Registry) refer(txn *keyspace.Txn, name string, old *Subscription, secr
 		before = secretFields(old.Proto)
 	}
 	for _, secretName := range slices.Sorted(maps.Keys(secrets)) {
-		txn.If = append(txn.If, keyspace.Exists(secretName))
+		txn.If = append(txn.If, keyspace.Exists(secretKey(secretName)))
 		if _, ok := before[secretName]; !ok {
 			txn.Then = append(txn.Then, keyspace.Put(refKey(secretName, name), nil))
 		}
@@ -405,6 +453,18 @@ func (r *Registry) refer(txn *keyspace.Txn, name string, old *Subscription, secr
 			txn.Then = append(txn.Then, keyspace.Delete(refKey(secretName, name)))
 		}
 	}
+}
+
+// unrefer removes the references of a subscription that nobody knows any more, but for those it has again.
+func (r *Registry) unrefer(ctx context.Context, txn *keyspace.Txn, ns, name string, secrets map[string]string) error {
+	keys, _, err := r.space.Below(ctx, refKey(namespaceName(ns), ""), maxStrayRefs)
+	for _, key := range keys {
+		secretName, ok := strings.CutSuffix(strings.TrimPrefix(key, "refs/"), "/"+name)
+		if _, again := secrets[secretName]; ok && !again {
+			txn.Then = append(txn.Then, keyspace.Delete(key))
+		}
+	}
+	return err
 }
 
 // putSubscription makes the transaction that stores a message, without its etag, which is not known yet.

@@ -1,0 +1,147 @@
+package subscription
+
+import "slices"
+
+// editor makes one snapshot after the other. It belongs to one goroutine.
+type editor struct {
+	trees
+	common *common
+	// changed are the tenants as they will be in the next snapshot; was is what they were in the latest.
+	changed map[string]*tenant
+	was     map[string]*tenant
+	// versions is the latest version given; recent and since are as in Snapshot.
+	versions uint64
+	recent   []step
+	since    uint64
+}
+
+// ageAfter is how many changes make the cache older.
+const ageAfter = 1024
+
+func newEditor() *editor {
+	return &editor{trees: newTrees(), common: &common{}, changed: make(map[string]*tenant), was: make(map[string]*tenant)}
+}
+
+// tenant returns a copy that may be changed.
+func (e *editor) tenant(id string) *tenant {
+	if t := e.changed[id]; t != nil {
+		return t
+	}
+	t := &tenant{id: id}
+	if old, ok := e.tenants.Get(id); ok {
+		*t = *old
+		e.was[id] = old
+	} else {
+		e.versions++
+		t.version = e.versions
+	}
+	e.changed[id] = t
+	return t
+}
+
+// before returns the namespace as the latest snapshot shows it, nil when it does not.
+func (e *editor) before(id string) *Namespace {
+	if t := e.was[id]; t != nil {
+		return t.namespace
+	}
+	return nil
+}
+
+// putNamespace adds or replaces a namespace.
+func (e *editor) putNamespace(n *Namespace) {
+	e.dropNamespace(n.ID)
+	e.tenant(n.ID).namespace = n
+	if n.UID != [16]byte{} {
+		e.namespaces.Set(UIDKey(n.UID), n)
+	}
+}
+
+func (e *editor) dropNamespace(id string) {
+	t := e.tenant(id)
+	if t.namespace != nil && t.namespace.UID != [16]byte{} {
+		e.namespaces.Delete(UIDKey(t.namespace.UID))
+	}
+	t.namespace = nil
+}
+
+// put adds or replaces a subscription and returns what was there.
+func (e *editor) put(s *Subscription) *Subscription {
+	t := e.tenant(s.Namespace)
+	replaced, _ := e.names.Set(named{ns: t.id, id: s.ID, sub: s})
+	old := replaced.sub
+	if old == nil {
+		t.count++
+	} else {
+		e.unlink(old, s)
+	}
+	e.subs.Set(UIDKey(s.UID), s)
+	for g := range placesOf(s) {
+		g.ns = t.id // one string for all
+		e.globs.Set(g)
+	}
+	e.step(t, old, s)
+	return old
+}
+
+// drop removes a subscription and returns it, nil when there was none.
+func (e *editor) drop(ns, id string) *Subscription {
+	found, ok := e.names.Delete(named{ns: ns, id: id})
+	if !ok {
+		return nil
+	}
+	t := e.tenant(ns)
+	t.count--
+	e.unlink(found.sub, nil)
+	e.step(t, found.sub, nil)
+	return found.sub
+}
+
+// unlink removes what of old does not go on in now.
+func (e *editor) unlink(old, now *Subscription) {
+	if now == nil || now.UID != old.UID {
+		if there, _ := e.subs.Get(UIDKey(old.UID)); there == old {
+			e.subs.Delete(UIDKey(old.UID))
+		}
+	}
+	if now != nil && slices.Equal(old.globs, now.globs) {
+		return
+	}
+	for g := range placesOf(old) {
+		e.globs.Delete(g)
+	}
+}
+
+func (e *editor) step(t *tenant, old, now *Subscription) {
+	if len(e.recent) >= 2*maxRecent {
+		e.forget(maxRecent)
+	}
+	e.versions++
+	t.version = e.versions
+	e.recent = append(e.recent, step{version: t.version, old: old, now: now})
+	if e.versions%ageAfter == 0 {
+		e.common.cache.age()
+	}
+}
+
+// forget leaves the latest changes only.
+func (e *editor) forget(keep int) {
+	if drop := len(e.recent) - keep; drop > 0 {
+		e.since = e.recent[drop-1].version
+		e.recent = slices.Clone(e.recent[drop:])
+	}
+}
+
+// snapshot shows what has been changed since the latest one.
+func (e *editor) snapshot(revision int64) *Snapshot {
+	for id, t := range e.changed {
+		if t.namespace == nil && t.count == 0 {
+			e.tenants.Delete(id)
+		} else {
+			e.tenants.Set(id, t)
+		}
+	}
+	clear(e.changed)
+	clear(e.was)
+	e.forget(maxRecent)
+	return &Snapshot{revision: revision, trees: e.trees.copy(), common: e.common, recent: slices.Clone(e.recent), since: e.since}
+}
