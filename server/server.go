@@ -167,7 +167,13 @@ func (s *Server) planMemory() {
 	}
 	s.memory = planMemory(total)
 	s.memory.window = cmp.Or(o.WindowBytes, s.memory.window)
-	s.memory.slots = cmp.Or(o.Slots, s.memory.slots)
+	wanted := cmp.Or(o.Slots, s.memory.slots)
+	s.memory.slots = wanted
+	s.memory = s.memory.withFiles(mostFiles())
+	if s.memory.slots < wanted {
+		s.log.Warn("fewer attempts in flight than could be: the limit of open files (ulimit -n) is low",
+			"slots", s.memory.slots, "wanted", wanted, "open_files", mostFiles())
+	}
 	s.memory.apply()
 	s.log.Info("memory", "bytes", total, "heap_bytes", s.memory.heap, "plugin_bytes", s.memory.plugin,
 		"window_bytes", s.memory.window, "slots", s.memory.slots)
