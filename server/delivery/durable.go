@@ -117,7 +117,7 @@ func (j *Journal) found() foundMarks {
 // unless that is accepted, and an error when the place remembers another journal. Call it before Start.
 func (j *Journal) Check(known highwater.State, acceptLoss bool) error {
 	if err := known.CheckJournal(j.ID()); err != nil {
-		return err
+		return fmt.Errorf("%w: %w", ErrStranger, err)
 	}
 	err := known.Compare(j.found())
 	if err == nil {

@@ -21,11 +21,14 @@ func (e *Engine) Cancel(ctx context.Context, id delivery.ID, key delivery.LaneKe
 }
 
 // Retry makes a delivery due now, durably, with one attempt more if all are used up, and opens its lane if the target or
-// a plugin has closed it. It is refused with delivery.ErrInvalidState while an attempt is in flight, and when ifAttempts is
-// neither negative nor the number of attempts that have ended.
+// a plugin has closed it. It is refused with delivery.ErrInvalidState while an attempt is in flight, when the subscription is
+// deleted, and when ifAttempts is neither negative nor the number of attempts that have ended.
 func (e *Engine) Retry(ctx context.Context, id delivery.ID, key delivery.LaneKey, ifAttempts int) (*delivery.Delivery, error) {
 	if e.InFlight(id, key) {
 		return nil, fmt.Errorf("retry delivery %s: an attempt is in flight: %w", id, delivery.ErrInvalidState)
+	}
+	if e.subs.Subscription(key) == nil && e.subs.Deleted(key) {
+		return nil, fmt.Errorf("retry delivery %s: its subscription is deleted: %w", id, delivery.ErrInvalidState)
 	}
 	d, err := e.journal.Retry(ctx, key, id, ifAttempts)
 	if err != nil && ctx.Err() == nil {

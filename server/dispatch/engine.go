@@ -21,9 +21,10 @@
 //
 // Of two locks the left one is taken first:
 //
-//	lane.start → lane.mu → Engine.mu, ring.mu, alarms.mu, reads.mu, budget.mu, graves.mu, statistics.mu → series.mu
+//	lane.start, lane.noting → lane.mu → Engine.mu, ring.mu, alarms.mu, graves.mu, budget.mu → reads.mu,
+//	                                    statistics.mu → series.mu
 //
-// No lock but lane.start is held while the journal is read or written or an attempt is handed over, because the
+// No lock but lane.start and lane.noting is held while the journal is read or written or an attempt is handed over, because the
 // journal calls the Engine, its Follower, on the goroutine that does its writing. No attempt is handed over on that
 // goroutine either.
 package dispatch

@@ -10,8 +10,8 @@ import (
 const (
 	// gravediggers is how many lanes of deleted subscriptions are worked off at once: each walks all partitions.
 	gravediggers = 2
-	// walkAgain is after how long a lane is looked at again in which something was cancelled: what was accepted with an
-	// older snapshot comes late.
+	// walkAgain is after how long a lane is walked again in which something was cancelled, because what was accepted with
+	// an older snapshot comes late, or could not be.
 	walkAgain = 5 * time.Second
 )
 
@@ -107,11 +107,9 @@ func (e *Engine) walk(key delivery.LaneKey) {
 	if e.taking.Err() != nil {
 		return
 	}
-	again := walkAgain
 	if err != nil {
 		e.log.Warn("deliveries of a deleted subscription not cancelled yet",
 			"namespace_key", key.Namespace, "subscription_key", key.Subscription, "err", err)
-		again = readAgain
 	}
 	now := e.now()
 	if !e.subs.Deleted(key) { // it is there after all: a resync has brought it back
@@ -124,7 +122,7 @@ func (e *Engine) walk(key delivery.LaneKey) {
 		l.mu.Unlock()
 	}
 	if err != nil || n > 0 || e.journal.OpenOf(key) > 0 {
-		e.graves.again(key, now.Add(again))
+		e.graves.again(key, now.Add(walkAgain))
 		return
 	}
 	e.graves.done(key)

@@ -133,3 +133,72 @@ func (n neighbourhood) run(t *testing.T) {
 	t.Logf("%s: p50 %v, p99 %v, max %v; %d hang", t.Name(), waits[len(waits)/2], waits[len(waits)*99/100], waits[len(waits)-1], hung)
 	_ = w.kill()
 }
+
+func TestANewTargetDoesNotWaitAmongThoseThatHang(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, func(o *dispatch.Options) { o.Slots = 16 })
+		synctest.Wait()
+		w.receiver.set(func(sub *subscription.Subscription, _ *delivery.Job) (time.Duration, *delivery.Result) {
+			if sub.Proto.GetUri() == "https://two.example" {
+				return time.Millisecond, ok()
+			}
+			return 15 * time.Second, timedOut()
+		})
+		lasting := func(s *subscription.Subscription) { s.MaxAge, s.MaxAttempts = 100*time.Hour, 100 }
+		for i := range 40 {
+			w.publishN(w.sub(fmt.Sprint("hangs", i), lasting), uint16(i%16), 50)
+		}
+		repaired := w.sub("repaired", lasting)
+		w.publishN(repaired, 0, 5)
+		time.Sleep(5 * time.Minute)
+		begin := time.Now()
+		w.sub("repaired", lasting, func(s *subscription.Subscription) { s.Proto.Uri = "https://two.example" })
+		w.publishN(repaired, 0, 5)
+		time.Sleep(time.Second)
+		n := 0
+		for _, s := range w.receiver.starts() {
+			if s.sub == "repaired" && !s.at.Before(begin) {
+				n++
+			}
+		}
+		if n < 5 {
+			t.Errorf("%d attempts within a second of the repair", n)
+		}
+		_ = w.kill()
+	})
+}
+
+func TestALaneWithLongWaysKeepsItsRate(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, func(o *dispatch.Options) { o.Slots = 256 })
+		synctest.Wait()
+		w.receiver.set(func(sub *subscription.Subscription, _ *delivery.Job) (time.Duration, *delivery.Result) {
+			if sub.ID == "far" {
+				return 300 * time.Millisecond, ok()
+			}
+			return 15 * time.Second, timedOut()
+		})
+		lasting := func(s *subscription.Subscription) { s.MaxAge, s.MaxAttempts, s.MaxInFlight = 100*time.Hour, 100, 32 }
+		for i := range 400 {
+			w.publishN(w.sub(fmt.Sprint("hangs", i), lasting), uint16(i%16), 20)
+		}
+		time.Sleep(5 * time.Minute) // they hold all that those who hang may hold
+		far := w.sub("far", lasting)
+		w.publish(far, 0)
+		time.Sleep(time.Second)
+		for range 50 * 20 { // it needs 15 at once
+			w.publish(far, 0)
+			time.Sleep(20 * time.Millisecond)
+		}
+		late := 0
+		for _, s := range w.receiver.starts() {
+			if s.sub == "far" && s.at.Sub(s.accept) > 100*time.Millisecond {
+				late++
+			}
+		}
+		if late > 1 {
+			t.Errorf("%d of 1000 waited", late)
+		}
+		_ = w.kill()
+	})
+}

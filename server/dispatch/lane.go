@@ -133,6 +133,7 @@ func (l *lane) rest(now time.Time) {
 		return
 	}
 	e := l.e
+	keep := !l.health.fresh(now) && !e.subs.Deleted(l.key)
 	l.evicted = true
 	e.alarms.remove(l)
 	e.mu.Lock()
@@ -141,7 +142,7 @@ func (l *lane) rest(now time.Time) {
 	if l.tenant.lanes--; l.tenant.lanes == 0 {
 		delete(e.tenants, l.key.Namespace)
 	}
-	if !l.health.fresh(now) && !e.subs.Deleted(l.key) && (len(e.healths) < maxHealths || !l.health.failing.IsZero()) {
+	if keep && (len(e.healths) < maxHealths || !l.health.failing.IsZero()) {
 		e.healths[l.key] = l.health
 	}
 }

@@ -201,6 +201,12 @@ func TestAbsentIsParkedAndDeletedIsCancelled(t *testing.T) {
 				if done := w.wasWorkedOff(); len(done) == 0 || done[0] != lane("orders") {
 					t.Errorf("worked off: %v", done)
 				}
+				for id := range w.journal.records {
+					if _, err := w.engine.Retry(t.Context(), id, lane("orders"), -1); !errors.Is(err, delivery.ErrInvalidState) {
+						t.Errorf("retry for a deleted subscription: %v", err)
+					}
+					break
+				}
 				w.stop()
 			})
 		})
@@ -218,7 +224,7 @@ func TestDeletionIsTriedUntilItIsDone(t *testing.T) {
 		time.Sleep(10 * time.Second)
 		wantStates(t, w, map[delivery.State]int{delivery.Pending: 10})
 		w.journal.fail(nil)
-		time.Sleep(10 * time.Second)
+		time.Sleep(time.Minute)
 		wantStates(t, w, map[delivery.State]int{delivery.Cancelled: 10})
 		if n := len(w.wasWorkedOff()); n != 1 {
 			t.Errorf("worked off %d times", n)

@@ -22,8 +22,9 @@ const (
 //     is a suspect. An eighth of the slots is for trials, so that a new lane waits for other trials, never for those
 //     that hang. Trials stop while they and the suspects hold three quarters of the slots, and those of one namespace while
 //     its lanes hold five eighths.
-//   - A proven lane that begins to hang is known for it only after a while. So once half of the slots are in use, a
-//     proven lane starts nothing while it holds few, and in the last quarter while it holds any.
+//   - What trials and suspects leave is for proven lanes. One that begins to hang is known for it only after a while. So
+//     once half of that is in use, a proven lane starts nothing while it holds few, and in the last quarter while it
+//     holds any.
 //   - No lane holds more than its subscription's limit.
 //
 // With 4096 slots and attempts that hang for 15 s, 2048 new lanes that hang are known as such in half a second, and leave
@@ -100,18 +101,25 @@ func (s *slots) count(l *lane, n int64) {
 // share is how many slots one lane may hold.
 func (s *slots) share(h *health, st standing, sub *subscription.Subscription) int {
 	most := maxInFlight(sub)
-	switch used, slow := s.used.Load(), s.slow.Load(); {
-	case st == unknown:
+	slow := s.slow.Load()
+	switch st {
+	case unknown:
 		return 1
-	case st == suspect && !h.answers && slow < part8(s.total, 1):
+	case proven:
+		others := slow + s.trial.Load()
+		used, left := s.used.Load()-others, s.total-others
+		switch {
+		case used < part8(left, 4):
+			return most
+		case used < part8(left, 6):
+			return min(most, few)
+		}
+		return 1
+	}
+	switch {
+	case !h.answers && slow < part8(s.total, 1):
 		return most // as long as there is plenty, nobody goes short by it
-	case st == suspect && !h.answers:
-		return 1
-	case st == proven && used < part8(s.total, 4):
-		return most
-	case st == proven && used < part8(s.total, 6):
-		return min(most, few)
-	case st == proven:
+	case !h.answers:
 		return 1
 	case slow < part8(s.total, 2) && !h.hangs:
 		return min(most, max(few, int(s.total/10)))
