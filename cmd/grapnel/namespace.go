@@ -39,6 +39,7 @@ func namespaceColumns() []column[*grapnelv1.Namespace] {
 		{head: "CREATED", detail: true, value: func(n ns) string { return timeText(n.GetCreateTime()) }},
 		{head: "AGE", value: func(n ns) string { return age(n.GetCreateTime()) }},
 		{head: "ERASED", detail: true, value: func(n ns) string { return timeText(n.GetPurgeTime()) }},
+		{head: "UID", detail: true, value: ns.GetUid},
 		{head: "ETAG", detail: true, value: ns.GetEtag},
 	}
 }

@@ -1,6 +1,8 @@
 package api_test
 
 import (
+	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -154,6 +156,13 @@ func testDeleteNamespace(t *testing.T, w *world) {
 	// Reading goes on, changes do not, and the name stays taken.
 	if _, err := w.subscriptions.GetSubscription(ctx, &grapnelv1.GetSubscriptionRequest{Name: "namespaces/doomed/subscriptions/one"}); err != nil {
 		t.Errorf("read in a deleted namespace: %v", err)
+	}
+	for parent, want := range map[string]int{"namespaces/doomed": 1, "namespaces/-": 0} {
+		all, err := w.listAll(ctx, parent, "", 0)
+		all = slices.DeleteFunc(all, func(id string) bool { return !strings.HasPrefix(id, "doomed/") })
+		if err != nil || len(all) != want {
+			t.Errorf("list in %s = %q, %v", parent, all, err)
+		}
 	}
 	_, err = w.subscriptions.CreateSubscription(ctx, &grapnelv1.CreateSubscriptionRequest{Parent: "namespaces/doomed", Subscription: plainSubscription("doomed")})
 	refused(t, err, codes.FailedPrecondition, "INVALID_STATE")

@@ -140,8 +140,8 @@ func (e *editor) snapshot(revision int64) *Snapshot {
 			e.tenants.Set(id, t)
 		}
 	}
-	clear(e.changed)
-	clear(e.was)
+	// New ones: to clear a map costs as much as was ever in it.
+	e.changed, e.was = make(map[string]*tenant), make(map[string]*tenant)
 	e.forget(maxRecent)
 	return &Snapshot{revision: revision, trees: e.trees.copy(), common: e.common, recent: slices.Clone(e.recent), since: e.since}
 }

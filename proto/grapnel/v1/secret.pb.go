@@ -552,7 +552,7 @@ func (x *GetSecretResponse) GetSecret() *Secret {
 // ListSecretsRequest asks for a page.
 type ListSecretsRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// namespaces/{namespace}, or namespaces/- for all that the caller may see.
+	// namespaces/{namespace}, or namespaces/- for all that the caller may see and that are not deleted.
 	Parent string `protobuf:"bytes,1,opt,name=parent,proto3" json:"parent,omitempty"`
 	// 1 to 1000; 0 means 50.
 	PageSize int32 `protobuf:"varint,2,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"`

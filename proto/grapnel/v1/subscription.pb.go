@@ -877,7 +877,7 @@ func (x *GetSubscriptionResponse) GetSubscription() *Subscription {
 // ListSubscriptionsRequest asks for a page.
 type ListSubscriptionsRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// namespaces/{namespace}, or namespaces/- for all that the caller may see.
+	// namespaces/{namespace}, or namespaces/- for all that the caller may see and that are not deleted.
 	Parent string `protobuf:"bytes,1,opt,name=parent,proto3" json:"parent,omitempty"`
 	// 1 to 1000; 0 means 50; larger is treated as 1000.
 	PageSize int32 `protobuf:"varint,2,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"`
