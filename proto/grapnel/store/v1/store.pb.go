@@ -74,800 +74,7 @@ func (x TombstoneRecord_Kind) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use TombstoneRecord_Kind.Descriptor instead.
 func (TombstoneRecord_Kind) EnumDescriptor() ([]byte, []int) {
-	return file_grapnel_store_v1_store_proto_rawDescGZIP(), []int{9, 0}
-}
-
-// EventRecord is an accepted event.
-type EventRecord struct {
-	state protoimpl.MessageState `protogen:"open.v1"`
-	// ID given by the publisher or made by the server.
-	Id string `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
-	// CloudEvents attributes.
-	Source string `protobuf:"bytes,2,opt,name=source,proto3" json:"source,omitempty"`
-	// CloudEvents type.
-	Type string `protobuf:"bytes,3,opt,name=type,proto3" json:"type,omitempty"`
-	// CloudEvents subject.
-	Subject string `protobuf:"bytes,4,opt,name=subject,proto3" json:"subject,omitempty"`
-	// When it happened, unix nanoseconds.
-	Time int64 `protobuf:"varint,5,opt,name=time,proto3" json:"time,omitempty"`
-	// Media type of the payload.
-	DataContentType string `protobuf:"bytes,6,opt,name=data_content_type,json=dataContentType,proto3" json:"data_content_type,omitempty"`
-	// CloudEvents dataschema.
-	DataSchema string `protobuf:"bytes,7,opt,name=data_schema,json=dataSchema,proto3" json:"data_schema,omitempty"`
-	// CloudEvents extension attributes.
-	Attributes map[string]string `protobuf:"bytes,8,rep,name=attributes,proto3" json:"attributes,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
-	// The body.
-	Payload []byte `protobuf:"bytes,9,opt,name=payload,proto3" json:"payload,omitempty"`
-	// When it was accepted, unix nanoseconds.
-	AcceptTime int64 `protobuf:"varint,10,opt,name=accept_time,json=acceptTime,proto3" json:"accept_time,omitempty"`
-	// First attempt not before this, unix nanoseconds; 0 means at once.
-	DeliverTime int64 `protobuf:"varint,11,opt,name=deliver_time,json=deliverTime,proto3" json:"deliver_time,omitempty"`
-	// Nanoseconds; 0 means none.
-	Ttl int64 `protobuf:"varint,12,opt,name=ttl,proto3" json:"ttl,omitempty"`
-	// Subscriptions it was queued for or skipped by; the index is the delivery's ordinal.
-	Targets []*Target `protobuf:"bytes,13,rep,name=targets,proto3" json:"targets,omitempty"`
-	// Hash over what the publisher sent, for conflict detection.
-	ContentHash   []byte `protobuf:"bytes,14,opt,name=content_hash,json=contentHash,proto3" json:"content_hash,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
-}
-
-func (x *EventRecord) Reset() {
-	*x = EventRecord{}
-	mi := &file_grapnel_store_v1_store_proto_msgTypes[0]
-	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-	ms.StoreMessageInfo(mi)
-}
-
-func (x *EventRecord) String() string {
-	return protoimpl.X.MessageStringOf(x)
-}
-
-func (*EventRecord) ProtoMessage() {}
-
-func (x *EventRecord) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_store_v1_store_proto_msgTypes[0]
-	if x != nil {
-		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-		if ms.LoadMessageInfo() == nil {
-			ms.StoreMessageInfo(mi)
-		}
-		return ms
-	}
-	return mi.MessageOf(x)
-}
-
-// Deprecated: Use EventRecord.ProtoReflect.Descriptor instead.
-func (*EventRecord) Descriptor() ([]byte, []int) {
-	return file_grapnel_store_v1_store_proto_rawDescGZIP(), []int{0}
-}
-
-func (x *EventRecord) GetId() string {
-	if x != nil {
-		return x.Id
-	}
-	return ""
-}
-
-func (x *EventRecord) GetSource() string {
-	if x != nil {
-		return x.Source
-	}
-	return ""
-}
-
-func (x *EventRecord) GetType() string {
-	if x != nil {
-		return x.Type
-	}
-	return ""
-}
-
-func (x *EventRecord) GetSubject() string {
-	if x != nil {
-		return x.Subject
-	}
-	return ""
-}
-
-func (x *EventRecord) GetTime() int64 {
-	if x != nil {
-		return x.Time
-	}
-	return 0
-}
-
-func (x *EventRecord) GetDataContentType() string {
-	if x != nil {
-		return x.DataContentType
-	}
-	return ""
-}
-
-func (x *EventRecord) GetDataSchema() string {
-	if x != nil {
-		return x.DataSchema
-	}
-	return ""
-}
-
-func (x *EventRecord) GetAttributes() map[string]string {
-	if x != nil {
-		return x.Attributes
-	}
-	return nil
-}
-
-func (x *EventRecord) GetPayload() []byte {
-	if x != nil {
-		return x.Payload
-	}
-	return nil
-}
-
-func (x *EventRecord) GetAcceptTime() int64 {
-	if x != nil {
-		return x.AcceptTime
-	}
-	return 0
-}
-
-func (x *EventRecord) GetDeliverTime() int64 {
-	if x != nil {
-		return x.DeliverTime
-	}
-	return 0
-}
-
-func (x *EventRecord) GetTtl() int64 {
-	if x != nil {
-		return x.Ttl
-	}
-	return 0
-}
-
-func (x *EventRecord) GetTargets() []*Target {
-	if x != nil {
-		return x.Targets
-	}
-	return nil
-}
-
-func (x *EventRecord) GetContentHash() []byte {
-	if x != nil {
-		return x.ContentHash
-	}
-	return nil
-}
-
-// Target is a subscription as it was when the event was accepted.
-type Target struct {
-	state protoimpl.MessageState `protogen:"open.v1"`
-	// Last segment of the name.
-	Subscription string `protobuf:"bytes,1,opt,name=subscription,proto3" json:"subscription,omitempty"`
-	// 16 bytes.
-	Uid           []byte `protobuf:"bytes,2,opt,name=uid,proto3" json:"uid,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
-}
-
-func (x *Target) Reset() {
-	*x = Target{}
-	mi := &file_grapnel_store_v1_store_proto_msgTypes[1]
-	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-	ms.StoreMessageInfo(mi)
-}
-
-func (x *Target) String() string {
-	return protoimpl.X.MessageStringOf(x)
-}
-
-func (*Target) ProtoMessage() {}
-
-func (x *Target) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_store_v1_store_proto_msgTypes[1]
-	if x != nil {
-		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-		if ms.LoadMessageInfo() == nil {
-			ms.StoreMessageInfo(mi)
-		}
-		return ms
-	}
-	return mi.MessageOf(x)
-}
-
-// Deprecated: Use Target.ProtoReflect.Descriptor instead.
-func (*Target) Descriptor() ([]byte, []int) {
-	return file_grapnel_store_v1_store_proto_rawDescGZIP(), []int{1}
-}
-
-func (x *Target) GetSubscription() string {
-	if x != nil {
-		return x.Subscription
-	}
-	return ""
-}
-
-func (x *Target) GetUid() []byte {
-	if x != nil {
-		return x.Uid
-	}
-	return nil
-}
-
-// IdempotencyRecord leads from an event ID to the event.
-type IdempotencyRecord struct {
-	state protoimpl.MessageState `protogen:"open.v1"`
-	// Sequence of the event in its partition.
-	Seq uint64 `protobuf:"varint,1,opt,name=seq,proto3" json:"seq,omitempty"`
-	// As in EventRecord.
-	ContentHash []byte `protobuf:"bytes,2,opt,name=content_hash,json=contentHash,proto3" json:"content_hash,omitempty"`
-	// Subscriptions it was queued for or skipped by.
-	Targets       uint32 `protobuf:"varint,3,opt,name=targets,proto3" json:"targets,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
-}
-
-func (x *IdempotencyRecord) Reset() {
-	*x = IdempotencyRecord{}
-	mi := &file_grapnel_store_v1_store_proto_msgTypes[2]
-	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-	ms.StoreMessageInfo(mi)
-}
-
-func (x *IdempotencyRecord) String() string {
-	return protoimpl.X.MessageStringOf(x)
-}
-
-func (*IdempotencyRecord) ProtoMessage() {}
-
-func (x *IdempotencyRecord) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_store_v1_store_proto_msgTypes[2]
-	if x != nil {
-		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-		if ms.LoadMessageInfo() == nil {
-			ms.StoreMessageInfo(mi)
-		}
-		return ms
-	}
-	return mi.MessageOf(x)
-}
-
-// Deprecated: Use IdempotencyRecord.ProtoReflect.Descriptor instead.
-func (*IdempotencyRecord) Descriptor() ([]byte, []int) {
-	return file_grapnel_store_v1_store_proto_rawDescGZIP(), []int{2}
-}
-
-func (x *IdempotencyRecord) GetSeq() uint64 {
-	if x != nil {
-		return x.Seq
-	}
-	return 0
-}
-
-func (x *IdempotencyRecord) GetContentHash() []byte {
-	if x != nil {
-		return x.ContentHash
-	}
-	return nil
-}
-
-func (x *IdempotencyRecord) GetTargets() uint32 {
-	if x != nil {
-		return x.Targets
-	}
-	return 0
-}
-
-// DeliveryRecord is where a delivery stands.
-type DeliveryRecord struct {
-	state protoimpl.MessageState `protogen:"open.v1"`
-	// Number of grapnel.v1.Delivery.State.
-	State uint32 `protobuf:"varint,1,opt,name=state,proto3" json:"state,omitempty"`
-	// Index into EventRecord.targets.
-	Ordinal uint32 `protobuf:"varint,2,opt,name=ordinal,proto3" json:"ordinal,omitempty"`
-	// Subscription's uid, 16 bytes: a new subscription does not inherit an old one's queue.
-	SubscriptionUid []byte `protobuf:"bytes,3,opt,name=subscription_uid,json=subscriptionUid,proto3" json:"subscription_uid,omitempty"`
-	// Attempts allowed in all.
-	MaxAttempts uint32 `protobuf:"varint,4,opt,name=max_attempts,json=maxAttempts,proto3" json:"max_attempts,omitempty"`
-	// No attempt starts after this, unix nanoseconds.
-	ExpireTime int64 `protobuf:"varint,5,opt,name=expire_time,json=expireTime,proto3" json:"expire_time,omitempty"`
-	// Attempts that have ended.
-	AttemptCount uint32 `protobuf:"varint,6,opt,name=attempt_count,json=attemptCount,proto3" json:"attempt_count,omitempty"`
-	// While SCHEDULED, unix nanoseconds: part of its timer's key.
-	NextAttemptTime int64 `protobuf:"varint,7,opt,name=next_attempt_time,json=nextAttemptTime,proto3" json:"next_attempt_time,omitempty"`
-	// The latest attempt that ended.
-	LastAttempt *AttemptRecord `protobuf:"bytes,8,opt,name=last_attempt,json=lastAttempt,proto3" json:"last_attempt,omitempty"`
-	// When it became final, unix nanoseconds.
-	CompleteTime int64 `protobuf:"varint,9,opt,name=complete_time,json=completeTime,proto3" json:"complete_time,omitempty"`
-	// Why it is final, where last_attempt does not show it.
-	StateReason string `protobuf:"bytes,10,opt,name=state_reason,json=stateReason,proto3" json:"state_reason,omitempty"`
-	// Attempts that were in flight when a plugin died.
-	IndeterminateCount uint32 `protobuf:"varint,11,opt,name=indeterminate_count,json=indeterminateCount,proto3" json:"indeterminate_count,omitempty"`
-	// The next attempt was asked for by a caller.
-	Manual bool `protobuf:"varint,12,opt,name=manual,proto3" json:"manual,omitempty"`
-	// Plugin crashes since the last attempt that ended otherwise: how closely it is watched.
-	Suspicion     uint32 `protobuf:"varint,13,opt,name=suspicion,proto3" json:"suspicion,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
-}
-
-func (x *DeliveryRecord) Reset() {
-	*x = DeliveryRecord{}
-	mi := &file_grapnel_store_v1_store_proto_msgTypes[3]
-	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-	ms.StoreMessageInfo(mi)
-}
-
-func (x *DeliveryRecord) String() string {
-	return protoimpl.X.MessageStringOf(x)
-}
-
-func (*DeliveryRecord) ProtoMessage() {}
-
-func (x *DeliveryRecord) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_store_v1_store_proto_msgTypes[3]
-	if x != nil {
-		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-		if ms.LoadMessageInfo() == nil {
-			ms.StoreMessageInfo(mi)
-		}
-		return ms
-	}
-	return mi.MessageOf(x)
-}
-
-// Deprecated: Use DeliveryRecord.ProtoReflect.Descriptor instead.
-func (*DeliveryRecord) Descriptor() ([]byte, []int) {
-	return file_grapnel_store_v1_store_proto_rawDescGZIP(), []int{3}
-}
-
-func (x *DeliveryRecord) GetState() uint32 {
-	if x != nil {
-		return x.State
-	}
-	return 0
-}
-
-func (x *DeliveryRecord) GetOrdinal() uint32 {
-	if x != nil {
-		return x.Ordinal
-	}
-	return 0
-}
-
-func (x *DeliveryRecord) GetSubscriptionUid() []byte {
-	if x != nil {
-		return x.SubscriptionUid
-	}
-	return nil
-}
-
-func (x *DeliveryRecord) GetMaxAttempts() uint32 {
-	if x != nil {
-		return x.MaxAttempts
-	}
-	return 0
-}
-
-func (x *DeliveryRecord) GetExpireTime() int64 {
-	if x != nil {
-		return x.ExpireTime
-	}
-	return 0
-}
-
-func (x *DeliveryRecord) GetAttemptCount() uint32 {
-	if x != nil {
-		return x.AttemptCount
-	}
-	return 0
-}
-
-func (x *DeliveryRecord) GetNextAttemptTime() int64 {
-	if x != nil {
-		return x.NextAttemptTime
-	}
-	return 0
-}
-
-func (x *DeliveryRecord) GetLastAttempt() *AttemptRecord {
-	if x != nil {
-		return x.LastAttempt
-	}
-	return nil
-}
-
-func (x *DeliveryRecord) GetCompleteTime() int64 {
-	if x != nil {
-		return x.CompleteTime
-	}
-	return 0
-}
-
-func (x *DeliveryRecord) GetStateReason() string {
-	if x != nil {
-		return x.StateReason
-	}
-	return ""
-}
-
-func (x *DeliveryRecord) GetIndeterminateCount() uint32 {
-	if x != nil {
-		return x.IndeterminateCount
-	}
-	return 0
-}
-
-func (x *DeliveryRecord) GetManual() bool {
-	if x != nil {
-		return x.Manual
-	}
-	return false
-}
-
-func (x *DeliveryRecord) GetSuspicion() uint32 {
-	if x != nil {
-		return x.Suspicion
-	}
-	return 0
-}
-
-// AttemptRecord is one attempt that ended.
-type AttemptRecord struct {
-	state protoimpl.MessageState `protogen:"open.v1"`
-	// 1 for the first.
-	Number uint32 `protobuf:"varint,1,opt,name=number,proto3" json:"number,omitempty"`
-	// Unix nanoseconds.
-	StartTime int64 `protobuf:"varint,2,opt,name=start_time,json=startTime,proto3" json:"start_time,omitempty"`
-	// Nanoseconds.
-	Duration int64 `protobuf:"varint,3,opt,name=duration,proto3" json:"duration,omitempty"`
-	// Number of grapnel.v1.Attempt.Outcome.
-	Outcome uint32 `protobuf:"varint,4,opt,name=outcome,proto3" json:"outcome,omitempty"`
-	// Protocol status.
-	ResponseCode uint32 `protobuf:"varint,5,opt,name=response_code,json=responseCode,proto3" json:"response_code,omitempty"`
-	// For people.
-	Error string `protobuf:"bytes,6,opt,name=error,proto3" json:"error,omitempty"`
-	// Nanoseconds asked for by the target.
-	RetryAfter int64 `protobuf:"varint,7,opt,name=retry_after,json=retryAfter,proto3" json:"retry_after,omitempty"`
-	// host:port.
-	Peer string `protobuf:"bytes,8,opt,name=peer,proto3" json:"peer,omitempty"`
-	// Asked for by a caller.
-	Manual bool `protobuf:"varint,9,opt,name=manual,proto3" json:"manual,omitempty"`
-	// Start of the response body.
-	ResponseBody []byte `protobuf:"bytes,10,opt,name=response_body,json=responseBody,proto3" json:"response_body,omitempty"`
-	// Response headers.
-	ResponseHeaders []*Header `protobuf:"bytes,11,rep,name=response_headers,json=responseHeaders,proto3" json:"response_headers,omitempty"`
-	// Request headers.
-	RequestHeaders []*Header `protobuf:"bytes,12,rep,name=request_headers,json=requestHeaders,proto3" json:"request_headers,omitempty"`
-	unknownFields  protoimpl.UnknownFields
-	sizeCache      protoimpl.SizeCache
-}
-
-func (x *AttemptRecord) Reset() {
-	*x = AttemptRecord{}
-	mi := &file_grapnel_store_v1_store_proto_msgTypes[4]
-	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-	ms.StoreMessageInfo(mi)
-}
-
-func (x *AttemptRecord) String() string {
-	return protoimpl.X.MessageStringOf(x)
-}
-
-func (*AttemptRecord) ProtoMessage() {}
-
-func (x *AttemptRecord) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_store_v1_store_proto_msgTypes[4]
-	if x != nil {
-		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-		if ms.LoadMessageInfo() == nil {
-			ms.StoreMessageInfo(mi)
-		}
-		return ms
-	}
-	return mi.MessageOf(x)
-}
-
-// Deprecated: Use AttemptRecord.ProtoReflect.Descriptor instead.
-func (*AttemptRecord) Descriptor() ([]byte, []int) {
-	return file_grapnel_store_v1_store_proto_rawDescGZIP(), []int{4}
-}
-
-func (x *AttemptRecord) GetNumber() uint32 {
-	if x != nil {
-		return x.Number
-	}
-	return 0
-}
-
-func (x *AttemptRecord) GetStartTime() int64 {
-	if x != nil {
-		return x.StartTime
-	}
-	return 0
-}
-
-func (x *AttemptRecord) GetDuration() int64 {
-	if x != nil {
-		return x.Duration
-	}
-	return 0
-}
-
-func (x *AttemptRecord) GetOutcome() uint32 {
-	if x != nil {
-		return x.Outcome
-	}
-	return 0
-}
-
-func (x *AttemptRecord) GetResponseCode() uint32 {
-	if x != nil {
-		return x.ResponseCode
-	}
-	return 0
-}
-
-func (x *AttemptRecord) GetError() string {
-	if x != nil {
-		return x.Error
-	}
-	return ""
-}
-
-func (x *AttemptRecord) GetRetryAfter() int64 {
-	if x != nil {
-		return x.RetryAfter
-	}
-	return 0
-}
-
-func (x *AttemptRecord) GetPeer() string {
-	if x != nil {
-		return x.Peer
-	}
-	return ""
-}
-
-func (x *AttemptRecord) GetManual() bool {
-	if x != nil {
-		return x.Manual
-	}
-	return false
-}
-
-func (x *AttemptRecord) GetResponseBody() []byte {
-	if x != nil {
-		return x.ResponseBody
-	}
-	return nil
-}
-
-func (x *AttemptRecord) GetResponseHeaders() []*Header {
-	if x != nil {
-		return x.ResponseHeaders
-	}
-	return nil
-}
-
-func (x *AttemptRecord) GetRequestHeaders() []*Header {
-	if x != nil {
-		return x.RequestHeaders
-	}
-	return nil
-}
-
-// Header is one header field.
-type Header struct {
-	state protoimpl.MessageState `protogen:"open.v1"`
-	// Lower case.
-	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
-	// Value.
-	Value         string `protobuf:"bytes,2,opt,name=value,proto3" json:"value,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
-}
-
-func (x *Header) Reset() {
-	*x = Header{}
-	mi := &file_grapnel_store_v1_store_proto_msgTypes[5]
-	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-	ms.StoreMessageInfo(mi)
-}
-
-func (x *Header) String() string {
-	return protoimpl.X.MessageStringOf(x)
-}
-
-func (*Header) ProtoMessage() {}
-
-func (x *Header) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_store_v1_store_proto_msgTypes[5]
-	if x != nil {
-		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-		if ms.LoadMessageInfo() == nil {
-			ms.StoreMessageInfo(mi)
-		}
-		return ms
-	}
-	return mi.MessageOf(x)
-}
-
-// Deprecated: Use Header.ProtoReflect.Descriptor instead.
-func (*Header) Descriptor() ([]byte, []int) {
-	return file_grapnel_store_v1_store_proto_rawDescGZIP(), []int{5}
-}
-
-func (x *Header) GetName() string {
-	if x != nil {
-		return x.Name
-	}
-	return ""
-}
-
-func (x *Header) GetValue() string {
-	if x != nil {
-		return x.Value
-	}
-	return ""
-}
-
-// LaneRecord is what must survive a restart about one subscription's queue in one partition.
-type LaneRecord struct {
-	state protoimpl.MessageState `protogen:"open.v1"`
-	// No delivery below this sequence is PENDING.
-	LowWater      uint64 `protobuf:"varint,1,opt,name=low_water,json=lowWater,proto3" json:"low_water,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
-}
-
-func (x *LaneRecord) Reset() {
-	*x = LaneRecord{}
-	mi := &file_grapnel_store_v1_store_proto_msgTypes[6]
-	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-	ms.StoreMessageInfo(mi)
-}
-
-func (x *LaneRecord) String() string {
-	return protoimpl.X.MessageStringOf(x)
-}
-
-func (*LaneRecord) ProtoMessage() {}
-
-func (x *LaneRecord) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_store_v1_store_proto_msgTypes[6]
-	if x != nil {
-		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-		if ms.LoadMessageInfo() == nil {
-			ms.StoreMessageInfo(mi)
-		}
-		return ms
-	}
-	return mi.MessageOf(x)
-}
-
-// Deprecated: Use LaneRecord.ProtoReflect.Descriptor instead.
-func (*LaneRecord) Descriptor() ([]byte, []int) {
-	return file_grapnel_store_v1_store_proto_rawDescGZIP(), []int{6}
-}
-
-func (x *LaneRecord) GetLowWater() uint64 {
-	if x != nil {
-		return x.LowWater
-	}
-	return 0
-}
-
-// PartitionRecord is what must survive a restart about one partition.
-type PartitionRecord struct {
-	state protoimpl.MessageState `protogen:"open.v1"`
-	// No event has a higher sequence than this or than those that are stored: written before the newest
-	// events of a namespace are erased, so that a sequence is never given twice.
-	LastSeq       uint64 `protobuf:"varint,1,opt,name=last_seq,json=lastSeq,proto3" json:"last_seq,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
-}
-
-func (x *PartitionRecord) Reset() {
-	*x = PartitionRecord{}
-	mi := &file_grapnel_store_v1_store_proto_msgTypes[7]
-	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-	ms.StoreMessageInfo(mi)
-}
-
-func (x *PartitionRecord) String() string {
-	return protoimpl.X.MessageStringOf(x)
-}
-
-func (*PartitionRecord) ProtoMessage() {}
-
-func (x *PartitionRecord) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_store_v1_store_proto_msgTypes[7]
-	if x != nil {
-		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-		if ms.LoadMessageInfo() == nil {
-			ms.StoreMessageInfo(mi)
-		}
-		return ms
-	}
-	return mi.MessageOf(x)
-}
-
-// Deprecated: Use PartitionRecord.ProtoReflect.Descriptor instead.
-func (*PartitionRecord) Descriptor() ([]byte, []int) {
-	return file_grapnel_store_v1_store_proto_rawDescGZIP(), []int{7}
-}
-
-func (x *PartitionRecord) GetLastSeq() uint64 {
-	if x != nil {
-		return x.LastSeq
-	}
-	return 0
-}
-
-// MetaRecord describes a journal; written once, when it is made.
-type MetaRecord struct {
-	state protoimpl.MessageState `protogen:"open.v1"`
-	// Version of the key layout.
-	Format uint32 `protobuf:"varint,1,opt,name=format,proto3" json:"format,omitempty"`
-	// Number of partitions.
-	Partitions uint32 `protobuf:"varint,2,opt,name=partitions,proto3" json:"partitions,omitempty"`
-	// Random; part of every event uid, so that two installations never give the same webhook-id.
-	JournalId     []byte `protobuf:"bytes,3,opt,name=journal_id,json=journalId,proto3" json:"journal_id,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
-}
-
-func (x *MetaRecord) Reset() {
-	*x = MetaRecord{}
-	mi := &file_grapnel_store_v1_store_proto_msgTypes[8]
-	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-	ms.StoreMessageInfo(mi)
-}
-
-func (x *MetaRecord) String() string {
-	return protoimpl.X.MessageStringOf(x)
-}
-
-func (*MetaRecord) ProtoMessage() {}
-
-func (x *MetaRecord) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_store_v1_store_proto_msgTypes[8]
-	if x != nil {
-		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-		if ms.LoadMessageInfo() == nil {
-			ms.StoreMessageInfo(mi)
-		}
-		return ms
-	}
-	return mi.MessageOf(x)
-}
-
-// Deprecated: Use MetaRecord.ProtoReflect.Descriptor instead.
-func (*MetaRecord) Descriptor() ([]byte, []int) {
-	return file_grapnel_store_v1_store_proto_rawDescGZIP(), []int{8}
-}
-
-func (x *MetaRecord) GetFormat() uint32 {
-	if x != nil {
-		return x.Format
-	}
-	return 0
-}
-
-func (x *MetaRecord) GetPartitions() uint32 {
-	if x != nil {
-		return x.Partitions
-	}
-	return 0
-}
-
-func (x *MetaRecord) GetJournalId() []byte {
-	if x != nil {
-		return x.JournalId
-	}
-	return nil
+	return file_grapnel_store_v1_store_proto_rawDescGZIP(), []int{0, 0}
 }
 
 // TombstoneRecord says in etcd that a namespace or subscription was deleted, until everything it had has been
@@ -888,7 +95,7 @@ type TombstoneRecord struct {
 
 func (x *TombstoneRecord) Reset() {
 	*x = TombstoneRecord{}
-	mi := &file_grapnel_store_v1_store_proto_msgTypes[9]
+	mi := &file_grapnel_store_v1_store_proto_msgTypes[0]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -900,7 +107,7 @@ func (x *TombstoneRecord) String() string {
 func (*TombstoneRecord) ProtoMessage() {}
 
 func (x *TombstoneRecord) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_store_v1_store_proto_msgTypes[9]
+	mi := &file_grapnel_store_v1_store_proto_msgTypes[0]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -913,7 +120,7 @@ func (x *TombstoneRecord) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TombstoneRecord.ProtoReflect.Descriptor instead.
 func (*TombstoneRecord) Descriptor() ([]byte, []int) {
-	return file_grapnel_store_v1_store_proto_rawDescGZIP(), []int{9}
+	return file_grapnel_store_v1_store_proto_rawDescGZIP(), []int{0}
 }
 
 func (x *TombstoneRecord) GetKind() TombstoneRecord_Kind {
@@ -965,7 +172,7 @@ type SecretRecord struct {
 
 func (x *SecretRecord) Reset() {
 	*x = SecretRecord{}
-	mi := &file_grapnel_store_v1_store_proto_msgTypes[10]
+	mi := &file_grapnel_store_v1_store_proto_msgTypes[1]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -977,7 +184,7 @@ func (x *SecretRecord) String() string {
 func (*SecretRecord) ProtoMessage() {}
 
 func (x *SecretRecord) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_store_v1_store_proto_msgTypes[10]
+	mi := &file_grapnel_store_v1_store_proto_msgTypes[1]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -990,7 +197,7 @@ func (x *SecretRecord) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SecretRecord.ProtoReflect.Descriptor instead.
 func (*SecretRecord) Descriptor() ([]byte, []int) {
-	return file_grapnel_store_v1_store_proto_rawDescGZIP(), []int{10}
+	return file_grapnel_store_v1_store_proto_rawDescGZIP(), []int{1}
 }
 
 func (x *SecretRecord) GetName() string {
@@ -1064,7 +271,7 @@ type SecretVersionRecord struct {
 
 func (x *SecretVersionRecord) Reset() {
 	*x = SecretVersionRecord{}
-	mi := &file_grapnel_store_v1_store_proto_msgTypes[11]
+	mi := &file_grapnel_store_v1_store_proto_msgTypes[2]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1076,7 +283,7 @@ func (x *SecretVersionRecord) String() string {
 func (*SecretVersionRecord) ProtoMessage() {}
 
 func (x *SecretVersionRecord) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_store_v1_store_proto_msgTypes[11]
+	mi := &file_grapnel_store_v1_store_proto_msgTypes[2]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1089,7 +296,7 @@ func (x *SecretVersionRecord) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SecretVersionRecord.ProtoReflect.Descriptor instead.
 func (*SecretVersionRecord) Descriptor() ([]byte, []int) {
-	return file_grapnel_store_v1_store_proto_rawDescGZIP(), []int{11}
+	return file_grapnel_store_v1_store_proto_rawDescGZIP(), []int{2}
 }
 
 func (x *SecretVersionRecord) GetVersion() uint32 {
@@ -1166,85 +373,7 @@ var File_grapnel_store_v1_store_proto protoreflect.FileDescriptor
 
 const file_grapnel_store_v1_store_proto_rawDesc = "" +
 	"\n" +
-	"\x1cgrapnel/store/v1/store.proto\x12\x10grapnel.store.v1\"\x99\x04\n" +
-	"\vEventRecord\x12\x0e\n" +
-	"\x02id\x18\x01 \x01(\tR\x02id\x12\x16\n" +
-	"\x06source\x18\x02 \x01(\tR\x06source\x12\x12\n" +
-	"\x04type\x18\x03 \x01(\tR\x04type\x12\x18\n" +
-	"\asubject\x18\x04 \x01(\tR\asubject\x12\x12\n" +
-	"\x04time\x18\x05 \x01(\x03R\x04time\x12*\n" +
-	"\x11data_content_type\x18\x06 \x01(\tR\x0fdataContentType\x12\x1f\n" +
-	"\vdata_schema\x18\a \x01(\tR\n" +
-	"dataSchema\x12M\n" +
-	"\n" +
-	"attributes\x18\b \x03(\v2-.grapnel.store.v1.EventRecord.AttributesEntryR\n" +
-	"attributes\x12\x18\n" +
-	"\apayload\x18\t \x01(\fR\apayload\x12\x1f\n" +
-	"\vaccept_time\x18\n" +
-	" \x01(\x03R\n" +
-	"acceptTime\x12!\n" +
-	"\fdeliver_time\x18\v \x01(\x03R\vdeliverTime\x12\x10\n" +
-	"\x03ttl\x18\f \x01(\x03R\x03ttl\x122\n" +
-	"\atargets\x18\r \x03(\v2\x18.grapnel.store.v1.TargetR\atargets\x12!\n" +
-	"\fcontent_hash\x18\x0e \x01(\fR\vcontentHash\x1a=\n" +
-	"\x0fAttributesEntry\x12\x10\n" +
-	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\">\n" +
-	"\x06Target\x12\"\n" +
-	"\fsubscription\x18\x01 \x01(\tR\fsubscription\x12\x10\n" +
-	"\x03uid\x18\x02 \x01(\fR\x03uid\"b\n" +
-	"\x11IdempotencyRecord\x12\x10\n" +
-	"\x03seq\x18\x01 \x01(\x04R\x03seq\x12!\n" +
-	"\fcontent_hash\x18\x02 \x01(\fR\vcontentHash\x12\x18\n" +
-	"\atargets\x18\x03 \x01(\rR\atargets\"\xf3\x03\n" +
-	"\x0eDeliveryRecord\x12\x14\n" +
-	"\x05state\x18\x01 \x01(\rR\x05state\x12\x18\n" +
-	"\aordinal\x18\x02 \x01(\rR\aordinal\x12)\n" +
-	"\x10subscription_uid\x18\x03 \x01(\fR\x0fsubscriptionUid\x12!\n" +
-	"\fmax_attempts\x18\x04 \x01(\rR\vmaxAttempts\x12\x1f\n" +
-	"\vexpire_time\x18\x05 \x01(\x03R\n" +
-	"expireTime\x12#\n" +
-	"\rattempt_count\x18\x06 \x01(\rR\fattemptCount\x12*\n" +
-	"\x11next_attempt_time\x18\a \x01(\x03R\x0fnextAttemptTime\x12B\n" +
-	"\flast_attempt\x18\b \x01(\v2\x1f.grapnel.store.v1.AttemptRecordR\vlastAttempt\x12#\n" +
-	"\rcomplete_time\x18\t \x01(\x03R\fcompleteTime\x12!\n" +
-	"\fstate_reason\x18\n" +
-	" \x01(\tR\vstateReason\x12/\n" +
-	"\x13indeterminate_count\x18\v \x01(\rR\x12indeterminateCount\x12\x16\n" +
-	"\x06manual\x18\f \x01(\bR\x06manual\x12\x1c\n" +
-	"\tsuspicion\x18\r \x01(\rR\tsuspicion\"\xb1\x03\n" +
-	"\rAttemptRecord\x12\x16\n" +
-	"\x06number\x18\x01 \x01(\rR\x06number\x12\x1d\n" +
-	"\n" +
-	"start_time\x18\x02 \x01(\x03R\tstartTime\x12\x1a\n" +
-	"\bduration\x18\x03 \x01(\x03R\bduration\x12\x18\n" +
-	"\aoutcome\x18\x04 \x01(\rR\aoutcome\x12#\n" +
-	"\rresponse_code\x18\x05 \x01(\rR\fresponseCode\x12\x14\n" +
-	"\x05error\x18\x06 \x01(\tR\x05error\x12\x1f\n" +
-	"\vretry_after\x18\a \x01(\x03R\n" +
-	"retryAfter\x12\x12\n" +
-	"\x04peer\x18\b \x01(\tR\x04peer\x12\x16\n" +
-	"\x06manual\x18\t \x01(\bR\x06manual\x12#\n" +
-	"\rresponse_body\x18\n" +
-	" \x01(\fR\fresponseBody\x12C\n" +
-	"\x10response_headers\x18\v \x03(\v2\x18.grapnel.store.v1.HeaderR\x0fresponseHeaders\x12A\n" +
-	"\x0frequest_headers\x18\f \x03(\v2\x18.grapnel.store.v1.HeaderR\x0erequestHeaders\"2\n" +
-	"\x06Header\x12\x12\n" +
-	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value\")\n" +
-	"\n" +
-	"LaneRecord\x12\x1b\n" +
-	"\tlow_water\x18\x01 \x01(\x04R\blowWater\",\n" +
-	"\x0fPartitionRecord\x12\x19\n" +
-	"\blast_seq\x18\x01 \x01(\x04R\alastSeq\"c\n" +
-	"\n" +
-	"MetaRecord\x12\x16\n" +
-	"\x06format\x18\x01 \x01(\rR\x06format\x12\x1e\n" +
-	"\n" +
-	"partitions\x18\x02 \x01(\rR\n" +
-	"partitions\x12\x1d\n" +
-	"\n" +
-	"journal_id\x18\x03 \x01(\fR\tjournalId\"\xf0\x01\n" +
+	"\x1cgrapnel/store/v1/store.proto\x12\x10grapnel.store.v1\"\xf0\x01\n" +
 	"\x0fTombstoneRecord\x12:\n" +
 	"\x04kind\x18\x01 \x01(\x0e2&.grapnel.store.v1.TombstoneRecord.KindR\x04kind\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12#\n" +
@@ -1292,36 +421,21 @@ func file_grapnel_store_v1_store_proto_rawDescGZIP() []byte {
 }
 
 var file_grapnel_store_v1_store_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_grapnel_store_v1_store_proto_msgTypes = make([]protoimpl.MessageInfo, 13)
+var file_grapnel_store_v1_store_proto_msgTypes = make([]protoimpl.MessageInfo, 3)
 var file_grapnel_store_v1_store_proto_goTypes = []any{
 	(TombstoneRecord_Kind)(0),   // 0: grapnel.store.v1.TombstoneRecord.Kind
-	(*EventRecord)(nil),         // 1: grapnel.store.v1.EventRecord
-	(*Target)(nil),              // 2: grapnel.store.v1.Target
-	(*IdempotencyRecord)(nil),   // 3: grapnel.store.v1.IdempotencyRecord
-	(*DeliveryRecord)(nil),      // 4: grapnel.store.v1.DeliveryRecord
-	(*AttemptRecord)(nil),       // 5: grapnel.store.v1.AttemptRecord
-	(*Header)(nil),              // 6: grapnel.store.v1.Header
-	(*LaneRecord)(nil),          // 7: grapnel.store.v1.LaneRecord
-	(*PartitionRecord)(nil),     // 8: grapnel.store.v1.PartitionRecord
-	(*MetaRecord)(nil),          // 9: grapnel.store.v1.MetaRecord
-	(*TombstoneRecord)(nil),     // 10: grapnel.store.v1.TombstoneRecord
-	(*SecretRecord)(nil),        // 11: grapnel.store.v1.SecretRecord
-	(*SecretVersionRecord)(nil), // 12: grapnel.store.v1.SecretVersionRecord
-	nil,                         // 13: grapnel.store.v1.EventRecord.AttributesEntry
+	(*TombstoneRecord)(nil),     // 1: grapnel.store.v1.TombstoneRecord
+	(*SecretRecord)(nil),        // 2: grapnel.store.v1.SecretRecord
+	(*SecretVersionRecord)(nil), // 3: grapnel.store.v1.SecretVersionRecord
 }
 var file_grapnel_store_v1_store_proto_depIdxs = []int32{
-	13, // 0: grapnel.store.v1.EventRecord.attributes:type_name -> grapnel.store.v1.EventRecord.AttributesEntry
-	2,  // 1: grapnel.store.v1.EventRecord.targets:type_name -> grapnel.store.v1.Target
-	5,  // 2: grapnel.store.v1.DeliveryRecord.last_attempt:type_name -> grapnel.store.v1.AttemptRecord
-	6,  // 3: grapnel.store.v1.AttemptRecord.response_headers:type_name -> grapnel.store.v1.Header
-	6,  // 4: grapnel.store.v1.AttemptRecord.request_headers:type_name -> grapnel.store.v1.Header
-	0,  // 5: grapnel.store.v1.TombstoneRecord.kind:type_name -> grapnel.store.v1.TombstoneRecord.Kind
-	12, // 6: grapnel.store.v1.SecretRecord.versions:type_name -> grapnel.store.v1.SecretVersionRecord
-	7,  // [7:7] is the sub-list for method output_type
-	7,  // [7:7] is the sub-list for method input_type
-	7,  // [7:7] is the sub-list for extension type_name
-	7,  // [7:7] is the sub-list for extension extendee
-	0,  // [0:7] is the sub-list for field type_name
+	0, // 0: grapnel.store.v1.TombstoneRecord.kind:type_name -> grapnel.store.v1.TombstoneRecord.Kind
+	3, // 1: grapnel.store.v1.SecretRecord.versions:type_name -> grapnel.store.v1.SecretVersionRecord
+	2, // [2:2] is the sub-list for method output_type
+	2, // [2:2] is the sub-list for method input_type
+	2, // [2:2] is the sub-list for extension type_name
+	2, // [2:2] is the sub-list for extension extendee
+	0, // [0:2] is the sub-list for field type_name
 }
 
 func init() { file_grapnel_store_v1_store_proto_init() }
@@ -1335,7 +449,7 @@ func file_grapnel_store_v1_store_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_grapnel_store_v1_store_proto_rawDesc), len(file_grapnel_store_v1_store_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   13,
+			NumMessages:   3,
 			NumExtensions: 0,
 			NumServices:   0,
 		},
