@@ -31,7 +31,7 @@ var allowed = map[string][]string{
 	"plugins/oauth2":               {"sdk/plugin", "sdk/keys", "plugins/jose"},
 	"server/keyspace":              {},
 	"server/keyspace/keyspacetest": {},
-	"server/delivery":              {"proto/...", "server/delivery/highwater"},
+	"server/delivery":              {"proto/...", "server/delivery/highwater", "server/delivery/salvage"},
 	"server/delivery/highwater":    {},
 	"server/delivery/salvage":      {},
 	"server/subscription":          {"proto/...", "server/keyspace"},

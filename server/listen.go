@@ -66,6 +66,28 @@ func (s *Server) serveAPI(parts *errgroup.Group) (*grpc.Server, func(), error) {
 	}, nil
 }
 
+// serveSweep sweeps now, and answers when it has. With keep=DURATION, which stands in for every namespace's retention
+// this once, it erases history: it is for trials, and needs Options.DebugSweep.
+func (s *Server) serveSweep(w http.ResponseWriter, r *http.Request) {
+	if !s.options.DebugSweep {
+		http.Error(w, "needs --debug-sweep", http.StatusMethodNotAllowed)
+		return
+	}
+	var keep time.Duration
+	if text := r.FormValue("keep"); text != "" {
+		var err error
+		if keep, err = time.ParseDuration(text); err != nil || keep <= 0 {
+			http.Error(w, fmt.Sprintf("keep: %q is no duration above zero, such as 90s", text), http.StatusBadRequest)
+			return
+		}
+	}
+	if err := s.sweepOnce(r.Context(), keep); err != nil {
+		http.Error(w, err.Error(), http.StatusInternalServerError)
+		return
+	}
+	w.WriteHeader(http.StatusNoContent)
+}
+
 // adminHandler serves what only the administrator of this machine may see.
 func (s *Server) adminHandler() http.Handler {
 	mux := http.NewServeMux()
@@ -75,6 +97,7 @@ func (s *Server) adminHandler() http.Handler {
 	})
 	mux.HandleFunc("GET /readyz", s.serveReady)
 	mux.HandleFunc("GET /namespaces/{namespace}/jwks.json", s.serveJWKS)
+	mux.HandleFunc("POST /debug/sweep", s.serveSweep)
 	mux.HandleFunc("/debug/pprof/", pprof.Index)
 	mux.HandleFunc("/debug/pprof/cmdline", pprof.Cmdline)
 	mux.HandleFunc("/debug/pprof/profile", pprof.Profile)

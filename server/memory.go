@@ -46,6 +46,16 @@ func planMemory(total int64) memoryPlan {
 	return p
 }
 
+// withFiles has no more attempts in flight than there may be sockets: an attempt that finds none would be a failure. Some
+// are for everything else.
+func (p memoryPlan) withFiles(most uint64) memoryPlan {
+	const others, least = 256, 16
+	if most > 0 && most < uint64(p.slots)+others {
+		p.slots = max(least, int(most)-others)
+	}
+	return p
+}
+
 func bounded(n, least, most int64) int64 { return min(max(n, least), most) }
 
 // apply sets this process's soft limit, unless its environment has one.

@@ -57,3 +57,12 @@ func TestMemoryPlanFits(t *testing.T) {
 		t.Errorf("of an unknown amount: %+v", p)
 	}
 }
+
+// TestSlotsFitOpenFiles: an attempt without a socket would be charged to the delivery.
+func TestSlotsFitOpenFiles(t *testing.T) {
+	for files, want := range map[uint64]int{0: 4096, 1 << 20: 4096, 4096 + 256: 4096, 1024: 768, 256: 16, 64: 16} {
+		if got := planMemory(0).withFiles(files).slots; got != want {
+			t.Errorf("with %d files: %d slots, want %d", files, got, want)
+		}
+	}
+}

@@ -38,6 +38,8 @@ type Options struct {
 	// WindowBytes bounds the deliveries that wait in memory, Slots the attempts in flight; defaults by MemoryBytes.
 	WindowBytes int64
 	Slots       int
+	// DebugSweep has the admin listener take POST /debug/sweep?keep=DURATION, which erases history: for trials.
+	DebugSweep bool
 	// AcceptLoss starts a journal that holds less than was acknowledged; the loss is told.
 	AcceptLoss bool
 	// PluginDir holds third-party plugins: those of its plugins.lock, or without one every executable file in

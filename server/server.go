@@ -167,7 +167,13 @@ func (s *Server) planMemory() {
 	}
 	s.memory = planMemory(total)
 	s.memory.window = cmp.Or(o.WindowBytes, s.memory.window)
-	s.memory.slots = cmp.Or(o.Slots, s.memory.slots)
+	wanted := cmp.Or(o.Slots, s.memory.slots)
+	s.memory.slots = wanted
+	s.memory = s.memory.withFiles(mostFiles())
+	if s.memory.slots < wanted {
+		s.log.Warn("fewer attempts in flight than could be: the limit of open files (ulimit -n) is low",
+			"slots", s.memory.slots, "wanted", wanted, "open_files", mostFiles())
+	}
 	s.memory.apply()
 	s.log.Info("memory", "bytes", total, "heap_bytes", s.memory.heap, "plugin_bytes", s.memory.plugin,
 		"window_bytes", s.memory.window, "slots", s.memory.slots)
@@ -194,7 +200,10 @@ func (s *Server) openStores(ctx context.Context, closers *stack) (err error) {
 	}
 	closers.push(s.etcd.close)
 	s.etcd.watchRoom(s.metrics)
-	return wait(ctx, s.log, "etcd to say whose it is", s.checkStores)
+	if err := wait(ctx, s.log, "etcd to say whose it is", s.checkStores); err != nil {
+		return err
+	}
+	return s.checkMarks(ctx)
 }
 
 // checkStores refuses strangers.
@@ -221,6 +230,11 @@ func (s *Server) openJournal() (err error) {
 		CacheBytes: s.memory.cache, MemTableBytes: s.memory.memTable, Logger: s.options.Logger,
 	}
 	highWater := dir + ".highwater"
+	if s.options.AdoptStores { // another journal's notes say nothing about this one
+		if err := os.Remove(highWater); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+	}
 	if !journalMade(s.options) {
 		if err := makeJournal(options); err != nil {
 			return err
@@ -228,6 +242,9 @@ func (s *Server) openJournal() (err error) {
 	}
 	options.Registerer, options.HighWater, options.AcceptLoss = s.metrics, highWater, s.options.AcceptLoss
 	s.journal, err = delivery.Open(options)
+	if errors.Is(err, delivery.ErrStranger) {
+		err = fmt.Errorf("%w: expected the journal that %s is about: %w; %s", errStranger, highWater, err, meant)
+	}
 	return err
 }
 
@@ -326,6 +343,7 @@ func (s *Server) serve(ctx context.Context) error {
 	stores(s.secrets.Run, base, "secrets")
 	stores(s.registry.Run, base, "subscriptions")
 	stores(s.sweep, base, "sweep")
+	stores(s.keepMarks, base, "notes of what was acknowledged")
 	stores(func(ctx context.Context) error { return s.etcd.keepRoom(ctx, s.space.Free) }, base, "room in etcd")
 	hostEnded := make(chan struct{})
 	parts.Go(func() error {

@@ -2,6 +2,8 @@ package server
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"time"
 
 	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
@@ -27,22 +29,29 @@ func (s *Server) sweep(ctx context.Context) error {
 			return nil
 		case <-tick.C:
 		}
-		snapshot := s.registry.Snapshot()
-		if err := s.journal.Retain(ctx, retention(snapshot)); err != nil && ctx.Err() == nil {
-			s.log.Error("history past its retention could not be dropped", "err", err)
-		}
-		for n := range snapshot.Namespaces("") {
-			if n.Proto.GetState() != grapnelv1.Namespace_STATE_DELETED || n.Proto.GetPurgeTime().AsTime().After(time.Now()) {
-				continue
-			}
-			if err := s.purge(ctx, n); err != nil && ctx.Err() == nil {
-				s.log.Error("namespace could not be erased", "namespace", n.ID, "err", err)
-			}
-		}
-		if err := s.forget(ctx, snapshot); err != nil && ctx.Err() == nil {
-			s.log.Error("deletions that have been worked off could not be forgotten", "err", err)
+		if err := s.sweepOnce(ctx, 0); err != nil && ctx.Err() == nil {
+			s.log.Error("what has outlived its time could not all be erased", "err", err)
 		}
 	}
+}
+
+// sweepOnce is one turn. A keep above zero stands in for the retention of every namespace.
+func (s *Server) sweepOnce(ctx context.Context, keep time.Duration) error {
+	snapshot := s.registry.Snapshot()
+	kept := retention(snapshot)
+	if keep > 0 {
+		kept = delivery.Retention{Shortest: keep, Of: func(delivery.NamespaceKey) time.Duration { return keep }}
+	}
+	errs := []error{s.journal.Retain(ctx, kept)}
+	for n := range snapshot.Namespaces("") {
+		if n.Proto.GetState() != grapnelv1.Namespace_STATE_DELETED || n.Proto.GetPurgeTime().AsTime().After(time.Now()) {
+			continue
+		}
+		if err := s.purge(ctx, n); err != nil {
+			errs = append(errs, fmt.Errorf("erase namespace %s: %w", n.ID, err))
+		}
+	}
+	return errors.Join(append(errs, s.forget(ctx, snapshot))...)
 }
 
 // forget removes the tombstones of which the journal has nothing open any more.

@@ -11,6 +11,7 @@ import (
 	"math/rand/v2"
 	"net/http/httptest"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -289,6 +290,9 @@ func (o *flipOrigin) try(t *testing.T, bin string, seed uint64, count tally) {
 			t.Errorf("%s: %s:\n%s", what, bad, end(err.Error(), 1500))
 		}
 		count.add(f.place, outcome)
+		if outcome == "refused" && strings.Contains(err.Error(), "grapnel journal salvage") {
+			o.rescue(t, bin, dir, what)
+		}
 		return
 	}
 	defer p.kill()
@@ -310,6 +314,34 @@ func (o *flipOrigin) try(t *testing.T, bin string, seed uint64, count tally) {
 	}
 	for _, wrong := range o.rcv.faults(o.sent) {
 		t.Errorf("%s: the receiver got %s", what, wrong)
+	}
+}
+
+// rescue does what a refusal says: it salvages the journal, and starts on what is there. Nothing of it is altered.
+func (o *flipOrigin) rescue(t *testing.T, bin, dir, what string) {
+	t.Helper()
+	journal, salvaged := filepath.Join(dir, "journal"), filepath.Join(dir, "salvaged")
+	out, err := exec.Command(bin, "journal", "salvage", journal, salvaged).CombinedOutput()
+	if err == nil {
+		err = os.Rename(journal, journal+".damaged")
+	}
+	if err == nil {
+		err = os.Rename(salvaged, journal)
+	}
+	if err != nil {
+		t.Errorf("%s: salvage: %v\n%s", what, err, out)
+		return
+	}
+	p, err := startServer(t.Context(), bin, dir, "--accept-loss")
+	if err != nil {
+		t.Errorf("%s: the start on what was salvaged: %v\n%s", what, err, out)
+		return
+	}
+	defer p.kill()
+	a := o.audit(t, p)
+	t.Logf("%s: %d of %d acknowledged are back", what, len(o.acked)-a.missing-a.failed, len(o.acked))
+	if a.altered != "" || a.failed > 0 {
+		t.Errorf("%s: after salvage: altered %q, %d cannot be read: %s", what, a.altered, a.failed, a.example)
 	}
 }
 
@@ -373,7 +405,7 @@ var (
 	lossWords    = regexp.MustCompile(`(?i)level=(warn|error).*(missing|lost|damage|corrupt|checksum|accept-loss)`)
 )
 
-// poorRefusal says what a refused start lacks: it names the file, or its directory when the file is not there, and what to do.
+// poorRefusal says what a refused start lacks: it names the file, of etcd's at least their directory, and what to do.
 func poorRefusal(text string, f fault) string {
 	_, said, _ := strings.Cut(text, "\n") // the first line is startServer's
 	switch {
@@ -381,12 +413,18 @@ func poorRefusal(text string, f fault) string {
 		return "neither a start nor a refusal"
 	case strings.Contains(text, "fatal error:") || strings.Contains(text, "panic:"):
 		return "it crashed"
-	case !strings.Contains(said, filepath.Base(f.file)):
+	case !strings.Contains(said, filepath.Base(f.file)) && !(strings.HasPrefix(f.place, "etcd") && strings.Contains(said, lastDirs(f.file))):
 		return "the refusal does not name the file"
 	case !commandWords.MatchString(said):
 		return "the refusal names no command"
 	}
 	return ""
+}
+
+// lastDirs are the two last directories that a file is in, such as member/wal.
+func lastDirs(file string) string {
+	dir := filepath.Dir(file)
+	return filepath.Join(filepath.Base(filepath.Dir(dir)), filepath.Base(dir))
 }
 
 // told says whether the log tells of a loss.

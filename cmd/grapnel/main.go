@@ -4,7 +4,8 @@
 // Exit codes: 0 success; 1 the command did not do all it was asked for, such as some events of many
 // refused; 2 wrong usage: flags, arguments, environment or configuration file; 64 plus the gRPC code when
 // the server answered with an error (67 invalid argument, 69 not found, 70 exists, 74 conflicting change,
-// 78 unavailable), as grpcurl does.
+// 78 unavailable), as grpcurl does. grapnel server ends with 0 after an orderly stop, with 1 when it cannot start or go
+// on, and with 70 when a store can no longer write.
 package main
 
 import (

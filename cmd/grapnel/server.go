@@ -78,6 +78,8 @@ func (f *serverFlags) register(cmd *cobra.Command) {
 	flags.Var((*bytesValue)(&o.EtcdQuota), "etcd-quota", "`size` of the embedded etcd's file from which on new configuration is refused; 0 means 1GiB")
 	flags.BoolVar(&o.AdoptStores, "adopt-stores", false, "for one start: take journal and etcd for each other's although one of them is new or another's")
 	flags.IntVar(&o.Partitions, "partitions", 0, "partitions of a new journal, for good; 0 means 16, or what the journal has")
+	flags.BoolVar(&o.DebugSweep, "debug-sweep", false, "take POST /debug/sweep on the admin listener, which erases history: for trials")
+	must(flags.MarkHidden("debug-sweep"))
 	flags.BoolVar(&o.AcceptLoss, "accept-loss", false, "for one start: go on with a journal that holds less than was acknowledged")
 	flags.Var((*bytesValue)(&o.MemoryBytes), "memory", "`size` of the memory that server and plugins share; 0 means the control group's or the machine's")
 	flags.Var((*bytesValue)(&o.WindowBytes), "window-bytes", "`size` of the deliveries that wait in memory; 0 follows --memory, 64MiB at the most")

@@ -208,9 +208,39 @@ func (c *commit) publish(parts []appendPart) {
 			c.outcomes = append(c.outcomes, outcome{e.result, c.publishOne(&e.Publication, seen)})
 		}
 	}
+	// Records of a kind together: neighbours are much cheaper to insert than keys of different kinds in turn.
+	for i := range c.stored {
+		c.putEvent(c.stored[i].Event)
+	}
+	for i := range c.stored {
+		c.putTargets(&c.stored[i])
+	}
+	for i := range c.stored {
+		c.target(&c.stored[i])
+	}
 }
 
-// publishOne gives the event its sequence and adds its records to the batch, unless it is known.
+func (c *commit) putEvent(e *Event) {
+	p := c.p
+	p.key = appendEventKey(p.key[:0], p.number, dayOf(e.Seq), e.Namespace, e.Seq)
+	p.value = encodeEvent(p.value[:0], e)
+	c.set(p.key, p.value)
+	if cap(p.value) > 1<<20 {
+		p.value = nil // a large event's memory is not kept
+	}
+}
+
+func (c *commit) putTargets(pub *Publication) {
+	p, e := c.p, pub.Event
+	if len(pub.Targets) == 0 {
+		return
+	}
+	p.key = appendTargetsKey(p.key[:0], p.number, dayOf(e.Seq), e.Namespace, e.Seq)
+	p.value = encodeTargets(p.value[:0], pub.Targets)
+	c.set(p.key, p.value)
+}
+
+// publishOne gives the event its sequence, and is to store it unless it is known.
 func (c *commit) publishOne(pub *Publication, seen inRound) AppendResult {
 	p, e := c.p, pub.Event
 	id := identityOf(e.Source, e.ID)
@@ -243,26 +273,14 @@ func (c *commit) publishOne(pub *Publication, seen inRound) AppendResult {
 	p.key = appendIdentityKey(p.key[:0], p.number, today, e.Namespace, id)
 	p.value = encodeKnown(p.value[:0], &known{seq, InstantOf(c.at), e.ContentHash})
 	c.set(p.key, p.value)
-	p.key = appendEventKey(p.key[:0], p.number, today, e.Namespace, seq)
-	p.value = encodeEvent(p.value[:0], e)
-	c.set(p.key, p.value)
-	c.target(pub, today)
 	c.stored = append(c.stored, *pub)
-	if cap(p.value) > 1<<20 {
-		p.value = nil // a large event's memory is not kept
-	}
 	return AppendResult{Event: e}
 }
 
 // target adds the deliveries of an event.
-func (c *commit) target(pub *Publication, today dayKey) {
-	p, e := c.p, pub.Event
-	if len(pub.Targets) == 0 {
-		return
-	}
-	p.key = appendTargetsKey(p.key[:0], p.number, today, e.Namespace, e.Seq)
-	p.value = encodeTargets(p.value[:0], pub.Targets)
-	c.set(p.key, p.value)
+func (c *commit) target(pub *Publication) {
+	e := pub.Event
+	today := dayOf(e.Seq)
 	start, deferred := startOf(e)
 	row := Row{Kind: FIFO, Seq: e.Seq, Epoch: 1}
 	if deferred {

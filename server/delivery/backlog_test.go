@@ -61,8 +61,8 @@ func TestBacklogStaysOnDisk(t *testing.T) {
 		release(j, r.Jobs)
 		lanes++
 	}
-	if took := time.Since(start); lanes != j.Partitions() || took > 10*time.Second {
-		t.Errorf("%d lanes after %v", lanes, took)
+	if lanes != j.Partitions() {
+		t.Errorf("%d lanes", lanes)
 	}
 	t.Logf("open, with a first read of every lane, after %v, %s", time.Since(start), rss())
 	waitFor(t, j.Counted)

@@ -3,6 +3,7 @@ package delivery
 import (
 	"context"
 	"fmt"
+	"slices"
 	"sync"
 	"testing"
 	"time"
@@ -154,4 +155,142 @@ func share(writers int, events []Publication, size int, do func([]Publication)) 
 	}
 	close(parts)
 	wg.Wait()
+}
+
+// BenchmarkRead reports µs and bytes for each of 512 jobs that are read from disk, none of whose events is in memory.
+func BenchmarkRead(b *testing.B) {
+	for _, fan := range []int{1, 1000} {
+		b.Run(fmt.Sprintf("targets=%d", fan), func(b *testing.B) {
+			j := benchJournal(b, deaf{}, onePartition)
+			share(2, benchEvents(1024, 0, fan), max(500/fan, 1), func(part []Publication) { j.Append(context.Background(), part) })
+			b.ReportAllocs()
+			b.ResetTimer()
+			start, read := cpuTime(), 0
+			for range b.N {
+				r, err := j.Read(lane(1), 0, FIFO, Pos{Some: true}, 0, 512, 1<<30)
+				if err != nil || len(r.Jobs) != 512 {
+					b.Fatal(len(r.Jobs), err)
+				}
+				read += len(r.Jobs)
+				release(j, r.Jobs)
+			}
+			perOp(b, start, read)
+		})
+	}
+}
+
+// BenchmarkLanes finds 100 open lanes among many that have history, and counts open rows, before and after retention
+// has erased all of the history.
+func BenchmarkLanes(b *testing.B) {
+	const lanes = 20_000
+	c := newClock()
+	j := benchJournal(b, &keeper{}, func(o *Options) { o.now = c.now })
+	k := j.follower.(*keeper)
+	ctx := context.Background()
+	publish := func(subs []int) {
+		for part := range slices.Chunk(subs, 1000) {
+			for range 2 {
+				c.add(time.Millisecond)
+				if r := j.Append(ctx, []Publication{publication(c.now().String(), part...)})[0]; r.Err != nil {
+					b.Fatal(r.Err)
+				}
+			}
+		}
+	}
+	subs := make([]int, lanes)
+	for i := range subs {
+		subs[i] = i + 1
+	}
+	publish(subs)
+	for i := range k.jobs {
+		j.Settle(&k.jobs[i], Step{State: Succeeded}, attemptAt(1, OutcomeSucceeded, 200, c.now()), nil)
+	}
+	if err := j.Flush(ctx); err != nil {
+		b.Fatal(err)
+	}
+	c.add(100 * time.Hour)
+	publish(subs[:100])
+	look := func(b *testing.B) {
+		start := cpuTime()
+		for range b.N {
+			n := 0
+			for _, err := range j.Lanes() {
+				if err != nil {
+					b.Fatal(err)
+				}
+				n++
+			}
+			if n < 100 {
+				b.Fatal(n)
+			}
+		}
+		perOp(b, start, b.N)
+	}
+	b.Run("history", look)
+	sweep := func(b *testing.B) {
+		start := cpuTime()
+		if err := j.Retain(ctx, keepFor(72*time.Hour)); err != nil {
+			b.Fatal(err)
+		}
+		perOp(b, start, 1)
+	}
+	b.Run("sweep", sweep)
+	b.Run("swept", look)
+	if err := j.db.Flush(); err != nil {
+		b.Fatal(err)
+	}
+	b.Run("swept and flushed", look)
+	b.Run("idle sweep", sweep)
+	b.Run("read", func(b *testing.B) {
+		start := cpuTime()
+		for i := range b.N {
+			r, err := j.Read(lane(i%100+1), uint16(i%16), FIFO, Pos{Some: true}, 0, 100, 1<<20)
+			if err != nil {
+				b.Fatal(err)
+			}
+			release(j, r.Jobs)
+		}
+		perOp(b, start, b.N)
+	})
+}
+
+// BenchmarkCount counts what is open after a start.
+func BenchmarkCount(b *testing.B) {
+	j := benchJournal(b, deaf{})
+	share(2, benchEvents(500, 0, 1000), 1, func(part []Publication) { j.Append(context.Background(), part) })
+	if err := j.db.Flush(); err != nil {
+		b.Fatal(err)
+	}
+	b.ResetTimer()
+	start := cpuTime()
+	for range b.N {
+		for _, p := range j.partitions {
+			snapshot, _ := p.snapshot()
+			if err := p.countOpen(snapshot); err != nil {
+				b.Fatal(err)
+			}
+			_ = snapshot.Close()
+		}
+	}
+	perOp(b, start, b.N*500_000)
+}
+
+// BenchmarkDelivery reads a delivery by its id where there are many namespaces.
+func BenchmarkDelivery(b *testing.B) {
+	j := benchJournal(b, deaf{})
+	pubs := make([]Publication, 10_000)
+	for i := range pubs {
+		pubs[i] = publication("e", 1)
+		pubs[i].Event.Namespace = NamespaceKey(i + 1)
+	}
+	share(4, slices.Clone(pubs), 500, func(part []Publication) { j.Append(context.Background(), part) })
+	b.ResetTimer()
+	start := cpuTime()
+	for i := range b.N {
+		e := pubs[i%len(pubs)].Event
+		if _, err := j.Delivery(e.Namespace, idOf(e, 1)); err != nil {
+			b.Fatal(err)
+		}
+	}
+	perOp(b, start, b.N)
 }

@@ -6,7 +6,10 @@ import (
 	"io/fs"
 	"time"
 
+	"github.com/cockroachdb/pebble/v2/vfs"
+
 	"github.com/grapnel/grapnel/server/delivery/highwater"
+	"github.com/grapnel/grapnel/server/delivery/salvage"
 )
 
 // markEvery is how often what is known to be durable is made to outlive a power loss.
@@ -27,6 +30,34 @@ func (e *LossError) Error() string {
 
 // Unwrap returns the reason.
 func (e *LossError) Unwrap() error { return e.Reason }
+
+// guard has the files looked at before they are opened for writing, for then Pebble drops what it takes for the end of
+// its log, and deletes what its manifest does not name. A log that may have lost its end is compared with what is known
+// while it is only read.
+func (j *Journal) guard(o Options) (err error) {
+	if o.fs != vfs.Default || o.AcceptLoss {
+		return nil
+	}
+	doubt, err := salvage.Guard(o.Dir)
+	if err != nil || !doubt || o.HighWater == "" {
+		return err
+	}
+	known, err := highwater.Read(o.HighWater)
+	if err != nil {
+		return nil // openMarks says so
+	}
+	seen, err := openStopped(o.Dir, true)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, seen.db.Close()) }()
+	for _, p := range seen.partitions {
+		if err := p.load(); err != nil {
+			return err
+		}
+	}
+	return seen.Check(known, false)
+}
 
 // openMarks compares what was found with what is known to have been durable, and begins to take note of what
 // becomes so.
@@ -86,7 +117,7 @@ func (j *Journal) found() foundMarks {
 // unless that is accepted, and an error when the place remembers another journal. Call it before Start.
 func (j *Journal) Check(known highwater.State, acceptLoss bool) error {
 	if err := known.CheckJournal(j.ID()); err != nil {
-		return err
+		return fmt.Errorf("%w: %w", ErrStranger, err)
 	}
 	err := known.Compare(j.found())
 	if err == nil {

@@ -5,6 +5,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
+	"slices"
 	"time"
 
 	"github.com/cockroachdb/pebble/v2"
@@ -137,7 +139,8 @@ func (j *Journal) edit(ctx context.Context, lane LaneKey, id ID, change func(*co
 }
 
 // CancelLane cancels all open deliveries of a subscription and says how many there were. When it fails half way,
-// what has been cancelled stays so; call it again.
+// what has been cancelled stays so; call it again. Deliveries that cannot be read are passed over, and the error names
+// them.
 func (j *Journal) CancelLane(ctx context.Context, lane LaneKey, reason string) (int, error) {
 	leave, err := j.enter()
 	if err != nil {
@@ -145,23 +148,29 @@ func (j *Journal) CancelLane(ctx context.Context, lane LaneKey, reason string) (
 	}
 	defer leave()
 	total := 0
+	var unread []error
 	for _, p := range j.partitions {
-		for more := true; more; {
-			found, err := p.anyOpen(lane)
-			if err == nil && found {
-				var n int
-				n, more, err = p.cancelSome(ctx, lane, reason)
-				total += n
-			} else {
-				more = false
-			}
-			if err != nil {
-				return total, fmt.Errorf("cancel deliveries of subscription %016x: %w", uint64(lane.Subscription), err)
-			}
+		found, err := p.anyOpen(lane)
+		aside := make(map[uint64]error)
+		for more := found; more && err == nil; {
+			var n int
+			n, more, err = p.cancelSome(ctx, lane, reason, aside)
+			total += n
 		}
+		if err != nil {
+			return total, fmt.Errorf("cancel deliveries of subscription %016x: %w", uint64(lane.Subscription), err)
+		}
+		unread = slices.AppendSeq(unread, maps.Values(aside))
+	}
+	if len(unread) > 0 {
+		return total, fmt.Errorf("cancel deliveries of subscription %016x: %d cannot be read: %w", uint64(lane.Subscription), len(unread),
+			errors.Join(unread[:min(len(unread), maxNamed)]...))
 	}
 	return total, nil
 }
+
+// maxNamed bounds the records that one error names.
+const maxNamed = 8
 
 // anyOpen reports whether a lane has open rows, and spares the committer where it has none.
 func (p *partition) anyOpen(lane LaneKey) (bool, error) {
@@ -178,22 +187,24 @@ func (p *partition) anyOpen(lane LaneKey) (bool, error) {
 	return false, nil
 }
 
-// cancelSome cancels up to editBatch deliveries in one commit, and reports whether there may be more.
-func (p *partition) cancelSome(ctx context.Context, lane LaneKey, reason string) (n int, more bool, err error) {
-	result := make(chan int, 1)
-	err = p.do(ctx, func(c *commit) error {
-		n, err := c.cancelOpen(lane, reason)
-		result <- n
+// cancelSome cancels up to editBatch deliveries in one commit, and reports whether there may be more. It notes in
+// aside those that cannot be read, and passes over those that are noted there. When it returns an error, aside may
+// still be in the committer's hands.
+func (p *partition) cancelSome(ctx context.Context, lane LaneKey, reason string, aside map[uint64]error) (n int, more bool, err error) {
+	var done struct {
+		n    int
+		more bool
+	}
+	if err := p.do(ctx, func(c *commit) (err error) {
+		done.n, done.more, err = c.cancelOpen(lane, reason, aside)
 		return err
-	})
-	if err != nil {
+	}); err != nil {
 		return 0, false, err
 	}
-	n = <-result
-	return n, n == editBatch, nil
+	return done.n, done.more, nil
 }
 
-func (c *commit) cancelOpen(lane LaneKey, reason string) (n int, err error) {
+func (c *commit) cancelOpen(lane LaneKey, reason string, aside map[uint64]error) (n int, more bool, err error) {
 	var seqs []uint64
 	for _, tag := range []byte{tagFIFO, tagTimer} {
 		prefix := appendLane(nil, c.p.number, tag, lane)
@@ -202,13 +213,16 @@ func (c *commit) cancelOpen(lane LaneKey, reason string) (n int, err error) {
 			if !ok {
 				return c.p.j.corrupt(key, errBadKey)
 			}
+			if _, unread := aside[row.Seq]; unread {
+				return nil
+			}
 			if seqs = append(seqs, row.Seq); len(seqs) >= editBatch {
 				return errStopped
 			}
 			return nil
 		})
 		if err != nil && !errors.Is(err, errStopped) {
-			return 0, err
+			return 0, false, err
 		}
 		if len(seqs) >= editBatch {
 			break
@@ -216,15 +230,17 @@ func (c *commit) cancelOpen(lane LaneKey, reason string) (n int, err error) {
 	}
 	for _, seq := range seqs {
 		at, err := c.p.find(c.r, lane, seq)
-		if err != nil {
-			return n, err
-		}
-		if at != nil && at.open {
+		switch {
+		case err != nil:
+			aside[seq] = err
+		case at == nil || !at.open:
+			aside[seq] = fmt.Errorf("delivery %s waits and has ended", ID{seq, c.p.number, lane.Subscription})
+		default:
 			c.cancel(lane, at, reason)
 			n++
 		}
 	}
-	return n, nil
+	return n, len(seqs) >= editBatch, nil
 }
 
 // DropNamespace erases everything of a namespace, open deliveries included, durably. What is in memory of them

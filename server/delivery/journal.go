@@ -36,6 +36,8 @@ var (
 	ErrInvalidState = errors.New("delivery's state does not allow this")
 	// ErrInvalidCursor says that a cursor was not made by the journal.
 	ErrInvalidCursor = errors.New("cursor is not valid")
+	// ErrStranger says that what was noted of a journal is about another one.
+	ErrStranger = errors.New("another journal is expected")
 	// ErrRefused says that a commit was refused, so that nothing of it has happened. It may be tried again.
 	ErrRefused = errors.New("the journal's log refused the commit")
 )
@@ -167,6 +169,9 @@ func Open(o Options) (*Journal, error) {
 		return nil, fmt.Errorf("open journal: %w", err)
 	}
 	j.space = newSpace(o, j.log)
+	if err := j.guard(o); err != nil {
+		return nil, fmt.Errorf("open journal: %w", err)
+	}
 	db, err := pebble.Open(o.Dir, j.pebbleOptions(o))
 	if err != nil {
 		return nil, fmt.Errorf("open journal %s: %w", o.Dir, err)

@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"cmp"
 	"context"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"math"
@@ -273,12 +272,22 @@ type rowAt struct {
 func (c *commit) keepSome(rows []rowAt) (n int, err error) {
 	start := c.batch.Len()
 	for n < len(rows) && (n == 0 || c.batch.Len()-start < keepBytes) {
-		if err := c.keep(rows[n].lane, rows[n].seq); err != nil {
+		if err := c.p.passOver(c.keep(rows[n].lane, rows[n].seq)); err != nil {
 			return n, err
 		}
 		n++
 	}
 	return n, nil
+}
+
+// passOver logs an error of a record that cannot be read, so that the rest is not held up by it; others it returns.
+func (p *partition) passOver(err error) error {
+	var corrupt *CorruptError
+	if !errors.As(err, &corrupt) && !pebble.IsCorruptionError(err) {
+		return err
+	}
+	p.j.log.Error("retention passes over a record", "partition", p.number, "err", err)
+	return nil
 }
 
 // keep copies a delivery's records, and those of its event, from their day to kept. Those of the day are left to be
@@ -290,25 +299,8 @@ func (c *commit) keep(lane LaneKey, seq uint64) error {
 		return err
 	}
 	if !moved {
-		var id identity
-		found, err := p.j.get(c.r, appendEventKey(nil, p.number, d, lane.Namespace, seq), func(value []byte) error {
-			e, err := decodeEvent(value)
-			if err == nil {
-				id = identityOf(e.Source, e.ID)
-				c.set(appendEventKey(nil, p.number, kept, lane.Namespace, seq), bytes.Clone(value))
-			}
+		if found, err := c.keepEvent(d, lane.Namespace, seq); err != nil || !found {
 			return err
-		})
-		if err != nil || !found {
-			return err
-		}
-		for _, keys := range [][2][]byte{
-			{appendTargetsKey(nil, p.number, d, lane.Namespace, seq), appendTargetsKey(nil, p.number, kept, lane.Namespace, seq)},
-			{appendIdentityKey(nil, p.number, d, lane.Namespace, id), appendKeptIdentity(nil, p.number, lane.Namespace, id, seq)},
-		} {
-			if err := c.copy(keys[0], keys[1]); err != nil {
-				return err
-			}
 		}
 	}
 	// What a sweep that was cut short has moved has gone on since.
@@ -332,6 +324,29 @@ func (c *commit) keep(lane LaneKey, seq uint64) error {
 		c.set(a.key, a.value)
 	}
 	return nil
+}
+
+// keepEvent copies an event, if it is there, from its day to kept; one that is damaged as it is.
+func (c *commit) keepEvent(d dayKey, ns NamespaceKey, seq uint64) (bool, error) {
+	p := c.p
+	var record []byte
+	found, err := p.j.get(c.r, appendEventKey(nil, p.number, d, ns, seq), func(value []byte) error {
+		record = bytes.Clone(value)
+		return nil
+	})
+	if err != nil || !found {
+		return found, err
+	}
+	c.set(appendEventKey(nil, p.number, kept, ns, seq), record)
+	if err := c.copy(appendTargetsKey(nil, p.number, d, ns, seq), appendTargetsKey(nil, p.number, kept, ns, seq)); err != nil {
+		return true, err
+	}
+	e, err := decodeEvent(record)
+	if err != nil {
+		return true, nil // it is not found by its id then
+	}
+	id := identityOf(e.Source, e.ID)
+	return true, c.copy(appendIdentityKey(nil, p.number, d, ns, id), appendKeptIdentity(nil, p.number, ns, id, seq))
 }
 
 // copy copies a record, if it is there.
@@ -482,19 +497,50 @@ func (s *sweep) eraseBelow(ctx context.Context, d dayKey, f fate) error {
 	return nil
 }
 
+// tidyBatch is how many kept events are looked at in one commit.
+const tidyBatch = 64
+
 // tidy erases kept events that have nothing open any more and are past their retention.
 func (s *sweep) tidy(ctx context.Context) error {
 	p := s.p
 	return p.eachSpace(p.j.db, kept, func(ns NamespaceKey) error {
 		keep := s.keep.Of(ns)
-		prefix := appendKind(nil, p.number, kept, ns, kindEvent)
-		return p.j.scan(p.j.db, prefix, prefixEnd(prefix), func(key, _ []byte) error {
-			seq := binary.BigEndian.Uint64(key[len(key)-8:])
-			if keep <= 0 || s.age(dayOf(seq)) < keep {
+		if keep <= 0 {
+			return nil
+		}
+		var some []uint64
+		flush := func() error {
+			if len(some) == 0 {
 				return nil
 			}
-			return p.do(ctx, func(c *commit) error { return c.forget(ns, seq) })
-		})
+			seqs := some
+			some = nil
+			return p.do(ctx, func(c *commit) error {
+				for _, seq := range seqs {
+					if err := p.passOver(c.forget(ns, seq)); err != nil {
+						return err
+					}
+				}
+				return nil
+			})
+		}
+		prefix := appendKind(nil, p.number, kept, ns, kindEvent)
+		if err := p.j.scan(p.j.db, prefix, prefixEnd(prefix), func(key, _ []byte) error {
+			seq, ok := recordSeq(kindEvent, key[recordPrefix:])
+			if !ok {
+				return p.j.corrupt(key, errBadKey)
+			}
+			if s.age(dayOf(seq)) < keep {
+				return nil
+			}
+			if some = append(some, seq); len(some) < tidyBatch {
+				return nil
+			}
+			return flush()
+		}); err != nil {
+			return err
+		}
+		return flush()
 	})
 }
 
@@ -511,7 +557,7 @@ func (c *commit) forget(ns NamespaceKey, seq uint64) error {
 	var subs []SubscriptionKey
 	if _, err := p.j.get(c.r, appendTargetsKey(nil, p.number, kept, ns, seq), func(value []byte) error {
 		list, err := decodeTargets(value)
-		for i := range list.n {
+		for i := range list.n { // none, where it is damaged
 			subs = append(subs, list.uid(i).SubscriptionKey())
 		}
 		return err

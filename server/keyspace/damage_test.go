@@ -211,6 +211,10 @@ func TestIdentityAtOpen(t *testing.T) {
 	if _, _, _, err := openAs(t, own.Client, "/new/", "two"); !errors.As(err, &stranger) || stranger.Found != "one" || stranger.Want != "two" {
 		t.Errorf("another's: %v", err)
 	}
+	flip(t, own.Client, "/new/identity", 0)
+	if _, _, _, err := openAs(t, own.Client, "/new/", "one"); !errors.As(err, &stranger) || !stranger.Damaged {
+		t.Errorf("damaged: %v", err)
+	}
 	put(t, own.Client, "/used/a/k", "v")
 	if _, _, _, err := openAs(t, own.Client, "/used/", "one"); !errors.As(err, &stranger) || stranger.Found != "" || stranger.Keys != 1 {
 		t.Errorf("nobody's: %v", err)

@@ -19,6 +19,8 @@ type StrangerError struct {
 	Prefix, Want, Found string
 	// Keys counts what is there without saying whose it is; zero when there is nothing at all.
 	Keys int64
+	// Damaged is set when what says whose it is cannot be trusted.
+	Damaged bool
 	// WantCluster and FoundCluster are IDs of etcd clusters; zero unless it is they that differ.
 	WantCluster, FoundCluster uint64
 }
@@ -28,6 +30,9 @@ func (e *StrangerError) Error() string {
 	case e.FoundCluster != e.WantCluster:
 		return fmt.Sprintf("this etcd is the cluster %x, the one known so far is %x: bring that one back, or restart Grapnel if it was replaced on purpose",
 			e.FoundCluster, e.WantCluster)
+	case e.Damaged:
+		return fmt.Sprintf("what etcd holds below %s cannot say whose it is, %s%s is damaged, and this is %q: restore etcd from a backup",
+			e.Prefix, e.Prefix, identityKey, e.Want)
 	case e.Found != "":
 		return fmt.Sprintf("what etcd holds below %s belongs to %q, and this is %q: start with the etcd and the data directory that belong together",
 			e.Prefix, e.Found, e.Want)
@@ -55,8 +60,7 @@ func (s *Space) ClusterID() uint64 { return s.cluster }
 
 func (s *Space) identityValue() string { return string(AddSum(identityKey, []byte(s.identity))) }
 
-// recognise checks the identity in an answer to a read of its key. The error is a *StrangerError or a
-// *BrokenError.
+// recognise checks the identity in an answer to a read of its key. The error is a *StrangerError.
 func (s *Space) recognise(found *clientv3.GetResponse) error {
 	if cluster := found.Header.GetClusterId(); s.cluster != 0 && cluster != s.cluster {
 		return &StrangerError{Prefix: s.prefix, Want: s.identity, WantCluster: s.cluster, FoundCluster: cluster}
@@ -69,7 +73,7 @@ func (s *Space) recognise(found *clientv3.GetResponse) error {
 	}
 	value, ok := CheckSum(identityKey, found.Kvs[0].Value)
 	if !ok {
-		return &BrokenError{Key: s.prefix + identityKey}
+		return &StrangerError{Prefix: s.prefix, Want: s.identity, Damaged: true}
 	}
 	if string(value) != s.identity {
 		return &StrangerError{Prefix: s.prefix, Want: s.identity, Found: string(value)}
@@ -80,7 +84,7 @@ func (s *Space) recognise(found *clientv3.GetResponse) error {
 // unclaimed reports whether etcd holds nothing at all below the prefix.
 func (s *Space) unclaimed(err error) bool {
 	var e *StrangerError
-	return errors.As(err, &e) && e.Found == "" && e.Keys == 0 && e.FoundCluster == 0
+	return errors.As(err, &e) && e.Found == "" && e.Keys == 0 && e.FoundCluster == 0 && !e.Damaged
 }
 
 // claim says in an empty etcd whose it is. Who comes second leaves it as it is.

@@ -104,6 +104,9 @@ func Open(ctx context.Context, o Options) (*Space, error) {
 	if o.Client == nil || o.Prefix == "" || len(o.Watch) == 0 || o.Apply == nil {
 		return nil, errors.New("keyspace: Client, Prefix, Watch and Apply are required")
 	}
+	if !slices.IsSorted(o.Watch) {
+		return nil, fmt.Errorf("keyspace: Watch is %q; want it sorted", o.Watch)
+	}
 	s := &Space{
 		client: o.Client, prefix: o.Prefix, watch: o.Watch, identity: o.Identity, apply: o.Apply, log: o.Logger,
 		known: make(map[string]int64), broken: make(map[string]bool),

@@ -37,27 +37,12 @@ func LoadOrCreateKey(path string, sealed func() (bool, error)) ([]byte, error) {
 
 // Sealed reports whether etcd holds secrets under a prefix of keys such as /grapnel/v1/.
 func Sealed(ctx context.Context, client *clientv3.Client, prefix string) (bool, error) {
-	const page = 1000
-	from, end := prefix+"namespaces/", clientv3.GetPrefixRangeEnd(prefix+"namespaces/")
-	for {
-		resp, err := client.Get(ctx, from, clientv3.WithRange(end), clientv3.WithKeysOnly(), clientv3.WithLimit(page))
-		if err != nil {
-			return false, err
-		}
-		for _, kv := range resp.Kvs {
-			if isSecret(string(kv.Key)) {
-				return true, nil
-			}
-		}
-		if !resp.More {
-			return false, nil
-		}
-		from = string(resp.Kvs[len(resp.Kvs)-1].Key) + "\x00"
+	found, err := client.Get(ctx, prefix+keyPrefix, clientv3.WithPrefix(), clientv3.WithKeysOnly(), clientv3.WithLimit(1))
+	if err != nil {
+		return false, err
 	}
+	return len(found.Kvs) > 0, nil
 }
-
-// isSecret tells the keys of secrets from those of what else a namespace has.
-func isSecret(key string) bool { return strings.Contains(key, "/secrets/") }
 
 func loadKey(path string) ([]byte, error) {
 	info, err := os.Lstat(path)

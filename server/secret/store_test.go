@@ -174,6 +174,39 @@ func overwrite(t *testing.T, id string, rec *storev1.SecretRecord) {
 	}
 }
 
+func TestEtcdOfSomebodyElse(t *testing.T) {
+	s, _ := store(t, etcd.Client)
+	create(t, s, "k", opaque, "value")
+	var stranger *secret.StrangerError
+	_, err := secret.Open(t.Context(), secret.Options{Client: etcd.Client, Prefix: prefix(t), Key: key(), Identity: "one"})
+	if !errors.As(err, &stranger) || stranger.Want != "one" {
+		t.Errorf("got %v", err)
+	}
+}
+
+// A damaged record is not used, and named; what was known of it stays in use.
+func TestDamagedRecord(t *testing.T) {
+	s, _ := store(t, etcd.Client)
+	create(t, s, "k", opaque, "value")
+	if _, err := etcd.Client.Put(t.Context(), prefix(t)+"secrets/"+name("k"), "damaged"); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "it is seen", func() bool { return slices.Equal(s.Broken(), []string{name("k")}) })
+	if got := values(s, "k"); !slices.Equal(got, []string{"value"}) {
+		t.Errorf("in use are %q", got)
+	}
+	if _, _, err := rotate(t, s, "acme", "k", "next", 0, ""); err == nil {
+		t.Error("built on a damaged record")
+	}
+	if err := s.Delete(t.Context(), "acme", "k", ""); err != nil {
+		t.Fatal(err)
+	}
+	create(t, s, "k", opaque, "again")
+	if len(s.Broken()) != 0 {
+		t.Errorf("still broken: %q", s.Broken())
+	}
+}
+
 func TestGeneratedValues(t *testing.T) {
 	s, _ := store(t, etcd.Client)
 	sec, value := create(t, s, "sym", hmac, "")

@@ -141,15 +141,11 @@ func TestMatchBoundsCost(t *testing.T) {
 		mustNew(t, "s", condition("event.data.all(a, event.data.all(b, event.data.all(c, a + b + c >= 0.0)))")),
 	})
 	data := "[" + strings.Repeat("1,", 999) + "1]"
-	started := time.Now()
 	if got := snap.Match("acme", &subscription.Candidate{ContentType: "application/json", Data: []byte(data)}); got != nil {
 		t.Error("a condition without end matched")
 	}
-	if took := time.Since(started); took > 2*time.Second {
-		t.Errorf("it took %v", took)
-	}
 	if snap.ConditionErrors() != 1 {
-		t.Error("the error was not counted")
+		t.Error("its cost was not bounded: no error was counted")
 	}
 }
 

@@ -145,8 +145,8 @@ func (r *Registry) editNamespace(ctx context.Context, id string, plan func(keysp
 }
 
 // PurgeNamespace erases a deleted namespace with all its subscriptions and secrets, in batches, and leaves a
-// tombstone from the first of them on; it can be repeated when it failed. The caller sees to it that purge_time has come and that the journal holds
-// nothing of the namespace any more.
+// tombstone from the first of them on; it can be repeated when it failed. The caller sees to it that
+// purge_time has come and that the journal holds nothing of the namespace any more.
 func (r *Registry) PurgeNamespace(ctx context.Context, id string) error {
 	if err := checkIDs("name", id); err != nil {
 		return err

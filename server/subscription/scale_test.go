@@ -83,7 +83,11 @@ func BenchmarkScale(b *testing.B) {
 			for i := range candidates {
 				candidates[i] = &Candidate{Type: fmt.Sprintf("%s%d", eventType, i)}
 			}
-			run("match_new_type", func(i int) { snap.Match(ns, candidates[i%len(candidates)]) })
+			next := 0
+			run("match_new_type", func(int) {
+				snap.Match(ns, candidates[next%len(candidates)])
+				next++
+			})
 			key := uint64(n/2) + 1
 			run("by_key", func(int) {
 				if snap.SubscriptionByKey(key) == nil {

@@ -3,7 +3,9 @@
 //
 // A Registry guarantees that a write returns only after its own snapshot shows it, that no write is lost
 // to a concurrent one, and that readers never wait for etcd: while it is away they keep the last
-// snapshot, and writes answer ErrUnavailable within seconds. It does not know plugins, journals or the
+// snapshot, and writes answer ErrUnavailable within seconds. What is deleted leaves a Tombstone, so that it
+// is told from what is merely absent. What a change or a look-up costs does not grow with how many
+// subscriptions there are, but for a logarithm. It does not know plugins, journals or the
 // wire; secrets are names to it, whose existence it checks in the same transaction that refers to them.
 package subscription
 

@@ -2,6 +2,7 @@ package subscription
 
 import (
 	"context"
+	"encoding/binary"
 	"encoding/hex"
 	"fmt"
 	"strings"
@@ -21,8 +22,8 @@ const forgetBatch = 100
 
 // Tombstone says that a namespace or subscription was deleted: it is a fact, where absence alone may be a
 // store that is not the right one, or damaged. It is written with the deletion, in one transaction, and stays
-// until Forget: whoever keeps something of what was deleted forgets it when nothing of that is left, which
-// keeps their number in bounds.
+// until Forget: who keeps something of what was deleted calls that when nothing of it is left. Nothing else
+// bounds their number.
 type Tombstone struct {
 	// UID is that of what was deleted.
 	UID [16]byte
@@ -38,14 +39,10 @@ type Tombstone struct {
 	Revision int64
 }
 
-// UIDKey returns the last 8 bytes of a uid, which tell it from all others: a uid is drawn again when they
-// are taken. Only the zero uid has the key zero.
+// UIDKey returns the last 8 bytes of a uid as a big endian number, which tells it from all others: a uid is
+// drawn again when its key is taken. It is never zero for one that was drawn.
 func UIDKey(uid [16]byte) uint64 {
-	var key uint64
-	for _, b := range uid[8:] {
-		key = key<<8 | uint64(b)
-	}
-	return key
+	return binary.BigEndian.Uint64(uid[8:])
 }
 
 func tombstoneKey(uid [16]byte) string { return tombstones + hex.EncodeToString(uid[:]) }
@@ -94,7 +91,8 @@ func parseTombstoneKey(key string) (uid [16]byte, err error) {
 }
 
 // Forget removes the tombstones of uids, for which nothing is left to do anywhere. Those that have none are
-// passed over. It can be repeated when it failed.
+// passed over. It can be repeated when it failed. That of a namespace comes again, and is told again, when
+// it is forgotten before PurgeNamespace has ended.
 func (r *Registry) Forget(ctx context.Context, uids ...[16]byte) error {
 	for len(uids) > 0 {
 		n := min(len(uids), forgetBatch)

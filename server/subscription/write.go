@@ -69,7 +69,7 @@ func (r *Registry) UpdateSubscription(ctx context.Context, ns, id, etag string, 
 	}
 	w := &writing{registry: r, ns: ns, id: id, only: o.ValidateOnly, approve: o.Approve}
 	return w.run(ctx, func(_ *Namespace, it keyspace.Item) (*grapnelv1.Subscription, error) {
-		if it.Revision == 0 {
+		if it.Revision == 0 || r.lost(it) && o.AllowMissing {
 			if !o.AllowMissing || etag != "" {
 				return nil, &NotFoundError{Name: it.Key}
 			}

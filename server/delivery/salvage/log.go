@@ -90,15 +90,15 @@ type logFile struct {
 // hole are the sequence numbers from one on and below another.
 type hole struct{ from, to uint64 }
 
-// readLog reads a log in full. Memory: about twice the file.
-func readLog(path string, number uint64) (*logFile, error) {
+// readLog reads a log in full. Memory: the file, and once more what is in it if it is to be kept.
+func readLog(path string, number uint64, keep bool) (*logFile, error) {
 	b, err := os.ReadFile(path)
 	if err != nil {
 		return nil, err
 	}
 	l := &logFile{Log: Log{Path: path, Number: number, Bytes: int64(len(b)), Needed: true}}
 	s := chunks{b: b, number: uint32(number)}.scan(func(offset int64, record []byte, behind bool) {
-		if !l.take(record) {
+		if !l.take(record, keep) {
 			l.Gaps = append(l.Gaps, Gap{From: offset, To: offset + int64(len(record)), Reason: "the batch makes no sense"})
 			return
 		}
@@ -116,8 +116,8 @@ func readLog(path string, number uint64) (*logFile, error) {
 	return l, nil
 }
 
-// take adds a batch's changes; false if it is not one.
-func (l *logFile) take(record []byte) bool {
+// take adds a batch's changes, or only counts them; false if it is not one.
+func (l *logFile) take(record []byte, keep bool) bool {
 	h, ok := batchrepr.ReadHeader(record)
 	if !ok {
 		return false
@@ -125,9 +125,12 @@ func (l *logFile) take(record []byte) bool {
 	if h.Count == 0 {
 		return true // it was written for its sync
 	}
-	changes, ok := decodeBatch(slices.Clone(record), uint64(h.SeqNum))
-	if !ok || len(changes) != int(h.Count) {
-		return false
+	if keep {
+		changes, ok := decodeBatch(slices.Clone(record), uint64(h.SeqNum))
+		if !ok || len(changes) != int(h.Count) {
+			return false
+		}
+		l.changes = append(l.changes, changes...)
 	}
 	first := uint64(h.SeqNum)
 	if l.first == 0 {
@@ -137,7 +140,6 @@ func (l *logFile) take(record []byte) bool {
 		l.holes = append(l.holes, hole{l.after, first})
 	}
 	l.after = first + uint64(h.Count)
-	l.changes = append(l.changes, changes...)
 	return true
 }
 
@@ -166,14 +168,14 @@ func decodeBatch(record []byte, seq uint64) (changes []change, ok bool) {
 }
 
 // readLogs reads the logs of a directory in order of their numbers.
-func readLogs(dir string, names []string) ([]*logFile, error) {
+func readLogs(dir string, names []string, keep bool) ([]*logFile, error) {
 	var logs []*logFile
 	for _, name := range names {
 		number, ok := numbered(name, ".log")
 		if !ok {
 			continue
 		}
-		l, err := readLog(filepath.Join(dir, name), number)
+		l, err := readLog(filepath.Join(dir, name), number, keep)
 		if err != nil {
 			return nil, err
 		}
@@ -183,10 +185,10 @@ func readLogs(dir string, names []string) ([]*logFile, error) {
 	return logs, nil
 }
 
-// linkLogs notes what is missing in needed logs and between them, as each begins where the one before it ended. Taken
-// are sequence numbers that are in no log: those of tables that were taken in.
-func linkLogs(logs []*logFile, taken []uint64) {
-	var after uint64
+// linkLogs notes what is missing in needed logs and between them, as each begins where the one before it ended, and the
+// first at after or before; 0: that is not known. Taken are sequence numbers that are in no log: those of tables that
+// were taken in.
+func linkLogs(logs []*logFile, after uint64, taken []uint64) {
 	for i, l := range logs {
 		l.Newest = i == len(logs)-1
 		if !l.Needed {

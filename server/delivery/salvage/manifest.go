@@ -29,6 +29,19 @@ type Manifest struct {
 // Trusted says whether the manifest can be relied on.
 func (m Manifest) Trusted() bool { return m.Reason == "" }
 
+// damage says it for people, each line beginning with a path.
+func (m Manifest) damage(dir string) []string {
+	name := m.Path
+	if name == "" {
+		name = filepath.Join(dir, "MANIFEST-*")
+	}
+	lines := []string{name + ": DAMAGED: " + m.Reason}
+	for _, missing := range m.Missing {
+		lines = append(lines, missing+": MISSING")
+	}
+	return lines
+}
+
 // span is the part of a table that counts: the keys from first to last. Nil means all.
 type span struct{ first, last []byte }
 
@@ -36,6 +49,8 @@ type span struct{ first, last []byte }
 type role struct {
 	// spans are the parts that count; none means all of it.
 	spans []span
+	// bytes is the size of the file; 0: it is not known.
+	bytes int64
 	// seq is the sequence number of all entries of a table that was made elsewhere and taken in; 0: each has its own.
 	seq uint64
 }
@@ -48,6 +63,9 @@ type version struct {
 	// needed are the logs that are not in the tables.
 	needed  map[uint64]bool
 	highest uint64 // number of a table
+	// after is the first sequence number that it does not know of; the first needed log begins there or before. 0: not
+	// known.
+	after uint64
 }
 
 // readManifest has Pebble read the manifest of dir, beside empty logs of the same names: in memory, so that nothing is
@@ -69,7 +87,11 @@ func readManifest(dir string, names []string, logs []*logFile) version {
 		v.Reason = err.Error()
 		return v
 	}
-	s := chunks{b: b, manifest: true}.scan(func(int64, []byte, bool) {})
+	s := chunks{b: b, manifest: true}.scan(func(_ int64, edit []byte, _ bool) {
+		if last, ok := lastSequence(edit); ok {
+			v.after = max(v.after, last+1, firstSequence)
+		}
+	})
 	if len(s.gaps) > 0 {
 		v.Reason = s.gaps[0].String()
 		return v
@@ -78,10 +100,80 @@ func readManifest(dir string, names []string, logs []*logFile) version {
 		v.Reason = err.Error()
 		return v
 	}
+	v.needLogs(logs)
+	if first, ok := firstNeeded(logs); ok && first > v.after && v.newerTables(names) {
+		v.Reason = fmt.Sprintf("its end is missing: %d changes before the first log are not in the tables that it names", first-v.after)
+	}
 	if len(v.Missing) > 0 {
 		v.Reason = fmt.Sprintf("%d of the tables that it names are missing", len(v.Missing))
 	}
 	return v
+}
+
+// needLogs notes which logs a start replays.
+func (v version) needLogs(logs []*logFile) {
+	for _, l := range logs {
+		l.Needed = v.needed[l.Number]
+	}
+}
+
+// firstNeeded is the sequence number with which the logs that are needed begin.
+func firstNeeded(logs []*logFile) (uint64, bool) {
+	for _, l := range logs {
+		if l.Needed && l.first != 0 {
+			return l.first, true
+		}
+	}
+	return 0, false
+}
+
+// newerTables says whether there are tables that are newer than the manifest knows. A kill between a table and its
+// entry leaves such ones, too.
+func (v version) newerTables(names []string) bool {
+	return slices.ContainsFunc(names, func(name string) bool {
+		n, ok := numbered(name, ".sst")
+		return ok && n > v.highest
+	})
+}
+
+// firstSequence is the first sequence number that Pebble gives (pebble/internal/base).
+const firstSequence = 10
+
+// Tags of an edit that come before the last sequence number (pebble/internal/manifest/version_edit.go).
+const (
+	tagComparer       = 1
+	tagLogNumber      = 2
+	tagNextFile       = 3
+	tagLastSequence   = 4
+	tagPrevLog        = 9
+	tagCreatedBacking = 105
+	tagRemovedBacking = 106
+)
+
+// lastSequence is the highest sequence number that was given when an edit was made.
+func lastSequence(edit []byte) (uint64, bool) {
+	number := func() uint64 {
+		n, size := binary.Uvarint(edit)
+		edit = edit[max(size, 0):]
+		return n
+	}
+	for len(edit) > 0 {
+		switch number() {
+		case tagLastSequence:
+			return number(), true
+		case tagComparer:
+			n := number()
+			edit = edit[min(n, uint64(len(edit))):]
+		case tagLogNumber, tagNextFile, tagPrevLog, tagRemovedBacking:
+			number()
+		case tagCreatedBacking:
+			number()
+			number()
+		default:
+			return 0, false
+		}
+	}
+	return 0, false
 }
 
 // load reads the version. Pebble may panic on a manifest that makes no sense.
@@ -157,6 +249,8 @@ func (v *version) list(fs *vfs.MemFS) error {
 			r := v.tables[n]
 			if t.Virtual {
 				r.spans = append(r.spans, span{first: t.Smallest.UserKey, last: t.Largest.UserKey})
+			} else {
+				r.bytes = int64(t.Size)
 			}
 			if t.SmallestSeqNum == t.LargestSeqNum {
 				r.seq = uint64(t.SmallestSeqNum)

@@ -67,18 +67,13 @@ func (r *Report) Lost() (n uint64) {
 // Write says it all to people: a line for each file that matters, those that are damaged with their places.
 func (r *Report) Write(w io.Writer) error {
 	p := printer{w: w}
-	switch m := r.Manifest; {
-	case m.Trusted():
-		p.printf("%s: intact", m.Path)
-	default:
-		name := m.Path
-		if name == "" {
-			name = filepath.Join(r.Dir, "MANIFEST")
+	if r.Manifest.Trusted() {
+		p.printf("%s: intact", r.Manifest.Path)
+	} else {
+		for _, line := range r.Manifest.damage(r.Dir) {
+			p.printf("%s", line)
 		}
-		p.printf("%s: DAMAGED: %s; all tables and logs are used, so rows that were erased or changed may come back", name, m.Reason)
-		for _, missing := range m.Missing {
-			p.printf("%s: MISSING", missing)
-		}
+		p.printf("all tables and logs are used, so rows that were erased or changed may come back")
 	}
 	var whole, entries uint64
 	for _, t := range r.Tables {
@@ -180,24 +175,11 @@ func look(ctx context.Context, dir string, visit func(key, value []byte) error) 
 		return nil, fmt.Errorf("it is in use: %w", err)
 	}
 	defer func() { err = errors.Join(err, lock.Close()) }()
-	var names []string
-	for _, e := range entries {
-		if e.Type().IsRegular() {
-			names = append(names, e.Name())
-		}
-	}
-	logs, err := readLogs(dir, names)
+	names := fileNames(entries)
+	logs, v, err := readDir(dir, names, true)
 	if err != nil {
 		return nil, err
 	}
-	v := readManifest(dir, names, logs)
-	if v.Trusted() {
-		for _, l := range logs {
-			l.Needed = v.needed[l.Number]
-		}
-	}
-	v.takeIn(logs)
-	linkLogs(logs, v.taken())
 	tables, err := openTables(dir, names, v)
 	defer func() {
 		for _, t := range tables {
@@ -218,6 +200,34 @@ func look(ctx context.Context, dir string, visit func(key, value []byte) error) 
 		r.Tables = append(r.Tables, t.Table)
 	}
 	return r, nil
+}
+
+func fileNames(entries []os.DirEntry) (names []string) {
+	for _, e := range entries {
+		if e.Type().IsRegular() {
+			names = append(names, e.Name())
+		}
+	}
+	return names
+}
+
+// readDir reads logs and manifest, with what is in the logs if that is to be kept.
+func readDir(dir string, names []string, keep bool) ([]*logFile, version, error) {
+	logs, err := readLogs(dir, names, keep)
+	if err != nil {
+		return nil, version{}, err
+	}
+	v := readManifest(dir, names, logs)
+	if v.Trusted() {
+		v.takeIn(logs)
+	} else {
+		for _, l := range logs {
+			l.Needed = true
+		}
+		v.after = 0
+	}
+	linkLogs(logs, v.after, v.taken())
+	return logs, v, nil
 }
 
 func openTables(dir string, names []string, v version) (tables []*tableFile, err error) {
