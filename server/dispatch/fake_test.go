@@ -418,11 +418,11 @@ func (f *memoryJournal) Failing() (map[delivery.LaneKey]time.Time, error) {
 // edit makes a change, whether the caller is still there or not.
 func (f *memoryJournal) edit(ctx context.Context, id delivery.ID, change func(p *partition, r *record) error) (*delivery.Delivery, error) {
 	f.mu.Lock()
-	r := f.records[id]
+	r, broken := f.records[id], f.broken
 	switch {
-	case f.broken != nil:
+	case broken != nil:
 		f.mu.Unlock()
-		return nil, f.broken
+		return nil, broken
 	case r == nil:
 		f.mu.Unlock()
 		return nil, delivery.ErrNotFound
@@ -496,9 +496,9 @@ func laterOf(a, b time.Time) time.Time {
 
 func (f *memoryJournal) CancelLane(ctx context.Context, lane delivery.LaneKey, reason string) (int, error) {
 	f.mu.Lock()
-	if f.broken != nil {
+	if err := f.broken; err != nil {
 		f.mu.Unlock()
-		return 0, f.broken
+		return 0, err
 	}
 	n := 0
 	var numbers []uint16
