@@ -50,7 +50,7 @@ func (p *partition) heal(now time.Time) (bool, error) {
 	if p.memory.ahead.high == 0 {
 		return false, nil
 	}
-	if p.memory.ahead.high <= seqAt(now) {
+	if p.memory.ahead.high < seqAt(now) {
 		p.memory.ahead.high, p.memory.ahead.noticed = 0, 0 // the present has come by
 		return true, nil
 	}

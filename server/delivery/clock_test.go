@@ -151,3 +151,20 @@ func TestSequencesGoOnAfterASmallStepBack(t *testing.T) {
 		b.reopen()
 	}
 }
+
+// Nor when the clock comes back to the very millisecond in which the newest was given.
+func TestNoSequenceIsGivenTwiceInItsMillisecond(t *testing.T) {
+	b := newBench(t, onePartition)
+	seen := map[uint64]bool{}
+	for i, step := range []time.Duration{0, -48, 48, -48, 48, 0} {
+		b.clock.add(step * time.Hour)
+		b.reopen()
+		for k := range 2 {
+			pub := publication(fmt.Sprintf("%d-%d", i, k), 1)
+			if b.append(pub); seen[pub.Event.Seq] {
+				t.Errorf("%s has the sequence of another event", pub.Event.ID)
+			}
+			seen[pub.Event.Seq] = true
+		}
+	}
+}

@@ -1,7 +1,6 @@
 package delivery
 
 import (
-	"encoding/binary"
 	"errors"
 	"slices"
 	"sort"
@@ -299,12 +298,4 @@ func (j *Journal) Attempts(ns NamespaceKey, id ID) ([]Attempt, error) {
 		sort.Slice(attempts, func(a, b int) bool { return attempts[a].Number < attempts[b].Number })
 	}
 	return attempts, nil
-}
-
-// seqOfKey reads the last eight bytes of a key.
-func seqOfKey(key []byte) (uint64, bool) {
-	if len(key) < recordPrefix+8 {
-		return 0, false
-	}
-	return binary.BigEndian.Uint64(key[len(key)-8:]), true
 }

@@ -98,6 +98,7 @@ type modelEvent struct {
 	deliveries []*modelDelivery
 	wasAhead   bool // of the clock, at some start: retention has another measure for it
 	mayGo      bool // a sweep has taken it for too old
+	idMayGo    bool // and its id
 	kept       bool // a sweep has found it open
 	gone       bool
 }
@@ -265,7 +266,7 @@ func (m *model) published(pub *Publication, r AppendResult) {
 	for _, k := range m.events {
 		if k.Namespace == e.Namespace && k.ID == e.ID && k.Source == e.Source {
 			known = k // the last accepted
-			certain = certain && k.AcceptTime.Before(now.Add(dedupWindow)) && !k.wasAhead
+			certain = certain && k.AcceptTime.Before(now.Add(dedupWindow)) && !k.wasAhead && !k.idMayGo
 		}
 	}
 	taken := known != nil && now.Sub(known.AcceptTime) <= dedupWindow
@@ -622,6 +623,7 @@ func (m *model) old() {
 			continue
 		}
 		e.mayGo = true
+		e.idMayGo = e.idMayGo || e.wasAhead || now.Sub(seqTime(e.Seq)) >= dedupWindow
 		e.kept = e.kept || e.open()
 	}
 }

@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"math"
 	"slices"
 	"time"
@@ -63,13 +64,21 @@ type retention struct {
 	quiet map[dayKey]time.Time
 	// tidied is when kept was last looked through.
 	tidied time.Time
+	// below is how far days have been erased that go hour by hour.
+	below map[spaceDay]uint64
+}
+
+type spaceDay struct {
+	day dayKey
+	ns  NamespaceKey
 }
 
 // fate is what a sweep does with the records of a namespace in a day.
 type fate struct {
 	ns NamespaceKey
-	// below is the first sequence that stays; all go when it is math.MaxUint64.
-	below uint64
+	// from is the first sequence that goes: what lies before it went in an earlier sweep. below is the first that
+	// stays; all go when it is math.MaxUint64.
+	from, below uint64
 }
 
 // sweeping is what a sweep is about to erase: nothing when it has no fates.
@@ -129,6 +138,7 @@ func (s *sweep) due(ctx context.Context) (due []dueDay, err error) {
 	p := s.p
 	if p.retention.quiet == nil {
 		p.retention.quiet = make(map[dayKey]time.Time)
+		p.retention.below = make(map[spaceDay]uint64)
 	}
 	snapshot := p.j.db.NewSnapshot()
 	defer func() { err = errors.Join(err, snapshot.Close()) }()
@@ -146,8 +156,12 @@ func (s *sweep) due(ctx context.Context) (due []dueDay, err error) {
 		}
 		d := dueDay{day: day}
 		if err := p.eachSpace(snapshot, day, func(ns NamespaceKey) error {
-			if below := s.below(day, s.keep.Of(ns)); below > 0 {
-				d.fates = append(d.fates, fate{ns, below})
+			f := fate{ns: ns, below: s.below(day, s.keep.Of(ns))}
+			if f.below != math.MaxUint64 {
+				f.from = p.retention.below[spaceDay{day, ns}]
+			}
+			if f.from < f.below {
+				d.fates = append(d.fates, f)
 			}
 			return nil
 		}); err != nil {
@@ -161,6 +175,7 @@ func (s *sweep) due(ctx context.Context) (due []dueDay, err error) {
 		return nil
 	})
 	p.retention.quiet = seen
+	maps.DeleteFunc(p.retention.below, func(at spaceDay, _ uint64) bool { return s.age(at.day) >= 2*walkBelow })
 	return due, err
 }
 
@@ -247,7 +262,7 @@ func (s *sweep) keepOpen(ctx context.Context, d dayKey, fates []fate) (err error
 				if !ok {
 					return p.j.corrupt(key, errBadKey)
 				}
-				if dayOf(row.Seq) != d || row.Seq >= f.below {
+				if dayOf(row.Seq) != d || row.Seq < f.from || row.Seq >= f.below {
 					return nil
 				}
 				if some = append(some, rowAt{lane, row.Seq}); len(some) < keepBatch {
@@ -370,6 +385,7 @@ func (s *sweep) eraseRuns(ctx context.Context, d dayKey, fates []fate) error {
 			if err := s.eraseBelow(ctx, d, fates[i]); err != nil {
 				return err
 			}
+			p.retention.below[spaceDay{d, fates[i].ns}] = fates[i].below
 			i++
 			continue
 		}
@@ -464,7 +480,8 @@ func (s *sweep) note(start, end []byte) {
 func (s *sweep) eraseBelow(ctx context.Context, d dayKey, f fate) error {
 	for _, kind := range []byte{kindEvent, kindTargets, kindDead} {
 		prefix := appendKind(nil, s.p.number, d, f.ns, kind)
-		if err := s.eraseSpan(ctx, prefix, appendU64(prefix[:len(prefix):len(prefix)], f.below)); err != nil {
+		prefix = prefix[:len(prefix):len(prefix)]
+		if err := s.eraseSpan(ctx, appendU64(prefix, f.from), appendU64(prefix, f.below)); err != nil {
 			return err
 		}
 	}
@@ -472,17 +489,27 @@ func (s *sweep) eraseBelow(ctx context.Context, d dayKey, f fate) error {
 		prefix := appendKind(nil, s.p.number, d, f.ns, kind)
 		var keys [][]byte
 		erased := 0
-		err := s.p.j.scan(s.p.j.db, prefix, prefixEnd(prefix), func(key, _ []byte) error {
+		// From lane to lane: what stays costs a seek for each.
+		err := s.p.j.hop(s.p.j.db, prefix, prefixEnd(prefix), func(key []byte) ([]byte, error) {
 			seq, ok := recordSeq(kind, key[recordPrefix:])
-			if !ok || seq >= f.below {
-				return nil
+			if !ok {
+				return nil, s.p.j.corrupt(key, errBadKey)
 			}
-			if keys = append(keys, bytes.Clone(key)); len(keys) < eraseByKey {
-				return nil
+			lane := key[: recordPrefix+8 : recordPrefix+8]
+			switch {
+			case seq < f.from:
+				return appendU64(lane, f.from), nil
+			case seq >= f.below:
+				return prefixEnd(lane), nil
+			}
+			keys = append(keys, bytes.Clone(key))
+			next := append(bytes.Clone(key), 0)
+			if len(keys) < eraseByKey {
+				return next, nil
 			}
 			some := keys
 			keys, erased = nil, erased+len(keys)
-			return s.eraseKeys(ctx, some)
+			return next, s.eraseKeys(ctx, some)
 		})
 		if err == nil {
 			err = s.eraseKeys(ctx, keys)
