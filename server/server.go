@@ -229,7 +229,7 @@ func (s *Server) openJournal() (err error) {
 		Dir: dir, Partitions: s.options.Partitions, Space: s.space,
 		CacheBytes: s.memory.cache, MemTableBytes: s.memory.memTable, Logger: s.options.Logger,
 	}
-	highWater := dir + ".highwater"
+	highWater := HighWater(dir)
 	if s.options.AdoptStores { // another journal's notes say nothing about this one
 		if err := os.Remove(highWater); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return err
@@ -247,6 +247,9 @@ func (s *Server) openJournal() (err error) {
 	}
 	return err
 }
+
+// HighWater is where the high-water marks of the journal in a directory are.
+func HighWater(dir string) string { return filepath.Clean(dir) + ".highwater" }
 
 // makeJournal makes a journal, whole or not at all.
 func makeJournal(options delivery.Options) error {
