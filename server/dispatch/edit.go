@@ -122,9 +122,7 @@ func (e *Engine) changed(key delivery.LaneKey, was, is *subscription.Subscriptio
 	failing := !l.health.failing.IsZero()
 	switch {
 	case renewed:
-		l.health = health{}
-		l.target++
-		l.reclass()
+		l.retarget()
 	case again:
 		l.health.open()
 		l.health.failing = time.Time{}

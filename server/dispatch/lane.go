@@ -31,11 +31,12 @@ type lane struct {
 	// parts are the windows that are not idle, sorted by partition; held is what they hold.
 	parts []part
 	held  map[place]*entry
-	// fresh and timers wait, in the order of their rows; flying holds slots, in the order of their start.
-	fresh, timers, flying queue
-	bytes                 int64 // of all that is held
-	timerTurn             bool  // the next one is a timer, if there is any
-	running               bool  // a goroutine is starting attempts and will look again before it leaves
+	// fresh and timers wait, in the order of their rows; flying holds slots, in the order of their start; strays hold slots,
+	// too, but fly to an older target, and say nothing about this one.
+	fresh, timers, flying, strays queue
+	bytes                         int64 // of all that is held
+	timerTurn                     bool  // the next one is a timer, if there is any
+	running                       bool  // a goroutine is starting attempts and will look again before it leaves
 	// reading: the lane waits for a read, or for room for one, or is being read.
 	reading bool
 	readAt  time.Time // no read before this
@@ -157,7 +158,7 @@ func (l *lane) busy() bool {
 			return true
 		}
 	}
-	return len(l.parts) > 0 || l.flying.n > 0 || l.running || l.reading || l.cancels > 0 || l.disabling
+	return len(l.parts) > 0 || l.inFlight() > 0 || l.running || l.reading || l.cancels > 0 || l.disabling
 }
 
 // window returns the window of a partition. It is valid until the lane's parts change.
@@ -228,6 +229,8 @@ func (l *lane) queueOf(x *entry) *queue {
 	}
 	return &l.timers
 }
+
+func (l *lane) inFlight() int { return l.flying.n + l.strays.n }
 
 func (l *lane) waiting() int { return l.fresh.n + l.timers.n }
 

@@ -284,8 +284,26 @@ func (l *lane) takeOff(x *entry, now time.Time) {
 }
 
 func (l *lane) land(x *entry) {
+	if x.target != l.target {
+		l.strays.remove(x)
+		l.e.slots.countStrays(l, -1)
+		return
+	}
 	l.flying.remove(x)
 	l.e.slots.count(l, -1)
+}
+
+// retarget begins anew, for another target. What flies to the old one is not waited for.
+func (l *lane) retarget() {
+	l.e.slots.count(l, -int64(l.flying.n))
+	l.e.slots.countStrays(l, int64(l.flying.n))
+	for x := l.flying.head; x != nil; x = l.flying.head {
+		l.flying.remove(x)
+		l.strays.push(x)
+	}
+	l.target++
+	l.health = health{}
+	l.reclass()
 }
 
 // back returns an entry that was to be tried, or of which nothing was tried, to where it waited. If a caller has

@@ -98,6 +98,12 @@ func (s *slots) count(l *lane, n int64) {
 	l.tenant.slow.Add(n)
 }
 
+// countStrays has slots of attempts to an older target count among those of suspects.
+func (s *slots) countStrays(l *lane, n int64) {
+	s.slow.Add(n)
+	l.tenant.slow.Add(n)
+}
+
 // share is how many slots one lane may hold.
 func (s *slots) share(h *health, st standing, sub *subscription.Subscription) int {
 	most := maxInFlight(sub)

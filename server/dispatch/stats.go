@@ -384,7 +384,7 @@ func (e *Engine) statsOver(key delivery.LaneKey, s *series, now time.Time, windo
 	st := Stats{Lane: key, Open: e.journal.OpenOf(key)}
 	var h histogram
 	if l := e.find(key); l != nil {
-		st.InFlight = int64(l.flying.n)
+		st.InFlight = int64(l.inFlight())
 		st.OldestDue = l.oldestDue(now)
 		l.mu.Unlock()
 	}
@@ -432,8 +432,10 @@ func (l *lane) oldestDue(now time.Time) time.Duration {
 			look(q.head.Row().Pos(), q.head.Kind)
 		}
 	}
-	for x := l.flying.head; x != nil; x = x.next {
-		look(x.Row().Pos(), x.Kind)
+	for _, q := range []*queue{&l.flying, &l.strays} {
+		for x := q.head; x != nil; x = x.next {
+			look(x.Row().Pos(), x.Kind)
+		}
 	}
 	return now.Sub(first)
 }

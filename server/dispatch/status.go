@@ -44,7 +44,7 @@ func (e *Engine) Status(key delivery.LaneKey) Status {
 		Open: g.open(), Reason: g.reason, Until: g.until,
 		FailingSince: h.failing, LastSuccess: h.succeeded,
 		Slow: h.standing() == suspect, Latency: h.latency,
-		InFlight: l.flying.n, Waiting: l.waiting(), OldestDue: l.oldestDue(now),
+		InFlight: l.inFlight(), Waiting: l.waiting(), OldestDue: l.oldestDue(now),
 	}
 }
 

@@ -251,11 +251,13 @@ func (e *Engine) abandon() int {
 	n := 0
 	for _, l := range e.allLanes() {
 		l.mu.Lock()
-		for x := l.flying.head; x != nil; x = l.flying.head {
-			l.land(x)
-			x.gone = true
-			e.release()
-			n++
+		for _, q := range []*queue{&l.flying, &l.strays} {
+			for x := q.head; x != nil; x = q.head {
+				l.land(x)
+				x.gone = true
+				e.release()
+				n++
+			}
 		}
 		l.mu.Unlock()
 	}
