@@ -275,7 +275,8 @@ func makeJournal(options delivery.Options) error {
 // openConfig opens what etcd holds.
 func (s *Server) openConfig(ctx context.Context) error {
 	o := s.options
-	key, err := secret.LoadOrCreateKey(filepath.Join(o.DataDir, "secret.key"), func() (sealed bool, err error) {
+	keyFile := filepath.Join(o.DataDir, "secret.key")
+	key, err := secret.LoadOrCreateKey(keyFile, func() (sealed bool, err error) {
 		err = wait(ctx, s.log, "etcd to say whether it holds secrets", func(ctx context.Context) error {
 			sealed, err = secret.Sealed(ctx, s.etcd.client, configPrefix)
 			return err
@@ -293,7 +294,7 @@ func (s *Server) openConfig(ctx context.Context) error {
 	err = step(s.log, "read secrets and subscriptions from etcd", func() (err error) {
 		s.secrets, err = secret.Open(ctx, secret.Options{Client: s.etcd.client, Identity: id, Key: key, Logger: o.Logger})
 		if err != nil {
-			return fmt.Errorf("open the secrets: %w", err)
+			return fmt.Errorf("open the secrets with key file %s: %w", keyFile, err)
 		}
 		s.registry, err = subscription.Open(ctx, subscription.Options{Client: s.etcd.client, Identity: id, Logger: o.Logger})
 		if err != nil {
