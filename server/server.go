@@ -229,7 +229,7 @@ func (s *Server) openJournal() (err error) {
 		Dir: dir, Partitions: s.options.Partitions, Space: s.space,
 		CacheBytes: s.memory.cache, MemTableBytes: s.memory.memTable, Logger: s.options.Logger,
 	}
-	highWater := dir + ".highwater"
+	highWater := HighWater(dir)
 	if s.options.AdoptStores { // another journal's notes say nothing about this one
 		if err := os.Remove(highWater); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return err
@@ -247,6 +247,9 @@ func (s *Server) openJournal() (err error) {
 	}
 	return err
 }
+
+// HighWater is where the high-water marks of the journal in a directory are.
+func HighWater(dir string) string { return filepath.Clean(dir) + ".highwater" }
 
 // makeJournal makes a journal, whole or not at all.
 func makeJournal(options delivery.Options) error {
@@ -272,7 +275,8 @@ func makeJournal(options delivery.Options) error {
 // openConfig opens what etcd holds.
 func (s *Server) openConfig(ctx context.Context) error {
 	o := s.options
-	key, err := secret.LoadOrCreateKey(filepath.Join(o.DataDir, "secret.key"), func() (sealed bool, err error) {
+	keyFile := filepath.Join(o.DataDir, "secret.key")
+	key, err := secret.LoadOrCreateKey(keyFile, func() (sealed bool, err error) {
 		err = wait(ctx, s.log, "etcd to say whether it holds secrets", func(ctx context.Context) error {
 			sealed, err = secret.Sealed(ctx, s.etcd.client, configPrefix)
 			return err
@@ -290,7 +294,7 @@ func (s *Server) openConfig(ctx context.Context) error {
 	err = step(s.log, "read secrets and subscriptions from etcd", func() (err error) {
 		s.secrets, err = secret.Open(ctx, secret.Options{Client: s.etcd.client, Identity: id, Key: key, Logger: o.Logger})
 		if err != nil {
-			return fmt.Errorf("open the secrets: %w", err)
+			return fmt.Errorf("open the secrets with key file %s: %w", keyFile, err)
 		}
 		s.registry, err = subscription.Open(ctx, subscription.Options{Client: s.etcd.client, Identity: id, Logger: o.Logger})
 		if err != nil {

@@ -28,7 +28,7 @@ import (
 )
 
 var (
-	flipSeeds = flag.Int("flips.seeds", 0, "how many faults TestFlips puts into data at rest; it is skipped at 0")
+	flipSeeds = flag.Int("flips.seeds", 6, "how many faults TestFlips puts into data at rest")
 	flipFirst = flag.Uint64("flips.first", 0, "the first seed of TestFlips")
 	flipPlace = flag.String("flips.place", "", "only faults in this place, such as wal or etcd-db")
 )
@@ -45,12 +45,7 @@ const (
 // one file is flipped, or the file is cut off or deleted; then the server starts again. Whatever was acknowledged is there as it was,
 // or its loss is told: by a start that is refused, naming the file and a command, or by a line in the log, or by the
 // error of whoever asks for it. Nothing is ever served that was not written.
-//
-// TODO: give flips.seeds a default of 6 once high-water marks and salvage are wired into the server's start.
 func TestFlips(t *testing.T) {
-	if *flipSeeds == 0 {
-		t.Skip("run with -flips.seeds=500; the server's start does not look at high-water marks yet")
-	}
 	bin := buildGrapnel(t)
 	count := tally{}
 	for group := 0; group < *flipSeeds; group += flipGroup {

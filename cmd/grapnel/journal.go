@@ -7,6 +7,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/grapnel/grapnel/server"
 	"github.com/grapnel/grapnel/server/delivery"
 	"github.com/grapnel/grapnel/server/delivery/salvage"
 )
@@ -82,7 +83,14 @@ not be read. DIR is not changed. To go on with the copy, put it in DIR's place a
 			if err != nil {
 				return err
 			}
-			return files.Write(c.stdout)
+			if err := files.Write(c.stdout); err != nil {
+				return err
+			}
+			made, err := delivery.Complete(args[1], server.HighWater(args[0]))
+			if made {
+				fmt.Fprintln(c.stdout, "the journal's first record could not be read and was made anew")
+			}
+			return err
 		},
 	}
 }

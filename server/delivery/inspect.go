@@ -12,6 +12,8 @@ import (
 	"time"
 
 	"github.com/cockroachdb/pebble/v2"
+
+	"github.com/grapnel/grapnel/server/delivery/highwater"
 )
 
 // Damage is a record of a journal that cannot be read, or a row whose event is not there.
@@ -163,6 +165,31 @@ func stopped(dir string) (*Journal, *pebble.Options) {
 	j := newJournal(&o)
 	j.space = newSpace(o, j.log)
 	return j, j.pebbleOptions(o)
+}
+
+// Complete gives a journal that was salvaged without its first record, which says how it is laid out, that record anew, from the
+// high-water marks at a path. False: it has one.
+func Complete(dir, marks string) (made bool, err error) {
+	j, po := stopped(dir)
+	po.ErrorIfNotExists = true
+	if j.db, err = pebble.Open(dir, po); err != nil {
+		return false, fmt.Errorf("open journal %s: %w", dir, err)
+	}
+	defer func() { err = errors.Join(err, j.db.Close()) }()
+	if found, err := j.has(j.db, metaKey()); err != nil || found {
+		return false, err
+	}
+	known, err := highwater.Read(marks)
+	if err != nil {
+		return false, fmt.Errorf("its first record is missing, and cannot be made anew: %w", err)
+	}
+	m := meta{format: layoutFormat, partitions: len(known.Marks)}
+	id, err := hex.DecodeString(known.Journal)
+	if err != nil || len(id) != len(m.id) {
+		return false, fmt.Errorf("high-water marks %s: %q is not the id of a journal", marks, known.Journal)
+	}
+	copy(m.id[:], id)
+	return true, j.db.Set(metaKey(), encodeMeta(nil, m), pebble.Sync)
 }
 
 // EngineOptions are those that a journal's files are made with, for package salvage.

@@ -367,13 +367,23 @@ func (j *Journal) get(r pebble.Reader, key []byte, decode func(value []byte) err
 		return false, nil
 	}
 	if err != nil {
-		return false, fmt.Errorf("journal %s: read %s: %w", j.dir, keyText(key), err)
+		return false, j.unread(keyText(key), err)
 	}
 	defer closer.Close()
 	if err := decode(value); err != nil {
 		return true, j.corrupt(key, err)
 	}
 	return true, nil
+}
+
+// unread is the error of a read that failed. Damage comes with what can be done about it.
+func (j *Journal) unread(what string, err error) error {
+	failed := fmt.Errorf("journal %s: read %s: %w", j.dir, what, err)
+	if !pebble.IsCorruptionError(err) {
+		return failed
+	}
+	return fmt.Errorf("%w; `grapnel journal check %s` shows what is damaged, `grapnel journal salvage %s NEW-DIR` copies the rest",
+		failed, j.dir, j.dir)
 }
 
 // has reports whether there is such a key.
@@ -389,7 +399,7 @@ func (j *Journal) iterate(r pebble.Reader, lower, upper []byte, use func(*pebble
 	}
 	defer func() {
 		if failed := errors.Join(it.Error(), it.Close()); failed != nil {
-			err = errors.Join(err, fmt.Errorf("journal %s: read from %s: %w", j.dir, keyText(lower), failed))
+			err = errors.Join(err, j.unread("from "+keyText(lower), failed))
 		}
 	}()
 	return use(it)

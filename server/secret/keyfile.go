@@ -63,7 +63,7 @@ func loadKey(path string) ([]byte, error) {
 	key, err := hex.DecodeString(strings.TrimSpace(string(text)))
 	if err != nil || len(key) != keySize {
 		// The decoder's text would hold a part of the key.
-		return nil, fmt.Errorf("key file %s does not hold %d hex digits", path, 2*keySize)
+		return nil, fmt.Errorf("key file %s does not hold %d hex digits: restore it from a backup", path, 2*keySize)
 	}
 	return key, nil
 }

@@ -82,7 +82,7 @@ func Open(ctx context.Context, o Options) (*Store, error) {
 		return nil, err
 	}
 	if other, foreign := keys.foreign(s.all()); foreign {
-		return nil, fmt.Errorf("%w: none of the %d secrets in etcd was sealed under this key (%s), but under %s: is it the right key file?",
+		return nil, fmt.Errorf("%w: none of the %d secrets in etcd was sealed under this key (%s), but under %s: is it the right key file? Restore the one from the time of these secrets",
 			ErrWrongKey, len(s.secrets), keys.id, other)
 	}
 	return s, nil
