@@ -212,6 +212,9 @@ func (s *Server) checkStores(ctx context.Context) error {
 		return keyspace.Adopt(ctx, s.etcd.client, configPrefix, s.journal.ID())
 	}
 	owner, err := keyspace.Owner(ctx, s.etcd.client, configPrefix)
+	if broken := new(keyspace.BrokenError); errors.As(err, &broken) {
+		return fmt.Errorf("%w: %w; %s", errStranger, err, meant)
+	}
 	if err != nil {
 		return err
 	}
