@@ -300,7 +300,7 @@ func (p *partition) export(d dayKey, ns NamespaceKey, key, value []byte) (*Expor
 	if err != nil {
 		return nil, err
 	}
-	seq, ok := seqOfKey(key)
+	seq, ok := recordSeq(kindEvent, key[min(recordPrefix, len(key)):])
 	if !ok {
 		return nil, errBadKey
 	}
