@@ -1,7 +1,6 @@
 package delivery
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -71,8 +70,9 @@ func (c *commit) retry(lane LaneKey, at *place) error {
 		c.supersede(lane, at.row)
 		c.dropRow(lane, at.row)
 	} else {
+		// A sweep that begins in this very round finds the row and moves it.
 		from := at.day
-		if from != kept && cmp.Or(c.sweeping, c.p.sweeping).takes(lane.Namespace, seq) {
+		if from != kept && c.p.sweeping.takes(lane.Namespace, seq) {
 			if err := c.keep(lane, seq); err != nil {
 				return err
 			}

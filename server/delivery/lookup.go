@@ -38,10 +38,14 @@ func (p *partition) find(r pebble.Reader, lane LaneKey, seq uint64) (*place, err
 		return nil, err
 	}
 	at := &place{day: day, row: Row{Seq: seq}}
-	recorded, err := p.j.get(r, appendDeliveryKey(nil, p.number, day, lane, seq), func(value []byte) (err error) {
-		at.standing, err = decodeStanding(value)
-		return err
-	})
+	recorded, err := p.readStanding(r, lane, at)
+	if err == nil && !recorded && day == kept {
+		// A sweep keeps an event's deliveries one after the other: this one is still where it was.
+		at.day = dayOf(seq)
+		if recorded, err = p.readStanding(r, lane, at); !recorded {
+			at.day = kept
+		}
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -52,6 +56,13 @@ func (p *partition) find(r pebble.Reader, lane LaneKey, seq uint64) (*place, err
 		return at, nil
 	}
 	return p.findPending(r, lane, at)
+}
+
+func (p *partition) readStanding(r pebble.Reader, lane LaneKey, at *place) (bool, error) {
+	return p.j.get(r, appendDeliveryKey(nil, p.number, at.day, lane, at.row.Seq), func(value []byte) (err error) {
+		at.standing, err = decodeStanding(value)
+		return err
+	})
 }
 
 // findPending reads a delivery that has no record yet: it waits in the FIFO, or for its event's delivery time.

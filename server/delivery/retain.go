@@ -320,11 +320,12 @@ func (c *commit) keep(lane LaneKey, seq uint64) error {
 	}
 	// What a sweep that was cut short has moved has gone on since.
 	record := appendDeliveryKey(nil, p.number, kept, lane, seq)
-	if moved, err := p.j.has(c.r, record); moved || err != nil {
+	if moved, err := p.j.has(c.r, record); err != nil {
 		return err
-	}
-	if err := c.copy(appendDeliveryKey(nil, p.number, d, lane, seq), record); err != nil {
-		return err
+	} else if !moved {
+		if err := c.copy(appendDeliveryKey(nil, p.number, d, lane, seq), record); err != nil {
+			return err
+		}
 	}
 	prefix := appendAttempts(nil, p.number, d, lane, seq)
 	type pair struct{ key, value []byte }

@@ -139,3 +139,34 @@ func (l *heldLog) hold(b *bench) {
 }
 
 func (l *heldLog) release() { close(l.wait) }
+
+// A sweep that begins, a retry of what it is about to take, and a cancel of that, all in one round.
+func TestRoundOfSweepRetryAndCancel(t *testing.T) {
+	log := newHeldLog()
+	b := newBench(t, onePartition, log.use)
+	b.append(publication("e", 1))
+	job := b.jobs()[0]
+	b.exhaust(job)
+	b.flush()
+	b.clock.add(100 * time.Hour)
+	log.hold(b)
+	var wg sync.WaitGroup
+	p := b.partitions[0]
+	for i, edit := range []func() error{
+		func() error { return b.Retain(context.Background(), keepFor(72*time.Hour)) },
+		func() error { _, err := b.Retry(context.Background(), lane(1), job.ID, -1); return err },
+		func() error { _, err := b.Cancel(context.Background(), lane(1), job.ID, "x"); return err },
+	} {
+		wg.Go(func() {
+			if err := edit(); err != nil {
+				t.Error(err)
+			}
+		})
+		waitFor(t, func() bool { p.mu.Lock(); defer p.mu.Unlock(); return len(p.edits) == i+1 })
+	}
+	log.release()
+	wg.Wait()
+	if got := b.lanes(); len(got) != 0 || b.OpenOf(lane(1)) != 0 {
+		t.Errorf("cancelled, and still waits: %+v", got)
+	}
+}
