@@ -139,26 +139,19 @@ func (s *Server) serveReady(w http.ResponseWriter, _ *http.Request) {
 	}
 }
 
-// syncAger is a journal that knows how long the oldest sync that runs has been at it; 0 when none does.
-type syncAger interface{ SyncAge() time.Duration }
-
 // newServerHealth knows what this server depends on.
 func (s *Server) newServerHealth(publish func(bool)) *health {
-	syncAge := func() time.Duration { return 0 }
-	if j, ok := any(s.journal).(syncAger); ok {
-		syncAge = j.SyncAge
-	}
 	s.metrics.MustRegister(
 		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 			Name: "grapnel_journal_sync_age_seconds", Help: "Age of the oldest sync of the journal that has not ended.",
-		}, func() float64 { return syncAge().Seconds() }),
+		}, func() float64 { return s.journal.SyncAge().Seconds() }),
 		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 			Name: "grapnel_plugin_silent", Help: "Plugin processes that leave heartbeats unanswered.",
 		}, func() float64 { return float64(len(s.plugins.Silent())) }),
 	)
 	return newHealth(s.log, publish,
 		vital{name: "journal", publishing: true, grace: syncHangs - syncSlow, ail: func() string {
-			if age := syncAge(); age >= syncSlow {
+			if age := s.journal.SyncAge(); age >= syncSlow {
 				return fmt.Sprintf("the disk has been at a sync for %v; nothing can be accepted meanwhile", age.Round(time.Second))
 			}
 			return ""

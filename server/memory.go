@@ -31,7 +31,7 @@ const (
 
 // planMemory is the division of total bytes; where there is plenty everything has the size at which more is of no use.
 func planMemory(total int64) memoryPlan {
-	p := memoryPlan{total: total, cache: 64 << 20, memTable: 32 << 20, window: 64 << 20, slots: 4096}
+	p := memoryPlan{total: total, cache: 32 << 20, memTable: 16 << 20, window: 32 << 20, slots: 4096}
 	if total <= 0 {
 		return p
 	}

@@ -82,7 +82,7 @@ func (f *serverFlags) register(cmd *cobra.Command) {
 	must(flags.MarkHidden("debug-sweep"))
 	flags.BoolVar(&o.AcceptLoss, "accept-loss", false, "for one start: go on with a journal that holds less than was acknowledged")
 	flags.Var((*bytesValue)(&o.MemoryBytes), "memory", "`size` of the memory that server and plugins share; 0 means the control group's or the machine's")
-	flags.Var((*bytesValue)(&o.WindowBytes), "window-bytes", "`size` of the deliveries that wait in memory; 0 follows --memory, 64MiB at the most")
+	flags.Var((*bytesValue)(&o.WindowBytes), "window-bytes", "`size` of the deliveries that wait in memory; 0 follows --memory, 32MiB at the most")
 	flags.IntVar(&o.Slots, "slots", 0, "attempts in flight over all subscriptions; 0 follows --memory, 4096 at the most")
 	flags.StringVar(&o.PluginDir, "plugin-dir", "", "`directory` of third-party plugins")
 	flags.StringSliceVar(&f.egressAllow, "egress-allow", nil, "private or reserved `ranges` that deliveries may go to, such as 127.0.0.0/8")

@@ -22,8 +22,9 @@ import (
 
 const (
 	protocolMinor = 2
-	// window is how many attempts the plugin takes at once.
-	window = 1024
+	// window is how many attempts the plugin takes at once: as many as the host has slots, so that attempts that hang
+	// leave room for others.
+	window = 4096
 	// batchMax is the most results in one message.
 	batchMax = 64
 	// receiveMax is far above the host's batches, so that one large body still passes.

@@ -84,6 +84,9 @@ func (j *Journal) openMarks(o Options) error {
 			return err
 		}
 	}
+	if doubt := known.Doubt(); doubt != nil && err == nil {
+		j.log.Warn("a part of the note of what was acknowledged cannot be read", "err", doubt)
+	}
 	for i := range known.Marks {
 		if i < len(found) && known.Marks[i].Commit > found[i].Commit {
 			known.Marks[i] = found[i]

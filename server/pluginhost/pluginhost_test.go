@@ -135,7 +135,7 @@ func TestKilledPluginLosesNothing(t *testing.T) {
 			t.Fatalf("%s: %+v", job.Event.ID, r)
 		}
 	}
-	if indeterminate == 0 || indeterminate > 3*1024 || succeeded == 0 {
+	if indeterminate == 0 || indeterminate > 3*4096 || succeeded == 0 {
 		t.Errorf("%d indeterminate, %d succeeded", indeterminate, succeeded)
 	}
 }

@@ -198,11 +198,11 @@ func TestQueueMovesOnAtAnUpgrade(t *testing.T) {
 	f := start(t, nil, version("1"))
 	f.unary(t)
 	sub := newSub(t, 1, map[string]any{"delay": "1s"})
-	sub.MaxInFlight = 4000
+	sub.MaxInFlight = 5000
 	s := newSink()
-	load(f, sub, s, 1024+500)
+	load(f, sub, s, 4096+500)
 	old := f.at("test/all", holding).conn.Load()
-	eventually(t, "the old process has all it takes", func() bool { return old.attempts.outstanding() == 1024 })
+	eventually(t, "the old process has all it takes", func() bool { return old.attempts.outstanding() == 4096 })
 	f.Update([]Spec{version("2")})
 	eventually(t, "the new one has what was queued", func() bool {
 		c := f.at("test/all", holding).conn.Load()
@@ -211,7 +211,7 @@ func TestQueueMovesOnAtAnUpgrade(t *testing.T) {
 	if diff := cmp.Diff([]string{"2", "1"}, f.versions("mem")); diff != "" {
 		t.Errorf("both are listed (-want +got):\n%s", diff)
 	}
-	s.wait(t, 1524)
+	s.wait(t, 4596)
 	f.serves(t, "mem", "2")
 	for job, r := range s.results {
 		if len(r) != 1 || r[0].Outcome != delivery.OutcomeSucceeded {
@@ -394,7 +394,7 @@ func TestKillStorm(t *testing.T) {
 			t.Fatalf("%s was sent %d times: %+v", job.Event.ID, n, r)
 		}
 	}
-	if kills == 0 || indeterminate > kills*1024 || indeterminate == len(g.jobs) {
+	if kills == 0 || indeterminate > kills*4096 || indeterminate == len(g.jobs) {
 		t.Errorf("%d kills, %d of %d attempts indeterminate", kills, indeterminate, len(g.jobs))
 	}
 	t.Logf("%d attempts, %d kills, %d indeterminate", len(g.jobs), kills, indeterminate)
