@@ -132,7 +132,7 @@ func TestTargetsAreThoseThatMatch(t *testing.T) {
 	if got[0].Event.Namespace != delivery.UID(snap.Namespace("acme").UID).NamespaceKey() {
 		t.Error("no namespace")
 	}
-	got = in.Publish(t.Context(), "acme", events(1, func(_ int, e *delivery.Event) { e.ID, e.Type = "none", "user.left" }))
+	in.Publish(t.Context(), "acme", events(1, func(_ int, e *delivery.Event) { e.ID, e.Type = "none", "user.left" }))
 	if n := len(journal.events["none"].Targets); n != 2 { // all, users
 		t.Errorf("%d targets", n)
 	}

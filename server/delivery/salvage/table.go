@@ -310,15 +310,14 @@ func (t *tableFile) move() (bool, error) {
 		}
 		t.it = it
 	}
-	kv, after := none(t.it.Next), t.runs[0].after
-	switch {
-	case !begin:
-		kv = t.it.Next()
-	case after == nil:
-		kv = t.it.First()
-	default: // no key is between the separator and this one
-		kv = t.it.SeekGE(append(after, 0), 0)
+	step, after := t.it.Next, t.runs[0].after
+	if begin {
+		step = t.it.First
 	}
+	if begin && after != nil { // no key is between the separator and this one
+		step = from(t.it.SeekGE, append(after, 0))
+	}
+	kv := step()
 	if kv == nil {
 		return false, t.it.Error()
 	}
@@ -332,6 +331,12 @@ func (t *tableFile) move() (bool, error) {
 
 // none is the nil of a type that Pebble has no public name for.
 func none[T any](func() T) (nothing T) { return nothing }
+
+// from is a seek to a key, as a step, without its flags; Pebble has no public names for their types.
+func from[T, F any](seek func([]byte, F) T, key []byte) func() T {
+	var flags F
+	return func() T { return seek(key, flags) }
+}
 
 // recoverTo turns a panic into an error.
 func recoverTo(err *error) {

@@ -25,7 +25,6 @@ type model struct {
 	fail   func(format string, args ...any)
 	choose func(n int) int
 	hook   hook
-	log    []string
 
 	w   Window
 	mem []*entry
