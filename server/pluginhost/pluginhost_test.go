@@ -105,7 +105,7 @@ func TestKilledPluginLosesNothing(t *testing.T) {
 	f := start(t, func(tm *timing) { tm.backoffMin = time.Millisecond; tm.park = 20 * time.Second }, self("plugin-all")).ready(t)
 	sub := newSub(t, 1, map[string]any{"delay": "20ms"})
 	s := newSink()
-	const n = 5000
+	const n = 20_000
 	go func() {
 		for range 3 {
 			s.progress(t)
