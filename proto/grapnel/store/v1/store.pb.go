@@ -4,8 +4,8 @@
 // 	protoc        (unknown)
 // source: grapnel/store/v1/store.proto
 
-// Package grapnel.store.v1 holds the records that Grapnel keeps for itself: in the journal and, for
-// secrets, in etcd. They are never served. Fields are only ever added.
+// Package grapnel.store.v1 holds the records that Grapnel keeps for itself in etcd: deletions and secrets. They are
+// never served. Fields are only ever added.
 
 package storev1
 
