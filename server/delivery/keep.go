@@ -211,13 +211,15 @@ func (c *commit) forget(ns NamespaceKey, seq uint64) error {
 	if err != nil {
 		return err
 	}
+	head, err := p.readHead(c.r, kept, ns, seq)
+	if err != nil {
+		return err
+	}
 	var subs []SubscriptionKey
-	if _, err := p.j.get(c.r, appendTargetsKey(nil, p.number, kept, ns, seq), func(value []byte) error {
-		list, err := decodeTargets(value)
-		for i := range list.n { // none, where it is damaged
+	if err := p.targets(c.r, kept, ns, seq, &head, func(list *targetList) {
+		for i := range list.n {
 			subs = append(subs, list.uid(i).SubscriptionKey())
 		}
-		return err
 	}); err != nil {
 		return err
 	}

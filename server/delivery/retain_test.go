@@ -123,6 +123,59 @@ func (b *bench) records() (n int) {
 	return n
 }
 
+// Targets are the same to everybody, few in their event's record or many apart from it: in lists, by id, after a start,
+// where retention keeps them, and when it erases them.
+func TestTargetsAreFoundWhereverTheyLie(t *testing.T) {
+	for name, n := range map[string]int{"none": 0, "few": 3, "many": 100} {
+		t.Run(name, func(t *testing.T) {
+			b := newBench(t, onePartition)
+			subs := make([]int, n)
+			for i := range subs {
+				subs[i] = i + 1
+			}
+			e := b.append(publication("e", subs...))[0].Event
+			b.append(publication("none"))
+			check := func(when string) {
+				t.Helper()
+				for _, q := range []Query{{}, {EventID: "e"}, {EventUID: e.UID}} {
+					got := all(t, b, q)
+					if len(got) != n {
+						t.Fatalf("%s, %+v: %d deliveries of %d", when, q, len(got), n)
+					}
+					for i, d := range got {
+						if d.Subscription != fmt.Sprint("sub-", i+1) || d.SubscriptionUID != uid(i+1) || *b.delivery(d.ID) != *d {
+							t.Fatalf("%s: %+v", when, d)
+						}
+					}
+				}
+			}
+			check("new")
+			b.reopen()
+			check("opened again")
+			if n == 0 {
+				return
+			}
+			b.clock.add(100 * time.Hour)
+			b.retain(72 * time.Hour)
+			check("kept")
+			for _, job := range b.backlog(1) {
+				b.succeed(job)
+			}
+			b.flush()
+			for _, sub := range subs[1:] {
+				if _, err := b.CancelLane(t.Context(), lane(sub), "x"); err != nil {
+					t.Fatal(err)
+				}
+			}
+			b.clock.add(7 * time.Hour)
+			b.retain(72 * time.Hour)
+			if got := all(t, b, Query{}); len(got) != 0 {
+				t.Errorf("%d deliveries stay", len(got))
+			}
+		})
+	}
+}
+
 func TestRetainErasesIDsOfPastDays(t *testing.T) {
 	b := newBench(t)
 	first := publication("e", 1)
