@@ -414,6 +414,42 @@ func TestInterruptedRetentionIsMadeAgain(t *testing.T) {
 	}
 }
 
+// What a sweep that was cut short has left in its day does not come back when what it has kept goes, as after the clock
+// was set back and that day is not due any more.
+func TestForgottenEventLeavesNothingInItsDay(t *testing.T) {
+	refuseAt := -1
+	b := newBench(t, onePartition, func(o *Options) {
+		o.refuse = func(uint16) bool {
+			refuseAt--
+			return refuseAt == 0
+		}
+	})
+	const years = 5 * 365 * day
+	b.clock.add(years)
+	b.append(publication("e", 1))
+	b.failed(b.jobs()[0], time.Minute)
+	b.flush()
+	b.clock.add(100 * time.Hour)
+	refuseAt = 3 // begins, moves, erases
+	if err := b.Retain(t.Context(), keepFor(time.Hour)); !errors.Is(err, ErrRefused) {
+		t.Fatal(err)
+	}
+	job := b.timers(1, b.clock.now())[0]
+	b.clock.add(-years)
+	b.reopen()
+	if _, err := b.Cancel(t.Context(), lane(1), job.ID, "x"); err != nil {
+		t.Fatal(err)
+	}
+	b.clock.add(2 * time.Hour)
+	b.retain(time.Hour)
+	if d, err := b.Delivery(acme, job.ID); !errors.Is(err, ErrNotFound) && (err != nil || d.State != Cancelled) {
+		t.Errorf("cancelled, and now %+v, %v", d, err)
+	}
+	if got := all(t, b, Query{}); len(got) != 0 {
+		t.Errorf("listed: %+v", got[0])
+	}
+}
+
 // A delivery that is retried at any moment of a sweep is whole afterwards, or was gone before.
 func TestRetryMeetsRetention(t *testing.T) {
 	for n := range 12 {
