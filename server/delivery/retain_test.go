@@ -123,6 +123,31 @@ func (b *bench) records() (n int) {
 	return n
 }
 
+// What is erased by a range leaves no range behind, which every iterator would have to read: nor do those of neighbours.
+func TestErasedRangesLeaveNothing(t *testing.T) {
+	b := newBench(t, func(o *Options) { o.Partitions = 2 })
+	subs := make([]int, eraseByKey)
+	for i := range subs {
+		subs[i] = i + 1
+	}
+	for i := range 8 {
+		b.append(publication(fmt.Sprint("e", i), subs...))
+	}
+	for _, job := range b.jobs() {
+		b.succeed(job)
+	}
+	b.flush()
+	b.clock.add(100 * time.Hour)
+	b.append(publication("new", 1))
+	b.retain(72 * time.Hour)
+	if m := b.db.Metrics(); m.Keys.TombstoneCount != 0 {
+		t.Errorf("%d tombstones are left", m.Keys.TombstoneCount)
+	}
+	if n := len(all(t, b, Query{})); n != 1 {
+		t.Errorf("%d deliveries are left", n)
+	}
+}
+
 // Targets are the same to everybody, few in their event's record or many apart from it: in lists, by id, after a start,
 // where retention keeps them, and when it erases them.
 func TestTargetsAreFoundWhereverTheyLie(t *testing.T) {
