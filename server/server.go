@@ -352,6 +352,7 @@ func (s *Server) serve(ctx context.Context) error {
 	stores(s.sweep, base, "sweep")
 	stores(s.keepMarks, base, "notes of what was acknowledged")
 	stores(func(ctx context.Context) error { return s.etcd.keepRoom(ctx, s.space.Free) }, base, "room in etcd")
+	stores(returnMemory, base, "memory")
 	hostEnded := make(chan struct{})
 	parts.Go(func() error {
 		defer close(hostEnded)
