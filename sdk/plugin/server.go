@@ -17,6 +17,8 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"github.com/grapnel/grapnel/internal/redact"
+	"github.com/grapnel/grapnel/internal/wire"
 	pluginv1 "github.com/grapnel/grapnel/proto/grapnel/plugin/v1"
 )
 
@@ -132,7 +134,7 @@ func NewGRPCServer(name, version string, kinds ...Kind) (*grpc.Server, error) {
 func (s *server) grpc(opts []grpc.ServerOption) *grpc.Server {
 	g := grpc.NewServer(append(opts,
 		grpc.MaxRecvMsgSize(receiveMax),
-		grpc.ForceServerCodecV2(newCodec()),
+		grpc.ForceServerCodecV2(wire.NewCodec()),
 		grpc.ChainUnaryInterceptor(s.recoverUnary),
 		grpc.ChainStreamInterceptor(s.recoverStream),
 	)...)
@@ -263,7 +265,7 @@ func (s *server) build(in *pluginv1.Instance, egress *Egress, agent string, vali
 	}
 	defer func() {
 		if p := recover(); p != nil {
-			s.log().Error("panic in build", "kind", k.id, "panic", redact(fmt.Sprint(p), values), "stack", string(debug.Stack()))
+			s.log().Error("panic in build", "kind", k.id, "panic", redact.Text(fmt.Sprint(p), values), "stack", string(debug.Stack()))
 			inst, diagnostics = nil, []*pluginv1.Diagnostic{refusal(CodePanic, "the plugin panicked on this config")}
 		}
 	}()
@@ -280,7 +282,7 @@ func (s *server) build(in *pluginv1.Instance, egress *Egress, agent string, vali
 func (p Problem) wire(secrets [][]byte) *pluginv1.Diagnostic {
 	d := &pluginv1.Diagnostic{
 		Severity: pluginv1.Diagnostic_SEVERITY_ERROR, Code: p.Code,
-		Summary: redact(p.Summary, secrets), Pointer: p.Pointer,
+		Summary: redact.Text(p.Summary, secrets), Pointer: p.Pointer,
 	}
 	if p.Warning {
 		d.Severity = pluginv1.Diagnostic_SEVERITY_WARNING

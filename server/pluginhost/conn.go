@@ -17,7 +17,10 @@ import (
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/durationpb"
 
+	"github.com/grapnel/grapnel/internal/redact"
 	pluginv1 "github.com/grapnel/grapnel/proto/grapnel/plugin/v1"
+	"github.com/grapnel/grapnel/server/pluginhost/process"
+	"github.com/grapnel/grapnel/server/pluginhost/wire"
 )
 
 var errHangs = errors.New("it hangs")
@@ -26,15 +29,15 @@ var errHangs = errors.New("it hangs")
 // and owned by its process's supervisor, which alone ends it.
 type conn struct {
 	host   *Host
-	proc   *process
+	proc   *supervisor
 	log    *slog.Logger
 	ctx    context.Context //nolint:containedctx // the life of the process
 	cancel context.CancelFunc
-	child  *child
+	child  *process.Child
 	client *goplugin.Client
 	grpc   *grpc.ClientConn
 	plugin pluginv1.PluginServiceClient
-	out    *tail
+	out    *process.Output
 	name   string
 	// version, protocol and kinds are as described.
 	version  string
@@ -52,15 +55,18 @@ type conn struct {
 	workers    sync.WaitGroup
 	refs       atomic.Uint32
 	unanswered atomic.Int64
-	redactor   redactor
-	overhead   latency
-	answered   atomic.Bool // an attempt or a signature, at least once
-	breakOnce  sync.Once
-	broken     chan struct{}
-	cause      error // set before broken is closed
+	// secrets are those that the process holds: what it says is cleaned of them.
+	secrets   held
+	overhead  latency
+	answered  atomic.Bool // an attempt or a signature, at least once
+	breakOnce sync.Once
+	broken    chan struct{}
+	cause     error // set before broken is closed
 
-	mu      sync.Mutex // guards retired
+	mu      sync.Mutex // guards what follows
 	retired []retired
+	// fading are secrets that the process was told to forget.
+	fading []fading
 }
 
 func (c *conn) nextRef() uint32 { return c.refs.Add(1) }
@@ -119,28 +125,30 @@ func (c *conn) open(signs, carries bool, can map[string]bool) error {
 
 func (c *conn) openAttempts() error {
 	client := pluginv1.NewTransportServiceClient(c.grpc)
-	stream, err := client.Attempt(c.ctx, grpc.ForceCodecV2(newCodec()))
+	stream, err := client.Attempt(c.ctx, wire.CallOption())
 	if err != nil {
 		return fmt.Errorf("open attempt stream: %w", err)
 	}
 	err = stream.SendMsg(&pluginv1.AttemptRequest{Frame: &pluginv1.AttemptRequest_Hello{
-		Hello: &pluginv1.Hello{MaxResponseBody: maxResponse},
+		Hello: &pluginv1.Hello{MaxResponseBody: wire.MaxResponse},
 	}})
 	if err != nil {
 		return fmt.Errorf("send hello: %w", err)
 	}
-	var frame responseFrame
+	var frame wire.Response
 	if err := stream.RecvMsg(&frame); err != nil {
 		return fmt.Errorf("receive welcome: %w", err)
 	}
-	credits := frame.other.GetWelcome().GetCredits()
+	credits := frame.Other.GetWelcome().GetCredits()
 	if credits == 0 {
 		return errors.New("the first frame of the attempt stream is no welcome, or has no credits")
 	}
-	var batch batchFrame
+	var batch wire.Batch
 	c.attempts = newLink(int(min(credits, maxWindow)), func(b []*pending) error {
-		batch.fill(b)
-		defer batch.forget()
+		for _, p := range b {
+			batch.Add(&p.Attempt)
+		}
+		defer batch.Reset()
 		return stream.SendMsg(&batch)
 	})
 	c.workers.Go(func() { c.sendAttempts(stream) })
@@ -165,7 +173,7 @@ func (c *conn) sendAttempts(stream grpc.ClientStream) {
 
 func (c *conn) receiveAttempts(stream grpc.ClientStream) {
 	defer close(c.drained)
-	var frame responseFrame
+	var frame wire.Response
 	var seqs []uint64
 	var taken []*pending
 	for {
@@ -175,22 +183,22 @@ func (c *conn) receiveAttempts(stream grpc.ClientStream) {
 			}
 			return
 		}
-		if frame.other != nil {
-			if err := c.otherFrame(frame.other); err != nil {
+		if frame.Other != nil {
+			if err := c.otherFrame(frame.Other); err != nil {
 				c.fault(err)
 				return
 			}
 			continue
 		}
 		seqs = seqs[:0]
-		for i := range frame.results {
-			seqs = append(seqs, frame.results[i].seq)
+		for i := range frame.Results {
+			seqs = append(seqs, frame.Results[i].Seq)
 		}
 		var err error
 		taken, err = c.attempts.take(seqs, taken[:0])
 		now := time.Now()
 		for i, p := range taken {
-			c.settle(p, &frame.results[i], now)
+			c.settle(p, &frame.Results[i], now)
 		}
 		clear(taken)
 		if err != nil {
@@ -240,7 +248,7 @@ func (c *conn) openUnary() {
 	var calls sync.WaitGroup
 	c.attempts = newLink(window, func(batch []*pending) error {
 		for _, p := range batch {
-			req := unaryRequest(p)
+			req := p.One()
 			timeout := p.plan.timeout + p.plan.grace*3/4 // before the attempt is overdue
 			calls.Go(func() { c.attemptOne(client, req, timeout) })
 		}
@@ -263,13 +271,13 @@ func (c *conn) attemptOne(client pluginv1.TransportServiceClient, req *pluginv1.
 		}
 		return
 	}
-	r := resultOf(resp.GetResult())
-	taken, err := c.attempts.take([]uint64{r.seq}, nil)
+	r := wire.ResultOf(resp.GetResult())
+	taken, err := c.attempts.take([]uint64{r.Seq}, nil)
 	for _, p := range taken {
 		c.settle(p, &r, time.Now())
 	}
-	if err == nil && r.seq != req.GetAttempt().GetSeq() {
-		err = fmt.Errorf("%w: an answer to %d instead of %d", errProtocol, r.seq, req.GetAttempt().GetSeq())
+	if err == nil && r.Seq != req.GetAttempt().GetSeq() {
+		err = fmt.Errorf("%w: an answer to %d instead of %d", errProtocol, r.Seq, req.GetAttempt().GetSeq())
 	}
 	if err != nil {
 		c.fault(err)
@@ -301,7 +309,7 @@ func (c *conn) beat() {
 			return
 		}
 		if c.unanswered.Add(1) == silentAfter {
-			c.log.Warn("plugin does not answer; it is ended if that goes on", "pid", c.child.pid())
+			c.log.Warn("plugin does not answer; it is ended if that goes on", "pid", c.child.Pid())
 		}
 		select {
 		case <-c.ctx.Done():
@@ -337,6 +345,26 @@ func (c *conn) receiveControl() {
 	}
 }
 
+// maxSaid is the most bytes of a text that a plugin gives.
+const maxSaid = 512
+
+// said is the one door through which a plugin's texts come in: bounded, on one line, and without the secrets of any of the
+// tenants that the process works for.
+func (c *conn) said(text string) string { return redact.Line(&c.secrets.Set, text, maxSaid) }
+
+// fading are an instance's secrets from when its process was told to forget them until it must have.
+type fading struct {
+	until   time.Time
+	release func()
+}
+
+// forget has secrets fade: attempts that hold them may still be at work, and what was written about them on its way.
+func (c *conn) forget(release func()) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.fading = append(c.fading, fading{time.Now().Add(c.host.timing.fade), release})
+}
+
 // retire remembers an instance that is to be removed.
 func (c *conn) retire(r retired) {
 	c.mu.Lock()
@@ -361,9 +389,15 @@ func (c *conn) sweep(now time.Time, spare bool) {
 			keep = append(keep, r)
 		} else {
 			refs = append(refs, r.ref)
+			c.fading = append(c.fading, fading{now.Add(c.host.timing.fade), r.release})
 		}
 	}
+	clear(c.retired[len(keep):])
 	c.retired = keep
+	for len(c.fading) > 0 && now.After(c.fading[0].until) {
+		c.fading[0].release()
+		c.fading = c.fading[1:]
+	}
 	c.mu.Unlock()
 	if len(refs) > 0 {
 		go func() { // ends with the process, if not before
@@ -388,9 +422,9 @@ func (c *conn) stop() {
 	}
 	wait(c.drained, c.broken, t.drain)
 	close(c.release)
-	if !wait(c.child.exited, nil, t.term) {
-		c.child.signal(false)
-		wait(c.child.exited, nil, t.term)
+	if !wait(c.child.Exited(), nil, t.term) {
+		c.child.Signal(false)
+		wait(c.child.Exited(), nil, t.term)
 	}
 	c.end("it was stopped")
 }
@@ -411,8 +445,8 @@ func wait(done, over <-chan struct{}, longest time.Duration) bool {
 // end kills what is left of the process, and completes or sends elsewhere what it held.
 func (c *conn) end(why string) {
 	c.fail(errors.New(why))
-	c.child.signal(true)
-	<-c.child.exited
+	c.child.Signal(true)
+	<-c.child.Exited()
 	c.cancel()
 	var written, queued []*pending
 	for _, l := range []*link{c.attempts, c.signs} {

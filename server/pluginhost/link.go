@@ -115,7 +115,7 @@ func (l *link) next(batch []*pending) ([]*pending, bool) {
 	now := time.Now()
 	for bytes := 0; l.waiting() > 0 && len(l.free) > 0 && len(batch) < batchItems; {
 		p := l.queue[l.head]
-		if bytes += len(p.body()); bytes > batchBytes && len(batch) > 0 {
+		if bytes += len(p.Content.Body()); bytes > batchBytes && len(batch) > 0 {
 			break
 		}
 		l.queue[l.head] = nil
@@ -124,7 +124,7 @@ func (l *link) next(batch []*pending) ([]*pending, bool) {
 		l.free = l.free[:len(l.free)-1]
 		l.count++
 		l.open++
-		p.seq = l.count<<slotBits | uint64(slot)
+		p.Seq = l.count<<slotBits | uint64(slot)
 		p.stamp(now)
 		p.due = now.Add(p.plan.timeout + p.plan.grace)
 		l.slots[slot] = p
@@ -151,7 +151,7 @@ func (l *link) take(seqs []uint64, to []*pending) ([]*pending, error) {
 	}
 	for _, seq := range seqs {
 		slot := seq & (maxWindow - 1)
-		if slot >= uint64(len(l.slots)) || l.slots[slot] == nil || l.slots[slot].seq != seq {
+		if slot >= uint64(len(l.slots)) || l.slots[slot] == nil || l.slots[slot].Seq != seq {
 			return to, fmt.Errorf("%w: an answer to %d, which is unknown or answered", errProtocol, seq)
 		}
 		to = append(to, l.slots[slot])

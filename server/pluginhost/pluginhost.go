@@ -40,12 +40,15 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/grapnel/grapnel/server/delivery"
+	"github.com/grapnel/grapnel/server/pluginhost/check"
+	"github.com/grapnel/grapnel/server/pluginhost/process"
+	"github.com/grapnel/grapnel/server/pluginhost/wire"
 	"github.com/grapnel/grapnel/server/subscription"
 )
 
 var (
 	// ErrUnavailable means that the plugin a caller asked about is not running just now.
-	ErrUnavailable = errors.New("plugin is not available")
+	ErrUnavailable = check.ErrUnavailable
 	// ErrUnknownPlugin means that no plugin offers the kind a caller asked about.
 	ErrUnknownPlugin = errors.New("no such plugin")
 )
@@ -92,6 +95,7 @@ type timing struct {
 	dump        time.Duration // SIGQUIT to SIGKILL, for a hung process to say where it hangs
 	drain       time.Duration // longest wait for attempts at a stop
 	retire      time.Duration // how long an instance that was replaced stays
+	fade        time.Duration // how long its secrets are still looked for then: longer than any attempt
 }
 
 func defaultTiming() timing {
@@ -101,16 +105,14 @@ func defaultTiming() timing {
 		stable: time.Minute, failedRetry: 30 * time.Second,
 		park: 500 * time.Millisecond, grace: 5 * time.Second,
 		heartbeat: 5 * time.Second, sweep: 250 * time.Millisecond,
-		term: 5 * time.Second, dump: time.Second, drain: 65 * time.Second, retire: 2 * time.Second,
+		term: 5 * time.Second, dump: time.Second, drain: 65 * time.Second, retire: 2 * time.Second, fade: 2 * time.Minute,
 	}
 }
 
 const (
-	failedAfter   = 5
-	failedWithin  = 5 * time.Minute
-	killedPause   = 3    // pauses before a process that is killed while it serves grow this often: to 800 ms
-	maxResponse   = 4096 // bytes of a response kept with an attempt
-	defaultSigner = "standard-webhooks"
+	failedAfter  = 5
+	failedWithin = 5 * time.Minute
+	killedPause  = 3 // pauses before a process that is killed while it serves grow this often: to 800 ms
 )
 
 // Host runs plugins. All methods are safe for concurrent use.
@@ -119,13 +121,13 @@ type Host struct {
 	log     *slog.Logger
 	timing  timing
 	metrics *metrics
-	dirs    socketDirs
+	dirs    process.Dirs
 
 	kinds      kindTable
 	plans      planTable
 	generation atomic.Uint64
 	parking    parking
-	shapes     shapes
+	shapes     wire.Shapes
 	wards      wards
 	above      *Host       // of a ward
 	free       sync.Pool   // of *pending: one per attempt is garbage enough to show
@@ -133,7 +135,7 @@ type Host struct {
 
 	updating sync.Mutex      // held through an Update
 	mu       sync.Mutex      // guards what follows
-	procs    []*process      // all that are supervised, also those that are to take a place and those that leave
+	procs    []*supervisor   // all that are supervised, also those that are to take a place and those that leave
 	running  context.Context //nolint:containedctx // Run's; nil before it, and once it ends
 	workers  sync.WaitGroup  // one for each process while running
 }
@@ -151,7 +153,7 @@ func New(opts Options) (*Host, error) {
 	}
 	h := &Host{opts: opts, log: opts.Logger.With("component", "pluginhost"), timing: defaultTiming(), metrics: newMetrics(opts.Registerer)}
 	var err error
-	if err = h.dirs.make(opts.Dir); err != nil {
+	if err = h.dirs.Make(opts.Dir); err != nil {
 		return nil, fmt.Errorf("pluginhost: %w", err)
 	}
 	specs, err := identify(opts.Plugins)
@@ -159,7 +161,7 @@ func New(opts Options) (*Host, error) {
 		return nil, fmt.Errorf("pluginhost: %w", err)
 	}
 	for _, k := range specs {
-		h.procs = append(h.procs, newProcess(h, k, holding))
+		h.procs = append(h.procs, newSupervisor(h, k, holding))
 	}
 	return h, nil
 }
@@ -185,12 +187,12 @@ func (h *Host) Run(ctx context.Context) error {
 	stopSweeping()
 	sweeper.Wait()
 	h.releaseParked(time.Time{})
-	h.dirs.remove()
+	h.dirs.Remove()
 	return nil
 }
 
 // processes are all that are supervised just now.
-func (h *Host) processes() []*process {
+func (h *Host) processes() []*supervisor {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	return slices.Clone(h.procs)
@@ -230,7 +232,7 @@ func (h *Host) Pids() map[string]int {
 	pids := map[string]int{}
 	for _, p := range h.processes() {
 		if c := p.conn.Load(); c != nil {
-			pids[p.displayName()] = c.child.pid()
+			pids[p.displayName()] = c.child.Pid()
 		}
 	}
 	return pids

@@ -9,36 +9,36 @@ import (
 
 	pluginv1 "github.com/grapnel/grapnel/proto/grapnel/plugin/v1"
 	"github.com/grapnel/grapnel/server/delivery"
+	"github.com/grapnel/grapnel/server/pluginhost/wire"
 )
 
 const (
 	maxRetryAfter = 24 * time.Hour
 	maxResent     = 3
-	maxErrorText  = 512
 )
 
 // settle turns a plugin's answer into a result, or sends the attempt again when the plugin does not know
 // its instance.
-func (c *conn) settle(p *pending, r *result, now time.Time) {
-	c.overhead.observe(now.Sub(p.created)-r.total, now)
+func (c *conn) settle(p *pending, r *wire.Result, now time.Time) {
+	c.overhead.observe(now.Sub(p.Created)-r.Total, now)
 	if !c.answered.Load() { // mostly set: a write would cost its cache line
 		c.answered.Store(true)
 	}
-	if !r.answered {
-		c.failed(p, r.failure, r, now)
+	if !r.Answered {
+		c.failed(p, r.Failure, r, now)
 		return
 	}
 	a := delivery.Attempt{
-		Start: p.created, Duration: r.total, ResponseCode: r.status, Peer: r.peer, Outcome: delivery.OutcomeSucceeded,
+		Start: p.Created, Duration: r.Total, ResponseCode: r.Status, Peer: r.Peer, Outcome: delivery.OutcomeSucceeded,
 	}
-	if r.status < 200 || r.status > 299 {
-		a.Outcome = outcomeOf(r.status)
-		a.Error = statusText(r.status)
-		a.ResponseHeaders, a.RequestHeaders = r.headers, r.sent
-		a.ResponseBody = r.body
-		a.RetryAfter = retryAfter(r.headers, now)
-	} else if p.ownership {
-		a.ResponseHeaders = r.headers
+	if r.Status < 200 || r.Status > 299 {
+		a.Outcome = outcomeOf(r.Status)
+		a.Error = statusText(r.Status)
+		a.ResponseHeaders, a.RequestHeaders = r.Headers, r.Sent
+		a.ResponseBody = r.Body
+		a.RetryAfter = retryAfter(r.Headers, now)
+	} else if p.Ownership {
+		a.ResponseHeaders = r.Headers
 	}
 	c.host.complete(p, delivery.Result{Attempt: a})
 }
@@ -76,7 +76,7 @@ func retryAfter(headers []delivery.Header, now time.Time) time.Duration {
 }
 
 // failed ends an attempt without an answer from the receiver.
-func (c *conn) failed(p *pending, f *pluginv1.Failure, r *result, now time.Time) {
+func (c *conn) failed(p *pending, f *pluginv1.Failure, r *wire.Result, now time.Time) {
 	if f.GetSource() == pluginv1.Failure_SOURCE_CONFIG {
 		c.host.plans.drop(c.host, p.plan)
 		if p.resent++; p.resent <= maxResent {
@@ -85,18 +85,18 @@ func (c *conn) failed(p *pending, f *pluginv1.Failure, r *result, now time.Time)
 		}
 	}
 	a := delivery.Attempt{
-		Start: p.created, Duration: r.total, Peer: r.peer, RequestHeaders: r.sent,
-		Error: c.errorText(p, f),
+		Start: p.Created, Duration: r.Total, Peer: r.Peer, RequestHeaders: r.Sent,
+		Error: c.errorText(f),
 	}
 	if a.Duration <= 0 {
-		a.Duration = now.Sub(p.created)
+		a.Duration = now.Sub(p.Created)
 	}
 	var cause delivery.Cause
 	a.Outcome, cause = failureOutcome(f)
 	c.host.complete(p, delivery.Result{Attempt: a, Cause: cause})
 }
 
-func (c *conn) errorText(p *pending, f *pluginv1.Failure) string {
+func (c *conn) errorText(f *pluginv1.Failure) string {
 	text := f.GetMessage()
 	switch {
 	case text == "":
@@ -107,11 +107,7 @@ func (c *conn) errorText(p *pending, f *pluginv1.Failure) string {
 	if text == "" {
 		text = "the plugin gave no reason"
 	}
-	text = p.plan.redactor.clean(text)
-	if len(text) > maxErrorText {
-		text = strings.ToValidUTF8(text[:maxErrorText], "") + "…"
-	}
-	return text
+	return c.said(text)
 }
 
 // failureOutcome maps whose fault it was, and which, onto what dispatch and callers see.

@@ -9,6 +9,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	pluginv1 "github.com/grapnel/grapnel/proto/grapnel/plugin/v1"
+	"github.com/grapnel/grapnel/server/pluginhost/process"
 )
 
 // Spec is one plugin to run.
@@ -21,9 +22,7 @@ type Spec struct {
 	Args []string
 	// Builtin marks the plugins that ship in the grapnel binary; Ready waits for them, Update leaves them alone.
 	Builtin bool
-	// SHA256 pins the plugin: Checksum of Path, in hex. A pinned plugin is opened once without following a link,
-	// must not be writable by its group or by others, and on Linux what was hashed is what is run, whatever
-	// happens to the path. Empty runs whatever is there.
+	// SHA256 pins the plugin, as in process.Spec. Empty runs whatever is there.
 	SHA256 string
 	// Manifest must say the same as the plugin's own Describe: name, version, capabilities, kinds and their
 	// schemas. A plugin that differs does not serve. Nil is not compared.
@@ -38,16 +37,16 @@ type Spec struct {
 }
 
 // Limits of a plugin process; zero sets none.
-type Limits struct {
-	// MemoryBytes is the most private writable memory that the process gets, RLIMIT_DATA. Address space that is
-	// only reserved, of which Go and Node take much, is not counted. A Go plugin is told nine tenths of it as its
-	// GOMEMLIMIT, so that it collects garbage before it fails. Go plugins need some 64 MiB.
-	MemoryBytes uint64
-	// OpenFiles is RLIMIT_NOFILE.
-	OpenFiles uint64
-	// Processes is RLIMIT_NPROC, of processes and threads. The kernel counts all of a user's together and exempts
-	// root, so it needs a User.
-	Processes uint64
+type Limits = process.Limits
+
+// Checksum is what Spec.SHA256 is compared with, in lower-case hex.
+func Checksum(path string) (string, error) { return process.Checksum(path) }
+
+// program is what has to be known of the spec to run it.
+func (s Spec) program() process.Spec {
+	return process.Spec{
+		Path: s.Path, Args: s.Args, SHA256: s.SHA256, SoftMemoryBytes: s.SoftMemoryBytes, Limits: s.Limits, User: s.User,
+	}
 }
 
 // equal compares all that has a process started anew. A path's content is compared by its stamp.

@@ -72,10 +72,10 @@ func (h *Host) Silent() []Silence {
 
 // byKey groups the processes by plugin: the one that has the place first, then one that is to take it, then those
 // that leave.
-func (h *Host) byKey() map[string][]*process {
+func (h *Host) byKey() map[string][]*supervisor {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	out := map[string][]*process{}
+	out := map[string][]*supervisor{}
 	for _, in := range []place{holding, succeeding, departing} {
 		for _, p := range h.procs {
 			if p.place == in {
@@ -87,21 +87,21 @@ func (h *Host) byKey() map[string][]*process {
 }
 
 // status describes the kind and the processes of its plugin.
-func (k *kind) status(procs []*process) *grapnelv1.Plugin {
+func (k *kind) status(procs []*supervisor) *grapnelv1.Plugin {
 	if len(procs) == 0 { // removed this moment
-		procs = []*process{k.proc}
+		procs = []*supervisor{k.proc}
 	}
 	out := bare(procs)
-	out.Name, out.Description = "plugins/"+k.id, k.proto.GetDescription()
+	out.Name, out.Description = "plugins/"+k.ID, k.Proto.GetDescription()
 	out.Roles = []grapnelv1.Plugin_Role{grapnelv1.Plugin_ROLE_TRANSPORT}
-	if k.signer() {
+	if k.Signer() {
 		out.Roles = []grapnelv1.Plugin_Role{grapnelv1.Plugin_ROLE_SIGNER}
 	}
-	out.UriSchemes = k.proto.GetTransport().GetUriSchemes()
-	out.Headers = k.emits()
-	out.ConfigSchema = structOf(k.proto.GetConfigSchema())
-	out.ConfigExample = structOf(k.proto.GetConfigExample())
-	for _, s := range k.proto.GetSecretSlots() {
+	out.UriSchemes = k.Proto.GetTransport().GetUriSchemes()
+	out.Headers = k.Emits()
+	out.ConfigSchema = structOf(k.Proto.GetConfigSchema())
+	out.ConfigExample = structOf(k.Proto.GetConfigExample())
+	for _, s := range k.Proto.GetSecretSlots() {
 		out.SecretSlots = append(out.SecretSlots, &grapnelv1.SecretSlot{
 			Slot: s.GetName(), Description: s.GetDescription(), Required: s.GetRequired(), Kinds: s.GetKinds(),
 			Algorithms: s.GetAlgorithms(), Format: s.GetFormat(),
@@ -111,7 +111,7 @@ func (k *kind) status(procs []*process) *grapnelv1.Plugin {
 }
 
 // bare is what there is to say of a plugin's processes, whatever they offer. The first speaks for the plugin.
-func bare(procs []*process) *grapnelv1.Plugin {
+func bare(procs []*supervisor) *grapnelv1.Plugin {
 	now := time.Now()
 	out := &grapnelv1.Plugin{}
 	for i, p := range procs {
@@ -127,11 +127,11 @@ func bare(procs []*process) *grapnelv1.Plugin {
 	return out
 }
 
-func (p *process) instance(now time.Time) *grapnelv1.PluginInstance {
+func (p *supervisor) instance(now time.Time) *grapnelv1.PluginInstance {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	inst := &grapnelv1.PluginInstance{
-		Checksum: p.checksum, RestartCount: int32(p.restarts), LastError: p.lastErr, Health: p.health(now),
+		Checksum: p.image.SHA256, RestartCount: int32(p.restarts), LastError: p.lastErr, Health: p.health(now),
 		Version: p.version, LastOutput: slices.Clone(p.last),
 	}
 	if p.refusal != nil {
@@ -150,7 +150,7 @@ func (p *process) instance(now time.Time) *grapnelv1.PluginInstance {
 	if c == nil {
 		return inst
 	}
-	inst.Pid = int32(c.child.pid())
+	inst.Pid = int32(c.child.Pid())
 	inst.InFlight = int32(c.attempts.outstanding() + c.signs.outstanding())
 	if p50, p99 := c.overhead.quantile(0.5, now), c.overhead.quantile(0.99, now); p99 > 0 {
 		inst.P50Latency, inst.P99Latency = durationpb.New(p50), durationpb.New(p99)
@@ -159,7 +159,7 @@ func (p *process) instance(now time.Time) *grapnelv1.PluginInstance {
 }
 
 // health is called under the lock.
-func (p *process) health(now time.Time) grapnelv1.Plugin_Health {
+func (p *supervisor) health(now time.Time) grapnelv1.Plugin_Health {
 	shaky := len(p.recent(now)) > 0 || p.refusal != nil
 	switch {
 	case p.state == serving && shaky:

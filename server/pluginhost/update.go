@@ -64,34 +64,34 @@ func (h *Host) reconcile(k keyed) {
 	}
 	switch {
 	case holder == nil:
-		h.add(newProcess(h, k, holding))
+		h.add(newSupervisor(h, k, holding))
 	case holder.runs(k.spec):
 		holder.setRefusal(nil)
 	case holder.conn.Load() == nil:
 		// Nothing is lost by not waiting for the new one. The kinds stay known until it has its own.
 		h.dismiss(holder)
-		h.add(newProcess(h, k, holding))
+		h.add(newSupervisor(h, k, holding))
 	default:
-		h.add(newProcess(h, k, succeeding))
+		h.add(newSupervisor(h, k, succeeding))
 	}
 }
 
 // at finds the process that has a plugin's place.
-func (h *Host) at(key string, in place) *process {
+func (h *Host) at(key string, in place) *supervisor {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	return h.atLocked(key, in)
 }
 
-func (h *Host) atLocked(key string, in place) *process {
-	i := slices.IndexFunc(h.procs, func(p *process) bool { return p.key == key && p.place == in })
+func (h *Host) atLocked(key string, in place) *supervisor {
+	i := slices.IndexFunc(h.procs, func(p *supervisor) bool { return p.key == key && p.place == in })
 	if i < 0 {
 		return nil
 	}
 	return h.procs[i]
 }
 
-func (h *Host) add(p *process) {
+func (h *Host) add(p *supervisor) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.procs = append(h.procs, p)
@@ -101,18 +101,18 @@ func (h *Host) add(p *process) {
 }
 
 // remove ends a plugin for good: its kinds go at once, its process once it has drained.
-func (h *Host) remove(p *process) {
+func (h *Host) remove(p *supervisor) {
 	h.kinds.remove(p.key)
 	h.dismiss(p)
 }
 
 // dismiss has a process drain and end; what waits for it goes elsewhere.
-func (h *Host) dismiss(p *process) {
+func (h *Host) dismiss(p *supervisor) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	p.place = departing
 	if p.cancel == nil { // it was never launched
-		h.procs = slices.DeleteFunc(h.procs, func(q *process) bool { return q == p })
+		h.procs = slices.DeleteFunc(h.procs, func(q *supervisor) bool { return q == p })
 		return
 	}
 	p.cancel(errReplaced)
@@ -120,7 +120,7 @@ func (h *Host) dismiss(p *process) {
 
 // install gives a process that is ready to serve its kinds, and with them its place: from here on attempts come to
 // it, and the one before it drains.
-func (h *Host) install(p *process, c *conn) error {
+func (h *Host) install(p *supervisor, c *conn) error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if p.place == departing {
@@ -152,7 +152,7 @@ func (h *Host) install(p *process, c *conn) error {
 }
 
 // refuse notes that a process could not take its plugin's place; the one that has it stays.
-func (h *Host) refuse(p *process, err error) {
+func (h *Host) refuse(p *supervisor, err error) {
 	h.metrics.upgrades.WithLabelValues("refused").Inc()
 	p.log.Error("plugin was not replaced", "err", err)
 	if holder := h.at(p.key, holding); holder != nil {

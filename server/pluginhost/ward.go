@@ -4,13 +4,12 @@ import (
 	"context"
 	"errors"
 	"log/slog"
-	"os/exec"
 	"slices"
 	"sync"
-	"syscall"
 	"time"
 
 	"github.com/grapnel/grapnel/server/delivery"
+	"github.com/grapnel/grapnel/server/pluginhost/check"
 	"github.com/grapnel/grapnel/server/subscription"
 )
 
@@ -57,7 +56,7 @@ type wards struct {
 // ward is a host of its own for the processes of one set of plugins.
 type ward struct {
 	*Host
-	procs  []*process // of the host above; another process is another ward
+	procs  []*supervisor // of the host above; another process is another ward
 	cell   bool
 	cancel context.CancelFunc
 	busy   int
@@ -84,12 +83,12 @@ func (h *Host) admit(p *pending) bool {
 }
 
 // servedBy are the processes that attempts of a subscription go through, if all are there.
-func (h *Host) servedBy(sub *subscription.Subscription) ([]*process, bool) {
+func (h *Host) servedBy(sub *subscription.Subscription) ([]*supervisor, bool) {
 	ids := []string{transportID(&h.kinds, sub.Proto)}
-	for _, pb := range signers(sub.Proto) {
-		ids = append(ids, signerID(pb))
+	for _, pb := range check.Signers(sub.Proto) {
+		ids = append(ids, check.SignerID(pb))
 	}
-	var procs []*process
+	var procs []*supervisor
 	for _, id := range ids {
 		k := h.kinds.get(id)
 		if k == nil || k.proc.conn.Load() == nil {
@@ -105,7 +104,7 @@ func (h *Host) servedBy(sub *subscription.Subscription) ([]*process, bool) {
 // place puts p in the queue of a ward, and returns the wards whose queues have changed; none when p cannot be
 // placed. The most suspected go first into a cell: what a plugin dies of was there at every crash, others only
 // at some.
-func (ws *wards) place(h *Host, p *pending, procs []*process) []*ward {
+func (ws *wards) place(h *Host, p *pending, procs []*supervisor) []*ward {
 	ws.mu.Lock()
 	defer ws.mu.Unlock()
 	if ws.closed {
@@ -128,7 +127,7 @@ func (ws *wards) place(h *Host, p *pending, procs []*process) []*ward {
 }
 
 // common puts p in the queue of the common ward.
-func (ws *wards) common(h *Host, p *pending, procs []*process) []*ward {
+func (ws *wards) common(h *Host, p *pending, procs []*supervisor) []*ward {
 	w := ws.open(h, procs, false)
 	if w == nil {
 		return nil
@@ -163,7 +162,7 @@ func (w *ward) take(p *pending) []*ward {
 }
 
 // open returns the ward, which is made when there is none.
-func (ws *wards) open(h *Host, procs []*process, cell bool) *ward {
+func (ws *wards) open(h *Host, procs []*supervisor, cell bool) *ward {
 	for _, w := range ws.all {
 		if w.cell == cell && slices.Equal(w.procs, procs) {
 			return w
@@ -183,9 +182,9 @@ func (ws *wards) open(h *Host, procs []*process, cell bool) *ward {
 	return w
 }
 
-func (h *Host) newWard(procs []*process, cell bool) (*ward, error) {
+func (h *Host) newWard(procs []*supervisor, cell bool) (*ward, error) {
 	opts := h.opts
-	opts.Plugins, opts.Registerer, opts.Dir = nil, nil, h.dirs.own
+	opts.Plugins, opts.Registerer, opts.Dir = nil, nil, h.dirs.Own()
 	opts.Logger = h.opts.Logger.With(slog.Bool("suspects", true))
 	for _, p := range procs {
 		opts.Plugins = append(opts.Plugins, p.spec)
@@ -309,7 +308,7 @@ func (c *conn) guilt(held int) delivery.Guilt {
 
 // answers reports whether the process that serves everybody with this plugin has answered an attempt.
 func (h *Host) answers(spec Spec) bool {
-	return slices.ContainsFunc(h.processes(), func(p *process) bool {
+	return slices.ContainsFunc(h.processes(), func(p *supervisor) bool {
 		c := p.conn.Load()
 		return c != nil && c.answered.Load() && p.spec.equal(spec)
 	})
@@ -320,20 +319,5 @@ func (c *conn) ownDoing() bool {
 	if c.stopping.Load() {
 		return false
 	}
-	if errors.Is(c.cause, errHangs) || errors.Is(c.cause, errProtocol) {
-		return true
-	}
-	var ended *exec.ExitError
-	if !errors.As(c.child.status, &ended) {
-		return false // with status 0, as one that minds a polite signal does
-	}
-	status, ok := ended.Sys().(syscall.WaitStatus)
-	if ok && status.Signaled() {
-		return ownSignal(status.Signal())
-	}
-	switch ended.ExitCode() - 128 {
-	case int(syscall.SIGHUP), int(syscall.SIGINT), int(syscall.SIGTERM), int(syscall.SIGKILL):
-		return false // as shells, and programs that mind signals, say it
-	}
-	return true
+	return errors.Is(c.cause, errHangs) || errors.Is(c.cause, errProtocol) || c.child.EndedItself()
 }

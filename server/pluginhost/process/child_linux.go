@@ -1,4 +1,4 @@
-package pluginhost
+package process
 
 import (
 	"bytes"
@@ -27,7 +27,7 @@ func (s Spec) possible() error {
 // startConfined starts the process in a group of its own. The kernel kills it when the thread that starts it ends,
 // which is when the host does; it gets no privileges by running other programs; it leaves no core, which would have
 // secrets in it, where the system lets us see to that; and its limits hold before its first instruction, since it starts traced and therefore stopped.
-func startConfined(cmd *exec.Cmd, g *program) error {
+func startConfined(cmd *exec.Cmd, g *Program) error {
 	limits := g.spec.Limits != Limits{}
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL, Ptrace: limits}
 	if g.user != nil {

@@ -1,4 +1,4 @@
-package pluginhost
+package process
 
 import (
 	"fmt"
@@ -8,8 +8,8 @@ import (
 	"sync"
 )
 
-// socketDirs are the directories in which plugin processes get theirs, each with mode 0700, for their sockets.
-type socketDirs struct {
+// Dirs are the directories in which processes get theirs, each with mode 0700, for their sockets.
+type Dirs struct {
 	own       string
 	removeOwn bool
 
@@ -28,8 +28,9 @@ func longestSocket() int {
 	return 103
 }
 
-// make sees to a private directory that is short enough for sockets.
-func (d *socketDirs) make(dir string) error {
+// Make sees to a private directory that is short enough for sockets: dir, with mode 0700, or when its path is too long
+// or it is empty, one under the system's temporary one.
+func (d *Dirs) Make(dir string) error {
 	if dir != "" {
 		abs, err := filepath.Abs(dir)
 		if err != nil {
@@ -58,8 +59,11 @@ func temporary() (string, error) {
 	return made, err
 }
 
-// forOthers is where processes of other users get their directories: all may pass through it, and see nothing.
-func (d *socketDirs) forOthers() (string, error) {
+// Own is where processes of the caller's own user get their directories.
+func (d *Dirs) Own() string { return d.own }
+
+// ForOthers is where processes of other users get their directories: all may pass through it, and see nothing.
+func (d *Dirs) ForOthers() (string, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if d.shared != "" {
@@ -77,8 +81,8 @@ func (d *socketDirs) forOthers() (string, error) {
 	return made, nil
 }
 
-// remove takes away what make and forOthers have made.
-func (d *socketDirs) remove() {
+// Remove takes away what Make and ForOthers have made.
+func (d *Dirs) Remove() {
 	if d.removeOwn {
 		_ = os.RemoveAll(d.own)
 	}

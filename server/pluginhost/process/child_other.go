@@ -1,6 +1,6 @@
 //go:build !unix
 
-package pluginhost
+package process
 
 import (
 	"fmt"
@@ -10,7 +10,7 @@ import (
 )
 
 // startConfined starts the child: there are no process groups here, so descendants of a plugin are its own to end.
-func startConfined(cmd *exec.Cmd, _ *program) error { return cmd.Start() }
+func startConfined(cmd *exec.Cmd, _ *Program) error { return cmd.Start() }
 
 func reap(cmd *exec.Cmd, _ string, collecting func()) error {
 	err := cmd.Wait()
