@@ -127,17 +127,17 @@ func (c *conn) openAttempts() error {
 	client := pluginv1.NewTransportServiceClient(c.grpc)
 	stream, err := client.Attempt(c.ctx, wire.CallOption())
 	if err != nil {
-		return fmt.Errorf("open attempt stream: %w", err)
+		return fmt.Errorf("open attempt stream: %s", c.said(err.Error()))
 	}
 	err = stream.SendMsg(&pluginv1.AttemptRequest{Frame: &pluginv1.AttemptRequest_Hello{
 		Hello: &pluginv1.Hello{MaxResponseBody: wire.MaxResponse},
 	}})
 	if err != nil {
-		return fmt.Errorf("send hello: %w", err)
+		return fmt.Errorf("send hello: %s", c.said(err.Error()))
 	}
 	var frame wire.Response
 	if err := stream.RecvMsg(&frame); err != nil {
-		return fmt.Errorf("receive welcome: %w", err)
+		return fmt.Errorf("receive welcome: %s", c.said(err.Error()))
 	}
 	credits := frame.Other.GetWelcome().GetCredits()
 	if credits == 0 {
@@ -231,9 +231,29 @@ func (c *conn) lost(what string, err error) {
 	case s.Code() == codes.Internal && strings.Contains(s.Message(), "unmarshal"):
 		c.fault(fmt.Errorf("%w: %s: %s", errProtocol, what, s.Message()))
 	default:
-		c.fail(fmt.Errorf("%s: %w", what, err))
+		c.fail(&brokenError{what: what, why: c.said(s.Message())})
 	}
 }
+
+// brokenError is the end of a stream or call. What the plugin said of it is for operators: it may quote anybody.
+type brokenError struct{ what, why string }
+
+func (e *brokenError) Error() string { return e.what + ": " + e.why }
+
+// told is why a process has ended, in the host's own words, for the records of all whose attempts it held.
+func (c *conn) told() string {
+	broken := new(brokenError)
+	switch {
+	case !errors.As(c.cause, &broken):
+		return c.cause.Error()
+	case c.ended():
+		return c.child.Why()
+	}
+	return "its " + broken.what + " broke off"
+}
+
+// ended reports whether the process has ended, or does in a moment: a stream mostly ends a little before it.
+func (c *conn) ended() bool { return wait(c.child.Exited(), nil, 100*time.Millisecond) }
 
 // fault ends the process's life because it broke the protocol.
 func (c *conn) fault(err error) {
@@ -288,7 +308,7 @@ func (c *conn) attemptOne(client pluginv1.TransportServiceClient, req *pluginv1.
 func (c *conn) openControl() error {
 	var err error
 	if c.control, err = c.plugin.Control(c.ctx); err != nil {
-		return fmt.Errorf("open control stream: %w", err)
+		return fmt.Errorf("open control stream: %s", c.said(err.Error()))
 	}
 	c.workers.Go(c.beat)
 	c.workers.Go(c.receiveControl)
@@ -303,7 +323,7 @@ func (c *conn) beat() {
 			Heartbeat: &pluginv1.Heartbeat{Number: n},
 		}})
 		if err != nil && !c.stopping.Load() {
-			c.fail(fmt.Errorf("control stream: %w", err))
+			c.lost("control stream", err)
 		}
 		if err != nil {
 			return
@@ -332,7 +352,7 @@ func (c *conn) receiveControl() {
 		resp, err := c.control.Recv()
 		if err != nil {
 			if !c.stopping.Load() {
-				c.fail(fmt.Errorf("control stream: %w", err))
+				c.lost("control stream", err)
 			}
 			return
 		}
@@ -404,7 +424,7 @@ func (c *conn) sweep(now time.Time, spare bool) {
 			ctx, cancel := context.WithTimeout(c.ctx, c.host.timing.call)
 			defer cancel()
 			if _, err := c.plugin.Remove(ctx, &pluginv1.RemoveRequest{Refs: refs}); err != nil && c.ctx.Err() == nil {
-				c.log.Warn("remove instances", "count", len(refs), "err", err)
+				c.log.Warn("remove instances", "count", len(refs), "err", c.said(err.Error()))
 			}
 		}()
 	}

@@ -104,7 +104,7 @@ func (p *supervisor) open(c *conn) error {
 	defer cancel()
 	desc, err := c.plugin.Describe(ctx, &pluginv1.DescribeRequest{HostVersion: p.host.opts.UserAgent, HostProtocolMinor: 1})
 	if err != nil {
-		return fmt.Errorf("describe: %w", callError(ctx, err))
+		return fmt.Errorf("describe: %w", c.callError(ctx, err))
 	}
 	if err := p.learn(c, desc); err != nil {
 		return err
@@ -114,17 +114,17 @@ func (p *supervisor) open(c *conn) error {
 		settings.EgressAllow = append(settings.EgressAllow, prefix.String())
 	}
 	if _, err := c.plugin.Configure(ctx, &pluginv1.ConfigureRequest{Settings: settings}); err != nil {
-		return fmt.Errorf("configure: %w", callError(ctx, err))
+		return fmt.Errorf("configure: %w", c.callError(ctx, err))
 	}
 	return c.openStreams(desc)
 }
 
-// callError prefers why a call's context ended to what gRPC makes of it.
-func callError(ctx context.Context, err error) error {
+// callError prefers why a call's context ended to what gRPC makes of it, and cleans what the plugin says.
+func (c *conn) callError(ctx context.Context, err error) error {
 	if ctx.Err() != nil {
 		return context.Cause(ctx)
 	}
-	return err
+	return errors.New(c.said(err.Error()))
 }
 
 // learn takes over what the plugin says about itself.
@@ -139,7 +139,7 @@ func (p *supervisor) learn(c *conn, desc *pluginv1.DescribeResponse) error {
 		}
 		c.kinds = append(c.kinds, &kind{k, p})
 	}
-	c.name, c.version = desc.GetName(), desc.GetVersion()
+	c.name, c.version = c.said(desc.GetName()), c.said(desc.GetVersion())
 	if c.name == "" {
 		c.name = p.spec.label()
 	}

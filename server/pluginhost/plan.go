@@ -15,6 +15,7 @@ import (
 
 	"google.golang.org/protobuf/types/known/timestamppb"
 
+	"github.com/grapnel/grapnel/internal/redact"
 	pluginv1 "github.com/grapnel/grapnel/proto/grapnel/plugin/v1"
 	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
 	"github.com/grapnel/grapnel/server/pluginhost/check"
@@ -37,9 +38,12 @@ type plan struct {
 	uri     string
 	timeout time.Duration
 	grace   time.Duration
-	maxBody int       // 0 is no limit
-	secrets []string  // names
-	refs    []retired // all instances, for the end
+	maxBody int      // 0 is no limit
+	secrets []string // names
+	// own are the values of these secrets, which no record of the subscription shows. Other tenants' are not looked for
+	// there: what is taken out of a text that a receiver has a part in would tell it what they are.
+	own  redact.Set
+	refs []retired // all instances, for the end
 	// refusal is set instead of all that when a plugin does not take the config; it holds until.
 	refusal string
 	until   time.Time
@@ -399,6 +403,9 @@ func (h *Host) configureOne(pl *plan, sub *subscription.Subscription, b *binding
 			return 0, &refusedError{fmt.Sprintf("%s plugin %s: secret %s has no live version", b.role, b.kind.ID, name)}
 		}
 		in.Secrets[slot] = secretVersions(versions)
+		for _, v := range versions {
+			pl.own.Add(string(v.Value))
+		}
 	}
 	release, taken := b.conn.secrets.hold(in), false
 	defer func() {
@@ -410,14 +417,14 @@ func (h *Host) configureOne(pl *plan, sub *subscription.Subscription, b *binding
 	defer cancel()
 	resp, err := b.conn.plugin.Configure(ctx, &pluginv1.ConfigureRequest{Instances: []*pluginv1.Instance{in}})
 	if err != nil {
-		return 0, fmt.Errorf("configure %s: %w", b.kind.ID, err)
+		return 0, fmt.Errorf("configure %s: %s", b.kind.ID, redact.Line(&pl.own, err.Error(), maxSaid))
 	}
 	if len(resp.GetStatuses()) != 1 || resp.GetStatuses()[0].GetRef() != in.GetRef() {
 		return 0, &refusedError{fmt.Sprintf("%s plugin %s did not say whether it takes the config", b.role, b.kind.ID)}
 	}
 	for _, d := range resp.GetStatuses()[0].GetDiagnostics() {
 		if d.GetSeverity() != pluginv1.Diagnostic_SEVERITY_WARNING {
-			return 0, &refusedError{fmt.Sprintf("%s plugin %s refused its config: %s", b.role, b.kind.ID, b.conn.said(d.GetSummary()))}
+			return 0, &refusedError{fmt.Sprintf("%s plugin %s refused its config: %s", b.role, b.kind.ID, redact.Line(&pl.own, d.GetSummary(), maxSaid))}
 		}
 	}
 	pl.refs = append(pl.refs, retired{conn: b.conn, ref: in.GetRef(), release: release})

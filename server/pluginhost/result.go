@@ -7,6 +7,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/grapnel/grapnel/internal/redact"
 	pluginv1 "github.com/grapnel/grapnel/proto/grapnel/plugin/v1"
 	"github.com/grapnel/grapnel/server/delivery"
 	"github.com/grapnel/grapnel/server/pluginhost/wire"
@@ -34,11 +35,11 @@ func (c *conn) settle(p *pending, r *wire.Result, now time.Time) {
 	if r.Status < 200 || r.Status > 299 {
 		a.Outcome = outcomeOf(r.Status)
 		a.Error = statusText(r.Status)
-		a.ResponseHeaders, a.RequestHeaders = r.Headers, r.Sent
+		a.ResponseHeaders, a.RequestHeaders = p.kept(r.Headers), p.kept(r.Sent)
 		a.ResponseBody = r.Body
 		a.RetryAfter = retryAfter(r.Headers, now)
 	} else if p.Ownership {
-		a.ResponseHeaders = r.Headers
+		a.ResponseHeaders = p.kept(r.Headers)
 	}
 	c.host.complete(p, delivery.Result{Attempt: a})
 }
@@ -85,8 +86,8 @@ func (c *conn) failed(p *pending, f *pluginv1.Failure, r *wire.Result, now time.
 		}
 	}
 	a := delivery.Attempt{
-		Start: p.Created, Duration: r.Total, Peer: r.Peer, RequestHeaders: r.Sent,
-		Error: c.errorText(f),
+		Start: p.Created, Duration: r.Total, Peer: r.Peer, RequestHeaders: p.kept(r.Sent),
+		Error: p.errorText(f),
 	}
 	if a.Duration <= 0 {
 		a.Duration = now.Sub(p.Created)
@@ -96,7 +97,7 @@ func (c *conn) failed(p *pending, f *pluginv1.Failure, r *wire.Result, now time.
 	c.host.complete(p, delivery.Result{Attempt: a, Cause: cause})
 }
 
-func (c *conn) errorText(f *pluginv1.Failure) string {
+func (p *pending) errorText(f *pluginv1.Failure) string {
 	text := f.GetMessage()
 	switch {
 	case text == "":
@@ -107,7 +108,32 @@ func (c *conn) errorText(f *pluginv1.Failure) string {
 	if text == "" {
 		text = "the plugin gave no reason"
 	}
-	return c.said(text)
+	return redact.Line(&p.plan.own, text, maxSaid)
+}
+
+const (
+	// maxHeaders and maxHeaderBytes bound what is kept of a request's or a response's headers, maxHeaderText each name
+	// and value.
+	maxHeaders     = 64
+	maxHeaderBytes = 4096
+	maxHeaderText  = 1024
+)
+
+// kept is what is stored of headers: the first ones, without the subscription's secrets.
+func (p *pending) kept(in []delivery.Header) []delivery.Header {
+	if len(in) == 0 {
+		return nil
+	}
+	out := make([]delivery.Header, 0, min(len(in), maxHeaders))
+	room := maxHeaderBytes
+	for _, h := range in[:min(len(in), maxHeaders)] {
+		h = delivery.Header{Name: redact.Line(&p.plan.own, h.Name, maxHeaderText), Value: redact.Line(&p.plan.own, h.Value, maxHeaderText)}
+		if room -= len(h.Name) + len(h.Value); room < 0 {
+			break
+		}
+		out = append(out, h)
+	}
+	return out
 }
 
 // failureOutcome maps whose fault it was, and which, onto what dispatch and callers see.

@@ -19,7 +19,7 @@ const signWindow = 1024
 func (c *conn) openSigns() error {
 	stream, err := pluginv1.NewSignerServiceClient(c.grpc).Sign(c.ctx)
 	if err != nil {
-		return fmt.Errorf("open sign stream: %w", err)
+		return fmt.Errorf("open sign stream: %s", c.said(err.Error()))
 	}
 	c.signs = newLink(signWindow, func(batch []*pending) error {
 		var b wire.Batch
@@ -34,7 +34,7 @@ func (c *conn) openSigns() error {
 			err = stream.CloseSend()
 		}
 		if err != nil {
-			c.fail(fmt.Errorf("sign stream: %w", err))
+			c.lost("sign stream", err)
 		}
 	})
 	c.workers.Go(func() {
@@ -42,7 +42,7 @@ func (c *conn) openSigns() error {
 			resp, err := stream.Recv()
 			if err != nil {
 				if !c.stopping.Load() {
-					c.fail(fmt.Errorf("sign stream: %w", err))
+					c.lost("sign stream", err)
 				}
 				return
 			}

@@ -249,14 +249,11 @@ func (p *supervisor) serve(ctx context.Context, c *conn) error {
 	if errors.Is(c.cause, errHangs) {
 		p.host.metrics.hangs.Inc()
 		c.child.Dump(p.host.timing.dump)
-	} else if wait(c.child.Exited(), nil, 100*time.Millisecond) {
-		// The stream mostly ends a little before the process does; its status is the better reason.
-		if !errors.Is(c.cause, errProtocol) {
-			cause = c.child.Why()
-		}
+	} else if c.ended() && !errors.Is(c.cause, errProtocol) {
+		cause = c.child.Why() // the better reason
 	}
 	killed := c.child.KilledByOthers() // before it is the server that kills what is left
-	c.end(c.name + ": " + cause)
+	c.end(c.name + ": " + c.told())
 	p.noteOutput(c)
 	if killed && !errors.Is(c.cause, errProtocol) && !errors.Is(c.cause, errHangs) {
 		return killedError{errors.New(cause), true}
@@ -310,14 +307,19 @@ func (p *supervisor) recent(now time.Time) []crash {
 	return p.crashes
 }
 
+// maxAttributes is how many are taken of one of a plugin's log records.
+const maxAttributes = 32
+
 // logRecords passes a plugin's own log on.
 func (p *supervisor) logRecords(c *conn, batch *pluginv1.LogBatch) {
 	for _, r := range batch.GetRecords() {
 		var level slog.Level
 		_ = level.UnmarshalText([]byte(r.GetLevel())) // an unknown one is info
-		attrs := make([]slog.Attr, 0, len(r.GetAttributes()))
-		for _, k := range slices.Sorted(maps.Keys(r.GetAttributes())) {
-			attrs = append(attrs, slog.String(k, c.said(r.GetAttributes()[k])))
+		names := slices.Sorted(maps.Keys(r.GetAttributes()))
+		names = names[:min(len(names), maxAttributes)]
+		attrs := make([]slog.Attr, 0, len(names))
+		for _, k := range names {
+			attrs = append(attrs, slog.String(c.said(k), c.said(r.GetAttributes()[k])))
 		}
 		p.log.LogAttrs(c.ctx, level, "plugin log",
 			slog.String("text", c.said(r.GetMessage())),

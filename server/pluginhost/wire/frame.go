@@ -196,6 +196,9 @@ type Response struct {
 	peer string
 }
 
+// maxPeer is the longest host:port that is taken.
+const maxPeer = 512
+
 // Result is an AttemptResult; its text is its own.
 type Result struct {
 	Seq uint64
@@ -248,7 +251,7 @@ func (f *Response) parseResult(r *Result, b []byte) error {
 		case 4:
 			r.Total = time.Duration(x) * time.Microsecond
 		case 5:
-			if string(v) != f.peer {
+			if v = v[:min(len(v), maxPeer)]; string(v) != f.peer {
 				f.peer = valid(v)
 			}
 			r.Peer = f.peer

@@ -65,6 +65,7 @@ func ResultOf(in *pluginv1.AttemptResult) Result {
 		Seq: in.GetSeq(), Failure: in.GetFailure(), Peer: in.GetPeer(), Sent: headersOf(in.GetSentHeaders()),
 		Total: time.Duration(in.GetTotalUs()) * time.Microsecond,
 	}
+	r.Peer = r.Peer[:min(len(r.Peer), maxPeer)]
 	if resp := in.GetResponse(); resp != nil {
 		r.Answered, r.Status, r.Headers = true, int(resp.GetStatus()), headersOf(resp.GetHeaders())
 		r.Body, r.Truncated = resp.GetBody(), resp.GetBodyTruncated()
