@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"runtime/debug"
+	"runtime/pprof"
 	"slices"
 	"strings"
 	"sync"
@@ -56,6 +57,8 @@ func (s *server) run(ctx context.Context, t *task, sc *scratch) (out result) {
 		return result{failure: failure{source: SourcePlugin, code: CodeTimeout, wire: NotSent,
 			message: fmt.Sprintf("%d earlier attempts go on although their time is up", maxOverruns)}}
 	}
+	// What it dials is read by goroutines that outlive the attempt: they bear the label, too.
+	pprof.SetGoroutineLabels(inst.labels)
 	r := sc.prepare(t, inst)
 	for _, ref := range t.signHere {
 		signer := s.instances.get(ref)

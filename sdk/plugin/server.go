@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"net/netip"
 	"runtime/debug"
+	"runtime/pprof"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -77,6 +78,8 @@ type instance struct {
 	built   built
 	target  Target
 	secrets [][]byte
+	// labels mark the goroutines that work for it.
+	labels context.Context //nolint:containedctx // pprof keeps labels in one
 	// overruns are attempts that were given up and go on all the same.
 	overruns atomic.Int32
 }
@@ -269,6 +272,9 @@ func (s *server) build(in *pluginv1.Instance, egress *Egress, agent string, vali
 			inst, diagnostics = nil, []*pluginv1.Diagnostic{refusal(CodePanic, "the plugin panicked on this config")}
 		}
 	}()
+	labels := pprof.WithLabels(context.Background(), pprof.Labels(InstanceLabel, in.GetId()))
+	pprof.SetGoroutineLabels(labels)
+	defer pprof.SetGoroutineLabels(context.Background())
 	b, problems := k.assemble(sp)
 	for _, p := range problems {
 		diagnostics = append(diagnostics, p.wire(values))
@@ -276,7 +282,7 @@ func (s *server) build(in *pluginv1.Instance, egress *Egress, agent string, vali
 	if hasErrors(problems) {
 		return nil, diagnostics
 	}
-	return &instance{id: in.GetId(), built: b, target: sp.target, secrets: values}, diagnostics
+	return &instance{id: in.GetId(), built: b, target: sp.target, secrets: values, labels: labels}, diagnostics
 }
 
 func (p Problem) wire(secrets [][]byte) *pluginv1.Diagnostic {

@@ -482,9 +482,9 @@ func (c *conn) end(why string) {
 		queued = append(queued, waited...)
 	}
 	c.workers.Wait() // the sender may still be reading what it was about to send
-	guilt := c.guilt(len(written))
+	guilt := c.guilts(written)
 	for _, p := range written {
-		c.host.interrupted(p, why, guilt)
+		c.host.interrupted(p, why, guilt(p))
 	}
 	for _, p := range queued {
 		c.host.plans.drop(c.host, p.plan)

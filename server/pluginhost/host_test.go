@@ -61,6 +61,10 @@ func TestMain(m *testing.M) {
 			plugin.Main("test/platform", "1.0.0", platformKinds()...)
 		case "plugin-signers":
 			plugin.Main("test/signers", "1.0.0", chainSigner("alpha", "x-alpha"), chainSigner("liar", "x-beta"), chainSigner("changer", "content-type"))
+		case "plugin-named":
+			plugin.Main(os.Args[2], "1.0.0", namedKinds(os.Args[3:])...)
+		case "plugin-bomb":
+			plugin.Main("test/bomb", "1.0.0", bombTransport(), testSigner("standard-webhooks"))
 		case "plugin-mortal":
 			plugin.Main("test/mortal", "1.0.0", mortalTransport(), testSigner("standard-webhooks"))
 		case "host":

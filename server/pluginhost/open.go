@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"strings"
+	"sync"
 	"time"
 
 	"github.com/hashicorp/go-hclog"
@@ -18,6 +20,9 @@ import (
 	"github.com/grapnel/grapnel/server/pluginhost/check"
 	"github.com/grapnel/grapnel/server/pluginhost/process"
 )
+
+// ownName is what builtin plugins are called.
+const ownName = "grapnel"
 
 // replyMax is the largest message that a plugin may send: some 64 results with all their headers fit many times.
 const replyMax = 16 << 20
@@ -74,12 +79,28 @@ func (p *supervisor) start(ctx context.Context) (*conn, error) {
 	return c, nil
 }
 
+// ownImage is that of the server itself, shared by all processes that run it.
+type ownImage struct {
+	mu    sync.Mutex // guards image, and is held while it is made
+	image process.Image
+}
+
 // find finds the plugin's program, and notes what it has found.
-func (p *supervisor) find() (*process.Program, error) {
+func (p *supervisor) find() (program *process.Program, err error) {
 	p.mu.Lock()
 	known := p.image
 	p.mu.Unlock()
-	program, err := process.Open(p.spec.program(), known)
+	if p.spec.Own {
+		p.host.own.mu.Lock() // the first reads it, the others need not
+		defer p.host.own.mu.Unlock()
+		known = p.host.own.image
+		defer func() {
+			if err == nil {
+				p.host.own.image = program.Image
+			}
+		}()
+	}
+	program, err = process.Open(p.spec.program(), known)
 	if program.Image.SHA256 != "" {
 		p.mu.Lock()
 		p.image = program.Image
@@ -142,6 +163,9 @@ func (p *supervisor) learn(c *conn, desc *pluginv1.DescribeResponse) error {
 	c.name, c.version = c.said(desc.GetName()), c.said(desc.GetVersion())
 	if c.name == "" {
 		c.name = p.spec.label()
+	}
+	if !p.spec.Builtin && (c.name == ownName || strings.HasPrefix(c.name, ownName+"/")) {
+		return fmt.Errorf("it calls itself %s, which is the name of the plugins that ship with grapnel", c.name)
 	}
 	c.protocol = fmt.Sprintf("%d.%d", plugin.ProtocolVersion, desc.GetProtocolMinor())
 	if p.spec.Manifest != nil {

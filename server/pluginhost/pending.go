@@ -27,6 +27,8 @@ type pending struct {
 	setBy []int
 	// shaped is set once Content is what the plan wants.
 	shaped bool
+	// suspicion is the job's, or what its subscription is accused of.
+	suspicion int
 	// resent counts instances that the plugin did not know.
 	resent    int
 	parkUntil time.Time

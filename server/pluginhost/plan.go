@@ -2,7 +2,6 @@ package pluginhost
 
 import (
 	"context"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"maps"
@@ -164,8 +163,10 @@ func (h *Host) retire(pl *plan) {
 
 // route sends p on its way, by the plan there is or one that is made now. Suspects go to a ward.
 func (h *Host) route(p *pending) {
-	if p.job.Suspicion > 0 && h.above == nil && h.admit(p) {
-		return
+	if h.above == nil {
+		if p.suspicion = max(p.job.Suspicion, h.accused.of(p.sub)); p.suspicion > 0 && h.admit(p) {
+			return
+		}
 	}
 	pl := h.plans.get(p.sub.UID)
 	if !pl.usable(p.sub) {
@@ -392,7 +393,7 @@ func (e *refusedError) Error() string { return e.why }
 
 func (h *Host) configureOne(pl *plan, sub *subscription.Subscription, b *binding) (uint32, error) {
 	in := &pluginv1.Instance{
-		Id: hex.EncodeToString(sub.UID[:]) + "/" + b.id, Generation: h.generation.Add(1), Ref: b.conn.nextRef(),
+		Id: instanceID(sub, b.id), Generation: h.generation.Add(1), Ref: b.conn.nextRef(),
 		Kind: b.kind.ID, Tenant: sub.Namespace, ConfigJson: b.config, Target: targetOf(sub.Proto),
 		MaxInFlight: uint32(max(0, sub.MaxInFlight)), Secrets: map[string]*pluginv1.SecretVersions{},
 	}

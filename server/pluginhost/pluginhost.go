@@ -63,6 +63,8 @@ type SecretVersion struct {
 
 // Options configure a Host.
 type Options struct {
+	// Plugins to run. Of two that want to offer the same kind, or to be the default for the same URI scheme, it is the
+	// builtin one, or the first in this order.
 	Plugins []Spec
 	// Dir is where sockets go; it is made, with mode 0700, when absent. When its path is too long for a
 	// socket, or it is empty, a short private directory under the system's temporary one is used.
@@ -129,6 +131,8 @@ type Host struct {
 	parking    parking
 	shapes     wire.Shapes
 	wards      wards
+	accused    accused
+	own        *ownImage
 	above      *Host       // of a ward
 	free       sync.Pool   // of *pending: one per attempt is garbage enough to show
 	closed     atomic.Bool // no attempt is taken any more
@@ -151,7 +155,7 @@ func New(opts Options) (*Host, error) {
 	if opts.UserAgent == "" {
 		opts.UserAgent = "grapnel"
 	}
-	h := &Host{opts: opts, log: opts.Logger.With("component", "pluginhost"), timing: defaultTiming(), metrics: newMetrics(opts.Registerer)}
+	h := &Host{opts: opts, own: &ownImage{}, log: opts.Logger.With("component", "pluginhost"), timing: defaultTiming(), metrics: newMetrics(opts.Registerer)}
 	var err error
 	if err = h.dirs.Make(opts.Dir); err != nil {
 		return nil, fmt.Errorf("pluginhost: %w", err)
@@ -160,6 +164,7 @@ func New(opts Options) (*Host, error) {
 	if err != nil {
 		return nil, fmt.Errorf("pluginhost: %w", err)
 	}
+	h.kinds.settle(specs)
 	for _, k := range specs {
 		h.procs = append(h.procs, newSupervisor(h, k, holding))
 	}

@@ -20,14 +20,20 @@ type Spec struct {
 	// Path of the executable, or of a directory with an executable called plugin in it.
 	Path string
 	Args []string
-	// Builtin marks the plugins that ship in the grapnel binary; Ready waits for them, Update leaves them alone.
+	// Builtin marks the plugins that ship in the grapnel binary; Ready waits for them, Update leaves them alone. Only
+	// they may call themselves grapnel.
 	Builtin bool
+	// Reserves are the kinds of a builtin plugin, with the URI schemes that each is the default for. They are its own
+	// from the start, whether it has come up or not: no other plugin may offer them.
+	Reserves map[string][]string
+	// Own says that the plugin is the server's own program, as in process.Spec.
+	Own bool
 	// SHA256 pins the plugin, as in process.Spec. Empty runs whatever is there.
 	SHA256 string
 	// Manifest must say the same as the plugin's own Describe: name, version, capabilities, kinds and their
 	// schemas. A plugin that differs does not serve. Nil is not compared.
 	Manifest *pluginv1.DescribeResponse
-	// SoftMemoryBytes is told to a Go plugin as its GOMEMLIMIT where Limits say nothing of memory; 0 tells none.
+	// SoftMemoryBytes is told to a Go plugin as its GOMEMLIMIT; 0 tells nine tenths of what Limits say, if anything.
 	SoftMemoryBytes uint64
 	// Limits of the process. Linux only: elsewhere a plugin with limits does not start.
 	Limits Limits
@@ -45,7 +51,7 @@ func Checksum(path string) (string, error) { return process.Checksum(path) }
 // program is what has to be known of the spec to run it.
 func (s Spec) program() process.Spec {
 	return process.Spec{
-		Path: s.Path, Args: s.Args, SHA256: s.SHA256, SoftMemoryBytes: s.SoftMemoryBytes, Limits: s.Limits, User: s.User,
+		Path: s.Path, Args: s.Args, Own: s.Own, SHA256: s.SHA256, SoftMemoryBytes: s.SoftMemoryBytes, Limits: s.Limits, User: s.User,
 	}
 }
 

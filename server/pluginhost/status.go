@@ -21,7 +21,7 @@ func (h *Host) Plugins() []*grapnelv1.Plugin {
 	procs := h.byKey()
 	var out []*grapnelv1.Plugin
 	for _, id := range slices.Sorted(maps.Keys(all)) {
-		out = append(out, all[id].status(procs[all[id].proc.key]))
+		out = append(out, h.statusOf(all[id], procs[all[id].proc.key]))
 	}
 	described := map[string]bool{}
 	for _, k := range all {
@@ -40,7 +40,7 @@ func (h *Host) Plugins() []*grapnelv1.Plugin {
 func (h *Host) Plugin(id string) (*grapnelv1.Plugin, bool) {
 	procs := h.byKey()
 	if k := h.kinds.get(id); k != nil {
-		return k.status(procs[k.proc.key]), true
+		return h.statusOf(k, procs[k.proc.key]), true
 	}
 	for _, key := range slices.Sorted(maps.Keys(procs)) {
 		if p := bare(procs[key]); p.GetName() == "plugins/"+id {
@@ -70,6 +70,17 @@ func (h *Host) Silent() []Silence {
 	return out
 }
 
+// Down are the builtin plugins whose processes do not serve, by their Spec's name.
+func (h *Host) Down() []string {
+	var out []string
+	for _, p := range h.processes() {
+		if p.spec.Builtin && !p.serves() {
+			out = append(out, p.spec.Name)
+		}
+	}
+	return out
+}
+
 // byKey groups the processes by plugin: the one that has the place first, then one that is to take it, then those
 // that leave.
 func (h *Host) byKey() map[string][]*supervisor {
@@ -86,8 +97,8 @@ func (h *Host) byKey() map[string][]*supervisor {
 	return out
 }
 
-// status describes the kind and the processes of its plugin.
-func (k *kind) status(procs []*supervisor) *grapnelv1.Plugin {
+// statusOf describes the kind and the processes of its plugin.
+func (h *Host) statusOf(k *kind, procs []*supervisor) *grapnelv1.Plugin {
 	if len(procs) == 0 { // removed this moment
 		procs = []*supervisor{k.proc}
 	}
@@ -97,7 +108,7 @@ func (k *kind) status(procs []*supervisor) *grapnelv1.Plugin {
 	if k.Signer() {
 		out.Roles = []grapnelv1.Plugin_Role{grapnelv1.Plugin_ROLE_SIGNER}
 	}
-	out.UriSchemes = k.Proto.GetTransport().GetUriSchemes()
+	out.UriSchemes = h.kinds.schemes(k)
 	out.Headers = k.Emits()
 	out.ConfigSchema = structOf(k.Proto.GetConfigSchema())
 	out.ConfigExample = structOf(k.Proto.GetConfigExample())

@@ -108,7 +108,8 @@ type crash struct {
 	killed bool
 }
 
-// killedError is the end of a life that somebody else's signal made, which says nothing against the plugin.
+// killedError is the end of a life that says nothing against the plugin: somebody else's signal made it, or what one
+// subscription brought.
 type killedError struct {
 	error
 	served bool // until then
@@ -155,6 +156,12 @@ func (p *supervisor) carryOn(before *supervisor) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.restarts += restarts
+}
+
+func (p *supervisor) serves() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.state == serving
 }
 
 func (p *supervisor) awaitServing(ctx context.Context) error {
@@ -255,6 +262,9 @@ func (p *supervisor) serve(ctx context.Context, c *conn) error {
 	killed := c.child.KilledByOthers() // before it is the server that kills what is left
 	c.end(c.name + ": " + c.told())
 	p.noteOutput(c)
+	if _, laid := c.culprit(); laid && c.answered.Load() {
+		return killedError{errors.New(cause), true} // it works for others
+	}
 	if killed && !errors.Is(c.cause, errProtocol) && !errors.Is(c.cause, errHangs) {
 		return killedError{errors.New(cause), true}
 	}

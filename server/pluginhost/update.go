@@ -37,6 +37,7 @@ func (h *Host) Update(specs []Spec) {
 		h.log.Error("update plugins", "err", err)
 		return
 	}
+	h.kinds.settle(wanted)
 	keys := map[string]bool{}
 	for _, k := range wanted {
 		keys[k.key] = true
@@ -132,9 +133,15 @@ func (h *Host) install(p *supervisor, c *conn) error {
 	default:
 	}
 	p.conn.Store(c) // before the kinds, so that nobody finds one without the other
-	if err := h.kinds.set(p, c.kinds); err != nil {
+	evicted, err := h.kinds.set(p, c.kinds, p.place == holding)
+	if err != nil {
 		p.conn.Store(nil)
 		return err
+	}
+	for _, q := range evicted {
+		if other := q.conn.Load(); other != nil {
+			other.fail(fmt.Errorf("plugin %s, which stands before it, offers one of its kinds", p.spec.label()))
+		}
 	}
 	p.took(c)
 	if p.place == succeeding {

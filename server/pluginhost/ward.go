@@ -25,6 +25,8 @@ import (
 //     another crash says whose doing it was. Few wait for it, those first that were there at the most crashes;
 //     the rest goes through the common ward again.
 //
+// Subscriptions that a process has named as what it died of are suspects with all they deliver, see accused.
+//
 // What follows from a crash is delivery.Next's to say.
 
 const (
@@ -110,7 +112,7 @@ func (ws *wards) place(h *Host, p *pending, procs []*supervisor) []*ward {
 	if ws.closed {
 		return nil
 	}
-	if p.job.Suspicion > 1 {
+	if p.suspicion > 1 {
 		if cell := ws.open(h, procs, true); cell != nil {
 			placed := []*ward{cell}
 			if left := cell.lock(p); left != nil {
@@ -139,7 +141,7 @@ func (ws *wards) common(h *Host, p *pending, procs []*supervisor) []*ward {
 func (w *ward) lock(p *pending) *pending {
 	w.idle.Stop()
 	at := len(w.queue)
-	for at > 0 && w.queue[at-1].job.Suspicion < p.job.Suspicion {
+	for at > 0 && w.queue[at-1].suspicion < p.suspicion {
 		at--
 	}
 	w.queue = slices.Insert(w.queue, at, p)
@@ -193,7 +195,7 @@ func (h *Host) newWard(procs []*supervisor, cell bool) (*ward, error) {
 	if err != nil {
 		return nil, err
 	}
-	host.above, host.metrics, host.timing = h, h.metrics, h.timing
+	host.above, host.metrics, host.timing, host.own = h, h.metrics, h.timing, h.own
 	host.timing.park = max(host.timing.park, wardPark)
 	host.timing.backoffMax = min(host.timing.backoffMax, wardRetry)
 	host.timing.failedRetry = min(host.timing.failedRetry, wardRetry)
@@ -290,6 +292,30 @@ func (ws *wards) each(f func(*Host)) {
 	ws.mu.Unlock()
 	for _, w := range all {
 		f(w.Host)
+	}
+}
+
+// guilts says for each of the attempts that a process held, which has ended, what speaks for it that the process died of
+// it. Where the process has named a culprit, only the culprit's count.
+func (c *conn) guilts(held []*pending) func(*pending) delivery.Guilt {
+	of, known := c.culprit()
+	if !known {
+		all := c.guilt(len(held))
+		return func(*pending) delivery.Guilt { return all }
+	}
+	c.accuse(of)
+	its := 0
+	for _, p := range held {
+		if p.sub.UID == of.uid {
+			its++
+		}
+	}
+	guilt := c.guilt(its)
+	return func(p *pending) delivery.Guilt {
+		if p.sub.UID != of.uid {
+			return delivery.GuiltNone
+		}
+		return guilt
 	}
 }
 

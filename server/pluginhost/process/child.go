@@ -2,6 +2,7 @@ package process
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -63,11 +64,11 @@ func (c *Child) Place(env []string, dir string) error {
 		// Scripts find their interpreter by it; the server's own would say where the server looks.
 		c.env = append(c.env, "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
 	}
-	if limit := c.program.spec.Limits.MemoryBytes; limit > 0 {
-		c.env = append(c.env, "GOMEMLIMIT="+strconv.FormatUint(limit/10*9, 10))
-	} else if soft := c.program.spec.SoftMemoryBytes; soft > 0 {
+	if soft := cmp.Or(c.program.spec.SoftMemoryBytes, c.program.spec.Limits.MemoryBytes/10*9); soft > 0 {
 		c.env = append(c.env, "GOMEMLIMIT="+strconv.FormatUint(soft, 10))
 	}
+	// A Go program that panics says for whom it was at work: see Output.Culprit.
+	c.env = append(c.env, "GODEBUG=tracebacklabels=1")
 	return c.program.giveDir(dir)
 }
 

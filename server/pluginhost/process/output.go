@@ -143,6 +143,24 @@ func (t *Output) Last() []string {
 	return lines
 }
 
+// Culprit is the value of a label (runtime/pprof) of the goroutine that a Go program's report of its end blames: ""
+// when it has none, or the program was asked for its report.
+func (t *Output) Culprit(label string) string {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if len(t.report) == 0 || asked(t.report) {
+		return ""
+	}
+	at := slices.IndexFunc(t.report, beginsGoroutine)
+	if at < 0 {
+		return ""
+	}
+	// goroutine 8 [running labels:{"grapnel.instance": "…"}]:
+	_, rest, _ := strings.Cut(t.report[at], `"`+label+`": "`)
+	value, _, _ := strings.Cut(rest, `"`)
+	return value
+}
+
 // beginsReport knows how the Go runtime begins.
 func beginsReport(line string) bool {
 	for _, prefix := range []string{"panic: ", "fatal error: ", "runtime: out of memory", "SIGQUIT: ", "SIGABRT: ", "unexpected fault address "} {

@@ -15,11 +15,15 @@ type Spec struct {
 	// Path of the executable, or of a directory with an executable called plugin in it; absolute.
 	Path string
 	Args []string
+	// Own says that the program is the caller's own. On Linux it is run as it was when the caller itself was started,
+	// whatever has become of Path since; elsewhere one that has changed since it was first opened is refused. Its
+	// limits are set right after its start, as far as the system lets us: it is trusted to start.
+	Own bool
 	// SHA256 pins the program: Checksum of Path, in hex. A pinned one is opened once without following a link,
 	// must not be writable by its group or by others, and on Linux what was hashed is what is run, whatever
 	// happens to the path. Empty runs whatever is there.
 	SHA256 string
-	// SoftMemoryBytes is told to a Go program as its GOMEMLIMIT where Limits say nothing of memory; 0 tells none.
+	// SoftMemoryBytes is told to a Go program as its GOMEMLIMIT; 0 tells nine tenths of what Limits say, if anything.
 	SoftMemoryBytes uint64
 	// Limits of the process. Linux only: elsewhere a process with limits does not start.
 	Limits Limits
@@ -32,7 +36,7 @@ type Spec struct {
 type Limits struct {
 	// MemoryBytes is the most private writable memory that the process gets, RLIMIT_DATA. Address space that is
 	// only reserved, of which Go and Node take much, is not counted. A Go program is told nine tenths of it as its
-	// GOMEMLIMIT, so that it collects garbage before it fails. Go programs need some 64 MiB.
+	// GOMEMLIMIT, if nothing else, so that it collects garbage before it fails. Go programs need some 64 MiB.
 	MemoryBytes uint64
 	// OpenFiles is RLIMIT_NOFILE.
 	OpenFiles uint64
@@ -79,6 +83,9 @@ func (g *Program) OfAnotherUser() bool { return g.user != nil }
 // Program has its Image also beside an error, if there is one.
 func Open(s Spec, known Image) (*Program, error) {
 	g := &Program{spec: s, path: s.Path}
+	if s.Own {
+		return g, g.openOwn(known)
+	}
 	if err := s.possible(); err != nil {
 		return g, err
 	}
@@ -116,6 +123,32 @@ func Open(s Spec, known Image) (*Program, error) {
 		return g, fmt.Errorf("%s has SHA-256 %s, want %s", s.Path, sum, s.SHA256)
 	}
 	return g, nil
+}
+
+// openOwn opens the caller's own program.
+func (g *Program) openOwn(known Image) error {
+	f, err := openSelf(g.spec.Path)
+	if err != nil {
+		return err
+	}
+	info, err := f.Stat()
+	if err != nil {
+		_ = f.Close()
+		return err
+	}
+	g.Image = Image{SHA256: known.SHA256, stamp: stamp{{info: info}}}
+	if known.SHA256 == "" || !known.stamp.equal(g.Image.stamp) {
+		if g.Image.SHA256, err = hashFile(f); err != nil {
+			_ = f.Close()
+			return err
+		}
+	}
+	if known.SHA256 != "" && known.SHA256 != g.Image.SHA256 {
+		_ = f.Close()
+		return fmt.Errorf("%s is not the program any more that this server was started from; start the server again", g.spec.Path)
+	}
+	g.runFile(f)
+	return nil
 }
 
 // pin opens what is to be run without following a link, and hashes what it has opened.
