@@ -182,6 +182,17 @@ func (s *Server) newServerHealth(publish func(bool)) *health {
 			}
 			return ""
 		}},
+		vital{name: "this machine", quiet: true, grace: -1, ail: func() string {
+			var words []string
+			for name, most := range s.plugins.Short() {
+				words = append(words, fmt.Sprintf("%s makes %d attempts at a time", name, most))
+			}
+			if len(words) == 0 {
+				return ""
+			}
+			slices.Sort(words)
+			return "out of file descriptors, sockets or memory; " + strings.Join(words, ", ")
+		}},
 		vital{name: "third-party plugins", quiet: true, grace: -1, ail: func() string {
 			if names := s.silent(); names != "" {
 				return names + " does not answer"

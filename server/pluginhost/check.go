@@ -99,6 +99,9 @@ func (h *Host) PrepareSecret(ctx context.Context, kind, slot string, value []byt
 
 // missing tells a plugin that is not there from one that may still come.
 func (h *Host) missing(id string) error {
+	if _, off := h.kinds.off()[id]; off {
+		return fmt.Errorf("%w: plugins/%s is disabled", ErrUnavailable, id)
+	}
 	for _, p := range h.processes() {
 		p.mu.Lock()
 		never := p.version == "" && p.protocol == ""

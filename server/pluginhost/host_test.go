@@ -63,6 +63,8 @@ func TestMain(m *testing.M) {
 			plugin.Main("test/signers", "1.0.0", chainSigner("alpha", "x-alpha"), chainSigner("liar", "x-beta"), chainSigner("changer", "content-type"))
 		case "plugin-named":
 			plugin.Main(os.Args[2], "1.0.0", namedKinds(os.Args[3:])...)
+		case "plugin-short":
+			plugin.Main("test/short", "1.0.0", shortTransport(), testSigner("standard-webhooks"))
 		case "plugin-bomb":
 			plugin.Main("test/bomb", "1.0.0", bombTransport(), testSigner("standard-webhooks"))
 		case "plugin-mortal":

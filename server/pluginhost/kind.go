@@ -35,11 +35,19 @@ type names struct {
 	rank    map[string]int   // of a plugin, by its key: its place in the list
 	owners  map[string]keyed // of kinds
 	schemes map[string]string
+	// disabled are kinds of plugins that do not run.
+	disabled map[string]disabledKind
+}
+
+// disabledKind is a kind as the manifest of a disabled plugin has it.
+type disabledKind struct {
+	*check.Kind
+	of Spec
 }
 
 // settle takes over a new list of plugins. What was settled before stays: who has a name keeps it for as long as it wants
 // it, and plugins that are new to the list come after those that are not.
-func (t *kindTable) settle(specs []keyed) {
+func (t *kindTable) settle(specs, disabled []keyed) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	before := t.names.Load()
@@ -48,7 +56,7 @@ func (t *kindTable) settle(specs []keyed) {
 	}
 	specs = slices.Clone(specs)
 	slices.SortStableFunc(specs, func(a, b keyed) int { return cmp.Compare(before.standing(a), before.standing(b)) })
-	n := &names{rank: map[string]int{}, owners: map[string]keyed{}, schemes: map[string]string{}}
+	n := &names{rank: map[string]int{}, owners: map[string]keyed{}, schemes: map[string]string{}, disabled: map[string]disabledKind{}}
 	for i, k := range specs {
 		n.rank[k.key] = i
 		for id := range k.spec.wants() {
@@ -67,6 +75,11 @@ func (t *kindTable) settle(specs []keyed) {
 			if _, owned := n.owners[id]; !owned {
 				n.owners[id] = k
 			}
+		}
+	}
+	for _, k := range disabled {
+		for _, pk := range k.spec.Manifest.GetKinds() {
+			n.disabled[pk.GetId()] = disabledKind{&check.Kind{ID: pk.GetId(), Proto: pk}, k.spec}
 		}
 	}
 	t.names.Store(n)
@@ -114,6 +127,33 @@ func (t *kindTable) described() check.Kinds {
 		out[id] = k.Kind
 	}
 	return out
+}
+
+// off are the kinds of disabled plugins that no other plugin offers.
+func (t *kindTable) off() map[string]disabledKind {
+	out := maps.Clone(t.names.Load().disabled)
+	for id := range t.all() {
+		delete(out, id)
+	}
+	return out
+}
+
+// absent says why attempts cannot be made with a kind just now; "" when they can.
+func (t *kindTable) absent(id string) string {
+	n, k := t.names.Load(), t.get(id)
+	_, disabled := n.disabled[id]
+	_, owned := n.owners[id]
+	switch {
+	case k != nil && k.proc.conn.Load() != nil:
+		return ""
+	case k != nil || owned:
+		return "plugins/" + id + " is not running"
+	case disabled:
+		return "plugins/" + id + " is disabled"
+	case id == "":
+		return "no plugin carries the URI's scheme"
+	}
+	return "there is no plugin plugins/" + id
 }
 
 func (t *kindTable) get(id string) *kind { return t.all()[id] }

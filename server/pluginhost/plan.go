@@ -189,20 +189,23 @@ func (h *Host) submit(p *pending, pl *plan) {
 		return
 	}
 	p.plan, p.Timeout = pl, pl.timeout
-	var taken bool
+	var got outcome
 	var at *conn
 	if p.stage < len(pl.remote) {
 		at = pl.remote[p.stage].conn
 		p.Ref = pl.remote[p.stage].ref
-		taken = at.signs.enqueue(p)
+		got = at.signs.enqueue(p)
 	} else {
 		at = pl.transport
 		p.Ref, p.SignHere = pl.ref, pl.local
-		taken = at.attempts.enqueue(p)
+		got = at.attempts.enqueue(p)
 	}
-	if !taken { // the process is gone, or going
+	switch got {
+	case shut: // the process is gone, or going
 		h.plans.drop(h, pl)
 		h.restart(p)
+	case full:
+		go h.unspent(p, shortWords) // never on the caller's own stack
 	}
 }
 

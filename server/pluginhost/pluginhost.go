@@ -27,6 +27,7 @@
 package pluginhost
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -39,6 +40,7 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 
+	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
 	"github.com/grapnel/grapnel/server/delivery"
 	"github.com/grapnel/grapnel/server/pluginhost/check"
 	"github.com/grapnel/grapnel/server/pluginhost/process"
@@ -164,7 +166,8 @@ func New(opts Options) (*Host, error) {
 	if err != nil {
 		return nil, fmt.Errorf("pluginhost: %w", err)
 	}
-	h.kinds.settle(specs)
+	specs, disabled := parted(specs)
+	h.kinds.settle(specs, disabled)
 	for _, k := range specs {
 		h.procs = append(h.procs, newSupervisor(h, k, holding))
 	}
@@ -323,8 +326,21 @@ func (h *Host) park(p *pending) {
 	}
 	h.parking.mu.Unlock()
 	if over {
-		h.unspent(p, "the plugin is not running")
+		h.unspent(p, h.absence(p.sub.Proto))
 	}
+}
+
+// absence says which of a subscription's plugins is not there.
+func (h *Host) absence(sub *grapnelv1.Subscription) string {
+	if h.above != nil {
+		return h.above.absence(sub)
+	}
+	for _, pb := range check.Signers(sub) {
+		if why := h.kinds.absent(check.SignerID(pb)); why != "" {
+			return why
+		}
+	}
+	return cmp.Or(h.kinds.absent(transportID(&h.kinds, sub)), "the plugin is being started")
 }
 
 // unpark has all parked attempts look for their plugin again.
@@ -351,6 +367,6 @@ func (h *Host) releaseParked(now time.Time) {
 	})
 	h.parking.mu.Unlock()
 	for _, p := range over {
-		h.unspent(p, "the plugin is not running")
+		h.unspent(p, h.absence(p.sub.Proto))
 	}
 }

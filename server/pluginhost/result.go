@@ -76,6 +76,21 @@ func retryAfter(headers []delivery.Header, now time.Time) time.Duration {
 	return 0
 }
 
+// codeShortage is what a plugin says when the machine has nothing left to make an attempt with.
+const codeShortage = "shortage"
+
+// shortWords are for those whose deliveries wait meanwhile.
+const shortWords = "this machine is out of file descriptors, sockets or memory"
+
+// short has fewer attempts made at a time by a process that has found the machine short.
+func (c *conn) short() {
+	c.host.metrics.shortages.Inc()
+	if most, first := c.attempts.shortage(time.Now()); first {
+		c.log.Warn(shortWords+"; fewer attempts are made at a time until that is over, and none is lost by it",
+			"attempts", most, "hint", "raise the limit of open files (ulimit -n)")
+	}
+}
+
 // failed ends an attempt without an answer from the receiver.
 func (c *conn) failed(p *pending, f *pluginv1.Failure, r *wire.Result, now time.Time) {
 	if f.GetSource() == pluginv1.Failure_SOURCE_CONFIG {
@@ -84,6 +99,11 @@ func (c *conn) failed(p *pending, f *pluginv1.Failure, r *wire.Result, now time.
 			c.host.restart(p)
 			return
 		}
+	}
+	if f.GetCode() == codeShortage && f.GetSource() == pluginv1.Failure_SOURCE_PLUGIN && f.GetWireState() == pluginv1.Failure_WIRE_STATE_NOT_SENT {
+		c.short()
+		c.host.unspent(p, shortWords)
+		return
 	}
 	a := delivery.Attempt{
 		Start: p.Created, Duration: r.Total, Peer: r.Peer, RequestHeaders: p.kept(r.Sent),

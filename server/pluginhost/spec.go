@@ -23,6 +23,8 @@ type Spec struct {
 	// Builtin marks the plugins that ship in the grapnel binary; Ready waits for them, Update leaves them alone. Only
 	// they may call themselves grapnel.
 	Builtin bool
+	// Disabled plugins do not run. They are known by their Manifest, so that what waits for them can say so.
+	Disabled bool
 	// Reserves are the kinds of a builtin plugin, with the URI schemes that each is the default for. They are its own
 	// from the start, whether it has come up or not: no other plugin may offer them.
 	Reserves map[string][]string
@@ -73,6 +75,18 @@ func (s Spec) label() string {
 type keyed struct {
 	key  string
 	spec Spec
+}
+
+// parted parts the plugins that are to run from those that are disabled.
+func parted(specs []keyed) (run, disabled []keyed) {
+	for _, k := range specs {
+		if k.spec.Disabled {
+			disabled = append(disabled, k)
+		} else {
+			run = append(run, k)
+		}
+	}
+	return run, disabled
 }
 
 // identify gives every spec its identity and its absolute path.

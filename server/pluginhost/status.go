@@ -12,6 +12,7 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
+	"github.com/grapnel/grapnel/server/pluginhost/check"
 )
 
 // Plugins are all kinds that any plugin offers, in the order of their names, and how their processes
@@ -32,6 +33,9 @@ func (h *Host) Plugins() []*grapnelv1.Plugin {
 			out = append(out, bare(procs[key]))
 		}
 	}
+	for _, k := range h.kinds.off() {
+		out = append(out, k.status())
+	}
 	slices.SortStableFunc(out, func(a, b *grapnelv1.Plugin) int { return cmp.Compare(a.GetName(), b.GetName()) })
 	return out
 }
@@ -41,6 +45,9 @@ func (h *Host) Plugin(id string) (*grapnelv1.Plugin, bool) {
 	procs := h.byKey()
 	if k := h.kinds.get(id); k != nil {
 		return h.statusOf(k, procs[k.proc.key]), true
+	}
+	if k, ok := h.kinds.off()[id]; ok {
+		return k.status(), true
 	}
 	for _, key := range slices.Sorted(maps.Keys(procs)) {
 		if p := bare(procs[key]); p.GetName() == "plugins/"+id {
@@ -65,6 +72,21 @@ func (h *Host) Silent() []Silence {
 	for _, p := range h.processes() {
 		if c := p.conn.Load(); c != nil && c.unanswered.Load() >= silentAfter {
 			out = append(out, Silence{Name: p.displayName(), Builtin: p.spec.Builtin})
+		}
+	}
+	return out
+}
+
+// Short are the plugins that have found this machine short of descriptors, sockets or memory, by their names, with how many
+// attempts each makes at a time because of that.
+func (h *Host) Short() map[string]int {
+	out := map[string]int{}
+	now := time.Now()
+	for _, p := range h.processes() {
+		if c := p.conn.Load(); c != nil {
+			if most := c.attempts.narrowed(now); most > 0 {
+				out[p.displayName()] = most
+			}
 		}
 	}
 	return out
@@ -103,12 +125,27 @@ func (h *Host) statusOf(k *kind, procs []*supervisor) *grapnelv1.Plugin {
 		procs = []*supervisor{k.proc}
 	}
 	out := bare(procs)
+	describe(out, k.Kind)
+	out.UriSchemes = h.kinds.schemes(k)
+	return out
+}
+
+// status of a kind that a disabled plugin would offer.
+func (k disabledKind) status() *grapnelv1.Plugin {
+	out := &grapnelv1.Plugin{
+		Provider: k.of.Name, Version: k.of.Manifest.GetVersion(), Health: grapnelv1.Plugin_HEALTH_DISABLED,
+	}
+	describe(out, k.Kind)
+	return out
+}
+
+// describe adds what a kind's description says.
+func describe(out *grapnelv1.Plugin, k *check.Kind) {
 	out.Name, out.Description = "plugins/"+k.ID, k.Proto.GetDescription()
 	out.Roles = []grapnelv1.Plugin_Role{grapnelv1.Plugin_ROLE_TRANSPORT}
 	if k.Signer() {
 		out.Roles = []grapnelv1.Plugin_Role{grapnelv1.Plugin_ROLE_SIGNER}
 	}
-	out.UriSchemes = h.kinds.schemes(k)
 	out.Headers = k.Emits()
 	out.ConfigSchema = structOf(k.Proto.GetConfigSchema())
 	out.ConfigExample = structOf(k.Proto.GetConfigExample())
@@ -118,7 +155,6 @@ func (h *Host) statusOf(k *kind, procs []*supervisor) *grapnelv1.Plugin {
 			Algorithms: s.GetAlgorithms(), Format: s.GetFormat(),
 		})
 	}
-	return out
 }
 
 // bare is what there is to say of a plugin's processes, whatever they offer. The first speaks for the plugin.

@@ -108,8 +108,8 @@ type crash struct {
 	killed bool
 }
 
-// killedError is the end of a life that says nothing against the plugin: somebody else's signal made it, or what one
-// subscription brought.
+// killedError is the end of a life that says nothing against the plugin: somebody else's signal made it, what one
+// subscription brought, or a shortage of this machine.
 type killedError struct {
 	error
 	served bool // until then
@@ -224,6 +224,9 @@ func (p *supervisor) succeeding() bool {
 // live is one life of the process, from its start to its end, and returns why it ended.
 func (p *supervisor) live(ctx context.Context) error {
 	c, err := p.start(ctx)
+	if process.Short(err) {
+		return killedError{fmt.Errorf("%s: %w", shortWords, err), false}
+	}
 	if err != nil {
 		return err
 	}

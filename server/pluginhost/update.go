@@ -24,7 +24,7 @@ var (
 )
 
 // Update makes the plugins that run those of specs; it returns at once, and Plugins shows what becomes of it. New ones
-// start. Those that are missing from specs drain and stop, and their kinds are gone. One that changed, in its spec or,
+// start. Those that are missing from specs, or disabled, drain and stop, and their kinds are gone. One that changed, in its spec or,
 // when it is not pinned, in its file, is started anew beside the running process, which keeps its kinds until the
 // new one has described itself, taken its settings and opened its streams; if it does not come to that, the running
 // one stays, and its status says why. What did not run anyway is replaced at once. Builtin plugins are left as they
@@ -37,7 +37,8 @@ func (h *Host) Update(specs []Spec) {
 		h.log.Error("update plugins", "err", err)
 		return
 	}
-	h.kinds.settle(wanted)
+	wanted, disabled := parted(wanted)
+	h.kinds.settle(wanted, disabled)
 	keys := map[string]bool{}
 	for _, k := range wanted {
 		keys[k.key] = true

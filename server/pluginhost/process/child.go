@@ -18,6 +18,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 )
 
@@ -184,6 +185,12 @@ func (c *Child) start() ([2]*os.File, error) {
 		c.Signal(true)
 	}
 	return [2]*os.File{outR, errR}, nil
+}
+
+// Short reports whether a process could not be started because this machine has no descriptor, process or memory left
+// for it.
+func Short(err error) bool {
+	return errors.Is(err, syscall.EMFILE) || errors.Is(err, syscall.ENFILE) || errors.Is(err, syscall.EAGAIN) || errors.Is(err, syscall.ENOMEM)
 }
 
 // readStdout hands the handshake line to go-plugin and treats all else like standard error, for as long
