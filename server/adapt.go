@@ -21,7 +21,7 @@ import (
 )
 
 // newPlugins builds the host over the first-party process and what the plugin directory says.
-func (s *Server) newPlugins(closers *stack) (*pluginhost.Host, error) {
+func (s *Server) newPlugins() (*pluginhost.Host, error) {
 	o := s.options
 	specs := s.builtin()
 	if o.PluginDir != "" {
@@ -34,39 +34,11 @@ func (s *Server) newPlugins(closers *stack) (*pluginhost.Host, error) {
 		}
 		specs = append(specs, found...)
 	}
-	dir, err := s.socketDir()
-	if err != nil {
-		return nil, err
-	}
-	closers.push(func() error { return os.RemoveAll(dir) })
 	return pluginhost.New(pluginhost.Options{
-		Plugins: specs, Dir: dir, EgressAllow: o.EgressAllow, UserAgent: "grapnel/" + o.Version,
+		Plugins: specs, Dir: filepath.Join(o.DataDir, "sockets"), EgressAllow: o.EgressAllow, UserAgent: "grapnel/" + o.Version,
 		Secrets: s.secretVersions, Logger: o.Logger, Registerer: s.metrics,
 	})
 }
-
-// socketDir makes a directory of our own in the system's temporary one: a unix socket's path may hold only about a
-// hundred characters, and a data directory is often deeper than that. Where that cannot be, it is in the data
-// directory all the same.
-func (s *Server) socketDir() (string, error) {
-	dir, err := os.MkdirTemp("", "grapnel-")
-	if err == nil {
-		return dir, nil
-	}
-	own, absErr := filepath.Abs(filepath.Join(s.options.DataDir, "sockets"))
-	if absErr != nil || len(own) > longestSocketDir {
-		return "", fmt.Errorf("make the directory for plugin sockets: %w; the data directory, where it could be as well, has too long a path (%d characters, %d allowed): set TMPDIR to a directory that can be written",
-			err, len(own), longestSocketDir)
-	}
-	if err := errors.Join(os.RemoveAll(own), os.Mkdir(own, 0o700)); err != nil {
-		return "", fmt.Errorf("make the directory for plugin sockets: %w", err)
-	}
-	s.log.Warn("the temporary directory cannot be used, plugin sockets go into the data directory", "dir", own, "err", err)
-	return own, nil
-}
-
-// longestSocketDir leaves room for a socket's name in the path of a unix socket, on every system.
-const longestSocketDir = 64
 
 // builtin are the processes of the bundled plugin.
 func (s *Server) builtin() []pluginhost.Spec {

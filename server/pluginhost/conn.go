@@ -160,7 +160,7 @@ func (c *conn) sendAttempts(stream grpc.ClientStream) {
 	err := c.attempts.run()
 	if err == nil && c.stopping.Load() {
 		err = stream.SendMsg(&pluginv1.AttemptRequest{Frame: &pluginv1.AttemptRequest_Drain{
-			Drain: &pluginv1.Drain{Grace: durationpb.New(c.host.timing.drain)},
+			Drain: &pluginv1.Drain{Grace: durationpb.New(c.host.closing.left(c.host.timing.drain))},
 		}})
 		if err == nil {
 			err = stream.CloseSend()
@@ -253,7 +253,7 @@ func (c *conn) told() string {
 }
 
 // ended reports whether the process has ended, or does in a moment: a stream mostly ends a little before it.
-func (c *conn) ended() bool { return wait(c.child.Exited(), nil, 100*time.Millisecond) }
+func (c *conn) ended() bool { return wait(100*time.Millisecond, c.child.Exited()) }
 
 // fault ends the process's life because it broke the protocol.
 func (c *conn) fault(err error) {
@@ -440,23 +440,27 @@ func (c *conn) stop() {
 	if c.attempts != nil {
 		c.attempts.stop()
 	}
-	wait(c.drained, c.broken, t.drain)
+	over := c.host.closing.over
+	wait(t.drain, c.drained, c.broken, over)
 	close(c.release)
-	if !wait(c.child.Exited(), nil, t.term) {
+	if !wait(t.term, c.child.Exited(), over) {
 		c.child.Signal(false)
-		wait(c.child.Exited(), nil, t.term)
+		wait(t.term, c.child.Exited(), over)
 	}
 	c.end("it was stopped")
 }
 
-// wait reports whether done was closed in time; over ends the wait as well.
-func wait(done, over <-chan struct{}, longest time.Duration) bool {
+// wait reports whether done was closed in time; over, of which there may be two, end the wait as well.
+func wait(longest time.Duration, done <-chan struct{}, over ...<-chan struct{}) bool {
 	timer := time.NewTimer(longest)
 	defer timer.Stop()
+	ends := [2]<-chan struct{}{}
+	copy(ends[:], over)
 	select {
 	case <-done:
 		return true
-	case <-over:
+	case <-ends[0]:
+	case <-ends[1]:
 	case <-timer.C:
 	}
 	return false

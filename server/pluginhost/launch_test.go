@@ -3,9 +3,13 @@
 package pluginhost
 
 import (
+	"bufio"
+	"errors"
 	"fmt"
 	"io"
+	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"regexp"
 	"runtime/debug"
@@ -131,6 +135,106 @@ func TestPinnedFilesThatOthersCouldChange(t *testing.T) {
 				t.Errorf("last error %q lacks %q", f.lastError(), tt.want)
 			}
 		})
+	}
+}
+
+// TestPinnedFileOfAnotherOwner: who owns a file may write to it between check and start, whatever its mode.
+func TestPinnedFileOfAnotherOwner(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root")
+	}
+	dir := t.TempDir()
+	file := copyOfSelf(t, filepath.Join(dir, "plugin"))
+	other, tree := pinned(t, file), pinned(t, dir)
+	if err := os.Chown(file, 12345, 12345); err != nil {
+		t.Fatal(err)
+	}
+	for _, spec := range []Spec{other, tree} {
+		f := start(t, nil, spec)
+		eventually(t, "it is refused", func() bool { return strings.Contains(f.lastError(), "belongs to user 12345") })
+		if len(f.Pids()) != 0 {
+			t.Error("it runs")
+		}
+	}
+	if err := os.Chown(file, 0, 0); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Chown(dir, 12345, 12345); err != nil { // who owns the directory puts another file into it
+		t.Fatal(err)
+	}
+	f := start(t, nil, tree)
+	eventually(t, "it is refused", func() bool { return strings.Contains(f.lastError(), "belongs to user 12345") })
+}
+
+// TestOwnProgramSurvivesItsPath: a server whose binary has been replaced or removed goes on with the one it was started from.
+func TestOwnProgramSurvivesItsPath(t *testing.T) {
+	for name, spoil := range map[string]func(path string) error{
+		"removed": os.Remove,
+		"replaced": func(path string) error {
+			return errors.Join(os.Remove(path), os.WriteFile(path, []byte("#!/bin/sh\nexit 9\n"), 0o755))
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			path := copyOfSelf(t, filepath.Join(t.TempDir(), "grapnel"))
+			host := exec.Command(path, "host", "own")
+			out, err := host.StdoutPipe()
+			if err != nil {
+				t.Fatal(err)
+			}
+			host.Stderr = t.Output()
+			if err := host.Start(); err != nil {
+				t.Fatal(err)
+			}
+			defer func() {
+				_ = host.Process.Kill()
+				_ = host.Wait()
+			}()
+			lines := bufio.NewScanner(out)
+			pid := func() (pid int) {
+				t.Helper()
+				if !lines.Scan() {
+					t.Fatal("the host has ended")
+				}
+				if _, err := fmt.Sscan(lines.Text(), &pid); err != nil {
+					t.Fatalf("%v: %q", err, lines.Text())
+				}
+				return pid
+			}
+			first := pid()
+			if err := spoil(path); err != nil {
+				t.Fatal(err)
+			}
+			if err := kill(first); err != nil {
+				t.Fatal(err)
+			}
+			if next := pid(); next == first {
+				t.Error("it is the same process")
+			}
+		})
+	}
+}
+
+// TestSocketThatIsNone: a plugin that names a link in its directory would have the host knock elsewhere.
+func TestSocketThatIsNone(t *testing.T) {
+	elsewhere := filepath.Join(t.TempDir(), "s")
+	l, err := net.Listen("unix", elsewhere)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	knocked := make(chan struct{})
+	go func() {
+		if c, err := l.Accept(); err == nil {
+			_ = c.Close()
+			close(knocked)
+		}
+	}()
+	f := start(t, nil, self("plugin-link", elsewhere))
+	eventually(t, "it is refused", func() bool { return strings.Contains(f.lastError(), "what it names as its socket is none") })
+	select {
+	case <-knocked:
+		t.Error("the host has dialled it")
+	default:
 	}
 }
 

@@ -68,8 +68,9 @@ type Options struct {
 	// Plugins to run. Of two that want to offer the same kind, or to be the default for the same URI scheme, it is the
 	// builtin one, or the first in this order.
 	Plugins []Spec
-	// Dir is where sockets go; it is made, with mode 0700, when absent. When its path is too long for a
-	// socket, or it is empty, a short private directory under the system's temporary one is used.
+	// Dir is where sockets go, and this Host's alone: it is made anew, with mode 0700, and what a killed predecessor has
+	// left in it is removed. When its path is too long for a socket, or it cannot hold one, a private directory under the
+	// system's temporary one is used, whose name follows from Dir's; when it is empty, any.
 	Dir string
 	// EgressAllow are the ranges that plugins may connect to although they are private or reserved.
 	EgressAllow []netip.Prefix
@@ -125,7 +126,7 @@ type Host struct {
 	log     *slog.Logger
 	timing  timing
 	metrics *metrics
-	dirs    process.Dirs
+	dirs    *process.Dirs // shared with wards
 
 	kinds      kindTable
 	plans      planTable
@@ -138,16 +139,27 @@ type Host struct {
 	above      *Host       // of a ward
 	free       sync.Pool   // of *pending: one per attempt is garbage enough to show
 	closed     atomic.Bool // no attempt is taken any more
+	closing    *closing    // shared with wards
+	ended      chan struct{}
 
-	updating sync.Mutex      // held through an Update
-	mu       sync.Mutex      // guards what follows
-	procs    []*supervisor   // all that are supervised, also those that are to take a place and those that leave
-	running  context.Context //nolint:containedctx // Run's; nil before it, and once it ends
-	workers  sync.WaitGroup  // one for each process while running
+	updating sync.Mutex         // held through an Update
+	mu       sync.Mutex         // guards what follows
+	procs    []*supervisor      // all that are supervised, also those that are to take a place and those that leave
+	running  context.Context    //nolint:containedctx // Run's; nil before it, and once it ends
+	stop     context.CancelFunc // ends Run
+	workers  sync.WaitGroup     // one for each process while running
 }
 
 // New checks the options and makes the socket directory; it starts nothing.
 func New(opts Options) (*Host, error) {
+	dirs := &process.Dirs{}
+	if err := dirs.Make(opts.Dir); err != nil {
+		return nil, fmt.Errorf("pluginhost: %w", err)
+	}
+	return newHost(opts, dirs)
+}
+
+func newHost(opts Options, dirs *process.Dirs) (*Host, error) {
 	if opts.Secrets == nil {
 		return nil, errors.New("pluginhost: option Secrets is required")
 	}
@@ -157,11 +169,7 @@ func New(opts Options) (*Host, error) {
 	if opts.UserAgent == "" {
 		opts.UserAgent = "grapnel"
 	}
-	h := &Host{opts: opts, own: &ownImage{}, log: opts.Logger.With("component", "pluginhost"), timing: defaultTiming(), metrics: newMetrics(opts.Registerer)}
-	var err error
-	if err = h.dirs.Make(opts.Dir); err != nil {
-		return nil, fmt.Errorf("pluginhost: %w", err)
-	}
+	h := &Host{opts: opts, own: &ownImage{}, dirs: dirs, ended: make(chan struct{}), closing: &closing{over: make(chan struct{})}, log: opts.Logger.With("component", "pluginhost"), timing: defaultTiming(), metrics: newMetrics(opts.Registerer)}
 	specs, err := identify(opts.Plugins)
 	if err != nil {
 		return nil, fmt.Errorf("pluginhost: %w", err)
@@ -174,10 +182,53 @@ func New(opts Options) (*Host, error) {
 	return h, nil
 }
 
-// Run supervises the plugins until ctx ends, then drains and stops them. It returns nil.
-func (h *Host) Run(ctx context.Context) error {
+// closing is the time that a stop has.
+type closing struct {
+	once sync.Once
+	over chan struct{} // closed at its end
+	by   atomic.Int64  // Unix nanoseconds, where that is known beforehand
+}
+
+func (c *closing) end() { c.once.Do(func() { close(c.over) }) }
+
+// left is how long a stop may still take, longest at most.
+func (c *closing) left(longest time.Duration) time.Duration {
+	if by := c.by.Load(); by != 0 {
+		longest = min(longest, time.Until(time.Unix(0, by)))
+	}
+	return max(0, longest)
+}
+
+// Close stops what Run runs, and returns when that has ended: attempts at hand may end until ctx does, then the processes
+// are killed. It returns ctx's error when it came to that, and may be called before Run, which then returns at once.
+func (h *Host) Close(ctx context.Context) error {
 	h.mu.Lock()
-	h.running = ctx
+	h.closed.Store(true)
+	stop := h.stop
+	h.mu.Unlock()
+	if by, ok := ctx.Deadline(); ok {
+		h.closing.by.Store(by.UnixNano())
+	}
+	defer context.AfterFunc(ctx, h.closing.end)()
+	if stop == nil {
+		return nil
+	}
+	stop()
+	<-h.ended
+	return ctx.Err()
+}
+
+// Run supervises the plugins until ctx ends, then drains and stops them; see Close for a stop that is bounded. It
+// returns nil.
+func (h *Host) Run(ctx context.Context) error {
+	defer close(h.ended)
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	h.mu.Lock()
+	h.running, h.stop = ctx, cancel
+	if h.closed.Load() {
+		cancel()
+	}
 	for _, p := range h.procs {
 		h.launch(p)
 	}
@@ -195,7 +246,9 @@ func (h *Host) Run(ctx context.Context) error {
 	stopSweeping()
 	sweeper.Wait()
 	h.releaseParked(time.Time{})
-	h.dirs.Remove()
+	if h.above == nil {
+		h.dirs.Remove()
+	}
 	return nil
 }
 

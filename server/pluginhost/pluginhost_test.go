@@ -407,8 +407,10 @@ func TestPinnedBinary(t *testing.T) {
 
 // runHostProcess is a host in a process of its own: it prints its plugin's pid and lives on.
 func runHostProcess() {
+	spec := self("plugin-all")
+	spec.Own = len(os.Args) > 2 && os.Args[2] == "own"
 	h, err := New(Options{
-		Plugins: []Spec{self("plugin-all")},
+		Plugins: []Spec{spec},
 		Secrets: func(string) ([]SecretVersion, bool) { return nil, false },
 	})
 	if err == nil {
@@ -419,8 +421,12 @@ func runHostProcess() {
 		fmt.Println(err)
 		os.Exit(1)
 	}
-	fmt.Println(h.Pids()["test/all"])
-	select {}
+	for last := 0; ; time.Sleep(time.Millisecond) {
+		if pid := h.Pids()["test/all"]; pid != 0 && pid != last {
+			fmt.Println(pid)
+			last = pid
+		}
+	}
 }
 
 func TestPluginDiesWithItsHost(t *testing.T) {

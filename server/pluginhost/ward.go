@@ -186,16 +186,16 @@ func (ws *wards) open(h *Host, procs []*supervisor, cell bool) *ward {
 
 func (h *Host) newWard(procs []*supervisor, cell bool) (*ward, error) {
 	opts := h.opts
-	opts.Plugins, opts.Registerer, opts.Dir = nil, nil, h.dirs.Own()
+	opts.Plugins, opts.Registerer = nil, nil
 	opts.Logger = h.opts.Logger.With(slog.Bool("suspects", true))
 	for _, p := range procs {
 		opts.Plugins = append(opts.Plugins, p.spec)
 	}
-	host, err := New(opts)
+	host, err := newHost(opts, h.dirs)
 	if err != nil {
 		return nil, err
 	}
-	host.above, host.metrics, host.timing, host.own = h, h.metrics, h.timing, h.own
+	host.above, host.metrics, host.timing, host.own, host.closing = h, h.metrics, h.timing, h.own, h.closing
 	host.timing.park = max(host.timing.park, wardPark)
 	host.timing.backoffMax = min(host.timing.backoffMax, wardRetry)
 	host.timing.failedRetry = min(host.timing.failedRetry, wardRetry)

@@ -338,13 +338,24 @@ func (c *Child) ID() string {
 func (c *Child) Diagnose(context.Context) string { return c.out.Brief() }
 
 // PluginToHost is part of go-plugin's runner. The plugin names its address; only one in the private
-// directory is believed, or one on loopback where there are no unix sockets.
+// directory is believed, and on Linux the very file that was looked at is the one that is dialled; or one on loopback
+// where there are no unix sockets.
 func (c *Child) PluginToHost(network, addr string) (string, string, error) {
 	if network == "unix" {
 		if filepath.Dir(filepath.Clean(addr)) != filepath.Clean(c.dir) {
 			return "", "", fmt.Errorf("its socket is outside the directory it was given")
 		}
-		return network, addr, nil
+		path, socket, err := openSocket(addr)
+		if err != nil {
+			return "", "", err
+		}
+		if socket != nil {
+			go func() {
+				<-c.exited
+				_ = socket.Close()
+			}()
+		}
+		return network, path, nil
 	}
 	if host, _, err := net.SplitHostPort(addr); runtime.GOOS == "windows" && network == "tcp" && err == nil {
 		if ip := net.ParseIP(host); ip != nil && ip.IsLoopback() {

@@ -25,6 +25,25 @@ func openSelf(path string) (*os.File, error) {
 	return f, nil
 }
 
+// openSocket opens a plugin's socket without following a link, and returns the path that stands for what was opened, for as
+// long as it is open.
+func openSocket(path string) (string, *os.File, error) {
+	fd, err := unix.Open(path, unix.O_PATH|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return "", nil, fmt.Errorf("its socket cannot be opened: %w", err)
+	}
+	f := os.NewFile(uintptr(fd), path)
+	info, err := f.Stat()
+	if err == nil && info.Mode().Type() != os.ModeSocket {
+		err = errors.New("what it names as its socket is none")
+	}
+	if err != nil {
+		_ = f.Close()
+		return "", nil, err
+	}
+	return "/proc/self/fd/" + strconv.Itoa(fd), f, nil
+}
+
 // possible says why this system cannot run the spec as it asks to be.
 func (s Spec) possible() error {
 	if s.Limits.Processes > 0 && s.User == "" {

@@ -24,6 +24,9 @@ func signalGroup(p *os.Process, _ bool) { _ = p.Kill() }
 // quit does nothing: a process cannot be asked here.
 func quit(*os.Process) {}
 
+// owner is not known here.
+func owner(os.FileInfo) (uid int, known bool) { return 0, false }
+
 // openNoFollow opens a file for reading, and no link to one.
 func openNoFollow(path string) (*os.File, error) {
 	info, err := os.Lstat(path)

@@ -1,17 +1,24 @@
 package process
 
 import (
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
 	"fmt"
+	"io/fs"
+	"net"
 	"os"
 	"path/filepath"
 	"runtime"
 	"sync"
 )
 
-// Dirs are the directories in which processes get theirs, each with mode 0700, for their sockets.
+// Dirs are the directories in which processes get theirs, each with mode 0700, for their sockets. A process that is killed
+// leaves them behind, so their names are always the same for the same Make, and what a predecessor has left goes.
 type Dirs struct {
-	own       string
-	removeOwn bool
+	own string
+	// name tells them from others under the system's temporary directory.
+	name string
 
 	mu     sync.Mutex // guards shared
 	shared string
@@ -28,35 +35,92 @@ func longestSocket() int {
 	return 103
 }
 
-// Make sees to a private directory that is short enough for sockets: dir, with mode 0700, or when its path is too long
-// or it is empty, one under the system's temporary one.
+func fits(dir string) bool {
+	return len(dir)+socketRoom <= longestSocket() || runtime.GOOS == "windows"
+}
+
+// Make sees to a private directory that is short enough for sockets: dir, made anew with mode 0700, or one under the
+// system's temporary directory when dir cannot be that. Of an empty dir nothing follows, so that the name is a random one.
+// dir must be the caller's alone.
 func (d *Dirs) Make(dir string) error {
+	var own error
 	if dir != "" {
 		abs, err := filepath.Abs(dir)
 		if err != nil {
 			return err
 		}
-		if len(abs)+socketRoom <= longestSocket() || runtime.GOOS == "windows" {
-			if err := os.MkdirAll(abs, 0o700); err != nil {
-				return err
+		host, _ := os.Hostname() // the temporary directory may be shared, the path be the same
+		sum := sha256.Sum256([]byte(host + "\x00" + abs))
+		d.name = "grapnel-" + hex.EncodeToString(sum[:6])
+		if fits(abs) {
+			if own = claim(abs, 0o700); own == nil {
+				own = holdsSockets(abs)
 			}
-			d.own = abs
-			return os.Chmod(abs, 0o700)
+			if own == nil {
+				d.own = abs
+				return nil
+			}
 		}
 	}
-	var err error
-	d.own, err = temporary()
-	d.removeOwn = err == nil
-	return err
+	made, err := temporary(d.name, 0o700)
+	if err != nil {
+		return errors.Join(fmt.Errorf("make the directory for plugin sockets: %w", err), own)
+	}
+	d.own = made
+	return nil
 }
 
-func temporary() (string, error) {
-	made, err := os.MkdirTemp("", "grapnel-")
-	if err == nil && len(made)+socketRoom > longestSocket() && runtime.GOOS != "windows" {
-		_ = os.Remove(made)
-		made, err = os.MkdirTemp("/tmp", "grapnel-")
+// claim makes a directory anew. One that is there is removed with all that is in it, unless it is no directory of ours.
+func claim(dir string, mode fs.FileMode) error {
+	switch info, err := os.Lstat(dir); {
+	case errors.Is(err, fs.ErrNotExist):
+		if err := os.MkdirAll(filepath.Dir(dir), 0o700); err != nil {
+			return err
+		}
+	case err != nil:
+		return err
+	case !info.IsDir() || !ownedByUs(info):
+		return fmt.Errorf("%s is in the way: it is no directory of this user's", dir)
+	default:
+		if err := os.RemoveAll(dir); err != nil {
+			return err
+		}
 	}
-	return made, err
+	if err := os.Mkdir(dir, mode); err != nil {
+		return err
+	}
+	return os.Chmod(dir, mode)
+}
+
+// holdsSockets tries it: not every file system can.
+func holdsSockets(dir string) error {
+	if runtime.GOOS == "windows" {
+		return nil
+	}
+	l, err := net.Listen("unix", filepath.Join(dir, "try"))
+	if err != nil {
+		return err
+	}
+	return l.Close()
+}
+
+// temporary makes a directory under the system's temporary one, or under /tmp where that has too long a path; with a random
+// name when it is given none, or that is taken by somebody else.
+func temporary(name string, mode fs.FileMode) (string, error) {
+	base := os.TempDir()
+	if !fits(filepath.Join(base, "grapnel-000000000000-users")) {
+		base = "/tmp"
+	}
+	if name != "" {
+		if dir := filepath.Join(base, name); claim(dir, mode) == nil {
+			return dir, nil
+		}
+	}
+	made, err := os.MkdirTemp(base, "grapnel-")
+	if err != nil {
+		return "", err
+	}
+	return made, os.Chmod(made, mode)
 }
 
 // Own is where processes of the caller's own user get their directories.
@@ -69,13 +133,13 @@ func (d *Dirs) ForOthers() (string, error) {
 	if d.shared != "" {
 		return d.shared, nil
 	}
-	made, err := temporary()
-	if err != nil {
-		return "", err
+	name := ""
+	if d.name != "" {
+		name = d.name + "-users"
 	}
-	if err := os.Chmod(made, 0o711); err != nil {
-		_ = os.Remove(made)
-		return "", fmt.Errorf("open the socket directory to other users: %w", err)
+	made, err := temporary(name, 0o711)
+	if err != nil {
+		return "", fmt.Errorf("make a socket directory for other users: %w", err)
 	}
 	d.shared = made
 	return made, nil
@@ -83,9 +147,7 @@ func (d *Dirs) ForOthers() (string, error) {
 
 // Remove takes away what Make and ForOthers have made.
 func (d *Dirs) Remove() {
-	if d.removeOwn {
-		_ = os.RemoveAll(d.own)
-	}
+	_ = os.RemoveAll(d.own)
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if d.shared != "" {

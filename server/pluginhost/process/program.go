@@ -192,6 +192,13 @@ func (g *Program) pinTree() (string, error) {
 		return "", err
 	}
 	defer root.Close()
+	opened, err := root.Stat(".")
+	if err == nil && !os.SameFile(info, opened) {
+		err = fmt.Errorf("%s changes while it is read", g.spec.Path)
+	}
+	if err != nil {
+		return "", err
+	}
 	sum, f, err := hashTree(root, func(name string, info fs.FileInfo) error {
 		return othersCannotWrite(filepath.Join(g.spec.Path, name), info)
 	})
@@ -220,7 +227,11 @@ func (g *Program) runFile(f *os.File) {
 	g.file = f
 }
 
+// othersCannotWrite is about who could change a pinned file, or what is in a pinned directory: its owner above all.
 func othersCannotWrite(path string, info fs.FileInfo) error {
+	if uid, known := owner(info); known && uid != 0 && uid != os.Geteuid() {
+		return fmt.Errorf("%s belongs to user %d: a pinned plugin must belong to root or to the server's user, %d; chown it", path, uid, os.Geteuid())
+	}
 	if runtime.GOOS != "windows" && info.Mode().Perm()&0o022 != 0 {
 		return fmt.Errorf("%s has mode %04o: a pinned plugin must not be writable by its group or by others; chmod go-w it", path, info.Mode().Perm())
 	}
@@ -257,6 +268,12 @@ func (s stamp) equal(o stamp) bool {
 	return slices.EqualFunc(s, o, func(a, b stamped) bool {
 		return a.name == b.name && os.SameFile(a.info, b.info) && a.info.ModTime().Equal(b.info.ModTime()) && a.info.Size() == b.info.Size()
 	})
+}
+
+// ownedByUs reports whether a file is the caller's, where there are owners.
+func ownedByUs(info fs.FileInfo) bool {
+	uid, known := owner(info)
+	return !known || uid == os.Geteuid()
 }
 
 // current reports whether path still has the stamp. One that cannot be read has changed.
