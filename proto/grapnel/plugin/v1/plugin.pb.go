@@ -2983,7 +2983,8 @@ type Failure struct {
 	// Whose fault it is.
 	Source Failure_Source `protobuf:"varint,1,opt,name=source,proto3,enum=grapnel.plugin.v1.Failure_Source" json:"source,omitempty"`
 	// Stable, for machines: "dns", "connect", "tls", "timeout", "reset", "protocol", "egress",
-	// "cancelled", "sign", "config", "panic".
+	// "cancelled", "sign", "config", "panic", "shortage" (with SOURCE_PLUGIN and NOT_SENT: this machine has no
+	// descriptor, socket or memory left).
 	Code string `protobuf:"bytes,2,opt,name=code,proto3" json:"code,omitempty"`
 	// For people. Never a secret, an internal address or a receiver's banner.
 	Message string `protobuf:"bytes,3,opt,name=message,proto3" json:"message,omitempty"`
