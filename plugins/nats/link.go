@@ -73,7 +73,7 @@ func (l *link) Close() {
 func (d *dialler) dial() (*link, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), d.settings.connect)
 	defer cancel()
-	raw, err := outbound.Dial(ctx, d.egress, d.settings.address)
+	raw, err := outbound.Dialer{Egress: d.egress}.Dial(ctx, d.settings.address)
 	if err != nil {
 		return nil, err
 	}
