@@ -39,7 +39,8 @@ func (s *Server) newPlugins(closers *stack) (*pluginhost.Host, error) {
 	}
 	closers.push(func() error { return os.RemoveAll(dir) })
 	return pluginhost.New(pluginhost.Options{
-		Plugins: specs, Dir: dir, EgressAllow: o.EgressAllow, UserAgent: "grapnel/" + o.Version,
+		Plugins: specs, Dir: dir, EgressAllow: o.EgressAllow,
+		EgressDeny: append(ownListeners(s.public, s.admin), o.EgressDeny...), UserAgent: "grapnel/" + o.Version,
 		Secrets: s.secretVersions, Logger: o.Logger, Registerer: s.metrics,
 	})
 }

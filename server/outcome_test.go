@@ -186,6 +186,23 @@ func TestForbiddenAddress(t *testing.T) {
 	}
 }
 
+// TestOwnListenersAreClosed: what is allowed for deliveries is not allowed for the server itself.
+func TestOwnListenersAreClosed(t *testing.T) {
+	s := servertest.Start(t, servertest.Options{Adjust: func(o *server.Options) { o.EgressDeny = []string{"127.0.0.9/32"} }})
+	s.Namespace("acme")
+	for _, uri := range []string{
+		"http://" + s.AdminAddr + "/debug/pprof/profile", "http://" + s.Addr + "/", "http://127.0.0.9:80/", "http://127.5.5.5" + s.AdminAddr[strings.LastIndex(s.AdminAddr, ":"):] + "/",
+	} {
+		_, err := grapnelv1.NewSubscriptionServiceClient(s.Conn).CreateSubscription(t.Context(), &grapnelv1.CreateSubscriptionRequest{
+			Parent: "namespaces/acme", SubscriptionId: "own", Subscription: &grapnelv1.Subscription{Uri: uri},
+		})
+		if err == nil || !strings.Contains(err.Error(), "egress policy") {
+			t.Errorf("%s: %v, want a refusal by egress policy", uri, err)
+		}
+	}
+	s.Subscribe("acme", "other", "http://127.0.0.1:1/", nil)
+}
+
 // TestBrokenPlugin starts a server whose plugin process cannot run: it serves, accepts and keeps.
 func TestBrokenPlugin(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "data")

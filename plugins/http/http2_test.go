@@ -94,7 +94,9 @@ func frames(c net.Conn, request func(stream uint32)) {
 
 func number(n uint32) []byte { return binary.BigEndian.AppendUint32(nil, n) }
 
-func noContent(w io.Writer, stream uint32) { frame(w, frameHeaders, endStream|endHeaders, stream, 0x89) } // :status 204
+func noContent(w io.Writer, stream uint32) {
+	frame(w, frameHeaders, endStream|endHeaders, stream, 0x89)
+} // :status 204
 
 // TestUnprocessedStreamsAreSentAgain: what the receiver says it has not looked at goes out again within the attempt.
 func TestUnprocessedStreamsAreSentAgain(t *testing.T) {
