@@ -189,10 +189,15 @@ func (p *publication) do(ctx context.Context, jetStream bool) (*plugin.Response,
 		return response(reply, m.Subject, p.keep, l.conn.Peer())
 	case <-w.refused:
 		return p.refused(), nil
-	case <-l.ended:
-		return nil, outbound.Lost(plugin.MaybeSent, l.conn.Peer())
+	case <-l.over:
 	case <-ctx.Done():
 		return nil, p.late(ctx, began)
+	}
+	select { // what came before the end counts
+	case reply := <-w.reply:
+		return response(reply, m.Subject, p.keep, l.conn.Peer())
+	default:
+		return nil, outbound.Lost(plugin.MaybeSent, l.conn.Peer())
 	}
 }
 
@@ -231,7 +236,7 @@ func (p *publication) untaken(err error) error {
 		f.Source, f.Code, f.Message = plugin.SourcePolicy, outbound.CodeTooLarge, fmt.Sprintf(
 			"the body has %d bytes; with its headers it is more than the %d that the server takes (max_payload)", len(p.message.Data), p.link.maxPayload)
 	case errors.Is(err, nats.ErrConnectionClosed):
-		p.unsent = true
+		p.unsent, p.suspect = true, true // the pool may not have heard of it yet
 		f.Code, f.Message = plugin.CodeConnect, "the server ends connections before they can be used"
 	default: // a write that broke off
 		return outbound.Lost(plugin.MaybeSent, p.link.conn.Peer())
