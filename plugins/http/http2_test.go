@@ -188,6 +188,32 @@ func TestUnprocessedStreamsAreSentAgain(t *testing.T) {
 	})
 }
 
+// TestIdleHTTP2ConnectionThatEnds: what was on its way when the receiver closed goes out once more, and only once.
+func TestIdleHTTP2ConnectionThatEnds(t *testing.T) {
+	ca := newAuthority(t)
+	c := client{tls: ca, roots: ca.roots, http2: true}
+	var taken atomic.Int32
+	url, _ := serveH2(t, ca, func(w io.Writer, conn int, stream uint32) {
+		taken.Add(1)
+		if stream == 1 && conn < 3 {
+			noContent(w, stream)
+			return
+		}
+		_ = w.(io.Closer).Close()
+	})
+	inst := c.instance(t, url, nil)
+	for n := range 2 { // the second is answered by the second connection
+		if resp, err := attempt(t, inst); err != nil || resp.Status != 204 {
+			t.Fatalf("attempt %d: %v, %v", n, resp, err)
+		}
+	}
+	_, err := attempt(t, inst) // on the second, and then on the third, which is new
+	wantFailure(t, err, plugin.CodeReset, plugin.Sent)
+	if n := taken.Load(); n != 5 {
+		t.Errorf("sent %d times, want 5", n)
+	}
+}
+
 // TestFirstContactIsOneHandshake: attempts that come at once to a receiver whose version is not known share a connection.
 func TestFirstContactIsOneHandshake(t *testing.T) {
 	ca := newAuthority(t)

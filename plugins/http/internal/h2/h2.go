@@ -4,7 +4,8 @@
 //   - requests that wait for one connection share one dial, and a connection that was made to learn which HTTP the server
 //     speaks is used;
 //   - what the server says it has not looked at (RFC 9113, sections 6.8 and 8.7: a stream behind GOAWAY, REFUSED_STREAM) is
-//     sent again within the request's time; nothing else is;
+//     sent again within the request's time; and once, what was on a connection that had answered before and ended without
+//     an answer to it: servers close idle connections, and not all of them say so in time;
 //   - connections age, also busy ones, so that changes of DNS and of the egress policy are followed;
 //   - a request ends by its context's deadline, and its answer is bounded as answer says.
 package h2
@@ -93,6 +94,8 @@ type conn struct {
 	peer string
 	made time.Time
 	used atomic.Bool
+	// answered says that it has carried an answer.
+	answered atomic.Bool
 }
 
 // flight is one dial. err is set before done is closed.
@@ -113,24 +116,43 @@ type Request struct {
 
 // Do sends r. ctx must have a deadline. Errors are those of the dialler, as they are, and *answer.Error.
 func (o *Origin) Do(ctx context.Context, r *Request) (*answer.Answer, error) {
+	again := false // it has been on a connection that ended
 	for try := 1; ; try++ {
 		c, err := o.reserve(ctx)
 		if err != nil {
 			return nil, err
 		}
-		fresh := !c.used.Swap(true)
+		fresh, answered := !c.used.Swap(true), c.answered.Load()
 		e := exchange{conn: c, request: r}
 		got, err := e.do(ctx)
-		switch {
-		case err == nil:
+		if err == nil {
+			c.answered.Store(true)
 			return got, nil
-		case !unprocessed(err) || ctx.Err() != nil:
-			return nil, &answer.Error{Sent: e.wire.sent(), Peer: c.peer, Fresh: fresh, Err: meaning(err)}
-		case try == maxTries || !wait(ctx, try):
-			return nil, &answer.Error{Sent: answer.Nothing, Peer: c.peer, Fresh: fresh, Err: ErrRefused}
+		}
+		failed := &answer.Error{Sent: e.wire.sent(), Peer: c.peer, Fresh: fresh, Err: meaning(err)}
+		if again {
+			failed.Sent = answer.All // perhaps
+		}
+		switch refused := unprocessed(err); {
+		case ctx.Err() != nil:
+			return nil, failed
+		case refused && (try >= maxTries || !wait(ctx, try)):
+			failed.Err = ErrRefused
+			if !again {
+				failed.Sent = answer.Nothing
+			}
+			return nil, failed
+		case refused:
+		case again || !answered || !c.ended(err):
+			return nil, failed
+		default:
+			again = true
 		}
 	}
 }
+
+// ended reports whether it was the end of the connection that ended a request.
+func (c *conn) ended(err error) bool { return c.Err() != nil && !errors.As(err, new(streamError)) }
 
 // wait pauses before the next try, not at all before the second. It reports whether there is time left.
 func wait(ctx context.Context, try int) bool {
