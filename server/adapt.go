@@ -35,7 +35,8 @@ func (s *Server) newPlugins() (*pluginhost.Host, error) {
 		specs = append(specs, found...)
 	}
 	return pluginhost.New(pluginhost.Options{
-		Plugins: specs, Dir: filepath.Join(o.DataDir, "sockets"), EgressAllow: o.EgressAllow, UserAgent: "grapnel/" + o.Version,
+		Plugins: specs, Dir: filepath.Join(o.DataDir, "sockets"), EgressAllow: o.EgressAllow,
+		EgressDeny: append(ownListeners(s.public, s.admin), o.EgressDeny...), UserAgent: "grapnel/" + o.Version,
 		Secrets: s.secretVersions, Logger: o.Logger, Registerer: s.metrics,
 	})
 }
