@@ -37,7 +37,7 @@ func (s *Server) newPlugins(closers *stack) (*pluginhost.Host, error) {
 	if err != nil {
 		return nil, err
 	}
-	closers.push(func() error { return os.RemoveAll(dir) })
+	closers.push("remove the directory of plugin sockets", func() error { return os.RemoveAll(dir) })
 	return pluginhost.New(pluginhost.Options{
 		Plugins: specs, Dir: dir, EgressAllow: o.EgressAllow, UserAgent: "grapnel/" + o.Version,
 		Secrets: s.secretVersions, Logger: o.Logger, Registerer: s.metrics,
