@@ -61,7 +61,8 @@ type Server struct {
 	health   *health
 	pageKey  []byte
 
-	ending *ending // Run's
+	ending *ending  // Run's
+	strays []string // in the plugin directory, as told last; first open's, then watchPlugins'
 
 	mu      sync.Mutex
 	started bool
