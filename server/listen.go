@@ -100,6 +100,7 @@ func (s *Server) adminHandler() http.Handler {
 	})
 	mux.HandleFunc("GET /readyz", s.serveReady)
 	mux.HandleFunc("GET /namespaces/{namespace}/jwks.json", s.serveJWKS)
+	mux.HandleFunc("GET /backup", s.serveBackup)
 	mux.HandleFunc("POST /debug/sweep", s.serveSweep)
 	mux.HandleFunc("GET /debug/pprof/", pprof.Index)
 	mux.HandleFunc("GET /debug/pprof/cmdline", pprof.Cmdline)

@@ -64,6 +64,9 @@ type Server struct {
 	ending *ending  // Run's
 	strays []string // in the plugin directory, as told last; first open's, then watchPlugins'
 
+	copying sync.Mutex // held while the stores are copied for a backup, and while marks are put into etcd
+	backups sync.Mutex // held by the one backup at a time
+
 	mu      sync.Mutex
 	started bool
 }
@@ -284,6 +287,9 @@ func (s *Server) openJournal() (err error) {
 		CacheBytes: s.memory.cache, MemTableBytes: s.memory.memTable, Logger: s.options.Logger,
 	}
 	highWater := HighWater(dir)
+	if err := os.RemoveAll(backupDir(s.options)); err != nil { // a kill may have left it
+		return err
+	}
 	if s.options.AdoptStores { // another journal's notes say nothing about this one
 		if err := os.Remove(highWater); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return err
@@ -326,11 +332,13 @@ func makeJournal(options delivery.Options) error {
 	return moveDurably(aside, dir)
 }
 
+// keyFile is the key of the secrets.
+func keyFile(o Options) string { return filepath.Join(o.DataDir, "secret.key") }
+
 // openConfig opens what etcd holds.
 func (s *Server) openConfig(ctx context.Context) error {
 	o := s.options
-	keyFile := filepath.Join(o.DataDir, "secret.key")
-	key, err := secret.LoadOrCreateKey(keyFile, func() (sealed bool, err error) {
+	key, err := secret.LoadOrCreateKey(keyFile(o), func() (sealed bool, err error) {
 		err = wait(ctx, s.log, "etcd to say whether it holds secrets", func(ctx context.Context) error {
 			sealed, err = secret.Sealed(ctx, s.etcd.client, configPrefix)
 			return err
@@ -348,7 +356,7 @@ func (s *Server) openConfig(ctx context.Context) error {
 	err = step(s.log, "read secrets and subscriptions from etcd", func() (err error) {
 		s.secrets, err = secret.Open(ctx, secret.Options{Client: s.etcd.client, Identity: id, Key: key, Logger: o.Logger})
 		if err != nil {
-			return fmt.Errorf("open the secrets with key file %s: %w", keyFile, err)
+			return fmt.Errorf("open the secrets with key file %s: %w", keyFile(o), err)
 		}
 		s.registry, err = subscription.Open(ctx, subscription.Options{Client: s.etcd.client, Identity: id, Logger: o.Logger})
 		if err != nil {

@@ -21,7 +21,7 @@ func environmentFlag(cmd *cobra.Command, name string) bool {
 		return configurable(cmd, name)
 	}
 	switch name {
-	case "addr", "namespace", "output", "tls", "tls-ca", "token-file", "timeout", "plugin-dir":
+	case "addr", "namespace", "output", "tls", "tls-ca", "token-file", "timeout", "plugin-dir", "admin-addr":
 		return cmd.Flags().Lookup(name) != nil
 	}
 	return false
