@@ -7,6 +7,8 @@ import (
 	"runtime/debug"
 	"strconv"
 	"strings"
+
+	"github.com/grapnel/grapnel/server/pluginhost"
 )
 
 // memoryPlan divides the memory that the server and its plugins may use between them.
@@ -54,6 +56,34 @@ func (p memoryPlan) withFiles(most uint64) memoryPlan {
 		p.slots = max(least, int(most)-others)
 	}
 	return p
+}
+
+// confinedShare is what part of the plugins' memory a confined process is told of, and leastConfined the least that it
+// cannot have more than.
+const (
+	confinedShare = 8
+	leastConfined = 512 << 20
+)
+
+// ofPart is what one of the first-party processes is told to keep to, and what it cannot exceed. A receiver that makes a
+// library take more than that ends the process, and not the machine.
+func (p memoryPlan) ofPart(confined bool) (soft uint64, limits pluginhost.Limits) {
+	soft = uint64(max(0, p.plugin))
+	if confined {
+		soft /= confinedShare
+		limits.OpenFiles = uint64(p.slots) + 1024
+	}
+	if soft > 0 {
+		soft = max(soft, 24<<20)
+	}
+	switch {
+	case raceDetector: // it maps far more than it uses
+	case confined:
+		limits.MemoryBytes = max(2*soft, leastConfined)
+	case p.plugin > 0:
+		limits.MemoryBytes = max(2*soft, 2*leastConfined)
+	}
+	return soft, limits
 }
 
 func bounded(n, least, most int64) int64 { return min(max(n, least), most) }

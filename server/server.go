@@ -164,7 +164,7 @@ func (s *Server) open(ctx context.Context, closers *stack) (err error) {
 		return err
 	}
 	s.ending.at("read the plugin directory")
-	if s.plugins, err = s.newPlugins(closers); err != nil {
+	if s.plugins, err = s.newPlugins(); err != nil {
 		return err
 	}
 	s.engine = dispatch.New(dispatch.Options{
@@ -412,11 +412,7 @@ func (s *Server) serve(ctx context.Context) error {
 	stores(s.sweep, base, "sweep")
 	stores(s.keepMarks, base, "notes of what was acknowledged")
 	stores(func(ctx context.Context) error { return s.etcd.keepRoom(ctx, s.space.Free) }, base, "room in etcd")
-	hostEnded := make(chan struct{})
-	go func() { // not a part, whose ends are waited for: plugins may take longer than a stop does
-		defer close(hostEnded)
-		_ = s.plugins.Run(hosts) // returns nil
-	}()
+	parts.Go(func() error { return s.plugins.Run(base) }) // returns nil
 	stores(s.watchPlugins, hosts, "plugin directory")
 	parts.Go(func() error {
 		// A stop during the start may come before Run.
@@ -457,11 +453,7 @@ func (s *Server) serve(ctx context.Context) error {
 	stopErr := s.stop(public, stopServing)
 	s.ending.at("end the plugins")
 	stopHosts()
-	select {
-	case <-hostEnded:
-	case <-s.ending.rest.Done():
-		s.log.Warn("plugins did not end in time; they are killed with this process")
-	}
+	_ = s.plugins.Close(s.ending.grace) // an error says that they were killed
 	s.ending.at("end what runs in the background")
 	stopBase()
 	return errors.Join(parts.Wait(), stopErr)

@@ -297,6 +297,7 @@ const (
 	closedRate       = "its subscription's max_rate is reached"
 	closedTarget     = "its target asked for a pause (Retry-After)"
 	closedPlugin     = "parked: its plugin is not ready"
+	closedWaits      = "parked: "
 )
 
 func (l *lane) gate(now time.Time) gate {
@@ -319,7 +320,7 @@ func (l *lane) gate(now time.Time) gate {
 		return gate{sub: sub, reason: reason, lasting: true}
 	}
 	if h := &l.health; now.Before(h.closed) {
-		return gate{sub: sub, reason: h.why.reason(), until: h.closed}
+		return gate{sub: sub, reason: h.reason(), until: h.closed}
 	}
 	return gate{sub: sub}
 }
@@ -335,11 +336,14 @@ func closedBy(sub *subscription.Subscription) string {
 	return ""
 }
 
-func (c closure) reason() string {
-	switch c {
+func (h *health) reason() string {
+	switch h.why {
 	case byTarget:
 		return closedTarget
 	case byPlugin:
+		if h.waits != "" {
+			return closedWaits + h.waits
+		}
 		return closedPlugin
 	case byDisable:
 		return closedDisabling
