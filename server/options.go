@@ -56,7 +56,7 @@ type Options struct {
 	Insecure bool
 	// NodeName is the last segment of nodes/{node}; default the host name.
 	NodeName string
-	// Grace bounds the wait for attempts in flight at the end; default 30 s.
+	// Grace bounds the wait for attempts in flight at the end; default 30 s, below zero none.
 	Grace time.Duration
 	// BuiltinPlugin is the command of the process that serves the first-party plugins; default this
 	// executable with the arguments plugin serve.
@@ -67,7 +67,7 @@ type Options struct {
 	Version, Commit string
 	// Logger, default none.
 	Logger *slog.Logger
-	// Abandon, when closed, ends the wait for attempts in flight at once.
+	// Abandon, when closed, ends the wait for attempts in flight, and has a stop that has begun end within a second.
 	Abandon <-chan struct{}
 }
 

@@ -39,8 +39,8 @@ func newServerCommand(c *cli) *cobra.Command {
 		Use:   "server",
 		Short: "Run a Grapnel server",
 		Long: `Runs a server until it is interrupted. The first SIGINT or SIGTERM stops it in order: it takes no new
-work and waits for the attempts in flight, --grace at the longest. The second ends that wait; the deliveries
-are attempted again after the next start.
+work and waits for the attempts in flight, --grace at the longest, and ends within 5 s after that. The second
+ends it at once, which takes a second at the longest; the deliveries are attempted again after the next start.
 
 Each flag can also be set by the environment, GRAPNEL_DATA_DIR for --data-dir, and by a YAML file given by
 --config, with the flag's name as key. Flags beat the environment, which beats the file.
@@ -93,7 +93,7 @@ func (f *serverFlags) register(cmd *cobra.Command) {
 	flags.StringVar(&o.TLSKey, "tls-key", "", "PEM `file` of the public API's key")
 	flags.BoolVar(&o.Insecure, "insecure", false, "allow an address that others can reach without TLS and authentication")
 	flags.StringVar(&o.NodeName, "node-name", "", "name of this node; default the host's")
-	flags.DurationVar(&o.Grace, "grace", 30*time.Second, "longest wait for attempts in flight when stopping")
+	flags.DurationVar(&o.Grace, "grace", 30*time.Second, "longest wait for attempts in flight when stopping; the process ends within 5s after it")
 	flags.StringVar(&f.logLevel, "log-level", "info", "debug, info, warn or error")
 	flags.StringVar(&f.logFormat, "log-format", "text", "text or json")
 	flags.StringVar(&f.config, "config", "", "YAML `file` with flag names as keys")
@@ -113,6 +113,12 @@ func (f *serverFlags) complete(cmd *cobra.Command, c *cli) error {
 		}
 	}
 	var faults []error
+	switch grace := &f.options.Grace; {
+	case *grace < 0:
+		faults = append(faults, fmt.Errorf("grace: %v given, want a time such as 30s, or 0s for none", *grace))
+	case *grace == 0:
+		*grace = -1 // none, where the options' zero is the default
+	}
 	for _, text := range f.egressAllow {
 		prefix, err := parsePrefix(text)
 		if err != nil {
