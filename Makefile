@@ -49,7 +49,7 @@ proto/buf/validate/validate.proto: tools/go.mod
 
 generate: proto/buf/validate/validate.proto ## regenerate what is made of the protos
 	$(TOOL) buf generate
-	$(TOOL) buf build --path proto/grapnel -o proto/grapnel/v1/descriptors.binpb
+	$(TOOL) buf build --path proto/grapnel --exclude-path proto/grapnel/store -o proto/grapnel/v1/descriptors.binpb
 	$(TOOL) buf build --path proto/grapnel/plugin --exclude-source-info -o plugins/example-python/plugin.binpb
 	cp proto/grapnel/plugin/v1/plugin.proto plugins/example-node/
 

@@ -45,7 +45,7 @@ func (s *Server) serveAPI(parts *errgroup.Group) (*grpc.Server, func(), error) {
 	s.api.Register(public)
 	s.api.RegisterReflection(public)
 	parts.Go(func() error {
-		if err := public.Serve(s.public); err != nil && !errors.Is(err, grpc.ErrServerStopped) {
+		if err := public.Serve(s.api.Listen(s.public)); err != nil && !errors.Is(err, grpc.ErrServerStopped) {
 			return fmt.Errorf("serve the API: %w", err)
 		}
 		return nil

@@ -300,6 +300,10 @@ func (e *fakeEngine) InFlight(delivery.ID, delivery.LaneKey) bool { return false
 
 func (e *fakeEngine) WaitReason(delivery.ID, delivery.LaneKey) string { return "" }
 
+func (e *fakeEngine) Status(delivery.LaneKey) *grapnelv1.SubscriptionStatus {
+	return &grapnelv1.SubscriptionStatus{Open: false, WaitReason: "subscription paused"}
+}
+
 func (e *fakeEngine) Test(_ context.Context, _ *subscription.Subscription, ev *delivery.Event) (delivery.Attempt, error) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
