@@ -4,11 +4,13 @@ import (
 	"fmt"
 	"strings"
 	"testing"
+	"time"
 
 	"google.golang.org/grpc"
 	"google.golang.org/protobuf/proto"
 
 	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
+	"github.com/grapnel/grapnel/server/delivery"
 )
 
 // TestPagesFitIntoMessages: a page is smaller than what grpc's clients take by default, whatever its items are made of,
@@ -83,4 +85,46 @@ func TestPagesFitIntoMessages(t *testing.T) {
 		}
 		return names, r.GetNextPageToken(), proto.Size(r), err
 	})
+}
+
+// TestPageOfAttempts: the attempts of one delivery, with what receivers said, take several pages.
+func TestPageOfAttempts(t *testing.T) {
+	st := startStation(t)
+	name := st.oneDelivery(t)
+	id, err := delivery.ParseID(strings.TrimPrefix(name, "namespaces/acme/deliveries/"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	event, err := st.journal.Event(st.key("acme"), "e1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	due := time.Now().Add(time.Hour)
+	job := &delivery.Job{ID: id, Event: event, Epoch: 1, MaxAttempts: 100, Expire: time.Now().Add(time.Hour)}
+	const attempts = 30
+	for n := 1; n <= attempts; n++ {
+		st.journal.Settle(job, delivery.Step{State: delivery.Scheduled, Due: due}, &delivery.Attempt{
+			Number: n, Start: time.Now(), Outcome: delivery.OutcomeRetryable, ResponseCode: 500,
+			ResponseBody: make([]byte, 4096), ResponseHeaders: []delivery.Header{{Name: "x", Value: strings.Repeat("h", 250_000)}},
+		}, nil)
+		if err := st.journal.Flush(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		job.Attempts, job.Kind, job.Due, job.Epoch = n, delivery.Timer, delivery.InstantOf(due), uint32(n+1)
+		due = due.Add(time.Second)
+	}
+	got, pages := 0, 0
+	for token := ""; ; {
+		r, err := st.deliveries.ListAttempts(t.Context(), &grapnelv1.ListAttemptsRequest{Parent: name, IncludeBodies: true, PageToken: token})
+		if err != nil {
+			t.Fatal(err)
+		}
+		got, pages = got+len(r.GetAttempts()), pages+1
+		if token = r.GetNextPageToken(); token == "" {
+			break
+		}
+	}
+	if got != attempts || pages < 2 {
+		t.Errorf("%d attempts on %d pages", got, pages)
+	}
 }
