@@ -29,8 +29,9 @@ const Version = "0.1.0"
 //go:embed service_config.json
 var serviceConfig string
 
-// ServiceConfig returns the gRPC service config that Dial installs: retries, timeouts and health
-// checking per method. Clients in other languages are meant to use the same text.
+// ServiceConfig returns the gRPC service config that Dial installs: retries of what is idempotent, timeouts
+// and health checking per method. Clients in other languages are meant to use the same text. Publishing is
+// not among its retries, since it is idempotent only for events with an ID; this package repeats those itself.
 func ServiceConfig() string { return serviceConfig }
 
 // Client is a connection to a Grapnel server or cluster. It is safe for concurrent use, meant to be

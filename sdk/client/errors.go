@@ -84,6 +84,12 @@ type Error struct {
 	RequestID string
 
 	status *status.Status
+	// lost is set when an earlier try of the same publish may have stored it.
+	lost bool
+}
+
+func newError(code codes.Code, message string) *Error {
+	return &Error{Code: code, Message: message, status: status.New(code, message)}
 }
 
 // Violation is one fault of a request.
@@ -239,7 +245,9 @@ func itemError(s *grapnelv1.ItemStatus) *Error {
 	if err := code.UnmarshalJSON([]byte(strconv.Quote(s.GetCode()))); err != nil || code == codes.OK {
 		code = codes.Unknown
 	}
-	e := &Error{Code: code, Reason: s.GetReason(), Message: s.GetMessage(), status: status.New(code, s.GetMessage())}
+	e := newError(code, s.GetMessage())
+	e.Reason = s.GetReason()
+	e.RetryAfter = max(s.GetRetryDelay().AsDuration(), 0)
 	if s.GetField() != "" {
 		e.Violations = slices.Insert(e.Violations, 0, Violation{Field: s.GetField(), Description: s.GetMessage()})
 	}

@@ -1,7 +1,6 @@
 package client
 
 import (
-	"context"
 	"time"
 
 	"github.com/google/uuid"
@@ -83,17 +82,6 @@ func payloadSize(e *grapnelv1.Event) int {
 		return 2 * protoSize(p.Json)
 	}
 	return 0
-}
-
-// Publish publishes one event to a namespace, given by its last segment, and returns when it is stored
-// durably. It repeats what may be repeated, always with the same ID, so that the event is accepted
-// once. When it fails with ErrUnavailable or a deadline the event may have been accepted: publish it
-// again with the same ID to find out.
-func (c *Client) Publish(ctx context.Context, namespace string, e Event) (*grapnelv1.PublishResponse, error) {
-	return c.PublishService().Publish(ctx, &grapnelv1.PublishRequest{
-		Parent: namespaceName(namespace),
-		Event:  e.proto(),
-	})
 }
 
 func namespaceName(id string) string { return "namespaces/" + id }

@@ -163,9 +163,7 @@ func serve(f *fake) (*client.Client, func() error, error) {
 	server := grpc.NewServer()
 	grapnelv1.RegisterPublishServiceServer(server, f)
 	grapnelv1.RegisterSubscriptionServiceServer(server, f)
-	checks := health.NewServer()
-	checks.SetServingStatus("grapnel.v1.PublishService", healthpb.HealthCheckResponse_SERVING)
-	healthpb.RegisterHealthServer(server, checks)
+	registerHealth(server)
 	served := make(chan error, 1)
 	go func() { served <- server.Serve(listener) }()
 	c, err := client.Dial(context.Background(), "passthrough:///fake", client.WithInsecure(), client.WithDialOptions(
@@ -176,6 +174,13 @@ func serve(f *fake) (*client.Client, func() error, error) {
 		server.Stop()
 		return errors.Join(closed, <-served)
 	}, err
+}
+
+// registerHealth says that publishing is served, which clients ask about.
+func registerHealth(server *grpc.Server) {
+	checks := health.NewServer()
+	checks.SetServingStatus("grapnel.v1.PublishService", healthpb.HealthCheckResponse_SERVING)
+	healthpb.RegisterHealthServer(server, checks)
 }
 
 func event(n int) client.Event {
