@@ -5,6 +5,10 @@
 // It is thin: own types exist for events, publishers, iterators and errors only; everything else is
 // the generated code of proto/grapnel/v1, and the generated clients are reachable from [Client].
 //
+// Wherever a namespace or a resource in one is asked for, its short ID and its full name mean the same:
+// "acme" and "namespaces/acme", "orders" and "namespaces/acme/subscriptions/orders". A full name of another
+// namespace is refused. Deliveries have no short ID: their names are the server's.
+//
 // It keeps no global state, starts no goroutine before [Dial], and leaves none after [Client.Close].
 package client
 

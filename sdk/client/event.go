@@ -83,5 +83,3 @@ func payloadSize(e *grapnelv1.Event) int {
 	}
 	return 0
 }
-
-func namespaceName(id string) string { return "namespaces/" + id }
