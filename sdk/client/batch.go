@@ -1,6 +1,7 @@
 package client
 
 import (
+	"errors"
 	"time"
 
 	"google.golang.org/grpc/codes"
@@ -117,7 +118,8 @@ func (p *Publisher) failed(batch []*item, e *Error) {
 	for _, it := range batch {
 		it.out = false
 		it.company = len(batch) / 2
-		it.unknown = it.unknown || !v.known()
+		// What was too large may have been the answer.
+		it.unknown = it.unknown || !v.known() || errors.Is(e, ErrMessageTooLarge)
 	}
 	if v == lost {
 		for _, it := range batch {

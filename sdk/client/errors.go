@@ -49,6 +49,8 @@ var (
 	ErrPluginUnavailable = reasonError("PLUGIN_UNAVAILABLE")
 	// ErrOwnershipRefused: the target was asked whether it wants deliveries and did not say yes.
 	ErrOwnershipRefused = reasonError("OWNERSHIP_REFUSED")
+	// ErrMessageTooLarge: the request or the answer is larger than a message may be, 4 MiB.
+	ErrMessageTooLarge = reasonError("MESSAGE_TOO_LARGE")
 	// ErrUnauthenticated: credentials are missing or wrong.
 	ErrUnauthenticated = codeError(codes.Unauthenticated)
 	// ErrPermissionDenied: the credentials do not allow the call.
@@ -156,7 +158,7 @@ func (e *Error) Retryable() bool {
 		return true
 	case codes.ResourceExhausted:
 		// Without a reason or a wait it may be a message that is too large, which stays so.
-		return e.Reason != string(ErrQuotaExceeded) && (e.RetryAfter > 0 || e.Reason != "")
+		return !e.Is(ErrQuotaExceeded) && !e.Is(ErrMessageTooLarge) && (e.RetryAfter > 0 || e.Reason != "")
 	}
 	return false
 }

@@ -1,6 +1,7 @@
 package client
 
 import (
+	"encoding/json"
 	"time"
 
 	"github.com/google/uuid"
@@ -23,7 +24,7 @@ type Event struct {
 	Subject string
 	// Time is when it happened; zero means when it was accepted.
 	Time time.Time
-	// ContentType of Data; empty means application/json.
+	// ContentType of Data; empty means application/json when Data is JSON, else application/octet-stream.
 	ContentType string
 	// DataSchema is the URI of Data's schema.
 	DataSchema string
@@ -55,7 +56,7 @@ func (e Event) proto() *grapnelv1.Event {
 	if p.Id == "" {
 		p.Id = NewID()
 	}
-	if p.DataContentType == "" {
+	if p.DataContentType == "" && json.Valid(e.Data) {
 		p.DataContentType = "application/json"
 	}
 	if !e.Time.IsZero() {

@@ -95,6 +95,8 @@ func poisoned(events ...*grapnelv1.Event) error {
 		case !poison:
 		case kind == "large":
 			return status.Error(codes.ResourceExhausted, "grpc: received message larger than max")
+		case kind == "too-large":
+			return failure(codes.ResourceExhausted, "MESSAGE_TOO_LARGE", "the request is larger than 4 MiB")
 		case kind == "refused":
 			return failure(codes.InvalidArgument, "INVALID_FIELD", "the request cannot be read")
 		default:
@@ -282,7 +284,7 @@ func someEvent(dice *rand.Rand, n int) client.Event {
 	case 2:
 		e.Type = "refused"
 	case 3:
-		e.Type = "poison." + []string{"large", "refused", "unreadable"}[dice.IntN(3)]
+		e.Type = "poison." + []string{"large", "too-large", "refused", "unreadable"}[dice.IntN(4)]
 	case 4:
 		if dice.IntN(5) == 0 {
 			e.Data = make([]byte, 5<<20)

@@ -7,8 +7,8 @@ import (
 	"google.golang.org/grpc/codes"
 )
 
-// namespaces begins every full name but that of a plugin. Short IDs never do: they have no slash, and an
-// event's ID that has one is taken for a full name only if it is one of its own namespace.
+// namespaces begins every full name but that of a plugin. Short IDs have no slash and cannot be mistaken for
+// one; an event's ID may have slashes, and is taken for a full name only if it is one of its own namespace.
 const namespaces = "namespaces/"
 
 // namespaceName is the full name of a namespace given by either.
@@ -22,12 +22,28 @@ func resourceName(namespace, collection, id string) (string, error) {
 	switch {
 	case id == "":
 		return "", badName(collection, id, prefix)
-	case !strings.HasPrefix(id, namespaces):
-		return prefix + id, nil
 	case strings.HasPrefix(id, prefix):
 		return id, nil
+	case collection == "events": // whose IDs are their publishers' and may look like anything
+		return prefix + escapeID(id), nil
+	case !strings.HasPrefix(id, namespaces):
+		return prefix + id, nil
 	}
 	return "", badName(collection, id, prefix)
+}
+
+// escapeID writes an event's ID as it stands in its name: %XX for what is not a letter, digit or one of . _ ~ -
+func escapeID(id string) string {
+	var b strings.Builder
+	for i := range len(id) {
+		c := id[i]
+		if c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c >= '0' && c <= '9' || strings.IndexByte("._~-", c) >= 0 {
+			b.WriteByte(c)
+		} else {
+			fmt.Fprintf(&b, "%%%02X", c)
+		}
+	}
+	return b.String()
 }
 
 // shortID is the ID of a resource that is to be made, given by either.

@@ -79,7 +79,7 @@ func verdictOf(e *Error) verdict {
 		return lost
 	case codes.ResourceExhausted:
 		switch {
-		case errors.Is(e, ErrQuotaExceeded):
+		case errors.Is(e, ErrQuotaExceeded), errors.Is(e, ErrMessageTooLarge):
 			return refused
 		case e.Retryable():
 			return deferred
@@ -96,7 +96,7 @@ func aboutAll(e *Error) bool {
 	case codes.NotFound, codes.PermissionDenied, codes.Unauthenticated, codes.FailedPrecondition, codes.Unimplemented:
 		return true
 	case codes.ResourceExhausted:
-		return e.Reason != ""
+		return errors.Is(e, ErrQuotaExceeded)
 	}
 	return false
 }
