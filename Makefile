@@ -66,8 +66,8 @@ cross: ## other systems compile
 	GOOS=darwin go build ./...
 	GOOS=windows go build ./...
 
-deps: ## node packages for the tests that use them: official verifiers, the node example
-	for d in server/testdata/verifiers plugins/example-node; do npm ci --prefix "$$d" --silent; done
+deps: ## node packages for the tests that use them: official verifiers, the node examples
+	for d in server/testdata/verifiers plugins/example-node docs/clients/node; do npm ci --prefix "$$d" --silent; done
 
 ci: lint ## lint, a short race run of what runs in one process, and last the README's test command
 	go test -race -short ./plugins/... ./sdk/client ./sdk/plugin ./server/...
