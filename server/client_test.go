@@ -5,6 +5,7 @@ import (
 	"errors"
 	"net/http"
 	"slices"
+	"strconv"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -151,5 +152,54 @@ func firstWebhook(t *testing.T, c *client.Client, target, ns string, name func(c
 	}
 	if p, err := c.GetPlugin(ctx, "plugins/http"); err != nil || p.GetName() != "plugins/http" {
 		t.Errorf("plugin: %v, %v", p, err)
+	}
+}
+
+// TestPublisherAgainstTheServer gives a publisher events that no server can take among many that it can.
+func TestPublisherAgainstTheServer(t *testing.T) {
+	t.Parallel()
+	s := servertest.Start(t, servertest.Options{})
+	for _, stream := range []bool{false, true} {
+		ns := map[bool]string{false: "batches", true: "streams"}[stream]
+		t.Run(ns, func(t *testing.T) {
+			s.In(t).Namespace(ns)
+			p := s.Client.Publisher(ns, client.PublisherOptions{Stream: stream})
+			bad := map[int]client.Event{
+				100: {ID: "latin", Type: "order.created", Subject: "caf\xe9"},
+				200: {ID: "huge", Type: "order.created", Data: make([]byte, 5<<20)},
+				300: {ID: "large", Type: "order.created", Data: make([]byte, 1<<20)}, // above the namespace's limit
+				400: {ID: "untyped"},
+			}
+			results := make([]*client.Result, 1000)
+			for n := range results {
+				e, wrong := bad[n]
+				if !wrong {
+					e = client.Event{ID: "e-" + strconv.Itoa(n), Type: "order.created", Data: []byte(`{}`)}
+				}
+				results[n] = p.Publish(t.Context(), e)
+			}
+			if err := p.Close(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			stored := map[string]bool{}
+			for e, err := range s.Client.Events(t.Context(), ns) {
+				if err != nil {
+					t.Fatal(err)
+				}
+				stored[e.GetId()] = true
+			}
+			for n, r := range results {
+				_, err := r.Result()
+				switch _, wrong := bad[n]; {
+				case wrong && (!errors.Is(err, client.ErrNotStored) || !errors.Is(err, client.ErrInvalidField) || stored[r.ID()]):
+					t.Errorf("event %s: %v, want ErrInvalidField and ErrNotStored", r.ID(), err)
+				case !wrong && (err != nil || !stored[r.ID()]):
+					t.Errorf("event %s: %v, stored: %v", r.ID(), err, stored[r.ID()])
+				}
+			}
+			if len(stored) != len(results)-len(bad) {
+				t.Errorf("%d events stored, want %d", len(stored), len(results)-len(bad))
+			}
+		})
 	}
 }

@@ -157,10 +157,10 @@ func startExample() (*client.Client, func()) {
 	return c, func() { _ = stop() }
 }
 
-func serve(f *fake) (*client.Client, func() error, error) {
+func serve(f *fake, opts ...grpc.ServerOption) (*client.Client, func() error, error) {
 	f.stored = map[string]int{}
 	listener := bufconn.Listen(1 << 20)
-	server := grpc.NewServer()
+	server := grpc.NewServer(opts...)
 	grapnelv1.RegisterPublishServiceServer(server, f)
 	grapnelv1.RegisterSubscriptionServiceServer(server, f)
 	registerHealth(server)

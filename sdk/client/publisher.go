@@ -154,6 +154,17 @@ func (r *Result) Result() (name string, err error) {
 	return r.name, r.err
 }
 
+// Wait is Result for callers with a context: when that ends first, its error is returned, and the event goes
+// on being published.
+func (r *Result) Wait(ctx context.Context) (name string, err error) {
+	select {
+	case <-r.done:
+		return r.name, r.err
+	case <-ctx.Done():
+		return "", fmt.Errorf("wait for event %s: %w", r.id, context.Cause(ctx))
+	}
+}
+
 // Duplicate waits for the outcome and reports whether the event had been accepted before, also by an
 // earlier try of this publisher whose answer was lost.
 func (r *Result) Duplicate() bool {

@@ -10,6 +10,7 @@ import (
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/keepalive"
 
 	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
 	"github.com/grapnel/grapnel/sdk/client"
@@ -227,6 +228,72 @@ func TestPublisherKeepsFourBatchesInFlight(t *testing.T) {
 		}
 		if _, events := f.count(); events != 100 {
 			t.Errorf("%d events stored after Flush, want 100", events)
+		}
+		_ = p.Close(t.Context())
+	})
+}
+
+// TestConnectionsAgeUnnoticed publishes now and then for hours against the server's rules for connections: pings
+// at least 20 s apart, an end after half an hour and five minutes.
+func TestConnectionsAgeUnnoticed(t *testing.T) {
+	for _, stream := range []bool{false, true} {
+		t.Run(fmt.Sprintf("stream=%v", stream), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				f := &fake{stream: nil}
+				f.stream = func(_ int, s publishStream) error {
+					if err := open(s, 100, 1<<20); err != nil {
+						return err
+					}
+					return answer(f, s)
+				}
+				c, stop, err := serve(f,
+					grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 20 * time.Second, PermitWithoutStream: true}),
+					grpc.KeepaliveParams(keepalive.ServerParameters{
+						Time: 30 * time.Second, Timeout: 10 * time.Second, MaxConnectionIdle: 15 * time.Minute,
+						MaxConnectionAge: 30 * time.Minute, MaxConnectionAgeGrace: 5 * time.Minute,
+					}))
+				if err != nil {
+					t.Fatal(err)
+				}
+				p := c.Publisher("acme", client.PublisherOptions{Stream: stream})
+				for n := range 500 {
+					begin := time.Now()
+					r := p.Publish(t.Context(), event(n))
+					if _, err := r.Wait(t.Context()); err != nil || r.Duplicate() {
+						t.Errorf("event %d: err %v, duplicate %v", n, err, r.Duplicate())
+					}
+					if took := time.Since(begin); took > time.Second {
+						t.Errorf("event %d took %s", n, took)
+					}
+					time.Sleep(time.Duration(n%97) * time.Second) // of the bubble
+				}
+				if _, events := f.count(); events != 500 {
+					t.Errorf("%d events stored, want 500", events)
+				}
+				if err := errors.Join(p.Close(t.Context()), stop()); err != nil {
+					t.Error(err)
+				}
+			})
+		})
+	}
+}
+
+func TestResultWaitsNoLongerThanItsContext(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		release := make(chan struct{})
+		f := &fake{batch: func(int, []*grapnelv1.Event) ([]*grapnelv1.PublishResult, error) { <-release; return nil, nil }}
+		c, stop := start(t, f)
+		defer stop()
+		p := c.Publisher("acme", client.PublisherOptions{})
+		r := p.Publish(t.Context(), event(1))
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		if _, err := r.Wait(ctx); !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("Wait = %v, want the context's error", err)
+		}
+		close(release)
+		if name, err := r.Wait(t.Context()); err != nil || name != "namespaces/acme/events/e-1" {
+			t.Errorf("Wait = %q, %v", name, err)
 		}
 		_ = p.Close(t.Context())
 	})
