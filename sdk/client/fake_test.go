@@ -27,6 +27,7 @@ import (
 type fake struct {
 	grapnelv1.UnimplementedPublishServiceServer
 	grapnelv1.UnimplementedSubscriptionServiceServer
+	grapnelv1.UnimplementedEventServiceServer
 
 	mu      sync.Mutex // guards the fields below
 	stored  map[string]int
@@ -112,6 +113,11 @@ func (f *fake) GetSubscription(context.Context, *grapnelv1.GetSubscriptionReques
 	return &grapnelv1.GetSubscriptionResponse{Subscription: f.subscription}, nil
 }
 
+// GetEvent answers with nothing but the name that was asked for.
+func (f *fake) GetEvent(_ context.Context, r *grapnelv1.GetEventRequest) (*grapnelv1.GetEventResponse, error) {
+	return &grapnelv1.GetEventResponse{Event: &grapnelv1.Event{Name: r.GetName()}}, nil
+}
+
 func (f *fake) UpdateSubscription(ctx context.Context, r *grapnelv1.UpdateSubscriptionRequest) (*grapnelv1.UpdateSubscriptionResponse, error) {
 	if err := f.update(f.call(ctx), r.GetSubscription()); err != nil {
 		return nil, err
@@ -163,6 +169,7 @@ func serve(f *fake, opts ...grpc.ServerOption) (*client.Client, func() error, er
 	server := grpc.NewServer(opts...)
 	grapnelv1.RegisterPublishServiceServer(server, f)
 	grapnelv1.RegisterSubscriptionServiceServer(server, f)
+	grapnelv1.RegisterEventServiceServer(server, f)
 	registerHealth(server)
 	served := make(chan error, 1)
 	go func() { served <- server.Serve(listener) }()

@@ -37,3 +37,25 @@ func TestNamesOfElsewhereAreRefused(t *testing.T) {
 		t.Errorf("WaitDelivery of no name: %v, want ErrInvalidField", err)
 	}
 }
+
+// TestEventIDsOfAllKindsAreNames: whatever a publisher's ID looks like, it is found under its name.
+func TestEventIDsOfAllKindsAreNames(t *testing.T) {
+	c, stop := start(t, &fake{})
+	defer stop()
+	for id, want := range map[string]string{
+		"o-1001.created_~":                          "o-1001.created_~",
+		"partition:1/offset:24":                     "partition%3A1%2Foffset%3A24",
+		"100%":                                      "100%25",
+		"café":                                      "caf%C3%A9",
+		"namespaces/other/events/x":                 "namespaces%2Fother%2Fevents%2Fx",
+		"namespaces/acme/events/partition%3A1":      "partition%3A1",
+		"evt_06h2icnakk00000d0k81p64g":              "evt_06h2icnakk00000d0k81p64g",
+		"namespaces/acme/events/o-1001-created":     "o-1001-created",
+		"https://shop.example.com/orders/1?x=1&y=2": "https%3A%2F%2Fshop.example.com%2Forders%2F1%3Fx%3D1%26y%3D2",
+	} {
+		e, err := c.GetEvent(t.Context(), "acme", id)
+		if err != nil || e.GetName() != "namespaces/acme/events/"+want {
+			t.Errorf("GetEvent(%q) asks for %q, %v; want %q", id, e.GetName(), err, want)
+		}
+	}
+}

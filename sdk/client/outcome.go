@@ -104,13 +104,20 @@ func aboutAll(e *Error) bool {
 // maxFrame is the largest message that a server reads, 4 MiB, less what surrounds an event in it.
 const maxFrame = 4<<20 - 1<<10
 
+// maxParent is more than any name of a namespace.
+const maxParent = 256
+
 // maxDepth is how deep a payload given as JSON may nest: gRPC's peers in Go give up at 10 000 messages.
 const maxDepth = 10_000 - 8
 
-// check returns why an event could not be sent or read at all, as the refusal that it would be; nil when it
-// can. Everything else is the server's to judge. buffer is overwritten and returned, perhaps grown.
-func check(e *grapnelv1.Event, buffer []byte) ([]byte, *Error) {
-	if e == nil {
+// check returns why an event could not be sent to its namespace or read there at all, as the refusal that it
+// would be; nil when it can. Everything else is the server's to judge. buffer is overwritten and returned,
+// perhaps grown.
+func check(parent string, e *grapnelv1.Event, buffer []byte) ([]byte, *Error) {
+	switch {
+	case !utf8.ValidString(parent) || len(parent) > maxParent:
+		return buffer, invalid("parent", "must look like namespaces/NAME", "namespace_name")
+	case e == nil:
 		return buffer, invalidEvent("", "is required", "required")
 	}
 	size := proto.Size(e)
@@ -137,6 +144,10 @@ func invalidEvent(field, description, rule string) *Error {
 	if field != "" {
 		path += "." + field
 	}
+	return invalid(path, description, rule)
+}
+
+func invalid(path, description, rule string) *Error {
 	e := newError(codes.InvalidArgument, path+": "+description)
 	e.Reason = string(ErrInvalidField)
 	e.Violations = []Violation{{Field: path, Description: description, Reason: rule}}
@@ -170,10 +181,11 @@ func invalidText(m protoreflect.Message) (field string) {
 // says whether the event may be stored all the same.
 func (c *Client) Publish(ctx context.Context, namespace string, e Event) (*grapnelv1.PublishResponse, error) {
 	event := e.proto()
-	if _, err := check(event, nil); err != nil {
+	parent := namespaceName(namespace)
+	if _, err := check(parent, event, nil); err != nil {
 		return nil, &PublishError{ID: event.GetId(), Err: err}
 	}
-	r, err := c.PublishService().Publish(ctx, &grapnelv1.PublishRequest{Parent: namespaceName(namespace), Event: event})
+	r, err := c.PublishService().Publish(ctx, &grapnelv1.PublishRequest{Parent: parent, Event: event})
 	if err != nil {
 		cause := FromError(err)
 		return nil, &PublishError{ID: event.GetId(), MaybeStored: cause.lost || !verdictOf(cause).known(), Err: cause}

@@ -218,12 +218,15 @@ func (p *Publisher) Publish(ctx context.Context, e Event) *Result {
 // PublishProto is Publish for an event in wire form, which must not be changed until the result is
 // done. An empty ID is set.
 func (p *Publisher) PublishProto(ctx context.Context, e *grapnelv1.Event) *Result {
-	if e.GetId() == "" {
+	if e.GetId() == "" && e != nil {
 		e.Id = NewID()
 	}
 	r := &Result{id: e.GetId(), done: make(chan struct{})}
 	if err := p.check(e); err != nil {
 		return r.fail(err, false)
+	}
+	if ctx.Err() != nil {
+		return r.fail(context.Cause(ctx), false)
 	}
 	it := &item{event: e, ctx: ctx, size: proto.Size(e), payload: payloadSize(e), result: r}
 	it.weight = int64(min(it.size, p.o.MaxBytes))
@@ -271,7 +274,7 @@ func (p *Publisher) check(e *grapnelv1.Event) error {
 	if buffer == nil {
 		buffer = new([]byte)
 	}
-	wire, err := check(e, *buffer)
+	wire, err := check(p.parent, e, *buffer)
 	if cap(wire) <= 64<<10 { // large ones are too few to keep memory for
 		*buffer = wire[:0]
 		p.scratch.Put(buffer)
