@@ -363,12 +363,16 @@ func truth(t *testing.T, seed uint64, stream bool) {
 // TestOneEventDecidesForItselfOnly has events that cannot be sent, read or stored among good ones, and
 // nothing else that is wrong.
 func TestOneEventDecidesForItselfOnly(t *testing.T) {
-	for seed := range 20 {
+	seeds := 20
+	if testing.Short() {
+		seeds = 4
+	}
+	for seed := range seeds {
 		for _, stream := range []bool{false, true} {
 			t.Run(fmt.Sprintf("seed=%d,stream=%v", seed, stream), func(t *testing.T) {
 				synctest.Test(t, func(t *testing.T) {
 					dice := rand.New(rand.NewPCG(uint64(seed), 3))
-					h := &hostile{dice: dice, list: map[string]int{}}
+					h := &hostile{dice: rand.New(rand.NewPCG(uint64(seed), 4)), list: map[string]int{}}
 					c, stop := h.serve(t)
 					defer stop()
 					p := c.Publisher("acme", client.PublisherOptions{Stream: stream})
