@@ -211,6 +211,8 @@ type Target struct {
 	Egress *Egress
 	// UserAgent is for the user-agent header.
 	UserAgent string
+
+	life *life
 }
 
 // Problem is one complaint about a config, returned by the function given to Check.
