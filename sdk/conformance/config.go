@@ -64,6 +64,8 @@ func configCases() []Case {
 			Protects: "a check of a subscription must not become one"},
 		{ID: "CF-23", Group: g, Title: "unknown fields in requests are ignored", run: laterMinor,
 			Protects: "servers of a later minor"},
+		{ID: "CF-29", Group: g, Title: "what an instance held is given back once it is removed", run: givesBack,
+			Protects: "each change of a subscription or a secret makes a new generation: what stays behind piles up"},
 	}
 }
 

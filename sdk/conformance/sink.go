@@ -166,6 +166,13 @@ func (k *sink) seen() ([]*request, int) {
 	return append([]*request(nil), k.requests...), k.accepted
 }
 
+// connected is how many connections are open.
+func (k *sink) connected() int {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return len(k.open)
+}
+
 // await waits until n requests have arrived.
 func (k *sink) await(t *trial, n int, limit time.Duration) error {
 	timer := time.NewTimer(limit)
