@@ -113,8 +113,8 @@ func staleGeneration(t *trial) error {
 		if err != nil {
 			return err
 		}
-		if len(complaints(statuses[0].GetDiagnostics())) == 0 {
-			return errors.New("generation 4 is taken after generation 5")
+		if err := mustSay(statuses[0].GetDiagnostics(), codeStale); err != nil {
+			return fmt.Errorf("generation 4 after generation 5: %w", err)
 		}
 		return ses.serves(u, in.GetRef())
 	})

@@ -356,6 +356,11 @@ func (r *raw) Control(s grpc.BidiStreamingServer[pluginv1.ControlRequest, plugin
 			<-s.Context().Done()
 			return nil
 		}
+		if req.GetDrain() != nil && r.is("drain-stops-signing") {
+			r.mu.Lock()
+			clear(r.instances)
+			r.mu.Unlock()
+		}
 		if hb := req.GetHeartbeat(); hb != nil {
 			if beats++; r.is("few-heartbeats") && beats > 3 {
 				continue
