@@ -5,6 +5,7 @@ import (
 	"go/parser"
 	"go/token"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -85,6 +86,24 @@ func TestPageSaysWhatTheSuiteDemands(t *testing.T) {
 			}
 			return true
 		})
+	}
+}
+
+// TestProtoCompilesWithProtoc uses whatever protoc the system has: those of distributions lag years behind. Where there
+// is none the test is skipped, unless GRAPNEL_REQUIRE names it.
+func TestProtoCompilesWithProtoc(t *testing.T) {
+	t.Parallel()
+	if _, err := exec.LookPath("protoc"); err != nil {
+		if strings.Contains(os.Getenv("GRAPNEL_REQUIRE"), "protoc") {
+			t.Fatal(err)
+		}
+		t.Skip(err)
+	}
+	for _, dir := range []string{"../../proto/grapnel/plugin/v1", "../../plugins/example-node"} {
+		out, err := exec.CommandContext(t.Context(), "protoc", "-I", dir, "--descriptor_set_out", filepath.Join(t.TempDir(), "p"), "plugin.proto").CombinedOutput()
+		if err != nil || len(out) > 0 {
+			t.Errorf("%s: %v\n%s", dir, err, out)
+		}
 	}
 }
 
