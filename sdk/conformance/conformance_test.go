@@ -24,6 +24,12 @@ func TestMain(m *testing.M) {
 		switch os.Args[1] {
 		case "plugin-bundled":
 			plugin.Main("grapnel", "0.0.0", plugins.Kinds()...)
+		case "plugin-local":
+			plugin.Main("local", "0.0.0", sockKind(), queueKind())
+		case "bridge":
+			bridge(os.Args[2], os.Args[3])
+		case "consume":
+			consume(os.Args[2], os.Args[3])
 		case "plugin-raw":
 			serveRaw(os.Args[2])
 			os.Exit(0)

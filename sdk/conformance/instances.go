@@ -206,10 +206,10 @@ func givesBack(t *trial) error {
 		var k *sink
 		if overHTTP(u) {
 			var err error
-			if k, err = t.newSink(answer200); err != nil {
+			if k, err = t.receiver(u, answer200); err != nil {
 				return err
 			}
-			uri = k.url + "/generation"
+			uri = u.uriOf(k, k.url+"/generation")
 		}
 		last := ses.instance(u, uri)
 		if err := errors.Join(ses.take(last), ses.serves(u, last.GetRef())); err != nil {
@@ -219,7 +219,7 @@ func givesBack(t *trial) error {
 		for n := range uint64(generations) {
 			next := ses.generationOf(last, n+2)
 			if k != nil {
-				next.Target.Uri = fmt.Sprintf("%s/%d", next.GetTarget().GetUri(), n)
+				next.Target.Uri = u.uriOf(k, fmt.Sprintf("%s/generation/%d", k.url, n))
 			}
 			if err := errors.Join(ses.take(next), ses.serves(u, next.GetRef()), ses.remove(last.GetRef())); err != nil {
 				return fmt.Errorf("generation %d: %w", n+2, err)

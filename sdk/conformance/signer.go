@@ -213,7 +213,7 @@ func signsDeclaredHeaders(t *trial) error {
 			case !headerName(h.GetName()):
 				return fmt.Errorf("header %q is not a lower-case field name", h.GetName())
 			case !slices.Contains(declared, h.GetName()):
-				return fmt.Errorf("it sets %q, and declares only %s", h.GetName(), strings.Join(declared, ", "))
+				return fmt.Errorf("it sets %q, and declares %s", h.GetName(), oneOf(declared))
 			case strings.ContainsAny(h.GetValue(), "\r\n\x00"):
 				return fmt.Errorf("the value of %q holds CR, LF or NUL", h.GetName())
 			}

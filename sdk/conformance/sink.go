@@ -48,6 +48,7 @@ type sink struct {
 	listener net.Listener
 	url      string
 	port     int
+	bridge   *bridge // of a fixture; nil for none
 	stop     chan struct{}
 	work     sync.WaitGroup
 
