@@ -51,6 +51,7 @@ generate: proto/buf/validate/validate.proto ## regenerate what is made of the pr
 	$(TOOL) buf generate
 	$(TOOL) buf build --path proto/grapnel -o proto/grapnel/v1/descriptors.binpb
 	$(TOOL) buf build --path proto/grapnel/plugin --exclude-source-info -o plugins/example-python/plugin.binpb
+	cp plugins/example-python/plugin.binpb plugins/example-ruby/
 	cp proto/grapnel/plugin/v1/plugin.proto plugins/example-node/
 
 lint: ## gofmt, vet, staticcheck
@@ -61,7 +62,7 @@ lint: ## gofmt, vet, staticcheck
 protos: generate ## buf lint and format; generated code is up to date
 	$(TOOL) buf lint
 	$(TOOL) buf format -d --exit-code --path proto/grapnel
-	git diff --exit-code --stat -- proto plugins/example-python plugins/example-node
+	git diff --exit-code --stat -- proto plugins/example-python plugins/example-node plugins/example-ruby
 
 cross: ## other systems compile
 	GOOS=darwin go build ./...

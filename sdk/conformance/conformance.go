@@ -325,7 +325,7 @@ func (s *suite) run(ctx context.Context, c Case, blocked string) (r Result) {
 	t := &trial{ctx: ctx, s: s}
 	var err error
 	if blocked != "" && !standalone(c.ID) {
-		err = skipf("the plugin does not come up (see HS-01)")
+		err = skipf("the plugin does not come up (see HS-01): %s", firstLine(blocked))
 	} else {
 		err = c.run(t)
 	}

@@ -118,12 +118,13 @@ func TestExamplePluginPasses(t *testing.T) {
 	t.Logf("%d cases in %v, skipped:\n%s", len(report.Results), report.Duration, strings.Join(skipped(report), "\n"))
 }
 
-// TestPluginsInOtherLanguagesPass runs the suite on the examples in Python and JavaScript. Where the language is
+// TestPluginsInOtherLanguagesPass runs the suite on the examples in Python, JavaScript and Ruby. Where the language is
 // not installed the test is skipped, unless GRAPNEL_REQUIRE names it.
 func TestPluginsInOtherLanguagesPass(t *testing.T) {
 	t.Parallel()
 	for language, installed := range map[string]func() error{
 		"python": func() error { return exec.Command("/usr/bin/python3", "-c", "import grpc, google.protobuf").Run() },
+		"ruby": func() error { return exec.Command("ruby", "-e", "require 'grpc'; require 'google/protobuf'").Run() },
 		"node": func() error {
 			_, noNode := exec.LookPath("node")
 			_, noModules := os.Stat("../../plugins/example-node/node_modules")
