@@ -49,6 +49,9 @@ func (l *Local) Close() {
 	l.lives.end(ctx)
 }
 
+// Schemes are the URI schemes that a transport is the default for; none of a signer.
+func (k Kind) Schemes() []string { return k.options.schemes }
+
 // Sign signs r. Only instances of signers do.
 func (l *Local) Sign(r *Request) error { return l.built.sign(r) }
 
