@@ -124,7 +124,7 @@ func TestPluginsInOtherLanguagesPass(t *testing.T) {
 	t.Parallel()
 	for language, installed := range map[string]func() error{
 		"python": func() error { return exec.Command("/usr/bin/python3", "-c", "import grpc, google.protobuf").Run() },
-		"ruby": func() error { return exec.Command("ruby", "-e", "require 'grpc'; require 'google/protobuf'").Run() },
+		"ruby":   func() error { return exec.Command("ruby", "-e", "require 'grpc'; require 'google/protobuf'").Run() },
 		"node": func() error {
 			_, noNode := exec.LookPath("node")
 			_, noModules := os.Stat("../../plugins/example-node/node_modules")

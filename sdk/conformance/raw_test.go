@@ -95,6 +95,9 @@ func serveRaw(faults string) {
 		limit = 3 << 19
 	}
 	opts := []grpc.ServerOption{grpc.MaxRecvMsgSize(limit)}
+	if len(os.Args) > 3 {
+		opts = append(opts, (&recorder{path: os.Args[3], seen: map[string]bool{}}).options()...)
+	}
 	if r.is("wrong-status") {
 		opts = append(opts, grpc.UnknownServiceHandler(func(any, grpc.ServerStream) error { return status.Error(codes.Internal, "what?") }))
 	}
