@@ -66,7 +66,7 @@ func attemptColumns() []column[*grapnelv1.Attempt] {
 		{head: "NODE", detail: true, value: attempt.GetNode},
 		{head: "REQUEST", detail: true, value: func(a attempt) string { return pairsText(a.GetRequestHeaders()) }},
 		{head: "RESPONSE", detail: true, value: func(a attempt) string { return pairsText(a.GetResponseHeaders()) }},
-		{head: "BODY", detail: true, value: func(a attempt) string { return strings.ToValidUTF8(string(a.GetResponseBody()), "\uFFFD") }},
+		{head: "BODY", detail: true, value: func(a attempt) string { return string(a.GetResponseBody()) }},
 	}
 }
 
@@ -114,7 +114,8 @@ func (c *cli) deliveryFilter(filter string, states []string, subscription, event
 	for _, state := range states {
 		names, ok := deliveryStates()[strings.ToLower(strings.ReplaceAll(state, "_", "-"))]
 		if !ok {
-			return "", usagef("--state %s: must be one of %s", state, strings.Join(slices.Sorted(maps.Keys(deliveryStates())), ", "))
+			known := slices.Sorted(maps.Keys(deliveryStates()))
+			return "", usagef("--state %s: must be one of %s%s", state, strings.Join(known, ", "), didYouMean(state, known))
 		}
 		for _, name := range names {
 			wanted = append(wanted, "state = "+name)
@@ -166,7 +167,7 @@ func newDeliveryList(c *cli) *cobra.Command {
 	flags.StringSliceVar(&states, "state", nil, "only in these `states`; open and failed stand for several")
 	flags.StringVar(&subscription, "subscription", "", "only of this subscription")
 	flags.StringVar(&event, "event", "", "only of this event")
-	flags.IntVar(&limit, "limit", 100, "show at most this many; 0 shows all")
+	countVar(flags, &limit, "limit", 100, 0, 0, "show at most this many; 0 shows all")
 	must(cmd.RegisterFlagCompletionFunc("state", fixed(slices.Sorted(maps.Keys(deliveryStates()))...)))
 	must(cmd.RegisterFlagCompletionFunc("subscription", completeSubscriptions(c)))
 	return cmd
@@ -215,7 +216,7 @@ func newDeliveryRetry(c *cli) *cobra.Command {
 			})
 		},
 	}
-	cmd.Flags().Int32Var(&after, "if-attempt-count", 0, "fail unless this many attempts have ended; guards against retrying twice")
+	countVar(cmd.Flags(), &after, "if-attempt-count", 0, 0, 0, "fail unless this many attempts have ended; guards against retrying twice")
 	return cmd
 }
 
@@ -239,7 +240,7 @@ func (c *cli) newDeliveryState(d *grapnelv1.Delivery, err error) error {
 	if err != nil {
 		return err
 	}
-	if c.output == "json" {
+	if c.forPrograms() {
 		return show(c, d, nil)
 	}
 	next := ""

@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"fmt"
-	"strings"
 
 	"github.com/spf13/cobra"
 	"google.golang.org/protobuf/encoding/protojson"
@@ -41,7 +40,7 @@ func eventColumns() []column[*grapnelv1.Event] {
 func payloadText(e *grapnelv1.Event) string {
 	switch p := e.GetPayload().(type) {
 	case *grapnelv1.Event_Data:
-		return strings.ToValidUTF8(string(p.Data), "\uFFFD")
+		return string(p.Data)
 	case *grapnelv1.Event_Text:
 		return p.Text
 	case *grapnelv1.Event_Json:
@@ -74,6 +73,9 @@ func newEventGet(c *cli) *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "get ID", Short: "Show an event", Args: oneID,
 		RunE: func(cmd *cobra.Command, args []string) error {
+			if err := excludes(cmd, "raw", "it prints the payload and nothing else", "payload", "output"); err != nil {
+				return err
+			}
 			name, err := c.name(events, args[0])
 			if err != nil {
 				return err
@@ -87,15 +89,14 @@ func newEventGet(c *cli) *cobra.Command {
 					if r.GetEvent().GetPayloadPurged() {
 						return fmt.Errorf("the payload of %s is no longer kept", name)
 					}
-					_, err := c.stdout.Write(payloadBytes(r.GetEvent()))
-					return err
+					return c.exact(payloadBytes(r.GetEvent()))
 				}
 				return show(c, r.GetEvent(), eventColumns())
 			})
 		},
 	}
 	cmd.Flags().BoolVar(&payload, "payload", false, "show the payload too")
-	cmd.Flags().BoolVar(&raw, "raw", false, "print the payload only, byte for byte")
+	cmd.Flags().BoolVar(&raw, "raw", false, "print the payload only, byte for byte; on a terminal, what it can show")
 	return cmd
 }
 
@@ -116,7 +117,7 @@ func newEventList(c *cli) *cobra.Command {
 		},
 	}
 	cmd.Flags().StringVar(&filter, "filter", "", "`expression` over type, subject, source, accept_time, attributes.KEY")
-	cmd.Flags().IntVar(&limit, "limit", 100, "show at most this many; 0 shows all")
+	countVar(cmd.Flags(), &limit, "limit", 100, 0, 0, "show at most this many; 0 shows all")
 	return cmd
 }
 

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -37,6 +38,7 @@ func scripts(dir string) testscript.Params {
 	return testscript.Params{
 		Dir:                 dir,
 		RequireExplicitExec: true,
+		UpdateScripts:       os.Getenv("UPDATE_SCRIPTS") != "",
 		Deadline:            time.Now().Add(3 * time.Minute), // a command that hangs should not take ten
 		Setup: func(env *testscript.Env) error {
 			env.Values[stateKey{}] = &scriptState{}
@@ -49,6 +51,7 @@ func scripts(dir string) testscript.Params {
 			"stop":     stop,
 			"receiver": receive,
 			"take":     take,
+			"silent":   silent,
 			"await":    await,
 			"lines":    lines,
 			"emptydir": emptyDir,
@@ -161,6 +164,14 @@ func receive(ts *testscript.TestScript, _ bool, _ []string) {
 	}))
 	ts.Defer(s.Close)
 	ts.Setenv("RECEIVER", s.URL)
+}
+
+// silent listens where nobody ever answers; SILENT is its address.
+func silent(ts *testscript.TestScript, _ bool, _ []string) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	ts.Check(err)
+	ts.Defer(func() { _ = l.Close() })
+	ts.Setenv("SILENT", l.Addr().String())
 }
 
 // take VAR FIELD sets VAR to a field of the first JSON object that the last command printed; after a slash

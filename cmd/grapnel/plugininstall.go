@@ -184,7 +184,7 @@ func newPluginEnable(c *cli, enabled bool) *cobra.Command {
 	cmd := &cobra.Command{
 		Use: use, Short: short, Args: exactly("NAME of a plugin, such as acme/sign"),
 		RunE: func(_ *cobra.Command, args []string) error {
-			d, err := openPluginDir(dir)
+			d, err := openInstalled(dir)
 			if err == nil {
 				err = d.Enable(args[0], enabled)
 			}
@@ -204,7 +204,7 @@ func newPluginRemove(c *cli) *cobra.Command {
 		Use: "remove NAME", Aliases: []string{"uninstall"}, Short: "Stop an installed plugin and remove its files; deliveries that need it wait",
 		Args: exactly("NAME of a plugin, such as acme/sign"),
 		RunE: func(_ *cobra.Command, args []string) error {
-			d, err := openPluginDir(dir)
+			d, err := openInstalled(dir)
 			if err == nil {
 				err = d.Remove(args[0])
 			}
@@ -223,7 +223,7 @@ func newPluginVerify(c *cli) *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "verify", Short: "Compare the files of installed plugins with plugins.lock", Args: cobra.NoArgs,
 		RunE: func(*cobra.Command, []string) error {
-			d, err := openPluginDir(dir)
+			d, err := openInstalled(dir)
 			if err != nil {
 				return err
 			}

@@ -51,6 +51,9 @@ with an "id" in every line the whole command can be repeated safely after any fa
 	}
 	f.register(cmd)
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
+		if err := f.check(cmd); err != nil {
+			return err
+		}
 		ns, err := c.namespaceID()
 		if err != nil {
 			return err
@@ -75,11 +78,18 @@ func (f *publishFlags) register(cmd *cobra.Command) {
 	flags.StringArrayVar(&f.attributes, "attribute", nil, "extension attribute as `name=value`; repeat for more")
 	flags.StringVar(&f.at, "time", "", "when it happened, RFC 3339; default now")
 	flags.StringVar(&f.deliverTime, "deliver-time", "", "first attempt not before this `time`, RFC 3339, or a delay such as 2h")
-	flags.DurationVar(&f.ttl, "ttl", 0, "do not attempt it for longer than this")
+	spanVar(flags, &f.ttl, "ttl", 0, 0, 0, "do not attempt it for longer than this")
 	flags.BoolVar(&f.lines, "jsonl", false, "read events from standard input, one JSON object a line")
 	flags.BoolVar(&f.stream, "stream", false, "with --jsonl: use one PublishStream instead of batches")
-	cmd.MarkFlagsMutuallyExclusive("jsonl", "data")
-	cmd.MarkFlagsMutuallyExclusive("jsonl", "id")
+}
+
+// check refuses flags that would have no say.
+func (f *publishFlags) check(cmd *cobra.Command) error {
+	if err := excludes(cmd, "jsonl", "each line of standard input is an event of its own", "data", "id", "content-type", "data-schema",
+		"attribute", "time", "deliver-time", "ttl"); err != nil {
+		return err
+	}
+	return needs(cmd, "stream", "jsonl")
 }
 
 // build makes the one event that the flags describe.
@@ -152,7 +162,7 @@ func (f *publishFlags) publishOne(cmd *cobra.Command, c *cli, ns string) error {
 		if err != nil {
 			return err
 		}
-		if c.output == "json" {
+		if c.forPrograms() {
 			return show(c, r, nil)
 		}
 		switch {

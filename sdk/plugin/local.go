@@ -3,12 +3,16 @@ package plugin
 import (
 	"context"
 	"fmt"
+	"slices"
 	"strings"
 )
 
 // Local is an instance of a kind in the caller's own process, without the protocol: for measuring what the
 // protocol costs. Tests use sdk/plugintest, which has it.
-type Local struct{ built built }
+type Local struct {
+	built built
+	emits []string
+}
 
 // OpenLocal builds an instance. Secrets are the live versions by slot, newest first. Its error holds all
 // that is wrong with the config.
@@ -18,7 +22,11 @@ func OpenLocal(k Kind, config []byte, secrets map[string][][]byte, t Target) (*L
 	}
 	b, problems := k.assemble(spec{config: config, secrets: secrets, target: t})
 	if !hasErrors(problems) {
-		return &Local{built: b}, nil
+		l := &Local{built: b, emits: k.options.emits}
+		if k.options.emitsFrom != nil {
+			l.emits = b.emits
+		}
+		return l, nil
 	}
 	var words []string
 	for _, p := range problems {
@@ -31,6 +39,9 @@ func OpenLocal(k Kind, config []byte, secrets map[string][][]byte, t Target) (*L
 
 // ID is what subscriptions call the kind.
 func (k Kind) ID() string { return k.id }
+
+// Emits are the names of the headers that a signer's instance sets.
+func (l *Local) Emits() []string { return slices.Clone(l.emits) }
 
 // Sign signs r. Only instances of signers do.
 func (l *Local) Sign(r *Request) error { return l.built.sign(r) }
