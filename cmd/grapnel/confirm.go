@@ -5,6 +5,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
+	"os"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -22,10 +24,12 @@ func (c *cli) confirm(ctx context.Context, yes bool, what, loss string) error {
 		return nil
 	}
 	what, loss = clean(what), clean(loss)
-	if !isTerminal(c.stdin) || !isTerminal(c.stderr) {
+	screen, closeScreen := c.screen()
+	if screen == nil {
 		return usagef("deleting %s would lose %s; --yes does it", what, loss)
 	}
-	fmt.Fprintf(c.stderr, "Deleting %s loses %s. Go on? [y/N] ", what, loss)
+	defer closeScreen()
+	fmt.Fprintf(screen, "Deleting %s loses %s. Go on? [y/N] ", what, loss)
 	answers := make(chan string, 1)
 	go func() { // a read of a terminal cannot be interrupted; it ends with the process
 		line, _ := bufio.NewReader(c.stdin).ReadString('\n')
@@ -38,7 +42,21 @@ func (c *cli) confirm(ctx context.Context, yes bool, what, loss string) error {
 		}
 		return errors.New("nothing was deleted")
 	case <-ctx.Done():
-		fmt.Fprintln(c.stderr)
+		fmt.Fprintln(screen)
 		return ctx.Err()
 	}
+}
+
+// screen is where a person is asked who types on standard input, wherever the output goes; nil when nobody does.
+func (c *cli) screen() (io.Writer, func()) {
+	if !isTerminal(c.stdin) {
+		return nil, nil
+	}
+	if tty, err := os.OpenFile("/dev/tty", os.O_WRONLY, 0); err == nil {
+		return newPrinter(tty), func() { _ = tty.Close() }
+	}
+	if isTerminal(c.stderr) {
+		return c.stderr, func() {}
+	}
+	return nil, nil
 }

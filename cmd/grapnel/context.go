@@ -13,6 +13,7 @@ import (
 	"runtime"
 	"slices"
 	"strconv"
+	"strings"
 	"syscall"
 	"text/tabwriter"
 
@@ -68,9 +69,22 @@ func (c *cli) readContexts() (contexts, string, error) {
 	decoder := yaml.NewDecoder(bytes.NewReader(text))
 	decoder.KnownFields(true)
 	if err := decoder.Decode(&all); err != nil && len(bytes.TrimSpace(text)) > 0 {
-		return all, path, usagef("%s: %w", path, err)
+		return all, path, usagef("%s: %s", path, yamlText(err))
+	}
+	for name, one := range all.Contexts {
+		if one == nil {
+			return all, path, usagef("%s: context %q is empty", path, name)
+		}
 	}
 	return all, path, nil
+}
+
+// yamlText is the library's first complaint, without names of Go's types.
+func yamlText(err error) string {
+	text := strings.TrimPrefix(err.Error(), "yaml: unmarshal errors:\n  ")
+	text, _, _ = strings.Cut(text, "\n")
+	text, _, _ = strings.Cut(text, " in type ")
+	return text
 }
 
 // write replaces the file in one step; nobody else can read it.

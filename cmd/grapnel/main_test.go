@@ -52,6 +52,7 @@ func scripts(dir string) testscript.Params {
 			"receiver": receive,
 			"take":     take,
 			"silent":   silent,
+			"freeport": freePort,
 			"await":    await,
 			"lines":    lines,
 			"emptydir": emptyDir,
@@ -172,6 +173,14 @@ func silent(ts *testscript.TestScript, _ bool, _ []string) {
 	ts.Check(err)
 	ts.Defer(func() { _ = l.Close() })
 	ts.Setenv("SILENT", l.Addr().String())
+}
+
+// freePort VAR sets VAR to an address where nobody listens.
+func freePort(ts *testscript.TestScript, _ bool, args []string) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	ts.Check(err)
+	ts.Check(l.Close())
+	ts.Setenv(args[0], l.Addr().String())
 }
 
 // take VAR FIELD sets VAR to a field of the first JSON object that the last command printed; after a slash

@@ -101,7 +101,7 @@ func standardWebhooks(key, prefix string) (verifier, error) {
 			}
 			h[http.CanonicalHeaderKey("webhook-"+part)] = values
 		}
-		return v.Verify(h, a.body)
+		return v.With(webhook.Clock(func() time.Time { return a.at })).Verify(h, a.body)
 	}, nil
 }
 
@@ -158,7 +158,7 @@ func (s *signAgain) verify(a incoming) error {
 	}
 	sign := func(at time.Time, nonce, body []byte) (*plugin.Request, error) {
 		r := &plugin.Request{
-			MessageID: cmp.Or(a.header.Get("Webhook-Id"), "msg"), EventType: a.header.Get("Ce-Type"), Created: at, Nonce: nonce,
+			MessageID: cmp.Or(a.header.Get("Webhook-Id"), "msg"), EventType: cmp.Or(a.header.Get("Ce-Type"), "event"), Created: at, Nonce: nonce,
 			Method: a.method, URL: target, Body: body, AttemptNumber: 1,
 		}
 		for name, values := range a.header {
