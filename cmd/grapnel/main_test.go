@@ -52,6 +52,7 @@ func scripts(dir string) testscript.Params {
 			"receiver": receive,
 			"take":     take,
 			"silent":   silent,
+			"drain":    drain,
 			"freeport": freePort,
 			"await":    await,
 			"lines":    lines,
@@ -153,10 +154,19 @@ func stop(ts *testscript.TestScript, _ bool, _ []string) {
 	}
 }
 
-// receiver starts an HTTP server whose paths are the status codes it answers with; RECEIVER is its URL.
+// drain asks the server to stop, and does not wait until it has.
+func drain(ts *testscript.TestScript, _ bool, _ []string) {
+	ts.Check(state(ts).server.cmd.Process.Signal(syscall.SIGTERM))
+}
+
+// receiver starts an HTTP server whose paths are the status codes it answers with; /hang never answers. RECEIVER is its URL.
 func receive(ts *testscript.TestScript, _ bool, _ []string) {
 	s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		_, _ = io.Copy(io.Discard, r.Body)
+		if r.URL.Path == "/hang" {
+			<-r.Context().Done()
+			return
+		}
 		var status int
 		if _, err := fmt.Sscanf(r.URL.Path, "/%d", &status); err != nil {
 			status = http.StatusNotFound
