@@ -4,9 +4,7 @@ import (
 	"cmp"
 	"context"
 	"fmt"
-	"maps"
-	"slices"
-	"strings"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -89,87 +87,27 @@ func newDeliveryGet(c *cli) *cobra.Command {
 	}
 }
 
-// deliveryStates are the states that --state takes, and two words for several.
-func deliveryStates() map[string][]string {
-	states := map[string][]string{
-		"open":   {"PENDING", "SCHEDULED", "IN_FLIGHT"},
-		"failed": {"EXHAUSTED", "REJECTED"},
-	}
-	for number, name := range grapnelv1.Delivery_State_name {
-		if number != 0 {
-			name = strings.TrimPrefix(name, "STATE_")
-			states[strings.ToLower(strings.ReplaceAll(name, "_", "-"))] = []string{name}
-		}
-	}
-	return states
-}
-
-// deliveryFilter joins the shorthand flags to a filter.
-func (c *cli) deliveryFilter(filter string, states []string, subscription, event string) (string, error) {
-	var terms []string
-	if filter != "" {
-		terms = append(terms, filter)
-	}
-	var wanted []string
-	for _, state := range states {
-		names, ok := deliveryStates()[strings.ToLower(strings.ReplaceAll(state, "_", "-"))]
-		if !ok {
-			known := slices.Sorted(maps.Keys(deliveryStates()))
-			return "", usagef("--state %s: must be one of %s%s", state, strings.Join(known, ", "), didYouMean(state, known))
-		}
-		for _, name := range names {
-			wanted = append(wanted, "state = "+name)
-		}
-	}
-	if len(wanted) > 0 {
-		terms = append(terms, "("+strings.Join(wanted, " OR ")+")")
-	}
-	for _, reference := range []struct {
-		field, value string
-		of           collection
-	}{{"subscription", subscription, subscriptions}, {"event", event, events}} {
-		if reference.value == "" {
-			continue
-		}
-		name, err := c.name(reference.of, reference.value)
-		if err != nil {
-			return "", err
-		}
-		terms = append(terms, fmt.Sprintf("%s = %q", reference.field, name))
-	}
-	return strings.Join(terms, " AND "), nil
-}
-
 func newDeliveryList(c *cli) *cobra.Command {
-	var filter, subscription, event string
-	var states []string
-	var limit int
+	var f deliveryFlags
 	cmd := &cobra.Command{
 		Use: "list", Short: "List deliveries, newest first", Aliases: []string{"ls"}, Args: cobra.NoArgs,
-		Example: `  grapnel delivery list -n acme --state failed --subscription orders
+		Example: `  grapnel delivery list -n acme --state failed --subscription orders --since 2h
   grapnel delivery list -n acme --filter 'last_attempt.response_code >= 500'`,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			ns, err := c.namespaceID()
 			if err != nil {
 				return err
 			}
-			expression, err := c.deliveryFilter(filter, states, subscription, event)
+			expression, err := f.filter(c, time.Now())
 			if err != nil {
 				return err
 			}
 			return c.with(cmd, func(ctx context.Context, cl *client.Client) error {
-				return list(c, cl.Deliveries(ctx, ns, client.Filter(expression), pageFor(limit)), limit, deliveryColumns())
+				return list(c, cl.Deliveries(ctx, ns, client.Filter(expression), pageFor(f.limit)), f.limit, deliveryColumns())
 			})
 		},
 	}
-	flags := cmd.Flags()
-	flags.StringVar(&filter, "filter", "", "`expression` over state, subscription, event, event_type, create_time, attempt_count, last_attempt.outcome, …")
-	flags.StringSliceVar(&states, "state", nil, "only in these `states`; open and failed stand for several")
-	flags.StringVar(&subscription, "subscription", "", "only of this subscription")
-	flags.StringVar(&event, "event", "", "only of this event")
-	countVar(flags, &limit, "limit", 100, 0, 0, "show at most this many; 0 shows all")
-	must(cmd.RegisterFlagCompletionFunc("state", fixed(slices.Sorted(maps.Keys(deliveryStates()))...)))
-	must(cmd.RegisterFlagCompletionFunc("subscription", completeSubscriptions(c)))
+	f.register(cmd, c)
 	return cmd
 }
 

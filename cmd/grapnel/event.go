@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"fmt"
+	"time"
 
 	"github.com/spf13/cobra"
 	"google.golang.org/protobuf/encoding/protojson"
@@ -101,23 +102,26 @@ func newEventGet(c *cli) *cobra.Command {
 }
 
 func newEventList(c *cli) *cobra.Command {
-	var filter string
-	var limit int
+	var f listFlags
 	cmd := &cobra.Command{
 		Use: "list", Short: "List events, newest first", Aliases: []string{"ls"}, Args: cobra.NoArgs,
-		Example: `  grapnel event list -n acme --filter 'type = "order.*"'`,
+		Example: `  grapnel event list -n acme --type 'order.*' --since 1h
+  grapnel event list -n acme --filter 'subject = "42"'`,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			ns, err := c.namespaceID()
 			if err != nil {
 				return err
 			}
+			all, err := f.terms("type", "accept_time", time.Now())
+			if err != nil {
+				return err
+			}
 			return c.with(cmd, func(ctx context.Context, cl *client.Client) error {
-				return list(c, cl.Events(ctx, ns, client.Filter(filter), pageFor(limit)), limit, eventColumns())
+				return list(c, cl.Events(ctx, ns, client.Filter(all.String()), pageFor(f.limit)), f.limit, eventColumns())
 			})
 		},
 	}
-	cmd.Flags().StringVar(&filter, "filter", "", "`expression` over type, subject, source, accept_time, attributes.KEY")
-	countVar(cmd.Flags(), &limit, "limit", 100, 0, 0, "show at most this many; 0 shows all")
+	f.register(cmd, "id, uid, type, subject, source, time, accept_time, matched_subscriptions, attributes.KEY")
 	return cmd
 }
 

@@ -239,7 +239,7 @@ func (t pathTemplate) apply(object []byte) (string, error) {
 			if err != nil {
 				return "", err
 			}
-			b.WriteString(clean(text))
+			b.WriteString(cleanLines(text)) // a key in PEM has lines
 		}
 	}
 	return b.String(), nil

@@ -14,6 +14,40 @@ import (
 	"github.com/rogpeppe/go-internal/testscript"
 )
 
+// TestCommandLinePage runs the commands of docs/cli.md as they are printed.
+func TestCommandLinePage(t *testing.T) {
+	page, err := os.ReadFile("../../docs/cli.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var commands []string
+	for _, section := range guideSections(string(page)) {
+		commands = append(commands, section.commands...)
+	}
+	if len(commands) < 10 {
+		t.Fatalf("the page has %d commands: %v", len(commands), commands)
+	}
+	script := `serve
+exec grapnel namespace create acme
+exec grapnel secret create orders-key -n acme
+exec grapnel subscription create orders -n acme --uri http://127.0.0.1:9000/hooks --type 'order.*' --secret orders-key
+exec grapnel publish -n acme --type order.created --data x
+env GRAPNEL_CONTEXTS=$WORK/contexts.yaml
+exec sh -eux page.sh
+stdout '^namespaces/acme/subscriptions/orders order\.\* plugins/standard-webhooks$'
+stdout '^namespaces/acme/subscriptions/orders unchanged$'
+stdout '^namespaces/acme/subscriptions/orders deleted, '
+-- page.sh --
+` + strings.Join(commands, "\n") + "\n"
+	file := filepath.Join(t.TempDir(), "cli.txtar")
+	if err := os.WriteFile(file, []byte(script), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	params := scripts("")
+	params.Files = []string{file}
+	testscript.Run(t, params)
+}
+
 // TestPagesWhereLocalhostIsV6 runs the pages' commands on a host whose name localhost is ::1 before it is 127.0.0.1: in
 // namespaces of its own, with a hosts file that says so.
 func TestPagesWhereLocalhostIsV6(t *testing.T) {
@@ -39,7 +73,7 @@ func TestPagesWhereLocalhostIsV6(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	pages := "TestReadme"
+	pages := "TestReadme|TestCommandLinePage"
 	if !testing.Short() {
 		pages += "|TestPluginGuide"
 	}
