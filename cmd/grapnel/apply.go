@@ -11,6 +11,7 @@ import (
 	"strings"
 
 	"github.com/spf13/cobra"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/protobuf/encoding/protojson"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/fieldmaskpb"
@@ -77,7 +78,7 @@ func (c *cli) apply(ctx context.Context, cl *client.Client, all []applied) error
 	for i, a := range all {
 		result, warnings, err := a.apply(ctx, cl)
 		var answer *client.Error
-		if errors.As(err, &answer) && (unreached(answer) && i == 0 || ctx.Err() != nil) {
+		if errors.As(err, &answer) && (i == 0 && (unreached(answer) || answer.Code == codes.DeadlineExceeded) || ctx.Err() != nil) {
 			return err
 		}
 		c.warn(warnings)

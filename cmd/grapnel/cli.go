@@ -12,6 +12,7 @@ import (
 	"os"
 	"strconv"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -33,7 +34,10 @@ type cli struct {
 	running        bool            // usage was fine; what fails now is no wrong usage
 
 	interrupted atomic.Pointer[os.Signal] // the one that ended the command, if one did
-	began       time.Time                 // of the call to the server
+
+	mu    sync.Mutex    // guards the fields below: batches are sent concurrently
+	began time.Time     // when the last call to the server began
+	asked proto.Message // its request
 
 	// Flags of all client commands.
 	addr, context, namespace, output string
@@ -41,9 +45,8 @@ type cli struct {
 	tlsCA, tokenFile                 string
 	timeout                          time.Duration // 0 is no limit
 
-	template      pathTemplate  // of --output jsonpath
-	asked         proto.Message // the last request, to say what was wrong with it
-	namespaceSaid bool          // --namespace was given, not only the environment's or a context's
+	template      pathTemplate // of --output jsonpath
+	namespaceSaid bool         // --namespace was given, not only the environment's or a context's
 }
 
 func newCLI() *cli {
@@ -62,7 +65,7 @@ func (c *cli) connectFlags(cmd *cobra.Command, namespaced bool) *cobra.Command {
 	f.BoolVar(&c.tls, "tls", false, "connect with TLS and the system's roots")
 	f.StringVar(&c.tlsCA, "tls-ca", "", "connect with TLS and the roots in this PEM `file`")
 	f.StringVar(&c.tokenFile, "token-file", "", "send the bearer token in this `file`; needs TLS")
-	spanVar(f, &c.timeout, "timeout", 30*time.Second, 0, 0, "give up after this long; 0s never")
+	spanVar(f, &c.timeout, "timeout", 30*time.Second, 0, 0, "give up when the server has not answered for this long; 0s never")
 	if namespaced {
 		f.StringVarP(&c.namespace, "namespace", "n", "", "namespace, unless the name is a full one")
 		must(cmd.RegisterFlagCompletionFunc("namespace", completeNamespaces(c)))
@@ -91,7 +94,6 @@ func (c *cli) dial(ctx context.Context) (*client.Client, error) {
 	if err != nil {
 		return nil, err
 	}
-	c.began = time.Now()
 	options := []client.Option{
 		client.WithUserAgent("grapnel/" + version().number), client.WithFailFast(),
 		client.WithDialOptions(
@@ -99,7 +101,7 @@ func (c *cli) dial(ctx context.Context) (*client.Client, error) {
 			grpc.WithDefaultServiceConfig(withoutTimeouts(client.ServiceConfig())),
 			// A server that stops says so in its answer; health checks would only keep the call from it.
 			grpc.WithDisableHealthCheck(),
-			grpc.WithChainUnaryInterceptor(c.remember),
+			grpc.WithChainUnaryInterceptor(c.limit),
 		),
 	}
 	config, err := c.tlsConfig()
@@ -196,24 +198,16 @@ func (c *cli) tlsConfig() (*tls.Config, error) {
 	return &tls.Config{MinVersion: tls.VersionTLS12, RootCAs: roots}, nil
 }
 
-// with runs call with a client, bounded by --timeout.
+// with runs call with a client. Each of its calls to the server is bounded by --timeout, and not the whole: a long list is
+// no server that does not answer, and neither is a person who thinks before saying yes.
 func (c *cli) with(cmd *cobra.Command, call func(context.Context, *client.Client) error) error {
-	ctx, cancel := c.limited(cmd.Context())
-	defer cancel()
+	ctx := cmd.Context()
 	connection, err := c.dial(ctx)
 	if err != nil {
 		return err
 	}
 	defer func() { _ = connection.Close() }()
 	return c.suggest(ctx, connection, call(ctx, connection))
-}
-
-// limited is ctx with --timeout.
-func (c *cli) limited(ctx context.Context) (context.Context, context.CancelFunc) {
-	if c.timeout == 0 {
-		return context.WithCancel(ctx)
-	}
-	return context.WithTimeout(ctx, c.timeout)
 }
 
 // readValue returns what a flag such as --data means: @FILE a file's content, - standard input, anything

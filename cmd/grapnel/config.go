@@ -20,9 +20,14 @@ func environmentFlag(cmd *cobra.Command, name string) bool {
 	if cmd.Name() == "server" {
 		return configurable(cmd, name)
 	}
-	switch name {
+	return clientEnvironment(name) && cmd.Flags().Lookup(name) != nil && !strings.HasPrefix(cmd.CommandPath(), "grapnel context ")
+}
+
+// clientEnvironment reports whether the flag of a client command can be set by the environment.
+func clientEnvironment(flag string) bool {
+	switch flag {
 	case "addr", "context", "namespace", "output", "plugin-dir", "tls", "tls-ca", "token-file", "timeout":
-		return cmd.Flags().Lookup(name) != nil && !strings.HasPrefix(cmd.CommandPath(), "grapnel context ")
+		return true
 	}
 	return false
 }

@@ -104,6 +104,8 @@ type violation struct {
 
 // failure is an answer of the server, or the lack of one.
 func (c *cli) failure(e *client.Error) failure {
+	c.mu.Lock()
+	defer c.mu.Unlock()
 	f := failure{
 		Code: client.CodeName(e.Code), Reason: e.Reason, Message: summary(e), RequestID: e.RequestID, Hint: c.hint(e),
 		Exit: exitGRPC + int(e.Code),

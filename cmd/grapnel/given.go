@@ -5,6 +5,7 @@ import (
 	"regexp"
 	"strconv"
 	"strings"
+	"time"
 	"unicode/utf8"
 
 	"google.golang.org/grpc"
@@ -14,10 +15,17 @@ import (
 	"google.golang.org/protobuf/types/known/durationpb"
 )
 
-// remember keeps the last request, so that an answer about one of its fields can be told with what was given there.
-func (c *cli) remember(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoke grpc.UnaryInvoker, opts ...grpc.CallOption) error {
-	if m, ok := req.(proto.Message); ok {
-		c.asked = m
+// limit bounds one call by --timeout, and keeps its request, so that an answer about one of its fields can be told with what
+// was given there.
+func (c *cli) limit(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoke grpc.UnaryInvoker, opts ...grpc.CallOption) error {
+	c.mu.Lock()
+	c.began = time.Now()
+	c.asked, _ = req.(proto.Message)
+	c.mu.Unlock()
+	if c.timeout > 0 {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, c.timeout)
+		defer cancel()
 	}
 	return invoke(ctx, method, req, reply, cc, opts...)
 }

@@ -113,7 +113,11 @@ func serve(ts *testscript.TestScript, neg bool, args []string) {
 		if match == nil {
 			ts.Fatalf("ready line = %q", line)
 		}
-		ts.Setenv("GRAPNEL_ADDR", match[1])
+		addr := match[1]
+		if os.Getenv(insideNamespace) != "" { // by its name, which is ::1 first, where nobody listens
+			addr = strings.Replace(addr, "127.0.0.1", "localhost", 1)
+		}
+		ts.Setenv("GRAPNEL_ADDR", addr)
 		ts.Setenv("ADMIN_ADDR", match[2])
 	case err := <-p.ended:
 		p.ended <- err

@@ -123,7 +123,7 @@ func (in *installing) test(ctx context.Context, command []string) (*pluginv1.Des
 	}
 	report, err := conformance.Run(ctx, o, func(r conformance.Result) {
 		if r.Outcome == conformance.Failed {
-			fmt.Fprintf(in.c.stderr, "FAIL %s %s: %s\n", r.ID, r.Title, r.Detail)
+			fmt.Fprintf(in.c.stderr, "FAIL %s %s: %s\n", r.ID, r.Title, clean(r.Detail))
 		}
 	})
 	if err != nil {

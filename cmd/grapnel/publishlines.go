@@ -68,6 +68,9 @@ func (f *publishFlags) publishLines(cmd *cobra.Command, c *cli, ns string) error
 	if err := c.summarize(count); err != nil {
 		return err
 	}
+	if cmd.Context().Err() != nil {
+		return readErr // which says how far it came
+	}
 	if err := errors.Join(readErr, closeErr); err != nil {
 		return err
 	}
@@ -79,8 +82,7 @@ func (f *publishFlags) publishLines(cmd *cobra.Command, c *cli, ns string) error
 
 // checkNamespace fails early, and with one sentence, where else every line would fail.
 func (f *publishFlags) checkNamespace(cmd *cobra.Command, c *cli, cl *client.Client, ns string) error {
-	ctx, cancel := c.limited(cmd.Context())
-	defer cancel()
+	ctx := cmd.Context()
 	_, err := cl.NamespaceService().GetNamespace(ctx, &grapnelv1.GetNamespaceRequest{Name: "namespaces/" + ns})
 	if errors.Is(err, client.ErrPermissionDenied) { // may publish all the same
 		return nil

@@ -49,7 +49,7 @@ stdout '^namespaces/acme/subscriptions/orders deleted, '
 }
 
 // TestPagesWhereLocalhostIsV6 runs the pages' commands on a host whose name localhost is ::1 before it is 127.0.0.1: in
-// namespaces of its own, with a hosts file that says so.
+// namespaces of its own, with a hosts file that says so. Commands reach their server as localhost.
 func TestPagesWhereLocalhostIsV6(t *testing.T) {
 	if os.Getenv(insideNamespace) != "" {
 		t.Skip("is what runs here")

@@ -6,6 +6,7 @@ import (
 	"strings"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 )
 
 // newRoot builds the whole command tree.
@@ -57,7 +58,24 @@ error is one JSON object on standard error: {"error":{"code","reason","message",
 		}
 	}
 	markRunning(c, root)
+	nameEnvironment(root)
 	return root
+}
+
+// nameEnvironment adds to the help of flags which variable sets them; of the server, all have one.
+func nameEnvironment(cmd *cobra.Command) {
+	if cmd.Name() != "server" && cmd.Name() != "context" {
+		add := func(f *pflag.Flag) {
+			if clientEnvironment(f.Name) {
+				f.Usage += " (" + environmentName(f.Name) + ")"
+			}
+		}
+		cmd.Flags().VisitAll(add)
+		cmd.PersistentFlags().VisitAll(add)
+		for _, below := range cmd.Commands() {
+			nameEnvironment(below)
+		}
+	}
 }
 
 // settle sets the flags that were not given from the environment and the context, and checks what all commands share.
