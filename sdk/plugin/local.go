@@ -43,6 +43,9 @@ func (k Kind) ID() string { return k.id }
 // Emits are the names of the headers that a signer's instance sets.
 func (l *Local) Emits() []string { return slices.Clone(l.emits) }
 
+// Schemes are the URI schemes that a transport is the default for; none of a signer.
+func (k Kind) Schemes() []string { return k.options.schemes }
+
 // Sign signs r. Only instances of signers do.
 func (l *Local) Sign(r *Request) error { return l.built.sign(r) }
 
