@@ -3,7 +3,9 @@ package main
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -24,7 +26,7 @@ func deliveryColumns() []column[*grapnelv1.Delivery] {
 	return []column[delivery]{
 		{head: "ID", value: func(d delivery) string { return lastSegment(d.GetName()) }},
 		{head: "NAME", detail: true, value: delivery.GetName},
-		{head: "EVENT", value: func(d delivery) string { return lastSegment(d.GetEvent()) }},
+		{head: "EVENT", value: func(d delivery) string { return eventID(d.GetEvent()) }},
 		{head: "TYPE", value: delivery.GetEventType},
 		{head: "SUBSCRIPTION", value: func(d delivery) string { return lastSegment(d.GetSubscription()) }},
 		{head: "STATE", value: func(d delivery) string { return enumText(d.GetState()) }},
@@ -137,25 +139,118 @@ func newDeliveryAttempts(c *cli) *cobra.Command {
 
 func newDeliveryRetry(c *cli) *cobra.Command {
 	var after int32
+	var f deliveryFlags
 	cmd := &cobra.Command{
-		Use: "retry ID", Short: "Make a delivery due now", Args: oneID,
-		RunE: func(cmd *cobra.Command, args []string) error {
-			name, err := c.name(deliveries, args[0])
-			if err != nil {
-				return err
-			}
+		Use: "retry [ID...]", Short: "Make deliveries due now: those named, or all that the flags select",
+		Long: `Makes deliveries due now: those that are named, or all that the flags select, as delivery list does; after an outage,
+those that were given up. Each is told that cannot be, and the exit code is then 1.`,
+		Example: "  grapnel delivery retry 06h2ideteo002000jgn86mcguvp74 -n acme\n" +
+			"  grapnel delivery retry -n acme --state failed --subscription orders --since 6h",
+	}
+	f.register(cmd, c)
+	countVar(cmd.Flags(), &after, "if-attempt-count", 0, 0, 0, "fail unless this many attempts have ended; guards against retrying twice")
+	cmd.Flags().Lookup("limit").Usage = "at most this many of those that the flags select, newest first; 0 takes all"
+	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		retry := func(ctx context.Context, cl *client.Client, name string) (*grapnelv1.Delivery, error) {
 			r := &grapnelv1.RetryDeliveryRequest{Name: name}
 			if cmd.Flags().Changed("if-attempt-count") {
 				r.IfAttemptCount = &after
 			}
+			answer, err := cl.DeliveryService().RetryDelivery(ctx, r)
+			return answer.GetDelivery(), err
+		}
+		names, err := f.named(cmd, c, args)
+		if err != nil {
+			return err
+		}
+		if len(names) == 1 {
 			return c.with(cmd, func(ctx context.Context, cl *client.Client) error {
-				answer, err := cl.DeliveryService().RetryDelivery(ctx, r)
-				return c.newDeliveryState(answer.GetDelivery(), err)
+				d, err := retry(ctx, cl, names[0])
+				return c.newDeliveryState(d, err)
 			})
-		},
+		}
+		if len(names) > 1 {
+			return c.with(cmd, func(ctx context.Context, cl *client.Client) error { return c.retryAll(ctx, cl, names, retry) })
+		}
+		ns, err := c.namespaceID()
+		if err != nil {
+			return err
+		}
+		expression, err := f.filter(c, time.Now())
+		if err != nil {
+			return err
+		}
+		return c.with(cmd, func(ctx context.Context, cl *client.Client) error {
+			// All are listed before the first is retried, so that none is met twice.
+			for d, err := range cl.Deliveries(ctx, ns, client.Filter(expression), pageFor(f.limit)) {
+				if err != nil {
+					return err
+				}
+				if f.limit > 0 && len(names) == f.limit {
+					fmt.Fprintf(c.stderr, "only the newest %d are taken; see --limit\n", f.limit)
+					break
+				}
+				names = append(names, d.GetName())
+			}
+			return c.retryAll(ctx, cl, names, retry)
+		})
 	}
-	countVar(cmd.Flags(), &after, "if-attempt-count", 0, 0, 0, "fail unless this many attempts have ended; guards against retrying twice")
 	return cmd
+}
+
+// named are the deliveries that the arguments name. Without any, the flags must select some.
+func (f *deliveryFlags) named(cmd *cobra.Command, c *cli, args []string) ([]string, error) {
+	selecting := []string{"filter", "type", "since", "until", "state", "subscription", "event", "outcome", "code"}
+	given := slices.IndexFunc(selecting, cmd.Flags().Changed)
+	switch {
+	case len(args) == 0 && given < 0:
+		return nil, usagef("%s takes IDs or full names, or flags that select deliveries, such as --state failed; see %s --help", cmd.CommandPath(), cmd.CommandPath())
+	case len(args) > 0 && given >= 0:
+		return nil, usagef("--%s selects deliveries, and %s names some: give one of the two", selecting[given], args[0])
+	}
+	var names []string
+	for _, arg := range args {
+		name, err := c.name(deliveries, arg)
+		if err != nil {
+			return nil, err
+		}
+		names = append(names, name)
+	}
+	return names, nil
+}
+
+// retryAll retries each, whatever becomes of the others.
+func (c *cli) retryAll(ctx context.Context, cl *client.Client, names []string,
+	retry func(context.Context, *client.Client, string) (*grapnelv1.Delivery, error),
+) error {
+	retried, failed := 0, 0
+	for _, name := range names {
+		d, err := retry(ctx, cl, name)
+		var answer *client.Error
+		switch {
+		case err == nil:
+			retried++
+			if c.forPrograms() {
+				text, err := c.encode(d, false)
+				if err != nil {
+					return err
+				}
+				if _, err := c.stdout.Write(text); err != nil {
+					return err
+				}
+			}
+		case errors.As(err, &answer) && unreached(answer) || ctx.Err() != nil:
+			return fmt.Errorf("after %s: %w", several(retried, "delivery", "deliveries"), err)
+		default:
+			failed++
+			fmt.Fprintf(c.stderr, "%s: %s\n", clean(name), clean(err.Error()))
+		}
+	}
+	c.said("%s due now", several(retried, "delivery is", "deliveries are"))
+	if failed > 0 {
+		return quietError{}
+	}
+	return nil
 }
 
 func newDeliveryCancel(c *cli) *cobra.Command {

@@ -2,7 +2,9 @@ package main
 
 import (
 	"context"
+	"fmt"
 	"iter"
+	"net/url"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -42,7 +44,11 @@ func (c *cli) name(of collection, arg string) (string, error) {
 		if err != nil {
 			return "", err
 		}
-		return "namespaces/" + ns + "/" + string(of) + "/" + arg, checkID("", of, arg)
+		id := arg
+		if of == events {
+			id = escapeID(arg)
+		}
+		return "namespaces/" + ns + "/" + string(of) + "/" + id, checkID("", of, arg)
 	}
 	parts := strings.SplitN(arg, "/", 4)
 	if len(parts) != 4 || parts[2] != string(of) || parts[1] == "" || parts[3] == "" {
@@ -55,6 +61,29 @@ func (c *cli) name(of collection, arg string) (string, error) {
 		return "", err
 	}
 	return arg, checkID("", of, parts[3])
+}
+
+// escapeID writes an event's ID as it stands in a name: %XX for what is no letter, digit or one of . _ ~ -.
+func escapeID(id string) string {
+	var b strings.Builder
+	for i := range len(id) {
+		c := id[i]
+		if c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c >= '0' && c <= '9' || strings.IndexByte("._~-", c) >= 0 {
+			b.WriteByte(c)
+		} else {
+			fmt.Fprintf(&b, "%%%02X", c)
+		}
+	}
+	return b.String()
+}
+
+// eventID is the ID in the name of an event.
+func eventID(name string) string {
+	escaped := lastSegment(name)
+	if id, err := url.PathUnescape(escaped); err == nil {
+		return id
+	}
+	return escaped
 }
 
 // checkID says early, and about the ID, what the server would say about the whole name. flag is where it was given, if not
