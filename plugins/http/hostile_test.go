@@ -65,6 +65,9 @@ func TestBrokenAnswers(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
+				if unread := tt.truncated && tt.body == "" && tt.status != 0; unread != (resp.Note != "") {
+					t.Errorf("note %q", resp.Note)
+				}
 				if resp.Status != tt.status || string(resp.Body) != tt.body || resp.Truncated != tt.truncated {
 					t.Errorf("status %d, body %q, truncated %v; want %d, %q, %v", resp.Status, resp.Body, resp.Truncated, tt.status, tt.body, tt.truncated)
 				}
