@@ -213,7 +213,7 @@ type Result struct {
 	Truncated bool
 	// Note is what was wrong behind the status.
 	Note    string
-	Failure   *pluginv1.Failure
+	Failure *pluginv1.Failure
 	// Total is how long it took, as the plugin says.
 	Total time.Duration
 	Peer  string
