@@ -9,7 +9,7 @@ KILL_CYCLES ?= 500
 MEDDLE_CYCLES ?= 200
 STORM ?= 60s
 
-.PHONY: help build test race bench limits lint generate protos cross deps ci check demo kill storm fuzz clean
+.PHONY: help build test race bench limits lint generate baseline protos cross deps ci check demo kill storm fuzz clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -49,17 +49,21 @@ proto/buf/validate/validate.proto: tools/go.mod
 
 generate: proto/buf/validate/validate.proto ## regenerate what is made of the protos
 	$(TOOL) buf generate
-	$(TOOL) buf build --path proto/grapnel -o proto/grapnel/v1/descriptors.binpb
+	$(TOOL) buf build --path proto/grapnel --exclude-path proto/grapnel/store -o proto/grapnel/v1/descriptors.binpb
 	$(TOOL) buf build --path proto/grapnel/plugin --exclude-source-info -o plugins/example-python/plugin.binpb
 	cp proto/grapnel/plugin/v1/plugin.proto plugins/example-node/
+
+baseline: proto/buf/validate/validate.proto ## promise the protos as they are: with a release, or when a rule has become wider in a way that only people see
+	$(TOOL) buf build --path proto/grapnel --exclude-path proto/grapnel/store --exclude-source-info -o proto/baseline.binpb
 
 lint: ## gofmt, vet, staticcheck
 	test -z "$$(git ls-files '*.go' | xargs gofmt -l | tee /dev/stderr)"
 	go vet ./...
 	$(TOOL) staticcheck ./...
 
-protos: generate ## buf lint and format; generated code is up to date
+protos: generate ## buf lint, format and breaking; generated code is up to date
 	$(TOOL) buf lint
+	$(TOOL) buf breaking --exclude-imports --against proto/baseline.binpb
 	$(TOOL) buf format -d --exit-code --path proto/grapnel
 	git diff --exit-code --stat -- proto plugins/example-python plugins/example-node
 
