@@ -29,11 +29,14 @@ const (
 	memTables = 4
 	// slotBytes is what an attempt in flight may cost in both processes, body included, as a rule.
 	slotBytes = 512 << 10
+	// gcPercent is lower than Go's 100: without cgo cache and memTables are in the heap, where they cost the collector
+	// nothing and would double what it lets pile up.
+	gcPercent = 60
 )
 
 // planMemory is the division of total bytes; where there is plenty everything has the size at which more is of no use.
 func planMemory(total int64) memoryPlan {
-	p := memoryPlan{total: total, cache: 32 << 20, memTable: 16 << 20, window: 32 << 20, slots: 4096}
+	p := memoryPlan{total: total, cache: 64 << 20, memTable: 16 << 20, window: 32 << 20, slots: 4096}
 	if total <= 0 {
 		return p
 	}
@@ -88,8 +91,11 @@ func (p memoryPlan) ofPart(confined bool) (soft uint64, limits pluginhost.Limits
 
 func bounded(n, least, most int64) int64 { return min(max(n, least), most) }
 
-// apply sets this process's soft limit, unless its environment has one.
+// apply sets this process's soft limit and how much garbage may pile up, unless its environment says so.
 func (p memoryPlan) apply() {
+	if os.Getenv("GOGC") == "" {
+		debug.SetGCPercent(gcPercent)
+	}
 	if p.heap > 0 && os.Getenv("GOMEMLIMIT") == "" {
 		debug.SetMemoryLimit(p.heap)
 	}

@@ -56,13 +56,11 @@ type lane struct {
 	series   *series
 
 	// Places in queues of the engine.
-	queued                 [standings]atomic.Bool // on the ring, among those of a standing
-	ringNext               [standings]*lane       // ring.mu
-	readNext               *lane                  // reads.mu
-	hungry                 bool                   // budget.mu, and so the next ones
-	hungryAs               standing
-	hungryPrev, hungryNext *lane
-	alarm                  alarm // alarms.mu
+	queued   [standings]atomic.Bool // on the ring, among those of a standing
+	ringNext [standings]*lane       // ring.mu
+	hungry   bool                   // budget.mu, and so the next one
+	hungryAs standing
+	alarm    alarm // alarms.mu
 }
 
 // part is a lane's window of one partition.
@@ -217,7 +215,9 @@ func (l *lane) admit(j *delivery.Job, near *entry) *entry {
 // forget gives up an entry that stands in no queue any more and that its window holds no more.
 func (l *lane) forget(x *entry) {
 	x.gone = true
-	delete(l.held, x.place())
+	if delete(l.held, x.place()); len(l.held) == 0 {
+		l.held = nil // a map keeps the room that it has had
+	}
 	l.e.journal.Release(x.Event)
 	l.charge(-1, -x.size)
 }
