@@ -343,7 +343,11 @@ func TestSocketsWithoutTemporaryDirectory(t *testing.T) {
 	}
 	defer os.RemoveAll(short)
 	long := filepath.Join(t.TempDir(), strings.Repeat("long", 20))
-	t.Setenv("TMPDIR", filepath.Join(short, "absent"))
+	file := filepath.Join(short, "file")
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("TMPDIR", filepath.Join(file, "below")) // cannot be made
 	s := servertest.Start(t, servertest.Options{Dir: filepath.Join(short, "data")})
 	s.Namespace("acme")
 	s.Subscribe("acme", "one", newServer(t, nil), nil) // a plugin checks it
@@ -351,7 +355,7 @@ func TestSocketsWithoutTemporaryDirectory(t *testing.T) {
 	if exists(filepath.Join(short, "data", "sockets")) {
 		t.Error("the sockets' directory is still there")
 	}
-	wantWords(t, refusal(t, long, nil), "plugin sockets", "too long a path", "TMPDIR")
+	wantWords(t, refusal(t, long, nil), "plugin sockets", "not a directory", "TMPDIR")
 }
 
 // TestEtcdThatWantsUsers: the user is in options of its own, and what is wrong is said at once.
