@@ -47,6 +47,9 @@ type Options struct {
 	PluginDir string
 	// EgressAllow opens private or reserved ranges to deliveries.
 	EgressAllow []netip.Prefix
+	// EgressDeny closes ranges to deliveries whatever is allowed, with a port or without: 10.0.0.0/8, 127.0.0.1/32:7071. The
+	// server's own listeners are always closed.
+	EgressDeny []string
 	// TLSCert and TLSKey are PEM files for the public API.
 	TLSCert, TLSKey string
 	// Insecure allows a public address without TLS and authentication.

@@ -164,7 +164,7 @@ func (s *Server) open(ctx context.Context, closers *stack) (err error) {
 		return err
 	}
 	s.ending.at("read the plugin directory")
-	if s.plugins, err = s.newPlugins(); err != nil {
+	if s.plugins, err = s.newPlugins(ctx); err != nil {
 		return err
 	}
 	s.engine = dispatch.New(dispatch.Options{

@@ -148,6 +148,12 @@ func TestExternalEtcdBelongs(t *testing.T) {
 	}
 	s := servertest.Start(t, servertest.Options{Adjust: at(etcd)})
 	s.Namespace("acme")
+	_, err := grapnelv1.NewSubscriptionServiceClient(s.Conn).CreateSubscription(t.Context(), &grapnelv1.CreateSubscriptionRequest{
+		Parent: "namespaces/acme", SubscriptionId: "etcd", Subscription: &grapnelv1.Subscription{Uri: "http://" + etcd.addr + "/v3/kv/put"},
+	})
+	if err == nil || !strings.Contains(err.Error(), "egress policy") {
+		t.Errorf("deliveries to the etcd: %v", err)
+	}
 	s.Stop()
 	wantWords(t, refusal(t, s.Dir, at(other)), "do not belong together", other.addr+" is empty", "--adopt-stores")
 	wantWords(t, refusal(t, s.Dir, nil), "the embedded etcd in", "is missing", "--etcd-endpoints")
