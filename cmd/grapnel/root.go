@@ -41,7 +41,7 @@ gRPC code when the server answers with an error, for example 69 for "not found".
 	add("use", newPublishCommand(c), newNamespaceCommand(c), newSubscriptionCommand(c), newSecretCommand(c),
 		newEventCommand(c), newDeliveryCommand(c), newPluginCommand(c))
 	add("see", newStatsCommand(c), newClusterCommand(c))
-	root.AddCommand(newVersionCommand(c))
+	root.AddCommand(newVersionCommand(c), newDescriptorsCommand(c))
 	markRunning(c, root)
 	return root
 }
