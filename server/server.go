@@ -130,7 +130,7 @@ func (s *Server) open(ctx context.Context, closers *stack) (err error) {
 	if err := s.openConfig(ctx); err != nil {
 		return err
 	}
-	if s.plugins, err = s.newPlugins(closers); err != nil {
+	if s.plugins, err = s.newPlugins(); err != nil {
 		return err
 	}
 	s.engine = dispatch.New(dispatch.Options{
@@ -354,6 +354,7 @@ func (s *Server) serve(ctx context.Context) error {
 	stores(s.sweep, base, "sweep")
 	stores(s.keepMarks, base, "notes of what was acknowledged")
 	stores(func(ctx context.Context) error { return s.etcd.keepRoom(ctx, s.space.Free) }, base, "room in etcd")
+	stores(returnMemory, base, "memory")
 	hostEnded := make(chan struct{})
 	parts.Go(func() error {
 		defer close(hostEnded)

@@ -214,6 +214,7 @@ func newLogger(w io.Writer, level, format string) (*slog.Logger, error) {
 
 // runServer runs a server until ctx ends, and prints the ready line in between.
 func runServer(ctx context.Context, c *cli, o server.Options) error {
+	o.BuiltinParts = builtinParts()
 	s, err := server.New(o)
 	if err != nil {
 		return usageError{err}

@@ -1,6 +1,6 @@
 //go:build unix && !linux
 
-package pluginhost
+package process
 
 import (
 	"os/exec"
@@ -9,7 +9,7 @@ import (
 
 // startConfined gives the child its own process group. There is no parent-death signal here: the SDK watches
 // its parent instead.
-func startConfined(cmd *exec.Cmd, _ *program) error {
+func startConfined(cmd *exec.Cmd, _ *Program) error {
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	return cmd.Start()
 }

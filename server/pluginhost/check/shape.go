@@ -1,4 +1,4 @@
-package pluginhost
+package check
 
 import (
 	"cmp"
@@ -13,8 +13,9 @@ import (
 	schemakind "github.com/santhosh-tekuri/jsonschema/v6/kind"
 )
 
-// checkShape looks for secrets in the wrong place, then holds config against the kind's schema.
-func checkShape(k *kind, config any, field string) []Diagnostic {
+// Config looks for secrets in the wrong place, then holds a config against the kind's schema. field is what the config is
+// called.
+func Config(k *Kind, config any, field string) []Diagnostic {
 	if ds := secretLookalikes(config, field); len(ds) > 0 {
 		return ds
 	}
@@ -22,7 +23,7 @@ func checkShape(k *kind, config any, field string) []Diagnostic {
 		if m, ok := config.(map[string]any); ok && len(m) == 0 {
 			return nil
 		}
-		return []Diagnostic{{Field: field, Code: "config.unknown_field", Summary: fmt.Sprintf("plugins/%s has no settings, want an empty config", k.id)}}
+		return []Diagnostic{{Field: field, Code: "config.unknown_field", Summary: fmt.Sprintf("plugins/%s has no settings, want an empty config", k.ID)}}
 	}
 	err := k.schema.Validate(config)
 	var invalid *jsonschema.ValidationError
@@ -79,7 +80,7 @@ func leaves(e *jsonschema.ValidationError) []*jsonschema.ValidationError {
 }
 
 // shapeDiagnostics says in words what one complaint means: field, given, right.
-func shapeDiagnostics(k *kind, e *jsonschema.ValidationError, config any, field string) []Diagnostic {
+func shapeDiagnostics(k *Kind, e *jsonschema.ValidationError, config any, field string) []Diagnostic {
 	at := joinPath(field, e.InstanceLocation)
 	given := shown(valueAt(config, e.InstanceLocation))
 	one := func(code, format string, args ...any) []Diagnostic {
@@ -91,14 +92,14 @@ func shapeDiagnostics(k *kind, e *jsonschema.ValidationError, config any, field 
 		var ds []Diagnostic
 		for _, name := range why.Properties {
 			ds = append(ds, Diagnostic{Field: at + "." + name, Code: "config.unknown_field", Summary: fmt.Sprintf(
-				"plugins/%s has no setting %q here; it has %s", k.id, name, cmp.Or(strings.Join(known, ", "), "none"))})
+				"plugins/%s has no setting %q here; it has %s", k.ID, name, cmp.Or(strings.Join(known, ", "), "none"))})
 		}
 		return ds
 	case *schemakind.Required:
 		var ds []Diagnostic
 		for _, name := range why.Missing {
 			ds = append(ds, Diagnostic{Field: at + "." + name, Code: "config.missing", Summary: fmt.Sprintf(
-				"plugins/%s needs the setting %q", k.id, name)})
+				"plugins/%s needs the setting %q", k.ID, name)})
 		}
 		return ds
 	case *schemakind.Type:
@@ -128,9 +129,9 @@ func shapeDiagnostics(k *kind, e *jsonschema.ValidationError, config any, field 
 }
 
 // propertiesAt are the settings that the kind's schema knows at a place; nil where that is hard to say.
-func propertiesAt(k *kind, at []string) []string {
+func propertiesAt(k *Kind, at []string) []string {
 	var node map[string]any
-	if json.Unmarshal([]byte(k.proto.GetConfigSchema()), &node) != nil {
+	if json.Unmarshal([]byte(k.Proto.GetConfigSchema()), &node) != nil {
 		return nil
 	}
 	for _, segment := range at {

@@ -1,4 +1,4 @@
-package pluginhost
+package process
 
 import (
 	"bufio"
@@ -17,6 +17,8 @@ import (
 const (
 	tailLines = 20
 	tailWidth = 512
+	// lineRoom is what is looked at of a line.
+	lineRoom = 16 << 10
 	// briefLines, no wider than briefWidth, are enough for an error's text.
 	briefLines = 5
 	briefWidth = 160
@@ -27,9 +29,11 @@ const (
 	outputBurst = 16 << 20
 )
 
-// tail keeps the last lines that a process wrote, for the report of its end, and passes lines on at a
-// bounded rate. Reading waits for nobody but floods.
-type tail struct {
+// Output keeps the last lines that a process wrote, for the report of its end, and passes lines on at a
+// bounded rate. Reading waits for nobody but floods. Lines are cleaned, bounded and made printable once, where they
+// come in. It is safe for concurrent use.
+type Output struct {
+	clean func(line string) string
 	pass  func(line string, dropped int)
 	limit *rate.Limiter
 	pace  *rate.Limiter
@@ -41,22 +45,24 @@ type tail struct {
 	report, before []string
 }
 
-func newTail(pass func(line string, dropped int)) *tail {
-	return &tail{pass: pass, limit: rate.NewLimiter(10, 50), pace: rate.NewLimiter(outputRate, outputBurst)}
+// NewOutput passes lines on to pass, with the number of those before it that were too many. Everything goes through
+// clean first, which takes out what must not be seen.
+func NewOutput(clean func(line string) string, pass func(line string, dropped int)) *Output {
+	return &Output{clean: clean, pass: pass, limit: rate.NewLimiter(10, 50), pace: rate.NewLimiter(outputRate, outputBurst)}
 }
 
-func (t *tail) read(r *os.File) {
+func (t *Output) read(r *os.File) {
 	defer r.Close()
 	t.readFrom(t.buffered(r))
 }
 
 // buffered reads r, not faster than floods may be.
-func (t *tail) buffered(r io.Reader) *bufio.Reader {
-	return bufio.NewReaderSize(&pacedReader{r: r, pace: t.pace}, 16<<10)
+func (t *Output) buffered(r io.Reader) *bufio.Reader {
+	return bufio.NewReaderSize(&pacedReader{r: r, pace: t.pace}, lineRoom)
 }
 
 // readFrom takes lines of any length; of long ones the start is kept.
-func (t *tail) readFrom(br *bufio.Reader) {
+func (t *Output) readFrom(br *bufio.Reader) {
 	for {
 		line, err := br.ReadSlice('\n')
 		t.write(line)
@@ -69,8 +75,9 @@ func (t *tail) readFrom(br *bufio.Reader) {
 	}
 }
 
-func (t *tail) write(line []byte) {
-	text := strings.TrimRight(strings.ToValidUTF8(string(line[:min(len(line), tailWidth)]), "\uFFFD"), "\r\n")
+func (t *Output) write(line []byte) {
+	text := t.clean(strings.TrimRight(string(line), "\r\n"))
+	text = printable(strings.ToValidUTF8(text[:min(len(text), tailWidth)], "\uFFFD"))
 	if text == "" {
 		return
 	}
@@ -93,7 +100,7 @@ func (t *tail) write(line []byte) {
 	}
 	t.mu.Unlock()
 	if pass {
-		t.pass(printable(text), dropped)
+		t.pass(text, dropped)
 	}
 }
 
@@ -107,8 +114,8 @@ func printable(text string) string {
 	}, text)
 }
 
-// brief is for an error's text: the last few lines, or what the Go runtime reported.
-func (t *tail) brief() string {
+// Brief is for an error's text: the last few lines, or what the Go runtime reported.
+func (t *Output) Brief() string {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	lines := t.lines
@@ -121,22 +128,37 @@ func (t *tail) brief() string {
 	for _, line := range lines[max(0, len(lines)-briefLines):] {
 		out = append(out, strings.ToValidUTF8(line[:min(len(line), briefWidth)], ""))
 	}
-	return printable(strings.Join(out, "; "))
+	return strings.Join(out, "; ")
 }
 
-// last is what helps most to see why a process ended, tailLines at most: its last lines, or when the Go runtime
+// Last is what helps most to see why a process ended, tailLines at most: its last lines, or when the Go runtime
 // reported an end, the report's beginning with the goroutine that matters.
-func (t *tail) last() []string {
+func (t *Output) Last() []string {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	lines := slices.Clone(t.lines)
 	if len(t.report) > 0 {
 		lines = t.digest()
 	}
-	for i := range lines {
-		lines[i] = printable(lines[i])
-	}
 	return lines
+}
+
+// Culprit is the value of a label (runtime/pprof) of the goroutine that a Go program's report of its end blames: ""
+// when it has none, or the program was asked for its report.
+func (t *Output) Culprit(label string) string {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if len(t.report) == 0 || asked(t.report) {
+		return ""
+	}
+	at := slices.IndexFunc(t.report, beginsGoroutine)
+	if at < 0 {
+		return ""
+	}
+	// goroutine 8 [running labels:{"grapnel.instance": "…"}]:
+	_, rest, _ := strings.Cut(t.report[at], `"`+label+`": "`)
+	value, _, _ := strings.Cut(rest, `"`)
+	return value
 }
 
 // beginsReport knows how the Go runtime begins.
@@ -153,7 +175,7 @@ func beginsReport(line string) bool {
 func asked(report []string) bool { return strings.HasPrefix(report[0], "SIG") }
 
 // head is what a report says before it lists goroutines.
-func (t *tail) head() []string {
+func (t *Output) head() []string {
 	end := slices.IndexFunc(t.report, func(line string) bool {
 		return strings.HasPrefix(line, "goroutine ") || strings.HasPrefix(line, "PC=") || strings.HasPrefix(line, "runtime stack:")
 	})
@@ -165,7 +187,7 @@ func (t *tail) head() []string {
 
 // digest is what came before the report, its head, and one goroutine: the first, which is the one that failed, or where
 // the process was asked what it does, the one that is furthest in the author's own code.
-func (t *tail) digest() []string {
+func (t *Output) digest() []string {
 	head := t.head()
 	out := slices.Concat(t.before[max(0, len(t.before)-briefLines):], head)
 	rest := t.report[len(head):]
@@ -237,12 +259,16 @@ func (p *pacedReader) Read(b []byte) (int, error) {
 	return n, err
 }
 
-// lineWriter gives what is written to it, in whole lines, to a tail. It is used by one goroutine.
+// Writer returns what takes output by another way than the process's pipes. It is to be used by one goroutine.
+func (t *Output) Writer() io.Writer { return &lineWriter{to: t} }
+
+// lineWriter gives what is written to it, in whole lines, to an Output.
 type lineWriter struct {
-	to   *tail
+	to   *Output
 	rest []byte
 }
 
+// Write implements io.Writer.
 func (w *lineWriter) Write(b []byte) (int, error) {
 	n := len(b)
 	if err := w.to.pace.WaitN(context.Background(), min(n, outputBurst)); err != nil {
@@ -250,7 +276,7 @@ func (w *lineWriter) Write(b []byte) (int, error) {
 	}
 	for {
 		line, rest, ok := bytes.Cut(b, []byte{'\n'})
-		w.rest = append(w.rest, line[:min(len(line), max(0, tailWidth-len(w.rest)))]...)
+		w.rest = append(w.rest, line[:min(len(line), max(0, lineRoom-len(w.rest)))]...)
 		if !ok {
 			return n, nil
 		}

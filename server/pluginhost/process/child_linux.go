@@ -1,4 +1,4 @@
-package pluginhost
+package process
 
 import (
 	"bytes"
@@ -16,6 +16,34 @@ import (
 // canRunFiles: an open file can be run, as /proc/self/fd/N.
 const canRunFiles = true
 
+// openSelf opens the running program, which the kernel keeps although its path may hold another or none.
+func openSelf(path string) (*os.File, error) {
+	f, err := os.Open("/proc/self/exe")
+	if err != nil {
+		return os.Open(path) // no /proc
+	}
+	return f, nil
+}
+
+// openSocket opens a plugin's socket without following a link, and returns the path that stands for what was opened, for as
+// long as it is open.
+func openSocket(path string) (string, *os.File, error) {
+	fd, err := unix.Open(path, unix.O_PATH|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return "", nil, fmt.Errorf("its socket cannot be opened: %w", err)
+	}
+	f := os.NewFile(uintptr(fd), path)
+	info, err := f.Stat()
+	if err == nil && info.Mode().Type() != os.ModeSocket {
+		err = errors.New("what it names as its socket is none")
+	}
+	if err != nil {
+		_ = f.Close()
+		return "", nil, err
+	}
+	return "/proc/self/fd/" + strconv.Itoa(fd), f, nil
+}
+
 // possible says why this system cannot run the spec as it asks to be.
 func (s Spec) possible() error {
 	if s.Limits.Processes > 0 && s.User == "" {
@@ -27,8 +55,8 @@ func (s Spec) possible() error {
 // startConfined starts the process in a group of its own. The kernel kills it when the thread that starts it ends,
 // which is when the host does; it gets no privileges by running other programs; it leaves no core, which would have
 // secrets in it, where the system lets us see to that; and its limits hold before its first instruction, since it starts traced and therefore stopped.
-func startConfined(cmd *exec.Cmd, g *program) error {
-	limits := g.spec.Limits != Limits{}
+func startConfined(cmd *exec.Cmd, g *Program) error {
+	limits := g.spec.Limits != Limits{} && !g.spec.Own
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL, Ptrace: limits}
 	if g.user != nil {
 		cmd.SysProcAttr.Credential = &syscall.Credential{Uid: g.user.uid, Gid: g.user.gid}
@@ -46,6 +74,9 @@ func startConfined(cmd *exec.Cmd, g *program) error {
 	pid := cmd.Process.Pid
 	err := g.user.alike(func() error {
 		_ = limit(pid, unix.RLIMIT_CORE, 0)
+		if g.spec.Own {
+			_ = g.spec.Limits.set(pid)
+		}
 		if !limits {
 			return nil
 		}
@@ -95,6 +126,16 @@ func confine(pid int, l Limits) error {
 		}
 		break
 	}
+	if err := l.set(pid); err != nil {
+		return err
+	}
+	if err := unix.PtraceDetach(pid); err != nil {
+		return fmt.Errorf("let the process go: %w", err)
+	}
+	return nil
+}
+
+func (l Limits) set(pid int) error {
 	for _, set := range []struct {
 		resource int
 		value    uint64
@@ -105,9 +146,6 @@ func confine(pid int, l Limits) error {
 		if err := limit(pid, set.resource, set.value); err != nil {
 			return err
 		}
-	}
-	if err := unix.PtraceDetach(pid); err != nil {
-		return fmt.Errorf("let the process go: %w", err)
 	}
 	return nil
 }

@@ -1,4 +1,4 @@
-package pluginhost
+package check
 
 import (
 	"encoding/json"
@@ -14,8 +14,8 @@ import (
 	pluginv1 "github.com/grapnel/grapnel/proto/grapnel/plugin/v1"
 )
 
-// manifestDiffers says where a plugin describes itself otherwise than its manifest does.
-func manifestDiffers(manifest, desc *pluginv1.DescribeResponse) error {
+// Manifest says where a plugin describes itself otherwise than its manifest does; nil when it does not.
+func Manifest(manifest, desc *pluginv1.DescribeResponse) error {
 	var differences []string
 	compare := func(what, m, d string) {
 		if m != d {

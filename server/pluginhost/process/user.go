@@ -1,4 +1,4 @@
-package pluginhost
+package process
 
 import (
 	"fmt"
@@ -75,7 +75,7 @@ func number(s string) (uint32, error) {
 }
 
 // giveDir makes a directory the process's own.
-func (g *program) giveDir(dir string) error {
+func (g *Program) giveDir(dir string) error {
 	if g.user == nil {
 		return nil
 	}

@@ -5,17 +5,20 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"math/rand/v2"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
 
 	pluginv1 "github.com/grapnel/grapnel/proto/grapnel/plugin/v1"
+	"github.com/grapnel/grapnel/server/pluginhost/process"
 )
 
-// process keeps one spec running: one supervisor goroutine starts it, waits for its end, and starts it again.
-type process struct {
+// supervisor keeps one spec running: one goroutine starts a process, waits for its end, and starts it again.
+type supervisor struct {
 	host *Host
 	key  string
 	spec Spec
@@ -35,8 +38,7 @@ type process struct {
 	changed  chan struct{} // closed and replaced at each change of state
 	started  time.Time
 	restarts int
-	checksum string
-	stamp    stamp // of what was started last
+	image    process.Image // what was started last
 	lastErr  string
 	// refusal is why a process that was to replace this one did not.
 	refusal error
@@ -55,15 +57,15 @@ const (
 	stopped
 )
 
-func newProcess(h *Host, k keyed, in place) *process {
-	return &process{
+func newSupervisor(h *Host, k keyed, in place) *supervisor {
+	return &supervisor{
 		host: h, key: k.key, spec: k.spec, place: in, name: k.spec.label(), changed: make(chan struct{}),
 		log: h.log.With("plugin", k.spec.label()),
 	}
 }
 
 // launch starts the supervisor. The host's mu is held, and the host runs.
-func (h *Host) launch(p *process) {
+func (h *Host) launch(p *supervisor) {
 	ctx, cancel := context.WithCancelCause(h.running)
 	p.cancel = cancel
 	h.workers.Go(func() {
@@ -77,8 +79,8 @@ func (h *Host) launch(p *process) {
 	})
 }
 
-func without(procs []*process, p *process) []*process {
-	var rest []*process
+func without(procs []*supervisor, p *supervisor) []*supervisor {
+	var rest []*supervisor
 	for _, q := range procs {
 		if q != p {
 			rest = append(rest, q)
@@ -87,31 +89,44 @@ func without(procs []*process, p *process) []*process {
 	return rest
 }
 
-func (p *process) displayName() string {
+func (p *supervisor) displayName() string {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return p.name
 }
 
 // about names the process for people, with its version where that is known.
-func (p *process) about() string {
+func (p *supervisor) about() string {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return strings.TrimSpace(p.name + " " + p.version)
 }
 
+// crash is an end that nobody asked for.
+type crash struct {
+	at     time.Time
+	killed bool
+}
+
+// killedError is the end of a life that says nothing against the plugin: somebody else's signal made it, what one
+// subscription brought, or a shortage of this machine.
+type killedError struct {
+	error
+	served bool // until then
+}
+
 // runs reports whether the process is what spec asks for, to the file.
-func (p *process) runs(spec Spec) bool {
+func (p *supervisor) runs(spec Spec) bool {
 	if !p.spec.equal(spec) {
 		return false
 	}
 	p.mu.Lock()
-	seen := p.stamp
+	seen := p.image
 	p.mu.Unlock()
-	return spec.SHA256 != "" || seen == nil || seen.current(spec.Path)
+	return spec.SHA256 != "" || seen.Current(spec.Path)
 }
 
-func (p *process) setState(s state) {
+func (p *supervisor) setState(s state) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.state = s
@@ -119,14 +134,14 @@ func (p *process) setState(s state) {
 	p.changed = make(chan struct{})
 }
 
-func (p *process) setRefusal(err error) {
+func (p *supervisor) setRefusal(err error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.refusal = err
 }
 
 // took notes what a process that is about to serve says of itself.
-func (p *process) took(c *conn) {
+func (p *supervisor) took(c *conn) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.name, p.version, p.protocol = c.name, c.version, c.protocol
@@ -134,7 +149,7 @@ func (p *process) took(c *conn) {
 }
 
 // carryOn goes on counting where the process before it ends.
-func (p *process) carryOn(before *process) {
+func (p *supervisor) carryOn(before *supervisor) {
 	before.mu.Lock()
 	restarts := before.restarts
 	before.mu.Unlock()
@@ -143,7 +158,13 @@ func (p *process) carryOn(before *process) {
 	p.restarts += restarts
 }
 
-func (p *process) awaitServing(ctx context.Context) error {
+func (p *supervisor) serves() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.state == serving
+}
+
+func (p *supervisor) awaitServing(ctx context.Context) error {
 	for {
 		p.mu.Lock()
 		s, changed, lastErr := p.state, p.changed, p.lastErr
@@ -163,7 +184,7 @@ func (p *process) awaitServing(ctx context.Context) error {
 }
 
 // run supervises until ctx ends, or until a process that was to take a place cannot.
-func (p *process) run(ctx context.Context) {
+func (p *supervisor) run(ctx context.Context) {
 	defer p.setState(stopped)
 	for short := 0; ; {
 		p.setState(starting)
@@ -194,15 +215,18 @@ func (p *process) run(ctx context.Context) {
 	}
 }
 
-func (p *process) succeeding() bool {
+func (p *supervisor) succeeding() bool {
 	p.host.mu.Lock()
 	defer p.host.mu.Unlock()
 	return p.place == succeeding
 }
 
 // live is one life of the process, from its start to its end, and returns why it ended.
-func (p *process) live(ctx context.Context) error {
+func (p *supervisor) live(ctx context.Context) error {
 	c, err := p.start(ctx)
+	if process.Short(err) {
+		return killedError{fmt.Errorf("%s: %w", shortWords, err), false}
+	}
 	if err != nil {
 		return err
 	}
@@ -213,9 +237,9 @@ func (p *process) live(ctx context.Context) error {
 }
 
 // serve lets attempts in until the process ends or ctx does, and returns why it ended.
-func (p *process) serve(ctx context.Context, c *conn) error {
+func (p *supervisor) serve(ctx context.Context, c *conn) error {
 	p.setState(serving)
-	p.log.Info("plugin serves", "version", c.version, "pid", c.child.pid())
+	p.log.Info("plugin serves", "version", c.version, "pid", c.child.Pid())
 	p.host.unpark()
 	select {
 	case <-ctx.Done():
@@ -226,7 +250,7 @@ func (p *process) serve(ctx context.Context, c *conn) error {
 		}
 		c.stop()
 		p.leaving.Store(nil)
-		p.log.Info("plugin stopped", "version", c.version, "pid", c.child.pid())
+		p.log.Info("plugin stopped", "version", c.version, "pid", c.child.Pid())
 		return ctx.Err()
 	case <-c.broken:
 	}
@@ -234,16 +258,16 @@ func (p *process) serve(ctx context.Context, c *conn) error {
 	cause := c.cause.Error()
 	if errors.Is(c.cause, errHangs) {
 		p.host.metrics.hangs.Inc()
-		c.child.dump(p.host.timing.dump)
-	} else if wait(c.child.exited, nil, 100*time.Millisecond) {
-		// The stream mostly ends a little before the process does; its status is the better reason.
-		if !errors.Is(c.cause, errProtocol) {
-			cause = c.child.why()
-		}
+		c.child.Dump(p.host.timing.dump)
+	} else if c.ended() && !errors.Is(c.cause, errProtocol) {
+		cause = c.child.Why() // the better reason
 	}
-	killed := c.child.killedByOthers() // before it is the server that kills what is left
-	c.end(c.name + ": " + cause)
+	killed := c.child.KilledByOthers() // before it is the server that kills what is left
+	c.end(c.name + ": " + c.told())
 	p.noteOutput(c)
+	if _, laid := c.culprit(); laid && c.answered.Load() {
+		return killedError{errors.New(cause), true} // it works for others
+	}
 	if killed && !errors.Is(c.cause, errProtocol) && !errors.Is(c.cause, errHangs) {
 		return killedError{errors.New(cause), true}
 	}
@@ -251,18 +275,15 @@ func (p *process) serve(ctx context.Context, c *conn) error {
 }
 
 // noteOutput keeps what a process wrote last, without secrets.
-func (p *process) noteOutput(c *conn) {
-	last := c.out.last()
-	for i := range last {
-		last[i] = c.redactor.clean(last[i])
-	}
+func (p *supervisor) noteOutput(c *conn) {
+	last := c.out.Last()
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.last = last
 }
 
 // ended notes the end of a life and says how long to wait before the next.
-func (p *process) ended(err error, short int) time.Duration {
+func (p *supervisor) ended(err error, short int) time.Duration {
 	t := p.host.timing
 	now := time.Now()
 	p.mu.Lock()
@@ -292,24 +313,29 @@ func (p *process) ended(err error, short int) time.Duration {
 }
 
 // recent are the crashes that still count.
-func (p *process) recent(now time.Time) []crash {
+func (p *supervisor) recent(now time.Time) []crash {
 	for len(p.crashes) > 0 && now.Sub(p.crashes[0].at) > failedWithin {
 		p.crashes = p.crashes[1:]
 	}
 	return p.crashes
 }
 
+// maxAttributes is how many are taken of one of a plugin's log records.
+const maxAttributes = 32
+
 // logRecords passes a plugin's own log on.
-func (p *process) logRecords(c *conn, batch *pluginv1.LogBatch) {
+func (p *supervisor) logRecords(c *conn, batch *pluginv1.LogBatch) {
 	for _, r := range batch.GetRecords() {
 		var level slog.Level
 		_ = level.UnmarshalText([]byte(r.GetLevel())) // an unknown one is info
-		attrs := make([]slog.Attr, 0, len(r.GetAttributes()))
-		for _, k := range sortedKeys(r.GetAttributes()) {
-			attrs = append(attrs, slog.String(k, c.redactor.clean(r.GetAttributes()[k])))
+		names := slices.Sorted(maps.Keys(r.GetAttributes()))
+		names = names[:min(len(names), maxAttributes)]
+		attrs := make([]slog.Attr, 0, len(names))
+		for _, k := range names {
+			attrs = append(attrs, slog.String(c.said(k), c.said(r.GetAttributes()[k])))
 		}
 		p.log.LogAttrs(c.ctx, level, "plugin log",
-			slog.String("text", c.redactor.clean(r.GetMessage())),
+			slog.String("text", c.said(r.GetMessage())),
 			slog.Attr{Key: "attributes", Value: slog.GroupValue(attrs...)})
 	}
 	if n := batch.GetDropped(); n > 0 {

@@ -1,7 +1,8 @@
-package pluginhost
+package process
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -17,19 +18,18 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
-
-	"github.com/grapnel/grapnel/sdk/plugin"
 )
 
-// child is one plugin process, as go-plugin's runner sees it and as the supervisor ends it. It has a
+// Child is one process, as go-plugin's runner sees it and as its supervisor ends it. It has a
 // process group of its own, an empty environment but for the handshake, no standard input, and dies with
-// the host where the system can do that.
-type child struct {
-	program  *program
+// its parent where the system can do that. All methods are safe for concurrent use once Place was called.
+type Child struct {
+	program  *Program
 	env      []string
 	dir      string // its sockets; part of its environment, by which its descendants are found
-	out      *tail
+	out      *Output
 	patience time.Duration  // for what a process that hangs has to say
 	stdout   *io.PipeReader // the handshake line, then nothing until the end
 	stderr   *io.PipeReader // nothing until the end
@@ -37,7 +37,7 @@ type child struct {
 	errW     *io.PipeWriter
 	// line is the handshake; set once it was read.
 	line atomic.Pointer[string]
-	// killed is set when the host has ended the process.
+	// killed is set when the parent has ended the process.
 	killed atomic.Bool
 	// exited is closed when the process is reaped and its group killed; status is set before.
 	exited chan struct{}
@@ -49,30 +49,32 @@ type child struct {
 	collected bool       // its number may be another's
 }
 
-func newChild(g *program, out *tail, patience time.Duration) *child {
-	c := &child{program: g, out: out, patience: patience, exited: make(chan struct{})}
+// NewChild is a process to be. What it writes goes to out; patience is for what one that hangs before its handshake
+// has to say.
+func NewChild(g *Program, out *Output, patience time.Duration) *Child {
+	c := &Child{program: g, out: out, patience: patience, exited: make(chan struct{})}
 	c.stdout, c.lineW = io.Pipe()
 	c.stderr, c.errW = io.Pipe()
 	return c
 }
 
-// place says what the process is to find: its environment, and its directory.
-func (c *child) place(env []string, dir string) error {
+// Place says what the process is to find: its environment, and its directory. It comes before Start.
+func (c *Child) Place(env []string, dir string) error {
 	c.env, c.dir = env, dir
 	if runtime.GOOS != "windows" {
 		// Scripts find their interpreter by it; the server's own would say where the server looks.
 		c.env = append(c.env, "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
 	}
-	if limit := c.program.spec.Limits.MemoryBytes; limit > 0 {
-		c.env = append(c.env, "GOMEMLIMIT="+strconv.FormatUint(limit/10*9, 10))
-	} else if soft := c.program.spec.SoftMemoryBytes; soft > 0 {
+	if soft := cmp.Or(c.program.spec.SoftMemoryBytes, c.program.spec.Limits.MemoryBytes/10*9); soft > 0 {
 		c.env = append(c.env, "GOMEMLIMIT="+strconv.FormatUint(soft, 10))
 	}
+	// A Go program that panics says for whom it was at work: see Output.Culprit.
+	c.env = append(c.env, "GODEBUG=tracebacklabels=1")
 	return c.program.giveDir(dir)
 }
 
 // process is nil until it has been started.
-func (c *child) process() *os.Process {
+func (c *Child) process() *os.Process {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.cmd == nil {
@@ -81,18 +83,28 @@ func (c *child) process() *os.Process {
 	return c.cmd.Process
 }
 
-func (c *child) pid() int { return c.process().Pid }
+// Started reports whether there is a process, or was.
+func (c *Child) Started() bool { return c.process() != nil }
 
-// doom kills the process, also one that is about to be started.
-func (c *child) doom() {
+// Pid is the number of a process that was started.
+func (c *Child) Pid() int { return c.process().Pid }
+
+// Dir is the process's directory, "" before Place.
+func (c *Child) Dir() string { return c.dir }
+
+// Exited is closed when the process has been collected, its descendants have been killed and what it wrote was read.
+func (c *Child) Exited() <-chan struct{} { return c.exited }
+
+// Doom kills the process, also one that is about to be started.
+func (c *Child) Doom() {
 	c.mu.Lock()
 	c.doomed = true
 	c.mu.Unlock()
-	c.signal(true)
+	c.Signal(true)
 }
 
 // Start is part of go-plugin's runner.
-func (c *child) Start(context.Context) error {
+func (c *Child) Start(context.Context) error {
 	started := make(chan error, 1)
 	go c.live(started)
 	return <-started
@@ -101,7 +113,7 @@ func (c *child) Start(context.Context) error {
 // live starts the process and stays until it has ended, on one thread: the parent-death signal belongs
 // to the thread that started the child, and comes when that thread ends. The thread ends with it, since it has given
 // up the right to new privileges for its children's sake.
-func (c *child) live(started chan<- error) {
+func (c *Child) live(started chan<- error) {
 	runtime.LockOSThread()
 	pipes, err := c.start()
 	started <- err
@@ -124,7 +136,7 @@ func (c *child) live(started chan<- error) {
 		readers.Wait()
 		close(ended)
 	}()
-	if !wait(ended, nil, time.Second) {
+	if !within(ended, time.Second) {
 		_ = pipes[0].Close()
 		_ = pipes[1].Close()
 		<-ended
@@ -135,7 +147,7 @@ func (c *child) live(started chan<- error) {
 }
 
 // start returns the reading ends of standard output and error.
-func (c *child) start() ([2]*os.File, error) {
+func (c *Child) start() ([2]*os.File, error) {
 	var pipes [2]*os.File
 	outR, outW, err := os.Pipe()
 	if err != nil {
@@ -170,14 +182,20 @@ func (c *child) start() ([2]*os.File, error) {
 	doomed := c.doomed
 	c.mu.Unlock()
 	if doomed {
-		c.signal(true)
+		c.Signal(true)
 	}
 	return [2]*os.File{outR, errR}, nil
 }
 
+// Short reports whether a process could not be started because this machine has no descriptor, process or memory left
+// for it.
+func Short(err error) bool {
+	return errors.Is(err, syscall.EMFILE) || errors.Is(err, syscall.ENFILE) || errors.Is(err, syscall.EAGAIN) || errors.Is(err, syscall.ENOMEM)
+}
+
 // readStdout hands the handshake line to go-plugin and treats all else like standard error, for as long
 // as the process lives, so that it never blocks on it.
-func (c *child) readStdout(r *os.File) {
+func (c *Child) readStdout(r *os.File) {
 	defer r.Close()
 	br := c.out.buffered(r)
 	handshake := regexp.MustCompile(`1\|[0-9]+\|(unix|tcp)\|[^|]*\|.*\n$`)
@@ -208,38 +226,39 @@ func (c *child) readStdout(r *os.File) {
 // longestHandshake has room for a certificate, too.
 const longestHandshake = 4096
 
-func (c *child) shake(line string) {
+func (c *Child) shake(line string) {
 	c.line.Store(&line)
 	go func() { _, _ = io.WriteString(c.lineW, line) }() // returns at the latest when the process has ended
 }
 
 func isNumber(s string) bool { return s != "" && strings.Trim(s, "0123456789") == "" }
 
-// handshakeError says why there was no handshake, in words that tell what to do.
-func (c *child) handshakeError(err error, limit time.Duration) error {
-	if c.process() == nil {
+// HandshakeError says why there was no handshake within limit, in words that tell what to do. version is that of the
+// protocol that was asked for.
+func (c *Child) HandshakeError(err error, limit time.Duration, version int) error {
+	if !c.Started() {
 		return err
 	}
 	line := c.line.Load()
 	select {
 	case <-c.exited:
 		if line == nil && !c.killed.Load() {
-			return fmt.Errorf("it ended before its handshake: %s", c.why())
+			return fmt.Errorf("it ended before its handshake: %s", c.Why())
 		}
 	default:
 	}
 	switch {
 	case line == nil:
 		return fmt.Errorf("no handshake line on its standard output within %v", limit)
-	case strings.Split(*line, "|")[1] != strconv.Itoa(plugin.ProtocolVersion):
+	case strings.Split(*line, "|")[1] != strconv.Itoa(version):
 		return fmt.Errorf("it speaks version %s of the plugin protocol, this server speaks version %d; install a version of the plugin that does, too",
-			strings.Split(*line, "|")[1], plugin.ProtocolVersion)
+			strings.Split(*line, "|")[1], version)
 	}
 	return err
 }
 
-// signal asks the group to end, or kills it.
-func (c *child) signal(kill bool) {
+// Signal asks the process and its group to end, or kills it.
+func (c *Child) Signal(kill bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.cmd != nil && !c.collected {
@@ -248,8 +267,8 @@ func (c *child) signal(kill bool) {
 	}
 }
 
-// dump has a process that hangs write where it does, which Go programs do at SIGQUIT, and gives it a moment for that.
-func (c *child) dump(patience time.Duration) {
+// Dump has a process that hangs write where it does, which Go programs do at SIGQUIT, and gives it a moment for that.
+func (c *Child) Dump(patience time.Duration) {
 	c.mu.Lock()
 	asked := c.cmd != nil && !c.collected
 	if asked {
@@ -258,12 +277,24 @@ func (c *child) dump(patience time.Duration) {
 	}
 	c.mu.Unlock()
 	if asked {
-		wait(c.exited, nil, patience)
+		within(c.exited, patience)
 	}
 }
 
-// why describes the end of a process that has exited.
-func (c *child) why() string {
+// within reports whether done is closed in time.
+func within(done <-chan struct{}, longest time.Duration) bool {
+	timer := time.NewTimer(longest)
+	defer timer.Stop()
+	select {
+	case <-done:
+		return true
+	case <-timer.C:
+		return false
+	}
+}
+
+// Why describes the end of a process that has exited.
+func (c *Child) Why() string {
 	if c.status != nil {
 		return c.status.Error()
 	}
@@ -271,31 +302,31 @@ func (c *child) why() string {
 }
 
 // Wait is part of go-plugin's runner.
-func (c *child) Wait(context.Context) error {
+func (c *Child) Wait(context.Context) error {
 	<-c.exited
 	return nil
 }
 
 // Kill is part of go-plugin's runner.
-func (c *child) Kill(context.Context) error {
+func (c *Child) Kill(context.Context) error {
 	if c.line.Load() == nil {
-		c.dump(c.patience)
+		c.Dump(c.patience)
 	}
-	c.signal(true)
+	c.Signal(true)
 	return nil
 }
 
 // Stdout is part of go-plugin's runner.
-func (c *child) Stdout() io.ReadCloser { return c.stdout }
+func (c *Child) Stdout() io.ReadCloser { return c.stdout }
 
 // Stderr is part of go-plugin's runner.
-func (c *child) Stderr() io.ReadCloser { return c.stderr }
+func (c *Child) Stderr() io.ReadCloser { return c.stderr }
 
 // Name is part of go-plugin's runner.
-func (c *child) Name() string { return c.program.path }
+func (c *Child) Name() string { return c.program.path }
 
 // ID is part of go-plugin's runner.
-func (c *child) ID() string {
+func (c *Child) ID() string {
 	p := c.process()
 	if p == nil {
 		return ""
@@ -304,16 +335,27 @@ func (c *child) ID() string {
 }
 
 // Diagnose is part of go-plugin's runner.
-func (c *child) Diagnose(context.Context) string { return c.out.brief() }
+func (c *Child) Diagnose(context.Context) string { return c.out.Brief() }
 
 // PluginToHost is part of go-plugin's runner. The plugin names its address; only one in the private
-// directory is believed, or one on loopback where there are no unix sockets.
-func (c *child) PluginToHost(network, addr string) (string, string, error) {
+// directory is believed, and on Linux the very file that was looked at is the one that is dialled; or one on loopback
+// where there are no unix sockets.
+func (c *Child) PluginToHost(network, addr string) (string, string, error) {
 	if network == "unix" {
 		if filepath.Dir(filepath.Clean(addr)) != filepath.Clean(c.dir) {
 			return "", "", fmt.Errorf("its socket is outside the directory it was given")
 		}
-		return network, addr, nil
+		path, socket, err := openSocket(addr)
+		if err != nil {
+			return "", "", err
+		}
+		if socket != nil {
+			go func() {
+				<-c.exited
+				_ = socket.Close()
+			}()
+		}
+		return network, path, nil
 	}
 	if host, _, err := net.SplitHostPort(addr); runtime.GOOS == "windows" && network == "tcp" && err == nil {
 		if ip := net.ParseIP(host); ip != nil && ip.IsLoopback() {
@@ -324,4 +366,4 @@ func (c *child) PluginToHost(network, addr string) (string, string, error) {
 }
 
 // HostToPlugin is part of go-plugin's runner.
-func (c *child) HostToPlugin(network, addr string) (string, string, error) { return network, addr, nil }
+func (c *Child) HostToPlugin(network, addr string) (string, string, error) { return network, addr, nil }

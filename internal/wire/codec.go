@@ -1,4 +1,7 @@
-package pluginhost
+// Package wire is what both ends of the plugin protocol need to write and read the messages of the hot path without a
+// message's struct: a gRPC codec for frames that know their own bytes, and the few pieces of protobuf's encoding that
+// frames are made of. What is on the wire is what plugin.proto says.
+package wire
 
 import (
 	"fmt"
@@ -9,39 +12,55 @@ import (
 	"google.golang.org/grpc/mem"
 )
 
-// codec is protobuf. On the attempt stream a batch is written from the attempts themselves and results
-// are read into structs that are used again; every other message goes the usual way. What is on the wire
-// is the same.
+// Writer is a message that writes itself.
+type Writer interface {
+	// SizeHint is about how many bytes Append adds; fewer costs a copy.
+	SizeHint() int
+	// Append adds the message to b, as protobuf has it, and returns the extended slice.
+	Append(b []byte) []byte
+}
+
+// Reader is a message that reads itself.
+type Reader interface {
+	// Parse replaces the message by what b holds. It must not keep b.
+	Parse(b []byte) error
+}
+
+// codec is protobuf. Writers and Readers write and read themselves into structs that are used again, because theirs
+// are the hot path; all others go the usual way.
 type codec struct {
 	usual   encoding.CodecV2
 	buffers *buffers
 }
 
-func newCodec() codec { return codec{usual: encoding.GetCodecV2(proto.Name), buffers: &buffers{}} }
+// NewCodec makes a codec for one connection, which shares its buffers.
+func NewCodec() encoding.CodecV2 {
+	return codec{usual: encoding.GetCodecV2(proto.Name), buffers: &buffers{}}
+}
 
 func (codec) Name() string { return proto.Name }
 
 // Marshal is called by gRPC.
 func (c codec) Marshal(v any) (mem.BufferSlice, error) {
-	f, ok := v.(*batchFrame)
+	w, ok := v.(Writer)
 	if !ok {
 		return c.usual.Marshal(v)
 	}
-	buf := c.buffers.Get(f.sizeHint())
-	*buf = f.append((*buf)[:0])
+	buf := c.buffers.Get(w.SizeHint())
+	*buf = w.Append((*buf)[:0])
 	return mem.BufferSlice{mem.NewBuffer(buf, c.buffers)}, nil
 }
 
 // Unmarshal is called by gRPC; data is its own.
 func (c codec) Unmarshal(data mem.BufferSlice, v any) error {
-	f, ok := v.(*responseFrame)
+	r, ok := v.(Reader)
 	if !ok {
 		return c.usual.Unmarshal(data, v)
 	}
 	buf := data.MaterializeToBuffer(c.buffers)
 	defer buf.Free()
-	if err := f.parse(buf.ReadOnlyData()); err != nil {
-		return fmt.Errorf("read attempt response: %w", err)
+	if err := r.Parse(buf.ReadOnlyData()); err != nil {
+		return fmt.Errorf("read %T: %w", v, err)
 	}
 	return nil
 }

@@ -1,14 +1,28 @@
 //go:build !linux
 
-package pluginhost
+package process
 
 import (
+	"errors"
 	"fmt"
+	"os"
 	"runtime"
 )
 
 // canRunFiles: a program can be run by its path only.
 const canRunFiles = false
+
+// openSelf opens the program at path.
+func openSelf(path string) (*os.File, error) { return os.Open(path) }
+
+// openSocket looks at a plugin's socket without following a link.
+func openSocket(path string) (string, *os.File, error) {
+	info, err := os.Lstat(path)
+	if err == nil && runtime.GOOS != "windows" && info.Mode().Type() != os.ModeSocket {
+		err = errors.New("what it names as its socket is none")
+	}
+	return path, nil, err
+}
 
 // possible says why this system cannot run the spec as it asks to be.
 func (s Spec) possible() error {

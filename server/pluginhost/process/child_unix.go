@@ -1,6 +1,6 @@
 //go:build unix
 
-package pluginhost
+package process
 
 import (
 	"errors"
@@ -20,6 +20,15 @@ func signalGroup(p *os.Process, kill bool) {
 
 // quit asks a process for its stacks, which ends it.
 func quit(p *os.Process) { _ = syscall.Kill(p.Pid, syscall.SIGQUIT) }
+
+// owner is whose a file is, where that says who may change it.
+func owner(info os.FileInfo) (uid int, known bool) {
+	stat, ok := info.Sys().(*syscall.Stat_t)
+	if !ok {
+		return 0, false
+	}
+	return int(stat.Uid), true
+}
 
 // openNoFollow opens a file for reading, and no link to one.
 func openNoFollow(path string) (*os.File, error) {

@@ -1,6 +1,6 @@
 //go:build !unix
 
-package pluginhost
+package process
 
 import (
 	"fmt"
@@ -10,7 +10,7 @@ import (
 )
 
 // startConfined starts the child: there are no process groups here, so descendants of a plugin are its own to end.
-func startConfined(cmd *exec.Cmd, _ *program) error { return cmd.Start() }
+func startConfined(cmd *exec.Cmd, _ *Program) error { return cmd.Start() }
 
 func reap(cmd *exec.Cmd, _ string, collecting func()) error {
 	err := cmd.Wait()
@@ -23,6 +23,9 @@ func signalGroup(p *os.Process, _ bool) { _ = p.Kill() }
 
 // quit does nothing: a process cannot be asked here.
 func quit(*os.Process) {}
+
+// owner is not known here.
+func owner(os.FileInfo) (uid int, known bool) { return 0, false }
 
 // openNoFollow opens a file for reading, and no link to one.
 func openNoFollow(path string) (*os.File, error) {

@@ -1,4 +1,4 @@
-package pluginhost
+package wire
 
 import (
 	"bytes"
@@ -6,7 +6,9 @@ import (
 	"compress/gzip"
 	"encoding/base64"
 	"encoding/json"
+	"maps"
 	"mime"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -18,17 +20,21 @@ import (
 	"github.com/grapnel/grapnel/server/delivery"
 )
 
-// shape is what a subscription makes of an event's payload. The zero shape is the payload as it is.
-type shape struct {
+// Shape is what a subscription makes of an event's payload. The zero Shape is the payload as it is.
+type Shape struct {
 	format      grapnelv1.PayloadShape_Format // 0 for raw
 	gzip        bool
 	contentType string
-	// empty has neither body nor headers: an ownership check carries no event.
+	// empty has neither body nor headers.
 	empty bool
 }
 
-func shapeOf(ps *grapnelv1.PayloadShape) shape {
-	s := shape{gzip: ps.GetCompression() == grapnelv1.PayloadShape_COMPRESSION_GZIP}
+// Empty is the shape of an ownership check, which carries no event.
+func Empty() Shape { return Shape{empty: true} }
+
+// ShapeOf is what a subscription asks for.
+func ShapeOf(ps *grapnelv1.PayloadShape) Shape {
+	s := Shape{gzip: ps.GetCompression() == grapnelv1.PayloadShape_COMPRESSION_GZIP}
 	switch ps.GetFormat() {
 	case grapnelv1.PayloadShape_FORMAT_STANDARD_WEBHOOKS, grapnelv1.PayloadShape_FORMAT_CLOUDEVENTS:
 		s.format = ps.GetFormat()
@@ -38,34 +44,28 @@ func shapeOf(ps *grapnelv1.PayloadShape) shape {
 	return s
 }
 
-// shaped is an event in a shape; it does not change. A nil one stands for the payload as it is.
-type shaped struct {
+// Shaped is an event in a shape; it does not change. A nil one stands for the payload as it is.
+type Shaped struct {
 	event *delivery.Event
-	shape shape
+	shape Shape
 	body  []byte
 }
 
-// body is what is sent for an attempt.
-func (p *pending) body() []byte {
-	if p.shaped != nil {
-		return p.shaped.body
-	}
-	return p.job.Event.Payload
-}
-
-// content is an event as it travels: once for all attempts of a batch that share it.
-type content struct {
+// Content is an event as it travels: once for all attempts of a batch that share it.
+type Content struct {
 	event  *delivery.Event
-	shaped *shaped
+	shaped *Shaped
 }
 
-func (p *pending) content() content { return content{p.job.Event, p.shaped} }
+// ContentOf is an event as it is, or in a shape when shaped is not nil.
+func ContentOf(ev *delivery.Event, shaped *Shaped) Content { return Content{ev, shaped} }
 
-func (c content) equal(to content) bool {
+func (c Content) equal(to Content) bool {
 	return c.event == to.event && (c.shaped == to.shaped || c.shaped != nil && to.shaped != nil && c.shaped.shape == to.shaped.shape)
 }
 
-func (c content) body() []byte {
+// Body is what is sent.
+func (c Content) Body() []byte {
 	if c.shaped != nil {
 		return c.shaped.body
 	}
@@ -73,7 +73,7 @@ func (c content) body() []byte {
 }
 
 // headers are those of every request that carries the event, in the order they are sent.
-func (c content) headers(yield func(name, value string) bool) {
+func (c Content) headers(yield func(name, value string) bool) {
 	if c.shaped == nil {
 		baseHeaders(c.event, c.event.ContentType, "", true, yield)
 		return
@@ -115,7 +115,7 @@ func attributeHeaders(ev *delivery.Event, yield func(name, value string) bool) {
 	if !ok || len(ev.Attributes) == 0 {
 		return
 	}
-	for _, name := range sortedKeys(ev.Attributes) {
+	for _, name := range slices.Sorted(maps.Keys(ev.Attributes)) {
 		if name != "traceparent" && !yield("ce-"+name, ceText(ev.Attributes[name])) {
 			return
 		}
@@ -147,17 +147,17 @@ func ceText(s string) string {
 
 const shapeSlots = 64
 
-// shapes makes bodies. Those of one event and shape that are wanted at about the same time, as in a fan-out,
+// Shapes makes bodies; it is safe for concurrent use. Those of one event and shape that are wanted at about the same time, as in a fan-out,
 // are made once; nothing is kept beyond the attempts that carry it, since the same bytes can be made again
 // at any time.
-type shapes struct {
-	made    [shapeSlots]atomic.Pointer[weak.Pointer[shaped]]
+type Shapes struct {
+	made    [shapeSlots]atomic.Pointer[weak.Pointer[Shaped]]
 	writers sync.Pool // of *gzip.Writer
 }
 
-// get returns the event in the shape; nil for the zero shape.
-func (s *shapes) get(ev *delivery.Event, want shape) *shaped {
-	if want == (shape{}) {
+// Get returns the event in the shape; nil for the zero Shape.
+func (s *Shapes) Get(ev *delivery.Event, want Shape) *Shaped {
+	if want == (Shape{}) {
 		return nil
 	}
 	slot := &s.made[(ev.Seq*31+uint64(want.format)*7+uint64(len(want.contentType)))%shapeSlots]
@@ -166,13 +166,13 @@ func (s *shapes) get(ev *delivery.Event, want shape) *shaped {
 			return have
 		}
 	}
-	made := &shaped{event: ev, shape: want, body: s.body(ev, want)}
+	made := &Shaped{event: ev, shape: want, body: s.body(ev, want)}
 	w := weak.Make(made)
 	slot.Store(&w)
 	return made
 }
 
-func (s *shapes) body(ev *delivery.Event, want shape) []byte {
+func (s *Shapes) body(ev *delivery.Event, want Shape) []byte {
 	body := ev.Payload
 	switch want.format {
 	case grapnelv1.PayloadShape_FORMAT_STANDARD_WEBHOOKS:
@@ -189,7 +189,7 @@ func (s *shapes) body(ev *delivery.Event, want shape) []byte {
 // gzipLevel is fixed, and the header carries no time, so that the same body gives the same bytes.
 const gzipLevel = 6
 
-func (s *shapes) compress(body []byte) []byte {
+func (s *Shapes) compress(body []byte) []byte {
 	out := bytes.NewBuffer(make([]byte, 0, len(body)/2+64))
 	w, ok := s.writers.Get().(*gzip.Writer)
 	if ok {
@@ -237,7 +237,7 @@ func cloudEvent(ev *delivery.Event) []byte {
 			b = appendMember(b, m[0], m[1])
 		}
 	}
-	for _, name := range sortedKeys(ev.Attributes) {
+	for _, name := range slices.Sorted(maps.Keys(ev.Attributes)) {
 		b = appendMember(b, name, ev.Attributes[name])
 	}
 	switch {
