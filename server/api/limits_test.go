@@ -10,7 +10,7 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/metadata"
-	alphapb "google.golang.org/grpc/reflection/grpc_reflection_v1alpha"
+	reflectionpb "google.golang.org/grpc/reflection/grpc_reflection_v1"
 	"google.golang.org/grpc/status"
 
 	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
@@ -211,36 +211,39 @@ func TestRepeatWithoutID(t *testing.T) {
 	}
 }
 
-// TestReflectionOfOlderClients: v1alpha answers like v1, and what is stored is nobody's business.
+// TestReflectionOfOlderClients: v1alpha, whose messages are those of v1, is answered like v1, and what is stored is
+// nobody's business in either.
 func TestReflectionOfOlderClients(t *testing.T) {
 	st := startStation(t)
-	stream, err := alphapb.NewServerReflectionClient(st.conn).ServerReflectionInfo(t.Context())
-	if err != nil {
-		t.Fatal(err)
-	}
-	ask := func(symbol string) *alphapb.ServerReflectionResponse {
-		t.Helper()
-		if err := stream.Send(&alphapb.ServerReflectionRequest{MessageRequest: &alphapb.ServerReflectionRequest_FileContainingSymbol{FileContainingSymbol: symbol}}); err != nil {
-			t.Fatal(err)
-		}
-		answer, err := stream.Recv()
+	for _, version := range []string{"v1", "v1alpha"} {
+		stream, err := st.conn.NewStream(t.Context(), &grpc.StreamDesc{ClientStreams: true, ServerStreams: true},
+			"/grpc.reflection."+version+".ServerReflection/ServerReflectionInfo")
 		if err != nil {
 			t.Fatal(err)
 		}
-		return answer
-	}
-	if len(ask("grapnel.v1.Event").GetFileDescriptorResponse().GetFileDescriptorProto()) == 0 {
-		t.Error("v1alpha does not know grapnel.v1.Event")
-	}
-	for _, name := range []string{"grapnel.store.v1.SecretRecord"} {
-		if ask(name).GetErrorResponse() == nil {
-			t.Errorf("%s is shown", name)
+		ask := func(r *reflectionpb.ServerReflectionRequest) *reflectionpb.ServerReflectionResponse {
+			t.Helper()
+			if err := stream.SendMsg(r); err != nil {
+				t.Fatal(err)
+			}
+			answer := &reflectionpb.ServerReflectionResponse{}
+			if err := stream.RecvMsg(answer); err != nil {
+				t.Fatal(err)
+			}
+			return answer
 		}
-	}
-	if err := stream.Send(&alphapb.ServerReflectionRequest{MessageRequest: &alphapb.ServerReflectionRequest_FileByFilename{FileByFilename: "grapnel/store/v1/store.proto"}}); err != nil {
-		t.Fatal(err)
-	}
-	if answer, err := stream.Recv(); err != nil || answer.GetErrorResponse() == nil {
-		t.Errorf("the file is shown: %v", err)
+		symbol := func(name string) *reflectionpb.ServerReflectionRequest {
+			return &reflectionpb.ServerReflectionRequest{MessageRequest: &reflectionpb.ServerReflectionRequest_FileContainingSymbol{FileContainingSymbol: name}}
+		}
+		if len(ask(symbol("grapnel.v1.Event")).GetFileDescriptorResponse().GetFileDescriptorProto()) == 0 {
+			t.Errorf("%s does not know grapnel.v1.Event", version)
+		}
+		if ask(symbol("grapnel.store.v1.SecretRecord")).GetErrorResponse() == nil {
+			t.Errorf("%s shows what is stored", version)
+		}
+		file := &reflectionpb.ServerReflectionRequest{MessageRequest: &reflectionpb.ServerReflectionRequest_FileByFilename{FileByFilename: "grapnel/store/v1/store.proto"}}
+		if ask(file).GetErrorResponse() == nil {
+			t.Errorf("%s shows the file of what is stored", version)
+		}
 	}
 }
