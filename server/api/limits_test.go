@@ -2,16 +2,19 @@ package api_test
 
 import (
 	"context"
+	"crypto/tls"
+	"net"
+	"net/http/httptest"
 	"testing"
 	"time"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/credentials/insecure"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/metadata"
 	reflectionpb "google.golang.org/grpc/reflection/grpc_reflection_v1"
-	"google.golang.org/grpc/status"
 
 	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
 	"github.com/grapnel/grapnel/server/api"
@@ -73,13 +76,8 @@ func TestStreamWithoutFirstFrame(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := silent.SendMsg(nil); err == nil { // headers go with the first message: this one has none
-		t.Log("an empty frame was sent")
-	}
 	_, err = silent.Recv()
-	if code := status.Code(err); code != codes.DeadlineExceeded && code != codes.InvalidArgument {
-		t.Errorf("got %v", err)
-	}
+	refused(t, err, codes.DeadlineExceeded, "ABANDONED")
 	p := st.open(t, "acme")
 	p.window()
 	p.close()
@@ -110,6 +108,47 @@ func TestRoomPerNamespaceAndConnection(t *testing.T) {
 	}
 	if _, err := st.publish.Publish(t.Context(), publishText("acme", "", "x")); err != nil {
 		t.Error("unary calls have room of their own:", err)
+	}
+}
+
+// TestRoomPerConnectionOverTLS: the connection is known behind TLS, too.
+func TestRoomPerConnectionOverTLS(t *testing.T) {
+	st := startStation(t, func(o *api.Options) { o.MaxStreamsPerConnection = 1 })
+	st.namespace(t, "acme")
+	pair := httptest.NewUnstartedServer(nil)
+	pair.StartTLS()
+	defer pair.Close()
+	secure := grpc.NewServer(append(st.server.ServerOptions(), grpc.Creds(credentials.NewTLS(&tls.Config{Certificates: pair.TLS.Certificates})))...)
+	st.server.Register(secure)
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	done := make(chan struct{})
+	go func() { defer close(done); _ = secure.Serve(st.server.Listen(l)) }()
+	t.Cleanup(func() { secure.Stop(); <-done })
+	for range 2 { // connections
+		conn, err := grpc.NewClient(l.Addr().String(), grpc.WithTransportCredentials(credentials.NewTLS(&tls.Config{InsecureSkipVerify: true})), grpc.WithDisableRetry())
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = conn.Close() })
+		client := grapnelv1.NewPublishServiceClient(conn)
+		open := func() error {
+			stream, err := client.PublishStream(t.Context())
+			if err != nil {
+				return err
+			}
+			if err := stream.Send(&grapnelv1.PublishStreamRequest{Frame: &grapnelv1.PublishStreamRequest_Open_{Open: &grapnelv1.PublishStreamRequest_Open{Parent: "namespaces/acme"}}}); err != nil {
+				return err
+			}
+			_, err = stream.Recv()
+			return err
+		}
+		if err := open(); err != nil {
+			t.Error(err)
+		}
+		refused(t, open(), codes.ResourceExhausted, "RATE_LIMITED")
 	}
 }
 
