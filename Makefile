@@ -50,6 +50,7 @@ generate: ## regenerate what is made of the protos
 	$(TOOL) buf generate
 	$(TOOL) buf build $(SHIPPED) -o proto/grapnel/v1/descriptors.binpb
 	$(TOOL) buf build --path proto/grapnel/plugin --exclude-source-info -o plugins/example-python/plugin.binpb
+	cp plugins/example-python/plugin.binpb plugins/example-ruby/
 	cp proto/grapnel/plugin/v1/plugin.proto plugins/example-node/
 
 baseline: ## promise the protos as they are: with a release, or when a rule has become wider in a way that only people see
@@ -64,7 +65,7 @@ protos: generate ## buf lint, format and breaking; generated code is up to date
 	$(TOOL) buf lint
 	$(TOOL) buf breaking --exclude-imports --against proto/baseline.binpb
 	$(TOOL) buf format -d --exit-code --path proto/grapnel
-	git diff --exit-code --stat -- proto plugins/example-python plugins/example-node
+	git diff --exit-code --stat -- proto plugins/example-python plugins/example-node plugins/example-ruby
 
 cross: ## other systems compile
 	GOOS=darwin go build ./...
