@@ -21,7 +21,7 @@ func environmentFlag(cmd *cobra.Command, name string) bool {
 		return configurable(cmd, name)
 	}
 	switch name {
-	case "addr", "namespace", "output", "tls", "tls-ca", "token-file", "timeout":
+	case "addr", "namespace", "output", "tls", "tls-ca", "token-file", "timeout", "plugin-dir", "admin-addr":
 		return cmd.Flags().Lookup(name) != nil
 	}
 	return false
@@ -78,7 +78,7 @@ func flagNames(cmd *cobra.Command) []string {
 // one start.
 func configurable(cmd *cobra.Command, name string) bool {
 	switch name {
-	case "help", "print-config", "adopt-stores":
+	case "help", "print-config", "adopt-stores", "accept-loss":
 		return false
 	}
 	return cmd.Flags().Lookup(name) != nil

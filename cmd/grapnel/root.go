@@ -37,7 +37,7 @@ gRPC code when the server answers with an error, for example 69 for "not found".
 			root.AddCommand(cmd)
 		}
 	}
-	add("run", newServerCommand(c), newDemoCommand(c), newReceiveCommand(c), newJournalCommand(c))
+	add("run", newServerCommand(c), newDemoCommand(c), newReceiveCommand(c), newBackupCommand(c), newRestoreCommand(c), newJournalCommand(c))
 	add("use", newPublishCommand(c), newNamespaceCommand(c), newSubscriptionCommand(c), newSecretCommand(c),
 		newEventCommand(c), newDeliveryCommand(c), newPluginCommand(c))
 	add("see", newStatsCommand(c), newClusterCommand(c))

@@ -210,7 +210,7 @@ func (c *commit) publish(parts []appendPart) {
 	}
 	// Records of a kind together: neighbours are much cheaper to insert than keys of different kinds in turn.
 	for i := range c.stored {
-		c.putEvent(c.stored[i].Event)
+		c.putEvent(&c.stored[i])
 	}
 	for i := range c.stored {
 		c.putTargets(&c.stored[i])
@@ -220,19 +220,20 @@ func (c *commit) publish(parts []appendPart) {
 	}
 }
 
-func (c *commit) putEvent(e *Event) {
-	p := c.p
+func (c *commit) putEvent(pub *Publication) {
+	p, e := c.p, pub.Event
 	p.key = appendEventKey(p.key[:0], p.number, dayOf(e.Seq), e.Namespace, e.Seq)
-	p.value = encodeEvent(p.value[:0], e)
+	p.value = encodeEvent(p.value[:0], e, pub.Targets)
 	c.set(p.key, p.value)
 	if cap(p.value) > 1<<20 {
 		p.value = nil // a large event's memory is not kept
 	}
 }
 
+// putTargets adds the record of those targets that are too many for the event's.
 func (c *commit) putTargets(pub *Publication) {
 	p, e := c.p, pub.Event
-	if len(pub.Targets) == 0 {
+	if targetsPlace(pub.Targets) != targetsApart {
 		return
 	}
 	p.key = appendTargetsKey(p.key[:0], p.number, dayOf(e.Seq), e.Namespace, e.Seq)

@@ -20,6 +20,15 @@ func (b *bench) spoil(key []byte) {
 	b.open()
 }
 
+func targetsApartKey(e *Event) []byte { return appendTargetsKey(nil, 0, dayOf(e.Seq), acme, e.Seq) }
+
+// publicationApart is one whose targets take a record of their own.
+func publicationApart(id string, subs ...int) Publication {
+	pub := publication(id, subs...)
+	pub.Targets[0].Subscription = strings.Repeat("long", maxWithin/4)
+	return pub
+}
+
 // A record that cannot be read is named where something touches it, and nowhere else: what lies beside it goes on.
 func TestCorruptRecordIsNamedAndPassedOver(t *testing.T) {
 	for name, spoil := range map[string]struct {
@@ -29,13 +38,13 @@ func TestCorruptRecordIsNamedAndPassedOver(t *testing.T) {
 	}{
 		"row":      {key: func(e *Event) []byte { return appendRow(nil, 0, lane(1), Row{Seq: e.Seq}) }, read: true, delivery: true},
 		"event":    {key: func(e *Event) []byte { return appendEventKey(nil, 0, dayOf(e.Seq), acme, e.Seq) }, read: true, delivery: true},
-		"targets":  {key: func(e *Event) []byte { return appendTargetsKey(nil, 0, dayOf(e.Seq), acme, e.Seq) }, delivery: true},
+		"targets":  {key: targetsApartKey, delivery: true},
 		"standing": {key: func(e *Event) []byte { return appendDeliveryKey(nil, 0, dayOf(e.Seq), lane(1), e.Seq) }, delivery: true},
 	} {
 		t.Run(name, func(t *testing.T) {
 			b := newBench(t, onePartition)
 			for i := range 5 {
-				b.append(publication(fmt.Sprint("e", i), 1))
+				b.append(publicationApart(fmt.Sprint("e", i), 1))
 				b.clock.add(time.Second)
 			}
 			b.append(publication("beside", 2))
@@ -94,13 +103,13 @@ func TestCorruptRecordHoldsNothingUp(t *testing.T) {
 	for name, key := range map[string]func(*Event) []byte{
 		"row":      func(e *Event) []byte { return appendRow(nil, 0, lane(1), Row{Seq: e.Seq}) },
 		"event":    func(e *Event) []byte { return appendEventKey(nil, 0, dayOf(e.Seq), acme, e.Seq) },
-		"targets":  func(e *Event) []byte { return appendTargetsKey(nil, 0, dayOf(e.Seq), acme, e.Seq) },
+		"targets":  targetsApartKey,
 		"standing": func(e *Event) []byte { return appendDeliveryKey(nil, 0, dayOf(e.Seq), lane(1), e.Seq) },
 	} {
 		t.Run(name, func(t *testing.T) {
 			b := newBench(t, onePartition)
 			for i := range 5 {
-				b.append(publication(fmt.Sprint("e", i), 1))
+				b.append(publicationApart(fmt.Sprint("e", i), 1))
 			}
 			b.append(publication("ended", 2))
 			jobs := b.jobs()

@@ -109,7 +109,9 @@ func (p *partition) inspectRecord(key, value []byte, sum *Inspection) (err error
 	switch kind {
 	case kindEvent:
 		sum.Events++
-		_, err = decodeEvent(value)
+		if _, err = decodeEvent(value); err == nil {
+			_, err = decodeHead(value) // with the targets that are within
+		}
 	case kindTargets:
 		_, err = decodeTargets(value)
 	case kindIdentity:
@@ -313,11 +315,12 @@ func (p *partition) export(d dayKey, ns NamespaceKey, key, value []byte) (*Expor
 		Namespace: fmt.Sprintf("%016x", uint64(ns)), ID: e.ID, UID: e.UID, Source: e.Source, Type: e.Type, Subject: e.Subject,
 		Time: e.Time.UTC(), AcceptTime: e.AcceptTime.UTC(), Content: e.ContentType, Schema: e.Schema, Attributes: e.Attributes, Payload: e.Payload,
 	}
+	head, err := decodeHead(value)
+	if err != nil {
+		return line, err
+	}
 	var targets targetList
-	if _, err := p.j.get(p.j.db, appendTargetsKey(nil, p.number, d, ns, seq), func(value []byte) error {
-		targets, err = decodeTargets(append([]byte(nil), value...))
-		return err
-	}); err != nil {
+	if err := p.targets(p.j.db, d, ns, seq, &head, func(list *targetList) { targets = list.clone() }); err != nil {
 		return line, err
 	}
 	for i := range targets.n {

@@ -19,7 +19,7 @@ func (s *sweep) keepOpen(ctx context.Context, d dayKey, fates []fate) (err error
 		some = nil
 		for len(batch) > 0 {
 			left := make(chan int, 1)
-			if err := p.do(ctx, func(c *commit) error {
+			if err := s.do(ctx, func(c *commit) error {
 				n, err := c.keepSome(batch)
 				left <- n
 				return err
@@ -172,7 +172,7 @@ func (s *sweep) tidy(ctx context.Context) error {
 			}
 			seqs := some
 			some = nil
-			return p.do(ctx, func(c *commit) error {
+			return s.do(ctx, func(c *commit) error {
 				for _, seq := range seqs {
 					if err := p.passOver(c.forget(ns, seq)); err != nil {
 						return err
@@ -211,13 +211,15 @@ func (c *commit) forget(ns NamespaceKey, seq uint64) error {
 	if err != nil {
 		return err
 	}
+	head, err := p.readHead(c.r, kept, ns, seq)
+	if err != nil {
+		return err
+	}
 	var subs []SubscriptionKey
-	if _, err := p.j.get(c.r, appendTargetsKey(nil, p.number, kept, ns, seq), func(value []byte) error {
-		list, err := decodeTargets(value)
-		for i := range list.n { // none, where it is damaged
+	if err := p.targets(c.r, kept, ns, seq, &head, func(list *targetList) {
+		for i := range list.n {
 			subs = append(subs, list.uid(i).SubscriptionKey())
 		}
-		return err
 	}); err != nil {
 		return err
 	}
@@ -226,18 +228,31 @@ func (c *commit) forget(ns NamespaceKey, seq uint64) error {
 			return err
 		}
 	}
+	c.delete(appendKeptIdentity(nil, p.number, ns, identityOf(e.Source, e.ID), seq))
+	if err := c.forgetIn(kept, ns, seq, subs); err != nil {
+		return err
+	}
+	// A sweep that was cut short has left it in its day, too, as it was then.
+	left, err := p.j.has(c.r, appendEventKey(nil, p.number, dayOf(seq), ns, seq))
+	if err != nil || !left {
+		return err
+	}
+	return c.forgetIn(dayOf(seq), ns, seq, subs)
+}
+
+// forgetIn erases the records of an event in a day, but for its identity.
+func (c *commit) forgetIn(day dayKey, ns NamespaceKey, seq uint64, subs []SubscriptionKey) error {
+	p := c.p
 	for _, sub := range subs {
 		lane := LaneKey{ns, sub}
-		c.delete(appendDeliveryKey(nil, p.number, kept, lane, seq))
-		c.delete(appendDeadKey(nil, p.number, kept, lane, seq))
-		prefix := appendAttempts(nil, p.number, kept, lane, seq)
-		if err := c.deleteKeys(prefix); err != nil {
+		c.delete(appendDeliveryKey(nil, p.number, day, lane, seq))
+		c.delete(appendDeadKey(nil, p.number, day, lane, seq))
+		if err := c.deleteKeys(appendAttempts(nil, p.number, day, lane, seq)); err != nil {
 			return err
 		}
 	}
-	c.delete(appendKeptIdentity(nil, p.number, ns, identityOf(e.Source, e.ID), seq))
-	c.delete(appendTargetsKey(nil, p.number, kept, ns, seq))
-	c.delete(appendEventKey(nil, p.number, kept, ns, seq))
+	c.delete(appendTargetsKey(nil, p.number, day, ns, seq))
+	c.delete(appendEventKey(nil, p.number, day, ns, seq))
 	return nil
 }
 

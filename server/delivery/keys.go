@@ -13,8 +13,8 @@ import (
 //
 //	q | ns lane seq             Job: waiting, untried
 //	t | ns lane due seq         Job: waiting for a time. due is an Instant, 8 bytes
-//	r | day ns b seq            event, without targets
-//	r | day ns t seq            its targets
+//	r | day ns b seq            event; its targets too, where they are few
+//	r | day ns t seq            its targets, where they are many
 //	r | day ns i h8 h8          where the event with this id is: hash of the id, hash of source and id
 //	r | day ns d lane seq       where a delivery stands; none while it is PENDING, and so in q or t
 //	r | day ns a lane seq n     failed attempt with its bodies; n is 4 bytes

@@ -122,7 +122,7 @@ func (p *partition) place(e *Event, ns NamespaceKey, seq uint64) {
 	e.Namespace, e.Partition, e.Seq, e.UID = ns, p.number, seq, eventUID(p.j.id, p.number, seq)
 }
 
-// readHead reads what deliveries show of their event; ErrNotFound when there is none.
+// readHead reads what deliveries show of their event, but for targets that lie apart; ErrNotFound when there is none.
 func (p *partition) readHead(r pebble.Reader, day dayKey, ns NamespaceKey, seq uint64) (h eventHead, err error) {
 	found, err := p.j.get(r, appendEventKey(nil, p.number, day, ns, seq), func(value []byte) (err error) {
 		h, err = decodeHead(value)
@@ -134,19 +134,21 @@ func (p *partition) readHead(r pebble.Reader, day dayKey, ns NamespaceKey, seq u
 	return h, err
 }
 
-// readTarget reads one target of an event; the zero Target when there is none.
-func (p *partition) readTarget(r pebble.Reader, day dayKey, lane LaneKey, seq uint64) (t Target, err error) {
-	_, err = p.j.get(r, appendTargetsKey(nil, p.number, day, lane.Namespace, seq), func(value []byte) error {
-		list, err := decodeTargets(value)
-		if err != nil {
-			return err
-		}
-		if i, ok := list.find(lane.Subscription); ok {
-			t.Subscription, t.UID = list.name(i), list.uid(i)
-		}
+// targets has use read the targets of an event, which are lent to it: none where an event has none, or they were set
+// aside.
+func (p *partition) targets(r pebble.Reader, day dayKey, ns NamespaceKey, seq uint64, head *eventHead, use func(*targetList)) error {
+	if !head.apart {
+		use(&head.within)
 		return nil
+	}
+	_, err := p.j.get(r, appendTargetsKey(nil, p.number, day, ns, seq), func(value []byte) error {
+		list, err := decodeTargets(value)
+		if err == nil {
+			use(&list)
+		}
+		return err
 	})
-	return t, err
+	return err
 }
 
 // deliveryOf joins a delivery with its event.
@@ -163,7 +165,7 @@ func (p *partition) readJoined(r pebble.Reader, lane LaneKey, at *place) (head e
 	if head, err = p.readHead(r, at.day, lane.Namespace, at.row.Seq); err != nil {
 		return head, target, err
 	}
-	target, err = p.readTarget(r, at.day, lane, at.row.Seq)
+	err = p.targets(r, at.day, lane.Namespace, at.row.Seq, &head, func(list *targetList) { target = list.target(lane.Subscription) })
 	return head, target, err
 }
 

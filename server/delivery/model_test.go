@@ -244,9 +244,13 @@ func (m *model) publish() {
 		if m.rng.IntN(4) == 0 {
 			pub.Event.DeliverTime = m.b.clock.now().Add(time.Duration(m.rng.IntN(100)-10) * time.Hour)
 		}
+		name := ""
+		if m.rng.IntN(3) == 0 {
+			name = strings.Repeat("long", maxWithin/4) // the targets lie apart
+		}
 		for _, sub := range m.rng.Perm(modelLanes)[:m.rng.IntN(modelLanes+1)] {
 			pub.Targets = append(pub.Targets, Target{
-				Subscription: fmt.Sprint("sub-", sub+1), UID: uid(sub + 1), MaxAttempts: 1 + m.rng.IntN(3), MaxAge: time.Duration(m.rng.IntN(50)) * time.Hour,
+				Subscription: fmt.Sprint(name, "sub-", sub+1), UID: uid(sub + 1), MaxAttempts: 1 + m.rng.IntN(3), MaxAge: time.Duration(m.rng.IntN(50)) * time.Hour,
 				Skip: m.rng.IntN(10) == 0,
 			})
 		}

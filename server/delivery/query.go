@@ -1,7 +1,6 @@
 package delivery
 
 import (
-	"bytes"
 	"cmp"
 	"errors"
 	"slices"
@@ -177,7 +176,7 @@ func (s *search) open(j *Journal) error {
 		}
 		return m.openRows(lane)
 	}
-	return m.openDays(q.Namespace, kindTargets, 0)
+	return m.openDays(q.Namespace, kindEvent, 0)
 }
 
 // walk goes through the events that the sources have, newest first.
@@ -198,6 +197,10 @@ func (s *search) walk() error {
 func (s *search) visit(group []spot) (full bool, err error) {
 	at := s.merger.at(group[0])
 	lanes := at.lanes(group)
+	if len(lanes) == 0 { // an event without targets has been looked at too
+		s.looked++
+		return s.full(ID{at.seq, at.p.number, ^SubscriptionKey(0)}, !s.merger.empty()), nil
+	}
 	for i, sub := range lanes {
 		id := ID{at.seq, at.p.number, sub}
 		if s.window.past(id) || s.q.Subscription != 0 && s.q.Subscription != sub {
@@ -211,14 +214,22 @@ func (s *search) visit(group []spot) (full bool, err error) {
 		if d != nil && (s.q.Match == nil || s.q.Match(d)) {
 			s.page.Deliveries = append(s.page.Deliveries, d)
 		}
-		if len(s.page.Deliveries) >= s.limit || s.looked >= scanLimit {
-			if i+1 < len(lanes) || !s.merger.empty() {
-				s.page.Next = id.String()
-			}
+		if s.full(id, i+1 < len(lanes) || !s.merger.empty()) {
 			return true, nil
 		}
 	}
 	return false, nil
+}
+
+// full reports whether the page ends at a delivery; more says whether another follows.
+func (s *search) full(id ID, more bool) bool {
+	if len(s.page.Deliveries) < s.limit && s.looked < scanLimit {
+		return false
+	}
+	if more {
+		s.page.Next = id.String()
+	}
+	return true
 }
 
 // eventAt is one event during a search: what its deliveries share is read once.
@@ -250,10 +261,7 @@ func (m *merger) at(s spot) *eventAt {
 		return e
 	}
 	e.found = true
-	_, e.err = s.p.j.get(r, appendTargetsKey(nil, s.p.number, e.day, s.ns, s.seq), func(value []byte) (err error) {
-		e.targets, err = decodeTargets(bytes.Clone(value))
-		return err
-	})
+	e.err = s.p.targets(r, e.day, s.ns, s.seq, &e.head, func(list *targetList) { e.targets = list.clone() })
 	return e
 }
 
@@ -283,10 +291,7 @@ func (e *eventAt) delivery(lane LaneKey, states []State) (*Delivery, error) {
 	if err != nil || at == nil || len(states) > 0 && !slices.Contains(states, at.state) {
 		return nil, err
 	}
-	var target Target
-	if i, ok := e.targets.find(lane.Subscription); ok {
-		target.Subscription, target.UID = e.targets.name(i), e.targets.uid(i)
-	}
+	target := e.targets.target(lane.Subscription)
 	return e.p.join(lane, at, &e.head, &target), nil
 }
 

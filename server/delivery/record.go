@@ -13,12 +13,43 @@ import (
 type eventHead struct {
 	id, eventType string
 	accept        time.Time
+	// within are the targets, unless they lie apart.
+	within targetList
+	apart  bool
 }
 
-// encodeEvent writes the record of an event; the payload comes last, so that readers of the rest can leave it.
-func encodeEvent(b []byte, e *Event) []byte {
+// maxWithin is how large targets may be to lie in their event's record: who reads the event for a job reads past
+// them, and a record of their own costs about as much, of a key, a header in batch and log, and a node of the
+// memtable. It is some 16 targets; more lie apart.
+const maxWithin = 512
+
+// Where an event's targets are.
+const (
+	targetsNone = iota
+	targetsWithin
+	targetsApart
+)
+
+func targetsPlace(targets []Target) byte {
+	switch {
+	case len(targets) == 0:
+		return targetsNone
+	case sizeOfTargets(targets) <= maxWithin:
+		return targetsWithin
+	}
+	return targetsApart
+}
+
+// encodeEvent writes the record of an event, with its targets where they are few; the payload comes last, so that
+// readers of the rest can leave it.
+func encodeEvent(b []byte, e *Event, targets []Target) []byte {
 	w := newRecord(b)
 	w.time(e.AcceptTime)
+	place := targetsPlace(targets)
+	if w.byte(place); place == targetsWithin {
+		w.int(sizeOfTargets(targets))
+		w = encodeTargets(w, targets)
+	}
 	w.text(e.ID)
 	w.text(e.Type)
 	w.text(e.Source)
@@ -40,7 +71,7 @@ func encodeEvent(b []byte, e *Event) []byte {
 	return w
 }
 
-// sizeOfEvent bounds what encodeEvent writes.
+// sizeOfEvent bounds what encodeEvent writes, but for targets.
 func sizeOfEvent(e *Event) int {
 	size := 160 + len(e.ID) + len(e.Type) + len(e.Source) + len(e.Subject) + len(e.ContentType) + len(e.Schema) + len(e.Payload)
 	for name, value := range e.Attributes {
@@ -53,6 +84,7 @@ func sizeOfEvent(e *Event) int {
 func decodeEvent(value []byte) (*Event, error) {
 	d := readRecord(value)
 	e := &Event{AcceptTime: d.time()}
+	d.targets()
 	// All text in one allocation: the head of the record as a string, cut up.
 	head := d.b
 	text := ""
@@ -104,16 +136,36 @@ func headBytes(head []byte) int {
 
 func decodeHead(value []byte) (h eventHead, err error) {
 	d := readRecord(value)
-	h.accept, h.id, h.eventType = d.time(), d.text(), d.text()
+	h.accept = d.time()
+	within, apart := d.targets()
+	h.id, h.eventType, h.apart = d.text(), d.text(), apart
+	if d.err == nil && within != nil {
+		h.within, d.err = decodeTargets(slices.Clone(within))
+	}
 	return h, d.err
+}
+
+// targets reads the targets that an event's record holds, lent; nil where there are none or they lie apart.
+func (d *decoder) targets() (within []byte, apart bool) {
+	switch d.byte() {
+	case targetsNone:
+	case targetsWithin:
+		return d.bytes(), false
+	case targetsApart:
+		return nil, true
+	default:
+		d.fail()
+	}
+	return nil, false
 }
 
 // encodeTargets writes the targets in the order of their keys: first all UIDs, then where each name ends, then
 // the names, so that one is found without reading the others.
 func encodeTargets(b []byte, targets []Target) []byte {
-	order := make([]int, len(targets))
-	for i := range order {
-		order[i] = i
+	var few [16]int
+	order := few[:0]
+	for i := range targets {
+		order = append(order, i)
 	}
 	slices.SortFunc(order, func(a, b int) int {
 		ka, kb := targets[a].UID.key(), targets[b].UID.key()
@@ -206,6 +258,19 @@ func (t *targetList) find(key SubscriptionKey) (int, bool) {
 		}
 	}
 	return low, low < t.n && binary.BigEndian.Uint64(t.uids[16*low+8:]) == uint64(key)
+}
+
+// target is the subscription's as far as it is on record; the zero Target when it is none of them.
+func (t *targetList) target(key SubscriptionKey) (target Target) {
+	if i, ok := t.find(key); ok {
+		target.Subscription, target.UID = t.name(i), t.uid(i)
+	}
+	return target
+}
+
+// clone is no part of a record.
+func (t *targetList) clone() targetList {
+	return targetList{t.n, slices.Clone(t.uids), slices.Clone(t.rest), t.namesOffset}
 }
 
 // progress is what a job's row says beside its key.

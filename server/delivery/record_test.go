@@ -20,10 +20,10 @@ var decoders = map[string]struct {
 }{
 	"event": {
 		func(v []byte) (any, error) { return decodeEvent(v) },
-		func(x any) []byte { return encodeEvent(nil, x.(*Event)) },
-		encodeEvent(nil, &Event{ID: "e", Source: "//s", Time: time.Unix(1, 2), Attributes: map[string]string{"a": "b"}, Payload: []byte("x"), Matched: 3}),
+		func(x any) []byte { return encodeEvent(nil, x.(*Event), nil) },
+		encodeEvent(nil, &Event{ID: "e", Source: "//s", Time: time.Unix(1, 2), Attributes: map[string]string{"a": "b"}, Payload: []byte("x"), Matched: 3}, []Target{{Subscription: "b", UID: uid(2)}, {Subscription: "a", UID: uid(1)}}),
 	},
-	"head": {func(v []byte) (any, error) { return decodeHead(v) }, nil, encodeEvent(nil, &Event{ID: "e", Type: "t", AcceptTime: time.Unix(5, 0)})},
+	"head": {func(v []byte) (any, error) { return decodeHead(v) }, nil, encodeEvent(nil, &Event{ID: "e", Type: "t", AcceptTime: time.Unix(5, 0)}, []Target{{Subscription: "b", UID: uid(2)}})},
 	"targets": {
 		func(v []byte) (any, error) {
 			t, err := decodeTargets(v)

@@ -16,9 +16,11 @@ const (
 	// eraseByKey is how many rows a run of records may have to be erased one by one: a range costs every later
 	// iterator, a delete only the rows next to it.
 	eraseByKey = 4096
+	// eraseAtOnce is how many rows go in one commit. A commit keeps those of all partitions waiting that come behind it.
+	eraseAtOnce = 256
 	// keepBatch is how many open deliveries move to kept in one commit, and keepBytes how much of them.
-	keepBatch = 512
-	keepBytes = 1 << 20
+	keepBatch = 256
+	keepBytes = 1 << 18
 	// walkBelow is the retention below which a day is erased hour by hour and not as a whole.
 	walkBelow = 2 * day
 	// lookAgain is how long a day is not looked at again whose records are all younger than their retention.
@@ -47,13 +49,17 @@ func (j *Journal) Retain(ctx context.Context, keep Retention) error {
 	defer leave()
 	j.retaining.Lock()
 	defer j.retaining.Unlock()
+	var erased []span
 	for _, p := range j.partitions {
-		if err := p.retain(ctx, keep); err != nil {
-			return fmt.Errorf("retain in partition %d: %w", p.number, err)
+		s := &sweep{p: p, keep: keep, now: j.now()}
+		err := s.run(ctx)
+		erased = append(erased, s.ranges...)
+		if err != nil {
+			return fmt.Errorf("retain in partition %d: %w", p.number, errors.Join(err, j.reclaim(ctx, erased)))
 		}
 	}
 	j.counts.prune()
-	return nil
+	return j.reclaim(ctx, erased)
 }
 
 // retention is what a partition remembers between sweeps.
@@ -99,12 +105,15 @@ type sweep struct {
 	p    *partition
 	keep Retention
 	now  time.Time
-	// erased spans what was erased by ranges or in large numbers.
-	first, last []byte
+	// ranges are what was erased by one, in the order of keys or not.
+	ranges []span
 }
 
-func (p *partition) retain(ctx context.Context, keep Retention) error {
-	s := &sweep{p: p, keep: keep, now: p.j.now()}
+// span is the keys from start on that lie before end.
+type span struct{ start, end []byte }
+
+func (s *sweep) run(ctx context.Context) error {
+	p := s.p
 	due, err := s.due(ctx)
 	if err != nil {
 		return err
@@ -120,10 +129,7 @@ func (p *partition) retain(ctx context.Context, keep Retention) error {
 		}
 		p.retention.tidied = s.now
 	}
-	if s.first == nil {
-		return nil
-	}
-	return p.j.db.Compact(ctx, s.first, s.last, false)
+	return nil
 }
 
 type dueDay struct {
@@ -300,33 +306,41 @@ func (s *sweep) eraseSpan(ctx context.Context, start, end []byte) error {
 	if err == nil {
 		return s.eraseKeys(ctx, keys)
 	}
-	s.note(start, end)
-	return s.p.do(ctx, func(c *commit) error {
+	s.ranges = append(s.ranges, span{start, end})
+	return s.do(ctx, func(c *commit) error {
 		c.deleteSpan(start, end)
 		return nil
 	})
 }
 
 func (s *sweep) eraseKeys(ctx context.Context, keys [][]byte) error {
-	if len(keys) == 0 {
-		return nil
-	}
-	return s.p.do(ctx, func(c *commit) error {
-		for _, key := range keys {
-			c.delete(key)
+	for some := range slices.Chunk(keys, eraseAtOnce) {
+		if err := s.do(ctx, func(c *commit) error {
+			for _, key := range some {
+				c.delete(key)
+			}
+			return nil
+		}); err != nil {
+			return err
 		}
-		return nil
-	})
+	}
+	return nil
 }
 
-// note widens what is to be compacted.
-func (s *sweep) note(start, end []byte) {
-	if s.first == nil || bytes.Compare(start, s.first) < 0 {
-		s.first = start
+const (
+	// restFor is how long a sweep rests for the time that a commit of its took, and restMost the longest.
+	restFor  = 24
+	restMost = 4 * time.Millisecond
+)
+
+// do makes a commit of a sweep, and rests, so that publishers hardly meet it: a million rows that go one by one take about
+// 15 s. When the disk is full nothing is as urgent.
+func (s *sweep) do(ctx context.Context, run func(*commit) error) error {
+	begin := time.Now()
+	if err := s.p.do(ctx, run); err != nil || s.p.j.space.low() {
+		return err
 	}
-	if bytes.Compare(end, s.last) > 0 {
-		s.last = end
-	}
+	return sleep(ctx, min(restFor*time.Since(begin), restMost))
 }
 
 // eraseBelow erases a namespace's records of a day below a sequence; the ids stay until the day goes.
@@ -341,7 +355,6 @@ func (s *sweep) eraseBelow(ctx context.Context, d dayKey, f fate) error {
 	for _, kind := range []byte{kindDelivery, kindAttempt} {
 		prefix := appendKind(nil, s.p.number, d, f.ns, kind)
 		var keys [][]byte
-		erased := 0
 		// From lane to lane: what stays costs a seek for each.
 		err := s.p.j.hop(s.p.j.db, prefix, prefixEnd(prefix), func(key []byte) ([]byte, error) {
 			seq, ok := recordSeq(kind, key[recordPrefix:])
@@ -361,7 +374,7 @@ func (s *sweep) eraseBelow(ctx context.Context, d dayKey, f fate) error {
 				return next, nil
 			}
 			some := keys
-			keys, erased = nil, erased+len(keys)
+			keys = nil
 			return next, s.eraseKeys(ctx, some)
 		})
 		if err == nil {
@@ -370,9 +383,87 @@ func (s *sweep) eraseBelow(ctx context.Context, d dayKey, f fate) error {
 		if err != nil {
 			return err
 		}
-		if erased > 0 {
-			s.note(prefix, prefixEnd(prefix))
+	}
+	return nil
+}
+
+const (
+	// settleFor is how long the engine may take to drop whole tables after a sweep, and settleLook how often it is looked at.
+	settleFor  = 10 * time.Second
+	settleLook = 100 * time.Millisecond
+	// near is how many bytes may lie between two ranges that are compacted as one.
+	near = 8 << 20
+)
+
+// reclaim has ranges that were erased leave nothing behind: every iterator that comes to a table with a range reads all of
+// that table's. Tables that lie in one as a whole are dropped without being read, and are waited for; only what is left at the
+// ends is compacted. Rows that were erased one by one cost their neighbours only, and the engine looks after them by itself.
+func (j *Journal) reclaim(ctx context.Context, erased []span) error {
+	if len(erased) == 0 || ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	flushed, err := j.db.AsyncFlush()
+	if err != nil {
+		return fmt.Errorf("flush what was erased: %w", err)
+	}
+	select {
+	case <-flushed:
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+	slices.SortFunc(erased, func(a, b span) int { return bytes.Compare(a.start, b.start) })
+	for last, begin := uint64(math.MaxUint64), time.Now(); time.Since(begin) < settleFor; {
+		size, err := j.sizeOf(erased...)
+		if err != nil || size == last {
+			break
+		}
+		last = size
+		if err := sleep(ctx, settleLook); err != nil {
+			return err
+		}
+	}
+	for i := 0; i < len(erased); {
+		all := erased[i]
+		for i++; i < len(erased); i++ {
+			if between, err := j.sizeOf(span{all.end, erased[i].start}); err != nil || between > near {
+				break
+			}
+			all.end = erased[i].end
+		}
+		begin := time.Now()
+		if err := j.db.Compact(ctx, all.start, all.end, false); err != nil {
+			return fmt.Errorf("compact what was erased: %w", err)
+		}
+		if err := sleep(ctx, min(restFor*time.Since(begin), time.Second)); err != nil {
+			return err
 		}
 	}
 	return nil
+}
+
+// sizeOf is about how many bytes of tables lie in spans.
+func (j *Journal) sizeOf(spans ...span) (size uint64, err error) {
+	for _, s := range spans {
+		if bytes.Compare(s.start, s.end) >= 0 {
+			continue
+		}
+		n, err := j.db.EstimateDiskUsage(s.start, s.end)
+		if err != nil {
+			return 0, fmt.Errorf("estimate what was erased: %w", err)
+		}
+		size += n
+	}
+	return size, nil
+}
+
+// sleep returns the cause when ctx ends first.
+func sleep(ctx context.Context, d time.Duration) error {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
 }

@@ -123,6 +123,84 @@ func (b *bench) records() (n int) {
 	return n
 }
 
+// What is erased by a range leaves no range behind, which every iterator would have to read: nor do those of neighbours.
+func TestErasedRangesLeaveNothing(t *testing.T) {
+	b := newBench(t, func(o *Options) { o.Partitions = 2 })
+	subs := make([]int, eraseByKey)
+	for i := range subs {
+		subs[i] = i + 1
+	}
+	for i := range 8 {
+		b.append(publication(fmt.Sprint("e", i), subs...))
+	}
+	for _, job := range b.jobs() {
+		b.succeed(job)
+	}
+	b.flush()
+	b.clock.add(100 * time.Hour)
+	b.append(publication("new", 1))
+	b.retain(72 * time.Hour)
+	if m := b.db.Metrics(); m.Keys.TombstoneCount != 0 {
+		t.Errorf("%d tombstones are left", m.Keys.TombstoneCount)
+	}
+	if n := len(all(t, b, Query{})); n != 1 {
+		t.Errorf("%d deliveries are left", n)
+	}
+}
+
+// Targets are the same to everybody, few in their event's record or many apart from it: in lists, by id, after a start,
+// where retention keeps them, and when it erases them.
+func TestTargetsAreFoundWhereverTheyLie(t *testing.T) {
+	for name, n := range map[string]int{"none": 0, "few": 3, "many": 100} {
+		t.Run(name, func(t *testing.T) {
+			b := newBench(t, onePartition)
+			subs := make([]int, n)
+			for i := range subs {
+				subs[i] = i + 1
+			}
+			e := b.append(publication("e", subs...))[0].Event
+			b.append(publication("none"))
+			check := func(when string) {
+				t.Helper()
+				for _, q := range []Query{{}, {EventID: "e"}, {EventUID: e.UID}} {
+					got := all(t, b, q)
+					if len(got) != n {
+						t.Fatalf("%s, %+v: %d deliveries of %d", when, q, len(got), n)
+					}
+					for i, d := range got {
+						if d.Subscription != fmt.Sprint("sub-", i+1) || d.SubscriptionUID != uid(i+1) || *b.delivery(d.ID) != *d {
+							t.Fatalf("%s: %+v", when, d)
+						}
+					}
+				}
+			}
+			check("new")
+			b.reopen()
+			check("opened again")
+			if n == 0 {
+				return
+			}
+			b.clock.add(100 * time.Hour)
+			b.retain(72 * time.Hour)
+			check("kept")
+			for _, job := range b.backlog(1) {
+				b.succeed(job)
+			}
+			b.flush()
+			for _, sub := range subs[1:] {
+				if _, err := b.CancelLane(t.Context(), lane(sub), "x"); err != nil {
+					t.Fatal(err)
+				}
+			}
+			b.clock.add(7 * time.Hour)
+			b.retain(72 * time.Hour)
+			if got := all(t, b, Query{}); len(got) != 0 {
+				t.Errorf("%d deliveries stay", len(got))
+			}
+		})
+	}
+}
+
 func TestRetainErasesIDsOfPastDays(t *testing.T) {
 	b := newBench(t)
 	first := publication("e", 1)
@@ -358,6 +436,42 @@ func TestInterruptedRetentionIsMadeAgain(t *testing.T) {
 	}
 	if got := b.lanes(); len(got) != 0 {
 		t.Errorf("cancelled, and still waits: %+v", got)
+	}
+}
+
+// What a sweep that was cut short has left in its day does not come back when what it has kept goes, as after the clock
+// was set back and that day is not due any more.
+func TestForgottenEventLeavesNothingInItsDay(t *testing.T) {
+	refuseAt := -1
+	b := newBench(t, onePartition, func(o *Options) {
+		o.refuse = func(uint16) bool {
+			refuseAt--
+			return refuseAt == 0
+		}
+	})
+	const years = 5 * 365 * day
+	b.clock.add(years)
+	b.append(publication("e", 1))
+	b.failed(b.jobs()[0], time.Minute)
+	b.flush()
+	b.clock.add(100 * time.Hour)
+	refuseAt = 3 // begins, moves, erases
+	if err := b.Retain(t.Context(), keepFor(time.Hour)); !errors.Is(err, ErrRefused) {
+		t.Fatal(err)
+	}
+	job := b.timers(1, b.clock.now())[0]
+	b.clock.add(-years)
+	b.reopen()
+	if _, err := b.Cancel(t.Context(), lane(1), job.ID, "x"); err != nil {
+		t.Fatal(err)
+	}
+	b.clock.add(2 * time.Hour)
+	b.retain(time.Hour)
+	if d, err := b.Delivery(acme, job.ID); !errors.Is(err, ErrNotFound) && (err != nil || d.State != Cancelled) {
+		t.Errorf("cancelled, and now %+v, %v", d, err)
+	}
+	if got := all(t, b, Query{}); len(got) != 0 {
+		t.Errorf("listed: %+v", got[0])
 	}
 }
 

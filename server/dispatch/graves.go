@@ -80,25 +80,13 @@ func (g *graves) done(key delivery.LaneKey) {
 
 // bury works off the lanes of deleted subscriptions until the engine stops.
 func (e *Engine) bury() {
-	timer := time.NewTimer(time.Hour)
-	defer timer.Stop()
-	for {
+	e.whenDue(e.graves.wake, func() (time.Duration, bool) {
 		key, wait, ok := e.graves.next(e.now())
 		if ok {
 			e.walk(key)
-			continue
 		}
-		if wait == 0 {
-			wait = time.Hour
-		}
-		timer.Reset(wait)
-		select {
-		case <-e.stopped:
-			return
-		case <-e.graves.wake:
-		case <-timer.C:
-		}
-	}
+		return wait, ok
+	})
 }
 
 // walk cancels what a deleted subscription has left.

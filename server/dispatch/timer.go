@@ -63,15 +63,26 @@ func (a *alarms) next(now time.Time) (*lane, time.Duration) {
 
 // wakeLanes wakes lanes when their time has come, until the engine stops.
 func (e *Engine) wakeLanes() {
-	timer := time.NewTimer(time.Hour)
-	defer timer.Stop()
-	for {
+	e.whenDue(e.alarms.wake, func() (time.Duration, bool) {
 		now := e.now()
 		l, wait := e.alarms.next(now)
 		if l != nil {
 			l.mu.Lock()
 			l.kick(now)
 			l.mu.Unlock()
+		}
+		return wait, l != nil
+	})
+}
+
+// whenDue does one thing after another until the engine stops. do does the next that is due, or returns false and how
+// long to wait for it; 0 means until wake says that something has been added.
+func (e *Engine) whenDue(wake <-chan struct{}, do func() (wait time.Duration, done bool)) {
+	timer := time.NewTimer(time.Hour)
+	defer timer.Stop()
+	for !e.stopping.Load() {
+		wait, done := do()
+		if done {
 			continue
 		}
 		if wait == 0 {
@@ -81,7 +92,7 @@ func (e *Engine) wakeLanes() {
 		select {
 		case <-e.stopped:
 			return
-		case <-e.alarms.wake:
+		case <-wake:
 		case <-timer.C:
 		}
 	}

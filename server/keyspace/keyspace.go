@@ -89,6 +89,8 @@ type Space struct {
 	// known holds the revision of every watched key, of damaged ones too. It belongs to Open and then to Run.
 	known map[string]int64
 
+	turns turns
+
 	mu sync.Mutex // guards what follows
 	// broken holds the watched keys whose stored value is damaged.
 	broken map[string]bool
@@ -110,6 +112,7 @@ func Open(ctx context.Context, o Options) (*Space, error) {
 	s := &Space{
 		client: o.Client, prefix: o.Prefix, watch: o.Watch, identity: o.Identity, apply: o.Apply, log: o.Logger,
 		known: make(map[string]int64), broken: make(map[string]bool),
+		turns: newTurns(),
 	}
 	if s.log == nil {
 		s.log = slog.New(slog.DiscardHandler)

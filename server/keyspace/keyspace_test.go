@@ -6,8 +6,10 @@ import (
 	"fmt"
 	"maps"
 	"os"
+	"runtime"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -223,6 +225,40 @@ func TestConcurrentEditsAllLand(t *testing.T) {
 	wg.Wait()
 	if got := len(v.get()["a/n"]); got != writers*rounds {
 		t.Errorf("%d of %d edits landed", got, writers*rounds)
+	}
+}
+
+// However many write at once, a few are at it, and all have their turn.
+func TestManyEditsTakeTurns(t *testing.T) {
+	own := ownEtcd(t)
+	s, v := open(t, own.Client, "/turns/")
+	run(t, s)
+	var now, most atomic.Int64
+	var all sync.WaitGroup
+	for i := range 100 {
+		key := fmt.Sprintf("a/%d", i)
+		all.Go(func() {
+			_, err := s.Edit(t.Context(), []string{key}, func([]keyspace.Item) (keyspace.Txn, error) {
+				for n := now.Add(1); ; {
+					if was := most.Load(); n <= was || most.CompareAndSwap(was, n) {
+						break
+					}
+				}
+				defer now.Add(-1)
+				runtime.Gosched()
+				return keyspace.Txn{Then: []keyspace.Write{keyspace.Put(key, []byte("x"))}}, nil
+			})
+			if err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	all.Wait()
+	if n := most.Load(); n > 8 {
+		t.Errorf("%d were made at once", n)
+	}
+	if n := len(v.get()); n != 100 {
+		t.Errorf("%d of 100 were written", n)
 	}
 }
 

@@ -85,10 +85,16 @@ func (w Write) op(s *Space) clientv3.Op {
 
 // Edit changes keys by compare-and-set. It reads keys, asks plan what follows, and commits that on
 // condition that none of the keys has changed; if one has, it starts again. It returns the revision of the
-// write once Apply has seen it, or zero when plan had nothing to do. An error of plan ends it as it is.
+// write once Apply has seen it, or zero when plan had nothing to do. An error of plan ends it as it is. Only some are made
+// at once: see turns.
 func (s *Space) Edit(ctx context.Context, keys []string, plan func([]Item) (Txn, error)) (int64, error) {
 	ctx, cancel := s.Bound(ctx)
 	defer cancel()
+	give, err := s.turns.take(ctx)
+	if err != nil {
+		return 0, unavailable(ctx, err)
+	}
+	defer give()
 	for try := 0; ; try++ {
 		items, err := s.read(ctx, keys)
 		if err != nil {
