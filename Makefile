@@ -9,7 +9,7 @@ KILL_CYCLES ?= 500
 MEDDLE_CYCLES ?= 200
 STORM ?= 60s
 
-.PHONY: help build test race bench limits lint generate protos cross deps ci check demo kill storm fuzz clean
+.PHONY: help build test race bench limits lint generate baseline protos cross deps ci check demo kill storm fuzz clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -50,17 +50,22 @@ generate: ## regenerate what is made of the protos
 	$(TOOL) buf generate
 	$(TOOL) buf build $(SHIPPED) -o proto/grapnel/v1/descriptors.binpb
 	$(TOOL) buf build --path proto/grapnel/plugin --exclude-source-info -o plugins/example-python/plugin.binpb
+	cp plugins/example-python/plugin.binpb plugins/example-ruby/
 	cp proto/grapnel/plugin/v1/plugin.proto plugins/example-node/
+
+baseline: ## promise the protos as they are: with a release, or when a rule has become wider in a way that only people see
+	$(TOOL) buf build --path proto/grapnel --exclude-path proto/grapnel/store --exclude-source-info -o proto/baseline.binpb
 
 lint: ## gofmt, vet, staticcheck
 	test -z "$$(git ls-files '*.go' | xargs gofmt -l | tee /dev/stderr)"
 	go vet ./...
 	$(TOOL) staticcheck ./...
 
-protos: generate ## buf lint and format; generated code is up to date
+protos: generate ## buf lint, format and breaking; generated code is up to date
 	$(TOOL) buf lint
+	$(TOOL) buf breaking --exclude-imports --against proto/baseline.binpb
 	$(TOOL) buf format -d --exit-code --path proto/grapnel
-	git diff --exit-code --stat -- proto plugins/example-python plugins/example-node
+	git diff --exit-code --stat -- proto plugins/example-python plugins/example-node plugins/example-ruby
 
 cross: ## other systems compile
 	GOOS=darwin go build ./...
