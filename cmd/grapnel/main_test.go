@@ -27,7 +27,7 @@ const patience = 30 * time.Second
 // The test binary is also the grapnel binary of the scripts, and so of the plugin process that their
 // servers start.
 func TestMain(m *testing.M) {
-	testscript.Main(m, map[string]func(){"grapnel": main})
+	testscript.Main(m, map[string]func(){"grapnel": main, "thirdparty": thirdParty})
 }
 
 func TestScripts(t *testing.T) { testscript.Run(t, scripts("testdata")) }
@@ -41,6 +41,8 @@ func scripts(dir string) testscript.Params {
 		Setup: func(env *testscript.Env) error {
 			env.Values[stateKey{}] = &scriptState{}
 			env.Setenv("GRAPNEL_ADDR", "127.0.0.1:1") // nothing there, unless the script serves
+			bin, _, _ := strings.Cut(env.Getenv("PATH"), string(os.PathListSeparator))
+			env.Setenv("THIRDPARTY", filepath.Join(bin, "thirdparty"))
 			env.Setenv("TMPDIR", filepath.Join(env.WorkDir, "tmp"))
 			return os.Mkdir(filepath.Join(env.WorkDir, "tmp"), 0o700)
 		},

@@ -94,6 +94,12 @@ func (in *installing) run(ctx context.Context, path string) (err error) {
 	if err != nil {
 		return err
 	}
+	if err := refuseTaken(manifest, before); err != nil {
+		return err
+	}
+	if err := tryStart(ctx, staged.Path(), in.entry); err != nil {
+		return err
+	}
 	entry, err := staged.Commit(manifest, in.entry)
 	if err != nil {
 		return err
