@@ -69,8 +69,17 @@ func (s *Server) watchPlugins(ctx context.Context) error {
 	}
 	plugindir.Open(s.options.PluginDir).Watch(ctx, time.Second, func(found []pluginhost.Spec) {
 		s.plugins.Update(append(s.builtin(), found...))
+		s.tellStrays()
 	}, func(err error) { s.log.Error("read the plugin directory", "err", err) })
 	return nil
+}
+
+// tellStrays logs what lies in the plugin directory and does not run.
+func (s *Server) tellStrays() {
+	strays, err := plugindir.Open(s.options.PluginDir).Strays()
+	if err == nil && len(strays) > 0 {
+		s.log.Warn("executables beside plugins.lock are not run; install them with grapnel plugin install", "files", strays)
+	}
 }
 
 func (s *Server) secretVersions(name string) ([]pluginhost.SecretVersion, bool) {

@@ -241,3 +241,18 @@ func TestWatch(t *testing.T) {
 	stop()
 	<-done
 }
+
+func TestStrays(t *testing.T) {
+	dir := t.TempDir()
+	d := plugindir.Open(dir)
+	if err := os.WriteFile(filepath.Join(dir, "stray"), []byte("x"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if strays, err := d.Strays(); err != nil || len(strays) > 0 {
+		t.Errorf("without a lock file, where it runs: %v, %v", strays, err)
+	}
+	install(t, d, program(t, "acme", "one"), manifest("acme/sign", "1.0.0"))
+	if strays, err := d.Strays(); err != nil || !slices.Equal(strays, []string{"stray"}) {
+		t.Errorf("beside what is installed: %v, %v", strays, err)
+	}
+}

@@ -42,6 +42,22 @@ func (d Dir) Specs() ([]pluginhost.Spec, error) {
 	return specs, nil
 }
 
+// Strays are the names of executable files that lie beside a lock file and so do not run, sorted; none without a lock file.
+func (d Dir) Strays() ([]string, error) {
+	if _, locked, err := d.Read(); err != nil || !locked {
+		return nil, err
+	}
+	found, err := d.executables() // what was installed lies in directories
+	if err != nil {
+		return nil, err
+	}
+	names := make([]string, len(found))
+	for i, s := range found {
+		names[i] = filepath.Base(s.Path)
+	}
+	return names, nil
+}
+
 func (d Dir) executables() ([]pluginhost.Spec, error) {
 	entries, err := os.ReadDir(d.path)
 	if os.IsNotExist(err) {
