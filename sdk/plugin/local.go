@@ -3,6 +3,7 @@ package plugin
 import (
 	"context"
 	"fmt"
+	"slices"
 	"strings"
 )
 
@@ -12,6 +13,7 @@ type Local struct {
 	built built
 	lives *lives
 	life  *life
+	emits []string
 }
 
 // OpenLocal builds an instance. Secrets are the live versions by slot, newest first. Its error holds all
@@ -25,7 +27,10 @@ func OpenLocal(k Kind, config []byte, secrets map[string][][]byte, t Target) (*L
 	t.life = l.life
 	b, problems := k.assemble(spec{config: config, secrets: secrets, target: t})
 	if !hasErrors(problems) {
-		l.built = b
+		l.built, l.emits = b, k.options.emits
+		if k.options.emitsFrom != nil {
+			l.emits = b.emits
+		}
 		return l, nil
 	}
 	l.Close()
@@ -48,6 +53,9 @@ func (l *Local) Close() {
 	defer cancel()
 	l.lives.end(ctx)
 }
+
+// Emits are the names of the headers that a signer's instance sets.
+func (l *Local) Emits() []string { return slices.Clone(l.emits) }
 
 // Schemes are the URI schemes that a transport is the default for; none of a signer.
 func (k Kind) Schemes() []string { return k.options.schemes }

@@ -42,20 +42,25 @@ func (d Dir) Specs() ([]pluginhost.Spec, error) {
 	return specs, nil
 }
 
-// Strays are the names of executable files that lie beside a lock file and so do not run, sorted; none without a lock file.
+// Strays are the executable files in the directory that do not run because there is a lock file, by name. The lock file's
+// own are not among them.
 func (d Dir) Strays() ([]string, error) {
-	if _, locked, err := d.Read(); err != nil || !locked {
+	lock, locked, err := d.Read()
+	if err != nil || !locked {
 		return nil, err
 	}
-	found, err := d.executables() // what was installed lies in directories
+	found, err := d.executables()
 	if err != nil {
 		return nil, err
 	}
-	names := make([]string, len(found))
-	for i, s := range found {
-		names[i] = filepath.Base(s.Path)
+	var strays []string
+	for _, f := range found {
+		name := filepath.Base(f.Path)
+		if !slices.ContainsFunc(lock.Plugins, func(e Entry) bool { return e.within(name) }) {
+			strays = append(strays, name)
+		}
 	}
-	return names, nil
+	return strays, nil
 }
 
 func (d Dir) executables() ([]pluginhost.Spec, error) {
