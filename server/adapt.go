@@ -28,6 +28,7 @@ func (s *Server) newPlugins() (*pluginhost.Host, error) {
 		if _, err := os.Stat(o.PluginDir); err != nil {
 			s.log.Warn("the plugin directory cannot be read; it is watched all the same", "err", err)
 		}
+		s.tellStrays()
 		found, err := plugindir.Open(o.PluginDir).Specs()
 		if err != nil {
 			return nil, fmt.Errorf("read the plugin directory: %w", err)
@@ -35,7 +36,8 @@ func (s *Server) newPlugins() (*pluginhost.Host, error) {
 		specs = append(specs, found...)
 	}
 	return pluginhost.New(pluginhost.Options{
-		Plugins: specs, Dir: filepath.Join(o.DataDir, "sockets"), EgressAllow: o.EgressAllow, UserAgent: "grapnel/" + o.Version,
+		Plugins: specs, Dir: filepath.Join(o.DataDir, "sockets"), EgressAllow: o.EgressAllow,
+		EgressDeny: append(ownListeners(s.public, s.admin), o.EgressDeny...), UserAgent: "grapnel/" + o.Version,
 		Secrets: s.secretVersions, Logger: o.Logger, Registerer: s.metrics,
 	})
 }
@@ -62,6 +64,16 @@ func (s *Server) builtin() []pluginhost.Spec {
 	return specs
 }
 
+// tellStrays says which files in the plugin directory look like plugins and are none.
+func (s *Server) tellStrays() {
+	strays, err := plugindir.Open(s.options.PluginDir).Strays()
+	if err == nil && len(strays) > 0 && !slices.Equal(strays, s.strays) {
+		s.log.Warn("executables in the plugin directory do not run: it has a plugins.lock, which does not name them; `grapnel plugin install` puts them there",
+			"dir", s.options.PluginDir, "files", strays)
+	}
+	s.strays = strays
+}
+
 // watchPlugins has the host follow the plugin directory until ctx ends.
 func (s *Server) watchPlugins(ctx context.Context) error {
 	if s.options.PluginDir == "" {
@@ -69,6 +81,7 @@ func (s *Server) watchPlugins(ctx context.Context) error {
 	}
 	plugindir.Open(s.options.PluginDir).Watch(ctx, time.Second, func(found []pluginhost.Spec) {
 		s.plugins.Update(append(s.builtin(), found...))
+		s.tellStrays()
 	}, func(err error) { s.log.Error("read the plugin directory", "err", err) })
 	return nil
 }

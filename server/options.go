@@ -47,13 +47,16 @@ type Options struct {
 	PluginDir string
 	// EgressAllow opens private or reserved ranges to deliveries.
 	EgressAllow []netip.Prefix
+	// EgressDeny closes ranges to deliveries whatever is allowed, with a port or without: 10.0.0.0/8, 127.0.0.1/32:7071. The
+	// server's own listeners are always closed.
+	EgressDeny []string
 	// TLSCert and TLSKey are PEM files for the public API.
 	TLSCert, TLSKey string
 	// Insecure allows a public address without TLS and authentication.
 	Insecure bool
 	// NodeName is the last segment of nodes/{node}; default the host name.
 	NodeName string
-	// Grace bounds the wait for attempts in flight at the end; default 30 s.
+	// Grace bounds the wait for attempts in flight at the end; default 30 s, below zero none.
 	Grace time.Duration
 	// BuiltinPlugin is the command of the process that serves the first-party plugins; default this
 	// executable with the arguments plugin serve.
@@ -64,7 +67,7 @@ type Options struct {
 	Version, Commit string
 	// Logger, default none.
 	Logger *slog.Logger
-	// Abandon, when closed, ends the wait for attempts in flight at once.
+	// Abandon, when closed, ends the wait for attempts in flight, and has a stop that has begun end within a second.
 	Abandon <-chan struct{}
 }
 

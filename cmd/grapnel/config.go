@@ -26,7 +26,7 @@ func environmentFlag(cmd *cobra.Command, name string) bool {
 // clientEnvironment reports whether the flag of a client command can be set by the environment.
 func clientEnvironment(flag string) bool {
 	switch flag {
-	case "addr", "context", "namespace", "output", "plugin-dir", "tls", "tls-ca", "token-file", "timeout":
+	case "addr", "admin-addr", "context", "namespace", "output", "plugin-dir", "tls", "tls-ca", "token-file", "timeout":
 		return true
 	}
 	return false
@@ -65,7 +65,7 @@ func flagNames(cmd *cobra.Command) []string {
 // one start.
 func configurable(cmd *cobra.Command, name string) bool {
 	switch name {
-	case "help", "print-config", "adopt-stores":
+	case "help", "print-config", "adopt-stores", "accept-loss":
 		return false
 	}
 	return cmd.Flags().Lookup(name) != nil

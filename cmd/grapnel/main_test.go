@@ -28,7 +28,11 @@ const patience = 30 * time.Second
 // The test binary is also the grapnel binary of the scripts, and so of the plugin process that their
 // servers start.
 func TestMain(m *testing.M) {
-	testscript.Main(m, map[string]func(){"grapnel": main})
+	testscript.Main(m, map[string]func(){
+		"grapnel":   main,
+		"acme-sign": acmePlugin("acme/sign", "acme-v2"), "acme-again": acmePlugin("acme/again", "acme-v2"),
+		"acme-stripe": acmePlugin("acme/pps", "own", "stripe"), "acme-grapnel": acmePlugin("grapnel/more", "more"),
+	})
 }
 
 func TestScripts(t *testing.T) { testscript.Run(t, scripts("testdata")) }

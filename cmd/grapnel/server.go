@@ -16,6 +16,7 @@ import (
 	"github.com/spf13/cobra"
 	"gopkg.in/yaml.v3"
 
+	"github.com/grapnel/grapnel/sdk/plugin"
 	"github.com/grapnel/grapnel/server"
 )
 
@@ -25,6 +26,7 @@ type serverFlags struct {
 	options       server.Options
 	passwordFile  string // of the external etcd
 	egressAllow   []string
+	egressDeny    []string
 	logLevel      string
 	logFormat     string
 	config        string
@@ -37,8 +39,8 @@ func newServerCommand(c *cli) *cobra.Command {
 		Use:   "server",
 		Short: "Run a Grapnel server",
 		Long: `Runs a server until it is interrupted. The first SIGINT or SIGTERM stops it in order: it takes no new
-work and waits for the attempts in flight, --grace at the longest. The second ends that wait; the deliveries
-are attempted again after the next start.
+work and waits for the attempts in flight, --grace at the longest, and ends within 5 s after that. The second
+ends it at once, which takes a second at the longest; the deliveries are attempted again after the next start.
 
 Each flag can also be set by the environment, GRAPNEL_DATA_DIR for --data-dir, and by a YAML file given by
 --config, with the flag's name as key. Flags beat the environment, which beats the file.
@@ -86,11 +88,12 @@ func (f *serverFlags) register(cmd *cobra.Command) {
 	flags.IntVar(&o.Slots, "slots", 0, "attempts in flight over all subscriptions; 0 follows --memory, 4096 at the most")
 	flags.StringVar(&o.PluginDir, "plugin-dir", "", "`directory` of third-party plugins")
 	flags.StringSliceVar(&f.egressAllow, "egress-allow", nil, "private or reserved `ranges` that deliveries may go to, such as 127.0.0.0/8")
+	flags.StringSliceVar(&f.egressDeny, "egress-deny", nil, "`ranges` that deliveries may not go to whatever is allowed, with a port or without, such as 64:ff9b:1::/48 or 10.0.0.5:443")
 	flags.StringVar(&o.TLSCert, "tls-cert", "", "PEM `file` of the public API's certificate")
 	flags.StringVar(&o.TLSKey, "tls-key", "", "PEM `file` of the public API's key")
 	flags.BoolVar(&o.Insecure, "insecure", false, "allow an address that others can reach without TLS and authentication")
 	flags.StringVar(&o.NodeName, "node-name", "", "name of this node; default the host's")
-	flags.DurationVar(&o.Grace, "grace", 30*time.Second, "longest wait for attempts in flight when stopping")
+	flags.DurationVar(&o.Grace, "grace", 30*time.Second, "longest wait for attempts in flight when stopping; the process ends within 5s after it")
 	flags.StringVar(&f.logLevel, "log-level", "info", "debug, info, warn or error")
 	flags.StringVar(&f.logFormat, "log-format", "text", "text or json")
 	flags.StringVar(&f.config, "config", "", "YAML `file` with flag names as keys")
@@ -110,6 +113,12 @@ func (f *serverFlags) complete(cmd *cobra.Command, c *cli) error {
 		}
 	}
 	var faults []error
+	switch grace := &f.options.Grace; {
+	case *grace < 0:
+		faults = append(faults, fmt.Errorf("grace: %v given, want a time such as 30s, or 0s for none", *grace))
+	case *grace == 0:
+		*grace = -1 // none, where the options' zero is the default
+	}
 	for _, text := range f.egressAllow {
 		prefix, err := parsePrefix(text)
 		if err != nil {
@@ -117,6 +126,14 @@ func (f *serverFlags) complete(cmd *cobra.Command, c *cli) error {
 			continue
 		}
 		f.options.EgressAllow = append(f.options.EgressAllow, prefix)
+	}
+	for _, text := range f.egressDeny {
+		rule, err := parseRule(text)
+		if err != nil {
+			faults = append(faults, err)
+			continue
+		}
+		f.options.EgressDeny = append(f.options.EgressDeny, rule)
 	}
 	password, err := f.password(c)
 	if err != nil {
@@ -190,6 +207,20 @@ func parsePrefix(text string) (netip.Prefix, error) {
 		return netip.Prefix{}, fmt.Errorf("egress-allow: %q is not a range such as 127.0.0.0/8", text)
 	}
 	return prefix.Masked(), nil
+}
+
+// parseRule reads a range or a single address, either with a port behind it or without.
+func parseRule(text string) (string, error) {
+	text = strings.TrimSpace(text)
+	rule := plugin.EgressRule{}
+	if at, err := netip.ParseAddrPort(text); err == nil {
+		rule.Range, rule.Port = netip.PrefixFrom(at.Addr(), at.Addr().BitLen()), at.Port()
+	} else if addr, err := netip.ParseAddr(text); err == nil {
+		rule.Range = netip.PrefixFrom(addr, addr.BitLen())
+	} else if rule, err = plugin.ParseEgressRule(text); err != nil {
+		return "", fmt.Errorf("egress-deny: %w", err)
+	}
+	return rule.String(), nil
 }
 
 func newLogger(w io.Writer, level, format string) (*slog.Logger, error) {

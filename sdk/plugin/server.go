@@ -199,7 +199,15 @@ func (s *server) Configure(_ context.Context, req *pluginv1.ConfigureRequest) (*
 			}
 			allow = append(allow, p)
 		}
-		s.egress, s.agent = NewEgress(allow), set.GetUserAgent()
+		deny := make([]EgressRule, 0, len(set.GetEgressDeny()))
+		for _, text := range set.GetEgressDeny() {
+			r, err := ParseEgressRule(text)
+			if err != nil {
+				return nil, status.Errorf(codes.InvalidArgument, "settings.egress_deny: %v", err)
+			}
+			deny = append(deny, r)
+		}
+		s.egress, s.agent = NewEgress(allow).Deny(deny...), set.GetUserAgent()
 	}
 	out := &pluginv1.ConfigureResponse{}
 	for _, in := range req.GetInstances() {

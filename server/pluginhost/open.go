@@ -130,7 +130,7 @@ func (p *supervisor) open(c *conn) error {
 	if err := p.learn(c, desc); err != nil {
 		return err
 	}
-	settings := &pluginv1.HostSettings{UserAgent: p.host.opts.UserAgent}
+	settings := &pluginv1.HostSettings{UserAgent: p.host.opts.UserAgent, EgressDeny: p.host.opts.EgressDeny}
 	for _, prefix := range p.host.opts.EgressAllow {
 		settings.EgressAllow = append(settings.EgressAllow, prefix.String())
 	}

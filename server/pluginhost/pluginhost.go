@@ -74,6 +74,9 @@ type Options struct {
 	Dir string
 	// EgressAllow are the ranges that plugins may connect to although they are private or reserved.
 	EgressAllow []netip.Prefix
+	// EgressDeny are ranges that they may not connect to whatever is allowed, with a port or without: 10.0.0.0/8,
+	// 127.0.0.1/32:7071.
+	EgressDeny []string
 	// UserAgent is what transports say they are; empty means grapnel.
 	UserAgent string
 	// Secrets returns the live versions of a secret by resource name, newest first. Required.

@@ -1,6 +1,6 @@
 //go:build !(linux || darwin || freebsd || netbsd || openbsd)
 
-package httpplugin
+package h1
 
 import (
 	"syscall"
