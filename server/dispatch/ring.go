@@ -253,6 +253,10 @@ func (l *lane) mayStart(g gate, now time.Time) bool {
 	if l.full(g.sub) || !l.e.slots.acquire(l, now) {
 		return false
 	}
+	if l.crowded() {
+		l.e.slots.returned(l)
+		return false
+	}
 	if !l.allow(g.sub, now) {
 		l.e.slots.returned(l)
 		return false
@@ -276,7 +280,8 @@ func (l *lane) begin(x *entry) {
 
 // takeOff and land keep flying and the slots of standings in step. l.mu is held.
 func (l *lane) takeOff(x *entry, now time.Time) {
-	x.stage, x.started, x.target = window.Flying, now, l.target
+	x.stage, x.started, x.target, x.pool = window.Flying, now, l.target, l.pool
+	x.pooled(l.standing, 1)
 	l.flying.push(x)
 }
 
@@ -284,9 +289,11 @@ func (l *lane) land(x *entry) {
 	if x.target != l.target {
 		l.strays.remove(x)
 		l.e.slots.countStrays(l, -1)
+		x.leavePool(suspect)
 		return
 	}
 	l.flying.remove(x)
+	x.leavePool(l.standing)
 	l.e.slots.count(l, -1)
 }
 
@@ -294,6 +301,8 @@ func (l *lane) land(x *entry) {
 func (l *lane) retarget() {
 	l.e.slots.count(l, -int64(l.flying.n))
 	l.e.slots.countStrays(l, int64(l.flying.n))
+	l.repooled(l.standing, suspect)
+	l.pool, l.poolAt = nil, time.Time{}
 	for x := l.flying.head; x != nil; x = l.flying.head {
 		l.flying.remove(x)
 		l.strays.push(x)

@@ -29,6 +29,7 @@ const (
 //   - Suspects start, all together, no more attempts in two seconds than half of the slots, evenly: a thousand that hang,
 //     or time out, at the same moment would otherwise take the processors and the plugin's connections from the others.
 //   - No lane holds more than its subscription's limit.
+//   - The same holds for what a plugin takes at once, where that is less: see pools.
 //
 // With 4096 slots and attempts that hang for 15 s, 2048 new lanes that hang are known as such in half a second, and leave
 // 1024 slots to the proven ones. Of 1000 proven lanes that begin to hang at once with 16 deliveries each, the first 128
@@ -87,14 +88,19 @@ func (s *slots) room(st standing, now time.Time) bool {
 	if s.used.Load() >= s.total {
 		return false
 	}
+	return !s.taken(st) && (st != suspect || s.pace.wait(s.total, now) == 0)
+}
+
+// taken reports whether lanes of this standing hold all that they may, together.
+func (s *slots) taken(st standing) bool {
 	switch st {
 	case unknown:
 		trial := s.trial.Load()
-		return trial < part8(s.total, 1) && trial+s.slow.Load() < part8(s.total, 6)
+		return trial >= part8(s.total, 1) || trial+s.slow.Load() >= part8(s.total, 6)
 	case suspect:
-		return s.slow.Load() < part8(s.total, 4) && s.pace.wait(s.total, now) == 0
+		return s.slow.Load() >= part8(s.total, 4)
 	}
-	return true
+	return false
 }
 
 // roomFor reports whether lanes of a namespace may have another slot, if there is room.
@@ -128,15 +134,19 @@ func (s *slots) returned(l *lane) {
 // count has slots of the lane count for its standing, or no more. What several take at once may pass the bounds of a
 // standing by as many; only used is exact.
 func (s *slots) count(l *lane, n int64) {
-	switch l.standing {
+	s.tally(l.standing, n)
+	if l.standing != proven {
+		l.tenant.slow.Add(n)
+	}
+}
+
+func (s *slots) tally(st standing, n int64) {
+	switch st {
 	case unknown:
 		s.trial.Add(n)
 	case suspect:
 		s.slow.Add(n)
-	case proven:
-		return
 	}
-	l.tenant.slow.Add(n)
 }
 
 // countStrays has slots of attempts to an older target count among those of suspects.
