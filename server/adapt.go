@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"google.golang.org/protobuf/types/known/durationpb"
@@ -20,9 +21,9 @@ import (
 )
 
 // newPlugins builds the host over the first-party process and what the plugin directory says.
-func (s *Server) newPlugins(closers *stack) (*pluginhost.Host, error) {
+func (s *Server) newPlugins() (*pluginhost.Host, error) {
 	o := s.options
-	specs := []pluginhost.Spec{s.builtin()}
+	specs := s.builtin()
 	if o.PluginDir != "" {
 		if _, err := os.Stat(o.PluginDir); err != nil {
 			s.log.Warn("the plugin directory cannot be read; it is watched all the same", "err", err)
@@ -33,45 +34,33 @@ func (s *Server) newPlugins(closers *stack) (*pluginhost.Host, error) {
 		}
 		specs = append(specs, found...)
 	}
-	dir, err := s.socketDir()
-	if err != nil {
-		return nil, err
-	}
-	closers.push(func() error { return os.RemoveAll(dir) })
 	return pluginhost.New(pluginhost.Options{
-		Plugins: specs, Dir: dir, EgressAllow: o.EgressAllow, UserAgent: "grapnel/" + o.Version,
+		Plugins: specs, Dir: filepath.Join(o.DataDir, "sockets"), EgressAllow: o.EgressAllow,
+		EgressDeny: append(ownListeners(s.public, s.admin), o.EgressDeny...), UserAgent: "grapnel/" + o.Version,
 		Secrets: s.secretVersions, Logger: o.Logger, Registerer: s.metrics,
 	})
 }
 
-// socketDir makes a directory of our own in the system's temporary one: a unix socket's path may hold only about a
-// hundred characters, and a data directory is often deeper than that. Where that cannot be, it is in the data
-// directory all the same.
-func (s *Server) socketDir() (string, error) {
-	dir, err := os.MkdirTemp("", "grapnel-")
-	if err == nil {
-		return dir, nil
-	}
-	own, absErr := filepath.Abs(filepath.Join(s.options.DataDir, "sockets"))
-	if absErr != nil || len(own) > longestSocketDir {
-		return "", fmt.Errorf("make the directory for plugin sockets: %w; the data directory, where it could be as well, has too long a path (%d characters, %d allowed): set TMPDIR to a directory that can be written",
-			err, len(own), longestSocketDir)
-	}
-	if err := errors.Join(os.RemoveAll(own), os.Mkdir(own, 0o700)); err != nil {
-		return "", fmt.Errorf("make the directory for plugin sockets: %w", err)
-	}
-	s.log.Warn("the temporary directory cannot be used, plugin sockets go into the data directory", "dir", own, "err", err)
-	return own, nil
-}
-
-// longestSocketDir leaves room for a socket's name in the path of a unix socket, on every system.
-const longestSocketDir = 64
-
-func (s *Server) builtin() pluginhost.Spec {
-	return pluginhost.Spec{
-		Path: s.options.BuiltinPlugin[0], Args: s.options.BuiltinPlugin[1:], Builtin: true,
+// builtin are the processes of the bundled plugin.
+func (s *Server) builtin() []pluginhost.Spec {
+	command := s.options.BuiltinPlugin
+	self, err := os.Executable()
+	whole := pluginhost.Spec{
+		Path: command[0], Args: command[1:], Builtin: true, Own: err == nil && self == command[0],
 		SoftMemoryBytes: uint64(s.memory.plugin),
 	}
+	if len(s.options.BuiltinParts) == 0 {
+		return []pluginhost.Spec{whole}
+	}
+	var specs []pluginhost.Spec
+	for _, part := range s.options.BuiltinParts {
+		spec := whole
+		spec.Name, spec.Reserves = part.Name, part.Kinds
+		spec.Args = append(slices.Clone(whole.Args), part.Name)
+		spec.SoftMemoryBytes, spec.Limits = s.memory.ofPart(part.Confined)
+		specs = append(specs, spec)
+	}
+	return specs
 }
 
 // watchPlugins has the host follow the plugin directory until ctx ends.
@@ -80,7 +69,7 @@ func (s *Server) watchPlugins(ctx context.Context) error {
 		return nil
 	}
 	plugindir.Open(s.options.PluginDir).Watch(ctx, time.Second, func(found []pluginhost.Spec) {
-		s.plugins.Update(append([]pluginhost.Spec{s.builtin()}, found...))
+		s.plugins.Update(append(s.builtin(), found...))
 	}, func(err error) { s.log.Error("read the plugin directory", "err", err) })
 	return nil
 }

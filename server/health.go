@@ -4,7 +4,10 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net/http"
+	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -30,6 +33,8 @@ type vital struct {
 	grace time.Duration
 	// publishing says that nothing can be published meanwhile.
 	publishing bool
+	// tell is told when it is no longer well, and when it is again; nil tells nobody.
+	tell func(well bool)
 	// quiet leaves it to somebody else to log that it is not well.
 	quiet bool
 }
@@ -87,6 +92,9 @@ func (h *health) look(now time.Time) {
 		}
 		is.grave = text != "" && v.grace >= 0 && now.Sub(is.since) >= v.grace
 		h.states[i] = is
+		if v.tell != nil && (text == "") != (was.text == "") {
+			v.tell(text == "")
+		}
 		if is.grave && v.publishing {
 			serving = false
 		}
@@ -149,14 +157,14 @@ func (s *Server) newServerHealth(publish func(bool)) *health {
 			Name: "grapnel_plugin_silent", Help: "Plugin processes that leave heartbeats unanswered.",
 		}, func() float64 { return float64(len(s.plugins.Silent())) }),
 	)
-	return newHealth(s.log, publish,
+	vitals := s.partVitals()
+	return newHealth(s.log, publish, append(vitals,
 		vital{name: "journal", publishing: true, grace: syncHangs - syncSlow, ail: func() string {
 			if age := s.journal.SyncAge(); age >= syncSlow {
 				return fmt.Sprintf("the disk has been at a sync for %v; nothing can be accepted meanwhile", age.Round(time.Second))
 			}
 			return ""
 		}},
-		vital{name: "plugins", quiet: true, grace: pluginAbsence, ail: s.pluginsAil},
 		vital{name: "etcd", quiet: true, grace: -1, ail: func() string {
 			if err := s.registry.Stranger(); err != nil {
 				return err.Error()
@@ -174,13 +182,48 @@ func (s *Server) newServerHealth(publish func(bool)) *health {
 			}
 			return ""
 		}},
+		vital{name: "this machine", quiet: true, grace: -1, ail: func() string {
+			var words []string
+			for name, most := range s.plugins.Short() {
+				words = append(words, fmt.Sprintf("%s makes %d attempts at a time", name, most))
+			}
+			if len(words) == 0 {
+				return ""
+			}
+			slices.Sort(words)
+			return "out of file descriptors, sockets or memory; " + strings.Join(words, ", ")
+		}},
 		vital{name: "third-party plugins", quiet: true, grace: -1, ail: func() string {
-			if names := s.silent(false); names != "" {
+			if names := s.silent(); names != "" {
 				return names + " does not answer"
 			}
 			return ""
 		}},
-	)
+	)...)
+}
+
+// partVitals are the processes of the bundled plugin. Without those that are not confined nobody's deliveries move. Each
+// of their kinds is a service in gRPC's health, plugins/http for one.
+func (s *Server) partVitals() []vital {
+	parts := s.options.BuiltinParts
+	if len(parts) == 0 {
+		parts = []BuiltinPart{{}}
+	}
+	var vitals []vital
+	for _, part := range parts {
+		v := vital{name: "plugins", quiet: true, grace: pluginAbsence, ail: func() string { return s.partAils(part) }}
+		if part.Confined {
+			v.name, v.grace = "plugins of "+part.Name, -1
+		}
+		v.tell = func(well bool) {
+			for kind := range part.Kinds {
+				s.api.SetServing("plugins/"+kind, well)
+			}
+		}
+		v.tell(true)
+		vitals = append(vitals, v)
+	}
+	return vitals
 }
 
 func textOf(err error) string {
@@ -190,30 +233,35 @@ func textOf(err error) string {
 	return err.Error()
 }
 
-// pluginsAil is about the first-party plugins, without which nobody's deliveries move.
-func (s *Server) pluginsAil() string {
-	if s.silent(true) != "" {
-		return "the process of the first-party plugins does not answer; deliveries wait"
+// partAils is about one process of the bundled plugin.
+func (s *Server) partAils(part BuiltinPart) string {
+	what, wait := "the process of the first-party plugins ", "; deliveries wait"
+	if part.Confined {
+		var kinds []string
+		for _, kind := range slices.Sorted(maps.Keys(part.Kinds)) {
+			kinds = append(kinds, "plugins/"+kind)
+		}
+		what, wait = "the process of "+strings.Join(kinds, ", ")+" ", "; their deliveries wait"
 	}
-	gone, cancel := context.WithCancel(context.Background())
-	cancel()
-	if err := s.plugins.Ready(gone); err != nil {
-		return "the process of the first-party plugins is not serving; deliveries wait"
+	its := func(name string) bool { return part.Name == "" || part.Name == name }
+	for _, p := range s.plugins.Silent() {
+		if p.Builtin && its(p.Name) {
+			return what + "does not answer" + wait
+		}
+	}
+	if slices.ContainsFunc(s.plugins.Down(), its) {
+		return what + "is not serving" + wait
 	}
 	return ""
 }
 
-// silent names the plugins that do not answer.
-func (s *Server) silent(builtin bool) string {
-	var names string
+// silent names the third-party plugins that do not answer.
+func (s *Server) silent() string {
+	var names []string
 	for _, p := range s.plugins.Silent() {
-		if p.Builtin != builtin {
-			continue
+		if !p.Builtin {
+			names = append(names, p.Name)
 		}
-		if names != "" {
-			names += ", "
-		}
-		names += p.Name
 	}
-	return names
+	return strings.Join(names, ", ")
 }

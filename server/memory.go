@@ -7,6 +7,8 @@ import (
 	"runtime/debug"
 	"strconv"
 	"strings"
+
+	"github.com/grapnel/grapnel/server/pluginhost"
 )
 
 // memoryPlan divides the memory that the server and its plugins may use between them.
@@ -27,11 +29,14 @@ const (
 	memTables = 4
 	// slotBytes is what an attempt in flight may cost in both processes, body included, as a rule.
 	slotBytes = 512 << 10
+	// gcPercent is lower than Go's 100: without cgo cache and memTables are in the heap, where they cost the collector
+	// nothing and would double what it lets pile up.
+	gcPercent = 60
 )
 
 // planMemory is the division of total bytes; where there is plenty everything has the size at which more is of no use.
 func planMemory(total int64) memoryPlan {
-	p := memoryPlan{total: total, cache: 32 << 20, memTable: 16 << 20, window: 32 << 20, slots: 4096}
+	p := memoryPlan{total: total, cache: 64 << 20, memTable: 16 << 20, window: 32 << 20, slots: 4096}
 	if total <= 0 {
 		return p
 	}
@@ -56,10 +61,41 @@ func (p memoryPlan) withFiles(most uint64) memoryPlan {
 	return p
 }
 
+// confinedShare is what part of the plugins' memory a confined process is told of, and leastConfined the least that it
+// cannot have more than.
+const (
+	confinedShare = 8
+	leastConfined = 512 << 20
+)
+
+// ofPart is what one of the first-party processes is told to keep to, and what it cannot exceed. A receiver that makes a
+// library take more than that ends the process, and not the machine.
+func (p memoryPlan) ofPart(confined bool) (soft uint64, limits pluginhost.Limits) {
+	soft = uint64(max(0, p.plugin))
+	if confined {
+		soft /= confinedShare
+		limits.OpenFiles = uint64(p.slots) + 1024
+	}
+	if soft > 0 {
+		soft = max(soft, 24<<20)
+	}
+	switch {
+	case raceDetector: // it maps far more than it uses
+	case confined:
+		limits.MemoryBytes = max(2*soft, leastConfined)
+	case p.plugin > 0:
+		limits.MemoryBytes = max(2*soft, 2*leastConfined)
+	}
+	return soft, limits
+}
+
 func bounded(n, least, most int64) int64 { return min(max(n, least), most) }
 
-// apply sets this process's soft limit, unless its environment has one.
+// apply sets this process's soft limit and how much garbage may pile up, unless its environment says so.
 func (p memoryPlan) apply() {
+	if os.Getenv("GOGC") == "" {
+		debug.SetGCPercent(gcPercent)
+	}
 	if p.heap > 0 && os.Getenv("GOMEMLIMIT") == "" {
 		debug.SetMemoryLimit(p.heap)
 	}

@@ -47,7 +47,7 @@ func TestMemoryPlanFits(t *testing.T) {
 			t.Errorf("of %d: %+v is %d", total, p, sum)
 		}
 	}
-	if p := planMemory(2 << 30); p.slots != 4096 || p.window != 32<<20 || p.cache != 32<<20 || p.memTable != 16<<20 {
+	if p := planMemory(2 << 30); p.slots != 4096 || p.window != 32<<20 || p.cache != 64<<20 || p.memTable != 16<<20 {
 		t.Errorf("of 2 GiB: %+v", p)
 	}
 	if p := planMemory(256 << 20); p.slots < 256 || p.heap < 80<<20 || p.plugin < 48<<20 {

@@ -47,6 +47,9 @@ type Options struct {
 	PluginDir string
 	// EgressAllow opens private or reserved ranges to deliveries.
 	EgressAllow []netip.Prefix
+	// EgressDeny closes ranges to deliveries whatever is allowed, with a port or without: 10.0.0.0/8, 127.0.0.1/32:7071. The
+	// server's own listeners are always closed.
+	EgressDeny []string
 	// TLSCert and TLSKey are PEM files for the public API.
 	TLSCert, TLSKey string
 	// Insecure allows a public address without TLS and authentication.
@@ -57,12 +60,24 @@ type Options struct {
 	Grace time.Duration
 	// BuiltinPlugin is the command of the process that serves the first-party plugins; default this
 	// executable with the arguments plugin serve.
-	BuiltinPlugin   []string
+	BuiltinPlugin []string
+	// BuiltinParts are the processes that the command is started as, with the part's name as its last argument. Without
+	// any it is started once, as it is.
+	BuiltinParts    []BuiltinPart
 	Version, Commit string
 	// Logger, default none.
 	Logger *slog.Logger
 	// Abandon, when closed, ends the wait for attempts in flight at once.
 	Abandon <-chan struct{}
+}
+
+// BuiltinPart is one process of the bundled plugin.
+type BuiltinPart struct {
+	Name string
+	// Kinds that it offers, and that nobody else may, with the URI schemes that each is the default for.
+	Kinds map[string][]string
+	// Confined has it run with little memory and few files. Of one that is not, readiness depends.
+	Confined bool
 }
 
 // Bounds of EtcdQuota: less does not hold a tenant, more is slow to open and to make anew.

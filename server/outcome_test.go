@@ -168,22 +168,39 @@ func TestDeliverLater(t *testing.T) {
 	}
 }
 
-// TestForbiddenAddress points a name at an address that deliveries may not go to: the check at dial time
-// ends the delivery, and nothing reaches the address.
+// TestForbiddenAddress points a name at an address that deliveries may not go to: nothing reaches the address, and the
+// delivery waits, for what a name means changes.
 func TestForbiddenAddress(t *testing.T) {
 	s := servertest.Start(t, servertest.Options{Adjust: func(o *server.Options) { o.EgressAllow = nil }})
 	s.Namespace("acme")
 	rcv := servertest.NewReceiver(t, nil)
 	s.Subscribe("acme", "inside", strings.Replace(rcv.URL, "127.0.0.1", "localhost", 1), nil)
 	s.Publish("acme", "e1", "order.created", []byte(`{}`))
-	servertest.Await(t, "the delivery to end", func() bool { return open(s, "acme") == 0 })
+	servertest.Await(t, "an attempt", func() bool { return s.Deliveries("acme", "")[0].GetLastAttempt() != nil })
 	d := s.Deliveries("acme", "")[0]
-	if d.GetState() != grapnelv1.Delivery_STATE_REJECTED || !strings.Contains(d.GetLastAttempt().GetError(), "egress policy") {
-		t.Errorf("the delivery ended as %v: %s", d.GetState(), d.GetLastAttempt().GetError())
+	if d.GetState() != grapnelv1.Delivery_STATE_SCHEDULED || !strings.Contains(d.GetLastAttempt().GetError(), "egress policy") {
+		t.Errorf("the delivery is %v: %s", d.GetState(), d.GetLastAttempt().GetError())
 	}
 	if n := len(rcv.Requests()); n != 0 {
 		t.Errorf("%d requests reached a forbidden address", n)
 	}
+}
+
+// TestOwnListenersAreClosed: what is allowed for deliveries is not allowed for the server itself.
+func TestOwnListenersAreClosed(t *testing.T) {
+	s := servertest.Start(t, servertest.Options{Adjust: func(o *server.Options) { o.EgressDeny = []string{"127.0.0.9/32"} }})
+	s.Namespace("acme")
+	for _, uri := range []string{
+		"http://" + s.AdminAddr + "/debug/pprof/profile", "http://" + s.Addr + "/", "http://127.0.0.9:80/", "http://127.5.5.5" + s.AdminAddr[strings.LastIndex(s.AdminAddr, ":"):] + "/",
+	} {
+		_, err := grapnelv1.NewSubscriptionServiceClient(s.Conn).CreateSubscription(t.Context(), &grapnelv1.CreateSubscriptionRequest{
+			Parent: "namespaces/acme", SubscriptionId: "own", Subscription: &grapnelv1.Subscription{Uri: uri},
+		})
+		if err == nil || !strings.Contains(err.Error(), "egress policy") {
+			t.Errorf("%s: %v, want a refusal by egress policy", uri, err)
+		}
+	}
+	s.Subscribe("acme", "other", "http://127.0.0.1:1/", nil)
 }
 
 // TestBrokenPlugin starts a server whose plugin process cannot run: it serves, accepts and keeps.

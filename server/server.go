@@ -130,7 +130,7 @@ func (s *Server) open(ctx context.Context, closers *stack) (err error) {
 	if err := s.openConfig(ctx); err != nil {
 		return err
 	}
-	if s.plugins, err = s.newPlugins(closers); err != nil {
+	if s.plugins, err = s.newPlugins(); err != nil {
 		return err
 	}
 	s.engine = dispatch.New(dispatch.Options{

@@ -33,7 +33,7 @@ func refusal(t *testing.T, dir string, adjust func(*server.Options)) string {
 		t.Fatal(err)
 	}
 	o := server.Options{
-		DataDir: dir, Listen: "127.0.0.1:0", AdminListen: "127.0.0.1:0", BuiltinPlugin: []string{self, "plugin", "serve"},
+		DataDir: dir, Listen: "127.0.0.1:0", AdminListen: "127.0.0.1:0", BuiltinPlugin: []string{self, "plugin", "serve"}, BuiltinParts: servertest.Parts(),
 		Logger: slog.New(slog.NewTextHandler(t.Output(), nil)),
 	}
 	if adjust != nil {
@@ -318,7 +318,7 @@ func TestStopDuringStart(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "data")
 	for after := time.Duration(0); after < 800*time.Millisecond; after += 40 * time.Millisecond {
 		s, err := server.New(server.Options{
-			DataDir: dir, Listen: "127.0.0.1:0", AdminListen: "127.0.0.1:0", BuiltinPlugin: []string{self, "plugin", "serve"},
+			DataDir: dir, Listen: "127.0.0.1:0", AdminListen: "127.0.0.1:0", BuiltinPlugin: []string{self, "plugin", "serve"}, BuiltinParts: servertest.Parts(),
 		})
 		if err != nil {
 			t.Fatal(err)

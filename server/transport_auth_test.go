@@ -136,7 +136,7 @@ func (ts *tokenServer) exercise(t *testing.T, r route) {
 	ts.mu.Lock()
 	ts.knows = func(*http.Request) error { return errors.New("the client is not known any more") }
 	ts.mu.Unlock()
-	r.config["header_timeout"] = "9s" // connections of its own, and tokens
+	r.config["connect_timeout"] = "9s" // connections of its own, and tokens
 	s.over("unknown", ts.receiver, r, oneTry)
 	if a := s.fail("unknown").GetLastAttempt(); !strings.HasSuffix(a.GetError(), "the token endpoint refused the client: invalid_client") {
 		t.Errorf("a client that is not known: %v: %q", a.GetOutcome(), a.GetError())

@@ -138,7 +138,7 @@ func mistakes(t *testing.T, s *stand) {
 		"made by nobody":      {"http", "password", "", "value"},
 		"proxy without colon": {"http", "proxy_credentials", "c4n4ry-proxy", "user:password"},
 		"gRPC token":          {"grpc", "token", "Bearer abcdef", "Bearer"},
-		"gRPC certificate":    {"grpc", "client_certificate", certificate, "private key"},
+		"gRPC certificate":    {"grpc", "client_certificate", certificate + certificate[:len(certificate)-40], "broken off"},
 		"NATS credentials":    {"nats", "credentials", "c4n4ry-creds", "creds"},
 	} {
 		_, err := grapnelv1.NewSecretServiceClient(s.Conn).CreateSecret(t.Context(), &grapnelv1.CreateSecretRequest{

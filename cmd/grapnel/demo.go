@@ -114,7 +114,7 @@ func (d *demo) start(ctx context.Context, dir string, log io.Writer) (stop func(
 		DataDir: filepath.Join(dir, "data"), Listen: "127.0.0.1:0", AdminListen: "127.0.0.1:0",
 		EgressAllow: []netip.Prefix{netip.MustParsePrefix("127.0.0.0/8")},
 		Grace:       2 * time.Second, Abandon: d.c.abandon, NodeName: "demo",
-		Version: build.number, Commit: build.commit,
+		Version: build.number, Commit: build.commit, BuiltinParts: builtinParts(),
 		Logger: slog.New(slog.NewTextHandler(log, &slog.HandlerOptions{Level: slog.LevelWarn})),
 	})
 	if err != nil {

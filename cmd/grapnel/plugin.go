@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"iter"
+	"runtime/debug"
 	"strconv"
 	"strings"
 	"time"
@@ -16,7 +17,7 @@ import (
 	firstparty "github.com/grapnel/grapnel/plugins"
 	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
 	"github.com/grapnel/grapnel/sdk/client"
-	"github.com/grapnel/grapnel/sdk/plugin"
+	"github.com/grapnel/grapnel/server"
 )
 
 func newPluginCommand(c *cli) *cobra.Command {
@@ -237,13 +238,26 @@ func newPluginValidate(c *cli) *cobra.Command {
 	return cmd
 }
 
+// mostThreads of a first-party process: it starts no others, and a thread waits for a disk or a name server only.
+const mostThreads = 2000
+
+// builtinParts are the processes of the bundled plugin, as the server takes them.
+func builtinParts() []server.BuiltinPart {
+	var parts []server.BuiltinPart
+	for _, p := range firstparty.Parts() {
+		parts = append(parts, server.BuiltinPart{Name: p.Name, Kinds: p.Names(), Confined: p.Confined})
+	}
+	return parts
+}
+
 // newPluginServe is what the server starts this binary as; people have no use for it.
 func newPluginServe(c *cli) *cobra.Command {
 	return &cobra.Command{
-		Use: "serve", Short: "Serve the first-party plugins to a Grapnel server", Hidden: true, Args: cobra.NoArgs,
-		RunE: func(*cobra.Command, []string) error {
+		Use: "serve [part]", Short: "Serve the first-party plugins, or a part of them, to a Grapnel server", Hidden: true, Args: cobra.MaximumNArgs(1),
+		RunE: func(_ *cobra.Command, args []string) error {
 			c.releaseSignals() // the SDK decides what ends a plugin
-			return plugin.Serve("grapnel", version().number, firstparty.Kinds()...)
+			debug.SetMaxThreads(mostThreads)
+			return firstparty.Serve(strings.Join(args, ""), version().number)
 		},
 	}
 }

@@ -16,6 +16,7 @@ import (
 	"github.com/spf13/cobra"
 	"gopkg.in/yaml.v3"
 
+	"github.com/grapnel/grapnel/sdk/plugin"
 	"github.com/grapnel/grapnel/server"
 )
 
@@ -25,6 +26,7 @@ type serverFlags struct {
 	options       server.Options
 	passwordFile  string // of the external etcd
 	egressAllow   []string
+	egressDeny    []string
 	logLevel      string
 	logFormat     string
 	config        string
@@ -86,6 +88,7 @@ func (f *serverFlags) register(cmd *cobra.Command) {
 	flags.IntVar(&o.Slots, "slots", 0, "attempts in flight over all subscriptions; 0 follows --memory, 4096 at the most")
 	flags.StringVar(&o.PluginDir, "plugin-dir", "", "`directory` of third-party plugins")
 	flags.StringSliceVar(&f.egressAllow, "egress-allow", nil, "private or reserved `ranges` that deliveries may go to, such as 127.0.0.0/8")
+	flags.StringSliceVar(&f.egressDeny, "egress-deny", nil, "`ranges` that deliveries may not go to whatever is allowed, with a port or without, such as 64:ff9b:1::/48 or 10.0.0.5:443")
 	flags.StringVar(&o.TLSCert, "tls-cert", "", "PEM `file` of the public API's certificate")
 	flags.StringVar(&o.TLSKey, "tls-key", "", "PEM `file` of the public API's key")
 	flags.BoolVar(&o.Insecure, "insecure", false, "allow an address that others can reach without TLS and authentication")
@@ -117,6 +120,14 @@ func (f *serverFlags) complete(cmd *cobra.Command, c *cli) error {
 			continue
 		}
 		f.options.EgressAllow = append(f.options.EgressAllow, prefix)
+	}
+	for _, text := range f.egressDeny {
+		rule, err := parseRule(text)
+		if err != nil {
+			faults = append(faults, err)
+			continue
+		}
+		f.options.EgressDeny = append(f.options.EgressDeny, rule)
 	}
 	password, err := f.password(c)
 	if err != nil {
@@ -192,6 +203,20 @@ func parsePrefix(text string) (netip.Prefix, error) {
 	return prefix.Masked(), nil
 }
 
+// parseRule reads a range or a single address, either with a port behind it or without.
+func parseRule(text string) (string, error) {
+	text = strings.TrimSpace(text)
+	rule := plugin.EgressRule{}
+	if at, err := netip.ParseAddrPort(text); err == nil {
+		rule.Range, rule.Port = netip.PrefixFrom(at.Addr(), at.Addr().BitLen()), at.Port()
+	} else if addr, err := netip.ParseAddr(text); err == nil {
+		rule.Range = netip.PrefixFrom(addr, addr.BitLen())
+	} else if rule, err = plugin.ParseEgressRule(text); err != nil {
+		return "", fmt.Errorf("egress-deny: %w", err)
+	}
+	return rule.String(), nil
+}
+
 func newLogger(w io.Writer, level, format string) (*slog.Logger, error) {
 	var l slog.Level
 	if err := l.UnmarshalText([]byte(level)); err != nil {
@@ -209,6 +234,7 @@ func newLogger(w io.Writer, level, format string) (*slog.Logger, error) {
 
 // runServer runs a server until ctx ends, and prints the ready line in between.
 func runServer(ctx context.Context, c *cli, o server.Options) error {
+	o.BuiltinParts = builtinParts()
 	s, err := server.New(o)
 	if err != nil {
 		return usageError{err}

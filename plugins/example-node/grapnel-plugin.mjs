@@ -64,10 +64,15 @@ export class Request {
   }
 }
 
-// Egress: public addresses are open on ports 80, 443, 8080 and 8443; the server's allow list on every port.
+// Egress: public addresses are open on ports 80, 443, 8080 and 8443; the server's allow list on every
+// port, its deny list never.
 export class Egress {
-  constructor(allow = []) {
+  constructor(allow = [], deny = []) {
     this.open = blockList(allow);
+    this.denied = deny.map((rule) => {
+      const [, range, port] = /^([^/]*\/\d+)(?::(\d+))?$/.exec(rule);
+      return { list: blockList([range]), port: Number(port ?? 0) };
+    });
     this.closed = blockList([
       "0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12", "192.0.0.0/24",
       "192.0.2.0/24", "192.88.99.0/24", "192.168.0.0/16", "198.18.0.0/15", "198.51.100.0/24", "203.0.113.0/24",
@@ -79,6 +84,7 @@ export class Egress {
   allows(address, port) {
     const plain = address.split("%")[0].replace(/^::ffff:(?=\d+\.)/i, "");
     const family = net.isIPv6(plain) ? "ipv6" : "ipv4";
+    if (this.denied.some((d) => (d.port === 0 || d.port === port) && d.list.check(plain, family))) return false;
     if (this.open.check(plain, family)) return true;
     return [80, 443, 8080, 8443].includes(port) && !this.closed.check(plain, family);
   }
@@ -191,7 +197,7 @@ export class Plugin {
   }
 
   #configure({ settings, instances }) {
-    if (settings) [this.#egress, this.#agent] = [new Egress(settings.egress_allow), settings.user_agent];
+    if (settings) [this.#egress, this.#agent] = [new Egress(settings.egress_allow, settings.egress_deny), settings.user_agent];
     const statuses = instances.map((given) => {
       const newest = this.#newest.get(given.id) ?? { generation: 0n, refs: new Set() };
       if (BigInt(given.generation) < newest.generation) {

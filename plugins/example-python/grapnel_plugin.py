@@ -138,14 +138,21 @@ class Target:
 
 
 class Egress:
-    """Public addresses are open on ports 80, 443, 8080 and 8443; the server's allow list on every port."""
+    """Public addresses are open on ports 80, 443, 8080 and 8443; the server's allow list on every port, its deny list never."""
 
-    def __init__(self, allow=()):
+    def __init__(self, allow=(), deny=()):
         self.allow = [ipaddress.ip_network(p) for p in allow]
+        self.deny = []  # (range, port or 0)
+        for rule in deny:
+            address, rest = rule.split("/", 1)
+            bits, _, port = rest.partition(":")
+            self.deny.append((ipaddress.ip_network(f"{address}/{bits}"), int(port or 0)))
 
     def allows(self, host, port):
         ip = ipaddress.ip_address(host.split("%")[0])
         carried = [ip] + [i for i in (getattr(ip, n, None) for n in ("ipv4_mapped", "sixtofour")) if i]
+        if any(i in n and p in (0, port) for i in carried for n, p in self.deny if i.version == n.version):
+            return False
         if any(i in n for i in carried for n in self.allow if i.version == n.version):
             return True
         return port in (80, 443, 8080, 8443) and all(i.is_global and not i.is_multicast for i in carried)
@@ -327,7 +334,7 @@ class Plugin:
         out = self._pb["ConfigureResponse"]()
         with self._lock:
             if request.HasField("settings"):
-                self._egress, self._agent = Egress(request.settings.egress_allow), request.settings.user_agent
+                self._egress, self._agent = Egress(request.settings.egress_allow, request.settings.egress_deny), request.settings.user_agent
             for given in request.instances:
                 status = out.statuses.add(ref=given.ref)
                 newest, refs = self._newest.get(given.id, (0, set()))

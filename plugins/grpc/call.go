@@ -51,7 +51,7 @@ func (c *call) do(ctx context.Context, m *receiverv1.DeliverRequest) (*plugin.Re
 	}
 	switch deadline, _ := ctx.Deadline(); {
 	case p.answered.Load() && st.Code() == codes.DeadlineExceeded && time.Until(deadline) < clockSkew:
-		return nil, outdated(peer)
+		return nil, outbound.Late(plugin.Sent, peer) // the receiver gave up at the deadline that it was told
 	case p.answered.Load():
 		return response(st, c.secret, c.keep, peer), nil
 	case ctx.Err() != nil, st.Code() == codes.DeadlineExceeded:
@@ -66,7 +66,7 @@ func (c *call) do(ctx context.Context, m *receiverv1.DeliverRequest) (*plugin.Re
 	case state == plugin.NotSent:
 		return nil, outbound.Unfit("gRPC did not take the call: " + st.Code().String())
 	case c.link.conn.Broke() != nil:
-		return nil, outbound.Lost(peer)
+		return nil, outbound.Lost(plugin.MaybeSent, peer)
 	}
 	return nil, &plugin.Failure{
 		Source: plugin.SourceEndpoint, Code: plugin.CodeProtocol, WireState: plugin.MaybeSent, Peer: peer,
@@ -81,13 +81,6 @@ func interrupted(ctx context.Context, state plugin.WireState, peer string) *plug
 		f.Message = "the receiver took no more calls on the connection"
 	}
 	return f
-}
-
-// outdated is a receiver that gave up at the deadline that it was told.
-func outdated(peer string) *plugin.Failure {
-	return &plugin.Failure{
-		Source: plugin.SourceEndpoint, Code: plugin.CodeTimeout, WireState: plugin.Sent, Peer: peer, Message: "no answer in time",
-	}
 }
 
 // follower is a stats.Handler that notes how far each call has come. gRPC's own retry is of calls that the

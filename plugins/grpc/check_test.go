@@ -37,7 +37,8 @@ func TestConfigIsCheckedInWords(t *testing.T) {
 		"unknown field":           {uri: "grpcs://hooks.example.com", config: map[string]any{"retries": 3}, want: []string{"config.unknown_field /config/retries"}},
 		"authority is no PEM":     {uri: "grpcs://hooks.example.com", secrets: map[string][]string{"ca": {"nonsense"}}, want: []string{"secret.malformed /secrets/ca"}},
 		"authority with a key":    {uri: "grpcs://hooks.example.com", secrets: map[string][]string{"ca": {ca.PEM + pair.Key}}, want: []string{"secret.malformed /secrets/ca"}},
-		"certificate without key": {uri: "grpcs://hooks.example.com", secrets: map[string][]string{"client_certificate": {pair.Cert}}, want: []string{"secret.malformed /secrets/client_certificate"}},
+		"certificate without key": {uri: "grpcs://hooks.example.com", secrets: map[string][]string{"client_certificate": {pair.Cert}}, want: []string{"certificate.key /secrets/client_certificate"}},
+		"certificate and its key": {uri: "grpcs://hooks.example.com", secrets: map[string][]string{"client_certificate": {pair.Cert}, "client_key": {pair.Key}}},
 		"another's key":           {uri: "grpcs://hooks.example.com", secrets: map[string][]string{"client_certificate": {pair.Cert + ca.Issue().Key}}, want: []string{"secret.malformed /secrets/client_certificate"}},
 		"token with its scheme":   {uri: "grpcs://hooks.example.com", secrets: map[string][]string{"token": {"Bearer t0ken-of-mine"}}, want: []string{"secret.malformed /secrets/token"}},
 	}

@@ -35,7 +35,8 @@ type Config struct {
 	ConnectTimeout    plugin.Duration `json:"connect_timeout" doc:"Longest time for looking up the name, connecting and both handshakes." default:"5s" minimum:"100ms" maximum:"60s"`
 	TLS               TLS             `json:"tls" doc:"For grpcs URIs."`
 	CA                plugin.Secret   `slot:"ca" doc:"Authorities that the receiver's certificate may be by, instead of the system's. PEM."`
-	ClientCertificate plugin.Secret   `slot:"client_certificate" doc:"Certificate chain and private key to show to the receiver. PEM."`
+	ClientCertificate plugin.Secret   `slot:"client_certificate" doc:"Certificate chain, the leaf first, with its private key unless client_key holds that, to show to the receiver. PEM."`
+	ClientKey         plugin.Secret   `slot:"client_key" doc:"Private key of client_certificate, PEM."`
 	Token             plugin.Secret   `slot:"token" doc:"Sent as metadata: authorization: Bearer TOKEN."`
 }
 
@@ -58,15 +59,18 @@ func kind(pool *links) plugin.Kind {
 		}
 		return i.attempt, nil
 	}
-	return plugin.Transport("grpc", build,
+	options := append(outbound.Formats(),
 		plugin.Doc("Calls grapnel.receiver.v1.ReceiverService/Deliver over gRPC"),
 		plugin.Schemes("grpc", "grpcs"),
 		plugin.MaxBody(maxBody),
 		plugin.Example(map[string]any{"connect_timeout": "10s", "tls": map[string]any{"server_name": "hooks.example.com"}}),
-		plugin.Format("ca", outbound.AuthoritiesFormat()),
-		plugin.Format("client_certificate", outbound.PairFormat()),
 		plugin.Format("token", tokenFormat()),
 		plugin.Check(check))
+	return plugin.Transport("grpc", build, options...)
+}
+
+func (c Config) material() outbound.Material {
+	return outbound.Material{CA: c.CA, Certificate: c.ClientCertificate, Key: c.ClientKey}
 }
 
 // parse takes URIs of the form grpc(s)://host[:port][/path].
@@ -82,7 +86,7 @@ func check(c Config, t plugin.Target) []plugin.Problem {
 	}
 	problems := address.Check(t.Egress)
 	if address.Scheme == "grpcs" {
-		return problems
+		return append(problems, c.material().Check(time.Now())...)
 	}
 	problems = append(problems, address.Plaintext("grpcs"))
 	unused := func(pointer string) {
@@ -98,6 +102,9 @@ func check(c Config, t plugin.Target) []plugin.Problem {
 	}
 	if !c.ClientCertificate.Empty() {
 		unused("/secrets/client_certificate")
+	}
+	if !c.ClientKey.Empty() {
+		unused("/secrets/client_key")
 	}
 	if !c.Token.Empty() {
 		problems = append(problems, plugin.Problem{

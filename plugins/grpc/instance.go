@@ -44,7 +44,7 @@ func newInstance(pool *links, c Config, t plugin.Target) (*instance, error) {
 	}
 	d := &dialler{egress: egress, settings: settings{
 		scheme: address.Scheme, address: address.String(), authority: address.URL.Host, connect: c.ConnectTimeout.Std(),
-		egress: egress.String(), agent: t.UserAgent, credential: outbound.FingerprintOf(c.CA, c.ClientCertificate, c.Token),
+		egress: egress.String(), agent: t.UserAgent, credential: outbound.FingerprintOf(c.CA, c.ClientCertificate, c.ClientKey, c.Token),
 	}}
 	if c.TLS.ServerName != "" {
 		d.settings.authority = c.TLS.ServerName
@@ -54,7 +54,7 @@ func newInstance(pool *links, c Config, t plugin.Target) (*instance, error) {
 		if name == "" {
 			name = address.Host
 		}
-		if d.tls, err = outbound.TLSConfig(name, c.CA, c.ClientCertificate); err != nil {
+		if d.tls, err = c.material().TLSConfig(name); err != nil {
 			return nil, err
 		}
 		d.tls.NextProtos = []string{"h2"}

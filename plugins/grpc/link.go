@@ -51,7 +51,7 @@ func (l *link) Close() { _ = l.client.Close() }
 func (d *dialler) dial() (*link, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), d.settings.connect)
 	defer cancel()
-	conn, err := outbound.Dial(ctx, d.egress, d.settings.address)
+	conn, err := outbound.Dialer{Egress: d.egress}.Dial(ctx, d.settings.address)
 	if err != nil {
 		return nil, err
 	}

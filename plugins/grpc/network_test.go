@@ -185,7 +185,8 @@ func TestEgressIsAskedAboutTheResolvedAddress(t *testing.T) {
 	}})
 	_, err = deliver(t, inst)
 	wantFailure(t, err, plugin.Failure{
-		Source: plugin.SourcePolicy, Code: plugin.CodeEgress, Message: "blocked by egress policy", WireState: plugin.NotSent,
+		Source: plugin.SourceEndpoint, Code: plugin.CodeDNS, Message: "the host name does not exist, or egress policy forbids every address it has",
+		WireState: plugin.NotSent,
 	})
 	if n := r.connections(); n != 0 {
 		t.Errorf("%d connections in spite of the policy", n)

@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/grapnel/grapnel/plugins/internal/outbound"
 	"github.com/grapnel/grapnel/plugins/oauth2"
 	"github.com/grapnel/grapnel/sdk/plugin"
 )
@@ -95,12 +96,13 @@ func (i *instance) onWire(t *target) *target {
 	if i.auth.query == "" {
 		return t
 	}
-	out, u := *t, *t.url
+	out, address, u := *t, *t.Address, *t.URL
 	if u.RawQuery != "" {
 		u.RawQuery += "&"
 	}
 	u.RawQuery += i.auth.query
-	out.url, out.path = &u, u.RequestURI()
+	address.URL = &u
+	out.Address, out.path = &address, u.RequestURI()
 	return &out
 }
 
@@ -161,7 +163,7 @@ func checkAuth(c Config, u *target, headers []plugin.Header) []plugin.Problem {
 			})
 		}
 	}
-	if c.Auth.Type != "" && c.Auth.Type != authNone && u != nil && u.scheme == "http" {
+	if c.Auth.Type != "" && c.Auth.Type != authNone && u != nil && u.Scheme == "http" {
 		problems = append(problems, plugin.Problem{
 			Pointer: "/config/auth/type", Code: "auth.plaintext", Warning: true,
 			Summary: "the URI begins with http://: everyone on the way can read the credentials; use https",
@@ -228,7 +230,7 @@ func checkAuthSlots(c Config) []plugin.Problem {
 		case s.needed && s.secret.Empty():
 			problems = append(problems, missing(s.slot, kind))
 		case !s.needed && !s.secret.Empty():
-			problems = append(problems, unused(s.slot, kind+" does not need it"))
+			problems = append(problems, outbound.Unused(s.slot, kind+" does not need it"))
 		}
 	}
 	if oauth && method == oauth2.TLSClientAuth && c.ClientCertificate.Empty() {
@@ -257,7 +259,7 @@ func checkAPIKey(a Auth, u *target) []plugin.Problem {
 			p.Summary = fmt.Sprintf("the header %s says something else about each request; want one of the receiver's own, such as x-api-key", name)
 			return []plugin.Problem{p}
 		}
-	case a.Name != "" && u != nil && u.url.Query().Has(a.Name):
+	case a.Name != "" && u != nil && u.URL.Query().Has(a.Name):
 		p.Summary = fmt.Sprintf("the URI has a query parameter %q already; take it out there", a.Name)
 		return []plugin.Problem{p}
 	}
@@ -292,7 +294,7 @@ func checkTokens(c Config, egress *plugin.Egress) []plugin.Problem {
 		p.Pointer, p.Code = pointer, strings.Replace(p.Code, "uri.", "token_url.", 1)
 		problems = append(problems, p)
 	}
-	if u.scheme == "http" {
+	if u.Scheme == "http" {
 		problems = append(problems, plugin.Problem{
 			Pointer: pointer, Code: "token_url.plaintext", Warning: true,
 			Summary: "everyone on the way can read the client's credentials; use https",

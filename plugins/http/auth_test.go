@@ -62,7 +62,7 @@ func TestCredentialsOnTheWire(t *testing.T) {
 		{"query", auth("type", "api_key", "in", "query", "name", "k&"), map[string][]string{"api_key": {canary}}, "X-Api-Key", "", "/hook?a=1&k%26=c4n4ry+s3cret%2F%2B%25"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			bothClients(t, func(t *testing.T, c client) {
+			direct(t, func(t *testing.T, c client) {
 				var got *http.Request
 				srv := httptest.NewServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) { got = r }))
 				t.Cleanup(srv.Close)
@@ -97,7 +97,7 @@ func TestCredentialsOnTheWire(t *testing.T) {
 }
 
 func TestCredentialCutOffInABody(t *testing.T) {
-	bothClients(t, func(t *testing.T, c client) {
+	direct(t, func(t *testing.T, c client) {
 		srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 			w.WriteHeader(http.StatusTeapot)
 			_, _ = io.WriteString(w, strings.Repeat("x", 4085)+r.Header.Get("X-Api-Key"))
@@ -126,11 +126,11 @@ func TestNoSecretInFailures(t *testing.T) {
 			map[string][]string{"client_secret": {"c4n4ry"}},
 		},
 	}
-	bothClients(t, func(t *testing.T, c client) {
+	direct(t, func(t *testing.T, c client) {
 		h := c.harness(t)
 		targets := []string{
 			"http://127.0.0.1:1/", "https://127.0.0.1:1/", "http://no-such-name.invalid/", once(t, "").url, once(t, "c4n4ry\r\n\r\n").url,
-			once(t, "HTTP/1.1 200 c4n4ry\r\nc4n4ry\r\n\r\n").url, "https" + strings.TrimPrefix(once(t, "c4n4ry").url, "http"),
+			once(t, "HTTP/1.1 103 c4n4ry\r\nc4n4ry\r\n\r\n").url, "https" + strings.TrimPrefix(once(t, "c4n4ry").url, "http"),
 		}
 		for name, cred := range credentials {
 			for _, uri := range targets {
@@ -150,7 +150,7 @@ func TestSignersKeepTheirHeaders(t *testing.T) {
 			return nil
 		}, nil
 	}, plugin.Emits("authorization"))
-	bothClients(t, func(t *testing.T, c client) {
+	direct(t, func(t *testing.T, c client) {
 		var got atomic.Value
 		srv := httptest.NewServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
 			got.Store(r.Header.Values("Authorization"))
@@ -178,7 +178,7 @@ func TestSignersKeepTheirHeaders(t *testing.T) {
 }
 
 func TestShapedBodiesPassUntouched(t *testing.T) {
-	bothClients(t, func(t *testing.T, c client) {
+	direct(t, func(t *testing.T, c client) {
 		var body []byte
 		var header http.Header
 		srv := httptest.NewServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
@@ -239,7 +239,7 @@ func (g *grants) instance(uri string) plugintest.Instance {
 }
 
 func TestTokensAreFetchedOnceAndRenewedOnce(t *testing.T) {
-	bothClients(t, func(t *testing.T, c client) {
+	direct(t, func(t *testing.T, c client) {
 		g := newGrants(t)
 		h := c.harness(t)
 		// Two subscriptions of one client share its token.
@@ -272,7 +272,7 @@ func TestTokensAreFetchedOnceAndRenewedOnce(t *testing.T) {
 }
 
 func TestRefusedTwiceIsTheAnswer(t *testing.T) {
-	bothClients(t, func(t *testing.T, c client) {
+	direct(t, func(t *testing.T, c client) {
 		g := newGrants(t)
 		g.refuse.Store(true)
 		resp, err := attempt(t, c.harness(t).Configure(g.instance(g.receiver.URL)))
@@ -298,7 +298,7 @@ func TestRefusedTwiceIsTheAnswer(t *testing.T) {
 }
 
 func TestTokenEndpointIsGuardedAsReceiversAre(t *testing.T) {
-	bothClients(t, func(t *testing.T, c client) {
+	direct(t, func(t *testing.T, c client) {
 		g := newGrants(t)
 		in := g.instance("https://1.1.1.1/")
 		in.Target.Egress = plugin.NewEgress(nil)
@@ -308,7 +308,7 @@ func TestTokenEndpointIsGuardedAsReceiversAre(t *testing.T) {
 		}
 		// A name gives nothing away when it is saved, so it must be caught when it is dialled.
 		in.Config = auth("type", "oauth2", "token_url", strings.Replace(g.endpoint.URL, "127.0.0.1", "localhost", 1), "client_id", "a")
-		p := newPools(c.direct)
+		p := newPools()
 		i, err := newInstance(p, Config{
 			Method: "POST", ConnectTimeout: 5e9, TLSTimeout: 5e9, HeaderTimeout: 5e9, ClientSecret: plugin.NewSecret(canary),
 			Auth: Auth{Type: authOAuth2, ClientID: "a", TokenURL: strings.Replace(g.endpoint.URL, "127.0.0.1", "localhost", 1)},
@@ -318,7 +318,7 @@ func TestTokenEndpointIsGuardedAsReceiversAre(t *testing.T) {
 		}
 		req := event()
 		_, err = i.attempt(within(t, 10*time.Second), &req)
-		if f := wantFailure(t, err, plugin.CodeEgress, plugin.NotSent); f.Source != plugin.SourcePolicy || f.Message != "token endpoint: blocked by egress policy" {
+		if f := wantFailure(t, err, plugin.CodeDNS, plugin.NotSent); f.Source != plugin.SourceEndpoint || !strings.HasPrefix(f.Message, "token endpoint: the host name does not exist, or egress") {
 			t.Errorf("%+v", *f)
 		}
 		if g.issued.Load() != 0 {
@@ -329,7 +329,7 @@ func TestTokenEndpointIsGuardedAsReceiversAre(t *testing.T) {
 
 func TestTokenByClientCertificate(t *testing.T) {
 	ca := newAuthority(t)
-	bothClients(t, func(t *testing.T, c client) {
+	direct(t, func(t *testing.T, c client) {
 		uri, clients, _ := mutual(t, ca, 0, false) // answers 200 with nothing in it
 		config := auth("type", "oauth2", "token_url", uri, "client_id", "a", "client_auth", "tls_client_auth")
 		inst := c.harness(t).Configure(secret("http://127.0.0.1:1/", config, map[string][]string{
@@ -346,7 +346,7 @@ func TestTokenByClientCertificate(t *testing.T) {
 }
 
 func TestSlowTokenEndpointEndsAtTheDeadline(t *testing.T) {
-	bothClients(t, func(t *testing.T, c client) {
+	direct(t, func(t *testing.T, c client) {
 		g := newGrants(t)
 		release := make(chan struct{})
 		slow := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) { <-release }))

@@ -5,6 +5,7 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"crypto/x509/pkix"
+	"encoding/asn1"
 	"encoding/pem"
 	"fmt"
 	"math/big"
@@ -17,9 +18,12 @@ import (
 	"testing"
 	"time"
 
+	"github.com/grapnel/grapnel/plugins/internal/outbound"
 	"github.com/grapnel/grapnel/sdk/plugin"
 	"github.com/grapnel/grapnel/sdk/plugintest"
 )
+
+const day = 24 * time.Hour
 
 // leaf makes a certificate for clients and servers, valid for names and for 127.0.0.1.
 func (a *authority) leaf(t *testing.T, from, until time.Time, names ...string) (certificate, key string) {
@@ -84,7 +88,7 @@ func TestClientCertificateIsPresented(t *testing.T) {
 	ca := newAuthority(t)
 	for name, http2 := range map[string]bool{"HTTP/1.1": false, "HTTP/2": true} {
 		t.Run(name, func(t *testing.T) {
-			bothClients(t, func(t *testing.T, c client) {
+			direct(t, func(t *testing.T, c client) {
 				uri, clients, accepted := mutual(t, ca, 0, http2)
 				h := c.harness(t)
 				alone, key := ca.leaf(t, time.Now().Add(-time.Hour), time.Now().Add(day*30), "two slots")
@@ -128,7 +132,7 @@ func halfNew(t *testing.T, ca *authority) string {
 
 func TestConnectionsBelongToOneCredential(t *testing.T) {
 	ca := newAuthority(t)
-	bothClients(t, func(t *testing.T, c client) {
+	direct(t, func(t *testing.T, c client) {
 		uri, clients, accepted := mutual(t, ca, 0, false)
 		h := c.harness(t)
 		configure := func(secrets map[string][]string, config any) *plugintest.Configured {
@@ -170,7 +174,7 @@ func TestClientCertificateFailures(t *testing.T) {
 	future, futureKey := ca.leaf(t, time.Now().Add(24*time.Hour), time.Now().Add(48*time.Hour), "future")
 	for version, number := range map[string]uint16{"1.2": tls.VersionTLS12, "1.3": tls.VersionTLS13} {
 		t.Run(version, func(t *testing.T) {
-			bothClients(t, func(t *testing.T, c client) {
+			direct(t, func(t *testing.T, c client) {
 				uri, clients, _ := mutual(t, ca, number, false)
 				h := c.harness(t)
 				for _, tt := range []struct{ name, certificate, message, lost string }{
@@ -210,7 +214,7 @@ func TestClientCertificateFailures(t *testing.T) {
 
 func TestTrustAndNames(t *testing.T) {
 	ca, other := newAuthority(t), newAuthority(t)
-	bothClients(t, func(t *testing.T, c client) {
+	direct(t, func(t *testing.T, c client) {
 		certificate, key := ca.leaf(t, time.Now().Add(-time.Hour), time.Now().Add(time.Hour), "hooks.test")
 		pair, err := tls.X509KeyPair([]byte(certificate), []byte(key))
 		if err != nil {
@@ -263,26 +267,30 @@ func TestCertificateFormats(t *testing.T) {
 		value string
 		want  string // in the error; empty when it is taken
 	}{
-		{"certificate and key", readClientCertificate, certificate + key, ""},
-		{"key first", readClientCertificate, key + certificate, ""},
-		{"chain", readClientCertificate, certificate + ca.pem() + key, ""},
-		{"certificate alone", readClientCertificate, "subject: a\n" + certificate, ""},
-		{"wrong order", readClientCertificate, ca.pem() + certificate, "before its chain"},
-		{"another's key", readClientCertificate, certificate + otherKey, "does not belong"},
-		{"two keys", readClientCertificate, certificate + key + otherKey, "two private keys"},
-		{"key alone", readClientCertificate, key, "no certificate"},
-		{"no PEM", readClientCertificate, "hunter2", "no certificate"},
-		{"broken certificate", readClientCertificate, block("CERTIFICATE", []byte("hunter2")), "certificate 1 cannot be read"},
-		{"broken key", readClientCertificate, certificate + block("PRIVATE KEY", []byte("hunter2")), "private key cannot be read"},
-		{"encrypted key", readClientCertificate, certificate + block("ENCRYPTED PRIVATE KEY", []byte("hunter2")), "passphrase"},
-		{"cut off", readClientCertificate, certificate + key[:len(key)-20], "broken off"},
-		{"something else", readClientCertificate, block("CERTIFICATE REQUEST", []byte("hunter2")), "neither"},
-		{"key", readClientKey, key, ""},
-		{"key with certificate", readClientKey, certificate + key, "slot client_certificate"},
-		{"no key", readClientKey, "hunter2", "no private key"},
-		{"authorities", readCA, ca.pem() + other, ""},
-		{"authority with key", readCA, ca.pem() + key, "private key in it"},
-		{"no authority", readCA, "", "no certificate"},
+		{"certificate and key", outbound.ReadClientCertificate, certificate + key, ""},
+		{"key first", outbound.ReadClientCertificate, key + certificate, ""},
+		{"chain", outbound.ReadClientCertificate, certificate + ca.pem() + key, ""},
+		{"certificate alone", outbound.ReadClientCertificate, "subject: a\n" + certificate, ""},
+		{"wrong order", outbound.ReadClientCertificate, ca.pem() + certificate, "before its chain"},
+		{"another's key", outbound.ReadClientCertificate, certificate + otherKey, "does not belong"},
+		{"two keys", outbound.ReadClientCertificate, certificate + key + otherKey, "two private keys"},
+		{"key alone", outbound.ReadClientCertificate, key, "no certificate"},
+		{"no PEM", outbound.ReadClientCertificate, "hunter2", "no certificate"},
+		{"broken certificate", outbound.ReadClientCertificate, block("CERTIFICATE", []byte("hunter2")), "certificate 1 cannot be read"},
+		{"broken key", outbound.ReadClientCertificate, certificate + block("PRIVATE KEY", []byte("hunter2")), "private key is not taken"},
+		{"encrypted key", outbound.ReadClientCertificate, certificate + block("ENCRYPTED PRIVATE KEY", []byte("hunter2")), "passphrase"},
+		{"cut off", outbound.ReadClientCertificate, certificate + key[:len(key)-20], "broken off"},
+		{"something else", outbound.ReadClientCertificate, block("CERTIFICATE REQUEST", []byte("hunter2")), "neither"},
+		{"key", outbound.ReadClientKey, key, ""},
+		{"key with certificate", outbound.ReadClientKey, certificate + key, "slot client_certificate"},
+		{"no key", outbound.ReadClientKey, "hunter2", "no private key"},
+		{"huge key", outbound.ReadClientCertificate, certificate + hugeKey(t), "at most 8192"},
+		{"huge key alone", outbound.ReadClientKey, hugeKey(t), "at most 8192"},
+		{"long chain", outbound.ReadClientCertificate, strings.Repeat(certificate, 11) + key, "more than 10 certificates"},
+		{"many authorities", outbound.ReadCA, strings.Repeat(ca.pem(), 101), "more than 100 certificates"},
+		{"authorities", outbound.ReadCA, ca.pem() + other, ""},
+		{"authority with key", outbound.ReadCA, ca.pem() + key, "private key in it"},
+		{"no authority", outbound.ReadCA, "", "no certificate"},
 	} {
 		_, err := tt.read([]byte(tt.value))
 		switch {
@@ -292,15 +300,34 @@ func TestCertificateFormats(t *testing.T) {
 			t.Errorf("%s: %v shows the value", tt.name, err)
 		}
 	}
-	info, err := readClientCertificate([]byte(certificate + key))
+	info, err := outbound.ReadClientCertificate([]byte(certificate + key))
 	if err != nil || !strings.HasPrefix(info.Algorithm, "x509, not after 20") || info.PublicKey != certificate || info.KeyID == "" {
 		t.Errorf("%+v, %v", info, err)
 	}
 	// What a secret holds is shown to nobody, and here that is the certificate.
-	info, err = readClientCertificate([]byte(certificate))
+	info, err = outbound.ReadClientCertificate([]byte(certificate))
 	if err != nil || info.PublicKey != "" || info.KeyID == "" {
 		t.Errorf("without a key: %+v, %v", info, err)
 	}
+}
+
+// hugeKey is an RSA key of 19630 bits, with which a handshake would take seconds: two Mersenne primes.
+func hugeKey(t *testing.T) string {
+	t.Helper()
+	mersenne := func(n uint) *big.Int { return new(big.Int).Sub(new(big.Int).Lsh(big.NewInt(1), n), big.NewInt(1)) }
+	one, e, p, q := big.NewInt(1), big.NewInt(65537), mersenne(9689), mersenne(9941)
+	p1, q1 := new(big.Int).Sub(p, one), new(big.Int).Sub(q, one)
+	d := new(big.Int).ModInverse(e, new(big.Int).Mul(p1, q1))
+	der, err := asn1.Marshal(struct {
+		Version                    int
+		N                          *big.Int
+		E                          int
+		D, P, Q, ExpP, ExpQ, Coeff *big.Int
+	}{0, new(big.Int).Mul(p, q), 65537, d, p, q, new(big.Int).Mod(d, p1), new(big.Int).Mod(d, q1), new(big.Int).ModInverse(q, p)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return block("RSA PRIVATE KEY", der)
 }
 
 func TestCheckCertificates(t *testing.T) {
@@ -338,7 +365,7 @@ func TestCheckCertificates(t *testing.T) {
 }
 
 func TestPoolsOfOldCredentialsGo(t *testing.T) {
-	p := newPools(true)
+	p := newPools()
 	for n := range 2000 {
 		config := defaults()
 		config.Auth.Type, config.Token = authBearer, plugin.NewSecret(fmt.Sprint("token-", n))

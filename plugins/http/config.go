@@ -9,7 +9,7 @@ type Config struct {
 	Method         string          `json:"method" doc:"HTTP method." default:"POST" enum:"POST,PUT,PATCH"`
 	ConnectTimeout plugin.Duration `json:"connect_timeout" doc:"Longest time for looking up the name and connecting, through a proxy where there is one." default:"5s" minimum:"100ms" maximum:"60s"`
 	TLSTimeout     plugin.Duration `json:"tls_timeout" doc:"Longest time for the TLS handshake." default:"5s" minimum:"100ms" maximum:"60s"`
-	HeaderTimeout  plugin.Duration `json:"header_timeout" doc:"Longest time from sending the request to the end of the response's header." default:"15s" minimum:"100ms" maximum:"120s"`
+	HeaderTimeout  plugin.Duration `json:"header_timeout,omitempty" doc:"Longest time from sending the request to the end of the response's header, where that is to be shorter than attempt_timeout." minimum:"100ms" maximum:"120s"`
 	HTTP2          bool            `json:"http2" doc:"Use HTTP/2 where an https receiver offers it." default:"true"`
 
 	TLS       TLS       `json:"tls,omitzero" doc:"TLS to the receiver."`
@@ -86,7 +86,7 @@ type Ownership struct {
 }
 
 // Kind is the transport "http", the default for the schemes http and https.
-func Kind() plugin.Kind { return kind(newPools(true)) }
+func Kind() plugin.Kind { return kind(newPools()) }
 
 func kind(p *pools) plugin.Kind {
 	build := func(c Config, t plugin.Target) (plugin.AttemptFunc, error) {

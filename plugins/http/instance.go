@@ -5,19 +5,14 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
-	"strings"
 	"time"
 
+	"github.com/grapnel/grapnel/plugins/internal/outbound"
 	"github.com/grapnel/grapnel/sdk/plugin"
 )
 
-const (
-	// maxAttempt bounds an attempt whose context has no deadline.
-	maxAttempt = 30 * time.Second
-	// maxDirectBody is the largest body that is written before the response is read. A receiver that
-	// answers early and stops reading could block a larger one; net/http reads meanwhile.
-	maxDirectBody = 64 << 10
-)
+// maxAttempt bounds an attempt whose context has no deadline.
+const maxAttempt = 30 * time.Second
 
 // instance is one subscription's use of the transport. Immutable.
 type instance struct {
@@ -27,11 +22,13 @@ type instance struct {
 	wire   *target // as requested: with a credential in the query where auth puts it there
 	method string
 	agent  string
-	lead   []byte // request line and the fields that never change
+	lead   []byte // request line and the fields that are the connection's
 	auth   credential
 	// fixed are headers that each request carries and nobody else may set.
 	fixed     []plugin.Header
 	ownership Ownership
+	// headerTimeout is zero for as long as the attempt.
+	headerTimeout time.Duration
 	// allHeaders keeps the header of answers that say yes, too.
 	allHeaders bool
 }
@@ -61,6 +58,7 @@ func newInstance(p *pools, c Config, t plugin.Target) (*instance, error) {
 	}
 	i := &instance{
 		pool: pool, origin: pool.origin(u), target: u, method: c.Method, agent: agent, auth: auth, ownership: c.Ownership,
+		headerTimeout: c.HeaderTimeout.Std(),
 	}
 	if auth.value != "" {
 		i.fixed = append(i.fixed, plugin.Header{Name: auth.header, Value: auth.value})
@@ -132,24 +130,13 @@ func (i *instance) sendWithToken(ctx context.Context, t *target, r *plugin.Reque
 	return i.clean(again, fresh), err
 }
 
-// send is one request and its answer.
-func (i *instance) send(ctx context.Context, t *target, r *plugin.Request, token string) (*plugin.Response, error) {
-	if i.pool.direct && len(r.Body) <= maxDirectBody && !i.origin.http2.Load() {
-		resp, err := i.attemptDirect(ctx, t, r, token)
-		if !errors.Is(err, errHTTP2) {
-			return resp, err
-		}
-	}
-	return i.attemptNetHTTP(ctx, t, r, token)
-}
-
 // signedTarget reads the URI that a signer has left. It may have changed the query, never the receiver.
 func (i *instance) signedTarget(text string) (*target, error) {
 	t, err := parseTarget(text)
 	if err != nil {
 		return nil, err
 	}
-	if t.scheme != i.target.scheme || t.host != i.target.host || t.url.EscapedPath() != i.target.url.EscapedPath() {
+	if t.Scheme != i.target.Scheme || t.host != i.target.host || t.URL.EscapedPath() != i.target.URL.EscapedPath() {
 		return nil, errors.New("a signer has changed more of the URI than its query")
 	}
 	return t, nil
@@ -158,11 +145,12 @@ func (i *instance) signedTarget(text string) (*target, error) {
 // refused is a request that must not be sent as it is. That is neither the receiver's fault nor a reason
 // to configure the instance again.
 func refused(err error) *plugin.Failure {
-	f := &plugin.Failure{
-		Source: plugin.SourcePlugin, Code: plugin.CodeProtocol, Message: err.Error(), WireState: plugin.NotSent,
-	}
-	if errors.As(err, new(*conflictError)) {
+	f := outbound.Unfit(err.Error())
+	switch {
+	case errors.As(err, new(*conflictError)):
 		f.Code = plugin.CodeConfig
+	case errors.As(err, new(errLargeHeader)): // it stays as it is
+		f.Source, f.Code = plugin.SourcePolicy, outbound.CodeTooLarge
 	}
 	return f
 }
@@ -183,22 +171,4 @@ func (i *instance) conflict(name string) error {
 		return &conflictError{name: name, by: "ownership"}
 	}
 	return nil
-}
-
-// answer makes a Response of what net/http has read; only retry-after matters when all went well, unless
-// all is set.
-func answer(resp *http.Response, kept body, peer string, all bool) *plugin.Response {
-	out := &plugin.Response{Status: resp.StatusCode, Body: kept.bytes, Truncated: kept.truncated, Peer: peer}
-	if resp.StatusCode >= 200 && resp.StatusCode <= 299 && !all {
-		if after := resp.Header["Retry-After"]; len(after) > 0 {
-			out.Headers = []plugin.Header{{Name: "retry-after", Value: after[0]}}
-		}
-		return out
-	}
-	for name, values := range resp.Header {
-		for _, v := range values {
-			out.Headers = append(out.Headers, plugin.Header{Name: strings.ToLower(name), Value: v})
-		}
-	}
-	return out
 }

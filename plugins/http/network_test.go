@@ -26,7 +26,7 @@ import (
 )
 
 func TestEgressDeniesBeforeConnecting(t *testing.T) {
-	bothClients(t, func(t *testing.T, c client) {
+	direct(t, func(t *testing.T, c client) {
 		canary := serveRaw(t, func(int, net.Conn) {})
 		port := canary.url[strings.LastIndex(canary.url, ":")+1 : strings.LastIndex(canary.url, "/")]
 		hosts := []string{
@@ -38,7 +38,7 @@ func TestEgressDeniesBeforeConnecting(t *testing.T) {
 		}
 		for _, host := range hosts {
 			for _, scheme := range []string{"http", "https"} {
-				p := newPools(c.direct)
+				p := newPools()
 				i, err := newInstance(p, defaults(), plugin.Target{URL: scheme + "://" + host + ":" + port + "/", Egress: plugin.NewEgress(nil)})
 				if err != nil {
 					continue // refused even earlier
@@ -62,7 +62,7 @@ func TestEgressDeniesBeforeConnecting(t *testing.T) {
 }
 
 func defaults() Config {
-	return Config{Method: "POST", ConnectTimeout: 5e9, TLSTimeout: 5e9, HeaderTimeout: 15e9, HTTP2: true}
+	return Config{Method: "POST", ConnectTimeout: 5e9, TLSTimeout: 5e9, HTTP2: true}
 }
 
 func TestProxyEnvironmentIsIgnored(t *testing.T) {
@@ -70,7 +70,7 @@ func TestProxyEnvironmentIsIgnored(t *testing.T) {
 	for _, name := range []string{"HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy", "ALL_PROXY"} {
 		t.Setenv(name, proxy.url)
 	}
-	bothClients(t, func(t *testing.T, c client) {
+	direct(t, func(t *testing.T, c client) {
 		srv := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}))
 		t.Cleanup(srv.Close)
 		if resp, err := attempt(t, c.instance(t, srv.URL, nil)); err != nil || resp.Status != 200 {
@@ -83,7 +83,7 @@ func TestProxyEnvironmentIsIgnored(t *testing.T) {
 }
 
 func TestConnectFailures(t *testing.T) {
-	bothClients(t, func(t *testing.T, c client) {
+	direct(t, func(t *testing.T, c client) {
 		lis, err := net.Listen("tcp", "127.0.0.1:0")
 		if err != nil {
 			t.Fatal(err)
@@ -149,6 +149,12 @@ func (a *authority) issue(t *testing.T, until time.Time, ip string) tls.Certific
 	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}
 }
 
+// config is a receiver's on loopback.
+func (a *authority) config(t *testing.T) *tls.Config {
+	t.Helper()
+	return &tls.Config{Certificates: []tls.Certificate{a.issue(t, time.Now().Add(time.Hour), "127.0.0.1")}}
+}
+
 // serveTLS serves https on loopback.
 func serveTLS(t *testing.T, config *tls.Config, http2 bool, handler http.HandlerFunc) *httptest.Server {
 	t.Helper()
@@ -176,7 +182,7 @@ func TestTLSFailures(t *testing.T) {
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
-			bothClients(t, func(t *testing.T, c client) {
+			direct(t, func(t *testing.T, c client) {
 				c.roots = ca.roots
 				srv := serveTLS(t, tt.config, false, func(http.ResponseWriter, *http.Request) { t.Error("a request arrived") })
 				_, err := attempt(t, c.instance(t, srv.URL, nil))
@@ -186,7 +192,7 @@ func TestTLSFailures(t *testing.T) {
 			})
 		})
 	}
-	bothClients(t, func(t *testing.T, c client) {
+	direct(t, func(t *testing.T, c client) {
 		plain := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}))
 		t.Cleanup(plain.Close)
 		_, err := attempt(t, c.instance(t, "https"+strings.TrimPrefix(plain.URL, "http"), nil))
@@ -206,7 +212,7 @@ func TestHTTPSVersions(t *testing.T) {
 		want           string
 	}{{true, true, "HTTP/2.0"}, {true, false, "HTTP/1.1"}, {false, true, "HTTP/1.1"}} {
 		t.Run(fmt.Sprintf("server %v, client %v", tt.server, tt.client), func(t *testing.T) {
-			bothClients(t, func(t *testing.T, c client) {
+			direct(t, func(t *testing.T, c client) {
 				c.roots = ca.roots
 				var conns atomic.Int32
 				srv := serveTLS(t, &tls.Config{Certificates: []tls.Certificate{cert}}, tt.server, func(w http.ResponseWriter, r *http.Request) {
@@ -232,7 +238,7 @@ func TestHTTPSVersions(t *testing.T) {
 }
 
 func TestPoolsAreSharedByEqualSettings(t *testing.T) {
-	p := newPools(true)
+	p := newPools()
 	make1 := func(c Config, uri string, allow ...netip.Prefix) *instance {
 		t.Helper()
 		i, err := newInstance(p, c, plugin.Target{URL: uri, Egress: plugin.NewEgress(allow)})
@@ -249,7 +255,7 @@ func TestPoolsAreSharedByEqualSettings(t *testing.T) {
 		t.Error("another scheme must share the pool and not the connections")
 	}
 	slow := defaults()
-	slow.HeaderTimeout = 1e9
+	slow.ConnectTimeout = 1e9
 	if other := make1(slow, "https://a.example/x"); a.pool == other.pool {
 		t.Error("other settings share a pool")
 	}

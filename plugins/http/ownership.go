@@ -12,6 +12,7 @@ import (
 	"strconv"
 	"strings"
 
+	"github.com/grapnel/grapnel/plugins/internal/outbound"
 	"github.com/grapnel/grapnel/sdk/plugin"
 )
 
@@ -149,7 +150,7 @@ func checkOwnership(o Ownership, headers []plugin.Header) []plugin.Problem {
 	switch {
 	case asks && o.Origin == "":
 		add("/config/ownership/origin", "ownership.origin", "origin is empty; want the DNS name of the sender, such as events.example.com")
-	case asks && (checkHostname(o.Origin) != nil || strings.ContainsRune(o.Origin, ':')):
+	case asks && (outbound.CheckHost(o.Origin) != nil || strings.ContainsRune(o.Origin, ':')):
 		add("/config/ownership/origin", "ownership.origin", fmt.Sprintf("given %q, want the DNS name of the sender, such as events.example.com", o.Origin))
 	case !asks && o.Origin != "":
 		add("/config/ownership/origin", "ownership.field", "origin belongs to check cloudevents; clear it or set check")

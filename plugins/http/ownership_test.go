@@ -22,7 +22,7 @@ import (
 // ask has the transport itself ask: the harness does not carry ownership checks.
 func ask(t *testing.T, c client, uri string, config Config, headers ...plugin.Header) (*plugin.Response, error) {
 	t.Helper()
-	p := newPools(c.direct)
+	p := newPools()
 	t.Cleanup(p.closeIdle)
 	i, err := newInstance(p, config, plugin.Target{URL: uri, UserAgent: "grapnel/test", Egress: loopbackAllowed()})
 	if err != nil {
@@ -40,7 +40,7 @@ func owning(o Ownership) Config {
 }
 
 func TestNoOwnershipCheckIsAYesWithoutIO(t *testing.T) {
-	bothClients(t, func(t *testing.T, c client) {
+	direct(t, func(t *testing.T, c client) {
 		srv := serveRaw(t, func(int, net.Conn) {})
 		for _, o := range []Ownership{{}, {Check: checkNone}} {
 			resp, err := ask(t, c, srv.url, owning(o))
@@ -90,7 +90,7 @@ func TestCloudEventsHandshake(t *testing.T) {
 		{name: "later", status: 429, headers: map[string]string{"Retry-After": "30"}, code: 429},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			bothClients(t, func(t *testing.T, c client) {
+			direct(t, func(t *testing.T, c client) {
 				var got *http.Request
 				srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 					got = r
@@ -132,7 +132,7 @@ func TestCloudEventsHandshake(t *testing.T) {
 }
 
 func TestDeliveriesCarryTheOrigin(t *testing.T) {
-	bothClients(t, func(t *testing.T, c client) {
+	direct(t, func(t *testing.T, c client) {
 		var got http.Header
 		srv := httptest.NewServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) { got = r.Header }))
 		t.Cleanup(srv.Close)
@@ -168,7 +168,7 @@ func TestChallenge(t *testing.T) {
 		{"redirect", func(word string, _ []byte) (int, string) { return 302, word }, 302, ""},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			bothClients(t, func(t *testing.T, c client) {
+			direct(t, func(t *testing.T, c client) {
 				srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 					body, _ := io.ReadAll(r.Body)
 					var sent map[string]string
@@ -199,7 +199,7 @@ func TestChallenge(t *testing.T) {
 			})
 		})
 	}
-	bothClients(t, func(t *testing.T, c client) {
+	direct(t, func(t *testing.T, c client) {
 		mute := serveRaw(t, func(int, net.Conn) {})
 		config := owning(Ownership{Check: checkChallenge})
 		config.HeaderTimeout = 1e8
@@ -209,7 +209,7 @@ func TestChallenge(t *testing.T) {
 }
 
 func TestOwnershipChecksCarryCredentials(t *testing.T) {
-	bothClients(t, func(t *testing.T, c client) {
+	direct(t, func(t *testing.T, c client) {
 		for _, check := range []string{checkCloudEvents, checkChallenge} {
 			var got http.Header
 			srv := httptest.NewServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) { got = r.Header }))

@@ -12,50 +12,37 @@ import (
 	"time"
 	"weak"
 
+	"github.com/grapnel/grapnel/plugins/http/internal/answer"
+	"github.com/grapnel/grapnel/plugins/http/internal/h2"
+	"github.com/grapnel/grapnel/plugins/internal/outbound"
 	"github.com/grapnel/grapnel/plugins/oauth2"
 	"github.com/grapnel/grapnel/sdk/plugin"
 )
 
-const (
-	maxHeaderBytes = 64 << 10
-	// maxIdlePerHost is above any max_in_flight worth setting: a limit below what is in flight would
-	// close and open connections all the time.
-	maxIdlePerHost = 4096
-	maxIdle        = 8192
-	idleTimeout    = time.Minute
-	// maxAge makes long-lived connections follow changes of DNS and of the egress policy.
-	maxAge          = 10 * time.Minute
-	http2ReadIdle   = 15 * time.Second
-	http2PingAnswer = 10 * time.Second
-	tlsSessions     = 1024
-	// maxKeptBuffer keeps rare large requests from making every buffer large.
-	maxKeptBuffer = 16 << 10
-)
+const tlsSessions = 1024
 
 // settings are what instances must have in common to share connections.
 type settings struct {
-	connect, tls, header time.Duration
-	http2                bool
-	egress               string
-	tls13                bool
-	serverName           string
-	proxy                Proxy
+	connect, tls time.Duration
+	http2        bool
+	egress       string
+	tls13        bool
+	serverName   string
+	proxy        Proxy
 	// credentials is a digest of all that is secret, and of what it is used for; nothing can be read from it.
-	credentials string
+	credentials outbound.Fingerprint
 }
 
 func settingsOf(c Config, egress *plugin.Egress) settings {
 	return settings{
-		connect: c.ConnectTimeout.Std(), tls: c.TLSTimeout.Std(), header: c.HeaderTimeout.Std(),
+		connect: c.ConnectTimeout.Std(), tls: c.TLSTimeout.Std(),
 		http2: c.HTTP2, egress: egress.String(),
-		tls13: c.TLS.MinVersion == "1.3", serverName: c.TLS.ServerName, proxy: c.Proxy, credentials: digest(c),
+		tls13: c.TLS.MinVersion == "1.3", serverName: c.TLS.ServerName, proxy: c.Proxy, credentials: c.credentials(),
 	}
 }
 
 // pools are the pools of a process, by settings.
 type pools struct {
-	// direct allows the own HTTP/1.1 client; without it all goes over net/http.
-	direct bool
 	// roots replaces the system's certificate authorities when not nil; set in tests.
 	roots *x509.CertPool
 
@@ -66,8 +53,8 @@ type pools struct {
 	sweepAt int
 }
 
-func newPools(direct bool) *pools {
-	return &pools{direct: direct, by: map[settings]weak.Pointer[pool]{}, sweepAt: 256}
+func newPools() *pools {
+	return &pools{by: map[settings]weak.Pointer[pool]{}, sweepAt: 256}
 }
 
 // get returns the pool for the config's settings and credentials.
@@ -82,7 +69,7 @@ func (p *pools) get(c Config, egress *plugin.Egress) (*pool, error) {
 		maps.DeleteFunc(p.by, func(_ settings, w weak.Pointer[pool]) bool { return w.Value() == nil })
 		p.sweepAt = max(256, 2*len(p.by))
 	}
-	made, err := newPool(c, s, egress, p.direct, p.roots)
+	made, err := newPool(c, s, egress, p.roots)
 	if err != nil {
 		return nil, err
 	}
@@ -92,20 +79,17 @@ func (p *pools) get(c Config, egress *plugin.Egress) (*pool, error) {
 
 // pool holds the connections of all instances with equal settings and credentials.
 type pool struct {
-	settings  settings
-	direct    bool
-	dialer    net.Dialer
-	egress    *plugin.Egress
-	via       *proxy // nil without one
-	tls       *tls.Config
-	transport *http.Transport
-	// certificate is what receivers that ask for one are shown, client its leaf, or nil when there is none.
-	certificate *tls.Certificate
-	client      *x509.Certificate
+	settings settings
+	dialer   outbound.Dialer
+	via      *proxy // nil without one
+	tls      *tls.Config
+	http2    *h2.Transport
+	// client is the leaf of the client certificate, or nil when there is none.
+	client *x509.Certificate
 	// tokens is where oauth2's come from; nil with other auth.
 	tokens *oauth2.Source
-	// buffers hold requests while they are written.
-	buffers sync.Pool
+	// scratch holds what attempts write into.
+	scratch sync.Pool
 
 	mu sync.Mutex
 	// origins are kept alive by the instances that use them and, while connections are idle, by their
@@ -114,14 +98,13 @@ type pool struct {
 	sweepAt int
 }
 
-func newPool(c Config, s settings, egress *plugin.Egress, direct bool, roots *x509.CertPool) (*pool, error) {
+func newPool(c Config, s settings, egress *plugin.Egress, roots *x509.CertPool) (*pool, error) {
 	p := &pool{
-		settings: s, direct: direct, egress: egress,
-		dialer:  net.Dialer{Timeout: s.connect, ControlContext: egress.Control},
+		settings: s, dialer: outbound.Dialer{Egress: egress, Timeout: s.connect}, http2: h2.NewTransport(),
 		origins: map[string]weak.Pointer[origin]{}, sweepAt: 1024,
 	}
-	p.buffers.New = func() any { b := make([]byte, 0, 2048); return &b }
-	certificate, err := clientCertificate(c)
+	p.scratch.New = func() any { return &scratch{head: make([]byte, 0, 2048)} }
+	certificate, err := c.material().ClientCertificate()
 	if err != nil {
 		return nil, err
 	}
@@ -138,29 +121,8 @@ func newPool(c Config, s settings, egress *plugin.Egress, direct bool, roots *x5
 		}
 	}
 	p.tls = s.newTLS(trust.receiver)
-	p.certificate = &tls.Certificate{} // which shows none
 	if certificate != nil {
-		p.certificate, p.client = certificate, certificate.Leaf
-	}
-	p.transport = &http.Transport{
-		Proxy:       nil, // the egress check would see the proxy only
-		DialContext: p.dial,
-		DialTLSContext: func(ctx context.Context, _, addr string) (net.Conn, error) {
-			conn, asked, err := p.dialTLS(ctx, addr)
-			if err != nil {
-				return nil, err
-			}
-			p.asks(addr, asked)
-			return conn, nil
-		},
-		ForceAttemptHTTP2:      s.http2,
-		DisableCompression:     true,
-		ResponseHeaderTimeout:  s.header,
-		MaxResponseHeaderBytes: maxHeaderBytes,
-		MaxIdleConns:           maxIdle,
-		MaxIdleConnsPerHost:    maxIdlePerHost,
-		IdleConnTimeout:        idleTimeout,
-		HTTP2:                  &http.HTTP2Config{SendPingTimeout: http2ReadIdle, PingTimeout: http2PingAnswer},
+		p.tls.Certificates, p.client = []tls.Certificate{*certificate}, certificate.Leaf
 	}
 	if c.Auth.Type == authOAuth2 {
 		p.tokens, err = oauth2.New(*tokenConfig(c), p.tokenClient(c, trust.others))
@@ -187,25 +149,26 @@ func (s settings) newTLS(roots *x509.CertPool) *tls.Config {
 func (p *pool) tokenClient(c Config, roots *x509.CertPool) *http.Client {
 	config := &tls.Config{MinVersion: p.tls.MinVersion, RootCAs: roots}
 	if c.Auth.ClientAuth == oauth2.TLSClientAuth {
-		config.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return p.certificate, nil }
+		config.Certificates = p.tls.Certificates
+		config, _ = outbound.Offering(config)
 	}
 	return &http.Client{Transport: &http.Transport{
 		Proxy: nil,
-		DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
-			conn, err := p.dial(ctx, network, addr)
+		DialContext: func(ctx context.Context, _, addr string) (net.Conn, error) {
+			conn, err := p.dial(ctx, addr)
 			if err != nil {
-				return nil, failure(ctx, err, plugin.NotSent, "")
+				return nil, outbound.NotConnected(ctx, err)
 			}
 			return conn, nil
 		},
 		TLSClientConfig: config, TLSHandshakeTimeout: p.settings.tls, ForceAttemptHTTP2: true,
-		ResponseHeaderTimeout: p.settings.header, MaxResponseHeaderBytes: maxHeaderBytes, IdleConnTimeout: idleTimeout,
+		MaxResponseHeaderBytes: answer.MaxHeader, IdleConnTimeout: time.Minute,
 	}}
 }
 
 // origin is where connections to the target's scheme, host and port are kept.
 func (p *pool) origin(t *target) *origin {
-	key := t.scheme + "://" + t.addr()
+	key := t.Scheme + "://" + t.addr()
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if o := p.origins[key].Value(); o != nil {
@@ -219,70 +182,41 @@ func (p *pool) origin(t *target) *origin {
 		}
 		p.sweepAt = max(1024, 2*len(p.origins))
 	}
-	o := &origin{pool: p, addr: t.addr(), secure: t.scheme == "https"}
+	o := newOrigin(p, t)
 	p.origins[key] = weak.Make(o)
 	return o
 }
 
-// asks notes whether the receiver at addr wants a client certificate.
-func (p *pool) asks(addr string, asked bool) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if o := p.origins["https://"+addr].Value(); o != nil {
-		o.asked.Store(asked)
+// dial connects to host:port under the egress policy. With a proxy it is the proxy that is connected to, and the
+// policy is asked about both. Errors are of type *outbound.Error.
+func (p *pool) dial(ctx context.Context, addr string) (net.Conn, error) {
+	if p.via == nil {
+		return p.dialer.Dial(ctx, addr)
 	}
-}
-
-// dial looks the name up and connects; the dialer's ControlContext asks the egress policy about each
-// address just before it is connected to. With a proxy it is the proxy that is connected to, and the policy
-// is asked about both.
-func (p *pool) dial(ctx context.Context, _, addr string) (net.Conn, error) {
-	if p.via != nil {
-		bounded, cancel := context.WithTimeout(ctx, p.settings.connect)
-		defer cancel()
-		return p.via.dial(bounded, &p.dialer, p.egress, addr)
-	}
-	conn, err := p.dialer.DialContext(ctx, "tcp", addr)
-	if err != nil {
-		code := plugin.CodeConnect
-		if errors.As(err, new(*net.DNSError)) {
-			code = plugin.CodeDNS
-		}
-		return nil, &dialError{code: code, err: err}
-	}
-	return conn, nil
+	bounded, cancel := context.WithTimeout(ctx, p.settings.connect)
+	defer cancel()
+	return p.via.dial(bounded, p.dialer, addr)
 }
 
 // dialTLS also says whether the receiver has asked for a client certificate.
 func (p *pool) dialTLS(ctx context.Context, addr string) (conn *tls.Conn, asked bool, err error) {
-	raw, err := p.dial(ctx, "tcp", addr)
+	raw, err := p.dial(ctx, addr)
 	if err != nil {
 		return nil, false, err
 	}
-	host, _, err := net.SplitHostPort(addr)
-	if err != nil {
-		_ = raw.Close()
-		return nil, false, &dialError{code: plugin.CodeConnect, err: err}
+	config, offer := outbound.Offering(p.tls)
+	config.ServerName = p.settings.serverName
+	if config.ServerName == "" {
+		config.ServerName, _, _ = net.SplitHostPort(addr) // was dialled a moment ago
 	}
-	config := p.tls.Clone()
-	// A list of certificates would not do: crypto/tls shows none of those if the receiver names other
-	// authorities, and the receiver would then complain of an absent one.
-	config.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
-		asked = true // in the handshake, which is over when this function returns
-		return p.certificate, nil
-	}
-	if config.ServerName = host; p.settings.serverName != "" {
-		config.ServerName = p.settings.serverName
-	}
-	conn = tls.Client(raw, config)
 	handshake, cancel := context.WithTimeout(ctx, p.settings.tls)
 	defer cancel()
-	if err := conn.HandshakeContext(handshake); err != nil {
-		_ = raw.Close()
-		if asked {
-			err = errors.Join(err, errAsked)
+	conn, err = outbound.Secure(handshake, raw, config)
+	if err != nil {
+		if offer.Asked() {
+			err = &outbound.Error{Code: plugin.CodeTLS, Err: errors.Join(err, errAsked)}
 		}
-		return nil, false, &dialError{code: plugin.CodeTLS, err: err}
+		return nil, false, err
 	}
-	return conn, asked, nil
+	return conn, offer.Asked(), nil
 }

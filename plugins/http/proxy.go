@@ -17,6 +17,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/grapnel/grapnel/plugins/internal/outbound"
 	"github.com/grapnel/grapnel/sdk/plugin"
 )
 
@@ -93,18 +94,14 @@ func parseProxyURL(text string) (*url.URL, error) {
 	if port, err := strconv.ParseUint(u.Port(), 10, 16); u.Port() != "" && (err != nil || port == 0) {
 		return nil, errors.New("its port must be 1 to 65535")
 	}
-	return u, checkHostname(u.Hostname())
+	return u, outbound.CheckHost(u.Hostname())
 }
 
-// dial connects to addr, host:port, through the proxy. Errors are dialErrors.
-func (x *proxy) dial(ctx context.Context, dialer *net.Dialer, egress *plugin.Egress, addr string) (net.Conn, error) {
-	wants, err := x.targets(ctx, egress, addr)
+// dial connects to addr, host:port, through the proxy. Errors are of type *outbound.Error.
+func (x *proxy) dial(ctx context.Context, dialer outbound.Dialer, addr string) (net.Conn, error) {
+	wants, err := x.targets(ctx, dialer, addr)
 	if err != nil {
-		code := plugin.CodeConnect
-		if errors.As(err, new(*net.DNSError)) {
-			code = plugin.CodeDNS
-		}
-		return nil, &dialError{code: code, err: err}
+		return nil, err
 	}
 	var last error
 	for _, want := range wants {
@@ -122,37 +119,24 @@ func (x *proxy) dial(ctx context.Context, dialer *net.Dialer, egress *plugin.Egr
 }
 
 // targets are the addresses to ask the proxy for, all of which the egress policy allows.
-func (x *proxy) targets(ctx context.Context, egress *plugin.Egress, addr string) ([]string, error) {
-	host, port, err := net.SplitHostPort(addr)
+func (x *proxy) targets(ctx context.Context, dialer outbound.Dialer, addr string) ([]string, error) {
+	host, _, err := net.SplitHostPort(addr)
 	if err != nil {
-		return nil, err
+		return nil, &outbound.Error{Code: plugin.CodeConnect, Err: err}
 	}
-	number, err := strconv.ParseUint(port, 10, 16)
-	if err != nil {
-		return nil, err
-	}
-	if ip, err := netip.ParseAddr(host); err == nil {
-		return []string{addr}, egress.Check(netip.AddrPortFrom(ip, uint16(number)))
-	}
-	if x.remote {
+	if _, err := netip.ParseAddr(host); err != nil && x.remote {
 		if meansLoopback(host) || looksNumeric(host) {
-			return nil, plugin.ErrEgressDenied
+			return nil, &outbound.Error{Code: plugin.CodeEgress, Err: plugin.ErrEgressDenied}
 		}
 		return []string{addr}, nil
 	}
-	ips, err := net.DefaultResolver.LookupNetIP(ctx, "ip", host)
+	allowed, err := dialer.Allowed(ctx, addr)
 	if err != nil {
 		return nil, err
 	}
 	var wants []string
-	for _, ip := range ips {
-		ap := netip.AddrPortFrom(ip.Unmap(), uint16(number))
-		if egress.Check(ap) == nil && len(wants) < maxProxyTries {
-			wants = append(wants, ap.String())
-		}
-	}
-	if len(wants) == 0 {
-		return nil, plugin.ErrEgressDenied
+	for _, ap := range allowed[:min(len(allowed), maxProxyTries)] {
+		wants = append(wants, ap.String())
 	}
 	return wants, nil
 }
@@ -175,34 +159,40 @@ func looksNumeric(host string) bool {
 }
 
 // tunnel opens one connection through the proxy to want, host:port.
-func (x *proxy) tunnel(ctx context.Context, dialer *net.Dialer, want string) (net.Conn, error) {
-	raw, err := dialer.DialContext(ctx, "tcp", x.addr)
+func (x *proxy) tunnel(ctx context.Context, dialer outbound.Dialer, want string) (net.Conn, error) {
+	raw, err := dialer.Dial(ctx, x.addr)
 	if err != nil {
-		code := plugin.CodeConnect
-		if errors.As(err, new(*net.DNSError)) {
-			code = plugin.CodeDNS
-		}
-		return nil, &dialError{code: code, err: err, proxy: true}
+		return nil, ofProxy(err)
 	}
 	conn := raw
 	if x.tls != nil {
-		secure := tls.Client(raw, x.tls)
-		if err := secure.HandshakeContext(ctx); err != nil {
-			_ = raw.Close()
-			return nil, &dialError{code: plugin.CodeTLS, err: err, proxy: true}
+		secure, err := outbound.Secure(ctx, raw, x.tls)
+		if err != nil {
+			return nil, ofProxy(err)
 		}
 		conn = secure
 	}
 	if err := x.agree(ctx, conn, want); err != nil {
 		_ = conn.Close()
-		code := plugin.CodeConnect
+		failed := &outbound.Error{Code: plugin.CodeConnect, Err: err, Proxy: true}
 		var refusal *proxyRefusal
 		if errors.As(err, &refusal) {
-			code = refusal.code
+			failed.Code, failed.Message = refusal.code, refusal.message
 		}
-		return nil, &dialError{code: code, err: err, proxy: true}
+		return nil, failed
 	}
 	return &tunnel{Conn: conn, socket: raw, peer: want}, nil
+}
+
+// ofProxy marks an error as the proxy's.
+func ofProxy(err error) error {
+	var e *outbound.Error
+	if !errors.As(err, &e) {
+		return err
+	}
+	own := *e
+	own.Proxy = true
+	return &own
 }
 
 // agree has the proxy connect to want, within ctx.
@@ -233,7 +223,7 @@ func (x *proxy) connect(conn net.Conn, want string) error {
 	for {
 		resp, err := http.ReadResponse(reader, &http.Request{Method: http.MethodConnect})
 		switch {
-		case err != nil && (isTimeout(err) || isReset(err)):
+		case err != nil && (outbound.IsTimeout(err) || outbound.IsReset(err)):
 			return err
 		case err != nil:
 			return &proxyRefusal{code: plugin.CodeProtocol, message: "it did not answer in HTTP"}
@@ -303,7 +293,7 @@ func checkProxy(c Config, egress *plugin.Egress) []plugin.Problem {
 	const pointer = "/config/proxy/url"
 	if c.Proxy.URL == "" {
 		if !c.ProxyCredentials.Empty() {
-			return []plugin.Problem{unused("proxy_credentials", "proxy.url is empty")}
+			return []plugin.Problem{outbound.Unused("proxy_credentials", "proxy.url is empty")}
 		}
 		return nil
 	}
@@ -314,7 +304,7 @@ func checkProxy(c Config, egress *plugin.Egress) []plugin.Problem {
 	_, text, _ := net.SplitHostPort(x.addr)
 	port, _ := strconv.ParseUint(text, 10, 16) // was read a moment ago
 	var problems []plugin.Problem
-	for _, p := range checkAddress(&target{hostname: x.hostname, port: uint16(port)}, egress, Proxy{}) {
+	for _, p := range (&outbound.Address{Host: x.hostname, Port: uint16(port)}).Check(egress) {
 		p.Pointer, p.Code = pointer, strings.Replace(p.Code, "uri.", "proxy.", 1)
 		problems = append(problems, p)
 	}

@@ -1,15 +1,12 @@
 package httpplugin
 
 import (
-	"cmp"
-	"crypto/sha256"
 	"crypto/x509"
-	"encoding/hex"
 	"encoding/json"
 	"errors"
-	"fmt"
 	"strings"
 
+	"github.com/grapnel/grapnel/plugins/internal/outbound"
 	"github.com/grapnel/grapnel/plugins/oauth2"
 	"github.com/grapnel/grapnel/sdk/plugin"
 )
@@ -18,19 +15,18 @@ import (
 func formats() []plugin.Option {
 	line := plugin.SecretFormat{Doc: "one line of text", Read: readLine}
 	token := plugin.SecretFormat{Doc: "visible ASCII characters without spaces", Read: readToken}
-	return []plugin.Option{
-		plugin.Format("client_certificate", plugin.SecretFormat{
-			Doc: "PEM: the client's certificate, its chain, and its private key unless slot client_key holds that", Read: readClientCertificate,
-		}),
-		plugin.Format("client_key", plugin.SecretFormat{Doc: "PEM: one private key, PKCS#8, SEC1 or PKCS#1", Read: readClientKey}),
-		plugin.Format("ca", plugin.SecretFormat{Doc: "PEM: one or more certificates", Read: readCA}),
+	return append(outbound.Formats(),
 		plugin.Format("password", line),
 		plugin.Format("token", token),
 		plugin.Format("api_key", line),
 		plugin.Format("client_secret", line),
 		plugin.Format("assertion_key", oauth2.SigningKeyFormat()),
 		plugin.Format("proxy_credentials", plugin.SecretFormat{Doc: "user:password", Read: readProxyCredentials}),
-	}
+	)
+}
+
+func (c Config) material() outbound.Material {
+	return outbound.Material{CA: c.CA, Certificate: c.ClientCertificate, Key: c.ClientKey}
 }
 
 // readLine takes what a header can carry. The line break that files and shells leave at the end is the
@@ -64,27 +60,15 @@ func readToken(value []byte) (plugin.SecretInfo, error) {
 	return plugin.SecretInfo{}, nil
 }
 
-// digest stands for all that distinguishes credentials in a pool's key. It is empty when there are none, as
-// on most subscriptions. Auth that travels in headers counts too: connections to a receiver that binds a
-// session to a connection must not carry two clients.
-func digest(c Config) string {
-	h := sha256.New()
-	secrets := 0
-	for _, s := range []plugin.Secret{
+// credentials stands for all that distinguishes credentials in a pool's key; nothing can be read from it. Auth that
+// travels in headers counts too: connections to a receiver that binds a session to a connection must not carry two
+// clients.
+func (c Config) credentials() outbound.Fingerprint {
+	auth, _ := json.Marshal(c.Auth) // strings only, none of them secret
+	return outbound.FingerprintOf(
 		c.ClientCertificate, c.ClientKey, c.CA, c.Password, c.Token, c.APIKey, c.ClientSecret, c.AssertionKey, c.ProxyCredentials,
-	} {
-		_, _ = fmt.Fprintf(h, "%d;", len(s.Values()))
-		for _, v := range s.Values() {
-			_, _ = fmt.Fprintf(h, "%d:%s", len(v), v)
-			secrets++
-		}
-	}
-	if kind := cmp.Or(c.Auth.Type, authNone); secrets == 0 && kind == authNone {
-		return ""
-	}
-	auth, _ := json.Marshal(c.Auth) // strings only
-	_, _ = h.Write(auth)
-	return hex.EncodeToString(h.Sum(nil))
+		plugin.NewSecret(string(auth)),
+	)
 }
 
 // trust is whom certificates may be by. A nil pool means the system's authorities.
@@ -96,7 +80,7 @@ type trust struct {
 }
 
 func newTrust(c Config, roots *x509.CertPool) (trust, error) {
-	own, err := authorities(c)
+	own, err := c.material().Authorities()
 	if err != nil || len(own) == 0 {
 		return trust{receiver: roots, others: roots}, err
 	}

@@ -23,6 +23,16 @@ type denial struct {
 
 func (d *denial) Error() string { return d.text }
 
+// greeting is why there was no greeting to hand to the client: TLS that ends when the server has asked for a client
+// certificate is most likely about that.
+func greeting(err error, offer *outbound.Offer) error {
+	var e *outbound.Error
+	if errors.As(err, &e) && e.Code == plugin.CodeTLS && offer.Refusal() != "" {
+		return &outbound.Error{Code: plugin.CodeTLS, Err: err, Message: offer.Refusal()}
+	}
+	return err
+}
+
 // refusal is why the client has no connection.
 func refusal(err error, conn *outbound.Watched, offer *outbound.Offer) error {
 	wrap := func(code, message string) error {
@@ -41,12 +51,8 @@ func refusal(err error, conn *outbound.Watched, offer *outbound.Offer) error {
 		return &denial{http.StatusUnauthorized, "the server does not take .creds files"}
 	case strings.Contains(strings.ToLower(err.Error()), "connections exceeded"): // of the server or the account
 		return wrap(plugin.CodeConnect, "the server takes no more connections")
-	case errors.Is(err, nats.ErrSecureConnWanted):
-		return wrap(plugin.CodeTLS, "the server does not offer TLS")
 	case offer.Refusal() != "":
 		return wrap(plugin.CodeTLS, offer.Refusal())
-	case errors.Is(err, nats.ErrTLS):
-		return wrap(plugin.CodeTLS, "")
 	case timeout:
 		return wrap(plugin.CodeConnect, "the server did not greet in time; it may want TLS first (config.tls.handshake_first)")
 	case conn.Broke() != nil, errors.As(err, new(*net.OpError)):

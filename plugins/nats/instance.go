@@ -47,13 +47,13 @@ func newInstance(pool *links, c Config, t plugin.Target) (*instance, error) {
 	d := &dialler{egress: egress, credential: credential(c), settings: settings{
 		address: address.String(), serverName: c.TLS.ServerName, secure: secure(c, address), first: c.TLS.HandshakeFirst,
 		connect: c.ConnectTimeout.Std(), egress: egress.String(), name: t.UserAgent, user: c.User, inboxPrefix: c.InboxPrefix,
-		credential: outbound.FingerprintOf(c.CA, c.ClientCertificate, c.Credentials, c.Token, c.Password),
+		credential: outbound.FingerprintOf(c.CA, c.ClientCertificate, c.ClientKey, c.Credentials, c.Token, c.Password),
 	}}
 	name := c.TLS.ServerName
 	if name == "" {
 		name = address.Host
 	}
-	if d.tls, err = outbound.TLSConfig(name, c.CA, c.ClientCertificate); err != nil {
+	if d.tls, err = c.material().TLSConfig(name); err != nil {
 		return nil, err
 	}
 	i := &instance{pool: pool, dialler: d, url: t.URL, stream: c.Stream, jetStream: c.RequireJetStream}
@@ -189,10 +189,15 @@ func (p *publication) do(ctx context.Context, jetStream bool) (*plugin.Response,
 		return response(reply, m.Subject, p.keep, l.conn.Peer())
 	case <-w.refused:
 		return p.refused(), nil
-	case <-l.ended:
-		return nil, outbound.Lost(l.conn.Peer())
+	case <-l.over:
 	case <-ctx.Done():
 		return nil, p.late(ctx, began)
+	}
+	select { // what came before the end counts
+	case reply := <-w.reply:
+		return response(reply, m.Subject, p.keep, l.conn.Peer())
+	default:
+		return nil, outbound.Lost(plugin.MaybeSent, l.conn.Peer())
 	}
 }
 
@@ -214,7 +219,7 @@ func (p *publication) read(ctx context.Context, began time.Time) (*plugin.Respon
 	case ctx.Err() != nil:
 		return nil, p.late(ctx, began)
 	}
-	return nil, outbound.Lost(p.link.conn.Peer())
+	return nil, outbound.Lost(plugin.MaybeSent, p.link.conn.Peer())
 }
 
 // late is a message without an answer. A server that was silent all the while may be gone.
@@ -228,19 +233,16 @@ func (p *publication) untaken(err error) error {
 	f := &plugin.Failure{Source: plugin.SourceEndpoint, WireState: plugin.NotSent, Peer: p.link.conn.Peer()}
 	switch {
 	case errors.Is(err, nats.ErrMaxPayload):
-		f.Source, f.Code, f.Message = plugin.SourcePolicy, codeTooLarge, fmt.Sprintf(
+		f.Source, f.Code, f.Message = plugin.SourcePolicy, outbound.CodeTooLarge, fmt.Sprintf(
 			"the body has %d bytes; with its headers it is more than the %d that the server takes (max_payload)", len(p.message.Data), p.link.maxPayload)
 	case errors.Is(err, nats.ErrConnectionClosed):
-		p.unsent = true
+		p.unsent, p.suspect = true, true // the pool may not have heard of it yet
 		f.Code, f.Message = plugin.CodeConnect, "the server ends connections before they can be used"
 	default: // a write that broke off
-		return outbound.Lost(p.link.conn.Peer())
+		return outbound.Lost(plugin.MaybeSent, p.link.conn.Peer())
 	}
 	return f
 }
-
-// codeTooLarge is a message that the server would end the connection for.
-const codeTooLarge = "too_large"
 
 func (p *publication) refused() *plugin.Response {
 	text := fmt.Sprintf("the user may not publish to %q", p.message.Subject)

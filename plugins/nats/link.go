@@ -22,6 +22,8 @@ const (
 	// writeTimeout bounds how long the client waits for a server that has stopped reading; attempts end
 	// by their own deadlines.
 	writeTimeout = 30 * time.Second
+	// maxUnread is how many acknowledgements may wait to be handed out; the client drops what is more.
+	maxUnread = 8192
 )
 
 // dialler makes links of one settings.
@@ -42,8 +44,9 @@ type link struct {
 	inbox string
 	// maxPayload is the largest message, headers included, that the server took at the beginning.
 	maxPayload int64
-	// ended is closed when the connection is.
+	// ended is closed when the connection is, over when all that came on it has been handed out.
 	ended  chan struct{}
+	over   chan struct{}
 	unfit  atomic.Bool // takes no new attempts
 	serial atomic.Uint64
 
@@ -73,19 +76,24 @@ func (l *link) Close() {
 func (d *dialler) dial() (*link, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), d.settings.connect)
 	defer cancel()
-	raw, err := outbound.Dial(ctx, d.egress, d.settings.address)
+	raw, err := outbound.Dialer{Egress: d.egress}.Dial(ctx, d.settings.address)
 	if err != nil {
 		return nil, err
 	}
 	l := &link{
-		conn: outbound.Watch(raw), ended: make(chan struct{}),
+		conn: outbound.Watch(raw), ended: make(chan struct{}), over: make(chan struct{}),
 		waiting: map[string]*wait{}, denied: map[string]bool{},
 	}
-	deadline, _ := ctx.Deadline()
 	config, offer := outbound.Offering(d.tls)
-	options := d.options(l, config, time.Until(deadline))
-	if l.client, err = options.Connect(); err != nil {
+	guarded, err := greet(ctx, l.conn, d.settings, config)
+	if err != nil {
 		_ = raw.Close()
+		return nil, greeting(err, offer)
+	}
+	deadline, _ := ctx.Deadline()
+	options := d.options(l, guarded, time.Until(deadline))
+	if l.client, err = options.Connect(); err != nil {
+		_ = guarded.Close()
 		return nil, refusal(err, l.conn, offer)
 	}
 	if err := l.listen(ctx); err != nil {
@@ -95,15 +103,14 @@ func (d *dialler) dial() (*link, error) {
 	return l, nil
 }
 
-func (d *dialler) options(l *link, config *tls.Config, left time.Duration) *nats.Options {
+func (d *dialler) options(l *link, conn net.Conn, left time.Duration) *nats.Options {
 	o := nats.GetDefaultOptions()
 	o.Url = "nats://" + d.settings.address
 	o.Name = d.settings.name
-	o.CustomDialer = dialled{l.conn}
+	o.CustomDialer = dialled{conn}
 	o.SkipHostLookup, o.IgnoreDiscoveredServers = true, true
 	o.AllowReconnect, o.ReconnectBufSize = false, -1
 	o.Timeout, o.FlusherTimeout, o.PingInterval = left, writeTimeout, pingInterval
-	o.Secure, o.TLSConfig, o.TLSHandshakeFirst = d.settings.secure, config, d.settings.first
 	o.InboxPrefix = d.settings.inboxPrefix
 	o.ClosedCB = func(*nats.Conn) {
 		l.unfit.Store(true)
@@ -127,7 +134,10 @@ func (l *link) listen(ctx context.Context) error {
 	}
 	l.maxPayload = l.client.MaxPayload()
 	l.inbox = l.client.NewInbox() + "."
-	_, err := l.client.Subscribe(l.inbox+"*", l.arrived)
+	// A channel, for with a callback the client forgets what it has read when the connection ends.
+	acknowledgements := make(chan *nats.Msg, maxUnread)
+	go l.receive(acknowledgements)
+	_, err := l.client.ChanSubscribe(l.inbox+"*", acknowledgements)
 	if err == nil {
 		err = l.client.FlushWithContext(ctx)
 	}
@@ -141,6 +151,27 @@ func (l *link) listen(ctx context.Context) error {
 		return &outbound.Error{Code: plugin.CodeConnect, Err: err, Message: "the server ended the connection at once"}
 	}
 	return nil
+}
+
+// receive hands out what comes until the connection has ended.
+func (l *link) receive(acknowledgements <-chan *nats.Msg) {
+	defer close(l.over)
+	for {
+		select {
+		case m := <-acknowledgements:
+			l.arrived(m)
+			continue
+		case <-l.ended:
+		}
+		for {
+			select {
+			case m := <-acknowledgements:
+				l.arrived(m)
+			default:
+				return
+			}
+		}
+	}
 }
 
 func (l *link) arrived(m *nats.Msg) {

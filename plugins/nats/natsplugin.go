@@ -34,7 +34,8 @@ type Config struct {
 	ConnectTimeout    plugin.Duration `json:"connect_timeout" doc:"Longest time for looking up the name, connecting and the handshake." default:"5s" minimum:"100ms" maximum:"60s"`
 	TLS               TLS             `json:"tls" doc:"For tls URIs, and for servers that ask for TLS."`
 	CA                plugin.Secret   `slot:"ca" doc:"Authorities that the server's certificate may be by, instead of the system's. PEM."`
-	ClientCertificate plugin.Secret   `slot:"client_certificate" doc:"Certificate chain and private key to show to the server. PEM."`
+	ClientCertificate plugin.Secret   `slot:"client_certificate" doc:"Certificate chain, the leaf first, with its private key unless client_key holds that, to show to the server. PEM."`
+	ClientKey         plugin.Secret   `slot:"client_key" doc:"Private key of client_certificate, PEM."`
 	Credentials       plugin.Secret   `slot:"credentials" doc:"Text of a .creds file: a user's JWT and its seed."`
 	Token             plugin.Secret   `slot:"token" doc:"Token of a server that asks for one."`
 	Password          plugin.Secret   `slot:"password" doc:"Password that goes with the config's user."`
@@ -60,16 +61,19 @@ func kind(pool *links) plugin.Kind {
 		}
 		return i.attempt, nil
 	}
-	return plugin.Transport("nats", build,
+	options := append(outbound.Formats(),
 		plugin.Doc("Publishes to streams of NATS JetStream, deduplicated by message id and subject"),
 		plugin.Schemes("nats", "tls", "nats+tls"),
 		plugin.Example(map[string]any{"subject": "events.{type}", "stream": "EVENTS"}),
-		plugin.Format("ca", outbound.AuthoritiesFormat()),
-		plugin.Format("client_certificate", outbound.PairFormat()),
 		plugin.Format("credentials", credentialsFormat()),
 		plugin.Format("token", textFormat("token")),
 		plugin.Format("password", textFormat("password")),
 		plugin.Check(check))
+	return plugin.Transport("nats", build, options...)
+}
+
+func (c Config) material() outbound.Material {
+	return outbound.Material{CA: c.CA, Certificate: c.ClientCertificate, Key: c.ClientKey}
 }
 
 // parse takes URIs of the form nats://host[:port][/subject].
@@ -117,7 +121,7 @@ func check(c Config, t plugin.Target) []plugin.Problem {
 	if filled > 1 {
 		add("/secrets", "secret.conflict", "more than one of the slots credentials, token and password are filled; a connection has one credential")
 	}
-	return problems
+	return append(problems, c.material().Check(time.Now())...)
 }
 
 // secure reports whether the connection must be TLS; else it is when the server asks for it.

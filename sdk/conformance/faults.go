@@ -59,23 +59,27 @@ func resetAfterRequest(t *trial) error {
 	})
 }
 
-// noBlindRetry resets a connection that was used before, which is where clients are tempted most.
+// noBlindRetry breaks connections where clients are tempted: one that was used before, behind the first bytes of an
+// answer, and a new one. Where one that was used before ends without a byte, a request may go out once more.
 func noBlindRetry(t *trial) error {
 	handle := func(x *exchange) {
-		if x.n%2 == 0 {
-			reset(x.Conn)
+		switch x.n % 3 {
+		case 1:
+			answer200(x)
 			return
+		case 2:
+			_, _ = io.WriteString(x, "HTTP/1.1")
 		}
-		answer200(x)
+		reset(x.Conn)
 	}
 	return t.eachHTTP(handle, func(c *carrier) error {
-		for range 4 {
+		for range 6 {
 			if _, err := c.send([]byte(`{}`), attemptTimeout); err != nil {
 				return err
 			}
 		}
-		if got, _ := c.sink.seen(); len(got) > 4 {
-			return fmt.Errorf("%d requests arrived for 4 attempts", len(got))
+		if got, _ := c.sink.seen(); len(got) > 6 {
+			return fmt.Errorf("%d requests arrived for 6 attempts", len(got))
 		}
 		return nil
 	})
@@ -128,7 +132,7 @@ func endlessBody(t *trial) error {
 }
 
 func garbageAnswer(t *trial) error {
-	answers := []string{"SSH-2.0-OpenSSH_9.2\r\n\r\n", "HTTP/1.1 two hundred\r\n\r\n", "\x00\x01\x02\x03\r\n\r\n", "HTTP/1.1 200 OK\r\nContent-Length: minus one\r\n\r\n"}
+	answers := []string{"SSH-2.0-OpenSSH_9.2\r\n\r\n", "HTTP/1.1 two hundred\r\n\r\n", "\x00\x01\x02\x03\r\n\r\n"}
 	handle := func(x *exchange) {
 		_, _ = io.WriteString(x, answers[(x.n-1)%len(answers)])
 		_ = x.Close()

@@ -5,12 +5,14 @@ import (
 	"errors"
 	"fmt"
 	"runtime/debug"
+	"runtime/pprof"
 	"slices"
 	"strings"
 	"sync"
 	"time"
 	"unicode/utf8"
 
+	"github.com/grapnel/grapnel/internal/redact"
 	pluginv1 "github.com/grapnel/grapnel/proto/grapnel/plugin/v1"
 )
 
@@ -55,6 +57,8 @@ func (s *server) run(ctx context.Context, t *task, sc *scratch) (out result) {
 		return result{failure: failure{source: SourcePlugin, code: CodeTimeout, wire: NotSent,
 			message: fmt.Sprintf("%d earlier attempts go on although their time is up", maxOverruns)}}
 	}
+	// What it dials is read by goroutines that outlive the attempt: they bear the label, too.
+	pprof.SetGoroutineLabels(inst.labels)
 	r := sc.prepare(t, inst)
 	for _, ref := range t.signHere {
 		signer := s.instances.get(ref)
@@ -157,20 +161,20 @@ func stale(ref uint32) result {
 }
 
 func signFailure(err error, secrets [][]byte) failure {
-	return failure{source: SourcePlugin, code: CodeSign, message: valid(redact(err.Error(), secrets)), wire: NotSent}
+	return failure{source: SourcePlugin, code: CodeSign, message: valid(redact.Text(err.Error(), secrets)), wire: NotSent}
 }
 
 // failureOf reads an AttemptFunc's error.
 func failureOf(ctx context.Context, err error, secrets [][]byte) (failure, string) {
 	var f *Failure
 	if errors.As(err, &f) {
-		out := failure{source: f.Source, code: f.Code, message: valid(redact(f.Message, secrets)), wire: f.WireState}
+		out := failure{source: f.Source, code: f.Code, message: valid(redact.Text(f.Message, secrets)), wire: f.WireState}
 		if out.source == 0 {
 			out.source = SourcePlugin
 		}
 		return out, f.Peer
 	}
-	out := failure{source: SourcePlugin, message: valid(redact(err.Error(), secrets)), wire: MaybeSent}
+	out := failure{source: SourcePlugin, message: valid(redact.Text(err.Error(), secrets)), wire: MaybeSent}
 	switch cause := context.Cause(ctx); {
 	case errors.Is(cause, context.DeadlineExceeded):
 		out.source, out.code = SourceEndpoint, CodeTimeout

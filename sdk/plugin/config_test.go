@@ -10,6 +10,8 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/santhosh-tekuri/jsonschema/v6"
+
+	"github.com/grapnel/grapnel/internal/redact"
 )
 
 type nested struct {
@@ -157,7 +159,7 @@ func TestSecretNeverShows(t *testing.T) {
 			t.Errorf("shows: %s", text)
 		}
 	}
-	if got := redact("with canary-key inside, or MfKQ9r8GKYqrTw", [][]byte{[]byte("canary-key"), []byte("whsec_MfKQ9r8GKYqrTw")}); got != "with [redacted] inside, or [redacted]" {
+	if got := redact.Text("with canary-key inside, or MfKQ9r8GKYqrTw", [][]byte{[]byte("canary-key"), []byte("whsec_MfKQ9r8GKYqrTw")}); got != "with [redacted] inside, or [redacted]" {
 		t.Error(got)
 	}
 }

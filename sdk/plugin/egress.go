@@ -1,11 +1,14 @@
 package plugin
 
 import (
+	"cmp"
 	"context"
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"net/netip"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 )
@@ -20,7 +23,7 @@ var ErrEgressDenied = errors.New("blocked by egress policy")
 // addresses are open on ports 80, 443, 8080 and 8443 only; ranges of the allow list on every port.
 //
 // Metadata services stay closed when a range that holds them is allowed; only their very address
-// (a /32 or /128) opens them.
+// (a /32 or /128) opens them. What Deny closes stays closed whatever is allowed.
 //
 // It must be asked with the address that is about to be dialled, after name resolution: see Control.
 // Immutable and safe for concurrent use. A nil or zero Egress denies everything.
@@ -28,6 +31,48 @@ type Egress struct {
 	allow    []netip.Prefix
 	deny     []netip.Prefix
 	metadata []netip.Addr
+	closed   []EgressRule
+}
+
+// EgressRule is a range of addresses, on one port or on all.
+type EgressRule struct {
+	Range netip.Prefix
+	Port  uint16 // 0 means every port
+}
+
+// String is what ParseEgressRule reads.
+func (r EgressRule) String() string {
+	if r.Port == 0 {
+		return r.Range.String()
+	}
+	return r.Range.String() + ":" + strconv.Itoa(int(r.Port))
+}
+
+// ParseEgressRule reads a range with or without a port, such as 10.0.0.0/8, 127.0.0.1/32:7071 or ::1/128:7071.
+func ParseEgressRule(text string) (EgressRule, error) {
+	address, rest, _ := strings.Cut(text, "/")
+	bits, port, found := strings.Cut(rest, ":")
+	prefix, err := netip.ParsePrefix(address + "/" + bits)
+	if err != nil {
+		return EgressRule{}, fmt.Errorf("%q is not a range such as 10.0.0.0/8 or 127.0.0.1/32:7071", text)
+	}
+	r := EgressRule{Range: unmapped(prefix)}
+	if found {
+		n, err := strconv.ParseUint(port, 10, 16)
+		if err != nil || n == 0 {
+			return EgressRule{}, fmt.Errorf("%q has no port from 1 to 65535 behind its range", text)
+		}
+		r.Port = uint16(n)
+	}
+	return r, nil
+}
+
+// unmapped is an IPv4-mapped range as IPv4, in canonical form.
+func unmapped(p netip.Prefix) netip.Prefix {
+	if p.IsValid() && p.Addr().Is4In6() && p.Bits() >= 96 {
+		p = netip.PrefixFrom(p.Addr().Unmap(), p.Bits()-96)
+	}
+	return p.Masked()
 }
 
 // NewEgress returns a policy that opens the allow list's ranges on top of public addresses. IPv4-mapped
@@ -35,11 +80,8 @@ type Egress struct {
 func NewEgress(allow []netip.Prefix) *Egress {
 	e := &Egress{deny: specialRanges(), metadata: metadataAddrs()}
 	for _, p := range allow {
-		if p.IsValid() && p.Addr().Is4In6() && p.Bits() >= 96 {
-			p = netip.PrefixFrom(p.Addr().Unmap(), p.Bits()-96)
-		}
-		if p.IsValid() {
-			e.allow = append(e.allow, p.Masked())
+		if p = unmapped(p); p.IsValid() {
+			e.allow = append(e.allow, p)
 		}
 	}
 	slices.SortFunc(e.allow, netip.Prefix.Compare)
@@ -47,7 +89,25 @@ func NewEgress(allow []netip.Prefix) *Egress {
 	return e
 }
 
-// String returns the allow list in canonical form; policies with equal strings are equal.
+// Deny returns a policy that closes the rules' ranges, too.
+func (e *Egress) Deny(rules ...EgressRule) *Egress {
+	out := &Egress{}
+	if e != nil {
+		*out = *e
+	}
+	out.closed = slices.Clone(out.closed)
+	for _, r := range rules {
+		if r.Range = unmapped(r.Range); r.Range.IsValid() {
+			out.closed = append(out.closed, r)
+		}
+	}
+	slices.SortFunc(out.closed, func(a, b EgressRule) int { return cmp.Or(a.Range.Compare(b.Range), cmp.Compare(a.Port, b.Port)) })
+	out.closed = slices.Compact(out.closed)
+	return out
+}
+
+// String returns the allow list in canonical form, and what is closed behind exclamation marks, separated by commas;
+// policies with equal strings are equal.
 func (e *Egress) String() string {
 	if e == nil {
 		return ""
@@ -58,6 +118,12 @@ func (e *Egress) String() string {
 			b.WriteByte(',')
 		}
 		b.WriteString(p.String())
+	}
+	for _, r := range e.closed {
+		if b.Len() > 0 {
+			b.WriteByte(',')
+		}
+		b.WriteString("!" + r.String())
 	}
 	return b.String()
 }
@@ -105,6 +171,11 @@ func (e *Egress) open(addr netip.Addr, port uint16) bool {
 }
 
 func (e *Egress) openItself(addr netip.Addr, port uint16) bool {
+	for _, r := range e.closed {
+		if (r.Port == 0 || r.Port == port) && r.Range.Contains(addr) {
+			return false
+		}
+	}
 	allowed, exact := false, false
 	for _, p := range e.allow {
 		if p.Contains(addr) {
@@ -192,12 +263,15 @@ func metadataAddrs() []netip.Addr {
 		"169.254.170.2",   // AWS ECS task credentials
 		"169.254.170.23",  // AWS EKS pod identity
 		"169.254.0.23",    // Tencent
+		"169.254.42.42",   // Scaleway
 		"100.100.100.200", // Alibaba
 		"168.63.129.16",   // Azure wire server; looks public
 		"192.0.0.192",     // Oracle, older
 		"fd00:ec2::254",   // AWS
 		"fd00:ec2::23",    // AWS EKS pod identity
 		"fd20:ce::254",    // Google
+		"fd00:42::42",     // Scaleway
+		"fe80::a9fe:a9fe", // OpenStack
 	)
 }
 

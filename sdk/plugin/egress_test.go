@@ -125,6 +125,37 @@ func TestEgressFailsClosed(t *testing.T) {
 	}
 }
 
+func TestEgressDenyWins(t *testing.T) {
+	var rules []plugin.EgressRule
+	for _, text := range []string{"127.0.0.1/32:7071", "10.1.0.0/16", "::ffff:10.2.0.0/112", "2001:db8::/32:443", "8.8.8.8/32"} {
+		r, err := plugin.ParseEgressRule(text)
+		if err != nil {
+			t.Fatal(err)
+		}
+		rules = append(rules, r)
+	}
+	policy := plugin.NewEgress([]netip.Prefix{netip.MustParsePrefix("0.0.0.0/0"), netip.MustParsePrefix("::/0")}).Deny(rules...)
+	for address, open := range map[string]bool{
+		"127.0.0.1:7071": false, "127.0.0.1:7070": true, "[::ffff:127.0.0.1]:7071": false, "10.1.2.3:80": false, "10.2.0.9:1": false, "10.3.0.1:80": true,
+		"[2001:db8::1]:443": false, "[2001:db8::1]:80": true, "8.8.8.8:443": false, "[64:ff9b::808:808]:443": false, "[2002:a01:203::]:80": false,
+	} {
+		if got := policy.Check(netip.MustParseAddrPort(address)) == nil; got != open {
+			t.Errorf("%s is open: %v", address, got)
+		}
+	}
+	if got := policy.String(); got != "0.0.0.0/0,::/0,!8.8.8.8/32,!10.1.0.0/16,!10.2.0.0/16,!127.0.0.1/32:7071,!2001:db8::/32:443" {
+		t.Errorf("%q", got)
+	}
+	for _, text := range []string{"", "10.0.0.0", "10.0.0.0/33", "10.0.0.0/8:0", "10.0.0.0/8:65536", "a/8", "::1/128:x"} {
+		if r, err := plugin.ParseEgressRule(text); err == nil {
+			t.Errorf("%q is taken as %v", text, r)
+		}
+	}
+	if plugin.NewEgress(nil).Deny(plugin.EgressRule{}).Check(netip.MustParseAddrPort("1.1.1.1:443")) != nil {
+		t.Error("a rule without a range closes everything")
+	}
+}
+
 func TestEgressErrorIsNoOracle(t *testing.T) {
 	policy := plugin.NewEgress(nil)
 	texts := map[string]bool{}

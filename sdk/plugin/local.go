@@ -32,6 +32,9 @@ func OpenLocal(k Kind, config []byte, secrets map[string][][]byte, t Target) (*L
 // ID is what subscriptions call the kind.
 func (k Kind) ID() string { return k.id }
 
+// Schemes are the URI schemes that a transport is the default for; none of a signer.
+func (k Kind) Schemes() []string { return k.options.schemes }
+
 // Sign signs r. Only instances of signers do.
 func (l *Local) Sign(r *Request) error { return l.built.sign(r) }
 

@@ -180,6 +180,9 @@ const (
 	CodeSign      = "sign"
 	CodeConfig    = "config"
 	CodePanic     = "panic"
+	// CodeShortage goes with SourcePlugin and NotSent: this machine has no descriptor, socket or memory left for
+	// the attempt. It is nobody's fault but the machine's, and says that fewer attempts fit.
+	CodeShortage = "shortage"
 )
 
 // Failure is an attempt that got no answer. Message is for people: no secret, no internal address.

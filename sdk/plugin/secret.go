@@ -1,14 +1,12 @@
 package plugin
 
 import (
-	"bytes"
 	"fmt"
 	"io"
 	"log/slog"
-	"strings"
-)
 
-const redacted = "[redacted]"
+	"github.com/grapnel/grapnel/internal/redact"
+)
 
 // Secret holds the live versions of one secret. A config field of this type, tagged
 // `slot:"key" doc:"…" required:"true" kinds:"HMAC"`, declares a slot that the subscription fills with the
@@ -35,34 +33,16 @@ func (s Secret) Values() [][]byte { return s.values }
 func (s Secret) Empty() bool { return len(s.values) == 0 }
 
 // String is [redacted].
-func (s Secret) String() string { return redacted }
+func (s Secret) String() string { return redact.Mark }
 
 // GoString is [redacted].
-func (s Secret) GoString() string { return redacted }
+func (s Secret) GoString() string { return redact.Mark }
 
 // Format writes [redacted] whatever the verb.
-func (s Secret) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, redacted) }
+func (s Secret) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, redact.Mark) }
 
 // LogValue is [redacted].
-func (s Secret) LogValue() slog.Value { return slog.StringValue(redacted) }
+func (s Secret) LogValue() slog.Value { return slog.StringValue(redact.Mark) }
 
 // MarshalJSON writes "[redacted]".
-func (s Secret) MarshalJSON() ([]byte, error) { return []byte(`"` + redacted + `"`), nil }
-
-// redact takes the values of secrets out of a text that is about to leave the process.
-func redact(text string, secrets [][]byte) string {
-	for _, v := range secrets {
-		text = cutOut(text, string(v))
-		if i := bytes.IndexByte(v, '_'); i > 0 && i < 12 {
-			text = cutOut(text, string(v[i+1:])) // whsec_…: the part that counts
-		}
-	}
-	return text
-}
-
-func cutOut(text, value string) string {
-	if len(value) < 6 {
-		return text // would tear ordinary words apart and protects nothing
-	}
-	return strings.ReplaceAll(text, value, redacted)
-}
+func (s Secret) MarshalJSON() ([]byte, error) { return []byte(`"` + redact.Mark + `"`), nil }

@@ -13,6 +13,9 @@ const (
 	MagicCookieValue = "b6f1c1a2-6b1e-4a57-9c0f-5d8f0e6a7c31"
 	// PluginSet is the name under which go-plugin dispenses the connection.
 	PluginSet = "grapnel"
+	// InstanceLabel is the label (runtime/pprof) of goroutines that work for an instance, and of those that they start:
+	// its value is the instance's id. The report of a panic bears it, which tells the host whose doing that was.
+	InstanceLabel = "grapnel.instance"
 )
 
 // ErrNotStartedByHost is returned by Serve in a process that was started by hand.

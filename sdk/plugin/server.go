@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"net/netip"
 	"runtime/debug"
+	"runtime/pprof"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -17,6 +18,8 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"github.com/grapnel/grapnel/internal/redact"
+	"github.com/grapnel/grapnel/internal/wire"
 	pluginv1 "github.com/grapnel/grapnel/proto/grapnel/plugin/v1"
 )
 
@@ -75,6 +78,8 @@ type instance struct {
 	built   built
 	target  Target
 	secrets [][]byte
+	// labels mark the goroutines that work for it.
+	labels context.Context //nolint:containedctx // pprof keeps labels in one
 	// overruns are attempts that were given up and go on all the same.
 	overruns atomic.Int32
 }
@@ -132,7 +137,7 @@ func NewGRPCServer(name, version string, kinds ...Kind) (*grpc.Server, error) {
 func (s *server) grpc(opts []grpc.ServerOption) *grpc.Server {
 	g := grpc.NewServer(append(opts,
 		grpc.MaxRecvMsgSize(receiveMax),
-		grpc.ForceServerCodecV2(newCodec()),
+		grpc.ForceServerCodecV2(wire.NewCodec()),
 		grpc.ChainUnaryInterceptor(s.recoverUnary),
 		grpc.ChainStreamInterceptor(s.recoverStream),
 	)...)
@@ -194,7 +199,15 @@ func (s *server) Configure(_ context.Context, req *pluginv1.ConfigureRequest) (*
 			}
 			allow = append(allow, p)
 		}
-		s.egress, s.agent = NewEgress(allow), set.GetUserAgent()
+		deny := make([]EgressRule, 0, len(set.GetEgressDeny()))
+		for _, text := range set.GetEgressDeny() {
+			r, err := ParseEgressRule(text)
+			if err != nil {
+				return nil, status.Errorf(codes.InvalidArgument, "settings.egress_deny: %v", err)
+			}
+			deny = append(deny, r)
+		}
+		s.egress, s.agent = NewEgress(allow).Deny(deny...), set.GetUserAgent()
 	}
 	out := &pluginv1.ConfigureResponse{}
 	for _, in := range req.GetInstances() {
@@ -263,10 +276,13 @@ func (s *server) build(in *pluginv1.Instance, egress *Egress, agent string, vali
 	}
 	defer func() {
 		if p := recover(); p != nil {
-			s.log().Error("panic in build", "kind", k.id, "panic", redact(fmt.Sprint(p), values), "stack", string(debug.Stack()))
+			s.log().Error("panic in build", "kind", k.id, "panic", redact.Text(fmt.Sprint(p), values), "stack", string(debug.Stack()))
 			inst, diagnostics = nil, []*pluginv1.Diagnostic{refusal(CodePanic, "the plugin panicked on this config")}
 		}
 	}()
+	labels := pprof.WithLabels(context.Background(), pprof.Labels(InstanceLabel, in.GetId()))
+	pprof.SetGoroutineLabels(labels)
+	defer pprof.SetGoroutineLabels(context.Background())
 	b, problems := k.assemble(sp)
 	for _, p := range problems {
 		diagnostics = append(diagnostics, p.wire(values))
@@ -274,13 +290,13 @@ func (s *server) build(in *pluginv1.Instance, egress *Egress, agent string, vali
 	if hasErrors(problems) {
 		return nil, diagnostics
 	}
-	return &instance{id: in.GetId(), built: b, target: sp.target, secrets: values}, diagnostics
+	return &instance{id: in.GetId(), built: b, target: sp.target, secrets: values, labels: labels}, diagnostics
 }
 
 func (p Problem) wire(secrets [][]byte) *pluginv1.Diagnostic {
 	d := &pluginv1.Diagnostic{
 		Severity: pluginv1.Diagnostic_SEVERITY_ERROR, Code: p.Code,
-		Summary: redact(p.Summary, secrets), Pointer: p.Pointer,
+		Summary: redact.Text(p.Summary, secrets), Pointer: p.Pointer,
 	}
 	if p.Warning {
 		d.Severity = pluginv1.Diagnostic_SEVERITY_WARNING

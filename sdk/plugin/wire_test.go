@@ -31,7 +31,7 @@ func TestRequestFrameReadsWhatProtobufWrites(t *testing.T) {
 	}
 	var f requestFrame
 	for range 2 { // a frame is used again
-		if err := f.parse(b); err != nil {
+		if err := f.Parse(b); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -60,7 +60,7 @@ func TestResultsFrameIsReadByProtobuf(t *testing.T) {
 		{seq: 8, response: &Response{Status: 500, Body: bytes.Repeat([]byte("x"), 3<<20)}},
 	}}
 	var got pluginv1.AttemptResponse
-	if err := proto.Unmarshal(f.append(nil), &got); err != nil {
+	if err := proto.Unmarshal(f.Append(nil), &got); err != nil {
 		t.Fatal(err)
 	}
 	// Compared by length: the general comparison takes half a minute over it.
@@ -91,7 +91,7 @@ func FuzzRequestFrame(f *testing.F) {
 	f.Add([]byte(strings.Repeat("\x12\x02", 20)))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		var frame requestFrame
-		if frame.parse(b) != nil {
+		if frame.Parse(b) != nil {
 			return
 		}
 		var msg pluginv1.AttemptRequest

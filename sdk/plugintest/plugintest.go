@@ -193,8 +193,12 @@ func (h *Harness) message(in Instance) *pluginv1.Instance {
 
 func settings(t plugin.Target) *pluginv1.HostSettings {
 	s := &pluginv1.HostSettings{UserAgent: cmp.Or(t.UserAgent, "grapnel/test")}
-	if allow := t.Egress.String(); allow != "" {
-		s.EgressAllow = strings.Split(allow, ",")
+	for _, text := range strings.FieldsFunc(t.Egress.String(), func(r rune) bool { return r == ',' }) {
+		if rule, deny := strings.CutPrefix(text, "!"); deny {
+			s.EgressDeny = append(s.EgressDeny, rule)
+		} else {
+			s.EgressAllow = append(s.EgressAllow, text)
+		}
 	}
 	return s
 }

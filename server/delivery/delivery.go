@@ -210,7 +210,8 @@ const (
 	// CausePolicy is a refusal by Grapnel: egress denied.
 	CausePolicy
 	// CauseUnspent means that nothing was tried (plugin gone before the attempt was written, instance
-	// being configured): the job is to be offered again, no attempt is spent, none is recorded.
+	// being configured, no descriptor or socket left on this machine): the job is to be offered again, no attempt is
+	// spent, none is recorded. Error says in words what is waited for.
 	CauseUnspent
 )
 

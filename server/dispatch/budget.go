@@ -22,7 +22,7 @@ const (
 // may hold much, so that a burst need not be read back from disk, and up to three quarters some. What lanes hold that are not
 // proven, their events counted in full for each, ends at a quarter and a half: they cannot push the others out. Beyond
 // these bounds only a lane of which nothing waits in memory gets a few jobs, one that is on trial just one, and at the limit
-// it waits for its turn to: in one queue suspects, in another all others, which comes first. Proven lanes have a quarter
+// it waits for its turn to: in one rota suspects, in another all others, which comes first. Proven lanes have a quarter
 // more than the limit, where each of which nothing is in memory gets one job.
 type budget struct {
 	limit  int64
@@ -33,11 +33,8 @@ type budget struct {
 	hungry atomic.Int64 // lanes in waiting
 	mu     sync.Mutex
 	// waiting are lanes that wait for room: first all others, then suspects.
-	waiting [2]hungryLanes
+	waiting [2]rota
 }
-
-// hungryLanes is a list of lanes linked by hungryPrev and hungryNext.
-type hungryLanes struct{ head, tail *lane }
 
 // room is what a lane may have in memory waiting.
 type room struct {
@@ -97,32 +94,25 @@ func (l *lane) charge(jobs int, size int64) {
 	}
 }
 
-func (b *budget) queueFor(st standing) *hungryLanes {
+func (b *budget) rotaOf(st standing) *rota {
 	if st == suspect {
 		return &b.waiting[1]
 	}
 	return &b.waiting[0]
 }
 
-// hunger puts the lane in the queue of those that wait for room. l.mu is held.
+// hunger has the lane wait for room. l.mu is held.
 func (l *lane) hunger() {
 	b := &l.e.budget
 	b.mu.Lock()
 	l.hungry, l.hungryAs = true, l.standing
-	q := b.queueFor(l.standing)
-	l.hungryPrev = q.tail
-	if q.tail == nil {
-		q.head = l
-	} else {
-		q.tail.hungryNext = l
-	}
-	q.tail = l
+	b.rotaOf(l.standing).add(l)
 	b.hungry.Add(1)
 	b.mu.Unlock()
 	l.e.feed() // room may have come before it stood there
 }
 
-// sated takes the lane out of that queue, and reports whether it stood there. l.mu is held.
+// sated has the lane wait no more, and reports whether it did. l.mu is held.
 func (l *lane) sated() bool {
 	b := &l.e.budget
 	b.mu.Lock()
@@ -130,23 +120,13 @@ func (l *lane) sated() bool {
 	if !l.hungry {
 		return false
 	}
-	b.remove(l)
+	b.rotaOf(l.hungryAs).remove(l)
+	b.fed(l)
 	return true
 }
 
-func (b *budget) remove(l *lane) {
-	q := b.queueFor(l.hungryAs)
-	if l.hungryPrev == nil {
-		q.head = l.hungryNext
-	} else {
-		l.hungryPrev.hungryNext = l.hungryNext
-	}
-	if l.hungryNext == nil {
-		q.tail = l.hungryPrev
-	} else {
-		l.hungryNext.hungryPrev = l.hungryPrev
-	}
-	l.hungry, l.hungryPrev, l.hungryNext = false, nil, nil
+func (b *budget) fed(l *lane) {
+	l.hungry = false
 	b.hungry.Add(-1)
 }
 
@@ -156,14 +136,15 @@ func (e *Engine) feed() {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	for range fedAtOnce {
-		l := b.waiting[0].head
-		if l == nil || b.room(l.hungryAs, true).jobs == 0 {
-			l = b.waiting[1].head
+		r := &b.waiting[0]
+		if l := r.next(); l == nil || b.room(l.hungryAs, true).jobs == 0 {
+			r = &b.waiting[1]
 		}
-		if l == nil || b.room(l.hungryAs, true).jobs == 0 {
+		if l := r.next(); l == nil || b.room(l.hungryAs, true).jobs == 0 {
 			return
 		}
-		b.remove(l)
+		l := r.take()
+		b.fed(l)
 		e.reads.push(l)
 	}
 }

@@ -26,7 +26,7 @@ func (x *entry) Complete(_ *delivery.Job, r delivery.Result) {
 		return
 	}
 	if r.Cause == delivery.CauseUnspent {
-		l.health.unspent(now)
+		l.health.unspent(now, r.Error)
 		l.back(x)
 		e.metrics.parked.Inc()
 		l.kick(now)

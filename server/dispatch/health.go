@@ -39,7 +39,9 @@ type health struct {
 	// closed is the time before which no attempt starts, and why says what for.
 	closed time.Time
 	why    closure
-	park   time.Duration
+	// waits is what a lane that was closed by its plugin waits for, if the plugin's host said.
+	waits string
+	park  time.Duration
 }
 
 // closure is what closes a lane for a time.
@@ -147,10 +149,12 @@ func (h *health) observe(o delivery.Outcome, took time.Duration, now time.Time) 
 	}
 }
 
-// unspent parks the lane: its plugin is not ready, which says nothing about the target. Several that were in flight at
+// unspent parks the lane: its plugin is not ready, or this machine has nothing left to try with, which says nothing about
+// the target. Several that were in flight at
 // once count as one.
-func (h *health) unspent(now time.Time) {
+func (h *health) unspent(now time.Time, waits string) {
 	h.hangs = false
+	h.waits = waits
 	if now.Before(h.closed) {
 		return
 	}
@@ -164,7 +168,7 @@ func (h *health) close(why closure, until time.Time) {
 	}
 }
 
-func (h *health) open() { h.closed, h.why, h.park = time.Time{}, byNobody, 0 }
+func (h *health) open() { h.closed, h.why, h.waits, h.park = time.Time{}, byNobody, "", 0 }
 
 // fresh reports whether what is known is not worth keeping.
 func (h *health) fresh(now time.Time) bool {

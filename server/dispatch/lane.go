@@ -58,14 +58,12 @@ type lane struct {
 	series   *series
 
 	// Places in queues of the engine.
-	queued                 [standings]atomic.Bool // on the ring, among those of a standing
-	poolQueued             atomic.Bool            // in the queue of a pool
-	ringNext               [standings]*lane       // ring.mu
-	readNext               *lane                  // reads.mu
-	hungry                 bool                   // budget.mu, and so the next ones
-	hungryAs               standing
-	hungryPrev, hungryNext *lane
-	alarm                  alarm // alarms.mu
+	queued     [standings]atomic.Bool // on the ring, among those of a standing
+	poolQueued atomic.Bool            // in the queue of a pool
+	ringNext   [standings]*lane       // ring.mu
+	hungry     bool                   // budget.mu, and so the next one
+	hungryAs   standing
+	alarm      alarm // alarms.mu
 }
 
 // part is a lane's window of one partition.
@@ -220,7 +218,9 @@ func (l *lane) admit(j *delivery.Job, near *entry) *entry {
 // forget gives up an entry that stands in no queue any more and that its window holds no more.
 func (l *lane) forget(x *entry) {
 	x.gone = true
-	delete(l.held, x.place())
+	if delete(l.held, x.place()); len(l.held) == 0 {
+		l.held = nil // a map keeps the room that it has had
+	}
 	l.e.journal.Release(x.Event)
 	l.charge(-1, -x.size)
 }
@@ -301,6 +301,7 @@ const (
 	closedRate       = "its subscription's max_rate is reached"
 	closedTarget     = "its target asked for a pause (Retry-After)"
 	closedPlugin     = "parked: its plugin is not ready"
+	closedWaits      = "parked: "
 )
 
 func (l *lane) gate(now time.Time) gate {
@@ -323,7 +324,7 @@ func (l *lane) gate(now time.Time) gate {
 		return gate{sub: sub, reason: reason, lasting: true}
 	}
 	if h := &l.health; now.Before(h.closed) {
-		return gate{sub: sub, reason: h.why.reason(), until: h.closed}
+		return gate{sub: sub, reason: h.reason(), until: h.closed}
 	}
 	return gate{sub: sub}
 }
@@ -339,11 +340,14 @@ func closedBy(sub *subscription.Subscription) string {
 	return ""
 }
 
-func (c closure) reason() string {
-	switch c {
+func (h *health) reason() string {
+	switch h.why {
 	case byTarget:
 		return closedTarget
 	case byPlugin:
+		if h.waits != "" {
+			return closedWaits + h.waits
+		}
 		return closedPlugin
 	case byDisable:
 		return closedDisabling

@@ -61,6 +61,13 @@ func TestStatusSaysWhyNothingIsSent(t *testing.T) {
 		{"absent", func(w *world) { w.remove("orders", false) }, "parked: its subscription is not in the configuration"},
 		{"deleted", func(w *world) { w.journal.fail(delivery.ErrClosed); w.remove("orders", true) }, "deleted"},
 		{"plugin", func(w *world) { w.receiver.set(always(0, unspent)) }, "plugin is not ready"},
+		{"plugin disabled", func(w *world) {
+			w.receiver.set(always(0, func() *delivery.Result {
+				r := unspent()
+				r.Error = "plugins/line is disabled"
+				return r
+			}))
+		}, "parked: plugins/line is disabled"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {

@@ -67,7 +67,7 @@ func newMetrics(e *Engine, r prometheus.Registerer) *metrics {
 		m.deliveries[s] = deliveries.WithLabelValues(stateName(delivery.State(s)))
 	}
 	m.parked = prometheus.NewCounter(prometheus.CounterOpts{
-		Name: "grapnel_attempts_unspent_total", Help: "Attempts put back because the plugin was not ready.",
+		Name: "grapnel_attempts_unspent_total", Help: "Attempts put back because the plugin was not ready, or the machine had nothing left to try with.",
 	})
 	m.latency = prometheus.NewHistogram(prometheus.HistogramOpts{
 		Name: "grapnel_delivery_latency_seconds", Help: "Time from an event's acceptance to its delivery.",

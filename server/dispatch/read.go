@@ -19,19 +19,14 @@ const (
 
 // reads holds the lanes that have asked for a read from disk; each at most once, see lane.reading.
 type reads struct {
-	mu         sync.Mutex
-	head, tail *lane // linked by lane.readNext
-	wake       chan struct{}
+	mu    sync.Mutex
+	lanes rota
+	wake  chan struct{}
 }
 
 func (r *reads) push(l *lane) {
 	r.mu.Lock()
-	if r.tail == nil {
-		r.head = l
-	} else {
-		r.tail.readNext = l
-	}
-	r.tail = l
+	r.lanes.add(l)
 	r.mu.Unlock()
 	signal(r.wake)
 }
@@ -39,14 +34,8 @@ func (r *reads) push(l *lane) {
 func (r *reads) pop() *lane {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	l := r.head
-	if l == nil {
-		return nil
-	}
-	r.head, l.readNext = l.readNext, nil
-	if r.head == nil {
-		r.tail = nil
-	} else {
+	l := r.lanes.take()
+	if !r.lanes.empty() {
 		signal(r.wake) // for the other readers
 	}
 	return l

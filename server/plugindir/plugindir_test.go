@@ -120,7 +120,7 @@ func TestEnableAndRemove(t *testing.T) {
 	if err := d.Enable("acme/sign", false); err != nil {
 		t.Fatal(err)
 	}
-	if specs, err := d.Specs(); err != nil || len(specs) != 0 {
+	if specs, err := d.Specs(); err != nil || len(specs) != 1 || !specs[0].Disabled {
 		t.Errorf("disabled, specs = %v, %v", specs, err)
 	}
 	if err := d.Enable("acme/sing", true); !errors.Is(err, plugindir.ErrNotInstalled) || !strings.Contains(err.Error(), "acme/sign") {
@@ -204,7 +204,9 @@ func TestWatch(t *testing.T) {
 		d.Watch(ctx, time.Millisecond, func(specs []pluginhost.Spec) {
 			var names []string
 			for _, s := range specs {
-				names = append(names, s.Name+":"+filepath.Base(s.Path))
+				if !s.Disabled {
+					names = append(names, s.Name+":"+filepath.Base(s.Path))
+				}
 			}
 			select {
 			case updates <- names:

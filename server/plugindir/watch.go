@@ -7,14 +7,15 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"time"
 
 	"github.com/grapnel/grapnel/server/pluginhost"
 )
 
-// Specs are the plugins to run: those that the lock file enables, pinned, or without a lock file every
-// executable file in the directory. A directory that does not exist has none.
+// Specs are the plugins to run: those of the lock file, pinned and in the order in which they were installed, with the
+// disabled ones marked, or without a lock file every executable file in the directory. A directory that does not exist has none.
 func (d Dir) Specs() ([]pluginhost.Spec, error) {
 	lock, locked, err := d.Read()
 	if err != nil {
@@ -23,18 +24,19 @@ func (d Dir) Specs() ([]pluginhost.Spec, error) {
 	if !locked {
 		return d.executables()
 	}
+	slices.SortStableFunc(lock.Plugins, func(a, b Entry) int { return a.InstallTime.Compare(b.InstallTime) })
 	var specs []pluginhost.Spec
 	for _, e := range lock.Plugins {
-		if !e.Enabled {
-			continue
-		}
 		manifest, err := e.DescribeResponse()
 		if err != nil {
+			if !e.Enabled {
+				continue
+			}
 			return nil, err
 		}
 		specs = append(specs, pluginhost.Spec{
 			Name: e.Name, Path: filepath.Join(d.path, filepath.FromSlash(e.Path)), Args: e.Args, SHA256: e.SHA256,
-			Manifest: manifest, Limits: pluginhost.Limits(e.Limits), User: e.User,
+			Manifest: manifest, Limits: pluginhost.Limits(e.Limits), User: e.User, Disabled: !e.Enabled,
 		})
 	}
 	return specs, nil

@@ -17,7 +17,10 @@ import (
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/durationpb"
 
+	"github.com/grapnel/grapnel/internal/redact"
 	pluginv1 "github.com/grapnel/grapnel/proto/grapnel/plugin/v1"
+	"github.com/grapnel/grapnel/server/pluginhost/process"
+	"github.com/grapnel/grapnel/server/pluginhost/wire"
 )
 
 var errHangs = errors.New("it hangs")
@@ -26,15 +29,15 @@ var errHangs = errors.New("it hangs")
 // and owned by its process's supervisor, which alone ends it.
 type conn struct {
 	host   *Host
-	proc   *process
+	proc   *supervisor
 	log    *slog.Logger
 	ctx    context.Context //nolint:containedctx // the life of the process
 	cancel context.CancelFunc
-	child  *child
+	child  *process.Child
 	client *goplugin.Client
 	grpc   *grpc.ClientConn
 	plugin pluginv1.PluginServiceClient
-	out    *tail
+	out    *process.Output
 	name   string
 	// version, protocol and kinds are as described.
 	version  string
@@ -52,15 +55,18 @@ type conn struct {
 	workers    sync.WaitGroup
 	refs       atomic.Uint32
 	unanswered atomic.Int64
-	redactor   redactor
-	overhead   latency
-	answered   atomic.Bool // an attempt or a signature, at least once
-	breakOnce  sync.Once
-	broken     chan struct{}
-	cause      error // set before broken is closed
+	// secrets are those that the process holds: what it says is cleaned of them.
+	secrets   held
+	overhead  latency
+	answered  atomic.Bool // an attempt or a signature, at least once
+	breakOnce sync.Once
+	broken    chan struct{}
+	cause     error // set before broken is closed
 
-	mu      sync.Mutex // guards retired
+	mu      sync.Mutex // guards what follows
 	retired []retired
+	// fading are secrets that the process was told to forget.
+	fading []fading
 }
 
 func (c *conn) nextRef() uint32 { return c.refs.Add(1) }
@@ -119,28 +125,30 @@ func (c *conn) open(signs, carries bool, can map[string]bool) error {
 
 func (c *conn) openAttempts() error {
 	client := pluginv1.NewTransportServiceClient(c.grpc)
-	stream, err := client.Attempt(c.ctx, grpc.ForceCodecV2(newCodec()))
+	stream, err := client.Attempt(c.ctx, wire.CallOption())
 	if err != nil {
-		return fmt.Errorf("open attempt stream: %w", err)
+		return fmt.Errorf("open attempt stream: %s", c.said(err.Error()))
 	}
 	err = stream.SendMsg(&pluginv1.AttemptRequest{Frame: &pluginv1.AttemptRequest_Hello{
-		Hello: &pluginv1.Hello{MaxResponseBody: maxResponse},
+		Hello: &pluginv1.Hello{MaxResponseBody: wire.MaxResponse},
 	}})
 	if err != nil {
-		return fmt.Errorf("send hello: %w", err)
+		return fmt.Errorf("send hello: %s", c.said(err.Error()))
 	}
-	var frame responseFrame
+	var frame wire.Response
 	if err := stream.RecvMsg(&frame); err != nil {
-		return fmt.Errorf("receive welcome: %w", err)
+		return fmt.Errorf("receive welcome: %s", c.said(err.Error()))
 	}
-	credits := frame.other.GetWelcome().GetCredits()
+	credits := frame.Other.GetWelcome().GetCredits()
 	if credits == 0 {
 		return errors.New("the first frame of the attempt stream is no welcome, or has no credits")
 	}
-	var batch batchFrame
+	var batch wire.Batch
 	c.attempts = newLink(int(min(credits, maxWindow)), func(b []*pending) error {
-		batch.fill(b)
-		defer batch.forget()
+		for _, p := range b {
+			batch.Add(&p.Attempt)
+		}
+		defer batch.Reset()
 		return stream.SendMsg(&batch)
 	})
 	c.workers.Go(func() { c.sendAttempts(stream) })
@@ -152,7 +160,7 @@ func (c *conn) sendAttempts(stream grpc.ClientStream) {
 	err := c.attempts.run()
 	if err == nil && c.stopping.Load() {
 		err = stream.SendMsg(&pluginv1.AttemptRequest{Frame: &pluginv1.AttemptRequest_Drain{
-			Drain: &pluginv1.Drain{Grace: durationpb.New(c.host.timing.drain)},
+			Drain: &pluginv1.Drain{Grace: durationpb.New(c.host.closing.left(c.host.timing.drain))},
 		}})
 		if err == nil {
 			err = stream.CloseSend()
@@ -165,7 +173,7 @@ func (c *conn) sendAttempts(stream grpc.ClientStream) {
 
 func (c *conn) receiveAttempts(stream grpc.ClientStream) {
 	defer close(c.drained)
-	var frame responseFrame
+	var frame wire.Response
 	var seqs []uint64
 	var taken []*pending
 	for {
@@ -175,22 +183,22 @@ func (c *conn) receiveAttempts(stream grpc.ClientStream) {
 			}
 			return
 		}
-		if frame.other != nil {
-			if err := c.otherFrame(frame.other); err != nil {
+		if frame.Other != nil {
+			if err := c.otherFrame(frame.Other); err != nil {
 				c.fault(err)
 				return
 			}
 			continue
 		}
 		seqs = seqs[:0]
-		for i := range frame.results {
-			seqs = append(seqs, frame.results[i].seq)
+		for i := range frame.Results {
+			seqs = append(seqs, frame.Results[i].Seq)
 		}
 		var err error
 		taken, err = c.attempts.take(seqs, taken[:0])
 		now := time.Now()
 		for i, p := range taken {
-			c.settle(p, &frame.results[i], now)
+			c.settle(p, &frame.Results[i], now)
 		}
 		clear(taken)
 		if err != nil {
@@ -223,9 +231,29 @@ func (c *conn) lost(what string, err error) {
 	case s.Code() == codes.Internal && strings.Contains(s.Message(), "unmarshal"):
 		c.fault(fmt.Errorf("%w: %s: %s", errProtocol, what, s.Message()))
 	default:
-		c.fail(fmt.Errorf("%s: %w", what, err))
+		c.fail(&brokenError{what: what, why: c.said(s.Message())})
 	}
 }
+
+// brokenError is the end of a stream or call. What the plugin said of it is for operators: it may quote anybody.
+type brokenError struct{ what, why string }
+
+func (e *brokenError) Error() string { return e.what + ": " + e.why }
+
+// told is why a process has ended, in the host's own words, for the records of all whose attempts it held.
+func (c *conn) told() string {
+	broken := new(brokenError)
+	switch {
+	case !errors.As(c.cause, &broken):
+		return c.cause.Error()
+	case c.ended():
+		return c.child.Why()
+	}
+	return "its " + broken.what + " broke off"
+}
+
+// ended reports whether the process has ended, or does in a moment: a stream mostly ends a little before it.
+func (c *conn) ended() bool { return wait(100*time.Millisecond, c.child.Exited()) }
 
 // fault ends the process's life because it broke the protocol.
 func (c *conn) fault(err error) {
@@ -240,7 +268,7 @@ func (c *conn) openUnary() {
 	var calls sync.WaitGroup
 	c.attempts = newLink(window, func(batch []*pending) error {
 		for _, p := range batch {
-			req := unaryRequest(p)
+			req := p.One()
 			timeout := p.plan.timeout + p.plan.grace*3/4 // before the attempt is overdue
 			calls.Go(func() { c.attemptOne(client, req, timeout) })
 		}
@@ -263,13 +291,13 @@ func (c *conn) attemptOne(client pluginv1.TransportServiceClient, req *pluginv1.
 		}
 		return
 	}
-	r := resultOf(resp.GetResult())
-	taken, err := c.attempts.take([]uint64{r.seq}, nil)
+	r := wire.ResultOf(resp.GetResult())
+	taken, err := c.attempts.take([]uint64{r.Seq}, nil)
 	for _, p := range taken {
 		c.settle(p, &r, time.Now())
 	}
-	if err == nil && r.seq != req.GetAttempt().GetSeq() {
-		err = fmt.Errorf("%w: an answer to %d instead of %d", errProtocol, r.seq, req.GetAttempt().GetSeq())
+	if err == nil && r.Seq != req.GetAttempt().GetSeq() {
+		err = fmt.Errorf("%w: an answer to %d instead of %d", errProtocol, r.Seq, req.GetAttempt().GetSeq())
 	}
 	if err != nil {
 		c.fault(err)
@@ -280,7 +308,7 @@ func (c *conn) attemptOne(client pluginv1.TransportServiceClient, req *pluginv1.
 func (c *conn) openControl() error {
 	var err error
 	if c.control, err = c.plugin.Control(c.ctx); err != nil {
-		return fmt.Errorf("open control stream: %w", err)
+		return fmt.Errorf("open control stream: %s", c.said(err.Error()))
 	}
 	c.workers.Go(c.beat)
 	c.workers.Go(c.receiveControl)
@@ -295,13 +323,13 @@ func (c *conn) beat() {
 			Heartbeat: &pluginv1.Heartbeat{Number: n},
 		}})
 		if err != nil && !c.stopping.Load() {
-			c.fail(fmt.Errorf("control stream: %w", err))
+			c.lost("control stream", err)
 		}
 		if err != nil {
 			return
 		}
 		if c.unanswered.Add(1) == silentAfter {
-			c.log.Warn("plugin does not answer; it is ended if that goes on", "pid", c.child.pid())
+			c.log.Warn("plugin does not answer; it is ended if that goes on", "pid", c.child.Pid())
 		}
 		select {
 		case <-c.ctx.Done():
@@ -324,7 +352,7 @@ func (c *conn) receiveControl() {
 		resp, err := c.control.Recv()
 		if err != nil {
 			if !c.stopping.Load() {
-				c.fail(fmt.Errorf("control stream: %w", err))
+				c.lost("control stream", err)
 			}
 			return
 		}
@@ -335,6 +363,26 @@ func (c *conn) receiveControl() {
 			c.proc.logRecords(c, f.Logs)
 		}
 	}
+}
+
+// maxSaid is the most bytes of a text that a plugin gives.
+const maxSaid = 512
+
+// said is the one door through which a plugin's texts come in: bounded, on one line, and without the secrets of any of the
+// tenants that the process works for.
+func (c *conn) said(text string) string { return redact.Line(&c.secrets.Set, text, maxSaid) }
+
+// fading are an instance's secrets from when its process was told to forget them until it must have.
+type fading struct {
+	until   time.Time
+	release func()
+}
+
+// forget has secrets fade: attempts that hold them may still be at work, and what was written about them on its way.
+func (c *conn) forget(release func()) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.fading = append(c.fading, fading{time.Now().Add(c.host.timing.fade), release})
 }
 
 // retire remembers an instance that is to be removed.
@@ -361,16 +409,22 @@ func (c *conn) sweep(now time.Time, spare bool) {
 			keep = append(keep, r)
 		} else {
 			refs = append(refs, r.ref)
+			c.fading = append(c.fading, fading{now.Add(c.host.timing.fade), r.release})
 		}
 	}
+	clear(c.retired[len(keep):])
 	c.retired = keep
+	for len(c.fading) > 0 && now.After(c.fading[0].until) {
+		c.fading[0].release()
+		c.fading = c.fading[1:]
+	}
 	c.mu.Unlock()
 	if len(refs) > 0 {
 		go func() { // ends with the process, if not before
 			ctx, cancel := context.WithTimeout(c.ctx, c.host.timing.call)
 			defer cancel()
 			if _, err := c.plugin.Remove(ctx, &pluginv1.RemoveRequest{Refs: refs}); err != nil && c.ctx.Err() == nil {
-				c.log.Warn("remove instances", "count", len(refs), "err", err)
+				c.log.Warn("remove instances", "count", len(refs), "err", c.said(err.Error()))
 			}
 		}()
 	}
@@ -386,23 +440,27 @@ func (c *conn) stop() {
 	if c.attempts != nil {
 		c.attempts.stop()
 	}
-	wait(c.drained, c.broken, t.drain)
+	over := c.host.closing.over
+	wait(t.drain, c.drained, c.broken, over)
 	close(c.release)
-	if !wait(c.child.exited, nil, t.term) {
-		c.child.signal(false)
-		wait(c.child.exited, nil, t.term)
+	if !wait(t.term, c.child.Exited(), over) {
+		c.child.Signal(false)
+		wait(t.term, c.child.Exited(), over)
 	}
 	c.end("it was stopped")
 }
 
-// wait reports whether done was closed in time; over ends the wait as well.
-func wait(done, over <-chan struct{}, longest time.Duration) bool {
+// wait reports whether done was closed in time; over, of which there may be two, end the wait as well.
+func wait(longest time.Duration, done <-chan struct{}, over ...<-chan struct{}) bool {
 	timer := time.NewTimer(longest)
 	defer timer.Stop()
+	ends := [2]<-chan struct{}{}
+	copy(ends[:], over)
 	select {
 	case <-done:
 		return true
-	case <-over:
+	case <-ends[0]:
+	case <-ends[1]:
 	case <-timer.C:
 	}
 	return false
@@ -411,8 +469,8 @@ func wait(done, over <-chan struct{}, longest time.Duration) bool {
 // end kills what is left of the process, and completes or sends elsewhere what it held.
 func (c *conn) end(why string) {
 	c.fail(errors.New(why))
-	c.child.signal(true)
-	<-c.child.exited
+	c.child.Signal(true)
+	<-c.child.Exited()
 	c.cancel()
 	var written, queued []*pending
 	for _, l := range []*link{c.attempts, c.signs} {
@@ -428,9 +486,9 @@ func (c *conn) end(why string) {
 		queued = append(queued, waited...)
 	}
 	c.workers.Wait() // the sender may still be reading what it was about to send
-	guilt := c.guilt(len(written))
+	guilt := c.guilts(written)
 	for _, p := range written {
-		c.host.interrupted(p, why, guilt)
+		c.host.interrupted(p, why, guilt(p))
 	}
 	for _, p := range queued {
 		c.host.plans.drop(c.host, p.plan)

@@ -27,38 +27,6 @@ func shapedSub(t testing.TB, n byte, ps *grapnelv1.PayloadShape) *subscription.S
 	return sub
 }
 
-func TestShapesAsBytes(t *testing.T) {
-	at := time.Date(2026, 2, 3, 4, 5, 6, 789e6, time.FixedZone("", 3600))
-	event := func(contentType, payload string) *delivery.Event {
-		return &delivery.Event{
-			ID: "e-1", Source: "/shop", Type: "order.created", Subject: "a \"b\" <ü>\x01", Time: at, ContentType: contentType,
-			Schema: "https://example.com/s", Payload: []byte(payload), Attributes: map[string]string{"tenant": "x", "another": "1"},
-		}
-	}
-	const standard, structured = grapnelv1.PayloadShape_FORMAT_STANDARD_WEBHOOKS, grapnelv1.PayloadShape_FORMAT_CLOUDEVENTS
-	const context = `{"specversion":"1.0","id":"e-1","source":"/shop","type":"order.created","time":"2026-02-03T03:05:06.789Z",` +
-		`"subject":"a \"b\" <ü>\u0001","dataschema":"https://example.com/s","datacontenttype":`
-	for name, tt := range map[string]struct {
-		format grapnelv1.PayloadShape_Format
-		event  *delivery.Event
-		want   string
-	}{
-		"json":                   {standard, event("application/json", ` {"n": 1}`), `{"type":"order.created","timestamp":"2026-02-03T03:05:06.789Z","data": {"n": 1}}`},
-		"no media type":          {standard, event("", `[1]`), `{"type":"order.created","timestamp":"2026-02-03T03:05:06.789Z","data":[1]}`},
-		"text":                   {standard, event("text/plain", `12`), `{"type":"order.created","timestamp":"2026-02-03T03:05:06.789Z","datacontenttype":"text/plain","data_base64":"MTI="}`},
-		"not the json it says":   {standard, event("application/json", `{"n":`), `{"type":"order.created","timestamp":"2026-02-03T03:05:06.789Z","datacontenttype":"application/json","data_base64":"eyJuIjo="}`},
-		"json that is not utf-8": {standard, event("application/json", "\"\xff\""), `{"type":"order.created","timestamp":"2026-02-03T03:05:06.789Z","datacontenttype":"application/json","data_base64":"Iv8i"}`},
-		"cloudevent":             {structured, event("application/vnd.x+json; charset=utf-8", `{"n":1}`), context + `"application/vnd.x+json; charset=utf-8","another":"1","tenant":"x","data":{"n":1}}`},
-		"cloudevent, binary":     {structured, event("application/xml", `<a/>`), context + `"application/xml","another":"1","tenant":"x","data_base64":"PGEvPg=="}`},
-		"cloudevent, no data":    {structured, event("application/json", ``), context + `"application/json","another":"1","tenant":"x"}`},
-	} {
-		got := (&shapes{}).get(tt.event, shape{format: tt.format})
-		if diff := cmp.Diff(tt.want, string(got.body)); diff != "" {
-			t.Errorf("%s (-want +got):\n%s", name, diff)
-		}
-	}
-}
-
 // TestReceiverDecodesTheEvent sends random events in every shape and compares what a receiver makes of them.
 func TestReceiverDecodesTheEvent(t *testing.T) {
 	f := platform(t)
@@ -222,25 +190,5 @@ func TestBodyLimitHoldsForTheShapedBody(t *testing.T) {
 	job.Event.Payload = job.Event.Payload[:platformMaxBody-2] // no JSON any more: base64 makes it longer
 	if got := f.attempt(t, shapedSub(t, 3, &grapnelv1.PayloadShape{Format: grapnelv1.PayloadShape_FORMAT_CLOUDEVENTS}), job); got.Cause != delivery.CausePolicy {
 		t.Errorf("structured: %+v", got)
-	}
-}
-
-func TestBodiesTravelOncePerBatch(t *testing.T) {
-	var s shapes
-	one, two := newJob(1, "x").Event, newJob(2, "x").Event
-	plain, zipped := shape{format: grapnelv1.PayloadShape_FORMAT_CLOUDEVENTS}, shape{gzip: true}
-	var batch []*pending
-	for _, c := range []content{
-		{one, nil}, {one, s.get(one, plain)}, {two, nil}, {one, (&shapes{}).get(one, plain)}, {one, s.get(one, zipped)}, {one, nil}, {two, s.get(two, plain)},
-	} {
-		batch = append(batch, &pending{job: &delivery.Job{Event: c.event}, shaped: c.shaped})
-	}
-	var f batchFrame
-	f.fill(batch)
-	if diff := cmp.Diff([]uint32{0, 1, 2, 1, 3, 0, 4}, f.index); diff != "" {
-		t.Errorf("places (-want +got):\n%s", diff)
-	}
-	if a, b := s.get(one, plain), s.get(one, plain); a != b {
-		t.Error("a body that is in use was made twice")
 	}
 }

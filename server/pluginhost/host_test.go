@@ -10,6 +10,7 @@ import (
 	"io"
 	"log/slog"
 	"os"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"sync"
@@ -61,6 +62,17 @@ func TestMain(m *testing.M) {
 			plugin.Main("test/platform", "1.0.0", platformKinds()...)
 		case "plugin-signers":
 			plugin.Main("test/signers", "1.0.0", chainSigner("alpha", "x-alpha"), chainSigner("liar", "x-beta"), chainSigner("changer", "content-type"))
+		case "plugin-named":
+			plugin.Main(os.Args[2], "1.0.0", namedKinds(os.Args[3:])...)
+		case "plugin-link":
+			link := filepath.Join(os.Getenv("PLUGIN_UNIX_SOCKET_DIR"), "link")
+			_ = os.Symlink(os.Args[2], link)
+			fmt.Printf("1|1|unix|%s|grpc\n", link)
+			select {}
+		case "plugin-short":
+			plugin.Main("test/short", "1.0.0", shortTransport(), testSigner("standard-webhooks"))
+		case "plugin-bomb":
+			plugin.Main("test/bomb", "1.0.0", bombTransport(), testSigner("standard-webhooks"))
 		case "plugin-mortal":
 			plugin.Main("test/mortal", "1.0.0", mortalTransport(), testSigner("standard-webhooks"))
 		case "host":

@@ -3,8 +3,11 @@
 package pluginhost
 
 import (
+	"bufio"
+	"errors"
 	"fmt"
 	"io"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -135,6 +138,106 @@ func TestPinnedFilesThatOthersCouldChange(t *testing.T) {
 	}
 }
 
+// TestPinnedFileOfAnotherOwner: who owns a file may write to it between check and start, whatever its mode.
+func TestPinnedFileOfAnotherOwner(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root")
+	}
+	dir := t.TempDir()
+	file := copyOfSelf(t, filepath.Join(dir, "plugin"))
+	other, tree := pinned(t, file), pinned(t, dir)
+	if err := os.Chown(file, 12345, 12345); err != nil {
+		t.Fatal(err)
+	}
+	for _, spec := range []Spec{other, tree} {
+		f := start(t, nil, spec)
+		eventually(t, "it is refused", func() bool { return strings.Contains(f.lastError(), "belongs to user 12345") })
+		if len(f.Pids()) != 0 {
+			t.Error("it runs")
+		}
+	}
+	if err := os.Chown(file, 0, 0); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Chown(dir, 12345, 12345); err != nil { // who owns the directory puts another file into it
+		t.Fatal(err)
+	}
+	f := start(t, nil, tree)
+	eventually(t, "it is refused", func() bool { return strings.Contains(f.lastError(), "belongs to user 12345") })
+}
+
+// TestOwnProgramSurvivesItsPath: a server whose binary has been replaced or removed goes on with the one it was started from.
+func TestOwnProgramSurvivesItsPath(t *testing.T) {
+	for name, spoil := range map[string]func(path string) error{
+		"removed": os.Remove,
+		"replaced": func(path string) error {
+			return errors.Join(os.Remove(path), os.WriteFile(path, []byte("#!/bin/sh\nexit 9\n"), 0o755))
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			path := copyOfSelf(t, filepath.Join(t.TempDir(), "grapnel"))
+			host := exec.Command(path, "host", "own")
+			out, err := host.StdoutPipe()
+			if err != nil {
+				t.Fatal(err)
+			}
+			host.Stderr = t.Output()
+			if err := host.Start(); err != nil {
+				t.Fatal(err)
+			}
+			defer func() {
+				_ = host.Process.Kill()
+				_ = host.Wait()
+			}()
+			lines := bufio.NewScanner(out)
+			pid := func() (pid int) {
+				t.Helper()
+				if !lines.Scan() {
+					t.Fatal("the host has ended")
+				}
+				if _, err := fmt.Sscan(lines.Text(), &pid); err != nil {
+					t.Fatalf("%v: %q", err, lines.Text())
+				}
+				return pid
+			}
+			first := pid()
+			if err := spoil(path); err != nil {
+				t.Fatal(err)
+			}
+			if err := kill(first); err != nil {
+				t.Fatal(err)
+			}
+			if next := pid(); next == first {
+				t.Error("it is the same process")
+			}
+		})
+	}
+}
+
+// TestSocketThatIsNone: a plugin that names a link in its directory would have the host knock elsewhere.
+func TestSocketThatIsNone(t *testing.T) {
+	elsewhere := filepath.Join(t.TempDir(), "s")
+	l, err := net.Listen("unix", elsewhere)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	knocked := make(chan struct{})
+	go func() {
+		if c, err := l.Accept(); err == nil {
+			_ = c.Close()
+			close(knocked)
+		}
+	}()
+	f := start(t, nil, self("plugin-link", elsewhere))
+	eventually(t, "it is refused", func() bool { return strings.Contains(f.lastError(), "what it names as its socket is none") })
+	select {
+	case <-knocked:
+		t.Error("the host has dialled it")
+	default:
+	}
+}
+
 func TestPinnedDirectory(t *testing.T) {
 	for name, build := range map[string]func(dir string){
 		"program": func(dir string) { copyOfSelf(t, filepath.Join(dir, "plugin")) },
@@ -168,51 +271,6 @@ func TestPinnedDirectory(t *testing.T) {
 			_ = kill(f.Pids()["test/all"])
 			eventually(t, "it is refused", func() bool { return strings.Contains(f.lastError(), "has SHA-256 ") })
 		})
-	}
-}
-
-func TestChecksum(t *testing.T) {
-	dir := t.TempDir()
-	for name, text := range map[string]string{"plugin": "program", "a b": "", "sub/z": "1", "sub/deep/é": "2", ".hidden": "3"} {
-		path := filepath.Join(dir, name)
-		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
-			t.Fatal(err)
-		}
-		if err := os.WriteFile(path, []byte(text), 0o644); err != nil {
-			t.Fatal(err)
-		}
-	}
-	for path, command := range map[string]string{
-		dir:                          `find . -type f -printf '%P\0' | xargs -0 sha256sum | LC_ALL=C sort | sha256sum`,
-		filepath.Join(dir, "plugin"): "sha256sum <plugin",
-	} {
-		shell := exec.Command("/bin/sh", "-c", command)
-		shell.Dir = dir
-		want, err := shell.Output()
-		if err != nil {
-			t.Fatal(err)
-		}
-		if got, err := Checksum(path); err != nil || got != string(want[:64]) {
-			t.Errorf("%s: %s (%v), the shell says %s", path, got, err, want)
-		}
-	}
-	if err := os.Symlink("plugin", filepath.Join(dir, "sub", "link")); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := Checksum(dir); err == nil || !strings.Contains(err.Error(), filepath.Join(dir, "sub/link")+" is no regular file") {
-		t.Errorf("a link: %v", err)
-	}
-	if err := os.Remove(filepath.Join(dir, "sub", "link")); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.WriteFile(filepath.Join(dir, "two\nlines"), nil, 0o644); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := Checksum(dir); err == nil || !strings.Contains(err.Error(), "control character") {
-		t.Errorf("a name of two lines: %v", err)
-	}
-	if _, err := Checksum(filepath.Join(dir, "missing")); err == nil {
-		t.Error("no error for a file that is missing")
 	}
 }
 
@@ -333,9 +391,12 @@ func TestPluginOfAnotherUser(t *testing.T) {
 	if limits := f.body(t, "files"); !regexp.MustCompile(`Max processes +200 +200`).MatchString(limits) {
 		t.Errorf("limits:\n%s", limits)
 	}
-	dir := f.dirs.shared
+	dir, err := f.dirs.ForOthers()
+	if err != nil {
+		t.Fatal(err)
+	}
 	f.stop()
-	if _, err := os.Stat(dir); dir == "" || !os.IsNotExist(err) {
+	if _, err := os.Stat(dir); !os.IsNotExist(err) {
 		t.Errorf("directory %q is left: %v", dir, err)
 	}
 }

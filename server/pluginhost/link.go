@@ -35,7 +35,65 @@ type link struct {
 	open    int
 	stopped bool // nothing new is taken
 	dead    bool
+	// most bounds what is waiting and open while the machine is short of what attempts need; 0 is no bound. short is when
+	// that was last seen, eased when the bound was raised.
+	most         int
+	short, eased time.Time
 }
+
+const (
+	// leastOpen is how many attempts are made at a time however short the machine is.
+	leastOpen = 8
+	// easeEvery lets an eighth more in. A shortage is over when none was met for easeOver.
+	easeEvery = time.Second
+	easeOver  = 10 * time.Second
+)
+
+// shortage lowers what may be open to what is: an attempt could not be made for want of a descriptor, a socket or memory on
+// this machine. It returns how many are made at a time now, and whether this is the first time since all was well.
+func (l *link) shortage(now time.Time) (most int, first bool) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	first = l.most == 0
+	if most := max(leastOpen, l.open); first || most < l.most {
+		l.most = most
+	}
+	l.short, l.eased = now, now
+	return l.most, first
+}
+
+// narrowed is how many attempts are made at a time because of a shortage; 0 without one.
+func (l *link) narrowed(now time.Time) int {
+	if l == nil {
+		return 0
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.ease(now)
+	return l.most
+}
+
+// ease is called under the lock.
+func (l *link) ease(now time.Time) {
+	if now.Sub(l.short) >= easeOver {
+		l.most = 0
+	}
+	for l.most > 0 && now.Sub(l.eased) >= easeEvery {
+		l.eased = l.eased.Add(easeEvery)
+		l.most += max(1, l.most/8)
+	}
+}
+
+// outcome of handing an attempt to a link.
+type outcome int
+
+const (
+	accepted outcome = iota
+	// shut: the link takes nothing any more.
+	shut
+	// full: the machine is short of what attempts need.
+	full
+)
 
 func newLink(window int, send func([]*pending) error) *link {
 	l := &link{send: send}
@@ -70,18 +128,23 @@ func (l *link) wake() {
 	}
 }
 
-// enqueue takes p, or returns false when the link takes nothing any more.
-func (l *link) enqueue(p *pending) bool {
+// enqueue takes p, or says why not.
+func (l *link) enqueue(p *pending) outcome {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.stopped || l.dead {
-		return false
+		return shut
+	}
+	if l.most > 0 {
+		if l.ease(time.Now()); l.most > 0 && l.open+l.waiting() >= l.most {
+			return full
+		}
 	}
 	l.queue = append(l.queue, p)
 	if len(l.free) > 0 {
 		l.wake()
 	}
-	return true
+	return accepted
 }
 
 // run sends until the link dies, a send fails, or it is stopped and all is sent. It sends what is there and never waits for more.
@@ -122,7 +185,7 @@ func (l *link) next(batch []*pending) ([]*pending, bool) {
 	now := time.Now()
 	for bytes := 0; l.waiting() > 0 && len(l.free) > 0 && len(batch) < batchItems; {
 		p := l.queue[l.head]
-		if bytes += len(p.body()); bytes > batchBytes && len(batch) > 0 {
+		if bytes += len(p.Content.Body()); bytes > batchBytes && len(batch) > 0 {
 			break
 		}
 		l.queue[l.head] = nil
@@ -131,7 +194,7 @@ func (l *link) next(batch []*pending) ([]*pending, bool) {
 		l.free = l.free[:len(l.free)-1]
 		l.count++
 		l.open++
-		p.seq = l.count<<slotBits | uint64(slot)
+		p.Seq = l.count<<slotBits | uint64(slot)
 		p.stamp(now)
 		p.due = now.Add(p.plan.timeout + p.plan.grace)
 		l.slots[slot] = p
@@ -158,7 +221,7 @@ func (l *link) take(seqs []uint64, to []*pending) ([]*pending, error) {
 	}
 	for _, seq := range seqs {
 		slot := seq & (maxWindow - 1)
-		if slot >= uint64(len(l.slots)) || l.slots[slot] == nil || l.slots[slot].seq != seq {
+		if slot >= uint64(len(l.slots)) || l.slots[slot] == nil || l.slots[slot].Seq != seq {
 			return to, fmt.Errorf("%w: an answer to %d, which is unknown or answered", errProtocol, seq)
 		}
 		to = append(to, l.slots[slot])

@@ -17,6 +17,7 @@ type metrics struct {
 	indeterminate prometheus.Counter
 	faults        prometheus.Counter
 	hangs         prometheus.Counter
+	shortages     prometheus.Counter
 	upgrades      *prometheus.CounterVec
 }
 
@@ -31,6 +32,7 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 		upgrades: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Namespace: "grapnel", Subsystem: "plugin", Name: "upgrades_total", Help: "Plugins replaced while they ran, and those that were not because the new one did not come up.",
 		}, []string{"result"}),
+		shortages:     counter("shortages_total", "Attempts given back because the machine had no descriptor, socket or memory left for them."),
 		hangs:         counter("hangs_total", "Plugin processes that were ended because they did not answer any more."),
 		unspent:       counter("unspent_total", "Attempts given back because no plugin was there to make them."),
 		indeterminate: counter("indeterminate_total", "Attempts that were written to a plugin process which ended without an answer."),
@@ -40,7 +42,7 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 		open := prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 			Namespace: "grapnel", Subsystem: "plugin", Name: "open_attempts", Help: "Attempts in the plugin host's hands.",
 		}, func() float64 { return float64(m.open.Load()) })
-		reg.MustRegister(m.restarts, m.unspent, m.indeterminate, m.faults, m.hangs, m.upgrades, open)
+		reg.MustRegister(m.restarts, m.unspent, m.indeterminate, m.faults, m.hangs, m.shortages, m.upgrades, open)
 	}
 	return m
 }

@@ -6,6 +6,7 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -266,6 +267,58 @@ func TestStubbornPluginIsKilled(t *testing.T) {
 	f.stop()
 	if alive(pid) {
 		t.Error("it lives")
+	}
+}
+
+// TestCloseIsBounded: a stop takes what it is given, whatever is in flight and whatever plugins make of it.
+func TestCloseIsBounded(t *testing.T) {
+	for name, spec := range map[string]Spec{"attempts that go on": self("plugin-all"), "it does not end": self("plugin-raw", "stubborn")} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			f := start(t, nil, spec, self("plugin-signer2")).ready(t)
+			sub := newSub(t, 1, map[string]any{"delay": "50s"})
+			sub.AttemptTimeout = time.Minute
+			sub.Proto.Signers[0].Plugin = "plugins/other-signer"
+			s := newSink()
+			pids := f.Pids()
+			if name == "attempts that go on" {
+				f.Attempt(sub, newJob(0, "x"), s)
+				eventually(t, "it is under way", func() bool {
+					p, _ := f.Plugin("mem")
+					return p.GetInstances()[0].GetInFlight() == 1
+				})
+			}
+			ctx, cancel := context.WithCancel(t.Context()) // as the end of a grace, which is not foreseen
+			ended := make(chan error, 1)
+			go func() { ended <- f.Close(ctx) }()
+			cancel()
+			select {
+			case err := <-ended:
+				if !errors.Is(err, context.Canceled) {
+					t.Errorf("ended with %v", err)
+				}
+			case <-time.After(20 * time.Second): // drain alone would take a minute
+				t.Fatal("it goes on")
+			}
+			for plugin, pid := range pids {
+				if alive(pid) {
+					t.Errorf("%s is still there", plugin)
+				}
+			}
+			if name == "attempts that go on" {
+				s.wait(t, 1)
+			}
+		})
+	}
+	h, err := New(Options{Secrets: func(string) ([]SecretVersion, bool) { return nil, false }, Plugins: []Spec{self("plugin-all")}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := h.Close(t.Context()); err != nil {
+		t.Errorf("before Run: %v", err)
+	}
+	if err := h.Run(t.Context()); err != nil {
+		t.Errorf("Run after Close: %v", err)
 	}
 }
 

@@ -9,6 +9,8 @@ import (
 
 	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
 	"github.com/grapnel/grapnel/server/delivery"
+	"github.com/grapnel/grapnel/server/pluginhost/check"
+	"github.com/grapnel/grapnel/server/pluginhost/wire"
 	"github.com/grapnel/grapnel/server/subscription"
 )
 
@@ -29,7 +31,7 @@ func (h *Host) CheckOwnership(ctx context.Context, sub *grapnelv1.Subscription) 
 	switch {
 	case k == nil:
 		return nil, h.missing(id)
-	case !k.proto.GetTransport().GetOwnershipCheck():
+	case !k.Proto.GetTransport().GetOwnershipCheck():
 		return nil, nil
 	case h.closed.Load():
 		return nil, fmt.Errorf("%w: the server is stopping", ErrUnavailable)
@@ -39,13 +41,13 @@ func (h *Host) CheckOwnership(ctx context.Context, sub *grapnelv1.Subscription) 
 		return nil, err
 	}
 	asked := &subscription.Subscription{
-		Proto: sub, Namespace: namespaceOf(sub.GetName()), MaxInFlight: 1,
+		Proto: sub, Namespace: check.NamespaceOf(sub.GetName()), MaxInFlight: 1,
 		AttemptTimeout: sub.GetAttemptTimeout().AsDuration(),
 	}
 	_, _ = rand.Read(asked.UID[:]) // an instance of its own beside the one that serves; it never fails
 	pl := h.newPlan(asked, b)
 	defer h.retire(pl)
-	pl.shape = shape{empty: true}
+	pl.shape = wire.Empty()
 	pl.ref, err = h.configureOne(pl, asked, b)
 	var refused *refusedError
 	switch {
@@ -62,7 +64,7 @@ func (h *Host) attemptCheck(ctx context.Context, pl *plan, sub *subscription.Sub
 	sink := make(answer, 1)
 	h.metrics.open.Add(1)
 	p := h.newPending(sub, &delivery.Job{Event: &delivery.Event{}, MaxAttempts: 1}, sink)
-	p.ownership = true
+	p.Ownership = true
 	h.submit(p, pl)
 	select {
 	case r := <-sink:

@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"github.com/grapnel/grapnel/server/delivery"
+	"github.com/grapnel/grapnel/server/pluginhost/wire"
 	"github.com/grapnel/grapnel/server/subscription"
 )
 
@@ -17,21 +18,17 @@ type pending struct {
 	sub  *subscription.Subscription
 	plan *plan
 
-	seq     uint64
-	created time.Time
+	// Attempt is what is written of it.
+	wire.Attempt
 	// due is when the plugin counts as hung: timeout and grace after sending.
 	due time.Time
-	// stage is how many remote signers have signed; headers and uri are what they added, setBy which of them
-	// set each header.
-	stage   int
-	headers []delivery.Header
-	setBy   []int
-	uri     string
-	nonce   [16]byte
-	// shaped is nil for the payload as it is.
-	shaped *shaped
-	// ownership asks the receiver instead of delivering to it.
-	ownership bool
+	// stage is how many remote signers have signed; setBy says which of them set each header.
+	stage int
+	setBy []int
+	// shaped is set once Content is what the plan wants.
+	shaped bool
+	// suspicion is the job's, or what its subscription is accused of.
+	suspicion int
 	// resent counts instances that the plugin did not know.
 	resent    int
 	parkUntil time.Time
@@ -43,16 +40,17 @@ func (h *Host) newPending(sub *subscription.Subscription, job *delivery.Job, sin
 		p = new(pending)
 	}
 	p.sub, p.job, p.sink = sub, job, sink
+	p.Number, p.Content = uint32(job.Attempts+1), wire.ContentOf(job.Event, nil)
 	return p
 }
 
 // stamp sets what every part of one attempt shares; a resent one keeps it.
 func (p *pending) stamp(now time.Time) {
-	if p.created.IsZero() {
-		p.created = now
+	if p.Created.IsZero() {
+		p.Created = now
 		hi, lo := rand.Uint64(), rand.Uint64()
 		for i := range 8 {
-			p.nonce[i], p.nonce[8+i] = byte(hi>>(8*i)), byte(lo>>(8*i))
+			p.Nonce[i], p.Nonce[8+i] = byte(hi>>(8*i)), byte(lo>>(8*i))
 		}
 	}
 }
@@ -78,7 +76,7 @@ func (h *Host) unspent(p *pending, why string) {
 
 // refused ends an attempt that the plugin's side made impossible; the receiver had no part in it.
 func (h *Host) refused(p *pending, why string) {
-	start := p.created
+	start := p.Created
 	if start.IsZero() {
 		start = time.Now()
 	}
@@ -91,14 +89,14 @@ func (h *Host) refused(p *pending, why string) {
 func (h *Host) tooLarge(p *pending, limit int) {
 	h.complete(p, delivery.Result{Cause: delivery.CausePolicy, Attempt: delivery.Attempt{
 		Outcome: delivery.OutcomePermanent, Start: time.Now(),
-		Error: fmt.Sprintf("body of %d bytes is larger than the transport carries, %d", len(p.body()), limit),
+		Error: fmt.Sprintf("body of %d bytes is larger than the transport carries, %d", len(p.Content.Body()), limit),
 	}})
 }
 
 // interrupted ends an attempt that was written to a process which is gone.
 func (h *Host) interrupted(p *pending, why string, guilt delivery.Guilt) {
 	h.metrics.indeterminate.Inc()
-	start := p.created
+	start := p.Created
 	h.complete(p, delivery.Result{Cause: delivery.CausePlugin, Indeterminate: true, Guilt: guilt, Attempt: delivery.Attempt{
 		Outcome: delivery.OutcomeInterrupted, Error: "plugin lost: " + why, Start: start, Duration: time.Since(start),
 	}})

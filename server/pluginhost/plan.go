@@ -2,9 +2,9 @@ package pluginhost
 
 import (
 	"context"
-	"encoding/hex"
 	"errors"
 	"fmt"
+	"maps"
 	"net/url"
 	"slices"
 	"strconv"
@@ -14,8 +14,11 @@ import (
 
 	"google.golang.org/protobuf/types/known/timestamppb"
 
+	"github.com/grapnel/grapnel/internal/redact"
 	pluginv1 "github.com/grapnel/grapnel/proto/grapnel/plugin/v1"
 	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
+	"github.com/grapnel/grapnel/server/pluginhost/check"
+	"github.com/grapnel/grapnel/server/pluginhost/wire"
 	"github.com/grapnel/grapnel/server/subscription"
 )
 
@@ -28,16 +31,18 @@ type plan struct {
 	ref       uint32
 	// Signers sign in their configured order: remote ones first, each over its own process's stream, then
 	// local, those at the end of the list that live in the transport's process and sign in the same hop.
-	remote   []remoteSigner
-	local    []uint32
-	shape    shape
-	uri      string
-	timeout  time.Duration
-	grace    time.Duration
-	maxBody  int      // 0 is no limit
-	secrets  []string // names
-	redactor redactor
-	refs     []retired // all instances, for the end
+	remote  []remoteSigner
+	local   []uint32
+	shape   wire.Shape
+	uri     string
+	timeout time.Duration
+	grace   time.Duration
+	maxBody int      // 0 is no limit
+	secrets []string // names
+	// own are the values of these secrets, which no record of the subscription shows. Other tenants' are not looked for
+	// there: what is taken out of a text that a receiver has a part in would tell it what they are.
+	own  redact.Set
+	refs []retired // all instances, for the end
 	// refusal is set instead of all that when a plugin does not take the config; it holds until.
 	refusal string
 	until   time.Time
@@ -53,6 +58,8 @@ type retired struct {
 	conn *conn
 	ref  uint32
 	at   time.Time
+	// release lets go of the instance's secrets.
+	release func()
 }
 
 // refusalAge is how long a config that a plugin refused is not offered to it again.
@@ -156,8 +163,10 @@ func (h *Host) retire(pl *plan) {
 
 // route sends p on its way, by the plan there is or one that is made now. Suspects go to a ward.
 func (h *Host) route(p *pending) {
-	if p.job.Suspicion > 0 && h.above == nil && h.admit(p) {
-		return
+	if h.above == nil {
+		if p.suspicion = max(p.job.Suspicion, h.accused.of(p.sub)); p.suspicion > 0 && h.admit(p) {
+			return
+		}
 	}
 	pl := h.plans.get(p.sub.UID)
 	if !pl.usable(p.sub) {
@@ -172,26 +181,31 @@ func (h *Host) submit(p *pending, pl *plan) {
 	case pl.refusal != "":
 		go h.refused(p, pl.refusal) // never on the caller's own stack
 		return
-	case p.shaped == nil && pl.shape != (shape{}):
+	case !p.shaped && pl.shape != (wire.Shape{}):
 		h.shapeFirst(p, pl)
 		return
-	case pl.maxBody > 0 && len(p.body()) > pl.maxBody:
+	case pl.maxBody > 0 && len(p.Content.Body()) > pl.maxBody:
 		go h.tooLarge(p, pl.maxBody)
 		return
 	}
-	p.plan = pl
-	var taken bool
+	p.plan, p.Timeout = pl, pl.timeout
+	var got outcome
 	var at *conn
 	if p.stage < len(pl.remote) {
 		at = pl.remote[p.stage].conn
-		taken = at.signs.enqueue(p)
+		p.Ref = pl.remote[p.stage].ref
+		got = at.signs.enqueue(p)
 	} else {
 		at = pl.transport
-		taken = at.attempts.enqueue(p)
+		p.Ref, p.SignHere = pl.ref, pl.local
+		got = at.attempts.enqueue(p)
 	}
-	if !taken { // the process is gone, or going
+	switch got {
+	case shut: // the process is gone, or going
 		h.plans.drop(h, pl)
 		h.restart(p)
+	case full:
+		go h.unspent(p, shortWords) // never on the caller's own stack
 	}
 }
 
@@ -201,24 +215,26 @@ const shapeAside = 32 << 10
 // shapeFirst makes the body that the plan wants, then submits.
 func (h *Host) shapeFirst(p *pending, pl *plan) {
 	if len(p.job.Event.Payload) > shapeAside {
-		go func() {
-			p.shaped = h.shapes.get(p.job.Event, pl.shape)
-			h.submit(p, pl)
-		}()
+		go h.shapeNow(p, pl)
 		return
 	}
-	p.shaped = h.shapes.get(p.job.Event, pl.shape)
+	h.shapeNow(p, pl)
+}
+
+func (h *Host) shapeNow(p *pending, pl *plan) {
+	p.Content, p.shaped = wire.ContentOf(p.job.Event, h.shapes.Get(p.job.Event, pl.shape)), true
 	h.submit(p, pl)
 }
 
 // restart has p begin anew, with whatever plan there is by then; it keeps its time and nonce. An ownership
 // check has no other plan than its own.
 func (h *Host) restart(p *pending) {
-	if p.ownership {
+	if p.Ownership {
 		h.unspent(p, "the plugin was restarted meanwhile")
 		return
 	}
-	p.plan, p.stage, p.headers, p.setBy, p.uri, p.shaped = nil, 0, nil, nil, "", nil
+	p.plan, p.stage, p.Headers, p.setBy, p.URI = nil, 0, nil, nil, ""
+	p.Content, p.shaped = wire.ContentOf(p.job.Event, nil), false
 	h.prepare(p)
 }
 
@@ -306,8 +322,8 @@ func (h *Host) configure(sub *subscription.Subscription) (*plan, error) {
 	}
 	var bindings []*binding
 	here := 0 // bindings from this one on live in the transport's process
-	for i, pb := range signers(sub.Proto) {
-		signer, err := h.resolve("signer", signerID(pb), pb)
+	for i, pb := range check.Signers(sub.Proto) {
+		signer, err := h.resolve("signer", check.SignerID(pb), pb)
 		if err != nil {
 			return nil, err
 		}
@@ -336,7 +352,7 @@ func (h *Host) configure(sub *subscription.Subscription) (*plan, error) {
 		case i >= here:
 			pl.local = append(pl.local, ref)
 		default:
-			pl.remote = append(pl.remote, remoteSigner{conn: b.conn, ref: ref, id: b.kind.id})
+			pl.remote = append(pl.remote, remoteSigner{conn: b.conn, ref: ref, id: b.kind.ID})
 		}
 	}
 	return pl, nil
@@ -346,8 +362,8 @@ func (h *Host) configure(sub *subscription.Subscription) (*plan, error) {
 func (h *Host) newPlan(sub *subscription.Subscription, transport *binding) *plan {
 	pl := &plan{
 		uid: sub.UID, revision: sub.Revision, transport: transport.conn, uri: sub.Proto.GetUri(),
-		timeout: sub.AttemptTimeout, grace: h.timing.grace, shape: shapeOf(sub.Proto.GetPayloadShape()),
-		maxBody: int(transport.kind.proto.GetTransport().GetMaxBodyBytes()),
+		timeout: sub.AttemptTimeout, grace: h.timing.grace, shape: wire.ShapeOf(sub.Proto.GetPayloadShape()),
+		maxBody: int(transport.kind.Proto.GetTransport().GetMaxBodyBytes()),
 	}
 	if pl.timeout <= 0 {
 		pl.timeout = 15 * time.Second
@@ -380,38 +396,47 @@ func (e *refusedError) Error() string { return e.why }
 
 func (h *Host) configureOne(pl *plan, sub *subscription.Subscription, b *binding) (uint32, error) {
 	in := &pluginv1.Instance{
-		Id: hex.EncodeToString(sub.UID[:]) + "/" + b.id, Generation: h.generation.Add(1), Ref: b.conn.nextRef(),
-		Kind: b.kind.id, Tenant: sub.Namespace, ConfigJson: b.config, Target: targetOf(sub.Proto),
+		Id: instanceID(sub, b.id), Generation: h.generation.Add(1), Ref: b.conn.nextRef(),
+		Kind: b.kind.ID, Tenant: sub.Namespace, ConfigJson: b.config, Target: targetOf(sub.Proto),
 		MaxInFlight: uint32(max(0, sub.MaxInFlight)), Secrets: map[string]*pluginv1.SecretVersions{},
 	}
 	for slot, name := range b.slots {
 		pl.secrets = append(pl.secrets, name)
 		versions, ok := h.opts.Secrets(name)
 		if !ok || len(versions) == 0 {
-			return 0, &refusedError{fmt.Sprintf("%s plugin %s: secret %s has no live version", b.role, b.kind.id, name)}
+			return 0, &refusedError{fmt.Sprintf("%s plugin %s: secret %s has no live version", b.role, b.kind.ID, name)}
 		}
-		in.Secrets[slot] = pl.redactor.add(versions)
+		in.Secrets[slot] = secretVersions(versions)
+		for _, v := range versions {
+			pl.own.Add(string(v.Value))
+		}
 	}
-	b.conn.redactor.merge(&pl.redactor)
+	release, taken := b.conn.secrets.hold(in), false
+	defer func() {
+		if !taken {
+			b.conn.forget(release)
+		}
+	}()
 	ctx, cancel := context.WithTimeout(b.conn.ctx, h.timing.call)
 	defer cancel()
 	resp, err := b.conn.plugin.Configure(ctx, &pluginv1.ConfigureRequest{Instances: []*pluginv1.Instance{in}})
 	if err != nil {
-		return 0, fmt.Errorf("configure %s: %w", b.kind.id, err)
+		return 0, fmt.Errorf("configure %s: %s", b.kind.ID, redact.Line(&pl.own, err.Error(), maxSaid))
 	}
 	if len(resp.GetStatuses()) != 1 || resp.GetStatuses()[0].GetRef() != in.GetRef() {
-		return 0, &refusedError{fmt.Sprintf("%s plugin %s did not say whether it takes the config", b.role, b.kind.id)}
+		return 0, &refusedError{fmt.Sprintf("%s plugin %s did not say whether it takes the config", b.role, b.kind.ID)}
 	}
 	for _, d := range resp.GetStatuses()[0].GetDiagnostics() {
 		if d.GetSeverity() != pluginv1.Diagnostic_SEVERITY_WARNING {
-			return 0, &refusedError{fmt.Sprintf("%s plugin %s refused its config: %s", b.role, b.kind.id, pl.redactor.clean(d.GetSummary()))}
+			return 0, &refusedError{fmt.Sprintf("%s plugin %s refused its config: %s", b.role, b.kind.ID, redact.Line(&pl.own, d.GetSummary(), maxSaid))}
 		}
 	}
-	pl.refs = append(pl.refs, retired{conn: b.conn, ref: in.GetRef()})
+	pl.refs = append(pl.refs, retired{conn: b.conn, ref: in.GetRef(), release: release})
+	taken = true
 	return in.GetRef(), nil
 }
 
-func (r *redactor) add(versions []SecretVersion) *pluginv1.SecretVersions {
+func secretVersions(versions []SecretVersion) *pluginv1.SecretVersions {
 	out := &pluginv1.SecretVersions{}
 	for _, v := range versions {
 		pv := &pluginv1.SecretVersion{Version: int32(v.Number), Value: v.Value}
@@ -419,7 +444,6 @@ func (r *redactor) add(versions []SecretVersion) *pluginv1.SecretVersions {
 			pv.ExpireTime = timestamppb.New(v.Expire)
 		}
 		out.Versions = append(out.Versions, pv)
-		r.remember(string(v.Value))
 	}
 	return out
 }
@@ -431,8 +455,8 @@ func targetOf(sub *grapnelv1.Subscription) *pluginv1.Target {
 	if method := sub.GetTransport().GetConfig().GetFields()["method"].GetStringValue(); method != "" {
 		t.Method = method
 	}
-	made := shapeOf(sub.GetPayloadShape()) != shape{}
-	for _, name := range sortedKeys(sub.GetHeaders()) {
+	made := wire.ShapeOf(sub.GetPayloadShape()) != wire.Shape{}
+	for _, name := range slices.Sorted(maps.Keys(sub.GetHeaders())) {
 		lower := strings.ToLower(name)
 		if strings.HasPrefix(lower, "webhook-") || strings.HasPrefix(lower, "ce-") ||
 			made && (lower == "content-type" || lower == "content-encoding") {
@@ -441,21 +465,6 @@ func targetOf(sub *grapnelv1.Subscription) *pluginv1.Target {
 		t.Headers = append(t.Headers, &pluginv1.Header{Name: lower, Value: sub.GetHeaders()[name]})
 	}
 	return t
-}
-
-// signers are the subscription's, or the default one.
-func signers(sub *grapnelv1.Subscription) []*grapnelv1.PluginBinding {
-	if len(sub.GetSigners()) == 0 {
-		return []*grapnelv1.PluginBinding{nil}
-	}
-	return sub.GetSigners()
-}
-
-func signerID(pb *grapnelv1.PluginBinding) string {
-	if id := strings.TrimPrefix(pb.GetPlugin(), "plugins/"); id != "" {
-		return id
-	}
-	return defaultSigner
 }
 
 // transportID is the transport that the subscription names, else the default one for its scheme, else

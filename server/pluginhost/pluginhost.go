@@ -27,6 +27,7 @@
 package pluginhost
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -39,13 +40,17 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 
+	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
 	"github.com/grapnel/grapnel/server/delivery"
+	"github.com/grapnel/grapnel/server/pluginhost/check"
+	"github.com/grapnel/grapnel/server/pluginhost/process"
+	"github.com/grapnel/grapnel/server/pluginhost/wire"
 	"github.com/grapnel/grapnel/server/subscription"
 )
 
 var (
 	// ErrUnavailable means that the plugin a caller asked about is not running just now.
-	ErrUnavailable = errors.New("plugin is not available")
+	ErrUnavailable = check.ErrUnavailable
 	// ErrUnknownPlugin means that no plugin offers the kind a caller asked about.
 	ErrUnknownPlugin = errors.New("no such plugin")
 )
@@ -60,12 +65,18 @@ type SecretVersion struct {
 
 // Options configure a Host.
 type Options struct {
+	// Plugins to run. Of two that want to offer the same kind, or to be the default for the same URI scheme, it is the
+	// builtin one, or the first in this order.
 	Plugins []Spec
-	// Dir is where sockets go; it is made, with mode 0700, when absent. When its path is too long for a
-	// socket, or it is empty, a short private directory under the system's temporary one is used.
+	// Dir is where sockets go, and this Host's alone: it is made anew, with mode 0700, and what a killed predecessor has
+	// left in it is removed. When its path is too long for a socket, or it cannot hold one, a private directory under the
+	// system's temporary one is used, whose name follows from Dir's; when it is empty, any.
 	Dir string
 	// EgressAllow are the ranges that plugins may connect to although they are private or reserved.
 	EgressAllow []netip.Prefix
+	// EgressDeny are ranges that they may not connect to whatever is allowed, with a port or without: 10.0.0.0/8,
+	// 127.0.0.1/32:7071.
+	EgressDeny []string
 	// UserAgent is what transports say they are; empty means grapnel.
 	UserAgent string
 	// Secrets returns the live versions of a secret by resource name, newest first. Required.
@@ -92,6 +103,7 @@ type timing struct {
 	dump        time.Duration // SIGQUIT to SIGKILL, for a hung process to say where it hangs
 	drain       time.Duration // longest wait for attempts at a stop
 	retire      time.Duration // how long an instance that was replaced stays
+	fade        time.Duration // how long its secrets are still looked for then: longer than any attempt
 }
 
 func defaultTiming() timing {
@@ -101,16 +113,14 @@ func defaultTiming() timing {
 		stable: time.Minute, failedRetry: 30 * time.Second,
 		park: 500 * time.Millisecond, grace: 5 * time.Second,
 		heartbeat: 5 * time.Second, sweep: 250 * time.Millisecond,
-		term: 5 * time.Second, dump: time.Second, drain: 65 * time.Second, retire: 2 * time.Second,
+		term: 5 * time.Second, dump: time.Second, drain: 65 * time.Second, retire: 2 * time.Second, fade: 2 * time.Minute,
 	}
 }
 
 const (
-	failedAfter   = 5
-	failedWithin  = 5 * time.Minute
-	killedPause   = 3    // pauses before a process that is killed while it serves grow this often: to 800 ms
-	maxResponse   = 4096 // bytes of a response kept with an attempt
-	defaultSigner = "standard-webhooks"
+	failedAfter  = 5
+	failedWithin = 5 * time.Minute
+	killedPause  = 3 // pauses before a process that is killed while it serves grow this often: to 800 ms
 )
 
 // Host runs plugins. All methods are safe for concurrent use.
@@ -119,27 +129,40 @@ type Host struct {
 	log     *slog.Logger
 	timing  timing
 	metrics *metrics
-	dirs    socketDirs
+	dirs    *process.Dirs // shared with wards
 
 	kinds      kindTable
 	plans      planTable
 	generation atomic.Uint64
 	parking    parking
-	shapes     shapes
+	shapes     wire.Shapes
 	wards      wards
+	accused    accused
+	own        *ownImage
 	above      *Host       // of a ward
 	free       sync.Pool   // of *pending: one per attempt is garbage enough to show
 	closed     atomic.Bool // no attempt is taken any more
+	closing    *closing    // shared with wards
+	ended      chan struct{}
 
-	updating sync.Mutex      // held through an Update
-	mu       sync.Mutex      // guards what follows
-	procs    []*process      // all that are supervised, also those that are to take a place and those that leave
-	running  context.Context //nolint:containedctx // Run's; nil before it, and once it ends
-	workers  sync.WaitGroup  // one for each process while running
+	updating sync.Mutex         // held through an Update
+	mu       sync.Mutex         // guards what follows
+	procs    []*supervisor      // all that are supervised, also those that are to take a place and those that leave
+	running  context.Context    //nolint:containedctx // Run's; nil before it, and once it ends
+	stop     context.CancelFunc // ends Run
+	workers  sync.WaitGroup     // one for each process while running
 }
 
 // New checks the options and makes the socket directory; it starts nothing.
 func New(opts Options) (*Host, error) {
+	dirs := &process.Dirs{}
+	if err := dirs.Make(opts.Dir); err != nil {
+		return nil, fmt.Errorf("pluginhost: %w", err)
+	}
+	return newHost(opts, dirs)
+}
+
+func newHost(opts Options, dirs *process.Dirs) (*Host, error) {
 	if opts.Secrets == nil {
 		return nil, errors.New("pluginhost: option Secrets is required")
 	}
@@ -149,25 +172,66 @@ func New(opts Options) (*Host, error) {
 	if opts.UserAgent == "" {
 		opts.UserAgent = "grapnel"
 	}
-	h := &Host{opts: opts, log: opts.Logger.With("component", "pluginhost"), timing: defaultTiming(), metrics: newMetrics(opts.Registerer)}
-	var err error
-	if err = h.dirs.make(opts.Dir); err != nil {
-		return nil, fmt.Errorf("pluginhost: %w", err)
-	}
+	h := &Host{opts: opts, own: &ownImage{}, dirs: dirs, ended: make(chan struct{}), closing: &closing{over: make(chan struct{})}, log: opts.Logger.With("component", "pluginhost"), timing: defaultTiming(), metrics: newMetrics(opts.Registerer)}
 	specs, err := identify(opts.Plugins)
 	if err != nil {
 		return nil, fmt.Errorf("pluginhost: %w", err)
 	}
+	specs, disabled := parted(specs)
+	h.kinds.settle(specs, disabled)
 	for _, k := range specs {
-		h.procs = append(h.procs, newProcess(h, k, holding))
+		h.procs = append(h.procs, newSupervisor(h, k, holding))
 	}
 	return h, nil
 }
 
-// Run supervises the plugins until ctx ends, then drains and stops them. It returns nil.
-func (h *Host) Run(ctx context.Context) error {
+// closing is the time that a stop has.
+type closing struct {
+	once sync.Once
+	over chan struct{} // closed at its end
+	by   atomic.Int64  // Unix nanoseconds, where that is known beforehand
+}
+
+func (c *closing) end() { c.once.Do(func() { close(c.over) }) }
+
+// left is how long a stop may still take, longest at most.
+func (c *closing) left(longest time.Duration) time.Duration {
+	if by := c.by.Load(); by != 0 {
+		longest = min(longest, time.Until(time.Unix(0, by)))
+	}
+	return max(0, longest)
+}
+
+// Close stops what Run runs, and returns when that has ended: attempts at hand may end until ctx does, then the processes
+// are killed. It returns ctx's error when it came to that, and may be called before Run, which then returns at once.
+func (h *Host) Close(ctx context.Context) error {
 	h.mu.Lock()
-	h.running = ctx
+	h.closed.Store(true)
+	stop := h.stop
+	h.mu.Unlock()
+	if by, ok := ctx.Deadline(); ok {
+		h.closing.by.Store(by.UnixNano())
+	}
+	defer context.AfterFunc(ctx, h.closing.end)()
+	if stop == nil {
+		return nil
+	}
+	stop()
+	<-h.ended
+	return ctx.Err()
+}
+
+// Run supervises the plugins until ctx ends, then drains and stops them; see Close for a stop that is bounded. It
+// returns nil.
+func (h *Host) Run(ctx context.Context) error {
+	defer close(h.ended)
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	h.mu.Lock()
+	h.running, h.stop = ctx, cancel
+	if h.closed.Load() {
+		cancel()
+	}
 	for _, p := range h.procs {
 		h.launch(p)
 	}
@@ -185,12 +249,14 @@ func (h *Host) Run(ctx context.Context) error {
 	stopSweeping()
 	sweeper.Wait()
 	h.releaseParked(time.Time{})
-	h.dirs.remove()
+	if h.above == nil {
+		h.dirs.Remove()
+	}
 	return nil
 }
 
 // processes are all that are supervised just now.
-func (h *Host) processes() []*process {
+func (h *Host) processes() []*supervisor {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	return slices.Clone(h.procs)
@@ -230,7 +296,7 @@ func (h *Host) Pids() map[string]int {
 	pids := map[string]int{}
 	for _, p := range h.processes() {
 		if c := p.conn.Load(); c != nil {
-			pids[p.displayName()] = c.child.pid()
+			pids[p.displayName()] = c.child.Pid()
 		}
 	}
 	return pids
@@ -325,8 +391,21 @@ func (h *Host) park(p *pending) {
 	}
 	h.parking.mu.Unlock()
 	if over {
-		h.unspent(p, "the plugin is not running")
+		h.unspent(p, h.absence(p.sub.Proto))
 	}
+}
+
+// absence says which of a subscription's plugins is not there.
+func (h *Host) absence(sub *grapnelv1.Subscription) string {
+	if h.above != nil {
+		return h.above.absence(sub)
+	}
+	for _, pb := range check.Signers(sub) {
+		if why := h.kinds.absent(check.SignerID(pb)); why != "" {
+			return why
+		}
+	}
+	return cmp.Or(h.kinds.absent(transportID(&h.kinds, sub)), "the plugin is being started")
 }
 
 // unpark has all parked attempts look for their plugin again.
@@ -353,6 +432,6 @@ func (h *Host) releaseParked(now time.Time) {
 	})
 	h.parking.mu.Unlock()
 	for _, p := range over {
-		h.unspent(p, "the plugin is not running")
+		h.unspent(p, h.absence(p.sub.Proto))
 	}
 }

@@ -11,6 +11,7 @@ import (
 	"os/signal"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -18,10 +19,13 @@ import (
 	"github.com/hashicorp/go-hclog"
 	goplugin "github.com/hashicorp/go-plugin"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	pluginv1 "github.com/grapnel/grapnel/proto/grapnel/plugin/v1"
 	"github.com/grapnel/grapnel/sdk/plugin"
 	"github.com/grapnel/grapnel/server/delivery"
+	"github.com/grapnel/grapnel/server/subscription"
 )
 
 // raw is a plugin written without the SDK, as one in another language would be: it takes attempts one by
@@ -32,6 +36,9 @@ type raw struct {
 	pluginv1.UnimplementedTransportServiceServer
 	goplugin.NetRPCUnsupportedPlugin
 	mode string
+
+	mu     sync.Mutex // guards secret
+	secret string     // the latest it was given
 }
 
 func serveRaw(mode string) {
@@ -65,10 +72,10 @@ func (r *raw) GRPCClient(context.Context, *goplugin.GRPCBroker, *grpc.ClientConn
 
 func (r *raw) Describe(context.Context, *pluginv1.DescribeRequest) (*pluginv1.DescribeResponse, error) {
 	d := &pluginv1.DescribeResponse{Name: "raw", Version: "9", Capabilities: []string{"attempt.stream", "sign.stream"}, Kinds: []*pluginv1.Kind{
-		{Id: "mem", Traits: &pluginv1.Kind_Transport{Transport: &pluginv1.TransportTraits{UriSchemes: []string{"mem"}}}},
+		{Id: "mem", SecretSlots: []*pluginv1.SecretSlot{{Name: "token"}}, Traits: &pluginv1.Kind_Transport{Transport: &pluginv1.TransportTraits{UriSchemes: []string{"mem"}}}},
 		{Id: "standard-webhooks", Traits: &pluginv1.Kind_Signer{Signer: &pluginv1.SignerTraits{}}},
 	}}
-	if r.mode == "unary" {
+	if strings.HasSuffix(r.mode, "unary") {
 		d.Capabilities[0] = "attempt.unary"
 	}
 	return d, nil
@@ -81,9 +88,35 @@ func (r *raw) Configure(_ context.Context, req *pluginv1.ConfigureRequest) (*plu
 	}
 	resp := &pluginv1.ConfigureResponse{}
 	for _, in := range req.GetInstances() {
+		r.note(in)
+	}
+	for _, in := range req.GetInstances() {
 		resp.Statuses = append(resp.Statuses, &pluginv1.InstanceStatus{Ref: in.GetRef()})
 	}
 	return resp, nil
+}
+
+// note keeps an instance's secret, to quote it where it does not belong.
+func (r *raw) note(in *pluginv1.Instance) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, versions := range in.GetSecrets() {
+		r.secret = string(versions.GetVersions()[0].GetValue())
+	}
+}
+
+func (r *raw) quote(what string) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return status.Errorf(codes.Unknown, "cannot send %s with token %s\n%s", what, r.secret, strings.Repeat("x", 5000))
+}
+
+func (r *raw) Validate(_ context.Context, req *pluginv1.ValidateRequest) (*pluginv1.ValidateResponse, error) {
+	r.note(req.GetInstance())
+	if r.mode == "quotes" {
+		return nil, r.quote("this")
+	}
+	return &pluginv1.ValidateResponse{}, nil
 }
 
 func (r *raw) Remove(context.Context, *pluginv1.RemoveRequest) (*pluginv1.RemoveResponse, error) {
@@ -120,6 +153,18 @@ func (r *raw) AttemptOne(_ context.Context, req *pluginv1.AttemptOneRequest) (*p
 }
 
 func (r *raw) answer(a *pluginv1.Attempt, c *pluginv1.Content) *pluginv1.AttemptResult {
+	if strings.HasPrefix(r.mode, "headers") {
+		resp := &pluginv1.Response{Status: 503}
+		for range 1000 {
+			resp.Headers = append(resp.Headers, &pluginv1.Header{Name: strings.Repeat("n", 500), Value: strings.Repeat("v\n", 5000)})
+		}
+		sent := resp.Headers
+		resp.Headers = append(resp.Headers, &pluginv1.Header{Name: "retry-after", Value: "7"})
+		return &pluginv1.AttemptResult{
+			Seq: a.GetSeq(), TotalUs: 1, Peer: strings.Repeat("p", 10000), SentHeaders: sent[:400],
+			Outcome: &pluginv1.AttemptResult_Response{Response: resp},
+		}
+	}
 	return &pluginv1.AttemptResult{Seq: a.GetSeq(), TotalUs: 1, Outcome: &pluginv1.AttemptResult_Response{
 		Response: &pluginv1.Response{Status: 400, Body: c.GetBody()},
 	}}
@@ -148,6 +193,12 @@ func (r *raw) Attempt(s grpc.BidiStreamingServer[pluginv1.AttemptRequest, plugin
 		batch := req.GetBatch()
 		if len(batch.GetAttempts()) > credits {
 			return errors.New("more than the credits")
+		}
+		if r.mode == "quotes" {
+			if c := batch.GetContents()[0]; c.GetEventType() == "poison" {
+				return r.quote(string(c.GetBody()))
+			}
+			continue
 		}
 		out := &pluginv1.AttemptResults{}
 		for _, a := range batch.GetAttempts() {
@@ -189,6 +240,62 @@ func TestPluginWithoutTheSDK(t *testing.T) {
 				t.Error("the process is still there")
 			}
 		})
+	}
+}
+
+// TestNobodySeesWhatIsAnothers: a plugin in another language whose handler raises puts the exception's text into the call's
+// status, and that text quotes a payload and a secret of one tenant.
+func TestNobodySeesWhatIsAnothers(t *testing.T) {
+	f := start(t, nil, self("plugin-raw", "quotes"), self("plugin-signer2")).ready(t)
+	f.secrets.set("namespaces/acme/secrets/token", "tok-canary-12345")
+	mine, theirs := newSub(t, 1, nil), newSub(t, 2, nil)
+	theirs.Proto.Name, theirs.Namespace = "namespaces/other/subscriptions/s2", "other"
+	for _, sub := range []*subscription.Subscription{mine, theirs} {
+		sub.Proto.Signers[0].Plugin = "plugins/other-signer"
+	}
+	mine.Proto.Transport.Secrets = map[string]string{"token": "namespaces/acme/secrets/token"}
+	_, err := f.Check(t.Context(), mine.Proto)
+	if err == nil || !strings.Contains(err.Error(), "with token [redacted]") || len(err.Error()) > 1000 {
+		t.Errorf("check: %v", err)
+	}
+	s := newSink()
+	innocent, guilty := newJob(0, "slow"), newJob(1, "poison")
+	f.Attempt(theirs, innocent, s)
+	eventually(t, "it is under way", func() bool {
+		p, _ := f.Plugin("mem")
+		return p.GetInstances()[0].GetInFlight() == 1
+	})
+	f.Attempt(mine, guilty, s)
+	s.wait(t, 2)
+	for _, job := range []*delivery.Job{innocent, guilty} {
+		if got := s.of(job).Error; got != "plugin lost: raw: its attempt stream broke off" {
+			t.Errorf("told %q", got)
+		}
+	}
+	eventually(t, "operators are told more", func() bool {
+		p, _ := f.Plugin("mem")
+		last := p.GetInstances()[0].GetLastError()
+		return strings.Contains(last, "with token [redacted]") && !strings.ContainsAny(last, "\n") && len(last) < 600
+	})
+	if strings.Contains(f.logs.String(), "canary") {
+		t.Error("the log shows the secret")
+	}
+}
+
+// TestHeadersAreBounded: of what a receiver answers only so much is stored, whatever its size.
+func TestHeadersAreBounded(t *testing.T) {
+	for _, mode := range []string{"headers", "headers-unary"} {
+		f := start(t, nil, self("plugin-raw", mode), self("plugin-signer2")).ready(t)
+		sub := newSub(t, 1, nil)
+		sub.Proto.Signers[0].Plugin = "plugins/other-signer"
+		got := f.attempt(t, sub, newJob(0, "x"))
+		size := 0
+		for _, h := range append(got.ResponseHeaders, got.RequestHeaders...) {
+			size += len(h.Name) + len(h.Value)
+		}
+		if got.RetryAfter != 7*time.Second || len(got.ResponseHeaders) == 0 || size > 2*maxHeaderBytes || len(got.Peer) > 512 {
+			t.Errorf("%s: %d headers of %d bytes, retry after %v", mode, len(got.ResponseHeaders), size, got.RetryAfter)
+		}
 	}
 }
 

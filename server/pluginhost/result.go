@@ -7,38 +7,39 @@ import (
 	"strings"
 	"time"
 
+	"github.com/grapnel/grapnel/internal/redact"
 	pluginv1 "github.com/grapnel/grapnel/proto/grapnel/plugin/v1"
 	"github.com/grapnel/grapnel/server/delivery"
+	"github.com/grapnel/grapnel/server/pluginhost/wire"
 )
 
 const (
 	maxRetryAfter = 24 * time.Hour
 	maxResent     = 3
-	maxErrorText  = 512
 )
 
 // settle turns a plugin's answer into a result, or sends the attempt again when the plugin does not know
 // its instance.
-func (c *conn) settle(p *pending, r *result, now time.Time) {
-	c.overhead.observe(now.Sub(p.created)-r.total, now)
+func (c *conn) settle(p *pending, r *wire.Result, now time.Time) {
+	c.overhead.observe(now.Sub(p.Created)-r.Total, now)
 	if !c.answered.Load() { // mostly set: a write would cost its cache line
 		c.answered.Store(true)
 	}
-	if !r.answered {
-		c.failed(p, r.failure, r, now)
+	if !r.Answered {
+		c.failed(p, r.Failure, r, now)
 		return
 	}
 	a := delivery.Attempt{
-		Start: p.created, Duration: r.total, ResponseCode: r.status, Peer: r.peer, Outcome: delivery.OutcomeSucceeded,
+		Start: p.Created, Duration: r.Total, ResponseCode: r.Status, Peer: r.Peer, Outcome: delivery.OutcomeSucceeded,
 	}
-	if r.status < 200 || r.status > 299 {
-		a.Outcome = outcomeOf(r.status)
-		a.Error = statusText(r.status)
-		a.ResponseHeaders, a.RequestHeaders = r.headers, r.sent
-		a.ResponseBody = r.body
-		a.RetryAfter = retryAfter(r.headers, now)
-	} else if p.ownership {
-		a.ResponseHeaders = r.headers
+	if r.Status < 200 || r.Status > 299 {
+		a.Outcome = outcomeOf(r.Status)
+		a.Error = statusText(r.Status)
+		a.ResponseHeaders, a.RequestHeaders = p.kept(r.Headers), p.kept(r.Sent)
+		a.ResponseBody = r.Body
+		a.RetryAfter = retryAfter(r.Headers, now)
+	} else if p.Ownership {
+		a.ResponseHeaders = p.kept(r.Headers)
 	}
 	c.host.complete(p, delivery.Result{Attempt: a})
 }
@@ -75,8 +76,23 @@ func retryAfter(headers []delivery.Header, now time.Time) time.Duration {
 	return 0
 }
 
+// codeShortage is what a plugin says when the machine has nothing left to make an attempt with.
+const codeShortage = "shortage"
+
+// shortWords are for those whose deliveries wait meanwhile.
+const shortWords = "this machine is out of file descriptors, sockets or memory"
+
+// short has fewer attempts made at a time by a process that has found the machine short.
+func (c *conn) short() {
+	c.host.metrics.shortages.Inc()
+	if most, first := c.attempts.shortage(time.Now()); first {
+		c.log.Warn(shortWords+"; fewer attempts are made at a time until that is over, and none is lost by it",
+			"attempts", most, "hint", "raise the limit of open files (ulimit -n)")
+	}
+}
+
 // failed ends an attempt without an answer from the receiver.
-func (c *conn) failed(p *pending, f *pluginv1.Failure, r *result, now time.Time) {
+func (c *conn) failed(p *pending, f *pluginv1.Failure, r *wire.Result, now time.Time) {
 	if f.GetSource() == pluginv1.Failure_SOURCE_CONFIG {
 		c.host.plans.drop(c.host, p.plan)
 		if p.resent++; p.resent <= maxResent {
@@ -84,19 +100,24 @@ func (c *conn) failed(p *pending, f *pluginv1.Failure, r *result, now time.Time)
 			return
 		}
 	}
+	if f.GetCode() == codeShortage && f.GetSource() == pluginv1.Failure_SOURCE_PLUGIN && f.GetWireState() == pluginv1.Failure_WIRE_STATE_NOT_SENT {
+		c.short()
+		c.host.unspent(p, shortWords)
+		return
+	}
 	a := delivery.Attempt{
-		Start: p.created, Duration: r.total, Peer: r.peer, RequestHeaders: r.sent,
-		Error: c.errorText(p, f),
+		Start: p.Created, Duration: r.Total, Peer: r.Peer, RequestHeaders: p.kept(r.Sent),
+		Error: p.errorText(f),
 	}
 	if a.Duration <= 0 {
-		a.Duration = now.Sub(p.created)
+		a.Duration = now.Sub(p.Created)
 	}
 	var cause delivery.Cause
 	a.Outcome, cause = failureOutcome(f)
 	c.host.complete(p, delivery.Result{Attempt: a, Cause: cause})
 }
 
-func (c *conn) errorText(p *pending, f *pluginv1.Failure) string {
+func (p *pending) errorText(f *pluginv1.Failure) string {
 	text := f.GetMessage()
 	switch {
 	case text == "":
@@ -107,11 +128,32 @@ func (c *conn) errorText(p *pending, f *pluginv1.Failure) string {
 	if text == "" {
 		text = "the plugin gave no reason"
 	}
-	text = p.plan.redactor.clean(text)
-	if len(text) > maxErrorText {
-		text = strings.ToValidUTF8(text[:maxErrorText], "") + "…"
+	return redact.Line(&p.plan.own, text, maxSaid)
+}
+
+const (
+	// maxHeaders and maxHeaderBytes bound what is kept of a request's or a response's headers, maxHeaderText each name
+	// and value.
+	maxHeaders     = 64
+	maxHeaderBytes = 4096
+	maxHeaderText  = 1024
+)
+
+// kept is what is stored of headers: the first ones, without the subscription's secrets.
+func (p *pending) kept(in []delivery.Header) []delivery.Header {
+	if len(in) == 0 {
+		return nil
 	}
-	return text
+	out := make([]delivery.Header, 0, min(len(in), maxHeaders))
+	room := maxHeaderBytes
+	for _, h := range in[:min(len(in), maxHeaders)] {
+		h = delivery.Header{Name: redact.Line(&p.plan.own, h.Name, maxHeaderText), Value: redact.Line(&p.plan.own, h.Value, maxHeaderText)}
+		if room -= len(h.Name) + len(h.Value); room < 0 {
+			break
+		}
+		out = append(out, h)
+	}
+	return out
 }
 
 // failureOutcome maps whose fault it was, and which, onto what dispatch and callers see.

@@ -9,6 +9,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	pluginv1 "github.com/grapnel/grapnel/proto/grapnel/plugin/v1"
+	"github.com/grapnel/grapnel/server/pluginhost/process"
 )
 
 // Spec is one plugin to run.
@@ -19,16 +20,22 @@ type Spec struct {
 	// Path of the executable, or of a directory with an executable called plugin in it.
 	Path string
 	Args []string
-	// Builtin marks the plugins that ship in the grapnel binary; Ready waits for them, Update leaves them alone.
+	// Builtin marks the plugins that ship in the grapnel binary; Ready waits for them, Update leaves them alone. Only
+	// they may call themselves grapnel.
 	Builtin bool
-	// SHA256 pins the plugin: Checksum of Path, in hex. A pinned plugin is opened once without following a link,
-	// must not be writable by its group or by others, and on Linux what was hashed is what is run, whatever
-	// happens to the path. Empty runs whatever is there.
+	// Disabled plugins do not run. They are known by their Manifest, so that what waits for them can say so.
+	Disabled bool
+	// Reserves are the kinds of a builtin plugin, with the URI schemes that each is the default for. They are its own
+	// from the start, whether it has come up or not: no other plugin may offer them.
+	Reserves map[string][]string
+	// Own says that the plugin is the server's own program, as in process.Spec.
+	Own bool
+	// SHA256 pins the plugin, as in process.Spec. Empty runs whatever is there.
 	SHA256 string
 	// Manifest must say the same as the plugin's own Describe: name, version, capabilities, kinds and their
 	// schemas. A plugin that differs does not serve. Nil is not compared.
 	Manifest *pluginv1.DescribeResponse
-	// SoftMemoryBytes is told to a Go plugin as its GOMEMLIMIT where Limits say nothing of memory; 0 tells none.
+	// SoftMemoryBytes is told to a Go plugin as its GOMEMLIMIT; 0 tells nine tenths of what Limits say, if anything.
 	SoftMemoryBytes uint64
 	// Limits of the process. Linux only: elsewhere a plugin with limits does not start.
 	Limits Limits
@@ -38,16 +45,16 @@ type Spec struct {
 }
 
 // Limits of a plugin process; zero sets none.
-type Limits struct {
-	// MemoryBytes is the most private writable memory that the process gets, RLIMIT_DATA. Address space that is
-	// only reserved, of which Go and Node take much, is not counted. A Go plugin is told nine tenths of it as its
-	// GOMEMLIMIT, so that it collects garbage before it fails. Go plugins need some 64 MiB.
-	MemoryBytes uint64
-	// OpenFiles is RLIMIT_NOFILE.
-	OpenFiles uint64
-	// Processes is RLIMIT_NPROC, of processes and threads. The kernel counts all of a user's together and exempts
-	// root, so it needs a User.
-	Processes uint64
+type Limits = process.Limits
+
+// Checksum is what Spec.SHA256 is compared with, in lower-case hex.
+func Checksum(path string) (string, error) { return process.Checksum(path) }
+
+// program is what has to be known of the spec to run it.
+func (s Spec) program() process.Spec {
+	return process.Spec{
+		Path: s.Path, Args: s.Args, Own: s.Own, SHA256: s.SHA256, SoftMemoryBytes: s.SoftMemoryBytes, Limits: s.Limits, User: s.User,
+	}
 }
 
 // equal compares all that has a process started anew. A path's content is compared by its stamp.
@@ -68,6 +75,18 @@ func (s Spec) label() string {
 type keyed struct {
 	key  string
 	spec Spec
+}
+
+// parted parts the plugins that are to run from those that are disabled.
+func parted(specs []keyed) (run, disabled []keyed) {
+	for _, k := range specs {
+		if k.spec.Disabled {
+			disabled = append(disabled, k)
+		} else {
+			run = append(run, k)
+		}
+	}
+	return run, disabled
 }
 
 // identify gives every spec its identity and its absolute path.

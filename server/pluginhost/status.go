@@ -12,6 +12,7 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
+	"github.com/grapnel/grapnel/server/pluginhost/check"
 )
 
 // Plugins are all kinds that any plugin offers, in the order of their names, and how their processes
@@ -21,7 +22,7 @@ func (h *Host) Plugins() []*grapnelv1.Plugin {
 	procs := h.byKey()
 	var out []*grapnelv1.Plugin
 	for _, id := range slices.Sorted(maps.Keys(all)) {
-		out = append(out, all[id].status(procs[all[id].proc.key]))
+		out = append(out, h.statusOf(all[id], procs[all[id].proc.key]))
 	}
 	described := map[string]bool{}
 	for _, k := range all {
@@ -32,6 +33,9 @@ func (h *Host) Plugins() []*grapnelv1.Plugin {
 			out = append(out, bare(procs[key]))
 		}
 	}
+	for _, k := range h.kinds.off() {
+		out = append(out, k.status())
+	}
 	slices.SortStableFunc(out, func(a, b *grapnelv1.Plugin) int { return cmp.Compare(a.GetName(), b.GetName()) })
 	return out
 }
@@ -40,7 +44,10 @@ func (h *Host) Plugins() []*grapnelv1.Plugin {
 func (h *Host) Plugin(id string) (*grapnelv1.Plugin, bool) {
 	procs := h.byKey()
 	if k := h.kinds.get(id); k != nil {
-		return k.status(procs[k.proc.key]), true
+		return h.statusOf(k, procs[k.proc.key]), true
+	}
+	if k, ok := h.kinds.off()[id]; ok {
+		return k.status(), true
 	}
 	for _, key := range slices.Sorted(maps.Keys(procs)) {
 		if p := bare(procs[key]); p.GetName() == "plugins/"+id {
@@ -70,12 +77,38 @@ func (h *Host) Silent() []Silence {
 	return out
 }
 
+// Short are the plugins that have found this machine short of descriptors, sockets or memory, by their names, with how many
+// attempts each makes at a time because of that.
+func (h *Host) Short() map[string]int {
+	out := map[string]int{}
+	now := time.Now()
+	for _, p := range h.processes() {
+		if c := p.conn.Load(); c != nil {
+			if most := c.attempts.narrowed(now); most > 0 {
+				out[p.displayName()] = most
+			}
+		}
+	}
+	return out
+}
+
+// Down are the builtin plugins whose processes do not serve, by their Spec's name.
+func (h *Host) Down() []string {
+	var out []string
+	for _, p := range h.processes() {
+		if p.spec.Builtin && !p.serves() {
+			out = append(out, p.spec.Name)
+		}
+	}
+	return out
+}
+
 // byKey groups the processes by plugin: the one that has the place first, then one that is to take it, then those
 // that leave.
-func (h *Host) byKey() map[string][]*process {
+func (h *Host) byKey() map[string][]*supervisor {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	out := map[string][]*process{}
+	out := map[string][]*supervisor{}
 	for _, in := range []place{holding, succeeding, departing} {
 		for _, p := range h.procs {
 			if p.place == in {
@@ -86,32 +119,46 @@ func (h *Host) byKey() map[string][]*process {
 	return out
 }
 
-// status describes the kind and the processes of its plugin.
-func (k *kind) status(procs []*process) *grapnelv1.Plugin {
+// statusOf describes the kind and the processes of its plugin.
+func (h *Host) statusOf(k *kind, procs []*supervisor) *grapnelv1.Plugin {
 	if len(procs) == 0 { // removed this moment
-		procs = []*process{k.proc}
+		procs = []*supervisor{k.proc}
 	}
 	out := bare(procs)
-	out.Name, out.Description = "plugins/"+k.id, k.proto.GetDescription()
+	describe(out, k.Kind)
+	out.UriSchemes = h.kinds.schemes(k)
+	return out
+}
+
+// status of a kind that a disabled plugin would offer.
+func (k disabledKind) status() *grapnelv1.Plugin {
+	out := &grapnelv1.Plugin{
+		Provider: k.of.Name, Version: k.of.Manifest.GetVersion(), Health: grapnelv1.Plugin_HEALTH_DISABLED,
+	}
+	describe(out, k.Kind)
+	return out
+}
+
+// describe adds what a kind's description says.
+func describe(out *grapnelv1.Plugin, k *check.Kind) {
+	out.Name, out.Description = "plugins/"+k.ID, k.Proto.GetDescription()
 	out.Roles = []grapnelv1.Plugin_Role{grapnelv1.Plugin_ROLE_TRANSPORT}
-	if k.signer() {
+	if k.Signer() {
 		out.Roles = []grapnelv1.Plugin_Role{grapnelv1.Plugin_ROLE_SIGNER}
 	}
-	out.UriSchemes = k.proto.GetTransport().GetUriSchemes()
-	out.Headers = k.emits()
-	out.ConfigSchema = structOf(k.proto.GetConfigSchema())
-	out.ConfigExample = structOf(k.proto.GetConfigExample())
-	for _, s := range k.proto.GetSecretSlots() {
+	out.Headers = k.Emits()
+	out.ConfigSchema = structOf(k.Proto.GetConfigSchema())
+	out.ConfigExample = structOf(k.Proto.GetConfigExample())
+	for _, s := range k.Proto.GetSecretSlots() {
 		out.SecretSlots = append(out.SecretSlots, &grapnelv1.SecretSlot{
 			Slot: s.GetName(), Description: s.GetDescription(), Required: s.GetRequired(), Kinds: s.GetKinds(),
 			Algorithms: s.GetAlgorithms(), Format: s.GetFormat(),
 		})
 	}
-	return out
 }
 
 // bare is what there is to say of a plugin's processes, whatever they offer. The first speaks for the plugin.
-func bare(procs []*process) *grapnelv1.Plugin {
+func bare(procs []*supervisor) *grapnelv1.Plugin {
 	now := time.Now()
 	out := &grapnelv1.Plugin{}
 	for i, p := range procs {
@@ -127,11 +174,11 @@ func bare(procs []*process) *grapnelv1.Plugin {
 	return out
 }
 
-func (p *process) instance(now time.Time) *grapnelv1.PluginInstance {
+func (p *supervisor) instance(now time.Time) *grapnelv1.PluginInstance {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	inst := &grapnelv1.PluginInstance{
-		Checksum: p.checksum, RestartCount: int32(p.restarts), LastError: p.lastErr, Health: p.health(now),
+		Checksum: p.image.SHA256, RestartCount: int32(p.restarts), LastError: p.lastErr, Health: p.health(now),
 		Version: p.version, LastOutput: slices.Clone(p.last),
 	}
 	if p.refusal != nil {
@@ -150,7 +197,7 @@ func (p *process) instance(now time.Time) *grapnelv1.PluginInstance {
 	if c == nil {
 		return inst
 	}
-	inst.Pid = int32(c.child.pid())
+	inst.Pid = int32(c.child.Pid())
 	inst.InFlight = int32(c.attempts.outstanding() + c.signs.outstanding())
 	if p50, p99 := c.overhead.quantile(0.5, now), c.overhead.quantile(0.99, now); p99 > 0 {
 		inst.P50Latency, inst.P99Latency = durationpb.New(p50), durationpb.New(p99)
@@ -159,7 +206,7 @@ func (p *process) instance(now time.Time) *grapnelv1.PluginInstance {
 }
 
 // health is called under the lock.
-func (p *process) health(now time.Time) grapnelv1.Plugin_Health {
+func (p *supervisor) health(now time.Time) grapnelv1.Plugin_Health {
 	shaky := len(p.recent(now)) > 0 || p.refusal != nil
 	switch {
 	case p.state == serving && shaky:

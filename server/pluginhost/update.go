@@ -24,7 +24,7 @@ var (
 )
 
 // Update makes the plugins that run those of specs; it returns at once, and Plugins shows what becomes of it. New ones
-// start. Those that are missing from specs drain and stop, and their kinds are gone. One that changed, in its spec or,
+// start. Those that are missing from specs, or disabled, drain and stop, and their kinds are gone. One that changed, in its spec or,
 // when it is not pinned, in its file, is started anew beside the running process, which keeps its kinds until the
 // new one has described itself, taken its settings and opened its streams; if it does not come to that, the running
 // one stays, and its status says why. What did not run anyway is replaced at once. Builtin plugins are left as they
@@ -37,6 +37,8 @@ func (h *Host) Update(specs []Spec) {
 		h.log.Error("update plugins", "err", err)
 		return
 	}
+	wanted, disabled := parted(wanted)
+	h.kinds.settle(wanted, disabled)
 	keys := map[string]bool{}
 	for _, k := range wanted {
 		keys[k.key] = true
@@ -64,34 +66,34 @@ func (h *Host) reconcile(k keyed) {
 	}
 	switch {
 	case holder == nil:
-		h.add(newProcess(h, k, holding))
+		h.add(newSupervisor(h, k, holding))
 	case holder.runs(k.spec):
 		holder.setRefusal(nil)
 	case holder.conn.Load() == nil:
 		// Nothing is lost by not waiting for the new one. The kinds stay known until it has its own.
 		h.dismiss(holder)
-		h.add(newProcess(h, k, holding))
+		h.add(newSupervisor(h, k, holding))
 	default:
-		h.add(newProcess(h, k, succeeding))
+		h.add(newSupervisor(h, k, succeeding))
 	}
 }
 
 // at finds the process that has a plugin's place.
-func (h *Host) at(key string, in place) *process {
+func (h *Host) at(key string, in place) *supervisor {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	return h.atLocked(key, in)
 }
 
-func (h *Host) atLocked(key string, in place) *process {
-	i := slices.IndexFunc(h.procs, func(p *process) bool { return p.key == key && p.place == in })
+func (h *Host) atLocked(key string, in place) *supervisor {
+	i := slices.IndexFunc(h.procs, func(p *supervisor) bool { return p.key == key && p.place == in })
 	if i < 0 {
 		return nil
 	}
 	return h.procs[i]
 }
 
-func (h *Host) add(p *process) {
+func (h *Host) add(p *supervisor) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.procs = append(h.procs, p)
@@ -101,18 +103,18 @@ func (h *Host) add(p *process) {
 }
 
 // remove ends a plugin for good: its kinds go at once, its process once it has drained.
-func (h *Host) remove(p *process) {
+func (h *Host) remove(p *supervisor) {
 	h.kinds.remove(p.key)
 	h.dismiss(p)
 }
 
 // dismiss has a process drain and end; what waits for it goes elsewhere.
-func (h *Host) dismiss(p *process) {
+func (h *Host) dismiss(p *supervisor) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	p.place = departing
 	if p.cancel == nil { // it was never launched
-		h.procs = slices.DeleteFunc(h.procs, func(q *process) bool { return q == p })
+		h.procs = slices.DeleteFunc(h.procs, func(q *supervisor) bool { return q == p })
 		return
 	}
 	p.cancel(errReplaced)
@@ -120,7 +122,7 @@ func (h *Host) dismiss(p *process) {
 
 // install gives a process that is ready to serve its kinds, and with them its place: from here on attempts come to
 // it, and the one before it drains.
-func (h *Host) install(p *process, c *conn) error {
+func (h *Host) install(p *supervisor, c *conn) error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if p.place == departing {
@@ -132,9 +134,15 @@ func (h *Host) install(p *process, c *conn) error {
 	default:
 	}
 	p.conn.Store(c) // before the kinds, so that nobody finds one without the other
-	if err := h.kinds.set(p, c.kinds); err != nil {
+	evicted, err := h.kinds.set(p, c.kinds, p.place == holding)
+	if err != nil {
 		p.conn.Store(nil)
 		return err
+	}
+	for _, q := range evicted {
+		if other := q.conn.Load(); other != nil {
+			other.fail(fmt.Errorf("plugin %s, which stands before it, offers one of its kinds", p.spec.label()))
+		}
 	}
 	p.took(c)
 	if p.place == succeeding {
@@ -152,7 +160,7 @@ func (h *Host) install(p *process, c *conn) error {
 }
 
 // refuse notes that a process could not take its plugin's place; the one that has it stays.
-func (h *Host) refuse(p *process, err error) {
+func (h *Host) refuse(p *supervisor, err error) {
 	h.metrics.upgrades.WithLabelValues("refused").Inc()
 	p.log.Error("plugin was not replaced", "err", err)
 	if holder := h.at(p.key, holding); holder != nil {

@@ -233,7 +233,7 @@ func TestFailedUpgradeLeavesTheOldOne(t *testing.T) {
 		"another file":            {pinned, "SHA-256"},
 		"it ends at once":         {ends, "exit status 4"},
 		"it dies when configured": {dies, "exit status 7"},
-		"its kind is taken":       {taken, `kind "other-signer" is offered by test/signer2 already`},
+		"its kind is taken":       {taken, `kind "other-signer" belongs to plugin pluginhost.test, which was installed before it`},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()

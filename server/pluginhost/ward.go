@@ -4,13 +4,12 @@ import (
 	"context"
 	"errors"
 	"log/slog"
-	"os/exec"
 	"slices"
 	"sync"
-	"syscall"
 	"time"
 
 	"github.com/grapnel/grapnel/server/delivery"
+	"github.com/grapnel/grapnel/server/pluginhost/check"
 	"github.com/grapnel/grapnel/server/subscription"
 )
 
@@ -25,6 +24,8 @@ import (
 //   - The cell takes those that were in flight when a ward crashed of its own doing, one at a time, so that
 //     another crash says whose doing it was. Few wait for it, those first that were there at the most crashes;
 //     the rest goes through the common ward again.
+//
+// Subscriptions that a process has named as what it died of are suspects with all they deliver, see accused.
 //
 // What follows from a crash is delivery.Next's to say.
 
@@ -57,7 +58,7 @@ type wards struct {
 // ward is a host of its own for the processes of one set of plugins.
 type ward struct {
 	*Host
-	procs  []*process // of the host above; another process is another ward
+	procs  []*supervisor // of the host above; another process is another ward
 	cell   bool
 	cancel context.CancelFunc
 	busy   int
@@ -84,12 +85,12 @@ func (h *Host) admit(p *pending) bool {
 }
 
 // servedBy are the processes that attempts of a subscription go through, if all are there.
-func (h *Host) servedBy(sub *subscription.Subscription) ([]*process, bool) {
+func (h *Host) servedBy(sub *subscription.Subscription) ([]*supervisor, bool) {
 	ids := []string{transportID(&h.kinds, sub.Proto)}
-	for _, pb := range signers(sub.Proto) {
-		ids = append(ids, signerID(pb))
+	for _, pb := range check.Signers(sub.Proto) {
+		ids = append(ids, check.SignerID(pb))
 	}
-	var procs []*process
+	var procs []*supervisor
 	for _, id := range ids {
 		k := h.kinds.get(id)
 		if k == nil || k.proc.conn.Load() == nil {
@@ -105,13 +106,13 @@ func (h *Host) servedBy(sub *subscription.Subscription) ([]*process, bool) {
 // place puts p in the queue of a ward, and returns the wards whose queues have changed; none when p cannot be
 // placed. The most suspected go first into a cell: what a plugin dies of was there at every crash, others only
 // at some.
-func (ws *wards) place(h *Host, p *pending, procs []*process) []*ward {
+func (ws *wards) place(h *Host, p *pending, procs []*supervisor) []*ward {
 	ws.mu.Lock()
 	defer ws.mu.Unlock()
 	if ws.closed {
 		return nil
 	}
-	if p.job.Suspicion > 1 {
+	if p.suspicion > 1 {
 		if cell := ws.open(h, procs, true); cell != nil {
 			placed := []*ward{cell}
 			if left := cell.lock(p); left != nil {
@@ -128,7 +129,7 @@ func (ws *wards) place(h *Host, p *pending, procs []*process) []*ward {
 }
 
 // common puts p in the queue of the common ward.
-func (ws *wards) common(h *Host, p *pending, procs []*process) []*ward {
+func (ws *wards) common(h *Host, p *pending, procs []*supervisor) []*ward {
 	w := ws.open(h, procs, false)
 	if w == nil {
 		return nil
@@ -140,7 +141,7 @@ func (ws *wards) common(h *Host, p *pending, procs []*process) []*ward {
 func (w *ward) lock(p *pending) *pending {
 	w.idle.Stop()
 	at := len(w.queue)
-	for at > 0 && w.queue[at-1].job.Suspicion < p.job.Suspicion {
+	for at > 0 && w.queue[at-1].suspicion < p.suspicion {
 		at--
 	}
 	w.queue = slices.Insert(w.queue, at, p)
@@ -163,7 +164,7 @@ func (w *ward) take(p *pending) []*ward {
 }
 
 // open returns the ward, which is made when there is none.
-func (ws *wards) open(h *Host, procs []*process, cell bool) *ward {
+func (ws *wards) open(h *Host, procs []*supervisor, cell bool) *ward {
 	for _, w := range ws.all {
 		if w.cell == cell && slices.Equal(w.procs, procs) {
 			return w
@@ -183,18 +184,18 @@ func (ws *wards) open(h *Host, procs []*process, cell bool) *ward {
 	return w
 }
 
-func (h *Host) newWard(procs []*process, cell bool) (*ward, error) {
+func (h *Host) newWard(procs []*supervisor, cell bool) (*ward, error) {
 	opts := h.opts
-	opts.Plugins, opts.Registerer, opts.Dir = nil, nil, h.dirs.own
+	opts.Plugins, opts.Registerer = nil, nil
 	opts.Logger = h.opts.Logger.With(slog.Bool("suspects", true))
 	for _, p := range procs {
 		opts.Plugins = append(opts.Plugins, p.spec)
 	}
-	host, err := New(opts)
+	host, err := newHost(opts, h.dirs)
 	if err != nil {
 		return nil, err
 	}
-	host.above, host.metrics, host.timing = h, h.metrics, h.timing
+	host.above, host.metrics, host.timing, host.own, host.closing = h, h.metrics, h.timing, h.own, h.closing
 	host.timing.park = max(host.timing.park, wardPark)
 	host.timing.backoffMax = min(host.timing.backoffMax, wardRetry)
 	host.timing.failedRetry = min(host.timing.failedRetry, wardRetry)
@@ -294,6 +295,30 @@ func (ws *wards) each(f func(*Host)) {
 	}
 }
 
+// guilts says for each of the attempts that a process held, which has ended, what speaks for it that the process died of
+// it. Where the process has named a culprit, only the culprit's count.
+func (c *conn) guilts(held []*pending) func(*pending) delivery.Guilt {
+	of, known := c.culprit()
+	if !known {
+		all := c.guilt(len(held))
+		return func(*pending) delivery.Guilt { return all }
+	}
+	c.accuse(of)
+	its := 0
+	for _, p := range held {
+		if p.sub.UID == of.uid {
+			its++
+		}
+	}
+	guilt := c.guilt(its)
+	return func(p *pending) delivery.Guilt {
+		if p.sub.UID != of.uid {
+			return delivery.GuiltNone
+		}
+		return guilt
+	}
+}
+
 // guilt says what speaks for it that the process, which has ended, died of one of the attempts that it held.
 func (c *conn) guilt(held int) delivery.Guilt {
 	switch {
@@ -309,7 +334,7 @@ func (c *conn) guilt(held int) delivery.Guilt {
 
 // answers reports whether the process that serves everybody with this plugin has answered an attempt.
 func (h *Host) answers(spec Spec) bool {
-	return slices.ContainsFunc(h.processes(), func(p *process) bool {
+	return slices.ContainsFunc(h.processes(), func(p *supervisor) bool {
 		c := p.conn.Load()
 		return c != nil && c.answered.Load() && p.spec.equal(spec)
 	})
@@ -320,20 +345,5 @@ func (c *conn) ownDoing() bool {
 	if c.stopping.Load() {
 		return false
 	}
-	if errors.Is(c.cause, errHangs) || errors.Is(c.cause, errProtocol) {
-		return true
-	}
-	var ended *exec.ExitError
-	if !errors.As(c.child.status, &ended) {
-		return false // with status 0, as one that minds a polite signal does
-	}
-	status, ok := ended.Sys().(syscall.WaitStatus)
-	if ok && status.Signaled() {
-		return ownSignal(status.Signal())
-	}
-	switch ended.ExitCode() - 128 {
-	case int(syscall.SIGHUP), int(syscall.SIGINT), int(syscall.SIGTERM), int(syscall.SIGKILL):
-		return false // as shells, and programs that mind signals, say it
-	}
-	return true
+	return errors.Is(c.cause, errHangs) || errors.Is(c.cause, errProtocol) || c.child.EndedItself()
 }

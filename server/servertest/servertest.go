@@ -8,6 +8,7 @@ package servertest
 
 import (
 	"context"
+	"log"
 	"log/slog"
 	"net/netip"
 	"os"
@@ -22,17 +23,27 @@ import (
 	"github.com/grapnel/grapnel/plugins"
 	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
 	"github.com/grapnel/grapnel/sdk/client"
-	"github.com/grapnel/grapnel/sdk/plugin"
 	"github.com/grapnel/grapnel/server"
 )
 
 // Main is the TestMain of a package that uses Start.
 func Main(m *testing.M) {
-	if len(os.Args) == 3 && os.Args[1] == "plugin" && os.Args[2] == "serve" {
-		plugin.Main("grapnel", "test", plugins.Kinds()...)
-		return
+	if len(os.Args) >= 3 && os.Args[1] == "plugin" && os.Args[2] == "serve" {
+		if err := plugins.Serve(strings.Join(os.Args[3:], ""), "test"); err != nil {
+			log.Fatal(err)
+		}
+		os.Exit(0)
 	}
 	os.Exit(m.Run())
+}
+
+// Parts are the processes of the bundled plugin.
+func Parts() []server.BuiltinPart {
+	var parts []server.BuiltinPart
+	for _, p := range plugins.Parts() {
+		parts = append(parts, server.BuiltinPart{Name: p.Name, Kinds: p.Names(), Confined: p.Confined})
+	}
+	return parts
 }
 
 // Options of a server under test. The zero value is a server in a new directory.
@@ -74,8 +85,8 @@ func Start(t testing.TB, o Options) *Server {
 	opts := server.Options{
 		DataDir: o.Dir, Listen: "127.0.0.1:0", AdminListen: "127.0.0.1:0",
 		EgressAllow:   []netip.Prefix{netip.MustParsePrefix("127.0.0.0/8")},
-		BuiltinPlugin: []string{self, "plugin", "serve"},
-		Version:       "test", NodeName: "test", Grace: 10 * time.Second,
+		BuiltinPlugin: []string{self, "plugin", "serve"}, BuiltinParts: Parts(),
+		Version: "test", NodeName: "test", Grace: 10 * time.Second,
 		Logger: slog.New(slog.NewTextHandler(testWriter{t}, &slog.HandlerOptions{Level: slog.LevelWarn})),
 	}
 	if o.Adjust != nil {

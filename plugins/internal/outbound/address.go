@@ -32,6 +32,15 @@ func (a *Address) String() string { return net.JoinHostPort(a.Host, strconv.Itoa
 // Parse reads a URI of one of the schemes, which come with their default ports. It refuses what a
 // transport could only ignore: user names, queries and fragments.
 func Parse(text string, ports map[string]uint16) (*Address, error) {
+	a, err := ParseQuery(text, ports)
+	if err == nil && (a.URL.RawQuery != "" || a.URL.ForceQuery) {
+		return nil, fmt.Errorf("the URI has a query (?…), which %s does not send; remove it", a.Scheme)
+	}
+	return a, err
+}
+
+// ParseQuery is Parse for transports that send queries.
+func ParseQuery(text string, ports map[string]uint16) (*Address, error) {
 	u, err := url.Parse(text)
 	if err != nil {
 		// url.Error repeats the text, which may hold credentials.
@@ -50,8 +59,6 @@ func Parse(text string, ports map[string]uint16) (*Address, error) {
 		return nil, fmt.Errorf("the URI has no host; write %s://host:port", u.Scheme)
 	case u.User != nil:
 		return nil, errors.New("the URI holds a user name or password; keep credentials in a secret and fill one of the transport's slots")
-	case u.RawQuery != "" || u.ForceQuery:
-		return nil, fmt.Errorf("the URI has a query (?…), which %s does not send; remove it", u.Scheme)
 	case u.Fragment != "" || strings.Contains(text, "#"):
 		return nil, errors.New("the URI has a fragment (#…), which is never sent; remove it")
 	}
@@ -63,11 +70,11 @@ func Parse(text string, ports map[string]uint16) (*Address, error) {
 		}
 		a.Port = uint16(n)
 	}
-	return a, checkHost(a.Host)
+	return a, CheckHost(a.Host)
 }
 
-// checkHost takes IP addresses without a zone, and names that mean the same to every resolver.
-func checkHost(host string) error {
+// CheckHost takes IP addresses without a zone, and names that mean the same to every resolver.
+func CheckHost(host string) error {
 	if strings.ContainsAny(host, ":%") {
 		if addr, err := netip.ParseAddr(host); err != nil || addr.Zone() != "" {
 			return errors.New("the URI's host is not an IPv6 address; zones and escaped characters are not taken")

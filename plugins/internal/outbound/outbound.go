@@ -11,7 +11,6 @@ package outbound
 import (
 	"context"
 	"crypto/tls"
-	"errors"
 	"net"
 	"sync/atomic"
 	"time"
@@ -20,13 +19,15 @@ import (
 )
 
 // Error is a connection that did not come about; nothing was sent. Err may name addresses: it is for the
-// program, Failure is for people.
+// program, NotConnected is for people.
 type Error struct {
-	// Code is one of plugin.CodeDNS, CodeConnect, CodeTLS and CodeProtocol.
+	// Code is one of plugin.CodeDNS, CodeConnect, CodeTLS, CodeProtocol, CodeConfig, CodeEgress and CodeShortage.
 	Code string
 	Err  error
 	// Message is said instead of what Err gives away; empty leaves it to Err.
 	Message string
+	// Proxy says that it is the connection to the proxy that failed, and not the one to the receiver.
+	Proxy bool
 }
 
 // Error is the text of Err.
@@ -34,21 +35,6 @@ func (e *Error) Error() string { return e.Err.Error() }
 
 // Unwrap returns Err.
 func (e *Error) Unwrap() error { return e.Err }
-
-// Dial looks the name up and connects; egress is asked about each address just before it is connected to.
-// Errors are of type *Error.
-func Dial(ctx context.Context, egress *plugin.Egress, addr string) (net.Conn, error) {
-	dialer := net.Dialer{ControlContext: egress.Control}
-	conn, err := dialer.DialContext(ctx, "tcp", addr)
-	if err != nil {
-		code := plugin.CodeConnect
-		if errors.As(err, new(*net.DNSError)) {
-			code = plugin.CodeDNS
-		}
-		return nil, &Error{Code: code, Err: err}
-	}
-	return conn, nil
-}
 
 // Secure does the TLS handshake and closes conn when it fails. Errors are of type *Error.
 func Secure(ctx context.Context, conn net.Conn, config *tls.Config) (*tls.Conn, error) {

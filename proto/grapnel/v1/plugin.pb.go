@@ -89,7 +89,9 @@ const (
 	// Some instances do not.
 	Plugin_HEALTH_DEGRADED Plugin_Health = 2
 	// No instance does.
-	Plugin_HEALTH_NOT_SERVING Plugin_Health = 3 // 4 is kept for a health to come.
+	Plugin_HEALTH_NOT_SERVING Plugin_Health = 3
+	// It is installed and switched off: nothing of it runs.
+	Plugin_HEALTH_DISABLED Plugin_Health = 4
 )
 
 // Enum value maps for Plugin_Health.
@@ -99,12 +101,14 @@ var (
 		1: "HEALTH_SERVING",
 		2: "HEALTH_DEGRADED",
 		3: "HEALTH_NOT_SERVING",
+		4: "HEALTH_DISABLED",
 	}
 	Plugin_Health_value = map[string]int32{
 		"HEALTH_UNSPECIFIED": 0,
 		"HEALTH_SERVING":     1,
 		"HEALTH_DEGRADED":    2,
 		"HEALTH_NOT_SERVING": 3,
+		"HEALTH_DISABLED":    4,
 	}
 )
 
@@ -842,7 +846,7 @@ var File_grapnel_v1_plugin_proto protoreflect.FileDescriptor
 const file_grapnel_v1_plugin_proto_rawDesc = "" +
 	"\n" +
 	"\x17grapnel/v1/plugin.proto\x12\n" +
-	"grapnel.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xef\x05\n" +
+	"grapnel.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x84\x06\n" +
 	"\x06Plugin\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12-\n" +
 	"\x05roles\x18\x02 \x03(\x0e2\x17.grapnel.v1.Plugin.RoleR\x05roles\x12\x18\n" +
@@ -863,12 +867,13 @@ const file_grapnel_v1_plugin_proto_rawDesc = "" +
 	"\x04Role\x12\x14\n" +
 	"\x10ROLE_UNSPECIFIED\x10\x00\x12\x0f\n" +
 	"\vROLE_SIGNER\x10\x01\x12\x12\n" +
-	"\x0eROLE_TRANSPORT\x10\x02\"a\n" +
+	"\x0eROLE_TRANSPORT\x10\x02\"v\n" +
 	"\x06Health\x12\x16\n" +
 	"\x12HEALTH_UNSPECIFIED\x10\x00\x12\x12\n" +
 	"\x0eHEALTH_SERVING\x10\x01\x12\x13\n" +
 	"\x0fHEALTH_DEGRADED\x10\x02\x12\x16\n" +
-	"\x12HEALTH_NOT_SERVING\x10\x03\"\xac\x01\n" +
+	"\x12HEALTH_NOT_SERVING\x10\x03\x12\x13\n" +
+	"\x0fHEALTH_DISABLED\x10\x04\"\xac\x01\n" +
 	"\n" +
 	"SecretSlot\x12\x12\n" +
 	"\x04slot\x18\x01 \x01(\tR\x04slot\x12 \n" +

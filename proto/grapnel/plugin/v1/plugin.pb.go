@@ -1380,7 +1380,10 @@ type HostSettings struct {
 	// CIDR ranges that the egress check lets through although they are private or reserved.
 	EgressAllow []string `protobuf:"bytes,1,rep,name=egress_allow,json=egressAllow,proto3" json:"egress_allow,omitempty"`
 	// For the user-agent header.
-	UserAgent     string `protobuf:"bytes,2,opt,name=user_agent,json=userAgent,proto3" json:"user_agent,omitempty"`
+	UserAgent string `protobuf:"bytes,2,opt,name=user_agent,json=userAgent,proto3" json:"user_agent,omitempty"`
+	// CIDR ranges, with a port behind them or without (10.0.0.0/8, 127.0.0.1/32:7071, ::1/128:7071), that the egress check
+	// lets nothing through to, whatever egress_allow says: the host's own listeners, and what its operator has named.
+	EgressDeny    []string `protobuf:"bytes,3,rep,name=egress_deny,json=egressDeny,proto3" json:"egress_deny,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1427,6 +1430,13 @@ func (x *HostSettings) GetUserAgent() string {
 		return x.UserAgent
 	}
 	return ""
+}
+
+func (x *HostSettings) GetEgressDeny() []string {
+	if x != nil {
+		return x.EgressDeny
+	}
+	return nil
 }
 
 // ConfigureRequest carries instances.
@@ -2983,7 +2993,8 @@ type Failure struct {
 	// Whose fault it is.
 	Source Failure_Source `protobuf:"varint,1,opt,name=source,proto3,enum=grapnel.plugin.v1.Failure_Source" json:"source,omitempty"`
 	// Stable, for machines: "dns", "connect", "tls", "timeout", "reset", "protocol", "egress",
-	// "cancelled", "sign", "config", "panic".
+	// "cancelled", "sign", "config", "panic", "shortage" (with SOURCE_PLUGIN and NOT_SENT: this machine has no
+	// descriptor, socket or memory left).
 	Code string `protobuf:"bytes,2,opt,name=code,proto3" json:"code,omitempty"`
 	// For people. Never a secret, an internal address or a receiver's banner.
 	Message string `protobuf:"bytes,3,opt,name=message,proto3" json:"message,omitempty"`
@@ -3680,11 +3691,13 @@ const file_grapnel_plugin_v1_plugin_proto_rawDesc = "" +
 	"\n" +
 	"public_key\x18\x04 \x01(\tR\tpublicKey\x12\x10\n" +
 	"\x03jwk\x18\x05 \x01(\tR\x03jwk\x12\x15\n" +
-	"\x06key_id\x18\x06 \x01(\tR\x05keyId\"P\n" +
+	"\x06key_id\x18\x06 \x01(\tR\x05keyId\"q\n" +
 	"\fHostSettings\x12!\n" +
 	"\fegress_allow\x18\x01 \x03(\tR\vegressAllow\x12\x1d\n" +
 	"\n" +
-	"user_agent\x18\x02 \x01(\tR\tuserAgent\"\x8a\x01\n" +
+	"user_agent\x18\x02 \x01(\tR\tuserAgent\x12\x1f\n" +
+	"\vegress_deny\x18\x03 \x03(\tR\n" +
+	"egressDeny\"\x8a\x01\n" +
 	"\x10ConfigureRequest\x129\n" +
 	"\tinstances\x18\x01 \x03(\v2\x1b.grapnel.plugin.v1.InstanceR\tinstances\x12;\n" +
 	"\bsettings\x18\x02 \x01(\v2\x1f.grapnel.plugin.v1.HostSettingsR\bsettings\"R\n" +

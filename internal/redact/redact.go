@@ -1,0 +1,149 @@
+// Package redact takes the values of secrets out of texts.
+package redact
+
+import (
+	"strings"
+	"sync"
+)
+
+// Mark stands where a secret stood.
+const Mark = "[redacted]"
+
+const (
+	// shortest is the length from which values are looked for: shorter ones would tear ordinary words apart, and protect
+	// nothing.
+	shortest = 6
+	// shortestLine is the same for the single lines of a value that has several.
+	shortestLine = 16
+	// longestPrefix bounds the name in front of values such as whsec_….
+	longestPrefix = 12
+)
+
+// Set are values that must not be seen. What a look costs grows with the text and not with the set. The zero Set is
+// empty; all methods are safe for concurrent use.
+type Set struct {
+	mu sync.RWMutex // guards what follows
+	// forms are what is looked for, by their first bytes, and how many values want it.
+	forms map[[shortest]byte]map[string]int
+}
+
+// Add has a value taken out of texts: itself, what follows the prefix in such as whsec_…, and if it has several lines
+// each long one, since output comes in lines. A value counts as often as it was added.
+func (s *Set) Add(value string) { s.change(value, 1) }
+
+// Remove takes back one Add.
+func (s *Set) Remove(value string) { s.change(value, -1) }
+
+func (s *Set) change(value string, by int) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	each(value, func(form string) {
+		key := [shortest]byte([]byte(form[:shortest]))
+		if s.forms == nil {
+			s.forms = map[[shortest]byte]map[string]int{}
+		}
+		if s.forms[key] == nil {
+			s.forms[key] = map[string]int{}
+		}
+		if s.forms[key][form] += by; s.forms[key][form] <= 0 {
+			delete(s.forms[key], form)
+		}
+		if len(s.forms[key]) == 0 {
+			delete(s.forms, key)
+		}
+	})
+}
+
+// each calls f with what is looked for because of a value.
+func each(value string, f func(form string)) {
+	if len(value) < shortest {
+		return
+	}
+	f(value)
+	if i := strings.IndexByte(value, '_'); i > 0 && i < longestPrefix && len(value)-i-1 >= shortest {
+		f(value[i+1:]) // whsec_…: the part that counts
+	}
+	if !strings.Contains(value, "\n") {
+		return
+	}
+	for line := range strings.Lines(value) {
+		if line = strings.TrimSpace(line); len(line) >= shortestLine && !strings.HasPrefix(line, "-----") {
+			f(line)
+		}
+	}
+}
+
+// Clean returns text with Mark in the place of each value, and of a beginning of one that the text ends in: it may have
+// been cut off.
+func (s *Set) Clean(text string) string {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	if len(s.forms) == 0 || len(text) < shortest {
+		return text
+	}
+	var out strings.Builder
+	done := 0          // text up to here is in out
+	from, to := -1, -1 // what is being taken out; overlapping values go as one
+	for i := 0; i+shortest <= len(text); i++ {
+		n := s.longest(text[i:])
+		if n == 0 {
+			continue
+		}
+		if i > to {
+			if to >= 0 {
+				out.WriteString(text[done:from] + Mark)
+				done = to
+			}
+			from = i
+		}
+		to = max(to, i+n)
+	}
+	if to < 0 {
+		return text
+	}
+	out.WriteString(text[done:from] + Mark + text[to:])
+	return out.String()
+}
+
+// longest is the length of the longest value that text begins with, or that begins with text.
+func (s *Set) longest(text string) int {
+	longest := 0
+	for form := range s.forms[[shortest]byte([]byte(text[:shortest]))] {
+		switch {
+		case strings.HasPrefix(text, form):
+			longest = max(longest, len(form))
+		case strings.HasPrefix(form, text):
+			longest = len(text)
+		}
+	}
+	return longest
+}
+
+// Text is Clean with a set of values, for those who need it once.
+func Text(text string, values [][]byte) string {
+	var s Set
+	for _, v := range values {
+		s.Add(string(v))
+	}
+	return s.Clean(text)
+}
+
+// Line is what may be shown of a stranger's text: valid UTF-8 on one line, without secrets and without control characters,
+// lest it steer the terminal of who reads it, and cut to most bytes and an ellipsis.
+func Line(s *Set, text string, most int) string {
+	// What is looked at is bounded as well; Clean knows beginnings of secrets at the end.
+	text = s.Clean(strings.ToValidUTF8(text[:min(len(text), max(16<<10, 2*most))], "\uFFFD"))
+	text = strings.Map(func(r rune) rune {
+		switch {
+		case r == '\n' || r == '\t' || r == '\r':
+			return ' '
+		case r < ' ' || r >= 0x7f && r < 0xa0:
+			return '\uFFFD'
+		}
+		return r
+	}, text)
+	if len(text) > most {
+		text = strings.ToValidUTF8(text[:most], "") + "…"
+	}
+	return text
+}

@@ -1,0 +1,400 @@
+// Package h2 is a client of HTTP/2 over net/http's connections that knows what has become of a request.
+//
+// It guarantees:
+//   - requests that wait for one connection share one dial, and a connection that was made to learn which HTTP the server
+//     speaks is used;
+//   - what the server says it has not looked at (RFC 9113, sections 6.8 and 8.7: a stream behind GOAWAY, REFUSED_STREAM) is
+//     sent again within the request's time; and once, what was on a connection that had answered before and ended without
+//     an answer to it: servers close idle connections, and not all of them say so in time;
+//   - connections age, also busy ones, so that changes of DNS and of the egress policy are followed;
+//   - a request ends by its context's deadline, and its answer is bounded as answer says.
+package h2
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httptrace"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/grapnel/grapnel/plugins/http/internal/answer"
+)
+
+const (
+	// maxAge is for how long a connection takes new requests.
+	maxAge      = 10 * time.Minute
+	idleTimeout = time.Minute
+	readIdle    = 15 * time.Second
+	pingAnswer  = 10 * time.Second
+	// maxTries bounds how often a request goes out that the server says it has not looked at; pause grows between them.
+	maxTries = 6
+	pause    = 10 * time.Millisecond
+)
+
+var (
+	// ErrRefused is a request that the server has refused to look at again and again.
+	ErrRefused = errors.New("the receiver refused the request without looking at it")
+	// ErrHeaderLate is a response whose header took longer than HeaderTimeout.
+	ErrHeaderLate = errors.New("the response's header came too late")
+	// ErrHTTP1 is a connection on which the server speaks HTTP/1.1.
+	ErrHTTP1 = errors.New("the receiver speaks HTTP/1.1")
+)
+
+// Dial connects and does the TLS handshake, in which the server chooses HTTP/2; with ErrHTTP1 it did not. It bounds its
+// own time.
+type Dial func() (*tls.Conn, error)
+
+// Transport holds what connections have in common.
+type Transport struct{ of *http.Transport }
+
+// given is the key of a context's connection.
+type given struct{}
+
+// NewTransport returns a Transport.
+func NewTransport() *Transport {
+	return &Transport{of: &http.Transport{
+		Proxy: nil, // the dialler knows of proxies
+		DialTLSContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			conn, ok := ctx.Value(given{}).(net.Conn)
+			if !ok {
+				return nil, errors.New("h2: no connection is given")
+			}
+			return conn, nil
+		},
+		ForceAttemptHTTP2: true, DisableCompression: true, MaxResponseHeaderBytes: answer.MaxHeader, IdleConnTimeout: idleTimeout,
+		HTTP2: &http.HTTP2Config{SendPingTimeout: readIdle, PingTimeout: pingAnswer},
+	}}
+}
+
+// Origin sends requests to one server. Safe for concurrent use.
+type Origin struct {
+	transport *Transport
+	addr      string
+	dial      Dial
+
+	mu     sync.Mutex
+	conns  []*conn
+	flight *flight // a connection on its way, or nil
+}
+
+// New returns an Origin for host:port without connections. It needs no closing: what is idle closes itself.
+func New(t *Transport, addr string, dial Dial) *Origin {
+	return &Origin{transport: t, addr: addr, dial: dial}
+}
+
+// conn is one connection.
+type conn struct {
+	*http.ClientConn
+	peer string
+	made time.Time
+	used atomic.Bool
+	// answered says that it has carried an answer.
+	answered atomic.Bool
+}
+
+// flight is one dial. err is set before done is closed.
+type flight struct {
+	done chan struct{}
+	err  error
+}
+
+// Request is one request.
+type Request struct {
+	// HTTP is the request but for its body; it is not changed.
+	HTTP *http.Request
+	Body []byte
+	// HeaderTimeout is how long the response's header may take from now on; zero means as long as the context.
+	HeaderTimeout time.Duration
+	Wants         answer.Wants
+}
+
+// Do sends r. ctx must have a deadline. Errors are those of the dialler, as they are, and *answer.Error.
+func (o *Origin) Do(ctx context.Context, r *Request) (*answer.Answer, error) {
+	again := false // it has been on a connection that ended
+	for try := 1; ; try++ {
+		c, err := o.reserve(ctx)
+		if err != nil {
+			return nil, err
+		}
+		fresh, answered := !c.used.Swap(true), c.answered.Load()
+		e := exchange{conn: c, request: r}
+		got, err := e.do(ctx)
+		if err == nil {
+			c.answered.Store(true)
+			return got, nil
+		}
+		failed := &answer.Error{Sent: e.wire.sent(), Peer: c.peer, Fresh: fresh, Err: meaning(err)}
+		if again {
+			failed.Sent = answer.All // perhaps
+		}
+		switch refused := unprocessed(err); {
+		case ctx.Err() != nil:
+			return nil, failed
+		case refused && (try >= maxTries || !wait(ctx, try)):
+			failed.Err = ErrRefused
+			if !again {
+				failed.Sent = answer.Nothing
+			}
+			return nil, failed
+		case refused:
+		case again || !answered || !c.ended(err):
+			return nil, failed
+		default:
+			again = true
+		}
+	}
+}
+
+// ended reports whether it was the end of the connection that ended a request.
+func (c *conn) ended(err error) bool { return c.Err() != nil && !errors.As(err, new(streamError)) }
+
+// wait pauses before the next try, not at all before the second. It reports whether there is time left.
+func wait(ctx context.Context, try int) bool {
+	if try == 1 {
+		return true
+	}
+	timer := time.NewTimer(pause << (2 * (try - 2)))
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		return true
+	case <-ctx.Done():
+		return false
+	}
+}
+
+// reserve returns a connection with room for a request, dialling where there is none.
+func (o *Origin) reserve(ctx context.Context) (*conn, error) {
+	for {
+		c, f := o.join()
+		if c != nil {
+			return c, nil
+		}
+		select {
+		case <-f.done:
+		case <-ctx.Done():
+			return nil, &answer.Error{Err: ctx.Err()}
+		}
+		if f.err != nil {
+			return nil, f.err
+		}
+	}
+}
+
+func (o *Origin) join() (*conn, *flight) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	kept := o.conns[:0]
+	var found *conn
+	for _, c := range o.conns {
+		switch {
+		case c.Err() != nil:
+			continue
+		case time.Since(c.made) > maxAge:
+			c.retire()
+			continue
+		case found == nil && c.Reserve() == nil:
+			found = c
+		}
+		kept = append(kept, c)
+	}
+	clear(o.conns[len(kept):])
+	o.conns = kept
+	if found != nil {
+		return found, nil
+	}
+	if o.flight == nil {
+		o.flight = &flight{done: make(chan struct{})}
+		go o.fly(o.flight)
+	}
+	return nil, o.flight
+}
+
+func (o *Origin) fly(f *flight) {
+	raw, err := o.dial()
+	var c *conn
+	if err == nil {
+		c, err = o.begin(raw)
+	}
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if err == nil {
+		o.conns = append(o.conns, c)
+	}
+	f.err, o.flight = err, nil
+	close(f.done)
+}
+
+// Adopt takes a connection on which the server has chosen HTTP/2 and nothing was sent.
+func (o *Origin) Adopt(raw *tls.Conn) {
+	if c, err := o.begin(raw); err == nil {
+		o.mu.Lock()
+		defer o.mu.Unlock()
+		o.conns = append(o.conns, c)
+	}
+}
+
+func (o *Origin) begin(raw *tls.Conn) (*conn, error) {
+	client, err := o.transport.of.NewClientConn(context.WithValue(context.Background(), given{}, net.Conn(raw)), "https", o.addr)
+	if err != nil {
+		_ = raw.Close()
+		return nil, &answer.Error{Peer: raw.RemoteAddr().String(), Fresh: true, Err: meaning(err)}
+	}
+	return &conn{ClientConn: client, peer: raw.RemoteAddr().String(), made: time.Now()}, nil
+}
+
+// retire closes the connection when what is under way on it has ended.
+func (c *conn) retire() {
+	c.SetStateHook(func(cc *http.ClientConn) {
+		if cc.InFlight() == 0 {
+			go cc.Close() //nolint:errcheck // there is nothing to lose in it
+		}
+	})
+	if c.InFlight() == 0 {
+		_ = c.Close()
+	}
+}
+
+// Drop closes the connections, for tests.
+func (o *Origin) Drop() {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	for _, c := range o.conns {
+		_ = c.Close()
+	}
+	o.conns = nil
+}
+
+// exchange is one request and its response on one connection.
+type exchange struct {
+	conn    *conn
+	request *Request
+	wire    wire
+}
+
+// wire follows one request of net/http. Its hooks run on other goroutines.
+type wire struct{ state atomic.Int32 }
+
+func (w *wire) sent() answer.Sent { return answer.Sent(w.state.Load()) }
+
+func (w *wire) trace() *httptrace.ClientTrace {
+	return &httptrace.ClientTrace{
+		WroteHeaders: func() { w.state.CompareAndSwap(int32(answer.Nothing), int32(answer.Maybe)) },
+		WroteRequest: func(info httptrace.WroteRequestInfo) {
+			if info.Err == nil {
+				w.state.Store(int32(answer.All))
+			}
+		},
+	}
+}
+
+func (e *exchange) do(ctx context.Context) (*answer.Answer, error) {
+	r := e.request
+	ctx = httptrace.WithClientTrace(ctx, e.wire.trace())
+	var late *time.Timer
+	if r.HeaderTimeout > 0 {
+		bounded, cancel := context.WithCancelCause(ctx)
+		defer cancel(nil)
+		late = time.AfterFunc(r.HeaderTimeout, func() { cancel(ErrHeaderLate) })
+		defer late.Stop()
+		ctx = bounded
+	}
+	req := r.HTTP.WithContext(ctx)
+	req.ContentLength, req.Body = int64(len(r.Body)), http.NoBody
+	if len(r.Body) > 0 {
+		b := &body{rest: r.Body}
+		defer b.Close() //nolint:errcheck // the bytes are the caller's from then on
+		req.Body = b
+	}
+	resp, err := e.conn.RoundTrip(req)
+	if err != nil {
+		if errors.Is(context.Cause(ctx), ErrHeaderLate) {
+			err = ErrHeaderLate
+		}
+		return nil, err
+	}
+	if late != nil {
+		late.Stop()
+	}
+	defer resp.Body.Close() //nolint:errcheck // there is nothing to lose in it
+	if resp.Body != http.NoBody && resp.ContentLength != 0 && !r.Wants.Patient(resp.StatusCode) {
+		drip := time.AfterFunc(answer.Drip, func() { _ = resp.Body.Close() })
+		defer drip.Stop()
+	}
+	a := &answer.Answer{Status: resp.StatusCode, Header: resp.Header, Peer: e.conn.peer}
+	a.Body, a.Truncated, _ = answer.Read(resp, r.Wants)
+	return a, nil
+}
+
+// body is a request's body. net/http may read it after the response is there.
+type body struct {
+	mu   sync.Mutex
+	rest []byte
+}
+
+func (b *body) Read(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if len(b.rest) == 0 {
+		return 0, io.EOF
+	}
+	n := copy(p, b.rest)
+	b.rest = b.rest[n:]
+	return n, nil
+}
+
+// Close has later reads find nothing.
+func (b *body) Close() error {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.rest = nil
+	return nil
+}
+
+// streamError is how net/http shows its own to errors.As, field by field.
+type streamError struct {
+	StreamID uint32
+	Code     uint32
+	Cause    error
+}
+
+func (e streamError) Error() string { return "stream reset" }
+
+// refusedStream is RFC 9113's REFUSED_STREAM.
+const refusedStream = 7
+
+// unprocessed reports whether the server has not looked at the request. net/http has no types for two of the reasons.
+func unprocessed(err error) bool {
+	var stream streamError
+	if errors.As(err, &stream) {
+		return stream.Code == refusedStream
+	}
+	switch err.Error() {
+	case "http2: client conn not usable", "http2: Transport received Server's graceful shutdown GOAWAY":
+		return true
+	}
+	return false
+}
+
+// meaning makes the end of a connection or stream of what net/http has only texts for.
+func meaning(err error) error {
+	if errors.As(err, new(streamError)) {
+		return errors.Join(io.ErrUnexpectedEOF, err)
+	}
+	text := err.Error()
+	for _, begin := range []string{
+		"http2: client conn could not be established", "http2: client connection lost", "http2: client connection force closed",
+		"http2: Transport received", "http2: server sent GOAWAY", "http2: client conn is closed",
+	} {
+		if strings.HasPrefix(text, begin) {
+			return errors.Join(io.ErrUnexpectedEOF, err)
+		}
+	}
+	return err
+}

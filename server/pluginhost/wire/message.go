@@ -1,0 +1,85 @@
+package wire
+
+import (
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	"github.com/grapnel/grapnel/internal/wire"
+	pluginv1 "github.com/grapnel/grapnel/proto/grapnel/plugin/v1"
+	"github.com/grapnel/grapnel/server/delivery"
+)
+
+// CallOption is what a stream that carries Batches and Responses is opened with.
+func CallOption() grpc.CallOption { return grpc.ForceCodecV2(wire.NewCodec()) }
+
+// SignRequest is a batch for signers in another process than the transport's; each attempt's Ref names its signer.
+func (f *Batch) SignRequest() *pluginv1.SignRequest {
+	req := &pluginv1.SignRequest{Items: make([]*pluginv1.SignItem, len(f.attempts))}
+	for _, c := range f.contents {
+		req.Contents = append(req.Contents, c.message())
+	}
+	for i, a := range f.attempts {
+		req.Items[i] = &pluginv1.SignItem{
+			Seq: a.Seq, InstanceRef: a.Ref, Content: f.index[i],
+			Created: timestamppb.New(a.Created), Nonce: a.Nonce[:], Headers: headers(a.Headers), Uri: a.URI,
+		}
+	}
+	return req
+}
+
+// message is appendContent for messages off the hot path.
+func (c Content) message() *pluginv1.Content {
+	out := &pluginv1.Content{MessageId: c.event.UID, Body: c.Body(), EventType: c.event.Type}
+	for name, value := range c.headers {
+		out.Headers = append(out.Headers, &pluginv1.Header{Name: name, Value: value})
+	}
+	return out
+}
+
+func headers(in []delivery.Header) []*pluginv1.Header {
+	out := make([]*pluginv1.Header, len(in))
+	for i, h := range in {
+		out[i] = &pluginv1.Header{Name: h.Name, Value: h.Value}
+	}
+	return out
+}
+
+// One is the attempt by itself.
+func (a *Attempt) One() *pluginv1.AttemptOneRequest {
+	out := &pluginv1.Attempt{
+		Seq: a.Seq, InstanceRef: a.Ref, AttemptNumber: a.Number, TimeoutMs: uint32(a.Timeout.Milliseconds()),
+		CreatedUnixNano: a.Created.UnixNano(), SignHere: a.SignHere, Headers: headers(a.Headers), Uri: a.URI,
+		OwnershipCheck: a.Ownership, Nonce: a.Nonce[:],
+	}
+	if !a.Ownership {
+		out.Traceparent = string(appendTraceparent(nil, a.Content.event))
+	}
+	return &pluginv1.AttemptOneRequest{Attempt: out, Content: a.Content.message(), MaxResponseBody: MaxResponse}
+}
+
+// ResultOf reads a result that came by itself.
+func ResultOf(in *pluginv1.AttemptResult) Result {
+	r := Result{
+		Seq: in.GetSeq(), Failure: in.GetFailure(), Peer: in.GetPeer(), Sent: headersOf(in.GetSentHeaders()),
+		Total: time.Duration(in.GetTotalUs()) * time.Microsecond,
+	}
+	r.Peer = r.Peer[:min(len(r.Peer), maxPeer)]
+	if resp := in.GetResponse(); resp != nil {
+		r.Answered, r.Status, r.Headers = true, int(resp.GetStatus()), headersOf(resp.GetHeaders())
+		r.Body, r.Truncated = resp.GetBody(), resp.GetBodyTruncated()
+		if len(r.Body) > MaxResponse {
+			r.Body, r.Truncated = r.Body[:MaxResponse], true
+		}
+	}
+	return r
+}
+
+func headersOf(in []*pluginv1.Header) []delivery.Header {
+	out := make([]delivery.Header, len(in))
+	for i, h := range in {
+		out[i] = delivery.Header{Name: h.GetName(), Value: h.GetValue()}
+	}
+	return out
+}

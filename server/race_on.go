@@ -1,0 +1,6 @@
+//go:build race
+
+package server
+
+// raceDetector says whether this is a build for it.
+const raceDetector = true
