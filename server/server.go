@@ -169,7 +169,7 @@ func (s *Server) open(ctx context.Context, closers *stack) (err error) {
 	}
 	s.engine = dispatch.New(dispatch.Options{
 		Journal: s.journal, Subscriptions: subscriptions{s.registry}, Attempter: s.plugins,
-		Slots: s.memory.slots, WindowBytes: s.memory.window,
+		Slots: s.memory.slots, Window: s.plugins.Window, WindowBytes: s.memory.window,
 		Disable: s.disable, Logger: o.Logger, Registerer: s.metrics,
 	})
 	s.ingest = ingest.New(ingest.Options{Registry: s.registry, Journal: s.journal, Logger: o.Logger, Registerer: s.metrics})
