@@ -70,7 +70,7 @@ var fenced = map[string][]string{
 	"go.etcd.io/etcd/client/pkg/v3":   {"server", "server/keyspace"},
 	"github.com/prometheus/":          {"server", "server/api", "server/delivery", "server/dispatch", "server/pluginhost", "server/ingest", "server/subscription", "server/secret"},
 	"cel.dev/":                        {"server/subscription"},
-	"github.com/tidwall/btree":        {"server/subscription"},
+	"github.com/tidwall/btree":        {"server/dispatch", "server/subscription"},
 	"github.com/santhosh-tekuri/":     {"server/pluginhost/check", "sdk/plugin", "sdk/conformance"},
 	"buf.build/go/protovalidate":      {"server/api"},
 	"github.com/standard-webhooks/":   {},
