@@ -292,7 +292,7 @@ func cut(t *testing.T, path string, size int64) {
 func TestSecondServer(t *testing.T) {
 	t.Parallel()
 	s := servertest.Start(t, servertest.Options{})
-	wantWords(t, refusal(t, s.Dir, nil), "journal")
+	wantWords(t, refusal(t, s.Dir, nil), "data directory "+s.Dir+" is in use by pid")
 	s.Namespace("acme")
 }
 
