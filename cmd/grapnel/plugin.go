@@ -6,7 +6,6 @@ import (
 	"encoding/json"
 	"fmt"
 	"iter"
-	"os"
 	"runtime/debug"
 	"strconv"
 	"strings"
@@ -19,7 +18,6 @@ import (
 	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
 	"github.com/grapnel/grapnel/sdk/client"
 	"github.com/grapnel/grapnel/server"
-	"github.com/grapnel/grapnel/server/plugindir"
 )
 
 func newPluginCommand(c *cli) *cobra.Command {
@@ -149,9 +147,6 @@ func newPluginList(c *cli) *cobra.Command {
 				if c.output != formatTable && c.output != formatJSON {
 					return usagef("--output %s: with --plugin-dir it must be table or json", c.output)
 				}
-				if err := existingDir("--plugin-dir", dir); err != nil {
-					return err
-				}
 				return listInstalled(c, dir)
 			}
 			return c.with(cmd, func(ctx context.Context, cl *client.Client) error {
@@ -161,27 +156,6 @@ func newPluginList(c *cli) *cobra.Command {
 	}
 	cmd.Flags().StringVar(&dir, "plugin-dir", "", "show what is installed in this `directory`, without asking a server")
 	return cmd
-}
-
-// existingDir refuses a directory that is not there, which would else pass for an empty one.
-func existingDir(flag, dir string) error {
-	info, err := os.Stat(dir)
-	if err != nil {
-		return fmt.Errorf("%s: %w", flag, err)
-	}
-	if !info.IsDir() {
-		return fmt.Errorf("%s %s: is no directory", flag, dir)
-	}
-	return nil
-}
-
-// openInstalled is openPluginDir for commands that want something to be there.
-func openInstalled(dir string) (plugindir.Dir, error) {
-	d, err := openPluginDir(dir)
-	if err == nil {
-		err = existingDir("--plugin-dir", dir)
-	}
-	return d, err
 }
 
 func newPluginGet(c *cli) *cobra.Command {

@@ -44,10 +44,13 @@ func openPluginDir(dir string) (plugindir.Dir, error) {
 		return d, err
 	}
 	info, err := os.Stat(dir)
-	if err == nil && !info.IsDir() {
-		err = fmt.Errorf("--plugin-dir %s is not a directory", dir)
+	switch {
+	case err != nil:
+		return d, fmt.Errorf("--plugin-dir: %w", err)
+	case !info.IsDir():
+		return d, fmt.Errorf("--plugin-dir %s is not a directory", dir)
 	}
-	return d, err
+	return d, nil
 }
 
 // installing is one `grapnel plugin install`.
@@ -297,7 +300,7 @@ func newPluginEnable(c *cli, enabled bool) *cobra.Command {
 	cmd := &cobra.Command{
 		Use: use, Short: short, Args: exactly("NAME of a plugin, such as acme/sign"),
 		RunE: func(_ *cobra.Command, args []string) error {
-			d, err := openInstalled(dir)
+			d, err := openPluginDir(dir)
 			if err == nil {
 				err = d.Enable(args[0], enabled)
 			}
@@ -317,7 +320,7 @@ func newPluginRemove(c *cli) *cobra.Command {
 		Use: "remove NAME", Aliases: []string{"uninstall"}, Short: "Stop an installed plugin and remove its files; deliveries that need it wait",
 		Args: exactly("NAME of a plugin, such as acme/sign"),
 		RunE: func(_ *cobra.Command, args []string) error {
-			d, err := openInstalled(dir)
+			d, err := openPluginDir(dir)
 			if err == nil {
 				err = d.Remove(args[0])
 			}
@@ -336,7 +339,7 @@ func newPluginVerify(c *cli) *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "verify", Short: "Compare the files of installed plugins with plugins.lock", Args: cobra.NoArgs,
 		RunE: func(*cobra.Command, []string) error {
-			d, err := openInstalled(dir)
+			d, err := openPluginDir(dir)
 			if err != nil {
 				return err
 			}

@@ -2271,7 +2271,7 @@ type Attempt struct {
 	Headers []*Header `protobuf:"bytes,9,rep,name=headers,proto3" json:"headers,omitempty"`
 	// Target changed by a signer; empty means the instance's.
 	Uri string `protobuf:"bytes,10,opt,name=uri,proto3" json:"uri,omitempty"`
-	// 16 random bytes, for sign_here and for ownership_check; always there.
+	// 16 random bytes, for sign_here, for the transport and for ownership_check; always there.
 	Nonce []byte `protobuf:"bytes,11,opt,name=nonce,proto3" json:"nonce,omitempty"`
 	// Ask the receiver whether it wants to be delivered to, in the way the instance's config says, instead of
 	// delivering. A 2xx response says that it does, or that the config asks for no such check. Sent only to
