@@ -160,6 +160,7 @@ func (b *bench) transport(ctx context.Context, name string) (transportRow, error
 // subscribeOver makes the run's subscription, which believes in the sink's certificate.
 func (b *bench) subscribeOver(ctx context.Context, p *serverProcess, name string) error {
 	sub := signed(namespace, b.sink.over(name, "/s/0"), "bench.*")
+	sub.MaxInFlight = int32(b.concurrency) // as many connections, and handshakes, as the loop has
 	if name != overHTTP1 {
 		config, err := structpb.NewStruct(map[string]any{"http2": name == overHTTP2})
 		if err != nil {
