@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"iter"
+	"os"
 	"runtime/debug"
 	"strconv"
 	"strings"
@@ -18,11 +19,13 @@ import (
 	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
 	"github.com/grapnel/grapnel/sdk/client"
 	"github.com/grapnel/grapnel/server"
+	"github.com/grapnel/grapnel/server/plugindir"
 )
 
 func newPluginCommand(c *cli) *cobra.Command {
 	cmd := group("plugin", "Signers and transports", newPluginList(c), newPluginGet(c), newPluginValidate(c),
-		newPluginNew(c), newPluginTest(c), newPluginBench(c), newPluginReceiver(c), newPluginInstall(c), newPluginEnable(c, true), newPluginEnable(c, false), newPluginRemove(c), newPluginVerify(c),
+		plain(newPluginNew(c)), plain(newPluginTest(c)), plain(newPluginBench(c)), newPluginReceiver(c), plain(newPluginInstall(c)),
+		plain(newPluginEnable(c, true)), plain(newPluginEnable(c, false)), plain(newPluginRemove(c)), plain(newPluginVerify(c)),
 		newPluginServe(c))
 	cmd.Aliases = []string{"plugins"}
 	return c.connectFlags(cmd, false)
@@ -142,7 +145,13 @@ func newPluginList(c *cli) *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "list", Short: "List plugins and their health, or what is installed in a directory", Aliases: []string{"ls"}, Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			if cmd.Flags().Changed("plugin-dir") {
+			if dir != "" {
+				if c.output != formatTable && c.output != formatJSON {
+					return usagef("--output %s: with --plugin-dir it must be table or json", c.output)
+				}
+				if err := existingDir("--plugin-dir", dir); err != nil {
+					return err
+				}
 				return listInstalled(c, dir)
 			}
 			return c.with(cmd, func(ctx context.Context, cl *client.Client) error {
@@ -152,6 +161,27 @@ func newPluginList(c *cli) *cobra.Command {
 	}
 	cmd.Flags().StringVar(&dir, "plugin-dir", "", "show what is installed in this `directory`, without asking a server")
 	return cmd
+}
+
+// existingDir refuses a directory that is not there, which would else pass for an empty one.
+func existingDir(flag, dir string) error {
+	info, err := os.Stat(dir)
+	if err != nil {
+		return fmt.Errorf("%s: %w", flag, err)
+	}
+	if !info.IsDir() {
+		return fmt.Errorf("%s %s: is no directory", flag, dir)
+	}
+	return nil
+}
+
+// openInstalled is openPluginDir for commands that want something to be there.
+func openInstalled(dir string) (plugindir.Dir, error) {
+	d, err := openPluginDir(dir)
+	if err == nil {
+		err = existingDir("--plugin-dir", dir)
+	}
+	return d, err
 }
 
 func newPluginGet(c *cli) *cobra.Command {
@@ -183,7 +213,7 @@ func newPluginGet(c *cli) *cobra.Command {
 		},
 	}
 	cmd.Flags().BoolVar(&schema, "schema", false, "print the JSON Schema of its settings only")
-	cmd.Flags().DurationVar(&wait, "wait", 0, "wait up to this long until it is there and serves")
+	spanVar(cmd.Flags(), &wait, "wait", 0, 0, 0, "wait up to this long until it is there and serves")
 	return cmd
 }
 
@@ -226,7 +256,7 @@ func newPluginValidate(c *cli) *cobra.Command {
 				if err != nil {
 					return err
 				}
-				if c.output == "json" {
+				if c.forPrograms() {
 					return show(c, r, nil)
 				}
 				c.said("valid")

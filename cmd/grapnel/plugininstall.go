@@ -149,9 +149,9 @@ func (in *installing) test(ctx context.Context, command []string, manifest *plug
 			return nil, err
 		}
 	}
-	report, err := conformance.Run(ctx, o, func(r conformance.Result) {
+	report, err := in.c.runSuite(ctx, o, func(r conformance.Result) {
 		if r.Outcome == conformance.Failed {
-			fmt.Fprintf(in.c.stderr, "FAIL %s %s: %s\n", r.ID, r.Title, r.Detail)
+			fmt.Fprintf(in.c.stderr, "FAIL %s %s: %s\n", r.ID, r.Title, clean(r.Detail))
 		}
 	})
 	if err != nil {
@@ -160,6 +160,9 @@ func (in *installing) test(ctx context.Context, command []string, manifest *plug
 	if !report.Passed() || report.Plugin == nil {
 		return nil, fmt.Errorf("%d of %d cases of the conformance suite failed; nothing was installed (--skip-tests installs it all the same)",
 			report.Count(conformance.Failed), len(report.Results))
+	}
+	for _, note := range report.Notes {
+		fmt.Fprintf(in.c.stderr, "note: %s\n", clean(note))
 	}
 	in.entry.Tests = fmt.Sprintf("%d passed, %d skipped", report.Count(conformance.Passed), report.Count(conformance.Skipped))
 	return report.Plugin, nil
@@ -294,7 +297,7 @@ func newPluginEnable(c *cli, enabled bool) *cobra.Command {
 	cmd := &cobra.Command{
 		Use: use, Short: short, Args: exactly("NAME of a plugin, such as acme/sign"),
 		RunE: func(_ *cobra.Command, args []string) error {
-			d, err := openPluginDir(dir)
+			d, err := openInstalled(dir)
 			if err == nil {
 				err = d.Enable(args[0], enabled)
 			}
@@ -314,7 +317,7 @@ func newPluginRemove(c *cli) *cobra.Command {
 		Use: "remove NAME", Aliases: []string{"uninstall"}, Short: "Stop an installed plugin and remove its files; deliveries that need it wait",
 		Args: exactly("NAME of a plugin, such as acme/sign"),
 		RunE: func(_ *cobra.Command, args []string) error {
-			d, err := openPluginDir(dir)
+			d, err := openInstalled(dir)
 			if err == nil {
 				err = d.Remove(args[0])
 			}
@@ -333,7 +336,7 @@ func newPluginVerify(c *cli) *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "verify", Short: "Compare the files of installed plugins with plugins.lock", Args: cobra.NoArgs,
 		RunE: func(*cobra.Command, []string) error {
-			d, err := openPluginDir(dir)
+			d, err := openInstalled(dir)
 			if err != nil {
 				return err
 			}
