@@ -4,11 +4,8 @@ import (
 	"context"
 	"fmt"
 	"io"
-	"os"
 	"sync"
 	"time"
-
-	"golang.org/x/term"
 
 	"github.com/grapnel/grapnel/sdk/conformance"
 )
@@ -21,8 +18,11 @@ func (c *cli) runSuite(ctx context.Context, o conformance.Options, show func(con
 		return nil, err
 	}
 	p := &suiteProgress{all: len(chosen), began: time.Now(), show: show}
-	if file, ok := c.stderr.(*os.File); ok && term.IsTerminal(int(file.Fd())) {
-		p.to = file
+	if isTerminal(c.stderr) {
+		p.to = c.stderr
+		if whole, ok := c.stderr.(*printer); ok {
+			p.to = whole.to // which takes the sequences that move the cursor
+		}
 	}
 	stop := p.start()
 	report, err := conformance.Run(ctx, o, p.ended)
