@@ -4,12 +4,14 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"os"
 	"path/filepath"
 	"slices"
 	"time"
 
 	"google.golang.org/protobuf/types/known/durationpb"
+	"google.golang.org/protobuf/types/known/timestamppb"
 
 	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
 	"github.com/grapnel/grapnel/server/api"
@@ -206,6 +208,27 @@ func (e engine) Stats(ns string, window time.Duration, top int) (*grapnelv1.Stat
 		}
 	}
 	return stats(total), per
+}
+
+func (e engine) Status(lane delivery.LaneKey) *grapnelv1.SubscriptionStatus {
+	s := e.Engine.Status(lane)
+	out := &grapnelv1.SubscriptionStatus{
+		Open: s.Open, WaitReason: s.Reason, WaitUntil: stamp(s.Until), FailingSince: stamp(s.FailingSince),
+		LastSuccessTime: stamp(s.LastSuccess), Slow: s.Slow,
+		InFlight: int32(min(s.InFlight, math.MaxInt32)), OldestDueAge: durationpb.New(s.OldestDue), //nolint:gosec // bounded by the line itself
+	}
+	if s.Latency > 0 {
+		out.Latency = durationpb.New(s.Latency)
+	}
+	return out
+}
+
+// stamp is t for the wire; nil for the zero time.
+func stamp(t time.Time) *timestamppb.Timestamp {
+	if t.IsZero() {
+		return nil
+	}
+	return timestamppb.New(t)
 }
 
 func (e engine) OldestDue(ns string) time.Duration {

@@ -48,7 +48,7 @@ func (s *Server) serveAPI(parts *errgroup.Group) (*grpc.Server, func(context.Con
 	s.api.Register(public)
 	s.api.RegisterReflection(public)
 	parts.Go(func() error {
-		if err := public.Serve(s.public); err != nil && !errors.Is(err, grpc.ErrServerStopped) {
+		if err := public.Serve(s.api.Listen(s.public)); err != nil && !errors.Is(err, grpc.ErrServerStopped) {
 			return fmt.Errorf("serve the API: %w", err)
 		}
 		return nil

@@ -178,6 +178,8 @@ func (s *Server) open(ctx context.Context, closers *stack) (err error) {
 		Engine: engine{s.engine, s.registry}, Plugins: plugins{s.plugins},
 		Version: o.Version, Commit: o.Commit, NodeName: o.NodeName, Address: s.public.Addr().String(),
 		ClusterID: s.journal.ID(), Partitions: s.journal.Partitions(),
+		MaxCalls: o.MaxCalls, MaxCallsPerNamespace: o.MaxCallsPerNamespace, MaxWatches: o.MaxWatches,
+		MaxCallsPerConnection: o.MaxCallsPerConnection, MaxStreamsPerConnection: o.MaxStreamsPerConnection,
 		PageKey: s.pageKey, Room: s.hasRoom, Logger: o.Logger, Registerer: s.metrics,
 	})
 	s.health = s.newServerHealth(func(serving bool) {

@@ -152,7 +152,7 @@ func (in *installing) test(ctx context.Context, command []string, manifest *plug
 			return nil, err
 		}
 	}
-	report, err := conformance.Run(ctx, o, func(r conformance.Result) {
+	report, err := in.c.runSuite(ctx, o, func(r conformance.Result) {
 		if r.Outcome == conformance.Failed {
 			fmt.Fprintf(in.c.stderr, "FAIL %s %s: %s\n", r.ID, r.Title, clean(r.Detail))
 		}
@@ -163,6 +163,9 @@ func (in *installing) test(ctx context.Context, command []string, manifest *plug
 	if !report.Passed() || report.Plugin == nil {
 		return nil, fmt.Errorf("%d of %d cases of the conformance suite failed; nothing was installed (--skip-tests installs it all the same)",
 			report.Count(conformance.Failed), len(report.Results))
+	}
+	for _, note := range report.Notes {
+		fmt.Fprintf(in.c.stderr, "note: %s\n", clean(note))
 	}
 	in.entry.Tests = fmt.Sprintf("%d passed, %d skipped", report.Count(conformance.Passed), report.Count(conformance.Skipped))
 	return report.Plugin, nil

@@ -46,7 +46,7 @@ error is one JSON object on standard error: {"error":{"code","reason","message",
 	add("use", newPublishCommand(c), newNamespaceCommand(c), newSubscriptionCommand(c), newSecretCommand(c),
 		newEventCommand(c), newDeliveryCommand(c), newPluginCommand(c), newApplyCommand(c), newContextCommand(c))
 	add("see", newStatsCommand(c), newClusterCommand(c))
-	root.AddCommand(newVersionCommand(c))
+	root.AddCommand(newVersionCommand(c), newDescriptorsCommand(c))
 	root.SetHelpCommand(newHelpCommand(root))
 	root.InitDefaultCompletionCmd()
 	for _, cmd := range root.Commands() {

@@ -12,6 +12,8 @@ import (
 type Local struct {
 	built built
 	emits []string
+	lives *lives
+	life  *life
 }
 
 // OpenLocal builds an instance. Secrets are the live versions by slot, newest first. Its error holds all
@@ -20,14 +22,18 @@ func OpenLocal(k Kind, config []byte, secrets map[string][][]byte, t Target) (*L
 	if k.err != nil {
 		return nil, k.err
 	}
+	l := &Local{lives: newLives(func([]byte) {})}
+	l.life = l.lives.begin()
+	t.life = l.life
 	b, problems := k.assemble(spec{config: config, secrets: secrets, target: t})
 	if !hasErrors(problems) {
-		l := &Local{built: b, emits: k.options.emits}
+		l.built, l.emits = b, k.options.emits
 		if k.options.emitsFrom != nil {
 			l.emits = b.emits
 		}
 		return l, nil
 	}
+	l.Close()
 	var words []string
 	for _, p := range problems {
 		if !p.Warning {
@@ -42,6 +48,14 @@ func (k Kind) ID() string { return k.id }
 
 // Emits are the names of the headers that a signer's instance sets.
 func (l *Local) Emits() []string { return slices.Clone(l.emits) }
+
+// Close ends the instance when nobody uses it any more, and waits for what it does then.
+func (l *Local) Close() {
+	l.life.retire()
+	ctx, cancel := context.WithTimeout(context.Background(), closeLimit)
+	defer cancel()
+	l.lives.end(ctx)
+}
 
 // Schemes are the URI schemes that a transport is the default for; none of a signer.
 func (k Kind) Schemes() []string { return k.options.schemes }
