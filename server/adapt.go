@@ -23,7 +23,7 @@ import (
 )
 
 // newPlugins builds the host over the first-party process and what the plugin directory says.
-func (s *Server) newPlugins() (*pluginhost.Host, error) {
+func (s *Server) newPlugins(ctx context.Context) (*pluginhost.Host, error) {
 	o := s.options
 	specs := s.builtin()
 	if o.PluginDir != "" {
@@ -39,7 +39,7 @@ func (s *Server) newPlugins() (*pluginhost.Host, error) {
 	}
 	return pluginhost.New(pluginhost.Options{
 		Plugins: specs, Dir: filepath.Join(o.DataDir, "sockets"), EgressAllow: o.EgressAllow,
-		EgressDeny: append(ownListeners(s.public, s.admin), o.EgressDeny...), UserAgent: "grapnel/" + o.Version,
+		EgressDeny: slices.Concat(ownListeners(s.public, s.admin), ownEtcd(ctx, o.EtcdEndpoints), o.EgressDeny), UserAgent: "grapnel/" + o.Version,
 		Secrets: s.secretVersions, Logger: o.Logger, Registerer: s.metrics,
 	})
 }

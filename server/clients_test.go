@@ -1,11 +1,15 @@
 package server_test
 
 import (
+	"io"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"runtime"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 
 	"google.golang.org/protobuf/proto"
@@ -129,8 +133,73 @@ func inCheckout(t *testing.T, dir, path, commands string) string {
 	return string(printed)
 }
 
+// losingWire forwards connections to a server, and breaks one at the moment when the answer to a stored event comes:
+// the publisher cannot know about it.
+type losingWire struct {
+	to     string
+	stored func() bool
+	lost   atomic.Bool
+}
+
+// listen returns the address to connect to. It ends with the test.
+func (l *losingWire) listen(t *testing.T) string {
+	t.Helper()
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var wg sync.WaitGroup
+	t.Cleanup(wg.Wait)
+	t.Cleanup(func() { _ = listener.Close() })
+	wg.Go(func() {
+		for {
+			client, err := listener.Accept()
+			if err != nil {
+				return
+			}
+			wg.Go(func() { l.forward(client) })
+		}
+	})
+	return listener.Addr().String()
+}
+
+func (l *losingWire) forward(client net.Conn) {
+	defer func() { _ = client.Close() }()
+	server, err := net.Dial("tcp", l.to)
+	if err != nil {
+		return
+	}
+	var up sync.WaitGroup
+	defer up.Wait()
+	defer func() { _ = server.Close() }()
+	up.Go(func() {
+		_, _ = io.Copy(server, client)
+		_ = server.Close()
+	})
+	defer func() { _ = client.Close() }() // before the wait, so that it ends
+	// HTTP/2: nine bytes, of which the first three are the length of what follows and the fourth is the type.
+	const headersFrame = 1
+	frame := make([]byte, 9+1<<24)
+	for {
+		if _, err := io.ReadFull(server, frame[:9]); err != nil {
+			return
+		}
+		n := 9 + int(frame[0])<<16 + int(frame[1])<<8 + int(frame[2])
+		if _, err := io.ReadFull(server, frame[9:n]); err != nil {
+			return
+		}
+		if frame[3] == headersFrame && l.stored() && l.lost.CompareAndSwap(false, true) {
+			return
+		}
+		if _, err := client.Write(frame[:n]); err != nil {
+			return
+		}
+	}
+}
+
 // TestClientsInOtherLanguages compiles the protos as docs/clients.md says, with the protoc there is, and runs the
-// programs of that page, with the commands that it prints, against a live server.
+// programs of that page, with the commands that it prints, against a live server whose first answer is lost: it is
+// stored once all the same.
 func TestClientsInOtherLanguages(t *testing.T) {
 	if testing.Short() || runtime.GOOS == "windows" {
 		t.Skip("builds grapnel, needs a POSIX shell")
@@ -148,7 +217,11 @@ func TestClientsInOtherLanguages(t *testing.T) {
 				command = strings.TrimPrefix(block, "$ ")
 			}
 		}
-		command = strings.NewReplacer("127.0.0.1:7070", s.Addr, " acme ", " "+ns+" ").Replace(command)
+		wire := &losingWire{to: s.Addr, stored: func() bool {
+			_, err := s.Client.GetEvent(t.Context(), ns, "o-1001-created")
+			return err == nil
+		}}
+		command = strings.NewReplacer("127.0.0.1:7070", wire.listen(t), " acme ", " "+ns+" ").Replace(command)
 		if command == "" {
 			t.Fatalf("docs/clients.md does not say how to run %s", program)
 		}
@@ -163,6 +236,9 @@ func TestClientsInOtherLanguages(t *testing.T) {
 			if !strings.Contains(printed, want) {
 				t.Errorf("$ %s\n%s\ndoes not print %q", command, printed, want)
 			}
+		}
+		if !wire.lost.Load() {
+			t.Error("no answer was lost, so nothing was repeated")
 		}
 		if n := len(s.In(t).Deliveries(ns, "")); n != 4 {
 			t.Errorf("%d deliveries, want those of 4 events", n)

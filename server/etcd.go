@@ -153,7 +153,8 @@ func etcdConfig(o Options, dir string) *embed.Config {
 	cfg.TickMs, cfg.ElectionMs = 50, 250
 	cfg.QuotaBackendBytes = hardQuota(o.EtcdQuota)
 	cfg.AutoCompactionMode, cfg.AutoCompactionRetention = embed.CompactorModeRevision, "1000"
-	cfg.SnapshotCount = 10_000
+	// It has no followers to catch up: what its log holds in memory is for nobody, and is replayed at start.
+	cfg.SnapshotCount, cfg.SnapshotCatchUpEntries = 2_000, 100
 	cfg.MaxRequestBytes = 2 << 20
 	cfg.ZapLoggerBuilder = embed.NewZapLoggerBuilder(etcdLogger(o.Logger, dir))
 	return cfg

@@ -164,12 +164,12 @@ func (s *Server) open(ctx context.Context, closers *stack) (err error) {
 		return err
 	}
 	s.ending.at("read the plugin directory")
-	if s.plugins, err = s.newPlugins(); err != nil {
+	if s.plugins, err = s.newPlugins(ctx); err != nil {
 		return err
 	}
 	s.engine = dispatch.New(dispatch.Options{
 		Journal: s.journal, Subscriptions: subscriptions{s.registry}, Attempter: s.plugins,
-		Slots: s.memory.slots, WindowBytes: s.memory.window,
+		Slots: s.memory.slots, Window: s.plugins.Window, WindowBytes: s.memory.window,
 		Disable: s.disable, Logger: o.Logger, Registerer: s.metrics,
 	})
 	s.ingest = ingest.New(ingest.Options{Registry: s.registry, Journal: s.journal, Logger: o.Logger, Registerer: s.metrics})
@@ -397,8 +397,8 @@ func (s *Server) serve(ctx context.Context) error {
 	s.ending.allow(s.options.Grace)
 	base, stopBase := context.WithCancel(context.WithoutCancel(ctx))
 	defer stopBase()
-	hosts, stopHosts := context.WithCancel(base)
-	defer stopHosts()
+	watching, stopWatching := context.WithCancel(base)
+	defer stopWatching()
 	parts, failed := errgroup.WithContext(base)
 
 	stores := func(run func(context.Context) error, ctx context.Context, what string) {
@@ -416,7 +416,7 @@ func (s *Server) serve(ctx context.Context) error {
 	stores(func(ctx context.Context) error { return s.etcd.keepRoom(ctx, s.space.Free) }, base, "room in etcd")
 	stores(returnMemory, base, "memory")
 	parts.Go(func() error { return s.plugins.Run(base) }) // returns nil
-	stores(s.watchPlugins, hosts, "plugin directory")
+	stores(s.watchPlugins, watching, "plugin directory")
 	parts.Go(func() error {
 		// A stop during the start may come before Run.
 		if err := s.engine.Run(base); err != nil && base.Err() == nil && !errors.Is(err, dispatch.ErrStopped) {
@@ -455,7 +455,7 @@ func (s *Server) serve(ctx context.Context) error {
 	looks.Wait() // from here on nothing says again that publishes are served
 	stopErr := s.stop(public, stopServing)
 	s.ending.at("end the plugins")
-	stopHosts()
+	stopWatching()
 	_ = s.plugins.Close(s.ending.grace) // an error says that they were killed
 	s.ending.at("end what runs in the background")
 	stopBase()

@@ -301,9 +301,9 @@ func good(e client.Event) bool {
 // TestPublisherTellsTheTruth holds a publisher against everything that a wire can do: each event has exactly
 // one outcome, stored is on the list, not stored is not, also later, and unknown is never told as either.
 func TestPublisherTellsTheTruth(t *testing.T) {
-	seeds := 60
+	seeds := 40
 	if testing.Short() {
-		seeds = 15
+		seeds = 8
 	}
 	for seed := range seeds {
 		for _, stream := range []bool{false, true} {

@@ -274,7 +274,7 @@ func (r *result) pb() *pluginv1.AttemptResult {
 	}
 	resp := &pluginv1.Response{
 		Status: uint32(r.response.Status), Body: r.response.Body, BodyTruncated: r.response.Truncated,
-		Headers: wireHeaders(r.response.Headers),
+		Headers: wireHeaders(r.response.Headers), Note: valid(r.response.Note),
 	}
 	out.Outcome = &pluginv1.AttemptResult_Response{Response: resp}
 	return out

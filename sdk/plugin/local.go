@@ -11,9 +11,9 @@ import (
 // protocol costs. Tests use sdk/plugintest, which has it.
 type Local struct {
 	built built
-	emits []string
 	lives *lives
 	life  *life
+	emits []string
 }
 
 // OpenLocal builds an instance. Secrets are the live versions by slot, newest first. Its error holds all
@@ -46,9 +46,6 @@ func OpenLocal(k Kind, config []byte, secrets map[string][][]byte, t Target) (*L
 // ID is what subscriptions call the kind.
 func (k Kind) ID() string { return k.id }
 
-// Emits are the names of the headers that a signer's instance sets.
-func (l *Local) Emits() []string { return slices.Clone(l.emits) }
-
 // Close ends the instance when nobody uses it any more, and waits for what it does then.
 func (l *Local) Close() {
 	l.life.retire()
@@ -56,6 +53,9 @@ func (l *Local) Close() {
 	defer cancel()
 	l.lives.end(ctx)
 }
+
+// Emits are the names of the headers that a signer's instance sets.
+func (l *Local) Emits() []string { return slices.Clone(l.emits) }
 
 // Schemes are the URI schemes that a transport is the default for; none of a signer.
 func (k Kind) Schemes() []string { return k.options.schemes }

@@ -164,6 +164,8 @@ type Response struct {
 	Body []byte
 	// Truncated says that there was more.
 	Truncated bool
+	// Note says what was wrong behind the status, for people; empty when nothing was.
+	Note string
 	// Peer is the host:port connected to, when known.
 	Peer string
 }

@@ -67,7 +67,7 @@ func (c *Configured) Attempt(ctx context.Context, req plugin.Request, signers ..
 	r := res.GetResponse()
 	return &plugin.Response{
 		Status: int(r.GetStatus()), Headers: headersOf(r.GetHeaders()), Body: r.GetBody(),
-		Truncated: r.GetBodyTruncated(), Peer: res.GetPeer(),
+		Truncated: r.GetBodyTruncated(), Note: r.GetNote(), Peer: res.GetPeer(),
 	}, nil
 }
 

@@ -2,16 +2,19 @@ package api_test
 
 import (
 	"context"
+	"crypto/tls"
+	"net"
+	"net/http/httptest"
 	"testing"
 	"time"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/credentials/insecure"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/metadata"
-	alphapb "google.golang.org/grpc/reflection/grpc_reflection_v1alpha"
-	"google.golang.org/grpc/status"
+	reflectionpb "google.golang.org/grpc/reflection/grpc_reflection_v1"
 
 	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
 	"github.com/grapnel/grapnel/server/api"
@@ -73,13 +76,8 @@ func TestStreamWithoutFirstFrame(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := silent.SendMsg(nil); err == nil { // headers go with the first message: this one has none
-		t.Log("an empty frame was sent")
-	}
 	_, err = silent.Recv()
-	if code := status.Code(err); code != codes.DeadlineExceeded && code != codes.InvalidArgument {
-		t.Errorf("got %v", err)
-	}
+	refused(t, err, codes.DeadlineExceeded, "ABANDONED")
 	p := st.open(t, "acme")
 	p.window()
 	p.close()
@@ -110,6 +108,47 @@ func TestRoomPerNamespaceAndConnection(t *testing.T) {
 	}
 	if _, err := st.publish.Publish(t.Context(), publishText("acme", "", "x")); err != nil {
 		t.Error("unary calls have room of their own:", err)
+	}
+}
+
+// TestRoomPerConnectionOverTLS: the connection is known behind TLS, too.
+func TestRoomPerConnectionOverTLS(t *testing.T) {
+	st := startStation(t, func(o *api.Options) { o.MaxStreamsPerConnection = 1 })
+	st.namespace(t, "acme")
+	pair := httptest.NewUnstartedServer(nil)
+	pair.StartTLS()
+	defer pair.Close()
+	secure := grpc.NewServer(append(st.server.ServerOptions(), grpc.Creds(credentials.NewTLS(&tls.Config{Certificates: pair.TLS.Certificates})))...)
+	st.server.Register(secure)
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	done := make(chan struct{})
+	go func() { defer close(done); _ = secure.Serve(st.server.Listen(l)) }()
+	t.Cleanup(func() { secure.Stop(); <-done })
+	for range 2 { // connections
+		conn, err := grpc.NewClient(l.Addr().String(), grpc.WithTransportCredentials(credentials.NewTLS(&tls.Config{InsecureSkipVerify: true})), grpc.WithDisableRetry())
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = conn.Close() })
+		client := grapnelv1.NewPublishServiceClient(conn)
+		open := func() error {
+			stream, err := client.PublishStream(t.Context())
+			if err != nil {
+				return err
+			}
+			if err := stream.Send(&grapnelv1.PublishStreamRequest{Frame: &grapnelv1.PublishStreamRequest_Open_{Open: &grapnelv1.PublishStreamRequest_Open{Parent: "namespaces/acme"}}}); err != nil {
+				return err
+			}
+			_, err = stream.Recv()
+			return err
+		}
+		if err := open(); err != nil {
+			t.Error(err)
+		}
+		refused(t, open(), codes.ResourceExhausted, "RATE_LIMITED")
 	}
 }
 
@@ -211,36 +250,39 @@ func TestRepeatWithoutID(t *testing.T) {
 	}
 }
 
-// TestReflectionOfOlderClients: v1alpha answers like v1, and what is stored is nobody's business.
+// TestReflectionOfOlderClients: v1alpha, whose messages are those of v1, is answered like v1, and what is stored is
+// nobody's business in either.
 func TestReflectionOfOlderClients(t *testing.T) {
 	st := startStation(t)
-	stream, err := alphapb.NewServerReflectionClient(st.conn).ServerReflectionInfo(t.Context())
-	if err != nil {
-		t.Fatal(err)
-	}
-	ask := func(symbol string) *alphapb.ServerReflectionResponse {
-		t.Helper()
-		if err := stream.Send(&alphapb.ServerReflectionRequest{MessageRequest: &alphapb.ServerReflectionRequest_FileContainingSymbol{FileContainingSymbol: symbol}}); err != nil {
-			t.Fatal(err)
-		}
-		answer, err := stream.Recv()
+	for _, version := range []string{"v1", "v1alpha"} {
+		stream, err := st.conn.NewStream(t.Context(), &grpc.StreamDesc{ClientStreams: true, ServerStreams: true},
+			"/grpc.reflection."+version+".ServerReflection/ServerReflectionInfo")
 		if err != nil {
 			t.Fatal(err)
 		}
-		return answer
-	}
-	if len(ask("grapnel.v1.Event").GetFileDescriptorResponse().GetFileDescriptorProto()) == 0 {
-		t.Error("v1alpha does not know grapnel.v1.Event")
-	}
-	for _, name := range []string{"grapnel.store.v1.SecretRecord"} {
-		if ask(name).GetErrorResponse() == nil {
-			t.Errorf("%s is shown", name)
+		ask := func(r *reflectionpb.ServerReflectionRequest) *reflectionpb.ServerReflectionResponse {
+			t.Helper()
+			if err := stream.SendMsg(r); err != nil {
+				t.Fatal(err)
+			}
+			answer := &reflectionpb.ServerReflectionResponse{}
+			if err := stream.RecvMsg(answer); err != nil {
+				t.Fatal(err)
+			}
+			return answer
 		}
-	}
-	if err := stream.Send(&alphapb.ServerReflectionRequest{MessageRequest: &alphapb.ServerReflectionRequest_FileByFilename{FileByFilename: "grapnel/store/v1/store.proto"}}); err != nil {
-		t.Fatal(err)
-	}
-	if answer, err := stream.Recv(); err != nil || answer.GetErrorResponse() == nil {
-		t.Errorf("the file is shown: %v", err)
+		symbol := func(name string) *reflectionpb.ServerReflectionRequest {
+			return &reflectionpb.ServerReflectionRequest{MessageRequest: &reflectionpb.ServerReflectionRequest_FileContainingSymbol{FileContainingSymbol: name}}
+		}
+		if len(ask(symbol("grapnel.v1.Event")).GetFileDescriptorResponse().GetFileDescriptorProto()) == 0 {
+			t.Errorf("%s does not know grapnel.v1.Event", version)
+		}
+		if ask(symbol("grapnel.store.v1.SecretRecord")).GetErrorResponse() == nil {
+			t.Errorf("%s shows what is stored", version)
+		}
+		file := &reflectionpb.ServerReflectionRequest{MessageRequest: &reflectionpb.ServerReflectionRequest_FileByFilename{FileByFilename: "grapnel/store/v1/store.proto"}}
+		if ask(file).GetErrorResponse() == nil {
+			t.Errorf("%s shows the file of what is stored", version)
+		}
 	}
 }

@@ -21,7 +21,7 @@
 //
 // Of two locks the left one is taken first:
 //
-//	lane.start, lane.noting → lane.mu → Engine.mu, ring.mu, alarms.mu, graves.mu, budget.mu → reads.mu,
+//	lane.start, lane.noting → lane.mu → Engine.mu, ring.mu, pool.mu → alarms.mu, graves.mu, budget.mu → reads.mu,
 //	                                    statistics.mu → series.mu
 //
 // No lock but lane.start and lane.noting is held while the journal is read or written or an attempt is handed over, because the
@@ -128,6 +128,9 @@ type Options struct {
 	Attempter     Attempter
 	// Slots bounds the attempts in flight over all lanes; 0 means 4096.
 	Slots int
+	// Window is how many attempts the plugin of a subscription's transport takes at once; 0 is no bound but Slots. It
+	// must be fast. Nil: none has one.
+	Window func(sub *subscription.Subscription) int
 	// WindowBytes bounds what is in memory over all lanes, waiting or in flight; 0 means 64 MiB. See budget for
 	// the quarter more that lanes may use which have proven themselves and have nothing in memory.
 	WindowBytes int64
@@ -157,6 +160,7 @@ type Engine struct {
 	metrics   *metrics
 
 	slots      slots
+	pools      pools
 	budget     budget
 	statistics statistics
 
@@ -217,6 +221,7 @@ func New(o Options) *Engine {
 		journal: o.Journal, subs: o.Subscriptions, attempter: o.Attempter, disable: o.Disable, workedOff: o.WorkedOff,
 		log:        o.Logger.With("component", "dispatch"),
 		slots:      slots{total: int64(o.Slots)},
+		pools:      pools{window: o.Window},
 		budget:     budget{limit: o.WindowBytes, events: o.Journal},
 		statistics: statistics{limit: o.StatsBytes, lanes: make(map[delivery.LaneKey]*series), rest: &series{}},
 		lanes:      make(map[delivery.LaneKey]*lane), tenants: make(map[delivery.NamespaceKey]*tenant), healths: make(map[delivery.LaneKey]health),

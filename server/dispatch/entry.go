@@ -10,7 +10,7 @@ import (
 
 const (
 	// entryBytes is what an entry takes with its place in the lane's index.
-	entryBytes = 224
+	entryBytes = 240
 	// eventBytes and attributeBytes are about what an event takes beside its payload.
 	eventBytes     = 400
 	attributeBytes = 64
@@ -30,6 +30,7 @@ type entry struct {
 	marked     bool // a caller has ended or replaced its row: it must not wait again
 	gone       bool // abandoned, or its partition is: nothing of it counts any more
 	target     uint32
+	pool       *pool // that it holds a place of while it flies; nil is none
 }
 
 // place is where a row stands, within a lane.

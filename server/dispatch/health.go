@@ -63,7 +63,7 @@ const (
 	unknown standing = iota
 	// proven: it answers in time.
 	proven
-	// suspect: it hangs, or is slow.
+	// suspect: it hangs, or is slow, or was failing when the server ended.
 	suspect
 	standings
 )
@@ -72,6 +72,8 @@ func (h *health) standing() standing {
 	switch {
 	case h.hangs || h.latency > slowAfter:
 		return suspect
+	case h.latency == 0 && !h.failing.IsZero():
+		return suspect // all that is known, from before the server's start, is that it has been failing
 	case h.latency == 0:
 		return unknown
 	}

@@ -202,3 +202,126 @@ func TestALaneWithLongWaysKeepsItsRate(t *testing.T) {
 		_ = w.kill()
 	})
 }
+
+// After a restart nothing is known of receivers but which of them have been failing: the others do not wait among those
+// for their first attempt, and those that hang do not all start at once.
+func TestRestartBesideReceiversThatHang(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		synctest.Wait()
+		w.receiver.set(func(sub *subscription.Subscription, _ *delivery.Job) (time.Duration, *delivery.Result) {
+			if strings.HasPrefix(sub.ID, "hangs") {
+				return 15 * time.Second, timedOut()
+			}
+			return time.Millisecond, ok()
+		})
+		lasting := func(s *subscription.Subscription) { s.MaxAge, s.MaxAttempts, s.MaxInFlight = 100*time.Hour, 100, 16 }
+		const hanging = 2000
+		for i := range hanging {
+			w.publishN(w.sub(fmt.Sprint("hangs", i), lasting), uint16(i%16), 20)
+		}
+		time.Sleep(time.Minute)
+		_ = w.kill()
+		begin := time.Now()
+		w.start()
+		synctest.Wait()
+		for i := range 500 {
+			w.publish(w.sub(fmt.Sprint("well", i), lasting), uint16(i%16))
+		}
+		time.Sleep(time.Second)
+		var late, well, hang int
+		for _, s := range w.receiver.starts() {
+			switch {
+			case s.at.Before(begin):
+			case strings.HasPrefix(s.sub, "hangs"):
+				hang++
+			default:
+				well++
+				if s.at.Sub(begin) > 50*time.Millisecond {
+					late++
+				}
+			}
+		}
+		if well != 500 || late > 0 {
+			t.Errorf("%d of 500 were tried, %d of them late", well, late)
+		}
+		if hang < 500 || hang > 1100 { // half of 4096 in two seconds
+			t.Errorf("%d attempts to those that hang within a second", hang)
+		}
+		_ = w.kill()
+	})
+}
+
+// What a plugin takes at once is shared as the slots are: receivers of it that hang leave a part to its others, and
+// nobody else notices anything.
+func TestHangingReceiversOfASmallPlugin(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const takes = 64
+		w := newWorld(t, func(o *dispatch.Options) {
+			o.Window = func(sub *subscription.Subscription) int {
+				if strings.HasPrefix(sub.ID, "other") {
+					return 0
+				}
+				return takes
+			}
+		})
+		synctest.Wait()
+		w.receiver.set(func(sub *subscription.Subscription, _ *delivery.Job) (time.Duration, *delivery.Result) {
+			if strings.HasPrefix(sub.ID, "hangs") {
+				return 15 * time.Second, timedOut()
+			}
+			return 2 * time.Millisecond, ok()
+		})
+		lasting := func(s *subscription.Subscription) { s.MaxAge, s.MaxAttempts, s.MaxInFlight = 100*time.Hour, 100, 16 }
+		var others []*subscription.Subscription
+		for i := range 20 {
+			others = append(others, w.sub(fmt.Sprint("well", i), lasting), w.sub(fmt.Sprint("other", i), lasting))
+		}
+		for i, s := range others {
+			w.publish(s, uint16(i%16))
+		}
+		time.Sleep(time.Second)
+		for i := range 300 {
+			w.publishN(w.sub(fmt.Sprint("hangs", i), lasting), uint16(i%16), 20)
+		}
+		moved := w.sub("hangs0", lasting, func(s *subscription.Subscription) { s.Proto.Uri = "https://two.example" })
+		w.publish(moved, 0)
+		for range 100 {
+			time.Sleep(time.Second)
+			for i, s := range others {
+				w.publish(s, uint16(i%16))
+			}
+			w.receiver.mu.Lock()
+			hang := 0
+			for sub, n := range w.receiver.now {
+				if strings.HasPrefix(sub, "hangs") {
+					hang += n
+				}
+			}
+			w.receiver.mu.Unlock()
+			if hang > takes*6/8+4 {
+				t.Fatalf("%d attempts of %d hang", hang, takes)
+			}
+		}
+		time.Sleep(time.Second)
+		var late, well, hang int
+		for _, s := range w.receiver.starts() {
+			switch {
+			case strings.HasPrefix(s.sub, "hangs"):
+				hang++
+			default:
+				well++
+				if s.at.Sub(s.accept) > 100*time.Millisecond {
+					late++
+				}
+			}
+		}
+		if well != 101*len(others) || late > 0 {
+			t.Errorf("%d of %d were tried, %d of them late", well, 101*len(others), late)
+		}
+		if hang < 100 {
+			t.Errorf("%d attempts to those that hang in 100 s", hang)
+		}
+		_ = w.kill()
+	})
+}

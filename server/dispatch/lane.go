@@ -51,16 +51,19 @@ type lane struct {
 	health   health
 	standing standing // of the health, as slots and budget know it
 	target   uint32   // rises when the target changes: ends of older attempts say nothing about it
+	pool     *pool    // of its plugin; nil where that has no bound of its own
+	poolAt   time.Time
 	limiter  *rate.Limiter
 	limit    float64
 	series   *series
 
 	// Places in queues of the engine.
-	queued   [standings]atomic.Bool // on the ring, among those of a standing
-	ringNext [standings]*lane       // ring.mu
-	hungry   bool                   // budget.mu, and so the next one
-	hungryAs standing
-	alarm    alarm // alarms.mu
+	queued     [standings]atomic.Bool // on the ring, among those of a standing
+	poolQueued atomic.Bool            // in the queue of a pool
+	ringNext   [standings]*lane       // ring.mu
+	hungry     bool                   // budget.mu, and so the next one
+	hungryAs   standing
+	alarm      alarm // alarms.mu
 }
 
 // part is a lane's window of one partition.
@@ -256,6 +259,7 @@ func (l *lane) reclass() {
 	l.e.slots.count(l, -int64(l.flying.n))
 	l.standing = is
 	l.e.slots.count(l, int64(l.flying.n))
+	l.repooled(was, is)
 	switch {
 	case was == proven:
 		b.slow.Add(l.bytes)
@@ -377,10 +381,16 @@ func (l *lane) kick(now time.Time) {
 		return
 	}
 	l.sweepAt = time.Time{}
+	l.lookPool(g.sub, now)
 	l.wantRead(g, now)
-	if l.waiting() > 0 && !l.running && !l.full(g.sub) {
-		e.ring.push(l)
+	if l.waiting() == 0 || l.running || l.full(g.sub) {
+		return
 	}
+	if l.crowded() {
+		l.queueUp(now)
+		return
+	}
+	e.ring.push(l)
 }
 
 // look judges the lane by what it has in flight.
@@ -425,7 +435,11 @@ func (l *lane) kickClosed(g gate, now time.Time) {
 
 // full reports whether the lane has to wait for one of its own attempts to end.
 func (l *lane) full(sub *subscription.Subscription) bool {
-	return l.flying.n >= l.e.slots.share(&l.health, l.standing, sub)
+	share := l.e.slots.share(&l.health, l.standing, sub)
+	if l.pool != nil {
+		share = min(share, l.pool.share(&l.health, l.standing, sub))
+	}
+	return l.flying.n >= share
 }
 
 // arm asks for a kick at a time.

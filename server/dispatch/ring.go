@@ -114,20 +114,24 @@ func (r *round) pop(slots *slots, st standing) *lane {
 	return l
 }
 
-// next takes the lane whose turn it is among those that may get a slot.
-func (r *ring) next(s *slots) *lane {
+// next takes the lane whose turn it is among those that may get a slot, or says when to ask again: 0 means when a slot
+// is released or a lane comes.
+func (r *ring) next(s *slots, now time.Time) (*lane, time.Duration) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	for range standings {
 		st := r.turn
 		r.turn = (r.turn + 1) % standings
-		if s.room(st) {
+		if s.room(st, now) {
 			if l := r.rounds[st].pop(s, st); l != nil {
-				return l
+				return l, 0
 			}
 		}
 	}
-	return nil
+	if r.rounds[suspect].head == nil {
+		return nil, 0
+	}
+	return nil, s.pace.wait(s.total, now)
 }
 
 func (r *ring) waiting() int64 {
@@ -149,22 +153,15 @@ func (r *ring) contended(st standing) bool {
 // dispatch gives the lanes on the ring their turns until the engine stops. A lane that finds no slot
 // goes back to the ring's end; who releases one wakes this loop.
 func (e *Engine) dispatch() {
-	for {
-		select {
-		case <-e.stopped:
-			return
-		case <-e.ring.wake:
-		}
-		for !e.stopping.Load() {
-			l := e.ring.next(&e.slots)
-			if l == nil {
-				break
-			}
+	e.whenDue(e.ring.wake, func() (time.Duration, bool) {
+		l, wait := e.ring.next(&e.slots, e.now())
+		if l != nil {
 			l.mu.Lock()
 			l.run(1)
 			l.mu.Unlock()
 		}
-	}
+		return wait, l != nil
+	})
 }
 
 const (
@@ -253,7 +250,11 @@ func (l *lane) next() *entry {
 
 // mayStart checks the limits and takes a slot.
 func (l *lane) mayStart(g gate, now time.Time) bool {
-	if l.full(g.sub) || !l.e.slots.acquire(l) {
+	if l.full(g.sub) || !l.e.slots.acquire(l, now) {
+		return false
+	}
+	if l.crowded() {
+		l.e.slots.returned(l)
 		return false
 	}
 	if !l.allow(g.sub, now) {
@@ -279,7 +280,8 @@ func (l *lane) begin(x *entry) {
 
 // takeOff and land keep flying and the slots of standings in step. l.mu is held.
 func (l *lane) takeOff(x *entry, now time.Time) {
-	x.stage, x.started, x.target = window.Flying, now, l.target
+	x.stage, x.started, x.target, x.pool = window.Flying, now, l.target, l.pool
+	x.pooled(l.standing, 1)
 	l.flying.push(x)
 }
 
@@ -287,9 +289,11 @@ func (l *lane) land(x *entry) {
 	if x.target != l.target {
 		l.strays.remove(x)
 		l.e.slots.countStrays(l, -1)
+		x.leavePool(suspect)
 		return
 	}
 	l.flying.remove(x)
+	x.leavePool(l.standing)
 	l.e.slots.count(l, -1)
 }
 
@@ -297,6 +301,8 @@ func (l *lane) land(x *entry) {
 func (l *lane) retarget() {
 	l.e.slots.count(l, -int64(l.flying.n))
 	l.e.slots.countStrays(l, int64(l.flying.n))
+	l.repooled(l.standing, suspect)
+	l.pool, l.poolAt = nil, time.Time{}
 	for x := l.flying.head; x != nil; x = l.flying.head {
 		l.flying.remove(x)
 		l.strays.push(x)

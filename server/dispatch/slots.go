@@ -2,6 +2,7 @@ package dispatch
 
 import (
 	"sync/atomic"
+	"time"
 
 	"github.com/grapnel/grapnel/server/subscription"
 )
@@ -25,7 +26,10 @@ const (
 //   - What trials and suspects leave is for proven lanes. One that begins to hang is known for it only after a while. So
 //     once half of that is in use, a proven lane starts nothing while it holds few, and in the last quarter while it
 //     holds any.
+//   - Suspects start, all together, no more attempts in two seconds than half of the slots, evenly: a thousand that hang,
+//     or time out, at the same moment would otherwise take the processors and the plugin's connections from the others.
 //   - No lane holds more than its subscription's limit.
+//   - The same holds for what a plugin takes at once, where that is less: see pools.
 //
 // With 4096 slots and attempts that hang for 15 s, 2048 new lanes that hang are known as such in half a second, and leave
 // 1024 slots to the proven ones. Of 1000 proven lanes that begin to hang at once with 16 deliveries each, the first 128
@@ -35,6 +39,40 @@ type slots struct {
 	used  atomic.Int64
 	// trial counts those of unknown lanes, slow those of suspects.
 	trial, slow atomic.Int64
+	// pace is that of suspects.
+	pace pace
+}
+
+// pace spreads starts evenly over time. The zero pace knows of none yet.
+type pace struct {
+	// due is when the next start is, in nanoseconds since 1970, if each kept to its time.
+	due atomic.Int64
+}
+
+const (
+	// pacedOver is the time in which as many may start as there are slots.
+	pacedOver = 4 * time.Second
+	// atOnce is how many may start together.
+	atOnce = 16
+)
+
+// wait is how long there is no start to be had; total is the number of slots.
+func (p *pace) wait(total int64, now time.Time) time.Duration {
+	early := atOnce * pacedOver / time.Duration(total)
+	return max(0, time.Duration(p.due.Load()-now.UnixNano())-early)
+}
+
+// take takes a start, if there is one.
+func (p *pace) take(total int64, now time.Time) bool {
+	for {
+		due := p.due.Load()
+		if p.wait(total, now) > 0 {
+			return false
+		}
+		if p.due.CompareAndSwap(due, max(due, now.UnixNano())+int64(pacedOver)/total) {
+			return true
+		}
+	}
 }
 
 // tenant is a namespace with lanes.
@@ -46,18 +84,23 @@ type tenant struct {
 func part8(total, eighths int64) int64 { return max(1, total*eighths/8) }
 
 // room reports whether lanes of this standing may have another slot.
-func (s *slots) room(st standing) bool {
+func (s *slots) room(st standing, now time.Time) bool {
 	if s.used.Load() >= s.total {
 		return false
 	}
+	return !s.taken(st) && (st != suspect || s.pace.wait(s.total, now) == 0)
+}
+
+// taken reports whether lanes of this standing hold all that they may, together.
+func (s *slots) taken(st standing) bool {
 	switch st {
 	case unknown:
 		trial := s.trial.Load()
-		return trial < part8(s.total, 1) && trial+s.slow.Load() < part8(s.total, 6)
+		return trial >= part8(s.total, 1) || trial+s.slow.Load() >= part8(s.total, 6)
 	case suspect:
-		return s.slow.Load() < part8(s.total, 4)
+		return s.slow.Load() >= part8(s.total, 4)
 	}
-	return true
+	return false
 }
 
 // roomFor reports whether lanes of a namespace may have another slot, if there is room.
@@ -66,11 +109,15 @@ func (s *slots) roomFor(t *tenant, st standing) bool {
 }
 
 // acquire takes a slot for a lane, whose mutex is held.
-func (s *slots) acquire(l *lane) bool {
-	if !s.room(l.standing) || !s.roomFor(l.tenant, l.standing) {
+func (s *slots) acquire(l *lane, now time.Time) bool {
+	if !s.room(l.standing, now) || !s.roomFor(l.tenant, l.standing) {
 		return false
 	}
 	if s.used.Add(1) > s.total {
+		s.used.Add(-1)
+		return false
+	}
+	if l.standing == suspect && !s.pace.take(s.total, now) {
 		s.used.Add(-1)
 		return false
 	}
@@ -87,15 +134,19 @@ func (s *slots) returned(l *lane) {
 // count has slots of the lane count for its standing, or no more. What several take at once may pass the bounds of a
 // standing by as many; only used is exact.
 func (s *slots) count(l *lane, n int64) {
-	switch l.standing {
+	s.tally(l.standing, n)
+	if l.standing != proven {
+		l.tenant.slow.Add(n)
+	}
+}
+
+func (s *slots) tally(st standing, n int64) {
+	switch st {
 	case unknown:
 		s.trial.Add(n)
 	case suspect:
 		s.slow.Add(n)
-	case proven:
-		return
 	}
-	l.tenant.slow.Add(n)
 }
 
 // countStrays has slots of attempts to an older target count among those of suspects.

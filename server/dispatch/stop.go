@@ -156,6 +156,7 @@ func (e *Engine) recover(ctx context.Context) error {
 func (e *Engine) recoverFailing(key delivery.LaneKey, since time.Time) {
 	if l := e.find(key); l != nil {
 		l.health.failing = since
+		l.reclass()
 		l.mu.Unlock()
 		return
 	}

@@ -114,6 +114,13 @@ func (l *link) widen(by int) {
 	l.wake()
 }
 
+// window is how many may be unanswered at once.
+func (l *link) window() int {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return len(l.slots)
+}
+
 func (l *link) wake() {
 	if l.idle {
 		l.idle = false

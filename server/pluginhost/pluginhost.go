@@ -315,6 +315,15 @@ func (h *Host) Attempt(sub *subscription.Subscription, job *delivery.Job, sink d
 	h.route(p)
 }
 
+// Window is how many attempts the process that sends for a subscription takes at once; 0 while that is not known.
+func (h *Host) Window(sub *subscription.Subscription) int {
+	pl := h.plans.get(sub.UID)
+	if pl == nil || pl.transport == nil {
+		return 0
+	}
+	return pl.transport.attempts.window()
+}
+
 // Changed drops what was configured for subscriptions that changed.
 func (h *Host) Changed(changes []subscription.Change) {
 	for _, c := range changes {

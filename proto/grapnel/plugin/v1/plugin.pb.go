@@ -2271,7 +2271,7 @@ type Attempt struct {
 	Headers []*Header `protobuf:"bytes,9,rep,name=headers,proto3" json:"headers,omitempty"`
 	// Target changed by a signer; empty means the instance's.
 	Uri string `protobuf:"bytes,10,opt,name=uri,proto3" json:"uri,omitempty"`
-	// 16 random bytes, for sign_here and for ownership_check; always there.
+	// 16 random bytes, for sign_here, for the transport and for ownership_check; always there.
 	Nonce []byte `protobuf:"bytes,11,opt,name=nonce,proto3" json:"nonce,omitempty"`
 	// Ask the receiver whether it wants to be delivered to, in the way the instance's config says, instead of
 	// delivering. A 2xx response says that it does, or that the config asks for no such check. Sent only to
@@ -2926,6 +2926,8 @@ type Response struct {
 	Body []byte `protobuf:"bytes,3,opt,name=body,proto3" json:"body,omitempty"`
 	// Whether there was more.
 	BodyTruncated bool `protobuf:"varint,4,opt,name=body_truncated,json=bodyTruncated,proto3" json:"body_truncated,omitempty"`
+	// What was wrong behind the status, for people: a header that cannot be read, say. Empty when nothing was.
+	Note          string `protobuf:"bytes,5,opt,name=note,proto3" json:"note,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2986,6 +2988,13 @@ func (x *Response) GetBodyTruncated() bool {
 		return x.BodyTruncated
 	}
 	return false
+}
+
+func (x *Response) GetNote() string {
+	if x != nil {
+		return x.Note
+	}
+	return ""
 }
 
 // Failure is an attempt without an answer.
@@ -3787,12 +3796,13 @@ const file_grapnel_plugin_v1_plugin_proto_rawDesc = "" +
 	"\btotal_us\x18\x04 \x01(\x03R\atotalUs\x12\x12\n" +
 	"\x04peer\x18\x05 \x01(\tR\x04peer\x12<\n" +
 	"\fsent_headers\x18\x06 \x03(\v2\x19.grapnel.plugin.v1.HeaderR\vsentHeadersB\t\n" +
-	"\aoutcome\"\x92\x01\n" +
+	"\aoutcome\"\xa6\x01\n" +
 	"\bResponse\x12\x16\n" +
 	"\x06status\x18\x01 \x01(\rR\x06status\x123\n" +
 	"\aheaders\x18\x02 \x03(\v2\x19.grapnel.plugin.v1.HeaderR\aheaders\x12\x12\n" +
 	"\x04body\x18\x03 \x01(\fR\x04body\x12%\n" +
-	"\x0ebody_truncated\x18\x04 \x01(\bR\rbodyTruncated\"\x99\x03\n" +
+	"\x0ebody_truncated\x18\x04 \x01(\bR\rbodyTruncated\x12\x12\n" +
+	"\x04note\x18\x05 \x01(\tR\x04note\"\x99\x03\n" +
 	"\aFailure\x129\n" +
 	"\x06source\x18\x01 \x01(\x0e2!.grapnel.plugin.v1.Failure.SourceR\x06source\x12\x12\n" +
 	"\x04code\x18\x02 \x01(\tR\x04code\x12\x18\n" +
