@@ -19,7 +19,7 @@ import (
 
 func newNamespaceCommand(c *cli) *cobra.Command {
 	cmd := group("namespace", "Tenants and their limits",
-		newNamespaceCreate(c), newNamespaceGet(c), newNamespaceList(c), newNamespaceUpdate(c), newNamespaceDelete(c))
+		newNamespaceCreate(c), newNamespaceGet(c), newNamespaceList(c), newNamespaceUpdate(c), newNamespaceDelete(c), newNamespaceUndelete(c))
 	cmd.Aliases = []string{"namespaces", "ns"}
 	return c.connectFlags(cmd, false)
 }
@@ -226,7 +226,7 @@ func newNamespaceDelete(c *cli) *cobra.Command {
 	var yes bool
 	cmd := &cobra.Command{
 		Use: "delete ID", Short: "Mark a namespace deleted; it is erased after seven days",
-		Long: `Marks a namespace deleted; it is erased after seven days. Its open deliveries are cancelled: where there are any, it
+		Long: `Marks a namespace deleted; it is erased after seven days, and grapnel namespace undelete takes it back until then. Its open deliveries are cancelled: where there are any, it
 asks, or wants --yes when there is no terminal to ask at.`,
 		Args: oneID, ValidArgsFunction: firstArg(completeNamespaces(c)),
 	}
@@ -261,6 +261,33 @@ asks, or wants --yes when there is no terminal to ask at.`,
 			}
 			_, err = fmt.Fprintf(c.stdout, "%s deleted; it will be erased %s\n", r.Name, age(answer.GetNamespace().GetPurgeTime()))
 			return err
+		})
+	}
+	return cmd
+}
+
+func newNamespaceUndelete(c *cli) *cobra.Command {
+	r := &grapnelv1.UndeleteNamespaceRequest{}
+	cmd := &cobra.Command{
+		Use: "undelete ID", Short: "Take a deletion back, within its seven days; deliveries that it cancelled stay so",
+		Args: oneID, ValidArgsFunction: firstArg(completeNamespaces(c)),
+	}
+	cmd.Flags().StringVar(&r.Etag, "etag", "", "fail unless this is the current etag")
+	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		var err error
+		if r.Name, err = c.name(namespaces, args[0]); err != nil {
+			return err
+		}
+		return c.with(cmd, func(ctx context.Context, cl *client.Client) error {
+			answer, err := cl.NamespaceService().UndeleteNamespace(ctx, r)
+			if err != nil {
+				return err
+			}
+			if c.forPrograms() {
+				return show(c, answer.GetNamespace(), namespaceColumns())
+			}
+			c.said("%s is %s", r.GetName(), enumText(answer.GetNamespace().GetState()))
+			return nil
 		})
 	}
 	return cmd

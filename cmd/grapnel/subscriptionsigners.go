@@ -143,7 +143,8 @@ func (f *subscriptionFlags) update(ctx context.Context, cl *client.Client, r *gr
 	}
 	given := r.GetSubscription().GetEtag()
 	for try := 1; ; try++ {
-		now, err := cl.Subscriptions("").Get(ctx, r.GetSubscription().GetName())
+		answer, err := cl.SubscriptionService().GetSubscription(ctx, &grapnelv1.GetSubscriptionRequest{Name: r.GetSubscription().GetName()})
+		now := answer.GetSubscription()
 		switch {
 		case errors.Is(err, client.ErrNotFound) && r.GetAllowMissing():
 			r.Subscription.Etag = given
@@ -153,9 +154,9 @@ func (f *subscriptionFlags) update(ctx context.Context, cl *client.Client, r *gr
 			r.Subscription.Etag = cmp.Or(given, now.GetEtag())
 		}
 		r.Subscription.Signers = f.signers.merge(now.GetSigners())
-		answer, err := cl.SubscriptionService().UpdateSubscription(ctx, r)
+		updated, err := cl.SubscriptionService().UpdateSubscription(ctx, r)
 		if err == nil || given != "" || try == maxUpdates || !errors.Is(err, client.ErrEtagMismatch) {
-			return answer, err
+			return updated, err
 		}
 	}
 }

@@ -83,8 +83,12 @@ func newVerifier(scheme string, config []byte, key, target string) (verifier, er
 		}
 	}
 	again := &signAgain{scheme: scheme, config: config, key: key, url: target}
-	_, err := again.open(cmp.Or(target, "http://127.0.0.1/"))
-	return again.verify, err
+	local, err := again.open(cmp.Or(target, "http://127.0.0.1/"))
+	if err != nil {
+		return nil, err
+	}
+	local.Close()
+	return again.verify, nil
 }
 
 func standardWebhooks(key, prefix string) (verifier, error) {
@@ -156,6 +160,7 @@ func (s *signAgain) verify(a incoming) error {
 	if err != nil {
 		return err
 	}
+	defer local.Close()
 	sign := func(at time.Time, nonce, body []byte) (*plugin.Request, error) {
 		r := &plugin.Request{
 			MessageID: cmp.Or(a.header.Get("Webhook-Id"), "msg"), EventType: cmp.Or(a.header.Get("Ce-Type"), "event"), Created: at, Nonce: nonce,

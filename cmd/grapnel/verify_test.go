@@ -89,6 +89,7 @@ func (c schemeCase) sign(t *testing.T, at time.Time, body string) incoming {
 		if err != nil {
 			t.Fatal(err)
 		}
+		defer local.Close()
 		r := &plugin.Request{
 			MessageID: "evt_1", EventType: "order.created", Created: at, Nonce: []byte("0123456789abcdef"), Method: "POST", URL: target,
 			Body: []byte(body), AttemptNumber: 1,
