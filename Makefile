@@ -9,7 +9,7 @@ KILL_CYCLES ?= 500
 MEDDLE_CYCLES ?= 200
 STORM ?= 60s
 
-.PHONY: help build test race bench limits lint generate protos cross deps ci check demo kill storm fuzz clean
+.PHONY: help build test race bench limits lint generate baseline protos cross deps ci check demo kill storm fuzz clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -41,34 +41,38 @@ fuzz: ## a minute of each fuzz target
 	  go test -list '^Fuzz' "$$p" | grep '^Fuzz' | while read -r f; do \
 	    go test "$$p" -run '^$$' -fuzz "^$$f$$" -fuzztime 60s; done; done
 
-# buf validates our rules against protovalidate's own proto, which is taken out of its Go module.
-proto/buf/validate/validate.proto: tools/go.mod
-	dir=$$(cd tools && go mod download -json github.com/bufbuild/protovalidate@v1.2.2 | sed -n 's/.*"Dir": "\(.*\)".*/\1/p'); \
-	mkdir -p $(@D); \
-	install -m 644 "$$dir/proto/protovalidate/buf/validate/validate.proto" $@
+# proto/buf and proto/google are copies, there so that any protoc compiles ours from a checkout: validate.proto of
+# github.com/bufbuild/protovalidate v1.2.2, google/rpc of googleapis, and google/protobuf/descriptor.proto of protobuf 29,
+# since older compilers, as distributions have them, do not know debug_redact.
+SHIPPED := --path proto/grapnel/v1 --path proto/grapnel/plugin --path proto/grapnel/receiver --path proto/google/rpc
 
-generate: proto/buf/validate/validate.proto ## regenerate what is made of the protos
+generate: ## regenerate what is made of the protos
 	$(TOOL) buf generate
-	$(TOOL) buf build --path proto/grapnel -o proto/grapnel/v1/descriptors.binpb
+	$(TOOL) buf build $(SHIPPED) -o proto/grapnel/v1/descriptors.binpb
 	$(TOOL) buf build --path proto/grapnel/plugin --exclude-source-info -o plugins/example-python/plugin.binpb
+	cp plugins/example-python/plugin.binpb plugins/example-ruby/
 	cp proto/grapnel/plugin/v1/plugin.proto plugins/example-node/
+
+baseline: ## promise the protos as they are: with a release, or when a rule has become wider in a way that only people see
+	$(TOOL) buf build --path proto/grapnel --exclude-path proto/grapnel/store --exclude-source-info -o proto/baseline.binpb
 
 lint: ## gofmt, vet, staticcheck
 	test -z "$$(git ls-files '*.go' | xargs gofmt -l | tee /dev/stderr)"
 	go vet ./...
 	$(TOOL) staticcheck ./...
 
-protos: generate ## buf lint and format; generated code is up to date
+protos: generate ## buf lint, format and breaking; generated code is up to date
 	$(TOOL) buf lint
+	$(TOOL) buf breaking --exclude-imports --against proto/baseline.binpb
 	$(TOOL) buf format -d --exit-code --path proto/grapnel
-	git diff --exit-code --stat -- proto plugins/example-python plugins/example-node
+	git diff --exit-code --stat -- proto plugins/example-python plugins/example-node plugins/example-ruby
 
 cross: ## other systems compile
 	GOOS=darwin go build ./...
 	GOOS=windows go build ./...
 
-deps: ## node packages for the tests that use them: official verifiers, the node example
-	for d in server/testdata/verifiers plugins/example-node; do npm ci --prefix "$$d" --silent; done
+deps: ## node packages for the tests that use them: official verifiers, the node examples
+	for d in server/testdata/verifiers plugins/example-node docs/clients/node; do npm ci --prefix "$$d" --silent; done
 
 ci: lint ## lint, a short race run of what runs in one process, and last the README's test command
 	go test -race -short ./plugins/... ./sdk/client ./sdk/plugin ./server/...
@@ -80,4 +84,4 @@ demo: ## see what it does
 	go run ./cmd/grapnel demo
 
 clean: ## remove what was built
-	rm -rf bin proto/buf
+	rm -rf bin

@@ -4,12 +4,14 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"os"
 	"path/filepath"
 	"slices"
 	"time"
 
 	"google.golang.org/protobuf/types/known/durationpb"
+	"google.golang.org/protobuf/types/known/timestamppb"
 
 	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
 	"github.com/grapnel/grapnel/server/api"
@@ -21,13 +23,14 @@ import (
 )
 
 // newPlugins builds the host over the first-party process and what the plugin directory says.
-func (s *Server) newPlugins() (*pluginhost.Host, error) {
+func (s *Server) newPlugins(ctx context.Context) (*pluginhost.Host, error) {
 	o := s.options
 	specs := s.builtin()
 	if o.PluginDir != "" {
 		if _, err := os.Stat(o.PluginDir); err != nil {
 			s.log.Warn("the plugin directory cannot be read; it is watched all the same", "err", err)
 		}
+		s.tellStrays()
 		found, err := plugindir.Open(o.PluginDir).Specs()
 		if err != nil {
 			return nil, fmt.Errorf("read the plugin directory: %w", err)
@@ -36,7 +39,7 @@ func (s *Server) newPlugins() (*pluginhost.Host, error) {
 	}
 	return pluginhost.New(pluginhost.Options{
 		Plugins: specs, Dir: filepath.Join(o.DataDir, "sockets"), EgressAllow: o.EgressAllow,
-		EgressDeny: append(ownListeners(s.public, s.admin), o.EgressDeny...), UserAgent: "grapnel/" + o.Version,
+		EgressDeny: slices.Concat(ownListeners(s.public, s.admin), ownEtcd(ctx, o.EtcdEndpoints), o.EgressDeny), UserAgent: "grapnel/" + o.Version,
 		Secrets: s.secretVersions, Logger: o.Logger, Registerer: s.metrics,
 	})
 }
@@ -63,6 +66,16 @@ func (s *Server) builtin() []pluginhost.Spec {
 	return specs
 }
 
+// tellStrays says which files in the plugin directory look like plugins and are none.
+func (s *Server) tellStrays() {
+	strays, err := plugindir.Open(s.options.PluginDir).Strays()
+	if err == nil && len(strays) > 0 && !slices.Equal(strays, s.strays) {
+		s.log.Warn("executables in the plugin directory do not run: it has a plugins.lock, which does not name them; `grapnel plugin install` puts them there",
+			"dir", s.options.PluginDir, "files", strays)
+	}
+	s.strays = strays
+}
+
 // watchPlugins has the host follow the plugin directory until ctx ends.
 func (s *Server) watchPlugins(ctx context.Context) error {
 	if s.options.PluginDir == "" {
@@ -70,6 +83,7 @@ func (s *Server) watchPlugins(ctx context.Context) error {
 	}
 	plugindir.Open(s.options.PluginDir).Watch(ctx, time.Second, func(found []pluginhost.Spec) {
 		s.plugins.Update(append(s.builtin(), found...))
+		s.tellStrays()
 	}, func(err error) { s.log.Error("read the plugin directory", "err", err) })
 	return nil
 }
@@ -194,6 +208,27 @@ func (e engine) Stats(ns string, window time.Duration, top int) (*grapnelv1.Stat
 		}
 	}
 	return stats(total), per
+}
+
+func (e engine) Status(lane delivery.LaneKey) *grapnelv1.SubscriptionStatus {
+	s := e.Engine.Status(lane)
+	out := &grapnelv1.SubscriptionStatus{
+		Open: s.Open, WaitReason: s.Reason, WaitUntil: stamp(s.Until), FailingSince: stamp(s.FailingSince),
+		LastSuccessTime: stamp(s.LastSuccess), Slow: s.Slow,
+		InFlight: int32(min(s.InFlight, math.MaxInt32)), OldestDueAge: durationpb.New(s.OldestDue), //nolint:gosec // bounded by the line itself
+	}
+	if s.Latency > 0 {
+		out.Latency = durationpb.New(s.Latency)
+	}
+	return out
+}
+
+// stamp is t for the wire; nil for the zero time.
+func stamp(t time.Time) *timestamppb.Timestamp {
+	if t.IsZero() {
+		return nil
+	}
+	return timestamppb.New(t)
 }
 
 func (e engine) OldestDue(ns string) time.Duration {

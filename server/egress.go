@@ -1,9 +1,12 @@
 package server
 
 import (
+	"context"
 	"net"
 	"net/netip"
 	"strconv"
+	"strings"
+	"time"
 )
 
 // ownListeners are the rules that keep deliveries away from the server itself: every address that one of the listeners
@@ -36,6 +39,32 @@ func ownListeners(listeners ...net.Listener) []string {
 		}
 		for _, r := range ranges {
 			rules = append(rules, r+port)
+		}
+	}
+	return rules
+}
+
+// ownEtcd are the rules that keep deliveries away from an external etcd, which trusts whoever reaches it: every address
+// that an endpoint has now, on its port. A name that cannot be resolved has none; its etcd has just answered by another.
+func ownEtcd(ctx context.Context, endpoints []string) []string {
+	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
+	defer cancel()
+	var rules []string
+	for _, endpoint := range endpoints {
+		if _, rest, ok := strings.Cut(endpoint, "://"); ok {
+			endpoint = rest
+		}
+		host, port, err := net.SplitHostPort(endpoint)
+		if err != nil {
+			continue
+		}
+		found, err := net.DefaultResolver.LookupNetIP(ctx, "ip", host)
+		if err != nil {
+			continue
+		}
+		for _, ip := range found {
+			ip = ip.Unmap().WithZone("")
+			rules = append(rules, netip.PrefixFrom(ip, ip.BitLen()).String()+":"+port)
 		}
 	}
 	return rules

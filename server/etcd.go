@@ -14,6 +14,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"time"
 
 	"go.etcd.io/bbolt"
@@ -40,7 +41,7 @@ type configStore struct {
 // openConfigStore starts the embedded etcd, or dials the external one, and returns once it answers.
 func openConfigStore(ctx context.Context, o Options) (c *configStore, err error) {
 	if len(o.EtcdEndpoints) > 0 {
-		c, err = dialEtcd(o)
+		c, err = dialEtcd(ctx, o)
 	} else {
 		c, err = openEmbedded(ctx, o)
 	}
@@ -61,7 +62,7 @@ func (c *configStore) meet(ctx context.Context, o Options) error {
 		return fmt.Errorf("etcd at %s wants a user: %w; give --etcd-user and --etcd-password-file", strings.Join(o.EtcdEndpoints, ", "), err)
 	}
 	if err != nil {
-		return errors.Join(fmt.Errorf("etcd at %s: %w", strings.Join(o.EtcdEndpoints, ", "), err), diagnose(o))
+		return errors.Join(fmt.Errorf("etcd at %s: %w", strings.Join(o.EtcdEndpoints, ", "), err), diagnose(ctx, o))
 	}
 	c.cluster = resp.Header.GetClusterId()
 	return nil
@@ -243,7 +244,7 @@ func wayOut(dir string) string {
 	return fmt.Sprintf("restore %s from a backup; without one, see \"When it does not start\" in docs/operations.md", dir)
 }
 
-func dialEtcd(o Options) (*configStore, error) {
+func dialEtcd(ctx context.Context, o Options) (*configStore, error) {
 	tlsConfig, err := o.EtcdTLS.load()
 	if err != nil {
 		return nil, err
@@ -259,47 +260,59 @@ func dialEtcd(o Options) (*configStore, error) {
 		})},
 	})
 	if err != nil {
-		return nil, errors.Join(fmt.Errorf("dial etcd at %v: %w", o.EtcdEndpoints, err), diagnose(o))
+		return nil, errors.Join(fmt.Errorf("dial etcd at %v: %w", o.EtcdEndpoints, err), diagnose(ctx, o))
 	}
 	return &configStore{client: c}, nil
 }
 
-// diagnose finds out why none of the external endpoints answers: the client hides what TLS and the network say.
-func diagnose(o Options) error {
-	if len(o.EtcdEndpoints) == 0 {
+// diagnose finds out why none of the external endpoints answers: the client hides what TLS and the network say. It takes
+// two seconds at the most, also when ctx is over, unless that was cancelled.
+func diagnose(ctx context.Context, o Options) error {
+	if len(o.EtcdEndpoints) == 0 || errors.Is(ctx.Err(), context.Canceled) {
 		return nil
 	}
 	tlsConfig, err := o.EtcdTLS.load()
 	if err != nil {
 		return err
 	}
-	var causes []error
-	for _, endpoint := range o.EtcdEndpoints {
-		secure, addr := tlsConfig != nil, endpoint
-		if scheme, rest, ok := strings.Cut(endpoint, "://"); ok {
-			secure, addr = strings.HasPrefix(scheme, "https"), rest
-		}
-		dialer := &net.Dialer{Timeout: time.Second}
-		conn, err := dialer.Dial("tcp", addr)
-		if err == nil && secure {
-			_ = conn.SetDeadline(time.Now().Add(time.Second))
-			cfg := &tls.Config{MinVersion: tls.VersionTLS12}
-			if tlsConfig != nil {
-				cfg = tlsConfig.Clone()
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Second)
+	defer cancel()
+	causes := make([]error, len(o.EtcdEndpoints))
+	var asked sync.WaitGroup
+	for i, endpoint := range o.EtcdEndpoints {
+		asked.Go(func() {
+			if err := knock(ctx, endpoint, tlsConfig); err != nil {
+				causes[i] = fmt.Errorf("%s: %w", endpoint, err)
 			}
-			cfg.ServerName, _, _ = net.SplitHostPort(addr)
-			if err = tls.Client(conn, cfg).Handshake(); err != nil {
-				err = fmt.Errorf("TLS handshake: %w; does this port speak TLS?", err)
-			}
-		}
-		if conn != nil {
-			_ = conn.Close()
-		}
-		if err != nil {
-			causes = append(causes, fmt.Errorf("%s: %w", endpoint, err))
-		}
+		})
 	}
+	asked.Wait()
 	return errors.Join(causes...)
+}
+
+// knock connects to an endpoint of etcd, and has TLS spoken where that is to be.
+func knock(ctx context.Context, endpoint string, config *tls.Config) error {
+	secure, addr := config != nil, endpoint
+	if scheme, rest, ok := strings.Cut(endpoint, "://"); ok {
+		secure, addr = strings.HasPrefix(scheme, "https"), rest
+	}
+	conn, err := (&net.Dialer{}).DialContext(ctx, "tcp", addr)
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	if !secure {
+		return nil
+	}
+	cfg := &tls.Config{MinVersion: tls.VersionTLS12}
+	if config != nil {
+		cfg = config.Clone()
+	}
+	cfg.ServerName, _, _ = net.SplitHostPort(addr)
+	if err := tls.Client(conn, cfg).HandshakeContext(ctx); err != nil {
+		return fmt.Errorf("TLS handshake: %w; does this port speak TLS?", err)
+	}
+	return nil
 }
 
 // failed reports the end of the embedded server, when there is one.

@@ -85,7 +85,7 @@ func (c *slogCore) Write(e zapcore.Entry, fields []zapcore.Field) error {
 	}
 	level := slogLevel(e.Level)
 	switch e.Message {
-	case "failed to update storage version", // at a first start, before the first entry; etcd tries again
+	case "Failed to detect schema version", "failed to update storage version", // at a first start, before the first entry; etcd tries again
 		"failed to update cluster version", // when a new one is closed at once
 		"Running http and grpc server on single port. This is not recommended for production.", // on none
 		"simple token is not cryptographically signed":                                         // nobody logs in

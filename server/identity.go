@@ -39,6 +39,9 @@ func journalMade(o Options) bool {
 // checkPresence refuses to make one store where the other, or the file, says that there was one already. It is
 // asked before anything is made.
 func checkPresence(o Options) error {
+	if err := errRestoring(o); err != nil {
+		return err
+	}
 	if o.AdoptStores {
 		return nil
 	}

@@ -23,6 +23,9 @@ func needs(t *testing.T, language string) {
 	var err error
 	how := "install python3-grpcio and python3-protobuf"
 	switch language {
+	case "ruby":
+		how = "install ruby-grpc and ruby-google-protobuf"
+		err = exec.Command("ruby", "-e", "require 'grpc'; require 'google/protobuf'").Run()
 	case "python":
 		err = exec.Command("/usr/bin/python3", "-c", "import grpc, google.protobuf").Run()
 	case "node":
@@ -40,11 +43,11 @@ func needs(t *testing.T, language string) {
 	t.Skipf("%s: %v; %s", language, err, how)
 }
 
-// TestPluginsInOtherLanguages delivers with the example plugins in Python and JavaScript: signed by theirs and
+// TestPluginsInOtherLanguages delivers with the example plugins in Python, JavaScript and Ruby: signed by theirs and
 // sent by ours, and signed by ours and sent by theirs.
 func TestPluginsInOtherLanguages(t *testing.T) {
 	t.Parallel()
-	for _, language := range []string{"python", "node"} {
+	for _, language := range []string{"python", "node", "ruby"} {
 		t.Run(language, func(t *testing.T) {
 			t.Parallel()
 			needs(t, language)

@@ -28,9 +28,12 @@ func newMetrics() *prometheus.Registry {
 	return r
 }
 
+// adminPatience is how long a stop waits for what an administrator is being told.
+const adminPatience = time.Second
+
 // serveAPI starts both listeners: gRPC for everybody, HTTP for the administrator. The function it
-// returns ends the latter.
-func (s *Server) serveAPI(parts *errgroup.Group) (*grpc.Server, func(), error) {
+// returns ends the latter, with calls in progress until its context ends.
+func (s *Server) serveAPI(parts *errgroup.Group) (*grpc.Server, func(context.Context), error) {
 	opts := s.api.ServerOptions()
 	if s.options.TLSCert != "" {
 		pair, err := tls.LoadX509KeyPair(s.options.TLSCert, s.options.TLSKey)
@@ -45,7 +48,7 @@ func (s *Server) serveAPI(parts *errgroup.Group) (*grpc.Server, func(), error) {
 	s.api.Register(public)
 	s.api.RegisterReflection(public)
 	parts.Go(func() error {
-		if err := public.Serve(s.public); err != nil && !errors.Is(err, grpc.ErrServerStopped) {
+		if err := public.Serve(s.api.Listen(s.public)); err != nil && !errors.Is(err, grpc.ErrServerStopped) {
 			return fmt.Errorf("serve the API: %w", err)
 		}
 		return nil
@@ -57,10 +60,10 @@ func (s *Server) serveAPI(parts *errgroup.Group) (*grpc.Server, func(), error) {
 		}
 		return nil
 	})
-	return public, func() {
-		ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+	return public, func(ctx context.Context) {
+		bounded, cancel := context.WithTimeout(ctx, adminPatience)
 		defer cancel()
-		if admin.Shutdown(ctx) != nil {
+		if admin.Shutdown(bounded) != nil {
 			_ = admin.Close()
 		}
 	}, nil
@@ -97,12 +100,13 @@ func (s *Server) adminHandler() http.Handler {
 	})
 	mux.HandleFunc("GET /readyz", s.serveReady)
 	mux.HandleFunc("GET /namespaces/{namespace}/jwks.json", s.serveJWKS)
+	mux.HandleFunc("GET /backup", s.serveBackup)
 	mux.HandleFunc("POST /debug/sweep", s.serveSweep)
-	mux.HandleFunc("/debug/pprof/", pprof.Index)
-	mux.HandleFunc("/debug/pprof/cmdline", pprof.Cmdline)
-	mux.HandleFunc("/debug/pprof/profile", pprof.Profile)
-	mux.HandleFunc("/debug/pprof/symbol", pprof.Symbol)
-	mux.HandleFunc("/debug/pprof/trace", pprof.Trace)
+	mux.HandleFunc("GET /debug/pprof/", pprof.Index)
+	mux.HandleFunc("GET /debug/pprof/cmdline", pprof.Cmdline)
+	mux.HandleFunc("GET /debug/pprof/profile", pprof.Profile)
+	mux.HandleFunc("GET /debug/pprof/symbol", pprof.Symbol)
+	mux.HandleFunc("GET /debug/pprof/trace", pprof.Trace)
 	return mux
 }
 

@@ -45,6 +45,17 @@ func (s *Server) checkMarks(ctx context.Context) error {
 	return nil
 }
 
+// putMarks renews etcd's copy. Not while a backup is made: etcd's part of it is later than the journal's, and would say
+// that this one holds less than was acknowledged.
+func (s *Server) putMarks(ctx context.Context, marks []byte) error {
+	s.copying.Lock()
+	defer s.copying.Unlock()
+	bounded, done := context.WithTimeout(ctx, marksPatience)
+	defer done()
+	_, err := s.etcd.client.Put(bounded, marksKey, string(marks))
+	return err
+}
+
 // keepMarks renews etcd's copy until ctx ends.
 func (s *Server) keepMarks(ctx context.Context) error {
 	tick := time.NewTicker(marksEvery)
@@ -60,9 +71,7 @@ func (s *Server) keepMarks(ctx context.Context) error {
 		if bytes.Equal(now, last) {
 			continue
 		}
-		bounded, done := context.WithTimeout(ctx, marksPatience)
-		_, err := s.etcd.client.Put(bounded, marksKey, string(now))
-		done()
+		err := s.putMarks(ctx, now)
 		if err == nil {
 			last = now
 		} else if !failed && ctx.Err() == nil {

@@ -61,7 +61,7 @@ func (p memoryPlan) withFiles(most uint64) memoryPlan {
 	return p
 }
 
-// confinedShare is what part of the plugins' memory a confined process is told of, and leastConfined the least that it
+// confinedShare is what part of the plugins' memory a confined process, of which there are two, is told of, and leastConfined the least that it
 // cannot have more than.
 const (
 	confinedShare = 8
@@ -75,9 +75,11 @@ func (p memoryPlan) ofPart(confined bool) (soft uint64, limits pluginhost.Limits
 	if confined {
 		soft /= confinedShare
 		limits.OpenFiles = uint64(p.slots) + 1024
+	} else {
+		soft -= soft / confinedShare * 2
 	}
 	if soft > 0 {
-		soft = max(soft, 24<<20)
+		soft = max(soft, 16<<20)
 	}
 	switch {
 	case raceDetector: // it maps far more than it uses

@@ -38,6 +38,10 @@ type Options struct {
 	// WindowBytes bounds the deliveries that wait in memory, Slots the attempts in flight; defaults by MemoryBytes.
 	WindowBytes int64
 	Slots       int
+	// MaxCalls bounds the unary calls and, apart, the publish streams in progress, MaxCallsPerNamespace those of one
+	// namespace, MaxCallsPerConnection all that is open on one connection, MaxStreamsPerConnection the publish streams
+	// among it, MaxWatches the calls and streams of health and reflection. Defaults as in api.Options.
+	MaxCalls, MaxCallsPerNamespace, MaxCallsPerConnection, MaxStreamsPerConnection, MaxWatches int
 	// DebugSweep has the admin listener take POST /debug/sweep?keep=DURATION, which erases history: for trials.
 	DebugSweep bool
 	// AcceptLoss starts a journal that holds less than was acknowledged; the loss is told.
@@ -56,7 +60,7 @@ type Options struct {
 	Insecure bool
 	// NodeName is the last segment of nodes/{node}; default the host name.
 	NodeName string
-	// Grace bounds the wait for attempts in flight at the end; default 30 s.
+	// Grace bounds the wait for attempts in flight at the end; default 30 s, below zero none.
 	Grace time.Duration
 	// BuiltinPlugin is the command of the process that serves the first-party plugins; default this
 	// executable with the arguments plugin serve.
@@ -67,7 +71,7 @@ type Options struct {
 	Version, Commit string
 	// Logger, default none.
 	Logger *slog.Logger
-	// Abandon, when closed, ends the wait for attempts in flight at once.
+	// Abandon, when closed, ends the wait for attempts in flight, and has a stop that has begun end within a second.
 	Abandon <-chan struct{}
 }
 
@@ -114,6 +118,9 @@ func (o *Options) fill() error {
 	}
 	if o.MemoryBytes < 0 || o.WindowBytes < 0 || o.Slots < 0 {
 		errs = append(errs, errors.New("memory, window-bytes and slots: must not be negative"))
+	}
+	if min(o.MaxCalls, o.MaxCallsPerNamespace, o.MaxCallsPerConnection, o.MaxStreamsPerConnection, o.MaxWatches) < 0 {
+		errs = append(errs, errors.New("max-calls, max-calls-per-namespace, max-calls-per-connection, max-streams-per-connection and max-watches: must not be negative"))
 	}
 	errs = append(errs, o.checkEtcd())
 	if o.Grace == 0 {

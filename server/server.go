@@ -1,7 +1,7 @@
 // Package server wires Grapnel together: it opens the stores, starts the parts bottom-up, serves, and
 // stops them top-down. It holds no rule of the domain.
 //
-// Start: room on the disk → journal → configuration store (etcd) → secrets and subscriptions → plugin host →
+// Start: data directory → room on the disk → journal → configuration store (etcd) → secrets and subscriptions → plugin host →
 // dispatch → ingest → API. What is new is made aside and renamed, each wait is bounded, and a store that is not
 // the other's is refused. Stop runs the other way, in named steps that are each bounded: health says NOT_SERVING,
 // publishes are refused, dispatch takes no new work and waits for its attempts until the grace ends,
@@ -30,6 +30,7 @@ import (
 	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
 	"github.com/grapnel/grapnel/server/api"
 	"github.com/grapnel/grapnel/server/delivery"
+	"github.com/grapnel/grapnel/server/dirlock"
 	"github.com/grapnel/grapnel/server/dispatch"
 	"github.com/grapnel/grapnel/server/ingest"
 	"github.com/grapnel/grapnel/server/keyspace"
@@ -60,6 +61,12 @@ type Server struct {
 	health   *health
 	pageKey  []byte
 
+	ending *ending  // Run's
+	strays []string // in the plugin directory, as told last; first open's, then watchPlugins'
+
+	copying sync.Mutex // held while the stores are copied for a backup, and while marks are put into etcd
+	backups sync.Mutex // held by the one backup at a time
+
 	mu      sync.Mutex
 	started bool
 }
@@ -89,7 +96,11 @@ func (s *Server) PluginPids() map[string]int { return s.plugins.Pids() }
 
 // Run starts the server, serves until ctx ends or a part fails for good, and stops it. It returns nil
 // after an orderly stop, also one during the start. It may be called once.
-func (s *Server) Run(ctx context.Context) (err error) {
+//
+// Once ctx has ended it returns within Options.Grace, which a start does not have, and 5 s; or within a second of
+// Options.Abandon. What has not ended by then, which takes a disk that does not answer or the like, is left as it is,
+// with an error that names it: the process is then to end.
+func (s *Server) Run(ctx context.Context) error {
 	s.mu.Lock()
 	again := s.started
 	s.started = true
@@ -97,8 +108,29 @@ func (s *Server) Run(ctx context.Context) (err error) {
 	if again {
 		return errors.New("a server runs once")
 	}
+	s.ending = newEnding(ctx, s.options.Abandon)
+	defer s.ending.release()
+	ended := make(chan error, 1)
+	go func() { ended <- s.run(ctx) }()
+	select {
+	case err := <-ended:
+		return err
+	case <-s.ending.left:
+	}
+	err := s.ending.err()
+	if !s.ending.allowed() {
+		s.log.Warn("stopped while starting", "err", err)
+		return nil
+	}
+	return err
+}
+
+func (s *Server) run(ctx context.Context) (err error) {
 	var closers stack
-	defer func() { err = errors.Join(err, closers.close()) }()
+	defer func() {
+		s.ending.begin() // for a start or a part that failed
+		err = errors.Join(err, closers.close(s.ending))
+	}()
 	if err := s.open(ctx, &closers); err != nil {
 		if ctx.Err() != nil && errors.Is(err, ctx.Err()) {
 			s.log.Info("stopped while starting")
@@ -112,25 +144,27 @@ func (s *Server) Run(ctx context.Context) (err error) {
 // open makes everything that needs no goroutine of ours, bottom-up.
 func (s *Server) open(ctx context.Context, closers *stack) (err error) {
 	o := s.options
-	if err := makeDir(o.DataDir); err != nil {
-		return fmt.Errorf("make the data directory: %w", err)
+	if err := s.takeDir(closers); err != nil {
+		return err
 	}
 	if s.public, err = net.Listen("tcp", o.Listen); err != nil {
 		return fmt.Errorf("listen: %w", err)
 	}
-	closers.push(s.public.Close)
+	closers.push("stop listening", s.public.Close)
 	if s.admin, err = net.Listen("tcp", o.AdminListen); err != nil {
 		return fmt.Errorf("listen for administration: %w", err)
 	}
-	closers.push(s.admin.Close)
+	closers.push("stop listening for administration", s.admin.Close)
 	s.planMemory()
 	if err := s.openStores(ctx, closers); err != nil {
 		return err
 	}
+	s.ending.at("read the configuration")
 	if err := s.openConfig(ctx); err != nil {
 		return err
 	}
-	if s.plugins, err = s.newPlugins(); err != nil {
+	s.ending.at("read the plugin directory")
+	if s.plugins, err = s.newPlugins(ctx); err != nil {
 		return err
 	}
 	s.engine = dispatch.New(dispatch.Options{
@@ -144,6 +178,8 @@ func (s *Server) open(ctx context.Context, closers *stack) (err error) {
 		Engine: engine{s.engine, s.registry}, Plugins: plugins{s.plugins},
 		Version: o.Version, Commit: o.Commit, NodeName: o.NodeName, Address: s.public.Addr().String(),
 		ClusterID: s.journal.ID(), Partitions: s.journal.Partitions(),
+		MaxCalls: o.MaxCalls, MaxCallsPerNamespace: o.MaxCallsPerNamespace, MaxWatches: o.MaxWatches,
+		MaxCallsPerConnection: o.MaxCallsPerConnection, MaxStreamsPerConnection: o.MaxStreamsPerConnection,
 		PageKey: s.pageKey, Room: s.hasRoom, Logger: o.Logger, Registerer: s.metrics,
 	})
 	s.health = s.newServerHealth(func(serving bool) {
@@ -155,6 +191,23 @@ func (s *Server) open(ctx context.Context, closers *stack) (err error) {
 	})
 	s.secrets.OnChange(s.plugins.SecretChanged)
 	s.journal.Start(s.engine)
+	return nil
+}
+
+// takeDir makes the data directory this process's, before anything in it is looked at.
+func (s *Server) takeDir(closers *stack) error {
+	dir := s.options.DataDir
+	if err := makeDir(dir); err != nil {
+		return fmt.Errorf("make the data directory: %w", err)
+	}
+	lock, err := dirlock.Take(filepath.Join(dir, "lock"))
+	if held := new(dirlock.HeldError); errors.As(err, &held) {
+		return fmt.Errorf("data directory %s is in use by %s", dir, held.Holder)
+	}
+	if err != nil {
+		return fmt.Errorf("data directory %s cannot be used: %w", dir, err)
+	}
+	closers.push("give the data directory back", lock.Release)
 	return nil
 }
 
@@ -188,17 +241,20 @@ func (s *Server) openStores(ctx context.Context, closers *stack) (err error) {
 		return err
 	}
 	s.space = delivery.NewSpace(delivery.SpaceOptions{Dir: o.DataDir, Also: []string{journalDir(o), etcdDir(o)}, Logger: o.Logger})
-	if err := step(s.log, "open the journal in "+journalDir(o), s.openJournal); err != nil {
+	opening := "open the journal in " + journalDir(o)
+	s.ending.at(opening) // takes no context
+	if err := step(s.log, opening, s.openJournal); err != nil {
 		return fmt.Errorf("open the journal: %w", err)
 	}
-	closers.push(s.journal.Close)
+	closers.push("close the journal in "+journalDir(o), s.journal.Close)
 	if err := ctx.Err(); err != nil {
 		return err
 	}
+	s.ending.at("open etcd")
 	if s.etcd, err = openConfigStore(ctx, o); err != nil {
 		return err
 	}
-	closers.push(s.etcd.close)
+	closers.push("close etcd", s.etcd.close)
 	s.etcd.watchRoom(s.metrics)
 	if err := wait(ctx, s.log, "etcd to say whose it is", s.checkStores); err != nil {
 		return err
@@ -233,6 +289,9 @@ func (s *Server) openJournal() (err error) {
 		CacheBytes: s.memory.cache, MemTableBytes: s.memory.memTable, Logger: s.options.Logger,
 	}
 	highWater := HighWater(dir)
+	if err := os.RemoveAll(backupDir(s.options)); err != nil { // a kill may have left it
+		return err
+	}
 	if s.options.AdoptStores { // another journal's notes say nothing about this one
 		if err := os.Remove(highWater); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return err
@@ -275,11 +334,13 @@ func makeJournal(options delivery.Options) error {
 	return moveDurably(aside, dir)
 }
 
+// keyFile is the key of the secrets.
+func keyFile(o Options) string { return filepath.Join(o.DataDir, "secret.key") }
+
 // openConfig opens what etcd holds.
 func (s *Server) openConfig(ctx context.Context) error {
 	o := s.options
-	keyFile := filepath.Join(o.DataDir, "secret.key")
-	key, err := secret.LoadOrCreateKey(keyFile, func() (sealed bool, err error) {
+	key, err := secret.LoadOrCreateKey(keyFile(o), func() (sealed bool, err error) {
 		err = wait(ctx, s.log, "etcd to say whether it holds secrets", func(ctx context.Context) error {
 			sealed, err = secret.Sealed(ctx, s.etcd.client, configPrefix)
 			return err
@@ -297,7 +358,7 @@ func (s *Server) openConfig(ctx context.Context) error {
 	err = step(s.log, "read secrets and subscriptions from etcd", func() (err error) {
 		s.secrets, err = secret.Open(ctx, secret.Options{Client: s.etcd.client, Identity: id, Key: key, Logger: o.Logger})
 		if err != nil {
-			return fmt.Errorf("open the secrets with key file %s: %w", keyFile, err)
+			return fmt.Errorf("open the secrets with key file %s: %w", keyFile(o), err)
 		}
 		s.registry, err = subscription.Open(ctx, subscription.Options{Client: s.etcd.client, Identity: id, Logger: o.Logger})
 		if err != nil {
@@ -333,10 +394,11 @@ func (s *Server) hasRoom() error {
 // serve runs the parts until ctx ends or one of them fails, then stops them in order.
 func (s *Server) serve(ctx context.Context) error {
 	// Each layer has a context of its own, ended when the layer above has stopped.
+	s.ending.allow(s.options.Grace)
 	base, stopBase := context.WithCancel(context.WithoutCancel(ctx))
 	defer stopBase()
-	hosts, stopHosts := context.WithCancel(base)
-	defer stopHosts()
+	watching, stopWatching := context.WithCancel(base)
+	defer stopWatching()
 	parts, failed := errgroup.WithContext(base)
 
 	stores := func(run func(context.Context) error, ctx context.Context, what string) {
@@ -353,15 +415,8 @@ func (s *Server) serve(ctx context.Context) error {
 	stores(s.keepMarks, base, "notes of what was acknowledged")
 	stores(func(ctx context.Context) error { return s.etcd.keepRoom(ctx, s.space.Free) }, base, "room in etcd")
 	stores(returnMemory, base, "memory")
-	hostEnded := make(chan struct{})
-	parts.Go(func() error {
-		defer close(hostEnded)
-		if err := s.plugins.Run(hosts); err != nil && hosts.Err() == nil {
-			return fmt.Errorf("plugin host: %w", err)
-		}
-		return nil
-	})
-	stores(s.watchPlugins, hosts, "plugin directory")
+	parts.Go(func() error { return s.plugins.Run(base) }) // returns nil
+	stores(s.watchPlugins, watching, "plugin directory")
 	parts.Go(func() error {
 		// A stop during the start may come before Run.
 		if err := s.engine.Run(base); err != nil && base.Err() == nil && !errors.Is(err, dispatch.ErrStopped) {
@@ -394,12 +449,15 @@ func (s *Server) serve(ctx context.Context) error {
 		case <-failed.Done():
 		}
 	}
-	s.log.Info("stopping", "grace", s.options.Grace)
+	s.log.Info("stopping", "grace", max(s.options.Grace, 0))
+	s.ending.begin()
 	stopLooking()
 	looks.Wait() // from here on nothing says again that publishes are served
 	stopErr := s.stop(public, stopServing)
-	stopHosts()
-	<-hostEnded
+	s.ending.at("end the plugins")
+	stopWatching()
+	_ = s.plugins.Close(s.ending.grace) // an error says that they were killed
+	s.ending.at("end what runs in the background")
 	stopBase()
 	return errors.Join(parts.Wait(), stopErr)
 }
@@ -424,59 +482,40 @@ func (s *Server) awaitPlugins(ctx, failed context.Context) bool {
 }
 
 // stop is the way down until dispatch is still and no call is in progress.
-func (s *Server) stop(public *grpc.Server, stopServing func()) error {
-	grace, done := context.WithTimeout(context.Background(), s.options.Grace)
-	defer done()
-	if s.options.Abandon != nil {
-		go func() {
-			select {
-			case <-s.options.Abandon:
-				done()
-			case <-grace.Done():
-			}
-		}()
-	}
+func (s *Server) stop(public *grpc.Server, stopServing func(context.Context)) error {
+	end := s.ending
 	s.api.Drain()
 	s.ingest.Drain()
-	var errs []error
-	if err := s.engine.Stop(grace); err != nil && !errors.Is(err, context.Canceled) {
+	end.at("end the attempts in flight")
+	if err := s.engine.Stop(end.grace); err != nil {
 		s.log.Warn("attempts abandoned; their deliveries are repeated after the next start", "err", err)
 	}
-	gracefully(grace, public)
-	stopServing()
-	flush, cancel := context.WithTimeout(context.Background(), 10*time.Second)
-	defer cancel()
-	if err := s.journal.Flush(flush); err != nil {
-		errs = append(errs, fmt.Errorf("flush the journal: %w", err))
+	end.at("end the calls")
+	end.calls(public)
+	end.at("end the calls of the administrator")
+	stopServing(end.grace)
+	end.at("flush the journal")
+	if err := s.journal.Flush(end.rest); err != nil {
+		return fmt.Errorf("flush the journal: %w", err)
 	}
-	return errors.Join(errs...)
-}
-
-// gracefully lets calls end until ctx does.
-func gracefully(ctx context.Context, g *grpc.Server) {
-	ended := make(chan struct{})
-	go func() {
-		g.GracefulStop()
-		close(ended)
-	}()
-	select {
-	case <-ended:
-	case <-ctx.Done():
-	case <-time.After(5 * time.Second):
-	}
-	g.Stop()
-	<-ended
+	return nil
 }
 
 // stack closes what was opened, last first, and joins the errors.
-type stack []func() error
+type stack []closer
 
-func (s *stack) push(f func() error) { *s = append(*s, f) }
+type closer struct {
+	what  string
+	close func() error
+}
 
-func (s *stack) close() error {
+func (s *stack) push(what string, f func() error) { *s = append(*s, closer{what, f}) }
+
+func (s *stack) close(e *ending) error {
 	var errs []error
 	for i := len(*s) - 1; i >= 0; i-- {
-		if err := (*s)[i](); err != nil && !errors.Is(err, net.ErrClosed) {
+		e.at((*s)[i].what)
+		if err := (*s)[i].close(); err != nil && !errors.Is(err, net.ErrClosed) {
 			errs = append(errs, err)
 		}
 	}

@@ -148,6 +148,12 @@ func TestExternalEtcdBelongs(t *testing.T) {
 	}
 	s := servertest.Start(t, servertest.Options{Adjust: at(etcd)})
 	s.Namespace("acme")
+	_, err := grapnelv1.NewSubscriptionServiceClient(s.Conn).CreateSubscription(t.Context(), &grapnelv1.CreateSubscriptionRequest{
+		Parent: "namespaces/acme", SubscriptionId: "etcd", Subscription: &grapnelv1.Subscription{Uri: "http://" + etcd.addr + "/v3/kv/put"},
+	})
+	if err == nil || !strings.Contains(err.Error(), "egress policy") {
+		t.Errorf("deliveries to the etcd: %v", err)
+	}
 	s.Stop()
 	wantWords(t, refusal(t, s.Dir, at(other)), "do not belong together", other.addr+" is empty", "--adopt-stores")
 	wantWords(t, refusal(t, s.Dir, nil), "the embedded etcd in", "is missing", "--etcd-endpoints")
@@ -292,7 +298,7 @@ func cut(t *testing.T, path string, size int64) {
 func TestSecondServer(t *testing.T) {
 	t.Parallel()
 	s := servertest.Start(t, servertest.Options{})
-	wantWords(t, refusal(t, s.Dir, nil), "journal")
+	wantWords(t, refusal(t, s.Dir, nil), "data directory "+s.Dir+" is in use by pid")
 	s.Namespace("acme")
 }
 
@@ -343,7 +349,11 @@ func TestSocketsWithoutTemporaryDirectory(t *testing.T) {
 	}
 	defer os.RemoveAll(short)
 	long := filepath.Join(t.TempDir(), strings.Repeat("long", 20))
-	t.Setenv("TMPDIR", filepath.Join(short, "absent"))
+	file := filepath.Join(short, "file")
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("TMPDIR", filepath.Join(file, "below")) // cannot be made
 	s := servertest.Start(t, servertest.Options{Dir: filepath.Join(short, "data")})
 	s.Namespace("acme")
 	s.Subscribe("acme", "one", newServer(t, nil), nil) // a plugin checks it
@@ -351,7 +361,7 @@ func TestSocketsWithoutTemporaryDirectory(t *testing.T) {
 	if exists(filepath.Join(short, "data", "sockets")) {
 		t.Error("the sockets' directory is still there")
 	}
-	wantWords(t, refusal(t, long, nil), "plugin sockets", "too long a path", "TMPDIR")
+	wantWords(t, refusal(t, long, nil), "plugin sockets", "not a directory", "TMPDIR")
 }
 
 // TestEtcdThatWantsUsers: the user is in options of its own, and what is wrong is said at once.

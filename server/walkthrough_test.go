@@ -60,7 +60,14 @@ func walkthroughSteps() []walkthroughStep {
 		{heading: "A target that fails", want: []string{`"name": "namespaces/acme/events/o-1001-cancelled"`}},
 		{heading: "What failed, and every attempt at it", want: []string{`"state": "STATE_EXHAUSTED"`, `"OUTCOME_UNREACHABLE"`}, settles: true},
 		{heading: "What failed, and every attempt at it", want: []string{`"number": 1`, `"outcome": "OUTCOME_UNREACHABLE"`, `"error"`}},
+		{heading: "What failed, and every attempt at it", want: []string{`"status": {`, `"failingSince"`, `"open": true`}},
 		{heading: "Try it again now", want: []string{`"maxAttempts": 2`}},
+		{heading: "Patience, without touching the rest", want: []string{
+			`"maxAttempts": 20`, `"initialBackoff": "30s"`, `"maxAge": "345600s"`,
+		}, refuse: []string{`"schedule"`}},
+		{heading: "A condition that cannot be evaluated", want: []string{
+			`"conditionErrorCount": 1`, `"subscription": "namespaces/acme/subscriptions/large"`, "no such key: totl", `"dataContentType": "application/json"`,
+		}},
 		{heading: "Wrong requests", exit: invalidArgument, want: []string{
 			"Code: InvalidArgument", `"reason": "INVALID_FIELD"`,
 			"parent: must look like namespaces/NAME",

@@ -56,6 +56,9 @@ func main() {
 	if len(os.Args) > 1 && os.Args[1] == "sink" {
 		exit(runSink(os.Args[2:]))
 	}
+	if len(os.Args) > 1 && os.Args[1] == "loop" {
+		exit(runLoop(os.Args[2:]))
+	}
 	var o options
 	flag.StringVar(&o.grapnel, "grapnel", "", "grapnel `binary`; default beside this one, else built with go")
 	flag.StringVar(&o.against, "against", "", "another grapnel `binary`, whose throughput is measured in turn and compared")
@@ -83,7 +86,7 @@ func main() {
 	flag.IntVar(&o.sweepRows, "sweep-rows", 1_000_000, "deliveries for the lanes run's sweep to erase")
 	flag.DurationVar(&o.limit, "limit", 10*time.Minute, "longest time of one run of fanout, lanes, hanging, backlog and memory")
 	flag.Float64Var(&o.mostMemory, "most-memory", 6144, "`MiB` of the server at which such a run is ended")
-	flag.StringVar(&o.only, "only", "", "run one `part`: start, throughput, latency, neighbour, backlog, or one that takes\nlonger and is only run when named: fanout, lanes, hanging, memory")
+	flag.StringVar(&o.only, "only", "", "run one `part`: start, throughput, latency, neighbour, backlog, or one that takes\nlonger and is only run when named: fanout, lanes, hanging, memory, transports")
 	flag.StringVar(&o.profile, "profile", "", "`directory` for CPU profiles of the server during the batch runs")
 	flag.Parse()
 
@@ -126,7 +129,7 @@ func run(ctx context.Context, o options) error {
 	}{
 		{"start", b.start, false}, {"throughput", b.throughput, false}, {"latency", b.latency, false},
 		{"neighbour", b.neighbour, false}, {"backlog", b.backlog, false}, {"fanout", b.fanout, true}, {"lanes", b.lanes, true},
-		{"hanging", b.hanging, true}, {"memory", b.memory, true},
+		{"hanging", b.hanging, true}, {"memory", b.memory, true}, {"transports", b.transports, true},
 	}
 	var errs error
 	known := o.only == ""

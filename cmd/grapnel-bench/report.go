@@ -23,6 +23,7 @@ type report struct {
 	Lanes      *lanesReport     `json:"lanes,omitempty"`
 	Hanging    *hangingReport   `json:"hanging,omitempty"`
 	Memory     *boundedReport   `json:"memory,omitempty"`
+	Transports *transportReport `json:"transports,omitempty"`
 
 	runs map[string][]throughput
 }
@@ -162,5 +163,8 @@ func (r *report) print(out io.Writer) {
 	}
 	if r.Memory != nil {
 		r.Memory.print(out)
+	}
+	if r.Transports != nil {
+		r.Transports.print(out)
 	}
 }

@@ -3,6 +3,7 @@ package main
 import (
 	"bufio"
 	"context"
+	"encoding/base64"
 	"encoding/json"
 	"fmt"
 	"hash/maphash"
@@ -69,7 +70,6 @@ func runSink([]string) error {
 	if err != nil {
 		return err
 	}
-	fmt.Println(lis.Addr())
 	mux := http.NewServeMux()
 	mux.HandleFunc("POST /s/", s.receive)
 	mux.HandleFunc("POST /plain/", s.receive)
@@ -88,6 +88,11 @@ func runSink([]string) error {
 	mux.HandleFunc("GET /stats", s.stats)
 	mux.HandleFunc("POST /reset", func(http.ResponseWriter, *http.Request) { s.reset() })
 	srv := &http.Server{Handler: mux}
+	secure, second, certificate, err := serveTLS(mux)
+	if err != nil {
+		return err
+	}
+	fmt.Println(lis.Addr(), secure.Addr(), second.Addr(), base64.StdEncoding.EncodeToString(certificate))
 	go func() {
 		_, _ = io.Copy(io.Discard, os.Stdin)
 		_ = srv.Close()
@@ -214,6 +219,8 @@ type sinkProcess struct {
 	cmd   *exec.Cmd
 	stdin io.Closer
 	addr  string
+	// secure and second are the listeners of HTTP/1.1 and of HTTP/2 over TLS; certificate is theirs, in PEM.
+	secure, second, certificate string
 }
 
 func startSink(ctx context.Context) (*sinkProcess, error) {
@@ -238,7 +245,15 @@ func startSink(ctx context.Context) (*sinkProcess, error) {
 	if err != nil {
 		return nil, fmt.Errorf("start the sink: %w", err)
 	}
-	return &sinkProcess{cmd: cmd, stdin: stdin, addr: strings.TrimSpace(line)}, nil
+	words := strings.Fields(line)
+	if len(words) != 4 {
+		return nil, fmt.Errorf("start the sink: it says %q", line)
+	}
+	certificate, err := base64.StdEncoding.DecodeString(words[3])
+	if err != nil {
+		return nil, fmt.Errorf("start the sink: %w", err)
+	}
+	return &sinkProcess{cmd: cmd, stdin: stdin, addr: words[0], secure: words[1], second: words[2], certificate: string(certificate)}, nil
 }
 
 func (p *sinkProcess) stop() {

@@ -285,7 +285,7 @@ func (u *upgrade) put(t *testing.T, file string, manifest *pluginv1.DescribeResp
 	staged, err := plugindir.Open(u.dir).Stage(file)
 	if err == nil {
 		defer staged.Discard()
-		_, err = staged.Commit(manifest, plugindir.Entry{Enabled: true})
+		_, err = staged.Commit(manifest, nil, plugindir.Entry{Enabled: true})
 	}
 	if err != nil {
 		t.Fatal(err)

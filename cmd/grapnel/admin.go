@@ -60,7 +60,7 @@ func newStatsCommand(c *cli) *cobra.Command {
 				if err != nil {
 					return err
 				}
-				if c.output == "json" {
+				if c.forPrograms() {
 					return show(c, r, nil)
 				}
 				t := newTable(c, statsColumns())
@@ -73,8 +73,8 @@ func newStatsCommand(c *cli) *cobra.Command {
 			})
 		},
 	}
-	cmd.Flags().DurationVar(&window, "window", 5*time.Minute, "looking back, 1m to 24h")
-	cmd.Flags().Int32Var(&top, "top", 0, "also this many subscriptions, most failures first")
+	spanVar(cmd.Flags(), &window, "window", 5*time.Minute, time.Minute, 24*time.Hour, "looking back, 1m to 24h")
+	countVar(cmd.Flags(), &top, "top", 0, 0, 100, "also this many subscriptions, most failures first")
 	return c.connectFlags(cmd, true)
 }
 
@@ -95,7 +95,7 @@ func newClusterCommand(c *cli) *cobra.Command {
 }
 
 func (c *cli) showCluster(r *grapnelv1.GetClusterResponse) error {
-	if c.output == "json" {
+	if c.forPrograms() {
 		return show(c, r, nil)
 	}
 	store := "healthy"

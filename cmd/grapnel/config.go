@@ -15,34 +15,21 @@ import (
 	"gopkg.in/yaml.v3"
 )
 
-// environmentFlags of the client commands can be set by the environment too; of the server, all can.
+// environmentFlag reports whether a flag can be set by the environment too; of the server, all can.
 func environmentFlag(cmd *cobra.Command, name string) bool {
 	if cmd.Name() == "server" {
 		return configurable(cmd, name)
 	}
-	switch name {
-	case "addr", "namespace", "output", "tls", "tls-ca", "token-file", "timeout":
-		return cmd.Flags().Lookup(name) != nil
-	}
-	return false
+	return clientEnvironment(name) && cmd.Flags().Lookup(name) != nil && !strings.HasPrefix(cmd.CommandPath(), "grapnel context ")
 }
 
-// wrongValue says in words what a flag takes, where the flag library would tell of strconv.
-func wrongValue(flag *pflag.Flag, value string) error {
-	wanted := "a " + flag.Value.Type()
-	switch flag.Value.Type() {
-	case "int", "int32":
-		wanted = "a whole number"
-	case "float64":
-		wanted = "a number"
-	case "duration":
-		wanted = "a duration such as 30s"
-	case "size":
-		wanted = "a size such as 64MiB"
-	case "bool":
-		wanted = "true or false"
+// clientEnvironment reports whether the flag of a client command can be set by the environment.
+func clientEnvironment(flag string) bool {
+	switch flag {
+	case "addr", "admin-addr", "context", "namespace", "output", "plugin-dir", "tls", "tls-ca", "token-file", "timeout":
+		return true
 	}
-	return fmt.Errorf("%q is not %s", value, wanted)
+	return false
 }
 
 // environmentName is GRAPNEL_ and the flag's name in capitals.
@@ -78,7 +65,7 @@ func flagNames(cmd *cobra.Command) []string {
 // one start.
 func configurable(cmd *cobra.Command, name string) bool {
 	switch name {
-	case "help", "print-config", "adopt-stores":
+	case "help", "print-config", "adopt-stores", "accept-loss":
 		return false
 	}
 	return cmd.Flags().Lookup(name) != nil
@@ -166,17 +153,7 @@ func scalarText(n *yaml.Node) (string, error) {
 
 // nearest suggests the flag that a misspelt key may mean.
 func nearest(cmd *cobra.Command, key string) string {
-	key = strings.ReplaceAll(key, "_", "-")
-	best, bestDistance := "", 3
-	for _, name := range flagNames(cmd) {
-		if d := distance(key, name); d < bestDistance && configurable(cmd, name) {
-			best, bestDistance = name, d
-		}
-	}
-	if best == "" {
-		return ""
-	}
-	return fmt.Sprintf("; did you mean %q?", best)
+	return didYouMean(key, slices.DeleteFunc(flagNames(cmd), func(name string) bool { return !configurable(cmd, name) }))
 }
 
 // distance is Levenshtein's.
@@ -206,11 +183,19 @@ func parsePairs(flag string, words []string) (map[string]string, error) {
 	for _, word := range words {
 		k, v, ok := strings.Cut(word, "=")
 		if !ok || k == "" {
-			return nil, usagef("--%s %s: must look like name=value", flag, word)
+			return nil, usagef("--%s %s: must look like name=value", flag, withoutValue(word))
 		}
 		pairs[k] = v
 	}
 	return pairs, nil
+}
+
+// withoutValue is a word up to where its value may begin, which may be a secret.
+func withoutValue(word string) string {
+	if i := strings.IndexAny(word, ":= "); i >= 0 {
+		return word[:i] + "…"
+	}
+	return word
 }
 
 // pairsText is the reverse of parsePairs, in order.

@@ -3,10 +3,10 @@ package main
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
-	"maps"
 	"slices"
-	"strings"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -26,7 +26,7 @@ func deliveryColumns() []column[*grapnelv1.Delivery] {
 	return []column[delivery]{
 		{head: "ID", value: func(d delivery) string { return lastSegment(d.GetName()) }},
 		{head: "NAME", detail: true, value: delivery.GetName},
-		{head: "EVENT", value: func(d delivery) string { return lastSegment(d.GetEvent()) }},
+		{head: "EVENT", value: func(d delivery) string { return eventID(d.GetEvent()) }},
 		{head: "TYPE", value: delivery.GetEventType},
 		{head: "SUBSCRIPTION", value: func(d delivery) string { return lastSegment(d.GetSubscription()) }},
 		{head: "STATE", value: func(d delivery) string { return enumText(d.GetState()) }},
@@ -66,7 +66,7 @@ func attemptColumns() []column[*grapnelv1.Attempt] {
 		{head: "NODE", detail: true, value: attempt.GetNode},
 		{head: "REQUEST", detail: true, value: func(a attempt) string { return pairsText(a.GetRequestHeaders()) }},
 		{head: "RESPONSE", detail: true, value: func(a attempt) string { return pairsText(a.GetResponseHeaders()) }},
-		{head: "BODY", detail: true, value: func(a attempt) string { return strings.ToValidUTF8(string(a.GetResponseBody()), "\uFFFD") }},
+		{head: "BODY", detail: true, value: func(a attempt) string { return string(a.GetResponseBody()) }},
 	}
 }
 
@@ -89,86 +89,27 @@ func newDeliveryGet(c *cli) *cobra.Command {
 	}
 }
 
-// deliveryStates are the states that --state takes, and two words for several.
-func deliveryStates() map[string][]string {
-	states := map[string][]string{
-		"open":   {"PENDING", "SCHEDULED", "IN_FLIGHT"},
-		"failed": {"EXHAUSTED", "REJECTED"},
-	}
-	for number, name := range grapnelv1.Delivery_State_name {
-		if number != 0 {
-			name = strings.TrimPrefix(name, "STATE_")
-			states[strings.ToLower(strings.ReplaceAll(name, "_", "-"))] = []string{name}
-		}
-	}
-	return states
-}
-
-// deliveryFilter joins the shorthand flags to a filter.
-func (c *cli) deliveryFilter(filter string, states []string, subscription, event string) (string, error) {
-	var terms []string
-	if filter != "" {
-		terms = append(terms, filter)
-	}
-	var wanted []string
-	for _, state := range states {
-		names, ok := deliveryStates()[strings.ToLower(strings.ReplaceAll(state, "_", "-"))]
-		if !ok {
-			return "", usagef("--state %s: must be one of %s", state, strings.Join(slices.Sorted(maps.Keys(deliveryStates())), ", "))
-		}
-		for _, name := range names {
-			wanted = append(wanted, "state = "+name)
-		}
-	}
-	if len(wanted) > 0 {
-		terms = append(terms, "("+strings.Join(wanted, " OR ")+")")
-	}
-	for _, reference := range []struct {
-		field, value string
-		of           collection
-	}{{"subscription", subscription, subscriptions}, {"event", event, events}} {
-		if reference.value == "" {
-			continue
-		}
-		name, err := c.name(reference.of, reference.value)
-		if err != nil {
-			return "", err
-		}
-		terms = append(terms, fmt.Sprintf("%s = %q", reference.field, name))
-	}
-	return strings.Join(terms, " AND "), nil
-}
-
 func newDeliveryList(c *cli) *cobra.Command {
-	var filter, subscription, event string
-	var states []string
-	var limit int
+	var f deliveryFlags
 	cmd := &cobra.Command{
 		Use: "list", Short: "List deliveries, newest first", Aliases: []string{"ls"}, Args: cobra.NoArgs,
-		Example: `  grapnel delivery list -n acme --state failed --subscription orders
+		Example: `  grapnel delivery list -n acme --state failed --subscription orders --since 2h
   grapnel delivery list -n acme --filter 'last_attempt.response_code >= 500'`,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			ns, err := c.namespaceID()
 			if err != nil {
 				return err
 			}
-			expression, err := c.deliveryFilter(filter, states, subscription, event)
+			expression, err := f.filter(c, time.Now())
 			if err != nil {
 				return err
 			}
 			return c.with(cmd, func(ctx context.Context, cl *client.Client) error {
-				return list(c, cl.Deliveries(ctx, ns, client.Filter(expression), pageFor(limit)), limit, deliveryColumns())
+				return list(c, cl.Deliveries(ctx, ns, client.Filter(expression), pageFor(f.limit)), f.limit, deliveryColumns())
 			})
 		},
 	}
-	flags := cmd.Flags()
-	flags.StringVar(&filter, "filter", "", "`expression` over state, subscription, event, event_type, create_time, attempt_count, last_attempt.outcome, …")
-	flags.StringSliceVar(&states, "state", nil, "only in these `states`; open and failed stand for several")
-	flags.StringVar(&subscription, "subscription", "", "only of this subscription")
-	flags.StringVar(&event, "event", "", "only of this event")
-	flags.IntVar(&limit, "limit", 100, "show at most this many; 0 shows all")
-	must(cmd.RegisterFlagCompletionFunc("state", fixed(slices.Sorted(maps.Keys(deliveryStates()))...)))
-	must(cmd.RegisterFlagCompletionFunc("subscription", completeSubscriptions(c)))
+	f.register(cmd, c)
 	return cmd
 }
 
@@ -198,25 +139,118 @@ func newDeliveryAttempts(c *cli) *cobra.Command {
 
 func newDeliveryRetry(c *cli) *cobra.Command {
 	var after int32
+	var f deliveryFlags
 	cmd := &cobra.Command{
-		Use: "retry ID", Short: "Make a delivery due now", Args: oneID,
-		RunE: func(cmd *cobra.Command, args []string) error {
-			name, err := c.name(deliveries, args[0])
-			if err != nil {
-				return err
-			}
+		Use: "retry [ID...]", Short: "Make deliveries due now: those named, or all that the flags select",
+		Long: `Makes deliveries due now: those that are named, or all that the flags select, as delivery list does; after an outage,
+those that were given up. Each is told that cannot be, and the exit code is then 1.`,
+		Example: "  grapnel delivery retry 06h2ideteo002000jgn86mcguvp74 -n acme\n" +
+			"  grapnel delivery retry -n acme --state failed --subscription orders --since 6h",
+	}
+	f.register(cmd, c)
+	countVar(cmd.Flags(), &after, "if-attempt-count", 0, 0, 0, "fail unless this many attempts have ended; guards against retrying twice")
+	cmd.Flags().Lookup("limit").Usage = "at most this many of those that the flags select, newest first; 0 takes all"
+	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		retry := func(ctx context.Context, cl *client.Client, name string) (*grapnelv1.Delivery, error) {
 			r := &grapnelv1.RetryDeliveryRequest{Name: name}
 			if cmd.Flags().Changed("if-attempt-count") {
 				r.IfAttemptCount = &after
 			}
+			answer, err := cl.DeliveryService().RetryDelivery(ctx, r)
+			return answer.GetDelivery(), err
+		}
+		names, err := f.named(cmd, c, args)
+		if err != nil {
+			return err
+		}
+		if len(names) == 1 {
 			return c.with(cmd, func(ctx context.Context, cl *client.Client) error {
-				answer, err := cl.DeliveryService().RetryDelivery(ctx, r)
-				return c.newDeliveryState(answer.GetDelivery(), err)
+				d, err := retry(ctx, cl, names[0])
+				return c.newDeliveryState(d, err)
 			})
-		},
+		}
+		if len(names) > 1 {
+			return c.with(cmd, func(ctx context.Context, cl *client.Client) error { return c.retryAll(ctx, cl, names, retry) })
+		}
+		ns, err := c.namespaceID()
+		if err != nil {
+			return err
+		}
+		expression, err := f.filter(c, time.Now())
+		if err != nil {
+			return err
+		}
+		return c.with(cmd, func(ctx context.Context, cl *client.Client) error {
+			// All are listed before the first is retried, so that none is met twice.
+			for d, err := range cl.Deliveries(ctx, ns, client.Filter(expression), pageFor(f.limit)) {
+				if err != nil {
+					return err
+				}
+				if f.limit > 0 && len(names) == f.limit {
+					fmt.Fprintf(c.stderr, "only the newest %d are taken; see --limit\n", f.limit)
+					break
+				}
+				names = append(names, d.GetName())
+			}
+			return c.retryAll(ctx, cl, names, retry)
+		})
 	}
-	cmd.Flags().Int32Var(&after, "if-attempt-count", 0, "fail unless this many attempts have ended; guards against retrying twice")
 	return cmd
+}
+
+// named are the deliveries that the arguments name. Without any, the flags must select some.
+func (f *deliveryFlags) named(cmd *cobra.Command, c *cli, args []string) ([]string, error) {
+	selecting := []string{"filter", "type", "since", "until", "state", "subscription", "event", "outcome", "code"}
+	given := slices.IndexFunc(selecting, cmd.Flags().Changed)
+	switch {
+	case len(args) == 0 && given < 0:
+		return nil, usagef("%s takes IDs or full names, or flags that select deliveries, such as --state failed; see %s --help", cmd.CommandPath(), cmd.CommandPath())
+	case len(args) > 0 && given >= 0:
+		return nil, usagef("--%s selects deliveries, and %s names some: give one of the two", selecting[given], args[0])
+	}
+	var names []string
+	for _, arg := range args {
+		name, err := c.name(deliveries, arg)
+		if err != nil {
+			return nil, err
+		}
+		names = append(names, name)
+	}
+	return names, nil
+}
+
+// retryAll retries each, whatever becomes of the others.
+func (c *cli) retryAll(ctx context.Context, cl *client.Client, names []string,
+	retry func(context.Context, *client.Client, string) (*grapnelv1.Delivery, error),
+) error {
+	retried, failed := 0, 0
+	for _, name := range names {
+		d, err := retry(ctx, cl, name)
+		var answer *client.Error
+		switch {
+		case err == nil:
+			retried++
+			if c.forPrograms() {
+				text, err := c.encode(d, false)
+				if err != nil {
+					return err
+				}
+				if _, err := c.stdout.Write(text); err != nil {
+					return err
+				}
+			}
+		case errors.As(err, &answer) && unreached(answer) || ctx.Err() != nil:
+			return fmt.Errorf("after %s: %w", several(retried, "delivery", "deliveries"), err)
+		default:
+			failed++
+			fmt.Fprintf(c.stderr, "%s: %s\n", clean(name), clean(err.Error()))
+		}
+	}
+	c.said("%s due now", several(retried, "delivery is", "deliveries are"))
+	if failed > 0 {
+		return quietError{}
+	}
+	return nil
 }
 
 func newDeliveryCancel(c *cli) *cobra.Command {
@@ -239,7 +273,7 @@ func (c *cli) newDeliveryState(d *grapnelv1.Delivery, err error) error {
 	if err != nil {
 		return err
 	}
-	if c.output == "json" {
+	if c.forPrograms() {
 		return show(c, d, nil)
 	}
 	next := ""

@@ -3,7 +3,7 @@ package main
 import (
 	"context"
 	"fmt"
-	"strings"
+	"time"
 
 	"github.com/spf13/cobra"
 	"google.golang.org/protobuf/encoding/protojson"
@@ -41,7 +41,7 @@ func eventColumns() []column[*grapnelv1.Event] {
 func payloadText(e *grapnelv1.Event) string {
 	switch p := e.GetPayload().(type) {
 	case *grapnelv1.Event_Data:
-		return strings.ToValidUTF8(string(p.Data), "\uFFFD")
+		return string(p.Data)
 	case *grapnelv1.Event_Text:
 		return p.Text
 	case *grapnelv1.Event_Json:
@@ -74,6 +74,9 @@ func newEventGet(c *cli) *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "get ID", Short: "Show an event", Args: oneID,
 		RunE: func(cmd *cobra.Command, args []string) error {
+			if err := excludes(cmd, "raw", "it prints the payload and nothing else", "payload", "output"); err != nil {
+				return err
+			}
 			name, err := c.name(events, args[0])
 			if err != nil {
 				return err
@@ -87,36 +90,38 @@ func newEventGet(c *cli) *cobra.Command {
 					if r.GetEvent().GetPayloadPurged() {
 						return fmt.Errorf("the payload of %s is no longer kept", name)
 					}
-					_, err := c.stdout.Write(payloadBytes(r.GetEvent()))
-					return err
+					return c.exact(payloadBytes(r.GetEvent()))
 				}
 				return show(c, r.GetEvent(), eventColumns())
 			})
 		},
 	}
 	cmd.Flags().BoolVar(&payload, "payload", false, "show the payload too")
-	cmd.Flags().BoolVar(&raw, "raw", false, "print the payload only, byte for byte")
+	cmd.Flags().BoolVar(&raw, "raw", false, "print the payload only, byte for byte; on a terminal, what it can show")
 	return cmd
 }
 
 func newEventList(c *cli) *cobra.Command {
-	var filter string
-	var limit int
+	var f listFlags
 	cmd := &cobra.Command{
 		Use: "list", Short: "List events, newest first", Aliases: []string{"ls"}, Args: cobra.NoArgs,
-		Example: `  grapnel event list -n acme --filter 'type = "order.*"'`,
+		Example: `  grapnel event list -n acme --type 'order.*' --since 1h
+  grapnel event list -n acme --filter 'subject = "42"'`,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			ns, err := c.namespaceID()
 			if err != nil {
 				return err
 			}
+			all, err := f.terms("type", "accept_time", time.Now())
+			if err != nil {
+				return err
+			}
 			return c.with(cmd, func(ctx context.Context, cl *client.Client) error {
-				return list(c, cl.Events(ctx, ns, client.Filter(filter), pageFor(limit)), limit, eventColumns())
+				return list(c, cl.Events(ctx, ns, client.Filter(all.String()), pageFor(f.limit)), f.limit, eventColumns())
 			})
 		},
 	}
-	cmd.Flags().StringVar(&filter, "filter", "", "`expression` over type, subject, source, accept_time, attributes.KEY")
-	cmd.Flags().IntVar(&limit, "limit", 100, "show at most this many; 0 shows all")
+	f.register(cmd, "id, uid, type, subject, source, time, accept_time, matched_subscriptions, attributes.KEY")
 	return cmd
 }
 

@@ -4,7 +4,7 @@
 // Exit codes: 0 success; 1 the command did not do all it was asked for, such as some events of many
 // refused; 2 wrong usage: flags, arguments, environment or configuration file; 64 plus the gRPC code when
 // the server answered with an error (67 invalid argument, 69 not found, 70 exists, 74 conflicting change,
-// 78 unavailable), as grpcurl does. grapnel server ends with 0 after an orderly stop, with 1 when it cannot start or go
+// 78 unavailable), as grpcurl does; 128 plus the signal after an interrupt, 130 after Ctrl-C. grapnel server ends with 0 after an orderly stop, with 1 when it cannot start or go
 // on, and with 70 when a store can no longer write.
 package main
 
@@ -25,7 +25,21 @@ func run(args []string, c *cli) int {
 	defer stop()
 	root := newRoot(c)
 	root.SetArgs(args)
-	return c.report(root.ExecuteContext(ctx))
+	defer c.flush()
+	cmd, err := root.ExecuteContextC(ctx)
+	if cmd.Name() == "server" || cmd.Name() == "demo" {
+		c.interrupted.Store(nil) // an interrupt is how they are meant to end
+	}
+	return c.report(err)
+}
+
+// flush writes what the printers hold back.
+func (c *cli) flush() {
+	for _, stream := range []any{c.stdout, c.stderr} {
+		if p, ok := stream.(*printer); ok {
+			p.flush()
+		}
+	}
 }
 
 // catchSignals returns a context that the first interrupt ends. The second closes c.abandon, and after
@@ -39,9 +53,11 @@ func (c *cli) catchSignals() (context.Context, func()) {
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		if _, ok := <-signals; !ok {
+		first, ok := <-signals
+		if !ok {
 			return
 		}
+		c.interrupted.Store(&first)
 		cancel()
 		if _, ok := <-signals; !ok {
 			return

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -27,7 +28,11 @@ const patience = 30 * time.Second
 // The test binary is also the grapnel binary of the scripts, and so of the plugin process that their
 // servers start.
 func TestMain(m *testing.M) {
-	testscript.Main(m, map[string]func(){"grapnel": main})
+	testscript.Main(m, map[string]func(){
+		"grapnel":   main,
+		"acme-sign": acmePlugin("acme/sign", "acme-v2"), "acme-again": acmePlugin("acme/again", "acme-v2"),
+		"acme-stripe": acmePlugin("acme/pps", "own", "stripe"), "acme-grapnel": acmePlugin("grapnel/more", "more"),
+	})
 }
 
 func TestScripts(t *testing.T) { testscript.Run(t, scripts("testdata")) }
@@ -37,6 +42,7 @@ func scripts(dir string) testscript.Params {
 	return testscript.Params{
 		Dir:                 dir,
 		RequireExplicitExec: true,
+		UpdateScripts:       os.Getenv("UPDATE_SCRIPTS") != "",
 		Deadline:            time.Now().Add(3 * time.Minute), // a command that hangs should not take ten
 		Setup: func(env *testscript.Env) error {
 			env.Values[stateKey{}] = &scriptState{}
@@ -49,6 +55,9 @@ func scripts(dir string) testscript.Params {
 			"stop":     stop,
 			"receiver": receive,
 			"take":     take,
+			"silent":   silent,
+			"drain":    drain,
+			"freeport": freePort,
 			"await":    await,
 			"lines":    lines,
 			"emptydir": emptyDir,
@@ -108,7 +117,11 @@ func serve(ts *testscript.TestScript, neg bool, args []string) {
 		if match == nil {
 			ts.Fatalf("ready line = %q", line)
 		}
-		ts.Setenv("GRAPNEL_ADDR", match[1])
+		addr := match[1]
+		if os.Getenv(insideNamespace) != "" { // by its name, which is ::1 first, where nobody listens
+			addr = strings.Replace(addr, "127.0.0.1", "localhost", 1)
+		}
+		ts.Setenv("GRAPNEL_ADDR", addr)
 		ts.Setenv("ADMIN_ADDR", match[2])
 	case err := <-p.ended:
 		p.ended <- err
@@ -149,10 +162,19 @@ func stop(ts *testscript.TestScript, _ bool, _ []string) {
 	}
 }
 
-// receiver starts an HTTP server whose paths are the status codes it answers with; RECEIVER is its URL.
+// drain asks the server to stop, and does not wait until it has.
+func drain(ts *testscript.TestScript, _ bool, _ []string) {
+	ts.Check(state(ts).server.cmd.Process.Signal(syscall.SIGTERM))
+}
+
+// receiver starts an HTTP server whose paths are the status codes it answers with; /hang never answers. RECEIVER is its URL.
 func receive(ts *testscript.TestScript, _ bool, _ []string) {
 	s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		_, _ = io.Copy(io.Discard, r.Body)
+		if r.URL.Path == "/hang" {
+			<-r.Context().Done()
+			return
+		}
 		var status int
 		if _, err := fmt.Sscanf(r.URL.Path, "/%d", &status); err != nil {
 			status = http.StatusNotFound
@@ -161,6 +183,22 @@ func receive(ts *testscript.TestScript, _ bool, _ []string) {
 	}))
 	ts.Defer(s.Close)
 	ts.Setenv("RECEIVER", s.URL)
+}
+
+// silent listens where nobody ever answers; SILENT is its address.
+func silent(ts *testscript.TestScript, _ bool, _ []string) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	ts.Check(err)
+	ts.Defer(func() { _ = l.Close() })
+	ts.Setenv("SILENT", l.Addr().String())
+}
+
+// freePort VAR sets VAR to an address where nobody listens.
+func freePort(ts *testscript.TestScript, _ bool, args []string) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	ts.Check(err)
+	ts.Check(l.Close())
+	ts.Setenv(args[0], l.Addr().String())
 }
 
 // take VAR FIELD sets VAR to a field of the first JSON object that the last command printed; after a slash

@@ -2,13 +2,15 @@ package main
 
 import (
 	"context"
+	"fmt"
 	"iter"
+	"net/url"
 	"strings"
-	"time"
 
 	"github.com/spf13/cobra"
 
 	"github.com/grapnel/grapnel/sdk/client"
+	"github.com/grapnel/grapnel/server/delivery"
 )
 
 // collection is the plural segment of a resource name.
@@ -23,42 +25,99 @@ const (
 	plugins       collection = "plugins"
 )
 
+// noun is what one of a collection is called.
+func (of collection) noun() string {
+	if of == deliveries {
+		return "delivery"
+	}
+	return strings.TrimSuffix(string(of), "s")
+}
+
 // name turns what a person typed, an ID or a full name, into a full name.
 func (c *cli) name(of collection, arg string) (string, error) {
 	if of == namespaces || of == plugins {
 		id := strings.TrimPrefix(arg, string(of)+"/")
-		if id == "" || strings.Contains(id, "/") {
-			return "", usagef("%q is not the name of one of the %s", arg, of)
+		return string(of) + "/" + id, checkID("", of, id)
+	}
+	if !strings.HasPrefix(arg, "namespaces/") {
+		ns, err := c.namespaceID()
+		if err != nil {
+			return "", err
 		}
-		return string(of) + "/" + id, nil
-	}
-	if strings.Contains(arg, "/") {
-		parts := strings.Split(arg, "/")
-		if len(parts) != 4 || parts[0] != "namespaces" || parts[2] != string(of) || parts[1] == "" || parts[3] == "" {
-			return "", usagef("%q does not look like namespaces/NAMESPACE/%s/ID", arg, of)
+		id := arg
+		if of == events {
+			id = escapeID(arg)
 		}
-		return arg, nil
+		return "namespaces/" + ns + "/" + string(of) + "/" + id, checkID("", of, arg)
 	}
-	if arg == "" {
-		return "", usagef("an empty ID is not the name of one of the %s", of)
+	parts := strings.SplitN(arg, "/", 4)
+	if len(parts) != 4 || parts[2] != string(of) || parts[1] == "" || parts[3] == "" {
+		return "", usagef("%q does not look like namespaces/NAMESPACE/%s/ID", arg, of)
 	}
-	ns, err := c.namespaceID()
-	if err != nil {
+	if given := strings.TrimPrefix(c.namespace, "namespaces/"); c.namespaceSaid && given != parts[1] {
+		return "", usagef("%s is in namespace %s, and --namespace says %s: give one of the two", arg, parts[1], given)
+	}
+	if err := checkID("", namespaces, parts[1]); err != nil {
 		return "", err
 	}
-	return "namespaces/" + ns + "/" + string(of) + "/" + arg, nil
+	return arg, checkID("", of, parts[3])
 }
 
-// namespaceID is the namespace that the flags or the environment give.
+// escapeID writes an event's ID as it stands in a name: %XX for what is no letter, digit or one of . _ ~ -.
+func escapeID(id string) string {
+	var b strings.Builder
+	for i := range len(id) {
+		c := id[i]
+		if c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c >= '0' && c <= '9' || strings.IndexByte("._~-", c) >= 0 {
+			b.WriteByte(c)
+		} else {
+			fmt.Fprintf(&b, "%%%02X", c)
+		}
+	}
+	return b.String()
+}
+
+// eventID is the ID in the name of an event.
+func eventID(name string) string {
+	escaped := lastSegment(name)
+	if id, err := url.PathUnescape(escaped); err == nil {
+		return id
+	}
+	return escaped
+}
+
+// checkID says early, and about the ID, what the server would say about the whole name. flag is where it was given, if not
+// as an argument.
+func checkID(flag string, of collection, id string) error {
+	where := of.noun() + " ID"
+	if flag != "" {
+		where = flag
+	}
+	switch {
+	case id == "":
+		return usagef("%s: an empty text is none", where)
+	case of == events:
+		return nil // the server knows best what publishers may choose
+	case of == deliveries:
+		if _, err := delivery.ParseID(id); err != nil {
+			return usagef("%s %q is not one: want %d letters and digits, as grapnel delivery list shows them", where, id, len(delivery.ID{}.String()))
+		}
+		return nil
+	}
+	rest := strings.Trim(id, "abcdefghijklmnopqrstuvwxyz0123456789-")
+	if rest != "" || len(id) > 63 || id[0] < 'a' || id[0] > 'z' {
+		return usagef("%s %q is not one: want 1 to 63 lower-case letters, digits and hyphens, a letter first", where, id)
+	}
+	return nil
+}
+
+// namespaceID is the namespace that the flags, the environment or a context give.
 func (c *cli) namespaceID() (string, error) {
 	id := strings.TrimPrefix(c.namespace, "namespaces/")
 	if id == "" {
-		return "", usagef("no namespace given: use --namespace (-n), GRAPNEL_NAMESPACE, or a full name such as namespaces/acme/subscriptions/orders")
+		return "", usagef("no namespace given: use --namespace (-n), GRAPNEL_NAMESPACE, a context, or a full name such as namespaces/acme/subscriptions/orders")
 	}
-	if strings.Contains(id, "/") {
-		return "", usagef("--namespace %s: must be an ID such as acme", c.namespace)
-	}
-	return id, nil
+	return id, checkID("--namespace", namespaces, id)
 }
 
 func (c *cli) parent() (string, error) {
@@ -76,16 +135,12 @@ func (c *cli) created(of collection, arg string) (parent, id string, err error) 
 	return strings.TrimSuffix(name, "/"+string(of)+"/"+id), id, nil
 }
 
-// completion limits, so that the Tab key never hangs or floods.
-const (
-	completionTimeout = time.Second
-	completionLimit   = 200
-)
-
 // complete offers IDs from the server; without one within reach, nothing.
 func complete[T interface{ GetName() string }](c *cli, items func(context.Context, *client.Client) iter.Seq2[T, error]) cobra.CompletionFunc {
 	return func(cmd *cobra.Command, _ []string, _ string) ([]string, cobra.ShellCompDirective) {
-		_ = c.applyEnvironment(cmd)
+		if c.settle(cmd) != nil {
+			return nil, cobra.ShellCompDirectiveNoFileComp
+		}
 		ctx, cancel := context.WithTimeout(context.Background(), completionTimeout)
 		defer cancel()
 		connection, err := c.dial(ctx)
@@ -93,14 +148,7 @@ func complete[T interface{ GetName() string }](c *cli, items func(context.Contex
 			return nil, cobra.ShellCompDirectiveNoFileComp
 		}
 		defer func() { _ = connection.Close() }()
-		var ids []string
-		for item, err := range items(ctx, connection) {
-			if err != nil || len(ids) == completionLimit {
-				break
-			}
-			ids = append(ids, lastSegment(item.GetName()))
-		}
-		return ids, cobra.ShellCompDirectiveNoFileComp
+		return someIDs(items(ctx, connection)), cobra.ShellCompDirectiveNoFileComp
 	}
 }
 

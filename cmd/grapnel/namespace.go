@@ -2,11 +2,14 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"iter"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/fieldmaskpb"
 
@@ -60,11 +63,11 @@ type namespaceFlags struct {
 func (f *namespaceFlags) register(cmd *cobra.Command) {
 	flags := cmd.Flags()
 	flags.StringArrayVarP(&f.labels, "label", "l", nil, "label as `name=value`; repeat for more")
-	flags.Int32Var(&f.subscriptions, "max-subscriptions", 0, "most subscriptions; 0 is no limit")
-	flags.Int32Var(&f.rate, "max-publish-rate", 0, "most events accepted per second; 0 is no limit")
-	flags.Int32Var(&f.bytes, "max-event-bytes", 0, "most bytes of one payload; 0 is the default, 262144")
-	flags.Int32Var(&f.openDeliveries, "max-open-deliveries", 0, "most open deliveries; 0 is no limit")
-	flags.DurationVar(&f.retention, "retention", 0, "how long final deliveries are kept; 0 is the default, 72h")
+	countVar(flags, &f.subscriptions, "max-subscriptions", 0, 0, 0, "most subscriptions; 0 is no limit")
+	countVar(flags, &f.rate, "max-publish-rate", 0, 0, 0, "most events accepted per second; 0 is no limit")
+	countVar(flags, &f.bytes, "max-event-bytes", 0, 0, 0, "most bytes of one payload; 0 is the default, 262144")
+	countVar(flags, &f.openDeliveries, "max-open-deliveries", 0, 0, 0, "most open deliveries; 0 is no limit")
+	spanVar(flags, &f.retention, "retention", 0, 0, 0, "how long final deliveries are kept; 0 is the default, 72h")
 }
 
 // apply puts the flags that were given into n and returns the paths of what it set.
@@ -199,12 +202,35 @@ func newNamespaceUpdate(c *cli) *cobra.Command {
 	return cmd
 }
 
+// notEmpty is the server's refusal, told by what matters.
+func notEmpty(name string, n int32) error {
+	return &client.Error{
+		Code: codes.FailedPrecondition, Reason: "RESOURCE_IN_USE", Message: fmt.Sprintf("%s has %s", name, several(n, "subscription", "subscriptions")),
+	}
+}
+
+// namespaceLoss is what a deletion would take away; nothing when nothing is there.
+func namespaceLoss(u *grapnelv1.Usage) string {
+	var parts []string
+	if n := u.GetSubscriptions(); n > 0 {
+		parts = append(parts, several(n, "subscription", "subscriptions"))
+	}
+	if n := u.GetOpenDeliveries(); n > 0 {
+		parts = append(parts, several(n, "open delivery", "open deliveries"))
+	}
+	return strings.Join(parts, " and ")
+}
+
 func newNamespaceDelete(c *cli) *cobra.Command {
 	r := &grapnelv1.DeleteNamespaceRequest{}
+	var yes bool
 	cmd := &cobra.Command{
 		Use: "delete ID", Short: "Mark a namespace deleted; it is erased after seven days",
+		Long: `Marks a namespace deleted; it is erased after seven days. Its open deliveries are cancelled: where there are any, it
+asks, or wants --yes when there is no terminal to ask at.`,
 		Args: oneID, ValidArgsFunction: firstArg(completeNamespaces(c)),
 	}
+	yesFlag(cmd, &yes)
 	cmd.Flags().BoolVar(&r.Force, "force", false, "delete although it has subscriptions")
 	cmd.Flags().StringVar(&r.Etag, "etag", "", "fail unless this is the current etag")
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
@@ -213,11 +239,24 @@ func newNamespaceDelete(c *cli) *cobra.Command {
 			return err
 		}
 		return c.with(cmd, func(ctx context.Context, cl *client.Client) error {
+			now, err := cl.NamespaceService().GetNamespace(ctx, &grapnelv1.GetNamespaceRequest{Name: r.GetName()})
+			if err == nil {
+				usage := now.GetNamespace().GetUsage()
+				if n := usage.GetSubscriptions(); n > 0 && !r.GetForce() {
+					return suggestion{notEmpty(r.GetName(), n), "--force deletes it all the same"}
+				}
+				err = c.confirm(cmd.Context(), yes, r.GetName(), namespaceLoss(usage))
+			} else if errors.Is(err, client.ErrPermissionDenied) { // may delete, and not look
+				err = c.confirm(cmd.Context(), yes, r.GetName(), "what may be open in it")
+			}
+			if err != nil {
+				return err
+			}
 			answer, err := cl.NamespaceService().DeleteNamespace(ctx, r)
 			if err != nil {
 				return err
 			}
-			if c.output == "json" {
+			if c.forPrograms() {
 				return show(c, answer.GetNamespace(), namespaceColumns())
 			}
 			_, err = fmt.Fprintf(c.stdout, "%s deleted; it will be erased %s\n", r.Name, age(answer.GetNamespace().GetPurgeTime()))

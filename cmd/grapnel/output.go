@@ -24,19 +24,14 @@ type column[T any] struct {
 	detail bool
 }
 
-// show prints one resource: its properties one a line, or as JSON over several lines.
+// show prints one resource: its properties one a line, or what --output asks for.
 func show[T proto.Message](c *cli, m T, columns []column[T]) error {
-	if c.output == "json" {
-		text, err := marshal(m)
+	if c.forPrograms() {
+		text, err := c.encode(m, true)
 		if err != nil {
 			return err
 		}
-		var b bytes.Buffer
-		if err := json.Indent(&b, text, "", "  "); err != nil {
-			return err
-		}
-		b.WriteByte('\n')
-		_, err = c.stdout.Write(b.Bytes())
+		_, err = c.stdout.Write(text)
 		return err
 	}
 	w := tabwriter.NewWriter(c.stdout, 0, 0, 2, ' ', 0)
@@ -48,7 +43,7 @@ func show[T proto.Message](c *cli, m T, columns []column[T]) error {
 	return w.Flush()
 }
 
-// list prints many: a table, or JSON with one object a line. It stops at limit (0: never) and says so.
+// list prints many: a table, or what --output asks for, an object a line; in YAML, a document each. It stops at limit (0: never) and says so.
 func list[T proto.Message](c *cli, items iter.Seq2[T, error], limit int, columns []column[T]) error {
 	w := newTable(c, columns)
 	n := 0
@@ -66,7 +61,7 @@ func list[T proto.Message](c *cli, items iter.Seq2[T, error], limit int, columns
 		}
 		n++
 	}
-	if n == 0 && c.output != "json" {
+	if n == 0 && !c.forPrograms() {
 		fmt.Fprintln(c.stderr, "none found")
 		return nil
 	}
@@ -86,19 +81,22 @@ func newTable[T proto.Message](c *cli, columns []column[T]) *table[T] {
 }
 
 func (t *table[T]) row(item T) error {
-	if t.c.output == "json" {
-		text, err := marshal(item)
+	t.rows++
+	if t.c.forPrograms() {
+		text, err := t.c.encode(item, false)
 		if err != nil {
 			return err
 		}
-		_, err = t.c.stdout.Write(append(text, '\n'))
+		if t.c.output == formatYAML && t.rows > 1 {
+			text = append([]byte("---\n"), text...)
+		}
+		_, err = t.c.stdout.Write(text)
 		return err
 	}
-	if t.rows == 0 {
+	if t.rows == 1 {
 		t.line(func(col column[T]) string { return col.head })
 	}
 	t.line(func(col column[T]) string { return cmp.Or(clean(col.value(item)), "-") })
-	t.rows++
 	if t.rows%500 == 0 {
 		return t.w.Flush()
 	}
@@ -108,7 +106,7 @@ func (t *table[T]) row(item T) error {
 func (t *table[T]) line(cell func(column[T]) string) {
 	var cells []string
 	for _, col := range t.columns {
-		if !col.detail {
+		if !col.detail || t.c.output == formatWide {
 			cells = append(cells, cell(col))
 		}
 	}
@@ -135,16 +133,6 @@ func marshal(m proto.Message) ([]byte, error) {
 func sentence(head string) string {
 	lower := strings.ToLower(head)
 	return strings.ToUpper(lower[:1]) + lower[1:]
-}
-
-// clean keeps what a receiver or a tenant wrote from steering the terminal or breaking the table.
-func clean(s string) string {
-	return strings.Map(func(r rune) rune {
-		if r < ' ' || r == 0x7f || r >= 0x80 && r < 0xa0 {
-			return ' '
-		}
-		return r
-	}, s)
 }
 
 // lastSegment is the ID in a resource name.
@@ -223,9 +211,15 @@ func number[N int | int32 | int64](n N) string {
 
 // said prints a sentence about what was done, unless the output is for programs.
 func (c *cli) said(format string, args ...any) {
-	if c.output != "json" {
-		fmt.Fprintf(c.stdout, format+"\n", args...)
+	if c.forPrograms() {
+		return
 	}
+	for i, arg := range args {
+		if text, ok := arg.(string); ok {
+			args[i] = clean(text)
+		}
+	}
+	fmt.Fprintf(c.stdout, format+"\n", args...)
 }
 
 // warn prints the server's warnings on stderr.

@@ -22,7 +22,8 @@ import (
 
 func newPluginCommand(c *cli) *cobra.Command {
 	cmd := group("plugin", "Signers and transports", newPluginList(c), newPluginGet(c), newPluginValidate(c),
-		newPluginNew(c), newPluginTest(c), newPluginBench(c), newPluginReceiver(c), newPluginInstall(c), newPluginEnable(c, true), newPluginEnable(c, false), newPluginRemove(c), newPluginVerify(c),
+		plain(newPluginNew(c)), plain(newPluginTest(c)), plain(newPluginBench(c)), newPluginReceiver(c), plain(newPluginInstall(c)),
+		plain(newPluginEnable(c, true)), plain(newPluginEnable(c, false)), plain(newPluginRemove(c)), plain(newPluginVerify(c)),
 		newPluginServe(c))
 	cmd.Aliases = []string{"plugins"}
 	return c.connectFlags(cmd, false)
@@ -142,7 +143,10 @@ func newPluginList(c *cli) *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "list", Short: "List plugins and their health, or what is installed in a directory", Aliases: []string{"ls"}, Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			if cmd.Flags().Changed("plugin-dir") {
+			if dir != "" {
+				if c.output != formatTable && c.output != formatJSON {
+					return usagef("--output %s: with --plugin-dir it must be table or json", c.output)
+				}
 				return listInstalled(c, dir)
 			}
 			return c.with(cmd, func(ctx context.Context, cl *client.Client) error {
@@ -183,7 +187,7 @@ func newPluginGet(c *cli) *cobra.Command {
 		},
 	}
 	cmd.Flags().BoolVar(&schema, "schema", false, "print the JSON Schema of its settings only")
-	cmd.Flags().DurationVar(&wait, "wait", 0, "wait up to this long until it is there and serves")
+	spanVar(cmd.Flags(), &wait, "wait", 0, 0, 0, "wait up to this long until it is there and serves")
 	return cmd
 }
 
@@ -226,7 +230,7 @@ func newPluginValidate(c *cli) *cobra.Command {
 				if err != nil {
 					return err
 				}
-				if c.output == "json" {
+				if c.forPrograms() {
 					return show(c, r, nil)
 				}
 				c.said("valid")

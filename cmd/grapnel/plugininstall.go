@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -11,12 +12,14 @@ import (
 	"strconv"
 	"strings"
 	"text/tabwriter"
+	"time"
 
 	"github.com/spf13/cobra"
 
 	pluginv1 "github.com/grapnel/grapnel/proto/grapnel/plugin/v1"
 	"github.com/grapnel/grapnel/sdk/conformance"
 	"github.com/grapnel/grapnel/server/plugindir"
+	"github.com/grapnel/grapnel/server/pluginhost"
 )
 
 // pluginDirFlag is the directory that the commands about installed plugins work on; the server has a flag of
@@ -26,11 +29,28 @@ func pluginDirFlag(cmd *cobra.Command, dir *string) {
 	must(cmd.MarkFlagDirname("plugin-dir"))
 }
 
-func openPluginDir(dir string) (plugindir.Dir, error) {
+// pluginDir opens the directory that a command is to change.
+func pluginDir(dir string) (plugindir.Dir, error) {
 	if dir == "" {
 		return plugindir.Dir{}, usagef("--plugin-dir is missing: the directory of plugins, as given to the server")
 	}
 	return plugindir.Open(dir), nil
+}
+
+// openPluginDir opens the directory that something is installed in. Only an install makes one.
+func openPluginDir(dir string) (plugindir.Dir, error) {
+	d, err := pluginDir(dir)
+	if err != nil {
+		return d, err
+	}
+	info, err := os.Stat(dir)
+	switch {
+	case err != nil:
+		return d, fmt.Errorf("--plugin-dir: %w", err)
+	case !info.IsDir():
+		return d, fmt.Errorf("--plugin-dir %s is not a directory", dir)
+	}
+	return d, nil
 }
 
 // installing is one `grapnel plugin install`.
@@ -52,7 +72,8 @@ func newPluginInstall(c *cli) *cobra.Command {
 		Short: "Test a plugin and install it; a running server takes it over",
 		Long: `Copies a plugin into the plugin directory, runs the conformance suite on the copy, and writes it into
 plugins.lock with its SHA-256 and what it says about itself. PATH is an executable file, or a directory with
-an executable file named plugin. A server that runs with the same --plugin-dir starts the new version beside
+an executable file named plugin. Its name, kinds and schemes must be nobody's yet, and it is started once as the
+server will start it, with --memory, --open-files, --processes and --user. A server that runs with the same --plugin-dir starts the new version beside
 the old one and moves over without losing or repeating a delivery.`,
 		Args: exactly("PATH of a plugin"),
 		RunE: func(cmd *cobra.Command, args []string) error { return in.run(cmd.Context(), args[0]) },
@@ -71,7 +92,7 @@ the old one and moves over without losing or repeating a delivery.`,
 }
 
 func (in *installing) run(ctx context.Context, path string) (err error) {
-	dir, err := openPluginDir(in.dir)
+	dir, err := pluginDir(in.dir)
 	if err != nil {
 		return err
 	}
@@ -86,15 +107,29 @@ func (in *installing) run(ctx context.Context, path string) (err error) {
 	}
 	defer staged.Discard()
 	in.entry.Args, in.entry.Enabled = in.args, !in.disabled
-	manifest, err := in.test(ctx, append([]string{staged.Path()}, in.args...))
+	command := append([]string{staged.Path()}, in.args...)
+	manifest, err := conformance.Describe(ctx, command)
 	if err != nil {
+		return err
+	}
+	shipped, err := describeShipped(ctx)
+	if err != nil {
+		return err
+	}
+	if err := dir.Admit(manifest, shipped); err != nil {
+		return fmt.Errorf("%w; nothing was installed", err)
+	}
+	if err := startOnce(ctx, staged.Spec(in.entry)); err != nil {
+		return fmt.Errorf("the server could not start it%s: %w; nothing was installed", conditions(in.entry), err)
+	}
+	if manifest, err = in.test(ctx, command, manifest); err != nil {
 		return err
 	}
 	before, _, err := dir.Read()
 	if err != nil {
 		return err
 	}
-	entry, err := staged.Commit(manifest, in.entry)
+	entry, err := staged.Commit(manifest, shipped, in.entry)
 	if err != nil {
 		return err
 	}
@@ -103,12 +138,8 @@ func (in *installing) run(ctx context.Context, path string) (err error) {
 }
 
 // test runs the suite, shows what failed, and returns what the plugin says about itself.
-func (in *installing) test(ctx context.Context, command []string) (*pluginv1.DescribeResponse, error) {
+func (in *installing) test(ctx context.Context, command []string, manifest *pluginv1.DescribeResponse) (*pluginv1.DescribeResponse, error) {
 	if in.skipTests {
-		manifest, err := conformance.Describe(ctx, command)
-		if err != nil {
-			return nil, err
-		}
 		in.entry.Tests = "skipped by --skip-tests"
 		fmt.Fprintf(in.c.stderr, "warning: the conformance suite was skipped: nothing shows that %s %s keeps its promises about "+
 			"signatures, secrets, egress, timeouts and stopping\n", manifest.GetName(), manifest.GetVersion())
@@ -121,9 +152,9 @@ func (in *installing) test(ctx context.Context, command []string) (*pluginv1.Des
 			return nil, err
 		}
 	}
-	report, err := conformance.Run(ctx, o, func(r conformance.Result) {
+	report, err := in.c.runSuite(ctx, o, func(r conformance.Result) {
 		if r.Outcome == conformance.Failed {
-			fmt.Fprintf(in.c.stderr, "FAIL %s %s: %s\n", r.ID, r.Title, r.Detail)
+			fmt.Fprintf(in.c.stderr, "FAIL %s %s: %s\n", r.ID, r.Title, clean(r.Detail))
 		}
 	})
 	if err != nil {
@@ -133,8 +164,93 @@ func (in *installing) test(ctx context.Context, command []string) (*pluginv1.Des
 		return nil, fmt.Errorf("%d of %d cases of the conformance suite failed; nothing was installed (--skip-tests installs it all the same)",
 			report.Count(conformance.Failed), len(report.Results))
 	}
+	for _, note := range report.Notes {
+		fmt.Fprintf(in.c.stderr, "note: %s\n", clean(note))
+	}
 	in.entry.Tests = fmt.Sprintf("%d passed, %d skipped", report.Count(conformance.Passed), report.Count(conformance.Skipped))
 	return report.Plugin, nil
+}
+
+// describeShipped asks this binary's own plugins what they are.
+func describeShipped(ctx context.Context) (*pluginv1.DescribeResponse, error) {
+	self, err := os.Executable()
+	if err != nil {
+		return nil, err
+	}
+	shipped, err := conformance.Describe(ctx, []string{self, "plugin", "serve"})
+	if err != nil {
+		return nil, fmt.Errorf("ask what ships with grapnel: %w", err)
+	}
+	return shipped, nil
+}
+
+// startPatience bounds the one start of a plugin that is installed.
+const startPatience = 15 * time.Second
+
+// startOnce starts a plugin as the server does, with its limits and as its user, until it serves. A start that fails
+// is the answer, where the server would try again.
+func startOnce(ctx context.Context, spec pluginhost.Spec) error {
+	ctx, cancel := context.WithTimeout(ctx, startPatience)
+	defer cancel()
+	spec.Builtin = true // the one to wait for
+	host, err := pluginhost.New(pluginhost.Options{Plugins: []pluginhost.Spec{spec}, Secrets: func(string) ([]pluginhost.SecretVersion, bool) { return nil, false }})
+	if err != nil {
+		return err
+	}
+	running, stop := context.WithCancel(ctx)
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		_ = host.Run(running) // returns nil
+	}()
+	defer func() {
+		stop()
+		<-ended
+	}()
+	serves := make(chan error, 1)
+	go func() { serves <- host.Ready(running) }()
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		select {
+		case err := <-serves:
+			return err
+		case <-tick.C:
+		}
+		for _, p := range host.Plugins() {
+			for _, i := range p.GetInstances() {
+				if i.GetLastError() != "" {
+					return errors.New(i.GetLastError())
+				}
+			}
+		}
+	}
+}
+
+// conditions are how an installed plugin is started, in the words of the flags; "" for none in particular.
+func conditions(e plugindir.Entry) string {
+	var words []string
+	for _, limit := range []struct {
+		flag string
+		n    uint64
+	}{{"--memory", e.Limits.MemoryBytes}, {"--open-files", e.Limits.OpenFiles}, {"--processes", e.Limits.Processes}} {
+		if limit.n == 0 {
+			continue
+		}
+		text := strconv.FormatUint(limit.n, 10)
+		if limit.flag == "--memory" {
+			size := bytesValue(limit.n)
+			text = size.String()
+		}
+		words = append(words, limit.flag+" "+text)
+	}
+	if e.User != "" {
+		words = append(words, "--user "+e.User)
+	}
+	if len(words) == 0 {
+		return ""
+	}
+	return " with " + strings.Join(words, " ")
 }
 
 func readFixture(path string) (*conformance.Fixture, error) {
@@ -247,9 +363,20 @@ func newPluginVerify(c *cli) *cobra.Command {
 
 // listInstalled prints the lock file; no server is asked.
 func listInstalled(c *cli, dir string) error {
-	lock, _, err := plugindir.Open(dir).Read()
+	d, err := openPluginDir(dir)
 	if err != nil {
 		return err
+	}
+	lock, _, err := d.Read()
+	if err != nil {
+		return err
+	}
+	strays, err := d.Strays()
+	if err != nil {
+		return err
+	}
+	if len(strays) > 0 {
+		fmt.Fprintf(c.stderr, "not in plugins.lock, and so not run: %s\n", strings.Join(strays, ", "))
 	}
 	if c.output == "json" {
 		for _, e := range lock.Plugins {
@@ -262,7 +389,7 @@ func listInstalled(c *cli, dir string) error {
 		return nil
 	}
 	w := tabwriter.NewWriter(c.stdout, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(w, "NAME\tVERSION\tENABLED\tKINDS\tSUITE\tSHA-256")
+	fmt.Fprintln(w, "NAME\tVERSION\tENABLED\tKINDS\tSUITE\tSHA-256\tSTARTED WITH")
 	for _, e := range lock.Plugins {
 		manifest, err := e.DescribeResponse()
 		if err != nil {
@@ -272,7 +399,12 @@ func listInstalled(c *cli, dir string) error {
 		for _, k := range manifest.GetKinds() {
 			kinds = append(kinds, k.GetId())
 		}
-		fmt.Fprintf(w, "%s\t%s\t%t\t%s\t%s\t%s\n", e.Name, e.PluginVersion, e.Enabled, strings.Join(kinds, ","), e.Tests, e.SHA256)
+		how := strings.TrimPrefix(conditions(e), " with ")
+		for _, arg := range e.Args {
+			how += fmt.Sprintf(" --arg %q", arg)
+		}
+		fmt.Fprintf(w, "%s\t%s\t%t\t%s\t%s\t%s\t%s\n", e.Name, e.PluginVersion, e.Enabled, strings.Join(kinds, ","), e.Tests, e.SHA256,
+			cmp.Or(strings.TrimSpace(how), "-"))
 	}
 	return w.Flush()
 }

@@ -12,6 +12,7 @@ import (
 	"path"
 	"path/filepath"
 	"regexp"
+	"runtime/debug"
 	"strings"
 	"text/template"
 
@@ -29,8 +30,10 @@ type project struct {
 	Name string
 	// Kind is signer or transport.
 	Kind string
-	// SDK is the directory of a checkout to build against; empty takes the released module.
+	// SDK is the directory of a checkout to build against; empty takes the released module of Version.
 	SDK string
+	// Version is the module's that this binary was built from, v0.0.0 beside SDK.
+	Version string
 
 	language, dir string
 }
@@ -41,8 +44,9 @@ func newPluginNew(c *cli) *cobra.Command {
 		Use:   "new DIR",
 		Short: "Start a plugin of your own",
 		Long: `Writes a small plugin that builds, passes the conformance suite and delivers. DIR is made; its last element
-names the plugin and its kind.`,
-		Example: `  grapnel plugin new --kind signer acme-sign
+names the plugin and its kind. A plugin in Go builds against the SDK of this grapnel's version, or with --sdk against
+a checkout, which a grapnel that was built from one needs.`,
+		Example: `  grapnel plugin new --kind signer --sdk ~/src/grapnel acme-sign
   grapnel plugin new --kind transport --lang python acme-post`,
 		Args: exactly("DIR"),
 		RunE: func(_ *cobra.Command, args []string) error {
@@ -80,6 +84,11 @@ func (p *project) check(dir string) (err error) {
 	case !regexp.MustCompile(`^[a-z][a-z0-9-]{0,40}$`).MatchString(p.Name):
 		return usagef("DIR ends in %q, which names the plugin: want lower-case letters, digits and hyphens, beginning with a letter", p.Name)
 	}
+	if p.Version = "v0.0.0"; p.language == "go" && p.SDK == "" {
+		if p.Version = released(); p.Version == "" {
+			return usagef("this grapnel was built from a checkout, and no released SDK is its own: give --sdk CHECKOUT, the directory with Grapnel's go.mod")
+		}
+	}
 	if p.SDK != "" {
 		if p.SDK, err = filepath.Abs(p.SDK); err != nil {
 			return err
@@ -92,6 +101,16 @@ func (p *project) check(dir string) (err error) {
 		return fmt.Errorf("%s is there and not empty; give a new directory", p.dir)
 	}
 	return nil
+}
+
+// released is the version of the module that this binary was built from, as `go install` fetches it; "" when it was built
+// from a checkout, whose version a module proxy does not have.
+func released() string {
+	info, ok := debug.ReadBuildInfo()
+	if !ok || info.Main.Sum == "" {
+		return ""
+	}
+	return info.Main.Version
 }
 
 // Vector is the signature in the scaffolded test.

@@ -38,11 +38,14 @@ What the suite cannot find out from the plugin itself is told by --fixture, a JS
     "config":  {"region": "local"},
     "secrets": {"key": "AKIA..."},
     "uri":     "sqs://127.0.0.1:9324/queue",
+    "receiver": {"uri": "acme-sock:{dir}/sock?path={path}",
+                 "command": ["socat", "UNIX-LISTEN:{dir}/sock,fork", "TCP:{host}:{port}"]},
     "vectors": [{"name": "first", "message_id": "evt_1", "created": "2026-01-02T03:04:05Z",
                  "body": "{}", "want": {"x-acme-signature": "..."}}]}}}
 
-All of it is optional. Without it the suite uses the example config, secrets that the plugin makes, and
-receivers of its own for http and https.`,
+All of it is optional, and what the plugin does not have is an error. Without it the suite uses the example
+config, secrets that the plugin makes, and receivers of its own for transports whose scheme is http or https,
+or ends in +http or +https. For others, receiver says how to get to them; see docs/plugins.md.`,
 		Example: `  grapnel plugin test ./acme
   grapnel plugin test --only HS-03 -- python3 plugin.py
   grapnel plugin test --only signer --output json -- node plugin.js`,
@@ -86,7 +89,7 @@ func (t *pluginTest) run(ctx context.Context, command []string) error {
 	if t.c.output == "json" {
 		each = nil
 	}
-	report, err := conformance.Run(ctx, t.options, each)
+	report, err := t.c.runSuite(ctx, t.options, each)
 	if err != nil {
 		return err
 	}
@@ -172,6 +175,9 @@ func (t *pluginTest) write(report *conformance.Report) error {
 	}
 	fmt.Fprintf(t.c.stdout, "%s: %d passed, %d failed, %d skipped in %s\n", name, report.Count(conformance.Passed),
 		report.Count(conformance.Failed), report.Count(conformance.Skipped), report.Duration.Round(100*time.Millisecond))
+	for _, note := range report.Notes {
+		fmt.Fprintf(t.c.stdout, "note: %s\n", clean(note))
+	}
 	if n := report.Count(conformance.Skipped); n > 0 && !t.verbose {
 		fmt.Fprintln(t.c.stdout, "--verbose says why cases were skipped")
 	}

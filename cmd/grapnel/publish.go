@@ -4,7 +4,10 @@ import (
 	"cmp"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"iter"
+	"slices"
 	"time"
 	"unicode/utf8"
 
@@ -26,6 +29,7 @@ type publishFlags struct {
 	ttl         time.Duration
 	lines       bool
 	stream      bool
+	wait        time.Duration
 }
 
 func newPublishCommand(c *cli) *cobra.Command {
@@ -51,6 +55,9 @@ with an "id" in every line the whole command can be repeated safely after any fa
 	}
 	f.register(cmd)
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
+		if err := f.check(cmd); err != nil {
+			return err
+		}
 		ns, err := c.namespaceID()
 		if err != nil {
 			return err
@@ -75,11 +82,19 @@ func (f *publishFlags) register(cmd *cobra.Command) {
 	flags.StringArrayVar(&f.attributes, "attribute", nil, "extension attribute as `name=value`; repeat for more")
 	flags.StringVar(&f.at, "time", "", "when it happened, RFC 3339; default now")
 	flags.StringVar(&f.deliverTime, "deliver-time", "", "first attempt not before this `time`, RFC 3339, or a delay such as 2h")
-	flags.DurationVar(&f.ttl, "ttl", 0, "do not attempt it for longer than this")
+	spanVar(flags, &f.ttl, "ttl", 0, 0, 0, "do not attempt it for longer than this")
 	flags.BoolVar(&f.lines, "jsonl", false, "read events from standard input, one JSON object a line")
+	spanVar(flags, &f.wait, "wait", 0, 0, 0, "wait up to this long until its deliveries have ended, and show them; exits with 1 unless all succeeded")
 	flags.BoolVar(&f.stream, "stream", false, "with --jsonl: use one PublishStream instead of batches")
-	cmd.MarkFlagsMutuallyExclusive("jsonl", "data")
-	cmd.MarkFlagsMutuallyExclusive("jsonl", "id")
+}
+
+// check refuses flags that would have no say.
+func (f *publishFlags) check(cmd *cobra.Command) error {
+	if err := excludes(cmd, "jsonl", "each line of standard input is an event of its own", "data", "id", "content-type", "data-schema",
+		"attribute", "time", "deliver-time", "ttl", "wait"); err != nil {
+		return err
+	}
+	return needs(cmd, "stream", "jsonl")
 }
 
 // build makes the one event that the flags describe.
@@ -152,7 +167,10 @@ func (f *publishFlags) publishOne(cmd *cobra.Command, c *cli, ns string) error {
 		if err != nil {
 			return err
 		}
-		if c.output == "json" {
+		if f.wait > 0 {
+			return f.watch(cmd.Context(), c, cl, ns, r)
+		}
+		if c.forPrograms() {
 			return show(c, r, nil)
 		}
 		switch {
@@ -167,4 +185,65 @@ func (f *publishFlags) publishOne(cmd *cobra.Command, c *cli, ns string) error {
 		}
 		return nil
 	})
+}
+
+// watch waits until the deliveries of what was published have ended, and shows them as delivery list does.
+func (f *publishFlags) watch(ctx context.Context, c *cli, cl *client.Client, ns string, r *grapnelv1.PublishResponse) error {
+	ctx, cancel := context.WithTimeout(ctx, f.wait)
+	defer cancel()
+	pause := time.NewTicker(200 * time.Millisecond)
+	defer pause.Stop()
+	var all []*grapnelv1.Delivery
+	for {
+		var err error
+		filter := client.Filter(fmt.Sprintf("event = %q", r.GetName()))
+		if all, err = collect(all[:0], cl.Deliveries(ctx, ns, filter, client.PageSize(1000))); err != nil && ctx.Err() == nil {
+			return err
+		}
+		ended := len(all) >= int(r.GetMatchedSubscriptions()) && !slices.ContainsFunc(all, isOpen)
+		if !ended && ctx.Err() == nil {
+			select {
+			case <-pause.C:
+				continue
+			case <-ctx.Done():
+			}
+		}
+		break
+	}
+	if errors.Is(ctx.Err(), context.Canceled) {
+		return ctx.Err()
+	}
+	t := newTable(c, deliveryColumns())
+	succeeded := 0
+	for _, d := range all {
+		if d.GetState() == grapnelv1.Delivery_STATE_SUCCEEDED {
+			succeeded++
+		}
+		if err := t.row(d); err != nil {
+			return err
+		}
+	}
+	if err := t.flush(); err != nil {
+		return err
+	}
+	if most := max(len(all), int(r.GetMatchedSubscriptions())); succeeded < most {
+		return fmt.Errorf("%d of %s of %s succeeded", succeeded, several(most, "delivery", "deliveries"), r.GetName())
+	}
+	if len(all) == 0 {
+		c.said("%s stored; no subscription matches it", r.GetName())
+	}
+	return nil
+}
+
+func isOpen(d *grapnelv1.Delivery) bool { return d.GetCompleteTime() == nil }
+
+// collect appends all items to a slice. On an error the slice holds what came before it.
+func collect[T any](to []T, items iter.Seq2[T, error]) ([]T, error) {
+	for item, err := range items {
+		if err != nil {
+			return to, err
+		}
+		to = append(to, item)
+	}
+	return to, nil
 }

@@ -15,7 +15,6 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
-	"golang.org/x/term"
 	"google.golang.org/protobuf/encoding/protojson"
 
 	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
@@ -48,7 +47,7 @@ func (f *publishFlags) publishLines(cmd *cobra.Command, c *cli, ns string) error
 	if err := f.checkNamespace(cmd, c, cl, ns); err != nil {
 		return err
 	}
-	p := cl.Publisher(ns, client.PublisherOptions{Stream: f.stream, ResendFor: max(c.timeout, time.Second)})
+	p := cl.Publisher(ns, client.PublisherOptions{Stream: f.stream, ResendFor: c.patient()})
 	count := &progress{begin: time.Now()}
 	sent := make(chan sentLine, 1000) // as many as the publisher holds
 	var settled sync.WaitGroup
@@ -56,7 +55,7 @@ func (f *publishFlags) publishLines(cmd *cobra.Command, c *cli, ns string) error
 	stopProgress := c.showProgress(count)
 
 	readErr := f.readLines(cmd.Context(), c, p, sent, count)
-	closing, cancel := context.WithTimeout(context.WithoutCancel(cmd.Context()), max(c.timeout, time.Second))
+	closing, cancel := context.WithTimeout(context.WithoutCancel(cmd.Context()), c.patient())
 	defer cancel()
 	if cmd.Context().Err() != nil { // interrupted: what is in flight gets a moment, no more
 		closing, cancel = context.WithTimeout(closing, 2*time.Second)
@@ -69,6 +68,9 @@ func (f *publishFlags) publishLines(cmd *cobra.Command, c *cli, ns string) error
 	if err := c.summarize(count); err != nil {
 		return err
 	}
+	if cmd.Context().Err() != nil {
+		return readErr // which says how far it came
+	}
 	if err := errors.Join(readErr, closeErr); err != nil {
 		return err
 	}
@@ -80,13 +82,20 @@ func (f *publishFlags) publishLines(cmd *cobra.Command, c *cli, ns string) error
 
 // checkNamespace fails early, and with one sentence, where else every line would fail.
 func (f *publishFlags) checkNamespace(cmd *cobra.Command, c *cli, cl *client.Client, ns string) error {
-	ctx, cancel := context.WithTimeout(cmd.Context(), c.timeout)
-	defer cancel()
+	ctx := cmd.Context()
 	_, err := cl.NamespaceService().GetNamespace(ctx, &grapnelv1.GetNamespaceRequest{Name: "namespaces/" + ns})
 	if errors.Is(err, client.ErrPermissionDenied) { // may publish all the same
 		return nil
 	}
-	return err
+	return c.suggest(ctx, cl, err)
+}
+
+// patient is how long lines may wait for a server: --timeout, and as good as ever for 0.
+func (c *cli) patient() time.Duration {
+	if c.timeout == 0 {
+		return 365 * 24 * time.Hour
+	}
+	return max(c.timeout, time.Second)
 }
 
 func (f *publishFlags) readLines(ctx context.Context, c *cli, p *client.Publisher, sent chan<- sentLine, count *progress) error {
@@ -103,7 +112,7 @@ func (f *publishFlags) readLines(ctx context.Context, c *cli, p *client.Publishe
 		e, err := f.parseLine(line)
 		if err != nil {
 			count.failed.Add(1)
-			fmt.Fprintf(c.stderr, "line %d: %v\n", number, err)
+			fmt.Fprintf(c.stderr, "line %d: %s\n", number, clean(err.Error()))
 			continue
 		}
 		sent <- sentLine{number, p.PublishProto(ctx, e)}
@@ -149,7 +158,7 @@ func (c *cli) settleLines(sent <-chan sentLine, count *progress) {
 		switch {
 		case err != nil:
 			count.failed.Add(1)
-			fmt.Fprintf(c.stderr, "line %d: event %s: %v\n", line.number, line.result.ID(), err)
+			fmt.Fprintf(c.stderr, "line %d: event %s: %s\n", line.number, clean(line.result.ID()), clean(err.Error()))
 		case line.result.Duplicate():
 			count.duplicates.Add(1)
 		default:
@@ -160,10 +169,10 @@ func (c *cli) settleLines(sent <-chan sentLine, count *progress) {
 
 // showProgress keeps one line up to date when stderr is a terminal. The returned function ends it.
 func (c *cli) showProgress(count *progress) func() {
-	file, ok := c.stderr.(*os.File)
-	if !ok || !term.IsTerminal(int(file.Fd())) {
+	if !isTerminal(c.stderr) {
 		return func() {}
 	}
+	file := os.Stderr // what steers the terminal is our own here
 	stop := make(chan struct{})
 	var done sync.WaitGroup
 	done.Go(func() {
@@ -196,7 +205,7 @@ func (p *progress) text() string {
 }
 
 func (c *cli) summarize(count *progress) error {
-	if c.output != "json" {
+	if c.output != formatJSON {
 		_, err := fmt.Fprintln(c.stdout, count.text())
 		return err
 	}

@@ -1,9 +1,12 @@
 package main
 
 import (
+	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"iter"
+	"os"
 	"strings"
 	"time"
 
@@ -89,7 +92,7 @@ func publicKeysText(s *grapnelv1.Secret) string {
 
 // showSecretMetadata prints one secret; in a table, public keys of several lines stand below it as they are.
 func (c *cli) showSecretMetadata(s *grapnelv1.Secret) error {
-	if err := show(c, s, secretColumns()); err != nil || c.output == "json" {
+	if err := show(c, s, secretColumns()); err != nil || c.forPrograms() {
 		return err
 	}
 	for _, v := range s.GetVersions() {
@@ -115,20 +118,41 @@ func completeSecrets(c *cli) cobra.CompletionFunc {
 	})
 }
 
-// value reads what --value means. A newline at the end, which editors and echo add, is no part of a secret
-// unless the kind is opaque.
-func (c *cli) secretValue(value string, opaque bool) (string, error) {
+// valueFlags are those that give a key.
+func valueFlags(cmd *cobra.Command, value *string, literal *bool) {
+	cmd.Flags().StringVar(value, "value", "", "the key: `@file`, or - for standard input; without it one is made")
+	cmd.Flags().BoolVar(literal, "literal", false, "--value is the key itself; others can read it in the shell's history and in the list of processes")
+}
+
+// secretValue reads what --value means. A newline at the end, which editors and echo add, is no part of a secret
+// unless the kind is opaque. Errors never show what may be a key.
+func (c *cli) secretValue(cmd *cobra.Command, value string, literal, opaque bool) (string, error) {
+	if err := needs(cmd, "literal", "value"); err != nil || !cmd.Flags().Changed("value") {
+		return "", err
+	}
 	if value == "" {
-		return "", nil
+		return "", usagef("--value is empty: want @FILE or - for standard input; without --value a key is made")
 	}
-	text, err := c.readValue(value)
-	if err != nil {
-		return "", fmt.Errorf("read --value: %w", err)
+	text := []byte(value)
+	if !literal {
+		if value != "-" && !strings.HasPrefix(value, "@") {
+			if _, err := os.Stat(value); err == nil {
+				return "", usagef("--value takes @FILE or - for standard input; there is a file %s: did you mean --value @%s?", value, value)
+			}
+			return "", usagef("--value takes @FILE or - for standard input, for the command line is no place for keys; --literal takes what is given as the key itself")
+		}
+		var err error
+		if text, err = c.readValue(value); err != nil {
+			return "", fmt.Errorf("read --value: %w", err)
+		}
 	}
-	if opaque {
-		return string(text), nil
+	if !opaque {
+		text = bytes.TrimSpace(text)
 	}
-	return strings.TrimSpace(string(text)), nil
+	if len(text) == 0 {
+		return "", usagef("--value %s: there is nothing in it", value)
+	}
+	return string(text), nil
 }
 
 // showSecret prints the metadata and, this once, a value that the server made. In JSON both are one object,
@@ -140,7 +164,7 @@ func (c *cli) showSecret(answer interface {
 	if answer.GetGeneratedValue() != "" {
 		fmt.Fprintln(c.stderr, "warning: the value is shown this once and cannot be read again; store it now")
 	}
-	if c.output == "json" {
+	if c.forPrograms() {
 		return whole()
 	}
 	if err := c.showSecretMetadata(answer.GetSecret()); err != nil {
@@ -159,6 +183,7 @@ func (c *cli) showSecret(answer interface {
 
 func newSecretCreate(c *cli) *cobra.Command {
 	var kind, value string
+	var literal bool
 	r := &grapnelv1.CreateSecretRequest{}
 	cmd := &cobra.Command{
 		Use: "create ID", Short: "Store a key, or have one made and see it once", Args: oneID,
@@ -174,7 +199,7 @@ checks it, by the rules of its scheme; without, --kind says what it is.`,
 	cmd.Flags().StringVar(&r.Slot, "slot", "", "secret slot of --plugin; empty is its only one, or the only one it requires")
 	cmd.Flags().StringVar(&r.Algorithm, "algorithm", "", "what --plugin is to make, such as ed25519; empty is its default")
 	must(cmd.RegisterFlagCompletionFunc("plugin", completePlugins(c)))
-	cmd.Flags().StringVar(&value, "value", "", "`@file` or - for standard input; empty makes one")
+	valueFlags(cmd, &value, &literal)
 	must(cmd.RegisterFlagCompletionFunc("kind", fixed("hmac", "ed25519", "opaque")))
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
 		var err error
@@ -185,7 +210,7 @@ checks it, by the rules of its scheme; without, --kind says what it is.`,
 			return err
 		}
 		r.Plugin = pluginName(r.GetPlugin())
-		if r.Value, err = c.secretValue(value, r.GetKind() == grapnelv1.Secret_KIND_OPAQUE); err != nil {
+		if r.Value, err = c.secretValue(cmd, value, literal, r.GetKind() == grapnelv1.Secret_KIND_OPAQUE); err != nil {
 			return err
 		}
 		return c.with(cmd, func(ctx context.Context, cl *client.Client) error {
@@ -209,7 +234,7 @@ func secretKind(kind string, plugin, given bool) (grapnelv1.Secret_Kind, error) 
 	}
 	number, ok := grapnelv1.Secret_Kind_value["KIND_"+strings.ToUpper(kind)]
 	if !ok || number == 0 {
-		return 0, usagef("--kind %s: must be hmac, ed25519 or opaque", kind)
+		return 0, usagef("--kind %s: must be hmac, ed25519 or opaque%s", kind, didYouMean(kind, []string{"hmac", "ed25519", "opaque"}))
 	}
 	return grapnelv1.Secret_Kind(number), nil
 }
@@ -251,6 +276,7 @@ func newSecretList(c *cli) *cobra.Command {
 
 func newSecretRotate(c *cli) *cobra.Command {
 	var value string
+	var literal bool
 	var overlap time.Duration
 	r := &grapnelv1.RotateSecretRequest{}
 	cmd := &cobra.Command{
@@ -260,15 +286,15 @@ func newSecretRotate(c *cli) *cobra.Command {
 			"  grapnel secret rotate pair -n acme --algorithm ed25519",
 	}
 	cmd.Flags().StringVar(&r.Algorithm, "algorithm", "", "what the secret's plugin is to make; empty is the same as before")
-	cmd.Flags().StringVar(&value, "value", "", "`@file` or - for standard input; empty makes one")
-	cmd.Flags().DurationVar(&overlap, "overlap", 24*time.Hour, "how long the old version stays in use, up to 168h")
+	valueFlags(cmd, &value, &literal)
+	spanVar(cmd.Flags(), &overlap, "overlap", 24*time.Hour, 0, 168*time.Hour, "how long the old version stays in use, up to 168h")
 	cmd.Flags().StringVar(&r.Etag, "etag", "", "fail unless this is the current etag; makes a retry safe")
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
 		var err error
 		if r.Name, err = c.name(secrets, args[0]); err != nil {
 			return err
 		}
-		if r.Value, err = c.secretValue(value, true); err != nil {
+		if r.Value, err = c.secretValue(cmd, value, literal, true); err != nil {
 			return err
 		}
 		r.Overlap = durationpb.New(overlap)
@@ -292,25 +318,46 @@ func newSecretRotate(c *cli) *cobra.Command {
 	return cmd
 }
 
+// secretLoss is what a deletion takes away for good.
+func (c *cli) secretLoss(ctx context.Context, cl *client.Client, name string) (string, error) {
+	now, err := cl.SecretService().GetSecret(ctx, &grapnelv1.GetSecretRequest{Name: name})
+	if errors.Is(err, client.ErrPermissionDenied) { // may delete, and not look
+		return "its key", nil
+	}
+	if n := len(now.GetSecret().GetVersions()); n > 1 {
+		return fmt.Sprintf("its key in %d versions, which cannot be read back", n), err
+	}
+	return "its key, which cannot be read back", err
+}
+
 func newSecretDelete(c *cli) *cobra.Command {
 	r := &grapnelv1.DeleteSecretRequest{}
+	var yes bool
 	cmd := &cobra.Command{
 		Use: "delete ID", Short: "Remove a secret that nothing refers to",
 		Args: oneID, ValidArgsFunction: firstArg(completeSecrets(c)),
 	}
 	cmd.Flags().StringVar(&r.Etag, "etag", "", "fail unless this is the current etag")
 	cmd.Flags().BoolVar(&r.AllowMissing, "allow-missing", false, "succeed when it is already gone")
+	yesFlag(cmd, &yes)
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
 		var err error
 		if r.Name, err = c.name(secrets, args[0]); err != nil {
 			return err
 		}
 		return c.with(cmd, func(ctx context.Context, cl *client.Client) error {
+			loss, err := c.secretLoss(ctx, cl, r.GetName())
+			if err == nil {
+				err = c.confirm(cmd.Context(), yes, r.GetName(), loss)
+			}
+			if err != nil && !(r.GetAllowMissing() && errors.Is(err, client.ErrNotFound)) {
+				return err
+			}
 			answer, err := cl.SecretService().DeleteSecret(ctx, r)
 			if err != nil {
 				return err
 			}
-			if c.output == "json" {
+			if c.forPrograms() {
 				return show(c, answer, nil)
 			}
 			c.said("%s deleted", r.Name)

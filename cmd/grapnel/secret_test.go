@@ -25,7 +25,7 @@ func TestSecretShowsPublicKeys(t *testing.T) {
 	got := out.String()
 	for _, want := range []string{
 		"Plugin:       jws/other\n", "Algorithm:    ed25519\n", "Key ids:      3:new, 2:old\n", "Public keys:  whpk_one\n",
-		"Public key of version 3:\n-----BEGIN PUBLIC KEY-----\nMCowBQYDK2VwAyEA [2J\n-----END PUBLIC KEY-----\n",
+		"Public key of version 3:\n-----BEGIN PUBLIC KEY-----\nMCowBQYDK2VwAyEA\\u001b[2J\n-----END PUBLIC KEY-----\n",
 	} {
 		if !strings.Contains(got, want) {
 			t.Errorf("lacks %q:\n%s", want, got)

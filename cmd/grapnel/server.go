@@ -39,8 +39,8 @@ func newServerCommand(c *cli) *cobra.Command {
 		Use:   "server",
 		Short: "Run a Grapnel server",
 		Long: `Runs a server until it is interrupted. The first SIGINT or SIGTERM stops it in order: it takes no new
-work and waits for the attempts in flight, --grace at the longest. The second ends that wait; the deliveries
-are attempted again after the next start.
+work and waits for the attempts in flight, --grace at the longest, and ends within 5 s after that. The second
+ends it at once, which takes a second at the longest; the deliveries are attempted again after the next start.
 
 Each flag can also be set by the environment, GRAPNEL_DATA_DIR for --data-dir, and by a YAML file given by
 --config, with the flag's name as key. Flags beat the environment, which beats the file.
@@ -86,6 +86,11 @@ func (f *serverFlags) register(cmd *cobra.Command) {
 	flags.Var((*bytesValue)(&o.MemoryBytes), "memory", "`size` of the memory that server and plugins share; 0 means the control group's or the machine's")
 	flags.Var((*bytesValue)(&o.WindowBytes), "window-bytes", "`size` of the deliveries that wait in memory; 0 follows --memory, 32MiB at the most")
 	flags.IntVar(&o.Slots, "slots", 0, "attempts in flight over all subscriptions; 0 follows --memory, 4096 at the most")
+	flags.IntVar(&o.MaxCalls, "max-calls", 0, "unary calls in progress, and apart from them publish streams; 0 means 4096")
+	flags.IntVar(&o.MaxCallsPerNamespace, "max-calls-per-namespace", 0, "the same of one namespace; 0 means half of --max-calls")
+	flags.IntVar(&o.MaxCallsPerConnection, "max-calls-per-connection", 0, "calls and streams open on one connection, beyond which a client waits; 0 means 250")
+	flags.IntVar(&o.MaxStreamsPerConnection, "max-streams-per-connection", 0, "publish streams among these; 0 means 100")
+	flags.IntVar(&o.MaxWatches, "max-watches", 0, "calls and streams of health and reflection, of which each connected client has one; 0 means 65536")
 	flags.StringVar(&o.PluginDir, "plugin-dir", "", "`directory` of third-party plugins")
 	flags.StringSliceVar(&f.egressAllow, "egress-allow", nil, "private or reserved `ranges` that deliveries may go to, such as 127.0.0.0/8")
 	flags.StringSliceVar(&f.egressDeny, "egress-deny", nil, "`ranges` that deliveries may not go to whatever is allowed, with a port or without, such as 64:ff9b:1::/48 or 10.0.0.5:443")
@@ -93,7 +98,7 @@ func (f *serverFlags) register(cmd *cobra.Command) {
 	flags.StringVar(&o.TLSKey, "tls-key", "", "PEM `file` of the public API's key")
 	flags.BoolVar(&o.Insecure, "insecure", false, "allow an address that others can reach without TLS and authentication")
 	flags.StringVar(&o.NodeName, "node-name", "", "name of this node; default the host's")
-	flags.DurationVar(&o.Grace, "grace", 30*time.Second, "longest wait for attempts in flight when stopping")
+	flags.DurationVar(&o.Grace, "grace", 30*time.Second, "longest wait for attempts in flight when stopping; the process ends within 5s after it")
 	flags.StringVar(&f.logLevel, "log-level", "info", "debug, info, warn or error")
 	flags.StringVar(&f.logFormat, "log-format", "text", "text or json")
 	flags.StringVar(&f.config, "config", "", "YAML `file` with flag names as keys")
@@ -113,6 +118,12 @@ func (f *serverFlags) complete(cmd *cobra.Command, c *cli) error {
 		}
 	}
 	var faults []error
+	switch grace := &f.options.Grace; {
+	case *grace < 0:
+		faults = append(faults, fmt.Errorf("grace: %v given, want a time such as 30s, or 0s for none", *grace))
+	case *grace == 0:
+		*grace = -1 // none, where the options' zero is the default
+	}
 	for _, text := range f.egressAllow {
 		prefix, err := parsePrefix(text)
 		if err != nil {

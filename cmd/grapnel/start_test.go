@@ -35,6 +35,7 @@ type running struct {
 	cmd   *exec.Cmd
 	log   *lockedBuffer
 	addr  chan string // the ready line's
+	admin string      // the same, once ready has returned
 	ended chan error
 }
 
@@ -57,9 +58,9 @@ func runServerIn(t *testing.T, dir string, args ...string) *running {
 	}
 	go func() {
 		for lines := bufio.NewScanner(out); lines.Scan(); {
-			if _, after, ok := strings.Cut(lines.Text(), "addr="); ok {
-				addr, _, _ := strings.Cut(after, " ")
-				r.addr <- addr
+			if match := regexp.MustCompile(`addr=(\S+) admin=(\S+)`).FindStringSubmatch(lines.Text()); match != nil {
+				r.admin = match[2]
+				r.addr <- match[1]
 			}
 		}
 		r.ended <- r.cmd.Wait()
@@ -180,16 +181,29 @@ func TestKilledFirstStart(t *testing.T) {
 	}
 }
 
-// TestTerminatedStart: a stop is orderly whenever it comes.
+// TestTerminatedStart: a stop is orderly whenever it comes, asked for once or twice, in a new directory and in one
+// that has deliveries to recover.
 func TestTerminatedStart(t *testing.T) {
 	t.Parallel()
-	dir := filepath.Join(t.TempDir(), "data")
-	for moment := 50 * time.Millisecond; moment < 700*time.Millisecond; moment += 90 * time.Millisecond {
-		r := runServerIn(t, dir)
-		time.Sleep(moment) // as above; before main has begun a signal ends the process in any case
-		if code := r.signal(syscall.SIGTERM); code != 0 && code != -1 {
-			t.Errorf("terminated after %v: exit code %d\n%s", moment, code, r.log.text())
+	lived := filepath.Join(t.TempDir(), "lived")
+	before, _ := hanging(t, lived)
+	before.signal(syscall.SIGKILL)
+	for name, dir := range map[string]string{"new": filepath.Join(t.TempDir(), "data"), "recovery": lived} {
+		for moment, twice := 50*time.Millisecond, false; moment < 700*time.Millisecond; moment, twice = moment+90*time.Millisecond, !twice {
+			r := runServerIn(t, dir)
+			time.Sleep(moment) // as above; before main has begun a signal ends the process in any case
+			if twice {
+				_ = r.cmd.Process.Signal(syscall.SIGTERM)
+			}
+			if code := r.signal(syscall.SIGTERM); code != 0 && code != -1 {
+				t.Errorf("%s, terminated after %v: exit code %d\n%s", name, moment, code, r.log.text())
+			}
 		}
+	}
+	r := runServerIn(t, lived)
+	r.ready()
+	if code := r.signal(syscall.SIGTERM); code != 0 {
+		t.Errorf("exit code %d\n%s", code, r.log.text())
 	}
 }
 

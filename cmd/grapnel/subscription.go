@@ -255,28 +255,66 @@ With --file the whole content is replaced by the file's.`,
 	return cmd
 }
 
+// countMost bounds what is counted before a question is asked.
+const countMost = 20_000
+
+// openDeliveries says how many deliveries of a subscription are open, in words; nothing for none.
+func openDeliveries(ctx context.Context, cl *client.Client, name string) (string, error) {
+	filter := fmt.Sprintf("(state = PENDING OR state = SCHEDULED OR state = IN_FLIGHT) AND subscription = %q", name)
+	n := 0
+	for _, err := range cl.Deliveries(ctx, strings.Split(name, "/")[1], client.Filter(filter), client.PageSize(1000)) {
+		if err != nil {
+			if errors.Is(err, client.ErrNotFound) { // deleting says what is missing, or that it may be
+				return "", nil
+			}
+			return "", err
+		}
+		if n++; n == countMost {
+			return thousands(n) + " open deliveries or more", nil
+		}
+	}
+	if n == 0 {
+		return "", nil
+	}
+	return several(n, "open delivery", "open deliveries"), nil
+}
+
 func newSubscriptionDelete(c *cli) *cobra.Command {
 	r := &grapnelv1.DeleteSubscriptionRequest{}
+	var yes bool
 	cmd := &cobra.Command{
 		Use: "delete ID", Short: "Remove a subscription and cancel its open deliveries",
+		Long: `Removes a subscription and cancels its open deliveries: where there are any, it asks, or wants --yes when there is no
+terminal to ask at.`,
 		Args: oneID, ValidArgsFunction: firstArg(completeSubscriptions(c)),
 	}
 	cmd.Flags().StringVar(&r.Etag, "etag", "", "fail unless this is the current etag")
 	cmd.Flags().BoolVar(&r.AllowMissing, "allow-missing", false, "succeed when it is already gone")
+	yesFlag(cmd, &yes)
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
 		var err error
 		if r.Name, err = c.name(subscriptions, args[0]); err != nil {
 			return err
 		}
 		return c.with(cmd, func(ctx context.Context, cl *client.Client) error {
+			loss := ""
+			if !yes {
+				var err error
+				if loss, err = openDeliveries(ctx, cl, r.GetName()); err != nil {
+					return err
+				}
+			}
+			if err := c.confirm(cmd.Context(), yes, r.GetName(), loss); err != nil {
+				return err
+			}
 			answer, err := cl.SubscriptionService().DeleteSubscription(ctx, r)
 			if err != nil {
 				return err
 			}
-			if c.output == "json" {
+			if c.forPrograms() {
 				return show(c, answer, nil)
 			}
-			c.said("%s deleted, %d deliveries cancelled", r.Name, answer.GetCancelledDeliveries())
+			c.said("%s deleted, %s cancelled", r.Name, several(answer.GetCancelledDeliveries(), "delivery", "deliveries"))
 			return nil
 		})
 	}
@@ -324,7 +362,7 @@ func (c *cli) newState(s *grapnelv1.Subscription, err error) error {
 	if err != nil {
 		return err
 	}
-	if c.output == "json" {
+	if c.forPrograms() {
 		return show(c, s, nil)
 	}
 	c.said("%s is %s", s.GetName(), enumText(s.GetState()))
@@ -343,6 +381,9 @@ func newSubscriptionTest(c *cli) *cobra.Command {
 		RunE: func(cmd *cobra.Command, args []string) error {
 			name, err := c.name(subscriptions, args[0])
 			if err != nil {
+				return err
+			}
+			if err := needs(cmd, "content-type", "data"); err != nil {
 				return err
 			}
 			r := &grapnelv1.TestSubscriptionRequest{Name: name}

@@ -52,17 +52,17 @@ func (f *subscriptionFlags) register(cmd *cobra.Command, c *cli) {
 	flags.StringVar(&f.transport, "transport", "", "plugin that sends; default by the scheme of --uri")
 	flags.StringVar(&f.transportConfig, "transport-config", "", "its settings: JSON or `@file`")
 	flags.StringArrayVar(&f.transportSecrets, "transport-secret", nil, "secret for the transport as `slot=ID`")
-	flags.DurationVar(&f.attemptTimeout, "attempt-timeout", 0, "longest time one attempt may take; default 15s")
+	spanVar(flags, &f.attemptTimeout, "attempt-timeout", 0, 0, 0, "longest time one attempt may take; default 15s")
 	flags.StringSliceVar(&f.schedule, "schedule", nil, "`delays` before attempt 2, 3, … such as 5s,5m,1h")
-	flags.DurationVar(&f.initialBackoff, "initial-backoff", 0, "first delay, instead of --schedule")
-	flags.DurationVar(&f.maxBackoff, "max-backoff", 0, "longest delay, instead of --schedule")
+	spanVar(flags, &f.initialBackoff, "initial-backoff", 0, 0, 0, "first delay, instead of --schedule")
+	spanVar(flags, &f.maxBackoff, "max-backoff", 0, 0, 0, "longest delay, instead of --schedule")
 	flags.Float64Var(&f.multiplier, "backoff-multiplier", 0, "growth of the delay, instead of --schedule")
 	flags.Float64Var(&f.jitter, "jitter", 0.2, "random spread of delays, 0 to 1")
-	flags.Int32Var(&f.maxAttempts, "max-attempts", 0, "attempts in all")
-	flags.DurationVar(&f.maxAge, "max-age", 0, "no attempt starts later than this after the event; default 96h")
-	flags.Int32Var(&f.maxInFlight, "max-in-flight", 0, "most attempts at a time; default 16")
+	countVar(flags, &f.maxAttempts, "max-attempts", 0, 0, 0, "attempts in all")
+	spanVar(flags, &f.maxAge, "max-age", 0, 0, 0, "no attempt starts later than this after the event; default 96h")
+	countVar(flags, &f.maxInFlight, "max-in-flight", 0, 0, 0, "most attempts at a time; default 16")
 	flags.Float64Var(&f.maxRate, "max-rate", 0, "most attempts started per second; 0 is no limit")
-	flags.DurationVar(&f.disableAfter, "disable-after", 0, "disable after failing for this long; 0s never, default 120h")
+	spanVar(flags, &f.disableAfter, "disable-after", 0, 0, 0, "disable after failing for this long; 0s never, default 120h")
 	flags.BoolVar(&f.ignoreGone, "ignore-gone", false, "keep it enabled when the target answers 410 Gone")
 	must(cmd.RegisterFlagCompletionFunc("payload", fixed("raw", "standard-webhooks", "cloudevents")))
 	must(cmd.RegisterFlagCompletionFunc("transport", completePlugins(c)))
@@ -78,6 +78,9 @@ type field struct {
 // apply puts the file and the flags that were given into s and returns the paths of what it set, "*" when
 // there was a file. Signers without a file are those that the flags name; to change stored ones, merge.
 func (f *subscriptionFlags) apply(cmd *cobra.Command, c *cli, parent string, s *grapnelv1.Subscription) ([]string, error) {
+	if err := excludes(cmd, "schedule", "a schedule is the delays themselves", "initial-backoff", "max-backoff", "backoff-multiplier"); err != nil {
+		return nil, err
+	}
 	var paths []string
 	if f.file != "" {
 		if err := c.readMessage(f.file, s); err != nil {
@@ -169,7 +172,7 @@ func secretSlots(flag, parent string, words []string) (map[string]string, error)
 			id = parent + "/secrets/" + id
 		}
 		if _, twice := slots[slot]; twice {
-			return nil, usagef("--%s: slot %q is given twice", flag, slot)
+			return nil, usagef("--%s: slot %q is given twice; each slot takes one secret", flag, slot)
 		}
 		slots[slot] = id
 	}
@@ -210,7 +213,7 @@ func payloadFormat(text string) (grapnelv1.PayloadShape_Format, error) {
 	case "cloudevents":
 		return grapnelv1.PayloadShape_FORMAT_CLOUDEVENTS, nil
 	}
-	return 0, usagef("--payload %s: must be raw, standard-webhooks or cloudevents", text)
+	return 0, usagef("--payload %s: must be raw, standard-webhooks or cloudevents%s", text, didYouMean(text, []string{"raw", "standard-webhooks", "cloudevents"}))
 }
 
 func pluginName(id string) string {
@@ -262,7 +265,7 @@ func (f *subscriptionFlags) setSchedule(p *grapnelv1.RetryPolicy) error {
 	p.Schedule = nil
 	for _, text := range nonEmpty(f.schedule) {
 		d, err := time.ParseDuration(strings.TrimSpace(text))
-		if err != nil {
+		if err != nil || d < 0 {
 			return usagef("--schedule: %q is not a duration such as 5s", text)
 		}
 		p.Schedule = append(p.Schedule, durationpb.New(d))
@@ -287,7 +290,9 @@ func (c *cli) readMessage(path string, m proto.Message) error {
 	if err != nil {
 		return fmt.Errorf("read --file: %w", err)
 	}
+	complaint := protoText
 	if !json.Valid(text) {
+		complaint = func(err error) string { return withoutPosition(protoText(err)) } // that of the JSON below
 		var tree any
 		if err := yaml.Unmarshal(text, &tree); err != nil {
 			return usagef("%s: %w", path, err)
@@ -297,7 +302,7 @@ func (c *cli) readMessage(path string, m proto.Message) error {
 		}
 	}
 	if err := protojson.Unmarshal(text, m); err != nil {
-		return usagef("%s: %s", path, protoText(err))
+		return usagef("%s: %s", path, complaint(err))
 	}
 	return nil
 }
@@ -306,6 +311,16 @@ func (c *cli) readMessage(path string, m proto.Message) error {
 func protoText(err error) string {
 	text := strings.ReplaceAll(err.Error(), "\u00a0", " ")
 	return strings.TrimPrefix(text, "proto: ")
+}
+
+// withoutPosition drops the line and column of a text that nobody has seen.
+func withoutPosition(text string) string {
+	before, after, found := strings.Cut(text, "(line ")
+	_, rest, closed := strings.Cut(after, "): ")
+	if !found || !closed {
+		return text
+	}
+	return before + rest
 }
 
 // readStruct reads a JSON object from a flag; empty is none.

@@ -34,14 +34,13 @@ func version() build {
 }
 
 func newVersionCommand(c *cli) *cobra.Command {
-	var output string
 	cmd := &cobra.Command{
 		Use:   "version",
 		Short: "Print the version of this binary",
 		Args:  cobra.NoArgs,
 		RunE: func(*cobra.Command, []string) error {
 			b := version()
-			if output == "json" {
+			if c.output == formatJSON {
 				return json.NewEncoder(c.stdout).Encode(map[string]string{
 					"version": b.number, "commit": b.commit, "go": runtime.Version(), "platform": runtime.GOOS + "/" + runtime.GOARCH,
 				})
@@ -51,7 +50,7 @@ func newVersionCommand(c *cli) *cobra.Command {
 			return err
 		},
 	}
-	cmd.Flags().StringVarP(&output, "output", "o", "table", "table or json")
-	must(cmd.RegisterFlagCompletionFunc("output", fixed("table", "json")))
-	return cmd
+	cmd.Flags().StringVarP(&c.output, "output", "o", formatTable, "table or json")
+	must(cmd.RegisterFlagCompletionFunc("output", completeFormats))
+	return plain(cmd)
 }

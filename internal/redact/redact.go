@@ -66,10 +66,16 @@ func each(value string, f func(form string)) {
 	if !strings.Contains(value, "\n") {
 		return
 	}
+	public := false // within a PEM block that is no key: a certificate may be shown
 	for line := range strings.Lines(value) {
-		if line = strings.TrimSpace(line); len(line) >= shortestLine && !strings.HasPrefix(line, "-----") {
+		line = strings.TrimSpace(line)
+		if name, ok := strings.CutPrefix(line, "-----BEGIN "); ok {
+			public = !strings.Contains(name, "PRIVATE KEY")
+		}
+		if len(line) >= shortestLine && !public && !strings.HasPrefix(line, "-----") {
 			f(line)
 		}
+		public = public && !strings.HasPrefix(line, "-----END ")
 	}
 }
 

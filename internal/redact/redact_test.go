@@ -7,7 +7,8 @@ import (
 	"github.com/grapnel/grapnel/internal/redact"
 )
 
-const pem = "-----BEGIN PRIVATE KEY-----\nMC4CAQAwBQYDK2VwBCIEIJ\nabc\n-----END PRIVATE KEY-----\n"
+const pem = "-----BEGIN PRIVATE KEY-----\nMC4CAQAwBQYDK2VwBCIEIJ\nabc\n-----END PRIVATE KEY-----\n-----BEGIN CERTIFICATE-----\n" +
+	"MIIBhTCCASugAwIBAgIQIRi6zePL\n-----END CERTIFICATE-----\nand-this-is-behind-it\n"
 
 func TestClean(t *testing.T) {
 	values := [][]byte{[]byte("canary-key"), []byte("whsec_MfKQ9r8GKYqrTw"), []byte("short"), []byte(pem), []byte("-key-and-more")}
@@ -18,12 +19,14 @@ func TestClean(t *testing.T) {
 		"canary-keycanary-key":   "[redacted]",
 		"whsec_MfKQ9r8GKYqrTw":   "[redacted]",
 		"or MfKQ9r8GKYqrTw, twice MfKQ9r8GKYqrTw": "or [redacted], twice [redacted]",
-		"a short word":                         "a short word",
-		"canary-key-and-more.":                 "[redacted].",
-		"cut off at canary-k":                  "cut off at [redacted]",
-		"not cut off at canary-k, this":        "not cut off at canary-k, this",
-		"line MC4CAQAwBQYDK2VwBCIEIJ\\n of it": "line [redacted]\\n of it",
-		"-----BEGIN PRIVATE KEY----- or abc":   "-----BEGIN PRIVATE KEY----- or abc",
+		"a short word":                           "a short word",
+		"canary-key-and-more.":                   "[redacted].",
+		"cut off at canary-k":                    "cut off at [redacted]",
+		"not cut off at canary-k, this":          "not cut off at canary-k, this",
+		"line MC4CAQAwBQYDK2VwBCIEIJ\\n of it":   "line [redacted]\\n of it",
+		"MIIBhTCCASugAwIBAgIQIRi6zePL is public": "MIIBhTCCASugAwIBAgIQIRi6zePL is public",
+		"and-this-is-behind-it":                  "[redacted]",
+		"-----BEGIN PRIVATE KEY----- or abc":     "-----BEGIN PRIVATE KEY----- or abc",
 	} {
 		if got := redact.Text(text, values); got != want {
 			t.Errorf("%q: %q, want %q", text, got, want)

@@ -10,9 +10,11 @@
 //
 //     plugin.main();
 //
-// The outer function is called once for each configured instance, the inner one for each request. A signer is
-// pure and synchronous: it takes the time from request.created and randomness from request.nonce. A transport
-// returns a promise of { status, headers, body, peer }.
+// The outer function is called once for each configured instance, and when a config is only checked; the inner one
+// for each request. A signer is pure and synchronous: it takes the time from request.created and randomness from
+// request.nonce. A transport returns a promise of { status, headers, body, peer }. What an instance holds it gives
+// back in a function that it hands to target.onClose: it is called when the instance is removed and its last
+// attempt has ended, at once when it was built for a check alone, or when the process ends.
 import dns from "node:dns";
 import fs from "node:fs";
 import net from "node:net";
@@ -117,6 +119,36 @@ function blockList(ranges) {
   return list;
 }
 
+// Instance counts who is at work with it, so that it is closed once: when it is removed and nobody is.
+class Instance {
+  #users = 0;
+  #retired = false;
+
+  constructor(id, target, known, closers) { Object.assign(this, { id, target, values: known, closers }); }
+
+  use(request) {
+    this.#users++;
+    const left = () => { if (--this.#users === 0 && this.#retired) close(this.closers); };
+    let answer;
+    try { answer = this.run(request); } catch (e) { left(); throw e; }
+    if (typeof answer?.then === "function") answer.then(left, left);
+    else left();
+    return answer;
+  }
+
+  retire() {
+    this.#retired = true;
+    if (this.#users === 0) close(this.closers);
+  }
+}
+
+// close calls what target.onClose was given, the last first, and once.
+function close(closers) {
+  while (closers.length > 0) {
+    try { Promise.resolve(closers.pop()()).catch(console.error); } catch (e) { console.error(e); }
+  }
+}
+
 // Plugin is a plugin process. Register kinds with signer and transport, then call main.
 export class Plugin {
   #kinds = new Map();
@@ -178,8 +210,12 @@ export class Plugin {
   }
 
   #stop() {
-    this.#server.tryShutdown(() => process.exit(0));
-    setTimeout(() => process.exit(0), GRACE);
+    const end = () => {
+      for (const instance of this.#instances.values()) instance.retire();
+      setImmediate(() => process.exit(0));
+    };
+    this.#server.tryShutdown(end);
+    setTimeout(end, GRACE);
   }
 
   #describe() {
@@ -192,7 +228,8 @@ export class Plugin {
   }
 
   #validate({ instance }) {
-    const { problems } = this.#build(instance, true);
+    const { instance: built, problems } = this.#build(instance, true);
+    built?.retire();
     return { diagnostics: diagnostics(problems, values(instance)) };
   }
 
@@ -206,6 +243,7 @@ export class Plugin {
       }
       const { instance, problems } = this.#build(given, false);
       if (instance) {
+        this.#instances.get(given.ref)?.retire();
         this.#instances.set(given.ref, instance);
         newest.generation = BigInt(given.generation);
         newest.refs.add(given.ref);
@@ -221,6 +259,7 @@ export class Plugin {
       const gone = this.#instances.get(ref);
       if (!gone) continue;
       this.#instances.delete(ref);
+      gone.retire();
       const newest = this.#newest.get(gone.id);
       newest.refs.delete(ref);
       if (newest.refs.size === 0) this.#newest.delete(gone.id);
@@ -288,12 +327,17 @@ export class Plugin {
       secrets[slot.name] = live;
     }
     if (shapeOnly || problems.some((p) => !p.warning)) return { problems };
+    const closers = [];
     const target = {
       method: given.target?.method ?? "", url: given.target?.uri ?? "", headers: pairs(given.target?.headers), egress: this.#egress, userAgent: this.#agent,
+      onClose: (closer) => closers.push(closer),
     };
+    const instance = new Instance(given.id, target, values(given), closers);
     try {
-      return { instance: { id: given.id, run: kind.build({ config, secrets, target }), target, values: values(given) }, problems };
+      instance.run = kind.build({ config, secrets, target });
+      return { instance, problems };
     } catch (e) {
+      instance.retire();
       if (e instanceof Problem) return { problems: [...problems, e] };
       console.error(e);
       return { problems: [...problems, new Problem("the plugin failed on this config", { code: "panic" })] };
@@ -311,7 +355,7 @@ export class Plugin {
         const request = newRequest(instance, content, { created, nonce: item.nonce, headers: item.headers });
         const given = request.url = item.uri || request.url;
         const before = request.headers.length;
-        try { instance.run(request); } catch (e) {
+        try { instance.use(request); } catch (e) {
           return { seq: item.seq, failure: failure(new Failure("plugin", "sign", e.message, "not_sent"), instance.values) };
         }
         return { seq: item.seq, headers: fields(request.headers.slice(before)), uri: request.url === given ? "" : request.url };
@@ -353,9 +397,9 @@ export class Plugin {
       const signer = this.#instances.get(ref);
       if (!signer) throw stale(ref);
       known.push(...signer.values);
-      try { signer.run(request); } catch (e) { throw new Failure("plugin", "sign", e.message, "not_sent"); }
+      try { signer.use(request); } catch (e) { throw new Failure("plugin", "sign", e.message, "not_sent"); }
     }
-    const answer = await inTime(instance.run(request), timeout + 250);
+    const answer = await inTime(instance.use(request), timeout + 250);
     const ok = answer.status >= 200 && answer.status <= 299;
     if (!ok) result.sent_headers = fields(request.headers.slice(before).filter(([n]) => !/authorization|cookie|token|secret|password|api-?key/.test(n)));
     const body = answer.body ?? Buffer.alloc(0);

@@ -45,6 +45,7 @@ plugin.transport("node-http", {
   const host = u.hostname.replace(/^\[|\]$/g, "");
   const port = Number(u.port || (secure ? 443 : 80));
   const agent = new Connections(target.egress, { host, port, secure });
+  target.onClose(() => agent.destroy());
   return (request) => {
     const headers = new Map([["host", u.host], ["user-agent", target.userAgent], ...request.headers]);
     if (request.traceparent) headers.set("traceparent", request.traceparent);

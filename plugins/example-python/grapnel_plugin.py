@@ -13,8 +13,9 @@ which is the compiled grapnel.plugin.v1. Copy both into your project; they chang
 
     plugin.main()
 
-The function above is called once for each configured instance; what it returns is called for each request, on
-several threads. A signer is pure: it takes the time from request.created and randomness from request.nonce.
+The function above is called once for each configured instance, and when a config is only checked; what it returns is
+called for each request, on several threads. A signer is pure: it takes the time from request.created and randomness
+from request.nonce. What an instance holds it gives back in a function that it hands to target.on_close.
 """
 
 import ipaddress
@@ -135,6 +136,12 @@ class Target:
 
     def __init__(self, method, url, headers, egress, user_agent):
         self.method, self.url, self.headers, self.egress, self.user_agent = method, url, headers, egress, user_agent
+        self._closers = []
+
+    def on_close(self, close):
+        """Has close() called at the end of the instance that is being built, the last given first: when it is removed
+        and its last attempt has ended, at once when it was built for a check alone, or when the process ends."""
+        self._closers.append(close)
 
 
 class Egress:
@@ -237,6 +244,27 @@ class _Kind:
 class _Instance:
     def __init__(self, id, run, target, values):
         self.id, self.run, self.target, self.values = id, run, target, values
+        self._lock, self._users, self._retired = threading.Lock(), 0, False
+
+    def use(self, request):
+        """Runs it, and closes it if it was removed meanwhile."""
+        with self._lock:
+            self._users += 1
+        try:
+            return self.run(request)
+        finally:
+            with self._lock:
+                self._users -= 1
+                over = self._retired and self._users == 0
+            if over:
+                _close(self.target)
+
+    def retire(self):
+        with self._lock:
+            over = not self._retired and self._users == 0
+            self._retired = True
+        if over:
+            _close(self.target)
 
 
 class Plugin:
@@ -286,6 +314,10 @@ class Plugin:
             if os.getppid() != parent:
                 break
         server.stop(_GRACE).wait()
+        with self._lock:
+            left = list(self._instances.values())
+        for instance in left:
+            instance.retire()
         sys.stderr.flush()
         os._exit(0)
 
@@ -327,7 +359,9 @@ class Plugin:
                                             capabilities=capabilities, kinds=[k.describe(self._pb) for k in self.kinds.values()])
 
     def _validate(self, request, context):
-        _, problems = self._build(request.instance, validate=True)
+        instance, problems = self._build(request.instance, validate=True)
+        if instance is not None:
+            instance.retire()
         return self._pb["ValidateResponse"](diagnostics=self._diagnostics(problems, _values(request.instance)))
 
     def _configure(self, request, context):
@@ -345,7 +379,10 @@ class Plugin:
                     instance, problems = self._build(given, validate=False)
                 status.diagnostics.extend(self._diagnostics(problems, _values(given)))
                 if instance is not None:
+                    replaced = self._instances.get(given.ref)
                     self._instances[given.ref] = instance
+                    if replaced is not None:
+                        replaced.retire()
                     self._newest[given.id] = (given.generation, refs | {given.ref})
         return out
 
@@ -355,6 +392,7 @@ class Plugin:
                 gone = self._instances.pop(ref, None)
                 if gone is None:
                     continue
+                gone.retire()
                 newest, refs = self._newest[gone.id]
                 refs.discard(ref)
                 if not refs:
@@ -430,8 +468,10 @@ class Plugin:
         try:
             run = kind.build(config, secrets, target)
         except Problem as p:
+            _close(target)
             return None, problems + [p]
         except Exception:
+            _close(target)
             traceback.print_exc()
             return None, problems + [Problem("the plugin failed on this config", code="panic")]
         return _Instance(given.id, run, target, _values(given)), problems
@@ -459,7 +499,7 @@ class Plugin:
                 r.url = given = item.uri or r.url
                 before = len(r.headers)
                 try:
-                    instance.run(r)
+                    instance.use(r)
                 except Exception as e:
                     self._fail(result.failure, _sign_failure(e), instance.values)
                     continue
@@ -506,12 +546,12 @@ class Plugin:
                 raise _stale(ref)
             values += signer.values
             try:
-                signer.run(r)
+                signer.use(r)
             except Exception as e:
                 raise _sign_failure(e) from None
         try:
             # On a thread of its own: an attempt that overstays its time costs itself, not the process.
-            answer = self._attempts.submit(instance.run, r).result(r.timeout + 0.25)
+            answer = self._attempts.submit(instance.use, r).result(r.timeout + 0.25)
         except futures.TimeoutError:
             raise Failure("endpoint", "timeout", "no answer in time") from None
         finally:
@@ -540,6 +580,14 @@ class Plugin:
         failure.source = {"endpoint": 1, "plugin": 2, "policy": 3, "config": 4}[f.source]
         failure.wire_state = {"not_sent": 1, "maybe_sent": 2, "sent": 3}[f.wire]
         failure.code, failure.message = f.code, _redact(f.message, values)
+
+
+def _close(target):
+    while target._closers:
+        try:
+            target._closers.pop()()
+        except Exception:
+            traceback.print_exc()
 
 
 def _stale(ref):

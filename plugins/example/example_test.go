@@ -1,10 +1,20 @@
 package main
 
 import (
+	"crypto/hmac"
+	"crypto/sha256"
+	"encoding/hex"
 	"encoding/json"
+	"io"
+	"net/http"
+	"net/http/httptest"
+	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
+	"strings"
 	"testing"
+	"time"
 
 	"github.com/grapnel/grapnel/sdk/plugin"
 	"github.com/grapnel/grapnel/sdk/plugintest"
@@ -57,5 +67,75 @@ func TestSpool(t *testing.T) {
 	missing := h.Configure(plugintest.Instance{Kind: "file-spool", Config: map[string]string{"dir": filepath.Join(dir, "missing")}})
 	if _, err := missing.Attempt(t.Context(), plugin.Request{MessageID: "evt_2"}); err == nil {
 		t.Error("a folder that is not there takes a request")
+	}
+}
+
+// TestZoom plays receivers that answer the validation rightly, wrongly, and not at all.
+func TestZoom(t *testing.T) {
+	const token = "zoom-token-of-a-test"
+	sign := func(text string) string {
+		m := hmac.New(sha256.New, []byte(token))
+		m.Write([]byte(text))
+		return hex.EncodeToString(m.Sum(nil))
+	}
+	var answer func(w http.ResponseWriter, plain string)
+	receiver := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		body, _ := io.ReadAll(r.Body)
+		if string(body) == "delivery" {
+			w.WriteHeader(http.StatusAccepted)
+			return
+		}
+		var got validation
+		signed := r.Header.Get("x-zm-signature") == "v0="+sign("v0:"+r.Header.Get("x-zm-request-timestamp")+":"+string(body))
+		if err := json.Unmarshal(body, &got); err != nil || !signed || got.Event != "endpoint.url_validation" {
+			w.WriteHeader(http.StatusUnauthorized)
+			return
+		}
+		answer(w, got.Payload["plainToken"])
+	}))
+	defer receiver.Close()
+	in := plugintest.New(t, Zoom()).Configure(plugintest.Instance{
+		Kind: "example-zoom", Config: map[string]any{"method": "PUT"}, Secrets: map[string][]string{"zoom_token": {token}},
+		Target: plugin.Target{URL: "zoom+" + receiver.URL + "/hook", Egress: plugin.NewEgress([]netip.Prefix{netip.MustParsePrefix("127.0.0.0/8")})},
+	})
+	ask := func(how func(http.ResponseWriter, string)) (*plugin.Response, error) {
+		answer = how
+		return in.Attempt(t.Context(), plugin.Request{OwnershipCheck: true, Created: time.Unix(1_700_000_000, 0)})
+	}
+	resp, err := ask(func(w http.ResponseWriter, plain string) {
+		_ = json.NewEncoder(w).Encode(map[string]string{"plainToken": plain, "encryptedToken": sign(plain)})
+	})
+	if err != nil || resp.Status != http.StatusOK {
+		t.Errorf("a receiver that answers rightly: %v, %v", resp, err)
+	}
+	if resp, err = ask(func(w http.ResponseWriter, plain string) {
+		_ = json.NewEncoder(w).Encode(map[string]string{"plainToken": plain, "encryptedToken": plain})
+	}); err == nil || !strings.Contains(err.Error(), "ownership: ") {
+		t.Errorf("a receiver that does not know the token: %v, %v", resp, err)
+	}
+	if resp, err = ask(func(w http.ResponseWriter, _ string) { w.WriteHeader(http.StatusNotFound) }); err != nil || resp.Status != http.StatusNotFound {
+		t.Errorf("a receiver that wants nothing: %v, %v", resp, err)
+	}
+	if resp, err = in.Attempt(t.Context(), plugin.Request{MessageID: "evt_1", Body: []byte("delivery")}); err != nil || resp.Status != http.StatusAccepted {
+		t.Errorf("a delivery: %v, %v", resp, err)
+	}
+}
+
+// TestZoomTakesTheSettingsOfHTTP: what is wrong with either is told in one answer, and nothing is lost on the way.
+func TestZoomTakesTheSettingsOfHTTP(t *testing.T) {
+	h := plugintest.New(t, Zoom())
+	_, problems := h.TryConfigure(plugintest.Instance{
+		Kind: "example-zoom", Config: map[string]any{"method": "GET", "metod": "PUT"}, Target: plugin.Target{URL: "zoom+https://example.com/"},
+	})
+	var pointers []string
+	for _, p := range problems {
+		pointers = append(pointers, p.Pointer)
+	}
+	slices.Sort(pointers)
+	if !slices.Equal(pointers, []string{"/config/method", "/config/metod", "/secrets/zoom_token"}) {
+		t.Errorf("%+v", problems)
+	}
+	if k := h.Kind("example-zoom"); !strings.Contains(k.GetConfigSchema(), "tls_timeout") || len(k.GetSecretSlots()) < 2 {
+		t.Errorf("%v", k)
 	}
 }

@@ -320,7 +320,7 @@ func TestGeneratedSecretsAreGoodAndDiffer(t *testing.T) {
 // serve offers the kinds to a bare client, for what the harness does not ask.
 func serve(t *testing.T) pluginv1.PluginServiceClient {
 	t.Helper()
-	server, err := plugin.NewGRPCServer("test", "0", hmacplugin.Kinds()...)
+	server, stop, err := plugin.NewGRPCServer("test", "0", hmacplugin.Kinds()...)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -334,7 +334,7 @@ func serve(t *testing.T) pluginv1.PluginServiceClient {
 	}
 	t.Cleanup(func() {
 		_ = conn.Close()
-		server.Stop()
+		stop()
 		serving.Wait()
 	})
 	return pluginv1.NewPluginServiceClient(conn)

@@ -5,6 +5,8 @@ package httpplugin
 import (
 	"bytes"
 	"context"
+	"crypto/tls"
+	"crypto/x509"
 	"io"
 	"net"
 	"net/http"
@@ -17,14 +19,10 @@ import (
 	"github.com/grapnel/grapnel/sdk/plugin"
 )
 
-// BenchmarkAttempt compares an attempt with a bare net/http loop. The sink runs in the
+// BenchmarkAttempt compares an attempt with a bare net/http loop over each stack. The sink runs in the
 // same process, so cpu-us/op holds both sides; floor is
 // what the sink and the kernel alone cost.
 func BenchmarkAttempt(b *testing.B) {
-	srv := httptest.NewServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
-		_, _ = io.Copy(io.Discard, r.Body)
-	}))
-	b.Cleanup(srv.Close)
 	payload := bytes.Repeat([]byte("x"), 1024)
 	headers := []plugin.Header{
 		{Name: "content-type", Value: "application/json"}, {Name: "webhook-id", Value: "evt_0123456789abcdef"},
@@ -33,42 +31,61 @@ func BenchmarkAttempt(b *testing.B) {
 		{Name: "webhook-timestamp", Value: "1614265330"},
 		{Name: "webhook-signature", Value: "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE="},
 	}
-	b.Run("attempt", func(b *testing.B) {
-		p := newPools()
-		b.Cleanup(p.closeIdle)
-		i, err := newInstance(p, defaults(), plugin.Target{URL: srv.URL + "/hook", UserAgent: "grapnel/test", Egress: loopbackAllowed()})
-		if err != nil {
-			b.Fatal(err)
+	for _, stack := range []string{"plain", "tls", "h2"} {
+		srv := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			_, _ = io.Copy(io.Discard, r.Body)
+			w.WriteHeader(http.StatusNoContent)
+		}))
+		roots := x509.NewCertPool()
+		if srv.EnableHTTP2 = stack == "h2"; stack == "plain" {
+			srv.Start()
+		} else {
+			srv.StartTLS()
+			roots.AddCert(srv.Certificate())
 		}
-		measure(b, func(ctx context.Context) error {
-			r := plugin.Request{
-				MessageID: "evt_0123456789abcdef", URL: srv.URL + "/hook", Headers: headers, Body: payload, MaxResponseBody: 4096,
-				Traceparent: "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
-			}
-			_, err := i.attempt(ctx, &r)
-			return err
-		})
-	})
-	b.Run("floor", func(b *testing.B) { measureFloor(b, srv.Listener.Addr().String(), headers, payload) })
-	b.Run("bare", func(b *testing.B) {
-		client := &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: 1024}}
-		b.Cleanup(client.CloseIdleConnections)
-		measure(b, func(ctx context.Context) error {
-			req, err := http.NewRequestWithContext(ctx, http.MethodPost, srv.URL+"/hook", bytes.NewReader(payload))
+		b.Cleanup(srv.Close)
+		b.Run(stack+"/attempt", func(b *testing.B) {
+			p := newPools()
+			p.roots = roots
+			b.Cleanup(p.closeIdle)
+			i, err := newInstance(p, defaults(), plugin.Target{URL: srv.URL + "/hook", UserAgent: "grapnel/test", Egress: loopbackAllowed()})
 			if err != nil {
+				b.Fatal(err)
+			}
+			measure(b, func(ctx context.Context) error {
+				r := plugin.Request{
+					MessageID: "evt_0123456789abcdef", URL: srv.URL + "/hook", Headers: headers, Body: payload, MaxResponseBody: 4096,
+					Traceparent: "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
+				}
+				_, err := i.attempt(ctx, &r)
 				return err
-			}
-			for _, h := range headers {
-				req.Header.Set(h.Name, h.Value)
-			}
-			resp, err := client.Do(req)
-			if err != nil {
-				return err
-			}
-			_, _ = io.Copy(io.Discard, resp.Body)
-			return resp.Body.Close()
+			})
 		})
-	})
+		b.Run(stack+"/bare", func(b *testing.B) {
+			client := &http.Client{Transport: &http.Transport{
+				MaxIdleConnsPerHost: 1024, TLSClientConfig: &tls.Config{RootCAs: roots}, ForceAttemptHTTP2: stack == "h2",
+			}}
+			b.Cleanup(client.CloseIdleConnections)
+			measure(b, func(ctx context.Context) error {
+				req, err := http.NewRequestWithContext(ctx, http.MethodPost, srv.URL+"/hook", bytes.NewReader(payload))
+				if err != nil {
+					return err
+				}
+				for _, h := range headers {
+					req.Header.Set(h.Name, h.Value)
+				}
+				resp, err := client.Do(req)
+				if err != nil {
+					return err
+				}
+				_, _ = io.Copy(io.Discard, resp.Body)
+				return resp.Body.Close()
+			})
+		})
+		if stack == "plain" {
+			b.Run("plain/floor", func(b *testing.B) { measureFloor(b, srv.Listener.Addr().String(), headers, payload) })
+		}
+	}
 }
 
 // measureFloor writes the same bytes and reads whatever comes back: the sink and the kernel, no client.

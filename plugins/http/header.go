@@ -16,7 +16,7 @@ const (
 	// maxHeader is how large the header of a request may be, in sum: most servers take less.
 	maxHeader = 32 << 10
 	// maxKeptHeader is how much of the header of a response is handed on, in sum, and maxKeptFields in how many fields.
-	maxKeptHeader = 8 << 10
+	maxKeptHeader = 4 << 10
 	maxKeptFields = 64
 	// maxRetryAfter is longer than a date and a number that means anything.
 	maxRetryAfter = 64

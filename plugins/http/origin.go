@@ -127,7 +127,7 @@ type scratch struct {
 
 // response makes a Response of an answer; only retry-after matters when all went well, unless all is set.
 func response(a *answer.Answer, all bool) *plugin.Response {
-	out := &plugin.Response{Status: a.Status, Body: a.Body, Truncated: a.Truncated, Peer: a.Peer}
+	out := &plugin.Response{Status: a.Status, Body: a.Body, Truncated: a.Truncated, Peer: a.Peer, Note: a.Note}
 	if a.Status/100 == 2 && !all {
 		if after := a.Header["Retry-After"]; len(after) > 0 && len(after[0]) <= maxRetryAfter {
 			out.Headers = []plugin.Header{{Name: "retry-after", Value: after[0]}}

@@ -319,6 +319,8 @@ func TestTokensAreRenewedAheadOfTheirEnd(t *testing.T) {
 		{`,"expires_in":3600`, 59 * time.Minute, time.Hour - 10*time.Second},
 		{`,"expires_in":40`, 30 * time.Second, 36 * time.Second},
 		{``, 4 * time.Minute, 5*time.Minute - 10*time.Second},
+		{`,"expires_in":0`, 4 * time.Minute, 5*time.Minute - 10*time.Second},
+		{`,"expires_in":-1`, 4 * time.Minute, 5*time.Minute - 10*time.Second},
 		{`,"expires_in":1e30`, 24*time.Hour - time.Minute, 24*time.Hour - 10*time.Second},
 	} {
 		t.Run(tt.expiresIn, func(t *testing.T) {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/base64"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"maps"
@@ -135,8 +136,11 @@ func lifetimeOf(raw json.RawMessage) (time.Duration, bool) {
 		return unstatedLifetime, true
 	}
 	seconds, err := strconv.ParseFloat(text, 64)
-	if err != nil || seconds != seconds {
+	switch {
+	case err != nil || seconds != seconds:
 		return 0, false
+	case seconds <= 0: // which would mean a token for each delivery; a 401 tells when it was meant so
+		return unstatedLifetime, true
 	}
 	return time.Duration(min(max(seconds, 0), maxLifetime) * float64(time.Second)), true
 }
@@ -164,8 +168,10 @@ func refusal(status int, body []byte) *plugin.Failure {
 
 func retryAfter(resp *http.Response, now time.Time) time.Duration {
 	value := resp.Header.Get("Retry-After")
-	if seconds, err := strconv.ParseUint(value, 10, 31); err == nil {
-		return time.Duration(seconds) * time.Second
+	if strings.Trim(value, "0123456789.") == "" {
+		if seconds, err := strconv.ParseFloat(value, 64); err == nil || errors.Is(err, strconv.ErrRange) {
+			return time.Duration(min(seconds, longestPause.Seconds()) * float64(time.Second))
+		}
 	}
 	if at, err := http.ParseTime(value); err == nil {
 		return at.Sub(now)

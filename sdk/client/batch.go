@@ -1,8 +1,10 @@
 package client
 
 import (
+	"errors"
 	"time"
 
+	"google.golang.org/grpc/codes"
 	"google.golang.org/protobuf/proto"
 
 	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
@@ -21,7 +23,7 @@ func (p *Publisher) runBatches() {
 		}
 		timer.Reset(wait)
 		select {
-		case <-p.wake:
+		case <-p.wakeBatch:
 		case <-timer.C:
 		case <-p.ctx.Done():
 			return
@@ -38,16 +40,17 @@ func (p *Publisher) cut(now time.Time) (batches [][]*item, wait time.Duration) {
 		if n == 0 {
 			break
 		}
-		head := p.queue[0]
-		if due := head.taken.Add(p.o.BatchDelay); !full && head.tries == 0 && head.seq > p.flushTo && due.After(now) {
+		head := p.batch[0]
+		fresh := head.tries == 0 && head.company == 0 && head.streams == 0
+		if due := head.taken.Add(p.o.BatchDelay); !full && fresh && head.seq > p.flushTo && due.After(now) {
 			if next.IsZero() || due.Before(next) {
 				next = due
 			}
 			break
 		}
-		batches = append(batches, append([]*item(nil), p.queue[:n]...))
-		clear(p.queue[:n])
-		p.queue = p.queue[n:]
+		batches = append(batches, append([]*item(nil), p.batch[:n]...))
+		clear(p.batch[:n])
+		p.batch = p.batch[n:]
 		p.inFlight++
 	}
 	p.mu.Unlock()
@@ -60,14 +63,16 @@ func (p *Publisher) cut(now time.Time) (batches [][]*item, wait time.Duration) {
 
 // measure says how many events at the head of the queue make one batch, and whether more would not fit.
 func (p *Publisher) measure() (n int, full bool) {
-	size := 0
-	for n < len(p.queue) {
-		size += p.queue[n].size
-		if n > 0 && size > p.o.BatchBytes {
+	size, most := 0, p.o.BatchEvents
+	for n < len(p.batch) {
+		it := p.batch[n]
+		if it.company > 0 {
+			most = min(most, max(it.company, n))
+		}
+		if size += it.size; n > 0 && (n >= most || size > p.o.BatchBytes) {
 			return n, true
 		}
-		n++
-		if n == p.o.BatchEvents || size >= p.o.BatchBytes {
+		if n++; n >= most || size >= p.o.BatchBytes {
 			return n, true
 		}
 	}
@@ -77,25 +82,52 @@ func (p *Publisher) measure() (n int, full bool) {
 func (p *Publisher) sendBatch(batch []*item) {
 	request := &grapnelv1.BatchPublishRequest{Parent: p.parent, Events: make([]*grapnelv1.Event, len(batch))}
 	for i, it := range batch {
-		it.tries++
+		it.out = true
 		request.Events[i] = it.event
 	}
-	response, err := p.service.BatchPublish(p.ctx, request)
+	response, err := p.service.BatchPublish(p.ctx, request, once{})
 	results := response.GetResults()
+	failure := FromError(err)
 	if err == nil && len(results) != len(batch) {
-		err = errShortAnswer
+		failure = newError(codes.Internal, "the server did not answer every event of the batch")
 	}
 	p.mu.Lock()
 	p.inFlight--
 	p.mu.Unlock()
-	if p.ctx.Err() == nil {
+	switch {
+	case failure == nil:
 		for i, it := range batch {
-			var r *grapnelv1.PublishResult
-			if err == nil {
-				r = results[i]
-			}
-			p.settle(it, r, err)
+			p.settle(it, results[i])
 		}
+	case p.ctx.Err() == nil: // else abort has the last word
+		p.failed(batch, failure)
 	}
 	p.signal()
+}
+
+// failed treats the error of a whole call.
+func (p *Publisher) failed(batch []*item, e *Error) {
+	v := verdictOf(e)
+	if len(batch) == 1 || v == deferred || v == refused && aboutAll(e) {
+		for _, it := range batch {
+			p.refuse(it, e, false)
+		}
+		return
+	}
+	// It may be the fault of one of them: the next call of each has half as many.
+	for _, it := range batch {
+		it.out = false
+		it.company = len(batch) / 2
+		// What was too large may have been the answer.
+		it.unknown = it.unknown || !v.known() || errors.Is(e, ErrMessageTooLarge)
+	}
+	if v == lost {
+		for _, it := range batch {
+			p.resend(it, e)
+		}
+		return
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.prepend(batch)
 }

@@ -5,6 +5,10 @@
 // It is thin: own types exist for events, publishers, iterators and errors only; everything else is
 // the generated code of proto/grapnel/v1, and the generated clients are reachable from [Client].
 //
+// Wherever a namespace or a resource in one is asked for, its short ID and its full name mean the same:
+// "acme" and "namespaces/acme", "orders" and "namespaces/acme/subscriptions/orders". A full name of another
+// namespace is refused. Deliveries have no short ID: their names are the server's.
+//
 // It keeps no global state, starts no goroutine before [Dial], and leaves none after [Client.Close].
 package client
 
@@ -29,8 +33,9 @@ const Version = "0.1.0"
 //go:embed service_config.json
 var serviceConfig string
 
-// ServiceConfig returns the gRPC service config that Dial installs: retries, timeouts and health
-// checking per method. Clients in other languages are meant to use the same text.
+// ServiceConfig returns the gRPC service config that Dial installs: retries of what is idempotent, timeouts
+// and health checking per method. Clients in other languages are meant to use the same text. Publishing is
+// not among its retries, since it is idempotent only for events with an ID; this package repeats those itself.
 func ServiceConfig() string { return serviceConfig }
 
 // Client is a connection to a Grapnel server or cluster. It is safe for concurrent use, meant to be

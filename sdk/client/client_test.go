@@ -70,8 +70,8 @@ func TestServiceConfigNamesEveryReadAndStream(t *testing.T) {
 				if streaming && (!listed || entry.Timeout != "" || entry.RetryPolicy != nil) {
 					t.Errorf("%s is a stream and needs an entry without timeout", name)
 				}
-				publishes := strings.HasSuffix(name, "Publish")
-				if level == descriptorpb.MethodOptions_IDEMPOTENCY_UNKNOWN && entry.RetryPolicy != nil && !publishes {
+				// Publishing is idempotent with an id only, which gRPC cannot see: clients repeat it themselves.
+				if level == descriptorpb.MethodOptions_IDEMPOTENCY_UNKNOWN && entry.RetryPolicy != nil {
 					t.Errorf("%s is retried but not declared idempotent", name)
 				}
 			}
@@ -128,6 +128,28 @@ func TestPublishRetriesWithTheSameID(t *testing.T) {
 		}
 		if !slices.ContainsFunc(f.agents, func(a string) bool { return strings.HasPrefix(a, "grapnel-go/"+client.Version) }) {
 			t.Errorf("user agents = %q", f.agents)
+		}
+	})
+}
+
+func TestPublishWithoutIDIsNotRepeated(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := &fake{publish: func(int, *grapnelv1.Event) error {
+			return failure(codes.Unavailable, "DRAINING", "the server is draining")
+		}}
+		c, stop := start(t, f)
+		defer stop()
+		r := &grapnelv1.PublishRequest{Parent: "namespaces/acme", Event: &grapnelv1.Event{Type: "order.created"}}
+		if _, err := c.PublishService().Publish(t.Context(), r); !errors.Is(err, client.ErrDraining) {
+			t.Errorf("err = %v, want ErrDraining", err)
+		}
+		if calls, _ := f.count(); calls != 1 {
+			t.Errorf("%d calls, want 1: each could store another event", calls)
+		}
+		r.Event.Id = "o-1"
+		_, _ = c.PublishService().Publish(t.Context(), r)
+		if calls, _ := f.count(); calls < 3 {
+			t.Errorf("%d calls in all, want an event with an id to be repeated", calls)
 		}
 	})
 }

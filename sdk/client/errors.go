@@ -49,6 +49,8 @@ var (
 	ErrPluginUnavailable = reasonError("PLUGIN_UNAVAILABLE")
 	// ErrOwnershipRefused: the target was asked whether it wants deliveries and did not say yes.
 	ErrOwnershipRefused = reasonError("OWNERSHIP_REFUSED")
+	// ErrMessageTooLarge: the request or the answer is larger than a message may be, 4 MiB.
+	ErrMessageTooLarge = reasonError("MESSAGE_TOO_LARGE")
 	// ErrUnauthenticated: credentials are missing or wrong.
 	ErrUnauthenticated = codeError(codes.Unauthenticated)
 	// ErrPermissionDenied: the credentials do not allow the call.
@@ -84,6 +86,12 @@ type Error struct {
 	RequestID string
 
 	status *status.Status
+	// lost is set when an earlier try of the same publish may have stored it.
+	lost bool
+}
+
+func newError(code codes.Code, message string) *Error {
+	return &Error{Code: code, Message: message, status: status.New(code, message)}
 }
 
 // Violation is one fault of a request.
@@ -150,7 +158,7 @@ func (e *Error) Retryable() bool {
 		return true
 	case codes.ResourceExhausted:
 		// Without a reason or a wait it may be a message that is too large, which stays so.
-		return e.Reason != string(ErrQuotaExceeded) && (e.RetryAfter > 0 || e.Reason != "")
+		return !e.Is(ErrQuotaExceeded) && !e.Is(ErrMessageTooLarge) && (e.RetryAfter > 0 || e.Reason != "")
 	}
 	return false
 }
@@ -239,7 +247,9 @@ func itemError(s *grapnelv1.ItemStatus) *Error {
 	if err := code.UnmarshalJSON([]byte(strconv.Quote(s.GetCode()))); err != nil || code == codes.OK {
 		code = codes.Unknown
 	}
-	e := &Error{Code: code, Reason: s.GetReason(), Message: s.GetMessage(), status: status.New(code, s.GetMessage())}
+	e := newError(code, s.GetMessage())
+	e.Reason = s.GetReason()
+	e.RetryAfter = max(s.GetRetryDelay().AsDuration(), 0)
 	if s.GetField() != "" {
 		e.Violations = slices.Insert(e.Violations, 0, Violation{Field: s.GetField(), Description: s.GetMessage()})
 	}

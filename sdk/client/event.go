@@ -1,7 +1,7 @@
 package client
 
 import (
-	"context"
+	"encoding/json"
 	"time"
 
 	"github.com/google/uuid"
@@ -24,7 +24,7 @@ type Event struct {
 	Subject string
 	// Time is when it happened; zero means when it was accepted.
 	Time time.Time
-	// ContentType of Data; empty means application/json.
+	// ContentType of Data; empty means application/json when Data is JSON, else application/octet-stream.
 	ContentType string
 	// DataSchema is the URI of Data's schema.
 	DataSchema string
@@ -56,7 +56,7 @@ func (e Event) proto() *grapnelv1.Event {
 	if p.Id == "" {
 		p.Id = NewID()
 	}
-	if p.DataContentType == "" {
+	if p.DataContentType == "" && json.Valid(e.Data) {
 		p.DataContentType = "application/json"
 	}
 	if !e.Time.IsZero() {
@@ -84,16 +84,3 @@ func payloadSize(e *grapnelv1.Event) int {
 	}
 	return 0
 }
-
-// Publish publishes one event to a namespace, given by its last segment, and returns when it is stored
-// durably. It repeats what may be repeated, always with the same ID, so that the event is accepted
-// once. When it fails with ErrUnavailable or a deadline the event may have been accepted: publish it
-// again with the same ID to find out.
-func (c *Client) Publish(ctx context.Context, namespace string, e Event) (*grapnelv1.PublishResponse, error) {
-	return c.PublishService().Publish(ctx, &grapnelv1.PublishRequest{
-		Parent: namespaceName(namespace),
-		Event:  e.proto(),
-	})
-}
-
-func namespaceName(id string) string { return "namespaces/" + id }

@@ -68,3 +68,18 @@ func ExampleSubscriptions_Update() {
 	}
 	// Output: there is no such subscription
 }
+
+func ExamplePublishError() {
+	ctx := context.Background()
+	c, stop := startExample()
+	defer stop()
+
+	_, err := c.Publish(ctx, "acme", client.Event{ID: "o-1001-created", Type: "order.created", Subject: "caf\xe9"})
+	switch {
+	case errors.Is(err, client.ErrMaybeStored):
+		fmt.Println("publish it again with the same ID")
+	case errors.Is(err, client.ErrNotStored):
+		fmt.Println("it is not stored:", err)
+	}
+	// Output: it is not stored: event.subject: must be valid UTF-8 (INVALID_FIELD)
+}

@@ -27,6 +27,7 @@ import (
 type fake struct {
 	grapnelv1.UnimplementedPublishServiceServer
 	grapnelv1.UnimplementedSubscriptionServiceServer
+	grapnelv1.UnimplementedEventServiceServer
 
 	mu      sync.Mutex // guards the fields below
 	stored  map[string]int
@@ -112,6 +113,11 @@ func (f *fake) GetSubscription(context.Context, *grapnelv1.GetSubscriptionReques
 	return &grapnelv1.GetSubscriptionResponse{Subscription: f.subscription}, nil
 }
 
+// GetEvent answers with nothing but the name that was asked for.
+func (f *fake) GetEvent(_ context.Context, r *grapnelv1.GetEventRequest) (*grapnelv1.GetEventResponse, error) {
+	return &grapnelv1.GetEventResponse{Event: &grapnelv1.Event{Name: r.GetName()}}, nil
+}
+
 func (f *fake) UpdateSubscription(ctx context.Context, r *grapnelv1.UpdateSubscriptionRequest) (*grapnelv1.UpdateSubscriptionResponse, error) {
 	if err := f.update(f.call(ctx), r.GetSubscription()); err != nil {
 		return nil, err
@@ -157,15 +163,14 @@ func startExample() (*client.Client, func()) {
 	return c, func() { _ = stop() }
 }
 
-func serve(f *fake) (*client.Client, func() error, error) {
+func serve(f *fake, opts ...grpc.ServerOption) (*client.Client, func() error, error) {
 	f.stored = map[string]int{}
 	listener := bufconn.Listen(1 << 20)
-	server := grpc.NewServer()
+	server := grpc.NewServer(opts...)
 	grapnelv1.RegisterPublishServiceServer(server, f)
 	grapnelv1.RegisterSubscriptionServiceServer(server, f)
-	checks := health.NewServer()
-	checks.SetServingStatus("grapnel.v1.PublishService", healthpb.HealthCheckResponse_SERVING)
-	healthpb.RegisterHealthServer(server, checks)
+	grapnelv1.RegisterEventServiceServer(server, f)
+	registerHealth(server)
 	served := make(chan error, 1)
 	go func() { served <- server.Serve(listener) }()
 	c, err := client.Dial(context.Background(), "passthrough:///fake", client.WithInsecure(), client.WithDialOptions(
@@ -176,6 +181,13 @@ func serve(f *fake) (*client.Client, func() error, error) {
 		server.Stop()
 		return errors.Join(closed, <-served)
 	}, err
+}
+
+// registerHealth says that publishing is served, which clients ask about.
+func registerHealth(server *grpc.Server) {
+	checks := health.NewServer()
+	checks.SetServingStatus("grapnel.v1.PublishService", healthpb.HealthCheckResponse_SERVING)
+	healthpb.RegisterHealthServer(server, checks)
 }
 
 func event(n int) client.Event {

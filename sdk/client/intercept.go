@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"io"
+	"slices"
 	"time"
 
 	"google.golang.org/grpc"
@@ -12,10 +13,10 @@ import (
 	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
 )
 
-// How long and how often waitForQuota obeys a server that asks to wait.
+// How often and for how long repeatPublish tries.
 const (
-	maxQuotaWaits = 3
-	maxQuotaWait  = 10 * time.Second
+	maxPublishTries = 5
+	maxPublishWait  = 10 * time.Second
 )
 
 // unaryErrors makes every failure an *Error.
@@ -26,24 +27,38 @@ func unaryErrors(ctx context.Context, method string, req, reply any, cc *grpc.Cl
 	return nil
 }
 
-// waitForQuota repeats a publish that was refused with a wait, because gRPC's own retries look at the
-// pushback trailer only and give up after a fixed count. Events with an ID only: without one a repeat
-// could publish twice.
-func waitForQuota(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoke grpc.UnaryInvoker, opts ...grpc.CallOption) error {
-	for waits := 0; ; waits++ {
-		err := invoke(ctx, method, req, reply, cc, opts...)
-		if err == nil || waits == maxQuotaWaits || !idempotentPublish(req) {
-			return err
+// once is for calls whose caller does the repeating.
+type once struct{ grpc.EmptyCallOption }
+
+// repeatPublish returns an interceptor that repeats a publish that a server was not ready for, or whose
+// connection broke. The shipped service config leaves that to clients, because it cannot tell events with an
+// ID from those without, which a repeat could store twice; nor would gRPC's own retries wait as long as the
+// server asks, or tell that an earlier try may have stored what a later one is refused for.
+func repeatPublish(failFast bool) grpc.UnaryClientInterceptor {
+	return func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoke grpc.UnaryInvoker, opts ...grpc.CallOption) error {
+		if !idempotentPublish(req) || slices.ContainsFunc(opts, func(o grpc.CallOption) bool { _, is := o.(once); return is }) {
+			return invoke(ctx, method, req, reply, cc, opts...)
 		}
-		e := FromError(err)
-		if e.Code != codes.ResourceExhausted || !e.Retryable() || e.RetryAfter <= 0 || e.RetryAfter > maxQuotaWait {
-			return err
-		}
-		if deadline, ok := ctx.Deadline(); ok && time.Until(deadline) < e.RetryAfter {
-			return err
-		}
-		if !sleep(ctx, e.RetryAfter) {
-			return err
+		unknown := false
+		for try := 1; ; try++ {
+			err := invoke(ctx, method, req, reply, cc, opts...)
+			if err == nil {
+				return nil
+			}
+			e := FromError(err)
+			v := verdictOf(e)
+			unknown = unknown || !v.known()
+			e.lost = unknown
+			wait := max(backoff(try), e.RetryAfter)
+			deadline, bounded := ctx.Deadline()
+			switch {
+			case try == maxPublishTries, v != deferred && e.Code != codes.Unavailable:
+				return e
+			case failFast && e.Reason == "", wait > maxPublishWait, bounded && time.Until(deadline) < wait:
+				return e
+			case !sleep(ctx, wait):
+				return e
+			}
 		}
 	}
 }

@@ -2,18 +2,10 @@ package client
 
 import (
 	"context"
-	"errors"
 	"iter"
-	"strings"
-
-	"google.golang.org/protobuf/proto"
-	"google.golang.org/protobuf/types/known/fieldmaskpb"
 
 	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
 )
-
-// maxUpdates is how often Subscriptions.Update tries before it returns ErrEtagMismatch.
-const maxUpdates = 5
 
 // ListOption narrows a list. Options that a list does not have, such as a filter over secrets, have no
 // effect there.
@@ -131,7 +123,7 @@ func (c *Client) Deliveries(ctx context.Context, namespace string, opts ...ListO
 	})
 }
 
-// Attempts lists the attempts at one delivery, given by its full name, first to last.
+// Attempts lists the attempts at one delivery, first to last.
 func (c *Client) Attempts(ctx context.Context, delivery string, opts ...ListOption) iter.Seq2[*grapnelv1.Attempt, error] {
 	s := listOptions(opts)
 	return pages(func(token string) ([]*grapnelv1.Attempt, string, error) {
@@ -140,68 +132,4 @@ func (c *Client) Attempts(ctx context.Context, delivery string, opts ...ListOpti
 		})
 		return r.GetAttempts(), r.GetNextPageToken(), err
 	})
-}
-
-// Subscriptions is the subscriptions of one namespace.
-type Subscriptions struct {
-	c         *Client
-	namespace string
-}
-
-// Subscriptions returns those of a namespace, given by its last segment; "-" lists all namespaces.
-func (c *Client) Subscriptions(namespace string) Subscriptions { return Subscriptions{c, namespace} }
-
-// List lists them in name order.
-func (s Subscriptions) List(ctx context.Context, opts ...ListOption) iter.Seq2[*grapnelv1.Subscription, error] {
-	o := listOptions(opts)
-	return pages(func(token string) ([]*grapnelv1.Subscription, string, error) {
-		r, err := s.c.SubscriptionService().ListSubscriptions(ctx, &grapnelv1.ListSubscriptionsRequest{
-			Parent: namespaceName(s.namespace), PageSize: o.pageSize, PageToken: token, Filter: o.filter,
-		})
-		return r.GetSubscriptions(), r.GetNextPageToken(), err
-	})
-}
-
-// Get reads one, by its ID or full name.
-func (s Subscriptions) Get(ctx context.Context, id string) (*grapnelv1.Subscription, error) {
-	r, err := s.c.SubscriptionService().GetSubscription(ctx, &grapnelv1.GetSubscriptionRequest{Name: s.name(id)})
-	return r.GetSubscription(), err
-}
-
-// Update reads a subscription, lets change alter it, and stores the result if nobody stored another in
-// between; else it starts again, five times in all, and then returns ErrEtagMismatch. So change may be
-// called several times, each time with a fresh copy; its error ends Update and is returned as it is.
-// What change leaves alone stays; what it clears is cleared.
-func (s Subscriptions) Update(ctx context.Context, id string, change func(*grapnelv1.Subscription) error) (*grapnelv1.Subscription, error) {
-	for try := 1; ; try++ {
-		current, err := s.Get(ctx, id)
-		if err != nil {
-			return nil, err
-		}
-		wanted := proto.CloneOf(current)
-		if err := change(wanted); err != nil {
-			return nil, err
-		}
-		if proto.Equal(wanted, current) {
-			return current, nil
-		}
-		wanted.Name, wanted.Etag = current.GetName(), current.GetEtag()
-		r, err := s.c.SubscriptionService().UpdateSubscription(ctx, &grapnelv1.UpdateSubscriptionRequest{
-			Subscription: wanted,
-			UpdateMask:   &fieldmaskpb.FieldMask{Paths: []string{"*"}},
-		})
-		if err == nil {
-			return r.GetSubscription(), nil
-		}
-		if try == maxUpdates || !errors.Is(err, ErrEtagMismatch) {
-			return nil, err
-		}
-	}
-}
-
-func (s Subscriptions) name(id string) string {
-	if strings.Contains(id, "/") {
-		return id
-	}
-	return namespaceName(s.namespace) + "/subscriptions/" + id
 }

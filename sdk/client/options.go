@@ -15,6 +15,9 @@ import (
 // Option changes how Dial connects.
 type Option func(*settings)
 
+// maxAnswer is the largest message that is read. Servers send up to 4 MiB and a little.
+const maxAnswer = 8 << 20
+
 type settings struct {
 	insecure  bool
 	tls       *tls.Config
@@ -84,7 +87,8 @@ func (s *settings) dialOptions() ([]grpc.DialOption, error) {
 		grpc.WithDefaultServiceConfig(serviceConfig),
 		grpc.WithKeepaliveParams(keepaliveParams()),
 		grpc.WithUserAgent(agent),
-		grpc.WithChainUnaryInterceptor(unaryErrors, waitForQuota),
+		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxAnswer)),
+		grpc.WithChainUnaryInterceptor(unaryErrors, repeatPublish(s.failFast)),
 		grpc.WithChainStreamInterceptor(streamErrors),
 	}
 	if s.token != nil {

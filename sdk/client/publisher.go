@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"golang.org/x/sync/semaphore"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/protobuf/proto"
 
 	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
@@ -46,7 +47,8 @@ type PublisherOptions struct {
 	// taken; default 60 s.
 	ResendFor time.Duration
 	// Stream sends over one PublishStream instead of BatchPublish calls: each event at once, as far as
-	// the server's window allows. The Batch fields then have no effect.
+	// the server's window allows. BatchPublish then takes what streams broke at, and everything while
+	// none can be opened.
 	Stream bool
 }
 
@@ -61,9 +63,12 @@ func (o PublisherOptions) withDefaults() PublisherOptions {
 	return o
 }
 
-// Publisher publishes many events to one namespace with few round trips. Every event ends in a Result:
-// stored, refused, or given up. Events that may yet succeed are sent again with the same ID, so each is
+// Publisher publishes many events to one namespace with few round trips. Every event ends in a Result of its
+// own: stored, refused, or given up. Events that may yet succeed are sent again with the same ID, so each is
 // accepted once. Order is not kept.
+//
+// No event decides for its company: what no server could read is refused before it is sent, and a call that
+// fails for one event is repeated with half of the events, until the one is alone.
 //
 // It is safe for concurrent use and must be closed; it has goroutines of its own until then.
 type Publisher struct {
@@ -75,22 +80,34 @@ type Publisher struct {
 	ctx    context.Context // ends when the publisher is aborted
 	cancel context.CancelCauseFunc
 	closed chan struct{} // no event is taken any more
-	wake   chan struct{} // size 1: something changed for the sending goroutine
-	wg     sync.WaitGroup
+	// Size 1 each: something changed for the goroutine that sends batches, or over the stream.
+	wakeBatch, wakeStream chan struct{}
+	wg                    sync.WaitGroup
+	// scratch has buffers for check.
+	scratch sync.Pool
 
 	events, bytes *semaphore.Weighted
 
 	mu       sync.Mutex // guards the fields below
 	closing  bool
 	nextSeq  uint64
-	flushTo  uint64 // events up to this one wait for no full batch
-	queue    []*item
+	flushTo  uint64  // events up to this one wait for no full batch
+	batch    []*item // to be sent in batches
+	stream   []*item // to be sent over the stream
+	noStream bool    // the stream is broken: everything goes by batch
 	later    []*item // to be sent again when due; few, unordered
 	open     map[*item]struct{}
 	inFlight int // batches
 }
 
-// item is an event on its way.
+// How often an event is tried over streams, and alone in a call that fails oddly, before it is sent in
+// batches, and given up.
+const (
+	maxStreamTries = 2
+	maxOddTries    = 4
+)
+
+// item is an event on its way. It belongs to the goroutine that took it off a queue.
 type item struct {
 	event    *grapnelv1.Event
 	ctx      context.Context // of Publish: its end stops resending
@@ -98,12 +115,21 @@ type item struct {
 	payload  int
 	seq      uint64
 	taken    time.Time
-	tries    int
-	due      time.Time // when in later
 	deadline time.Time
-	last     error // of the latest try
+	due      time.Time // when in later
 	result   *Result
 	weight   int64 // bytes held in the semaphore
+
+	// out is set while a try has no verdict.
+	out bool
+	// unknown is set when a try may have stored it.
+	unknown bool
+	// company is how many events its next batch may have at most; 0 is no limit. It halves when a batch fails
+	// for what may be the fault of one.
+	company int
+	// tries count what backs off, streams the tries over streams, odd those that failed oddly alone.
+	tries, streams, odd int
+	last                error // of the latest try
 }
 
 // Result is the outcome of one event.
@@ -121,12 +147,22 @@ func (r *Result) ID() string { return r.id }
 // Done is closed when the outcome is known.
 func (r *Result) Done() <-chan struct{} { return r.done }
 
-// Result waits for the outcome. It returns the stored event's name, or why it was not stored: an *Error
-// of the server, ErrBufferFull, ErrClosed, or the context's error. After a refusal by the server the
-// event is not stored; after giving up it may be.
+// Result waits for the outcome. It returns the stored event's name, or a *PublishError: why, and whether the
+// event may be stored all the same.
 func (r *Result) Result() (name string, err error) {
 	<-r.done
 	return r.name, r.err
+}
+
+// Wait is Result for callers with a context: when that ends first, its error is returned, and the event goes
+// on being published.
+func (r *Result) Wait(ctx context.Context) (name string, err error) {
+	select {
+	case <-r.done:
+		return r.name, r.err
+	case <-ctx.Done():
+		return "", fmt.Errorf("wait for event %s: %w", r.id, context.Cause(ctx))
+	}
 }
 
 // Duplicate waits for the outcome and reports whether the event had been accepted before, also by an
@@ -136,15 +172,16 @@ func (r *Result) Duplicate() bool {
 	return r.duplicate
 }
 
-// Publisher starts a publisher to a namespace, given by its last segment.
+// Publisher starts a publisher to a namespace.
 func (c *Client) Publisher(namespace string, o PublisherOptions) *Publisher {
 	p := &Publisher{
-		service: c.PublishService(),
-		parent:  namespaceName(namespace),
-		o:       o.withDefaults(),
-		closed:  make(chan struct{}),
-		wake:    make(chan struct{}, 1),
-		open:    map[*item]struct{}{},
+		service:    c.PublishService(),
+		parent:     namespaceName(namespace),
+		o:          o.withDefaults(),
+		closed:     make(chan struct{}),
+		wakeBatch:  make(chan struct{}, 1),
+		wakeStream: make(chan struct{}, 1),
+		open:       map[*item]struct{}{},
 	}
 	p.ctx, p.cancel = context.WithCancelCause(context.Background())
 	p.events = semaphore.NewWeighted(int64(p.o.MaxEvents))
@@ -163,10 +200,9 @@ func (c *Client) Publisher(namespace string, o PublisherOptions) *Publisher {
 		return p
 	}
 	c.publishers[p] = struct{}{}
+	p.wg.Go(p.runBatches)
 	if p.o.Stream {
 		p.wg.Go(p.runStream)
-	} else {
-		p.wg.Go(p.runBatches)
 	}
 	return p
 }
@@ -182,37 +218,75 @@ func (p *Publisher) Publish(ctx context.Context, e Event) *Result {
 // PublishProto is Publish for an event in wire form, which must not be changed until the result is
 // done. An empty ID is set.
 func (p *Publisher) PublishProto(ctx context.Context, e *grapnelv1.Event) *Result {
-	if e.GetId() == "" {
+	if e.GetId() == "" && e != nil {
 		e.Id = NewID()
 	}
-	it := &item{event: e, ctx: ctx, size: proto.Size(e), payload: payloadSize(e)}
-	it.result = &Result{id: e.GetId(), done: make(chan struct{})}
+	r := &Result{id: e.GetId(), done: make(chan struct{})}
+	if err := p.check(e); err != nil {
+		return r.fail(err, false)
+	}
+	if ctx.Err() != nil {
+		return r.fail(context.Cause(ctx), false)
+	}
+	it := &item{event: e, ctx: ctx, size: proto.Size(e), payload: payloadSize(e), result: r}
 	it.weight = int64(min(it.size, p.o.MaxBytes))
 	if err := p.reserve(ctx, it.weight); err != nil {
-		return it.result.fail(err)
+		return r.fail(err, false)
 	}
 	p.mu.Lock()
 	if p.closing {
 		p.mu.Unlock()
 		p.release(it)
-		return it.result.fail(ErrClosed)
+		return r.fail(ErrClosed, false)
 	}
 	p.nextSeq++
 	it.seq = p.nextSeq
 	it.taken = time.Now()
 	it.deadline = it.taken.Add(p.o.ResendFor)
 	p.open[it] = struct{}{}
-	p.queue = append(p.queue, it)
-	first := len(p.queue) == 1 || len(p.queue)%p.o.BatchEvents == 0 || p.o.Stream || it.size >= p.o.BatchBytes/8
+	waiting := p.enqueue(it)
+	first := waiting == 1 || waiting%p.o.BatchEvents == 0 || p.o.Stream || it.size >= p.o.BatchBytes/8
 	p.mu.Unlock()
 	if first {
 		p.signal()
 	}
-	return it.result
+	return r
 }
 
-func (r *Result) fail(err error) *Result {
-	r.err = err
+// enqueue puts an item at the end of its queue and returns how long that is now. The caller holds mu.
+func (p *Publisher) enqueue(it *item) int {
+	if p.streams(it) {
+		p.stream = append(p.stream, it)
+		return len(p.stream)
+	}
+	p.batch = append(p.batch, it)
+	return len(p.batch)
+}
+
+// streams reports whether an item goes over the stream. What has seen two of them break goes in batches,
+// whose failures can be told apart. The caller holds mu.
+func (p *Publisher) streams(it *item) bool {
+	return p.o.Stream && !p.noStream && it.streams < maxStreamTries
+}
+
+func (p *Publisher) check(e *grapnelv1.Event) error {
+	buffer, _ := p.scratch.Get().(*[]byte)
+	if buffer == nil {
+		buffer = new([]byte)
+	}
+	wire, err := check(p.parent, e, *buffer)
+	if cap(wire) <= 64<<10 { // large ones are too few to keep memory for
+		*buffer = wire[:0]
+		p.scratch.Put(buffer)
+	}
+	if err != nil {
+		return err
+	}
+	return nil
+}
+
+func (r *Result) fail(err error, maybe bool) *Result {
+	r.err = &PublishError{ID: r.id, MaybeStored: maybe, Err: err}
 	close(r.done)
 	return r
 }
@@ -251,9 +325,11 @@ func (p *Publisher) release(it *item) {
 }
 
 func (p *Publisher) signal() {
-	select {
-	case p.wake <- struct{}{}:
-	default:
+	for _, wake := range []chan struct{}{p.wakeBatch, p.wakeStream} {
+		select {
+		case wake <- struct{}{}:
+		default:
+		}
 	}
 }
 
@@ -309,48 +385,62 @@ func (p *Publisher) abort(cause error) {
 	p.wg.Wait()
 	p.mu.Lock()
 	left := p.open
-	p.open, p.queue, p.later = map[*item]struct{}{}, nil, nil
+	p.open, p.batch, p.stream, p.later = map[*item]struct{}{}, nil, nil, nil
 	p.mu.Unlock()
 	for it := range left {
 		p.release(it)
-		it.result.fail(cause)
+		it.result.fail(cause, it.unknown || it.out)
 	}
 	p.forget()
 }
 
-// settle records the answer to one sent item; the caller must not hold mu. err nil means stored.
-func (p *Publisher) settle(it *item, r *grapnelv1.PublishResult, err error) {
-	if err == nil && r.GetError() != nil {
-		e := itemError(r.GetError())
-		if !r.GetError().GetRetryable() {
-			p.finish(it, r, e)
-			return
-		}
-		err = e
-	} else if err != nil && !retryable(err) {
-		p.finish(it, r, err)
-		return
-	}
-	if err == nil {
+// settle records the answer to one event; the caller must not hold mu.
+func (p *Publisher) settle(it *item, r *grapnelv1.PublishResult) {
+	switch {
+	case r.GetError() != nil:
+		p.refuse(it, itemError(r.GetError()), r.GetError().GetRetryable())
+	case r.GetName() == "":
+		p.refuse(it, newError(codes.Internal, "the server's answer says neither that the event is stored nor that it is not"), false)
+	default:
 		p.finish(it, r, nil)
+	}
+}
+
+// refuse treats an error about one event that had no company in it. mend says that the server believes the
+// same event to have better luck later.
+func (p *Publisher) refuse(it *item, e *Error, mend bool) {
+	it.out = false
+	v := verdictOf(e)
+	if v == refused && mend {
+		v = deferred
+	}
+	if !v.known() {
+		it.unknown = true
+	}
+	if errors.Is(e, ErrEventIDConflict) {
+		it.unknown = false // what is stored under the ID has another content
+	}
+	if v == odd {
+		it.odd++
+	}
+	if v == refused || it.odd == maxOddTries {
+		p.finish(it, nil, e)
 		return
 	}
-	p.resend(it, err)
+	p.resend(it, e)
 }
 
 // resend puts an item aside to be sent again, or gives it up.
-func (p *Publisher) resend(it *item, err error) {
-	it.last = err
-	wait := backoff(it.tries)
-	if after := FromError(err).RetryAfter; after > wait {
-		wait = after
-	}
-	it.due = time.Now().Add(wait)
+func (p *Publisher) resend(it *item, e *Error) {
+	it.out = false
+	it.last = e
+	it.tries++
+	it.due = time.Now().Add(max(backoff(it.tries), e.RetryAfter))
 	switch {
 	case it.ctx.Err() != nil:
-		p.finish(it, nil, fmt.Errorf("%w; last try: %w", context.Cause(it.ctx), err))
+		p.finish(it, nil, fmt.Errorf("%w; last try: %w", context.Cause(it.ctx), e))
 	case it.due.After(it.deadline):
-		p.finish(it, nil, fmt.Errorf("gave up after %s: %w", p.o.ResendFor, err))
+		p.finish(it, nil, fmt.Errorf("gave up, since another try would come after %s: %w", p.o.ResendFor, e))
 	default:
 		p.mu.Lock()
 		p.later = append(p.later, it)
@@ -359,6 +449,7 @@ func (p *Publisher) resend(it *item, err error) {
 	}
 }
 
+// finish ends an item; err nil means stored as r says.
 func (p *Publisher) finish(it *item, r *grapnelv1.PublishResult, err error) {
 	p.mu.Lock()
 	_, open := p.open[it]
@@ -368,13 +459,16 @@ func (p *Publisher) finish(it *item, r *grapnelv1.PublishResult, err error) {
 		return
 	}
 	p.release(it)
-	it.result.name, it.result.duplicate, it.result.err = r.GetName(), r.GetDuplicate(), err
+	if err != nil {
+		it.result.fail(err, it.unknown || it.out)
+		return
+	}
+	it.result.name, it.result.duplicate = r.GetName(), r.GetDuplicate()
 	close(it.result.done)
 }
 
-// promote moves resends that are due, or whose sender gave up, to the front of the queue or to their
-// end. It returns when the next one is due, zero for none. The caller holds mu; what has to be finished
-// without it is returned.
+// promote moves resends that are due to the front of their queue, and returns those whose sender gave up,
+// to be finished without mu. next is when another one is due, zero for none. The caller holds mu.
 func (p *Publisher) promote(now time.Time) (abandoned []*item, next time.Time) {
 	if len(p.later) == 0 {
 		return nil, time.Time{}
@@ -394,20 +488,33 @@ func (p *Publisher) promote(now time.Time) (abandoned []*item, next time.Time) {
 		}
 		return true
 	})
-	slices.SortFunc(due, func(a, b *item) int { return cmp.Compare(a.seq, b.seq) })
-	p.queue = append(due, p.queue...)
+	p.prepend(due)
 	return abandoned, next
+}
+
+// prepend puts items that were sent before in front of the queues. The caller holds mu.
+func (p *Publisher) prepend(items []*item) {
+	if len(items) == 0 {
+		return
+	}
+	slices.SortFunc(items, func(a, b *item) int { return cmp.Compare(a.seq, b.seq) })
+	var batch, stream []*item
+	for _, it := range items {
+		if p.streams(it) {
+			stream = append(stream, it)
+		} else {
+			batch = append(batch, it)
+		}
+	}
+	p.batch = append(batch, p.batch...)
+	p.stream = append(stream, p.stream...)
+	p.signal() // the other goroutine may have found them due
 }
 
 func (p *Publisher) abandon(items []*item) {
 	for _, it := range items {
 		p.finish(it, nil, fmt.Errorf("%w; last try: %w", context.Cause(it.ctx), it.last))
 	}
-}
-
-func retryable(err error) bool {
-	var e *Error
-	return errors.As(err, &e) && e.Retryable()
 }
 
 // backoff is the wait before try n+1: 100 ms, doubling to 3 s, spread by ±25 % so that publishers that

@@ -10,6 +10,9 @@ import (
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/keepalive"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/structpb"
 
 	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
 	"github.com/grapnel/grapnel/sdk/client"
@@ -227,6 +230,123 @@ func TestPublisherKeepsFourBatchesInFlight(t *testing.T) {
 		}
 		if _, events := f.count(); events != 100 {
 			t.Errorf("%d events stored after Flush, want 100", events)
+		}
+		_ = p.Close(t.Context())
+	})
+}
+
+// TestConnectionsAgeUnnoticed publishes now and then for hours against the server's rules for connections: pings
+// at least 20 s apart, an end after half an hour and five minutes.
+func TestConnectionsAgeUnnoticed(t *testing.T) {
+	for _, stream := range []bool{false, true} {
+		t.Run(fmt.Sprintf("stream=%v", stream), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				f := &fake{stream: nil}
+				f.stream = func(_ int, s publishStream) error {
+					if err := open(s, 100, 1<<20); err != nil {
+						return err
+					}
+					return answer(f, s)
+				}
+				c, stop, err := serve(f,
+					grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 20 * time.Second, PermitWithoutStream: true}),
+					grpc.KeepaliveParams(keepalive.ServerParameters{
+						Time: 30 * time.Second, Timeout: 10 * time.Second, MaxConnectionIdle: 15 * time.Minute,
+						MaxConnectionAge: 30 * time.Minute, MaxConnectionAgeGrace: 5 * time.Minute,
+					}))
+				if err != nil {
+					t.Fatal(err)
+				}
+				p := c.Publisher("acme", client.PublisherOptions{Stream: stream})
+				for n := range 500 {
+					begin := time.Now()
+					r := p.Publish(t.Context(), event(n))
+					// This server cuts streams without a word, so an answer may be lost.
+					if _, err := r.Wait(t.Context()); err != nil || r.Duplicate() && !stream {
+						t.Errorf("event %d: err %v, duplicate %v", n, err, r.Duplicate())
+					}
+					if took := time.Since(begin); took > time.Second {
+						t.Errorf("event %d took %s", n, took)
+					}
+					time.Sleep(time.Duration(n%97) * time.Second) // of the bubble
+				}
+				if _, events := f.count(); events != 500 {
+					t.Errorf("%d events stored, want 500", events)
+				}
+				if err := errors.Join(p.Close(t.Context()), stop()); err != nil {
+					t.Error(err)
+				}
+			})
+		})
+	}
+}
+
+// TestPublisherRefusesWhatCannotBeSent: nothing of it reaches the wire, so nothing of it may be stored.
+func TestPublisherRefusesWhatCannotBeSent(t *testing.T) {
+	deep := structpb.NewNullValue()
+	for range 20_000 {
+		deep = structpb.NewListValue(&structpb.ListValue{Values: []*structpb.Value{deep}})
+	}
+	ended, cancel := context.WithCancel(t.Context())
+	cancel()
+	text := &grapnelv1.Event{Type: "t", Payload: &grapnelv1.Event_Text{Text: "caf\xe9"}}
+	tests := []struct {
+		name, namespace string
+		ctx             context.Context
+		event           *grapnelv1.Event
+		want            error
+		field           string
+	}{
+		{"nothing", "acme", t.Context(), nil, client.ErrInvalidField, "event"},
+		{"type", "acme", t.Context(), &grapnelv1.Event{Type: "\xff"}, client.ErrInvalidField, "event.type"},
+		{"id", "acme", t.Context(), &grapnelv1.Event{Type: "t", Id: "\xff"}, client.ErrInvalidField, "event.id"},
+		{"text", "acme", t.Context(), text, client.ErrInvalidField, "event.text"},
+		{"attribute name", "acme", t.Context(), &grapnelv1.Event{Type: "t", Attributes: map[string]string{"\xff": "x"}}, client.ErrInvalidField, "event.attributes"},
+		{"json", "acme", t.Context(), &grapnelv1.Event{Type: "t", Payload: &grapnelv1.Event_Json{Json: structpb.NewStringValue("\xff")}}, client.ErrInvalidField, "event.json"},
+		{"deep json", "acme", t.Context(), &grapnelv1.Event{Type: "t", Payload: &grapnelv1.Event_Json{Json: deep}}, client.ErrInvalidField, "event.json"},
+		{"size", "acme", t.Context(), &grapnelv1.Event{Type: "t", Payload: &grapnelv1.Event_Data{Data: make([]byte, 4<<20)}}, client.ErrInvalidField, "event"},
+		{"namespace", "\xff", t.Context(), &grapnelv1.Event{Type: "t"}, client.ErrInvalidField, "parent"},
+		{"context", "acme", ended, &grapnelv1.Event{Type: "t"}, context.Canceled, ""},
+	}
+	for _, stream := range []bool{false, true} {
+		f := &fake{}
+		c, stop := start(t, f)
+		for _, tt := range tests {
+			p := c.Publisher(tt.namespace, client.PublisherOptions{Stream: stream})
+			_, err := p.PublishProto(tt.ctx, proto.CloneOf(tt.event)).Result()
+			if !errors.Is(err, tt.want) || !errors.Is(err, client.ErrNotStored) {
+				t.Errorf("%s: %v, want %v and ErrNotStored", tt.name, err, tt.want)
+			}
+			if e := client.FromError(err); tt.field != "" && (len(e.Violations) != 1 || e.Violations[0].Field != tt.field) {
+				t.Errorf("%s: violations %v, want one of %s", tt.name, e.Violations, tt.field)
+			}
+			if err := p.Close(t.Context()); err != nil {
+				t.Error(err)
+			}
+		}
+		if calls, _ := f.count(); calls != 0 {
+			t.Errorf("%d calls, want none", calls)
+		}
+		stop()
+	}
+}
+
+func TestResultWaitsNoLongerThanItsContext(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		release := make(chan struct{})
+		f := &fake{batch: func(int, []*grapnelv1.Event) ([]*grapnelv1.PublishResult, error) { <-release; return nil, nil }}
+		c, stop := start(t, f)
+		defer stop()
+		p := c.Publisher("acme", client.PublisherOptions{})
+		r := p.Publish(t.Context(), event(1))
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		if _, err := r.Wait(ctx); !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("Wait = %v, want the context's error", err)
+		}
+		close(release)
+		if name, err := r.Wait(t.Context()); err != nil || name != "namespaces/acme/events/e-1" {
+			t.Errorf("Wait = %q, %v", name, err)
 		}
 		_ = p.Close(t.Context())
 	})

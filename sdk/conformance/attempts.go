@@ -347,7 +347,7 @@ func newAttempt(ref uint32, timeout time.Duration) *pluginv1.Attempt {
 
 // newContent is an event with a body.
 func newContent(id string, body []byte) *pluginv1.Content {
-	return &pluginv1.Content{MessageId: id, Body: body, Headers: []*pluginv1.Header{
+	return &pluginv1.Content{MessageId: id, Body: body, EventType: "conformance.case", Headers: []*pluginv1.Header{
 		{Name: "content-type", Value: "application/json"}, {Name: "webhook-id", Value: id},
 		{Name: "ce-id", Value: id}, {Name: "ce-source", Value: "/conformance"}, {Name: "ce-type", Value: "conformance.case"},
 		{Name: "ce-specversion", Value: "1.0"},

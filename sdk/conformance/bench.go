@@ -255,7 +255,7 @@ func (b *bench) work() (Work, error) {
 		if !usableTransport(u) || b.o.Kind != "" && u.kind.GetId() != b.o.Kind {
 			continue
 		}
-		if carrying == nil || !overHTTP(carrying) && overHTTP(u) {
+		if carrying == nil || !plainHTTP(carrying) && plainHTTP(u) {
 			carrying = u
 		}
 	}
@@ -266,10 +266,10 @@ func (b *bench) work() (Work, error) {
 		return w, errors.New("it offers no transport that an instance can be made of; bench measures transports")
 	}
 	w.Transport, w.TransportConfig, w.TransportSecrets, w.URI = carrying.kind.GetId(), carrying.config, carrying.secrets, carrying.fixture.URI
-	if overHTTP(carrying) && w.URI == "" {
+	if plainHTTP(carrying) && w.URI == "" {
 		w.URI = b.o.ReceiverURI
 	}
-	if overHTTP(carrying) && w.URI == "" {
+	if plainHTTP(carrying) && w.URI == "" {
 		k, err := b.t.newSink(func(x *exchange) {
 			answer200(x)
 			x.sink.forgetSeen()
@@ -287,6 +287,8 @@ func (b *bench) work() (Work, error) {
 	}
 	return w, nil
 }
+
+func plainHTTP(u *subject) bool { return overHTTP(u) && u.fixture.Receiver == nil }
 
 // measure keeps window attempts under way for the duration, after a warm-up of a quarter of it.
 func (b *bench) measure(ctx context.Context, name string, window int, r *Running) error {

@@ -64,6 +64,8 @@ func configCases() []Case {
 			Protects: "a check of a subscription must not become one"},
 		{ID: "CF-23", Group: g, Title: "unknown fields in requests are ignored", run: laterMinor,
 			Protects: "servers of a later minor"},
+		{ID: "CF-29", Group: g, Title: "what an instance held is given back once it is removed", run: givesBack,
+			Protects: "each change of a subscription or a secret makes a new generation: what stays behind piles up"},
 	}
 }
 
@@ -324,15 +326,32 @@ func unknownKind(t *trial) error {
 	if err != nil {
 		return err
 	}
-	if len(complaints(ds)) == 0 {
-		return errors.New("it passes Validate")
+	if err := mustSay(ds, codeUnknownKind); err != nil {
+		return fmt.Errorf("validate: %w", err)
 	}
 	statuses, err := ses.configure(in)
 	if err != nil {
 		return err
 	}
-	if len(complaints(statuses[0].GetDiagnostics())) == 0 {
-		return errors.New("it passes Configure")
+	if err := mustSay(statuses[0].GetDiagnostics(), codeUnknownKind); err != nil {
+		return fmt.Errorf("configure: %w", err)
+	}
+	return nil
+}
+
+const (
+	codeUnknownKind = "config.unknown_kind"
+	codeStale       = "config.stale"
+)
+
+// mustSay reports with an error that nothing is refused, or not with the code.
+func mustSay(ds []*pluginv1.Diagnostic, code string) error {
+	found := complaints(ds)
+	switch {
+	case len(found) == 0:
+		return fmt.Errorf("it is taken, want it refused with the code %s", code)
+	case !slices.ContainsFunc(found, func(d *pluginv1.Diagnostic) bool { return d.GetCode() == code }):
+		return fmt.Errorf("it is refused without the code %s: %s", code, diagnosticsText(found))
 	}
 	return nil
 }

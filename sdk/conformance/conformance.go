@@ -103,9 +103,10 @@ func Cases() []Case {
 
 // Run runs the cases and returns what came of them, in the order of Cases. each, when not nil, is called
 // with every result as it comes, one at a time. A plugin that fails is no error: the report says so. An
-// error means that the suite could not run.
+// error means that the suite could not run: the fixture names what the plugin does not have, or ctx has ended; the
+// report then has the cases that came to an end before.
 func Run(ctx context.Context, o Options, each func(Result)) (*Report, error) {
-	chosen, err := choose(o)
+	chosen, err := o.Cases()
 	if err != nil {
 		return nil, err
 	}
@@ -118,6 +119,13 @@ func Run(ctx context.Context, o Options, each func(Result)) (*Report, error) {
 	report := &Report{Command: o.Command, Results: make([]Result, len(chosen))}
 	blocked := s.prepare(ctx)
 	report.Plugin = s.described
+	if s.described != nil {
+		if err := s.fixture.fault(s); err != nil {
+			return nil, err
+		}
+	}
+	report.Notes = s.notes(chosen)
+	ran := make([]bool, len(chosen))
 	var mu sync.Mutex // serialises each
 	work := make(chan int, len(chosen))
 	for i := range chosen {
@@ -129,7 +137,10 @@ func Run(ctx context.Context, o Options, each func(Result)) (*Report, error) {
 		workers.Go(func() {
 			for i := range work {
 				r := s.run(ctx, chosen[i], blocked)
-				report.Results[i] = r
+				if ctx.Err() != nil {
+					return // what it says is of the interruption, not of the plugin
+				}
+				report.Results[i], ran[i] = r, true
 				mu.Lock()
 				if each != nil {
 					each(r)
@@ -141,13 +152,43 @@ func Run(ctx context.Context, o Options, each func(Result)) (*Report, error) {
 	workers.Wait()
 	report.Duration = time.Since(began)
 	if ctx.Err() != nil {
-		return report, fmt.Errorf("run the suite: %w", context.Cause(ctx))
+		done := report.Results[:0]
+		for i, r := range report.Results {
+			if ran[i] {
+				done = append(done, r)
+			}
+		}
+		report.Results = done
+		return report, fmt.Errorf("the suite was stopped after %d of %d cases: %w", len(done), len(chosen), context.Cause(ctx))
 	}
 	return report, nil
 }
 
-// choose picks the cases that Options ask for.
-func choose(o Options) ([]Case, error) {
+// notes are about what could not be tested.
+func (s *suite) notes(chosen []Case) []string {
+	if !slices.ContainsFunc(chosen, func(c Case) bool { return c.Group == GroupTransport }) {
+		return nil
+	}
+	var notes []string
+	for _, u := range s.subjects {
+		if u.signer() || overHTTP(u) {
+			continue
+		}
+		why := fmt.Sprintf("its schemes (%s) are not http and do not end in +http", oneOf(u.kind.GetTransport().GetUriSchemes()))
+		if u.unusable != "" {
+			why = u.unusable
+		}
+		what, rest := "no transport case ran", "; a fixture's receiver says how to get to the suite's"
+		if u.fixture.URI != "" && u.unusable == "" {
+			what = "the only transport case that ran is TR-23"
+		}
+		notes = append(notes, fmt.Sprintf("transport %s: %s: %s%s", u.kind.GetId(), what, why, rest))
+	}
+	return notes
+}
+
+// Cases are those that the options ask for, in the order of a report.
+func (o Options) Cases() ([]Case, error) {
 	var chosen []Case
 	matched := map[string]bool{}
 	for _, c := range Cases() {
@@ -284,7 +325,7 @@ func (s *suite) run(ctx context.Context, c Case, blocked string) (r Result) {
 	t := &trial{ctx: ctx, s: s}
 	var err error
 	if blocked != "" && !standalone(c.ID) {
-		err = skipf("the plugin does not come up (see HS-01)")
+		err = skipf("the plugin does not come up (see HS-01): %s", firstLine(blocked))
 	} else {
 		err = c.run(t)
 	}

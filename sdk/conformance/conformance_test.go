@@ -24,6 +24,12 @@ func TestMain(m *testing.M) {
 		switch os.Args[1] {
 		case "plugin-bundled":
 			plugin.Main("grapnel", "0.0.0", plugins.Kinds()...)
+		case "plugin-local":
+			plugin.Main("local", "0.0.0", sockKind(), queueKind())
+		case "bridge":
+			bridge(os.Args[2], os.Args[3])
+		case "consume":
+			consume(os.Args[2], os.Args[3])
 		case "plugin-raw":
 			serveRaw(os.Args[2])
 			os.Exit(0)
@@ -112,12 +118,13 @@ func TestExamplePluginPasses(t *testing.T) {
 	t.Logf("%d cases in %v, skipped:\n%s", len(report.Results), report.Duration, strings.Join(skipped(report), "\n"))
 }
 
-// TestPluginsInOtherLanguagesPass runs the suite on the examples in Python and JavaScript. Where the language is
+// TestPluginsInOtherLanguagesPass runs the suite on the examples in Python, JavaScript and Ruby. Where the language is
 // not installed the test is skipped, unless GRAPNEL_REQUIRE names it.
 func TestPluginsInOtherLanguagesPass(t *testing.T) {
 	t.Parallel()
 	for language, installed := range map[string]func() error{
 		"python": func() error { return exec.Command("/usr/bin/python3", "-c", "import grpc, google.protobuf").Run() },
+		"ruby":   func() error { return exec.Command("ruby", "-e", "require 'grpc'; require 'google/protobuf'").Run() },
 		"node": func() error {
 			_, noNode := exec.LookPath("node")
 			_, noModules := os.Stat("../../plugins/example-node/node_modules")

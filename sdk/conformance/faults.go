@@ -13,7 +13,7 @@ import (
 )
 
 func refused(t *trial) error {
-	return t.eachHTTP(answer200, func(c *carrier) error {
+	return t.eachDirect(answer200, func(c *carrier) error {
 		port, err := closedPort()
 		if err != nil {
 			return err
@@ -30,7 +30,7 @@ func refused(t *trial) error {
 }
 
 func resetAtOnce(t *trial) error {
-	return t.eachHTTP(nil, func(c *carrier) error {
+	return t.eachDirect(nil, func(c *carrier) error {
 		for range 3 {
 			f, err := c.failure(attemptTimeout)
 			if err != nil {
@@ -172,7 +172,8 @@ func headerBomb(t *trial) error {
 
 // egressDenied asks for loopback by its address and by name while the settings do not open it.
 func egressDenied(t *trial) error {
-	if !slices.ContainsFunc(t.s.subjects, overHTTP) {
+	direct := func(u *subject) bool { return overHTTP(u) && !u.bridged() }
+	if !slices.ContainsFunc(t.s.subjects, direct) {
 		return t.noTransport("http")
 	}
 	ses, err := t.sessionWith(launch{})
@@ -183,13 +184,13 @@ func egressDenied(t *trial) error {
 	if err != nil {
 		return err
 	}
-	return t.each("transport for http", overHTTP, func(u *subject) error {
-		k, err := t.newSink(answer200)
+	return t.each("transport for http", direct, func(u *subject) error {
+		k, err := t.receiver(u, answer200)
 		if err != nil {
 			return err
 		}
 		for _, host := range []string{"127.0.0.1", "localhost", "[::ffff:127.0.0.1]"} {
-			in := ses.instance(u, fmt.Sprintf("http://%s:%d/", host, k.port))
+			in := ses.instance(u, u.uriOf(k, fmt.Sprintf("http://%s:%d/", host, k.port)))
 			statuses, err := ses.configure(in)
 			if err != nil {
 				return err
@@ -236,7 +237,7 @@ func unknownAuthority(t *trial) error {
 		if err != nil {
 			return err
 		}
-		in := ses.instance(u, k.url+"/")
+		in := ses.instance(u, u.uriOf(k, k.url+"/"))
 		if err := ses.take(in); err != nil {
 			return err
 		}
@@ -282,7 +283,7 @@ func signHere(t *trial) error {
 	}
 	return t.eachHTTP(answer200, func(c *carrier) error {
 		uri := c.sink.url + "/signed"
-		in, carrying := c.ses.instance(signer, uri), c.ses.instance(c.u, uri)
+		in, carrying := c.ses.instance(signer, uri), c.ses.instance(c.u, c.uri(uri))
 		if err := c.ses.take(in, carrying); err != nil {
 			return err
 		}
@@ -311,7 +312,7 @@ func signHere(t *trial) error {
 }
 
 func noSuchHost(t *trial) error {
-	return t.eachHTTP(answer200, func(c *carrier) error {
+	return t.eachDirect(answer200, func(c *carrier) error {
 		var err error
 		if c.ref, err = c.instance("http://no-such-host.invalid/"); err != nil { // RFC 6761: never resolves
 			return err

@@ -32,11 +32,11 @@ func faults() [][]fault {
 			{"stale-taken", "CF-15"}, {"bad-generation-drops", "CF-16"}, {"new-replaces-old", "CF-17"}, {"remove-keeps", "CF-18"},
 			{"slow-instances", "CF-19"}, {"configure-interrupts", "CF-20"}, {"expired-signs", "CF-21"}, {"validate-configures", "CF-22"},
 			{"strict-fields", "CF-23"}, {"same-secret", "CF-24"}, {"malformed-taken", "CF-25"}, {"not-canonical", "CF-26"},
-			{"slot-error", "CF-27"}, {"private-jwk", "CF-28"},
+			{"slot-error", "CF-27"}, {"private-jwk", "CF-28"}, {"keeps-connections", "CF-29"},
 		}, {
 			{"signs-twice", "SG-01"}, {"impure", "SG-02"}, {"own-clock", "SG-03"}, {"index-signed", "SG-04"}, {"text-only", "SG-05"},
 			{"undeclared-header", "SG-06"}, {"rewrites-uri", "SG-07"}, {"unknown-ref-fails-batch", "SG-08"},
-			{"sign-content-crash", "SG-09"}, {"strict-items", "SG-10"}, {"wrong-vector", "SG-11"},
+			{"sign-content-crash", "SG-09"}, {"strict-items", "SG-10"}, {"wrong-vector", "SG-11"}, {"drain-stops-signing", "SG-12"},
 		}, {
 			{"trims-body", "TR-01"}, {"changes-header", "TR-02"}, {"surprise-header", "TR-03"}, {"ignores-uri", "TR-04"},
 			{"odd-status-hidden", "TR-05"}, {"follows-redirects", "TR-06"}, {"truncation-hidden", "TR-07"}, {"no-204", "TR-08"},

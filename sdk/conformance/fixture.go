@@ -22,12 +22,26 @@ type KindFixture struct {
 	Config json.RawMessage `json:"config,omitempty"`
 	// Secrets by slot.
 	Secrets map[string]string `json:"secrets,omitempty"`
-	// URI of a receiver that takes what it is sent. Transports with the scheme http get one from the suite.
+	// URI of a receiver that takes what it is sent. Transports with the scheme http, or one that ends in +http, get one from the suite.
 	URI string `json:"uri,omitempty"`
+	// Receiver says how transports of other schemes get to the suite's receivers; nil leaves them to URI.
+	Receiver *ReceiverFixture `json:"receiver,omitempty"`
 	// Headers that all requests carry, by lower-case name.
 	Headers map[string]string `json:"headers,omitempty"`
 	// Vectors are signatures known to be right.
 	Vectors []Vector `json:"vectors,omitempty"`
+}
+
+// ReceiverFixture leads a transport to the receivers that the suite plays, which speak HTTP/1.1 on loopback. In URI and
+// Command {host}, {port} and {path}, with the query, are a receiver's, and {dir} is a private directory.
+type ReceiverFixture struct {
+	// URI of a receiver. Required.
+	URI string `json:"uri"`
+	// Command, when not empty, is started for each receiver and carries what arrives to {host}:{port} as HTTP. It is
+	// ready when something stands in {dir}, or when it has written a line to standard output.
+	Command []string `json:"command,omitempty"`
+	// OneWay says that answers do not come back: only what arrives is judged.
+	OneWay bool `json:"one_way,omitempty"`
 }
 
 // Vector is a request and what a signer must add to it.

@@ -49,7 +49,7 @@ func flowCases() []Case {
 
 // anyTransport is what flow can be tested with: for the choice, transports of http come first.
 func (t *trial) anyTransport() *subject {
-	for _, want := range []func(*subject) bool{overHTTP, usableTransport} {
+	for _, want := range []func(*subject) bool{answers, overHTTP, usableTransport} {
 		if i := slices.IndexFunc(t.s.subjects, want); i >= 0 {
 			return t.s.subjects[i]
 		}
@@ -73,7 +73,10 @@ func (t *trial) flow(handle func(*exchange)) (*carrier, error) {
 	}
 	uri := ""
 	if overHTTP(u) {
-		if c.sink, err = t.newSink(handle); err != nil {
+		if !answers(u) {
+			handle = answer200 // it is a way for messages to go
+		}
+		if c.sink, err = t.receiver(u, handle); err != nil {
 			return nil, err
 		}
 		uri = c.sink.url + "/flow"
@@ -84,7 +87,7 @@ func (t *trial) flow(handle func(*exchange)) (*carrier, error) {
 
 // flowHTTP is flow for cases that need a receiver that the suite plays.
 func (t *trial) flowHTTP(handle func(*exchange)) (*carrier, error) {
-	if !slices.ContainsFunc(t.s.subjects, overHTTP) {
+	if !slices.ContainsFunc(t.s.subjects, answers) {
 		return nil, t.noTransport("http")
 	}
 	return t.flow(handle)
@@ -176,12 +179,13 @@ func stuckSparesOthers(t *trial) error {
 	if err != nil {
 		return err
 	}
-	lively, err := t.newSink(answer200)
+	lively, err := t.receiver(c.u, answer200)
 	if err != nil {
 		return err
 	}
 	quick := *c
-	if quick.ref, err = c.instance(lively.url + "/lively"); err != nil {
+	quick.sink = lively
+	if quick.ref, err = quick.instance(lively.url + "/lively"); err != nil {
 		return err
 	}
 	stuck, err := c.a.submit(twoContents(), c.attempts(min(64, c.a.credits/2), 20*time.Second)...)

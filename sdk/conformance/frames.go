@@ -258,7 +258,7 @@ func attemptOne(t *trial) error {
 			}
 			return outcome(f, pluginv1.Failure_SOURCE_CONFIG, nil, notSent)
 		}
-		if overHTTP(c.u) && res.GetResponse().GetStatus() != 200 {
+		if answers(c.u) && res.GetResponse().GetStatus() != 200 {
 			return fmt.Errorf("a receiver that answers 200: the outcome is %v", res)
 		}
 	}
@@ -311,7 +311,7 @@ func largeBatch(t *trial) error {
 		if err != nil {
 			return err
 		}
-		if overHTTP(c.u) && res.GetResponse() == nil {
+		if answers(c.u) && res.GetResponse() == nil {
 			return fmt.Errorf("an attempt with 1 MiB fails: %s", failureText(res.GetFailure()))
 		}
 	}

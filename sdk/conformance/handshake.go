@@ -20,7 +20,7 @@ import (
 func handshakeCases() []Case {
 	const g = GroupHandshake
 	return []Case{
-		{ID: "HS-01", Group: g, Title: "prints the handshake line within 10 s and answers Describe", run: comesUp,
+		{ID: "HS-01", Group: g, Title: "prints the handshake line within 10 s, answers Describe and takes settings", run: comesUp,
 			Protects: "the server gives up on a plugin that does not come up, and parks its deliveries"},
 		{ID: "HS-02", Group: g, Title: "the handshake line is 1|1|unix|PATH|grpc|", run: lineFields,
 			Protects: "a line that the server reads otherwise than it is meant"},
@@ -57,8 +57,10 @@ func comesUp(t *trial) error {
 	if err != nil {
 		return err
 	}
-	_, err = ses.describe(t.ctx)
-	return err
+	if _, err := ses.describe(t.ctx); err != nil {
+		return err
+	}
+	return ses.settle(loopback4, loopback6)
 }
 
 func lineFields(t *trial) error {

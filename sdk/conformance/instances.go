@@ -113,8 +113,8 @@ func staleGeneration(t *trial) error {
 		if err != nil {
 			return err
 		}
-		if len(complaints(statuses[0].GetDiagnostics())) == 0 {
-			return errors.New("generation 4 is taken after generation 5")
+		if err := mustSay(statuses[0].GetDiagnostics(), codeStale); err != nil {
+			return fmt.Errorf("generation 4 after generation 5: %w", err)
 		}
 		return ses.serves(u, in.GetRef())
 	})
@@ -187,6 +187,60 @@ func removeFrees(t *trial) error {
 			return errors.New("a removed instance is used, want a failure with SOURCE_CONFIG")
 		}
 		return ses.serves(u, other.GetRef())
+	})
+}
+
+// givesBack changes an instance time and again, as subscriptions and secrets are, and uses each generation once.
+func givesBack(t *trial) error {
+	const (
+		generations = 24
+		most        = 4 // connections, and files beyond those before, however many generations
+		patience    = 5 * time.Second
+	)
+	ses, err := t.session()
+	if err != nil {
+		return err
+	}
+	return t.each("kind", usable, func(u *subject) error {
+		uri := ""
+		var k *sink
+		if overHTTP(u) {
+			var err error
+			if k, err = t.receiver(u, answer200); err != nil {
+				return err
+			}
+			uri = u.uriOf(k, k.url+"/generation")
+		}
+		last := ses.instance(u, uri)
+		if err := errors.Join(ses.take(last), ses.serves(u, last.GetRef())); err != nil {
+			return err
+		}
+		before, known := usageOf(ses.proc.pid()) // what the first brings along is not counted
+		for n := range uint64(generations) {
+			next := ses.generationOf(last, n+2)
+			if k != nil {
+				next.Target.Uri = u.uriOf(k, fmt.Sprintf("%s/generation/%d", k.url, n))
+			}
+			if err := errors.Join(ses.take(next), ses.serves(u, next.GetRef()), ses.remove(last.GetRef())); err != nil {
+				return fmt.Errorf("generation %d: %w", n+2, err)
+			}
+			last = next
+		}
+		defer func() { _ = ses.remove(last.GetRef()) }()
+		var held error
+		for until := time.Now().Add(patience); time.Now().Before(until); ses.proc.pause(t.ctx) {
+			held = nil
+			if after, _ := usageOf(ses.proc.pid()); known && after.fds > before.fds+most {
+				held = fmt.Errorf("after %d generations, all but one removed, the process holds %d files more than with the first", generations+1, after.fds-before.fds)
+			}
+			if k != nil && k.connected() > most {
+				held = fmt.Errorf("after %d generations, all but one removed, %d connections to the receiver are open", generations+1, k.connected())
+			}
+			if held == nil {
+				break
+			}
+		}
+		return held
 	})
 }
 

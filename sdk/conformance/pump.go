@@ -3,6 +3,7 @@ package conformance
 import (
 	"errors"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -120,7 +121,11 @@ func (p *pump) delivery(w Work, s *suite) (*Running, error) {
 	for _, u := range s.subjects {
 		byID[u.kind.GetId()] = u
 	}
-	in := p.ses.instance(byID[w.Transport], w.URI)
+	u, uri := byID[w.Transport], w.URI
+	if plainHTTP(u) && strings.HasPrefix(uri, "http") {
+		uri = u.uriOf(nil, uri)
+	}
+	in := p.ses.instance(u, uri)
 	if err := p.ses.take(in); err != nil {
 		return nil, err
 	}

@@ -95,6 +95,9 @@ func serveRaw(faults string) {
 		limit = 3 << 19
 	}
 	opts := []grpc.ServerOption{grpc.MaxRecvMsgSize(limit)}
+	if len(os.Args) > 3 {
+		opts = append(opts, (&recorder{path: os.Args[3], seen: map[string]bool{}}).options()...)
+	}
 	if r.is("wrong-status") {
 		opts = append(opts, grpc.UnknownServiceHandler(func(any, grpc.ServerStream) error { return status.Error(codes.Internal, "what?") }))
 	}
@@ -355,6 +358,11 @@ func (r *raw) Control(s grpc.BidiStreamingServer[pluginv1.ControlRequest, plugin
 			}
 			<-s.Context().Done()
 			return nil
+		}
+		if req.GetDrain() != nil && r.is("drain-stops-signing") {
+			r.mu.Lock()
+			clear(r.instances)
+			r.mu.Unlock()
 		}
 		if hb := req.GetHeartbeat(); hb != nil {
 			if beats++; r.is("few-heartbeats") && beats > 3 {

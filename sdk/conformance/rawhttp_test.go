@@ -51,8 +51,7 @@ func newRawPool(r *raw) *rawPool { return &rawPool{r: r, idle: map[string][]*raw
 var errEgress = errors.New("egress denied")
 
 // get dials, or takes a connection that is idle and has not been closed meanwhile.
-func (p *rawPool) get(ctx context.Context, u *url.URL) (*rawConn, error) {
-	key := u.Scheme + u.Host
+func (p *rawPool) get(ctx context.Context, u *url.URL, key string) (*rawConn, error) {
 	for {
 		p.mu.Lock()
 		list := p.idle[key]
@@ -184,7 +183,11 @@ func (r *raw) send(ctx context.Context, uri string, headers []*pluginv1.Header, 
 	if err != nil {
 		return failed(ofPlugin, "protocol", notSent), false
 	}
-	conn, err := r.pool.get(ctx, u)
+	key := u.Scheme + u.Host
+	if r.is("keeps-connections") {
+		key += u.Path // as if each instance had a pool of its own
+	}
+	conn, err := r.pool.get(ctx, u, key)
 	if err != nil {
 		return r.dialFailure(ctx, err), false
 	}
@@ -221,7 +224,7 @@ func (r *raw) send(ctx context.Context, uri string, headers []*pluginv1.Header, 
 	}
 	rest, err := io.Copy(io.Discard, io.LimitReader(resp.Body, 2<<20))
 	if err == nil && rest < 2<<20 && !resp.Close && !r.is("no-keep-alive") {
-		r.pool.put(u.Scheme+u.Host, conn)
+		r.pool.put(key, conn)
 	} else {
 		_ = conn.Close()
 	}

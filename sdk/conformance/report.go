@@ -19,6 +19,8 @@ type Report struct {
 	// Plugin is what it says about itself; nil when it did not come up.
 	Plugin  *pluginv1.DescribeResponse
 	Results []Result
+	// Notes say what could not be tested, one line each.
+	Notes []string
 	// Duration of the whole run.
 	Duration time.Duration
 }
@@ -40,7 +42,7 @@ func (r *Report) Count(o Outcome) int {
 }
 
 // WriteJSON writes the report as one JSON object: command, plugin (Describe's answer as protojson),
-// passed, failed, skipped, duration_ns and results.
+// passed, failed, skipped, duration_ns, notes and results.
 func (r *Report) WriteJSON(w io.Writer) error {
 	out := struct {
 		Command  []string        `json:"command"`
@@ -49,10 +51,11 @@ func (r *Report) WriteJSON(w io.Writer) error {
 		Failed   int             `json:"failed"`
 		Skipped  int             `json:"skipped"`
 		Duration time.Duration   `json:"duration_ns"`
+		Notes    []string        `json:"notes,omitempty"`
 		Results  []Result        `json:"results"`
 	}{
 		Command: r.Command, Passed: r.Count(Passed), Failed: r.Count(Failed), Skipped: r.Count(Skipped),
-		Duration: r.Duration, Results: r.Results,
+		Duration: r.Duration, Notes: r.Notes, Results: r.Results,
 	}
 	if r.Plugin != nil {
 		text, err := protojson.Marshal(r.Plugin)

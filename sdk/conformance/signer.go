@@ -12,6 +12,7 @@ import (
 	"strings"
 	"time"
 
+	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	pluginv1 "github.com/grapnel/grapnel/proto/grapnel/plugin/v1"
@@ -42,6 +43,8 @@ func signerCases() []Case {
 			Protects: "servers of a later minor"},
 		{ID: "SG-11", Group: g, Title: "the fixture's vectors come out", run: signsVectors,
 			Protects: "receivers verify with other people's code"},
+		{ID: "SG-12", Group: g, Title: "signs on after a drain on Control, until Control ends", run: signsWhileDraining,
+			Protects: "attempts elsewhere that the server lets finish are signed here"},
 	}
 }
 
@@ -210,7 +213,7 @@ func signsDeclaredHeaders(t *trial) error {
 			case !headerName(h.GetName()):
 				return fmt.Errorf("header %q is not a lower-case field name", h.GetName())
 			case !slices.Contains(declared, h.GetName()):
-				return fmt.Errorf("it sets %q, and declares only %s", h.GetName(), strings.Join(declared, ", "))
+				return fmt.Errorf("it sets %q, and declares %s", h.GetName(), oneOf(declared))
 			case strings.ContainsAny(h.GetValue(), "\r\n\x00"):
 				return fmt.Errorf("the value of %q holds CR, LF or NUL", h.GetName())
 			}
@@ -279,6 +282,20 @@ func signsLaterMinor(t *trial) error {
 			return err
 		}
 		return signFailure(results[0])
+	})
+}
+
+func signsWhileDraining(t *trial) error {
+	return t.eachSigner(usableSigner, func(ses *session, _ *subject, ref uint32) error {
+		drain := &pluginv1.ControlRequest{Frame: &pluginv1.ControlRequest_Drain{Drain: &pluginv1.Drain{Grace: durationpb.New(10 * time.Second)}}}
+		if err := ses.control.send(drain); err != nil {
+			return err
+		}
+		if _, err := ses.control.beat(t.ctx, callLimit); err != nil { // by then it has seen the drain
+			return err
+		}
+		_, err := ses.signOne(ref, newContent("evt_drain", []byte(`{}`)))
+		return err
 	})
 }
 

@@ -48,6 +48,7 @@ type sink struct {
 	listener net.Listener
 	url      string
 	port     int
+	bridge   *bridge // of a fixture; nil for none
 	stop     chan struct{}
 	work     sync.WaitGroup
 
@@ -164,6 +165,13 @@ func (k *sink) seen() ([]*request, int) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	return append([]*request(nil), k.requests...), k.accepted
+}
+
+// connected is how many connections are open.
+func (k *sink) connected() int {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return len(k.open)
 }
 
 // await waits until n requests have arrived.

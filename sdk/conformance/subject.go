@@ -78,6 +78,9 @@ func (u *subject) uris() []string {
 	if u.fixture.URI != "" {
 		return []string{u.fixture.URI}
 	}
+	if u.fixture.Receiver != nil {
+		return []string{u.uriOf(nil, "http://127.0.0.1:9/conformance")}
+	}
 	uris := []string{""}
 	for _, scheme := range u.kind.GetTransport().GetUriSchemes() {
 		at := len(uris)
@@ -162,7 +165,8 @@ func commonSecrets(seed string) [][]byte {
 	}
 }
 
-// instance is a new one of the subject, first generation. An empty uri means the subject's own.
+// instance is a new one of the subject, first generation. An empty uri means the subject's own; one of a receiver is
+// written by uriOf.
 func (ses *session) instance(u *subject, uri string) *pluginv1.Instance {
 	ref := ses.nextRef()
 	in := &pluginv1.Instance{
@@ -174,8 +178,6 @@ func (ses *session) instance(u *subject, uri string) *pluginv1.Instance {
 		in.Target.Uri = signerTarget
 	} else if uri == "" {
 		in.Target.Uri = u.uri
-	} else if strings.HasPrefix(uri, "http") && !u.signer() {
-		in.Target.Uri = u.httpPrefix() + uri
 	}
 	for _, name := range slices.Sorted(maps.Keys(u.fixture.Headers)) {
 		in.Target.Headers = append(in.Target.Headers, &pluginv1.Header{Name: name, Value: u.fixture.Headers[name]})
@@ -235,10 +237,10 @@ func usable(u *subject) bool          { return u.unusable == "" }
 func usableSigner(u *subject) bool    { return u.unusable == "" && u.signer() }
 func usableTransport(u *subject) bool { return u.unusable == "" && !u.signer() }
 func overHTTP(u *subject) bool {
-	return u.unusable == "" && strings.HasPrefix(u.uri, u.httpPrefix()+"http:")
+	return u.unusable == "" && (u.fixture.Receiver != nil || strings.HasPrefix(u.uri, u.httpPrefix()+"http:"))
 }
 func overTLS(u *subject) bool {
-	return overHTTP(u) && slices.Contains(u.kind.GetTransport().GetUriSchemes(), u.httpPrefix()+"https")
+	return overHTTP(u) && u.fixture.Receiver == nil && slices.Contains(u.kind.GetTransport().GetUriSchemes(), u.httpPrefix()+"https")
 }
 
 func deterministicSigner(u *subject) bool {

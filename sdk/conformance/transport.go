@@ -77,7 +77,16 @@ func transportCases() []Case {
 
 // eachHTTP runs f for every transport of http with a process and a receiver that handle plays.
 func (t *trial) eachHTTP(handle func(*exchange), f func(*carrier) error) error {
-	if !slices.ContainsFunc(t.s.subjects, overHTTP) {
+	return t.eachReceiving(answers, handle, f)
+}
+
+// eachDirect is eachHTTP for transports that connect to the receiver themselves.
+func (t *trial) eachDirect(handle func(*exchange), f func(*carrier) error) error {
+	return t.eachReceiving(func(u *subject) bool { return answers(u) && !u.bridged() }, handle, f)
+}
+
+func (t *trial) eachReceiving(want func(*subject) bool, handle func(*exchange), f func(*carrier) error) error {
+	if !slices.ContainsFunc(t.s.subjects, want) {
 		return t.noTransport("http")
 	}
 	ses, err := t.session()
@@ -88,8 +97,8 @@ func (t *trial) eachHTTP(handle func(*exchange), f func(*carrier) error) error {
 	if err != nil {
 		return err
 	}
-	return t.each("transport for http", overHTTP, func(u *subject) error {
-		k, err := t.newSink(handle)
+	return t.each("transport for http", want, func(u *subject) error {
+		k, err := t.receiver(u, handle)
 		if err != nil {
 			return err
 		}
@@ -98,7 +107,13 @@ func (t *trial) eachHTTP(handle func(*exchange), f func(*carrier) error) error {
 		if err != nil {
 			return err
 		}
-		return f(c)
+		err = f(c)
+		var skip skipError
+		if _, accepted := k.seen(); err != nil && !errors.As(err, &skip) && accepted == 0 && u.httpPrefix() != "" && u.fixture.Receiver == nil {
+			err = fmt.Errorf("%w (nothing connected to the receiver: the scheme %shttp is taken for HTTP to the URI's host and port; "+
+				"if it is something else, a fixture's receiver says how to get there)", err, u.httpPrefix())
+		}
+		return err
 	})
 }
 
@@ -120,8 +135,27 @@ type carrier struct {
 
 // instance configures one more, for another URI.
 func (c *carrier) instance(uri string) (uint32, error) {
-	in := c.ses.instance(c.u, uri)
+	in := c.ses.instance(c.u, c.uri(uri))
 	return in.GetRef(), c.ses.take(in)
+}
+
+// uri is a receiver's as the transport takes it. An empty one is left to the subject.
+func (c *carrier) uri(plain string) string {
+	if plain == "" {
+		return ""
+	}
+	return c.u.uriOf(c.sink, plain)
+}
+
+// arrived are the requests so far, of which n are waited for where an answer does not say that they are there.
+func (c *carrier) arrived(n int) ([]*request, error) {
+	if !answers(c.u) {
+		if err := c.sink.await(c.ses.t, n, attemptTimeout); err != nil {
+			return nil, err
+		}
+	}
+	got, _ := c.sink.seen()
+	return got, nil
 }
 
 // send makes one attempt and returns its outcome.
@@ -182,7 +216,7 @@ const (
 )
 
 func exactBytes(t *trial) error {
-	return t.eachHTTP(answer200, func(c *carrier) error {
+	return t.eachReceiving(overHTTP, answer200, func(c *carrier) error {
 		n := 0
 		for name, body := range oddBodies() {
 			if limit := c.u.kind.GetTransport().GetMaxBodyBytes(); limit > 0 && uint32(len(body)) > limit {
@@ -192,7 +226,10 @@ func exactBytes(t *trial) error {
 				return fmt.Errorf("a body of %s: %w", name, err)
 			}
 			n++
-			got, _ := c.sink.seen()
+			got, err := c.arrived(n)
+			if err != nil {
+				return fmt.Errorf("a body of %s: %w", name, err)
+			}
 			if len(got) != n {
 				return fmt.Errorf("%d requests arrived for %d attempts", len(got), n)
 			}
@@ -207,7 +244,7 @@ func exactBytes(t *trial) error {
 
 // exchangeHeaders sends headers of all three kinds and returns what arrived.
 func (c *carrier) exchangeHeaders() (*request, map[string]string, error) {
-	in := c.ses.instance(c.u, c.sink.url+"/headers")
+	in := c.ses.instance(c.u, c.uri(c.sink.url+"/headers"))
 	static := &pluginv1.Header{Name: "x-static", Value: "of the subscription"}
 	in.Target.Headers = append(in.Target.Headers, static)
 	if err := c.ses.take(in); err != nil {
@@ -228,7 +265,10 @@ func (c *carrier) exchangeHeaders() (*request, map[string]string, error) {
 	for _, h := range slices.Concat(content.GetHeaders(), in.GetTarget().GetHeaders(), at.GetHeaders()) {
 		want[h.GetName()] = h.GetValue()
 	}
-	got, _ := c.sink.seen()
+	got, err := c.arrived(1)
+	if err != nil {
+		return nil, nil, err
+	}
 	if len(got) == 0 {
 		return nil, nil, errors.New("nothing arrived, and the outcome is a response")
 	}
@@ -236,7 +276,7 @@ func (c *carrier) exchangeHeaders() (*request, map[string]string, error) {
 }
 
 func sealedHeaders(t *trial) error {
-	return t.eachHTTP(answer200, func(c *carrier) error {
+	return t.eachReceiving(overHTTP, answer200, func(c *carrier) error {
 		got, want, err := c.exchangeHeaders()
 		if err != nil {
 			return err
@@ -270,7 +310,7 @@ func surpriseHeaders(t *trial) error {
 func changedQuery(t *trial) error {
 	return t.eachHTTP(answer200, func(c *carrier) error {
 		at := newAttempt(c.ref, attemptTimeout)
-		at.Uri = c.u.httpPrefix() + c.sink.url + "/hooks/orders?tenant=a%20b&signature=abc%2B%2F%3D"
+		at.Uri = c.uri(c.sink.url + "/hooks/orders?tenant=a%20b&signature=abc%2B%2F%3D")
 		if _, err := c.a.one(newContent("evt_query", []byte(`{}`)), at); err != nil {
 			return err
 		}

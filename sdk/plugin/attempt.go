@@ -50,9 +50,10 @@ func (s *server) run(ctx context.Context, t *task, sc *scratch) (out result) {
 		return result{failure: failure{source: SourcePlugin, code: CodeCancelled, message: "cancelled before it began", wire: NotSent}}
 	}
 	inst := s.instances.get(t.ref)
-	if inst == nil || inst.built.attempt == nil {
+	if inst == nil || inst.built.attempt == nil || !inst.life.enter() {
 		return stale(t.ref)
 	}
+	defer inst.life.leave()
 	if inst.overruns.Load() >= maxOverruns {
 		return result{failure: failure{source: SourcePlugin, code: CodeTimeout, wire: NotSent,
 			message: fmt.Sprintf("%d earlier attempts go on although their time is up", maxOverruns)}}
@@ -62,15 +63,10 @@ func (s *server) run(ctx context.Context, t *task, sc *scratch) (out result) {
 	r := sc.prepare(t, inst)
 	for _, ref := range t.signHere {
 		signer := s.instances.get(ref)
-		if signer == nil || signer.built.sign == nil {
+		if signer == nil || signer.built.sign == nil || !signer.life.enter() {
 			return stale(ref)
 		}
-		sc.signed = append(sc.signed[:0], r.Headers[r.base:]...)
-		err := signer.built.sign(r)
-		if err == nil {
-			err = r.clash(r.base, sc.signed, sc.signed)
-		}
-		if err != nil {
+		if err := sc.sign(signer, r); err != nil {
 			return result{failure: signFailure(err, signer.secrets)}
 		}
 	}
@@ -91,6 +87,16 @@ func (s *server) run(ctx context.Context, t *task, sc *scratch) (out result) {
 		out.sent = r.added()
 	}
 	return out
+}
+
+// sign has a signer that was entered sign r, after others.
+func (sc *scratch) sign(signer *instance, r *Request) error {
+	defer signer.life.leave()
+	sc.signed = append(sc.signed[:0], r.Headers[r.base:]...)
+	if err := signer.built.sign(r); err != nil {
+		return err
+	}
+	return r.clash(r.base, sc.signed, sc.signed)
 }
 
 // prepare fills the worker's Request. The header slice is the worker's own; the strings in it are not.
@@ -268,7 +274,7 @@ func (r *result) pb() *pluginv1.AttemptResult {
 	}
 	resp := &pluginv1.Response{
 		Status: uint32(r.response.Status), Body: r.response.Body, BodyTruncated: r.response.Truncated,
-		Headers: wireHeaders(r.response.Headers),
+		Headers: wireHeaders(r.response.Headers), Note: valid(r.response.Note),
 	}
 	out.Outcome = &pluginv1.AttemptResult_Response{Response: resp}
 	return out

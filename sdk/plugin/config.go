@@ -13,6 +13,7 @@ import (
 	"strconv"
 	"strings"
 	"time"
+	"unicode/utf8"
 )
 
 // decode makes a C of an instance's config and secrets: the shape is checked against the schema, defaults
@@ -141,6 +142,63 @@ func (s *schema) fill(v any) any {
 	return v
 }
 
+// prune leaves out what is zero and not required, as a struct has it that was filled in part.
+func (s *schema) prune(v any) {
+	fields, ok := v.(map[string]any)
+	if !ok {
+		return
+	}
+	for _, p := range s.properties {
+		value, ok := fields[p.name]
+		if !ok {
+			continue
+		}
+		p.schema.prune(value)
+		if !p.required && p.schema.zero(value) {
+			delete(fields, p.name)
+		}
+	}
+}
+
+// zero reports whether v is what a field has that nobody set.
+func (s *schema) zero(v any) bool {
+	switch v := v.(type) {
+	case nil:
+		return true
+	case bool:
+		return !v
+	case string:
+		return v == "" || s.kind == "duration" && v == Duration(0).String()
+	case json.Number:
+		f, err := v.Float64()
+		return err == nil && f == 0
+	case []any:
+		return len(v) == 0
+	case map[string]any:
+		return len(v) == 0
+	}
+	return false
+}
+
+// cloneJSON copies a tree of JSON.
+func cloneJSON(v any) any {
+	switch v := v.(type) {
+	case map[string]any:
+		out := make(map[string]any, len(v))
+		for k, e := range v {
+			out[k] = cloneJSON(e)
+		}
+		return out
+	case []any:
+		out := make([]any, len(v))
+		for i, e := range v {
+			out[i] = cloneJSON(e)
+		}
+		return out
+	}
+	return v
+}
+
 // hasDefaults reports whether an absent object is worth making for its defaults: only when nothing in it
 // is required, lest its absence become an error.
 func (s *schema) hasDefaults() bool {
@@ -173,7 +231,7 @@ func (s *schema) check(v any, at string) []Problem {
 		if !ok {
 			return wrong("config.type", "given %s, want an array", typeName(v))
 		}
-		var problems []Problem
+		problems := s.checkLength(len(list), "elements", at)
 		for i, e := range list {
 			problems = append(problems, s.items.check(e, at+"/"+strconv.Itoa(i))...)
 		}
@@ -190,6 +248,7 @@ func (s *schema) check(v any, at string) []Problem {
 		if len(s.enum) > 0 && !slices.Contains(s.enum, text) {
 			return wrong("config.enum", "given %q, want one of %s", text, strings.Join(s.enum, ", "))
 		}
+		return s.checkText(text, at)
 	case "duration":
 		text, _ := v.(string)
 		d, err := time.ParseDuration(text)
@@ -199,6 +258,29 @@ func (s *schema) check(v any, at string) []Problem {
 		return s.checkRange(d.Seconds(), text, at)
 	default:
 		return s.checkNumber(v, at)
+	}
+	return nil
+}
+
+func (s *schema) checkText(text, at string) []Problem {
+	problems := s.checkLength(utf8.RuneCountInString(text), "characters", at)
+	if s.pattern != nil && !s.pattern.MatchString(text) {
+		problems = append(problems, Problem{Pointer: at, Code: "config.pattern", Summary: fmt.Sprintf("given %q, want text that matches %s", text, s.pattern)})
+	}
+	if s.format != "" {
+		if err := formatOf(s.format)(text); err != nil {
+			problems = append(problems, Problem{Pointer: at, Code: "config.format", Summary: fmt.Sprintf("given %q, want %s: %v", text, s.format, err)})
+		}
+	}
+	return problems
+}
+
+func (s *schema) checkLength(n int, of, at string) []Problem {
+	switch {
+	case s.minLength != nil && n < *s.minLength:
+		return []Problem{{Pointer: at, Code: "config.length", Summary: fmt.Sprintf("given %d %s, want at least %d", n, of, *s.minLength)}}
+	case s.maxLength != nil && n > *s.maxLength:
+		return []Problem{{Pointer: at, Code: "config.length", Summary: fmt.Sprintf("given %d %s, want at most %d", n, of, *s.maxLength)}}
 	}
 	return nil
 }
@@ -242,16 +324,9 @@ func (s *schema) checkObject(m map[string]any, at string) []Problem {
 		}
 		return problems
 	}
-	names := make([]string, len(s.properties))
-	for i, p := range s.properties {
-		names[i] = p.name
-	}
 	for _, k := range slices.Sorted(maps.Keys(m)) {
-		if !slices.Contains(names, k) {
-			problems = append(problems, Problem{
-				Pointer: at + "/" + escape(k), Code: "config.unknown_field",
-				Summary: fmt.Sprintf("there is no field %q; there %s", k, oneOf(names)),
-			})
+		if !slices.ContainsFunc(s.properties, func(p property) bool { return p.name == k }) {
+			problems = append(problems, s.unknown(k, at))
 		}
 	}
 	for _, p := range s.properties {
@@ -267,6 +342,18 @@ func (s *schema) checkObject(m map[string]any, at string) []Problem {
 		}
 	}
 	return problems
+}
+
+// unknown complains about a field that there is not.
+func (s *schema) unknown(name, at string) Problem {
+	names := make([]string, len(s.properties))
+	for i, p := range s.properties {
+		names[i] = p.name
+	}
+	return Problem{
+		Pointer: at + "/" + escape(name), Code: "config.unknown_field",
+		Summary: fmt.Sprintf("there is no field %q; there %s", name, oneOf(names)),
+	}
 }
 
 // escape is RFC 6901's.
@@ -299,8 +386,11 @@ func shown(v any) string {
 }
 
 func article(kind string) string {
-	if kind == "integer" {
-		return "an integer"
+	switch kind {
+	case "integer", "object", "array":
+		return "an " + kind
+	case "any":
+		return "a field of any type"
 	}
 	return "a " + kind
 }

@@ -3,7 +3,11 @@ package plugin
 import (
 	"encoding/json"
 	"fmt"
+	"go/parser"
+	"go/token"
 	"log/slog"
+	"os"
+	"regexp"
 	"strings"
 	"testing"
 	"time"
@@ -173,5 +177,179 @@ func TestRequestHeaders(t *testing.T) {
 	}
 	if r.Get("B") != "2" || r.Get("none") != "" {
 		t.Error("Get")
+	}
+}
+
+type boundedConfig struct {
+	Code  string            `json:"code" minLength:"2" maxLength:"4" pattern:"^[a-zé]+$"`
+	Hook  string            `json:"hook" format:"uri"`
+	When  string            `json:"when" format:"date-time"`
+	Mail  string            `json:"mail" format:"email"`
+	Host  string            `json:"host" format:"hostname"`
+	Four  string            `json:"four" format:"ipv4"`
+	Six   string            `json:"six" format:"ipv6"`
+	Sizes []int             `json:"sizes" minItems:"1" maxItems:"2" minimum:"3"`
+	Modes []string          `json:"modes" enum:"a,b"`
+	Names map[string]string `json:"names" maxLength:"3"`
+}
+
+func decodeBounded(t *testing.T, config string) []Problem {
+	t.Helper()
+	s, slots, err := schemaOf[boundedConfig]()
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, problems := decode[boundedConfig](s, slots, spec{config: []byte(config)}, nil)
+	return problems
+}
+
+func TestConfigBounds(t *testing.T) {
+	for config, want := range map[string]string{
+		`{"code":"a"}`:           `/config/code config.length given 1 characters, want at least 2`,
+		`{"code":"ééééé"}`:       `/config/code config.length given 5 characters, want at most 4`,
+		`{"code":"a1"}`:          `/config/code config.pattern given "a1", want text that matches ^[a-zé]+$`,
+		`{"hook":"/path"}`:       `/config/hook config.format given "/path", want uri: such as https://example.com/path`,
+		`{"when":"today"}`:       `/config/when config.format given "today", want date-time: such as 2026-01-02T15:04:05Z`,
+		`{"mail":"A <a@b.c>"}`:   `/config/mail config.format given "A <a@b.c>", want email: such as events@example.com`,
+		`{"host":"a..b"}`:        `/config/host config.format given "a..b", want hostname: such as events.example.com`,
+		`{"four":"::1"}`:         `/config/four config.format given "::1", want ipv4: such as 192.0.2.1`,
+		`{"six":"fe80::1%eth0"}`: `/config/six config.format given "fe80::1%eth0", want ipv6: such as 2001:db8::1`,
+		`{"sizes":[]}`:           `/config/sizes config.length given 0 elements, want at least 1`,
+		`{"sizes":[3,4,5]}`:      `/config/sizes config.length given 3 elements, want at most 2`,
+		`{"sizes":[2]}`:          `/config/sizes/0 config.range given 2, want at least 3`,
+		`{"modes":["a","c"]}`:    `/config/modes/1 config.enum given "c", want one of a, b`,
+		`{"names":{"x":"long"}}`: `/config/names/x config.length given 4 characters, want at most 3`,
+	} {
+		problems := decodeBounded(t, config)
+		if len(problems) != 1 {
+			t.Errorf("%s: %v", config, problems)
+			continue
+		}
+		p := problems[0]
+		if got := p.Pointer + " " + p.Code + " " + p.Summary; got != want {
+			t.Errorf("%s:\n got %s\nwant %s", config, got, want)
+		}
+	}
+	good := `{"code":"éé","hook":"https://a.b/c","when":"2026-01-02T15:04:05Z","mail":"a@b.c","host":"a-1.b","four":"192.0.2.1","six":"2001:db8::1","sizes":[3,9],"modes":["b"],"names":{"x":"abc"}}`
+	if problems := decodeBounded(t, good); len(problems) > 0 {
+		t.Error(problems)
+	}
+}
+
+// TestBoundsInTheSchema: what the kit refuses a validator of JSON Schema refuses too, by the document alone.
+func TestBoundsInTheSchema(t *testing.T) {
+	s, _, err := schemaOf[boundedConfig]()
+	if err != nil {
+		t.Fatal(err)
+	}
+	doc, err := s.document()
+	if err != nil {
+		t.Fatal(err)
+	}
+	parsed, err := jsonschema.UnmarshalJSON(strings.NewReader(string(doc)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := jsonschema.NewCompiler()
+	c.AssertFormat()
+	if err := c.AddResource("schema.json", parsed); err != nil {
+		t.Fatal(err)
+	}
+	compiled, err := c.Compile("schema.json")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for config, good := range map[string]bool{
+		`{}`: true, `{"code":"ab"}`: true, `{"code":"a"}`: false, `{"code":"a1"}`: false, `{"hook":"/path"}`: false, `{"sizes":[]}`: false,
+		`{"sizes":[3,4,5]}`: false, `{"sizes":[2]}`: false, `{"modes":["c"]}`: false, `{"names":{"x":"long"}}`: false,
+	} {
+		v, err := jsonschema.UnmarshalJSON(strings.NewReader(config))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := compiled.Validate(v); (err == nil) != good {
+			t.Errorf("%s: %v", config, err)
+		}
+		if problems := decodeBounded(t, config); (len(problems) == 0) != good {
+			t.Errorf("%s: %v", config, problems)
+		}
+	}
+}
+
+func TestTagsThatDoNotFitAreRefused(t *testing.T) {
+	for want, kind := range map[string]Kind{
+		"pattern and format are for strings": Signer("k", nilSigner[struct {
+			N int `json:"n" pattern:"x"`
+		}]),
+		`format "url": want one of date-time`: Signer("k", nilSigner[struct {
+			S string `json:"s" format:"url"`
+		}]),
+		"want a number, 0 or more, of a string": Signer("k", nilSigner[struct {
+			N int `json:"n" minLength:"1"`
+		}]),
+		"want a number, 0 or more, of an array": Signer("k", nilSigner[struct {
+			S string `json:"s" maxItems:"1"`
+		}]),
+		"a string has none": Signer("k", nilSigner[struct {
+			S string `json:"s" minimum:"1"`
+		}]),
+		"missing closing": Signer("k", nilSigner[struct {
+			S string `json:"s" pattern:"(x"`
+		}]),
+	} {
+		if kind.err == nil || !strings.Contains(kind.err.Error(), want) {
+			t.Errorf("%v, want %q in it", kind.err, want)
+		}
+	}
+}
+
+func nilSigner[C any](C, Target) (SignFunc, error) { return nil, nil }
+
+// TestExampleMayBeAConfigStruct: what Example documents.
+func TestExampleMayBeAConfigStruct(t *testing.T) {
+	for want, example := range map[string]any{
+		`{"name":"n"}`:                        testConfig{Name: "n", Key: NewSecret("secret")},
+		`{"mode":"safe","name":"n"}`:          &testConfig{Name: "n", Mode: "safe"},
+		`{"inner":{"size":7},"name":""}`:      testConfig{Inner: nested{Size: 7}},
+		`{"name":"n","tries":0,"wait":"10s"}`: map[string]any{"name": "n", "tries": 0, "wait": "10s"},
+	} {
+		k := Signer("k", nilSigner[testConfig], Example(example))
+		if k.err != nil || string(k.example) != want {
+			t.Errorf("%s: %v, want %s", k.example, k.err, want)
+		}
+	}
+	k := Signer("k", nilSigner[testConfig], Example(map[string]any{"name": "n", "mode": "slow"}))
+	if k.err == nil || !strings.Contains(k.err.Error(), `kind "k": the example: /config/mode: given "slow", want one of fast, safe`) {
+		t.Errorf("an example that does not pass: %v", k.err)
+	}
+}
+
+// TestEveryTagIsDocumented: the tags that the kit reads stand in the package comment and in the authors' page.
+func TestEveryTagIsDocumented(t *testing.T) {
+	page, err := os.ReadFile("../../docs/plugins.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	file, err := parser.ParseFile(token.NewFileSet(), "plugin.go", nil, parser.ParseComments|parser.PackageClauseOnly)
+	if err != nil {
+		t.Fatal(err)
+	}
+	source, err := os.ReadFile("schema.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	found := regexp.MustCompile(`[tT]ag\.(?:Get|Lookup)\("(\w+)"\)`).FindAllStringSubmatch(string(source), -1)
+	if len(found) < 10 {
+		t.Fatalf("%d tags found", len(found))
+	}
+	for _, m := range found {
+		if tag := m[1]; tag != "json" {
+			if !strings.Contains(string(page), "`"+tag+"`") {
+				t.Errorf("docs/plugins.md does not explain the tag `%s`", tag)
+			}
+			if !regexp.MustCompile(`(?m)^\t.*\b` + tag + `\b`).MatchString(file.Doc.Text()) {
+				t.Errorf("the package comment does not explain the tag %s", tag)
+			}
+		}
 	}
 }

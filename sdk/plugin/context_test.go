@@ -88,7 +88,7 @@ func TestInstanceWithManyOverrunsTakesNoMore(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	inst := &instance{labels: context.Background(), built: built{attempt: func(context.Context, *Request) (*Response, error) { return &Response{Status: 200}, nil }}}
+	inst := &instance{life: newLives(nil).begin(), labels: context.Background(), built: built{attempt: func(context.Context, *Request) (*Response, error) { return &Response{Status: 200}, nil }}}
 	s.instances.put(1, inst)
 	try := func() result { return s.run(t.Context(), &task{attempt: attempt{ref: 1}}, &scratch{}) }
 	if r := try(); r.response == nil {

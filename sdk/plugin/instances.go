@@ -31,7 +31,8 @@ func (t *instances) get(ref uint32) *instance {
 	return c.slots[ref%chunkSize].Load()
 }
 
-func (t *instances) put(ref uint32, inst *instance) {
+// put returns the instance that had the ref before, or nil.
+func (t *instances) put(ref uint32, inst *instance) *instance {
 	at := int(ref / chunkSize)
 	chunks := t.chunks.Load()
 	if chunks == nil || at >= len(*chunks) {
@@ -49,8 +50,29 @@ func (t *instances) put(ref uint32, inst *instance) {
 		c = &chunk{}
 		(*chunks)[at].Store(c)
 	}
-	if c.slots[ref%chunkSize].Swap(inst) == nil {
+	before := c.slots[ref%chunkSize].Swap(inst)
+	if before == nil {
 		c.live++
+	}
+	return before
+}
+
+// each calls f for all that there are; no writer may be at work.
+func (t *instances) each(f func(*instance)) {
+	chunks := t.chunks.Load()
+	if chunks == nil {
+		return
+	}
+	for i := range *chunks {
+		c := (*chunks)[i].Load()
+		if c == nil {
+			continue
+		}
+		for j := range c.slots {
+			if inst := c.slots[j].Load(); inst != nil {
+				f(inst)
+			}
+		}
 	}
 }
 

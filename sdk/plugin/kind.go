@@ -78,8 +78,8 @@ func EmitsFrom[C any](headers func(C) []string) Option {
 	return func(o *kindOptions) { o.emitsFrom = headers }
 }
 
-// Example is a config that passes the schema: a value of the config struct, or anything that marshals
-// to the JSON meant.
+// Example is a config that passes the schema: a value of the config struct, of which fields that are zero and not
+// required are left out, as are secrets; or anything that marshals to the JSON meant.
 func Example(config any) Option { return func(o *kindOptions) { o.example = config } }
 
 // MaxBody is the largest body a transport carries; 0 means no limit of its own.
@@ -98,8 +98,9 @@ func Nondeterministic() Option { return func(o *kindOptions) { o.random = true }
 // OwnershipCheck says that a transport knows what to do with a Request whose OwnershipCheck is set.
 func OwnershipCheck() Option { return func(o *kindOptions) { o.ownership = true } }
 
-// Signer offers a signer. C is the config struct; build is called once per instance and generation, also
-// to validate a config, so it does no I/O. A fault in the declaration (a bad id, a field type that has no
+// Signer offers a signer. C is the config struct, whose tags the package comment lists; build is called once per
+// instance and generation, also to validate a config, so it does no I/O: connections are made by the first
+// attempt that needs them, and given back by Target.OnClose. A fault in the declaration (a bad id, a field type that has no
 // JSON Schema) is reported by Serve.
 func Signer[C any](id string, build func(C, Target) (SignFunc, error), opts ...Option) Kind {
 	k := newKind[C](id, true, opts)
@@ -162,11 +163,35 @@ func newKind[C any](id string, signer bool, opts []Option) Kind {
 		k.slots[i].format = k.options.formats[k.slots[i].name]
 	}
 	if k.options.example != nil {
-		if k.example, err = json.Marshal(k.options.example); err != nil {
-			k.err = errors.Join(k.err, fmt.Errorf("kind %q: marshal the example: %w", id, err))
+		_, value := k.options.example.(C)
+		_, pointer := k.options.example.(*C)
+		if k.example, err = k.exampleText(value || pointer); err != nil {
+			k.err = errors.Join(k.err, fmt.Errorf("kind %q: the example: %w", id, err))
 		}
 	}
 	return k
+}
+
+// exampleText is the example as JSON; ofConfig says that it is a value of the config struct.
+func (k *Kind) exampleText(ofConfig bool) ([]byte, error) {
+	text, err := json.Marshal(k.options.example)
+	if err != nil {
+		return nil, err
+	}
+	tree, err := parseJSON(text)
+	if err != nil {
+		return nil, err
+	}
+	if fields, ok := tree.(map[string]any); ok && ofConfig {
+		for _, s := range k.slots {
+			delete(fields, s.field)
+		}
+		k.schema.prune(tree)
+	}
+	if problems := k.schema.check(k.schema.fill(cloneJSON(tree)), "/config"); len(problems) > 0 {
+		return nil, fmt.Errorf("%s: %s", problems[0].Pointer, problems[0].Summary)
+	}
+	return json.Marshal(tree)
 }
 
 func checkOf[C any](given any) (func(C, Target) []Problem, error) {

@@ -16,6 +16,33 @@
 // neither gRPC nor go-plugin. It guarantees that every attempt the host sends is answered exactly once
 // while the process lives, that a panic in one attempt spares the others, and that the process ends when
 // its host does. It does not restart, retry or store anything: that is the host's.
+//
+// # Config structs
+//
+// The fields of a kind's config struct are its settings, under the names that encoding/json gives them. Strings,
+// booleans, numbers, Duration, slices, arrays, maps with string keys, structs, pointers to these, any and
+// json.RawMessage have a JSON Schema; a field of another type is an error of Serve, as is a tag that does not fit.
+// The host and the kit check a config against the schema, so that build meets only what passes. Tags:
+//
+//	doc:"…"                   what it is, for people
+//	required:"true"           it must be given; else it may be absent, and is then the default or zero
+//	default:"…"               JSON, of strings and Durations without quotes
+//	enum:"a,b"                the values there are
+//	minimum, maximum          of numbers, and of Durations as in "100ms"
+//	minLength, maxLength      of strings, in characters
+//	pattern:"^…$"             a regular expression in the syntax of Go that a string must match somewhere
+//	format:"uri"              a string is a date-time, email, hostname, ipv4, ipv6 or (absolute) uri
+//	minItems, maxItems        of slices and arrays
+//
+// On slices, arrays and maps, tags about values are about their elements. A field of type Secret is no setting but a
+// slot that takes the name of a stored secret, and must be a field of the config struct itself. Its tags:
+//
+//	slot:"key"                its name, required
+//	doc, required             as above
+//	kinds:"HMAC,OPAQUE"       kinds of secret that it accepts; any without it
+//
+// When a config is only checked, secrets may be absent: if one of a required slot is, build is not called. An optional
+// slot may be empty at any time: ask Secret.Empty.
 package plugin
 
 import (
@@ -137,6 +164,8 @@ type Response struct {
 	Body []byte
 	// Truncated says that there was more.
 	Truncated bool
+	// Note says what was wrong behind the status, for people; empty when nothing was.
+	Note string
 	// Peer is the host:port connected to, when known.
 	Peer string
 }
@@ -214,6 +243,8 @@ type Target struct {
 	Egress *Egress
 	// UserAgent is for the user-agent header.
 	UserAgent string
+
+	life *life
 }
 
 // Problem is one complaint about a config, returned by the function given to Check.

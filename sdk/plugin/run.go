@@ -15,8 +15,10 @@ import (
 )
 
 const (
-	// stopGrace is how long work at hand may take once the host is gone.
-	stopGrace = 5 * time.Second
+	// exitLimit is how long after its host the process ends at the latest; the host kills it soon after.
+	exitLimit = 4500 * time.Millisecond
+	// stopGrace is how much of that work at hand may take; the rest is for closing instances.
+	stopGrace = 3500 * time.Millisecond
 	// parentPoll is how often the parent is looked after where no death signal does it.
 	parentPoll = time.Second
 	// gcPercent lets the heap of an idle plugin grow to some 16 MiB before it is collected.
@@ -57,7 +59,18 @@ func Serve(name, version string, kinds ...Kind) error {
 		},
 	})
 	close(served)
+	ctx, cancel := context.WithDeadline(context.Background(), s.exitBy())
+	defer cancel()
+	s.closeAll(ctx)
 	return nil
+}
+
+// exitBy is when the process has to be gone.
+func (s *server) exitBy() time.Time {
+	if by := s.stopBy.Load(); by != nil {
+		return *by
+	}
+	return time.Now().Add(exitLimit)
 }
 
 // stopWithHost ends the server when the host is gone: its Control stream has ended, the parent has
@@ -84,7 +97,9 @@ func (s *server) stopWithHost(g *grpc.Server, signals <-chan os.Signal, served <
 		}
 	}
 	s.drainOnce.Do(func() { close(s.draining) })
-	exit := time.AfterFunc(stopGrace+time.Second, func() { os.Exit(1) })
+	by := time.Now().Add(exitLimit)
+	s.stopBy.Store(&by)
+	exit := time.AfterFunc(exitLimit, func() { os.Exit(1) })
 	defer exit.Stop()
 	s.awaitIdle(stopGrace)
 	g.Stop()

@@ -1,10 +1,12 @@
 package plugin
 
 import (
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"reflect"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -13,7 +15,9 @@ import (
 
 // slot is a field of type Secret.
 type slot struct {
-	name     string
+	name string
+	// field is what encoding/json would call it, of the config struct itself.
+	field    string
 	doc      string
 	required bool
 	kinds    []string
@@ -32,6 +36,10 @@ type schema struct {
 	maximum    *float64
 	minText    string
 	maxText    string
+	minLength  *int // of a string, in characters; of an array, in elements
+	maxLength  *int
+	pattern    *regexp.Regexp
+	format     string
 	properties []property
 	items      *schema // of array, and of object when it is a map
 }
@@ -67,6 +75,7 @@ func (s *schema) addFields(t reflect.Type, index []int, slots *[]slot, depth int
 		switch {
 		case f.Type == reflect.TypeFor[Secret]():
 			sl, err := slotOf(f, at)
+			sl.field = cmp.Or(name, f.Name)
 			if slots == nil {
 				err = fmt.Errorf("field %s: a Secret must be a field of the config struct itself", f.Name)
 			} else if err == nil {
@@ -110,10 +119,10 @@ func propertyOf(name string, f reflect.StructField, depth int) (property, error)
 		return property{}, err
 	}
 	node.doc = f.Tag.Get("doc")
-	if enum := f.Tag.Get("enum"); enum != "" {
-		node.enum = strings.Split(enum, ",")
+	if err := node.setLengths(f.Tag.Get("minItems"), f.Tag.Get("maxItems"), "array"); err != nil {
+		return property{}, err
 	}
-	if err := node.setBounds(f.Tag.Get("minimum"), f.Tag.Get("maximum")); err != nil {
+	if err := node.element().constrain(f.Tag); err != nil {
 		return property{}, err
 	}
 	if def, ok := f.Tag.Lookup("default"); ok {
@@ -166,6 +175,62 @@ func typeSchema(t reflect.Type, depth int) (*schema, error) {
 	}
 }
 
+// element is what the tags about values mean: the field itself, or what its array or map holds.
+func (s *schema) element() *schema {
+	for s.items != nil {
+		s = s.items
+	}
+	return s
+}
+
+// constrain reads the tags about values.
+func (s *schema) constrain(tag reflect.StructTag) error {
+	if enum := tag.Get("enum"); enum != "" {
+		if s.kind != "string" && s.kind != "integer" && s.kind != "number" {
+			return fmt.Errorf("enum: %s has none", article(s.kind))
+		}
+		s.enum = strings.Split(enum, ",")
+	}
+	if err := s.setBounds(tag.Get("minimum"), tag.Get("maximum")); err != nil {
+		return err
+	}
+	if err := s.setLengths(tag.Get("minLength"), tag.Get("maxLength"), "string"); err != nil {
+		return err
+	}
+	pattern, format := tag.Get("pattern"), tag.Get("format")
+	if (pattern != "" || format != "") && s.kind != "string" {
+		return fmt.Errorf("pattern and format are for strings, not for %s", article(s.kind))
+	}
+	if pattern != "" {
+		var err error
+		if s.pattern, err = regexp.Compile(pattern); err != nil {
+			return fmt.Errorf("pattern %q: %w", pattern, err)
+		}
+	}
+	if s.format = format; format != "" && formatOf(format) == nil {
+		return fmt.Errorf("format %q: want one of %s", format, strings.Join(formatNames(), ", "))
+	}
+	return nil
+}
+
+// setLengths reads bounds of length, which only kind has.
+func (s *schema) setLengths(low, high, kind string) error {
+	for _, b := range []struct {
+		text  string
+		value **int
+	}{{low, &s.minLength}, {high, &s.maxLength}} {
+		if b.text == "" {
+			continue
+		}
+		n, err := strconv.Atoi(b.text)
+		if err != nil || n < 0 || s.kind != kind {
+			return fmt.Errorf("length %q: want a number, 0 or more, of %s", b.text, article(kind))
+		}
+		*b.value = &n
+	}
+	return nil
+}
+
 func (s *schema) setBounds(low, high string) error {
 	for _, b := range []struct {
 		text  string
@@ -174,6 +239,9 @@ func (s *schema) setBounds(low, high string) error {
 	}{{low, &s.minimum, &s.minText}, {high, &s.maximum, &s.maxText}} {
 		if b.text == "" {
 			continue
+		}
+		if s.kind != "integer" && s.kind != "number" && s.kind != "duration" {
+			return fmt.Errorf("bound %q: %s has none", b.text, article(s.kind))
 		}
 		v, err := s.number(b.text)
 		if err != nil {
@@ -242,6 +310,18 @@ func (s *schema) node() map[string]any {
 	}
 	if s.maximum != nil {
 		n["maximum"] = *s.maximum
+	}
+	if s.minLength != nil {
+		n[map[string]string{"string": "minLength", "array": "minItems"}[s.kind]] = *s.minLength
+	}
+	if s.maxLength != nil {
+		n[map[string]string{"string": "maxLength", "array": "maxItems"}[s.kind]] = *s.maxLength
+	}
+	if s.pattern != nil {
+		n["pattern"] = s.pattern.String()
+	}
+	if s.format != "" {
+		n["format"] = s.format
 	}
 	switch {
 	case s.kind == "array":

@@ -54,6 +54,8 @@ type server struct {
 	hostSeenOnce sync.Once
 	hostGone     chan struct{}
 	hostGoneOnce sync.Once
+	// stopBy is when the process has to be gone, once its host is.
+	stopBy atomic.Pointer[time.Time]
 	// described runs at the first Describe.
 	described     func()
 	describedOnce sync.Once
@@ -64,6 +66,7 @@ type server struct {
 	newestOf map[string]generation // by instance id
 
 	instances instances
+	lives     *lives
 }
 
 // generation is the newest of an instance id, and how many of its refs are held.
@@ -78,6 +81,7 @@ type instance struct {
 	built   built
 	target  Target
 	secrets [][]byte
+	life    *life
 	// labels mark the goroutines that work for it.
 	labels context.Context //nolint:containedctx // pprof keeps labels in one
 	// overruns are attempts that were given up and go on all the same.
@@ -91,6 +95,7 @@ func newServer(name, version string, kinds []Kind) (*server, error) {
 		draining: make(chan struct{}), hostSeen: make(chan struct{}), hostGone: make(chan struct{}),
 		described: func() {},
 	}
+	s.lives = newLives(func(stack []byte) { s.log().Error("panic in close", "stack", string(stack)) })
 	s.describe = &pluginv1.DescribeResponse{Name: name, Version: version, ProtocolMinor: protocolMinor}
 	var errs []error
 	signs, carries := false, false
@@ -125,13 +130,27 @@ func newServer(name, version string, kinds []Kind) (*server, error) {
 }
 
 // NewGRPCServer is a server for the kinds without a process around it, for test harnesses: it serves
-// whoever connects, and outlives them.
-func NewGRPCServer(name, version string, kinds ...Kind) (*grpc.Server, error) {
+// whoever connects, and outlives them. stop ends it with all that is under way, and closes its instances.
+func NewGRPCServer(name, version string, kinds ...Kind) (server *grpc.Server, stop func(), err error) {
 	s, err := newServer(name, version, kinds)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	return s.grpc(nil), nil
+	server = s.grpc(nil)
+	return server, func() {
+		server.Stop()
+		ctx, cancel := context.WithTimeout(context.Background(), closeLimit)
+		defer cancel()
+		s.closeAll(ctx)
+	}, nil
+}
+
+// closeAll ends all instances, and waits for that as long as ctx lasts.
+func (s *server) closeAll(ctx context.Context) {
+	s.mu.Lock()
+	s.instances.each(func(inst *instance) { inst.life.retire() })
+	s.mu.Unlock()
+	s.lives.end(ctx)
 }
 
 func (s *server) grpc(opts []grpc.ServerOption) *grpc.Server {
@@ -182,6 +201,7 @@ func (s *server) Validate(_ context.Context, req *pluginv1.ValidateRequest) (*pl
 	out := &pluginv1.ValidateResponse{Diagnostics: diagnostics}
 	if inst != nil {
 		out.EmitsHeaders = inst.built.emits
+		inst.life.retire()
 	}
 	return out, nil
 }
@@ -228,16 +248,17 @@ func (s *server) Configure(_ context.Context, req *pluginv1.ConfigureRequest) (*
 		if inst == nil {
 			continue
 		}
-		if s.instances.get(in.GetRef()) == nil {
+		if before := s.instances.put(in.GetRef(), inst); before != nil {
+			before.life.retire()
+		} else {
 			newest.refs++
 		}
-		s.instances.put(in.GetRef(), inst)
 		s.newestOf[in.GetId()] = generation{number: in.GetGeneration(), refs: newest.refs}
 	}
 	return out, nil
 }
 
-// Remove forgets instances. Attempts at work keep theirs.
+// Remove forgets instances. Attempts at work keep theirs, and the last of them closes it.
 func (s *server) Remove(_ context.Context, req *pluginv1.RemoveRequest) (*pluginv1.RemoveResponse, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -246,6 +267,7 @@ func (s *server) Remove(_ context.Context, req *pluginv1.RemoveRequest) (*plugin
 		if inst == nil {
 			continue
 		}
+		inst.life.retire()
 		g := s.newestOf[inst.id]
 		if g.refs--; g.refs > 0 {
 			s.newestOf[inst.id] = g
@@ -267,6 +289,13 @@ func (s *server) build(in *pluginv1.Instance, egress *Egress, agent string, vali
 		return nil, []*pluginv1.Diagnostic{refusal("config.unknown_kind", fmt.Sprintf("%s offers no kind %q", s.name, in.GetKind()))}
 	}
 	sp := specOf(in, egress, agent)
+	life := s.lives.begin()
+	sp.target.life = life
+	defer func() {
+		if inst == nil {
+			life.retire()
+		}
+	}()
 	var values [][]byte
 	for _, v := range sp.secrets {
 		values = append(values, v...)
@@ -290,7 +319,7 @@ func (s *server) build(in *pluginv1.Instance, egress *Egress, agent string, vali
 	if hasErrors(problems) {
 		return nil, diagnostics
 	}
-	return &instance{id: in.GetId(), built: b, target: sp.target, secrets: values, labels: labels}, diagnostics
+	return &instance{id: in.GetId(), built: b, target: sp.target, secrets: values, labels: labels, life: life}, diagnostics
 }
 
 func (p Problem) wire(secrets [][]byte) *pluginv1.Diagnostic {

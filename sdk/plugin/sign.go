@@ -45,9 +45,10 @@ func (s *server) signItem(contents []content, item *pluginv1.SignItem) (out *plu
 		return out
 	}
 	inst := s.instances.get(item.GetInstanceRef())
-	if inst == nil || inst.built.sign == nil {
+	if inst == nil || inst.built.sign == nil || !inst.life.enter() {
 		return fail(stale(item.GetInstanceRef()).failure)
 	}
+	defer inst.life.leave()
 	if int(item.GetContent()) >= len(contents) {
 		return fail(failure{source: SourcePlugin, code: CodeProtocol, message: "no such content", wire: NotSent})
 	}

@@ -265,6 +265,9 @@ func (r *Response) append(b []byte, full bool) []byte {
 	if r.Truncated {
 		b = wire.AppendUint(b, 4, 1)
 	}
+	if r.Note != "" {
+		b = wire.AppendText(b, 5, r.Note)
+	}
 	return b
 }
 

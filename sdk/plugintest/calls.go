@@ -16,12 +16,12 @@ import (
 )
 
 // Sign has the instance sign a request and returns it with what was added. The error of a signer that
-// could not is a *plugin.Failure. Method and URL are those of the instance's target.
+// could not is a *plugin.Failure. Method and URL are those of the instance's target; a Nonce is always there.
 func (c *Configured) Sign(req plugin.Request) (plugin.Request, error) {
 	res, err := c.h.signers.sign(&pluginv1.SignRequest{
 		Contents: []*pluginv1.Content{contentOf(&req)},
 		Items: []*pluginv1.SignItem{{
-			Seq: uint64(c.h.refs.Add(1)), InstanceRef: c.ref, Created: timestamppb.New(req.Created), Nonce: req.Nonce,
+			Seq: uint64(c.h.refs.Add(1)), InstanceRef: c.ref, Created: timestamppb.New(req.Created), Nonce: nonceOf(&req),
 		}},
 	})
 	if err != nil {
@@ -52,7 +52,7 @@ func (c *Configured) Attempt(ctx context.Context, req plugin.Request, signers ..
 	}
 	a := &pluginv1.Attempt{
 		InstanceRef: c.ref, AttemptNumber: uint32(cmp.Or(req.AttemptNumber, 1)), TimeoutMs: uint32(timeout.Milliseconds()),
-		CreatedUnixNano: created.UnixNano(), Traceparent: req.Traceparent, Nonce: req.Nonce, Uri: req.URL,
+		CreatedUnixNano: created.UnixNano(), Traceparent: req.Traceparent, Nonce: nonceOf(&req), Uri: req.URL, OwnershipCheck: req.OwnershipCheck,
 	}
 	for _, s := range signers {
 		a.SignHere = append(a.SignHere, s.ref)
@@ -67,8 +67,16 @@ func (c *Configured) Attempt(ctx context.Context, req plugin.Request, signers ..
 	r := res.GetResponse()
 	return &plugin.Response{
 		Status: int(r.GetStatus()), Headers: headersOf(r.GetHeaders()), Body: r.GetBody(),
-		Truncated: r.GetBodyTruncated(), Peer: res.GetPeer(),
+		Truncated: r.GetBodyTruncated(), Note: r.GetNote(), Peer: res.GetPeer(),
 	}, nil
+}
+
+// nonceOf is the request's, or one that is there as the host's always is, and the same in each test.
+func nonceOf(req *plugin.Request) []byte {
+	if len(req.Nonce) > 0 {
+		return req.Nonce
+	}
+	return []byte("plugintest-nonce")
 }
 
 func contentOf(req *plugin.Request) *pluginv1.Content {

@@ -64,10 +64,11 @@ type Configured struct {
 	ref uint32
 }
 
-// New serves the kinds for the length of the test.
+// New serves the kinds for the length of the test. Instances that are left at its end are closed, and that is
+// waited for.
 func New(t testing.TB, kinds ...plugin.Kind) *Harness {
 	t.Helper()
-	server, err := plugin.NewGRPCServer("plugintest", "0.0.0", kinds...)
+	server, stop, err := plugin.NewGRPCServer("plugintest", "0.0.0", kinds...)
 	if err != nil {
 		t.Fatalf("offer kinds: %v", err)
 	}
@@ -87,7 +88,7 @@ func New(t testing.TB, kinds ...plugin.Kind) *Harness {
 	h.signers.init(ctx, pluginv1.NewSignerServiceClient(conn))
 	t.Cleanup(func() {
 		cancel()
-		server.Stop()
+		stop()
 		_ = conn.Close()
 		serving.Wait()
 		h.stream.readers.Wait()
@@ -149,7 +150,8 @@ func (h *Harness) Validate(in Instance) []plugin.Problem {
 	return problemsOf(resp.GetDiagnostics())
 }
 
-// Remove has the plugin forget the instance.
+// Remove has the plugin forget the instance. What build gave to Target.OnClose is called soon after, when no
+// attempt is under way.
 func (c *Configured) Remove() {
 	c.h.t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), callTimeout)

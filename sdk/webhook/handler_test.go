@@ -2,10 +2,12 @@ package webhook_test
 
 import (
 	"bytes"
+	"compress/gzip"
 	"context"
 	"errors"
 	"io"
 	"log/slog"
+	"maps"
 	"net/http"
 	"net/http/httptest"
 	"strconv"
@@ -212,6 +214,175 @@ func TestHandlerStoreFailures(t *testing.T) {
 	}
 }
 
+// flakyStore is a store that cannot be told how events ended while it is away.
+type flakyStore struct {
+	*webhook.MemoryStore
+	away atomic.Bool
+}
+
+func (s *flakyStore) Commit(ctx context.Context, id string) error {
+	if s.away.Load() {
+		return errors.New("away")
+	}
+	return s.MemoryStore.Commit(ctx, id)
+}
+
+func (s *flakyStore) Release(ctx context.Context, id string) error {
+	if s.away.Load() {
+		return errors.New("away")
+	}
+	return s.MemoryStore.Release(ctx, id)
+}
+
+// TestStoreThatCouldNotBeTold: an event that was handled is answered as such, also when its answer was lost and
+// the store had not been told; one that failed is handed out again. Neither is busy for ever.
+func TestStoreThatCouldNotBeTold(t *testing.T) {
+	v := newVerifier(t, vectorSecret)
+	calls := map[string]int{}
+	fail := true
+	handle := func(_ context.Context, e webhook.Event) error {
+		calls[e.ID]++
+		if e.ID == "failing" && fail {
+			return errors.New("database away")
+		}
+		return nil
+	}
+	store := &flakyStore{MemoryStore: webhook.NewMemoryStore(0, 0)}
+	own := webhook.Handler(v, handle, webhook.Seen(store))
+	other := webhook.Handler(v, handle, webhook.Seen(store)) // as in another process
+	expect := func(h http.Handler, id string, want int) {
+		t.Helper()
+		if got := serve(h, signedRequest(t, id, "{}")); got != want {
+			t.Errorf("event %s: status %d, want %d", id, got, want)
+		}
+	}
+	store.away.Store(true)
+	expect(own, "fine", http.StatusNoContent)
+	expect(own, "fine", http.StatusNoContent) // the answer was lost
+	expect(own, "failing", http.StatusInternalServerError)
+	expect(own, "failing", http.StatusInternalServerError)
+	store.away.Store(false)
+	fail = false
+	expect(own, "failing", http.StatusNoContent)
+	expect(own, "more", http.StatusNoContent) // by now the store has been told of the others
+	expect(other, "fine", http.StatusNoContent)
+	expect(other, "failing", http.StatusNoContent)
+	if want := map[string]int{"fine": 1, "failing": 2, "more": 1}; !maps.Equal(calls, want) {
+		t.Errorf("handed out %v, want %v", calls, want)
+	}
+}
+
+func gzipped(t testing.TB, plain []byte) string {
+	t.Helper()
+	var b bytes.Buffer
+	z := gzip.NewWriter(&b)
+	_, err := z.Write(plain)
+	if err := errors.Join(err, z.Close()); err != nil {
+		t.Fatal(err)
+	}
+	return b.String()
+}
+
+func TestHandlerDecompresses(t *testing.T) {
+	const limit = 1000
+	packed := gzipped(t, []byte(`{"n":1}`))
+	tests := []struct {
+		name, encoding, body string
+		want                 int
+	}{
+		{"gzip", "gzip", packed, http.StatusNoContent},
+		{"x-gzip", "X-GZIP", packed, http.StatusNoContent},
+		{"identity", "identity", `{"n":1}`, http.StatusNoContent},
+		{"no gzip", "gzip", `{"n":1}`, http.StatusBadRequest},
+		{"cut off", "gzip", packed[:len(packed)-3], http.StatusBadRequest},
+		{"bomb", "gzip", gzipped(t, make([]byte, 100*limit)), http.StatusRequestEntityTooLarge},
+		{"just fits", "gzip", gzipped(t, make([]byte, limit)), http.StatusNoContent},
+		{"just too large", "gzip", gzipped(t, make([]byte, limit+1)), http.StatusRequestEntityTooLarge},
+		{"twice", "gzip, gzip", packed, http.StatusUnsupportedMediaType},
+		{"unknown", "br", packed, http.StatusUnsupportedMediaType},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			var got webhook.Event
+			h := webhook.Handler(newVerifier(t, vectorSecret), func(_ context.Context, e webhook.Event) error {
+				got = e
+				return nil
+			}, webhook.MaxBody(limit))
+			r := signedRequest(t, "a", tt.body)
+			r.Header.Set("Content-Encoding", tt.encoding)
+			if status := serve(h, r); status != tt.want {
+				t.Fatalf("status %d, want %d", status, tt.want)
+			}
+			if tt.want == http.StatusNoContent && tt.name != "just fits" && string(got.Body) != `{"n":1}` {
+				t.Errorf("body %q, want what was compressed", got.Body)
+			}
+		})
+	}
+}
+
+func TestHandlerReadsStructuredCloudEvents(t *testing.T) {
+	const body = `{"specversion":"1.0","id":"order-1","source":"/shop","type":"order.created","subject":"café","tenant":"eu",` +
+		`"sequence":17,"sampled":true,"dataschema":null,"datacontenttype":"application/json","data":{"type":"not this"}}`
+	var got webhook.Event
+	h := webhook.Handler(newVerifier(t, vectorSecret), func(_ context.Context, e webhook.Event) error {
+		got = e
+		return nil
+	})
+	r := signedRequest(t, "evt_1", body)
+	r.Header.Set("Content-Type", "application/cloudevents+json; charset=utf-8")
+	r.Header.Set("Ce-Type", "forged") // the headers are not signed
+	if status := serve(h, r); status != http.StatusNoContent {
+		t.Fatalf("status %d, want 204", status)
+	}
+	want := webhook.Event{
+		ID: "evt_1", Timestamp: got.Timestamp, Type: "order.created", Source: "/shop", Subject: "café",
+		ContentType: "application/cloudevents+json; charset=utf-8", Body: []byte(body),
+		Attributes: map[string]string{"specversion": "1.0", "id": "order-1", "tenant": "eu", "sequence": "17", "sampled": "true", "datacontenttype": "application/json"},
+	}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Error(diff)
+	}
+	for _, wrong := range []string{`[]`, `null`, `{"type":{}}`, `{"type":`, ``} {
+		r := signedRequest(t, "evt_2", wrong)
+		r.Header.Set("Content-Type", "application/cloudevents+json")
+		if status := serve(h, r); status != http.StatusBadRequest {
+			t.Errorf("%s: status %d, want 400", wrong, status)
+		}
+	}
+}
+
+func TestHandlerBoundsWhatStrangersSend(t *testing.T) {
+	h := webhook.Handler(newVerifier(t, vectorSecret), func(context.Context, webhook.Event) error { return nil })
+	many := signedRequest(t, "a", "{}")
+	for i := range 100 {
+		many.Header.Set("Ce-X"+strconv.Itoa(i), "1")
+	}
+	large := signedRequest(t, "a", "{}")
+	large.Header.Set("Ce-X", strings.Repeat("x", 100<<10))
+	for name, r := range map[string]*http.Request{"many attributes": many, "large attributes": large} {
+		if status := serve(h, r); status != http.StatusRequestHeaderFieldsTooLarge {
+			t.Errorf("%s: status %d, want 431", name, status)
+		}
+	}
+	for name, change := range map[string]func(http.Header){
+		"no id":     func(h http.Header) { h.Del(webhook.HeaderID) },
+		"old":       func(h http.Header) { h.Set(webhook.HeaderTimestamp, "1") },
+		"signature": func(h http.Header) { h.Del(webhook.HeaderSignature) },
+	} {
+		r := signedRequest(t, "a", "{}")
+		change(r.Header)
+		read := false
+		r.Body = io.NopCloser(readerFunc(func([]byte) (int, error) { read = true; return 0, io.EOF }))
+		if status := serve(h, r); status == http.StatusNoContent || read {
+			t.Errorf("%s: status %d, body read: %v; want a refusal without reading it", name, status, read)
+		}
+	}
+}
+
+type readerFunc func([]byte) (int, error)
+
+func (f readerFunc) Read(p []byte) (int, error) { return f(p) }
+
 func TestMemoryStoreForgets(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := webhook.NewMemoryStore(2, time.Hour)
@@ -228,8 +399,10 @@ func TestMemoryStoreForgets(t *testing.T) {
 				t.Error(err)
 			}
 		}
+		handle("z")
 		handle("a")
 		claim("open", webhook.ClaimNew)
+		claim("z", webhook.ClaimDone) // as many as the limit are remembered
 		handle("b")
 		claim("b", webhook.ClaimDone)
 		handle("c")
@@ -244,6 +417,26 @@ func TestMemoryStoreForgets(t *testing.T) {
 		}
 		claim("open", webhook.ClaimNew)
 	})
+}
+
+func TestMemoryStoreRemembersAsManyAsItsLimit(t *testing.T) {
+	for _, limit := range []int{1, 2, 7} {
+		s := webhook.NewMemoryStore(limit, time.Hour)
+		for i := range limit {
+			id := strconv.Itoa(i)
+			if got, err := s.Claim(t.Context(), id); err != nil || got != webhook.ClaimNew {
+				t.Errorf("limit %d: Claim(%s) = %v, %v", limit, id, got, err)
+			}
+			if err := s.Commit(t.Context(), id); err != nil {
+				t.Error(err)
+			}
+		}
+		for i := range limit {
+			if got, _ := s.Claim(t.Context(), strconv.Itoa(i)); got != webhook.ClaimDone {
+				t.Errorf("limit %d: event %d is forgotten", limit, i)
+			}
+		}
+	}
 }
 
 func TestMemoryStoreIsBounded(t *testing.T) {

@@ -19,15 +19,18 @@ const (
 	ClaimBusy
 )
 
-// SeenStore remembers which events were handled. Its methods are called concurrently. A store shared by
-// several processes should let a claim expire when its process has died: after longer than any handler
-// takes.
+// SeenStore remembers which events were handled. Its methods are called concurrently, and obey ctx. A store
+// shared by several processes should let a claim expire when its process has died: after longer than any
+// handler takes.
+//
+// A Handler whose Commit or Release fails calls it again: when the event is sent again, and when the store
+// is seen to work. Both must therefore be harmless when they were done before.
 type SeenStore interface {
 	// Claim reserves id for the caller; of concurrent callers exactly one gets ClaimNew.
 	Claim(ctx context.Context, id string) (Claim, error)
-	// Commit makes a claim final.
+	// Commit makes a claim final, also one that has expired meanwhile: the event was handled.
 	Commit(ctx context.Context, id string) error
-	// Release gives a claim up, so that the next attempt can have it.
+	// Release gives a claim up, so that the next attempt can have it. It leaves committed ids alone.
 	Release(ctx context.Context, id string) error
 }
 
@@ -38,7 +41,8 @@ const (
 )
 
 // MemoryStore is a SeenStore for a receiver of one process. It forgets an id after its time to live, or
-// sooner when it is full: then the oldest goes first. It forgets everything when the process ends.
+// sooner when it is full: then the oldest goes first. What is being handled is kept beside that. It forgets
+// everything when the process ends.
 type MemoryStore struct {
 	limit int
 	ttl   time.Duration
@@ -85,6 +89,7 @@ func (s *MemoryStore) Commit(_ context.Context, id string) error {
 	if expire, found := s.seen[id]; found && expire.IsZero() {
 		s.seen[id] = time.Now().Add(s.ttl)
 		s.committed = append(s.committed, id)
+		s.forget(time.Now())
 	}
 	return nil
 }
@@ -103,7 +108,7 @@ func (s *MemoryStore) Release(_ context.Context, id string) error {
 func (s *MemoryStore) forget(now time.Time) {
 	for s.head < len(s.committed) {
 		id := s.committed[s.head]
-		if len(s.committed)-s.head < s.limit && now.Before(s.seen[id]) {
+		if len(s.committed)-s.head <= s.limit && now.Before(s.seen[id]) {
 			break
 		}
 		delete(s.seen, id)

@@ -35,7 +35,8 @@ const (
 
 // Why a request was not accepted. Verify wraps them with what was wrong; test with errors.Is.
 var (
-	// ErrMissingHeader means that one of the three headers is absent, empty or too long: not a webhook.
+	// ErrMissingHeader means that one of the three headers is absent, empty, too long, or an id that cannot be
+	// one: not a webhook.
 	ErrMissingHeader = errors.New("webhook header missing")
 	// ErrTimestamp means that the timestamp is no number, or further from now than the tolerance.
 	ErrTimestamp = errors.New("webhook timestamp not accepted")
@@ -45,8 +46,9 @@ var (
 
 // Bounds on what an unverified sender can make a Verifier do.
 const (
-	maxIDBytes    = 256
-	maxSignatures = 16
+	maxIDBytes        = 256
+	maxSignatures     = 16
+	maxSignatureBytes = 128 // one entry, in base64
 )
 
 const (
@@ -133,6 +135,19 @@ func (v *Verifier) Verify(header http.Header, body []byte) error {
 
 // verify also returns the timestamp.
 func (v *Verifier) verify(header http.Header, body []byte) (time.Time, error) {
+	at, err := v.plausible(header)
+	if err != nil {
+		return time.Time{}, err
+	}
+	lead := header.Get(HeaderID) + "." + header.Get(HeaderTimestamp) + "."
+	if err := v.match(lead, body, header.Values(HeaderSignature)); err != nil {
+		return time.Time{}, err
+	}
+	return at, nil
+}
+
+// plausible checks what can be checked without a body.
+func (v *Verifier) plausible(header http.Header) (time.Time, error) {
 	id, timestamp := header.Get(HeaderID), header.Get(HeaderTimestamp)
 	signatures := header.Values(HeaderSignature)
 	switch {
@@ -140,19 +155,19 @@ func (v *Verifier) verify(header http.Header, body []byte) (time.Time, error) {
 		return time.Time{}, fmt.Errorf("%w: %s", ErrMissingHeader, HeaderID)
 	case len(id) > maxIDBytes:
 		return time.Time{}, fmt.Errorf("%w: %s is longer than %d bytes", ErrMissingHeader, HeaderID, maxIDBytes)
+	case !isID(id):
+		// With a dot, the signature of one message would be that of another with a longer id as well.
+		return time.Time{}, fmt.Errorf("%w: %s may have visible ASCII characters but no dot", ErrMissingHeader, HeaderID)
 	case timestamp == "":
 		return time.Time{}, fmt.Errorf("%w: %s", ErrMissingHeader, HeaderTimestamp)
 	case len(signatures) == 0 || signatures[0] == "":
 		return time.Time{}, fmt.Errorf("%w: %s", ErrMissingHeader, HeaderSignature)
 	}
-	at, err := v.parseTimestamp(timestamp)
-	if err != nil {
-		return time.Time{}, err
-	}
-	if !v.match(id+"."+timestamp+".", body, signatures) {
-		return time.Time{}, ErrNoMatch
-	}
-	return at, nil
+	return v.parseTimestamp(timestamp)
+}
+
+func isID(id string) bool {
+	return strings.IndexFunc(id, func(r rune) bool { return r <= ' ' || r > '~' || r == '.' }) < 0
 }
 
 func (v *Verifier) parseTimestamp(text string) (time.Time, error) {
@@ -164,25 +179,46 @@ func (v *Verifier) parseTimestamp(text string) (time.Time, error) {
 	at := time.Unix(int64(seconds), 0)
 	switch age := v.now().Sub(at); {
 	case age > v.tolerance:
-		return time.Time{}, fmt.Errorf("%w: too old", ErrTimestamp)
+		return time.Time{}, fmt.Errorf("%w: too old, by %s where %s is allowed", ErrTimestamp, age.Round(time.Second), v.tolerance)
 	case age < -v.tolerance:
-		return time.Time{}, fmt.Errorf("%w: too far in the future", ErrTimestamp)
+		return time.Time{}, fmt.Errorf("%w: too far in the future, by %s where %s is allowed; are both clocks right?", ErrTimestamp, -age.Round(time.Second), v.tolerance)
 	}
 	return at, nil
 }
 
-// match reports whether any of the signatures is by any of the keys. Entries of unknown versions are
-// skipped, as the specification asks.
-func (v *Verifier) match(lead string, body []byte, signatures []string) bool {
-	var macs, points [][]byte
+// match returns nil when any of the signatures is by any of the keys. Entries of unknown versions are skipped,
+// as the specification asks.
+func (v *Verifier) match(lead string, body []byte, signatures []string) error {
+	macs, points := readSignatures(signatures)
+	switch {
+	case v.matchHMAC(lead, body, macs), v.matchEd25519(lead, body, points):
+		return nil
+	case len(macs) == 0 && len(points) == 0:
+		return fmt.Errorf("%w: there is no well-formed one of version v1 or v1a", ErrNoMatch)
+	case len(macs) == 0 && len(v.publics) == 0:
+		return fmt.Errorf("%w: they are of version v1a, for which a public key (whpk_) is needed", ErrNoMatch)
+	case len(points) == 0 && len(v.secrets) == 0:
+		return fmt.Errorf("%w: they are of version v1, for which a secret (whsec_) is needed", ErrNoMatch)
+	}
+	return fmt.Errorf("%w: %d of version v1 and %d of v1a against %d secrets and %d public keys; it must be the body as received, byte for byte",
+		ErrNoMatch, len(macs), len(points), len(v.secrets), len(v.publics))
+}
+
+// readSignatures takes the well-formed among the first entries: there are more than a rotation ever makes, and
+// each costs a verification.
+func readSignatures(lines []string) (macs, points [][]byte) {
 	entries := 0
-	for _, line := range signatures {
+	for _, line := range lines {
 		for entry := range strings.FieldsSeq(line) {
 			if entries++; entries > maxSignatures {
-				break // more than a rotation ever makes; each costs a verification
+				return macs, points
 			}
 			version, encoded, _ := strings.Cut(entry, ",")
-			raw, err := decode(encoded)
+			if len(encoded) > maxSignatureBytes {
+				continue
+			}
+			// Strict, so that a signature has one spelling only, but for its padding.
+			raw, err := base64.RawStdEncoding.Strict().DecodeString(strings.TrimRight(encoded, "="))
 			switch {
 			case err != nil:
 			case version == "v1" && len(raw) == sha256.Size:
@@ -192,7 +228,7 @@ func (v *Verifier) match(lead string, body []byte, signatures []string) bool {
 			}
 		}
 	}
-	return v.matchHMAC(lead, body, macs) || v.matchEd25519(lead, body, points)
+	return macs, points
 }
 
 func (v *Verifier) matchHMAC(lead string, body []byte, given [][]byte) bool {

@@ -149,11 +149,49 @@ func TestVerifyTimestamp(t *testing.T) {
 
 func TestVerifyRefusesAbsentAndLongIDs(t *testing.T) {
 	v := newVerifier(t, vectorSecret).With(webhook.Clock(atVectorTime))
-	for _, id := range []string{"", strings.Repeat("x", 257)} {
+	for _, id := range []string{"", strings.Repeat("x", 257), "a.b", "a b", "a\x00", "é"} {
 		h := vectorHeader(vectorHMAC)
 		h.Set(webhook.HeaderID, id)
 		if err := v.Verify(h, nil); !errors.Is(err, webhook.ErrMissingHeader) {
 			t.Errorf("id of %d bytes: %v, want ErrMissingHeader", len(id), err)
+		}
+	}
+}
+
+// TestSignatureOfOneMessageIsNotAnothers: with dots in ids, the signature of a message whose body begins with
+// digits and a dot would also be that of another message, with a longer id, a later time and a shorter body.
+func TestSignatureOfOneMessageIsNotAnothers(t *testing.T) {
+	later := atVectorTime().Add(24 * time.Hour)
+	body := strconv.FormatInt(later.Unix(), 10) + `.{"pay":"mallory"}`
+	signature := sign(vectorSecret, "msg_1", atVectorTime(), body)
+	v := newVerifier(t, vectorSecret).With(webhook.Clock(func() time.Time { return later }))
+	h := vectorHeader(signature)
+	h.Set(webhook.HeaderID, "msg_1."+strconv.Itoa(vectorTime))
+	h.Set(webhook.HeaderTimestamp, strconv.FormatInt(later.Unix(), 10))
+	if err := v.Verify(h, []byte(`{"pay":"mallory"}`)); !errors.Is(err, webhook.ErrMissingHeader) {
+		t.Errorf("Verify = %v, want ErrMissingHeader", err)
+	}
+}
+
+// TestErrorsSayWhatIsWrong: an error is enough to find the fault by, and never shows a key.
+func TestErrorsSayWhatIsWrong(t *testing.T) {
+	tests := []struct {
+		keys       []string
+		signatures []string
+		age        time.Duration
+		want       string
+	}{
+		{[]string{vectorPublic}, []string{vectorHMAC}, 0, "they are of version v1, for which a secret (whsec_) is needed"},
+		{[]string{vectorSecret}, []string{vectorEd25519}, 0, "they are of version v1a, for which a public key (whpk_) is needed"},
+		{[]string{vectorSecret}, []string{"v2,AAAA"}, 0, "there is no well-formed one"},
+		{[]string{otherSecret}, []string{vectorHMAC}, 0, "1 of version v1 and 0 of v1a against 1 secrets"},
+		{[]string{vectorSecret}, []string{vectorHMAC}, 7 * time.Minute, "too old, by 7m0s where 5m0s is allowed"},
+		{[]string{vectorSecret}, []string{vectorHMAC}, -7 * time.Minute, "too far in the future, by 7m0s"},
+	}
+	for _, tt := range tests {
+		v := newVerifier(t, tt.keys...).With(webhook.Clock(func() time.Time { return atVectorTime().Add(tt.age) }))
+		if err := v.Verify(vectorHeader(tt.signatures...), []byte(vectorBody)); err == nil || !strings.Contains(err.Error(), tt.want) {
+			t.Errorf("Verify = %v, want %q", err, tt.want)
 		}
 	}
 }

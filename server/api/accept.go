@@ -12,6 +12,7 @@ import (
 	"time"
 	"unicode/utf8"
 
+	"google.golang.org/protobuf/reflect/protoreflect"
 	"google.golang.org/protobuf/types/known/structpb"
 
 	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
@@ -20,15 +21,19 @@ import (
 
 // Bounds of an event, as in its proto.
 const (
+	maxEventID        = 128
 	maxEventType      = 128
 	maxEventText      = 256
 	maxContentType    = 128
 	maxAttributes     = 32
 	maxAttributeName  = 20
 	maxAttributeValue = 256
-	maxDeliverAhead   = 7 * 24 * time.Hour
-	minTTL            = time.Second
-	maxTTL            = 30 * 24 * time.Hour
+	// maxHeaderBlock bounds what the attributes of CloudEvents take together as HTTP headers. Servers refuse requests
+	// with too much of that, the strictest of those in wide use from 16 KiB on, of which some is for other headers.
+	maxHeaderBlock  = 12 << 10
+	maxDeliverAhead = 7 * 24 * time.Hour
+	minTTL          = time.Second
+	maxTTL          = 30 * 24 * time.Hour
 )
 
 // eventOf checks an event as a publisher sent it and makes it the domain's, defaults filled in. The paths
@@ -42,6 +47,7 @@ func eventOf(ns string, e *grapnelv1.Event, now time.Time) (*delivery.Event, []V
 		return nil, []Violation{{"", "is required", "required"}}
 	}
 	var c checks
+	c.unknown(e)
 	c.attributesOf(e)
 	ev := &delivery.Event{
 		ID:          e.GetId(),
@@ -91,16 +97,32 @@ func (c *checks) fault(field, rule, description string) {
 	c.faults = append(c.faults, Violation{field, description, rule})
 }
 
+// unknown refuses fields that this server does not know: what they ask for would not happen.
+func (c *checks) unknown(e *grapnelv1.Event) {
+	for _, m := range [...]protoreflect.Message{
+		e.ProtoReflect(), e.GetTime().ProtoReflect(), e.GetDeliverTime().ProtoReflect(), e.GetTtl().ProtoReflect(),
+	} {
+		if m.IsValid() && len(m.GetUnknown()) > 0 {
+			c.fault("", "unknown_field", unknownField(m))
+		}
+	}
+	if json := e.GetJson(); json != nil {
+		form := form{}
+		form.look("json", json.ProtoReflect())
+		c.faults = append(c.faults, form.faults...)
+	}
+}
+
 // attributesOf checks the CloudEvents attributes.
 func (c *checks) attributesOf(e *grapnelv1.Event) {
 	if id := e.GetId(); id != "" && !isEventID(id) {
-		c.fault("id", "event_id", "must be up to 128 letters, digits and . _ ~ -")
+		c.fault("id", "event_id", "must be up to 128 characters without control characters")
 	}
 	switch t := e.GetType(); {
 	case t == "":
 		c.fault("type", "event_type", "is required, for example order.created")
 	case !isEventType(t):
-		c.fault("type", "event_type", "must be 1 to 128 letters, digits and . _ -, and begin and end with a letter or digit")
+		c.fault("type", "event_type", "must be 1 to 128 characters without control characters")
 	}
 	c.text("source", e.GetSource(), false)
 	c.text("subject", e.GetSubject(), true)
@@ -109,6 +131,10 @@ func (c *checks) attributesOf(e *grapnelv1.Event) {
 		c.fault("data_content_type", "media_type", "must be a media type such as application/json, up to 128 characters")
 	}
 	attributes := e.GetAttributes()
+	if n := headerBlock(e); n > maxHeaderBlock {
+		c.fault("attributes", "header_block", "take "+strconv.Itoa(n)+" bytes as HTTP headers, with id, source, type, subject and data_schema; at most "+
+			strconv.Itoa(maxHeaderBlock)+" are allowed, and what is not ASCII takes three for each byte")
+	}
 	if len(attributes) > maxAttributes {
 		c.fault("attributes", "map.max_pairs", "has "+strconv.Itoa(len(attributes))+" entries; at most "+strconv.Itoa(maxAttributes)+" are allowed")
 		return
@@ -122,6 +148,27 @@ func (c *checks) attributesOf(e *grapnelv1.Event) {
 			return
 		}
 	}
+}
+
+// headerBlock is what the attributes of an event take as headers, each as "ce-name: value".
+func headerBlock(e *grapnelv1.Event) int {
+	const around = len("ce-: \r\n")
+	n := headerBytes(e.GetId()) + headerBytes(e.GetSource()) + headerBytes(e.GetType()) + headerBytes(e.GetSubject()) + headerBytes(e.GetDataSchema())
+	for name, value := range e.GetAttributes() {
+		n += around + len(name) + headerBytes(value)
+	}
+	return n
+}
+
+// headerBytes is how long s is in a header: what is not printable ASCII, blanks, quotes and percent signs take three.
+func headerBytes(s string) int {
+	n := len(s)
+	for i := range len(s) {
+		if c := s[i]; c <= ' ' || c >= 0x7f || c == '"' || c == '%' {
+			n += 2
+		}
+	}
+	return n
 }
 
 // badAttributes tells the faults of attributes in the order of their names.
@@ -192,7 +239,24 @@ func (c *checks) payload(e *grapnelv1.Event, ev *delivery.Event) string {
 		ev.Payload = b
 		return "application/json"
 	}
+	if e.GetDataContentType() == "" && isJSONText(ev.Payload) {
+		return "application/json"
+	}
 	return "application/octet-stream"
+}
+
+// isJSONText reports whether b is one JSON text in UTF-8, as RFC 8259 has it.
+func isJSONText(b []byte) bool {
+	for _, c := range b {
+		switch {
+		case c == ' ', c == '\t', c == '\n', c == '\r':
+			continue
+		case c == '{', c == '[', c == '"', c == '-', c >= '0' && c <= '9', c == 't', c == 'f', c == 'n':
+			return json.Valid(b) && utf8.Valid(b)
+		}
+		return false
+	}
+	return false
 }
 
 // isJSON reports whether v is something that JSON has: AsInterface would make texts of numbers that are not
@@ -276,15 +340,7 @@ func appendStamp(b []byte, set bool, seconds int64, nanos int32) []byte {
 }
 
 func isEventType(s string) bool {
-	if s == "" || len(s) > maxEventType || !isAlnum(s[0]) || !isAlnum(s[len(s)-1]) {
-		return false
-	}
-	for i := range len(s) {
-		if c := s[i]; !isAlnum(c) && c != '.' && c != '_' && c != '-' {
-			return false
-		}
-	}
-	return true
+	return s != "" && utf8.ValidString(s) && isText(s, maxEventType, true)
 }
 
 // isMediaType is loose: two parts of printable ASCII around a slash.

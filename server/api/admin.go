@@ -49,5 +49,6 @@ func (s adminService) GetStats(_ context.Context, r *grapnelv1.GetStatsRequest) 
 	}
 	total, per := s.Engine.Stats(ns, window, int(r.GetTopSubscriptions()))
 	total.Events = s.Ingest.Accepted(ns, window)
+	total.ConditionErrors = s.Ingest.ConditionErrors(ns, window)
 	return &grapnelv1.GetStatsResponse{Total: total, Subscriptions: per}, nil
 }

@@ -8,13 +8,14 @@
 package api
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"log/slog"
+	"math"
 	"sync"
 	"time"
 
-	"buf.build/go/protovalidate"
 	"github.com/prometheus/client_golang/prometheus"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/health"
@@ -36,6 +37,8 @@ type Engine interface {
 	InFlight(id delivery.ID, lane delivery.LaneKey) bool
 	// WaitReason says why a delivery that is due is not tried; empty when nothing holds it back.
 	WaitReason(id delivery.ID, lane delivery.LaneKey) string
+	// Status says how a lane goes, but for what the journal and the registry know.
+	Status(lane delivery.LaneKey) *grapnelv1.SubscriptionStatus
 	// Test makes one attempt and stores nothing.
 	Test(ctx context.Context, sub *subscription.Subscription, event *delivery.Event) (delivery.Attempt, error)
 	// Stats are counters over the window; namespace "" is the whole server. Per-subscription rows carry the
@@ -104,8 +107,20 @@ type Options struct {
 	// Room is asked before anything is added to the configuration or changed in it; deletions do not ask. Its error
 	// refuses the call: delivery.ErrDiskFull or ErrConfigFull. Nil always has room. It is called often.
 	Room func() error
-	// MaxCalls bounds the unary calls and, apart, the streams in progress. Default 4096.
+	// MaxCalls bounds the unary calls and, apart, the publish streams in progress. Default 4096.
 	MaxCalls int
+	// MaxCallsPerNamespace bounds the same of one namespace; default half of MaxCalls, so that nobody takes all.
+	MaxCallsPerNamespace int
+	// MaxCallsPerConnection bounds all calls and streams open on one connection; a client that has as many waits.
+	// Default 250. MaxStreamsPerConnection bounds the publish streams among them; default 100.
+	MaxCallsPerConnection, MaxStreamsPerConnection int
+	// MaxWatches bounds the calls and streams of health and reflection, which do not count as calls: each client that
+	// is connected has one. Default 65536.
+	MaxWatches int
+	// FirstFrame is how long a publish stream may take to send its first frame. Default 10 s.
+	FirstFrame time.Duration
+	// ConnectionAge is the age from which on a connection takes nothing new; half of it later it is cut. Default 30 min.
+	ConnectionAge time.Duration
 
 	Logger *slog.Logger
 	// Registerer takes the metrics; nil keeps none.
@@ -118,7 +133,7 @@ type Server struct {
 	log     *slog.Logger
 	started time.Time
 	pages   pager
-	rules   protovalidate.Validator
+	rules   rules
 	health  *health.Server
 	edge    *edge
 
@@ -133,8 +148,26 @@ func New(o Options) *Server {
 		o.PageKey = make([]byte, 32)
 		rand.Read(o.PageKey) //nolint:errcheck // never fails
 	}
-	if o.MaxCalls <= 0 {
-		o.MaxCalls = 4096
+	for _, d := range []struct {
+		set      *int
+		standard int
+	}{
+		{&o.MaxCalls, 4096},
+		{&o.MaxCallsPerNamespace, max(1, cmp.Or(max(o.MaxCalls, 0), 4096)/2)},
+		{&o.MaxCallsPerConnection, 250},
+		{&o.MaxStreamsPerConnection, 100},
+		{&o.MaxWatches, 1 << 16},
+	} {
+		if *d.set <= 0 {
+			*d.set = d.standard
+		}
+		*d.set = min(*d.set, math.MaxInt32)
+	}
+	if o.FirstFrame <= 0 {
+		o.FirstFrame = 10 * time.Second
+	}
+	if o.ConnectionAge <= 0 {
+		o.ConnectionAge = 30 * time.Minute
 	}
 	if o.Room == nil {
 		o.Room = func() error { return nil }
@@ -194,15 +227,16 @@ type (
 // Register adds all services and health to g. It may be called for several grpc servers (public, admin),
 // each before it serves.
 func (s *Server) Register(g *grpc.Server) {
-	grapnelv1.RegisterPublishServiceServer(g, publishService{Server: s})
-	grapnelv1.RegisterEventServiceServer(g, eventService{Server: s})
-	grapnelv1.RegisterDeliveryServiceServer(g, deliveryService{Server: s})
-	grapnelv1.RegisterNamespaceServiceServer(g, namespaceService{Server: s})
-	grapnelv1.RegisterSubscriptionServiceServer(g, subscriptionService{Server: s})
-	grapnelv1.RegisterSecretServiceServer(g, secretService{Server: s})
-	grapnelv1.RegisterPluginServiceServer(g, pluginService{Server: s})
-	grapnelv1.RegisterAdminServiceServer(g, adminService{Server: s})
-	healthpb.RegisterHealthServer(g, s.health)
+	r := registrar{g, s.edge}
+	grapnelv1.RegisterPublishServiceServer(r, publishService{Server: s})
+	grapnelv1.RegisterEventServiceServer(r, eventService{Server: s})
+	grapnelv1.RegisterDeliveryServiceServer(r, deliveryService{Server: s})
+	grapnelv1.RegisterNamespaceServiceServer(r, namespaceService{Server: s})
+	grapnelv1.RegisterSubscriptionServiceServer(r, subscriptionService{Server: s})
+	grapnelv1.RegisterSecretServiceServer(r, secretService{Server: s})
+	grapnelv1.RegisterPluginServiceServer(r, pluginService{Server: s})
+	grapnelv1.RegisterAdminServiceServer(r, adminService{Server: s})
+	healthpb.RegisterHealthServer(r, s.health)
 	for name := range g.GetServiceInfo() {
 		s.SetServing(name, true)
 	}

@@ -23,12 +23,14 @@ func (s *Server) check(ctx context.Context, name string, p *grapnelv1.Subscripti
 	p = proto.CloneOf(p)
 	p.Name = name
 	var faults []Violation
+	unwritten := 0
 	full, err := subscription.New(p)
 	switch bad, ok := errors.AsType[*subscription.InvalidError](err); {
 	case ok:
 		for _, v := range bad.Violations {
 			faults = append(faults, Violation{v.Field, v.Description, v.Reason})
 		}
+		unwritten = bad.More
 	case err != nil:
 		return nil, err
 	default:
@@ -43,7 +45,7 @@ func (s *Server) check(ctx context.Context, name string, p *grapnelv1.Subscripti
 		faults = append(faults, m.Violation)
 	}
 	if full == nil && !s.completeBindings(p, faults) {
-		return nil, invalid(faults...)
+		return nil, invalidAnd(unwritten, faults...)
 	}
 	diagnostics, err := s.Plugins.Check(ctx, p)
 	diagnostics = slices.DeleteFunc(diagnostics, func(d Diagnostic) bool {
@@ -53,7 +55,7 @@ func (s *Server) check(ctx context.Context, name string, p *grapnelv1.Subscripti
 	faults = append(faults, said...)
 	switch {
 	case len(faults) > 0:
-		return nil, invalid(faults...)
+		return nil, invalidAnd(unwritten, faults...)
 	case errors.Is(err, ErrUnknownPlugin):
 		return nil, pluginUnavailable(name, "a plugin that "+name+" names is not installed: "+err.Error())
 	case err != nil:

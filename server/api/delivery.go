@@ -68,10 +68,17 @@ func (s deliveryService) ListDeliveries(_ context.Context, r *grapnelv1.ListDeli
 	if err != nil {
 		return nil, toStatus(err, r.GetParent())
 	}
-	out := &grapnelv1.ListDeliveriesResponse{NextPageToken: s.pages.seal(page.Next, query...)}
-	for _, d := range page.Deliveries {
-		out.Deliveries = append(out.Deliveries, s.deliveryProto(ns, d, running[d.ID]))
+	out := &grapnelv1.ListDeliveriesResponse{}
+	var bytes pageBytes
+	for i, d := range page.Deliveries {
+		m := s.deliveryProto(ns, d, running[d.ID])
+		if bytes.full(m) {
+			page.Next = page.Deliveries[i-1].ID.String()
+			break
+		}
+		out.Deliveries = append(out.Deliveries, m)
 	}
+	out.NextPageToken = s.pages.seal(page.Next, query...)
 	return out, nil
 }
 
@@ -96,16 +103,18 @@ func (s deliveryService) ListAttempts(_ context.Context, r *grapnelv1.ListAttemp
 		return nil, toStatus(err, r.GetParent())
 	}
 	out := &grapnelv1.ListAttemptsResponse{}
+	var bytes pageBytes
 	for i := range attempts {
 		if attempts[i].Number <= after {
 			continue
 		}
-		if len(out.Attempts) == size {
-			last := out.Attempts[size-1].GetNumber()
+		m := s.attemptProto(&attempts[i], r.GetIncludeBodies())
+		if n := len(out.Attempts); n == size || bytes.full(m) {
+			last := out.Attempts[n-1].GetNumber()
 			out.NextPageToken = s.pages.seal(strconv.Itoa(int(last)), query...)
 			break
 		}
-		out.Attempts = append(out.Attempts, s.attemptProto(&attempts[i], r.GetIncludeBodies()))
+		out.Attempts = append(out.Attempts, m)
 	}
 	return out, nil
 }
@@ -263,6 +272,7 @@ func storedStates(names []string) []delivery.State {
 
 func deliveryFields(ns string) []filter.Field[shownDelivery] {
 	type field = filter.Field[shownDelivery]
+	now := time.Now()
 	return []field{
 		{
 			Name: "state", Text: func(d shownDelivery) string { return stateText(d.Delivery, d.inFlight) },
@@ -274,13 +284,20 @@ func deliveryFields(ns string) []filter.Field[shownDelivery] {
 		},
 		{Name: "subscription_uid", Text: func(d shownDelivery) string { return uuid.UUID(d.SubscriptionUID).String() }},
 		{Name: "event_uid", Text: func(d shownDelivery) string { return d.EventUID }},
-		{Name: "event", Text: func(d shownDelivery) string { return d.EventID }, Canonical: ownID(ns, collectionEvents)},
+		{Name: "event", Text: func(d shownDelivery) string { return d.EventID }, Canonical: ownEvent(ns)},
 		{Name: "event_type", Text: func(d shownDelivery) string { return d.EventType }},
 		{
 			Name: "trigger", Text: func(shownDelivery) string { return "PUBLISH" },
 			Values: enumNames(grapnelv1.Delivery_Trigger_name, "TRIGGER_"), Prefix: "TRIGGER_",
 		},
 		{Name: "create_time", Time: func(d shownDelivery) time.Time { return d.CreateTime }},
+		{Name: "next_attempt_time", Time: func(d shownDelivery) time.Time { return d.NextAttempt }},
+		{
+			Name: "scheduled", Values: []string{"true", "false"},
+			Text: func(d shownDelivery) string {
+				return strconv.FormatBool(!d.State.Final() && !d.inFlight && d.NextAttempt.After(now))
+			},
+		},
 		{Name: "attempt_count", Int: func(d shownDelivery) int64 { return int64(d.Attempts) }},
 		{
 			Name: "last_attempt.outcome", Text: func(d shownDelivery) string {
@@ -320,6 +337,24 @@ func ownID(ns, collection string) func(string) (string, error) {
 		id, ok := strings.CutPrefix(value, resourceName(ns, collection, ""))
 		if !ok || strings.Contains(id, "/") {
 			return "", errors.New("is an id, or a name that begins with " + resourceName(ns, collection, ""))
+		}
+		return id, nil
+	}
+}
+
+// ownEvent turns the name of an event of the namespace into its id; whatever else there is, slashes and all, is an id.
+func ownEvent(ns string) func(string) (string, error) {
+	return func(value string) (string, error) {
+		segment, ok := strings.CutPrefix(value, resourceName(ns, collectionEvents, ""))
+		if !ok {
+			if strings.HasPrefix(value, "namespaces/") {
+				return "", errors.New("is an id, or a name that begins with " + resourceName(ns, collectionEvents, ""))
+			}
+			return value, nil
+		}
+		id, ok := unescapeID(segment)
+		if !ok {
+			return "", errors.New("is not the name of an event: in it, what is not a letter, digit or one of . _ ~ - is %XX")
 		}
 		return id, nil
 	}

@@ -68,18 +68,8 @@ func (e *Error) pushback() string {
 	return ""
 }
 
-// GRPCStatus makes Error an error of grpc's status package.
-func (e *Error) GRPCStatus() *status.Status {
-	st := status.New(e.code, e.message)
-	details := make([]protoadapt.MessageV1, 0, 1+len(e.details))
-	details = append(details, &errdetails.ErrorInfo{Reason: e.Reason(), Domain: errorDomain, Metadata: e.metadata})
-	details = append(details, e.details...)
-	with, err := st.WithDetails(details...)
-	if err != nil {
-		return st
-	}
-	return with
-}
+// GRPCStatus makes Error an error of grpc's status package, bounded for trailers.
+func (e *Error) GRPCStatus() *status.Status { return e.bounded() }
 
 // item is the error of one element of a batch or a stream.
 func (e *Error) item() *grapnelv1.ItemStatus {
@@ -134,11 +124,16 @@ type Violation struct {
 	Reason      string
 }
 
-// invalid refuses a request for its fields; all violations are told at once.
-func invalid(faults ...Violation) *Error {
+// invalid refuses a request for its fields; all violations are told at once, as far as trailers carry them.
+func invalid(faults ...Violation) *Error { return invalidAnd(0, faults...) }
+
+// invalidAnd is invalid of these faults and as many more that nobody has written down.
+func invalidAnd(unwritten int, faults ...Violation) *Error {
 	bad := &errdetails.BadRequest{}
-	texts := make([]string, 0, len(faults))
-	for _, f := range faults {
+	told, said := tellable(faults)
+	texts := make([]string, 0, said)
+	for i, f := range told {
+		f.Field, f.Description = strings.ToValidUTF8(f.Field, "\uFFFD"), strings.ToValidUTF8(f.Description, "\uFFFD")
 		bad.FieldViolations = append(bad.FieldViolations, &errdetails.BadRequest_FieldViolation{
 			Field: f.Field, Description: f.Description, Reason: f.Reason,
 		})
@@ -146,16 +141,18 @@ func invalid(faults ...Violation) *Error {
 		if f.Field != "" {
 			text = f.Field + ": " + f.Description
 		}
-		texts = append(texts, text)
+		if i < said {
+			texts = append(texts, text)
+		}
 	}
 	e := &Error{
 		code:    codes.InvalidArgument,
 		reason:  grapnelv1.ErrorReason_ERROR_REASON_INVALID_FIELD,
-		message: strings.Join(texts, "; "),
+		message: andMore(texts, len(faults)-said+unwritten),
 		details: []protoadapt.MessageV1{bad},
 	}
-	if len(faults) > 0 {
-		e.field = faults[0].Field
+	if len(bad.GetFieldViolations()) > 0 {
+		e.field = bad.GetFieldViolations()[0].GetField()
 		e.metadata = map[string]string{"field": e.field}
 	}
 	return e
@@ -400,14 +397,19 @@ func toStatus(err error, resource string) *Error {
 	return internal(err)
 }
 
-// fromReceive is toStatus for what reading from a stream of a caller says. A frame that grpc itself refuses
-// it has answered already, without our details; the log gets them.
+// fromReceive is toStatus for what reading a message of a caller says. What grpc itself refuses it has answered
+// already, without our details; log and metrics get them.
 func fromReceive(err error) *Error {
+	if own, ok := errors.AsType[*Error](err); ok {
+		return own
+	}
 	switch status.Code(err) {
 	case codes.ResourceExhausted:
-		return invalid(Violation{"frame", "is larger than 4 MiB", "frame_bytes"})
+		e := messageTooLarge("the message", 0)
+		e.message, e.metadata = status.Convert(err).Message(), nil
+		return e
 	case codes.Internal, codes.Unimplemented:
-		return invalid(Violation{"frame", "cannot be read: " + status.Convert(err).Message(), "frame"})
+		return unreadable(err)
 	case codes.Unavailable:
 		return abandoned(codes.Canceled, "the connection broke", err)
 	}
@@ -463,7 +465,7 @@ func fromStore(err error, resource string) *Error {
 		for _, v := range e.Violations {
 			faults = append(faults, Violation{v.Field, v.Description, v.Reason})
 		}
-		return invalid(faults...)
+		return invalidAnd(e.More, faults...)
 	}
 	if e, ok := errors.AsType[*subscription.EtagError](err); ok {
 		return etagMismatch(e.Current)

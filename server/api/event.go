@@ -71,10 +71,18 @@ func (s eventService) ListEvents(_ context.Context, r *grapnelv1.ListEventsReque
 	if err != nil {
 		return nil, toStatus(err, r.GetParent())
 	}
-	out := &grapnelv1.ListEventsResponse{NextPageToken: s.pages.seal(page.Next, query...)}
-	for _, ev := range page.Events {
-		out.Events = append(out.Events, eventProto(ns, ev, false))
+	out := &grapnelv1.ListEventsResponse{}
+	var bytes pageBytes
+	for i, ev := range page.Events {
+		m := eventProto(ns, ev, false)
+		if bytes.full(m) {
+			before := page.Events[i-1]
+			page.Next = delivery.ID{Seq: before.Seq, Partition: before.Partition}.String()
+			break
+		}
+		out.Events = append(out.Events, m)
 	}
+	out.NextPageToken = s.pages.seal(page.Next, query...)
 	return out, nil
 }
 
@@ -118,6 +126,7 @@ func eventFields() []filter.Field[*delivery.Event] {
 		{Name: "time", Time: func(e *delivery.Event) time.Time { return e.Time }},
 		{Name: "accept_time", Time: func(e *delivery.Event) time.Time { return e.AcceptTime }},
 		{Name: "matched_subscriptions", Int: func(e *delivery.Event) int64 { return int64(e.Matched) }},
+		{Name: "condition_error_count", Int: func(e *delivery.Event) int64 { return int64(e.FaultCount) }},
 		{Name: "attributes", Map: func(e *delivery.Event) map[string]string { return e.Attributes }},
 	}
 }
@@ -139,6 +148,10 @@ func eventProto(ns string, ev *delivery.Event, payload bool) *grapnelv1.Event {
 		MatchedSubscriptions: clampInt32(int64(ev.Matched)),
 		SkippedSubscriptions: clampInt32(int64(ev.Skipped)),
 		Uid:                  ev.UID,
+		ConditionErrorCount:  clampInt32(int64(ev.FaultCount)),
+	}
+	for _, f := range ev.Faults {
+		m.ConditionErrors = append(m.ConditionErrors, &grapnelv1.ConditionError{Subscription: subscriptionName(ns, f.Subscription), Error: f.Text})
 	}
 	if ev.TTL > 0 {
 		m.Ttl = durationpb.New(ev.TTL)

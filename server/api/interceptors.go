@@ -28,6 +28,11 @@ const (
 	messageSlack = 256 << 10
 	// defaultDeadline is given to unary calls that come without one.
 	defaultDeadline = 30 * time.Second
+	// testDeadline is that of TestSubscription: the longest attempt_timeout fits.
+	testDeadline = 75 * time.Second
+	// maxWatchesPerConnection bounds the streams of health and reflection on one connection, of which a client needs one
+	// or two.
+	maxWatchesPerConnection = 16
 )
 
 // Header and trailer keys.
@@ -46,9 +51,10 @@ func (s *Server) ServerOptions() []grpc.ServerOption {
 			method, _ := grpc.MethodFromServerStream(stream)
 			return unknownMethod(method)
 		}),
-		grpc.MaxRecvMsgSize(maxMessage + messageSlack),
-		grpc.MaxSendMsgSize(maxMessage + messageSlack),
-		grpc.MaxConcurrentStreams(250),
+		grpc.ForceServerCodecV2(newCodec(s.log)),
+		grpc.MaxRecvMsgSize(maxWire),
+		grpc.MaxSendMsgSize(maxWire),
+		grpc.MaxConcurrentStreams(uint32(s.MaxCallsPerConnection)), //nolint:gosec // bounded by New
 		grpc.MaxHeaderListSize(16 << 10),
 		grpc.ConnectionTimeout(10 * time.Second),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 20 * time.Second, PermitWithoutStream: true}),
@@ -56,8 +62,8 @@ func (s *Server) ServerOptions() []grpc.ServerOption {
 			Time:                  30 * time.Second,
 			Timeout:               10 * time.Second,
 			MaxConnectionIdle:     15 * time.Minute,
-			MaxConnectionAge:      30 * time.Minute,
-			MaxConnectionAgeGrace: 5 * time.Minute,
+			MaxConnectionAge:      s.ConnectionAge,
+			MaxConnectionAgeGrace: ageGrace(s.ConnectionAge),
 		}),
 	}
 }
@@ -71,6 +77,11 @@ type edge struct {
 	metrics edgeMetrics
 	unaries limiter
 	streams limiter
+	// watches is of what keeps clients alive and tells them what there is: health and reflection. It is apart, so
+	// that what clients do and what clients need to do it do not take each other's room.
+	watches limiter
+	// callsOf and streamsOf are by namespace.
+	callsOf, streamsOf shares
 }
 
 func newEdge(s *Server) *edge {
@@ -80,12 +91,19 @@ func newEdge(s *Server) *edge {
 		metrics: newEdgeMetrics(s.Registerer),
 		unaries: limiter{most: int64(s.MaxCalls)},
 		streams: limiter{most: int64(s.MaxCalls)},
+		watches: limiter{most: int64(s.MaxWatches)},
+		callsOf: shares{most: s.MaxCallsPerNamespace}, streamsOf: shares{most: s.MaxCallsPerNamespace},
 	}
 }
 
 func (e *edge) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
 	start := time.Now()
 	resp, err := e.serveUnary(ctx, req, info.FullMethod, handler)
+	if m, ok := resp.(proto.Message); ok && err == nil {
+		if size := proto.Size(m); size > maxMessage {
+			err = messageTooLarge("the answer", size)
+		}
+	}
 	if err = e.finish(ctx, info.FullMethod, start, req, err); err != nil {
 		return nil, err
 	}
@@ -98,13 +116,27 @@ func (e *edge) serveUnary(ctx context.Context, req any, method string, handler g
 			resp, err = nil, panicked(p, debug.Stack())
 		}
 	}()
-	if !e.unaries.enter() {
-		return nil, e.unaries.refusal()
+	calls := &e.unaries
+	if !ours(method) {
+		calls = &e.watches
 	}
-	defer e.unaries.leave()
+	if !calls.enter() {
+		return nil, calls.refusal()
+	}
+	defer calls.leave()
+	if ns := namespaceIn(resourceOf(req)); ns != "" {
+		if !e.callsOf.enter(ns) {
+			return nil, e.callsOf.refusal(ns, "calls")
+		}
+		defer e.callsOf.leave(ns)
+	}
 	if _, has := ctx.Deadline(); !has {
+		deadline := defaultDeadline
+		if method == grapnelv1.SubscriptionService_TestSubscription_FullMethodName {
+			deadline = testDeadline
+		}
 		var cancel context.CancelFunc
-		ctx, cancel = context.WithTimeout(ctx, defaultDeadline)
+		ctx, cancel = context.WithTimeout(ctx, deadline)
 		defer cancel()
 	}
 	if checkedByInterceptor(method) {
@@ -144,27 +176,61 @@ func (e *edge) serveStream(srv any, stream grpc.ServerStream, method string, han
 			err = panicked(p, debug.Stack())
 		}
 	}()
-	if !e.streams.enter() {
-		return e.streams.refusal()
+	streams := &e.streams
+	if !ours(method) {
+		streams = &e.watches
 	}
-	defer e.streams.leave()
+	if !streams.enter() {
+		return streams.refusal()
+	}
+	defer streams.leave()
+	if c := callerOf(stream.Context()); c != nil {
+		own, most := &c.streams, int64(e.server.MaxStreamsPerConnection)
+		if !ours(method) {
+			own, most = &c.watches, maxWatchesPerConnection
+		}
+		if !own.enterOf(most) {
+			return rateLimited("connection", "this connection has "+strconv.FormatInt(most, 10)+" streams of this kind open, which is all it may have at a time; close some", time.Second)
+		}
+		defer own.leave()
+	}
+	checked := &checkedStream{ServerStream: stream}
 	if checkedByInterceptor(method) {
-		stream = &checkedStream{ServerStream: stream, server: e.server}
+		checked.check = e.server.validate
 	}
-	return handler(srv, stream)
+	return handler(srv, checked)
 }
 
-// checkedStream validates what is received.
+// checkedStream refuses what cannot be read, as a *badFrame, and what check refuses.
 type checkedStream struct {
 	grpc.ServerStream
-	server *Server
+	in    received
+	check func(any) error
 }
 
+// badFrame is a message of a stream that was refused, as the item with this sequence when there is one.
+type badFrame struct {
+	refusal *Error
+	item    uint64
+}
+
+func (b *badFrame) Error() string { return b.refusal.Error() }
+
+// Unwrap makes it an *Error.
+func (b *badFrame) Unwrap() error { return b.refusal }
+
 func (c *checkedStream) RecvMsg(m any) error {
-	if err := c.ServerStream.RecvMsg(m); err != nil {
+	c.in.message = m
+	if err := c.ServerStream.RecvMsg(&c.in); err != nil {
 		return err
 	}
-	return c.server.validate(m)
+	if c.in.refusal != nil {
+		return &badFrame{c.in.refusal, c.in.item}
+	}
+	if c.check == nil {
+		return nil
+	}
+	return c.check(m)
 }
 
 // checkedByInterceptor tells the methods whose requests are validated here: ours, except PublishService,
@@ -199,6 +265,9 @@ func (e *edge) finish(ctx context.Context, method string, start time.Time, req a
 		refusal = refusal.withRequest(id)
 		trailer := metadata.Pairs(requestIDKey, id)
 		if wait := refusal.pushback(); wait != "" {
+			if lacksID(req) {
+				wait = "-1" // a repeat would be refused for that, and hide why this one was
+			}
 			trailer.Set(pushbackKey, wait)
 		}
 		grpc.SetTrailer(ctx, trailer) //nolint:errcheck // fails only when the call is already answered
@@ -254,7 +323,7 @@ func levelOf(m methodMetrics, refusal *Error) slog.Level {
 
 // requestID is the caller's, when it sent one fit for a log, else a new one.
 func requestID(ctx context.Context) string {
-	if v := metadata.ValueFromIncomingContext(ctx, requestIDKey); len(v) == 1 && isEventID(v[0]) && len(v[0]) <= 64 {
+	if v := metadata.ValueFromIncomingContext(ctx, requestIDKey); len(v) == 1 && isToken(v[0]) && len(v[0]) <= 64 {
 		return v[0]
 	}
 	var raw [8]byte
@@ -264,14 +333,30 @@ func requestID(ctx context.Context) string {
 	return hex.EncodeToString(raw[:])
 }
 
+// namespaceIn is the namespace of a resource name as a caller sent it; empty when it is not of one.
+func namespaceIn(name string) string {
+	rest, ok := strings.CutPrefix(name, "namespaces/")
+	ns, _, _ := strings.Cut(rest, "/")
+	if !ok || !isResourceID(ns) {
+		return ""
+	}
+	return ns
+}
+
+func (s *shares) refusal(ns, what string) *Error {
+	return rateLimited(namespaceName(ns), "namespace "+ns+" has "+strconv.Itoa(s.most)+" "+what+" in progress, which is all it may have at a time", 200*time.Millisecond)
+}
+
 // limiter bounds calls in progress.
 type limiter struct {
 	most int64
 	now  atomic.Int64
 }
 
-func (l *limiter) enter() bool {
-	if l.now.Add(1) > l.most {
+func (l *limiter) enter() bool { return l.enterOf(l.most) }
+
+func (l *limiter) enterOf(most int64) bool {
+	if l.now.Add(1) > most {
 		l.now.Add(-1)
 		return false
 	}

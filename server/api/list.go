@@ -4,11 +4,30 @@ import (
 	"iter"
 	"strings"
 
+	"google.golang.org/protobuf/proto"
+
 	"github.com/grapnel/grapnel/server/subscription"
 )
 
 // maxExamined bounds how much of a snapshot one call of a list looks at, however little of it matches.
 const maxExamined = 100_000
+
+// maxPageBytes bounds what a page holds, so that it fits into the 4 MiB that grpc's clients take by default. A page
+// always has its first item, and no item comes near the bound.
+const maxPageBytes = 3 << 20
+
+// pageBytes adds up a page.
+type pageBytes int
+
+// full reports whether m is too much for a page that has something already; else it is counted.
+func (n *pageBytes) full(m proto.Message) bool {
+	size := pageBytes(proto.Size(m)) + 8
+	if *n > 0 && *n+size > maxPageBytes {
+		return true
+	}
+	*n += size
+	return false
+}
 
 // pageOf is one page, and the key after which the next one begins; empty on the last page.
 type pageOf[T any] struct {
@@ -16,11 +35,13 @@ type pageOf[T any] struct {
 	next  string
 }
 
-// takePage collects up to size items that keep accepts. A page may be short, and more follow, when
-// maxExamined items had to be looked at; nothing follows exactly when next is empty.
-func takePage[T any](all iter.Seq[T], size int, keep func(T) bool, key func(T) string) pageOf[T] {
+// takePage collects up to size items that keep accepts; show is what stands in the page for one. A page may be short,
+// and more follow, when it is full of bytes or maxExamined items had to be looked at; nothing follows exactly when next
+// is empty.
+func takePage[T any, M proto.Message](all iter.Seq[T], size int, keep func(T) bool, key func(T) string, show func(T) M) pageOf[M] {
 	var (
-		page     pageOf[T]
+		page     pageOf[M]
+		bytes    pageBytes
 		last     string
 		examined int
 	)
@@ -31,11 +52,12 @@ func takePage[T any](all iter.Seq[T], size int, keep func(T) bool, key func(T) s
 		}
 		examined++
 		if keep(item) {
-			if len(page.items) == size {
+			shown := show(item)
+			if len(page.items) == size || bytes.full(shown) {
 				page.next = last
 				break
 			}
-			page.items = append(page.items, item)
+			page.items = append(page.items, shown)
 		}
 		last = key(item)
 	}

@@ -2,6 +2,7 @@ package api
 
 import (
 	"slices"
+	"strconv"
 	"strings"
 
 	"google.golang.org/protobuf/proto"
@@ -9,9 +10,13 @@ import (
 	"google.golang.org/protobuf/types/known/fieldmaskpb"
 )
 
+// maxPaths bounds a mask: more paths than any message has fields.
+const maxPaths = 128
+
 // applyMask copies the fields that mask names from src into dst, which are of one type. An absent mask
-// means every field that is set in src; "*" means all fields, so that what src leaves empty is cleared.
-// outputOnly names top-level fields that are never copied and, named in the mask, ignored. Paths go
+// means every field that is set in src, on every level: what src does not mention stays, also inside a message
+// of which it mentions something. Lists, maps and well-known types are one value, replaced as a whole.
+// "*" means all fields, so that what src leaves empty is cleared. outputOnly names top-level fields that are never copied and, named in the mask, ignored. Paths go
 // through messages, not into maps, lists or oneof-like well-known types. src is not changed, but dst may
 // share parts of it afterwards.
 //
@@ -21,13 +26,10 @@ func applyMask(dst, src proto.Message, mask *fieldmaskpb.FieldMask, outputOnly .
 	paths := mask.GetPaths()
 	switch {
 	case len(paths) == 0:
-		s.Range(func(f protoreflect.FieldDescriptor, v protoreflect.Value) bool {
-			if !slices.Contains(outputOnly, string(f.Name())) {
-				d.Set(f, v)
-			}
-			return true
-		})
+		mergeSet(d, s, outputOnly)
 		return nil
+	case len(paths) > maxPaths:
+		return invalid(Violation{"update_mask", "has " + strconv.Itoa(len(paths)) + " paths; want at most " + strconv.Itoa(maxPaths), "field_mask"})
 	case slices.Contains(paths, "*"):
 		if len(paths) > 1 {
 			return invalid(Violation{"update_mask", `"*" means all fields and stands alone`, "field_mask"})
@@ -58,6 +60,46 @@ func applyMask(dst, src proto.Message, mask *fieldmaskpb.FieldMask, outputOnly .
 	return nil
 }
 
+// mergeSet copies what is set in s, and goes into messages.
+func mergeSet(d, s protoreflect.Message, outputOnly []string) {
+	s.Range(func(f protoreflect.FieldDescriptor, v protoreflect.Value) bool {
+		switch {
+		case slices.Contains(outputOnly, string(f.Name())):
+		case isOneValue(f):
+			d.Set(f, v)
+		default:
+			mergeSet(d.Mutable(f).Message(), v.Message(), nil)
+		}
+		return true
+	})
+}
+
+// isOneValue reports whether a field can only be replaced as a whole.
+func isOneValue(f protoreflect.FieldDescriptor) bool {
+	return f.IsMap() || f.IsList() || f.Message() == nil || strings.HasPrefix(string(f.Message().FullName()), "google.protobuf.")
+}
+
+// mentions reports whether an update with src and mask is about the field at path: with an absent mask, whether
+// src sets it.
+func mentions(src proto.Message, mask *fieldmaskpb.FieldMask, path string) bool {
+	if len(mask.GetPaths()) > 0 {
+		return slices.ContainsFunc(mask.GetPaths(), func(p string) bool {
+			return p == "*" || p == path || strings.HasPrefix(path, p+".")
+		})
+	}
+	m := src.ProtoReflect()
+	for name := range strings.SplitSeq(path, ".") {
+		f := m.Descriptor().Fields().ByName(protoreflect.Name(name))
+		if f == nil || !m.Has(f) {
+			return false
+		}
+		if !isOneValue(f) {
+			m = m.Get(f).Message()
+		}
+	}
+	return true
+}
+
 // checkPath says in words what is wrong with a path, or "".
 func checkPath(m protoreflect.MessageDescriptor, path string, outputOnly []string) string {
 	names := strings.Split(path, ".")
@@ -73,7 +115,7 @@ func checkPath(m protoreflect.MessageDescriptor, path string, outputOnly []strin
 		if i == len(names)-1 {
 			return ""
 		}
-		if f.IsMap() || f.IsList() || f.Message() == nil || strings.HasPrefix(string(f.Message().FullName()), "google.protobuf.") {
+		if isOneValue(f) {
 			return "path " + quote(path) + " goes inside " + quote(strings.Join(names[:i+1], ".")) + ", which can only be replaced as a whole"
 		}
 		m = f.Message()

@@ -1,7 +1,9 @@
 package api
 
 import (
+	"net/url"
 	"strings"
+	"unicode/utf8"
 
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/reflect/protoreflect"
@@ -23,7 +25,7 @@ const allNamespaces = "-"
 func namespaceName(ns string) string        { return "namespaces/" + ns }
 func subscriptionName(ns, id string) string { return resourceName(ns, collectionSubscriptions, id) }
 func secretName(ns, id string) string       { return resourceName(ns, collectionSecrets, id) }
-func eventName(ns, id string) string        { return resourceName(ns, collectionEvents, id) }
+func eventName(ns, id string) string        { return resourceName(ns, collectionEvents, escapeID(id)) }
 func pluginName(id string) string           { return "plugins/" + id }
 func nodeName(id string) string             { return "nodes/" + id }
 
@@ -65,7 +67,11 @@ func parseName(field, name, collection string) (ns, id string, err error) {
 	valid := isResourceID
 	switch collection {
 	case collectionEvents:
-		valid = isEventID
+		id, ok := unescapeID(parts[3])
+		if !ok {
+			return "", "", invalid(badName(field, form+", with %XX for what is not a letter, digit or one of . _ ~ -", name))
+		}
+		return parts[1], id, nil
 	case collectionDeliveries:
 		valid = func(id string) bool { _, err := delivery.ParseID(id); return err == nil }
 	}
@@ -126,8 +132,8 @@ func isResourceID(s string) bool {
 	return true
 }
 
-// isEventID reports whether s may be an event's id.
-func isEventID(s string) bool {
+// isToken reports whether s is fit for a log and a header whoever sent it.
+func isToken(s string) bool {
 	if s == "" || len(s) > 128 {
 		return false
 	}
@@ -137,6 +143,50 @@ func isEventID(s string) bool {
 		}
 	}
 	return true
+}
+
+// isEventID reports whether s may be an event's id, which is what CloudEvents allows.
+func isEventID(s string) bool {
+	return s != "" && utf8.ValidString(s) && isText(s, maxEventID, true)
+}
+
+// Ids of events are the publisher's: names of resources, which are for URLs and command lines (AIP-122), show what is
+// not unreserved in RFC 3986 as %XX, byte by byte. Each id has one name.
+
+func isUnreserved(c byte) bool { return isAlnum(c) || c == '.' || c == '_' || c == '~' || c == '-' }
+
+// escapeID is the last segment of an event's name.
+func escapeID(id string) string {
+	n := 0
+	for i := range len(id) {
+		if !isUnreserved(id[i]) {
+			n++
+		}
+	}
+	if n == 0 {
+		return id
+	}
+	const hex = "0123456789ABCDEF"
+	b := make([]byte, 0, len(id)+2*n)
+	for i := range len(id) {
+		if c := id[i]; isUnreserved(c) {
+			b = append(b, c)
+		} else {
+			b = append(b, '%', hex[c>>4], hex[c&15])
+		}
+	}
+	return string(b)
+}
+
+// unescapeID is the id in the last segment of an event's name; false when there is none.
+func unescapeID(segment string) (string, bool) {
+	for i := range len(segment) {
+		if c := segment[i]; !isUnreserved(c) && c != '%' {
+			return "", false
+		}
+	}
+	id, err := url.PathUnescape(segment)
+	return id, err == nil && isEventID(id)
 }
 
 func isAlnum(c byte) bool {
@@ -156,9 +206,10 @@ func isResourceName(name string) bool {
 		}
 		switch parts[2] {
 		case collectionSubscriptions, collectionSecrets, collectionDeliveries:
-			return isResourceID(parts[3]) || parts[2] == collectionDeliveries && isEventID(parts[3])
+			return isResourceID(parts[3]) || parts[2] == collectionDeliveries && isToken(parts[3])
 		case collectionEvents:
-			return isEventID(parts[3])
+			_, ok := unescapeID(parts[3])
+			return ok
 		}
 	}
 	return false

@@ -2,8 +2,10 @@ package api
 
 import (
 	"context"
+	"errors"
 	"math"
 	"strconv"
+	"time"
 
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/durationpb"
@@ -15,7 +17,7 @@ import (
 
 // namespaceOutputOnly are the fields of Namespace that callers cannot set.
 var namespaceOutputOnly = []string{
-	"name", "uid", "usage", "state", "state_reason", "create_time", "delete_time", "purge_time", "etag",
+	"name", "uid", "usage", "effective_quota", "state", "state_reason", "create_time", "delete_time", "purge_time", "etag",
 }
 
 // CreateNamespace adds a namespace. The id is its idempotency key: a repeated call is RESOURCE_EXISTS.
@@ -27,10 +29,25 @@ func (s namespaceService) CreateNamespace(ctx context.Context, r *grapnelv1.Crea
 		}
 	}
 	n, err := s.Registry.CreateNamespace(ctx, r.GetNamespaceId(), content)
+	if errors.Is(err, subscription.ErrExists) {
+		return nil, s.taken(r.GetNamespaceId())
+	}
 	if err != nil {
 		return nil, toStatus(err, namespaceName(r.GetNamespaceId()))
 	}
 	return &grapnelv1.CreateNamespaceResponse{Namespace: n.Proto}, nil
+}
+
+// taken says who has the name of a namespace.
+func (s namespaceService) taken(id string) *Error {
+	name := namespaceName(id)
+	e := exists(name, "namespace")
+	if n := s.Registry.Snapshot().Namespace(id); n != nil && n.Deleted() {
+		e.message = name + " is deleted, and its name is taken until it is erased, at " + n.Proto.GetPurgeTime().AsTime().Format(time.RFC3339) +
+			"; UndeleteNamespace takes the deletion back"
+		e.metadata["purgeTime"] = n.Proto.GetPurgeTime().AsTime().Format(time.RFC3339)
+	}
+	return e
 }
 
 // GetNamespace reads one namespace and how much of its quota is used.
@@ -45,7 +62,7 @@ func (s namespaceService) GetNamespace(_ context.Context, r *grapnelv1.GetNamesp
 		return nil, notFound(r.GetName(), "namespace")
 	}
 	out := proto.CloneOf(n.Proto)
-	out.Usage = s.usage(snapshot, n)
+	out.Usage, out.EffectiveQuota = s.usage(snapshot, n), n.Quota().Proto()
 	return &grapnelv1.GetNamespaceResponse{Namespace: out}, nil
 }
 
@@ -72,12 +89,9 @@ func (s namespaceService) ListNamespaces(_ context.Context, r *grapnelv1.ListNam
 	}
 	page := takePage(s.Registry.Snapshot().Namespaces(after), size,
 		func(n *subscription.Namespace) bool { return r.GetShowDeleted() || !n.Deleted() },
-		func(n *subscription.Namespace) string { return n.ID })
-	out := &grapnelv1.ListNamespacesResponse{NextPageToken: s.pages.seal(page.next, query...)}
-	for _, n := range page.items {
-		out.Namespaces = append(out.Namespaces, n.Proto)
-	}
-	return out, nil
+		func(n *subscription.Namespace) string { return n.ID },
+		func(n *subscription.Namespace) *grapnelv1.Namespace { return n.Proto })
+	return &grapnelv1.ListNamespacesResponse{Namespaces: page.items, NextPageToken: s.pages.seal(page.next, query...)}, nil
 }
 
 // UpdateNamespace changes labels and quota by field mask, under an etag when one is sent.
@@ -90,10 +104,40 @@ func (s namespaceService) UpdateNamespace(ctx context.Context, r *grapnelv1.Upda
 	n, err := s.Registry.UpdateNamespace(ctx, id, r.GetNamespace().GetEtag(), func(stored *grapnelv1.Namespace) error {
 		return applyMask(stored, proto.CloneOf(r.GetNamespace()), r.GetUpdateMask(), namespaceOutputOnly...)
 	})
+	if errors.Is(err, subscription.ErrNotFound) && r.GetAllowMissing() && r.GetNamespace().GetEtag() == "" {
+		return s.createMissing(ctx, id, r)
+	}
 	if err != nil {
 		return nil, toStatus(err, name)
 	}
 	return &grapnelv1.UpdateNamespaceResponse{Namespace: n.Proto}, nil
+}
+
+// createMissing makes the namespace that an update did not find; everything in the request counts.
+func (s namespaceService) createMissing(ctx context.Context, id string, r *grapnelv1.UpdateNamespaceRequest) (*grapnelv1.UpdateNamespaceResponse, error) {
+	made, err := s.CreateNamespace(ctx, &grapnelv1.CreateNamespaceRequest{NamespaceId: id, Namespace: r.GetNamespace()})
+	if err != nil {
+		return nil, err
+	}
+	return &grapnelv1.UpdateNamespaceResponse{Namespace: made.GetNamespace()}, nil
+}
+
+// UndeleteNamespace takes a deletion back.
+func (s namespaceService) UndeleteNamespace(ctx context.Context, r *grapnelv1.UndeleteNamespaceRequest) (*grapnelv1.UndeleteNamespaceResponse, error) {
+	id, err := parseNamespace("name", r.GetName())
+	if err != nil {
+		return nil, err
+	}
+	n, err := s.Registry.UndeleteNamespace(ctx, id, r.GetEtag())
+	switch {
+	case errors.Is(err, subscription.ErrNotDeleted):
+		return nil, invalidState(r.GetName(), r.GetName()+" is not deleted")
+	case errors.Is(err, subscription.ErrNamespaceDeleted):
+		return nil, invalidState(r.GetName(), r.GetName()+" is being erased; it cannot be taken back any more")
+	case err != nil:
+		return nil, toStatus(err, r.GetName())
+	}
+	return &grapnelv1.UndeleteNamespaceResponse{Namespace: n.Proto}, nil
 }
 
 // DeleteNamespace marks a namespace deleted and cancels its open deliveries; one that has subscriptions
@@ -104,6 +148,9 @@ func (s namespaceService) DeleteNamespace(ctx context.Context, r *grapnelv1.Dele
 		return nil, err
 	}
 	n, err := s.Registry.DeleteNamespace(ctx, id, r.GetEtag(), r.GetForce())
+	if r.GetAllowMissing() && errors.Is(err, subscription.ErrNotFound) {
+		return &grapnelv1.DeleteNamespaceResponse{}, nil
+	}
 	if err != nil {
 		return nil, toStatus(err, r.GetName())
 	}

@@ -26,14 +26,13 @@ func (s pluginService) ListPlugins(_ context.Context, r *grapnelv1.ListPluginsRe
 	}
 	page := takePage(slices.Values(s.Plugins.Plugins()), size,
 		func(p *grapnelv1.Plugin) bool { return p.GetName() > after },
-		(*grapnelv1.Plugin).GetName)
-	out := &grapnelv1.ListPluginsResponse{NextPageToken: s.pages.seal(page.next, query)}
-	for _, p := range page.items {
-		p = s.placed(p)
-		p.ConfigSchema, p.ConfigExample = nil, nil
-		out.Plugins = append(out.Plugins, p)
-	}
-	return out, nil
+		(*grapnelv1.Plugin).GetName,
+		func(p *grapnelv1.Plugin) *grapnelv1.Plugin {
+			p = s.placed(p)
+			p.ConfigSchema, p.ConfigExample = nil, nil
+			return p
+		})
+	return &grapnelv1.ListPluginsResponse{Plugins: page.items, NextPageToken: s.pages.seal(page.next, query)}, nil
 }
 
 // GetPlugin reads one plugin with its schema, secret slots, example and instances.

@@ -3,9 +3,11 @@ package api
 import (
 	"context"
 	"errors"
+	"slices"
 	"strconv"
 	"time"
 
+	"google.golang.org/grpc/metadata"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
@@ -23,7 +25,13 @@ func (s publishService) Publish(ctx context.Context, r *grapnelv1.PublishRequest
 	if err != nil {
 		return nil, err
 	}
+	if len(r.ProtoReflect().GetUnknown()) > 0 {
+		return nil, invalid(Violation{"", unknownField(r.ProtoReflect()), "unknown_field"})
+	}
 	ev, faults := eventOf(ns, r.GetEvent(), time.Now())
+	if r.GetEvent() != nil && r.GetEvent().GetId() == "" && isRepeat(ctx) {
+		faults = append(faults, repeatWithoutID())
+	}
 	if len(faults) > 0 {
 		return nil, invalid(under("event", faults)...)
 	}
@@ -38,7 +46,35 @@ func (s publishService) Publish(ctx context.Context, r *grapnelv1.PublishRequest
 		SkippedSubscriptions: clampInt32(int64(result.Event.Skipped)),
 		AcceptTime:           timestamppb.New(result.Event.AcceptTime),
 		Uid:                  result.Event.UID,
+		ConditionErrorCount:  clampInt32(int64(result.Event.FaultCount)),
 	}, nil
+}
+
+// previousAttemptsKey is what grpc's clients send with a call that they repeat by their retry policy: how often they
+// have sent it before. (gRFC A6.)
+const previousAttemptsKey = "grpc-previous-rpc-attempts"
+
+// isRepeat reports whether the caller's library has sent this call before, without having seen an answer.
+func isRepeat(ctx context.Context) bool {
+	v := metadata.ValueFromIncomingContext(ctx, previousAttemptsKey)
+	return len(v) > 0 && v[0] != "0"
+}
+
+// repeatWithoutID refuses an event that may be stored already. Nothing but an id tells it from another one like it.
+func repeatWithoutID() Violation {
+	return Violation{"id", "is required where a call is repeated: this is a retry, whether the first try stored the event is not known, " +
+		"and without an id it would be stored twice; give each event an id, or take Publish out of the client's retry policy", "repeat_without_id"}
+}
+
+// lacksID reports whether a call publishes an event without an id, so that a repeat of it would be refused.
+func lacksID(req any) bool {
+	switch r := req.(type) {
+	case *grapnelv1.PublishRequest:
+		return r.GetEvent().GetId() == ""
+	case *grapnelv1.BatchPublishRequest:
+		return slices.ContainsFunc(r.GetEvents(), func(e *grapnelv1.Event) bool { return e.GetId() == "" })
+	}
+	return false
 }
 
 // BatchPublish accepts or refuses each event on its own. The call fails only when no event was looked at.
@@ -48,6 +84,8 @@ func (s publishService) BatchPublish(ctx context.Context, r *grapnelv1.BatchPubl
 		return nil, err
 	}
 	switch n := len(r.GetEvents()); {
+	case len(r.ProtoReflect().GetUnknown()) > 0:
+		return nil, invalid(Violation{"", unknownField(r.ProtoReflect()), "unknown_field"})
 	case n == 0:
 		return nil, invalid(Violation{"events", "must have at least 1 event", "repeated.min_items"})
 	case n > maxBatch:
@@ -79,8 +117,17 @@ func (s publishService) publishAll(ctx context.Context, ns string, events []*gra
 	accepted := make([]*delivery.Event, 0, len(events))
 	places := make([]int, 0, len(events))
 	now := time.Now()
+	repeat := isRepeat(ctx)
+	unreadable, _ := ctx.Value(badEvents{}).(map[int]*Error)
 	for k, e := range events {
+		if bad := unreadable[k]; bad != nil {
+			results[k] = &grapnelv1.PublishResult{Error: bad.item()}
+			continue
+		}
 		ev, faults := eventOf(ns, e, now)
+		if repeat && e.GetId() == "" {
+			faults = append(faults, repeatWithoutID())
+		}
 		if len(faults) > 0 {
 			results[k] = &grapnelv1.PublishResult{Error: invalid(faults...).item()}
 			continue
@@ -114,6 +161,7 @@ func publishResult(ns string, ev *delivery.Event, r ingest.Result) *grapnelv1.Pu
 		return &grapnelv1.PublishResult{
 			Name: eventName(ns, r.Event.ID), Duplicate: r.Duplicate, Uid: r.Event.UID, AcceptTime: timestamppb.New(r.Event.AcceptTime),
 			MatchedSubscriptions: clampInt32(int64(r.Event.Matched)), SkippedSubscriptions: clampInt32(int64(r.Event.Skipped)),
+			ConditionErrorCount: clampInt32(int64(r.Event.FaultCount)),
 		}
 	}
 	if bad, ok := errors.AsType[*ingest.FieldError](r.Err); ok {

@@ -98,7 +98,7 @@ func TestPublishTellsEveryFault(t *testing.T) {
 	st := startStation(t)
 	st.namespace(t, "acme")
 	bad := &grapnelv1.Event{
-		Id: "has space", Type: "-x", Source: "a b", Subject: "line\nbreak", DataSchema: strings.Repeat("s", 257),
+		Id: "has\tcontrols", Type: "a\x7f", Source: "a b", Subject: "line\nbreak", DataSchema: strings.Repeat("s", 257),
 		DataContentType: "json", Time: &timestamppb.Timestamp{Nanos: -1},
 		Attributes:  map[string]string{"Upper": "x", "id": "x", "ok": "bell\a"},
 		DeliverTime: timestamppb.New(time.Now().Add(8 * 24 * time.Hour)), Ttl: durationpb.New(time.Millisecond),

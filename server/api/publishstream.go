@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
 
 	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
 	"github.com/grapnel/grapnel/server/delivery"
@@ -29,19 +30,28 @@ const (
 
 // PublishStream accepts events until the caller half-closes. The first frame of either side sets the stream
 // up; then every item is answered once. An ack means durable. Whatever ends the stream, items that were read
-// are answered first. Over the window the server stops reading and flow control holds the caller back.
+// are answered first, but for a frame of more than maxWire, at which grpc ends it. An item that cannot be read is refused
+// alone. Over the window the server stops reading and flow control holds the caller back.
 func (s publishService) PublishStream(stream grpc.BidiStreamingServer[grapnelv1.PublishStreamRequest, grapnelv1.PublishStreamResponse]) error {
 	ns, err := s.openStream(stream)
 	if err != nil {
 		return err
 	}
+	if !s.edge.streamsOf.enter(ns) {
+		return s.edge.streamsOf.refusal(ns, "publish streams")
+	}
+	defer s.edge.streamsOf.leave(ns)
 	p := &publishing{service: s, ns: ns, stream: stream}
 	p.room.L, p.ready.L = &p.mu, &p.mu
 	var sender, watcher sync.WaitGroup
 	over := make(chan struct{})
 	watcher.Go(func() {
+		old := s.old(stream.Context())
+		defer old.Stop()
 		select {
 		case <-s.draining:
+			p.drain()
+		case <-old.C:
 			p.drain()
 		case <-over:
 		}
@@ -55,14 +65,38 @@ func (s publishService) PublishStream(stream grpc.BidiStreamingServer[grapnelv1.
 	return p.err
 }
 
+// firstFrame waits for the first frame, but not for ever: who opens a stream and says nothing holds room that others
+// need. Its end ends the read, too.
+func (s publishService) firstFrame(stream grpc.BidiStreamingServer[grapnelv1.PublishStreamRequest, grapnelv1.PublishStreamResponse]) (*grapnelv1.PublishStreamRequest, error) {
+	type result struct {
+		frame *grapnelv1.PublishStreamRequest
+		err   error
+	}
+	read := make(chan result, 1)
+	go func() {
+		frame, err := stream.Recv()
+		read <- result{frame, err}
+	}()
+	late := time.NewTimer(s.FirstFrame)
+	defer late.Stop()
+	select {
+	case r := <-read:
+		return r.frame, r.err
+	case <-late.C:
+		return nil, abandoned(codes.DeadlineExceeded, "the first frame, open, did not come within "+s.FirstFrame.String(), nil)
+	}
+}
+
 // openStream reads the first frame.
 func (s publishService) openStream(stream grpc.BidiStreamingServer[grapnelv1.PublishStreamRequest, grapnelv1.PublishStreamResponse]) (string, error) {
-	first, err := stream.Recv()
+	first, err := s.firstFrame(stream)
 	switch {
 	case errors.Is(err, io.EOF):
 		return "", invalid(Violation{"open", "must be the first frame; the stream ended without one", "open"})
 	case err != nil:
 		return "", fromReceive(err)
+	case len(first.ProtoReflect().GetUnknown())+len(first.GetOpen().ProtoReflect().GetUnknown()) > 0:
+		return "", invalid(unknownInFrame(first))
 	case first.GetOpen() == nil:
 		return "", invalid(Violation{"open", "must be the first frame", "open"})
 	}
@@ -123,10 +157,16 @@ func (p *publishing) read() {
 	for p.waitForRoom() {
 		var frame *grapnelv1.PublishStreamRequest
 		frame, err = p.stream.Recv()
+		if bad, ok := errors.AsType[*badFrame](err); ok && bad.item > p.last {
+			p.last = bad.item
+			p.refuse(bad.item, bad.refusal)
+			err = nil
+			continue
+		}
 		if err != nil {
 			break
 		}
-		if err = p.take(frame.GetItem(), frame.GetOpen() != nil); err != nil {
+		if err = p.take(frame); err != nil {
 			break
 		}
 	}
@@ -153,9 +193,12 @@ func (p *publishing) waitForRoom() bool {
 
 // take checks one frame. An error is a broken rule of the stream and ends it; an event that is not right is
 // only refused.
-func (p *publishing) take(item *grapnelv1.PublishStreamRequest_Item, open bool) error {
+func (p *publishing) take(frame *grapnelv1.PublishStreamRequest) error {
+	item := frame.GetItem()
 	switch {
-	case open:
+	case len(frame.ProtoReflect().GetUnknown()) > 0:
+		return invalid(unknownInFrame(frame))
+	case frame.GetOpen() != nil:
 		return invalid(Violation{"open", "is for the first frame only", "open"})
 	case item == nil:
 		return invalid(Violation{"item", "is required in every frame after the first", "required"})
@@ -168,11 +211,12 @@ func (p *publishing) take(item *grapnelv1.PublishStreamRequest_Item, open bool) 
 	if item.GetEvent() != nil && item.GetEvent().GetId() == "" {
 		faults = append(faults, Violation{"id", "is required in a stream: what was not acknowledged is sent again with the same id", "required"})
 	}
+	faults = under("event", faults)
+	if len(item.ProtoReflect().GetUnknown()) > 0 {
+		faults = append(faults, Violation{"item", unknownField(item.ProtoReflect()), "unknown_field"})
+	}
 	if len(faults) > 0 {
-		p.mu.Lock()
-		p.outstanding++
-		p.mu.Unlock()
-		p.answer(ack(item.GetSequence(), &grapnelv1.PublishResult{Error: invalid(under("event", faults)...).item()}), 0)
+		p.refuse(item.GetSequence(), invalid(faults...))
 		return nil
 	}
 	p.mu.Lock()
@@ -185,6 +229,22 @@ func (p *publishing) take(item *grapnelv1.PublishStreamRequest_Item, open bool) 
 		p.appends.Go(p.publish)
 	}
 	return nil
+}
+
+// unknownInFrame refuses a stream for a field that this server does not know, outside of any item.
+func unknownInFrame(frame *grapnelv1.PublishStreamRequest) Violation {
+	if m := frame.ProtoReflect(); len(m.GetUnknown()) > 0 {
+		return Violation{"", unknownField(m), "unknown_field"}
+	}
+	return Violation{"open", unknownField(frame.GetOpen().ProtoReflect()), "unknown_field"}
+}
+
+// refuse answers an item that is not published.
+func (p *publishing) refuse(sequence uint64, refusal *Error) {
+	p.mu.Lock()
+	p.outstanding++
+	p.mu.Unlock()
+	p.answer(ack(sequence, &grapnelv1.PublishResult{Error: refusal.item()}), 0)
 }
 
 // publish publishes groups until nothing has arrived.

@@ -205,6 +205,11 @@ func TestPublishStreamMisuse(t *testing.T) {
 	p := st.open(t, "acme")
 	p.window()
 	p.item(1, "large", strings.Repeat("x", 5<<20))
+	p.item(2, "small", "x")
+	if err := p.read(2); err != nil || p.acks[1].GetError().GetReason() != "MESSAGE_TOO_LARGE" || p.acks[2].GetName() == "" {
+		t.Errorf("acks %v, %v", p.acks, err)
+	}
+	p.item(3, "larger", strings.Repeat("x", 9<<20))
 	if err := p.end(); status.Code(err) != codes.ResourceExhausted { // by grpc, before we see it
 		t.Errorf("got %v", err)
 	}

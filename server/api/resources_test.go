@@ -275,6 +275,7 @@ type fakeEngine struct {
 	attempt   delivery.Attempt
 	testErr   error
 	tested    []*delivery.Event
+	patience  time.Duration
 	asked     string
 }
 
@@ -300,10 +301,17 @@ func (e *fakeEngine) InFlight(delivery.ID, delivery.LaneKey) bool { return false
 
 func (e *fakeEngine) WaitReason(delivery.ID, delivery.LaneKey) string { return "" }
 
-func (e *fakeEngine) Test(_ context.Context, _ *subscription.Subscription, ev *delivery.Event) (delivery.Attempt, error) {
+func (e *fakeEngine) Status(delivery.LaneKey) *grapnelv1.SubscriptionStatus {
+	return &grapnelv1.SubscriptionStatus{Open: false, WaitReason: "subscription paused"}
+}
+
+func (e *fakeEngine) Test(ctx context.Context, _ *subscription.Subscription, ev *delivery.Event) (delivery.Attempt, error) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	e.tested = append(e.tested, ev)
+	if deadline, ok := ctx.Deadline(); ok {
+		e.patience = time.Until(deadline)
+	}
 	return e.attempt, e.testErr
 }
 

@@ -82,12 +82,9 @@ func (s secretService) ListSecrets(_ context.Context, r *grapnelv1.ListSecretsRe
 	}
 	page := takePage(inNamespaces(s.Registry.Snapshot(), ns, after, s.Secrets.List), size,
 		func(*secret.Secret) bool { return true },
-		func(found *secret.Secret) string { return found.Namespace + "/" + found.ID })
-	out := &grapnelv1.ListSecretsResponse{NextPageToken: s.pages.seal(page.next, query...)}
-	for _, found := range page.items {
-		out.Secrets = append(out.Secrets, found.Proto)
-	}
-	return out, nil
+		func(found *secret.Secret) string { return found.Namespace + "/" + found.ID },
+		func(found *secret.Secret) *grapnelv1.Secret { return found.Proto })
+	return &grapnelv1.ListSecretsResponse{Secrets: page.items, NextPageToken: s.pages.seal(page.next, query...)}, nil
 }
 
 // RotateSecret adds a version; the one before stays in use for the overlap, 24 hours when not said.

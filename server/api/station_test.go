@@ -155,7 +155,7 @@ func (st *station) serve(t *testing.T) {
 		t.Fatal(err)
 	}
 	var serving sync.WaitGroup
-	serving.Go(func() { _ = st.grpc.Serve(listener) })
+	serving.Go(func() { _ = st.grpc.Serve(st.server.Listen(listener)) })
 	t.Cleanup(func() {
 		st.grpc.Stop()
 		serving.Wait()

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/fieldmaskpb"
 
 	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
 	"github.com/grapnel/grapnel/server/delivery"
@@ -96,7 +97,19 @@ func (s subscriptionService) GetSubscription(_ context.Context, r *grapnelv1.Get
 	if err != nil {
 		return nil, err
 	}
-	return &grapnelv1.GetSubscriptionResponse{Subscription: sub.Proto}, nil
+	return &grapnelv1.GetSubscriptionResponse{Subscription: sub.Proto, Status: s.status(sub)}, nil
+}
+
+// status tells how a subscription goes.
+func (s subscriptionService) status(sub *subscription.Subscription) *grapnelv1.SubscriptionStatus {
+	lane := s.lane(sub)
+	status := s.Engine.Status(lane)
+	status.OpenDeliveries = clampInt32(s.Journal.OpenOf(lane))
+	var last *subscription.ConditionError
+	if status.ConditionErrors, last = sub.ConditionErrors(); last != nil {
+		status.LastConditionError, status.LastConditionErrorTime = last.Text, stamp(last.Time)
+	}
+	return status
 }
 
 // find looks a subscription up by its full name.
@@ -134,12 +147,9 @@ func (s subscriptionService) ListSubscriptions(_ context.Context, r *grapnelv1.L
 	snapshot := s.Registry.Snapshot()
 	list := func(ns, after string) iter.Seq[*subscription.Subscription] { return snapshot.Subscriptions(ns, after) }
 	page := takePage(inNamespaces(snapshot, ns, after, list), size, keep,
-		func(sub *subscription.Subscription) string { return sub.Namespace + "/" + sub.ID })
-	out := &grapnelv1.ListSubscriptionsResponse{NextPageToken: s.pages.seal(page.next, query...)}
-	for _, sub := range page.items {
-		out.Subscriptions = append(out.Subscriptions, sub.Proto)
-	}
-	return out, nil
+		func(sub *subscription.Subscription) string { return sub.Namespace + "/" + sub.ID },
+		func(sub *subscription.Subscription) *grapnelv1.Subscription { return sub.Proto })
+	return &grapnelv1.ListSubscriptionsResponse{Subscriptions: page.items, NextPageToken: s.pages.seal(page.next, query...)}, nil
 }
 
 // UpdateSubscription changes the fields that the mask names, under an etag when one is sent. A new target is
@@ -165,6 +175,7 @@ func (s subscriptionService) UpdateSubscription(ctx context.Context, r *grapnelv
 		if err := applyMask(stored, proto.CloneOf(r.GetSubscription()), mask, subscriptionOutputOnly...); err != nil {
 			return err
 		}
+		chooseRetryForm(stored, r.GetSubscription(), mask)
 		s.defaultTransport(stored)
 		warnings, err = s.check(ctx, name, stored)
 		if errors.Is(err, ErrPluginUnavailable) && sameTarget(before, stored) {
@@ -180,6 +191,26 @@ func (s subscriptionService) UpdateSubscription(ctx context.Context, r *grapnelv
 		return nil, toStatus(err, name)
 	}
 	return &grapnelv1.UpdateSubscriptionResponse{Subscription: sub.Proto, Warnings: append(warnings, answered...)}, nil
+}
+
+// chooseRetryForm drops the form of the retry policy that was stored, schedule or backoff, when an update is about the
+// other alone: the two exclude each other, and one of them is always stored.
+func chooseRetryForm(stored, sent *grapnelv1.Subscription, mask *fieldmaskpb.FieldMask) {
+	policy := stored.GetRetryPolicy()
+	if policy == nil {
+		return
+	}
+	schedule := mentions(sent, mask, "retry_policy.schedule")
+	backoff := mentions(sent, mask, "retry_policy.initial_backoff") || mentions(sent, mask, "retry_policy.max_backoff") ||
+		mentions(sent, mask, "retry_policy.multiplier")
+	isBackoff := policy.GetInitialBackoff() != nil || policy.GetMaxBackoff() != nil || policy.GetMultiplier() != 0
+	switch {
+	case schedule == backoff:
+	case backoff && isBackoff:
+		policy.Schedule = nil
+	case schedule && len(policy.GetSchedule()) > 0:
+		policy.InitialBackoff, policy.MaxBackoff, policy.Multiplier = nil, nil, 0
+	}
 }
 
 // DeleteSubscription removes a subscription, cancels its open deliveries and says how many.
@@ -223,7 +254,7 @@ func (s *Server) lane(sub *subscription.Subscription) delivery.LaneKey {
 
 // PauseSubscription stops attempts while events keep queueing. Repeating it changes the reason only.
 func (s subscriptionService) PauseSubscription(ctx context.Context, r *grapnelv1.PauseSubscriptionRequest) (*grapnelv1.PauseSubscriptionResponse, error) {
-	sub, err := s.setState(ctx, r.GetName(), grapnelv1.Subscription_STATE_PAUSED, r.GetReason())
+	sub, err := s.setState(ctx, r.GetName(), grapnelv1.Subscription_STATE_PAUSED, r.GetEtag(), r.GetReason())
 	if err != nil {
 		return nil, err
 	}
@@ -232,19 +263,19 @@ func (s subscriptionService) PauseSubscription(ctx context.Context, r *grapnelv1
 
 // ResumeSubscription restarts attempts after a pause or an automatic disable.
 func (s subscriptionService) ResumeSubscription(ctx context.Context, r *grapnelv1.ResumeSubscriptionRequest) (*grapnelv1.ResumeSubscriptionResponse, error) {
-	sub, err := s.setState(ctx, r.GetName(), grapnelv1.Subscription_STATE_ACTIVE, "")
+	sub, err := s.setState(ctx, r.GetName(), grapnelv1.Subscription_STATE_ACTIVE, r.GetEtag(), "")
 	if err != nil {
 		return nil, err
 	}
 	return &grapnelv1.ResumeSubscriptionResponse{Subscription: sub}, nil
 }
 
-func (s subscriptionService) setState(ctx context.Context, name string, state grapnelv1.Subscription_State, reason string) (*grapnelv1.Subscription, error) {
+func (s subscriptionService) setState(ctx context.Context, name string, state grapnelv1.Subscription_State, etag, reason string) (*grapnelv1.Subscription, error) {
 	ns, id, err := parseName("name", name, collectionSubscriptions)
 	if err != nil {
 		return nil, err
 	}
-	sub, err := s.Registry.SetState(ctx, ns, id, [16]byte{}, state, reason)
+	sub, err := s.Registry.SetStateAt(ctx, ns, id, etag, state, reason)
 	if err != nil {
 		return nil, toStatus(err, name)
 	}

@@ -124,7 +124,7 @@ func testCreateRefusals(t *testing.T, w *world) {
 			change: func(r *grapnelv1.CreateSubscriptionRequest) {
 				r.Parent, r.SubscriptionId, r.RequestId = "acme", "Orders", "1"
 				r.Subscription.AttemptTimeout = durationpb.New(300 * time.Second)
-				r.Subscription.EventTypes = []string{"order.*", "a b"}
+				r.Subscription.EventTypes = []string{"order.*", "a\nb"}
 				r.Subscription.MaxInFlight = 1001
 			},
 			code: codes.InvalidArgument, reason: "INVALID_FIELD",

@@ -31,8 +31,22 @@ func subscriptionFields() []filter.Field[*grapnelv1.Subscription] {
 		{Name: "labels", Map: sub.GetLabels},
 		{Name: "signer", Texts: func(s sub) []string { return pluginsOf(s.GetSigners()) }, Canonical: fullPluginName},
 		{Name: "transport", Text: func(s sub) string { return s.GetTransport().GetPlugin() }, Canonical: fullPluginName},
+		{Name: "secret", Texts: secretsOf},
+		{Name: "uid", Text: sub.GetUid},
+		{Name: "display_name", Text: sub.GetDisplayName},
 		{Name: "create_time", Time: func(s sub) time.Time { return s.GetCreateTime().AsTime() }},
 	}
+}
+
+// secretsOf lists the secrets that a subscription uses, each by its name and by its id.
+func secretsOf(s *grapnelv1.Subscription) []string {
+	var names []string
+	for _, b := range bindings(s) {
+		for _, name := range b.GetSecrets() {
+			names = append(names, name, name[strings.LastIndex(name, "/")+1:])
+		}
+	}
+	return names
 }
 
 func pluginsOf(bindings []*grapnelv1.PluginBinding) []string {

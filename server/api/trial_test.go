@@ -44,7 +44,10 @@ func TestTestSubscription(t *testing.T) {
 	if own := w.engine.tested[1]; own.ID != "mine" || own.Type != "order.created" || string(own.Payload) != "x" {
 		t.Errorf("own event = %+v", own)
 	}
-	_, err = test(&grapnelv1.Event{Id: "not an id", Type: "order.created"})
+	if p := w.engine.patience; p < time.Minute || p > 75*time.Second {
+		t.Errorf("without a deadline a test has %v; the longest attempt_timeout is a minute", p)
+	}
+	_, err = test(&grapnelv1.Event{Id: "not\tan id", Type: "order.created"})
 	refused(t, err, codes.InvalidArgument, "INVALID_FIELD").names(t, "event.id")
 
 	w.engine.testErr = api.ErrTestLimited

@@ -174,6 +174,8 @@ func (p *partition) write(c *commit) {
 	if c.firm {
 		opts = pebble.Sync
 	}
+	p.j.still.RLock()
+	defer p.j.still.RUnlock()
 	written := p.j.syncs.written.Load()
 	start := p.j.syncs.begin(c.firm)
 	if err := c.batch.Commit(opts); err != nil {

@@ -103,8 +103,18 @@ type Event struct {
 	Matched, Skipped int
 	// UID is the webhook-id: derived from journal, partition and sequence; no dot in it.
 	UID string
+	// Faults are subscriptions whose conditions could not be evaluated for it, the first of FaultCount. Set by the
+	// publisher of the event.
+	Faults     []Fault
+	FaultCount int
 
 	refs int32 // jobs and readers that hold it; guarded by its table
+}
+
+// Fault is a condition that could not be evaluated for an event.
+type Fault struct {
+	// Subscription is the last segment of its name, Text says why.
+	Subscription, Text string
 }
 
 // Publication is an event on its way into the journal, with the subscriptions it matched.

@@ -22,6 +22,9 @@ func (e *Event) size() int64 {
 	for name, value := range e.Attributes {
 		size += 32 + len(name) + len(value)
 	}
+	for _, f := range e.Faults {
+		size += 32 + len(f.Subscription) + len(f.Text)
+	}
 	return int64(size)
 }
 

@@ -142,6 +142,7 @@ type Journal struct {
 	syncs      syncs
 	marks      *highwater.File // nil when nothing is to be remembered
 	logNumber  atomic.Uint64   // of the write-ahead log that is written to
+	still      sync.RWMutex    // read-locked to write, locked while the log is copied
 
 	stop       chan struct{}
 	committers sync.WaitGroup

@@ -40,8 +40,8 @@ func targetsPlace(targets []Target) byte {
 	return targetsApart
 }
 
-// encodeEvent writes the record of an event, with its targets where they are few; the payload comes last, so that
-// readers of the rest can leave it.
+// encodeEvent writes the record of an event, with its targets where they are few; the payload comes behind the rest, so
+// that readers of that can leave it, and behind it what few events have.
 func encodeEvent(b []byte, e *Event, targets []Target) []byte {
 	w := newRecord(b)
 	w.time(e.AcceptTime)
@@ -68,6 +68,14 @@ func encodeEvent(b []byte, e *Event, targets []Target) []byte {
 		w.text(value)
 	}
 	w.bytes(e.Payload)
+	if e.FaultCount > 0 {
+		w.int(e.FaultCount)
+		w.int(len(e.Faults))
+		for _, f := range e.Faults {
+			w.text(f.Subscription)
+			w.text(f.Text)
+		}
+	}
 	return w
 }
 
@@ -76,6 +84,9 @@ func sizeOfEvent(e *Event) int {
 	size := 160 + len(e.ID) + len(e.Type) + len(e.Source) + len(e.Subject) + len(e.ContentType) + len(e.Schema) + len(e.Payload)
 	for name, value := range e.Attributes {
 		size += 8 + len(name) + len(value)
+	}
+	for _, f := range e.Faults {
+		size += 16 + len(f.Subscription) + len(f.Text)
 	}
 	return size
 }
@@ -119,6 +130,12 @@ func decodeEvent(value []byte) (*Event, error) {
 		}
 	}
 	e.Payload = slices.Clone(d.bytes())
+	if d.err == nil && len(d.b) > 0 {
+		e.FaultCount = d.int()
+		for n := d.int(); n > 0 && d.err == nil; n-- {
+			e.Faults = append(e.Faults, Fault{d.text(), d.text()})
+		}
+	}
 	return e, d.err
 }
 

@@ -87,7 +87,10 @@ func (j *Journal) sync() {
 	}
 	marks := j.found()
 	start := j.syncs.begin(true)
-	if err := j.db.LogData([]byte("sync"), pebble.Sync); err != nil {
+	j.still.RLock()
+	err := j.db.LogData([]byte("sync"), pebble.Sync)
+	j.still.RUnlock()
+	if err != nil {
 		j.die("sync: " + err.Error())
 	}
 	j.syncs.end(start)

@@ -61,6 +61,8 @@ type Ingest struct {
 	draining atomic.Bool
 	meters   meters
 	tallies  tallies
+	// faults count conditions that could not be evaluated.
+	faults tallies
 }
 
 // New builds an Ingest.
@@ -92,14 +94,24 @@ func (i *Ingest) Rate(namespace string) float64 {
 // Accepted is how many events a namespace, or all with "", has had accepted within a window of a minute to a day, since
 // the process started. Windows are rounded up to whole minutes, above an hour to whole hours.
 func (i *Ingest) Accepted(namespace string, window time.Duration) int64 {
+	return i.counted(&i.tallies, namespace, window)
+}
+
+// ConditionErrors is how many conditions could not be evaluated for accepted events; namespace and window are as for
+// Accepted.
+func (i *Ingest) ConditionErrors(namespace string, window time.Duration) int64 {
+	return i.counted(&i.faults, namespace, window)
+}
+
+func (i *Ingest) counted(t *tallies, namespace string, window time.Duration) int64 {
 	if namespace == "" {
-		return i.tallies.sum(nil, time.Now(), window)
+		return t.sum(nil, time.Now(), window)
 	}
 	ns := i.registry.Snapshot().Namespace(namespace)
 	if ns == nil {
 		return 0
 	}
-	return i.tallies.sum(&ns.UID, time.Now(), window)
+	return t.sum(&ns.UID, time.Now(), window)
 }
 
 // Publish accepts or refuses each event on its own; results[k] answers events[k]. It returns when the
@@ -195,7 +207,7 @@ func (i *Ingest) refusal(namespace string, ns *subscription.Namespace) error {
 // store appends what was admitted: the events that have no error yet.
 func (i *Ingest) store(ctx context.Context, ns *subscription.Namespace, admitted []delivery.Publication, results []Result) {
 	stored := i.journal.Append(ctx, admitted)
-	next, accepted := 0, 0
+	next, accepted, faults := 0, 0, 0
 	for k := range results {
 		if results[k].Err != nil {
 			continue
@@ -209,14 +221,18 @@ func (i *Ingest) store(ctx context.Context, ns *subscription.Namespace, admitted
 		results[k].Event, results[k].Duplicate = r.Event, r.Duplicate
 		if !r.Duplicate {
 			accepted++
+			faults += r.Event.FaultCount
 		}
 	}
 	now := time.Now()
 	i.meters.use(ns.UID, now, func(m *meter) { m.add(now, accepted) })
 	i.tallies.add(ns.UID, now, accepted)
+	i.faults.add(ns.UID, now, faults)
+	i.metrics.conditions.Add(float64(faults))
 }
 
-// targets lists the subscriptions that match ev, in the snapshot's order.
+// targets lists the subscriptions that match ev, in the snapshot's order, and notes in ev whose conditions could not be
+// evaluated.
 func targets(snap *subscription.Snapshot, namespace string, c *subscription.Candidate, ev *delivery.Event) []delivery.Target {
 	*c = subscription.Candidate{
 		ID:          ev.ID,
@@ -229,6 +245,10 @@ func targets(snap *subscription.Snapshot, namespace string, c *subscription.Cand
 		Data:        ev.Payload,
 	}
 	subs := snap.Match(namespace, c)
+	ev.FaultCount = c.FaultCount
+	for _, f := range c.Faults {
+		ev.Faults = append(ev.Faults, delivery.Fault(f))
+	}
 	if len(subs) == 0 {
 		return nil
 	}

@@ -13,6 +13,7 @@ import (
 type metrics struct {
 	accepted, duplicate                prometheus.Counter
 	rate, quota, size, conflict, other prometheus.Counter
+	conditions                         prometheus.Counter
 }
 
 func newMetrics(r prometheus.Registerer) metrics {
@@ -20,17 +21,22 @@ func newMetrics(r prometheus.Registerer) metrics {
 		Name: "grapnel_ingest_events_total",
 		Help: "Events offered, by what became of them.",
 	}, []string{"outcome"})
+	conditions := prometheus.NewCounter(prometheus.CounterOpts{
+		Name: "grapnel_condition_errors_total",
+		Help: "Conditions of subscriptions that could not be evaluated for an accepted event, which then did not match.",
+	})
 	if r != nil {
-		r.MustRegister(events)
+		r.MustRegister(events, conditions)
 	}
 	return metrics{
-		accepted:  events.WithLabelValues("accepted"),
-		duplicate: events.WithLabelValues("duplicate"),
-		rate:      events.WithLabelValues("rate_limited"),
-		quota:     events.WithLabelValues("quota_exceeded"),
-		size:      events.WithLabelValues("too_large"),
-		conflict:  events.WithLabelValues("conflict"),
-		other:     events.WithLabelValues("refused"),
+		conditions: conditions,
+		accepted:   events.WithLabelValues("accepted"),
+		duplicate:  events.WithLabelValues("duplicate"),
+		rate:       events.WithLabelValues("rate_limited"),
+		quota:      events.WithLabelValues("quota_exceeded"),
+		size:       events.WithLabelValues("too_large"),
+		conflict:   events.WithLabelValues("conflict"),
+		other:      events.WithLabelValues("refused"),
 	}
 }
 

@@ -60,6 +60,8 @@ func (e *EtagError) Error() string {
 // InvalidError lists everything that is wrong with a request. It never holds a secret value.
 type InvalidError struct {
 	Violations []Violation
+	// More is how many there are beside Violations, which nobody has written down.
+	More int
 }
 
 // BrokenError says that a stored value is not what was written: a bit has flipped on disk, or somebody else

@@ -1,11 +1,13 @@
 // Package plugindir owns a directory of third-party plugins: the files of each installed version, and the
 // lock file that says which there are, which of them run, and what their files must hash to.
 //
-//	DIR/plugins.lock                      JSON, see Lock
-//	DIR/acme-sign/1.2.0-0123456789ab/…    one installed version of acme/sign
+//	DIR/plugins.lock                                JSON, see Lock
+//	DIR/installed/acme+sign/1.2.0-0123456789ab/…    one installed version of acme/sign
+//	DIR/.changing                                   locked by the process that changes the directory
 //
 // A change of the lock file is atomic and made by one process at a time; a server that watches the directory
-// sees it within a second. A directory without a lock file is for development: every executable file in it
+// sees it within a second. Files come before the entry that names them, and go after it, so a process that is killed
+// half-way leaves files that nothing names: the next change removes them. A directory without a lock file is for development: every executable file in it
 // runs, whatever it hashes to. The package starts no plugin; installing is in two steps, Stage and Commit,
 // so that the caller can test the very files that will run.
 package plugindir
@@ -20,6 +22,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"runtime"
 	"slices"
 	"strings"
 	"time"
@@ -27,6 +30,7 @@ import (
 	"google.golang.org/protobuf/encoding/protojson"
 
 	pluginv1 "github.com/grapnel/grapnel/proto/grapnel/plugin/v1"
+	"github.com/grapnel/grapnel/server/dirlock"
 	"github.com/grapnel/grapnel/server/pluginhost"
 )
 
@@ -35,6 +39,10 @@ const LockFile = "plugins.lock"
 
 const (
 	lockVersion = 1
+	// installed has a folder for each plugin, changing is locked while one is put there or taken away.
+	installed, changing = "installed", ".changing"
+	// busyPatience is how long a change waits for another one's end.
+	busyPatience = 10 * time.Second
 	// entryName is the file that a plugin which is a directory is started by.
 	entryName = "plugin"
 )
@@ -42,8 +50,8 @@ const (
 var (
 	// ErrNotInstalled means that the lock file has no plugin of that name.
 	ErrNotInstalled = errors.New("is not installed")
-	// ErrBusy means that another process is changing the directory, or died while it did.
-	ErrBusy = errors.New("another process is changing the directory")
+	// ErrBusy means that another process has been changing the directory for as long as one waits.
+	ErrBusy = errors.New("the directory is being changed")
 )
 
 // Lock is the content of the lock file.
@@ -128,7 +136,8 @@ func (e Entry) check() error {
 }
 
 func validName(name string) bool {
-	return len(name) <= 128 && regexp.MustCompile(`^[a-z0-9][a-z0-9._-]*(/[a-z0-9][a-z0-9._-]*)?$`).MatchString(name)
+	// A dot at the end is lost where Windows makes a path of it.
+	return len(name) <= 128 && regexp.MustCompile(`^[a-z0-9]([a-z0-9._-]*[a-z0-9_-])?(/[a-z0-9]([a-z0-9._-]*[a-z0-9_-])?)?$`).MatchString(name)
 }
 
 // Enable has a plugin run, or not; its files stay. It returns an error that is ErrNotInstalled for a name
@@ -144,7 +153,8 @@ func (d Dir) Enable(name string, enabled bool) error {
 	})
 }
 
-// Remove takes a plugin out of the lock file and removes its files, all versions.
+// Remove takes a plugin out of the lock file and removes its files, all versions. Files that were not installed here, but
+// named by hand, stay.
 func (d Dir) Remove(name string) error {
 	return d.change(func(lock *Lock) error {
 		i, err := lock.find(name)
@@ -152,7 +162,7 @@ func (d Dir) Remove(name string) error {
 			return err
 		}
 		lock.Plugins = slices.Delete(lock.Plugins, i, i+1)
-		return os.RemoveAll(filepath.Join(d.path, folder(name)))
+		return nil // its files are named by nothing now
 	})
 }
 
@@ -191,27 +201,14 @@ func (d Dir) Verify() (map[string]error, error) {
 	return faults, nil
 }
 
-// change edits the lock file. The new content is written beside it under a name that only one process can
-// make, then renamed over it.
+// change edits the lock file, alone, and then removes what it names no more. The new content is written beside it and
+// renamed over it.
 func (d Dir) change(edit func(*Lock) error) (err error) {
-	if err := os.MkdirAll(d.path, 0o755); err != nil {
-		return err
-	}
-	file := filepath.Join(d.path, LockFile)
-	next := file + ".new"
-	f, err := os.OpenFile(next, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o644)
-	if errors.Is(err, fs.ErrExist) {
-		return fmt.Errorf("%w; if none is running, remove %s", ErrBusy, next)
-	}
+	alone, err := d.alone()
 	if err != nil {
 		return err
 	}
-	defer func() {
-		_ = f.Close()
-		if err != nil {
-			_ = os.Remove(next)
-		}
-	}()
+	defer func() { err = errors.Join(err, alone.Release()) }()
 	lock, _, err := d.Read()
 	if err != nil {
 		return err
@@ -220,15 +217,85 @@ func (d Dir) change(edit func(*Lock) error) (err error) {
 		return err
 	}
 	slices.SortFunc(lock.Plugins, func(a, b Entry) int { return strings.Compare(a.Name, b.Name) })
+	if err := d.write(lock); err != nil {
+		return err
+	}
+	return d.sweep(lock)
+}
+
+// alone waits until nobody else changes the directory.
+func (d Dir) alone() (*dirlock.Lock, error) {
+	if err := os.MkdirAll(d.path, 0o755); err != nil {
+		return nil, err
+	}
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	for end := time.Now().Add(busyPatience); ; <-tick.C {
+		lock, err := dirlock.Take(filepath.Join(d.path, changing))
+		held := new(dirlock.HeldError)
+		switch {
+		case !errors.As(err, &held):
+			return lock, err
+		case time.Now().After(end):
+			return nil, fmt.Errorf("%s: %w by %s", d.path, ErrBusy, held.Holder)
+		}
+	}
+}
+
+func (d Dir) write(lock Lock) (err error) {
+	file := filepath.Join(d.path, LockFile)
+	next := file + ".new"
+	f, err := os.OpenFile(next, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o644)
+	if err != nil {
+		return err
+	}
+	defer func() {
+		if err != nil {
+			_ = os.Remove(next)
+		}
+	}()
 	enc := json.NewEncoder(f)
 	enc.SetIndent("", "  ")
-	if err := enc.Encode(lock); err != nil {
+	if err := errors.Join(enc.Encode(lock), f.Sync(), f.Close()); err != nil {
 		return err
 	}
-	if err := f.Sync(); err != nil {
+	return errors.Join(os.Rename(next, file), syncDir(d.path))
+}
+
+// sweep removes the files of plugins that are not in the lock file, whoever left them.
+func (d Dir) sweep(lock Lock) error {
+	folders, err := os.ReadDir(filepath.Join(d.path, installed))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
 		return err
 	}
-	return os.Rename(next, file)
+	var errs []error
+	for _, f := range folders {
+		if !slices.ContainsFunc(lock.Plugins, func(e Entry) bool { return e.within(folderPath(f.Name())) || folder(e.Name) == f.Name() }) {
+			errs = append(errs, os.RemoveAll(filepath.Join(d.path, installed, f.Name())))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// within reports whether the entry's files are in a folder of the directory.
+func (e Entry) within(folder string) bool {
+	return strings.HasPrefix(filepath.ToSlash(filepath.Clean(filepath.FromSlash(e.Path)))+"/", folder+"/")
+}
+
+// syncDir makes the names in a directory durable, where the system can.
+func syncDir(path string) error {
+	d, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	if err := d.Sync(); err != nil && runtime.GOOS != "windows" {
+		return err
+	}
+	return nil
 }
 
 // manifestJSON is a manifest as it is kept: without whitespace that means nothing.
@@ -254,5 +321,8 @@ func (e Entry) DescribeResponse() (*pluginv1.DescribeResponse, error) {
 	return m, nil
 }
 
-// folder is where the versions of a plugin are.
-func folder(name string) string { return strings.ReplaceAll(name, "/", "-") }
+// folder is where the versions of a plugin are: no two names have the same, as a name has no '+'.
+func folder(name string) string { return strings.ReplaceAll(name, "/", "+") }
+
+// folderPath is a folder's place in the directory, with slashes.
+func folderPath(folder string) string { return installed + "/" + folder }

@@ -7,20 +7,23 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"regexp"
 	"runtime"
 	"slices"
+	"strings"
 	"time"
 
 	pluginv1 "github.com/grapnel/grapnel/proto/grapnel/plugin/v1"
+	"github.com/grapnel/grapnel/server/dirlock"
 	"github.com/grapnel/grapnel/server/pluginhost"
 )
 
 // Staged is a copy of a plugin in the directory that no server runs yet.
 type Staged struct {
 	dir    Dir
-	folder string // to be renamed or removed
+	work   string // holds folder; locked, and removed
+	folder string // to be renamed
 	base   string // file in folder; empty when the plugin is the folder
+	lock   *dirlock.Lock
 	// SHA256 of the copy.
 	SHA256 string
 }
@@ -37,7 +40,7 @@ func (d Dir) Stage(source string) (_ *Staged, err error) {
 		return nil, err
 	}
 	s := &Staged{dir: d}
-	if s.folder, err = os.MkdirTemp(d.path, ".staged-"); err != nil {
+	if err := s.make(); err != nil {
 		return nil, err
 	}
 	defer func() {
@@ -45,9 +48,6 @@ func (d Dir) Stage(source string) (_ *Staged, err error) {
 			s.Discard()
 		}
 	}()
-	if err := os.Chmod(s.folder, 0o755); err != nil {
-		return nil, err
-	}
 	if info.IsDir() {
 		if err := executable(filepath.Join(source, entryName)); err != nil {
 			return nil, fmt.Errorf("%s: a plugin that is a directory is started by an executable file named %s in it: %w", source, entryName, err)
@@ -67,6 +67,37 @@ func (d Dir) Stage(source string) (_ *Staged, err error) {
 	return s, err
 }
 
+// make makes the folder to copy to, and removes those of processes that have died.
+func (s *Staged) make() error {
+	alone, err := s.dir.alone() // lest somebody take it for a dead one's before it is locked
+	if err != nil {
+		return err
+	}
+	defer func() { _ = alone.Release() }()
+	left, err := filepath.Glob(filepath.Join(s.dir.path, staging+"*"))
+	if err != nil {
+		return err
+	}
+	for _, work := range left {
+		if lock, err := dirlock.Take(filepath.Join(work, changing)); err == nil {
+			_ = errors.Join(os.RemoveAll(work), lock.Release())
+		}
+	}
+	if s.work, err = os.MkdirTemp(s.dir.path, staging); err != nil {
+		return err
+	}
+	s.folder = filepath.Join(s.work, "plugin")
+	s.lock, err = dirlock.Take(filepath.Join(s.work, changing))
+	err = errors.Join(err, os.Chmod(s.work, 0o755), os.Mkdir(s.folder, 0o755))
+	if err != nil {
+		_ = os.RemoveAll(s.work)
+	}
+	return err
+}
+
+// staging begins the names of directories with copies that are not installed yet.
+const staging = ".staged-"
+
 // Path is the executable to start, for tests before Commit.
 func (s *Staged) Path() string {
 	if s.base == "" {
@@ -75,77 +106,97 @@ func (s *Staged) Path() string {
 	return filepath.Join(s.folder, s.base)
 }
 
-// Discard removes the copy. It does nothing after Commit.
-func (s *Staged) Discard() {
-	if s.folder != "" {
-		_ = os.RemoveAll(s.folder)
-		s.folder = ""
+// Spec is the copy as a server would run it if it were installed with entry's Args, Limits and User.
+func (s *Staged) Spec(entry Entry) pluginhost.Spec {
+	return pluginhost.Spec{
+		Path: filepath.Join(s.folder, s.base), Args: entry.Args, SHA256: s.SHA256, Limits: pluginhost.Limits(entry.Limits), User: entry.User,
 	}
 }
 
-// Commit installs the copy under the name and version of its manifest, in place of a version that was there.
-// Of entry, Args, Limits, User, Tests and Enabled count. The files of the version before stay until the next
+// Discard removes what there is of the copy. It is to be called in any case; after Commit the plugin stays.
+func (s *Staged) Discard() {
+	if s.lock != nil {
+		_ = errors.Join(os.RemoveAll(s.work), s.lock.Release())
+		s.lock = nil
+	}
+}
+
+// Commit installs the copy under the name and version of its manifest, in place of a version that was there, if Admit
+// lets it in. Of entry, Args, Limits, User, Tests and Enabled count. The files of the version before stay until the next
 // one comes: a process of it may be at work for a while.
-func (s *Staged) Commit(manifest *pluginv1.DescribeResponse, entry Entry) (Entry, error) {
+func (s *Staged) Commit(manifest, shipped *pluginv1.DescribeResponse, entry Entry) (Entry, error) {
 	entry.Name, entry.PluginVersion = manifest.GetName(), manifest.GetVersion()
 	entry.SHA256, entry.InstallTime = s.SHA256, time.Now().UTC().Truncate(time.Second)
-	if !validName(entry.Name) {
-		return Entry{}, fmt.Errorf("the plugin calls itself %q; want lower-case letters, digits, '.', '_' and '-', and at most one '/', such as acme/sign", entry.Name)
-	}
-	if !regexp.MustCompile(`^[0-9A-Za-z][0-9A-Za-z.+-]{0,63}$`).MatchString(entry.PluginVersion) {
-		return Entry{}, fmt.Errorf("plugin %s says its version is %q; want a semantic version, such as 1.2.0", entry.Name, entry.PluginVersion)
-	}
 	var err error
 	if entry.Manifest, err = manifestJSON(manifest); err != nil {
 		return Entry{}, err
 	}
-	place := filepath.Join(folder(entry.Name), entry.PluginVersion+"-"+s.SHA256[:12])
-	entry.Path = filepath.ToSlash(filepath.Join(place, s.base))
 	err = s.dir.change(func(lock *Lock) error {
-		var before string
-		if i, err := lock.find(entry.Name); err == nil {
-			before = filepath.Join(s.dir.path, filepath.FromSlash(lock.Plugins[i].Path))
-			lock.Plugins = slices.Delete(lock.Plugins, i, i+1)
-		}
-		if err := s.move(place, before); err != nil {
+		if err := lock.admit(manifest, shipped); err != nil {
 			return err
 		}
+		var before Entry
+		if i, err := lock.find(entry.Name); err == nil {
+			before = lock.Plugins[i]
+			lock.Plugins = slices.Delete(lock.Plugins, i, i+1)
+		}
+		place, err := s.place(entry)
+		if err != nil {
+			return err
+		}
+		entry.Path = strings.TrimSuffix(place+"/"+filepath.ToSlash(s.base), "/")
 		lock.Plugins = append(lock.Plugins, entry)
-		return nil
+		return s.removeOthers(entry, before)
 	})
 	return entry, err
 }
 
-// move puts the copy in its place and removes versions that are neither it nor the one before.
-func (s *Staged) move(place, before string) error {
-	target := filepath.Join(s.dir.path, place)
-	others, err := os.ReadDir(filepath.Dir(target))
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+// place puts the copy where it stays and returns that. The very same version may be there already, with its files in use.
+func (s *Staged) place(entry Entry) (string, error) {
+	base := folderPath(folder(entry.Name)) + "/" + entry.PluginVersion + "-" + s.SHA256[:12]
+	for n := 1; ; n++ {
+		place := base
+		if n > 1 { // what is there was damaged, and may be in use all the same
+			place = fmt.Sprintf("%s.%d", base, n)
+		}
+		target := filepath.Join(s.dir.path, filepath.FromSlash(place))
+		if _, err := os.Lstat(target); errors.Is(err, fs.ErrNotExist) {
+			if err := os.MkdirAll(filepath.Dir(target), 0o755); err != nil {
+				return "", err
+			}
+			return place, errors.Join(syncTree(s.folder), os.Rename(s.folder, target), syncDir(filepath.Dir(target)))
+		}
+		if sum, err := pluginhost.Checksum(filepath.Join(target, s.base)); err == nil && sum == s.SHA256 {
+			return place, nil
+		}
+	}
+}
+
+// removeOthers removes the versions of a plugin that are neither it nor the one before.
+func (s *Staged) removeOthers(entry, before Entry) error {
+	place := folderPath(folder(entry.Name))
+	versions, err := os.ReadDir(filepath.Join(s.dir.path, filepath.FromSlash(place)))
+	if err != nil {
 		return err
 	}
-	for _, o := range others {
-		path := filepath.Join(filepath.Dir(target), o.Name())
-		if path != target && path != before && path != filepath.Dir(before) {
-			if err := os.RemoveAll(path); err != nil {
+	for _, v := range versions {
+		if own := place + "/" + v.Name(); !entry.within(own) && !before.within(own) {
+			if err := os.RemoveAll(filepath.Join(s.dir.path, filepath.FromSlash(own))); err != nil {
 				return err
 			}
 		}
 	}
-	if sum, err := pluginhost.Checksum(filepath.Join(target, s.base)); err == nil && sum == s.SHA256 {
-		s.Discard() // the very same version again: its files may be in use
-		return nil
-	}
-	if err := os.RemoveAll(target); err != nil {
-		return err
-	}
-	if err := os.MkdirAll(filepath.Dir(target), 0o755); err != nil {
-		return err
-	}
-	if err := os.Rename(s.folder, target); err != nil {
-		return err
-	}
-	s.folder = ""
 	return nil
+}
+
+// syncTree makes the names below a directory durable; files are when they have been copied.
+func syncTree(root string) error {
+	return filepath.WalkDir(root, func(path string, e fs.DirEntry, err error) error {
+		if err != nil || !e.IsDir() {
+			return err
+		}
+		return syncDir(path)
+	})
 }
 
 func executable(path string) error {

@@ -42,6 +42,27 @@ func (d Dir) Specs() ([]pluginhost.Spec, error) {
 	return specs, nil
 }
 
+// Strays are the executable files in the directory that do not run because there is a lock file, by name. The lock file's
+// own are not among them.
+func (d Dir) Strays() ([]string, error) {
+	lock, locked, err := d.Read()
+	if err != nil || !locked {
+		return nil, err
+	}
+	found, err := d.executables()
+	if err != nil {
+		return nil, err
+	}
+	var strays []string
+	for _, f := range found {
+		name := filepath.Base(f.Path)
+		if !slices.ContainsFunc(lock.Plugins, func(e Entry) bool { return e.within(name) }) {
+			strays = append(strays, name)
+		}
+	}
+	return strays, nil
+}
+
 func (d Dir) executables() ([]pluginhost.Spec, error) {
 	entries, err := os.ReadDir(d.path)
 	if os.IsNotExist(err) {

@@ -178,7 +178,7 @@ func (p *supervisor) learn(c *conn, desc *pluginv1.DescribeResponse) error {
 func (p *supervisor) abandon(c *conn, err error) error {
 	c.cancel()
 	if c.child.Started() {
-		if wait(100*time.Millisecond, c.child.Exited()) && !c.child.WasKilled() {
+		if wait(500*time.Millisecond, c.child.Exited()) && !c.child.WasKilled() {
 			err = fmt.Errorf("%w; it ended: %s", err, c.child.Why())
 			if c.child.KilledByOthers() {
 				err = killedError{err, false}

@@ -334,8 +334,8 @@ func TestOtherProtocolVersionIsAStatus(t *testing.T) {
 func TestRetryAfter(t *testing.T) {
 	now := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
 	for value, want := range map[string]time.Duration{
-		"0": 0, "120": 2 * time.Minute, " 7 ": 7 * time.Second, "-5": 0, "1.5": 0, "soon": 0, "": 0,
-		"999999999999": 24 * time.Hour, "9223372036854775807": 24 * time.Hour, "99999999999999999999999": 0,
+		"0": 0, "120": 2 * time.Minute, " 7 ": 7 * time.Second, "-5": 0, "1.5": 1500 * time.Millisecond, "soon": 0, "": 0,
+		"999999999999": 24 * time.Hour, "9223372036854775807": 24 * time.Hour, "99999999999999999999999": 24 * time.Hour, ".": 0, "1.2.3": 0, "1e3": 0,
 		now.Add(time.Hour).Format("Mon, 02 Jan 2006 15:04:05 GMT"):        time.Hour,
 		now.Add(-time.Hour).Format("Mon, 02 Jan 2006 15:04:05 GMT"):       0,
 		now.Add(1000 * time.Hour).Format("Mon, 02 Jan 2006 15:04:05 GMT"): 24 * time.Hour,

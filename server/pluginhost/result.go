@@ -1,6 +1,7 @@
 package pluginhost
 
 import (
+	"errors"
 	"fmt"
 	"net/http"
 	"strconv"
@@ -41,6 +42,9 @@ func (c *conn) settle(p *pending, r *wire.Result, now time.Time) {
 	} else if p.Ownership {
 		a.ResponseHeaders = p.kept(r.Headers)
 	}
+	if r.Note != "" {
+		a.Error = strings.TrimPrefix(a.Error+"; "+redact.Line(&p.plan.own, r.Note, maxSaid), "; ")
+	}
 	c.host.complete(p, delivery.Result{Attempt: a})
 }
 
@@ -59,6 +63,15 @@ func statusText(status int) string {
 	return fmt.Sprintf("the receiver answered %d", status)
 }
 
+// secondsOf takes more than RFC 9110 does, fractions and numbers without end, for what they mean is plain.
+func secondsOf(value string) (float64, bool) {
+	if strings.Trim(value, "0123456789.") != "" {
+		return 0, false
+	}
+	seconds, err := strconv.ParseFloat(value, 64)
+	return seconds, err == nil || errors.Is(err, strconv.ErrRange)
+}
+
 // retryAfter reads the header in its two forms. What makes no sense, or lies in the past, is no wish.
 func retryAfter(headers []delivery.Header, now time.Time) time.Duration {
 	for _, h := range headers {
@@ -66,8 +79,8 @@ func retryAfter(headers []delivery.Header, now time.Time) time.Duration {
 			continue
 		}
 		value := strings.TrimSpace(h.Value)
-		if seconds, err := strconv.ParseUint(value, 10, 63); err == nil {
-			return time.Duration(min(seconds, uint64(maxRetryAfter/time.Second))) * time.Second
+		if seconds, ok := secondsOf(value); ok {
+			return time.Duration(min(seconds, maxRetryAfter.Seconds()) * float64(time.Second))
 		}
 		if at, err := http.ParseTime(value); err == nil {
 			return min(max(at.Sub(now), 0), maxRetryAfter)

@@ -2,6 +2,7 @@ package secret
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"strings"
 	"time"
@@ -76,7 +77,8 @@ func (s *Store) Rotate(ctx context.Context, ns, id string, m Material, overlap t
 	})
 }
 
-// Delete removes a secret that no subscription refers to; otherwise it returns an *InUseError.
+// Delete removes a secret that no subscription refers to; otherwise it returns an *InUseError. It works in a deleted
+// namespace, too.
 func (s *Store) Delete(ctx context.Context, ns, id, etag string) error {
 	if err := checkIDs("name", ns, "name", id); err != nil {
 		return err
@@ -84,7 +86,7 @@ func (s *Store) Delete(ctx context.Context, ns, id, etag string) error {
 	name := secretName(ns, id)
 	refs := "refs/" + name + "/"
 	_, err := s.space.Edit(ctx, []string{namespaceName(ns), keyPrefix + name}, func(items []keyspace.Item) (keyspace.Txn, error) {
-		if err := checkNamespace(items[0]); err != nil {
+		if err := checkNamespace(items[0]); err != nil && !errors.Is(err, ErrNamespaceDeleted) {
 			return keyspace.Txn{}, err
 		}
 		it := named(items[1])

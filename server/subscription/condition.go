@@ -1,12 +1,17 @@
 package subscription
 
 import (
+	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
+	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
+	_ "time/tzdata" // conditions name time zones, and small images have none
 
 	"cel.dev/cel-go/cel"
 	"cel.dev/cel-go/common/types"
@@ -54,6 +59,43 @@ type condition struct {
 	once    sync.Once
 	program cel.Program
 	err     error
+
+	// errors counts the events for which it could not be evaluated; last is the latest error, give or take a second.
+	errors atomic.Int64
+	last   atomic.Pointer[ConditionError]
+}
+
+// ConditionError is a condition that could not be evaluated.
+type ConditionError struct {
+	// Text says why, in 200 bytes at most; it may show parts of the payload.
+	Text string
+	Time time.Time
+}
+
+// maxErrorText bounds the text of one error, whatever of the payload stands in it.
+const maxErrorText = 200
+
+// failed counts an error and returns its text.
+func (c *condition) failed(err error) string {
+	c.errors.Add(1)
+	text := oneLine(err.Error())
+	if len(text) > maxErrorText {
+		text = strings.ToValidUTF8(text[:maxErrorText-len("…")], "") + "…"
+	}
+	now := time.Now()
+	if last := c.last.Load(); last == nil || now.Sub(last.Time) > time.Second {
+		c.last.Store(&ConditionError{text, now})
+	}
+	return text
+}
+
+// ConditionErrors tells for how many events the condition could not be evaluated, since it was set or the process
+// started, and the latest error; nil when there was none.
+func (s *Subscription) ConditionErrors() (int64, *ConditionError) {
+	if s.condition == nil {
+		return 0, nil
+	}
+	return s.condition.errors.Load(), s.condition.last.Load()
 }
 
 func (e *conditions) condition(text string) *condition {
@@ -127,16 +169,63 @@ func (v *eventView) ResolveName(name string) (any, bool) {
 // Parent is nil: there is no outer scope.
 func (v *eventView) Parent() cel.Activation { return nil }
 
-// payload parses the payload when a condition first reads it. Numbers become doubles, as everywhere in
-// CEL's view of JSON.
+// payload parses the payload when a condition first reads it.
 func (v *eventView) payload() (any, error) {
 	if !v.parsed {
 		v.parsed = true
-		if !isJSON(v.ContentType) || json.Unmarshal(v.Data, &v.data) != nil {
-			v.data, v.dataErr = nil, errNoData
+		switch {
+		case !isJSON(v.ContentType):
+			v.dataErr = fmt.Errorf("%w: its content type is %q", errNoData, v.ContentType)
+		default:
+			var err error
+			if v.data, err = readJSON(v.Data); err != nil {
+				v.data, v.dataErr = nil, fmt.Errorf("%w: %w", errNoData, err)
+			}
 		}
 	}
 	return v.data, v.dataErr
+}
+
+// readJSON reads JSON for CEL. A number without fraction and exponent is an int, or an uint when it is too large for
+// one, so that identifiers of 64 bits stay what they are; all others are doubles.
+func readJSON(data []byte) (any, error) {
+	d := json.NewDecoder(bytes.NewReader(data))
+	d.UseNumber()
+	var v any
+	if err := d.Decode(&v); err != nil {
+		return nil, err
+	}
+	if _, err := d.Token(); err != io.EOF {
+		return nil, errors.New("something follows the value")
+	}
+	return numbers(v)
+}
+
+// numbers replaces the numbers in v, in place where it can.
+func numbers(v any) (_ any, err error) {
+	switch v := v.(type) {
+	case json.Number:
+		if n, err := strconv.ParseInt(v.String(), 10, 64); err == nil {
+			return n, nil
+		}
+		if n, err := strconv.ParseUint(v.String(), 10, 64); err == nil {
+			return n, nil
+		}
+		return v.Float64()
+	case []any:
+		for i := range v {
+			if v[i], err = numbers(v[i]); err != nil {
+				return nil, err
+			}
+		}
+	case map[string]any:
+		for k := range v {
+			if v[k], err = numbers(v[k]); err != nil {
+				return nil, err
+			}
+		}
+	}
+	return v, nil
 }
 
 func isJSON(contentType string) bool {

@@ -1,6 +1,7 @@
 package subscription
 
 import (
+	"errors"
 	"fmt"
 
 	"github.com/grapnel/grapnel/server/keyspace"
@@ -12,6 +13,8 @@ var (
 	ErrExists           = keyspace.ErrExists
 	ErrInUse            = keyspace.ErrInUse
 	ErrNamespaceDeleted = keyspace.ErrNamespaceDeleted
+	// ErrNotDeleted means that there is no deletion to take back.
+	ErrNotDeleted = errors.New("is not deleted")
 	// ErrUnavailable means that etcd could not be reached in time. The write may or may not have
 	// happened; the snapshot stays usable.
 	ErrUnavailable = keyspace.ErrUnavailable

@@ -112,6 +112,62 @@ func TestMatchConditions(t *testing.T) {
 	}
 }
 
+// TestMatchNumbers: identifiers of 64 bits are told apart, and numbers compare by value, as CEL defines it, whatever
+// their form in JSON and in the condition.
+func TestMatchNumbers(t *testing.T) {
+	for _, tt := range []struct {
+		condition, value string
+		want             bool
+	}{
+		{"event.data.n == 1524831183200260097", "1524831183200260097", true},
+		{"event.data.n == 1524831183200260097", "1524831183200260096", false},
+		{"event.data.n == 9223372036854775807", "9223372036854775806", false},
+		{"event.data.n == -9223372036854775808", "-9223372036854775807", false},
+		{"event.data.n == 18446744073709551615u", "18446744073709551615", true},
+		{"event.data.n == 18446744073709551615u", "18446744073709551614", false},
+		{"event.data.n in [1524831183200260097]", "1524831183200260096", false},
+		{"event.data.n in [1524831183200260097]", "1524831183200260097", true},
+		{"event.data.n != 9007199254740993", "9007199254740992", true},
+		{"string(event.data.n) == '1524831183200260097'", "1524831183200260097", true},
+		{"event.data.n == 5", "5", true},
+		{"event.data.n == 5", "5.0", true},
+		{"event.data.n == 5.0", "5", true},
+		{"event.data.n == 5000", "5e3", true},
+		{"event.data.n > 5", "5.5", true},
+		{"event.data.n > 5.5", "6", true},
+		{"event.data.n >= 5u", "5", true},
+		{"event.data.n < 5.5", "-6", true},
+		{"event.data.n % 2 == 1", "7", true},
+		{"double(event.data.n) * 1.5 > 10.0", "7", true},
+		{"event.data.n > 1.0", "123456789012345678901234567890", true},
+	} {
+		snap := subscription.NewSnapshot(1, acme(), []*subscription.Subscription{mustNew(t, "s", condition(tt.condition))})
+		c := &subscription.Candidate{Type: "order.paid", ContentType: "application/json", Data: []byte(`{"n":` + tt.value + `}`)}
+		if got := snap.Match("acme", c); (len(got) == 1) != tt.want || c.FaultCount != 0 {
+			t.Errorf("%s of %s: matched %v, want %v; %v", tt.condition, tt.value, len(got) == 1, tt.want, c.Faults)
+		}
+	}
+}
+
+// TestMatchTellsFaults: what could not be evaluated is told with the event, bounded, and at the subscription.
+func TestMatchTellsFaults(t *testing.T) {
+	var subs []*subscription.Subscription
+	for i := range 20 {
+		subs = append(subs, mustNew(t, "s"+string(rune('a'+i)), condition("event.data."+strings.Repeat("x", 1000)+" == 1")))
+	}
+	snap := subscription.NewSnapshot(1, acme(), subs)
+	for range 3 {
+		c := &subscription.Candidate{Type: "order.paid", ContentType: "application/json", Data: []byte(`{}`)}
+		snap.Match("acme", c)
+		if c.FaultCount != 20 || len(c.Faults) != 8 || c.Faults[0].Subscription != "sa" || len(c.Faults[0].Text) > 200 {
+			t.Fatalf("%d faults, %d told: %v", c.FaultCount, len(c.Faults), c.Faults)
+		}
+	}
+	if n, last := subs[19].ConditionErrors(); n != 3 || last == nil || !strings.Contains(last.Text, "no such key") {
+		t.Errorf("%d errors, the last %v", n, last)
+	}
+}
+
 func TestMatchWithoutJSON(t *testing.T) {
 	snap := subscription.NewSnapshot(1, acme(), []*subscription.Subscription{
 		mustNew(t, "guarded", condition("has(event.data) && event.data.a == 1")),

@@ -105,6 +105,35 @@ func (r *Registry) DeleteNamespace(ctx context.Context, id, etag string, force b
 	})
 }
 
+// UndeleteNamespace takes a deletion back, with the etag's version when one is given. It returns ErrNotDeleted for a
+// namespace that is in use, and ErrNamespaceDeleted for one that is being erased.
+func (r *Registry) UndeleteNamespace(ctx context.Context, id, etag string) (*Namespace, error) {
+	if err := checkIDs("name", id); err != nil {
+		return nil, err
+	}
+	return r.editNamespace(ctx, id, func(it keyspace.Item) (*grapnelv1.Namespace, []keyspace.Cond, error) {
+		n, err := r.namespace(it)
+		if err != nil {
+			return nil, nil, err
+		}
+		if err := checkEtag(etag, it); err != nil {
+			return nil, nil, err
+		}
+		if !n.Deleted() {
+			return nil, nil, fmt.Errorf("%s: %w", it.Key, ErrNotDeleted)
+		}
+		// The first batch of the erasure leaves a tombstone in its transaction. What the snapshot does not show yet,
+		// the condition does.
+		if _, erasing := r.Snapshot().Deleted(UIDKey(n.UID)); erasing {
+			return nil, nil, fmt.Errorf("%s: %w and is being erased", it.Key, ErrNamespaceDeleted)
+		}
+		p := proto.CloneOf(n.Proto)
+		p.State, p.StateReason = grapnelv1.Namespace_STATE_ACTIVE, ""
+		p.DeleteTime, p.PurgeTime = nil, nil
+		return p, []keyspace.Cond{keyspace.NoneBelow(tombstoneKey(n.UID))}, nil
+	})
+}
+
 // editNamespace stores what plan makes of the namespace, unless that is what it is already.
 func (r *Registry) editNamespace(ctx context.Context, id string, plan func(keyspace.Item) (*grapnelv1.Namespace, []keyspace.Cond, error)) (*Namespace, error) {
 	var out *Namespace
@@ -116,7 +145,7 @@ func (r *Registry) editNamespace(ctx context.Context, id string, plan func(keysp
 			return keyspace.Txn{}, err
 		}
 		p = proto.CloneOf(p)
-		p.Etag, p.Usage = "", nil
+		p.Etag, p.Usage, p.EffectiveQuota = "", nil, nil
 		var c checker
 		c.labels("namespace.labels", p.Labels)
 		c.quota("namespace.quota", p.Quota)

@@ -92,20 +92,14 @@ func newRequest(ns, id string, p *grapnelv1.Subscription, o CreateOptions) (*req
 	}, nil
 }
 
-// repeated answers a call that has been made before: with the subscription as it is, or as it was when it
-// has been deleted since.
-func (r *Registry) repeated(req *request, it keyspace.Item) (*Subscription, error) {
+// made reads which subscription a call made, as it was then.
+func (r *Registry) made(it keyspace.Item) (*Subscription, error) {
 	if it.Err != nil {
 		return nil, it.Err
 	}
 	body, ok := bytes.CutPrefix(it.Value, []byte{requestFormat})
 	if !ok || len(body) < sha256.Size {
 		return nil, fmt.Errorf("%s: unknown format", r.space.Key(it.Key))
-	}
-	if [sha256.Size]byte(body) != req.hash {
-		var c checker
-		c.add("request_id", "request_id.reused", "was used within the last day for another subscription; want a new UUID for each")
-		return nil, c.err()
 	}
 	value := body[sha256.Size:]
 	p := &grapnelv1.Subscription{}
@@ -117,10 +111,35 @@ func (r *Registry) repeated(req *request, it keyspace.Item) (*Subscription, erro
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", r.space.Key(it.Key), err)
 	}
-	if now := r.Snapshot().Subscription(made.Namespace, made.ID); now != nil && now.UID == made.UID {
-		return now, nil
-	}
 	return made, nil
+}
+
+// current is what has become of a subscription that was made; nil when it has been deleted since. own is what stands at
+// the name that the call is about, which another snapshot may not show yet.
+func (r *Registry) current(made *Subscription, own keyspace.Item) *Subscription {
+	if own.Key == made.Proto.GetName() && own.Revision != 0 {
+		if now, err := r.subscription(own); err == nil {
+			if now.UID == made.UID {
+				return now
+			}
+			return nil
+		}
+		return made
+	}
+	if now := r.Snapshot().Subscription(made.Namespace, made.ID); now != nil && now.UID == made.UID {
+		return now
+	}
+	return nil
+}
+
+// sameAs refuses a call that is not the one that was remembered.
+func (q *request) sameAs(it keyspace.Item) error {
+	if bytes.HasPrefix(it.Value[1:], q.hash[:]) {
+		return nil
+	}
+	var c checker
+	c.add("request_id", "request_id.reused", "was used within the last day for another subscription; want a new UUID for each")
+	return c.err()
 }
 
 // remember adds the request to the transaction that makes its subscription.

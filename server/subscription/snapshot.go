@@ -114,7 +114,23 @@ type Candidate struct {
 	ContentType string
 	Attributes  map[string]string
 	Data        []byte
+
+	// Faults are what Match found of conditions that could not be evaluated, the first maxFaults of FaultCount. They are
+	// added to.
+	Faults     []Fault
+	FaultCount int
 }
+
+// Fault is a condition that could not be evaluated for an event.
+type Fault struct {
+	// Subscription is its ID.
+	Subscription string
+	// Text is as in ConditionError.
+	Text string
+}
+
+// maxFaults bounds what is told of one event.
+const maxFaults = 8
 
 // NewSnapshot builds a snapshot without etcd, for tests of readers. Subscriptions of namespaces that are
 // not given are not shown by name.
@@ -216,7 +232,7 @@ func (s *Snapshot) taken(key uint64) bool {
 
 // Match returns the subscriptions that want the event, in the order of their IDs: those whose globs cover
 // its type and whose condition holds. Paused and disabled ones are among them; what becomes of those is
-// for the caller to say. A condition that cannot be evaluated does not hold, and is counted. A namespace
+// for the caller to say. A condition that cannot be evaluated does not hold, and is counted and told in c. A namespace
 // that is absent or deleted matches nothing. The result is shared and must not be changed.
 func (s *Snapshot) Match(ns string, c *Candidate) []*Subscription {
 	t, ok := s.tenants.Get(ns)
@@ -234,6 +250,10 @@ func (s *Snapshot) Match(ns string, c *Candidate) []*Subscription {
 			holds, err := sub.condition.holds(view)
 			if err != nil {
 				s.errors.Add(1)
+				text := sub.condition.failed(err)
+				if c.FaultCount++; len(c.Faults) < maxFaults {
+					c.Faults = append(c.Faults, Fault{sub.ID, text})
+				}
 			}
 			if !holds {
 				continue

@@ -13,6 +13,8 @@ import (
 	"context"
 	"time"
 
+	"google.golang.org/protobuf/types/known/durationpb"
+
 	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
 )
 
@@ -120,6 +122,17 @@ func (n *Namespace) Quota() Quota {
 		MaxOpenDeliveries: positive(q.GetMaxOpenDeliveries(), 0),
 		MaxEventBytes:     min(positive(q.GetMaxEventBytes(), 256<<10), 1<<20),
 		Retention:         clamp(positive(q.GetRetention().AsDuration(), 72*time.Hour), time.Hour, 90*24*time.Hour),
+	}
+}
+
+// Proto is the quota as the API shows it.
+func (q Quota) Proto() *grapnelv1.Quota {
+	return &grapnelv1.Quota{
+		MaxSubscriptions:  int32(q.MaxSubscriptions),  //nolint:gosec // it was one
+		MaxPublishRate:    int32(q.MaxPublishRate),    //nolint:gosec // it was one
+		MaxEventBytes:     int32(q.MaxEventBytes),     //nolint:gosec // at most 1 MiB
+		MaxOpenDeliveries: int32(q.MaxOpenDeliveries), //nolint:gosec // it was one
+		Retention:         durationpb.New(q.Retention),
 	}
 }
 

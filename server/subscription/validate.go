@@ -20,13 +20,21 @@ import (
 // maxStoredBytes keeps a subscription far below etcd's limit for one request.
 const maxStoredBytes = 256 << 10
 
+// maxWritten bounds the violations that are put into words; the rest is counted.
+const maxWritten = 64
+
 // checker collects violations.
 type checker struct {
 	found      []Violation
+	more       int
 	conditions *conditions
 }
 
 func (c *checker) add(field, reason, format string, args ...any) {
+	if len(c.found) == maxWritten {
+		c.more++
+		return
+	}
 	c.found = append(c.found, Violation{Field: field, Reason: reason, Description: fmt.Sprintf(format, args...)})
 }
 
@@ -34,7 +42,7 @@ func (c *checker) err() error {
 	if len(c.found) == 0 {
 		return nil
 	}
-	return &InvalidError{Violations: c.found}
+	return &InvalidError{Violations: c.found, More: c.more}
 }
 
 // validate checks a subscription whose defaults are filled in and returns its condition, compiled.
@@ -99,26 +107,14 @@ func (c *checker) globs(field string, globs []string) {
 	for i, g := range globs {
 		at := fmt.Sprintf("%s[%d]", field, i)
 		switch {
-		case g == "" || len(g) > 128:
-			c.add(at, "event_types.length", "has %d characters; want 1 to 128 (leave event_types empty to match every type)", len(g))
-		case strings.Trim(g, globAlphabet) != "":
-			c.add(at, "event_types.characters", "%q holds %q; want letters, digits, '.', '_', '-' and '*', such as order.*", g, firstOutside(g, globAlphabet))
+		case g == "" || utf8.RuneCountInString(g) > 128:
+			c.add(at, "event_types.length", "has %d characters; want 1 to 128 (leave event_types empty to match every type)", utf8.RuneCountInString(g))
+		case strings.ContainsFunc(g, unicode.IsControl):
+			c.add(at, "event_types.characters", "%q holds a control character; want a type, with * for any run of characters, such as order.*", g)
 		case slices.Contains(globs[:i], g):
 			c.add(at, "event_types.unique", "%q is listed twice", g)
 		}
 	}
-}
-
-const globAlphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._*-"
-
-// firstOutside returns the first character of s that is not in alphabet.
-func firstOutside(s, alphabet string) string {
-	for _, r := range s {
-		if !strings.ContainsRune(alphabet, r) {
-			return string(r)
-		}
-	}
-	return ""
 }
 
 func (c *checker) condition(field, text string) *condition {
@@ -133,6 +129,9 @@ func (c *checker) condition(field, text string) *condition {
 	if err := cond.compile(); err != nil {
 		c.add(field, "cel.compile", "%v", err)
 		return nil
+	}
+	for _, fault := range c.conditions.impossible(text) {
+		c.add(field, "cel.impossible", "%s", fault)
 	}
 	return cond
 }

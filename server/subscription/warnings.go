@@ -21,6 +21,9 @@ func Warnings(p *grapnelv1.Subscription) []string {
 		warn("event_types is empty and there is no condition: every event of the namespace matches")
 	}
 	for i, g := range p.GetEventTypes() {
+		if strings.ContainsAny(g, " ,;") {
+			warn("event_types: %q is one type with a blank or a comma in it; several are several entries", g)
+		}
 		for j, other := range p.GetEventTypes() {
 			if i != j && g != other && strings.Contains(other, "*") && globMatch(other, g) {
 				warn("event_types: %q is already covered by %q", g, other)

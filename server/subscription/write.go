@@ -91,6 +91,15 @@ func (r *Registry) UpdateSubscription(ctx context.Context, ns, id, etag string, 
 // SetState pauses, resumes or disables a subscription. Resuming clears the reason. With a uid that is not
 // zero it returns a *NotFoundError when the name has been given to another subscription since.
 func (r *Registry) SetState(ctx context.Context, ns, id string, uid [16]byte, state grapnelv1.Subscription_State, reason string) (*Subscription, error) {
+	return r.setState(ctx, ns, id, uid, "", state, reason)
+}
+
+// SetStateAt is SetState of the version that has the etag; an empty one is that of any. Errors also: *EtagError.
+func (r *Registry) SetStateAt(ctx context.Context, ns, id, etag string, state grapnelv1.Subscription_State, reason string) (*Subscription, error) {
+	return r.setState(ctx, ns, id, [16]byte{}, etag, state, reason)
+}
+
+func (r *Registry) setState(ctx context.Context, ns, id string, uid [16]byte, etag string, state grapnelv1.Subscription_State, reason string) (*Subscription, error) {
 	if err := checkIDs("name", ns, "name", id); err != nil {
 		return nil, err
 	}
@@ -110,6 +119,9 @@ func (r *Registry) SetState(ctx context.Context, ns, id string, uid [16]byte, st
 		if uid != [16]byte{} && uid != old.UID {
 			return keyspace.Txn{}, &NotFoundError{Name: name}
 		}
+		if err := checkEtag(etag, items[1]); err != nil {
+			return keyspace.Txn{}, err
+		}
 		out = old
 		if old.Proto.State == state && old.Proto.StateReason == oneLine(reason) {
 			return keyspace.Txn{}, nil
@@ -125,7 +137,8 @@ func (r *Registry) SetState(ctx context.Context, ns, id string, uid [16]byte, st
 	return stored(out, revision, err)
 }
 
-// DeleteSubscription removes a subscription, leaves its tombstone, and returns what it was.
+// DeleteSubscription removes a subscription, leaves its tombstone, and returns what it was. It works in a deleted
+// namespace, too.
 func (r *Registry) DeleteSubscription(ctx context.Context, ns, id, etag string) (*Subscription, error) {
 	if err := checkIDs("name", ns, "name", id); err != nil {
 		return nil, err
@@ -133,7 +146,7 @@ func (r *Registry) DeleteSubscription(ctx context.Context, ns, id, etag string) 
 	var old *Subscription
 	name := subscriptionName(ns, id)
 	_, err := r.space.Edit(ctx, []string{namespaceName(ns), name}, func(items []keyspace.Item) (keyspace.Txn, error) {
-		n, err := r.activeNamespace(items[0])
+		n, err := r.namespace(items[0])
 		if err != nil {
 			return keyspace.Txn{}, err
 		}
@@ -214,8 +227,15 @@ func (w *writing) attempt(ctx context.Context, change func(*Namespace, keyspace.
 			return keyspace.Txn{}, err
 		}
 		if w.request != nil && items[3].Revision != 0 {
-			w.out, err = r.repeated(w.request, items[3])
-			return keyspace.Txn{}, err
+			made, err := r.made(items[3])
+			if err != nil {
+				return keyspace.Txn{}, err
+			}
+			if now := r.current(made, items[1]); now != nil {
+				w.out, err = now, w.request.sameAs(items[3])
+				return keyspace.Txn{}, err
+			}
+			// What the request made has been deleted, and so is the memory of it.
 		}
 		p, err := change(n, items[1])
 		if err != nil {

@@ -382,9 +382,11 @@ type Stats struct {
 	// 99th percentile of the same.
 	P99Latency *durationpb.Duration `protobuf:"bytes,9,opt,name=p99_latency,json=p99Latency,proto3" json:"p99_latency,omitempty"`
 	// Age of the oldest delivery that is due.
-	OldestDueAge  *durationpb.Duration `protobuf:"bytes,10,opt,name=oldest_due_age,json=oldestDueAge,proto3" json:"oldest_due_age,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	OldestDueAge *durationpb.Duration `protobuf:"bytes,10,opt,name=oldest_due_age,json=oldestDueAge,proto3" json:"oldest_due_age,omitempty"`
+	// Conditions that could not be evaluated for an event, each time counted; of the total only.
+	ConditionErrors int64 `protobuf:"varint,11,opt,name=condition_errors,json=conditionErrors,proto3" json:"condition_errors,omitempty"`
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
 }
 
 func (x *Stats) Reset() {
@@ -487,6 +489,13 @@ func (x *Stats) GetOldestDueAge() *durationpb.Duration {
 	return nil
 }
 
+func (x *Stats) GetConditionErrors() int64 {
+	if x != nil {
+		return x.ConditionErrors
+	}
+	return 0
+}
+
 // GetStatsResponse is the result of GetStats.
 type GetStatsResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -574,7 +583,7 @@ const file_grapnel_v1_admin_proto_rawDesc = "" +
 	"\x10namespace_or_all\x127must look like namespaces/NAME, or namespaces/- for all\x1a5this.matches('^namespaces/(-|[a-z][a-z0-9-]{0,62})$')R\x06parent\x12C\n" +
 	"\x06window\x18\x02 \x01(\v2\x19.google.protobuf.DurationB\x10\xbaH\r\xaa\x01\n" +
 	"\"\x04\b\x80\xa3\x052\x02\b<R\x06window\x126\n" +
-	"\x11top_subscriptions\x18\x03 \x01(\x05B\t\xbaH\x06\x1a\x04\x18d(\x00R\x10topSubscriptions\"\x8b\x03\n" +
+	"\x11top_subscriptions\x18\x03 \x01(\x05B\t\xbaH\x06\x1a\x04\x18d(\x00R\x10topSubscriptions\"\xb6\x03\n" +
 	"\x05Stats\x12\"\n" +
 	"\fsubscription\x18\x01 \x01(\tR\fsubscription\x12\x16\n" +
 	"\x06events\x18\x02 \x01(\x03R\x06events\x12\x1a\n" +
@@ -588,7 +597,8 @@ const file_grapnel_v1_admin_proto_rawDesc = "" +
 	"\vp99_latency\x18\t \x01(\v2\x19.google.protobuf.DurationR\n" +
 	"p99Latency\x12?\n" +
 	"\x0eoldest_due_age\x18\n" +
-	" \x01(\v2\x19.google.protobuf.DurationR\foldestDueAge\"t\n" +
+	" \x01(\v2\x19.google.protobuf.DurationR\foldestDueAge\x12)\n" +
+	"\x10condition_errors\x18\v \x01(\x03R\x0fconditionErrors\"t\n" +
 	"\x10GetStatsResponse\x12'\n" +
 	"\x05total\x18\x01 \x01(\v2\x11.grapnel.v1.StatsR\x05total\x127\n" +
 	"\rsubscriptions\x18\x02 \x03(\v2\x11.grapnel.v1.StatsR\rsubscriptions2\xac\x01\n" +

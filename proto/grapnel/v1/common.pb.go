@@ -74,6 +74,10 @@ const (
 	// FAILED_PRECONDITION, with PreconditionFailure: the transport asked the target whether it wants deliveries,
 	// and it did not say yes.
 	ErrorReason_ERROR_REASON_OWNERSHIP_REFUSED ErrorReason = 23
+	// RESOURCE_EXHAUSTED: the request or the answer is larger than a message may be, 4 MiB. Sending it again is of no use.
+	ErrorReason_ERROR_REASON_MESSAGE_TOO_LARGE ErrorReason = 24
+	// INVALID_ARGUMENT: the message is not what its proto says, for example text that is not UTF-8.
+	ErrorReason_ERROR_REASON_UNREADABLE_MESSAGE ErrorReason = 25
 )
 
 // Enum value maps for ErrorReason.
@@ -101,6 +105,8 @@ var (
 		21: "ERROR_REASON_ABANDONED",
 		22: "ERROR_REASON_UNKNOWN_METHOD",
 		23: "ERROR_REASON_OWNERSHIP_REFUSED",
+		24: "ERROR_REASON_MESSAGE_TOO_LARGE",
+		25: "ERROR_REASON_UNREADABLE_MESSAGE",
 	}
 	ErrorReason_value = map[string]int32{
 		"ERROR_REASON_UNSPECIFIED":        0,
@@ -125,6 +131,8 @@ var (
 		"ERROR_REASON_ABANDONED":          21,
 		"ERROR_REASON_UNKNOWN_METHOD":     22,
 		"ERROR_REASON_OWNERSHIP_REFUSED":  23,
+		"ERROR_REASON_MESSAGE_TOO_LARGE":  24,
+		"ERROR_REASON_UNREADABLE_MESSAGE": 25,
 	}
 )
 
@@ -335,7 +343,7 @@ const file_grapnel_v1_common_proto_rawDesc = "" +
 	"\x05field\x18\x04 \x01(\tR\x05field\x12\x1c\n" +
 	"\tretryable\x18\x05 \x01(\bR\tretryable\x12:\n" +
 	"\vretry_delay\x18\x06 \x01(\v2\x19.google.protobuf.DurationR\n" +
-	"retryDelay*\xe1\x05\n" +
+	"retryDelay*\xaa\x06\n" +
 	"\vErrorReason\x12\x1c\n" +
 	"\x18ERROR_REASON_UNSPECIFIED\x10\x00\x12\x1e\n" +
 	"\x1aERROR_REASON_INVALID_FIELD\x10\x01\x12\x1f\n" +
@@ -359,7 +367,9 @@ const file_grapnel_v1_common_proto_rawDesc = "" +
 	"\x15ERROR_REASON_INTERNAL\x10\x14\x12\x1a\n" +
 	"\x16ERROR_REASON_ABANDONED\x10\x15\x12\x1f\n" +
 	"\x1bERROR_REASON_UNKNOWN_METHOD\x10\x16\x12\"\n" +
-	"\x1eERROR_REASON_OWNERSHIP_REFUSED\x10\x17B7Z5github.com/grapnel/grapnel/proto/grapnel/v1;grapnelv1b\x06proto3"
+	"\x1eERROR_REASON_OWNERSHIP_REFUSED\x10\x17\x12\"\n" +
+	"\x1eERROR_REASON_MESSAGE_TOO_LARGE\x10\x18\x12#\n" +
+	"\x1fERROR_REASON_UNREADABLE_MESSAGE\x10\x19B7Z5github.com/grapnel/grapnel/proto/grapnel/v1;grapnelv1b\x06proto3"
 
 var (
 	file_grapnel_v1_common_proto_rawDescOnce sync.Once

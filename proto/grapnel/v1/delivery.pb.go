@@ -228,7 +228,7 @@ type Delivery struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// namespaces/{namespace}/deliveries/{delivery}; IDs sort by creation.
 	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
-	// namespaces/{namespace}/events/{event}
+	// namespaces/{namespace}/events/{event}, as Event.name.
 	Event string `protobuf:"bytes,2,opt,name=event,proto3" json:"event,omitempty"`
 	// Copy of the event's type.
 	EventType string `protobuf:"bytes,3,opt,name=event_type,json=eventType,proto3" json:"event_type,omitempty"`
@@ -661,6 +661,7 @@ type ListDeliveriesRequest struct {
 	// From the previous page.
 	PageToken string `protobuf:"bytes,3,opt,name=page_token,json=pageToken,proto3" json:"page_token,omitempty"`
 	// Filter over: state, subscription, subscription_uid, event, event_uid, event_type, trigger, create_time,
+	// next_attempt_time, scheduled (true: open, and not to be attempted before a time that is still to come),
 	// attempt_count, last_attempt.outcome, last_attempt.response_code.
 	Filter        string `protobuf:"bytes,4,opt,name=filter,proto3" json:"filter,omitempty"`
 	unknownFields protoimpl.UnknownFields
@@ -725,12 +726,13 @@ func (x *ListDeliveriesRequest) GetFilter() string {
 	return ""
 }
 
-// ListDeliveriesResponse is a page, newest first.
+// ListDeliveriesResponse is a page, newest first. It may be short, or empty, although more follow: a call looks at a
+// bounded number of deliveries, and a page holds 3 MiB at most.
 type ListDeliveriesResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The page.
 	Deliveries []*Delivery `protobuf:"bytes,1,rep,name=deliveries,proto3" json:"deliveries,omitempty"`
-	// Empty on the last page.
+	// Empty on the last page, and only there.
 	NextPageToken string `protobuf:"bytes,2,opt,name=next_page_token,json=nextPageToken,proto3" json:"next_page_token,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -853,12 +855,12 @@ func (x *ListAttemptsRequest) GetIncludeBodies() bool {
 	return false
 }
 
-// ListAttemptsResponse is a page, first to last.
+// ListAttemptsResponse is a page, first to last. It may be short although more follow: a page holds 3 MiB at most.
 type ListAttemptsResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The page.
 	Attempts []*Attempt `protobuf:"bytes,1,rep,name=attempts,proto3" json:"attempts,omitempty"`
-	// Empty on the last page.
+	// Empty on the last page, and only there.
 	NextPageToken string `protobuf:"bytes,2,opt,name=next_page_token,json=nextPageToken,proto3" json:"next_page_token,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache

@@ -31,23 +31,30 @@ type Event struct {
 	// Output only: namespaces/{namespace}/events/{id}
 	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
 	// Unique among the events of its source in the namespace, as in CloudEvents; makes publishing idempotent for the
-	// deduplication window of 24 hours.
-	// ^[A-Za-z0-9._~-]{1,128}$. Empty: the server makes one and the call is not idempotent.
+	// deduplication window of 24 hours. 1 to 128 characters, no control characters, for example
+	// partition:1/offset:24. In a resource name, what is not a letter, digit or one of . _ ~ - is written as %XX.
+	//
+	// Empty: the server makes one and the call is not idempotent. A client library that repeats such a call by its
+	// retry policy is refused for it (INVALID_FIELD, id), because whether the first try stored the event is not known.
 	Id string `protobuf:"bytes,2,opt,name=id,proto3" json:"id,omitempty"`
 	// CloudEvents source, a URI reference of up to 256 characters. Default: //grapnel/{namespace}
 	Source string `protobuf:"bytes,3,opt,name=source,proto3" json:"source,omitempty"`
-	// CloudEvents type, for example order.created. Required.
+	// CloudEvents type, for example order.created, orders/create or s3:ObjectCreated:Put. Required. 1 to 128 characters, no
+	// control characters.
 	Type string `protobuf:"bytes,4,opt,name=type,proto3" json:"type,omitempty"`
 	// CloudEvents subject.
 	Subject string `protobuf:"bytes,5,opt,name=subject,proto3" json:"subject,omitempty"`
 	// When it happened. Default: when it was accepted.
 	Time *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=time,proto3" json:"time,omitempty"`
-	// Media type of the payload. Default: application/json for json, else application/octet-stream.
+	// Media type of the payload. Default, however the payload is given (data, text or json): application/json when it is
+	// a JSON text in UTF-8 (RFC 8259), else application/octet-stream. Conditions over event.data see JSON only.
 	DataContentType string `protobuf:"bytes,7,opt,name=data_content_type,json=dataContentType,proto3" json:"data_content_type,omitempty"`
 	// CloudEvents dataschema.
 	DataSchema string `protobuf:"bytes,8,opt,name=data_schema,json=dataSchema,proto3" json:"data_schema,omitempty"`
 	// CloudEvents extension attributes: ^[a-z0-9]{1,20}$, at most 32, values at most 256 printable
-	// characters. Names that CloudEvents itself uses (id, source, type, data ...) are refused.
+	// characters. Names that CloudEvents itself uses (id, source, type, data ...) are refused. Together with id, source,
+	// type, subject and data_schema they may take 12 KiB as HTTP headers, in which other than ASCII characters take
+	// three bytes for each byte of UTF-8: receivers refuse requests with more.
 	Attributes map[string]string `protobuf:"bytes,9,rep,name=attributes,proto3" json:"attributes,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	// The body, exactly as it will be sent, 256 KiB at most unless the namespace allows more.
 	//
@@ -73,8 +80,13 @@ type Event struct {
 	Uid string `protobuf:"bytes,20,opt,name=uid,proto3" json:"uid,omitempty"`
 	// Output only: those of matched_subscriptions that were disabled and skipped it.
 	SkippedSubscriptions int32 `protobuf:"varint,21,opt,name=skipped_subscriptions,json=skippedSubscriptions,proto3" json:"skipped_subscriptions,omitempty"`
-	unknownFields        protoimpl.UnknownFields
-	sizeCache            protoimpl.SizeCache
+	// Output only: subscriptions whose condition could not be evaluated for it, for example because it reads a field that
+	// the payload does not have. It did not go to them. The first 8.
+	ConditionErrors []*ConditionError `protobuf:"bytes,22,rep,name=condition_errors,json=conditionErrors,proto3" json:"condition_errors,omitempty"`
+	// Output only: how many such subscriptions there were in all.
+	ConditionErrorCount int32 `protobuf:"varint,23,opt,name=condition_error_count,json=conditionErrorCount,proto3" json:"condition_error_count,omitempty"`
+	unknownFields       protoimpl.UnknownFields
+	sizeCache           protoimpl.SizeCache
 }
 
 func (x *Event) Reset() {
@@ -260,6 +272,20 @@ func (x *Event) GetSkippedSubscriptions() int32 {
 	return 0
 }
 
+func (x *Event) GetConditionErrors() []*ConditionError {
+	if x != nil {
+		return x.ConditionErrors
+	}
+	return nil
+}
+
+func (x *Event) GetConditionErrorCount() int32 {
+	if x != nil {
+		return x.ConditionErrorCount
+	}
+	return 0
+}
+
 type isEvent_Payload interface {
 	isEvent_Payload()
 }
@@ -285,6 +311,61 @@ func (*Event_Text) isEvent_Payload() {}
 
 func (*Event_Json) isEvent_Payload() {}
 
+// ConditionError says why a condition could not be evaluated for an event.
+type ConditionError struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// namespaces/{namespace}/subscriptions/{subscription}
+	Subscription string `protobuf:"bytes,1,opt,name=subscription,proto3" json:"subscription,omitempty"`
+	// What was wrong, 200 bytes at most. It may show parts of the payload.
+	Error         string `protobuf:"bytes,2,opt,name=error,proto3" json:"error,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ConditionError) Reset() {
+	*x = ConditionError{}
+	mi := &file_grapnel_v1_event_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ConditionError) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ConditionError) ProtoMessage() {}
+
+func (x *ConditionError) ProtoReflect() protoreflect.Message {
+	mi := &file_grapnel_v1_event_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ConditionError.ProtoReflect.Descriptor instead.
+func (*ConditionError) Descriptor() ([]byte, []int) {
+	return file_grapnel_v1_event_proto_rawDescGZIP(), []int{1}
+}
+
+func (x *ConditionError) GetSubscription() string {
+	if x != nil {
+		return x.Subscription
+	}
+	return ""
+}
+
+func (x *ConditionError) GetError() string {
+	if x != nil {
+		return x.Error
+	}
+	return ""
+}
+
 // PublishRequest carries one event.
 type PublishRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -298,7 +379,7 @@ type PublishRequest struct {
 
 func (x *PublishRequest) Reset() {
 	*x = PublishRequest{}
-	mi := &file_grapnel_v1_event_proto_msgTypes[1]
+	mi := &file_grapnel_v1_event_proto_msgTypes[2]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -310,7 +391,7 @@ func (x *PublishRequest) String() string {
 func (*PublishRequest) ProtoMessage() {}
 
 func (x *PublishRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_event_proto_msgTypes[1]
+	mi := &file_grapnel_v1_event_proto_msgTypes[2]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -323,7 +404,7 @@ func (x *PublishRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PublishRequest.ProtoReflect.Descriptor instead.
 func (*PublishRequest) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_event_proto_rawDescGZIP(), []int{1}
+	return file_grapnel_v1_event_proto_rawDescGZIP(), []int{2}
 }
 
 func (x *PublishRequest) GetParent() string {
@@ -355,13 +436,15 @@ type PublishResponse struct {
 	Uid string `protobuf:"bytes,5,opt,name=uid,proto3" json:"uid,omitempty"`
 	// As in Event.
 	SkippedSubscriptions int32 `protobuf:"varint,6,opt,name=skipped_subscriptions,json=skippedSubscriptions,proto3" json:"skipped_subscriptions,omitempty"`
-	unknownFields        protoimpl.UnknownFields
-	sizeCache            protoimpl.SizeCache
+	// As in Event.
+	ConditionErrorCount int32 `protobuf:"varint,7,opt,name=condition_error_count,json=conditionErrorCount,proto3" json:"condition_error_count,omitempty"`
+	unknownFields       protoimpl.UnknownFields
+	sizeCache           protoimpl.SizeCache
 }
 
 func (x *PublishResponse) Reset() {
 	*x = PublishResponse{}
-	mi := &file_grapnel_v1_event_proto_msgTypes[2]
+	mi := &file_grapnel_v1_event_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -373,7 +456,7 @@ func (x *PublishResponse) String() string {
 func (*PublishResponse) ProtoMessage() {}
 
 func (x *PublishResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_event_proto_msgTypes[2]
+	mi := &file_grapnel_v1_event_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -386,7 +469,7 @@ func (x *PublishResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PublishResponse.ProtoReflect.Descriptor instead.
 func (*PublishResponse) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_event_proto_rawDescGZIP(), []int{2}
+	return file_grapnel_v1_event_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *PublishResponse) GetName() string {
@@ -431,6 +514,13 @@ func (x *PublishResponse) GetSkippedSubscriptions() int32 {
 	return 0
 }
 
+func (x *PublishResponse) GetConditionErrorCount() int32 {
+	if x != nil {
+		return x.ConditionErrorCount
+	}
+	return 0
+}
+
 // BatchPublishRequest carries events of one namespace.
 type BatchPublishRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -444,7 +534,7 @@ type BatchPublishRequest struct {
 
 func (x *BatchPublishRequest) Reset() {
 	*x = BatchPublishRequest{}
-	mi := &file_grapnel_v1_event_proto_msgTypes[3]
+	mi := &file_grapnel_v1_event_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -456,7 +546,7 @@ func (x *BatchPublishRequest) String() string {
 func (*BatchPublishRequest) ProtoMessage() {}
 
 func (x *BatchPublishRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_event_proto_msgTypes[3]
+	mi := &file_grapnel_v1_event_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -469,7 +559,7 @@ func (x *BatchPublishRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BatchPublishRequest.ProtoReflect.Descriptor instead.
 func (*BatchPublishRequest) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_event_proto_rawDescGZIP(), []int{3}
+	return file_grapnel_v1_event_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *BatchPublishRequest) GetParent() string {
@@ -503,13 +593,15 @@ type PublishResult struct {
 	Uid string `protobuf:"bytes,6,opt,name=uid,proto3" json:"uid,omitempty"`
 	// As in PublishResponse.
 	SkippedSubscriptions int32 `protobuf:"varint,7,opt,name=skipped_subscriptions,json=skippedSubscriptions,proto3" json:"skipped_subscriptions,omitempty"`
-	unknownFields        protoimpl.UnknownFields
-	sizeCache            protoimpl.SizeCache
+	// As in PublishResponse.
+	ConditionErrorCount int32 `protobuf:"varint,8,opt,name=condition_error_count,json=conditionErrorCount,proto3" json:"condition_error_count,omitempty"`
+	unknownFields       protoimpl.UnknownFields
+	sizeCache           protoimpl.SizeCache
 }
 
 func (x *PublishResult) Reset() {
 	*x = PublishResult{}
-	mi := &file_grapnel_v1_event_proto_msgTypes[4]
+	mi := &file_grapnel_v1_event_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -521,7 +613,7 @@ func (x *PublishResult) String() string {
 func (*PublishResult) ProtoMessage() {}
 
 func (x *PublishResult) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_event_proto_msgTypes[4]
+	mi := &file_grapnel_v1_event_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -534,7 +626,7 @@ func (x *PublishResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PublishResult.ProtoReflect.Descriptor instead.
 func (*PublishResult) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_event_proto_rawDescGZIP(), []int{4}
+	return file_grapnel_v1_event_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *PublishResult) GetName() string {
@@ -586,6 +678,13 @@ func (x *PublishResult) GetSkippedSubscriptions() int32 {
 	return 0
 }
 
+func (x *PublishResult) GetConditionErrorCount() int32 {
+	if x != nil {
+		return x.ConditionErrorCount
+	}
+	return 0
+}
+
 // BatchPublishResponse has one result per event, in request order.
 type BatchPublishResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -599,7 +698,7 @@ type BatchPublishResponse struct {
 
 func (x *BatchPublishResponse) Reset() {
 	*x = BatchPublishResponse{}
-	mi := &file_grapnel_v1_event_proto_msgTypes[5]
+	mi := &file_grapnel_v1_event_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -611,7 +710,7 @@ func (x *BatchPublishResponse) String() string {
 func (*BatchPublishResponse) ProtoMessage() {}
 
 func (x *BatchPublishResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_event_proto_msgTypes[5]
+	mi := &file_grapnel_v1_event_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -624,7 +723,7 @@ func (x *BatchPublishResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BatchPublishResponse.ProtoReflect.Descriptor instead.
 func (*BatchPublishResponse) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_event_proto_rawDescGZIP(), []int{5}
+	return file_grapnel_v1_event_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *BatchPublishResponse) GetResults() []*PublishResult {
@@ -657,7 +756,7 @@ type PublishStreamRequest struct {
 
 func (x *PublishStreamRequest) Reset() {
 	*x = PublishStreamRequest{}
-	mi := &file_grapnel_v1_event_proto_msgTypes[6]
+	mi := &file_grapnel_v1_event_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -669,7 +768,7 @@ func (x *PublishStreamRequest) String() string {
 func (*PublishStreamRequest) ProtoMessage() {}
 
 func (x *PublishStreamRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_event_proto_msgTypes[6]
+	mi := &file_grapnel_v1_event_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -682,7 +781,7 @@ func (x *PublishStreamRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PublishStreamRequest.ProtoReflect.Descriptor instead.
 func (*PublishStreamRequest) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_event_proto_rawDescGZIP(), []int{6}
+	return file_grapnel_v1_event_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *PublishStreamRequest) GetFrame() isPublishStreamRequest_Frame {
@@ -735,7 +834,8 @@ type PublishStreamResponse struct {
 	Acks []*PublishStreamResponse_Ack `protobuf:"bytes,1,rep,name=acks,proto3" json:"acks,omitempty"`
 	// The window now in force; always in the first frame.
 	Window *PublishStreamResponse_Window `protobuf:"bytes,2,opt,name=window,proto3" json:"window,omitempty"`
-	// True once: send no more items, half-close, read the remaining acks, then reconnect.
+	// True once, when the server stops or the connection has grown old: send no more items, half-close, read the remaining
+	// acks, then open another stream. A stream that goes on is cut some minutes later.
 	Draining      bool `protobuf:"varint,3,opt,name=draining,proto3" json:"draining,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -743,7 +843,7 @@ type PublishStreamResponse struct {
 
 func (x *PublishStreamResponse) Reset() {
 	*x = PublishStreamResponse{}
-	mi := &file_grapnel_v1_event_proto_msgTypes[7]
+	mi := &file_grapnel_v1_event_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -755,7 +855,7 @@ func (x *PublishStreamResponse) String() string {
 func (*PublishStreamResponse) ProtoMessage() {}
 
 func (x *PublishStreamResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_event_proto_msgTypes[7]
+	mi := &file_grapnel_v1_event_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -768,7 +868,7 @@ func (x *PublishStreamResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PublishStreamResponse.ProtoReflect.Descriptor instead.
 func (*PublishStreamResponse) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_event_proto_rawDescGZIP(), []int{7}
+	return file_grapnel_v1_event_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *PublishStreamResponse) GetAcks() []*PublishStreamResponse_Ack {
@@ -796,7 +896,8 @@ func (x *PublishStreamResponse) GetDraining() bool {
 type GetEventRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// namespaces/{namespace}/events/{event}, where event is its id or its uid, the webhook-id that receivers see. Of
-	// several events with an id the latest is meant.
+	// several events with an id the latest is meant. In an id, what is not a letter, digit or one of . _ ~ - is written
+	// as %XX, as in Event.name.
 	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
 	// True returns the payload too, which needs the permission events.payload.
 	IncludePayload bool `protobuf:"varint,2,opt,name=include_payload,json=includePayload,proto3" json:"include_payload,omitempty"`
@@ -806,7 +907,7 @@ type GetEventRequest struct {
 
 func (x *GetEventRequest) Reset() {
 	*x = GetEventRequest{}
-	mi := &file_grapnel_v1_event_proto_msgTypes[8]
+	mi := &file_grapnel_v1_event_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -818,7 +919,7 @@ func (x *GetEventRequest) String() string {
 func (*GetEventRequest) ProtoMessage() {}
 
 func (x *GetEventRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_event_proto_msgTypes[8]
+	mi := &file_grapnel_v1_event_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -831,7 +932,7 @@ func (x *GetEventRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetEventRequest.ProtoReflect.Descriptor instead.
 func (*GetEventRequest) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_event_proto_rawDescGZIP(), []int{8}
+	return file_grapnel_v1_event_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *GetEventRequest) GetName() string {
@@ -859,7 +960,7 @@ type GetEventResponse struct {
 
 func (x *GetEventResponse) Reset() {
 	*x = GetEventResponse{}
-	mi := &file_grapnel_v1_event_proto_msgTypes[9]
+	mi := &file_grapnel_v1_event_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -871,7 +972,7 @@ func (x *GetEventResponse) String() string {
 func (*GetEventResponse) ProtoMessage() {}
 
 func (x *GetEventResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_event_proto_msgTypes[9]
+	mi := &file_grapnel_v1_event_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -884,7 +985,7 @@ func (x *GetEventResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetEventResponse.ProtoReflect.Descriptor instead.
 func (*GetEventResponse) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_event_proto_rawDescGZIP(), []int{9}
+	return file_grapnel_v1_event_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *GetEventResponse) GetEvent() *Event {
@@ -903,7 +1004,8 @@ type ListEventsRequest struct {
 	PageSize int32 `protobuf:"varint,2,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"`
 	// From the previous page.
 	PageToken string `protobuf:"bytes,3,opt,name=page_token,json=pageToken,proto3" json:"page_token,omitempty"`
-	// Filter over: id, uid, type, subject, source, time, accept_time, matched_subscriptions, attributes.KEY.
+	// Filter over: id, uid, type, subject, source, time, accept_time, matched_subscriptions, condition_error_count,
+	// attributes.KEY.
 	Filter        string `protobuf:"bytes,4,opt,name=filter,proto3" json:"filter,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -911,7 +1013,7 @@ type ListEventsRequest struct {
 
 func (x *ListEventsRequest) Reset() {
 	*x = ListEventsRequest{}
-	mi := &file_grapnel_v1_event_proto_msgTypes[10]
+	mi := &file_grapnel_v1_event_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -923,7 +1025,7 @@ func (x *ListEventsRequest) String() string {
 func (*ListEventsRequest) ProtoMessage() {}
 
 func (x *ListEventsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_event_proto_msgTypes[10]
+	mi := &file_grapnel_v1_event_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -936,7 +1038,7 @@ func (x *ListEventsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListEventsRequest.ProtoReflect.Descriptor instead.
 func (*ListEventsRequest) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_event_proto_rawDescGZIP(), []int{10}
+	return file_grapnel_v1_event_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *ListEventsRequest) GetParent() string {
@@ -967,12 +1069,13 @@ func (x *ListEventsRequest) GetFilter() string {
 	return ""
 }
 
-// ListEventsResponse is a page, newest first.
+// ListEventsResponse is a page, newest first. It may be short, or empty, although more follow: a call looks at a bounded
+// number of events, and a page holds 3 MiB at most.
 type ListEventsResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The page.
 	Events []*Event `protobuf:"bytes,1,rep,name=events,proto3" json:"events,omitempty"`
-	// Empty on the last page.
+	// Empty on the last page, and only there.
 	NextPageToken string `protobuf:"bytes,2,opt,name=next_page_token,json=nextPageToken,proto3" json:"next_page_token,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -980,7 +1083,7 @@ type ListEventsResponse struct {
 
 func (x *ListEventsResponse) Reset() {
 	*x = ListEventsResponse{}
-	mi := &file_grapnel_v1_event_proto_msgTypes[11]
+	mi := &file_grapnel_v1_event_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -992,7 +1095,7 @@ func (x *ListEventsResponse) String() string {
 func (*ListEventsResponse) ProtoMessage() {}
 
 func (x *ListEventsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_event_proto_msgTypes[11]
+	mi := &file_grapnel_v1_event_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1005,7 +1108,7 @@ func (x *ListEventsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListEventsResponse.ProtoReflect.Descriptor instead.
 func (*ListEventsResponse) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_event_proto_rawDescGZIP(), []int{11}
+	return file_grapnel_v1_event_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *ListEventsResponse) GetEvents() []*Event {
@@ -1035,7 +1138,7 @@ type PublishStreamRequest_Open struct {
 
 func (x *PublishStreamRequest_Open) Reset() {
 	*x = PublishStreamRequest_Open{}
-	mi := &file_grapnel_v1_event_proto_msgTypes[13]
+	mi := &file_grapnel_v1_event_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1047,7 +1150,7 @@ func (x *PublishStreamRequest_Open) String() string {
 func (*PublishStreamRequest_Open) ProtoMessage() {}
 
 func (x *PublishStreamRequest_Open) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_event_proto_msgTypes[13]
+	mi := &file_grapnel_v1_event_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1060,7 +1163,7 @@ func (x *PublishStreamRequest_Open) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PublishStreamRequest_Open.ProtoReflect.Descriptor instead.
 func (*PublishStreamRequest_Open) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_event_proto_rawDescGZIP(), []int{6, 0}
+	return file_grapnel_v1_event_proto_rawDescGZIP(), []int{7, 0}
 }
 
 func (x *PublishStreamRequest_Open) GetParent() string {
@@ -1090,7 +1193,7 @@ type PublishStreamRequest_Item struct {
 
 func (x *PublishStreamRequest_Item) Reset() {
 	*x = PublishStreamRequest_Item{}
-	mi := &file_grapnel_v1_event_proto_msgTypes[14]
+	mi := &file_grapnel_v1_event_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1102,7 +1205,7 @@ func (x *PublishStreamRequest_Item) String() string {
 func (*PublishStreamRequest_Item) ProtoMessage() {}
 
 func (x *PublishStreamRequest_Item) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_event_proto_msgTypes[14]
+	mi := &file_grapnel_v1_event_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1115,7 +1218,7 @@ func (x *PublishStreamRequest_Item) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PublishStreamRequest_Item.ProtoReflect.Descriptor instead.
 func (*PublishStreamRequest_Item) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_event_proto_rawDescGZIP(), []int{6, 1}
+	return file_grapnel_v1_event_proto_rawDescGZIP(), []int{7, 1}
 }
 
 func (x *PublishStreamRequest_Item) GetSequence() uint64 {
@@ -1145,7 +1248,7 @@ type PublishStreamResponse_Ack struct {
 
 func (x *PublishStreamResponse_Ack) Reset() {
 	*x = PublishStreamResponse_Ack{}
-	mi := &file_grapnel_v1_event_proto_msgTypes[15]
+	mi := &file_grapnel_v1_event_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1157,7 +1260,7 @@ func (x *PublishStreamResponse_Ack) String() string {
 func (*PublishStreamResponse_Ack) ProtoMessage() {}
 
 func (x *PublishStreamResponse_Ack) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_event_proto_msgTypes[15]
+	mi := &file_grapnel_v1_event_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1170,7 +1273,7 @@ func (x *PublishStreamResponse_Ack) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PublishStreamResponse_Ack.ProtoReflect.Descriptor instead.
 func (*PublishStreamResponse_Ack) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_event_proto_rawDescGZIP(), []int{7, 0}
+	return file_grapnel_v1_event_proto_rawDescGZIP(), []int{8, 0}
 }
 
 func (x *PublishStreamResponse_Ack) GetSequence() uint64 {
@@ -1200,7 +1303,7 @@ type PublishStreamResponse_Window struct {
 
 func (x *PublishStreamResponse_Window) Reset() {
 	*x = PublishStreamResponse_Window{}
-	mi := &file_grapnel_v1_event_proto_msgTypes[16]
+	mi := &file_grapnel_v1_event_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1212,7 +1315,7 @@ func (x *PublishStreamResponse_Window) String() string {
 func (*PublishStreamResponse_Window) ProtoMessage() {}
 
 func (x *PublishStreamResponse_Window) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_event_proto_msgTypes[16]
+	mi := &file_grapnel_v1_event_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1225,7 +1328,7 @@ func (x *PublishStreamResponse_Window) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PublishStreamResponse_Window.ProtoReflect.Descriptor instead.
 func (*PublishStreamResponse_Window) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_event_proto_rawDescGZIP(), []int{7, 1}
+	return file_grapnel_v1_event_proto_rawDescGZIP(), []int{8, 1}
 }
 
 func (x *PublishStreamResponse_Window) GetMaxOutstandingEvents() int32 {
@@ -1247,15 +1350,15 @@ var File_grapnel_v1_event_proto protoreflect.FileDescriptor
 const file_grapnel_v1_event_proto_rawDesc = "" +
 	"\n" +
 	"\x16grapnel/v1/event.proto\x12\n" +
-	"grapnel.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17grapnel/v1/common.proto\"\xe6\f\n" +
+	"grapnel.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17grapnel/v1/common.proto\"\x8b\x0e\n" +
 	"\x05Event\x12\x12\n" +
-	"\x04name\x18\x01 \x01(\tR\x04name\x12y\n" +
-	"\x02id\x18\x02 \x01(\tBi\xbaHf\xba\x01c\n" +
-	"\bevent_id\x12-must be up to 128 letters, digits and . _ ~ -\x1a(this.matches('^[A-Za-z0-9._~-]{0,128}$')R\x02id\x12 \n" +
-	"\x06source\x18\x03 \x01(\tB\b\xbaH\x05r\x03\x18\x80\x02R\x06source\x12\xd1\x01\n" +
-	"\x04type\x18\x04 \x01(\tB\xbc\x01\xbaH\xb8\x01\xba\x01\xb4\x01\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\xad\x01\n" +
+	"\x02id\x18\x02 \x01(\tB\x9c\x01\xbaH\x98\x01\xba\x01\x94\x01\n" +
+	"\bevent_id\x127must be up to 128 characters without control characters\x1aOthis.size() <= 128 && this.matches(r'^[^\\x{0000}-\\x{001f}\\x{007f}-\\x{009f}]*$')R\x02id\x12 \n" +
+	"\x06source\x18\x03 \x01(\tB\b\xbaH\x05r\x03\x18\x80\x02R\x06source\x12\xc6\x01\n" +
+	"\x04type\x18\x04 \x01(\tB\xb1\x01\xbaH\xad\x01\xba\x01\xa9\x01\n" +
 	"\n" +
-	"event_type\x12Tmust be 1 to 128 letters, digits and . _ -, and begin and end with a letter or digit\x1aPthis.size() <= 128 && this.matches('^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?$')R\x04type\x12\"\n" +
+	"event_type\x126must be 1 to 128 characters without control characters\x1acthis.size() >= 1 && this.size() <= 128 && this.matches(r'^[^\\x{0000}-\\x{001f}\\x{007f}-\\x{009f}]*$')R\x04type\x12\"\n" +
 	"\asubject\x18\x05 \x01(\tB\b\xbaH\x05r\x03\x18\x80\x02R\asubject\x12.\n" +
 	"\x04time\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x12\xce\x01\n" +
 	"\x11data_content_type\x18\a \x01(\tB\xa1\x01\xbaH\x9d\x01\xba\x01\x99\x01\n" +
@@ -1280,15 +1383,20 @@ const file_grapnel_v1_event_proto_rawDesc = "" +
 	"\x0epayload_purged\x18\x12 \x01(\bR\rpayloadPurged\x123\n" +
 	"\x15matched_subscriptions\x18\x13 \x01(\x05R\x14matchedSubscriptions\x12\x10\n" +
 	"\x03uid\x18\x14 \x01(\tR\x03uid\x123\n" +
-	"\x15skipped_subscriptions\x18\x15 \x01(\x05R\x14skippedSubscriptions\x1a=\n" +
+	"\x15skipped_subscriptions\x18\x15 \x01(\x05R\x14skippedSubscriptions\x12E\n" +
+	"\x10condition_errors\x18\x16 \x03(\v2\x1a.grapnel.v1.ConditionErrorR\x0fconditionErrors\x122\n" +
+	"\x15condition_error_count\x18\x17 \x01(\x05R\x13conditionErrorCount\x1a=\n" +
 	"\x0fAttributesEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01B\t\n" +
-	"\apayload\"\xc5\x01\n" +
+	"\apayload\"O\n" +
+	"\x0eConditionError\x12\"\n" +
+	"\fsubscription\x18\x01 \x01(\tR\fsubscription\x12\x19\n" +
+	"\x05error\x18\x02 \x01(\tB\x03\x80\x01\x01R\x05error\"\xc5\x01\n" +
 	"\x0ePublishRequest\x12\x81\x01\n" +
 	"\x06parent\x18\x01 \x01(\tBi\xbaHf\xba\x01c\n" +
 	"\x0enamespace_name\x12\x1emust look like namespaces/NAME\x1a1this.matches('^namespaces/[a-z][a-z0-9-]{0,62}$')R\x06parent\x12/\n" +
-	"\x05event\x18\x02 \x01(\v2\x11.grapnel.v1.EventB\x06\xbaH\x03\xc8\x01\x01R\x05event\"\xfc\x01\n" +
+	"\x05event\x18\x02 \x01(\v2\x11.grapnel.v1.EventB\x06\xbaH\x03\xc8\x01\x01R\x05event\"\xb0\x02\n" +
 	"\x0fPublishResponse\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1c\n" +
 	"\tduplicate\x18\x02 \x01(\bR\tduplicate\x123\n" +
@@ -1296,11 +1404,12 @@ const file_grapnel_v1_event_proto_rawDesc = "" +
 	"\vaccept_time\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\n" +
 	"acceptTime\x12\x10\n" +
 	"\x03uid\x18\x05 \x01(\tR\x03uid\x123\n" +
-	"\x15skipped_subscriptions\x18\x06 \x01(\x05R\x14skippedSubscriptions\"\xd1\x01\n" +
+	"\x15skipped_subscriptions\x18\x06 \x01(\x05R\x14skippedSubscriptions\x122\n" +
+	"\x15condition_error_count\x18\a \x01(\x05R\x13conditionErrorCount\"\xd1\x01\n" +
 	"\x13BatchPublishRequest\x12\x81\x01\n" +
 	"\x06parent\x18\x01 \x01(\tBi\xbaHf\xba\x01c\n" +
 	"\x0enamespace_name\x12\x1emust look like namespaces/NAME\x1a1this.matches('^namespaces/[a-z][a-z0-9-]{0,62}$')R\x06parent\x126\n" +
-	"\x06events\x18\x02 \x03(\v2\x11.grapnel.v1.EventB\v\xbaH\b\x92\x01\x05\b\x01\x10\xf4\x03R\x06events\"\xa8\x02\n" +
+	"\x06events\x18\x02 \x03(\v2\x11.grapnel.v1.EventB\v\xbaH\b\x92\x01\x05\b\x01\x10\xf4\x03R\x06events\"\xdc\x02\n" +
 	"\rPublishResult\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1c\n" +
 	"\tduplicate\x18\x02 \x01(\bR\tduplicate\x12,\n" +
@@ -1309,7 +1418,8 @@ const file_grapnel_v1_event_proto_rawDesc = "" +
 	"\vaccept_time\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\n" +
 	"acceptTime\x12\x10\n" +
 	"\x03uid\x18\x06 \x01(\tR\x03uid\x123\n" +
-	"\x15skipped_subscriptions\x18\a \x01(\x05R\x14skippedSubscriptions\"n\n" +
+	"\x15skipped_subscriptions\x18\a \x01(\x05R\x14skippedSubscriptions\x122\n" +
+	"\x15condition_error_count\x18\b \x01(\x05R\x13conditionErrorCount\"n\n" +
 	"\x14BatchPublishResponse\x123\n" +
 	"\aresults\x18\x01 \x03(\v2\x19.grapnel.v1.PublishResultR\aresults\x12!\n" +
 	"\ffailed_count\x18\x02 \x01(\x05R\vfailedCount\"\xab\x03\n" +
@@ -1333,11 +1443,11 @@ const file_grapnel_v1_event_proto_rawDesc = "" +
 	"\x06result\x18\x02 \x01(\v2\x19.grapnel.v1.PublishResultR\x06result\x1ar\n" +
 	"\x06Window\x124\n" +
 	"\x16max_outstanding_events\x18\x01 \x01(\x05R\x14maxOutstandingEvents\x122\n" +
-	"\x15max_outstanding_bytes\x18\x02 \x01(\x05R\x13maxOutstandingBytes\"\xe1\x01\n" +
-	"\x0fGetEventRequest\x12\xa4\x01\n" +
-	"\x04name\x18\x01 \x01(\tB\x8f\x01\xbaH\x8b\x01\xba\x01\x87\x01\n" +
+	"\x15max_outstanding_bytes\x18\x02 \x01(\x05R\x13maxOutstandingBytes\"\xc0\x02\n" +
+	"\x0fGetEventRequest\x12\x83\x02\n" +
+	"\x04name\x18\x01 \x01(\tB\xee\x01\xbaH\xea\x01\xba\x01\xe6\x01\n" +
 	"\n" +
-	"event_name\x12(must look like namespaces/NAME/events/ID\x1aOthis.matches('^namespaces/[a-z][a-z0-9-]{0,62}/events/[A-Za-z0-9._~-]{1,128}$')R\x04name\x12'\n" +
+	"event_name\x12dmust look like namespaces/NAME/events/ID, with %XX for what is not a letter, digit or one of . _ ~ -\x1arthis.matches('^namespaces/[a-z][a-z0-9-]{0,62}/events/([A-Za-z0-9._~-]|%[0-9A-Fa-f]{2})+$') && this.size() <= 1700R\x04name\x12'\n" +
 	"\x0finclude_payload\x18\x02 \x01(\bR\x0eincludePayload\";\n" +
 	"\x10GetEventResponse\x12'\n" +
 	"\x05event\x18\x01 \x01(\v2\x11.grapnel.v1.EventR\x05event\"\xfe\x01\n" +
@@ -1372,66 +1482,68 @@ func file_grapnel_v1_event_proto_rawDescGZIP() []byte {
 	return file_grapnel_v1_event_proto_rawDescData
 }
 
-var file_grapnel_v1_event_proto_msgTypes = make([]protoimpl.MessageInfo, 17)
+var file_grapnel_v1_event_proto_msgTypes = make([]protoimpl.MessageInfo, 18)
 var file_grapnel_v1_event_proto_goTypes = []any{
 	(*Event)(nil),                        // 0: grapnel.v1.Event
-	(*PublishRequest)(nil),               // 1: grapnel.v1.PublishRequest
-	(*PublishResponse)(nil),              // 2: grapnel.v1.PublishResponse
-	(*BatchPublishRequest)(nil),          // 3: grapnel.v1.BatchPublishRequest
-	(*PublishResult)(nil),                // 4: grapnel.v1.PublishResult
-	(*BatchPublishResponse)(nil),         // 5: grapnel.v1.BatchPublishResponse
-	(*PublishStreamRequest)(nil),         // 6: grapnel.v1.PublishStreamRequest
-	(*PublishStreamResponse)(nil),        // 7: grapnel.v1.PublishStreamResponse
-	(*GetEventRequest)(nil),              // 8: grapnel.v1.GetEventRequest
-	(*GetEventResponse)(nil),             // 9: grapnel.v1.GetEventResponse
-	(*ListEventsRequest)(nil),            // 10: grapnel.v1.ListEventsRequest
-	(*ListEventsResponse)(nil),           // 11: grapnel.v1.ListEventsResponse
-	nil,                                  // 12: grapnel.v1.Event.AttributesEntry
-	(*PublishStreamRequest_Open)(nil),    // 13: grapnel.v1.PublishStreamRequest.Open
-	(*PublishStreamRequest_Item)(nil),    // 14: grapnel.v1.PublishStreamRequest.Item
-	(*PublishStreamResponse_Ack)(nil),    // 15: grapnel.v1.PublishStreamResponse.Ack
-	(*PublishStreamResponse_Window)(nil), // 16: grapnel.v1.PublishStreamResponse.Window
-	(*timestamppb.Timestamp)(nil),        // 17: google.protobuf.Timestamp
-	(*structpb.Value)(nil),               // 18: google.protobuf.Value
-	(*durationpb.Duration)(nil),          // 19: google.protobuf.Duration
-	(*ItemStatus)(nil),                   // 20: grapnel.v1.ItemStatus
+	(*ConditionError)(nil),               // 1: grapnel.v1.ConditionError
+	(*PublishRequest)(nil),               // 2: grapnel.v1.PublishRequest
+	(*PublishResponse)(nil),              // 3: grapnel.v1.PublishResponse
+	(*BatchPublishRequest)(nil),          // 4: grapnel.v1.BatchPublishRequest
+	(*PublishResult)(nil),                // 5: grapnel.v1.PublishResult
+	(*BatchPublishResponse)(nil),         // 6: grapnel.v1.BatchPublishResponse
+	(*PublishStreamRequest)(nil),         // 7: grapnel.v1.PublishStreamRequest
+	(*PublishStreamResponse)(nil),        // 8: grapnel.v1.PublishStreamResponse
+	(*GetEventRequest)(nil),              // 9: grapnel.v1.GetEventRequest
+	(*GetEventResponse)(nil),             // 10: grapnel.v1.GetEventResponse
+	(*ListEventsRequest)(nil),            // 11: grapnel.v1.ListEventsRequest
+	(*ListEventsResponse)(nil),           // 12: grapnel.v1.ListEventsResponse
+	nil,                                  // 13: grapnel.v1.Event.AttributesEntry
+	(*PublishStreamRequest_Open)(nil),    // 14: grapnel.v1.PublishStreamRequest.Open
+	(*PublishStreamRequest_Item)(nil),    // 15: grapnel.v1.PublishStreamRequest.Item
+	(*PublishStreamResponse_Ack)(nil),    // 16: grapnel.v1.PublishStreamResponse.Ack
+	(*PublishStreamResponse_Window)(nil), // 17: grapnel.v1.PublishStreamResponse.Window
+	(*timestamppb.Timestamp)(nil),        // 18: google.protobuf.Timestamp
+	(*structpb.Value)(nil),               // 19: google.protobuf.Value
+	(*durationpb.Duration)(nil),          // 20: google.protobuf.Duration
+	(*ItemStatus)(nil),                   // 21: grapnel.v1.ItemStatus
 }
 var file_grapnel_v1_event_proto_depIdxs = []int32{
-	17, // 0: grapnel.v1.Event.time:type_name -> google.protobuf.Timestamp
-	12, // 1: grapnel.v1.Event.attributes:type_name -> grapnel.v1.Event.AttributesEntry
-	18, // 2: grapnel.v1.Event.json:type_name -> google.protobuf.Value
-	17, // 3: grapnel.v1.Event.deliver_time:type_name -> google.protobuf.Timestamp
-	19, // 4: grapnel.v1.Event.ttl:type_name -> google.protobuf.Duration
-	17, // 5: grapnel.v1.Event.accept_time:type_name -> google.protobuf.Timestamp
-	0,  // 6: grapnel.v1.PublishRequest.event:type_name -> grapnel.v1.Event
-	17, // 7: grapnel.v1.PublishResponse.accept_time:type_name -> google.protobuf.Timestamp
-	0,  // 8: grapnel.v1.BatchPublishRequest.events:type_name -> grapnel.v1.Event
-	20, // 9: grapnel.v1.PublishResult.error:type_name -> grapnel.v1.ItemStatus
-	17, // 10: grapnel.v1.PublishResult.accept_time:type_name -> google.protobuf.Timestamp
-	4,  // 11: grapnel.v1.BatchPublishResponse.results:type_name -> grapnel.v1.PublishResult
-	13, // 12: grapnel.v1.PublishStreamRequest.open:type_name -> grapnel.v1.PublishStreamRequest.Open
-	14, // 13: grapnel.v1.PublishStreamRequest.item:type_name -> grapnel.v1.PublishStreamRequest.Item
-	15, // 14: grapnel.v1.PublishStreamResponse.acks:type_name -> grapnel.v1.PublishStreamResponse.Ack
-	16, // 15: grapnel.v1.PublishStreamResponse.window:type_name -> grapnel.v1.PublishStreamResponse.Window
-	0,  // 16: grapnel.v1.GetEventResponse.event:type_name -> grapnel.v1.Event
-	0,  // 17: grapnel.v1.ListEventsResponse.events:type_name -> grapnel.v1.Event
-	0,  // 18: grapnel.v1.PublishStreamRequest.Item.event:type_name -> grapnel.v1.Event
-	4,  // 19: grapnel.v1.PublishStreamResponse.Ack.result:type_name -> grapnel.v1.PublishResult
-	1,  // 20: grapnel.v1.PublishService.Publish:input_type -> grapnel.v1.PublishRequest
-	3,  // 21: grapnel.v1.PublishService.BatchPublish:input_type -> grapnel.v1.BatchPublishRequest
-	6,  // 22: grapnel.v1.PublishService.PublishStream:input_type -> grapnel.v1.PublishStreamRequest
-	8,  // 23: grapnel.v1.EventService.GetEvent:input_type -> grapnel.v1.GetEventRequest
-	10, // 24: grapnel.v1.EventService.ListEvents:input_type -> grapnel.v1.ListEventsRequest
-	2,  // 25: grapnel.v1.PublishService.Publish:output_type -> grapnel.v1.PublishResponse
-	5,  // 26: grapnel.v1.PublishService.BatchPublish:output_type -> grapnel.v1.BatchPublishResponse
-	7,  // 27: grapnel.v1.PublishService.PublishStream:output_type -> grapnel.v1.PublishStreamResponse
-	9,  // 28: grapnel.v1.EventService.GetEvent:output_type -> grapnel.v1.GetEventResponse
-	11, // 29: grapnel.v1.EventService.ListEvents:output_type -> grapnel.v1.ListEventsResponse
-	25, // [25:30] is the sub-list for method output_type
-	20, // [20:25] is the sub-list for method input_type
-	20, // [20:20] is the sub-list for extension type_name
-	20, // [20:20] is the sub-list for extension extendee
-	0,  // [0:20] is the sub-list for field type_name
+	18, // 0: grapnel.v1.Event.time:type_name -> google.protobuf.Timestamp
+	13, // 1: grapnel.v1.Event.attributes:type_name -> grapnel.v1.Event.AttributesEntry
+	19, // 2: grapnel.v1.Event.json:type_name -> google.protobuf.Value
+	18, // 3: grapnel.v1.Event.deliver_time:type_name -> google.protobuf.Timestamp
+	20, // 4: grapnel.v1.Event.ttl:type_name -> google.protobuf.Duration
+	18, // 5: grapnel.v1.Event.accept_time:type_name -> google.protobuf.Timestamp
+	1,  // 6: grapnel.v1.Event.condition_errors:type_name -> grapnel.v1.ConditionError
+	0,  // 7: grapnel.v1.PublishRequest.event:type_name -> grapnel.v1.Event
+	18, // 8: grapnel.v1.PublishResponse.accept_time:type_name -> google.protobuf.Timestamp
+	0,  // 9: grapnel.v1.BatchPublishRequest.events:type_name -> grapnel.v1.Event
+	21, // 10: grapnel.v1.PublishResult.error:type_name -> grapnel.v1.ItemStatus
+	18, // 11: grapnel.v1.PublishResult.accept_time:type_name -> google.protobuf.Timestamp
+	5,  // 12: grapnel.v1.BatchPublishResponse.results:type_name -> grapnel.v1.PublishResult
+	14, // 13: grapnel.v1.PublishStreamRequest.open:type_name -> grapnel.v1.PublishStreamRequest.Open
+	15, // 14: grapnel.v1.PublishStreamRequest.item:type_name -> grapnel.v1.PublishStreamRequest.Item
+	16, // 15: grapnel.v1.PublishStreamResponse.acks:type_name -> grapnel.v1.PublishStreamResponse.Ack
+	17, // 16: grapnel.v1.PublishStreamResponse.window:type_name -> grapnel.v1.PublishStreamResponse.Window
+	0,  // 17: grapnel.v1.GetEventResponse.event:type_name -> grapnel.v1.Event
+	0,  // 18: grapnel.v1.ListEventsResponse.events:type_name -> grapnel.v1.Event
+	0,  // 19: grapnel.v1.PublishStreamRequest.Item.event:type_name -> grapnel.v1.Event
+	5,  // 20: grapnel.v1.PublishStreamResponse.Ack.result:type_name -> grapnel.v1.PublishResult
+	2,  // 21: grapnel.v1.PublishService.Publish:input_type -> grapnel.v1.PublishRequest
+	4,  // 22: grapnel.v1.PublishService.BatchPublish:input_type -> grapnel.v1.BatchPublishRequest
+	7,  // 23: grapnel.v1.PublishService.PublishStream:input_type -> grapnel.v1.PublishStreamRequest
+	9,  // 24: grapnel.v1.EventService.GetEvent:input_type -> grapnel.v1.GetEventRequest
+	11, // 25: grapnel.v1.EventService.ListEvents:input_type -> grapnel.v1.ListEventsRequest
+	3,  // 26: grapnel.v1.PublishService.Publish:output_type -> grapnel.v1.PublishResponse
+	6,  // 27: grapnel.v1.PublishService.BatchPublish:output_type -> grapnel.v1.BatchPublishResponse
+	8,  // 28: grapnel.v1.PublishService.PublishStream:output_type -> grapnel.v1.PublishStreamResponse
+	10, // 29: grapnel.v1.EventService.GetEvent:output_type -> grapnel.v1.GetEventResponse
+	12, // 30: grapnel.v1.EventService.ListEvents:output_type -> grapnel.v1.ListEventsResponse
+	26, // [26:31] is the sub-list for method output_type
+	21, // [21:26] is the sub-list for method input_type
+	21, // [21:21] is the sub-list for extension type_name
+	21, // [21:21] is the sub-list for extension extendee
+	0,  // [0:21] is the sub-list for field type_name
 }
 
 func init() { file_grapnel_v1_event_proto_init() }
@@ -1445,7 +1557,7 @@ func file_grapnel_v1_event_proto_init() {
 		(*Event_Text)(nil),
 		(*Event_Json)(nil),
 	}
-	file_grapnel_v1_event_proto_msgTypes[6].OneofWrappers = []any{
+	file_grapnel_v1_event_proto_msgTypes[7].OneofWrappers = []any{
 		(*PublishStreamRequest_Open_)(nil),
 		(*PublishStreamRequest_Item_)(nil),
 	}
@@ -1455,7 +1567,7 @@ func file_grapnel_v1_event_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_grapnel_v1_event_proto_rawDesc), len(file_grapnel_v1_event_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   17,
+			NumMessages:   18,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

@@ -33,7 +33,7 @@ const (
 	Namespace_STATE_UNSPECIFIED Namespace_State = 0
 	// In use.
 	Namespace_STATE_ACTIVE Namespace_State = 1 // 2 is kept for STATE_PAUSED.
-	// Waiting to be erased; publishing and every change fail, reading goes on.
+	// Waiting to be erased; publishing and every change fail, reading, deleting and undeleting go on.
 	Namespace_STATE_DELETED Namespace_State = 3
 )
 
@@ -103,9 +103,11 @@ type Namespace struct {
 	Etag string `protobuf:"bytes,10,opt,name=etag,proto3" json:"etag,omitempty"`
 	// Output only: made by the server, another one each time a name is used again. What a namespace had
 	// belongs to its uid, not to its name.
-	Uid           string `protobuf:"bytes,11,opt,name=uid,proto3" json:"uid,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	Uid string `protobuf:"bytes,11,opt,name=uid,proto3" json:"uid,omitempty"`
+	// Output only, filled by GetNamespace only: the limits in force, defaults included.
+	EffectiveQuota *Quota `protobuf:"bytes,12,opt,name=effective_quota,json=effectiveQuota,proto3" json:"effective_quota,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
 }
 
 func (x *Namespace) Reset() {
@@ -213,6 +215,13 @@ func (x *Namespace) GetUid() string {
 		return x.Uid
 	}
 	return ""
+}
+
+func (x *Namespace) GetEffectiveQuota() *Quota {
+	if x != nil {
+		return x.EffectiveQuota
+	}
+	return nil
 }
 
 // Quota: what is zero is not limited, but for the two fields that have a default.
@@ -627,12 +636,13 @@ func (x *ListNamespacesRequest) GetShowDeleted() bool {
 	return false
 }
 
-// ListNamespacesResponse is a page in name order.
+// ListNamespacesResponse is a page in name order. It may be short, or empty, although more follow: a call looks at a
+// bounded number of namespaces, and a page holds 3 MiB at most.
 type ListNamespacesResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The page.
 	Namespaces []*Namespace `protobuf:"bytes,1,rep,name=namespaces,proto3" json:"namespaces,omitempty"`
-	// Empty on the last page.
+	// Empty on the last page, and only there.
 	NextPageToken string `protobuf:"bytes,2,opt,name=next_page_token,json=nextPageToken,proto3" json:"next_page_token,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -688,7 +698,9 @@ type UpdateNamespaceRequest struct {
 	// Must have name.
 	Namespace *Namespace `protobuf:"bytes,1,opt,name=namespace,proto3" json:"namespace,omitempty"`
 	// As in UpdateSubscriptionRequest.
-	UpdateMask    *fieldmaskpb.FieldMask `protobuf:"bytes,2,opt,name=update_mask,json=updateMask,proto3" json:"update_mask,omitempty"`
+	UpdateMask *fieldmaskpb.FieldMask `protobuf:"bytes,2,opt,name=update_mask,json=updateMask,proto3" json:"update_mask,omitempty"`
+	// Create it when absent.
+	AllowMissing  bool `protobuf:"varint,3,opt,name=allow_missing,json=allowMissing,proto3" json:"allow_missing,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -735,6 +747,13 @@ func (x *UpdateNamespaceRequest) GetUpdateMask() *fieldmaskpb.FieldMask {
 		return x.UpdateMask
 	}
 	return nil
+}
+
+func (x *UpdateNamespaceRequest) GetAllowMissing() bool {
+	if x != nil {
+		return x.AllowMissing
+	}
+	return false
 }
 
 // UpdateNamespaceResponse is the result of UpdateNamespace.
@@ -791,7 +810,9 @@ type DeleteNamespaceRequest struct {
 	// When set, must be current.
 	Etag string `protobuf:"bytes,2,opt,name=etag,proto3" json:"etag,omitempty"`
 	// Delete although it has subscriptions.
-	Force         bool `protobuf:"varint,3,opt,name=force,proto3" json:"force,omitempty"`
+	Force bool `protobuf:"varint,3,opt,name=force,proto3" json:"force,omitempty"`
+	// Succeed when it is already gone; the answer then has no namespace.
+	AllowMissing  bool `protobuf:"varint,4,opt,name=allow_missing,json=allowMissing,proto3" json:"allow_missing,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -847,10 +868,17 @@ func (x *DeleteNamespaceRequest) GetForce() bool {
 	return false
 }
 
+func (x *DeleteNamespaceRequest) GetAllowMissing() bool {
+	if x != nil {
+		return x.AllowMissing
+	}
+	return false
+}
+
 // DeleteNamespaceResponse is the result of DeleteNamespace.
 type DeleteNamespaceResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Now DELETED, with purge_time.
+	// Now DELETED, with purge_time; unset when it was gone and allow_missing is set.
 	Namespace     *Namespace `protobuf:"bytes,1,opt,name=namespace,proto3" json:"namespace,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -893,12 +921,113 @@ func (x *DeleteNamespaceResponse) GetNamespace() *Namespace {
 	return nil
 }
 
+// UndeleteNamespaceRequest names one namespace.
+type UndeleteNamespaceRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// namespaces/{namespace}
+	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// When set, must be current.
+	Etag          string `protobuf:"bytes,2,opt,name=etag,proto3" json:"etag,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UndeleteNamespaceRequest) Reset() {
+	*x = UndeleteNamespaceRequest{}
+	mi := &file_grapnel_v1_namespace_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UndeleteNamespaceRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UndeleteNamespaceRequest) ProtoMessage() {}
+
+func (x *UndeleteNamespaceRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_grapnel_v1_namespace_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UndeleteNamespaceRequest.ProtoReflect.Descriptor instead.
+func (*UndeleteNamespaceRequest) Descriptor() ([]byte, []int) {
+	return file_grapnel_v1_namespace_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *UndeleteNamespaceRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *UndeleteNamespaceRequest) GetEtag() string {
+	if x != nil {
+		return x.Etag
+	}
+	return ""
+}
+
+// UndeleteNamespaceResponse is the result of UndeleteNamespace.
+type UndeleteNamespaceResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Now ACTIVE. One that is not deleted is INVALID_STATE.
+	Namespace     *Namespace `protobuf:"bytes,1,opt,name=namespace,proto3" json:"namespace,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UndeleteNamespaceResponse) Reset() {
+	*x = UndeleteNamespaceResponse{}
+	mi := &file_grapnel_v1_namespace_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UndeleteNamespaceResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UndeleteNamespaceResponse) ProtoMessage() {}
+
+func (x *UndeleteNamespaceResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_grapnel_v1_namespace_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UndeleteNamespaceResponse.ProtoReflect.Descriptor instead.
+func (*UndeleteNamespaceResponse) Descriptor() ([]byte, []int) {
+	return file_grapnel_v1_namespace_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *UndeleteNamespaceResponse) GetNamespace() *Namespace {
+	if x != nil {
+		return x.Namespace
+	}
+	return nil
+}
+
 var File_grapnel_v1_namespace_proto protoreflect.FileDescriptor
 
 const file_grapnel_v1_namespace_proto_rawDesc = "" +
 	"\n" +
 	"\x1agrapnel/v1/namespace.proto\x12\n" +
-	"grapnel.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xf5\x04\n" +
+	"grapnel.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xb1\x05\n" +
 	"\tNamespace\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12Q\n" +
 	"\x06labels\x18\x02 \x03(\v2!.grapnel.v1.Namespace.LabelsEntryB\x16\xbaH\x13\x9a\x01\x10\x10@\"\x06r\x04\x10\x01\x18?*\x04r\x02\x18?R\x06labels\x12'\n" +
@@ -914,7 +1043,8 @@ const file_grapnel_v1_namespace_proto_rawDesc = "" +
 	"purge_time\x18\t \x01(\v2\x1a.google.protobuf.TimestampR\tpurgeTime\x12\x12\n" +
 	"\x04etag\x18\n" +
 	" \x01(\tR\x04etag\x12\x10\n" +
-	"\x03uid\x18\v \x01(\tR\x03uid\x1a9\n" +
+	"\x03uid\x18\v \x01(\tR\x03uid\x12:\n" +
+	"\x0feffective_quota\x18\f \x01(\v2\x11.grapnel.v1.QuotaR\x0eeffectiveQuota\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"C\n" +
@@ -953,26 +1083,35 @@ const file_grapnel_v1_namespace_proto_rawDesc = "" +
 	"\n" +
 	"namespaces\x18\x01 \x03(\v2\x15.grapnel.v1.NamespaceR\n" +
 	"namespaces\x12&\n" +
-	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\x92\x01\n" +
+	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\xb7\x01\n" +
 	"\x16UpdateNamespaceRequest\x12;\n" +
 	"\tnamespace\x18\x01 \x01(\v2\x15.grapnel.v1.NamespaceB\x06\xbaH\x03\xc8\x01\x01R\tnamespace\x12;\n" +
 	"\vupdate_mask\x18\x02 \x01(\v2\x1a.google.protobuf.FieldMaskR\n" +
-	"updateMask\"N\n" +
+	"updateMask\x12#\n" +
+	"\rallow_missing\x18\x03 \x01(\bR\fallowMissing\"N\n" +
 	"\x17UpdateNamespaceResponse\x123\n" +
-	"\tnamespace\x18\x01 \x01(\v2\x15.grapnel.v1.NamespaceR\tnamespace\"\xc1\x01\n" +
+	"\tnamespace\x18\x01 \x01(\v2\x15.grapnel.v1.NamespaceR\tnamespace\"\xe6\x01\n" +
 	"\x16DeleteNamespaceRequest\x12}\n" +
 	"\x04name\x18\x01 \x01(\tBi\xbaHf\xba\x01c\n" +
 	"\x0enamespace_name\x12\x1emust look like namespaces/NAME\x1a1this.matches('^namespaces/[a-z][a-z0-9-]{0,62}$')R\x04name\x12\x12\n" +
 	"\x04etag\x18\x02 \x01(\tR\x04etag\x12\x14\n" +
-	"\x05force\x18\x03 \x01(\bR\x05force\"N\n" +
+	"\x05force\x18\x03 \x01(\bR\x05force\x12#\n" +
+	"\rallow_missing\x18\x04 \x01(\bR\fallowMissing\"N\n" +
 	"\x17DeleteNamespaceResponse\x123\n" +
-	"\tnamespace\x18\x01 \x01(\v2\x15.grapnel.v1.NamespaceR\tnamespace2\xe2\x03\n" +
+	"\tnamespace\x18\x01 \x01(\v2\x15.grapnel.v1.NamespaceR\tnamespace\"\xad\x01\n" +
+	"\x18UndeleteNamespaceRequest\x12}\n" +
+	"\x04name\x18\x01 \x01(\tBi\xbaHf\xba\x01c\n" +
+	"\x0enamespace_name\x12\x1emust look like namespaces/NAME\x1a1this.matches('^namespaces/[a-z][a-z0-9-]{0,62}$')R\x04name\x12\x12\n" +
+	"\x04etag\x18\x02 \x01(\tR\x04etag\"P\n" +
+	"\x19UndeleteNamespaceResponse\x123\n" +
+	"\tnamespace\x18\x01 \x01(\v2\x15.grapnel.v1.NamespaceR\tnamespace2\xc6\x04\n" +
 	"\x10NamespaceService\x12\\\n" +
 	"\x0fCreateNamespace\x12\".grapnel.v1.CreateNamespaceRequest\x1a#.grapnel.v1.CreateNamespaceResponse\"\x00\x12V\n" +
 	"\fGetNamespace\x12\x1f.grapnel.v1.GetNamespaceRequest\x1a .grapnel.v1.GetNamespaceResponse\"\x03\x90\x02\x01\x12\\\n" +
 	"\x0eListNamespaces\x12!.grapnel.v1.ListNamespacesRequest\x1a\".grapnel.v1.ListNamespacesResponse\"\x03\x90\x02\x01\x12\\\n" +
 	"\x0fUpdateNamespace\x12\".grapnel.v1.UpdateNamespaceRequest\x1a#.grapnel.v1.UpdateNamespaceResponse\"\x00\x12\\\n" +
-	"\x0fDeleteNamespace\x12\".grapnel.v1.DeleteNamespaceRequest\x1a#.grapnel.v1.DeleteNamespaceResponse\"\x00B7Z5github.com/grapnel/grapnel/proto/grapnel/v1;grapnelv1b\x06proto3"
+	"\x0fDeleteNamespace\x12\".grapnel.v1.DeleteNamespaceRequest\x1a#.grapnel.v1.DeleteNamespaceResponse\"\x00\x12b\n" +
+	"\x11UndeleteNamespace\x12$.grapnel.v1.UndeleteNamespaceRequest\x1a%.grapnel.v1.UndeleteNamespaceResponse\"\x00B7Z5github.com/grapnel/grapnel/proto/grapnel/v1;grapnelv1b\x06proto3"
 
 var (
 	file_grapnel_v1_namespace_proto_rawDescOnce sync.Once
@@ -987,60 +1126,66 @@ func file_grapnel_v1_namespace_proto_rawDescGZIP() []byte {
 }
 
 var file_grapnel_v1_namespace_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_grapnel_v1_namespace_proto_msgTypes = make([]protoimpl.MessageInfo, 14)
+var file_grapnel_v1_namespace_proto_msgTypes = make([]protoimpl.MessageInfo, 16)
 var file_grapnel_v1_namespace_proto_goTypes = []any{
-	(Namespace_State)(0),            // 0: grapnel.v1.Namespace.State
-	(*Namespace)(nil),               // 1: grapnel.v1.Namespace
-	(*Quota)(nil),                   // 2: grapnel.v1.Quota
-	(*Usage)(nil),                   // 3: grapnel.v1.Usage
-	(*CreateNamespaceRequest)(nil),  // 4: grapnel.v1.CreateNamespaceRequest
-	(*CreateNamespaceResponse)(nil), // 5: grapnel.v1.CreateNamespaceResponse
-	(*GetNamespaceRequest)(nil),     // 6: grapnel.v1.GetNamespaceRequest
-	(*GetNamespaceResponse)(nil),    // 7: grapnel.v1.GetNamespaceResponse
-	(*ListNamespacesRequest)(nil),   // 8: grapnel.v1.ListNamespacesRequest
-	(*ListNamespacesResponse)(nil),  // 9: grapnel.v1.ListNamespacesResponse
-	(*UpdateNamespaceRequest)(nil),  // 10: grapnel.v1.UpdateNamespaceRequest
-	(*UpdateNamespaceResponse)(nil), // 11: grapnel.v1.UpdateNamespaceResponse
-	(*DeleteNamespaceRequest)(nil),  // 12: grapnel.v1.DeleteNamespaceRequest
-	(*DeleteNamespaceResponse)(nil), // 13: grapnel.v1.DeleteNamespaceResponse
-	nil,                             // 14: grapnel.v1.Namespace.LabelsEntry
-	(*timestamppb.Timestamp)(nil),   // 15: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),     // 16: google.protobuf.Duration
-	(*fieldmaskpb.FieldMask)(nil),   // 17: google.protobuf.FieldMask
+	(Namespace_State)(0),              // 0: grapnel.v1.Namespace.State
+	(*Namespace)(nil),                 // 1: grapnel.v1.Namespace
+	(*Quota)(nil),                     // 2: grapnel.v1.Quota
+	(*Usage)(nil),                     // 3: grapnel.v1.Usage
+	(*CreateNamespaceRequest)(nil),    // 4: grapnel.v1.CreateNamespaceRequest
+	(*CreateNamespaceResponse)(nil),   // 5: grapnel.v1.CreateNamespaceResponse
+	(*GetNamespaceRequest)(nil),       // 6: grapnel.v1.GetNamespaceRequest
+	(*GetNamespaceResponse)(nil),      // 7: grapnel.v1.GetNamespaceResponse
+	(*ListNamespacesRequest)(nil),     // 8: grapnel.v1.ListNamespacesRequest
+	(*ListNamespacesResponse)(nil),    // 9: grapnel.v1.ListNamespacesResponse
+	(*UpdateNamespaceRequest)(nil),    // 10: grapnel.v1.UpdateNamespaceRequest
+	(*UpdateNamespaceResponse)(nil),   // 11: grapnel.v1.UpdateNamespaceResponse
+	(*DeleteNamespaceRequest)(nil),    // 12: grapnel.v1.DeleteNamespaceRequest
+	(*DeleteNamespaceResponse)(nil),   // 13: grapnel.v1.DeleteNamespaceResponse
+	(*UndeleteNamespaceRequest)(nil),  // 14: grapnel.v1.UndeleteNamespaceRequest
+	(*UndeleteNamespaceResponse)(nil), // 15: grapnel.v1.UndeleteNamespaceResponse
+	nil,                               // 16: grapnel.v1.Namespace.LabelsEntry
+	(*timestamppb.Timestamp)(nil),     // 17: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),       // 18: google.protobuf.Duration
+	(*fieldmaskpb.FieldMask)(nil),     // 19: google.protobuf.FieldMask
 }
 var file_grapnel_v1_namespace_proto_depIdxs = []int32{
-	14, // 0: grapnel.v1.Namespace.labels:type_name -> grapnel.v1.Namespace.LabelsEntry
+	16, // 0: grapnel.v1.Namespace.labels:type_name -> grapnel.v1.Namespace.LabelsEntry
 	2,  // 1: grapnel.v1.Namespace.quota:type_name -> grapnel.v1.Quota
 	3,  // 2: grapnel.v1.Namespace.usage:type_name -> grapnel.v1.Usage
 	0,  // 3: grapnel.v1.Namespace.state:type_name -> grapnel.v1.Namespace.State
-	15, // 4: grapnel.v1.Namespace.create_time:type_name -> google.protobuf.Timestamp
-	15, // 5: grapnel.v1.Namespace.delete_time:type_name -> google.protobuf.Timestamp
-	15, // 6: grapnel.v1.Namespace.purge_time:type_name -> google.protobuf.Timestamp
-	16, // 7: grapnel.v1.Quota.retention:type_name -> google.protobuf.Duration
-	16, // 8: grapnel.v1.Usage.oldest_due_age:type_name -> google.protobuf.Duration
-	1,  // 9: grapnel.v1.CreateNamespaceRequest.namespace:type_name -> grapnel.v1.Namespace
-	1,  // 10: grapnel.v1.CreateNamespaceResponse.namespace:type_name -> grapnel.v1.Namespace
-	1,  // 11: grapnel.v1.GetNamespaceResponse.namespace:type_name -> grapnel.v1.Namespace
-	1,  // 12: grapnel.v1.ListNamespacesResponse.namespaces:type_name -> grapnel.v1.Namespace
-	1,  // 13: grapnel.v1.UpdateNamespaceRequest.namespace:type_name -> grapnel.v1.Namespace
-	17, // 14: grapnel.v1.UpdateNamespaceRequest.update_mask:type_name -> google.protobuf.FieldMask
-	1,  // 15: grapnel.v1.UpdateNamespaceResponse.namespace:type_name -> grapnel.v1.Namespace
-	1,  // 16: grapnel.v1.DeleteNamespaceResponse.namespace:type_name -> grapnel.v1.Namespace
-	4,  // 17: grapnel.v1.NamespaceService.CreateNamespace:input_type -> grapnel.v1.CreateNamespaceRequest
-	6,  // 18: grapnel.v1.NamespaceService.GetNamespace:input_type -> grapnel.v1.GetNamespaceRequest
-	8,  // 19: grapnel.v1.NamespaceService.ListNamespaces:input_type -> grapnel.v1.ListNamespacesRequest
-	10, // 20: grapnel.v1.NamespaceService.UpdateNamespace:input_type -> grapnel.v1.UpdateNamespaceRequest
-	12, // 21: grapnel.v1.NamespaceService.DeleteNamespace:input_type -> grapnel.v1.DeleteNamespaceRequest
-	5,  // 22: grapnel.v1.NamespaceService.CreateNamespace:output_type -> grapnel.v1.CreateNamespaceResponse
-	7,  // 23: grapnel.v1.NamespaceService.GetNamespace:output_type -> grapnel.v1.GetNamespaceResponse
-	9,  // 24: grapnel.v1.NamespaceService.ListNamespaces:output_type -> grapnel.v1.ListNamespacesResponse
-	11, // 25: grapnel.v1.NamespaceService.UpdateNamespace:output_type -> grapnel.v1.UpdateNamespaceResponse
-	13, // 26: grapnel.v1.NamespaceService.DeleteNamespace:output_type -> grapnel.v1.DeleteNamespaceResponse
-	22, // [22:27] is the sub-list for method output_type
-	17, // [17:22] is the sub-list for method input_type
-	17, // [17:17] is the sub-list for extension type_name
-	17, // [17:17] is the sub-list for extension extendee
-	0,  // [0:17] is the sub-list for field type_name
+	17, // 4: grapnel.v1.Namespace.create_time:type_name -> google.protobuf.Timestamp
+	17, // 5: grapnel.v1.Namespace.delete_time:type_name -> google.protobuf.Timestamp
+	17, // 6: grapnel.v1.Namespace.purge_time:type_name -> google.protobuf.Timestamp
+	2,  // 7: grapnel.v1.Namespace.effective_quota:type_name -> grapnel.v1.Quota
+	18, // 8: grapnel.v1.Quota.retention:type_name -> google.protobuf.Duration
+	18, // 9: grapnel.v1.Usage.oldest_due_age:type_name -> google.protobuf.Duration
+	1,  // 10: grapnel.v1.CreateNamespaceRequest.namespace:type_name -> grapnel.v1.Namespace
+	1,  // 11: grapnel.v1.CreateNamespaceResponse.namespace:type_name -> grapnel.v1.Namespace
+	1,  // 12: grapnel.v1.GetNamespaceResponse.namespace:type_name -> grapnel.v1.Namespace
+	1,  // 13: grapnel.v1.ListNamespacesResponse.namespaces:type_name -> grapnel.v1.Namespace
+	1,  // 14: grapnel.v1.UpdateNamespaceRequest.namespace:type_name -> grapnel.v1.Namespace
+	19, // 15: grapnel.v1.UpdateNamespaceRequest.update_mask:type_name -> google.protobuf.FieldMask
+	1,  // 16: grapnel.v1.UpdateNamespaceResponse.namespace:type_name -> grapnel.v1.Namespace
+	1,  // 17: grapnel.v1.DeleteNamespaceResponse.namespace:type_name -> grapnel.v1.Namespace
+	1,  // 18: grapnel.v1.UndeleteNamespaceResponse.namespace:type_name -> grapnel.v1.Namespace
+	4,  // 19: grapnel.v1.NamespaceService.CreateNamespace:input_type -> grapnel.v1.CreateNamespaceRequest
+	6,  // 20: grapnel.v1.NamespaceService.GetNamespace:input_type -> grapnel.v1.GetNamespaceRequest
+	8,  // 21: grapnel.v1.NamespaceService.ListNamespaces:input_type -> grapnel.v1.ListNamespacesRequest
+	10, // 22: grapnel.v1.NamespaceService.UpdateNamespace:input_type -> grapnel.v1.UpdateNamespaceRequest
+	12, // 23: grapnel.v1.NamespaceService.DeleteNamespace:input_type -> grapnel.v1.DeleteNamespaceRequest
+	14, // 24: grapnel.v1.NamespaceService.UndeleteNamespace:input_type -> grapnel.v1.UndeleteNamespaceRequest
+	5,  // 25: grapnel.v1.NamespaceService.CreateNamespace:output_type -> grapnel.v1.CreateNamespaceResponse
+	7,  // 26: grapnel.v1.NamespaceService.GetNamespace:output_type -> grapnel.v1.GetNamespaceResponse
+	9,  // 27: grapnel.v1.NamespaceService.ListNamespaces:output_type -> grapnel.v1.ListNamespacesResponse
+	11, // 28: grapnel.v1.NamespaceService.UpdateNamespace:output_type -> grapnel.v1.UpdateNamespaceResponse
+	13, // 29: grapnel.v1.NamespaceService.DeleteNamespace:output_type -> grapnel.v1.DeleteNamespaceResponse
+	15, // 30: grapnel.v1.NamespaceService.UndeleteNamespace:output_type -> grapnel.v1.UndeleteNamespaceResponse
+	25, // [25:31] is the sub-list for method output_type
+	19, // [19:25] is the sub-list for method input_type
+	19, // [19:19] is the sub-list for extension type_name
+	19, // [19:19] is the sub-list for extension extendee
+	0,  // [0:19] is the sub-list for field type_name
 }
 
 func init() { file_grapnel_v1_namespace_proto_init() }
@@ -1054,7 +1199,7 @@ func file_grapnel_v1_namespace_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_grapnel_v1_namespace_proto_rawDesc), len(file_grapnel_v1_namespace_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   14,
+			NumMessages:   16,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -19,11 +19,12 @@ import (
 const _ = grpc.SupportPackageIsVersion9
 
 const (
-	NamespaceService_CreateNamespace_FullMethodName = "/grapnel.v1.NamespaceService/CreateNamespace"
-	NamespaceService_GetNamespace_FullMethodName    = "/grapnel.v1.NamespaceService/GetNamespace"
-	NamespaceService_ListNamespaces_FullMethodName  = "/grapnel.v1.NamespaceService/ListNamespaces"
-	NamespaceService_UpdateNamespace_FullMethodName = "/grapnel.v1.NamespaceService/UpdateNamespace"
-	NamespaceService_DeleteNamespace_FullMethodName = "/grapnel.v1.NamespaceService/DeleteNamespace"
+	NamespaceService_CreateNamespace_FullMethodName   = "/grapnel.v1.NamespaceService/CreateNamespace"
+	NamespaceService_GetNamespace_FullMethodName      = "/grapnel.v1.NamespaceService/GetNamespace"
+	NamespaceService_ListNamespaces_FullMethodName    = "/grapnel.v1.NamespaceService/ListNamespaces"
+	NamespaceService_UpdateNamespace_FullMethodName   = "/grapnel.v1.NamespaceService/UpdateNamespace"
+	NamespaceService_DeleteNamespace_FullMethodName   = "/grapnel.v1.NamespaceService/DeleteNamespace"
+	NamespaceService_UndeleteNamespace_FullMethodName = "/grapnel.v1.NamespaceService/UndeleteNamespace"
 )
 
 // NamespaceServiceClient is the client API for NamespaceService service.
@@ -40,8 +41,13 @@ type NamespaceServiceClient interface {
 	ListNamespaces(ctx context.Context, in *ListNamespacesRequest, opts ...grpc.CallOption) (*ListNamespacesResponse, error)
 	// UpdateNamespace changes labels and limits.
 	UpdateNamespace(ctx context.Context, in *UpdateNamespaceRequest, opts ...grpc.CallOption) (*UpdateNamespaceResponse, error)
-	// DeleteNamespace marks a namespace deleted and erases it after seven days.
+	// DeleteNamespace marks a namespace deleted and erases it after seven days. Until then UndeleteNamespace takes it back.
+	// What is in a deleted namespace can be read by name and listed by its parent, is left out of namespaces/-, and can be
+	// deleted, not changed.
 	DeleteNamespace(ctx context.Context, in *DeleteNamespaceRequest, opts ...grpc.CallOption) (*DeleteNamespaceResponse, error)
+	// UndeleteNamespace takes a deletion back, as long as nothing has been erased. Subscriptions are as they were;
+	// deliveries that the deletion cancelled stay cancelled.
+	UndeleteNamespace(ctx context.Context, in *UndeleteNamespaceRequest, opts ...grpc.CallOption) (*UndeleteNamespaceResponse, error)
 }
 
 type namespaceServiceClient struct {
@@ -102,6 +108,16 @@ func (c *namespaceServiceClient) DeleteNamespace(ctx context.Context, in *Delete
 	return out, nil
 }
 
+func (c *namespaceServiceClient) UndeleteNamespace(ctx context.Context, in *UndeleteNamespaceRequest, opts ...grpc.CallOption) (*UndeleteNamespaceResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(UndeleteNamespaceResponse)
+	err := c.cc.Invoke(ctx, NamespaceService_UndeleteNamespace_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // NamespaceServiceServer is the server API for NamespaceService service.
 // All implementations must embed UnimplementedNamespaceServiceServer
 // for forward compatibility.
@@ -116,8 +132,13 @@ type NamespaceServiceServer interface {
 	ListNamespaces(context.Context, *ListNamespacesRequest) (*ListNamespacesResponse, error)
 	// UpdateNamespace changes labels and limits.
 	UpdateNamespace(context.Context, *UpdateNamespaceRequest) (*UpdateNamespaceResponse, error)
-	// DeleteNamespace marks a namespace deleted and erases it after seven days.
+	// DeleteNamespace marks a namespace deleted and erases it after seven days. Until then UndeleteNamespace takes it back.
+	// What is in a deleted namespace can be read by name and listed by its parent, is left out of namespaces/-, and can be
+	// deleted, not changed.
 	DeleteNamespace(context.Context, *DeleteNamespaceRequest) (*DeleteNamespaceResponse, error)
+	// UndeleteNamespace takes a deletion back, as long as nothing has been erased. Subscriptions are as they were;
+	// deliveries that the deletion cancelled stay cancelled.
+	UndeleteNamespace(context.Context, *UndeleteNamespaceRequest) (*UndeleteNamespaceResponse, error)
 	mustEmbedUnimplementedNamespaceServiceServer()
 }
 
@@ -142,6 +163,9 @@ func (UnimplementedNamespaceServiceServer) UpdateNamespace(context.Context, *Upd
 }
 func (UnimplementedNamespaceServiceServer) DeleteNamespace(context.Context, *DeleteNamespaceRequest) (*DeleteNamespaceResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method DeleteNamespace not implemented")
+}
+func (UnimplementedNamespaceServiceServer) UndeleteNamespace(context.Context, *UndeleteNamespaceRequest) (*UndeleteNamespaceResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method UndeleteNamespace not implemented")
 }
 func (UnimplementedNamespaceServiceServer) mustEmbedUnimplementedNamespaceServiceServer() {}
 func (UnimplementedNamespaceServiceServer) testEmbeddedByValue()                          {}
@@ -254,6 +278,24 @@ func _NamespaceService_DeleteNamespace_Handler(srv interface{}, ctx context.Cont
 	return interceptor(ctx, in, info, handler)
 }
 
+func _NamespaceService_UndeleteNamespace_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(UndeleteNamespaceRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(NamespaceServiceServer).UndeleteNamespace(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: NamespaceService_UndeleteNamespace_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(NamespaceServiceServer).UndeleteNamespace(ctx, req.(*UndeleteNamespaceRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // NamespaceService_ServiceDesc is the grpc.ServiceDesc for NamespaceService service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -280,6 +322,10 @@ var NamespaceService_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "DeleteNamespace",
 			Handler:    _NamespaceService_DeleteNamespace_Handler,
+		},
+		{
+			MethodName: "UndeleteNamespace",
+			Handler:    _NamespaceService_UndeleteNamespace_Handler,
 		},
 	},
 	Streams:  []grpc.StreamDesc{},

@@ -602,12 +602,13 @@ func (x *ListPluginsRequest) GetPageToken() string {
 	return ""
 }
 
-// ListPluginsResponse is a page in name order, without schemas and examples.
+// ListPluginsResponse is a page in name order, without schemas and examples. It may be short although more follow: a page
+// holds 3 MiB at most.
 type ListPluginsResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The page.
 	Plugins []*Plugin `protobuf:"bytes,1,rep,name=plugins,proto3" json:"plugins,omitempty"`
-	// Empty on the last page.
+	// Empty on the last page, and only there.
 	NextPageToken string `protobuf:"bytes,2,opt,name=next_page_token,json=nextPageToken,proto3" json:"next_page_token,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache

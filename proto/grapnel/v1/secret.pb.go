@@ -613,12 +613,13 @@ func (x *ListSecretsRequest) GetPageToken() string {
 	return ""
 }
 
-// ListSecretsResponse is a page in name order.
+// ListSecretsResponse is a page in name order. It may be short, or empty, although more follow: a call looks at a bounded
+// number of secrets, and a page holds 3 MiB at most.
 type ListSecretsResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The page.
 	Secrets []*Secret `protobuf:"bytes,1,rep,name=secrets,proto3" json:"secrets,omitempty"`
-	// Empty on the last page.
+	// Empty on the last page, and only there.
 	NextPageToken string `protobuf:"bytes,2,opt,name=next_page_token,json=nextPageToken,proto3" json:"next_page_token,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache

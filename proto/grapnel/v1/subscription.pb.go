@@ -206,9 +206,13 @@ type Subscription struct {
 	Labels map[string]string `protobuf:"bytes,4,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	// Where to deliver; the scheme picks the default transport plugin.
 	Uri string `protobuf:"bytes,5,opt,name=uri,proto3" json:"uri,omitempty"`
-	// Event type globs; * matches any run of characters. Empty matches every type.
+	// Event type globs; * matches any run of characters, every other character itself. Empty matches every type.
 	EventTypes []string `protobuf:"bytes,6,rep,name=event_types,json=eventTypes,proto3" json:"event_types,omitempty"`
 	// CEL expression over the variable event; empty means true. At most 2048 characters.
+	// Numbers of event.data without fraction and exponent are int (uint above 2^63-1) and exact, all others double;
+	// int and double compare by value, and arithmetic between them wants int(x) or double(x).
+	// A condition that cannot be evaluated for an event does not match it: see Event.condition_errors and
+	// SubscriptionStatus.
 	Condition string `protobuf:"bytes,7,opt,name=condition,proto3" json:"condition,omitempty"`
 	// Static headers added to each request; at most 32. Not for secrets.
 	Headers map[string]string `protobuf:"bytes,8,rep,name=headers,proto3" json:"headers,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
@@ -654,7 +658,7 @@ type CreateSubscriptionRequest struct {
 	SubscriptionId string `protobuf:"bytes,2,opt,name=subscription_id,json=subscriptionId,proto3" json:"subscription_id,omitempty"`
 	// Content; name, uid, state, times and etag are ignored.
 	Subscription *Subscription `protobuf:"bytes,3,opt,name=subscription,proto3" json:"subscription,omitempty"`
-	// UUID that makes the call idempotent for 24 hours.
+	// UUID that makes the call idempotent for 24 hours, or until the subscription that it made is deleted.
 	RequestId string `protobuf:"bytes,4,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
 	// Check everything and store nothing.
 	ValidateOnly  bool `protobuf:"varint,5,opt,name=validate_only,json=validateOnly,proto3" json:"validate_only,omitempty"`
@@ -832,7 +836,9 @@ func (x *GetSubscriptionRequest) GetName() string {
 type GetSubscriptionResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// As stored.
-	Subscription  *Subscription `protobuf:"bytes,1,opt,name=subscription,proto3" json:"subscription,omitempty"`
+	Subscription *Subscription `protobuf:"bytes,1,opt,name=subscription,proto3" json:"subscription,omitempty"`
+	// How it goes just now.
+	Status        *SubscriptionStatus `protobuf:"bytes,2,opt,name=status,proto3" json:"status,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -874,6 +880,167 @@ func (x *GetSubscriptionResponse) GetSubscription() *Subscription {
 	return nil
 }
 
+func (x *GetSubscriptionResponse) GetStatus() *SubscriptionStatus {
+	if x != nil {
+		return x.Status
+	}
+	return nil
+}
+
+// SubscriptionStatus says how deliveries go, on the node that answers.
+type SubscriptionStatus struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Attempts may start now.
+	Open bool `protobuf:"varint,1,opt,name=open,proto3" json:"open,omitempty"`
+	// Otherwise why not, for example "subscription paused", or a target that asked for a rest with Retry-After.
+	WaitReason string `protobuf:"bytes,2,opt,name=wait_reason,json=waitReason,proto3" json:"wait_reason,omitempty"`
+	// When that ends by itself; unset when it does not.
+	WaitUntil *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=wait_until,json=waitUntil,proto3" json:"wait_until,omitempty"`
+	// Since when attempts have failed without a success; unset when they do not.
+	FailingSince *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=failing_since,json=failingSince,proto3" json:"failing_since,omitempty"`
+	// When the target last took a delivery; unset when that was never, or long ago.
+	LastSuccessTime *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=last_success_time,json=lastSuccessTime,proto3" json:"last_success_time,omitempty"`
+	// The target hangs or takes long, so that fewer attempts to it run at a time.
+	Slow bool `protobuf:"varint,6,opt,name=slow,proto3" json:"slow,omitempty"`
+	// How long attempts take, a moving average; unset when it is not known.
+	Latency *durationpb.Duration `protobuf:"bytes,7,opt,name=latency,proto3" json:"latency,omitempty"`
+	// Attempts that are running.
+	InFlight int32 `protobuf:"varint,8,opt,name=in_flight,json=inFlight,proto3" json:"in_flight,omitempty"`
+	// Open deliveries.
+	OpenDeliveries int32 `protobuf:"varint,9,opt,name=open_deliveries,json=openDeliveries,proto3" json:"open_deliveries,omitempty"`
+	// Age of the oldest delivery that is due and not in flight.
+	OldestDueAge *durationpb.Duration `protobuf:"bytes,10,opt,name=oldest_due_age,json=oldestDueAge,proto3" json:"oldest_due_age,omitempty"`
+	// Events for which the condition could not be evaluated since it was set or the node started.
+	ConditionErrors int64 `protobuf:"varint,11,opt,name=condition_errors,json=conditionErrors,proto3" json:"condition_errors,omitempty"`
+	// The latest of these errors, 200 bytes at most. It may show parts of a payload.
+	LastConditionError string `protobuf:"bytes,12,opt,name=last_condition_error,json=lastConditionError,proto3" json:"last_condition_error,omitempty"`
+	// When that was.
+	LastConditionErrorTime *timestamppb.Timestamp `protobuf:"bytes,13,opt,name=last_condition_error_time,json=lastConditionErrorTime,proto3" json:"last_condition_error_time,omitempty"`
+	unknownFields          protoimpl.UnknownFields
+	sizeCache              protoimpl.SizeCache
+}
+
+func (x *SubscriptionStatus) Reset() {
+	*x = SubscriptionStatus{}
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SubscriptionStatus) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SubscriptionStatus) ProtoMessage() {}
+
+func (x *SubscriptionStatus) ProtoReflect() protoreflect.Message {
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SubscriptionStatus.ProtoReflect.Descriptor instead.
+func (*SubscriptionStatus) Descriptor() ([]byte, []int) {
+	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *SubscriptionStatus) GetOpen() bool {
+	if x != nil {
+		return x.Open
+	}
+	return false
+}
+
+func (x *SubscriptionStatus) GetWaitReason() string {
+	if x != nil {
+		return x.WaitReason
+	}
+	return ""
+}
+
+func (x *SubscriptionStatus) GetWaitUntil() *timestamppb.Timestamp {
+	if x != nil {
+		return x.WaitUntil
+	}
+	return nil
+}
+
+func (x *SubscriptionStatus) GetFailingSince() *timestamppb.Timestamp {
+	if x != nil {
+		return x.FailingSince
+	}
+	return nil
+}
+
+func (x *SubscriptionStatus) GetLastSuccessTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.LastSuccessTime
+	}
+	return nil
+}
+
+func (x *SubscriptionStatus) GetSlow() bool {
+	if x != nil {
+		return x.Slow
+	}
+	return false
+}
+
+func (x *SubscriptionStatus) GetLatency() *durationpb.Duration {
+	if x != nil {
+		return x.Latency
+	}
+	return nil
+}
+
+func (x *SubscriptionStatus) GetInFlight() int32 {
+	if x != nil {
+		return x.InFlight
+	}
+	return 0
+}
+
+func (x *SubscriptionStatus) GetOpenDeliveries() int32 {
+	if x != nil {
+		return x.OpenDeliveries
+	}
+	return 0
+}
+
+func (x *SubscriptionStatus) GetOldestDueAge() *durationpb.Duration {
+	if x != nil {
+		return x.OldestDueAge
+	}
+	return nil
+}
+
+func (x *SubscriptionStatus) GetConditionErrors() int64 {
+	if x != nil {
+		return x.ConditionErrors
+	}
+	return 0
+}
+
+func (x *SubscriptionStatus) GetLastConditionError() string {
+	if x != nil {
+		return x.LastConditionError
+	}
+	return ""
+}
+
+func (x *SubscriptionStatus) GetLastConditionErrorTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.LastConditionErrorTime
+	}
+	return nil
+}
+
 // ListSubscriptionsRequest asks for a page.
 type ListSubscriptionsRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -884,7 +1051,8 @@ type ListSubscriptionsRequest struct {
 	// From the previous page's next_page_token; the other fields must not change.
 	PageToken string `protobuf:"bytes,3,opt,name=page_token,json=pageToken,proto3" json:"page_token,omitempty"`
 	// Filter over: state, event_type (one of event_types as written, order.* for all that begin with
-	// order.), uri, labels.KEY, signer (one of signers), transport, create_time.
+	// order.), uri, labels.KEY, signer (one of signers), transport, secret (one of those that it uses, by name or id), uid,
+	// display_name, create_time.
 	Filter        string `protobuf:"bytes,4,opt,name=filter,proto3" json:"filter,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -892,7 +1060,7 @@ type ListSubscriptionsRequest struct {
 
 func (x *ListSubscriptionsRequest) Reset() {
 	*x = ListSubscriptionsRequest{}
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[8]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -904,7 +1072,7 @@ func (x *ListSubscriptionsRequest) String() string {
 func (*ListSubscriptionsRequest) ProtoMessage() {}
 
 func (x *ListSubscriptionsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[8]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -917,7 +1085,7 @@ func (x *ListSubscriptionsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSubscriptionsRequest.ProtoReflect.Descriptor instead.
 func (*ListSubscriptionsRequest) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{8}
+	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *ListSubscriptionsRequest) GetParent() string {
@@ -948,12 +1116,13 @@ func (x *ListSubscriptionsRequest) GetFilter() string {
 	return ""
 }
 
-// ListSubscriptionsResponse is a page in name order.
+// ListSubscriptionsResponse is a page in name order. It may be short, or empty, although more follow: a call looks at a
+// bounded number of subscriptions, and a page holds 3 MiB at most.
 type ListSubscriptionsResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The page.
 	Subscriptions []*Subscription `protobuf:"bytes,1,rep,name=subscriptions,proto3" json:"subscriptions,omitempty"`
-	// Empty on the last page.
+	// Empty on the last page, and only there.
 	NextPageToken string `protobuf:"bytes,2,opt,name=next_page_token,json=nextPageToken,proto3" json:"next_page_token,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -961,7 +1130,7 @@ type ListSubscriptionsResponse struct {
 
 func (x *ListSubscriptionsResponse) Reset() {
 	*x = ListSubscriptionsResponse{}
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[9]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -973,7 +1142,7 @@ func (x *ListSubscriptionsResponse) String() string {
 func (*ListSubscriptionsResponse) ProtoMessage() {}
 
 func (x *ListSubscriptionsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[9]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -986,7 +1155,7 @@ func (x *ListSubscriptionsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSubscriptionsResponse.ProtoReflect.Descriptor instead.
 func (*ListSubscriptionsResponse) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{9}
+	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *ListSubscriptionsResponse) GetSubscriptions() []*Subscription {
@@ -1008,7 +1177,10 @@ type UpdateSubscriptionRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Must have name; with etag set the call fails unless it is the current one.
 	Subscription *Subscription `protobuf:"bytes,1,opt,name=subscription,proto3" json:"subscription,omitempty"`
-	// Fields to replace. Unset: every field that is not empty in subscription. "*": all of them.
+	// Fields to replace, with dots into messages: retry_policy.max_attempts. Unset: every field that is not empty in
+	// subscription, on every level, so that what is not mentioned stays. "*": all of them. Lists, maps and config are
+	// replaced as a whole. Of retry_policy's two forms, schedule and backoff, the one that an update is not about gives
+	// way to the one that it is about.
 	UpdateMask *fieldmaskpb.FieldMask `protobuf:"bytes,2,opt,name=update_mask,json=updateMask,proto3" json:"update_mask,omitempty"`
 	// Create it when absent.
 	AllowMissing bool `protobuf:"varint,3,opt,name=allow_missing,json=allowMissing,proto3" json:"allow_missing,omitempty"`
@@ -1020,7 +1192,7 @@ type UpdateSubscriptionRequest struct {
 
 func (x *UpdateSubscriptionRequest) Reset() {
 	*x = UpdateSubscriptionRequest{}
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[10]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1032,7 +1204,7 @@ func (x *UpdateSubscriptionRequest) String() string {
 func (*UpdateSubscriptionRequest) ProtoMessage() {}
 
 func (x *UpdateSubscriptionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[10]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1045,7 +1217,7 @@ func (x *UpdateSubscriptionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateSubscriptionRequest.ProtoReflect.Descriptor instead.
 func (*UpdateSubscriptionRequest) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{10}
+	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *UpdateSubscriptionRequest) GetSubscription() *Subscription {
@@ -1089,7 +1261,7 @@ type UpdateSubscriptionResponse struct {
 
 func (x *UpdateSubscriptionResponse) Reset() {
 	*x = UpdateSubscriptionResponse{}
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[11]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1101,7 +1273,7 @@ func (x *UpdateSubscriptionResponse) String() string {
 func (*UpdateSubscriptionResponse) ProtoMessage() {}
 
 func (x *UpdateSubscriptionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[11]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1114,7 +1286,7 @@ func (x *UpdateSubscriptionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateSubscriptionResponse.ProtoReflect.Descriptor instead.
 func (*UpdateSubscriptionResponse) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{11}
+	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *UpdateSubscriptionResponse) GetSubscription() *Subscription {
@@ -1146,7 +1318,7 @@ type DeleteSubscriptionRequest struct {
 
 func (x *DeleteSubscriptionRequest) Reset() {
 	*x = DeleteSubscriptionRequest{}
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[12]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1158,7 +1330,7 @@ func (x *DeleteSubscriptionRequest) String() string {
 func (*DeleteSubscriptionRequest) ProtoMessage() {}
 
 func (x *DeleteSubscriptionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[12]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1171,7 +1343,7 @@ func (x *DeleteSubscriptionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteSubscriptionRequest.ProtoReflect.Descriptor instead.
 func (*DeleteSubscriptionRequest) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{12}
+	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *DeleteSubscriptionRequest) GetName() string {
@@ -1206,7 +1378,7 @@ type DeleteSubscriptionResponse struct {
 
 func (x *DeleteSubscriptionResponse) Reset() {
 	*x = DeleteSubscriptionResponse{}
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[13]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1218,7 +1390,7 @@ func (x *DeleteSubscriptionResponse) String() string {
 func (*DeleteSubscriptionResponse) ProtoMessage() {}
 
 func (x *DeleteSubscriptionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[13]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1231,7 +1403,7 @@ func (x *DeleteSubscriptionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteSubscriptionResponse.ProtoReflect.Descriptor instead.
 func (*DeleteSubscriptionResponse) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{13}
+	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *DeleteSubscriptionResponse) GetCancelledDeliveries() int32 {
@@ -1247,14 +1419,16 @@ type PauseSubscriptionRequest struct {
 	// namespaces/{namespace}/subscriptions/{subscription}
 	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
 	// Shown as state_reason; at most 256 characters.
-	Reason        string `protobuf:"bytes,2,opt,name=reason,proto3" json:"reason,omitempty"`
+	Reason string `protobuf:"bytes,2,opt,name=reason,proto3" json:"reason,omitempty"`
+	// When set, must be current.
+	Etag          string `protobuf:"bytes,3,opt,name=etag,proto3" json:"etag,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *PauseSubscriptionRequest) Reset() {
 	*x = PauseSubscriptionRequest{}
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[14]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1266,7 +1440,7 @@ func (x *PauseSubscriptionRequest) String() string {
 func (*PauseSubscriptionRequest) ProtoMessage() {}
 
 func (x *PauseSubscriptionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[14]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1279,7 +1453,7 @@ func (x *PauseSubscriptionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PauseSubscriptionRequest.ProtoReflect.Descriptor instead.
 func (*PauseSubscriptionRequest) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{14}
+	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *PauseSubscriptionRequest) GetName() string {
@@ -1296,6 +1470,13 @@ func (x *PauseSubscriptionRequest) GetReason() string {
 	return ""
 }
 
+func (x *PauseSubscriptionRequest) GetEtag() string {
+	if x != nil {
+		return x.Etag
+	}
+	return ""
+}
+
 // PauseSubscriptionResponse is the result of PauseSubscription.
 type PauseSubscriptionResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -1307,7 +1488,7 @@ type PauseSubscriptionResponse struct {
 
 func (x *PauseSubscriptionResponse) Reset() {
 	*x = PauseSubscriptionResponse{}
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[15]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1319,7 +1500,7 @@ func (x *PauseSubscriptionResponse) String() string {
 func (*PauseSubscriptionResponse) ProtoMessage() {}
 
 func (x *PauseSubscriptionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[15]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1332,7 +1513,7 @@ func (x *PauseSubscriptionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PauseSubscriptionResponse.ProtoReflect.Descriptor instead.
 func (*PauseSubscriptionResponse) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{15}
+	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *PauseSubscriptionResponse) GetSubscription() *Subscription {
@@ -1346,14 +1527,16 @@ func (x *PauseSubscriptionResponse) GetSubscription() *Subscription {
 type ResumeSubscriptionRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// namespaces/{namespace}/subscriptions/{subscription}
-	Name          string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// When set, must be current.
+	Etag          string `protobuf:"bytes,2,opt,name=etag,proto3" json:"etag,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ResumeSubscriptionRequest) Reset() {
 	*x = ResumeSubscriptionRequest{}
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[16]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1365,7 +1548,7 @@ func (x *ResumeSubscriptionRequest) String() string {
 func (*ResumeSubscriptionRequest) ProtoMessage() {}
 
 func (x *ResumeSubscriptionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[16]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1378,12 +1561,19 @@ func (x *ResumeSubscriptionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResumeSubscriptionRequest.ProtoReflect.Descriptor instead.
 func (*ResumeSubscriptionRequest) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{16}
+	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *ResumeSubscriptionRequest) GetName() string {
 	if x != nil {
 		return x.Name
+	}
+	return ""
+}
+
+func (x *ResumeSubscriptionRequest) GetEtag() string {
+	if x != nil {
+		return x.Etag
 	}
 	return ""
 }
@@ -1399,7 +1589,7 @@ type ResumeSubscriptionResponse struct {
 
 func (x *ResumeSubscriptionResponse) Reset() {
 	*x = ResumeSubscriptionResponse{}
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[17]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1411,7 +1601,7 @@ func (x *ResumeSubscriptionResponse) String() string {
 func (*ResumeSubscriptionResponse) ProtoMessage() {}
 
 func (x *ResumeSubscriptionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[17]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1424,7 +1614,7 @@ func (x *ResumeSubscriptionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResumeSubscriptionResponse.ProtoReflect.Descriptor instead.
 func (*ResumeSubscriptionResponse) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{17}
+	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *ResumeSubscriptionResponse) GetSubscription() *Subscription {
@@ -1447,7 +1637,7 @@ type TestSubscriptionRequest struct {
 
 func (x *TestSubscriptionRequest) Reset() {
 	*x = TestSubscriptionRequest{}
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[18]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1459,7 +1649,7 @@ func (x *TestSubscriptionRequest) String() string {
 func (*TestSubscriptionRequest) ProtoMessage() {}
 
 func (x *TestSubscriptionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[18]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1472,7 +1662,7 @@ func (x *TestSubscriptionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TestSubscriptionRequest.ProtoReflect.Descriptor instead.
 func (*TestSubscriptionRequest) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{18}
+	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *TestSubscriptionRequest) GetName() string {
@@ -1501,7 +1691,7 @@ type TestSubscriptionResponse struct {
 
 func (x *TestSubscriptionResponse) Reset() {
 	*x = TestSubscriptionResponse{}
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[19]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1513,7 +1703,7 @@ func (x *TestSubscriptionResponse) String() string {
 func (*TestSubscriptionResponse) ProtoMessage() {}
 
 func (x *TestSubscriptionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[19]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1526,7 +1716,7 @@ func (x *TestSubscriptionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TestSubscriptionResponse.ProtoReflect.Descriptor instead.
 func (*TestSubscriptionResponse) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{19}
+	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *TestSubscriptionResponse) GetAttempt() *Attempt {
@@ -1541,15 +1731,15 @@ var File_grapnel_v1_subscription_proto protoreflect.FileDescriptor
 const file_grapnel_v1_subscription_proto_rawDesc = "" +
 	"\n" +
 	"\x1dgrapnel/v1/subscription.proto\x12\n" +
-	"grapnel.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17grapnel/v1/common.proto\x1a\x19grapnel/v1/delivery.proto\x1a\x16grapnel/v1/event.proto\"\xc4\v\n" +
+	"grapnel.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17grapnel/v1/common.proto\x1a\x19grapnel/v1/delivery.proto\x1a\x16grapnel/v1/event.proto\"\xc7\v\n" +
 	"\fSubscription\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x10\n" +
 	"\x03uid\x18\x02 \x01(\tR\x03uid\x12*\n" +
 	"\fdisplay_name\x18\x03 \x01(\tB\a\xbaH\x04r\x02\x18?R\vdisplayName\x12T\n" +
 	"\x06labels\x18\x04 \x03(\v2$.grapnel.v1.Subscription.LabelsEntryB\x16\xbaH\x13\x9a\x01\x10\x10@\"\x06r\x04\x10\x01\x18?*\x04r\x02\x18?R\x06labels\x12\x1a\n" +
-	"\x03uri\x18\x05 \x01(\tB\b\xbaH\x05r\x03\x18\x80\x10R\x03uri\x12\xd9\x01\n" +
-	"\vevent_types\x18\x06 \x03(\tB\xb7\x01\xbaH\xb3\x01\x92\x01\xaf\x01\x10@\x18\x01\"\xa8\x01\xba\x01\x9d\x01\n" +
-	"\x0fevent_type_glob\x12fmust be letters, digits, dots, underscores and hyphens, with * for any run of characters, like order.*\x1a\"this.matches('^[A-Za-z0-9._*-]*$')r\x05\x10\x01\x18\x80\x01R\n" +
+	"\x03uri\x18\x05 \x01(\tB\b\xbaH\x05r\x03\x18\x80\x10R\x03uri\x12\xdc\x01\n" +
+	"\vevent_types\x18\x06 \x03(\tB\xba\x01\xbaH\xb6\x01\x92\x01\xb2\x01\x10@\x18\x01\"\xab\x01\xba\x01\xa0\x01\n" +
+	"\x0fevent_type_glob\x12Rmust be free of control characters, with * for any run of characters, like order.*\x1a9this.matches(r'^[^\\x{0000}-\\x{001f}\\x{007f}-\\x{009f}]*$')r\x05\x10\x01\x18\x80\x01R\n" +
 	"eventTypes\x12&\n" +
 	"\tcondition\x18\a \x01(\tB\b\xbaH\x05r\x03\x18\x80\x10R\tcondition\x12I\n" +
 	"\aheaders\x18\b \x03(\v2%.grapnel.v1.Subscription.HeadersEntryB\b\xbaH\x05\x9a\x01\x02\x10 R\aheaders\x12=\n" +
@@ -1626,9 +1816,27 @@ const file_grapnel_v1_subscription_proto_rawDesc = "" +
 	"\bwarnings\x18\x02 \x03(\tR\bwarnings\"\xd4\x01\n" +
 	"\x16GetSubscriptionRequest\x12\xb9\x01\n" +
 	"\x04name\x18\x01 \x01(\tB\xa4\x01\xbaH\xa0\x01\xba\x01\x9c\x01\n" +
-	"\x11subscription_name\x121must look like namespaces/NAME/subscriptions/NAME\x1aTthis.matches('^namespaces/[a-z][a-z0-9-]{0,62}/subscriptions/[a-z][a-z0-9-]{0,62}$')R\x04name\"W\n" +
+	"\x11subscription_name\x121must look like namespaces/NAME/subscriptions/NAME\x1aTthis.matches('^namespaces/[a-z][a-z0-9-]{0,62}/subscriptions/[a-z][a-z0-9-]{0,62}$')R\x04name\"\x8f\x01\n" +
 	"\x17GetSubscriptionResponse\x12<\n" +
-	"\fsubscription\x18\x01 \x01(\v2\x18.grapnel.v1.SubscriptionR\fsubscription\"\xa7\x02\n" +
+	"\fsubscription\x18\x01 \x01(\v2\x18.grapnel.v1.SubscriptionR\fsubscription\x126\n" +
+	"\x06status\x18\x02 \x01(\v2\x1e.grapnel.v1.SubscriptionStatusR\x06status\"\x96\x05\n" +
+	"\x12SubscriptionStatus\x12\x12\n" +
+	"\x04open\x18\x01 \x01(\bR\x04open\x12\x1f\n" +
+	"\vwait_reason\x18\x02 \x01(\tR\n" +
+	"waitReason\x129\n" +
+	"\n" +
+	"wait_until\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\twaitUntil\x12?\n" +
+	"\rfailing_since\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\ffailingSince\x12F\n" +
+	"\x11last_success_time\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\x0flastSuccessTime\x12\x12\n" +
+	"\x04slow\x18\x06 \x01(\bR\x04slow\x123\n" +
+	"\alatency\x18\a \x01(\v2\x19.google.protobuf.DurationR\alatency\x12\x1b\n" +
+	"\tin_flight\x18\b \x01(\x05R\binFlight\x12'\n" +
+	"\x0fopen_deliveries\x18\t \x01(\x05R\x0eopenDeliveries\x12?\n" +
+	"\x0eoldest_due_age\x18\n" +
+	" \x01(\v2\x19.google.protobuf.DurationR\foldestDueAge\x12)\n" +
+	"\x10condition_errors\x18\v \x01(\x03R\x0fconditionErrors\x125\n" +
+	"\x14last_condition_error\x18\f \x01(\tB\x03\x80\x01\x01R\x12lastConditionError\x12U\n" +
+	"\x19last_condition_error_time\x18\r \x01(\v2\x1a.google.protobuf.TimestampR\x16lastConditionErrorTime\"\xa7\x02\n" +
 	"\x18ListSubscriptionsRequest\x12\xa3\x01\n" +
 	"\x06parent\x18\x01 \x01(\tB\x8a\x01\xbaH\x86\x01\xba\x01\x82\x01\n" +
 	"\x10namespace_or_all\x127must look like namespaces/NAME, or namespaces/- for all\x1a5this.matches('^namespaces/(-|[a-z][a-z0-9-]{0,62})$')R\x06parent\x12$\n" +
@@ -1654,16 +1862,18 @@ const file_grapnel_v1_subscription_proto_rawDesc = "" +
 	"\x04etag\x18\x02 \x01(\tR\x04etag\x12#\n" +
 	"\rallow_missing\x18\x03 \x01(\bR\fallowMissing\"O\n" +
 	"\x1aDeleteSubscriptionResponse\x121\n" +
-	"\x14cancelled_deliveries\x18\x01 \x01(\x05R\x13cancelledDeliveries\"\xf8\x01\n" +
+	"\x14cancelled_deliveries\x18\x01 \x01(\x05R\x13cancelledDeliveries\"\x8c\x02\n" +
 	"\x18PauseSubscriptionRequest\x12\xb9\x01\n" +
 	"\x04name\x18\x01 \x01(\tB\xa4\x01\xbaH\xa0\x01\xba\x01\x9c\x01\n" +
 	"\x11subscription_name\x121must look like namespaces/NAME/subscriptions/NAME\x1aTthis.matches('^namespaces/[a-z][a-z0-9-]{0,62}/subscriptions/[a-z][a-z0-9-]{0,62}$')R\x04name\x12 \n" +
-	"\x06reason\x18\x02 \x01(\tB\b\xbaH\x05r\x03\x18\x80\x02R\x06reason\"Y\n" +
+	"\x06reason\x18\x02 \x01(\tB\b\xbaH\x05r\x03\x18\x80\x02R\x06reason\x12\x12\n" +
+	"\x04etag\x18\x03 \x01(\tR\x04etag\"Y\n" +
 	"\x19PauseSubscriptionResponse\x12<\n" +
-	"\fsubscription\x18\x01 \x01(\v2\x18.grapnel.v1.SubscriptionR\fsubscription\"\xd7\x01\n" +
+	"\fsubscription\x18\x01 \x01(\v2\x18.grapnel.v1.SubscriptionR\fsubscription\"\xeb\x01\n" +
 	"\x19ResumeSubscriptionRequest\x12\xb9\x01\n" +
 	"\x04name\x18\x01 \x01(\tB\xa4\x01\xbaH\xa0\x01\xba\x01\x9c\x01\n" +
-	"\x11subscription_name\x121must look like namespaces/NAME/subscriptions/NAME\x1aTthis.matches('^namespaces/[a-z][a-z0-9-]{0,62}/subscriptions/[a-z][a-z0-9-]{0,62}$')R\x04name\"Z\n" +
+	"\x11subscription_name\x121must look like namespaces/NAME/subscriptions/NAME\x1aTthis.matches('^namespaces/[a-z][a-z0-9-]{0,62}/subscriptions/[a-z][a-z0-9-]{0,62}$')R\x04name\x12\x12\n" +
+	"\x04etag\x18\x02 \x01(\tR\x04etag\"Z\n" +
 	"\x1aResumeSubscriptionResponse\x12<\n" +
 	"\fsubscription\x18\x01 \x01(\v2\x18.grapnel.v1.SubscriptionR\fsubscription\"\xfe\x01\n" +
 	"\x17TestSubscriptionRequest\x12\xb9\x01\n" +
@@ -1695,7 +1905,7 @@ func file_grapnel_v1_subscription_proto_rawDescGZIP() []byte {
 }
 
 var file_grapnel_v1_subscription_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_grapnel_v1_subscription_proto_msgTypes = make([]protoimpl.MessageInfo, 22)
+var file_grapnel_v1_subscription_proto_msgTypes = make([]protoimpl.MessageInfo, 23)
 var file_grapnel_v1_subscription_proto_goTypes = []any{
 	(Subscription_State)(0),            // 0: grapnel.v1.Subscription.State
 	(PayloadShape_Format)(0),           // 1: grapnel.v1.PayloadShape.Format
@@ -1708,78 +1918,86 @@ var file_grapnel_v1_subscription_proto_goTypes = []any{
 	(*CreateSubscriptionResponse)(nil), // 8: grapnel.v1.CreateSubscriptionResponse
 	(*GetSubscriptionRequest)(nil),     // 9: grapnel.v1.GetSubscriptionRequest
 	(*GetSubscriptionResponse)(nil),    // 10: grapnel.v1.GetSubscriptionResponse
-	(*ListSubscriptionsRequest)(nil),   // 11: grapnel.v1.ListSubscriptionsRequest
-	(*ListSubscriptionsResponse)(nil),  // 12: grapnel.v1.ListSubscriptionsResponse
-	(*UpdateSubscriptionRequest)(nil),  // 13: grapnel.v1.UpdateSubscriptionRequest
-	(*UpdateSubscriptionResponse)(nil), // 14: grapnel.v1.UpdateSubscriptionResponse
-	(*DeleteSubscriptionRequest)(nil),  // 15: grapnel.v1.DeleteSubscriptionRequest
-	(*DeleteSubscriptionResponse)(nil), // 16: grapnel.v1.DeleteSubscriptionResponse
-	(*PauseSubscriptionRequest)(nil),   // 17: grapnel.v1.PauseSubscriptionRequest
-	(*PauseSubscriptionResponse)(nil),  // 18: grapnel.v1.PauseSubscriptionResponse
-	(*ResumeSubscriptionRequest)(nil),  // 19: grapnel.v1.ResumeSubscriptionRequest
-	(*ResumeSubscriptionResponse)(nil), // 20: grapnel.v1.ResumeSubscriptionResponse
-	(*TestSubscriptionRequest)(nil),    // 21: grapnel.v1.TestSubscriptionRequest
-	(*TestSubscriptionResponse)(nil),   // 22: grapnel.v1.TestSubscriptionResponse
-	nil,                                // 23: grapnel.v1.Subscription.LabelsEntry
-	nil,                                // 24: grapnel.v1.Subscription.HeadersEntry
-	(*PluginBinding)(nil),              // 25: grapnel.v1.PluginBinding
-	(*durationpb.Duration)(nil),        // 26: google.protobuf.Duration
-	(*timestamppb.Timestamp)(nil),      // 27: google.protobuf.Timestamp
-	(*fieldmaskpb.FieldMask)(nil),      // 28: google.protobuf.FieldMask
-	(*Event)(nil),                      // 29: grapnel.v1.Event
-	(*Attempt)(nil),                    // 30: grapnel.v1.Attempt
+	(*SubscriptionStatus)(nil),         // 11: grapnel.v1.SubscriptionStatus
+	(*ListSubscriptionsRequest)(nil),   // 12: grapnel.v1.ListSubscriptionsRequest
+	(*ListSubscriptionsResponse)(nil),  // 13: grapnel.v1.ListSubscriptionsResponse
+	(*UpdateSubscriptionRequest)(nil),  // 14: grapnel.v1.UpdateSubscriptionRequest
+	(*UpdateSubscriptionResponse)(nil), // 15: grapnel.v1.UpdateSubscriptionResponse
+	(*DeleteSubscriptionRequest)(nil),  // 16: grapnel.v1.DeleteSubscriptionRequest
+	(*DeleteSubscriptionResponse)(nil), // 17: grapnel.v1.DeleteSubscriptionResponse
+	(*PauseSubscriptionRequest)(nil),   // 18: grapnel.v1.PauseSubscriptionRequest
+	(*PauseSubscriptionResponse)(nil),  // 19: grapnel.v1.PauseSubscriptionResponse
+	(*ResumeSubscriptionRequest)(nil),  // 20: grapnel.v1.ResumeSubscriptionRequest
+	(*ResumeSubscriptionResponse)(nil), // 21: grapnel.v1.ResumeSubscriptionResponse
+	(*TestSubscriptionRequest)(nil),    // 22: grapnel.v1.TestSubscriptionRequest
+	(*TestSubscriptionResponse)(nil),   // 23: grapnel.v1.TestSubscriptionResponse
+	nil,                                // 24: grapnel.v1.Subscription.LabelsEntry
+	nil,                                // 25: grapnel.v1.Subscription.HeadersEntry
+	(*PluginBinding)(nil),              // 26: grapnel.v1.PluginBinding
+	(*durationpb.Duration)(nil),        // 27: google.protobuf.Duration
+	(*timestamppb.Timestamp)(nil),      // 28: google.protobuf.Timestamp
+	(*fieldmaskpb.FieldMask)(nil),      // 29: google.protobuf.FieldMask
+	(*Event)(nil),                      // 30: grapnel.v1.Event
+	(*Attempt)(nil),                    // 31: grapnel.v1.Attempt
 }
 var file_grapnel_v1_subscription_proto_depIdxs = []int32{
-	23, // 0: grapnel.v1.Subscription.labels:type_name -> grapnel.v1.Subscription.LabelsEntry
-	24, // 1: grapnel.v1.Subscription.headers:type_name -> grapnel.v1.Subscription.HeadersEntry
-	25, // 2: grapnel.v1.Subscription.signers:type_name -> grapnel.v1.PluginBinding
-	25, // 3: grapnel.v1.Subscription.transport:type_name -> grapnel.v1.PluginBinding
-	26, // 4: grapnel.v1.Subscription.attempt_timeout:type_name -> google.protobuf.Duration
+	24, // 0: grapnel.v1.Subscription.labels:type_name -> grapnel.v1.Subscription.LabelsEntry
+	25, // 1: grapnel.v1.Subscription.headers:type_name -> grapnel.v1.Subscription.HeadersEntry
+	26, // 2: grapnel.v1.Subscription.signers:type_name -> grapnel.v1.PluginBinding
+	26, // 3: grapnel.v1.Subscription.transport:type_name -> grapnel.v1.PluginBinding
+	27, // 4: grapnel.v1.Subscription.attempt_timeout:type_name -> google.protobuf.Duration
 	5,  // 5: grapnel.v1.Subscription.retry_policy:type_name -> grapnel.v1.RetryPolicy
 	6,  // 6: grapnel.v1.Subscription.failure_policy:type_name -> grapnel.v1.FailurePolicy
 	0,  // 7: grapnel.v1.Subscription.state:type_name -> grapnel.v1.Subscription.State
-	27, // 8: grapnel.v1.Subscription.create_time:type_name -> google.protobuf.Timestamp
-	27, // 9: grapnel.v1.Subscription.update_time:type_name -> google.protobuf.Timestamp
+	28, // 8: grapnel.v1.Subscription.create_time:type_name -> google.protobuf.Timestamp
+	28, // 9: grapnel.v1.Subscription.update_time:type_name -> google.protobuf.Timestamp
 	4,  // 10: grapnel.v1.Subscription.payload_shape:type_name -> grapnel.v1.PayloadShape
 	1,  // 11: grapnel.v1.PayloadShape.format:type_name -> grapnel.v1.PayloadShape.Format
 	2,  // 12: grapnel.v1.PayloadShape.compression:type_name -> grapnel.v1.PayloadShape.Compression
-	26, // 13: grapnel.v1.RetryPolicy.initial_backoff:type_name -> google.protobuf.Duration
-	26, // 14: grapnel.v1.RetryPolicy.max_backoff:type_name -> google.protobuf.Duration
-	26, // 15: grapnel.v1.RetryPolicy.max_age:type_name -> google.protobuf.Duration
-	26, // 16: grapnel.v1.RetryPolicy.schedule:type_name -> google.protobuf.Duration
-	26, // 17: grapnel.v1.FailurePolicy.disable_after:type_name -> google.protobuf.Duration
+	27, // 13: grapnel.v1.RetryPolicy.initial_backoff:type_name -> google.protobuf.Duration
+	27, // 14: grapnel.v1.RetryPolicy.max_backoff:type_name -> google.protobuf.Duration
+	27, // 15: grapnel.v1.RetryPolicy.max_age:type_name -> google.protobuf.Duration
+	27, // 16: grapnel.v1.RetryPolicy.schedule:type_name -> google.protobuf.Duration
+	27, // 17: grapnel.v1.FailurePolicy.disable_after:type_name -> google.protobuf.Duration
 	3,  // 18: grapnel.v1.CreateSubscriptionRequest.subscription:type_name -> grapnel.v1.Subscription
 	3,  // 19: grapnel.v1.CreateSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
 	3,  // 20: grapnel.v1.GetSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
-	3,  // 21: grapnel.v1.ListSubscriptionsResponse.subscriptions:type_name -> grapnel.v1.Subscription
-	3,  // 22: grapnel.v1.UpdateSubscriptionRequest.subscription:type_name -> grapnel.v1.Subscription
-	28, // 23: grapnel.v1.UpdateSubscriptionRequest.update_mask:type_name -> google.protobuf.FieldMask
-	3,  // 24: grapnel.v1.UpdateSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
-	3,  // 25: grapnel.v1.PauseSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
-	3,  // 26: grapnel.v1.ResumeSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
-	29, // 27: grapnel.v1.TestSubscriptionRequest.event:type_name -> grapnel.v1.Event
-	30, // 28: grapnel.v1.TestSubscriptionResponse.attempt:type_name -> grapnel.v1.Attempt
-	7,  // 29: grapnel.v1.SubscriptionService.CreateSubscription:input_type -> grapnel.v1.CreateSubscriptionRequest
-	9,  // 30: grapnel.v1.SubscriptionService.GetSubscription:input_type -> grapnel.v1.GetSubscriptionRequest
-	11, // 31: grapnel.v1.SubscriptionService.ListSubscriptions:input_type -> grapnel.v1.ListSubscriptionsRequest
-	13, // 32: grapnel.v1.SubscriptionService.UpdateSubscription:input_type -> grapnel.v1.UpdateSubscriptionRequest
-	15, // 33: grapnel.v1.SubscriptionService.DeleteSubscription:input_type -> grapnel.v1.DeleteSubscriptionRequest
-	17, // 34: grapnel.v1.SubscriptionService.PauseSubscription:input_type -> grapnel.v1.PauseSubscriptionRequest
-	19, // 35: grapnel.v1.SubscriptionService.ResumeSubscription:input_type -> grapnel.v1.ResumeSubscriptionRequest
-	21, // 36: grapnel.v1.SubscriptionService.TestSubscription:input_type -> grapnel.v1.TestSubscriptionRequest
-	8,  // 37: grapnel.v1.SubscriptionService.CreateSubscription:output_type -> grapnel.v1.CreateSubscriptionResponse
-	10, // 38: grapnel.v1.SubscriptionService.GetSubscription:output_type -> grapnel.v1.GetSubscriptionResponse
-	12, // 39: grapnel.v1.SubscriptionService.ListSubscriptions:output_type -> grapnel.v1.ListSubscriptionsResponse
-	14, // 40: grapnel.v1.SubscriptionService.UpdateSubscription:output_type -> grapnel.v1.UpdateSubscriptionResponse
-	16, // 41: grapnel.v1.SubscriptionService.DeleteSubscription:output_type -> grapnel.v1.DeleteSubscriptionResponse
-	18, // 42: grapnel.v1.SubscriptionService.PauseSubscription:output_type -> grapnel.v1.PauseSubscriptionResponse
-	20, // 43: grapnel.v1.SubscriptionService.ResumeSubscription:output_type -> grapnel.v1.ResumeSubscriptionResponse
-	22, // 44: grapnel.v1.SubscriptionService.TestSubscription:output_type -> grapnel.v1.TestSubscriptionResponse
-	37, // [37:45] is the sub-list for method output_type
-	29, // [29:37] is the sub-list for method input_type
-	29, // [29:29] is the sub-list for extension type_name
-	29, // [29:29] is the sub-list for extension extendee
-	0,  // [0:29] is the sub-list for field type_name
+	11, // 21: grapnel.v1.GetSubscriptionResponse.status:type_name -> grapnel.v1.SubscriptionStatus
+	28, // 22: grapnel.v1.SubscriptionStatus.wait_until:type_name -> google.protobuf.Timestamp
+	28, // 23: grapnel.v1.SubscriptionStatus.failing_since:type_name -> google.protobuf.Timestamp
+	28, // 24: grapnel.v1.SubscriptionStatus.last_success_time:type_name -> google.protobuf.Timestamp
+	27, // 25: grapnel.v1.SubscriptionStatus.latency:type_name -> google.protobuf.Duration
+	27, // 26: grapnel.v1.SubscriptionStatus.oldest_due_age:type_name -> google.protobuf.Duration
+	28, // 27: grapnel.v1.SubscriptionStatus.last_condition_error_time:type_name -> google.protobuf.Timestamp
+	3,  // 28: grapnel.v1.ListSubscriptionsResponse.subscriptions:type_name -> grapnel.v1.Subscription
+	3,  // 29: grapnel.v1.UpdateSubscriptionRequest.subscription:type_name -> grapnel.v1.Subscription
+	29, // 30: grapnel.v1.UpdateSubscriptionRequest.update_mask:type_name -> google.protobuf.FieldMask
+	3,  // 31: grapnel.v1.UpdateSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
+	3,  // 32: grapnel.v1.PauseSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
+	3,  // 33: grapnel.v1.ResumeSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
+	30, // 34: grapnel.v1.TestSubscriptionRequest.event:type_name -> grapnel.v1.Event
+	31, // 35: grapnel.v1.TestSubscriptionResponse.attempt:type_name -> grapnel.v1.Attempt
+	7,  // 36: grapnel.v1.SubscriptionService.CreateSubscription:input_type -> grapnel.v1.CreateSubscriptionRequest
+	9,  // 37: grapnel.v1.SubscriptionService.GetSubscription:input_type -> grapnel.v1.GetSubscriptionRequest
+	12, // 38: grapnel.v1.SubscriptionService.ListSubscriptions:input_type -> grapnel.v1.ListSubscriptionsRequest
+	14, // 39: grapnel.v1.SubscriptionService.UpdateSubscription:input_type -> grapnel.v1.UpdateSubscriptionRequest
+	16, // 40: grapnel.v1.SubscriptionService.DeleteSubscription:input_type -> grapnel.v1.DeleteSubscriptionRequest
+	18, // 41: grapnel.v1.SubscriptionService.PauseSubscription:input_type -> grapnel.v1.PauseSubscriptionRequest
+	20, // 42: grapnel.v1.SubscriptionService.ResumeSubscription:input_type -> grapnel.v1.ResumeSubscriptionRequest
+	22, // 43: grapnel.v1.SubscriptionService.TestSubscription:input_type -> grapnel.v1.TestSubscriptionRequest
+	8,  // 44: grapnel.v1.SubscriptionService.CreateSubscription:output_type -> grapnel.v1.CreateSubscriptionResponse
+	10, // 45: grapnel.v1.SubscriptionService.GetSubscription:output_type -> grapnel.v1.GetSubscriptionResponse
+	13, // 46: grapnel.v1.SubscriptionService.ListSubscriptions:output_type -> grapnel.v1.ListSubscriptionsResponse
+	15, // 47: grapnel.v1.SubscriptionService.UpdateSubscription:output_type -> grapnel.v1.UpdateSubscriptionResponse
+	17, // 48: grapnel.v1.SubscriptionService.DeleteSubscription:output_type -> grapnel.v1.DeleteSubscriptionResponse
+	19, // 49: grapnel.v1.SubscriptionService.PauseSubscription:output_type -> grapnel.v1.PauseSubscriptionResponse
+	21, // 50: grapnel.v1.SubscriptionService.ResumeSubscription:output_type -> grapnel.v1.ResumeSubscriptionResponse
+	23, // 51: grapnel.v1.SubscriptionService.TestSubscription:output_type -> grapnel.v1.TestSubscriptionResponse
+	44, // [44:52] is the sub-list for method output_type
+	36, // [36:44] is the sub-list for method input_type
+	36, // [36:36] is the sub-list for extension type_name
+	36, // [36:36] is the sub-list for extension extendee
+	0,  // [0:36] is the sub-list for field type_name
 }
 
 func init() { file_grapnel_v1_subscription_proto_init() }
@@ -1797,7 +2015,7 @@ func file_grapnel_v1_subscription_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_grapnel_v1_subscription_proto_rawDesc), len(file_grapnel_v1_subscription_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   22,
+			NumMessages:   23,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -50,7 +50,7 @@ type SubscriptionServiceClient interface {
 	// ResumeSubscription restarts attempts after a pause or an automatic disable.
 	ResumeSubscription(ctx context.Context, in *ResumeSubscriptionRequest, opts ...grpc.CallOption) (*ResumeSubscriptionResponse, error)
 	// TestSubscription makes one attempt now and returns it; nothing is stored or retried. At most one
-	// call a second for each subscription.
+	// call a second for each subscription. Without a deadline the call has 75 seconds, so that attempt_timeout fits.
 	TestSubscription(ctx context.Context, in *TestSubscriptionRequest, opts ...grpc.CallOption) (*TestSubscriptionResponse, error)
 }
 
@@ -163,7 +163,7 @@ type SubscriptionServiceServer interface {
 	// ResumeSubscription restarts attempts after a pause or an automatic disable.
 	ResumeSubscription(context.Context, *ResumeSubscriptionRequest) (*ResumeSubscriptionResponse, error)
 	// TestSubscription makes one attempt now and returns it; nothing is stored or retried. At most one
-	// call a second for each subscription.
+	// call a second for each subscription. Without a deadline the call has 75 seconds, so that attempt_timeout fits.
 	TestSubscription(context.Context, *TestSubscriptionRequest) (*TestSubscriptionResponse, error)
 	mustEmbedUnimplementedSubscriptionServiceServer()
 }

@@ -55,7 +55,7 @@ type Field[T any] struct {
 	// Time is a time; the zero time is before all others.
 	Time func(T) time.Time
 
-	// Values, for Text, are the names that exist; Prefix may stand before each.
+	// Values, for Text, are the names that exist, in whatever case they are given; Prefix may stand before each.
 	Values []string
 	Prefix string
 	// Canonical, for Text, may change a value before it is compared, for example a resource name into an

@@ -229,11 +229,11 @@ func (p *parser[T]) typed(r *restriction[T], name, text string, star bool, at in
 		}
 		return value{time: t}, nil
 	case f.Values != nil:
-		v := strings.TrimPrefix(text, f.Prefix)
-		if star || !slices.Contains(f.Values, v) {
+		known := slices.IndexFunc(f.Values, func(v string) bool { return strings.EqualFold(text, v) || strings.EqualFold(text, f.Prefix+v) })
+		if star || known < 0 {
 			return value{}, p.fail(at, name+" is one of "+strings.Join(f.Values, ", "))
 		}
-		return value{text: v}, nil
+		return value{text: f.Values[known]}, nil
 	case f.Canonical != nil:
 		v, err := f.Canonical(text)
 		if err != nil {

@@ -221,7 +221,11 @@ func Ask(ctx context.Context, plugin Plugin, in *pluginv1.Instance, field string
 		return nil, nil, fmt.Errorf("%w: validate: %s", ErrUnavailable, said(&secrets, err.Error()))
 	}
 	ds := diagnostics(&secrets, resp.GetDiagnostics(), func(pointer string) string { return fieldOf(field, pointer) })
-	return ds, resp.GetEmitsHeaders(), nil
+	var emits []string
+	for _, name := range resp.GetEmitsHeaders()[:min(len(resp.GetEmitsHeaders()), maxNames)] {
+		emits = append(emits, redact.Line(&secrets, name, maxName))
+	}
+	return ds, emits, nil
 }
 
 // said is the one door through which a plugin's text comes in here.

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"fmt"
 	"regexp"
+	"slices"
 	"strings"
 
 	"github.com/santhosh-tekuri/jsonschema/v6"
@@ -32,14 +33,47 @@ func (k *Kind) Emits() []string {
 	return k.Proto.GetTransport().GetMayAddHeaders()
 }
 
+// Bounds of what a plugin may say of a kind: it is kept, and listed.
+const (
+	maxDescription = 4 << 10
+	maxSchema      = 256 << 10
+	maxNames       = 64
+	maxName        = 128
+)
+
+// bounded says which part of a description is too much.
+func bounded(pk *pluginv1.Kind) error {
+	names := slices.Concat(pk.GetSigner().GetEmitsHeaders(), pk.GetTransport().GetMayAddHeaders(), pk.GetTransport().GetUriSchemes())
+	texts := []string{pk.GetDescription()}
+	for _, s := range pk.GetSecretSlots() {
+		names = append(names, s.GetName())
+		names = append(names, s.GetAlgorithms()...)
+		texts = append(texts, s.GetDescription(), s.GetFormat())
+	}
+	switch {
+	case len(pk.GetConfigSchema()) > maxSchema || len(pk.GetConfigExample()) > maxSchema:
+		return fmt.Errorf("its config schema or example is longer than %d bytes", maxSchema)
+	case slices.ContainsFunc(texts, func(s string) bool { return len(s) > maxDescription }):
+		return fmt.Errorf("one of its descriptions is longer than %d bytes", maxDescription)
+	case len(names) > maxNames:
+		return fmt.Errorf("it has more than %d headers, schemes, slots and algorithms", maxNames)
+	case slices.ContainsFunc(names, func(s string) bool { return len(s) > maxName }):
+		return fmt.Errorf("the name of one of its headers, schemes, slots or algorithms is longer than %d bytes", maxName)
+	}
+	return nil
+}
+
 // NewKind takes a description, or says what is wrong with it.
 func NewKind(pk *pluginv1.Kind) (*Kind, error) {
 	k := &Kind{ID: pk.GetId(), Proto: pk}
 	if !regexp.MustCompile(`^[a-z][a-z0-9-]{0,62}$`).MatchString(k.ID) {
-		return nil, fmt.Errorf("kind %q: the id must match ^[a-z][a-z0-9-]{0,62}$", k.ID)
+		return nil, fmt.Errorf("kind %.80q: the id must match ^[a-z][a-z0-9-]{0,62}$", k.ID)
 	}
 	if pk.GetSigner() == nil && pk.GetTransport() == nil {
 		return nil, fmt.Errorf("kind %q is neither signer nor transport", k.ID)
+	}
+	if err := bounded(pk); err != nil {
+		return nil, fmt.Errorf("kind %q: %w", k.ID, err)
 	}
 	if pk.GetConfigSchema() == "" {
 		return k, nil

@@ -64,7 +64,7 @@ func (d *Dirs) Make(dir string) error {
 	}
 	made, err := temporary(d.name, 0o700)
 	if err != nil {
-		return errors.Join(fmt.Errorf("make the directory for plugin sockets: %w", err), own)
+		return errors.Join(fmt.Errorf("make the directory for plugin sockets: %w; set TMPDIR to a directory that can be written", err), own)
 	}
 	d.own = made
 	return nil

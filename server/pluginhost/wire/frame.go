@@ -199,6 +199,9 @@ type Response struct {
 // maxPeer is the longest host:port that is taken.
 const maxPeer = 512
 
+// maxNote is the longest note that is taken.
+const maxNote = 512
+
 // Result is an AttemptResult; its text is its own.
 type Result struct {
 	Seq uint64
@@ -208,7 +211,9 @@ type Result struct {
 	Headers   []delivery.Header
 	Body      []byte
 	Truncated bool
-	Failure   *pluginv1.Failure
+	// Note is what was wrong behind the status.
+	Note    string
+	Failure *pluginv1.Failure
 	// Total is how long it took, as the plugin says.
 	Total time.Duration
 	Peer  string
@@ -276,6 +281,8 @@ func (r *Result) parseResponse(b []byte) error {
 			r.Body = append([]byte(nil), v...)
 		case 4:
 			r.Truncated = r.Truncated || x != 0
+		case 5:
+			r.Note = valid(v[:min(len(v), maxNote)])
 		}
 		return nil
 	})

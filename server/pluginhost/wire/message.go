@@ -1,6 +1,7 @@
 package wire
 
 import (
+	"strings"
 	"time"
 
 	"google.golang.org/grpc"
@@ -69,6 +70,7 @@ func ResultOf(in *pluginv1.AttemptResult) Result {
 	if resp := in.GetResponse(); resp != nil {
 		r.Answered, r.Status, r.Headers = true, int(resp.GetStatus()), headersOf(resp.GetHeaders())
 		r.Body, r.Truncated = resp.GetBody(), resp.GetBodyTruncated()
+		r.Note = strings.ToValidUTF8(resp.GetNote()[:min(len(resp.GetNote()), maxNote)], "")
 		if len(r.Body) > MaxResponse {
 			r.Body, r.Truncated = r.Body[:MaxResponse], true
 		}

@@ -35,6 +35,8 @@ type Answer struct {
 	Body      []byte
 	Truncated bool   // of Body, or of what should have come before it
 	Peer      string // host:port
+	// Note says what was wrong behind the status; empty when nothing was.
+	Note string
 }
 
 // Error is a request without an answer.

@@ -3,6 +3,7 @@ package h1
 import (
 	"bytes"
 	"context"
+	"errors"
 	"io"
 	"math"
 	"net/http"
@@ -151,7 +152,7 @@ func (x *exchange) read(ctx context.Context) (*answer.Answer, error) {
 		if status == 0 {
 			return nil, err
 		}
-		return &answer.Answer{Status: status, Truncated: true, Peer: c.peer}, nil
+		return &answer.Answer{Status: status, Truncated: true, Peer: c.peer, Note: note(err)}, nil
 	}
 	a := &answer.Answer{Status: resp.StatusCode, Header: resp.Header, Peer: c.peer}
 	whole := true
@@ -207,6 +208,19 @@ func (x *exchange) readHead() (resp *http.Response, status int, err error) {
 			return resp, 0, nil
 		}
 	}
+}
+
+// note says what was wrong with a header behind its status line.
+func note(err error) string {
+	switch {
+	case errors.Is(err, ErrHeaderTooLarge):
+		return "the header behind the status is larger than 64 KiB"
+	case isTimeout(err):
+		return "the header behind the status did not come in time"
+	case ended(err):
+		return "the connection ended in the header behind the status"
+	}
+	return "the header behind the status cannot be read"
 }
 
 // hasten leaves a moment for the rest of a header whose status says yes, where it is not here yet.

@@ -617,9 +617,9 @@ func (x *SignerTraits) GetDeterministic() bool {
 // TransportTraits describes a transport.
 type TransportTraits struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// URI schemes it is the default for.
+	// URI schemes it is the default for, lower case. One that has a default already is refused at install.
 	UriSchemes []string `protobuf:"bytes,1,rep,name=uri_schemes,json=uriSchemes,proto3" json:"uri_schemes,omitempty"`
-	// Headers it may add after signing, lower case.
+	// Headers it may add after signing, lower case: all but host, content-length, transfer-encoding and connection.
 	MayAddHeaders []string `protobuf:"bytes,2,rep,name=may_add_headers,json=mayAddHeaders,proto3" json:"may_add_headers,omitempty"`
 	// Largest body it carries; 0 means no limit of its own.
 	MaxBodyBytes uint32 `protobuf:"varint,3,opt,name=max_body_bytes,json=maxBodyBytes,proto3" json:"max_body_bytes,omitempty"`
@@ -696,7 +696,8 @@ type Diagnostic struct {
 	Code string `protobuf:"bytes,2,opt,name=code,proto3" json:"code,omitempty"`
 	// What is wrong, what was given and what would be right. Never a secret value.
 	Summary string `protobuf:"bytes,3,opt,name=summary,proto3" json:"summary,omitempty"`
-	// RFC 6901 pointer: /config/..., /secrets/SLOT or /target/uri. Empty means the whole instance.
+	// RFC 6901 pointer: /config/..., /secrets/SLOT, /target/uri, /target/headers/NAME; in answers to
+	// PrepareSecret /value or /algorithm. Empty means the whole.
 	Pointer       string `protobuf:"bytes,4,opt,name=pointer,proto3" json:"pointer,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -765,9 +766,9 @@ type SecretVersion struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Rising number.
 	Version int32 `protobuf:"varint,1,opt,name=version,proto3" json:"version,omitempty"`
-	// The value as stored.
+	// The value as stored. Never to be logged or shown.
 	Value []byte `protobuf:"bytes,2,opt,name=value,proto3" json:"value,omitempty"`
-	// Not to be used after this; unset for the newest.
+	// Not to be used after this, by the clock of the plugin's machine; unset for the newest.
 	ExpireTime    *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=expire_time,json=expireTime,proto3" json:"expire_time,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1217,7 +1218,7 @@ type PrepareSecretRequest struct {
 	Kind string `protobuf:"bytes,1,opt,name=kind,proto3" json:"kind,omitempty"`
 	// SecretSlot.name.
 	Slot string `protobuf:"bytes,2,opt,name=slot,proto3" json:"slot,omitempty"`
-	// Value to check; empty asks for a new one.
+	// Value to check; empty asks for a new one. Never to be logged or shown.
 	Value []byte `protobuf:"bytes,3,opt,name=value,proto3" json:"value,omitempty"`
 	// What to make, one of SecretSlot.algorithms; empty means the first. Ignored with a value.
 	Algorithm     string `protobuf:"bytes,4,opt,name=algorithm,proto3" json:"algorithm,omitempty"`
@@ -1288,7 +1289,7 @@ type PrepareSecretResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// With an error among them the rest is empty.
 	Diagnostics []*Diagnostic `protobuf:"bytes,1,rep,name=diagnostics,proto3" json:"diagnostics,omitempty"`
-	// Canonical form.
+	// Canonical form. Never to be logged or shown.
 	Value []byte `protobuf:"bytes,2,opt,name=value,proto3" json:"value,omitempty"`
 	// What the key is for; empty when the scheme has no word for it.
 	Algorithm string `protobuf:"bytes,3,opt,name=algorithm,proto3" json:"algorithm,omitempty"`
@@ -1817,7 +1818,7 @@ type SignItem struct {
 	Content uint32 `protobuf:"varint,3,opt,name=content,proto3" json:"content,omitempty"`
 	// Time to sign with; signers read no clock.
 	Created *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=created,proto3" json:"created,omitempty"`
-	// 16 random bytes; signers draw none.
+	// 16 random bytes, always there; signers draw none.
 	Nonce []byte `protobuf:"bytes,5,opt,name=nonce,proto3" json:"nonce,omitempty"`
 	// Headers set by earlier signers.
 	Headers []*Header `protobuf:"bytes,6,rep,name=headers,proto3" json:"headers,omitempty"`
@@ -2270,7 +2271,7 @@ type Attempt struct {
 	Headers []*Header `protobuf:"bytes,9,rep,name=headers,proto3" json:"headers,omitempty"`
 	// Target changed by a signer; empty means the instance's.
 	Uri string `protobuf:"bytes,10,opt,name=uri,proto3" json:"uri,omitempty"`
-	// 16 random bytes for sign_here, when a signer asks for them.
+	// 16 random bytes, for sign_here, for the transport and for ownership_check; always there.
 	Nonce []byte `protobuf:"bytes,11,opt,name=nonce,proto3" json:"nonce,omitempty"`
 	// Ask the receiver whether it wants to be delivered to, in the way the instance's config says, instead of
 	// delivering. A 2xx response says that it does, or that the config asks for no such check. Sent only to
@@ -2925,6 +2926,8 @@ type Response struct {
 	Body []byte `protobuf:"bytes,3,opt,name=body,proto3" json:"body,omitempty"`
 	// Whether there was more.
 	BodyTruncated bool `protobuf:"varint,4,opt,name=body_truncated,json=bodyTruncated,proto3" json:"body_truncated,omitempty"`
+	// What was wrong behind the status, for people: a header that cannot be read, say. Empty when nothing was.
+	Note          string `protobuf:"bytes,5,opt,name=note,proto3" json:"note,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2985,6 +2988,13 @@ func (x *Response) GetBodyTruncated() bool {
 		return x.BodyTruncated
 	}
 	return false
+}
+
+func (x *Response) GetNote() string {
+	if x != nil {
+		return x.Note
+	}
+	return ""
 }
 
 // Failure is an attempt without an answer.
@@ -3261,7 +3271,7 @@ type ControlRequest_Heartbeat struct {
 }
 
 type ControlRequest_Drain struct {
-	// Take no more work on any stream.
+	// Take no more attempts on any stream; signers go on.
 	Drain *Drain `protobuf:"bytes,2,opt,name=drain,proto3,oneof"`
 }
 
@@ -3643,10 +3653,10 @@ const file_grapnel_plugin_v1_plugin_proto_rawDesc = "" +
 	"\bSeverity\x12\x18\n" +
 	"\x14SEVERITY_UNSPECIFIED\x10\x00\x12\x12\n" +
 	"\x0eSEVERITY_ERROR\x10\x01\x12\x14\n" +
-	"\x10SEVERITY_WARNING\x10\x02\"\x81\x01\n" +
+	"\x10SEVERITY_WARNING\x10\x02\"|\n" +
 	"\rSecretVersion\x12\x18\n" +
-	"\aversion\x18\x01 \x01(\x05R\aversion\x12\x19\n" +
-	"\x05value\x18\x02 \x01(\fB\x03\x80\x01\x01R\x05value\x12;\n" +
+	"\aversion\x18\x01 \x01(\x05R\aversion\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\fR\x05value\x12;\n" +
 	"\vexpire_time\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\n" +
 	"expireTime\"N\n" +
 	"\x0eSecretVersions\x12<\n" +
@@ -3678,15 +3688,15 @@ const file_grapnel_plugin_v1_plugin_proto_rawDesc = "" +
 	"\binstance\x18\x01 \x01(\v2\x1b.grapnel.plugin.v1.InstanceR\binstance\"x\n" +
 	"\x10ValidateResponse\x12?\n" +
 	"\vdiagnostics\x18\x01 \x03(\v2\x1d.grapnel.plugin.v1.DiagnosticR\vdiagnostics\x12#\n" +
-	"\remits_headers\x18\x02 \x03(\tR\femitsHeaders\"w\n" +
+	"\remits_headers\x18\x02 \x03(\tR\femitsHeaders\"r\n" +
 	"\x14PrepareSecretRequest\x12\x12\n" +
 	"\x04kind\x18\x01 \x01(\tR\x04kind\x12\x12\n" +
-	"\x04slot\x18\x02 \x01(\tR\x04slot\x12\x19\n" +
-	"\x05value\x18\x03 \x01(\fB\x03\x80\x01\x01R\x05value\x12\x1c\n" +
-	"\talgorithm\x18\x04 \x01(\tR\talgorithm\"\xd9\x01\n" +
+	"\x04slot\x18\x02 \x01(\tR\x04slot\x12\x14\n" +
+	"\x05value\x18\x03 \x01(\fR\x05value\x12\x1c\n" +
+	"\talgorithm\x18\x04 \x01(\tR\talgorithm\"\xd4\x01\n" +
 	"\x15PrepareSecretResponse\x12?\n" +
-	"\vdiagnostics\x18\x01 \x03(\v2\x1d.grapnel.plugin.v1.DiagnosticR\vdiagnostics\x12\x19\n" +
-	"\x05value\x18\x02 \x01(\fB\x03\x80\x01\x01R\x05value\x12\x1c\n" +
+	"\vdiagnostics\x18\x01 \x03(\v2\x1d.grapnel.plugin.v1.DiagnosticR\vdiagnostics\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\fR\x05value\x12\x1c\n" +
 	"\talgorithm\x18\x03 \x01(\tR\talgorithm\x12\x1d\n" +
 	"\n" +
 	"public_key\x18\x04 \x01(\tR\tpublicKey\x12\x10\n" +
@@ -3786,12 +3796,13 @@ const file_grapnel_plugin_v1_plugin_proto_rawDesc = "" +
 	"\btotal_us\x18\x04 \x01(\x03R\atotalUs\x12\x12\n" +
 	"\x04peer\x18\x05 \x01(\tR\x04peer\x12<\n" +
 	"\fsent_headers\x18\x06 \x03(\v2\x19.grapnel.plugin.v1.HeaderR\vsentHeadersB\t\n" +
-	"\aoutcome\"\x92\x01\n" +
+	"\aoutcome\"\xa6\x01\n" +
 	"\bResponse\x12\x16\n" +
 	"\x06status\x18\x01 \x01(\rR\x06status\x123\n" +
 	"\aheaders\x18\x02 \x03(\v2\x19.grapnel.plugin.v1.HeaderR\aheaders\x12\x12\n" +
 	"\x04body\x18\x03 \x01(\fR\x04body\x12%\n" +
-	"\x0ebody_truncated\x18\x04 \x01(\bR\rbodyTruncated\"\x99\x03\n" +
+	"\x0ebody_truncated\x18\x04 \x01(\bR\rbodyTruncated\x12\x12\n" +
+	"\x04note\x18\x05 \x01(\tR\x04note\"\x99\x03\n" +
 	"\aFailure\x129\n" +
 	"\x06source\x18\x01 \x01(\x0e2!.grapnel.plugin.v1.Failure.SourceR\x06source\x12\x12\n" +
 	"\x04code\x18\x02 \x01(\tR\x04code\x12\x18\n" +

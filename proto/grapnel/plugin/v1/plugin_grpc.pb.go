@@ -43,9 +43,10 @@ type PluginServiceClient interface {
 	// Validate checks one instance's config and secrets. Pure, no network.
 	Validate(ctx context.Context, in *ValidateRequest, opts ...grpc.CallOption) (*ValidateResponse, error)
 	// Configure is an idempotent upsert of instances by (id, generation). An older generation serves
-	// until the host stops naming its ref; an error diagnostic leaves it in place.
+	// until Remove names its ref; an error diagnostic leaves it in place.
 	Configure(ctx context.Context, in *ConfigureRequest, opts ...grpc.CallOption) (*ConfigureResponse, error)
-	// Remove forgets instances; attempts already accepted for them still end. Unknown refs are ignored.
+	// Remove forgets instances; attempts already accepted for them still end, and with the last of them goes
+	// what the instance held. Unknown refs are ignored.
 	Remove(ctx context.Context, in *RemoveRequest, opts ...grpc.CallOption) (*RemoveResponse, error)
 	// PrepareSecret checks a value for a secret slot, or makes one. Pure but for randomness; no network. A
 	// plugin offers it by the capability "secret.prepare".
@@ -137,9 +138,10 @@ type PluginServiceServer interface {
 	// Validate checks one instance's config and secrets. Pure, no network.
 	Validate(context.Context, *ValidateRequest) (*ValidateResponse, error)
 	// Configure is an idempotent upsert of instances by (id, generation). An older generation serves
-	// until the host stops naming its ref; an error diagnostic leaves it in place.
+	// until Remove names its ref; an error diagnostic leaves it in place.
 	Configure(context.Context, *ConfigureRequest) (*ConfigureResponse, error)
-	// Remove forgets instances; attempts already accepted for them still end. Unknown refs are ignored.
+	// Remove forgets instances; attempts already accepted for them still end, and with the last of them goes
+	// what the instance held. Unknown refs are ignored.
 	Remove(context.Context, *RemoveRequest) (*RemoveResponse, error)
 	// PrepareSecret checks a value for a secret slot, or makes one. Pure but for randomness; no network. A
 	// plugin offers it by the capability "secret.prepare".
