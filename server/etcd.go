@@ -155,8 +155,6 @@ func etcdConfig(o Options, dir string) *embed.Config {
 	cfg.AutoCompactionMode, cfg.AutoCompactionRetention = embed.CompactorModeRevision, "1000"
 	// It has no followers to catch up: what its log holds in memory is for nobody, and is replayed at start.
 	cfg.SnapshotCount, cfg.SnapshotCatchUpEntries = 2_000, 100
-	// Each commit of its file is two syncs of the disk that publishers wait for, too; until then its log has everything.
-	cfg.BackendBatchInterval = 2 * time.Second
 	cfg.MaxRequestBytes = 2 << 20
 	cfg.ZapLoggerBuilder = embed.NewZapLoggerBuilder(etcdLogger(o.Logger, dir))
 	return cfg
