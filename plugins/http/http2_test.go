@@ -269,6 +269,52 @@ func TestDrippingAnswersOverHTTP2(t *testing.T) {
 	}
 }
 
+// TestConnectionsWithoutRoomAreClosed: a receiver that takes no streams does not gather connections.
+func TestConnectionsWithoutRoomAreClosed(t *testing.T) {
+	ca := newAuthority(t)
+	c := client{tls: ca, roots: ca.roots, http2: true}
+	ended := make(chan struct{}, 100)
+	config := ca.config(t)
+	config.NextProtos = []string{"h2"}
+	lis, err := tls.Listen("tcp", "127.0.0.1:0", config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = lis.Close() })
+	go func() {
+		for {
+			c, err := lis.Accept()
+			if err != nil {
+				return
+			}
+			go func() {
+				frame(c, frameSettings, 0, 0, 0, 3, 0, 0, 0, 0) // MAX_CONCURRENT_STREAMS is 0
+				frames(c, func(uint32) {})
+				ended <- struct{}{}
+				_ = c.Close()
+			}()
+		}
+	}()
+	inst := c.instance(t, "https://"+lis.Addr().String()+"/", nil)
+	// Attempts come until one connection was closed, which is a while before idle ones are.
+	limit := within(t, 30*time.Second)
+	for {
+		ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
+		resp, err := inst.Attempt(ctx, event())
+		cancel()
+		if err == nil {
+			t.Fatalf("%v", resp)
+		}
+		select {
+		case <-ended:
+			return
+		case <-limit.Done():
+			t.Fatal("no connection was closed")
+		default:
+		}
+	}
+}
+
 // TestLargeResponseHeaders: what is handed on of a header is bounded in sum, and what retries depend on is in it.
 func TestLargeResponseHeaders(t *testing.T) {
 	everyVersion(t, func(t *testing.T, c client) {

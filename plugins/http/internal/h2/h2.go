@@ -6,6 +6,7 @@
 //   - what the server says it has not looked at (RFC 9113, sections 6.8 and 8.7: a stream behind GOAWAY, REFUSED_STREAM) is
 //     sent again within the request's time; and once, what was on a connection that had answered before and ended without
 //     an answer to it: servers close idle connections, and not all of them say so in time;
+//   - a connection that has no request and no room for one is closed, whatever the server says of how many it takes;
 //   - connections age, also busy ones, so that changes of DNS and of the egress policy are followed;
 //   - a request ends by its context's deadline, and its answer is bounded as answer says.
 package h2
@@ -32,6 +33,8 @@ const (
 	idleTimeout = time.Minute
 	readIdle    = 15 * time.Second
 	pingAnswer  = 10 * time.Second
+	// clearing is for how long a connection without requests may have no room for one.
+	clearing = time.Second
 	// maxTries bounds how often a request goes out that the server says it has not looked at; pause grows between them.
 	maxTries = 6
 	pause    = 10 * time.Millisecond
@@ -96,11 +99,18 @@ type conn struct {
 	used atomic.Bool
 	// answered says that it has carried an answer.
 	answered atomic.Bool
+
+	// users are the requests that have it, left is when the last one gave it back, and taken says that one ever had it.
+	// The origin's mutex guards them.
+	users int
+	left  time.Time
+	taken bool
 }
 
-// flight is one dial. err is set before done is closed.
+// flight is one dial. conn and err are set before done is closed.
 type flight struct {
 	done chan struct{}
+	conn *conn
 	err  error
 }
 
@@ -127,6 +137,9 @@ func (o *Origin) Do(ctx context.Context, r *Request) (*answer.Answer, error) {
 		got, err := e.do(ctx)
 		if err == nil {
 			c.answered.Store(true)
+		}
+		o.leave(c)
+		if err == nil {
 			return got, nil
 		}
 		failed := &answer.Error{Sent: e.wire.sent(), Peer: c.peer, Fresh: fresh, Err: meaning(err)}
@@ -171,7 +184,7 @@ func wait(ctx context.Context, try int) bool {
 
 // reserve returns a connection with room for a request, dialling where there is none.
 func (o *Origin) reserve(ctx context.Context) (*conn, error) {
-	for {
+	for barren := 0; ; {
 		c, f := o.join()
 		if c != nil {
 			return c, nil
@@ -184,7 +197,34 @@ func (o *Origin) reserve(ctx context.Context) (*conn, error) {
 		if f.err != nil {
 			return nil, f.err
 		}
+		if !o.barren(f.conn) {
+			continue
+		}
+		if barren++; barren >= maxTries || !wait(ctx, barren) {
+			return nil, &answer.Error{Peer: f.conn.peer, Fresh: true, Err: ErrRefused}
+		}
 	}
+}
+
+// barren reports whether a connection had no room from its beginning.
+func (o *Origin) barren(c *conn) bool {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return !c.taken && c.Available() == 0
+}
+
+// useless reports whether no request has the connection and none can have it. What net/http has yet to clear up behind
+// the last one is given its moment. The lock is held.
+func (c *conn) useless() bool {
+	return c.users == 0 && time.Since(c.left) > clearing && c.Available() == 0
+}
+
+// leave gives back what reserve has returned.
+func (o *Origin) leave(c *conn) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	c.users--
+	c.left = time.Now()
 }
 
 func (o *Origin) join() (*conn, *flight) {
@@ -201,6 +241,10 @@ func (o *Origin) join() (*conn, *flight) {
 			continue
 		case found == nil && c.Reserve() == nil:
 			found = c
+			found.users, found.taken = found.users+1, true
+		case c.useless():
+			go c.Close() //nolint:errcheck // there is nothing to lose in it
+			continue
 		}
 		kept = append(kept, c)
 	}
@@ -227,7 +271,7 @@ func (o *Origin) fly(f *flight) {
 	if err == nil {
 		o.conns = append(o.conns, c)
 	}
-	f.err, o.flight = err, nil
+	f.conn, f.err, o.flight = c, err, nil
 	close(f.done)
 }
 
@@ -246,7 +290,7 @@ func (o *Origin) begin(raw *tls.Conn) (*conn, error) {
 		_ = raw.Close()
 		return nil, &answer.Error{Peer: raw.RemoteAddr().String(), Fresh: true, Err: meaning(err)}
 	}
-	return &conn{ClientConn: client, peer: raw.RemoteAddr().String(), made: time.Now()}, nil
+	return &conn{ClientConn: client, peer: raw.RemoteAddr().String(), made: time.Now(), left: time.Now()}, nil
 }
 
 // retire closes the connection when what is under way on it has ended.
