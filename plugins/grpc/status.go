@@ -10,6 +10,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"github.com/grapnel/grapnel/plugins/internal/outbound"
 	"github.com/grapnel/grapnel/sdk/plugin"
 )
 
@@ -23,11 +24,7 @@ func response(st *status.Status, secret string, keep int, peer string) *plugin.R
 		return r
 	}
 	r.Headers = []plugin.Header{{Name: "grpc-status", Value: strconv.Itoa(int(st.Code()))}}
-	text := st.Message()
-	if secret != "" {
-		text = strings.ReplaceAll(text, secret, "[redacted]")
-	}
-	r.Body = []byte(text)
+	r.Body = []byte(outbound.Echo(st.Message(), []string{secret}, false))
 	if len(r.Body) > keep {
 		r.Body, r.Truncated = r.Body[:keep], true
 	}

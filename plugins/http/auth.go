@@ -1,23 +1,16 @@
 package httpplugin
 
 import (
-	"bytes"
 	"encoding/base64"
 	"errors"
 	"fmt"
-	"html"
 	"net/url"
-	"slices"
 	"strings"
 
 	"github.com/grapnel/grapnel/plugins/internal/outbound"
 	"github.com/grapnel/grapnel/plugins/oauth2"
 	"github.com/grapnel/grapnel/sdk/plugin"
 )
-
-// shortest is the length below which taking a value out of texts would tear ordinary words apart and
-// protect nothing.
-const shortest = 6
 
 // credential is what auth adds to each request of an instance.
 type credential struct {
@@ -28,7 +21,7 @@ type credential struct {
 	value string
 	// query is the parameter, encoded; empty unless the credential travels there.
 	query string
-	// hide are the forms in which a receiver may repeat it.
+	// hide are the values that a receiver may repeat.
 	hide []string
 	// tokens says where oauth2 gets them.
 	tokens *oauth2.Config
@@ -45,16 +38,16 @@ func newCredential(c Config) (credential, error) {
 	case authBasic:
 		password, err := newest(c.Password)
 		pair := base64.StdEncoding.EncodeToString([]byte(c.Auth.Username + ":" + password))
-		return credential{header: "authorization", value: "Basic " + pair, hide: forms(password, pair)}, err
+		return credential{header: "authorization", value: "Basic " + pair, hide: []string{password, pair}}, err
 	case authBearer:
 		token, err := newest(c.Token)
-		return credential{header: "authorization", value: "Bearer " + token, hide: forms(token)}, err
+		return credential{header: "authorization", value: "Bearer " + token, hide: []string{token}}, err
 	case authAPIKey:
 		key, err := newest(c.APIKey)
 		if c.Auth.In == "query" {
-			return credential{query: url.QueryEscape(c.Auth.Name) + "=" + url.QueryEscape(key), hide: forms(key)}, err
+			return credential{query: url.QueryEscape(c.Auth.Name) + "=" + url.QueryEscape(key), hide: []string{key}}, err
 		}
-		return credential{header: apiKeyHeader(c.Auth), value: key, hide: forms(key)}, err
+		return credential{header: apiKeyHeader(c.Auth), value: key, hide: []string{key}}, err
 	case authOAuth2:
 		return credential{header: "authorization", tokens: tokenConfig(c)}, nil
 	}
@@ -74,20 +67,6 @@ func tokenConfig(c Config) *oauth2.Config {
 		ClientSecret: c.ClientSecret, SigningKey: c.AssertionKey, AssertionAudience: c.Auth.AssertionAudience,
 		Scopes: c.Auth.Scopes, Audience: c.Auth.Audience, Params: c.Auth.Params,
 	}
-}
-
-// forms are how a receiver may write the values back.
-func forms(values ...string) []string {
-	var all []string
-	for _, v := range values {
-		if len(v) < shortest {
-			continue
-		}
-		all = append(all, v, url.QueryEscape(v), url.PathEscape(v), html.EscapeString(v))
-	}
-	// The longest first, lest a part of it is taken out before.
-	slices.SortFunc(all, func(a, b string) int { return len(b) - len(a) })
-	return slices.Compact(all)
 }
 
 // onWire is the target as it is requested, with what auth puts into the query. Its text stays the one that
@@ -111,33 +90,16 @@ func (i *instance) onWire(t *target) *target {
 func (i *instance) clean(resp *plugin.Response, token string) *plugin.Response {
 	hide := i.auth.hide
 	if token != "" {
-		hide = forms(token)
+		hide = []string{token}
 	}
 	if resp == nil || len(hide) == 0 {
 		return resp
 	}
-	for _, h := range hide {
-		for n := range resp.Headers {
-			resp.Headers[n].Value = strings.ReplaceAll(resp.Headers[n].Value, h, "[redacted]")
-		}
-		if bytes.Contains(resp.Body, []byte(h)) {
-			resp.Body = bytes.ReplaceAll(resp.Body, []byte(h), []byte("[redacted]"))
-		}
-		if resp.Truncated {
-			resp.Body = cutTail(resp.Body, h)
-		}
+	for n := range resp.Headers {
+		resp.Headers[n].Value = outbound.Echo(resp.Headers[n].Value, hide, false)
 	}
+	resp.Body = []byte(outbound.Echo(string(resp.Body), hide, resp.Truncated))
 	return resp
-}
-
-// cutTail takes away the beginning of h that a body was cut off in.
-func cutTail(body []byte, h string) []byte {
-	for n := min(len(h)-1, len(body)); n >= shortest; n-- {
-		if bytes.HasSuffix(body, []byte(h[:n])) {
-			return append(body[:len(body)-n:len(body)-n], "[redacted]"...)
-		}
-	}
-	return body
 }
 
 // checkAuth says what is missing for a type of auth, and what is there for another one.

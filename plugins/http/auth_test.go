@@ -40,6 +40,10 @@ func echoing(t *testing.T, status int) *httptest.Server {
 		for _, values := range r.URL.Query() {
 			_, _ = fmt.Fprintln(w, values)
 		}
+		said := fmt.Sprint(r.Header, r.URL.Query())
+		for _, escaped := range [][]string{{"/", `\/`}, {"+", `\u002b`, "/", `\u002F`, "=", `\u003d`}, {" ", "+", "/", "%2f", "+", "%2b", "%", "%25", "=", "%3d"}} { // PHP; Gson; Java
+			_, _ = fmt.Fprintln(w, strings.NewReplacer(escaped...).Replace(said))
+		}
 	}))
 	t.Cleanup(srv.Close)
 	return srv
