@@ -243,6 +243,22 @@ func TestPluginWithoutTheSDK(t *testing.T) {
 	}
 }
 
+// TestAnswersShowNoSecret: a receiver that says back what a transport has shown it does not put it into the records.
+func TestAnswersShowNoSecret(t *testing.T) {
+	for _, mode := range []string{"stream", "unary"} {
+		t.Run(mode, func(t *testing.T) {
+			f := start(t, nil, self("plugin-raw", mode), self("plugin-signer2")).ready(t)
+			sub := newSub(t, 1, nil)
+			sub.Proto.Signers[0].Plugin = "plugins/other-signer"
+			job := newJob(0, "x")
+			job.Event.Payload = []byte("\xff you sent key-one-value, did you? key-one-v")
+			if got := f.attempt(t, sub, job); string(got.ResponseBody) != "\xff you sent [redacted], did you? [redacted]" {
+				t.Errorf("%q", got.ResponseBody)
+			}
+		})
+	}
+}
+
 // TestNobodySeesWhatIsAnothers: a plugin in another language whose handler raises puts the exception's text into the call's
 // status, and that text quotes a payload and a secret of one tenant.
 func TestNobodySeesWhatIsAnothers(t *testing.T) {

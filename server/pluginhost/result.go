@@ -37,7 +37,7 @@ func (c *conn) settle(p *pending, r *wire.Result, now time.Time) {
 		a.Outcome = outcomeOf(r.Status)
 		a.Error = statusText(r.Status)
 		a.ResponseHeaders, a.RequestHeaders = p.kept(r.Headers), p.kept(r.Sent)
-		a.ResponseBody = r.Body
+		a.ResponseBody = p.keptBody(r.Body)
 		a.RetryAfter = retryAfter(r.Headers, now)
 	} else if p.Ownership {
 		a.ResponseHeaders = p.kept(r.Headers)
@@ -167,6 +167,16 @@ func (p *pending) kept(in []delivery.Header) []delivery.Header {
 		out = append(out, h)
 	}
 	return out
+}
+
+// keptBody is what is stored of a response's body, without the subscription's secrets: a receiver may say back what a
+// transport has shown it.
+func (p *pending) keptBody(in []byte) []byte {
+	if len(in) == 0 {
+		return nil
+	}
+	out := p.plan.own.Clean(string(in))
+	return []byte(out[:min(len(out), wire.MaxResponse)])
 }
 
 // failureOutcome maps whose fault it was, and which, onto what dispatch and callers see.
