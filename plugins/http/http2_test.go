@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/tls"
 	"encoding/binary"
+	"fmt"
 	"io"
 	"net"
 	"net/http"
@@ -335,6 +336,31 @@ func TestLargeResponseHeaders(t *testing.T) {
 		}
 		if sum > maxKeptHeader {
 			t.Errorf("%d bytes of header are handed on", sum)
+		}
+	})
+}
+
+// TestManyResponseFields: a header of very many short fields, each of which takes memory, is as large as one of few long
+// ones; one of many fields that has a receiver's measure is read.
+func TestManyResponseFields(t *testing.T) {
+	fields := func(n int) string {
+		var out strings.Builder
+		for i := range n {
+			fmt.Fprintf(&out, "x%d:\r\n", i)
+		}
+		return out.String()
+	}
+	everyStack(t, func(t *testing.T, c client) {
+		srv := c.always(t, "HTTP/1.1 500 Oops\r\n"+fields(4000)+"content-length: 0\r\n\r\n")
+		resp, err := attempt(t, c.instance(t, srv.url, nil))
+		if err != nil || resp.Status != 500 || !strings.Contains(resp.Note, "larger than 64 KiB") {
+			t.Errorf("%v, %v", resp, err)
+		}
+		body := strings.Repeat("\n", 10_000)
+		srv = c.always(t, fmt.Sprintf("HTTP/1.1 500 Oops\r\n%scontent-length: %d\r\n\r\n%s", fields(1000), len(body), body))
+		resp, err = attempt(t, c.instance(t, srv.url, nil))
+		if err != nil || resp.Status != 500 || resp.Note != "" || len(resp.Body) == 0 {
+			t.Errorf("%v, %v", resp, err)
 		}
 	})
 }

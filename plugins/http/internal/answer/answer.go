@@ -10,7 +10,7 @@ import (
 )
 
 const (
-	// MaxHeader is how much of a response's header is read.
+	// MaxHeader is how much of a response's header is read, each field counted as 32 bytes more than it has.
 	MaxHeader = 64 << 10
 	// MaxDrain is how much of a body is read past what is kept, so that the connection can be used again.
 	MaxDrain = 256 << 10

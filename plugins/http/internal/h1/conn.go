@@ -2,12 +2,15 @@ package h1
 
 import (
 	"bufio"
+	"bytes"
 	"errors"
 	"io"
 	"net"
 	"os"
 	"syscall"
 	"time"
+
+	"github.com/grapnel/grapnel/plugins/http/internal/answer"
 )
 
 // conn is one connection, owned by one request or by its origin's idle list.
@@ -39,6 +42,10 @@ func newConn(raw net.Conn, secure bool, made time.Time) *conn {
 // longPast is a deadline that ends what waits for it.
 func longPast() time.Time { return time.Unix(1, 0) }
 
+// lineCost is what a line counts beyond its bytes, as in HTTP/2 (RFC 9113, section 6.5.2): a field takes memory however
+// short it is.
+const lineCost = 32
+
 // Read counts down left, which bounds the header.
 func (c *conn) Read(p []byte) (int, error) {
 	if c.left <= 0 {
@@ -49,6 +56,9 @@ func (c *conn) Read(p []byte) (int, error) {
 	}
 	n, err := c.Conn.Read(p)
 	c.left -= int64(n)
+	if c.left < answer.MaxHeader {
+		c.left -= lineCost * int64(bytes.Count(p[:n], []byte("\n")))
+	}
 	return n, err
 }
 

@@ -197,6 +197,9 @@ func (x *exchange) readHead() (resp *http.Response, status int, err error) {
 		}
 		x.hasten(status)
 		resp, err = http.ReadResponse(c.reader, nil)
+		if err != nil && c.left <= 0 {
+			err = ErrHeaderTooLarge // which ends a line, and half a line has errors of its own
+		}
 		switch {
 		case err != nil && (status/100 == 1 && status != http.StatusSwitchingProtocols):
 			return nil, 0, err
