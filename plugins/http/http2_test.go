@@ -316,6 +316,45 @@ func TestConnectionsWithoutRoomAreClosed(t *testing.T) {
 	}
 }
 
+// TestFloodOfFrames: a receiver that sends frames without end loses its connection, during a request and when the request
+// has ended.
+func TestFloodOfFrames(t *testing.T) {
+	ca := newAuthority(t)
+	c := client{tls: ca, roots: ca.roots, http2: true}
+	flood := func(w io.Writer) {
+		var pings bytes.Buffer
+		for range 500 {
+			frame(&pings, framePing, 1, 0, make([]byte, 8)...)
+		}
+		for {
+			if _, err := w.Write(pings.Bytes()); err != nil {
+				return
+			}
+		}
+	}
+	t.Run("instead of an answer", func(t *testing.T) {
+		url, _ := serveH2(t, ca, func(w io.Writer, _ int, _ uint32) { flood(w) })
+		_, err := c.instance(t, url, nil).Attempt(within(t, 30*time.Second), event())
+		wantFailure(t, err, plugin.CodeProtocol, plugin.Sent)
+	})
+	t.Run("behind an answer", func(t *testing.T) {
+		ended := make(chan struct{}, 1)
+		url, _ := serveH2(t, ca, func(w io.Writer, _ int, stream uint32) {
+			noContent(w, stream)
+			flood(w)
+			ended <- struct{}{}
+		})
+		if resp, err := attempt(t, c.instance(t, url, nil)); err != nil || resp.Status != 204 {
+			t.Fatalf("%v, %v", resp, err)
+		}
+		select {
+		case <-ended:
+		case <-within(t, 30*time.Second).Done():
+			t.Error("the connection stands")
+		}
+	})
+}
+
 // TestLargeResponseHeaders: what is handed on of a header is bounded in sum, and what retries depend on is in it.
 func TestLargeResponseHeaders(t *testing.T) {
 	everyVersion(t, func(t *testing.T, c client) {

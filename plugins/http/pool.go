@@ -211,6 +211,9 @@ func (p *pool) dialTLS(ctx context.Context, addr string) (conn *tls.Conn, asked 
 	}
 	handshake, cancel := context.WithTimeout(ctx, p.settings.tls)
 	defer cancel()
+	if p.settings.http2 {
+		raw = &h2.Meter{Conn: raw}
+	}
 	conn, err = outbound.Secure(handshake, raw, config)
 	if err != nil {
 		if offer.Asked() {

@@ -8,6 +8,7 @@
 //     an answer to it: servers close idle connections, and not all of them say so in time;
 //   - a connection that has no request and no room for one is closed, whatever the server says of how many it takes;
 //   - connections age, also busy ones, so that changes of DNS and of the egress policy are followed;
+//   - a connection ends on which more comes than answers need, where the dialler has put a Meter below TLS;
 //   - a request ends by its context's deadline, and its answer is bounded as answer says.
 package h2
 
@@ -94,9 +95,10 @@ func New(t *Transport, addr string, dial Dial) *Origin {
 // conn is one connection.
 type conn struct {
 	*http.ClientConn
-	peer string
-	made time.Time
-	used atomic.Bool
+	meter *Meter // nil when the dialler gave none
+	peer  string
+	made  time.Time
+	used  atomic.Bool
 	// answered says that it has carried an answer.
 	answered atomic.Bool
 
@@ -223,8 +225,10 @@ func (c *conn) useless() bool {
 func (o *Origin) leave(c *conn) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	c.users--
 	c.left = time.Now()
+	if c.users--; c.users == 0 && c.meter != nil {
+		c.meter.settle()
+	}
 }
 
 func (o *Origin) join() (*conn, *flight) {
@@ -242,6 +246,9 @@ func (o *Origin) join() (*conn, *flight) {
 		case found == nil && c.Reserve() == nil:
 			found = c
 			found.users, found.taken = found.users+1, true
+			if found.meter != nil {
+				found.meter.grant()
+			}
 		case c.useless():
 			go c.Close() //nolint:errcheck // there is nothing to lose in it
 			continue
@@ -285,12 +292,16 @@ func (o *Origin) Adopt(raw *tls.Conn) {
 }
 
 func (o *Origin) begin(raw *tls.Conn) (*conn, error) {
+	meter, _ := raw.NetConn().(*Meter)
+	if meter != nil {
+		meter.begin()
+	}
 	client, err := o.transport.of.NewClientConn(context.WithValue(context.Background(), given{}, net.Conn(raw)), "https", o.addr)
 	if err != nil {
 		_ = raw.Close()
 		return nil, &answer.Error{Peer: raw.RemoteAddr().String(), Fresh: true, Err: meaning(err)}
 	}
-	return &conn{ClientConn: client, peer: raw.RemoteAddr().String(), made: time.Now(), left: time.Now()}, nil
+	return &conn{ClientConn: client, meter: meter, peer: raw.RemoteAddr().String(), made: time.Now(), left: time.Now()}, nil
 }
 
 // retire closes the connection when what is under way on it has ended.
