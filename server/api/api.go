@@ -32,7 +32,10 @@ import (
 type Engine interface {
 	Cancel(ctx context.Context, id delivery.ID, lane delivery.LaneKey) (*delivery.Delivery, error)
 	Retry(ctx context.Context, id delivery.ID, lane delivery.LaneKey, ifAttempts int) (*delivery.Delivery, error)
-	CancelLane(ctx context.Context, lane delivery.LaneKey, reason string) (int, error)
+	// CancelLane cancels what is open and says how many it has cancelled; it stops when while, unless nil, says false.
+	CancelLane(ctx context.Context, lane delivery.LaneKey, reason string, while func() bool) (int, error)
+	// Deleting says that the caller is about to delete the subscription and to cancel its deliveries itself, until done.
+	Deleting(lane delivery.LaneKey) (done func())
 	// InFlight reports whether an attempt of the delivery is running now.
 	InFlight(id delivery.ID, lane delivery.LaneKey) bool
 	// WaitReason says why a delivery that is due is not tried; empty when nothing holds it back.

@@ -156,8 +156,16 @@ func (s namespaceService) DeleteNamespace(ctx context.Context, r *grapnelv1.Dele
 	}
 	bounded, cancel := context.WithTimeout(ctx, cancelTime)
 	defer cancel()
+	// UndeleteNamespace may come meanwhile, and events after it.
+	deleted := func() bool {
+		now := s.Registry.Snapshot().NamespaceByKey(subscription.UIDKey(n.UID))
+		return now == nil || now.Deleted()
+	}
 	for sub := range s.Registry.Snapshot().Subscriptions(id, "") {
-		s.cancelOpen(bounded, sub, "namespace deleted")
+		if !deleted() {
+			break
+		}
+		s.cancelOpen(bounded, sub, "namespace deleted", deleted)
 	}
 	return &grapnelv1.DeleteNamespaceResponse{Namespace: n.Proto}, nil
 }

@@ -287,7 +287,7 @@ func (e *fakeEngine) Retry(context.Context, delivery.ID, delivery.LaneKey, int) 
 	return nil, delivery.ErrNotFound
 }
 
-func (e *fakeEngine) CancelLane(_ context.Context, lane delivery.LaneKey, reason string) (int, error) {
+func (e *fakeEngine) CancelLane(_ context.Context, lane delivery.LaneKey, reason string, _ func() bool) (int, error) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	if lane.Subscription == 0 {
@@ -296,6 +296,8 @@ func (e *fakeEngine) CancelLane(_ context.Context, lane delivery.LaneKey, reason
 	e.cancelled = append(e.cancelled, reason)
 	return e.cancels, e.cancelErr
 }
+
+func (e *fakeEngine) Deleting(delivery.LaneKey) func() { return func() {} }
 
 func (e *fakeEngine) InFlight(delivery.ID, delivery.LaneKey) bool { return false }
 

@@ -219,7 +219,19 @@ func (s subscriptionService) DeleteSubscription(ctx context.Context, r *grapnelv
 	if err != nil {
 		return nil, err
 	}
-	gone, err := s.Registry.DeleteSubscription(ctx, ns, id, r.GetEtag())
+	// Dispatch would cancel, too, as soon as it sees the subscription gone, and the count would be won by a race.
+	claimed := make(map[delivery.LaneKey]func())
+	defer func() {
+		for _, done := range claimed {
+			done()
+		}
+	}()
+	gone, err := s.Registry.DeleteSubscription(ctx, ns, id, r.GetEtag(), func(n *subscription.Namespace, sub *subscription.Subscription) {
+		lane := delivery.LaneKey{Namespace: delivery.UID(n.UID).NamespaceKey(), Subscription: delivery.UID(sub.UID).SubscriptionKey()}
+		if claimed[lane] == nil {
+			claimed[lane] = s.Engine.Deleting(lane)
+		}
+	})
 	if err != nil {
 		if r.GetAllowMissing() && errors.Is(err, subscription.ErrNotFound) {
 			return &grapnelv1.DeleteSubscriptionResponse{}, nil
@@ -228,14 +240,15 @@ func (s subscriptionService) DeleteSubscription(ctx context.Context, r *grapnelv
 	}
 	bounded, cancel := context.WithTimeout(ctx, cancelTime)
 	defer cancel()
-	n := s.cancelOpen(bounded, gone, "subscription deleted")
+	n := s.cancelOpen(bounded, gone, "subscription deleted", nil)
 	return &grapnelv1.DeleteSubscriptionResponse{CancelledDeliveries: clampInt32(int64(n))}, nil
 }
 
 // cancelOpen cancels what a deleted subscription leaves open and says how many there were. It is deleted, so
-// the caller's answer is OK whatever happens here: dispatch cancels the rest when it meets it.
-func (s *Server) cancelOpen(ctx context.Context, gone *subscription.Subscription, reason string) int {
-	n, err := s.Engine.CancelLane(ctx, s.lane(gone), reason)
+// the caller's answer is OK whatever happens here: dispatch cancels the rest when it meets it. It stops when while,
+// unless nil, says false.
+func (s *Server) cancelOpen(ctx context.Context, gone *subscription.Subscription, reason string, while func() bool) int {
+	n, err := s.Engine.CancelLane(ctx, s.lane(gone), reason, while)
 	if err != nil {
 		s.log.WarnContext(ctx, "open deliveries of a deleted subscription are left to dispatch",
 			"subscription_id", gone.ID, "cancelled", n, "err", err)

@@ -130,7 +130,7 @@ func TestCorruptRecordHoldsNothingUp(t *testing.T) {
 					t.Errorf("%+v", d)
 				}
 			}
-			n, err := b.CancelLane(t.Context(), lane(1), "deleted")
+			n, err := b.CancelLane(t.Context(), lane(1), "deleted", nil)
 			var corrupt *CorruptError
 			if n < 4 || n == 4 && !errors.As(err, &corrupt) {
 				t.Errorf("%d cancelled, %v", n, err)

@@ -333,7 +333,7 @@ func TestEditsAreDurableAtOnce(t *testing.T) {
 			func(b *bench) bool { return b.delivery(jobs["b"].ID).State == Scheduled },
 		},
 		{
-			func() error { _, err := b.CancelLane(ctx, lane(2), "x"); return err },
+			func() error { _, err := b.CancelLane(ctx, lane(2), "x", nil); return err },
 			func(b *bench) bool { return b.delivery(jobs["c"].ID).State == Cancelled },
 		},
 		{

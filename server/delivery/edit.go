@@ -138,10 +138,11 @@ func (j *Journal) edit(ctx context.Context, lane LaneKey, id ID, change func(*co
 	return d, nil
 }
 
-// CancelLane cancels all open deliveries of a subscription and says how many there were. When it fails half way,
+// CancelLane cancels all open deliveries of a subscription and says how many it has cancelled. When it fails half way,
 // what has been cancelled stays so; call it again. Deliveries that cannot be read are passed over, and the error names
-// them.
-func (j *Journal) CancelLane(ctx context.Context, lane LaneKey, reason string) (int, error) {
+// them. Where while is set, each commit asks it, and the rest stays open from the moment it says false: what is accepted
+// after that is never cancelled. It must be fast.
+func (j *Journal) CancelLane(ctx context.Context, lane LaneKey, reason string, while func() bool) (int, error) {
 	leave, err := j.enter()
 	if err != nil {
 		return 0, err
@@ -154,7 +155,7 @@ func (j *Journal) CancelLane(ctx context.Context, lane LaneKey, reason string) (
 		aside := make(map[uint64]error)
 		for more := found; more && err == nil; {
 			var n int
-			n, more, err = p.cancelSome(ctx, lane, reason, aside)
+			n, more, err = p.cancelSome(ctx, lane, reason, while, aside)
 			total += n
 		}
 		if err != nil {
@@ -190,12 +191,16 @@ func (p *partition) anyOpen(lane LaneKey) (bool, error) {
 // cancelSome cancels up to editBatch deliveries in one commit, and reports whether there may be more. It notes in
 // aside those that cannot be read, and passes over those that are noted there. When it returns an error, aside may
 // still be in the committer's hands.
-func (p *partition) cancelSome(ctx context.Context, lane LaneKey, reason string, aside map[uint64]error) (n int, more bool, err error) {
+func (p *partition) cancelSome(ctx context.Context, lane LaneKey, reason string, while func() bool, aside map[uint64]error) (n int, more bool, err error) {
 	var done struct {
 		n    int
 		more bool
 	}
 	if err := p.do(ctx, func(c *commit) (err error) {
+		// Here, and not before: what waits for this very commit may have been accepted since the caller looked.
+		if while != nil && !while() {
+			return nil
+		}
 		done.n, done.more, err = c.cancelOpen(lane, reason, aside)
 		return err
 	}); err != nil {

@@ -196,7 +196,7 @@ func TestCancelLaneEndsItsOwn(t *testing.T) {
 	}
 	b.flush()
 	b.heard()
-	got, err := b.CancelLane(context.Background(), lane(1), "subscription deleted")
+	got, err := b.CancelLane(context.Background(), lane(1), "subscription deleted", nil)
 	if err != nil || got != n-n/10 {
 		t.Errorf("cancelled %d, %v", got, err)
 	}
@@ -220,7 +220,7 @@ func TestCancelLaneEndsItsOwn(t *testing.T) {
 			t.Errorf("%+v", d)
 		}
 	}
-	if again, err := b.CancelLane(context.Background(), lane(1), ""); again != 0 || err != nil {
+	if again, err := b.CancelLane(context.Background(), lane(1), "", nil); again != 0 || err != nil {
 		t.Errorf("again %d, %v", again, err)
 	}
 }

@@ -394,7 +394,7 @@ func TestRefusedCommitLeavesNoTrace(t *testing.T) {
 	if _, err := b.Cancel(t.Context(), lane(1), jobs[0].ID, "x"); !errors.Is(err, ErrRefused) {
 		t.Error(err)
 	}
-	if n, err := b.CancelLane(t.Context(), lane(1), "x"); n != 0 || !errors.Is(err, ErrRefused) {
+	if n, err := b.CancelLane(t.Context(), lane(1), "x", nil); n != 0 || !errors.Is(err, ErrRefused) {
 		t.Error(n, err)
 	}
 	if err := b.DropNamespace(t.Context(), acme); !errors.Is(err, ErrRefused) {

@@ -542,7 +542,7 @@ func (m *model) retry(d *modelDelivery) {
 
 func (m *model) cancelLane() {
 	lane := LaneKey{m.space(), SubscriptionKey(1 + m.rng.IntN(modelLanes))}
-	n, err := m.b.CancelLane(context.Background(), lane, "deleted")
+	n, err := m.b.CancelLane(context.Background(), lane, "deleted", nil)
 	m.say("cancel lane %v: %d %v", lane, n, err)
 	if want := m.cancelled(lane); n != want || err != nil {
 		m.fail("%d of %d cancelled, %v", n, want, err)

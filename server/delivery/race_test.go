@@ -87,7 +87,7 @@ func TestEverythingAtOnce(t *testing.T) {
 				var err error
 				switch rng.IntN(40) {
 				case 0:
-					_, err = b.CancelLane(context.Background(), lane, "x")
+					_, err = b.CancelLane(context.Background(), lane, "x", nil)
 				case 1, 2, 3, 4, 5, 6, 7, 8:
 					_, err = b.Cancel(context.Background(), lane, id, "x")
 				default:

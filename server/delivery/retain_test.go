@@ -188,7 +188,7 @@ func TestTargetsAreFoundWhereverTheyLie(t *testing.T) {
 			}
 			b.flush()
 			for _, sub := range subs[1:] {
-				if _, err := b.CancelLane(t.Context(), lane(sub), "x"); err != nil {
+				if _, err := b.CancelLane(t.Context(), lane(sub), "x", nil); err != nil {
 					t.Fatal(err)
 				}
 			}

@@ -17,7 +17,7 @@ func TestCancelLaneMeetsAppends(t *testing.T) {
 	for i := range n {
 		wg.Go(func() { b.Append(context.Background(), []Publication{publication(fmt.Sprint(i), 1)}) })
 		wg.Go(func() {
-			if _, err := b.CancelLane(context.Background(), lane(1), "deleted"); err != nil {
+			if _, err := b.CancelLane(context.Background(), lane(1), "deleted", nil); err != nil {
 				t.Error(err)
 			}
 		})

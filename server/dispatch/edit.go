@@ -57,13 +57,13 @@ func (e *Engine) InFlight(id delivery.ID, key delivery.LaneKey) bool {
 }
 
 // CancelLane cancels all open deliveries of a subscription, durably, and returns how
-// many. No attempt of the lane starts meanwhile; those in flight are let end and become part of the
-// history.
-func (e *Engine) CancelLane(ctx context.Context, key delivery.LaneKey, reason string) (int, error) {
+// many, as long as while says so; nil is always. No attempt of the lane starts meanwhile; those in flight are let end
+// and become part of the history.
+func (e *Engine) CancelLane(ctx context.Context, key delivery.LaneKey, reason string, while func() bool) (int, error) {
 	l := e.lane(key)
 	l.cancels++
 	l.mu.Unlock()
-	n, err := e.journal.CancelLane(ctx, key, reason)
+	n, err := e.journal.CancelLane(ctx, key, reason, while)
 	if err != nil {
 		err = fmt.Errorf("cancel the deliveries of lane %x/%x: %w", key.Namespace, key.Subscription, err)
 	}
@@ -73,6 +73,10 @@ func (e *Engine) CancelLane(ctx context.Context, key delivery.LaneKey, reason st
 	l.kick(e.now())
 	return n, err
 }
+
+// Deleting leaves it to the caller to cancel what is open of a subscription that it is about to delete, so that it can
+// say how many there were. What is left when it calls done is cancelled in the background.
+func (e *Engine) Deleting(key delivery.LaneKey) (done func()) { return e.graves.claim(key) }
 
 // Changed follows the registry. When it has returned no attempt starts with an older snapshot. What is left of
 // subscriptions whose deletion has been seen is cancelled in the background.

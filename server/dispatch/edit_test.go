@@ -136,7 +136,7 @@ func TestEngineCancelLane(t *testing.T) {
 		w.publishN(sub, 0, 50)
 		synctest.Wait()
 		lane := lane("orders")
-		n, err := w.engine.CancelLane(t.Context(), lane, "asked for")
+		n, err := w.engine.CancelLane(t.Context(), lane, "asked for", nil)
 		if n != 50 || err != nil {
 			t.Errorf("cancelled %d, %v", n, err)
 		}

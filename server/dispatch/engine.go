@@ -89,7 +89,7 @@ type Settler interface {
 type Editor interface {
 	Cancel(ctx context.Context, lane delivery.LaneKey, id delivery.ID, reason string) (*delivery.Delivery, error)
 	Retry(ctx context.Context, lane delivery.LaneKey, id delivery.ID, ifAttempts int) (*delivery.Delivery, error)
-	CancelLane(ctx context.Context, lane delivery.LaneKey, reason string) (int, error)
+	CancelLane(ctx context.Context, lane delivery.LaneKey, reason string, while func() bool) (int, error)
 }
 
 // Counter counts open deliveries.

@@ -494,7 +494,7 @@ func laterOf(a, b time.Time) time.Time {
 	return a
 }
 
-func (f *memoryJournal) CancelLane(ctx context.Context, lane delivery.LaneKey, reason string) (int, error) {
+func (f *memoryJournal) CancelLane(ctx context.Context, lane delivery.LaneKey, reason string, while func() bool) (int, error) {
 	f.mu.Lock()
 	if err := f.broken; err != nil {
 		f.mu.Unlock()
@@ -503,7 +503,7 @@ func (f *memoryJournal) CancelLane(ctx context.Context, lane delivery.LaneKey, r
 	n := 0
 	var numbers []uint16
 	for k, records := range f.lanes {
-		if k.lane != lane {
+		if k.lane != lane || while != nil && !while() {
 			continue
 		}
 		p := f.partition(k.partition)

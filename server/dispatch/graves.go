@@ -19,10 +19,18 @@ const (
 type graves struct {
 	mu    sync.Mutex
 	known map[delivery.LaneKey]struct{}
+	// claims are the lanes that callers are deleting, who cancel and count themselves.
+	claims map[delivery.LaneKey]*claim
 	// now are to be walked at once, later after a while; both in the order of their times.
 	now   []delivery.LaneKey
 	later []grave
 	wake  chan struct{}
+}
+
+// claim is that of the callers who delete one subscription.
+type claim struct {
+	callers int
+	parked  bool // to be walked when they have done
 }
 
 type grave struct {
@@ -78,6 +86,44 @@ func (g *graves) done(key delivery.LaneKey) {
 	g.mu.Unlock()
 }
 
+// claim keeps a lane from being walked until it is released.
+func (g *graves) claim(key delivery.LaneKey) (release func()) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	c := g.claims[key]
+	if c == nil {
+		c = &claim{}
+		if g.claims == nil {
+			g.claims = make(map[delivery.LaneKey]*claim)
+		}
+		g.claims[key] = c
+	}
+	c.callers++
+	return sync.OnceFunc(func() {
+		g.mu.Lock()
+		defer g.mu.Unlock()
+		if c.callers--; c.callers > 0 {
+			return
+		}
+		delete(g.claims, key)
+		if c.parked {
+			g.now = append(g.now, key)
+			signal(g.wake)
+		}
+	})
+}
+
+// park puts a lane off that is claimed, until it is released.
+func (g *graves) park(key delivery.LaneKey) bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	c := g.claims[key]
+	if c != nil {
+		c.parked = true
+	}
+	return c != nil
+}
+
 // bury works off the lanes of deleted subscriptions until the engine stops.
 func (e *Engine) bury() {
 	e.whenDue(e.graves.wake, func() (time.Duration, bool) {
@@ -89,9 +135,12 @@ func (e *Engine) bury() {
 	})
 }
 
-// walk cancels what a deleted subscription has left.
+// walk cancels what a deleted subscription has left. Its namespace may have been taken back meanwhile.
 func (e *Engine) walk(key delivery.LaneKey) {
-	n, err := e.CancelLane(e.taking, key, reasonDeleted)
+	if e.graves.park(key) {
+		return
+	}
+	n, err := e.CancelLane(e.taking, key, reasonDeleted, func() bool { return e.subs.Deleted(key) })
 	if e.taking.Err() != nil {
 		return
 	}
@@ -100,7 +149,7 @@ func (e *Engine) walk(key delivery.LaneKey) {
 			"namespace_key", key.Namespace, "subscription_key", key.Subscription, "err", err)
 	}
 	now := e.now()
-	if !e.subs.Deleted(key) { // it is there after all: a resync has brought it back
+	if !e.subs.Deleted(key) { // it is there after all: UndeleteNamespace or a resync has brought it back
 		e.graves.done(key)
 		return
 	}

@@ -210,7 +210,7 @@ func (w *world) editAtRandom(ctx context.Context, j *delivery.Journal, subs []*s
 		}
 		switch name := names[rand.IntN(len(names))]; rand.IntN(12) {
 		case 0:
-			_, _ = w.engine.CancelLane(ctx, key, "asked for")
+			_, _ = w.engine.CancelLane(ctx, key, "asked for", nil)
 		case 1, 2:
 			w.sub(name, quick, inState(grapnelv1.Subscription_STATE_PAUSED))
 		case 3:

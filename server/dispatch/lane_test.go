@@ -239,13 +239,61 @@ func TestDeletionIsTriedUntilItIsDone(t *testing.T) {
 	})
 }
 
+func TestWhatIsAcceptedAfterADeletionWasTakenBackIsKept(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		defer w.stop()
+		paused := inState(grapnelv1.Subscription_STATE_PAUSED)
+		w.publishN(w.sub("orders", paused), 0, 10)
+		w.remove("orders", true)
+		time.Sleep(time.Second)
+		wantStates(t, w, map[delivery.State]int{delivery.Cancelled: 10})
+		w.publishN(w.sub("orders", paused), 1, 3) // its namespace is back
+		time.Sleep(time.Minute)
+		wantStates(t, w, map[delivery.State]int{delivery.Cancelled: 10, delivery.Pending: 3})
+		w.sub("orders")
+		time.Sleep(time.Minute)
+		wantStates(t, w, map[delivery.State]int{delivery.Cancelled: 10, delivery.Succeeded: 3})
+	})
+}
+
+func TestWhoDeletesCountsAlone(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		defer w.stop()
+		w.publishN(w.sub("orders", inState(grapnelv1.Subscription_STATE_PAUSED)), 0, 10)
+		done := w.engine.Deleting(lane("orders"))
+		w.remove("orders", true)
+		time.Sleep(time.Hour)
+		if n, err := w.engine.CancelLane(t.Context(), lane("orders"), "subscription deleted", nil); n != 10 || err != nil {
+			t.Errorf("cancelled %d, %v, want all 10", n, err)
+		}
+		done()
+
+		// One who leaves without cancelling leaves it to the engine.
+		w.publishN(w.sub("bills", inState(grapnelv1.Subscription_STATE_PAUSED)), 0, 10)
+		first, second := w.engine.Deleting(lane("bills")), w.engine.Deleting(lane("bills"))
+		w.remove("bills", true)
+		first()
+		first()
+		time.Sleep(time.Second)
+		wantStates(t, w, map[delivery.State]int{delivery.Cancelled: 10, delivery.Pending: 10})
+		second()
+		time.Sleep(time.Minute)
+		wantStates(t, w, map[delivery.State]int{delivery.Cancelled: 20})
+		if told := w.wasWorkedOff(); !slices.Contains(told, lane("orders")) || !slices.Contains(told, lane("bills")) {
+			t.Errorf("told as worked off: %v", told)
+		}
+	})
+}
+
 // countingJournal knows how many CancelLane are at work.
 type countingJournal struct {
 	*memoryJournal
 	now, most int
 }
 
-func (c *countingJournal) CancelLane(ctx context.Context, key delivery.LaneKey, reason string) (int, error) {
+func (c *countingJournal) CancelLane(ctx context.Context, key delivery.LaneKey, reason string, while func() bool) (int, error) {
 	c.mu.Lock()
 	c.now++
 	c.most = max(c.most, c.now)
@@ -254,7 +302,7 @@ func (c *countingJournal) CancelLane(ctx context.Context, key delivery.LaneKey, 
 	c.mu.Lock()
 	c.now--
 	c.mu.Unlock()
-	return c.memoryJournal.CancelLane(ctx, key, reason)
+	return c.memoryJournal.CancelLane(ctx, key, reason, while)
 }
 
 func TestManyDeletionsAreWorkedOffByFew(t *testing.T) {

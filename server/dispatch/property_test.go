@@ -95,7 +95,7 @@ func randomRun(t *testing.T, rnd *rand.Rand) {
 				t.Error(err)
 			}
 		case op < 88:
-			if _, err := w.engine.CancelLane(t.Context(), lane(name), "asked for"); err != nil {
+			if _, err := w.engine.CancelLane(t.Context(), lane(name), "asked for", nil); err != nil {
 				t.Error(err)
 			}
 		case op < 95:

@@ -464,7 +464,7 @@ func TestSecretInUse(t *testing.T) {
 		t.Errorf("users (-want +got):\n%s", diff)
 	}
 	for i := range 12 {
-		if _, err := r.DeleteSubscription(t.Context(), "acme", fmt.Sprintf("s%02d", i), ""); err != nil {
+		if _, err := r.DeleteSubscription(t.Context(), "acme", fmt.Sprintf("s%02d", i), "", nil); err != nil {
 			t.Fatal(err)
 		}
 	}

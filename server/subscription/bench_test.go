@@ -144,7 +144,7 @@ func benchmarkRegistry(b *testing.B, n int, spread bool) {
 	made.Store(0)
 	b.Run("delete", func(b *testing.B) {
 		callers(b, func(id string) error {
-			gone, err := r.DeleteSubscription(ctx, "acme", id, "")
+			gone, err := r.DeleteSubscription(ctx, "acme", id, "", nil)
 			if err != nil {
 				return err
 			}

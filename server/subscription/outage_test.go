@@ -152,7 +152,7 @@ func TestResyncAfterCompactionWhileAway(t *testing.T) {
 
 	other, _ := registry(t, etcd.Client)
 	for _, id := range []string{"goes", "remade"} {
-		if _, err := other.DeleteSubscription(t.Context(), "acme", id, ""); err != nil {
+		if _, err := other.DeleteSubscription(t.Context(), "acme", id, "", nil); err != nil {
 			t.Fatal(err)
 		}
 	}

@@ -186,17 +186,17 @@ func TestSubscriptionLifecycle(t *testing.T) {
 		t.Errorf("resumed: %v, %v", resumed, err)
 	}
 
-	if _, err := r.DeleteSubscription(t.Context(), "acme", "orders", made.Proto.Etag); !errors.As(err, &etagErr) {
+	if _, err := r.DeleteSubscription(t.Context(), "acme", "orders", made.Proto.Etag, nil); !errors.As(err, &etagErr) {
 		t.Errorf("deleted with an old etag: %v", err)
 	}
-	if _, err := r.DeleteSubscription(t.Context(), "acme", "orders", resumed.Proto.Etag); err != nil {
+	if _, err := r.DeleteSubscription(t.Context(), "acme", "orders", resumed.Proto.Etag, nil); err != nil {
 		t.Fatal(err)
 	}
 	if r.Snapshot().Subscription("acme", "orders") != nil {
 		t.Error("still there")
 	}
 	var missing *subscription.NotFoundError
-	if _, err := r.DeleteSubscription(t.Context(), "acme", "orders", ""); !errors.As(err, &missing) || missing.Name != ordersName {
+	if _, err := r.DeleteSubscription(t.Context(), "acme", "orders", "", nil); !errors.As(err, &missing) || missing.Name != ordersName {
 		t.Errorf("deleted twice: %v", err)
 	}
 	if again := create(t, r, "orders"); again.UID == made.UID {
@@ -221,7 +221,7 @@ func TestBadIDsNeverReachEtcd(t *testing.T) {
 		if _, err := r.CreateNamespace(t.Context(), id, nil); !errors.As(err, &invalid) {
 			t.Errorf("created namespace %q: %v", id, err)
 		}
-		if _, err := r.DeleteSubscription(t.Context(), id, "x", ""); !errors.As(err, &invalid) {
+		if _, err := r.DeleteSubscription(t.Context(), id, "x", "", nil); !errors.As(err, &invalid) {
 			t.Errorf("deleted in %q: %v", id, err)
 		}
 		if err := r.PurgeNamespace(t.Context(), id); !errors.As(err, &invalid) {
@@ -331,7 +331,7 @@ func TestRequestIDMakesCreateIdempotent(t *testing.T) {
 	if _, err := r.CreateSubscription(t.Context(), "acme", "", other, o); !errors.As(err, &invalid) || invalid.Violations[0].Field != "request_id" {
 		t.Errorf("other content: %v", err)
 	}
-	if _, err := r.DeleteSubscription(t.Context(), "acme", got[0].ID, ""); err != nil {
+	if _, err := r.DeleteSubscription(t.Context(), "acme", got[0].ID, "", nil); err != nil {
 		t.Fatal(err)
 	}
 	if s, err := r.CreateSubscription(t.Context(), "acme", "", valid(), o); err != nil || s.UID == got[0].UID {
@@ -424,7 +424,7 @@ func TestQuotaIsReachedExactly(t *testing.T) {
 	if n := len(keys(t, "namespaces/acme/subscriptions/")); n != quota || refused.Load() != 290+20-quota || r.Snapshot().Count("acme") > quota {
 		t.Errorf("%d were made and %d refused, want %d", n, refused.Load(), quota)
 	}
-	if _, err := r.DeleteSubscription(t.Context(), "acme", "free0", ""); err != nil {
+	if _, err := r.DeleteSubscription(t.Context(), "acme", "free0", "", nil); err != nil {
 		t.Fatal(err)
 	}
 	create(t, r, "in-its-place")
@@ -459,7 +459,7 @@ func TestSecretReferences(t *testing.T) {
 	if diff := cmp.Diff([]string{ref("k2")}, keys(t, "refs/")); diff != "" {
 		t.Errorf("after update (-want +got):\n%s", diff)
 	}
-	if _, err := r.DeleteSubscription(t.Context(), "acme", "orders", ""); err != nil {
+	if _, err := r.DeleteSubscription(t.Context(), "acme", "orders", "", nil); err != nil {
 		t.Fatal(err)
 	}
 	if got := keys(t, "refs/"); got != nil {

@@ -86,7 +86,7 @@ func TestDeletedIsToldFromAbsent(t *testing.T) {
 	}
 	o.said()
 	a := r.Snapshot().Subscription("acme", "a")
-	if _, err := r.DeleteSubscription(t.Context(), "acme", "a", ""); err != nil {
+	if _, err := r.DeleteSubscription(t.Context(), "acme", "a", "", nil); err != nil {
 		t.Fatal(err)
 	}
 	const subs = "namespaces/acme/subscriptions/"
@@ -104,7 +104,7 @@ func TestDeletedIsToldFromAbsent(t *testing.T) {
 	stop()
 	other, _ := registry(t, etcd.Client)
 	for _, id := range []string{"c", "d"} {
-		if _, err := other.DeleteSubscription(t.Context(), "acme", id, ""); err != nil {
+		if _, err := other.DeleteSubscription(t.Context(), "acme", id, "", nil); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -152,7 +152,7 @@ func TestForget(t *testing.T) {
 	var uids [][16]byte
 	for range 130 {
 		uids = append(uids, create(t, r, "again").UID)
-		if _, err := r.DeleteSubscription(t.Context(), "acme", "again", ""); err != nil {
+		if _, err := r.DeleteSubscription(t.Context(), "acme", "again", "", nil); err != nil {
 			t.Fatal(err)
 		}
 	}

@@ -138,8 +138,9 @@ func (r *Registry) setState(ctx context.Context, ns, id string, uid [16]byte, et
 }
 
 // DeleteSubscription removes a subscription, leaves its tombstone, and returns what it was. It works in a deleted
-// namespace, too.
-func (r *Registry) DeleteSubscription(ctx context.Context, ns, id, etag string) (*Subscription, error) {
+// namespace, too. Unless nil, dooms is told which one it will be before anybody can see it gone, and again when the name
+// has become another's meanwhile; it must not block.
+func (r *Registry) DeleteSubscription(ctx context.Context, ns, id, etag string, dooms func(*Namespace, *Subscription)) (*Subscription, error) {
 	if err := checkIDs("name", ns, "name", id); err != nil {
 		return nil, err
 	}
@@ -155,6 +156,9 @@ func (r *Registry) DeleteSubscription(ctx context.Context, ns, id, etag string) 
 		}
 		if err := checkEtag(etag, items[1]); err != nil {
 			return keyspace.Txn{}, err
+		}
+		if dooms != nil {
+			dooms(n, old)
 		}
 		grave, err := r.tombstone(Tombstone{UID: old.UID, Name: name, NamespaceUID: n.UID})
 		if err != nil {
