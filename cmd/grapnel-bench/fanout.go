@@ -184,7 +184,7 @@ func (b *bench) untilHalf(life context.Context, p *serverProcess, events *unsent
 // measured begins to measure the processes that a delivery goes through.
 func (b *bench) measured(p *serverProcess) *measure {
 	pids := p.pids()
-	pids["sink"] = b.sink.cmd.Process.Pid
+	pids["sink"] = []int{b.sink.cmd.Process.Pid}
 	return beginMeasure(pids)
 }
 

@@ -13,15 +13,15 @@ func selfPid() int { return os.Getpid() }
 
 // measure is CPU time of some processes over a stretch of wall time.
 type measure struct {
-	pids  map[string]int
+	pids  map[string][]int // of each name, together
 	cpu   map[string]time.Duration
 	begin time.Time
 }
 
-func beginMeasure(pids map[string]int) *measure {
+func beginMeasure(pids map[string][]int) *measure {
 	m := &measure{pids: pids, cpu: map[string]time.Duration{}}
-	for name, pid := range pids {
-		m.cpu[name] = cpuTime(pid)
+	for name, of := range pids {
+		m.cpu[name] = cpuTimes(of)
 	}
 	m.begin = time.Now()
 	return m
@@ -30,8 +30,8 @@ func beginMeasure(pids map[string]int) *measure {
 func (m *measure) end() (time.Duration, map[string]time.Duration) {
 	wall := time.Since(m.begin)
 	used := map[string]time.Duration{}
-	for name, pid := range m.pids {
-		used[name] = cpuTime(pid) - m.cpu[name]
+	for name, of := range m.pids {
+		used[name] = cpuTimes(of) - m.cpu[name]
 	}
 	return wall, used
 }
@@ -42,6 +42,13 @@ func perDelivery(cpu time.Duration, n int) float64 {
 		return 0
 	}
 	return float64(cpu.Microseconds()) / float64(n)
+}
+
+func cpuTimes(pids []int) (sum time.Duration) {
+	for _, pid := range pids {
+		sum += cpuTime(pid)
+	}
+	return sum
 }
 
 // cpuTime reads user and system time of a process out of /proc; 0 where there is no /proc.

@@ -111,7 +111,7 @@ func (b *bench) one(ctx context.Context, grapnel, name string, fanout, n int, se
 		return t, err
 	}
 	pids := p.pids()
-	pids["sink"], pids["self"] = b.sink.cmd.Process.Pid, selfPid()
+	pids["sink"], pids["self"] = []int{b.sink.cmd.Process.Pid}, []int{selfPid()}
 	stopProfile := b.startProfile(p, name)
 	m := beginMeasure(pids)
 	if err := send(ctx, p, namespace, n, b.payload); err != nil {

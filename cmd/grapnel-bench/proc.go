@@ -135,12 +135,8 @@ func (p *serverProcess) kill() {
 }
 
 // pids names the processes whose CPU is measured.
-func (p *serverProcess) pids() map[string]int {
-	out := map[string]int{"server": p.cmd.Process.Pid}
-	if kids := children(p.cmd.Process.Pid); len(kids) > 0 {
-		out["plugin"] = kids[0]
-	}
-	return out
+func (p *serverProcess) pids() map[string][]int {
+	return map[string][]int{"server": {p.cmd.Process.Pid}, "plugin": children(p.cmd.Process.Pid)}
 }
 
 // tail keeps the end of what a process wrote.

@@ -33,7 +33,7 @@ func (b *bench) rawBound(ctx context.Context, n int) (throughput, error) {
 	}}
 	defer client.CloseIdleConnections()
 	var next, failed atomic.Int64
-	m := beginMeasure(map[string]int{"sink": b.sink.cmd.Process.Pid, "self": selfPid()})
+	m := beginMeasure(map[string][]int{"sink": {b.sink.cmd.Process.Pid}, "self": {selfPid()}})
 	var wg sync.WaitGroup
 	for range b.concurrency {
 		wg.Go(func() {

@@ -101,7 +101,7 @@ func (b *bench) transport(ctx context.Context, name string) (transportRow, error
 	if err := b.sink.reset(); err != nil {
 		return row, err
 	}
-	m := beginMeasure(map[string]int{"sink": b.sink.cmd.Process.Pid})
+	m := beginMeasure(map[string][]int{"sink": {b.sink.cmd.Process.Pid}})
 	loop, err := b.runLoop(ctx, name, url)
 	if err != nil {
 		return row, err
@@ -123,11 +123,7 @@ func (b *bench) transport(ctx context.Context, name string) (transportRow, error
 	if err := b.subscribeOver(ctx, p, name); err != nil {
 		return row, err
 	}
-	pids := map[string]int{"server": p.cmd.Process.Pid, "sink": b.sink.cmd.Process.Pid}
-	for i, kid := range children(p.cmd.Process.Pid) {
-		pids["plugin"+strconv.Itoa(i)] = kid
-	}
-	m = beginMeasure(pids)
+	m = b.measured(p)
 	if err := batch(ctx, p, namespace, b.events, b.payload); err != nil {
 		return row, err
 	}
@@ -139,16 +135,7 @@ func (b *bench) transport(ctx context.Context, name string) (transportRow, error
 	}
 	wall, cpu := m.end()
 	row.PerSecond = float64(b.events) / wall.Seconds()
-	for name, used := range cpu {
-		switch name {
-		case "server":
-			row.ServerCPU = perDelivery(used, b.events)
-		case "sink":
-			row.SinkCPU = perDelivery(used, b.events)
-		default:
-			row.PluginCPU += perDelivery(used, b.events)
-		}
-	}
+	row.ServerCPU, row.PluginCPU, row.SinkCPU = perDelivery(cpu["server"], b.events), perDelivery(cpu["plugin"], b.events), perDelivery(cpu["sink"], b.events)
 	st, err := b.sink.stats(false)
 	if err != nil {
 		return row, err
