@@ -148,8 +148,16 @@ func placeKey(aside Options, about aboutBackup, given string) error {
 	if err != nil {
 		return fmt.Errorf("read the key of the secrets: %w", err)
 	}
-	return os.WriteFile(keyFile(aside), text, 0o600)
+	if err := os.WriteFile(keyFile(aside), text, 0o600); err != nil {
+		return err
+	}
+	if _, err := secret.LoadOrCreateKey(keyFile(aside), nothingSealed); err != nil { // it would name the copy
+		return fmt.Errorf("%s is no key of secrets: want the secret.key of the server that was backed up, which is 64 hex digits", given)
+	}
+	return nil
 }
+
+func nothingSealed() (bool, error) { return false, nil }
 
 // rebuild makes stores of the files of a backup, and checks them.
 func (s *Server) rebuild(ctx context.Context, aside Options, about aboutBackup, done *Restored) (err error) {

@@ -12,7 +12,6 @@ import (
 
 	"github.com/spf13/cobra"
 	"google.golang.org/grpc/codes"
-	"google.golang.org/protobuf/encoding/protojson"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/fieldmaskpb"
 	"gopkg.in/yaml.v3"
@@ -169,8 +168,8 @@ func documentsOf(text []byte) ([]json.RawMessage, error) {
 	}
 	decoder := yaml.NewDecoder(bytes.NewReader(text))
 	for {
-		var tree any
-		if err := decoder.Decode(&tree); errors.Is(err, io.EOF) {
+		tree, err := readYAML(decoder)
+		if errors.Is(err, io.EOF) {
 			return documents, nil
 		} else if err != nil {
 			return nil, err
@@ -207,8 +206,8 @@ func resourceOf(document []byte) (applied, error) {
 	if err := checkID("", of, parts[len(parts)-1]); err != nil {
 		return a, err
 	}
-	if err := protojson.Unmarshal(document, a.m); err != nil {
-		return a, fmt.Errorf("%s: %s", named.Name, withoutPosition(protoText(err)))
+	if err := decodeJSON(document, a.m); err != nil {
+		return a, fmt.Errorf("%s: %w", named.Name, err)
 	}
 	return a, nil
 }
@@ -255,7 +254,7 @@ func difference[T proto.Message](before, after T) string {
 		fields := m.ProtoReflect().Descriptor().Fields()
 		for i := range fields.Len() {
 			switch f := fields.Get(i); f.Name() {
-			case "etag", "update_time", "usage", "status", "state", "state_reason":
+			case "etag", "update_time", "usage", "status", "state", "state_reason", "effective_quota":
 				m.ProtoReflect().Clear(f)
 			}
 		}

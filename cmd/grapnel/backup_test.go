@@ -260,6 +260,16 @@ func TestRestoreRefuses(t *testing.T) {
 			t.Errorf("%s: left behind: %v %v", name, left, err)
 		}
 	}
+	keyless, noKey := filepath.Join(work, "keyless.tar"), filepath.Join(work, "no.key")
+	if err := os.WriteFile(noKey, []byte("hushhush"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if code, _, stderr := grapnel(t, "", "backup", keyless, "--admin-addr", r.admin); code != 0 {
+		t.Fatalf("backup: %d %s", code, stderr)
+	}
+	if code, _, stderr := grapnel(t, "", "restore", keyless, "--data-dir", to, "--secret-key", noKey); code != 1 || !strings.Contains(stderr, noKey+" is no key of secrets") || strings.Contains(stderr, "hushhush") {
+		t.Errorf("with a file that is no key: %d %s", code, stderr)
+	}
 	if code, _, stderr := grapnel(t, "", "restore", file, "--data-dir", dir); code != 1 || !strings.Contains(stderr, fmt.Sprint("is in use by pid ", r.cmd.Process.Pid)) {
 		t.Errorf("over a running server: %d %s", code, stderr)
 	}

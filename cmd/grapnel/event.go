@@ -121,7 +121,7 @@ func newEventList(c *cli) *cobra.Command {
 			})
 		},
 	}
-	f.register(cmd, "id, uid, type, subject, source, time, accept_time, matched_subscriptions, attributes.KEY")
+	f.register(cmd, "id, uid, type, subject, source, time, accept_time, matched_subscriptions, condition_error_count, attributes.KEY")
 	return cmd
 }
 

@@ -9,6 +9,8 @@ import (
 	"unicode/utf8"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/reflect/protoreflect"
 	"google.golang.org/protobuf/types/descriptorpb"
@@ -22,6 +24,11 @@ func (c *cli) limit(ctx context.Context, method string, req, reply any, cc *grpc
 	c.began = time.Now()
 	c.asked, _ = req.(proto.Message)
 	c.mu.Unlock()
+	if m, ok := req.(proto.Message); ok {
+		if field := badText(m.ProtoReflect()); field != "" { // gRPC would not say which, and call it its own fault
+			return status.Errorf(codes.InvalidArgument, "%s: is not UTF-8 text", field)
+		}
+	}
 	if c.timeout > 0 {
 		var cancel context.CancelFunc
 		ctx, cancel = context.WithTimeout(ctx, c.timeout)

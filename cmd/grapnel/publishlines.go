@@ -9,13 +9,11 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
 
 	"github.com/spf13/cobra"
-	"google.golang.org/protobuf/encoding/protojson"
 
 	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
 	"github.com/grapnel/grapnel/sdk/client"
@@ -130,8 +128,8 @@ func (f *publishFlags) readLines(ctx context.Context, c *cli, p *client.Publishe
 
 func (f *publishFlags) parseLine(line []byte) (*grapnelv1.Event, error) {
 	e := &grapnelv1.Event{}
-	if err := protojson.Unmarshal(line, e); err != nil {
-		return nil, errors.New(onOneLine(protoText(err)))
+	if err := decodeJSON(line, e); err != nil {
+		return nil, err
 	}
 	e.Type = cmp.Or(e.GetType(), f.event.GetType())
 	e.Source = cmp.Or(e.GetSource(), f.event.GetSource())
@@ -140,16 +138,6 @@ func (f *publishFlags) parseLine(line []byte) (*grapnelv1.Event, error) {
 		return nil, errors.New(`no "type", and no --type either`)
 	}
 	return e, nil
-}
-
-// onOneLine drops the line number within the line, which is always 1, from protojson's complaint.
-func onOneLine(text string) string {
-	before, after, ok := strings.Cut(text, "(line 1:")
-	column, rest, closed := strings.Cut(after, "): ")
-	if !ok || !closed {
-		return text
-	}
-	return fmt.Sprintf("%scolumn %s: %s", before, column, rest)
 }
 
 func (c *cli) settleLines(sent <-chan sentLine, count *progress) {

@@ -9,6 +9,7 @@ import (
 	"os"
 	"strings"
 	"time"
+	"unicode/utf8"
 
 	"github.com/spf13/cobra"
 	"google.golang.org/protobuf/types/known/durationpb"
@@ -151,6 +152,9 @@ func (c *cli) secretValue(cmd *cobra.Command, value string, literal, opaque bool
 	}
 	if len(text) == 0 {
 		return "", usagef("--value %s: there is nothing in it", value)
+	}
+	if !utf8.Valid(text) {
+		return "", usagef("--value: it is not UTF-8 text; a key of bytes is written as its scheme has it, such as whsec_ and base64")
 	}
 	return string(text), nil
 }

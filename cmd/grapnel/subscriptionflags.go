@@ -14,7 +14,6 @@ import (
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/structpb"
-	"gopkg.in/yaml.v3"
 
 	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
 )
@@ -290,19 +289,17 @@ func (c *cli) readMessage(path string, m proto.Message) error {
 	if err != nil {
 		return fmt.Errorf("read --file: %w", err)
 	}
-	complaint := protoText
 	if !json.Valid(text) {
-		complaint = func(err error) string { return withoutPosition(protoText(err)) } // that of the JSON below
-		var tree any
-		if err := yaml.Unmarshal(text, &tree); err != nil {
+		tree, err := oneDocument(text)
+		if err != nil {
 			return usagef("%s: %w", path, err)
 		}
 		if text, err = json.Marshal(tree); err != nil {
 			return usagef("%s: %w", path, err)
 		}
 	}
-	if err := protojson.Unmarshal(text, m); err != nil {
-		return usagef("%s: %s", path, complaint(err))
+	if err := decodeJSON(text, m); err != nil {
+		return usagef("%s: %w", path, err)
 	}
 	return nil
 }
@@ -333,7 +330,15 @@ func (c *cli) readStruct(flag, value string) (*structpb.Struct, error) {
 		return nil, fmt.Errorf("read --%s: %w", flag, err)
 	}
 	s := &structpb.Struct{}
-	if err := protojson.Unmarshal(bytes.TrimSpace(text), s); err != nil {
+	text = bytes.TrimSpace(text)
+	if err := protojson.Unmarshal(text, s); err != nil {
+		var tree map[string]any
+		if broken := json.Unmarshal(text, &tree); !json.Valid(text) && broken != nil {
+			return nil, usagef("--%s: must be a JSON object: %w", flag, broken)
+		}
+		if jsonKind(text) != "an object" {
+			return nil, usagef("--%s: must be a JSON object, not %s", flag, jsonKind(text))
+		}
 		return nil, usagef("--%s: must be a JSON object: %s", flag, protoText(err))
 	}
 	return s, nil

@@ -258,14 +258,33 @@ func newSuite(o Options) (*suite, error) {
 	return s, nil
 }
 
+func exists(path string) bool {
+	_, err := os.Stat(path)
+	return err == nil
+}
+
 // Resolve returns a command that means the same in any directory: its program is looked up, and words that
-// are names of existing files are made absolute.
+// are names of existing files are made absolute. A directory with a file named plugin stands for that, as it does when
+// it is installed.
 func Resolve(command []string) ([]string, error) {
 	if len(command) == 0 {
 		return nil, errors.New("no command to start the plugin with")
 	}
-	path, err := exec.LookPath(command[0])
-	if err != nil {
+	program := command[0]
+	there, _ := os.Stat(program)
+	if there != nil && there.IsDir() {
+		if inside := program + string(filepath.Separator) + "plugin"; exists(inside) {
+			program, there = inside, nil
+		}
+	}
+	path, err := exec.LookPath(program)
+	switch {
+	case err == nil:
+	case there != nil && there.IsDir():
+		return nil, fmt.Errorf("%s is a directory, and one that is a plugin has an executable file named plugin in it", program)
+	case there != nil && errors.Is(err, exec.ErrNotFound):
+		return nil, fmt.Errorf("find the plugin: %w; there is a file %s here: did you mean ./%s?", err, program, program)
+	default:
 		return nil, fmt.Errorf("find the plugin: %w", err)
 	}
 	resolved := append([]string{path}, command[1:]...)

@@ -68,7 +68,7 @@ func (p pager) open(token string, query ...string) (string, error) {
 	}
 	body, mac := b[:len(b)-pageTokenMAC], b[len(b)-pageTokenMAC:]
 	if !hmac.Equal(mac, p.mac(body)) || body[0] != pageTokenVersion {
-		return "", pageTokenError("the page token is not one that this server made, or the server has been restarted; begin at the first page")
+		return "", pageTokenError("the page token is not one that this server made, or has been changed; begin at the first page")
 	}
 	if time.Now().Unix() > int64(binary.BigEndian.Uint64(body[1:9])) {
 		return "", pageTokenError("the page token is older than 3 days; begin at the first page")

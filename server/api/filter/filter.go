@@ -5,8 +5,8 @@
 //	restriction = field op value          op = "=" "!=" "<" "<=" ">" ">=" ":"
 //
 // Brackets may be left out when all sides of an OR name the same field. A value is a bare word, which ends
-// at white space or a bracket, or is quoted with " or '. A * at the end of a text matches any rest. ":"
-// asks whether a text holds another, a list has an element, or a map has a key.
+// at white space or a bracket, or is quoted with " or '. A * at the end of a text matches any rest;
+// one that is meant is \* in quotes. ":" asks whether a text holds another, a list has an element, or a map has a key.
 //
 // Parse checks everything against a table of fields, so that a Filter that exists can be evaluated without
 // an error. A Filter is a predicate, and tells what an index can use of it.

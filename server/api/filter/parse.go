@@ -172,7 +172,7 @@ func (p *parser[T]) op() Op {
 	return ""
 }
 
-// value reads a bare or quoted value; star tells that a * ended it.
+// value reads a bare or quoted value; star tells that a * ended it. Behind a backslash in quotes a * is the character.
 func (p *parser[T]) value(name string) (text string, star bool, err error) {
 	start := p.pos
 	quote := p.peek()
@@ -192,13 +192,15 @@ func (p *parser[T]) value(name string) (text string, star bool, err error) {
 		switch {
 		case c == quote:
 			p.pos++
-			return p.star(b.String(), start)
+			return b.String(), star, nil
+		case star:
+			return "", false, p.fail(start, "a * can stand only at the end of a value; \\* is one that is meant")
+		case c == '*':
+			star = true
+			continue
 		case c == '\\' && p.pos+1 < len(p.text):
 			p.pos++
 			c = p.text[p.pos]
-			if c == '*' {
-				return "", false, p.fail(p.pos, "a literal * cannot be searched for")
-			}
 		}
 		b.WriteByte(c)
 	}
