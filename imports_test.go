@@ -31,7 +31,7 @@ var allowed = map[string][]string{
 	"plugins/http":                 {"sdk/plugin", "plugins/oauth2", "plugins/internal/...", "plugins/http/internal/..."},
 	"plugins/http/internal/answer": {},
 	"plugins/http/internal/h1":     {"plugins/http/internal/answer"},
-	"plugins/http/internal/h2":     {"plugins/http/internal/answer"},
+	"plugins/http/internal/h2":     {"plugins/http/internal/answer", "plugins/internal/meter"},
 	"plugins/nats":                 {"sdk/plugin", "plugins/internal/..."},
 	"plugins/oauth2":               {"sdk/plugin", "sdk/keys", "plugins/jose"},
 	"server/keyspace":              {},

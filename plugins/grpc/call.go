@@ -42,7 +42,9 @@ type progressKey struct{}
 func (c *call) do(ctx context.Context, m *receiverv1.DeliverRequest) (*plugin.Response, error) {
 	var p progress
 	began := time.Now()
+	ended := c.link.call()
 	_, err := receiverv1.NewReceiverServiceClient(c.link.client).Deliver(context.WithValue(ctx, progressKey{}, &p), m)
+	ended()
 	peer := c.link.conn.Peer()
 	st := status.Convert(err)
 	state := plugin.NotSent

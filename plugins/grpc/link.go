@@ -11,6 +11,7 @@ import (
 	"google.golang.org/grpc/connectivity"
 	"google.golang.org/grpc/credentials"
 
+	"github.com/grapnel/grapnel/plugins/internal/meter"
 	"github.com/grapnel/grapnel/plugins/internal/outbound"
 	"github.com/grapnel/grapnel/sdk/plugin"
 )
@@ -18,6 +19,8 @@ import (
 const (
 	maxResponse = 64 << 10
 	maxHeader   = 64 << 10
+	// grant is what may come for a call: a message, headers and trailers, and the frames around them.
+	grant = 4 * (maxResponse + maxHeader)
 )
 
 var (
@@ -39,6 +42,19 @@ type dialler struct {
 type link struct {
 	client *grpc.ClientConn
 	conn   *outbound.Watched
+	meter  *meter.Conn
+	calls  atomic.Int64 // under way
+}
+
+// call notes that a call begins; its end is to be told to what it returns.
+func (l *link) call() (ended func()) {
+	l.calls.Add(1)
+	l.meter.Grant()
+	return func() {
+		if l.calls.Add(-1) == 0 {
+			l.meter.Settle()
+		}
+	}
 }
 
 // Usable reports whether calls can begin on it: not when it broke or the receiver said GOAWAY.
@@ -73,7 +89,9 @@ func (d *dialler) dial() (*link, error) {
 			State: state, CommonAuthInfo: credentials.CommonAuthInfo{SecurityLevel: credentials.PrivacyAndIntegrity},
 		}}
 	}
-	l := &link{conn: outbound.Watch(conn)}
+	l := &link{meter: meter.New(conn, grant)}
+	l.meter.Begin()
+	l.conn = outbound.Watch(l.meter)
 	if l.client, err = d.client(l.conn, shaken); err != nil {
 		_ = conn.Close()
 		return nil, &outbound.Error{Code: plugin.CodeProtocol, Err: err, Message: "gRPC refuses the address"}

@@ -2,7 +2,9 @@ package grpcplugin
 
 import (
 	"bufio"
+	"bytes"
 	"context"
+	"errors"
 	"io"
 	"net"
 	"strings"
@@ -366,4 +368,35 @@ func TestAnswersOnlyTheReceiverItselfGave(t *testing.T) {
 	})
 	resp, err := deliver(t, newBench(t).instance("grpc://"+r.addr, nil, nil))
 	wantStatus(t, resp, err, 503)
+}
+
+// TestFloodOfFrames: a receiver that sends frames without end instead of an answer loses its connection.
+func TestFloodOfFrames(t *testing.T) {
+	lis, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = lis.Close() })
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		conn, err := lis.Accept()
+		if err != nil {
+			return
+		}
+		defer conn.Close()
+		go func() { _, _ = io.Copy(io.Discard, conn) }()
+		settings := []byte{0, 0, 0, 4, 0, 0, 0, 0, 0}
+		ping := append([]byte{0, 0, 8, 6, 1, 0, 0, 0, 0}, make([]byte, 8)...) // an answer to one that nobody sent
+		for out := append(settings, ping...); err == nil; out = bytes.Repeat(ping, 1000) {
+			_, err = conn.Write(out)
+		}
+	}()
+	begun := time.Now()
+	_, err = deliverWithin(t, newBench(t).instance("grpc://"+lis.Addr().String(), nil, nil), time.Minute)
+	var f *plugin.Failure
+	if !errors.As(err, &f) || f.Source != plugin.SourceEndpoint || f.Code == plugin.CodeTimeout {
+		t.Fatalf("%v after %v, want a failure of the receiver", err, time.Since(begun))
+	}
+	<-ended
 }

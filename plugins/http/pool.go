@@ -14,6 +14,7 @@ import (
 
 	"github.com/grapnel/grapnel/plugins/http/internal/answer"
 	"github.com/grapnel/grapnel/plugins/http/internal/h2"
+	"github.com/grapnel/grapnel/plugins/internal/meter"
 	"github.com/grapnel/grapnel/plugins/internal/outbound"
 	"github.com/grapnel/grapnel/plugins/oauth2"
 	"github.com/grapnel/grapnel/sdk/plugin"
@@ -212,7 +213,7 @@ func (p *pool) dialTLS(ctx context.Context, addr string) (conn *tls.Conn, asked 
 	handshake, cancel := context.WithTimeout(ctx, p.settings.tls)
 	defer cancel()
 	if p.settings.http2 {
-		raw = &h2.Meter{Conn: raw}
+		raw = meter.New(raw, h2.Grant)
 	}
 	conn, err = outbound.Secure(handshake, raw, config)
 	if err != nil {

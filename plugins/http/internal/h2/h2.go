@@ -8,7 +8,7 @@
 //     an answer to it: servers close idle connections, and not all of them say so in time;
 //   - a connection that has no request and no room for one is closed, whatever the server says of how many it takes;
 //   - connections age, also busy ones, so that changes of DNS and of the egress policy are followed;
-//   - a connection ends on which more comes than answers need, where the dialler has put a Meter below TLS;
+//   - a connection ends on which more comes than answers need, where the dialler has put a meter below TLS;
 //   - a request ends by its context's deadline, and its answer is bounded as answer says.
 package h2
 
@@ -26,7 +26,12 @@ import (
 	"time"
 
 	"github.com/grapnel/grapnel/plugins/http/internal/answer"
+	"github.com/grapnel/grapnel/plugins/internal/meter"
 )
+
+// Grant is how much may come for a request: what net/http lets a stream send before it is read, and as much as a header
+// and the frames around it may take.
+const Grant = 5 << 20
 
 const (
 	// maxAge is for how long a connection takes new requests.
@@ -95,7 +100,7 @@ func New(t *Transport, addr string, dial Dial) *Origin {
 // conn is one connection.
 type conn struct {
 	*http.ClientConn
-	meter *Meter // nil when the dialler gave none
+	meter *meter.Conn // nil when the dialler gave none
 	peer  string
 	made  time.Time
 	used  atomic.Bool
@@ -227,7 +232,7 @@ func (o *Origin) leave(c *conn) {
 	defer o.mu.Unlock()
 	c.left = time.Now()
 	if c.users--; c.users == 0 && c.meter != nil {
-		c.meter.settle()
+		c.meter.Settle()
 	}
 }
 
@@ -247,7 +252,7 @@ func (o *Origin) join() (*conn, *flight) {
 			found = c
 			found.users, found.taken = found.users+1, true
 			if found.meter != nil {
-				found.meter.grant()
+				found.meter.Grant()
 			}
 		case c.useless():
 			go c.Close() //nolint:errcheck // there is nothing to lose in it
@@ -292,16 +297,16 @@ func (o *Origin) Adopt(raw *tls.Conn) {
 }
 
 func (o *Origin) begin(raw *tls.Conn) (*conn, error) {
-	meter, _ := raw.NetConn().(*Meter)
-	if meter != nil {
-		meter.begin()
+	metered, _ := raw.NetConn().(*meter.Conn)
+	if metered != nil {
+		metered.Begin()
 	}
 	client, err := o.transport.of.NewClientConn(context.WithValue(context.Background(), given{}, net.Conn(raw)), "https", o.addr)
 	if err != nil {
 		_ = raw.Close()
 		return nil, &answer.Error{Peer: raw.RemoteAddr().String(), Fresh: true, Err: meaning(err)}
 	}
-	return &conn{ClientConn: client, meter: meter, peer: raw.RemoteAddr().String(), made: time.Now(), left: time.Now()}, nil
+	return &conn{ClientConn: client, meter: metered, peer: raw.RemoteAddr().String(), made: time.Now(), left: time.Now()}, nil
 }
 
 // retire closes the connection when what is under way on it has ended.
