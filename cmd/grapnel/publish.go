@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"iter"
 	"slices"
@@ -187,31 +186,31 @@ func (f *publishFlags) publishOne(cmd *cobra.Command, c *cli, ns string) error {
 	})
 }
 
-// watch waits until the deliveries of what was published have ended, and shows them as delivery list does.
+// watch waits until the deliveries of what was published have ended, and shows them as delivery list does. What --wait
+// bounds is the waiting, and not the last look: an answer that was cut short would show deliveries as not made.
 func (f *publishFlags) watch(ctx context.Context, c *cli, cl *client.Client, ns string, r *grapnelv1.PublishResponse) error {
-	ctx, cancel := context.WithTimeout(ctx, f.wait)
-	defer cancel()
+	over := time.NewTimer(f.wait)
+	defer over.Stop()
 	pause := time.NewTicker(200 * time.Millisecond)
 	defer pause.Stop()
 	var all []*grapnelv1.Delivery
-	for {
+	for waiting := true; ; {
 		var err error
 		filter := client.Filter(fmt.Sprintf("event = %q", r.GetName()))
-		if all, err = collect(all[:0], cl.Deliveries(ctx, ns, filter, client.PageSize(1000))); err != nil && ctx.Err() == nil {
+		if all, err = collect(all[:0], cl.Deliveries(ctx, ns, filter, client.PageSize(1000))); err != nil {
 			return err
 		}
 		ended := len(all) >= int(r.GetMatchedSubscriptions()) && !slices.ContainsFunc(all, isOpen)
-		if !ended && ctx.Err() == nil {
-			select {
-			case <-pause.C:
-				continue
-			case <-ctx.Done():
-			}
+		if ended || !waiting {
+			break
 		}
-		break
-	}
-	if errors.Is(ctx.Err(), context.Canceled) {
-		return ctx.Err()
+		select {
+		case <-pause.C:
+		case <-over.C:
+			waiting = false
+		case <-ctx.Done():
+			return ctx.Err()
+		}
 	}
 	t := newTable(c, deliveryColumns())
 	succeeded := 0
