@@ -115,21 +115,25 @@ func (r *Registry) made(it keyspace.Item) (*Subscription, error) {
 }
 
 // current is what has become of a subscription that was made; nil when it has been deleted since. own is what stands at
-// the name that the call is about, which another snapshot may not show yet.
-func (r *Registry) current(made *Subscription, own keyspace.Item) *Subscription {
+// the name that the call is about, which the snapshot may not show yet. What stands elsewhere is asked of a snapshot in
+// which it has been made: one that does not show it yet says nothing of its end.
+func (r *Registry) current(ctx context.Context, made *Subscription, own keyspace.Item) (*Subscription, error) {
 	if own.Key == made.Proto.GetName() && own.Revision != 0 {
 		if now, err := r.subscription(own); err == nil {
 			if now.UID == made.UID {
-				return now
+				return now, nil
 			}
-			return nil
+			return nil, nil
 		}
-		return made
+		return made, nil
+	}
+	if err := r.space.Wait(ctx, made.Revision); err != nil {
+		return nil, err
 	}
 	if now := r.Snapshot().Subscription(made.Namespace, made.ID); now != nil && now.UID == made.UID {
-		return now
+		return now, nil
 	}
-	return nil
+	return nil, nil
 }
 
 // sameAs refuses a call that is not the one that was remembered.

@@ -235,9 +235,13 @@ func (w *writing) attempt(ctx context.Context, change func(*Namespace, keyspace.
 			if err != nil {
 				return keyspace.Txn{}, err
 			}
-			if now := r.current(made, items[1]); now != nil {
-				w.out, err = now, w.request.sameAs(items[3])
+			now, err := r.current(ctx, made, items[1])
+			if err != nil {
 				return keyspace.Txn{}, err
+			}
+			if now != nil {
+				w.out = now
+				return keyspace.Txn{}, w.request.sameAs(items[3])
 			}
 			// What the request made has been deleted, and so is the memory of it.
 		}
