@@ -38,7 +38,8 @@ type ReceiverFixture struct {
 	// URI of a receiver. Required.
 	URI string `json:"uri"`
 	// Command, when not empty, is started for each receiver and carries what arrives to {host}:{port} as HTTP. It is
-	// ready when something stands in {dir}, or when it has written a line to standard output.
+	// ready when something stands in {dir}, or when it has written a line to standard output. A socket has its name a
+	// moment before it takes connections: make it elsewhere and rename it.
 	Command []string `json:"command,omitempty"`
 	// OneWay says that answers do not come back: only what arrives is judged.
 	OneWay bool `json:"one_way,omitempty"`

@@ -14,6 +14,7 @@ import (
 	"net/http"
 	"net/url"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -96,9 +97,19 @@ func queueKind() plugin.Kind {
 	}, plugin.Schemes("queue"))
 }
 
+// listenAt has the socket's name stand only when it takes connections: the suite begins then.
+func listenAt(path string) (net.Listener, error) {
+	aside := filepath.Join(filepath.Dir(filepath.Dir(path)), fmt.Sprintf("aside-%d", os.Getpid()))
+	l, err := net.Listen("unix", aside)
+	if err != nil {
+		return nil, err
+	}
+	return l, os.Rename(aside, path)
+}
+
 // bridge carries bytes from a unix socket to an address, as socat does.
 func bridge(path, to string) {
-	l, err := net.Listen("unix", path)
+	l, err := listenAt(path)
 	for err == nil {
 		var from net.Conn
 		if from, err = l.Accept(); err != nil {
@@ -124,7 +135,7 @@ func bridge(path, to string) {
 
 // consume takes messages and posts them, a moment later.
 func consume(path, to string) {
-	l, err := net.Listen("unix", path)
+	l, err := listenAt(path)
 	for err == nil {
 		var conn net.Conn
 		if conn, err = l.Accept(); err != nil {
