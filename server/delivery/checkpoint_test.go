@@ -32,6 +32,7 @@ func TestCheckpointUnderLoad(t *testing.T) {
 	j.Start(deaf{})
 	const writers, copies = 8, 6
 	var mu sync.Mutex // guards what follows
+	grown := sync.NewCond(&mu)
 	var acknowledged []string
 	next := 0
 	over := make(chan struct{})
@@ -54,14 +55,10 @@ func TestCheckpointUnderLoad(t *testing.T) {
 				}
 				mu.Lock()
 				acknowledged = append(acknowledged, id)
+				grown.Signal()
 				mu.Unlock()
 			}
 		})
-	}
-	count := func() int {
-		mu.Lock()
-		defer mu.Unlock()
-		return len(acknowledged)
 	}
 	type copied struct {
 		dir           string
@@ -69,10 +66,12 @@ func TestCheckpointUnderLoad(t *testing.T) {
 	}
 	var all []copied
 	for i := range copies {
-		for known := count(); count() < known+50; {
-			time.Sleep(time.Millisecond) // for more to copy, however fast this is
+		mu.Lock()
+		for known := len(acknowledged); len(acknowledged) < known+50; { // for more to copy, however fast this is
+			grown.Wait()
 		}
-		c := copied{dir: filepath.Join(at, fmt.Sprint("copy", i)), before: count()}
+		c := copied{dir: filepath.Join(at, fmt.Sprint("copy", i)), before: len(acknowledged)}
+		mu.Unlock()
 		marks, err := j.Checkpoint(c.dir)
 		if err != nil {
 			t.Fatal(err)
