@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"os"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -104,15 +103,9 @@ func (c *cli) apply(ctx context.Context, cl *client.Client, all []applied) error
 
 // readResources reads and checks all of a file.
 func (c *cli) readResources(path string) ([]applied, error) {
-	var text []byte
-	var err error
-	if path == "-" {
-		text, err = c.readValue("-")
-	} else {
-		text, err = os.ReadFile(path)
-	}
+	text, err := c.readFile(path)
 	if err != nil {
-		return nil, fmt.Errorf("read --file: %w", err)
+		return nil, err
 	}
 	documents, err := documentsOf(text)
 	if err != nil {

@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"fmt"
 	"iter"
 	"net/url"
 	"strings"
@@ -46,7 +45,7 @@ func (c *cli) name(of collection, arg string) (string, error) {
 		}
 		id := arg
 		if of == events {
-			id = escapeID(arg)
+			id = client.EscapeID(arg)
 		}
 		return "namespaces/" + ns + "/" + string(of) + "/" + id, checkID("", of, arg)
 	}
@@ -61,20 +60,6 @@ func (c *cli) name(of collection, arg string) (string, error) {
 		return "", err
 	}
 	return arg, checkID("", of, parts[3])
-}
-
-// escapeID writes an event's ID as it stands in a name: %XX for what is no letter, digit or one of . _ ~ -.
-func escapeID(id string) string {
-	var b strings.Builder
-	for i := range len(id) {
-		c := id[i]
-		if c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c >= '0' && c <= '9' || strings.IndexByte("._~-", c) >= 0 {
-			b.WriteByte(c)
-		} else {
-			fmt.Fprintf(&b, "%%%02X", c)
-		}
-	}
-	return b.String()
 }
 
 // eventID is the ID in the name of an event.

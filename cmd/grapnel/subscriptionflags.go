@@ -277,17 +277,24 @@ func nonEmpty(words []string) []string {
 	return slices.DeleteFunc(slices.Clone(words), func(w string) bool { return w == "" })
 }
 
-// readMessage reads YAML or JSON into m; unknown fields are refused by name.
-func (c *cli) readMessage(path string, m proto.Message) error {
-	var text []byte
-	var err error
+// readFile reads what --file names; - is standard input.
+func (c *cli) readFile(path string) (text []byte, err error) {
 	if path == "-" {
 		text, err = c.readValue("-")
 	} else {
 		text, err = os.ReadFile(path)
 	}
 	if err != nil {
-		return fmt.Errorf("read --file: %w", err)
+		return nil, fmt.Errorf("read --file: %w", err)
+	}
+	return text, nil
+}
+
+// readMessage reads YAML or JSON into m; unknown fields are refused by name.
+func (c *cli) readMessage(path string, m proto.Message) error {
+	text, err := c.readFile(path)
+	if err != nil {
+		return err
 	}
 	if !json.Valid(text) {
 		tree, err := oneDocument(text)

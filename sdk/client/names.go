@@ -25,15 +25,16 @@ func resourceName(namespace, collection, id string) (string, error) {
 	case strings.HasPrefix(id, prefix):
 		return id, nil
 	case collection == "events": // whose IDs are their publishers' and may look like anything
-		return prefix + escapeID(id), nil
+		return prefix + EscapeID(id), nil
 	case !strings.HasPrefix(id, namespaces):
 		return prefix + id, nil
 	}
 	return "", badName(collection, id, prefix)
 }
 
-// escapeID writes an event's ID as it stands in its name: %XX for what is not a letter, digit or one of . _ ~ -
-func escapeID(id string) string {
+// EscapeID returns an event's ID as it stands in the event's name: %XX for each byte that is not an ASCII letter, digit or
+// one of . _ ~ -. Methods that take an ID do this themselves.
+func EscapeID(id string) string {
 	var b strings.Builder
 	for i := range len(id) {
 		c := id[i]
