@@ -307,9 +307,9 @@ type Verdict struct {
 	Noted bool
 	// Disable: it has been failing for as long as it may. Warn: for half of that, which is said once.
 	Disable, Warn bool
-	// Opened: the breaker has opened. Probed: the probe has ended with a word about the receiver, and the breaker is open
-	// again or not.
-	Opened, Probed bool
+	// Opened: the breaker has opened. Probed: the probe has ended with a word about the receiver, and Shut: the breaker is
+	// closed again.
+	Opened, Probed, Shut bool
 	// Cut: the limit was taken back.
 	Cut bool
 }
@@ -361,14 +361,14 @@ func (h *Health) learn(e *End, now instant, v *Verdict) {
 	if h.breaker.open() {
 		if h.breaker.probed(e.Signal, now, e.Random) {
 			v.Probed = true
-			if !h.breaker.open() {
+			if v.Shut = !h.breaker.open(); v.Shut {
 				h.limit.n = afterProbe
 			}
 		}
 		return
 	}
 	if h.breaker.ended(e.Signal, e.RetryAfter > 0, now, e.Random) {
-		h.limit.reset(h.breaker.why)
+		h.limit.reset()
 		v.Opened = true
 		return
 	}

@@ -73,11 +73,11 @@ type limit struct {
 
 func (l *limit) of(most int) int { return min(max(int(l.n), 1), most) }
 
-// reset begins slow start anew, up to what it was, unless that says only that the receiver was away.
-func (l *limit) reset(why Trip) {
-	threshold := max(afterProbe, l.n)
-	if why == NoConnection {
-		threshold = 0
+// reset begins slow start anew, and where the receiver has said how much is too much for it, up to what it was.
+func (l *limit) reset() {
+	threshold := float32(0)
+	if l.why == ForOverload || l.why == ForLatency {
+		threshold = max(afterProbe, l.n)
 	}
 	*l = limit{n: 1, threshold: threshold, why: ForBreaker}
 }
@@ -173,3 +173,6 @@ func (h *Health) LimitReason(most int) Reason {
 	}
 	return h.limit.why
 }
+
+// Lowered reports whether the limit was taken back for a sign of overload, and has not grown well beyond that since.
+func (h *Health) Lowered() bool { return h.limit.threshold != 0 && h.limit.n <= 2*h.limit.threshold }
