@@ -155,7 +155,7 @@ func TestEngineDisablesAfterFailingForLong(t *testing.T) {
 				defer w.stop()
 				w.receiver.set(always(time.Millisecond, func() *delivery.Result { r := tt.result; return &r }))
 				sub := w.sub("orders")
-				for range 40 {
+				for range 60 { // by then the breaker is open, and probes come up to 15 minutes apart
 					if len(w.wasDisabled()) == 0 {
 						w.publish(sub, 0)
 					}

@@ -134,6 +134,10 @@ func TestABreakerSparesReceiverAndDeliveries(t *testing.T) {
 					t.Errorf("%d reads of %d jobs for %d probes", r-reads, j-jobs, len(tried))
 				}
 				s := w.engine.Status(lane("orders"))
+				for s.Breaker == health.BreakerHalfOpen { // the probe is in flight
+					time.Sleep(time.Second)
+					s = w.engine.Status(lane("orders"))
+				}
 				if s.Open || s.Breaker != health.BreakerOpen || s.Limit != 1 || s.InFlight > 0 || s.Waiting > 0 || w.journal.EventBytes() > 0 ||
 					!s.NextProbe.After(time.Now()) || !s.Until.Equal(s.NextProbe) || s.OldestDue < 50*time.Minute {
 					t.Errorf("status %+v", s)
@@ -152,8 +156,8 @@ func TestABreakerSparesReceiverAndDeliveries(t *testing.T) {
 				// It is well again: the next probe finds out, and slow start follows.
 				w.receiver.set(always(50*time.Millisecond, ok))
 				time.Sleep(time.Until(s.NextProbe) - time.Nanosecond)
-				if n := len(w.receiver.starts()); n != spent+len(tried) {
-					t.Errorf("%d attempts before the time of the probe", n-spent-len(tried))
+				if starts := w.receiver.starts(); time.Since(starts[len(starts)-1].at) < time.Second {
+					t.Errorf("an attempt %v before the time of the probe", time.Since(starts[len(starts)-1].at))
 				}
 				begin = time.Now()
 				time.Sleep(time.Minute)
@@ -367,21 +371,21 @@ func TestDisablingIsAnnounced(t *testing.T) {
 		w := newWorld(t, func(o *dispatch.Options) { o.Logger = slog.New(slog.NewTextHandler(&log, nil)) })
 		defer w.stop()
 		w.receiver.set(always(time.Millisecond, func() *delivery.Result { return refused(500) }))
-		sub := w.sub("orders")
+		sub := w.sub("orders", func(s *subscription.Subscription) { s.DisableAfter, s.MaxAge = 10*time.Hour, 100*time.Hour })
 		begin := time.Now()
-		for range 28 {
+		for range 8 * 6 {
 			w.publish(sub, 0)
-			time.Sleep(time.Minute)
+			time.Sleep(10 * time.Minute)
 		}
-		if s := w.engine.Status(lane("orders")); s.Disable.Sub(begin).Round(time.Second) != 30*time.Minute {
+		if s := w.engine.Status(lane("orders")); s.Disable.Sub(begin).Round(time.Second) != 10*time.Hour {
 			t.Errorf("to be disabled at %v, it began to fail at %v", s.Disable, begin)
 		}
 		if n := strings.Count(log.String(), "is disabled"); n != 1 || !strings.Contains(log.String(), "subscription_id=orders") {
 			t.Errorf("warned %d times: %s", n, &log)
 		}
-		for range 5 {
+		for range 3 * 6 {
 			w.publish(sub, 0)
-			time.Sleep(time.Minute)
+			time.Sleep(10 * time.Minute)
 		}
 		if len(w.wasDisabled()) != 1 {
 			t.Errorf("disabled %v", w.wasDisabled())
