@@ -196,11 +196,23 @@ func statusColumns(s *grapnelv1.SubscriptionStatus) []column[*grapnelv1.Subscrip
 	} else if s.GetSlow() {
 		delivering = "yes, few at a time: the target is slow"
 	}
+	breaker := enumText(s.GetBreaker())
+	if s.GetBreakerSince() != nil {
+		breaker += " since " + timeText(s.GetBreakerSince())
+	}
+	limit := number(s.GetInFlightLimit())
+	if s.GetLimitReason() != "" {
+		limit += ", " + s.GetLimitReason()
+	}
 	add("DELIVERING", delivering)
+	add("BREAKER", breaker)
+	add("NEXT PROBE", timeText(s.GetNextProbeTime()))
 	add("FAILING SINCE", timeText(s.GetFailingSince()))
+	add("DISABLED AT", timeText(s.GetDisableTime()))
 	add("LAST SUCCESS", timeText(s.GetLastSuccessTime()))
 	add("OPEN DELIVERIES", number(s.GetOpenDeliveries()))
 	add("IN FLIGHT", number(s.GetInFlight()))
+	add("IN FLIGHT AT MOST", limit)
 	add("OLDEST DUE", latencyText(s.GetOldestDueAge()))
 	add("LATENCY", latencyText(s.GetLatency()))
 	add("CONDITION ERRORS", number(s.GetConditionErrors()))
@@ -375,9 +387,20 @@ func newSubscriptionResume(c *cli) *cobra.Command {
 			}
 			return c.with(cmd, func(ctx context.Context, cl *client.Client) error {
 				r, err := cl.SubscriptionService().ResumeSubscription(ctx, &grapnelv1.ResumeSubscriptionRequest{Name: name})
-				return c.newState(r.GetSubscription(), err)
+				if err := c.newState(r.GetSubscription(), err); err != nil {
+					return err
+				}
+				c.lifted(r.GetLifted())
+				return nil
 			})
 		},
+	}
+}
+
+// lifted tells people what held deliveries back until now.
+func (c *cli) lifted(what string) {
+	if what != "" && !c.forPrograms() {
+		c.said("lifted: %s", what)
 	}
 }
 

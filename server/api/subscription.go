@@ -276,11 +276,19 @@ func (s subscriptionService) PauseSubscription(ctx context.Context, r *grapnelv1
 
 // ResumeSubscription restarts attempts after a pause or an automatic disable.
 func (s subscriptionService) ResumeSubscription(ctx context.Context, r *grapnelv1.ResumeSubscriptionRequest) (*grapnelv1.ResumeSubscriptionResponse, error) {
+	held := ""
+	was, missing := s.find(r.GetName())
+	if missing == nil {
+		held = s.Engine.HeldBy(s.lane(was)) // dispatch opens the lane, too, when it sees the state change
+	}
 	sub, err := s.setState(ctx, r.GetName(), grapnelv1.Subscription_STATE_ACTIVE, r.GetEtag(), "")
 	if err != nil {
 		return nil, err
 	}
-	return &grapnelv1.ResumeSubscriptionResponse{Subscription: sub}, nil
+	if missing == nil {
+		s.Engine.Open(s.lane(was))
+	}
+	return &grapnelv1.ResumeSubscriptionResponse{Subscription: sub, Lifted: held}, nil
 }
 
 func (s subscriptionService) setState(ctx context.Context, name string, state grapnelv1.Subscription_State, etag, reason string) (*grapnelv1.Subscription, error) {
