@@ -65,7 +65,7 @@ func (f *namespaceFlags) register(cmd *cobra.Command) {
 	flags := cmd.Flags()
 	flags.StringArrayVarP(&f.labels, "label", "l", nil, "label as `name=value`; repeat for more")
 	countVar(flags, &f.subscriptions, "max-subscriptions", 0, 0, 0, "most subscriptions; 0 is no limit")
-	countVar(flags, &f.rate, "max-publish-rate", 0, 0, 0, "most events accepted per second; 0 is no limit")
+	countVar(flags, &f.rate, "max-publish-rate", 0, 0, 0, "most events accepted per second, of which ten seconds' worth may come at once; 0 is no limit")
 	countVar(flags, &f.bytes, "max-event-bytes", 0, 0, 0, "most bytes of one payload; 0 is the default, 262144")
 	countVar(flags, &f.openDeliveries, "max-open-deliveries", 0, 0, 0, "most open deliveries; 0 is no limit")
 	spanVar(flags, &f.retention, "retention", 0, 0, 0, "how long final deliveries are kept; 0 is the default, 72h")

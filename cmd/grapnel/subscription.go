@@ -238,7 +238,7 @@ func newSubscriptionList(c *cli) *cobra.Command {
 			})
 		},
 	}
-	cmd.Flags().StringVar(&filter, "filter", "", "`expression` over state, event_type, uri, labels.KEY, signer, transport, create_time")
+	cmd.Flags().StringVar(&filter, "filter", "", "`expression` over state, event_type, uri, labels.KEY, signer, transport, secret, uid, display_name, create_time")
 	cmd.Flags().BoolVarP(&all, "all-namespaces", "A", false, "of all namespaces")
 	return cmd
 }
