@@ -152,6 +152,9 @@ func newSubscriptionCreate(c *cli) *cobra.Command {
 		if _, err := f.apply(cmd, c, parent, s); err != nil {
 			return err
 		}
+		if err := f.sameName(s, parent+"/subscriptions/"+id); err != nil {
+			return err
+		}
 		return c.with(cmd, func(ctx context.Context, cl *client.Client) error {
 			r, err := cl.SubscriptionService().CreateSubscription(ctx, &grapnelv1.CreateSubscriptionRequest{
 				Parent: parent, SubscriptionId: id, Subscription: s, RequestId: client.NewID(), ValidateOnly: validateOnly,
@@ -275,6 +278,9 @@ With --file the whole content is replaced by the file's.`,
 		}
 		if len(paths) == 0 {
 			return usagef("nothing to change: give at least one flag")
+		}
+		if err := f.sameName(s, name); err != nil {
+			return err
 		}
 		s.Name, s.Etag = name, cmp.Or(etag, s.GetEtag())
 		r := &grapnelv1.UpdateSubscriptionRequest{
