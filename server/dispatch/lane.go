@@ -323,7 +323,7 @@ func (l *lane) gate(now time.Time) gate {
 		}
 		return gate{reason: closedAbsent, lasting: true}
 	}
-	if reason := closedBy(sub); reason != "" {
+	if reason := l.closedBy(sub); reason != "" {
 		return gate{sub: sub, reason: reason, lasting: true}
 	}
 	if h := &l.health; now.Before(h.closed) {
@@ -332,8 +332,11 @@ func (l *lane) gate(now time.Time) gate {
 	return gate{sub: sub}
 }
 
-// closedBy is why a subscription's state closes its lane, or empty.
-func closedBy(sub *subscription.Subscription) string {
+// closedBy is why the state of a subscription, or of what is above it, closes its lane, or empty.
+func (l *lane) closedBy(sub *subscription.Subscription) string {
+	if reason := l.e.subs.Closed(l.key); reason != "" {
+		return reason
+	}
 	switch sub.Proto.GetState() {
 	case grapnelv1.Subscription_STATE_PAUSED:
 		return closedPaused

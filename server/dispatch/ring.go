@@ -169,7 +169,6 @@ func (e *Engine) dispatch() {
 }
 
 const (
-	reasonDeleted   = "subscription deleted"
 	reasonMaxAge    = "max_age"
 	reasonCancelled = "cancelled by a caller"
 )
@@ -271,7 +270,7 @@ func (l *lane) mayStart(g gate, now time.Time) bool {
 // begin hands an attempt over. l.start is held, l.mu is not.
 func (l *lane) begin(x *entry) {
 	sub := l.e.subs.Subscription(l.key)
-	if sub == nil || closedBy(sub) != "" {
+	if sub == nil || l.closedBy(sub) != "" {
 		// It changed since the job was taken: back, for the next look to decide.
 		l.mu.Lock()
 		l.back(x)
