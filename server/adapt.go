@@ -133,6 +133,31 @@ func (r subscriptions) Deleted(lane delivery.LaneKey) bool {
 	return n != nil && n.Deleted()
 }
 
+// EndReason tells a namespace's deletion from a subscription's, which may come back with UndeleteNamespace.
+func (r subscriptions) EndReason(lane delivery.LaneKey) string {
+	if _, gone := r.Snapshot().Deleted(uint64(lane.Subscription)); gone {
+		return api.SubscriptionDeleted
+	}
+	return api.NamespaceDeleted
+}
+
+// Closed goes from the widest to the narrowest.
+func (r subscriptions) Closed(lane delivery.LaneKey) string {
+	snapshot := r.Snapshot()
+	if snapshot.Dispatch().Paused {
+		return "all dispatch is paused"
+	}
+	if n := snapshot.NamespaceByKey(uint64(lane.Namespace)); n != nil {
+		switch n.Proto.GetState() {
+		case grapnelv1.Namespace_STATE_PAUSED:
+			return "its namespace is paused"
+		case grapnelv1.Namespace_STATE_DISABLED:
+			return "its namespace is disabled"
+		}
+	}
+	return ""
+}
+
 // plugins is the host as the API sees it.
 type plugins struct{ *pluginhost.Host }
 
@@ -219,7 +244,7 @@ func (e engine) Status(lane delivery.LaneKey) *grapnelv1.SubscriptionStatus {
 		InFlightLimit: int32(s.Limit), LimitReason: s.LimitReason, //nolint:gosec // at most 1000
 		Breaker: grapnelv1.SubscriptionStatus_BREAKER_CLOSED, BreakerSince: stamp(s.BreakerSince), NextProbeTime: stamp(s.NextProbe),
 		DisableTime: stamp(s.Disable),
-		InFlight: int32(min(s.InFlight, math.MaxInt32)), OldestDueAge: durationpb.New(s.OldestDue), //nolint:gosec // bounded by the line itself
+		InFlight:    int32(min(s.InFlight, math.MaxInt32)), OldestDueAge: durationpb.New(s.OldestDue), //nolint:gosec // bounded by the line itself
 	}
 	switch s.Breaker {
 	case receiver.BreakerOpen:
