@@ -380,6 +380,14 @@ func (s *Server) openConfig(ctx context.Context) error {
 		}
 		return 0
 	}))
+	s.metrics.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: "grapnel_dispatch_paused", Help: "1 while all dispatch is paused, by PauseDispatch.",
+	}, func() float64 {
+		if s.registry.Snapshot().Dispatch().Paused {
+			return 1
+		}
+		return 0
+	}))
 	return notePair(o, s.stores())
 }
 

@@ -4,7 +4,8 @@
 // An Engine keeps a lane for each subscription that has open deliveries. It guarantees
 //
 //   - at most one attempt of a delivery at a time, each started with the subscription as the snapshot has
-//     it at that moment, and none for one that is paused, disabled, deleted or not in the snapshot;
+//     it at that moment, and none for one that is paused, disabled, deleted or not in the snapshot, or whose
+//     namespace is, or while all dispatch is paused;
 //   - that a delivery is cancelled for a deletion that was seen, never because configuration is absent:
 //     then its lane is parked, and Status says so;
 //   - that every result is settled in the journal, unless Stop had to abandon the attempt, in which case
@@ -110,9 +111,14 @@ type Journal interface {
 type Subscriptions interface {
 	// Subscription is nil when the snapshot has none, or its namespace is deleted.
 	Subscription(lane delivery.LaneKey) *subscription.Subscription
-	// Deleted reports whether the deletion of the subscription, or the erasure of its namespace, has been seen:
-	// its deliveries are to be cancelled. What is in neither is parked.
+	// Deleted reports whether the deletion of the subscription, or of its namespace, has been seen: its deliveries are to
+	// be cancelled. What is in neither is parked.
 	Deleted(lane delivery.LaneKey) bool
+	// EndReason says, in words for people, why what a lane has open that is Deleted ends.
+	EndReason(lane delivery.LaneKey) string
+	// Closed says, in words for people, why no attempts are made in the subscription's namespace or at all; empty when
+	// they are.
+	Closed(lane delivery.LaneKey) string
 }
 
 // Attempter makes attempts. Attempt returns at once; sink.Complete is called exactly once, from any

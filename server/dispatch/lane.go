@@ -256,6 +256,9 @@ func (l *lane) reclass() {
 		return
 	}
 	was, b := l.standing, &l.e.budget
+	if was == unknown && is == proven {
+		l.e.slots.regain(was)
+	}
 	l.e.slots.count(l, -int64(l.flying.n))
 	l.standing = is
 	l.e.slots.count(l, int64(l.flying.n))
@@ -320,7 +323,7 @@ func (l *lane) gate(now time.Time) gate {
 		}
 		return gate{reason: closedAbsent, lasting: true}
 	}
-	if reason := closedBy(sub); reason != "" {
+	if reason := l.closedBy(sub); reason != "" {
 		return gate{sub: sub, reason: reason, lasting: true}
 	}
 	if h := &l.health; now.Before(h.closed) {
@@ -329,8 +332,11 @@ func (l *lane) gate(now time.Time) gate {
 	return gate{sub: sub}
 }
 
-// closedBy is why a subscription's state closes its lane, or empty.
-func closedBy(sub *subscription.Subscription) string {
+// closedBy is why the state of a subscription, or of what is above it, closes its lane, or empty.
+func (l *lane) closedBy(sub *subscription.Subscription) string {
+	if reason := l.e.subs.Closed(l.key); reason != "" {
+		return reason
+	}
 	switch sub.Proto.GetState() {
 	case grapnelv1.Subscription_STATE_PAUSED:
 		return closedPaused
