@@ -24,6 +24,7 @@ import (
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/encoding/protojson"
 	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/structpb"
 
 	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
 	"github.com/grapnel/grapnel/server"
@@ -91,7 +92,7 @@ func TestNobodySeesSecrets(t *testing.T) {
 		if refuses.Load() {
 			w.WriteHeader(http.StatusInternalServerError)
 		}
-		fmt.Fprintf(w, "%v", r.Header)
+		fmt.Fprintf(w, "%v %v", r.Header, r.URL)
 	}))
 	t.Cleanup(receiver.Close)
 	s := servertest.Start(t, servertest.Options{Adjust: func(o *server.Options) {
@@ -109,6 +110,26 @@ func TestNobodySeesSecrets(t *testing.T) {
 	page, err := plugins.ListPlugins(t.Context(), &grapnelv1.ListPluginsRequest{PageSize: 1000})
 	if err != nil {
 		t.Fatal(err)
+	}
+	// uses are settings that send secrets along, or use them on the way.
+	uses := map[string][]*structpb.Struct{}
+	for kind, configs := range map[string][]map[string]any{
+		"http": {
+			{"auth": map[string]any{"type": "bearer"}}, {"auth": map[string]any{"type": "basic", "username": "me"}},
+			{"auth": map[string]any{"type": "api_key"}}, {"auth": map[string]any{"type": "api_key", "in": "query", "name": "k"}},
+			{"auth": map[string]any{"type": "oauth2", "client_id": "me", "token_url": receiver.URL}},
+			{"auth": map[string]any{"type": "oauth2", "client_id": "me", "token_url": receiver.URL, "client_auth": "client_secret_post"}},
+			{"proxy": map[string]any{"url": receiver.URL}}, {"proxy": map[string]any{"url": "socks5://127.0.0.1:1"}},
+		},
+		"nats": {{"user": "me"}},
+	} {
+		for _, c := range configs {
+			config, err := structpb.NewStruct(c)
+			if err != nil {
+				t.Fatal(err)
+			}
+			uses[kind] = append(uses[kind], config)
+		}
 	}
 	values := map[string]string{}
 	secretFor := func(kind, slot string) string {
@@ -158,12 +179,10 @@ func TestNobodySeesSecrets(t *testing.T) {
 			each = append(each, []string{slot.GetSlot()})
 		}
 		for i, slots := range each {
-			for _, example := range []bool{true, false} {
+			for n, config := range append([]*structpb.Struct{p.GetConfigExample(), nil}, uses[kind]...) {
 				sub := &grapnelv1.Subscription{Uri: receiver.URL, EventTypes: []string{"order.*"}, RetryPolicy: &grapnelv1.RetryPolicy{MaxAttempts: 1}}
 				b := bound(slots...)
-				if !example {
-					b.Config = nil
-				}
+				b.Config = config
 				if slices.Contains(p.GetRoles(), grapnelv1.Plugin_ROLE_SIGNER) {
 					sub.Signers = []*grapnelv1.PluginBinding{b}
 				} else {
@@ -173,7 +192,7 @@ func TestNobodySeesSecrets(t *testing.T) {
 					}
 				}
 				made, err := subscriptions.CreateSubscription(t.Context(), &grapnelv1.CreateSubscriptionRequest{
-					Parent: "namespaces/acme", SubscriptionId: fmt.Sprintf("%s-%d-%t", kind, i, example), Subscription: sub,
+					Parent: "namespaces/acme", SubscriptionId: fmt.Sprintf("%s-%d-%d", kind, i, n), Subscription: sub,
 				})
 				if err != nil {
 					continue // as where a slot needs another one, or a setting
@@ -212,6 +231,11 @@ func TestNobodySeesSecrets(t *testing.T) {
 	s.Stop()
 	text := heard.all.String()
 	t.Logf("%d secrets, subscriptions by kind %v, %d bytes overheard", len(values), tried, len(text))
+	for _, word := range []string{"[redacted]", "OUTCOME_SUCCEEDED", "OUTCOME_RETRYABLE", "OUTCOME_UNREACHABLE"} {
+		if !strings.Contains(text, word) {
+			t.Errorf("%s was never said: the secrets were not where they could be seen", word)
+		}
+	}
 	for id, value := range values {
 		for how, form := range written(value) {
 			if at := strings.Index(text, form); at >= 0 {
