@@ -156,6 +156,7 @@ func (s *Server) open(ctx context.Context, closers *stack) (err error) {
 	}
 	closers.push("stop listening for administration", s.admin.Close)
 	s.planMemory()
+	closers.push("stop pacing the garbage collector", s.memory.apply().end)
 	if err := s.openStores(ctx, closers); err != nil {
 		return err
 	}
@@ -227,7 +228,6 @@ func (s *Server) planMemory() {
 		s.log.Warn("fewer attempts in flight than could be: the limit of open files (ulimit -n) is low",
 			"slots", s.memory.slots, "wanted", wanted, "open_files", mostFiles())
 	}
-	s.memory.apply()
 	s.log.Info("memory", "bytes", total, "heap_bytes", s.memory.heap, "plugin_bytes", s.memory.plugin,
 		"window_bytes", s.memory.window, "slots", s.memory.slots)
 }
