@@ -390,14 +390,16 @@ func newSubscriptionResume(c *cli) *cobra.Command {
 	return c.turnCommand(subscriptions, "resume", "Restart attempts after a pause or disabling, also an automatic one", completeSubscriptions(c),
 		func(ctx context.Context, cl *client.Client, t turning) (stated, error) {
 			r, err := cl.SubscriptionService().ResumeSubscription(ctx, &grapnelv1.ResumeSubscriptionRequest{Name: t.name, Reason: t.reason, Etag: t.etag})
-			c.lifted(r.GetLifted())
+			if err == nil {
+				c.lifted(r.GetLifted())
+			}
 			return r.GetSubscription(), err
 		})
 }
 
 // lifted tells people what held deliveries back until now.
 func (c *cli) lifted(what string) {
-	if what != "" {
+	if what != "" && !c.forPrograms() {
 		c.said("lifted: %s", what)
 	}
 }
