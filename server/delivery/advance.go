@@ -73,6 +73,9 @@ func (j *Journal) AdvanceReplay(ctx context.Context, r *Replay, partition uint16
 		return Advance{}, err
 	}
 	defer leave()
+	if j.space.low() {
+		return Advance{}, ErrDiskFull
+	}
 	p := j.partitions[partition]
 	at, err := p.cursor(j.db, r.Namespace, r.Key)
 	if err != nil {

@@ -115,3 +115,4 @@ type subs map[delivery.LaneKey]*subscription.Subscription
 
 func (s subs) Subscription(lane delivery.LaneKey) *subscription.Subscription { return s[lane] }
 func (s subs) Deleted(delivery.LaneKey) bool                                 { return false }
+func (s subs) DeadLetter(*subscription.Subscription) *delivery.DeadLetter    { return nil }

@@ -113,6 +113,8 @@ type Subscriptions interface {
 	// Deleted reports whether the deletion of the subscription, or the erasure of its namespace, has been seen:
 	// its deliveries are to be cancelled. What is in neither is parked.
 	Deleted(lane delivery.LaneKey) bool
+	// DeadLetter is who gets what ends without success for the subscription; nil when nobody does.
+	DeadLetter(sub *subscription.Subscription) *delivery.DeadLetter
 }
 
 // Attempter makes attempts. Attempt returns at once; sink.Complete is called exactly once, from any

@@ -236,9 +236,12 @@ type Quota struct {
 	// Open deliveries; publishing fails with QUOTA_EXCEEDED above it; 0 is no limit.
 	MaxOpenDeliveries int32 `protobuf:"varint,4,opt,name=max_open_deliveries,json=maxOpenDeliveries,proto3" json:"max_open_deliveries,omitempty"` // 5 is kept for a limit to come.
 	// How long final deliveries and payloads are kept, 1h to 90 days; default 3 days.
-	Retention     *durationpb.Duration `protobuf:"bytes,6,opt,name=retention,proto3" json:"retention,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	Retention *durationpb.Duration `protobuf:"bytes,6,opt,name=retention,proto3" json:"retention,omitempty"`
+	// How long deliveries that ended without success are kept after their end, with their events, 1h to 90 days; default
+	// and at least as long as retention.
+	DeadLetterRetention *durationpb.Duration `protobuf:"bytes,7,opt,name=dead_letter_retention,json=deadLetterRetention,proto3" json:"dead_letter_retention,omitempty"`
+	unknownFields       protoimpl.UnknownFields
+	sizeCache           protoimpl.SizeCache
 }
 
 func (x *Quota) Reset() {
@@ -302,6 +305,13 @@ func (x *Quota) GetMaxOpenDeliveries() int32 {
 func (x *Quota) GetRetention() *durationpb.Duration {
 	if x != nil {
 		return x.Retention
+	}
+	return nil
+}
+
+func (x *Quota) GetDeadLetterRetention() *durationpb.Duration {
+	if x != nil {
+		return x.DeadLetterRetention
 	}
 	return nil
 }
@@ -1051,13 +1061,14 @@ const file_grapnel_v1_namespace_proto_rawDesc = "" +
 	"\x05State\x12\x15\n" +
 	"\x11STATE_UNSPECIFIED\x10\x00\x12\x10\n" +
 	"\fSTATE_ACTIVE\x10\x01\x12\x11\n" +
-	"\rSTATE_DELETED\x10\x03\"\xab\x02\n" +
+	"\rSTATE_DELETED\x10\x03\"\x8e\x03\n" +
 	"\x05Quota\x124\n" +
 	"\x11max_subscriptions\x18\x01 \x01(\x05B\a\xbaH\x04\x1a\x02(\x00R\x10maxSubscriptions\x121\n" +
 	"\x10max_publish_rate\x18\x02 \x01(\x05B\a\xbaH\x04\x1a\x02(\x00R\x0emaxPublishRate\x123\n" +
 	"\x0fmax_event_bytes\x18\x03 \x01(\x05B\v\xbaH\b\x1a\x06\x18\x80\x80@(\x00R\rmaxEventBytes\x127\n" +
 	"\x13max_open_deliveries\x18\x04 \x01(\x05B\a\xbaH\x04\x1a\x02(\x00R\x11maxOpenDeliveries\x12K\n" +
-	"\tretention\x18\x06 \x01(\v2\x19.google.protobuf.DurationB\x12\xbaH\x0f\xaa\x01\f\"\x05\b\x80\xce\xda\x032\x03\b\x90\x1cR\tretention\"\xba\x01\n" +
+	"\tretention\x18\x06 \x01(\v2\x19.google.protobuf.DurationB\x12\xbaH\x0f\xaa\x01\f\"\x05\b\x80\xce\xda\x032\x03\b\x90\x1cR\tretention\x12a\n" +
+	"\x15dead_letter_retention\x18\a \x01(\v2\x19.google.protobuf.DurationB\x12\xbaH\x0f\xaa\x01\f\"\x05\b\x80\xce\xda\x032\x03\b\x90\x1cR\x13deadLetterRetention\"\xba\x01\n" +
 	"\x05Usage\x12$\n" +
 	"\rsubscriptions\x18\x01 \x01(\x05R\rsubscriptions\x12'\n" +
 	"\x0fopen_deliveries\x18\x02 \x01(\x05R\x0eopenDeliveries\x12!\n" +
@@ -1159,33 +1170,34 @@ var file_grapnel_v1_namespace_proto_depIdxs = []int32{
 	17, // 6: grapnel.v1.Namespace.purge_time:type_name -> google.protobuf.Timestamp
 	2,  // 7: grapnel.v1.Namespace.effective_quota:type_name -> grapnel.v1.Quota
 	18, // 8: grapnel.v1.Quota.retention:type_name -> google.protobuf.Duration
-	18, // 9: grapnel.v1.Usage.oldest_due_age:type_name -> google.protobuf.Duration
-	1,  // 10: grapnel.v1.CreateNamespaceRequest.namespace:type_name -> grapnel.v1.Namespace
-	1,  // 11: grapnel.v1.CreateNamespaceResponse.namespace:type_name -> grapnel.v1.Namespace
-	1,  // 12: grapnel.v1.GetNamespaceResponse.namespace:type_name -> grapnel.v1.Namespace
-	1,  // 13: grapnel.v1.ListNamespacesResponse.namespaces:type_name -> grapnel.v1.Namespace
-	1,  // 14: grapnel.v1.UpdateNamespaceRequest.namespace:type_name -> grapnel.v1.Namespace
-	19, // 15: grapnel.v1.UpdateNamespaceRequest.update_mask:type_name -> google.protobuf.FieldMask
-	1,  // 16: grapnel.v1.UpdateNamespaceResponse.namespace:type_name -> grapnel.v1.Namespace
-	1,  // 17: grapnel.v1.DeleteNamespaceResponse.namespace:type_name -> grapnel.v1.Namespace
-	1,  // 18: grapnel.v1.UndeleteNamespaceResponse.namespace:type_name -> grapnel.v1.Namespace
-	4,  // 19: grapnel.v1.NamespaceService.CreateNamespace:input_type -> grapnel.v1.CreateNamespaceRequest
-	6,  // 20: grapnel.v1.NamespaceService.GetNamespace:input_type -> grapnel.v1.GetNamespaceRequest
-	8,  // 21: grapnel.v1.NamespaceService.ListNamespaces:input_type -> grapnel.v1.ListNamespacesRequest
-	10, // 22: grapnel.v1.NamespaceService.UpdateNamespace:input_type -> grapnel.v1.UpdateNamespaceRequest
-	12, // 23: grapnel.v1.NamespaceService.DeleteNamespace:input_type -> grapnel.v1.DeleteNamespaceRequest
-	14, // 24: grapnel.v1.NamespaceService.UndeleteNamespace:input_type -> grapnel.v1.UndeleteNamespaceRequest
-	5,  // 25: grapnel.v1.NamespaceService.CreateNamespace:output_type -> grapnel.v1.CreateNamespaceResponse
-	7,  // 26: grapnel.v1.NamespaceService.GetNamespace:output_type -> grapnel.v1.GetNamespaceResponse
-	9,  // 27: grapnel.v1.NamespaceService.ListNamespaces:output_type -> grapnel.v1.ListNamespacesResponse
-	11, // 28: grapnel.v1.NamespaceService.UpdateNamespace:output_type -> grapnel.v1.UpdateNamespaceResponse
-	13, // 29: grapnel.v1.NamespaceService.DeleteNamespace:output_type -> grapnel.v1.DeleteNamespaceResponse
-	15, // 30: grapnel.v1.NamespaceService.UndeleteNamespace:output_type -> grapnel.v1.UndeleteNamespaceResponse
-	25, // [25:31] is the sub-list for method output_type
-	19, // [19:25] is the sub-list for method input_type
-	19, // [19:19] is the sub-list for extension type_name
-	19, // [19:19] is the sub-list for extension extendee
-	0,  // [0:19] is the sub-list for field type_name
+	18, // 9: grapnel.v1.Quota.dead_letter_retention:type_name -> google.protobuf.Duration
+	18, // 10: grapnel.v1.Usage.oldest_due_age:type_name -> google.protobuf.Duration
+	1,  // 11: grapnel.v1.CreateNamespaceRequest.namespace:type_name -> grapnel.v1.Namespace
+	1,  // 12: grapnel.v1.CreateNamespaceResponse.namespace:type_name -> grapnel.v1.Namespace
+	1,  // 13: grapnel.v1.GetNamespaceResponse.namespace:type_name -> grapnel.v1.Namespace
+	1,  // 14: grapnel.v1.ListNamespacesResponse.namespaces:type_name -> grapnel.v1.Namespace
+	1,  // 15: grapnel.v1.UpdateNamespaceRequest.namespace:type_name -> grapnel.v1.Namespace
+	19, // 16: grapnel.v1.UpdateNamespaceRequest.update_mask:type_name -> google.protobuf.FieldMask
+	1,  // 17: grapnel.v1.UpdateNamespaceResponse.namespace:type_name -> grapnel.v1.Namespace
+	1,  // 18: grapnel.v1.DeleteNamespaceResponse.namespace:type_name -> grapnel.v1.Namespace
+	1,  // 19: grapnel.v1.UndeleteNamespaceResponse.namespace:type_name -> grapnel.v1.Namespace
+	4,  // 20: grapnel.v1.NamespaceService.CreateNamespace:input_type -> grapnel.v1.CreateNamespaceRequest
+	6,  // 21: grapnel.v1.NamespaceService.GetNamespace:input_type -> grapnel.v1.GetNamespaceRequest
+	8,  // 22: grapnel.v1.NamespaceService.ListNamespaces:input_type -> grapnel.v1.ListNamespacesRequest
+	10, // 23: grapnel.v1.NamespaceService.UpdateNamespace:input_type -> grapnel.v1.UpdateNamespaceRequest
+	12, // 24: grapnel.v1.NamespaceService.DeleteNamespace:input_type -> grapnel.v1.DeleteNamespaceRequest
+	14, // 25: grapnel.v1.NamespaceService.UndeleteNamespace:input_type -> grapnel.v1.UndeleteNamespaceRequest
+	5,  // 26: grapnel.v1.NamespaceService.CreateNamespace:output_type -> grapnel.v1.CreateNamespaceResponse
+	7,  // 27: grapnel.v1.NamespaceService.GetNamespace:output_type -> grapnel.v1.GetNamespaceResponse
+	9,  // 28: grapnel.v1.NamespaceService.ListNamespaces:output_type -> grapnel.v1.ListNamespacesResponse
+	11, // 29: grapnel.v1.NamespaceService.UpdateNamespace:output_type -> grapnel.v1.UpdateNamespaceResponse
+	13, // 30: grapnel.v1.NamespaceService.DeleteNamespace:output_type -> grapnel.v1.DeleteNamespaceResponse
+	15, // 31: grapnel.v1.NamespaceService.UndeleteNamespace:output_type -> grapnel.v1.UndeleteNamespaceResponse
+	26, // [26:32] is the sub-list for method output_type
+	20, // [20:26] is the sub-list for method input_type
+	20, // [20:20] is the sub-list for extension type_name
+	20, // [20:20] is the sub-list for extension extendee
+	0,  // [0:20] is the sub-list for field type_name
 }
 
 func init() { file_grapnel_v1_namespace_proto_init() }
