@@ -256,6 +256,9 @@ func (l *lane) reclass() {
 		return
 	}
 	was, b := l.standing, &l.e.budget
+	if was == unknown && is == proven {
+		l.e.slots.regain(was)
+	}
 	l.e.slots.count(l, -int64(l.flying.n))
 	l.standing = is
 	l.e.slots.count(l, int64(l.flying.n))

@@ -119,19 +119,23 @@ func (r *round) pop(slots *slots, st standing) *lane {
 func (r *ring) next(s *slots, now time.Time) (*lane, time.Duration) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	var again time.Duration
 	for range standings {
 		st := r.turn
 		r.turn = (r.turn + 1) % standings
+		if r.rounds[st].head == nil {
+			continue
+		}
 		if s.room(st, now) {
 			if l := r.rounds[st].pop(s, st); l != nil {
 				return l, 0
 			}
 		}
+		if wait := s.wait(st, now); wait > 0 && (again == 0 || wait < again) {
+			again = wait
+		}
 	}
-	if r.rounds[suspect].head == nil {
-		return nil, 0
-	}
-	return nil, s.pace.wait(s.total, now)
+	return nil, again
 }
 
 func (r *ring) waiting() int64 {
