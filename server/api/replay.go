@@ -31,7 +31,7 @@ const (
 
 // replayOutputOnly are the fields of ReplayJob that callers cannot set.
 var replayOutputOnly = []string{
-	"name", "state", "scanned_count", "created_count", "skipped_count", "error", "create_time", "complete_time", "open_count", "wait_reason",
+	"name", "state", "scanned_count", "created_count", "skipped_count", "error", "create_time", "complete_time", "open_count", "wait_reason", "progress",
 }
 
 // CreateReplayJob starts a job, or only counts what it would do.
@@ -329,7 +329,7 @@ func (s replayService) replayProto(ns string, r *delivery.Replay) *grapnelv1.Rep
 		Name: replayJobName(ns, r.ID), StartTime: stamp(r.Spec.Since), EndTime: stamp(r.Spec.Until), Filter: r.Spec.Filter,
 		MissingOnly: r.Spec.Missing, Retry: r.Spec.Retry, MaxRate: r.Spec.MaxRate, State: grapnelv1.ReplayJob_State(r.State),
 		ScannedCount: r.Counts.Scanned, CreatedCount: r.Counts.Created, SkippedCount: r.Counts.Skipped,
-		CreateTime: stamp(r.CreateTime), CompleteTime: stamp(r.DoneTime),
+		CreateTime: stamp(r.CreateTime), CompleteTime: stamp(r.DoneTime), Progress: r.Progress,
 	}
 	if m.MaxRate == 0 {
 		m.MaxRate = 50

@@ -2,6 +2,7 @@ package delivery
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -110,7 +111,7 @@ func (j *Journal) AdvanceReplay(ctx context.Context, r *Replay, partition uint16
 			}
 		}
 		next := at
-		next.step, next.seq, next.sub, next.done = at.step+1, step.seq, step.sub, step.done
+		next.step, next.first, next.seq, next.sub, next.done = at.step+1, step.first, step.seq, step.sub, step.done
 		next.add(counts)
 		c.putCursor(r, &next)
 		return nil
@@ -217,6 +218,7 @@ func passGone(err error) error {
 // looked is how far a look has come.
 type looked struct {
 	counts ReplayCounts // but for Created
+	first  uint64
 	seq    uint64
 	sub    SubscriptionKey
 	done   bool
@@ -228,7 +230,7 @@ type looked struct {
 func (p *partition) look(ctx context.Context, pick *Picker, at *cursor, limit int) (step looked, found []selected, err error) {
 	r, _ := p.snapshot()
 	defer func() { err = errors.Join(err, r.Close()) }()
-	step = looked{seq: at.seq, sub: at.sub}
+	step = looked{first: at.first, seq: at.seq, sub: at.sub}
 	low, high := max(seqOrNone(pick.Since), at.seq), at.high
 	if !pick.Until.IsZero() {
 		high = min(high, seqAt(pick.Until))
@@ -248,6 +250,7 @@ func (p *partition) look(ctx context.Context, pick *Picker, at *cursor, limit in
 			return step, found, nil
 		}
 		step.records++
+		step.first = cmp.Or(step.first, seq)
 		if pick.Event != nil {
 			if seq > at.seq || at.sub == 0 {
 				s, err := p.lookAtEvent(r, pick, seq, &step)

@@ -70,8 +70,9 @@ type Replay struct {
 	// Reason says why it has failed.
 	Reason               string
 	CreateTime, DoneTime time.Time
-	// Counts of one that has ended; of one that goes on see ReplayCounts.
-	Counts ReplayCounts
+	Counts               ReplayCounts
+	// Progress is about how much of what there is to look at it has looked at, from 0 to 1.
+	Progress float64
 }
 
 // Errors of replays.
@@ -257,8 +258,19 @@ func (j *Journal) Replay(ns NamespaceKey, key uint64) (*Replay, error) {
 	if err != nil || r.State.Ended() {
 		return r, err
 	}
-	r.Counts, err = j.replayCounts(ns, key)
-	return r, err
+	until := ^uint64(0)
+	if !r.Spec.Until.IsZero() {
+		until = seqAt(r.Spec.Until)
+	}
+	for _, p := range j.partitions {
+		at, err := p.cursor(j.db, ns, key)
+		if err != nil {
+			return nil, err
+		}
+		r.Counts.add(at.ReplayCounts)
+		r.Progress += at.progress(until) / float64(len(j.partitions))
+	}
+	return r, nil
 }
 
 // replayCounts sums up what a replay has counted in the partitions.
@@ -369,6 +381,9 @@ func (p *partition) replay(r pebble.Reader, ns NamespaceKey, key uint64) (job *R
 		return nil, ErrNotFound
 	}
 	job.Namespace, job.Key = ns, key
+	if job.State.Ended() {
+		job.Progress = 1
+	}
 	return job, nil
 }
 
@@ -378,11 +393,23 @@ type cursor struct {
 	step uint64
 	// high bounds what the replay looks at, so that it never meets what it makes itself.
 	high uint64
-	// at is the last place that it has looked at; none before the first.
-	seq  uint64
-	sub  SubscriptionKey
-	done bool
+	// first is the first sequence that it has looked at, seq and sub the last place; none before the first.
+	first, seq uint64
+	sub        SubscriptionKey
+	done       bool
 	ReplayCounts
+}
+
+// progress is how much of the sequences below a bound the replay has looked at.
+func (at *cursor) progress(until uint64) float64 {
+	switch high := min(at.high, until); {
+	case at.done:
+		return 1
+	case at.first == 0 || high <= at.first:
+		return 0
+	default:
+		return min(float64(at.seq-at.first)/float64(high-at.first), 1)
+	}
 }
 
 // begun reports whether the replay has a cursor in this partition.
@@ -400,6 +427,7 @@ func encodeCursor(b []byte, at *cursor) []byte {
 	w := newRecord(b)
 	w.uint(at.step)
 	w.uint(at.high)
+	w.uint(at.first)
 	w.uint(at.seq)
 	w.uint(uint64(at.sub))
 	done := byte(0)
@@ -415,7 +443,8 @@ func encodeCursor(b []byte, at *cursor) []byte {
 
 func decodeCursor(value []byte) (at cursor, err error) {
 	d := readRecord(value)
-	at.step, at.high, at.seq, at.sub, at.done = d.uint(), d.uint(), d.uint(), SubscriptionKey(d.uint()), d.byte() == 1
+	at.step, at.high, at.first, at.seq = d.uint(), d.uint(), d.uint(), d.uint()
+	at.sub, at.done = SubscriptionKey(d.uint()), d.byte() == 1
 	at.ReplayCounts = d.counts()
 	return at, d.err
 }

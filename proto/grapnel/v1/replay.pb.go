@@ -130,7 +130,9 @@ type ReplayJob struct {
 	// Output only: deliveries that the job has made, or retried, and that are still open.
 	OpenCount int64 `protobuf:"varint,17,opt,name=open_count,json=openCount,proto3" json:"open_count,omitempty"`
 	// Output only: what a job that goes on waits for, for example "4096 of its deliveries are open".
-	WaitReason    string `protobuf:"bytes,18,opt,name=wait_reason,json=waitReason,proto3" json:"wait_reason,omitempty"`
+	WaitReason string `protobuf:"bytes,18,opt,name=wait_reason,json=waitReason,proto3" json:"wait_reason,omitempty"`
+	// Output only: how much of what there is to look at it has looked at, from 0 to 1, by the times of what it has met.
+	Progress      float64 `protobuf:"fixed64,19,opt,name=progress,proto3" json:"progress,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -282,6 +284,13 @@ func (x *ReplayJob) GetWaitReason() string {
 		return x.WaitReason
 	}
 	return ""
+}
+
+func (x *ReplayJob) GetProgress() float64 {
+	if x != nil {
+		return x.Progress
+	}
+	return 0
 }
 
 // CreateReplayJobRequest carries the job.
@@ -831,7 +840,7 @@ var File_grapnel_v1_replay_proto protoreflect.FileDescriptor
 const file_grapnel_v1_replay_proto_rawDesc = "" +
 	"\n" +
 	"\x17grapnel/v1/replay.proto\x12\n" +
-	"grapnel.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17grapnel/v1/common.proto\"\x80\b\n" +
+	"grapnel.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17grapnel/v1/common.proto\"\x9c\b\n" +
 	"\tReplayJob\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\xcc\x01\n" +
 	"\fsubscription\x18\x02 \x01(\tB\xa7\x01\xbaH\xa3\x01\xba\x01\x9f\x01\n" +
@@ -855,7 +864,8 @@ const file_grapnel_v1_replay_proto_rawDesc = "" +
 	"\n" +
 	"open_count\x18\x11 \x01(\x03R\topenCount\x12\x1f\n" +
 	"\vwait_reason\x18\x12 \x01(\tR\n" +
-	"waitReason\"\x80\x01\n" +
+	"waitReason\x12\x1a\n" +
+	"\bprogress\x18\x13 \x01(\x01R\bprogress\"\x80\x01\n" +
 	"\x05State\x12\x15\n" +
 	"\x11STATE_UNSPECIFIED\x10\x00\x12\x11\n" +
 	"\rSTATE_PENDING\x10\x01\x12\x11\n" +
