@@ -149,6 +149,31 @@ func (r subscriptions) Deleted(lane delivery.LaneKey) bool {
 	return n != nil && n.Deleted()
 }
 
+// EndReason tells a namespace's deletion from a subscription's, which may come back with UndeleteNamespace.
+func (r subscriptions) EndReason(lane delivery.LaneKey) string {
+	if _, gone := r.Snapshot().Deleted(uint64(lane.Subscription)); gone {
+		return api.SubscriptionDeleted
+	}
+	return api.NamespaceDeleted
+}
+
+// Closed goes from the widest to the narrowest.
+func (r subscriptions) Closed(lane delivery.LaneKey) string {
+	snapshot := r.Snapshot()
+	if snapshot.Dispatch().Paused {
+		return "all dispatch is paused"
+	}
+	if n := snapshot.NamespaceByKey(uint64(lane.Namespace)); n != nil {
+		switch n.Proto.GetState() {
+		case grapnelv1.Namespace_STATE_PAUSED:
+			return "its namespace is paused"
+		case grapnelv1.Namespace_STATE_DISABLED:
+			return "its namespace is disabled"
+		}
+	}
+	return ""
+}
+
 // plugins is the host as the API sees it.
 type plugins struct{ *pluginhost.Host }
 

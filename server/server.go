@@ -158,6 +158,7 @@ func (s *Server) open(ctx context.Context, closers *stack) (err error) {
 	}
 	closers.push("stop listening for administration", s.admin.Close)
 	s.planMemory()
+	closers.push("stop pacing the garbage collector", s.memory.apply().end)
 	if err := s.openStores(ctx, closers); err != nil {
 		return err
 	}
@@ -232,7 +233,6 @@ func (s *Server) planMemory() {
 		s.log.Warn("fewer attempts in flight than could be: the limit of open files (ulimit -n) is low",
 			"slots", s.memory.slots, "wanted", wanted, "open_files", mostFiles())
 	}
-	s.memory.apply()
 	s.log.Info("memory", "bytes", total, "heap_bytes", s.memory.heap, "plugin_bytes", s.memory.plugin,
 		"window_bytes", s.memory.window, "slots", s.memory.slots)
 }
@@ -381,6 +381,14 @@ func (s *Server) openConfig(ctx context.Context) error {
 		Name: "grapnel_config_store_healthy", Help: "1 while etcd answers; at 0 configuration cannot be changed.",
 	}, func() float64 {
 		if s.registry.Healthy() {
+			return 1
+		}
+		return 0
+	}))
+	s.metrics.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: "grapnel_dispatch_paused", Help: "1 while all dispatch is paused, by PauseDispatch.",
+	}, func() float64 {
+		if s.registry.Snapshot().Dispatch().Paused {
 			return 1
 		}
 		return 0

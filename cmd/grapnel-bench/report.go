@@ -10,20 +10,21 @@ import (
 // report is the whole result; its JSON form is what -json prints. Times are seconds unless named
 // otherwise, memory is MiB, CPU is microseconds per delivery.
 type report struct {
-	CPUs       int              `json:"cpus"`
-	GoVersion  string           `json:"go_version"`
-	Payload    int              `json:"payload_bytes"`
-	Start      *startReport     `json:"start,omitempty"`
-	Throughput []throughput     `json:"throughput,omitempty"`
-	Paired     []paired         `json:"paired,omitempty"`
-	Latency    *latencyReport   `json:"latency,omitempty"`
-	Neighbour  *neighbourReport `json:"slow_neighbour,omitempty"`
-	Backlog    *backlogReport   `json:"backlog,omitempty"`
-	Fanout     *fanoutReport    `json:"fanout,omitempty"`
-	Lanes      *lanesReport     `json:"lanes,omitempty"`
-	Hanging    *hangingReport   `json:"hanging,omitempty"`
-	Memory     *boundedReport   `json:"memory,omitempty"`
-	Transports *transportReport `json:"transports,omitempty"`
+	CPUs       int               `json:"cpus"`
+	GoVersion  string            `json:"go_version"`
+	Payload    int               `json:"payload_bytes"`
+	Start      *startReport      `json:"start,omitempty"`
+	Throughput []throughput      `json:"throughput,omitempty"`
+	Paired     []paired          `json:"paired,omitempty"`
+	Latency    *latencyReport    `json:"latency,omitempty"`
+	Neighbour  *neighbourReport  `json:"slow_neighbour,omitempty"`
+	Backlog    *backlogReport    `json:"backlog,omitempty"`
+	Fanout     *fanoutReport     `json:"fanout,omitempty"`
+	Lanes      *lanesReport      `json:"lanes,omitempty"`
+	Hanging    *hangingReport    `json:"hanging,omitempty"`
+	Neighbours *neighboursReport `json:"neighbours,omitempty"`
+	Memory     *boundedReport    `json:"memory,omitempty"`
+	Transports *transportReport  `json:"transports,omitempty"`
 
 	runs map[string][]throughput
 }
@@ -160,6 +161,9 @@ func (r *report) print(out io.Writer) {
 	}
 	if r.Hanging != nil {
 		r.Hanging.print(out)
+	}
+	if r.Neighbours != nil {
+		r.Neighbours.print(out)
 	}
 	if r.Memory != nil {
 		r.Memory.print(out)

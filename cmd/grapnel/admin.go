@@ -103,6 +103,9 @@ func (c *cli) showCluster(r *grapnelv1.GetClusterResponse) error {
 		store = "WITHOUT QUORUM: deliveries go on, configuration cannot be changed"
 	}
 	c.said("Cluster %s, version %s, configuration store %s", r.GetClusterId(), r.GetVersion(), store)
+	if text := dispatchText(r); text != "" {
+		c.said("%s", text)
+	}
 	type node = *grapnelv1.Node
 	t := newTable(c, []column[node]{
 		{head: "NODE", value: func(n node) string { return lastSegment(n.GetName()) }},

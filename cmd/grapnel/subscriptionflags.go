@@ -115,6 +115,14 @@ func (f *subscriptionFlags) apply(cmd *cobra.Command, c *cli, parent string, s *
 	return paths, nil
 }
 
+// sameName refuses a file about another subscription than the one that is named.
+func (f *subscriptionFlags) sameName(s *grapnelv1.Subscription, name string) error {
+	if given := s.GetName(); given != "" && given != name {
+		return usagef("--file %s is about %s, and the command about %s; name the same one, or take name out of the file", f.file, given, name)
+	}
+	return nil
+}
+
 func (f *subscriptionFlags) plain(s *grapnelv1.Subscription) []field {
 	failure := func() *grapnelv1.FailurePolicy {
 		if s.FailurePolicy == nil {

@@ -70,6 +70,9 @@ func (s replayService) CreateReplayJob(ctx context.Context, r *grapnelv1.CreateR
 			return &grapnelv1.CreateReplayJobResponse{ReplayJob: s.replayProto(ns, known)}, nil
 		}
 	}
+	if n := s.Registry.Snapshot().Namespace(ns); n != nil && n.Proto.GetState() == grapnelv1.Namespace_STATE_DISABLED {
+		return nil, invalidState(r.GetParent(), r.GetParent()+" is disabled; ResumeNamespace enables it")
+	}
 	if err := s.replayable(content.GetSubscription(), job.Spec); err != nil {
 		return nil, err
 	}

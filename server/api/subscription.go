@@ -27,6 +27,9 @@ var subscriptionOutputOnly = []string{
 // cancelled by dispatch, which sees the subscription gone.
 const cancelTime = 10 * time.Second
 
+// SubscriptionDeleted is the reason of a delivery that was cancelled for the deletion of its subscription.
+const SubscriptionDeleted = "subscription deleted"
+
 // CreateSubscription adds a subscription when everything about it is right, its plugins' opinion included, and
 // its target agrees to deliveries where the transport asks.
 func (s subscriptionService) CreateSubscription(ctx context.Context, r *grapnelv1.CreateSubscriptionRequest) (*grapnelv1.CreateSubscriptionResponse, error) {
@@ -54,6 +57,7 @@ func (s subscriptionService) CreateSubscription(ctx context.Context, r *grapnelv
 	var answered []string
 	made, err := s.Registry.CreateSubscription(ctx, ns, id, content, subscription.CreateOptions{
 		RequestID: r.GetRequestId(), ValidateOnly: r.GetValidateOnly(), Approve: s.approval(&answered),
+		State: r.GetInitialState(), StateReason: r.GetStateReason(),
 	})
 	if err != nil {
 		return nil, toStatus(err, name)
@@ -240,7 +244,7 @@ func (s subscriptionService) DeleteSubscription(ctx context.Context, r *grapnelv
 	}
 	bounded, cancel := context.WithTimeout(ctx, cancelTime)
 	defer cancel()
-	n := s.cancelOpen(bounded, gone, "subscription deleted", nil)
+	n := s.cancelOpen(bounded, gone, SubscriptionDeleted, nil)
 	return &grapnelv1.DeleteSubscriptionResponse{CancelledDeliveries: clampInt32(int64(n))}, nil
 }
 
@@ -267,30 +271,39 @@ func (s *Server) lane(sub *subscription.Subscription) delivery.LaneKey {
 
 // PauseSubscription stops attempts while events keep queueing. Repeating it changes the reason only.
 func (s subscriptionService) PauseSubscription(ctx context.Context, r *grapnelv1.PauseSubscriptionRequest) (*grapnelv1.PauseSubscriptionResponse, error) {
-	sub, err := s.setState(ctx, r.GetName(), grapnelv1.Subscription_STATE_PAUSED, r.GetEtag(), r.GetReason())
+	sub, err := s.setState(ctx, r, grapnelv1.Subscription_STATE_PAUSED)
 	if err != nil {
 		return nil, err
 	}
 	return &grapnelv1.PauseSubscriptionResponse{Subscription: sub}, nil
 }
 
-// ResumeSubscription restarts attempts after a pause or an automatic disable.
+// DisableSubscription stops attempts, and has new matches recorded as skipped.
+func (s subscriptionService) DisableSubscription(ctx context.Context, r *grapnelv1.DisableSubscriptionRequest) (*grapnelv1.DisableSubscriptionResponse, error) {
+	sub, err := s.setState(ctx, r, grapnelv1.Subscription_STATE_DISABLED)
+	if err != nil {
+		return nil, err
+	}
+	return &grapnelv1.DisableSubscriptionResponse{Subscription: sub}, nil
+}
+
+// ResumeSubscription restarts attempts after a pause or disabling, also an automatic one.
 func (s subscriptionService) ResumeSubscription(ctx context.Context, r *grapnelv1.ResumeSubscriptionRequest) (*grapnelv1.ResumeSubscriptionResponse, error) {
-	sub, err := s.setState(ctx, r.GetName(), grapnelv1.Subscription_STATE_ACTIVE, r.GetEtag(), "")
+	sub, err := s.setState(ctx, r, grapnelv1.Subscription_STATE_ACTIVE)
 	if err != nil {
 		return nil, err
 	}
 	return &grapnelv1.ResumeSubscriptionResponse{Subscription: sub}, nil
 }
 
-func (s subscriptionService) setState(ctx context.Context, name string, state grapnelv1.Subscription_State, etag, reason string) (*grapnelv1.Subscription, error) {
-	ns, id, err := parseName("name", name, collectionSubscriptions)
+func (s subscriptionService) setState(ctx context.Context, r turn, state grapnelv1.Subscription_State) (*grapnelv1.Subscription, error) {
+	ns, id, err := parseName("name", r.GetName(), collectionSubscriptions)
 	if err != nil {
 		return nil, err
 	}
-	sub, err := s.Registry.SetStateAt(ctx, ns, id, etag, state, reason)
+	sub, err := s.Registry.SetStateAt(ctx, ns, id, r.GetEtag(), state, r.GetReason())
 	if err != nil {
-		return nil, toStatus(err, name)
+		return nil, toStatus(err, r.GetName())
 	}
 	return sub.Proto, nil
 }

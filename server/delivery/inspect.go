@@ -15,6 +15,7 @@ import (
 	"github.com/cockroachdb/pebble/v2"
 
 	"github.com/grapnel/grapnel/server/delivery/highwater"
+	"github.com/grapnel/grapnel/server/delivery/salvage"
 )
 
 // Damage is a record of a journal that cannot be read, or a row whose event is not there.
@@ -41,6 +42,7 @@ type Inspection struct {
 // It changes nothing. It ends early with an error when the journal cannot be opened at all; what can be done then is
 // told by package salvage.
 func Inspect(ctx context.Context, dir string, report func(Damage)) (sum Inspection, err error) {
+	defer salvage.LeaveAsFound(dir)()
 	j, err := openStopped(dir, true)
 	if err != nil {
 		return sum, err
@@ -282,6 +284,7 @@ type ExportedDelivery struct {
 // Export writes every event of the journal in dir that can be read to out, one line of JSON each (Exported), and
 // reports those that cannot. No server may be using the journal; nothing is changed.
 func Export(ctx context.Context, dir string, out io.Writer, report func(Damage)) (n int, err error) {
+	defer salvage.LeaveAsFound(dir)()
 	j, err := openStopped(dir, true)
 	if err != nil {
 		return 0, err

@@ -292,6 +292,9 @@ func (r *Runner) picker(one *delivery.Replay) (*delivery.Picker, held) {
 		_, gone := snapshot.Deleted(uint64(one.Namespace))
 		return nil, held{"the namespace is deleted", gone || ns != nil}
 	}
+	if ns.Proto.GetState() == grapnelv1.Namespace_STATE_DISABLED {
+		return nil, held{"the namespace is disabled", false}
+	}
 	spec := &one.Spec
 	pick := &delivery.Picker{Namespace: one.Namespace, Since: spec.Since, Until: spec.Until}
 	var to *subscription.Subscription

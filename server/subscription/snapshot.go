@@ -19,6 +19,8 @@ type Snapshot struct {
 	// recent are the latest changes of subscriptions, oldest first, and all there were after the version since.
 	recent []step
 	since  uint64
+	// dispatch is the switch for all.
+	dispatch Switch
 }
 
 // common is what all snapshots of one Registry have in common.
@@ -148,6 +150,9 @@ func NewSnapshot(revision int64, namespaces []*Namespace, subs []*Subscription) 
 
 // Revision is etcd's revision that the snapshot shows.
 func (s *Snapshot) Revision() int64 { return s.revision }
+
+// Dispatch is the switch for all dispatch.
+func (s *Snapshot) Dispatch() Switch { return s.dispatch }
 
 // ConditionErrors counts conditions that could not be evaluated for an event, over all snapshots of one
 // Registry.

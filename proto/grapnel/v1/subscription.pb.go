@@ -35,7 +35,7 @@ const (
 	Subscription_STATE_ACTIVE Subscription_State = 1
 	// Paused by a caller; deliveries queue.
 	Subscription_STATE_PAUSED Subscription_State = 2
-	// Disabled by failure policy; new matches are recorded as SKIPPED.
+	// Disabled by failure policy or a caller; new matches are recorded as SKIPPED.
 	Subscription_STATE_DISABLED Subscription_State = 3
 )
 
@@ -233,7 +233,7 @@ type Subscription struct {
 	FailurePolicy *FailurePolicy `protobuf:"bytes,16,opt,name=failure_policy,json=failurePolicy,proto3" json:"failure_policy,omitempty"`
 	// Output only.
 	State Subscription_State `protobuf:"varint,17,opt,name=state,proto3,enum=grapnel.v1.Subscription_State" json:"state,omitempty"`
-	// Output only: why the state is not ACTIVE.
+	// Output only: why it is in its state: what the caller gave who brought it there, or what its target did.
 	StateReason string `protobuf:"bytes,18,opt,name=state_reason,json=stateReason,proto3" json:"state_reason,omitempty"`
 	// Output only.
 	CreateTime *timestamppb.Timestamp `protobuf:"bytes,19,opt,name=create_time,json=createTime,proto3" json:"create_time,omitempty"`
@@ -674,7 +674,11 @@ type CreateSubscriptionRequest struct {
 	// UUID that makes the call idempotent for 24 hours, or until the subscription that it made is deleted.
 	RequestId string `protobuf:"bytes,4,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
 	// Check everything and store nothing.
-	ValidateOnly  bool `protobuf:"varint,5,opt,name=validate_only,json=validateOnly,proto3" json:"validate_only,omitempty"`
+	ValidateOnly bool `protobuf:"varint,5,opt,name=validate_only,json=validateOnly,proto3" json:"validate_only,omitempty"`
+	// STATE_PAUSED or STATE_DISABLED has it begin so, until ResumeSubscription; unset is STATE_ACTIVE.
+	InitialState Subscription_State `protobuf:"varint,6,opt,name=initial_state,json=initialState,proto3,enum=grapnel.v1.Subscription_State" json:"initial_state,omitempty"`
+	// Shown as state_reason; at most 256 characters.
+	StateReason   string `protobuf:"bytes,7,opt,name=state_reason,json=stateReason,proto3" json:"state_reason,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -742,6 +746,20 @@ func (x *CreateSubscriptionRequest) GetValidateOnly() bool {
 		return x.ValidateOnly
 	}
 	return false
+}
+
+func (x *CreateSubscriptionRequest) GetInitialState() Subscription_State {
+	if x != nil {
+		return x.InitialState
+	}
+	return Subscription_STATE_UNSPECIFIED
+}
+
+func (x *CreateSubscriptionRequest) GetStateReason() string {
+	if x != nil {
+		return x.StateReason
+	}
+	return ""
 }
 
 // CreateSubscriptionResponse is the result of CreateSubscription.
@@ -1536,20 +1554,132 @@ func (x *PauseSubscriptionResponse) GetSubscription() *Subscription {
 	return nil
 }
 
+// DisableSubscriptionRequest names what to disable.
+type DisableSubscriptionRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// namespaces/{namespace}/subscriptions/{subscription}
+	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// Shown as state_reason; at most 256 characters.
+	Reason string `protobuf:"bytes,2,opt,name=reason,proto3" json:"reason,omitempty"`
+	// When set, must be current.
+	Etag          string `protobuf:"bytes,3,opt,name=etag,proto3" json:"etag,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DisableSubscriptionRequest) Reset() {
+	*x = DisableSubscriptionRequest{}
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DisableSubscriptionRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DisableSubscriptionRequest) ProtoMessage() {}
+
+func (x *DisableSubscriptionRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DisableSubscriptionRequest.ProtoReflect.Descriptor instead.
+func (*DisableSubscriptionRequest) Descriptor() ([]byte, []int) {
+	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *DisableSubscriptionRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *DisableSubscriptionRequest) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *DisableSubscriptionRequest) GetEtag() string {
+	if x != nil {
+		return x.Etag
+	}
+	return ""
+}
+
+// DisableSubscriptionResponse is the result of DisableSubscription.
+type DisableSubscriptionResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// As stored.
+	Subscription  *Subscription `protobuf:"bytes,1,opt,name=subscription,proto3" json:"subscription,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DisableSubscriptionResponse) Reset() {
+	*x = DisableSubscriptionResponse{}
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DisableSubscriptionResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DisableSubscriptionResponse) ProtoMessage() {}
+
+func (x *DisableSubscriptionResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DisableSubscriptionResponse.ProtoReflect.Descriptor instead.
+func (*DisableSubscriptionResponse) Descriptor() ([]byte, []int) {
+	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *DisableSubscriptionResponse) GetSubscription() *Subscription {
+	if x != nil {
+		return x.Subscription
+	}
+	return nil
+}
+
 // ResumeSubscriptionRequest names what to resume.
 type ResumeSubscriptionRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// namespaces/{namespace}/subscriptions/{subscription}
 	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
 	// When set, must be current.
-	Etag          string `protobuf:"bytes,2,opt,name=etag,proto3" json:"etag,omitempty"`
+	Etag string `protobuf:"bytes,2,opt,name=etag,proto3" json:"etag,omitempty"`
+	// Shown as state_reason; at most 256 characters.
+	Reason        string `protobuf:"bytes,3,opt,name=reason,proto3" json:"reason,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ResumeSubscriptionRequest) Reset() {
 	*x = ResumeSubscriptionRequest{}
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[17]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1561,7 +1691,7 @@ func (x *ResumeSubscriptionRequest) String() string {
 func (*ResumeSubscriptionRequest) ProtoMessage() {}
 
 func (x *ResumeSubscriptionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[17]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1574,7 +1704,7 @@ func (x *ResumeSubscriptionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResumeSubscriptionRequest.ProtoReflect.Descriptor instead.
 func (*ResumeSubscriptionRequest) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{17}
+	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *ResumeSubscriptionRequest) GetName() string {
@@ -1591,6 +1721,13 @@ func (x *ResumeSubscriptionRequest) GetEtag() string {
 	return ""
 }
 
+func (x *ResumeSubscriptionRequest) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
 // ResumeSubscriptionResponse is the result of ResumeSubscription.
 type ResumeSubscriptionResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -1602,7 +1739,7 @@ type ResumeSubscriptionResponse struct {
 
 func (x *ResumeSubscriptionResponse) Reset() {
 	*x = ResumeSubscriptionResponse{}
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[18]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1614,7 +1751,7 @@ func (x *ResumeSubscriptionResponse) String() string {
 func (*ResumeSubscriptionResponse) ProtoMessage() {}
 
 func (x *ResumeSubscriptionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[18]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1627,7 +1764,7 @@ func (x *ResumeSubscriptionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResumeSubscriptionResponse.ProtoReflect.Descriptor instead.
 func (*ResumeSubscriptionResponse) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{18}
+	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *ResumeSubscriptionResponse) GetSubscription() *Subscription {
@@ -1650,7 +1787,7 @@ type TestSubscriptionRequest struct {
 
 func (x *TestSubscriptionRequest) Reset() {
 	*x = TestSubscriptionRequest{}
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[19]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1662,7 +1799,7 @@ func (x *TestSubscriptionRequest) String() string {
 func (*TestSubscriptionRequest) ProtoMessage() {}
 
 func (x *TestSubscriptionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[19]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1675,7 +1812,7 @@ func (x *TestSubscriptionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TestSubscriptionRequest.ProtoReflect.Descriptor instead.
 func (*TestSubscriptionRequest) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{19}
+	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *TestSubscriptionRequest) GetName() string {
@@ -1704,7 +1841,7 @@ type TestSubscriptionResponse struct {
 
 func (x *TestSubscriptionResponse) Reset() {
 	*x = TestSubscriptionResponse{}
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[20]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1716,7 +1853,7 @@ func (x *TestSubscriptionResponse) String() string {
 func (*TestSubscriptionResponse) ProtoMessage() {}
 
 func (x *TestSubscriptionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[20]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1729,7 +1866,7 @@ func (x *TestSubscriptionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TestSubscriptionResponse.ProtoReflect.Descriptor instead.
 func (*TestSubscriptionResponse) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{20}
+	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *TestSubscriptionResponse) GetAttempt() *Attempt {
@@ -1817,7 +1954,7 @@ const file_grapnel_v1_subscription_proto_rawDesc = "" +
 	"\rFailurePolicy\x12O\n" +
 	"\rdisable_after\x18\x01 \x01(\v2\x19.google.protobuf.DurationB\x0f\xbaH\f\xaa\x01\t\"\x05\b\x80\x9a\x9e\x012\x00R\fdisableAfter\x12\x1f\n" +
 	"\vignore_gone\x18\x02 \x01(\bR\n" +
-	"ignoreGone\"\x8a\x04\n" +
+	"ignoreGone\"\x86\x05\n" +
 	"\x19CreateSubscriptionRequest\x12\x81\x01\n" +
 	"\x06parent\x18\x01 \x01(\tBi\xbaHf\xba\x01c\n" +
 	"\x0enamespace_name\x12\x1emust look like namespaces/NAME\x1a1this.matches('^namespaces/[a-z][a-z0-9-]{0,62}$')R\x06parent\x12\xd1\x01\n" +
@@ -1826,7 +1963,9 @@ const file_grapnel_v1_subscription_proto_rawDesc = "" +
 	"\fsubscription\x18\x03 \x01(\v2\x18.grapnel.v1.SubscriptionB\x06\xbaH\x03\xc8\x01\x01R\fsubscription\x12*\n" +
 	"\n" +
 	"request_id\x18\x04 \x01(\tB\v\xbaH\b\xd8\x01\x01r\x03\xb0\x01\x01R\trequestId\x12#\n" +
-	"\rvalidate_only\x18\x05 \x01(\bR\fvalidateOnly\"v\n" +
+	"\rvalidate_only\x18\x05 \x01(\bR\fvalidateOnly\x12M\n" +
+	"\rinitial_state\x18\x06 \x01(\x0e2\x1e.grapnel.v1.Subscription.StateB\b\xbaH\x05\x82\x01\x02\x10\x01R\finitialState\x12+\n" +
+	"\fstate_reason\x18\a \x01(\tB\b\xbaH\x05r\x03\x18\x80\x02R\vstateReason\"v\n" +
 	"\x1aCreateSubscriptionResponse\x12<\n" +
 	"\fsubscription\x18\x01 \x01(\v2\x18.grapnel.v1.SubscriptionR\fsubscription\x12\x1a\n" +
 	"\bwarnings\x18\x02 \x03(\tR\bwarnings\"\xd4\x01\n" +
@@ -1885,11 +2024,19 @@ const file_grapnel_v1_subscription_proto_rawDesc = "" +
 	"\x06reason\x18\x02 \x01(\tB\b\xbaH\x05r\x03\x18\x80\x02R\x06reason\x12\x12\n" +
 	"\x04etag\x18\x03 \x01(\tR\x04etag\"Y\n" +
 	"\x19PauseSubscriptionResponse\x12<\n" +
-	"\fsubscription\x18\x01 \x01(\v2\x18.grapnel.v1.SubscriptionR\fsubscription\"\xeb\x01\n" +
+	"\fsubscription\x18\x01 \x01(\v2\x18.grapnel.v1.SubscriptionR\fsubscription\"\x8e\x02\n" +
+	"\x1aDisableSubscriptionRequest\x12\xb9\x01\n" +
+	"\x04name\x18\x01 \x01(\tB\xa4\x01\xbaH\xa0\x01\xba\x01\x9c\x01\n" +
+	"\x11subscription_name\x121must look like namespaces/NAME/subscriptions/NAME\x1aTthis.matches('^namespaces/[a-z][a-z0-9-]{0,62}/subscriptions/[a-z][a-z0-9-]{0,62}$')R\x04name\x12 \n" +
+	"\x06reason\x18\x02 \x01(\tB\b\xbaH\x05r\x03\x18\x80\x02R\x06reason\x12\x12\n" +
+	"\x04etag\x18\x03 \x01(\tR\x04etag\"[\n" +
+	"\x1bDisableSubscriptionResponse\x12<\n" +
+	"\fsubscription\x18\x01 \x01(\v2\x18.grapnel.v1.SubscriptionR\fsubscription\"\x8d\x02\n" +
 	"\x19ResumeSubscriptionRequest\x12\xb9\x01\n" +
 	"\x04name\x18\x01 \x01(\tB\xa4\x01\xbaH\xa0\x01\xba\x01\x9c\x01\n" +
 	"\x11subscription_name\x121must look like namespaces/NAME/subscriptions/NAME\x1aTthis.matches('^namespaces/[a-z][a-z0-9-]{0,62}/subscriptions/[a-z][a-z0-9-]{0,62}$')R\x04name\x12\x12\n" +
-	"\x04etag\x18\x02 \x01(\tR\x04etag\"Z\n" +
+	"\x04etag\x18\x02 \x01(\tR\x04etag\x12 \n" +
+	"\x06reason\x18\x03 \x01(\tB\b\xbaH\x05r\x03\x18\x80\x02R\x06reason\"Z\n" +
 	"\x1aResumeSubscriptionResponse\x12<\n" +
 	"\fsubscription\x18\x01 \x01(\v2\x18.grapnel.v1.SubscriptionR\fsubscription\"\xfe\x01\n" +
 	"\x17TestSubscriptionRequest\x12\xb9\x01\n" +
@@ -1897,14 +2044,15 @@ const file_grapnel_v1_subscription_proto_rawDesc = "" +
 	"\x11subscription_name\x121must look like namespaces/NAME/subscriptions/NAME\x1aTthis.matches('^namespaces/[a-z][a-z0-9-]{0,62}/subscriptions/[a-z][a-z0-9-]{0,62}$')R\x04name\x12'\n" +
 	"\x05event\x18\x02 \x01(\v2\x11.grapnel.v1.EventR\x05event\"I\n" +
 	"\x18TestSubscriptionResponse\x12-\n" +
-	"\aattempt\x18\x01 \x01(\v2\x13.grapnel.v1.AttemptR\aattempt2\xbe\x06\n" +
+	"\aattempt\x18\x01 \x01(\v2\x13.grapnel.v1.AttemptR\aattempt2\xa8\a\n" +
 	"\x13SubscriptionService\x12e\n" +
 	"\x12CreateSubscription\x12%.grapnel.v1.CreateSubscriptionRequest\x1a&.grapnel.v1.CreateSubscriptionResponse\"\x00\x12_\n" +
 	"\x0fGetSubscription\x12\".grapnel.v1.GetSubscriptionRequest\x1a#.grapnel.v1.GetSubscriptionResponse\"\x03\x90\x02\x01\x12e\n" +
 	"\x11ListSubscriptions\x12$.grapnel.v1.ListSubscriptionsRequest\x1a%.grapnel.v1.ListSubscriptionsResponse\"\x03\x90\x02\x01\x12e\n" +
 	"\x12UpdateSubscription\x12%.grapnel.v1.UpdateSubscriptionRequest\x1a&.grapnel.v1.UpdateSubscriptionResponse\"\x00\x12e\n" +
 	"\x12DeleteSubscription\x12%.grapnel.v1.DeleteSubscriptionRequest\x1a&.grapnel.v1.DeleteSubscriptionResponse\"\x00\x12b\n" +
-	"\x11PauseSubscription\x12$.grapnel.v1.PauseSubscriptionRequest\x1a%.grapnel.v1.PauseSubscriptionResponse\"\x00\x12e\n" +
+	"\x11PauseSubscription\x12$.grapnel.v1.PauseSubscriptionRequest\x1a%.grapnel.v1.PauseSubscriptionResponse\"\x00\x12h\n" +
+	"\x13DisableSubscription\x12&.grapnel.v1.DisableSubscriptionRequest\x1a'.grapnel.v1.DisableSubscriptionResponse\"\x00\x12e\n" +
 	"\x12ResumeSubscription\x12%.grapnel.v1.ResumeSubscriptionRequest\x1a&.grapnel.v1.ResumeSubscriptionResponse\"\x00\x12_\n" +
 	"\x10TestSubscription\x12#.grapnel.v1.TestSubscriptionRequest\x1a$.grapnel.v1.TestSubscriptionResponse\"\x00B7Z5github.com/grapnel/grapnel/proto/grapnel/v1;grapnelv1b\x06proto3"
 
@@ -1921,99 +2069,105 @@ func file_grapnel_v1_subscription_proto_rawDescGZIP() []byte {
 }
 
 var file_grapnel_v1_subscription_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_grapnel_v1_subscription_proto_msgTypes = make([]protoimpl.MessageInfo, 23)
+var file_grapnel_v1_subscription_proto_msgTypes = make([]protoimpl.MessageInfo, 25)
 var file_grapnel_v1_subscription_proto_goTypes = []any{
-	(Subscription_State)(0),            // 0: grapnel.v1.Subscription.State
-	(PayloadShape_Format)(0),           // 1: grapnel.v1.PayloadShape.Format
-	(PayloadShape_Compression)(0),      // 2: grapnel.v1.PayloadShape.Compression
-	(*Subscription)(nil),               // 3: grapnel.v1.Subscription
-	(*PayloadShape)(nil),               // 4: grapnel.v1.PayloadShape
-	(*RetryPolicy)(nil),                // 5: grapnel.v1.RetryPolicy
-	(*FailurePolicy)(nil),              // 6: grapnel.v1.FailurePolicy
-	(*CreateSubscriptionRequest)(nil),  // 7: grapnel.v1.CreateSubscriptionRequest
-	(*CreateSubscriptionResponse)(nil), // 8: grapnel.v1.CreateSubscriptionResponse
-	(*GetSubscriptionRequest)(nil),     // 9: grapnel.v1.GetSubscriptionRequest
-	(*GetSubscriptionResponse)(nil),    // 10: grapnel.v1.GetSubscriptionResponse
-	(*SubscriptionStatus)(nil),         // 11: grapnel.v1.SubscriptionStatus
-	(*ListSubscriptionsRequest)(nil),   // 12: grapnel.v1.ListSubscriptionsRequest
-	(*ListSubscriptionsResponse)(nil),  // 13: grapnel.v1.ListSubscriptionsResponse
-	(*UpdateSubscriptionRequest)(nil),  // 14: grapnel.v1.UpdateSubscriptionRequest
-	(*UpdateSubscriptionResponse)(nil), // 15: grapnel.v1.UpdateSubscriptionResponse
-	(*DeleteSubscriptionRequest)(nil),  // 16: grapnel.v1.DeleteSubscriptionRequest
-	(*DeleteSubscriptionResponse)(nil), // 17: grapnel.v1.DeleteSubscriptionResponse
-	(*PauseSubscriptionRequest)(nil),   // 18: grapnel.v1.PauseSubscriptionRequest
-	(*PauseSubscriptionResponse)(nil),  // 19: grapnel.v1.PauseSubscriptionResponse
-	(*ResumeSubscriptionRequest)(nil),  // 20: grapnel.v1.ResumeSubscriptionRequest
-	(*ResumeSubscriptionResponse)(nil), // 21: grapnel.v1.ResumeSubscriptionResponse
-	(*TestSubscriptionRequest)(nil),    // 22: grapnel.v1.TestSubscriptionRequest
-	(*TestSubscriptionResponse)(nil),   // 23: grapnel.v1.TestSubscriptionResponse
-	nil,                                // 24: grapnel.v1.Subscription.LabelsEntry
-	nil,                                // 25: grapnel.v1.Subscription.HeadersEntry
-	(*PluginBinding)(nil),              // 26: grapnel.v1.PluginBinding
-	(*durationpb.Duration)(nil),        // 27: google.protobuf.Duration
-	(*timestamppb.Timestamp)(nil),      // 28: google.protobuf.Timestamp
-	(*fieldmaskpb.FieldMask)(nil),      // 29: google.protobuf.FieldMask
-	(*Event)(nil),                      // 30: grapnel.v1.Event
-	(*Attempt)(nil),                    // 31: grapnel.v1.Attempt
+	(Subscription_State)(0),             // 0: grapnel.v1.Subscription.State
+	(PayloadShape_Format)(0),            // 1: grapnel.v1.PayloadShape.Format
+	(PayloadShape_Compression)(0),       // 2: grapnel.v1.PayloadShape.Compression
+	(*Subscription)(nil),                // 3: grapnel.v1.Subscription
+	(*PayloadShape)(nil),                // 4: grapnel.v1.PayloadShape
+	(*RetryPolicy)(nil),                 // 5: grapnel.v1.RetryPolicy
+	(*FailurePolicy)(nil),               // 6: grapnel.v1.FailurePolicy
+	(*CreateSubscriptionRequest)(nil),   // 7: grapnel.v1.CreateSubscriptionRequest
+	(*CreateSubscriptionResponse)(nil),  // 8: grapnel.v1.CreateSubscriptionResponse
+	(*GetSubscriptionRequest)(nil),      // 9: grapnel.v1.GetSubscriptionRequest
+	(*GetSubscriptionResponse)(nil),     // 10: grapnel.v1.GetSubscriptionResponse
+	(*SubscriptionStatus)(nil),          // 11: grapnel.v1.SubscriptionStatus
+	(*ListSubscriptionsRequest)(nil),    // 12: grapnel.v1.ListSubscriptionsRequest
+	(*ListSubscriptionsResponse)(nil),   // 13: grapnel.v1.ListSubscriptionsResponse
+	(*UpdateSubscriptionRequest)(nil),   // 14: grapnel.v1.UpdateSubscriptionRequest
+	(*UpdateSubscriptionResponse)(nil),  // 15: grapnel.v1.UpdateSubscriptionResponse
+	(*DeleteSubscriptionRequest)(nil),   // 16: grapnel.v1.DeleteSubscriptionRequest
+	(*DeleteSubscriptionResponse)(nil),  // 17: grapnel.v1.DeleteSubscriptionResponse
+	(*PauseSubscriptionRequest)(nil),    // 18: grapnel.v1.PauseSubscriptionRequest
+	(*PauseSubscriptionResponse)(nil),   // 19: grapnel.v1.PauseSubscriptionResponse
+	(*DisableSubscriptionRequest)(nil),  // 20: grapnel.v1.DisableSubscriptionRequest
+	(*DisableSubscriptionResponse)(nil), // 21: grapnel.v1.DisableSubscriptionResponse
+	(*ResumeSubscriptionRequest)(nil),   // 22: grapnel.v1.ResumeSubscriptionRequest
+	(*ResumeSubscriptionResponse)(nil),  // 23: grapnel.v1.ResumeSubscriptionResponse
+	(*TestSubscriptionRequest)(nil),     // 24: grapnel.v1.TestSubscriptionRequest
+	(*TestSubscriptionResponse)(nil),    // 25: grapnel.v1.TestSubscriptionResponse
+	nil,                                 // 26: grapnel.v1.Subscription.LabelsEntry
+	nil,                                 // 27: grapnel.v1.Subscription.HeadersEntry
+	(*PluginBinding)(nil),               // 28: grapnel.v1.PluginBinding
+	(*durationpb.Duration)(nil),         // 29: google.protobuf.Duration
+	(*timestamppb.Timestamp)(nil),       // 30: google.protobuf.Timestamp
+	(*fieldmaskpb.FieldMask)(nil),       // 31: google.protobuf.FieldMask
+	(*Event)(nil),                       // 32: grapnel.v1.Event
+	(*Attempt)(nil),                     // 33: grapnel.v1.Attempt
 }
 var file_grapnel_v1_subscription_proto_depIdxs = []int32{
-	24, // 0: grapnel.v1.Subscription.labels:type_name -> grapnel.v1.Subscription.LabelsEntry
-	25, // 1: grapnel.v1.Subscription.headers:type_name -> grapnel.v1.Subscription.HeadersEntry
-	26, // 2: grapnel.v1.Subscription.signers:type_name -> grapnel.v1.PluginBinding
-	26, // 3: grapnel.v1.Subscription.transport:type_name -> grapnel.v1.PluginBinding
-	27, // 4: grapnel.v1.Subscription.attempt_timeout:type_name -> google.protobuf.Duration
+	26, // 0: grapnel.v1.Subscription.labels:type_name -> grapnel.v1.Subscription.LabelsEntry
+	27, // 1: grapnel.v1.Subscription.headers:type_name -> grapnel.v1.Subscription.HeadersEntry
+	28, // 2: grapnel.v1.Subscription.signers:type_name -> grapnel.v1.PluginBinding
+	28, // 3: grapnel.v1.Subscription.transport:type_name -> grapnel.v1.PluginBinding
+	29, // 4: grapnel.v1.Subscription.attempt_timeout:type_name -> google.protobuf.Duration
 	5,  // 5: grapnel.v1.Subscription.retry_policy:type_name -> grapnel.v1.RetryPolicy
 	6,  // 6: grapnel.v1.Subscription.failure_policy:type_name -> grapnel.v1.FailurePolicy
 	0,  // 7: grapnel.v1.Subscription.state:type_name -> grapnel.v1.Subscription.State
-	28, // 8: grapnel.v1.Subscription.create_time:type_name -> google.protobuf.Timestamp
-	28, // 9: grapnel.v1.Subscription.update_time:type_name -> google.protobuf.Timestamp
+	30, // 8: grapnel.v1.Subscription.create_time:type_name -> google.protobuf.Timestamp
+	30, // 9: grapnel.v1.Subscription.update_time:type_name -> google.protobuf.Timestamp
 	4,  // 10: grapnel.v1.Subscription.payload_shape:type_name -> grapnel.v1.PayloadShape
 	1,  // 11: grapnel.v1.PayloadShape.format:type_name -> grapnel.v1.PayloadShape.Format
 	2,  // 12: grapnel.v1.PayloadShape.compression:type_name -> grapnel.v1.PayloadShape.Compression
-	27, // 13: grapnel.v1.RetryPolicy.initial_backoff:type_name -> google.protobuf.Duration
-	27, // 14: grapnel.v1.RetryPolicy.max_backoff:type_name -> google.protobuf.Duration
-	27, // 15: grapnel.v1.RetryPolicy.max_age:type_name -> google.protobuf.Duration
-	27, // 16: grapnel.v1.RetryPolicy.schedule:type_name -> google.protobuf.Duration
-	27, // 17: grapnel.v1.FailurePolicy.disable_after:type_name -> google.protobuf.Duration
+	29, // 13: grapnel.v1.RetryPolicy.initial_backoff:type_name -> google.protobuf.Duration
+	29, // 14: grapnel.v1.RetryPolicy.max_backoff:type_name -> google.protobuf.Duration
+	29, // 15: grapnel.v1.RetryPolicy.max_age:type_name -> google.protobuf.Duration
+	29, // 16: grapnel.v1.RetryPolicy.schedule:type_name -> google.protobuf.Duration
+	29, // 17: grapnel.v1.FailurePolicy.disable_after:type_name -> google.protobuf.Duration
 	3,  // 18: grapnel.v1.CreateSubscriptionRequest.subscription:type_name -> grapnel.v1.Subscription
-	3,  // 19: grapnel.v1.CreateSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
-	3,  // 20: grapnel.v1.GetSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
-	11, // 21: grapnel.v1.GetSubscriptionResponse.status:type_name -> grapnel.v1.SubscriptionStatus
-	28, // 22: grapnel.v1.SubscriptionStatus.wait_until:type_name -> google.protobuf.Timestamp
-	28, // 23: grapnel.v1.SubscriptionStatus.failing_since:type_name -> google.protobuf.Timestamp
-	28, // 24: grapnel.v1.SubscriptionStatus.last_success_time:type_name -> google.protobuf.Timestamp
-	27, // 25: grapnel.v1.SubscriptionStatus.latency:type_name -> google.protobuf.Duration
-	27, // 26: grapnel.v1.SubscriptionStatus.oldest_due_age:type_name -> google.protobuf.Duration
-	28, // 27: grapnel.v1.SubscriptionStatus.last_condition_error_time:type_name -> google.protobuf.Timestamp
-	3,  // 28: grapnel.v1.ListSubscriptionsResponse.subscriptions:type_name -> grapnel.v1.Subscription
-	3,  // 29: grapnel.v1.UpdateSubscriptionRequest.subscription:type_name -> grapnel.v1.Subscription
-	29, // 30: grapnel.v1.UpdateSubscriptionRequest.update_mask:type_name -> google.protobuf.FieldMask
-	3,  // 31: grapnel.v1.UpdateSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
-	3,  // 32: grapnel.v1.PauseSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
-	3,  // 33: grapnel.v1.ResumeSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
-	30, // 34: grapnel.v1.TestSubscriptionRequest.event:type_name -> grapnel.v1.Event
-	31, // 35: grapnel.v1.TestSubscriptionResponse.attempt:type_name -> grapnel.v1.Attempt
-	7,  // 36: grapnel.v1.SubscriptionService.CreateSubscription:input_type -> grapnel.v1.CreateSubscriptionRequest
-	9,  // 37: grapnel.v1.SubscriptionService.GetSubscription:input_type -> grapnel.v1.GetSubscriptionRequest
-	12, // 38: grapnel.v1.SubscriptionService.ListSubscriptions:input_type -> grapnel.v1.ListSubscriptionsRequest
-	14, // 39: grapnel.v1.SubscriptionService.UpdateSubscription:input_type -> grapnel.v1.UpdateSubscriptionRequest
-	16, // 40: grapnel.v1.SubscriptionService.DeleteSubscription:input_type -> grapnel.v1.DeleteSubscriptionRequest
-	18, // 41: grapnel.v1.SubscriptionService.PauseSubscription:input_type -> grapnel.v1.PauseSubscriptionRequest
-	20, // 42: grapnel.v1.SubscriptionService.ResumeSubscription:input_type -> grapnel.v1.ResumeSubscriptionRequest
-	22, // 43: grapnel.v1.SubscriptionService.TestSubscription:input_type -> grapnel.v1.TestSubscriptionRequest
-	8,  // 44: grapnel.v1.SubscriptionService.CreateSubscription:output_type -> grapnel.v1.CreateSubscriptionResponse
-	10, // 45: grapnel.v1.SubscriptionService.GetSubscription:output_type -> grapnel.v1.GetSubscriptionResponse
-	13, // 46: grapnel.v1.SubscriptionService.ListSubscriptions:output_type -> grapnel.v1.ListSubscriptionsResponse
-	15, // 47: grapnel.v1.SubscriptionService.UpdateSubscription:output_type -> grapnel.v1.UpdateSubscriptionResponse
-	17, // 48: grapnel.v1.SubscriptionService.DeleteSubscription:output_type -> grapnel.v1.DeleteSubscriptionResponse
-	19, // 49: grapnel.v1.SubscriptionService.PauseSubscription:output_type -> grapnel.v1.PauseSubscriptionResponse
-	21, // 50: grapnel.v1.SubscriptionService.ResumeSubscription:output_type -> grapnel.v1.ResumeSubscriptionResponse
-	23, // 51: grapnel.v1.SubscriptionService.TestSubscription:output_type -> grapnel.v1.TestSubscriptionResponse
-	44, // [44:52] is the sub-list for method output_type
-	36, // [36:44] is the sub-list for method input_type
-	36, // [36:36] is the sub-list for extension type_name
-	36, // [36:36] is the sub-list for extension extendee
-	0,  // [0:36] is the sub-list for field type_name
+	0,  // 19: grapnel.v1.CreateSubscriptionRequest.initial_state:type_name -> grapnel.v1.Subscription.State
+	3,  // 20: grapnel.v1.CreateSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
+	3,  // 21: grapnel.v1.GetSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
+	11, // 22: grapnel.v1.GetSubscriptionResponse.status:type_name -> grapnel.v1.SubscriptionStatus
+	30, // 23: grapnel.v1.SubscriptionStatus.wait_until:type_name -> google.protobuf.Timestamp
+	30, // 24: grapnel.v1.SubscriptionStatus.failing_since:type_name -> google.protobuf.Timestamp
+	30, // 25: grapnel.v1.SubscriptionStatus.last_success_time:type_name -> google.protobuf.Timestamp
+	29, // 26: grapnel.v1.SubscriptionStatus.latency:type_name -> google.protobuf.Duration
+	29, // 27: grapnel.v1.SubscriptionStatus.oldest_due_age:type_name -> google.protobuf.Duration
+	30, // 28: grapnel.v1.SubscriptionStatus.last_condition_error_time:type_name -> google.protobuf.Timestamp
+	3,  // 29: grapnel.v1.ListSubscriptionsResponse.subscriptions:type_name -> grapnel.v1.Subscription
+	3,  // 30: grapnel.v1.UpdateSubscriptionRequest.subscription:type_name -> grapnel.v1.Subscription
+	31, // 31: grapnel.v1.UpdateSubscriptionRequest.update_mask:type_name -> google.protobuf.FieldMask
+	3,  // 32: grapnel.v1.UpdateSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
+	3,  // 33: grapnel.v1.PauseSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
+	3,  // 34: grapnel.v1.DisableSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
+	3,  // 35: grapnel.v1.ResumeSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
+	32, // 36: grapnel.v1.TestSubscriptionRequest.event:type_name -> grapnel.v1.Event
+	33, // 37: grapnel.v1.TestSubscriptionResponse.attempt:type_name -> grapnel.v1.Attempt
+	7,  // 38: grapnel.v1.SubscriptionService.CreateSubscription:input_type -> grapnel.v1.CreateSubscriptionRequest
+	9,  // 39: grapnel.v1.SubscriptionService.GetSubscription:input_type -> grapnel.v1.GetSubscriptionRequest
+	12, // 40: grapnel.v1.SubscriptionService.ListSubscriptions:input_type -> grapnel.v1.ListSubscriptionsRequest
+	14, // 41: grapnel.v1.SubscriptionService.UpdateSubscription:input_type -> grapnel.v1.UpdateSubscriptionRequest
+	16, // 42: grapnel.v1.SubscriptionService.DeleteSubscription:input_type -> grapnel.v1.DeleteSubscriptionRequest
+	18, // 43: grapnel.v1.SubscriptionService.PauseSubscription:input_type -> grapnel.v1.PauseSubscriptionRequest
+	20, // 44: grapnel.v1.SubscriptionService.DisableSubscription:input_type -> grapnel.v1.DisableSubscriptionRequest
+	22, // 45: grapnel.v1.SubscriptionService.ResumeSubscription:input_type -> grapnel.v1.ResumeSubscriptionRequest
+	24, // 46: grapnel.v1.SubscriptionService.TestSubscription:input_type -> grapnel.v1.TestSubscriptionRequest
+	8,  // 47: grapnel.v1.SubscriptionService.CreateSubscription:output_type -> grapnel.v1.CreateSubscriptionResponse
+	10, // 48: grapnel.v1.SubscriptionService.GetSubscription:output_type -> grapnel.v1.GetSubscriptionResponse
+	13, // 49: grapnel.v1.SubscriptionService.ListSubscriptions:output_type -> grapnel.v1.ListSubscriptionsResponse
+	15, // 50: grapnel.v1.SubscriptionService.UpdateSubscription:output_type -> grapnel.v1.UpdateSubscriptionResponse
+	17, // 51: grapnel.v1.SubscriptionService.DeleteSubscription:output_type -> grapnel.v1.DeleteSubscriptionResponse
+	19, // 52: grapnel.v1.SubscriptionService.PauseSubscription:output_type -> grapnel.v1.PauseSubscriptionResponse
+	21, // 53: grapnel.v1.SubscriptionService.DisableSubscription:output_type -> grapnel.v1.DisableSubscriptionResponse
+	23, // 54: grapnel.v1.SubscriptionService.ResumeSubscription:output_type -> grapnel.v1.ResumeSubscriptionResponse
+	25, // 55: grapnel.v1.SubscriptionService.TestSubscription:output_type -> grapnel.v1.TestSubscriptionResponse
+	47, // [47:56] is the sub-list for method output_type
+	38, // [38:47] is the sub-list for method input_type
+	38, // [38:38] is the sub-list for extension type_name
+	38, // [38:38] is the sub-list for extension extendee
+	0,  // [0:38] is the sub-list for field type_name
 }
 
 func init() { file_grapnel_v1_subscription_proto_init() }
@@ -2031,7 +2185,7 @@ func file_grapnel_v1_subscription_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_grapnel_v1_subscription_proto_rawDesc), len(file_grapnel_v1_subscription_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   23,
+			NumMessages:   25,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
