@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"time"
 
 	"google.golang.org/protobuf/types/known/durationpb"
@@ -20,6 +21,7 @@ import (
 	receiver "github.com/grapnel/grapnel/server/dispatch/health"
 	"github.com/grapnel/grapnel/server/plugindir"
 	"github.com/grapnel/grapnel/server/pluginhost"
+	"github.com/grapnel/grapnel/server/replay"
 	"github.com/grapnel/grapnel/server/subscription"
 )
 
@@ -119,6 +121,21 @@ func (r subscriptions) Subscription(lane delivery.LaneKey) *subscription.Subscri
 	return snapshot.SubscriptionByKey(uint64(lane.Subscription))
 }
 
+// DeadLetter is the subscription that is named, unless it is gone or disabled: then what ends stays where it is.
+func (r subscriptions) DeadLetter(sub *subscription.Subscription) *delivery.DeadLetter {
+	name := sub.Proto.GetDeadLetter()
+	if name == "" {
+		return nil
+	}
+	to := r.Snapshot().Subscription(sub.Namespace, name[strings.LastIndexByte(name, '/')+1:])
+	if to == nil || to.UID == sub.UID || to.NamespaceUID != sub.NamespaceUID || to.Proto.GetState() == grapnelv1.Subscription_STATE_DISABLED {
+		return nil
+	}
+	return &delivery.DeadLetter{From: sub.ID, To: delivery.Target{
+		Subscription: to.ID, UID: to.UID, MaxAttempts: to.MaxAttempts, MaxAge: to.MaxAge,
+	}}
+}
+
 // Deleted goes by what was seen: a tombstone of the subscription or of its namespace, or a namespace that says so
 // itself.
 func (r subscriptions) Deleted(lane delivery.LaneKey) bool {
@@ -196,6 +213,27 @@ func diagnostics(ds []pluginhost.Diagnostic, err error) ([]api.Diagnostic, error
 		out[i] = api.Diagnostic(d)
 	}
 	return out, err
+}
+
+// replays is their runner as the API sees it.
+type replays struct{ *replay.Runner }
+
+func (r replays) Create(ctx context.Context, job *delivery.Replay) (*delivery.Replay, error) {
+	made, err := r.Runner.Create(ctx, job)
+	if errors.Is(err, replay.ErrStopped) {
+		err = fmt.Errorf("%w: %w", api.ErrStopping, err)
+	}
+	return made, err
+}
+
+// selectDeliveries reads the filter of a replay as the API does.
+func (s *Server) selectDeliveries(ns string, spec *delivery.ReplaySpec) (*replay.Selection, error) {
+	found, err := api.SelectDeliveries(s.registry, ns, spec)
+	if err != nil {
+		return nil, err
+	}
+	q := &found.Query
+	return &replay.Selection{None: found.None, States: q.States, Subscription: q.Subscription, Since: q.Since, Until: q.Until, Match: found.Match}, nil
 }
 
 // engine is dispatch as the API sees it.

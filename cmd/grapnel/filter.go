@@ -128,7 +128,7 @@ type deliveryFlags struct {
 }
 
 func (f *deliveryFlags) register(cmd *cobra.Command, c *cli) {
-	f.listFlags.register(cmd, "state, subscription, subscription_uid, event, event_uid, event_type, trigger, create_time, next_attempt_time, scheduled, attempt_count, "+
+	f.listFlags.register(cmd, "state, subscription, subscription_uid, event, event_uid, event_type, trigger, replay_job, create_time, next_attempt_time, scheduled, attempt_count, "+
 		"last_attempt.outcome, last_attempt.response_code")
 	flags := cmd.Flags()
 	flags.StringSliceVar(&f.states, "state", nil, "only in these `states`; open and failed stand for several")

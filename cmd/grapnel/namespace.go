@@ -37,6 +37,7 @@ func namespaceColumns() []column[*grapnelv1.Namespace] {
 		{head: "MAX EVENT BYTES", detail: true, value: func(n ns) string { return number(n.GetQuota().GetMaxEventBytes()) }},
 		{head: "MAX OPEN DELIVERIES", detail: true, value: func(n ns) string { return number(n.GetQuota().GetMaxOpenDeliveries()) }},
 		{head: "RETENTION", value: func(n ns) string { return durationText(n.GetQuota().GetRetention()) }},
+		{head: "DEAD LETTERS", detail: true, value: func(n ns) string { return durationText(n.GetQuota().GetDeadLetterRetention()) }},
 		{head: "SUBSCRIPTIONS", detail: true, value: func(n ns) string { return number(n.GetUsage().GetSubscriptions()) }},
 		{head: "OPEN DELIVERIES", detail: true, value: func(n ns) string { return number(n.GetUsage().GetOpenDeliveries()) }},
 		{head: "OLDEST DUE", detail: true, value: func(n ns) string { return durationText(n.GetUsage().GetOldestDueAge()) }},
@@ -58,7 +59,7 @@ func completeNamespaces(c *cli) cobra.CompletionFunc {
 type namespaceFlags struct {
 	labels                                     []string
 	subscriptions, rate, bytes, openDeliveries int32
-	retention                                  time.Duration
+	retention, deadLetters                     time.Duration
 }
 
 func (f *namespaceFlags) register(cmd *cobra.Command) {
@@ -69,6 +70,7 @@ func (f *namespaceFlags) register(cmd *cobra.Command) {
 	countVar(flags, &f.bytes, "max-event-bytes", 0, 0, 0, "most bytes of one payload; 0 is the default, 262144")
 	countVar(flags, &f.openDeliveries, "max-open-deliveries", 0, 0, 0, "most open deliveries; 0 is no limit")
 	spanVar(flags, &f.retention, "retention", 0, 0, 0, "how long final deliveries are kept; 0 is the default, 72h")
+	spanVar(flags, &f.deadLetters, "dead-letter-retention", 0, 0, 0, "how long those without success are kept after their end; 0 is as long as --retention")
 }
 
 // apply puts the flags that were given into n and returns the paths of what it set.
@@ -92,6 +94,11 @@ func (f *namespaceFlags) apply(cmd *cobra.Command, n *grapnelv1.Namespace) (path
 		{"retention", "retention", func() {
 			if f.retention != 0 {
 				n.Quota.Retention = durationpb.New(f.retention)
+			}
+		}},
+		{"dead-letter-retention", "dead_letter_retention", func() {
+			if f.deadLetters != 0 {
+				n.Quota.DeadLetterRetention = durationpb.New(f.deadLetters)
 			}
 		}},
 	} {

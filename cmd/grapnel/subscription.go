@@ -34,6 +34,7 @@ func subscriptionColumns() []column[*grapnelv1.Subscription] {
 		{head: "TYPES", value: func(s sub) string { return cmp.Or(strings.Join(s.GetEventTypes(), ","), "*") }},
 		{head: "CONDITION", detail: true, value: sub.GetCondition},
 		{head: "URI", value: sub.GetUri},
+		{head: "DEAD LETTER", detail: true, value: func(s sub) string { return lastSegment(s.GetDeadLetter()) }},
 		{head: "HEADERS", detail: true, value: func(s sub) string { return pairsText(s.GetHeaders()) }},
 		{head: "LABELS", detail: true, value: func(s sub) string { return pairsText(s.GetLabels()) }},
 		{head: "PAYLOAD", detail: true, value: func(s sub) string { return shapeText(s.GetPayloadShape()) }},

@@ -55,6 +55,21 @@ type Engine interface {
 	Running() int
 }
 
+// Replays is what the edge needs of the runner of replays.
+type Replays interface {
+	// Create stores a replay and begins it, and returns the one that is there already with its id and content. Errors:
+	// those of delivery.Journal.CreateReplay, ErrStopping.
+	Create(ctx context.Context, r *delivery.Replay) (*delivery.Replay, error)
+	// Count counts what a replay would make now.
+	Count(ctx context.Context, r *delivery.Replay) (delivery.ReplayCounts, error)
+	// WaitReason says what one that goes on waits for.
+	WaitReason(ns delivery.NamespaceKey, key uint64) string
+	// Wait returns when one has ended, when the server is about to, or when ctx ends.
+	Wait(ctx context.Context, ns delivery.NamespaceKey, key uint64)
+	// Cancel ends one, and returns one that has ended as it is.
+	Cancel(ctx context.Context, ns delivery.NamespaceKey, key uint64) (*delivery.Replay, error)
+}
+
 // Plugins is what the edge needs of the plugin host.
 type Plugins interface {
 	// Plugins lists the kinds in name order.
@@ -89,7 +104,7 @@ type Diagnostic struct {
 	Warning bool
 }
 
-// Options of a Server. Registry, Secrets, Journal, Ingest, Engine, Plugins and Logger are required.
+// Options of a Server. Registry, Secrets, Journal, Ingest, Engine, Plugins, Replays and Logger are required.
 type Options struct {
 	Registry *subscription.Registry
 	Secrets  *secret.Store
@@ -97,6 +112,7 @@ type Options struct {
 	Ingest   *ingest.Ingest
 	Engine   Engine
 	Plugins  Plugins
+	Replays  Replays
 
 	Version string
 	Commit  string
@@ -208,6 +224,10 @@ type (
 		grapnelv1.UnsafeDeliveryServiceServer
 		*Server
 	}
+	replayService struct {
+		grapnelv1.UnsafeReplayServiceServer
+		*Server
+	}
 	namespaceService struct {
 		grapnelv1.UnsafeNamespaceServiceServer
 		*Server
@@ -237,6 +257,7 @@ func (s *Server) Register(g *grpc.Server) {
 	grapnelv1.RegisterPublishServiceServer(r, publishService{Server: s})
 	grapnelv1.RegisterEventServiceServer(r, eventService{Server: s})
 	grapnelv1.RegisterDeliveryServiceServer(r, deliveryService{Server: s})
+	grapnelv1.RegisterReplayServiceServer(r, replayService{Server: s})
 	grapnelv1.RegisterNamespaceServiceServer(r, namespaceService{Server: s})
 	grapnelv1.RegisterSubscriptionServiceServer(r, subscriptionService{Server: s})
 	grapnelv1.RegisterSecretServiceServer(r, secretService{Server: s})

@@ -39,7 +39,7 @@ func (s subscriptionService) CreateSubscription(ctx context.Context, r *grapnelv
 	}
 	id := r.GetSubscriptionId()
 	if id == "" {
-		id = pickID(ns, r.GetRequestId())
+		id = pickID("sub-", ns, r.GetRequestId())
 	}
 	name := subscriptionName(ns, id)
 	if err := s.writable(ns); err != nil {
@@ -71,15 +71,15 @@ func (s subscriptionService) CreateSubscription(ctx context.Context, r *grapnelv
 	return &grapnelv1.CreateSubscriptionResponse{Subscription: stored, Warnings: append(warnings, answered...)}, nil
 }
 
-// pickID makes the id of a subscription for which the caller named none. The same request id gives the
+// pickID makes the id, behind a prefix, of a resource for which the caller named none. The same request id gives the
 // same id, so that a repeated call finds what the first one made.
-func pickID(ns, requestID string) string {
+func pickID(prefix, ns, requestID string) string {
 	text := rand.Text()
 	if requestID != "" {
 		sum := sha256.Sum256([]byte(ns + "/" + strings.ToLower(requestID)))
 		text = base32.StdEncoding.EncodeToString(sum[:])
 	}
-	return "sub-" + strings.ToLower(text[:16])
+	return prefix + strings.ToLower(text[:16])
 }
 
 // writable refuses changes in a namespace that is not there or waits to be erased. The registry checks it

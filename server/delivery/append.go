@@ -296,7 +296,7 @@ func (c *commit) target(pub *Publication) {
 			continue
 		}
 		c.putStanding(today, lane, e.Seq, &standing{progress: pr, state: Skipped, reason: reasonSkipped, complete: InstantOf(c.at)})
-		c.bury(today, lane, e.Seq)
+		c.bury(today, lane, e.Seq, Skipped)
 	}
 }
 

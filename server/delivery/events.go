@@ -1,6 +1,8 @@
 package delivery
 
 import (
+	"maps"
+	"strconv"
 	"sync"
 	"sync/atomic"
 )
@@ -26,6 +28,33 @@ func (e *Event) size() int64 {
 		size += 32 + len(f.Subscription) + len(f.Text)
 	}
 	return int64(size)
+}
+
+// With is the event with further attributes, for the one who sends it: nobody else holds it.
+func (e *Event) With(attributes map[string]string) *Event {
+	all := maps.Clone(e.Attributes)
+	if all == nil {
+		all = make(map[string]string, len(attributes))
+	}
+	maps.Copy(all, attributes)
+	return &Event{
+		Namespace: e.Namespace, ID: e.ID, Source: e.Source, Type: e.Type, Subject: e.Subject, Time: e.Time, ContentType: e.ContentType,
+		Schema: e.Schema, Attributes: all, Payload: e.Payload, DeliverTime: e.DeliverTime, TTL: e.TTL, ContentHash: e.ContentHash,
+		Partition: e.Partition, Seq: e.Seq, AcceptTime: e.AcceptTime, Matched: e.Matched, Skipped: e.Skipped, UID: e.UID,
+		Faults: e.Faults, FaultCount: e.FaultCount,
+	}
+}
+
+// Attributes say in an event's attributes what a dead letter is of.
+func (l *Letter) Attributes() map[string]string {
+	a := map[string]string{
+		"deadletterfrom": l.From, "deadletterreason": l.Reason, "deadletterattempts": strconv.Itoa(l.Attempts),
+		"deadletterstate": map[State]string{Exhausted: "EXHAUSTED", Rejected: "REJECTED"}[l.State],
+	}
+	if l.ResponseCode != 0 {
+		a["deadlettercode"] = strconv.Itoa(l.ResponseCode)
+	}
+	return a
 }
 
 // add takes an event in and holds it. When the table has it already it returns that one, held.

@@ -48,6 +48,9 @@ func (x *entry) Complete(_ *delivery.Job, r delivery.Result) {
 	if r.Indeterminate {
 		x.Indeterminate++
 	}
+	if x.Letter == nil && (step.State == delivery.Exhausted || step.State == delivery.Rejected) {
+		step.DeadLetter = e.subs.DeadLetter(x.sub)
+	}
 	since := now.Sub(laterOf(x.Event.AcceptTime, x.Event.DeliverTime))
 	x.stage = window.Settling
 	l.land(x)
@@ -146,6 +149,9 @@ func (l *lane) disableFor(sub *subscription.Subscription, reason string) {
 func (e *Engine) expire(x *entry) {
 	step := delivery.Step{State: delivery.Exhausted, Reason: reasonMaxAge}
 	l := x.lane
+	if sub := e.subs.Subscription(l.key); sub != nil && x.Letter == nil {
+		step.DeadLetter = e.subs.DeadLetter(sub)
+	}
 	l.mu.Lock()
 	l.countEnd(e.now(), step.State)
 	l.mu.Unlock()

@@ -115,6 +115,8 @@ type Subscriptions interface {
 	// Deleted reports whether the deletion of the subscription, or of its namespace, has been seen: its deliveries are to
 	// be cancelled. What is in neither is parked.
 	Deleted(lane delivery.LaneKey) bool
+	// DeadLetter is who gets what ends without success for the subscription; nil when nobody does.
+	DeadLetter(sub *subscription.Subscription) *delivery.DeadLetter
 	// EndReason says, in words for people, why what a lane has open that is Deleted ends.
 	EndReason(lane delivery.LaneKey) string
 	// Closed says, in words for people, why no attempts are made in the subscription's namespace or at all; empty when

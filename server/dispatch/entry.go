@@ -11,7 +11,7 @@ import (
 
 const (
 	// entryBytes is what an entry takes with its place in the lane's index.
-	entryBytes = 240
+	entryBytes = 256
 	// eventBytes and attributeBytes are about what an event takes beside its payload.
 	eventBytes     = 400
 	attributeBytes = 64

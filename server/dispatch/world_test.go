@@ -35,6 +35,8 @@ func (r *registry) Subscription(lane delivery.LaneKey) *subscription.Subscriptio
 	return r.subs[lane]
 }
 
+func (r *registry) DeadLetter(*subscription.Subscription) *delivery.DeadLetter { return nil }
+
 func (r *registry) Deleted(lane delivery.LaneKey) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()

@@ -2,6 +2,7 @@ package subscription
 
 import (
 	"iter"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -283,4 +284,21 @@ func (s *Snapshot) byType(t *tenant, eventType string) match {
 	}
 	s.cache.put(t.id, eventType, now)
 	return now
+}
+
+// Wants reports whether the subscription would match the event, whatever its state and its namespace's. A condition
+// that cannot be evaluated does not hold, and is told in c.
+func (s *Subscription) Wants(c *Candidate) bool {
+	if len(s.globs) > 0 && !slices.ContainsFunc(s.globs, func(glob string) bool { return globMatch(glob, c.Type) }) {
+		return false
+	}
+	if s.condition == nil {
+		return true
+	}
+	holds, err := s.condition.holds(&eventView{Candidate: c})
+	if err != nil {
+		c.FaultCount++
+		c.Faults = append(c.Faults, Fault{s.ID, s.condition.failed(err)})
+	}
+	return holds
 }

@@ -134,17 +134,22 @@ type Quota struct {
 	// days.
 	MaxEventBytes int
 	Retention     time.Duration
+	// DeadLetterRetention is how long what ended without success stays after its end; at least Retention.
+	DeadLetterRetention time.Duration
 }
 
 // Quota returns the limits in force; stored ones that are out of bounds are brought within them.
 func (n *Namespace) Quota() Quota {
 	q := n.Proto.GetQuota()
+	retention := clamp(positive(q.GetRetention().AsDuration(), 72*time.Hour), time.Hour, 90*24*time.Hour)
 	return Quota{
 		MaxSubscriptions:  positive(q.GetMaxSubscriptions(), 0),
 		MaxPublishRate:    positive(q.GetMaxPublishRate(), 0),
 		MaxOpenDeliveries: positive(q.GetMaxOpenDeliveries(), 0),
 		MaxEventBytes:     min(positive(q.GetMaxEventBytes(), 256<<10), 1<<20),
-		Retention:         clamp(positive(q.GetRetention().AsDuration(), 72*time.Hour), time.Hour, 90*24*time.Hour),
+		Retention:         retention,
+
+		DeadLetterRetention: clamp(q.GetDeadLetterRetention().AsDuration(), retention, 90*24*time.Hour),
 	}
 }
 
@@ -156,6 +161,8 @@ func (q Quota) Proto() *grapnelv1.Quota {
 		MaxEventBytes:     int32(q.MaxEventBytes),     //nolint:gosec // at most 1 MiB
 		MaxOpenDeliveries: int32(q.MaxOpenDeliveries), //nolint:gosec // it was one
 		Retention:         durationpb.New(q.Retention),
+
+		DeadLetterRetention: durationpb.New(q.DeadLetterRetention),
 	}
 }
 

@@ -286,6 +286,9 @@ func (w *writing) plan(ctx context.Context, n *Namespace, it keyspace.Item, coun
 	if err := r.secretsExist(ctx, secrets); err != nil {
 		return keyspace.Txn{}, err
 	}
+	if err := r.deadLetterFits(old, p); err != nil {
+		return keyspace.Txn{}, err
+	}
 	near := false
 	if old == nil {
 		if near, err = w.admit(ctx, n, counted); err != nil {
@@ -322,6 +325,23 @@ func (w *writing) plan(ctx context.Context, n *Namespace, it keyspace.Item, coun
 		err = r.remember(ctx, w.request, p, &txn)
 	}
 	return txn, err
+}
+
+// deadLetterFits refuses a dead_letter that is new and leads nowhere, or on to another one. The snapshot is asked: what
+// comes to pass at the same time is met when a delivery ends, of which a dead letter is made once at most.
+func (r *Registry) deadLetterFits(old *Subscription, p *grapnelv1.Subscription) error {
+	if p.DeadLetter == "" || old != nil && old.Proto.DeadLetter == p.DeadLetter {
+		return nil
+	}
+	ns, _, id, _ := splitName(p.DeadLetter)
+	var c checker
+	switch to := r.Snapshot().Subscription(ns, id); {
+	case to == nil:
+		c.add("subscription.dead_letter", "dead_letter.exists", "there is no %s; make it first", p.DeadLetter)
+	case to.Proto.DeadLetter != "":
+		c.add("subscription.dead_letter", "dead_letter.loop", "%s has a dead_letter itself, %s; what ends there goes nowhere: want one without", p.DeadLetter, to.Proto.DeadLetter)
+	}
+	return c.err()
 }
 
 // mustAsk reports whether approve has a say in p and has not said yes to the same.

@@ -302,7 +302,13 @@ type Subscription struct {
 	// Strong validator of the stored value; see UpdateSubscription.
 	Etag string `protobuf:"bytes,21,opt,name=etag,proto3" json:"etag,omitempty"`
 	// What the body of a request is made of. Unset means the event's payload, byte for byte.
-	PayloadShape  *PayloadShape `protobuf:"bytes,22,opt,name=payload_shape,json=payloadShape,proto3" json:"payload_shape,omitempty"`
+	PayloadShape *PayloadShape `protobuf:"bytes,22,opt,name=payload_shape,json=payloadShape,proto3" json:"payload_shape,omitempty"`
+	// Another subscription of the namespace, whose transport may be any, that gets what ends here as EXHAUSTED or REJECTED:
+	// in the commit that ends the delivery, with the event's webhook-id and as attributes of the event deadletterfrom (the
+	// last segment of this name), deadletterstate, deadletterreason, deadletterattempts and deadlettercode (the last
+	// response's, if there was one). It must exist and have no dead_letter of its own; what ends there goes nowhere. It gets
+	// events that match it, too, like any other: give it an event_types that covers none if it is for dead letters alone.
+	DeadLetter    string `protobuf:"bytes,26,opt,name=dead_letter,json=deadLetter,proto3" json:"dead_letter,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -482,6 +488,13 @@ func (x *Subscription) GetPayloadShape() *PayloadShape {
 		return x.PayloadShape
 	}
 	return nil
+}
+
+func (x *Subscription) GetDeadLetter() string {
+	if x != nil {
+		return x.DeadLetter
+	}
+	return ""
 }
 
 // PayloadShape says what the body of a request is made of. The body is made once for each event and is the
@@ -1995,7 +2008,7 @@ var File_grapnel_v1_subscription_proto protoreflect.FileDescriptor
 const file_grapnel_v1_subscription_proto_rawDesc = "" +
 	"\n" +
 	"\x1dgrapnel/v1/subscription.proto\x12\n" +
-	"grapnel.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17grapnel/v1/common.proto\x1a\x19grapnel/v1/delivery.proto\x1a\x16grapnel/v1/event.proto\"\xc7\v\n" +
+	"grapnel.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17grapnel/v1/common.proto\x1a\x19grapnel/v1/delivery.proto\x1a\x16grapnel/v1/event.proto\"\x93\r\n" +
 	"\fSubscription\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x10\n" +
 	"\x03uid\x18\x02 \x01(\tR\x03uid\x12*\n" +
@@ -2023,7 +2036,10 @@ const file_grapnel_v1_subscription_proto_rawDesc = "" +
 	"\vupdate_time\x18\x14 \x01(\v2\x1a.google.protobuf.TimestampR\n" +
 	"updateTime\x12\x12\n" +
 	"\x04etag\x18\x15 \x01(\tR\x04etag\x12=\n" +
-	"\rpayload_shape\x18\x16 \x01(\v2\x18.grapnel.v1.PayloadShapeR\fpayloadShape\x1a9\n" +
+	"\rpayload_shape\x18\x16 \x01(\v2\x18.grapnel.v1.PayloadShapeR\fpayloadShape\x12\xc9\x01\n" +
+	"\vdead_letter\x18\x1a \x01(\tB\xa7\x01\xbaH\xa3\x01\xba\x01\x9f\x01\n" +
+	"\x11subscription_name\x121must look like namespaces/NAME/subscriptions/NAME\x1aWthis.matches('^(namespaces/[a-z][a-z0-9-]{0,62}/subscriptions/[a-z][a-z0-9-]{0,62})?$')R\n" +
+	"deadLetter\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\x1a:\n" +
