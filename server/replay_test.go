@@ -58,10 +58,10 @@ func TestReplayAfterAnOutage(t *testing.T) {
 	rcv := servertest.NewReceiver(t, func(servertest.Request) int { return map[bool]int{true: 500, false: 200}[down] })
 	s.Namespace("acme")
 	s.Subscribe("acme", "orders", rcv.URL, once)
-	for i := range 30 {
+	for i := range 12 {
 		s.Publish("acme", fmt.Sprint("o-", i), "order.created", []byte(`{}`))
 	}
-	servertest.Await(t, "all to be given up", func() bool { return len(s.Deliveries("acme", "state = EXHAUSTED")) == 30 })
+	servertest.Await(t, "all to be given up", func() bool { return len(s.Deliveries("acme", "state = EXHAUSTED")) == 12 })
 	tried := map[string]int{}
 	for _, q := range rcv.Requests() {
 		tried[q.Header.Get("webhook-id")]++
@@ -73,22 +73,22 @@ func TestReplayAfterAnOutage(t *testing.T) {
 	count, err := r.CreateReplayJob(t.Context(), &grapnelv1.CreateReplayJobRequest{
 		Parent: "namespaces/acme", ReplayJob: &grapnelv1.ReplayJob{StartTime: anHourAgo()}, ValidateOnly: true,
 	})
-	if err != nil || count.GetReplayJob().GetCreatedCount() != 30 || count.GetReplayJob().GetName() != "" {
+	if err != nil || count.GetReplayJob().GetCreatedCount() != 12 || count.GetReplayJob().GetName() != "" {
 		t.Fatalf("count: %v, %v", count, err)
 	}
 	job := r.run("incident-42", &grapnelv1.ReplayJob{Subscription: "namespaces/acme/subscriptions/orders", MaxRate: 1000})
-	if job.GetState() != grapnelv1.ReplayJob_STATE_SUCCEEDED || job.GetCreatedCount() != 30 || job.GetSkippedCount() != 0 || job.GetCompleteTime() == nil {
+	if job.GetState() != grapnelv1.ReplayJob_STATE_SUCCEEDED || job.GetCreatedCount() != 12 || job.GetSkippedCount() != 0 || job.GetCompleteTime() == nil {
 		t.Fatalf("job: %v", job)
 	}
-	servertest.Await(t, "all to arrive", func() bool { return rcv.Accepted() == 30 })
+	servertest.Await(t, "all to arrive", func() bool { return rcv.Accepted() == 12 })
 	for _, q := range rcv.Requests() {
 		tried[q.Header.Get("webhook-id")]++
 	}
-	if len(tried) != 30 {
-		t.Errorf("%d webhook-ids, want the 30 there were", len(tried))
+	if len(tried) != 12 {
+		t.Errorf("%d webhook-ids, want the 12 there were", len(tried))
 	}
 	again := s.Deliveries("acme", "trigger = REPLAY AND replay_job = incident-42")
-	if len(again) != 30 || again[0].GetReplayJob() != job.GetName() || again[0].GetState() != grapnelv1.Delivery_STATE_SUCCEEDED {
+	if len(again) != 12 || again[0].GetReplayJob() != job.GetName() || again[0].GetState() != grapnelv1.Delivery_STATE_SUCCEEDED {
 		t.Errorf("%d deliveries of the job: %v", len(again), again[0])
 	}
 	if of := s.Deliveries("acme", "event = o-7"); len(of) != 2 {
@@ -224,10 +224,10 @@ func TestReplayOfAPausedSubscription(t *testing.T) {
 	s.Namespace("acme")
 	rcv := servertest.NewReceiver(t, func(servertest.Request) int { return 500 })
 	s.Subscribe("acme", "orders", rcv.URL, once)
-	for i := range 40 {
+	for i := range 12 {
 		s.Publish("acme", fmt.Sprint("o-", i), "order.created", []byte(`{}`))
 	}
-	servertest.Await(t, "all to be given up", func() bool { return len(s.Deliveries("acme", "state = EXHAUSTED")) == 40 })
+	servertest.Await(t, "all to be given up", func() bool { return len(s.Deliveries("acme", "state = EXHAUSTED")) == 12 })
 	subs := grapnelv1.NewSubscriptionServiceClient(s.Conn)
 	const name = "namespaces/acme/subscriptions/orders"
 	if _, err := subs.PauseSubscription(t.Context(), &grapnelv1.PauseSubscriptionRequest{Name: name}); err != nil {
@@ -235,7 +235,7 @@ func TestReplayOfAPausedSubscription(t *testing.T) {
 	}
 	r := newReplayer(t, s)
 	job := r.run("paused", &grapnelv1.ReplayJob{Subscription: name, MaxRate: 10_000})
-	if job.GetState() != grapnelv1.ReplayJob_STATE_SUCCEEDED || job.GetCreatedCount() != 40 || job.GetOpenCount() != 40 {
+	if job.GetState() != grapnelv1.ReplayJob_STATE_SUCCEEDED || job.GetCreatedCount() != 12 || job.GetOpenCount() != 12 {
 		t.Errorf("job: %v", job)
 	}
 	slow := func(id string) (*grapnelv1.CreateReplayJobResponse, error) {

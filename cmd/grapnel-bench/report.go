@@ -25,6 +25,7 @@ type report struct {
 	Neighbours *neighboursReport `json:"neighbours,omitempty"`
 	Memory     *boundedReport    `json:"memory,omitempty"`
 	Transports *transportReport  `json:"transports,omitempty"`
+	Replay     *replayReport     `json:"replay,omitempty"`
 
 	runs map[string][]throughput
 }
@@ -149,6 +150,9 @@ func (r *report) print(out io.Writer) {
 	}
 	if n := r.Neighbour; n != nil {
 		fmt.Fprintf(out, "slow neighbour   p99 alone %.2f ms, beside a hanging receiver %.2f ms: ratio %.2f\n", n.Alone.P99, n.Beside.P99, n.P99Ratio)
+	}
+	if r.Replay != nil {
+		r.Replay.print(out)
 	}
 	if r.Backlog != nil {
 		r.Backlog.print(out)
