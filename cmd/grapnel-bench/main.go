@@ -47,6 +47,7 @@ type options struct {
 	subscriptions int
 	namespaces    int
 	sweepRows     int
+	orderKeys     int
 	only          string
 	limit         time.Duration
 	mostMemory    float64
@@ -86,9 +87,10 @@ func main() {
 	flag.IntVar(&o.subscriptions, "subscriptions", 100_000, "subscriptions of one namespace in the lanes run; 0 leaves it out")
 	flag.IntVar(&o.namespaces, "namespaces", 100_000, "namespaces with one subscription each in the lanes run; 0 leaves it out")
 	flag.IntVar(&o.sweepRows, "sweep-rows", 1_000_000, "deliveries for the lanes run's sweep to erase")
+	flag.IntVar(&o.orderKeys, "order-keys", 10_000, "ordering keys of the order run")
 	flag.DurationVar(&o.limit, "limit", 10*time.Minute, "longest time of one run of fanout, lanes, hanging, backlog and memory")
 	flag.Float64Var(&o.mostMemory, "most-memory", 6144, "`MiB` of the server at which such a run is ended")
-	flag.StringVar(&o.only, "only", "", "run one `part`: start, throughput, latency, neighbour, backlog, or one that takes\nlonger and is only run when named: fanout, lanes, hanging, neighbours, memory, transports")
+	flag.StringVar(&o.only, "only", "", "run one `part`: start, throughput, latency, neighbour, backlog, or one that takes\nlonger and is only run when named: fanout, lanes, hanging, neighbours, memory, transports,\norder")
 	flag.StringVar(&o.profile, "profile", "", "`directory` for CPU profiles of the server during the batch runs")
 	flag.Parse()
 
@@ -132,6 +134,7 @@ func run(ctx context.Context, o options) error {
 		{"start", b.start, false}, {"throughput", b.throughput, false}, {"latency", b.latency, false},
 		{"neighbour", b.neighbour, false}, {"backlog", b.backlog, false}, {"fanout", b.fanout, true}, {"lanes", b.lanes, true},
 		{"hanging", b.hanging, true}, {"neighbours", b.neighbours, true}, {"memory", b.memory, true}, {"transports", b.transports, true},
+		{"order", b.order, true},
 	}
 	var errs error
 	known := o.only == ""

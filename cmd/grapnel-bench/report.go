@@ -25,6 +25,7 @@ type report struct {
 	Neighbours *neighboursReport `json:"neighbours,omitempty"`
 	Memory     *boundedReport    `json:"memory,omitempty"`
 	Transports *transportReport  `json:"transports,omitempty"`
+	Order      *orderReport      `json:"order,omitempty"`
 
 	runs map[string][]throughput
 }
@@ -170,5 +171,8 @@ func (r *report) print(out io.Writer) {
 	}
 	if r.Transports != nil {
 		r.Transports.print(out)
+	}
+	if r.Order != nil {
+		r.Order.print(out)
 	}
 }

@@ -378,11 +378,12 @@ func (s *Server) deliveryProto(ns string, d *delivery.Delivery, inFlight bool) *
 		StateReason:     d.StateReason,
 		SubscriptionUid: uuid.UUID(d.SubscriptionUID).String(),
 		EventUid:        d.EventUID,
+		OrderingGap:     clampInt32(int64(d.OrderingGap)),
 	}
 	if d.Last != nil {
 		m.LastAttempt = s.attemptProto(d.Last, false)
 	}
-	if !d.State.Final() && !inFlight {
+	if !d.State.Final() && !inFlight && !d.WaitsForKey {
 		m.StateReason = s.Engine.WaitReason(d.ID, laneOf(d))
 	}
 	return m

@@ -92,6 +92,8 @@ type Event struct {
 	DeliverTime time.Time
 	// TTL is zero, or a bound on every target's MaxAge.
 	TTL time.Duration
+	// OrderingKey is empty, or what events have in common that ordered targets get one after another.
+	OrderingKey string
 	// ContentHash covers what the publisher sent; equal hashes make a repeated ID a duplicate.
 	ContentHash [16]byte
 
@@ -132,6 +134,8 @@ type Target struct {
 	MaxAge       time.Duration
 	// Skip records the delivery as SKIPPED: the subscription is disabled.
 	Skip bool
+	// Ordered: events with one OrderingKey go to it one after another. MaxAge then counts from a delivery's turn.
+	Ordered bool
 }
 
 // Job is a delivery in memory on its way to an attempt. Its owner is, in turn, the journal, the lane and
@@ -158,6 +162,10 @@ type Job struct {
 	// Suspicion counts plugin crashes since the last attempt that ended otherwise; see Watch. A job with any
 	// is a suspect: its attempt may be what the plugin dies of, so it is made apart from others.
 	Suspicion int
+	// Order is the ordering key that the delivery keeps busy; 0 is none. Gap is how many deliveries of it had ended
+	// without success right before.
+	Order OrderKey
+	Gap   int
 }
 
 // Lane is the queue that the job belongs to.
@@ -184,6 +192,10 @@ type Delivery struct {
 	Last            *Attempt
 	CreateTime      time.Time
 	CompleteTime    time.Time
+	// OrderingGap is Job.Gap.
+	OrderingGap int
+	// WaitsForKey: an ordering key is busy, StateReason says with what.
+	WaitsForKey bool
 }
 
 // Attempt is one try that ended.

@@ -8,7 +8,7 @@ import (
 	"github.com/cockroachdb/pebble/v2"
 )
 
-// keepOpen moves the open deliveries of a day to kept, with their events.
+// keepOpen moves the open deliveries of a day to kept, with their events, and those that block an ordering key.
 func (s *sweep) keepOpen(ctx context.Context, d dayKey, fates []fate) (err error) {
 	p := s.p
 	snapshot := p.j.db.NewSnapshot()
@@ -31,17 +31,17 @@ func (s *sweep) keepOpen(ctx context.Context, d dayKey, fates []fate) (err error
 		return nil
 	}
 	for _, f := range fates {
-		for _, kind := range []Kind{FIFO, Timer} {
-			prefix := appendSpace(nil, p.number, tagOf(kind), f.ns)
-			err := p.j.scan(snapshot, prefix, prefixEnd(prefix), func(key, _ []byte) error {
-				lane, row, ok := splitRow(key)
+		for _, tag := range []byte{tagFIFO, tagTimer, tagBlocked, tagTurn} {
+			prefix := appendSpace(nil, p.number, tag, f.ns)
+			err := p.j.scan(snapshot, prefix, prefixEnd(prefix), func(key, value []byte) error {
+				at, ok := keepAt(key, value)
 				if !ok {
 					return p.j.corrupt(key, errBadKey)
 				}
-				if dayOf(row.Seq) != d || row.Seq < f.from || row.Seq >= f.below {
+				if dayOf(at.seq) != d || at.seq < f.from || at.seq >= f.below {
 					return nil
 				}
-				if some = append(some, rowAt{lane, row.Seq}); len(some) < keepBatch {
+				if some = append(some, at); len(some) < keepBatch {
 					return nil
 				}
 				return flush()
@@ -57,6 +57,23 @@ func (s *sweep) keepOpen(ctx context.Context, d dayKey, fates []fate) (err error
 type rowAt struct {
 	lane LaneKey
 	seq  uint64
+}
+
+// keepAt is the delivery that a q, t, o or k record keeps; of a k record none but one that has failed and blocks its key,
+// and so has no other.
+func keepAt(key, value []byte) (at rowAt, ok bool) {
+	if lane, _, ok := splitTurn(key); ok {
+		t, err := decodeTurn(value)
+		if err != nil || !t.blocks {
+			return rowAt{}, true
+		}
+		return rowAt{lane, t.seq}, true
+	}
+	at.lane, ok = splitLane(key)
+	if ok {
+		at.seq, ok = openSeq(key)
+	}
+	return at, ok
 }
 
 // keepSome moves deliveries until a commit is full, and says how many it has moved.
@@ -102,6 +119,9 @@ func (c *commit) keep(lane LaneKey, seq uint64) error {
 		if err := c.copy(appendDeliveryKey(nil, p.number, d, lane, seq), record); err != nil {
 			return err
 		}
+		if err := c.copy(appendDeadKey(nil, p.number, d, lane, seq), appendDeadKey(nil, p.number, kept, lane, seq)); err != nil {
+			return err
+		}
 	}
 	prefix := appendAttempts(nil, p.number, d, lane, seq)
 	type pair struct{ key, value []byte }
@@ -137,7 +157,7 @@ func (c *commit) keepEvent(d dayKey, ns NamespaceKey, seq uint64) (bool, error) 
 	if err != nil {
 		return true, nil // it is not found by its id then
 	}
-	id := identityOf(e.Source, e.ID)
+	id := identityOf(e.Source, e.ID, e.OrderingKey)
 	return true, c.copy(appendIdentityKey(nil, p.number, d, ns, id), appendKeptIdentity(nil, p.number, ns, id, seq))
 }
 
@@ -201,7 +221,7 @@ func (s *sweep) tidy(ctx context.Context) error {
 	})
 }
 
-// forget erases a kept event, unless one of its deliveries is open.
+// forget erases a kept event, unless one of its deliveries is open, or blocks its ordering key.
 func (c *commit) forget(ns NamespaceKey, seq uint64) error {
 	p := c.p
 	e, err := p.readEvent(c.r, ns, seq)
@@ -224,11 +244,19 @@ func (c *commit) forget(ns NamespaceKey, seq uint64) error {
 		return err
 	}
 	for _, sub := range subs {
-		if at, err := p.find(c.r, LaneKey{ns, sub}, seq); err != nil || at != nil && at.open {
+		lane := LaneKey{ns, sub}
+		at, err := p.find(c.r, lane, seq)
+		if err != nil || at != nil && at.open {
+			return err
+		}
+		if at == nil {
+			continue
+		}
+		if blocks, err := p.blocking(c.r, lane, at); err != nil || blocks {
 			return err
 		}
 	}
-	c.delete(appendKeptIdentity(nil, p.number, ns, identityOf(e.Source, e.ID), seq))
+	c.delete(appendKeptIdentity(nil, p.number, ns, identityOf(e.Source, e.ID, e.OrderingKey), seq))
 	if err := c.forgetIn(kept, ns, seq, subs); err != nil {
 		return err
 	}

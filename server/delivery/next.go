@@ -36,6 +36,8 @@ type Step struct {
 	Reason string
 	// Disable asks for the subscription to be disabled, with Reason.
 	Disable bool
+	// Block: an ordered delivery that has ended without success keeps its ordering key busy.
+	Block bool
 }
 
 // Next is the rule that says what follows an attempt. It is pure: the same arguments give the same

@@ -68,20 +68,21 @@ func encodeEvent(b []byte, e *Event, targets []Target) []byte {
 		w.text(value)
 	}
 	w.bytes(e.Payload)
-	if e.FaultCount > 0 {
+	if e.FaultCount > 0 || e.OrderingKey != "" {
 		w.int(e.FaultCount)
 		w.int(len(e.Faults))
 		for _, f := range e.Faults {
 			w.text(f.Subscription)
 			w.text(f.Text)
 		}
+		w.text(e.OrderingKey)
 	}
 	return w
 }
 
 // sizeOfEvent bounds what encodeEvent writes, but for targets.
 func sizeOfEvent(e *Event) int {
-	size := 160 + len(e.ID) + len(e.Type) + len(e.Source) + len(e.Subject) + len(e.ContentType) + len(e.Schema) + len(e.Payload)
+	size := 160 + len(e.ID) + len(e.Type) + len(e.Source) + len(e.Subject) + len(e.ContentType) + len(e.Schema) + len(e.Payload) + len(e.OrderingKey)
 	for name, value := range e.Attributes {
 		size += 8 + len(name) + len(value)
 	}
@@ -135,6 +136,7 @@ func decodeEvent(value []byte) (*Event, error) {
 		for n := d.int(); n > 0 && d.err == nil; n-- {
 			e.Faults = append(e.Faults, Fault{d.text(), d.text()})
 		}
+		e.OrderingKey = d.text()
 	}
 	return e, d.err
 }
@@ -299,11 +301,16 @@ type progress struct {
 	indeterminate int
 	suspicion     int
 	manual        bool
+	// order is the ordering key that the delivery keeps busy, or waits for; 0 is none. gap is how many of it had ended
+	// without success right before.
+	order OrderKey
+	gap   int
 }
 
 const (
 	flagManual = 1 << iota
 	flagTroubled
+	flagOrdered
 )
 
 func encodeProgress(b []byte, p *progress) []byte {
@@ -315,6 +322,9 @@ func encodeProgress(b []byte, p *progress) []byte {
 	if p.indeterminate > 0 || p.suspicion > 0 {
 		flags |= flagTroubled
 	}
+	if p.order != 0 {
+		flags |= flagOrdered
+	}
 	w.byte(flags)
 	w.uint(uint64(p.epoch))
 	w.int(p.attempts)
@@ -324,18 +334,33 @@ func encodeProgress(b []byte, p *progress) []byte {
 		w.int(p.indeterminate)
 		w.int(p.suspicion)
 	}
+	if flags&flagOrdered != 0 {
+		w = binary.BigEndian.AppendUint64(w, uint64(p.order))
+		w.int(p.gap)
+	}
 	return w
 }
 
-func decodeProgress(value []byte) (p progress, err error) {
+func decodeProgress(value []byte) (progress, error) {
 	d := readRecord(value)
+	p := d.progress()
+	return p, d.err
+}
+
+func (d *decoder) progress() (p progress) {
 	flags := d.byte()
 	p.manual = flags&flagManual != 0
 	p.epoch, p.attempts, p.maxAttempts, p.expire = uint32(d.uint()), d.int(), d.int(), d.instant()
 	if flags&flagTroubled != 0 {
 		p.indeterminate, p.suspicion = d.int(), d.int()
 	}
-	return p, d.err
+	if flags&flagOrdered != 0 {
+		if key := d.fixed(8); key != nil {
+			p.order = OrderKey(binary.BigEndian.Uint64(key))
+		}
+		p.gap = d.int()
+	}
+	return p
 }
 
 // standing is the record of a delivery that is not PENDING.
@@ -343,7 +368,7 @@ type standing struct {
 	progress
 	state    State
 	reason   string
-	due      Instant // while Scheduled
+	due      Instant // while Scheduled; none while it waits for its ordering key
 	complete Instant
 	last     *Attempt // without bodies
 }
@@ -365,12 +390,7 @@ func encodeStanding(b []byte, s *standing) []byte {
 
 func decodeStanding(value []byte) (s standing, err error) {
 	d := readRecord(value)
-	flags := d.byte()
-	s.manual = flags&flagManual != 0
-	s.epoch, s.attempts, s.maxAttempts, s.expire = uint32(d.uint()), d.int(), d.int(), d.instant()
-	if flags&flagTroubled != 0 {
-		s.indeterminate, s.suspicion = d.int(), d.int()
-	}
+	s.progress = d.progress()
 	s.state, s.reason, s.due, s.complete = State(d.byte()), d.text(), d.instant(), d.instant()
 	if d.byte() == 1 {
 		s.last = d.attempt()
@@ -488,6 +508,8 @@ type memory struct {
 	swept   sweptDays
 	// ahead are sequences that were given while the clock was more than a day ahead; zero when there are none.
 	ahead aheadSpan
+	// keyed: there have been events with an ordering key, which lie here by that and not by their id.
+	keyed bool
 }
 
 // sweptDays are those that retention has erased something of: what is open of them may have moved to kept. They are
@@ -525,6 +547,11 @@ func encodeMemory(b []byte, m *memory) []byte {
 	w.uint(m.ahead.high)
 	w.instant(m.ahead.noticed)
 	w.int(m.ahead.times)
+	keyed := byte(0)
+	if m.keyed {
+		keyed = 1
+	}
+	w.byte(keyed)
 	return w
 }
 
@@ -533,6 +560,7 @@ func decodeMemory(value []byte) (m memory, err error) {
 	copy(m.journal[:], d.fixed(idBytes))
 	m.swept = sweptDays{dayKey(d.uint()), dayKey(d.uint()), dayKey(d.uint())}
 	m.ahead = aheadSpan{d.uint(), d.instant(), d.int()}
+	m.keyed = d.byte() == 1
 	return m, d.err
 }
 
