@@ -7,6 +7,7 @@ MAKEFLAGS += --no-builtin-rules --warn-undefined-variables
 TOOL := go tool -modfile=tools/go.mod
 KILL_CYCLES ?= 500
 MEDDLE_CYCLES ?= 200
+ORDER_CYCLES ?= 100
 STORM ?= 60s
 
 .PHONY: help build test race bench limits lint generate baseline protos cross deps ci check demo kill storm fuzz clean
@@ -30,8 +31,8 @@ limits: build ## what large fan-outs, very many subscriptions, hanging receivers
 	for part in fanout lanes hanging memory; do bin/grapnel-bench -only "$$part"; done
 	bin/grapnel-bench -only backlog -backlog 1x10000000,10x1000000,100000x10 -limit 1h
 
-kill: ## kill -9 the server KILL_CYCLES times under load, and MEDDLE_CYCLES times while others change and delete; nothing may be lost
-	go test ./cmd/grapnel-bench -run TestKill -count=1 -timeout 4h -v -kill.cycles=$(KILL_CYCLES) -kill.meddle=$(MEDDLE_CYCLES)
+kill: ## kill -9 the server KILL_CYCLES times under load, MEDDLE_CYCLES times while others change and delete, and ORDER_CYCLES times with ordering keys; nothing may be lost or out of order
+	go test ./cmd/grapnel-bench -run TestKill -count=1 -timeout 4h -v -kill.cycles=$(KILL_CYCLES) -kill.meddle=$(MEDDLE_CYCLES) -kill.order=$(ORDER_CYCLES)
 
 storm: ## kill -9 all plugins every 200 ms for STORM under load, and upgrade one 20 times; nothing may be lost or blamed
 	go test ./cmd/grapnel-bench -run 'TestStorm|TestUpgrade' -count=1 -timeout 1h -v -storm.duration=$(STORM) -upgrade.times=20

@@ -50,6 +50,7 @@ type options struct {
 	replayed      int
 	replayKilled  int
 	replayRate    float64
+	orderKeys     int
 	only          string
 	limit         time.Duration
 	mostMemory    float64
@@ -89,6 +90,7 @@ func main() {
 	flag.IntVar(&o.subscriptions, "subscriptions", 100_000, "subscriptions of one namespace in the lanes run; 0 leaves it out")
 	flag.IntVar(&o.namespaces, "namespaces", 100_000, "namespaces with one subscription each in the lanes run; 0 leaves it out")
 	flag.IntVar(&o.sweepRows, "sweep-rows", 1_000_000, "deliveries for the lanes run's sweep to erase")
+
 	flag.IntVar(&o.replayed, "replayed", 1_000_000, "events of the replay run")
 	flag.Float64Var(&o.replayRate, "replay-rate", 5000, "deliveries a second of the replay run")
 	flag.IntVar(&o.replayKilled, "replay-killed", 100_000, "events of the replay over three kills; 0 leaves it out")
@@ -139,6 +141,7 @@ func run(ctx context.Context, o options) error {
 		{"neighbour", b.neighbour, false}, {"backlog", b.backlog, false}, {"fanout", b.fanout, true}, {"lanes", b.lanes, true},
 		{"hanging", b.hanging, true}, {"neighbours", b.neighbours, true}, {"memory", b.memory, true}, {"transports", b.transports, true},
 		{"replay", b.replay, true},
+		{"order", b.order, true},
 	}
 	var errs error
 	known := o.only == ""

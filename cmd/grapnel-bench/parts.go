@@ -94,6 +94,15 @@ func (b *bench) throughput(ctx context.Context) error {
 
 // one measures from the first publish until the last delivery is recorded.
 func (b *bench) one(ctx context.Context, grapnel, name string, fanout, n int, send publisher) (throughput, error) {
+	subs := make([]*grapnelv1.Subscription, fanout)
+	for i := range subs {
+		subs[i] = signed(namespace, b.sink.url(fmt.Sprintf("/s/%d", i)), "bench.*")
+	}
+	return b.oneTo(ctx, grapnel, name, subs, n, send)
+}
+
+// oneTo is one with given subscriptions, each of which gets all events.
+func (b *bench) oneTo(ctx context.Context, grapnel, name string, subs []*grapnelv1.Subscription, n int, send publisher) (throughput, error) {
 	var t throughput
 	if err := b.sink.reset(); err != nil {
 		return t, err
@@ -103,11 +112,11 @@ func (b *bench) one(ctx context.Context, grapnel, name string, fanout, n int, se
 		return t, err
 	}
 	defer p.kill()
-	var uris []string
-	for i := range fanout {
-		uris = append(uris, b.sink.url(fmt.Sprintf("/s/%d", i)))
+	fanout := len(subs)
+	if err := p.prepare(ctx, namespace); err != nil {
+		return t, err
 	}
-	if err := p.prepare(ctx, namespace, uris...); err != nil {
+	if _, err := p.subscribeTo(ctx, namespace, fanout, func(i int) *grapnelv1.Subscription { return subs[i] }); err != nil {
 		return t, err
 	}
 	pids := p.pids()

@@ -51,6 +51,17 @@ func unary(callers int) publisher {
 
 // batch keeps four calls of batchSize events in flight.
 func batch(ctx context.Context, p *serverProcess, ns string, n, size int) error {
+	return batchOf(event)(ctx, p, ns, n, size)
+}
+
+// batchOf is batch with other events.
+func batchOf(event func(i int64, body []byte) *grapnelv1.Event) publisher {
+	return func(ctx context.Context, p *serverProcess, ns string, n, size int) error {
+		return sendBatches(ctx, p, ns, n, size, event)
+	}
+}
+
+func sendBatches(ctx context.Context, p *serverProcess, ns string, n, size int, event func(i int64, body []byte) *grapnelv1.Event) error {
 	client := grapnelv1.NewPublishServiceClient(p.conn)
 	body := payload(size, 1, time.Time{})
 	var next atomic.Int64

@@ -26,6 +26,7 @@ type report struct {
 	Memory     *boundedReport    `json:"memory,omitempty"`
 	Transports *transportReport  `json:"transports,omitempty"`
 	Replay     *replayReport     `json:"replay,omitempty"`
+	Order      *orderReport      `json:"order,omitempty"`
 
 	runs map[string][]throughput
 }
@@ -174,5 +175,8 @@ func (r *report) print(out io.Writer) {
 	}
 	if r.Transports != nil {
 		r.Transports.print(out)
+	}
+	if r.Order != nil {
+		r.Order.print(out)
 	}
 }

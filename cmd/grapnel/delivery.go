@@ -34,6 +34,7 @@ func deliveryColumns() []column[*grapnelv1.Delivery] {
 		{head: "TRIGGER", detail: true, value: func(d delivery) string { return enumText(d.GetTrigger()) }},
 		{head: "REPLAY", detail: true, value: func(d delivery) string { return lastSegment(d.GetReplayJob()) }},
 		{head: "ATTEMPTS", value: func(d delivery) string { return fmt.Sprintf("%d/%d", d.GetAttemptCount(), d.GetMaxAttempts()) }},
+		{head: "GAP", detail: true, value: func(d delivery) string { return number(d.GetOrderingGap()) }},
 		{head: "LAST", value: func(d delivery) string { return outcomeText(d.GetLastAttempt()) }},
 		{head: "NEXT", value: func(d delivery) string { return age(d.GetNextAttemptTime()) }},
 		{head: "EXPIRES", detail: true, value: func(d delivery) string { return timeText(d.GetExpireTime()) }},

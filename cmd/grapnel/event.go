@@ -25,6 +25,7 @@ func eventColumns() []column[*grapnelv1.Event] {
 		{head: "TYPE", value: event.GetType},
 		{head: "WEBHOOK-ID", detail: true, value: event.GetUid},
 		{head: "SUBJECT", value: event.GetSubject},
+		{head: "ORDERING KEY", detail: true, value: event.GetOrderingKey},
 		{head: "SOURCE", detail: true, value: event.GetSource},
 		{head: "CONTENT TYPE", detail: true, value: event.GetDataContentType},
 		{head: "ATTRIBUTES", detail: true, value: func(e event) string { return pairsText(e.GetAttributes()) }},

@@ -49,6 +49,7 @@ with an "id" in every line the whole command can be repeated safely after any fa
 		Example: `  grapnel publish -n acme --type order.created --data '{"order":1001}'
   grapnel publish -n acme --type report.ready --data @report.json --id report-7 --attribute tenant=eu
   grapnel publish -n acme --type reminder --data - --deliver-time 2h < body.txt
+  grapnel publish -n acme --type order.paid --data '{"order":1001}' --ordering-key order-1001
   grapnel publish -n acme --jsonl < events.jsonl`,
 		Args: cobra.NoArgs,
 	}
@@ -76,6 +77,7 @@ func (f *publishFlags) register(cmd *cobra.Command) {
 	flags.StringVar(&f.event.Id, "id", "", "event ID; publishing it again is then harmless")
 	flags.StringVar(&f.event.Source, "source", "", "CloudEvents source; default //grapnel/NAMESPACE")
 	flags.StringVar(&f.event.Subject, "subject", "", "what the event is about")
+	flags.StringVar(&f.event.OrderingKey, "ordering-key", "", "ordered subscriptions get the events of a key one after another")
 	flags.StringVar(&f.event.DataContentType, "content-type", "", "media type of the body; default by what it looks like")
 	flags.StringVar(&f.event.DataSchema, "data-schema", "", "URI of the body's schema")
 	flags.StringArrayVar(&f.attributes, "attribute", nil, "extension attribute as `name=value`; repeat for more")
@@ -89,7 +91,7 @@ func (f *publishFlags) register(cmd *cobra.Command) {
 
 // check refuses flags that would have no say.
 func (f *publishFlags) check(cmd *cobra.Command) error {
-	if err := excludes(cmd, "jsonl", "each line of standard input is an event of its own", "data", "id", "content-type", "data-schema",
+	if err := excludes(cmd, "jsonl", "each line of standard input is an event of its own", "data", "id", "ordering-key", "content-type", "data-schema",
 		"attribute", "time", "deliver-time", "ttl", "wait"); err != nil {
 		return err
 	}

@@ -45,6 +45,7 @@ func subscriptionColumns() []column[*grapnelv1.Subscription] {
 		{head: "MAX AGE", detail: true, value: func(s sub) string { return durationText(s.GetRetryPolicy().GetMaxAge()) }},
 		{head: "MAX IN FLIGHT", detail: true, value: func(s sub) string { return number(s.GetMaxInFlight()) }},
 		{head: "MAX RATE", detail: true, value: func(s sub) string { return rateText(s.GetMaxRate()) }},
+		{head: "ORDER", detail: true, value: orderText},
 		{head: "DISABLE AFTER", detail: true, value: func(s sub) string { return durationText(s.GetFailurePolicy().GetDisableAfter()) }},
 		{head: "CREATED", detail: true, value: func(s sub) string { return timeText(s.GetCreateTime()) }},
 		{head: "UPDATED", detail: true, value: func(s sub) string { return timeText(s.GetUpdateTime()) }},
@@ -52,6 +53,14 @@ func subscriptionColumns() []column[*grapnelv1.Subscription] {
 		{head: "UID", detail: true, value: sub.GetUid},
 		{head: "ETAG", detail: true, value: sub.GetEtag},
 	}
+}
+
+// orderText is how an ordered subscription goes on with an ordering key; empty of one that is not.
+func orderText(s *grapnelv1.Subscription) string {
+	if !s.GetOrdered() {
+		return ""
+	}
+	return "by key, " + strings.ToLower(strings.TrimPrefix(s.GetOnExhausted().String(), "ON_EXHAUSTED_")) + " when exhausted"
 }
 
 // shapeText is what a body is made of, as the flags say it.

@@ -34,7 +34,8 @@ type subscriptionFlags struct {
 	multiplier, jitter, maxRate          float64
 	schedule                             []string
 	maxAttempts, maxInFlight             int32
-	ignoreGone                           bool
+	ignoreGone, ordered                  bool
+	onExhausted                          string
 }
 
 func (f *subscriptionFlags) register(cmd *cobra.Command, c *cli) {
@@ -66,9 +67,12 @@ func (f *subscriptionFlags) register(cmd *cobra.Command, c *cli) {
 	spanVar(flags, &f.maxAge, "max-age", 0, 0, 0, "no attempt starts later than this after the event; default 96h")
 	countVar(flags, &f.maxInFlight, "max-in-flight", 0, 0, 0, "most attempts at a time; default 16")
 	flags.Float64Var(&f.maxRate, "max-rate", 0, "most attempts started per second; 0 is no limit")
+	flags.BoolVar(&f.ordered, "ordered", false, "deliver events with one ordering key one after another, as they were accepted")
+	flags.StringVar(&f.onExhausted, "on-exhausted", "", "`what` becomes of an ordering key when a delivery has failed for good: skip, the default, goes on; block waits")
 	spanVar(flags, &f.disableAfter, "disable-after", 0, 0, 0, "disable after failing for this long; 0s never, default 120h")
 	flags.BoolVar(&f.ignoreGone, "ignore-gone", false, "keep it enabled when the target answers 410 Gone")
 	must(cmd.RegisterFlagCompletionFunc("payload", fixed("raw", "standard-webhooks", "cloudevents")))
+	must(cmd.RegisterFlagCompletionFunc("on-exhausted", fixed("skip", "block")))
 	must(cmd.RegisterFlagCompletionFunc("transport", completePlugins(c)))
 	must(cmd.MarkFlagFilename("file", "yaml", "yml", "json"))
 }
@@ -149,6 +153,8 @@ func (f *subscriptionFlags) plain(s *grapnelv1.Subscription) []field {
 		{"attempt-timeout", "attempt_timeout", func() error { s.AttemptTimeout = durationpb.New(f.attemptTimeout); return nil }},
 		{"max-in-flight", "max_in_flight", func() error { s.MaxInFlight = f.maxInFlight; return nil }},
 		{"max-rate", "max_rate", func() error { s.MaxRate = f.maxRate; return nil }},
+		{"ordered", "ordered", func() error { s.Ordered = f.ordered; return nil }},
+		{"on-exhausted", "on_exhausted", func() (err error) { s.OnExhausted, err = onExhausted(f.onExhausted); return err }},
 		{"disable-after", "failure_policy.disable_after", func() error { failure().DisableAfter = durationpb.New(f.disableAfter); return nil }},
 		{"ignore-gone", "failure_policy.ignore_gone", func() error { failure().IgnoreGone = f.ignoreGone; return nil }},
 	}
@@ -232,6 +238,19 @@ func payloadFormat(text string) (grapnelv1.PayloadShape_Format, error) {
 		return grapnelv1.PayloadShape_FORMAT_CLOUDEVENTS, nil
 	}
 	return 0, usagef("--payload %s: must be raw, standard-webhooks or cloudevents%s", text, didYouMean(text, []string{"raw", "standard-webhooks", "cloudevents"}))
+}
+
+// onExhausted reads --on-exhausted; empty is the default.
+func onExhausted(text string) (grapnelv1.Subscription_OnExhausted, error) {
+	switch text {
+	case "":
+		return grapnelv1.Subscription_ON_EXHAUSTED_UNSPECIFIED, nil
+	case "skip":
+		return grapnelv1.Subscription_ON_EXHAUSTED_SKIP, nil
+	case "block":
+		return grapnelv1.Subscription_ON_EXHAUSTED_BLOCK, nil
+	}
+	return 0, usagef("--on-exhausted %s: must be skip or block%s", text, didYouMean(text, []string{"skip", "block"}))
 }
 
 func pluginName(id string) string {

@@ -34,6 +34,10 @@ type Event struct {
 	Data []byte
 	// DeliverTime delays the first attempt, 7 days at most; zero means at once.
 	DeliverTime time.Time
+	// OrderingKey is what events have in common that ordered subscriptions get one after another, in the order in which
+	// they were accepted: up to 128 bytes. Empty: their order does not matter. Events with another key are other events,
+	// whatever their IDs.
+	OrderingKey string
 	// TTL lowers for how long failed attempts are repeated; zero leaves it to the subscriptions.
 	TTL time.Duration
 }
@@ -52,6 +56,7 @@ func (e Event) proto() *grapnelv1.Event {
 		DataSchema:      e.DataSchema,
 		Attributes:      e.Attributes,
 		Payload:         &grapnelv1.Event_Data{Data: e.Data},
+		OrderingKey:     e.OrderingKey,
 	}
 	if p.Id == "" {
 		p.Id = NewID()

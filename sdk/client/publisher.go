@@ -44,7 +44,7 @@ type PublisherOptions struct {
 	// WhenFull is what happens above that.
 	WhenFull WhenFull
 	// ResendFor is how long an event that may yet succeed is sent again, counted from when it was
-	// taken; default 60 s.
+	// taken, or the one before it of its OrderingKey had its Result; default 60 s.
 	ResendFor time.Duration
 	// Stream sends over one PublishStream instead of BatchPublish calls: each event at once, as far as
 	// the server's window allows. BatchPublish then takes what streams broke at, and everything while
@@ -65,7 +65,8 @@ func (o PublisherOptions) withDefaults() PublisherOptions {
 
 // Publisher publishes many events to one namespace with few round trips. Every event ends in a Result of its
 // own: stored, refused, or given up. Events that may yet succeed are sent again with the same ID, so each is
-// accepted once. Order is not kept.
+// accepted once. Order is kept among events with one OrderingKey: each is sent when the one before it has its Result,
+// stored or not. Of all others it is not.
 //
 // No event decides for its company: what no server could read is refused before it is sent, and a call that
 // fails for one event is repeated with half of the events, until the one is alone.
@@ -96,6 +97,8 @@ type Publisher struct {
 	stream   []*item // to be sent over the stream
 	noStream bool    // the stream is broken: everything goes by batch
 	later    []*item // to be sent again when due; few, unordered
+	// keys has the ordering keys of which an event is on its way, with those that wait for it.
+	keys     map[string][]*item
 	open     map[*item]struct{}
 	inFlight int // batches
 }
@@ -182,6 +185,7 @@ func (c *Client) Publisher(namespace string, o PublisherOptions) *Publisher {
 		wakeBatch:  make(chan struct{}, 1),
 		wakeStream: make(chan struct{}, 1),
 		open:       map[*item]struct{}{},
+		keys:       map[string][]*item{},
 	}
 	p.ctx, p.cancel = context.WithCancelCause(context.Background())
 	p.events = semaphore.NewWeighted(int64(p.o.MaxEvents))
@@ -241,9 +245,16 @@ func (p *Publisher) PublishProto(ctx context.Context, e *grapnelv1.Event) *Resul
 	}
 	p.nextSeq++
 	it.seq = p.nextSeq
-	it.taken = time.Now()
-	it.deadline = it.taken.Add(p.o.ResendFor)
 	p.open[it] = struct{}{}
+	if key := e.GetOrderingKey(); key != "" {
+		others, busy := p.keys[key]
+		if busy {
+			p.keys[key] = append(others, it)
+			p.mu.Unlock()
+			return r
+		}
+		p.keys[key] = nil
+	}
 	waiting := p.enqueue(it)
 	first := waiting == 1 || waiting%p.o.BatchEvents == 0 || p.o.Stream || it.size >= p.o.BatchBytes/8
 	p.mu.Unlock()
@@ -255,6 +266,8 @@ func (p *Publisher) PublishProto(ctx context.Context, e *grapnelv1.Event) *Resul
 
 // enqueue puts an item at the end of its queue and returns how long that is now. The caller holds mu.
 func (p *Publisher) enqueue(it *item) int {
+	it.taken = time.Now()
+	it.deadline = it.taken.Add(p.o.ResendFor)
 	if p.streams(it) {
 		p.stream = append(p.stream, it)
 		return len(p.stream)
@@ -385,7 +398,7 @@ func (p *Publisher) abort(cause error) {
 	p.wg.Wait()
 	p.mu.Lock()
 	left := p.open
-	p.open, p.batch, p.stream, p.later = map[*item]struct{}{}, nil, nil, nil
+	p.open, p.batch, p.stream, p.later, p.keys = map[*item]struct{}{}, nil, nil, nil, map[string][]*item{}
 	p.mu.Unlock()
 	for it := range left {
 		p.release(it)
@@ -454,6 +467,9 @@ func (p *Publisher) finish(it *item, r *grapnelv1.PublishResult, err error) {
 	p.mu.Lock()
 	_, open := p.open[it]
 	delete(p.open, it)
+	if open {
+		p.passOn(it.event.GetOrderingKey())
+	}
 	p.mu.Unlock()
 	if !open {
 		return
@@ -465,6 +481,20 @@ func (p *Publisher) finish(it *item, r *grapnelv1.PublishResult, err error) {
 	}
 	it.result.name, it.result.duplicate = r.GetName(), r.GetDuplicate()
 	close(it.result.done)
+}
+
+// passOn has the next event of an ordering key sent. The caller holds mu.
+func (p *Publisher) passOn(key string) {
+	waiting, busy := p.keys[key]
+	switch {
+	case !busy:
+	case len(waiting) == 0:
+		delete(p.keys, key)
+	default:
+		p.keys[key] = waiting[1:]
+		p.enqueue(waiting[0])
+		p.signal()
+	}
 }
 
 // promote moves resends that are due to the front of their queue, and returns those whose sender gave up,

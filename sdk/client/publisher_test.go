@@ -425,3 +425,44 @@ func TestClientCloseEndsItsPublishers(t *testing.T) {
 }
 
 type publishStream = grpc.BidiStreamingServer[grapnelv1.PublishStreamRequest, grapnelv1.PublishStreamResponse]
+
+// Events of an ordering key are sent one after another, also when one of them has to be sent again; others do not wait.
+func TestPublisherKeepsTheOrderOfAKey(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := &fake{}
+		var order []string
+		tries := map[string]int{}
+		f.batch = func(_ int, events []*grapnelv1.Event) ([]*grapnelv1.PublishResult, error) {
+			var results []*grapnelv1.PublishResult
+			keys := map[string]bool{}
+			for _, e := range events {
+				if key := e.GetOrderingKey(); key != "" && keys[key] {
+					t.Errorf("two events of %s in one batch", key)
+				}
+				keys[e.GetOrderingKey()] = true
+				if tries[e.GetId()]++; e.GetId() == "e-1" && tries["e-1"] < 3 {
+					results = append(results, refused("UNAVAILABLE", "DRAINING", true))
+					continue
+				}
+				order = append(order, e.GetId())
+				results = append(results, f.store(e))
+			}
+			return results, nil
+		}
+		c, stop := start(t, f)
+		defer stop()
+		p := c.Publisher("acme", client.PublisherOptions{})
+		for i := range 4 {
+			e := event(i)
+			e.OrderingKey = "a"
+			p.Publish(t.Context(), e)
+		}
+		p.Publish(t.Context(), event(9))
+		if err := p.Close(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		if got := fmt.Sprint(order); got != "[e-0 e-9 e-1 e-2 e-3]" {
+			t.Errorf("stored in the order %v", got)
+		}
+	})
+}

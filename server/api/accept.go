@@ -28,6 +28,7 @@ const (
 	maxAttributes     = 32
 	maxAttributeName  = 20
 	maxAttributeValue = 256
+	maxOrderingKey    = 128 // bytes
 	// maxHeaderBlock bounds what the attributes of CloudEvents take together as HTTP headers. Servers refuse requests
 	// with too much of that, the strictest of those in wide use from 16 KiB on, of which some is for other headers.
 	maxHeaderBlock  = 12 << 10
@@ -58,6 +59,7 @@ func eventOf(ns string, e *grapnelv1.Event, now time.Time) (*delivery.Event, []V
 		ContentType: e.GetDataContentType(),
 		Schema:      e.GetDataSchema(),
 		Attributes:  e.GetAttributes(),
+		OrderingKey: e.GetOrderingKey(),
 	}
 	c.times(e, ev, now)
 	standard := c.payload(e, ev)
@@ -127,6 +129,9 @@ func (c *checks) attributesOf(e *grapnelv1.Event) {
 	c.text("source", e.GetSource(), false)
 	c.text("subject", e.GetSubject(), true)
 	c.text("data_schema", e.GetDataSchema(), false)
+	if n := len(e.GetOrderingKey()); n > maxOrderingKey {
+		c.fault("ordering_key", "string.max_bytes", "takes "+strconv.Itoa(n)+" bytes; at most "+strconv.Itoa(maxOrderingKey)+" are allowed")
+	}
 	if t := e.GetDataContentType(); t != "" && !isMediaType(t) {
 		c.fault("data_content_type", "media_type", "must be a media type such as application/json, up to 128 characters")
 	}

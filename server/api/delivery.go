@@ -149,7 +149,7 @@ func (s deliveryService) sendAgain(ctx context.Context, name, ns string, d *deli
 	if sub == nil {
 		return nil, invalidState(name, "the delivery's subscription, "+subscriptionName(ns, d.Subscription)+", is deleted")
 	}
-	to := delivery.Target{Subscription: sub.ID, UID: sub.UID, MaxAttempts: sub.MaxAttempts, MaxAge: sub.MaxAge}
+	to := delivery.Target{Subscription: sub.ID, UID: sub.UID, MaxAttempts: sub.MaxAttempts, MaxAge: sub.MaxAge, Ordered: sub.Ordered}
 	made, err := s.Journal.Resend(ctx, laneOf(d), d.ID, to, attempts)
 	if errors.Is(err, delivery.ErrInvalidState) {
 		return nil, s.cannot("sent again: its event is no longer retained", name, d, attempts)
@@ -404,6 +404,7 @@ func (s *Server) deliveryProto(ns string, d *delivery.Delivery, inFlight bool) *
 		StateReason:     d.StateReason,
 		SubscriptionUid: uuid.UUID(d.SubscriptionUID).String(),
 		EventUid:        d.EventUID,
+		OrderingGap:     clampInt32(int64(d.OrderingGap)),
 	}
 	if d.ReplayJob != "" {
 		m.ReplayJob = replayJobName(ns, d.ReplayJob)
@@ -411,7 +412,7 @@ func (s *Server) deliveryProto(ns string, d *delivery.Delivery, inFlight bool) *
 	if d.Last != nil {
 		m.LastAttempt = s.attemptProto(d.Last, false)
 	}
-	if !d.State.Final() && !inFlight {
+	if !d.State.Final() && !inFlight && !d.WaitsForKey {
 		m.StateReason = s.Engine.WaitReason(d.ID, laneOf(d))
 	}
 	return m

@@ -101,6 +101,7 @@ func TestPublishTellsEveryFault(t *testing.T) {
 		Id: "has\tcontrols", Type: "a\x7f", Source: "a b", Subject: "line\nbreak", DataSchema: strings.Repeat("s", 257),
 		DataContentType: "json", Time: &timestamppb.Timestamp{Nanos: -1},
 		Attributes:  map[string]string{"Upper": "x", "id": "x", "ok": "bell\a"},
+		OrderingKey: strings.Repeat("ö", 65),
 		DeliverTime: timestamppb.New(time.Now().Add(8 * 24 * time.Hour)), Ttl: durationpb.New(time.Millisecond),
 		Payload: &grapnelv1.Event_Json{Json: structpb.NewNumberValue(0)},
 	}
@@ -108,7 +109,7 @@ func TestPublishTellsEveryFault(t *testing.T) {
 	_, err := st.publish.Publish(t.Context(), &grapnelv1.PublishRequest{Parent: "namespaces/acme", Event: bad})
 	r := refused(t, err, codes.InvalidArgument, "INVALID_FIELD")
 	r.names(t, "event.id", "event.type", "event.source", "event.subject", "event.data_schema", "event.data_content_type",
-		"event.time", `event.attributes["Upper"]`, `event.attributes["id"]`, `event.attributes["ok"]`, "event.deliver_time", "event.ttl", "event.json")
+		"event.time", `event.attributes["Upper"]`, `event.attributes["id"]`, `event.attributes["ok"]`, "event.ordering_key", "event.deliver_time", "event.ttl", "event.json")
 	if r.metadata["field"] != "event.id" || !strings.Contains(r.fields["event.deliver_time"], "7 days") {
 		t.Errorf("metadata %v, %v", r.metadata, r.fields)
 	}

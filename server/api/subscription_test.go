@@ -126,9 +126,10 @@ func testCreateRefusals(t *testing.T, w *world) {
 				r.Subscription.AttemptTimeout = durationpb.New(300 * time.Second)
 				r.Subscription.EventTypes = []string{"order.*", "a\nb"}
 				r.Subscription.MaxInFlight = 1001
+				r.Subscription.OnExhausted = 7
 			},
 			code: codes.InvalidArgument, reason: "INVALID_FIELD",
-			fields: []string{"parent", "subscription_id", "request_id", "subscription.attempt_timeout", "subscription.event_types[1]", "subscription.max_in_flight"},
+			fields: []string{"parent", "subscription_id", "request_id", "subscription.attempt_timeout", "subscription.event_types[1]", "subscription.max_in_flight", "subscription.on_exhausted"},
 			message: "parent: must look like namespaces/NAME; subscription_id: must be 1 to 63 lower-case letters, digits and hyphens, " +
 				"and begin with a letter, or be empty",
 		},

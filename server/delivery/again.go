@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"time"
 
 	"github.com/cockroachdb/pebble/v2"
 )
@@ -48,6 +49,9 @@ func (c *commit) send(s *sending) (*place, error) {
 		origin: s.origin, job: s.job, letter: s.letter,
 	}
 	at.state, at.due = Pending, due
+	if err := c.takeTurn(lane, at, s); err != nil {
+		return nil, err
+	}
 	p.key = appendAgainKey(p.key[:0], p.number, at.day, lane, own)
 	p.value = encodeAgain(p.value[:0], &again{
 		origin: s.origin, trigger: s.trigger, job: s.jobID, due: due, made: InstantOf(c.at), target: s.to, id: head.id, eventType: head.eventType,
@@ -58,9 +62,39 @@ func (c *commit) send(s *sending) (*place, error) {
 	w.uint(s.job)
 	p.value = w
 	c.set(p.key, p.value)
-	c.putTimer(lane, at.row, &at.progress)
+	if at.waits {
+		c.putBlocked(lane, own, &blocked{progress: at.progress, due: due, age: uint64(maxAge(s.to.MaxAge, 0) / time.Microsecond)})
+	} else {
+		c.putTimer(lane, at.row, &at.progress)
+	}
 	c.open(lane, 1, s.job)
 	return at, nil
+}
+
+// takeTurn gives what is sent again to an ordered subscription the turn of its ordering key, or has it wait for it. Dead
+// letters come in the order in which their deliveries ended: settles, which make them, cannot read what the commit has
+// done to a key.
+func (c *commit) takeTurn(lane LaneKey, at *place, s *sending) error {
+	if !s.to.Ordered || s.letter != nil {
+		return nil
+	}
+	e, err := c.p.readEvent(c.r, s.ns, s.origin)
+	if err != nil {
+		return err
+	}
+	if at.order = orderKeyOf(e.OrderingKey); at.order == 0 {
+		return nil
+	}
+	t, err := c.turnOf(lane, at.order)
+	if err != nil {
+		return err
+	}
+	if at.waits = t.seq != 0; at.waits {
+		at.row, at.due = Row{Seq: at.row.Seq, Epoch: at.epoch}, 0
+		return nil
+	}
+	c.setTurn(lane, at.order, turn{seq: at.row.Seq})
+	return nil
 }
 
 // holdEvent keeps a sweep that has begun from erasing an event that lies in a day, and returns where it is from now on.

@@ -1,6 +1,7 @@
 package delivery
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"sync/atomic"
@@ -43,7 +44,7 @@ func (c *appendCall) finish() {
 
 // Append stores events, each with one delivery per target, and returns one result per event, in order,
 // once they are durable. An event whose namespace, Source, ID and ContentHash were accepted within the last 24
-// hours is a Duplicate of that one; with another hash it is ErrEventConflict. The events and targets belong to
+// hours is a Duplicate of that one; with another hash it is ErrEventConflict; with another OrderingKey it is another event. The events and targets belong to
 // the journal from here on, whatever the result; when ctx ends early they may still be stored.
 func (j *Journal) Append(ctx context.Context, events []Publication) []AppendResult {
 	if j.space.low() {
@@ -92,7 +93,7 @@ func (j *Journal) split(call *appendCall, events []Publication) []appendPart {
 			continue
 		}
 		e := events[i].Event
-		e.Partition = partitionOf(e.Namespace, e.ID, len(j.partitions))
+		e.Partition = partitionOf(e.Namespace, cmp.Or(e.OrderingKey, e.ID), len(j.partitions))
 		sizes[e.Partition]++
 		entries = append(entries, appendEntry{events[i], result})
 	}
@@ -145,7 +146,7 @@ func checkPublication(pub *Publication) error {
 	case len(pub.Targets) > maxTargets:
 		return fmt.Errorf("%w: %d targets, at most %d are possible", ErrInvalidEvent, len(pub.Targets), maxTargets)
 	}
-	for _, text := range [...]string{e.ID, e.Source, e.Type, e.Subject, e.ContentType, e.Schema} {
+	for _, text := range [...]string{e.ID, e.Source, e.Type, e.Subject, e.ContentType, e.Schema, e.OrderingKey} {
 		if !utf8.ValidString(text) {
 			return fmt.Errorf("%w: text is not UTF-8", ErrInvalidEvent)
 		}
@@ -244,7 +245,7 @@ func (c *commit) putTargets(pub *Publication) {
 // publishOne gives the event its sequence, and is to store it unless it is known.
 func (c *commit) publishOne(pub *Publication, seen inRound) AppendResult {
 	p, e := c.p, pub.Event
-	id := identityOf(e.Source, e.ID)
+	id := identityOf(e.Source, e.ID, e.OrderingKey)
 	if seen != nil {
 		if first := seen[spacedIdentity{e.Namespace, id}]; first != nil {
 			return c.known(first, first.ContentHash == e.ContentHash)
@@ -274,8 +275,23 @@ func (c *commit) publishOne(pub *Publication, seen inRound) AppendResult {
 	p.key = appendIdentityKey(p.key[:0], p.number, today, e.Namespace, id)
 	p.value = encodeKnown(p.value[:0], &known{seq, InstantOf(c.at), e.ContentHash, e.Matched, e.Skipped, e.FaultCount})
 	c.set(p.key, p.value)
+	if e.OrderingKey != "" {
+		c.noteKeyed()
+	}
 	c.stored = append(c.stored, *pub)
 	return AppendResult{Event: e}
+}
+
+// noteKeyed has the partition remember that ids lead to it that are not its own.
+func (c *commit) noteKeyed() {
+	m := c.p.memory
+	if c.memory != nil {
+		m = *c.memory
+	}
+	if !m.keyed {
+		m.keyed = true
+		c.memory = &m
+	}
 }
 
 // target adds the deliveries of an event.
@@ -284,20 +300,32 @@ func (c *commit) target(pub *Publication) {
 	today := dayOf(e.Seq)
 	start, deferred := startOf(e)
 	row := Row{Kind: FIFO, Seq: e.Seq, Epoch: 1}
+	order := orderKeyOf(e.OrderingKey)
 	if deferred {
 		row.Kind, row.Due = Timer, InstantOf(start)
 	}
 	for i := range pub.Targets {
 		t := &pub.Targets[i]
 		lane := LaneKey{e.Namespace, t.UID.SubscriptionKey()}
-		pr := progress{epoch: 1, maxAttempts: max(t.MaxAttempts, 1), expire: InstantOf(start.Add(maxAge(t.MaxAge, e.TTL)))}
+		age := maxAge(t.MaxAge, e.TTL)
+		pr := progress{epoch: 1, maxAttempts: max(t.MaxAttempts, 1), expire: InstantOf(start.Add(age)), order: t.order(order)}
 		if !t.Skip {
-			c.putRow(lane, row, &pr)
+			if pr.order == 0 || c.queueUp(t, lane, row, &pr, age) {
+				c.putRow(lane, row, &pr)
+			}
 			continue
 		}
 		c.putStanding(today, lane, e.Seq, &standing{progress: pr, state: Skipped, reason: reasonSkipped, complete: InstantOf(c.at)})
 		c.bury(today, lane, e.Seq, Skipped)
 	}
+}
+
+// order is the ordering key of an event for a target.
+func (t *Target) order(key OrderKey) OrderKey {
+	if !t.Ordered {
+		return 0
+	}
+	return key
 }
 
 // startOf is when the first attempt may be made, and whether that is later than now.

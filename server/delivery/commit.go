@@ -22,6 +22,8 @@ type commit struct {
 	// firm: durable before anybody learns of it. Else it is visible at once and durable within 100 ms; losing it
 	// only repeats attempts.
 	firm bool
+	// turns of ordering keys; nil while there are none to give.
+	turns *turns
 	effects
 }
 
@@ -86,6 +88,7 @@ func (p *partition) prepare(w work) *commit {
 		c.answers = append(c.answers, answer{e.done, e.run(c)})
 	}
 	c.publish(w.appends)
+	c.endTurns()
 	c.firm = c.firm || len(c.stored) > 0
 	if c.memory != nil {
 		p.value = encodeMemory(p.value[:0], c.memory)
@@ -145,6 +148,7 @@ func (p *partition) apply(c *commit) {
 	if c.memory != nil {
 		p.memory = *c.memory
 		p.swept.Store(&c.memory.swept)
+		p.keyed.Store(c.memory.keyed)
 	}
 	if c.sweeping != nil {
 		p.sweeping = c.sweeping
@@ -221,9 +225,10 @@ func (p *partition) tell(c *commit) {
 func (p *partition) offer(c *commit, pub *Publication) {
 	e := pub.Event
 	start, deferred := startOf(e)
+	order := orderKeyOf(e.OrderingKey)
 	for i := range pub.Targets {
 		t := &pub.Targets[i]
-		if t.Skip {
+		if t.Skip || c.turns.has(t) {
 			continue
 		}
 		key := t.UID.SubscriptionKey()
@@ -233,7 +238,7 @@ func (p *partition) offer(c *commit, pub *Publication) {
 		}
 		p.jobs = append(p.jobs, Job{
 			ID: ID{e.Seq, p.number, key}, Event: e, Epoch: 1, AsOf: c.index,
-			MaxAttempts: max(t.MaxAttempts, 1), Expire: start.Add(maxAge(t.MaxAge, e.TTL)),
+			MaxAttempts: max(t.MaxAttempts, 1), Expire: start.Add(maxAge(t.MaxAge, e.TTL)), Order: t.order(order),
 		})
 		if len(p.jobs) == maxOffer {
 			p.flush(c)
@@ -302,7 +307,7 @@ func (c *commit) dropRow(lane LaneKey, row Row) {
 	c.delete(c.p.key)
 }
 
-// putTimer adds a row that waits for a time, and has the follower told.
+// putTimer adds a row that waits for a time, or whose turn has come, and has the follower told.
 func (c *commit) putTimer(lane LaneKey, row Row, pr *progress) {
 	c.putRow(lane, row, pr)
 	c.steps = append(c.steps, step{lane: lane, row: row})

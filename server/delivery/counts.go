@@ -179,10 +179,10 @@ func (j *Journal) countOpen(snapshot *pebble.Snapshot) {
 }
 
 func (p *partition) countOpen(snapshot *pebble.Snapshot) error {
-	for _, kind := range []Kind{FIFO, Timer} {
+	for _, tag := range []byte{tagFIFO, tagTimer, tagBlocked} {
 		var lane LaneKey
 		var n int64
-		prefix, looked := appendTag(nil, p.number, tagOf(kind)), 0
+		prefix, looked := appendTag(nil, p.number, tag), 0
 		err := p.j.iterate(snapshot, prefix, prefixEnd(prefix), func(it *pebble.Iterator) error {
 			for ok := it.First(); ok; ok = it.Next() {
 				at, valid := splitLane(it.Key())
@@ -194,7 +194,7 @@ func (p *partition) countOpen(snapshot *pebble.Snapshot) error {
 					lane, n = at, 0
 				}
 				n++
-				if kind == Timer {
+				if tag != tagFIFO {
 					p.countJob(it, at.Namespace)
 				}
 				if looked++; looked%4096 == 0 && p.j.stopped() {

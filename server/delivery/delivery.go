@@ -115,6 +115,8 @@ type Event struct {
 	DeliverTime time.Time
 	// TTL is zero, or a bound on every target's MaxAge.
 	TTL time.Duration
+	// OrderingKey is empty, or what events have in common that ordered targets get one after another.
+	OrderingKey string
 	// ContentHash covers what the publisher sent; equal hashes make a repeated ID a duplicate.
 	ContentHash [16]byte
 
@@ -155,6 +157,8 @@ type Target struct {
 	MaxAge       time.Duration
 	// Skip records the delivery as SKIPPED: the subscription is disabled.
 	Skip bool
+	// Ordered: events with one OrderingKey go to it one after another. MaxAge then counts from a delivery's turn.
+	Ordered bool
 }
 
 // Job is a delivery in memory on its way to an attempt. Its owner is, in turn, the journal, the lane and
@@ -185,6 +189,10 @@ type Job struct {
 	Replay uint64
 	// Letter is set of a dead letter, which makes no further one. It is shared and not to be changed.
 	Letter *Letter
+	// Order is the ordering key that the delivery keeps busy; 0 is none. Gap is how many deliveries of it had ended
+	// without success right before.
+	Order OrderKey
+	Gap   int
 }
 
 // Lane is the queue that the job belongs to.
@@ -214,6 +222,10 @@ type Delivery struct {
 	Trigger         Trigger
 	// ReplayJob is the id of the replay that made it; empty for none.
 	ReplayJob string
+	// OrderingGap is Job.Gap.
+	OrderingGap int
+	// WaitsForKey: an ordering key is busy, StateReason says with what.
+	WaitsForKey bool
 }
 
 // Attempt is one try that ended.

@@ -1,6 +1,7 @@
 package delivery
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -18,36 +19,65 @@ const (
 	retryWindow = 24 * time.Hour
 )
 
-// Cancel ends an open delivery as CANCELLED, durably. A delivery that has been cancelled before is returned
-// as it is; one that has ended otherwise is ErrFinal, an unknown one ErrNotFound. An attempt in flight is
-// left to end and is added to the history.
+// Cancel ends an open delivery as CANCELLED, durably, or one that has failed and blocks its ordering key, which then
+// goes on. A delivery that has been cancelled before is returned as it is; one that has ended otherwise is ErrFinal, an
+// unknown one ErrNotFound. An attempt in flight is left to end and is added to the history.
 func (j *Journal) Cancel(ctx context.Context, lane LaneKey, id ID, reason string) (*Delivery, error) {
 	return j.edit(ctx, lane, id, func(c *commit, at *place) error {
 		switch {
 		case at.state == Cancelled:
 			return nil
+		case at.waits:
+			return c.cancelWaiting(lane, at, reason)
 		case at.state.Final():
-			return ErrFinal
+			if blocks, err := c.p.blocking(c.r, lane, at); err != nil || !blocks {
+				return cmp.Or(err, ErrFinal)
+			}
 		}
-		c.cancel(lane, at, reason)
-		return nil
+		return c.cancel(lane, at, reason)
 	})
 }
 
-// cancel ends an open delivery.
-func (c *commit) cancel(lane LaneKey, at *place, reason string) {
+// cancel ends an open delivery that does not wait for its turn, or one that has failed and keeps it.
+func (c *commit) cancel(lane LaneKey, at *place, reason string) error {
+	if at.order == 0 {
+		c.endCancelled(lane, at, reason)
+		return nil
+	}
+	next, err := c.successor(lane, at.order, 0)
+	if err != nil {
+		return err
+	}
+	c.endCancelled(lane, at, turnReason(reason, false))
+	c.endTurn(lane, at.row.Seq, &at.standing, &next, false)
+	return nil
+}
+
+func (c *commit) endCancelled(lane LaneKey, at *place, reason string) {
 	c.firm = true
-	c.supersede(lane, at.row)
-	c.dropRow(lane, at.row)
-	at.open = false
+	if at.open {
+		c.dropOpen(lane, at)
+		c.open(lane, -1, at.job)
+	}
+	at.open, at.waits = false, false
 	at.state, at.reason, at.due, at.complete, at.manual = Cancelled, validText(reason), 0, InstantOf(c.at), false
 	c.putStanding(at.day, lane, at.row.Seq, &at.standing)
 	c.bury(at.day, lane, at.row.Seq, Cancelled)
-	c.open(lane, -1, at.job)
+}
+
+// dropOpen takes the row of an open delivery away for a caller. Of what waits for its turn the follower knows nothing.
+func (c *commit) dropOpen(lane LaneKey, at *place) {
+	if at.waits {
+		c.dropBlocked(lane, at.order, at.row.Seq)
+		return
+	}
+	c.supersede(lane, at.row)
+	c.dropRow(lane, at.row)
 }
 
 // Retry makes a delivery due now, durably, with one attempt more when its attempts are used up and a day more
-// when its time is. A delivery of the FIFO is due anyway and stays as it is. ErrInvalidState says that it has
+// when its time is. A delivery of the FIFO is due anyway and stays as it is, and so is one that waits for the turn of its
+// ordering key; where another one has that, a delivery that comes back waits for it. ErrInvalidState says that it has
 // succeeded, or that ifAttempts is not negative and not the number of attempts that have ended.
 func (j *Journal) Retry(ctx context.Context, lane LaneKey, id ID, ifAttempts int) (*Delivery, error) {
 	return j.edit(ctx, lane, id, func(c *commit, at *place) error {
@@ -56,7 +86,7 @@ func (j *Journal) Retry(ctx context.Context, lane LaneKey, id ID, ifAttempts int
 			return fmt.Errorf("%w: it has succeeded", ErrInvalidState)
 		case ifAttempts >= 0 && ifAttempts != at.attempts:
 			return fmt.Errorf("%w: %d attempts have ended", ErrInvalidState, at.attempts)
-		case at.open && at.row.Kind == FIFO:
+		case at.waits || at.open && at.row.Kind == FIFO:
 			return nil
 		}
 		return c.retry(lane, at)
@@ -71,13 +101,21 @@ func (c *commit) retry(lane LaneKey, at *place) error {
 
 // reopen schedules a delivery, which may have ended, for now.
 func (c *commit) reopen(lane LaneKey, at *place) error {
-	seq := at.row.Seq
+	seq, others := at.row.Seq, false
 	if at.open {
-		c.supersede(lane, at.row)
-		c.dropRow(lane, at.row)
+		c.dropOpen(lane, at)
 	} else {
 		if err := c.holdOrigin(lane, at); err != nil {
 			return err
+		}
+		if at.order != 0 {
+			t, err := c.turnOf(lane, at.order)
+			if err != nil {
+				return err
+			}
+			if others = t.seq != 0 && t.seq != seq; !others {
+				c.setTurn(lane, at.order, turn{seq: seq})
+			}
 		}
 		// A sweep that begins in this very round finds the row and moves it.
 		from := at.day
@@ -103,6 +141,10 @@ func (c *commit) reopen(lane LaneKey, at *place) error {
 	at.maxAttempts = max(at.maxAttempts, at.attempts+1)
 	if at.expire <= at.due {
 		at.expire = InstantOf(c.at.Add(retryWindow))
+	}
+	if others {
+		c.requeue(lane, at)
+		return nil
 	}
 	at.row = Row{Timer, at.due, seq, at.epoch}
 	c.putStanding(at.day, lane, seq, &at.standing)
@@ -154,7 +196,7 @@ func (j *Journal) edit(ctx context.Context, lane LaneKey, id ID, change func(*co
 		if err := change(c, at); err != nil {
 			return err
 		}
-		d = p.join(lane, at, &head, &target)
+		d = p.show(c.r, lane, at, &head, &target)
 		return nil
 	})
 	if err != nil {
@@ -198,9 +240,9 @@ func (j *Journal) CancelLane(ctx context.Context, lane LaneKey, reason string, w
 // maxNamed bounds the records that one error names.
 const maxNamed = 8
 
-// anyOpen reports whether a lane has open rows, and spares the committer where it has none.
+// anyOpen reports whether a lane has open rows, or ordering keys that are blocked, and spares the committer where it has none.
 func (p *partition) anyOpen(lane LaneKey) (bool, error) {
-	for _, tag := range []byte{tagFIFO, tagTimer} {
+	for _, tag := range []byte{tagFIFO, tagTimer, tagBlocked, tagTurn} {
 		prefix, found := appendLane(nil, p.number, tag, lane), false
 		err := p.j.iterate(p.j.db, prefix, prefixEnd(prefix), func(it *pebble.Iterator) error {
 			found = it.First()
@@ -236,17 +278,18 @@ func (p *partition) cancelSome(ctx context.Context, lane LaneKey, reason string,
 
 func (c *commit) cancelOpen(lane LaneKey, reason string, aside map[uint64]error) (n int, more bool, err error) {
 	var seqs []uint64
-	for _, tag := range []byte{tagFIFO, tagTimer} {
+	// What waits for its turn first, so that nothing has one that goes in any case.
+	for _, tag := range []byte{tagBlocked, tagFIFO, tagTimer} {
 		prefix := appendLane(nil, c.p.number, tag, lane)
 		err := c.p.j.scan(c.r, prefix, prefixEnd(prefix), func(key, _ []byte) error {
-			_, row, ok := splitRow(key)
+			seq, ok := openSeq(key)
 			if !ok {
 				return c.p.j.corrupt(key, errBadKey)
 			}
-			if _, unread := aside[row.Seq]; unread {
+			if _, unread := aside[seq]; unread {
 				return nil
 			}
-			if seqs = append(seqs, row.Seq); len(seqs) >= editBatch {
+			if seqs = append(seqs, seq); len(seqs) >= editBatch {
 				return errStopped
 			}
 			return nil
@@ -262,15 +305,44 @@ func (c *commit) cancelOpen(lane LaneKey, reason string, aside map[uint64]error)
 		at, err := c.p.find(c.r, lane, seq)
 		switch {
 		case err != nil:
-			aside[seq] = err
 		case at == nil || !at.open:
-			aside[seq] = fmt.Errorf("delivery %s waits and has ended", ID{seq, c.p.number, lane.Subscription})
+			err = fmt.Errorf("delivery %s waits and has ended", ID{seq, c.p.number, lane.Subscription})
+		case at.waits:
+			c.endCancelled(lane, at, reason)
 		default:
-			c.cancel(lane, at, reason)
-			n++
+			err = c.cancel(lane, at, reason)
+		}
+		if err != nil {
+			aside[seq] = err
+			continue
+		}
+		n++
+	}
+	if len(seqs) < editBatch {
+		more, err = c.endBlocked(lane)
+	}
+	return n, more || len(seqs) >= editBatch, err
+}
+
+// openSeq is the sequence of a q, t or o key.
+func openSeq(key []byte) (uint64, bool) {
+	if _, _, seq, ok := splitBlocked(key); ok {
+		return seq, true
+	}
+	_, row, ok := splitRow(key)
+	return row.Seq, ok
+}
+
+// endBlocked ends the turns of deliveries that have failed.
+func (c *commit) endBlocked(lane LaneKey) (more bool, err error) {
+	keys, err := c.p.blockedKeys(c.r, lane, 0)
+	for _, key := range keys {
+		if t, err := c.turnOf(lane, key); err == nil && t.blocks {
+			c.firm = true
+			c.setTurn(lane, key, turn{})
 		}
 	}
-	return n, len(seqs) >= editBatch, nil
+	return len(keys) == editBatch, err
 }
 
 // DropNamespace erases everything of a namespace, open deliveries included, durably. What is in memory of them
@@ -292,7 +364,7 @@ func (j *Journal) DropNamespace(ctx context.Context, ns NamespaceKey) error {
 
 func (c *commit) dropNamespace(ns NamespaceKey) error {
 	p := c.p
-	for _, tag := range []byte{tagFIFO, tagTimer, tagFailing, tagJob, tagCursor} {
+	for _, tag := range []byte{tagFIFO, tagTimer, tagTurn, tagBlocked, tagFailing, tagJob, tagCursor} {
 		c.deletePrefix(appendSpace(nil, p.number, tag, ns))
 	}
 	if err := p.eachDay(p.j.db, 0, func(day dayKey) error {

@@ -129,16 +129,16 @@ func seqAt(t time.Time) uint64 {
 
 func seqTime(seq uint64) time.Time { return time.UnixMilli(int64(seq >> seqCounterBits)) }
 
-// partitionOf places an event. The result is stored nowhere and must never change: FNV-1a over the namespace's
-// key and the event id, mixed so that the low bits depend on every byte.
-func partitionOf(ns NamespaceKey, eventID string, partitions int) uint16 {
+// partitionOf places an event, by its ordering key, or its id if it has none. The result is stored nowhere and must never
+// change: FNV-1a over the namespace's key and that text, mixed so that the low bits depend on every byte.
+func partitionOf(ns NamespaceKey, text string, partitions int) uint16 {
 	const offset, prime = 14695981039346656037, 1099511628211
 	h := uint64(offset)
 	for i := 0; i < 64; i += 8 {
 		h = (h ^ uint64(ns)>>i&0xff) * prime
 	}
-	for i := range len(eventID) {
-		h = (h ^ uint64(eventID[i])) * prime
+	for i := range len(text) {
+		h = (h ^ uint64(text[i])) * prime
 	}
 	h ^= h >> 33
 	h *= 0xff51afd7ed558ccd

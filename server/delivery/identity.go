@@ -9,15 +9,18 @@ import (
 	"github.com/cockroachdb/pebble/v2"
 )
 
-// identity of an event in its namespace, as CloudEvents has it: source and id. The hash of the id alone stands in
-// front, so that an event is found by its id too.
+// identity of an event in its namespace: source and id, as CloudEvents has it, and the ordering key, which decides
+// where the event lies. The hash of the id alone stands in front, so that an event is found by its id too.
 type identity struct{ id, sourced uint64 }
 
-func identityOf(source, id string) identity {
+func identityOf(source, id, orderingKey string) identity {
 	var buffer [128]byte
 	b := append(buffer[:0], id...)
 	plain := sha256.Sum256(b)
 	b = append(append(append(b[:0], source...), 0), id...)
+	if orderingKey != "" {
+		b = append(append(b, 0), orderingKey...)
+	}
 	both := sha256.Sum256(b)
 	return identity{binary.BigEndian.Uint64(plain[:]), binary.BigEndian.Uint64(both[:])}
 }

@@ -54,7 +54,7 @@ func Inspect(ctx context.Context, dir string, report func(Damage)) (sum Inspecti
 		report(d)
 	}
 	for _, p := range j.partitions {
-		for _, tag := range []byte{tagFIFO, tagTimer, tagRecord, tagFailing, tagJob, tagCursor, tagCommit, tagPartition} {
+		for _, tag := range []byte{tagFIFO, tagTimer, tagTurn, tagBlocked, tagRecord, tagFailing, tagJob, tagCursor, tagCommit, tagPartition} {
 			prefix := appendTag(nil, p.number, tag)
 			err := j.scan(j.db, prefix, prefixEnd(prefix), func(key, value []byte) error {
 				if reason := p.inspect(key, value, &sum); reason != nil {
@@ -91,6 +91,8 @@ func (p *partition) inspect(key, value []byte, sum *Inspection) error {
 		}
 		_, err = p.readEvent(p.j.db, lane.Namespace, cmp.Or(pr.origin, row.Seq))
 		return err
+	case tagTurn, tagBlocked:
+		return p.inspectOrder(key, value, sum)
 	case tagRecord:
 		return p.inspectRecord(key, value, sum)
 	case tagFailing:
@@ -109,6 +111,40 @@ func (p *partition) inspect(key, value []byte, sum *Inspection) error {
 	}
 	_, err := decodeMemory(value)
 	return err
+}
+
+// inspectOrder reads one record of an ordering key. A turn is somebody's, and who waits for one waits for somebody.
+func (p *partition) inspectOrder(key, value []byte, sum *Inspection) error {
+	if lane, _, ok := splitTurn(key); ok {
+		t, err := decodeTurn(value)
+		if err != nil {
+			return err
+		}
+		at, err := p.find(p.j.db, lane, t.seq)
+		if err == nil && (at == nil || at.open == t.blocks || at.waits || at.state == Succeeded || at.state == Cancelled) {
+			err = fmt.Errorf("it is the turn of delivery %s, which has ended", ID{t.seq, p.number, lane.Subscription})
+		}
+		return err
+	}
+	lane, order, seq, ok := splitBlocked(key)
+	if !ok {
+		return errBadKey
+	}
+	sum.Open++
+	w, err := decodeBlocked(value)
+	if err != nil {
+		return err
+	}
+	if !w.recorded {
+		sum.Deliveries++
+	}
+	if _, err := p.readEvent(p.j.db, lane.Namespace, seq); err != nil {
+		return err
+	}
+	if t, err := p.turnOf(p.j.db, lane, order); err == nil && t.seq == 0 {
+		return errors.New("it waits for its ordering key, which nothing keeps busy")
+	}
+	return nil
 }
 
 func (p *partition) inspectRecord(key, value []byte, sum *Inspection) (err error) {
@@ -266,6 +302,7 @@ type Exported struct {
 	Content    string             `json:"data_content_type,omitempty"`
 	Schema     string             `json:"data_schema,omitempty"`
 	Attributes map[string]string  `json:"attributes,omitempty"`
+	Ordering   string             `json:"ordering_key,omitempty"`
 	Payload    []byte             `json:"data_base64"`
 	Deliveries []ExportedDelivery `json:"deliveries,omitempty"`
 }
@@ -333,7 +370,7 @@ func (p *partition) export(d dayKey, ns NamespaceKey, key, value []byte) (*Expor
 	p.place(e, ns, seq)
 	line := &Exported{
 		Namespace: fmt.Sprintf("%016x", uint64(ns)), ID: e.ID, UID: e.UID, Source: e.Source, Type: e.Type, Subject: e.Subject,
-		Time: e.Time.UTC(), AcceptTime: e.AcceptTime.UTC(), Content: e.ContentType, Schema: e.Schema, Attributes: e.Attributes, Payload: e.Payload,
+		Time: e.Time.UTC(), AcceptTime: e.AcceptTime.UTC(), Content: e.ContentType, Schema: e.Schema, Attributes: e.Attributes, Ordering: e.OrderingKey, Payload: e.Payload,
 	}
 	head, err := decodeHead(value)
 	if err != nil {

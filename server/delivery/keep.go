@@ -10,7 +10,7 @@ import (
 	"github.com/cockroachdb/pebble/v2"
 )
 
-// keepOpen moves the open deliveries of a day to kept, with their events.
+// keepOpen moves the open deliveries of a day to kept, with their events, and those that block an ordering key.
 func (s *sweep) keepOpen(ctx context.Context, d dayKey, fates []fate) (err error) {
 	p := s.p
 	snapshot := p.j.db.NewSnapshot()
@@ -45,17 +45,17 @@ func (s *sweep) keepOpen(ctx context.Context, d dayKey, fates []fate) (err error
 		if err := s.keepReplayed(snapshot, d, f, add); err != nil {
 			return err
 		}
-		for _, kind := range []Kind{FIFO, Timer} {
-			prefix := appendSpace(nil, p.number, tagOf(kind), f.ns)
-			err := p.j.scan(snapshot, prefix, prefixEnd(prefix), func(key, _ []byte) error {
-				lane, row, ok := splitRow(key)
+		for _, tag := range []byte{tagFIFO, tagTimer, tagBlocked, tagTurn} {
+			prefix := appendSpace(nil, p.number, tag, f.ns)
+			err := p.j.scan(snapshot, prefix, prefixEnd(prefix), func(key, value []byte) error {
+				at, ok := keepAt(key, value)
 				if !ok {
 					return p.j.corrupt(key, errBadKey)
 				}
-				if dayOf(row.Seq) != d || row.Seq < f.from || row.Seq >= f.below {
+				if dayOf(at.seq) != d || at.seq < f.from || at.seq >= f.below {
 					return nil
 				}
-				return add(rowAt{lane, row.Seq})
+				return add(at)
 			})
 			if err != nil {
 				return err
@@ -107,12 +107,13 @@ func (s *sweep) keepReplayed(r pebble.Reader, d dayKey, f fate, add func(rowAt) 
 		if seq < f.from || seq >= f.below {
 			return nil
 		}
-		at, err := p.find(r, LaneKey{f.ns, SubscriptionKey(binary.BigEndian.Uint64(rest[16:]))}, own)
+		lane := LaneKey{f.ns, SubscriptionKey(binary.BigEndian.Uint64(rest[16:]))}
+		at, err := p.find(r, lane, own)
 		if err != nil {
 			return p.passOver(err)
 		}
-		if at == nil || !s.stays(f.ns, at) {
-			return nil
+		if stays, err := s.stays(r, lane, at); err != nil || !stays {
+			return p.passOver(err)
 		}
 		return add(rowAt{LaneKey{Namespace: f.ns}, seq})
 	})
@@ -129,13 +130,33 @@ func (s *sweep) deadSince(ns NamespaceKey) Instant {
 	return 0
 }
 
-// stays reports whether a delivery stays however old its event is.
-func (s *sweep) stays(ns NamespaceKey, at *place) bool {
-	if at.open {
-		return true
+// stays reports whether a delivery, nil if there is none, stays however old its event is: it is open, or dead and not to go
+// yet, or blocks its ordering key.
+func (s *sweep) stays(r pebble.Reader, lane LaneKey, at *place) (bool, error) {
+	if at == nil || at.open {
+		return at != nil, nil
 	}
-	since := s.deadSince(ns)
-	return since != 0 && at.state != Succeeded && at.complete >= since
+	if since := s.deadSince(lane.Namespace); since != 0 && at.state != Succeeded && at.complete >= since {
+		return true, nil
+	}
+	return s.p.blocking(r, lane, at)
+}
+
+// keepAt is the delivery that a q, t, o or k record keeps; of a k record none but one that has failed and blocks its key,
+// and so has no other.
+func keepAt(key, value []byte) (at rowAt, ok bool) {
+	if lane, _, ok := splitTurn(key); ok {
+		t, err := decodeTurn(value)
+		if err != nil || !t.blocks {
+			return rowAt{}, true
+		}
+		return rowAt{lane, t.seq}, true
+	}
+	at.lane, ok = splitLane(key)
+	if ok {
+		at.seq, ok = openSeq(key)
+	}
+	return at, ok
 }
 
 // keepSome moves deliveries until a commit is full, and says how many it has moved.
@@ -205,6 +226,9 @@ func (c *commit) keep(lane LaneKey, seq uint64) error {
 		if err := c.copy(appendDeliveryKey(nil, p.number, d, lane, seq), record); err != nil {
 			return err
 		}
+		if err := c.copy(appendDeadKey(nil, p.number, d, lane, seq), appendDeadKey(nil, p.number, kept, lane, seq)); err != nil {
+			return err
+		}
 	}
 	prefix := appendAttempts(nil, p.number, d, lane, seq)
 	type pair struct{ key, value []byte }
@@ -243,7 +267,7 @@ func (c *commit) keepEvent(d dayKey, ns NamespaceKey, seq uint64) (bool, error) 
 	if err != nil {
 		return true, nil // it is not found by its id then
 	}
-	id := identityOf(e.Source, e.ID)
+	id := identityOf(e.Source, e.ID, e.OrderingKey)
 	return true, c.copy(appendIdentityKey(nil, p.number, d, ns, id), appendKeptIdentity(nil, p.number, ns, id, seq))
 }
 
@@ -357,7 +381,10 @@ func (s *sweep) tidyKind(ctx context.Context, ns NamespaceKey, keep time.Duratio
 func (c *commit) forgetAgain(s *sweep, row rowAt) error {
 	p := c.p
 	at, err := p.find(c.r, row.lane, row.seq)
-	if err != nil || at != nil && s.stays(row.lane.Namespace, at) {
+	if err != nil {
+		return err
+	}
+	if stays, err := s.stays(c.r, row.lane, at); err != nil || stays {
 		return err
 	}
 	for _, day := range []dayKey{kept, dayOf(row.seq)} {
@@ -399,15 +426,23 @@ func (c *commit) forget(s *sweep, row rowAt) error {
 		return err
 	}
 	for _, sub := range subs {
-		if at, err := p.find(c.r, LaneKey{ns, sub}, seq); err != nil || at != nil && s.stays(ns, at) {
+		lane := LaneKey{ns, sub}
+		at, err := p.find(c.r, lane, seq)
+		if err != nil {
+			return err
+		}
+		if stays, err := s.stays(c.r, lane, at); err != nil || stays {
 			return err
 		}
 	}
 	replayed := false
 	if err := p.eachReplay(c.r, kept, ns, seq, func(lane LaneKey, own, _ uint64) error {
 		at, err := p.find(c.r, lane, own)
-		if err == nil && at != nil && s.stays(ns, at) {
-			replayed, err = true, errStopped
+		if err != nil {
+			return err
+		}
+		if replayed, err = s.stays(c.r, lane, at); err == nil && replayed {
+			err = errStopped
 		}
 		return err
 	}); replayed || err != nil {
@@ -416,7 +451,7 @@ func (c *commit) forget(s *sweep, row rowAt) error {
 		}
 		return err
 	}
-	c.delete(appendKeptIdentity(nil, p.number, ns, identityOf(e.Source, e.ID), seq))
+	c.delete(appendKeptIdentity(nil, p.number, ns, identityOf(e.Source, e.ID, e.OrderingKey), seq))
 	if err := c.forgetIn(kept, ns, seq, subs); err != nil {
 		return err
 	}

@@ -13,6 +13,8 @@ import (
 //
 //	q | ns lane seq             Job: waiting, untried
 //	t | ns lane due seq         Job: waiting for a time. due is an Instant, 8 bytes
+//	k | ns lane order           ordering key that is busy: which delivery has its turn. order is an OrderKey, 8 bytes
+//	o | ns lane order seq       waiting for the turn of an ordering key, and not looked at before
 //	r | day ns b seq            event; its targets too, where they are few
 //	r | day ns t seq            its targets, where they are many
 //	r | day ns i h8 h8          where the event with this id is: hash of the id, hash of source and id
@@ -29,15 +31,17 @@ import (
 //	w                           the newest commit
 //	p                           journal id, and what the partition remembers of itself
 //
-// What is open (q, t) is keyed by lane and vanishes at its end. What has ended is keyed by day and goes by the day,
+// What is open (q, t, o) is keyed by lane and vanishes at its end. What has ended is keyed by day and goes by the day,
 // so that a question costs what it touches and retention what it erases. The meta record is at partition 0xffff,
 // which no event can have.
 //
 // A q or t key is Set once between its deletes: edits move rows, they never overwrite them. Four functions write
-// there: putWaiting, putTimer, dropRow and dropNamespace.
+// there: putRow, putTimer, dropRow and dropNamespace.
 const (
 	tagFIFO      = 'q'
 	tagTimer     = 't'
+	tagTurn      = 'k'
+	tagBlocked   = 'o'
 	tagRecord    = 'r'
 	tagFailing   = 'f'
 	tagJob       = 'j'
@@ -84,12 +88,12 @@ func appendTag(b []byte, partition uint16, tag byte) []byte {
 
 func appendU64(b []byte, v uint64) []byte { return binary.BigEndian.AppendUint64(b, v) }
 
-// appendSpace is the prefix of a namespace's keys under q, t or f.
+// appendSpace is the prefix of a namespace's keys under q, t, k, o or f.
 func appendSpace(b []byte, partition uint16, tag byte, ns NamespaceKey) []byte {
 	return appendU64(appendTag(b, partition, tag), uint64(ns))
 }
 
-// appendLane is the prefix of a lane's keys under q, t or f.
+// appendLane is the prefix of a lane's keys under q, t, k, o or f.
 func appendLane(b []byte, partition uint16, tag byte, lane LaneKey) []byte {
 	return appendU64(appendSpace(b, partition, tag, lane.Namespace), uint64(lane.Subscription))
 }
@@ -104,6 +108,19 @@ func appendRow(b []byte, partition uint16, lane LaneKey, row Row) []byte {
 // appendPos is the first key of a lane's rows of a kind that are not before a place.
 func appendPos(b []byte, partition uint16, lane LaneKey, kind Kind, at Pos) []byte {
 	return appendRow(b, partition, lane, Row{Kind: kind, Due: at.Due, Seq: at.Seq})
+}
+
+func appendTurn(b []byte, partition uint16, lane LaneKey, key OrderKey) []byte {
+	return appendU64(appendLane(b, partition, tagTurn, lane), uint64(key))
+}
+
+// appendBlocked is the prefix of what waits for the turn of an ordering key.
+func appendBlocked(b []byte, partition uint16, lane LaneKey, key OrderKey) []byte {
+	return appendU64(appendLane(b, partition, tagBlocked, lane), uint64(key))
+}
+
+func appendBlockedRow(b []byte, partition uint16, lane LaneKey, key OrderKey, seq uint64) []byte {
+	return appendU64(appendBlocked(b, partition, lane, key), seq)
 }
 
 func appendDay(b []byte, partition uint16, day dayKey) []byte {
@@ -212,6 +229,24 @@ func splitRow(key []byte) (lane LaneKey, row Row, ok bool) {
 	return lane, row, true
 }
 
+// splitTurn reads a k key.
+func splitTurn(key []byte) (lane LaneKey, order OrderKey, ok bool) {
+	if len(key) != laneEnd+8 || key[tagOffset] != tagTurn {
+		return lane, 0, false
+	}
+	lane, _ = splitLane(key)
+	return lane, OrderKey(binary.BigEndian.Uint64(key[laneEnd:])), true
+}
+
+// splitBlocked reads an o key.
+func splitBlocked(key []byte) (lane LaneKey, order OrderKey, seq uint64, ok bool) {
+	if len(key) != laneEnd+16 || key[tagOffset] != tagBlocked {
+		return lane, 0, 0, false
+	}
+	lane, _ = splitLane(key)
+	return lane, OrderKey(binary.BigEndian.Uint64(key[laneEnd:])), binary.BigEndian.Uint64(key[laneEnd+8:]), true
+}
+
 // splitRecord reads what every r key has; rest is what follows the kind.
 func splitRecord(key []byte) (day dayKey, ns NamespaceKey, kind byte, rest []byte, ok bool) {
 	if len(key) < recordPrefix || key[tagOffset] != tagRecord {
@@ -246,6 +281,14 @@ func keyText(key []byte) string {
 		return fmt.Sprintf("partition %d %c namespace %016x delivery %s", partition, tag, uint64(lane.Namespace),
 			ID{row.Seq, partition, lane.Subscription})
 	}
+	if lane, order, seq, ok := splitBlocked(key); ok {
+		return fmt.Sprintf("partition %d %c namespace %016x ordering key %016x delivery %s", partition, tag, uint64(lane.Namespace),
+			uint64(order), ID{seq, partition, lane.Subscription})
+	}
+	if lane, order, ok := splitTurn(key); ok {
+		return fmt.Sprintf("partition %d %c namespace %016x subscription %016x ordering key %016x", partition, tag, uint64(lane.Namespace),
+			uint64(lane.Subscription), uint64(order))
+	}
 	if day, ns, kind, rest, ok := splitRecord(key); ok {
 		seq, _ := recordSeq(kind, rest)
 		return fmt.Sprintf("partition %d %c%c day %d namespace %016x sequence %016x key %x", partition, tag, kind, day, uint64(ns), seq, key)
@@ -253,7 +296,7 @@ func keyText(key []byte) string {
 	return fmt.Sprintf("partition %d %c %x", partition, tag, key[bodyOffset:])
 }
 
-// splitLane reads the lane of a q, t or f key.
+// splitLane reads the lane of a q, t, k, o or f key.
 func splitLane(key []byte) (lane LaneKey, ok bool) {
 	if len(key) < laneEnd {
 		return lane, false

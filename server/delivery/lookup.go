@@ -1,6 +1,7 @@
 package delivery
 
 import (
+	"cmp"
 	"errors"
 	"slices"
 	"sort"
@@ -16,6 +17,8 @@ type place struct {
 	// row is the open one; of an ended delivery it has the sequence only.
 	row  Row
 	open bool
+	// waits: it is open, and waits for the turn of its ordering key; row has no kind then.
+	waits bool
 }
 
 // home is where the records of an event are. Nothing is read for days that no sweep has touched.
@@ -69,12 +72,27 @@ func (p *partition) find(r pebble.Reader, lane LaneKey, seq uint64) (*place, err
 		return nil, err
 	}
 	if recorded {
-		if at.open = at.state == Scheduled; at.open {
+		at.open = at.state == Scheduled
+		if at.waits = at.open && at.due == 0; at.waits {
+			at.row.Epoch = at.epoch
+		} else if at.open {
 			at.row = Row{Timer, at.due, seq, at.epoch}
 		}
 		return at, nil
 	}
 	return p.findPending(r, lane, at)
+}
+
+// readAgainBlocked fills at in of what was made again and waits for the turn of its event's ordering key, if it does.
+func (p *partition) readAgainBlocked(r pebble.Reader, lane LaneKey, a *again, at *place) (bool, error) {
+	e, err := p.readEvent(r, lane.Namespace, a.origin)
+	if errors.Is(err, ErrNotFound) || err == nil && e.OrderingKey == "" {
+		return false, nil
+	}
+	if err != nil {
+		return false, err
+	}
+	return p.readBlocked(r, lane, orderKeyOf(e.OrderingKey), at)
 }
 
 func (p *partition) readStanding(r pebble.Reader, lane LaneKey, at *place) (bool, error) {
@@ -84,7 +102,8 @@ func (p *partition) readStanding(r pebble.Reader, lane LaneKey, at *place) (bool
 	})
 }
 
-// findPending reads a delivery that has no record yet: it waits in the FIFO, or for its event's delivery time.
+// findPending reads a delivery that has no record yet: it waits in the FIFO, for its event's delivery time, or for the
+// turn of its ordering key.
 func (p *partition) findPending(r pebble.Reader, lane LaneKey, at *place) (*place, error) {
 	seq := at.row.Seq
 	found, err := p.readRow(r, lane, Row{Kind: FIFO, Seq: seq}, at)
@@ -94,18 +113,30 @@ func (p *partition) findPending(r pebble.Reader, lane LaneKey, at *place) (*plac
 	if a, err := p.readAgain(r, at.day, lane, seq); err != nil {
 		return nil, err
 	} else if a != nil {
-		if found, err = p.readRow(r, lane, Row{Kind: Timer, Due: a.due, Seq: seq}, at); !found {
+		if found, err = p.readRow(r, lane, Row{Kind: Timer, Due: a.due, Seq: seq}, at); found {
+			at.due = at.row.Due
+		} else if err == nil {
+			found, err = p.readAgainBlocked(r, lane, a, at)
+		}
+		if !found {
 			return nil, err
 		}
-		at.due = at.row.Due
 		return at, err
 	}
 	e, err := p.readEvent(r, lane.Namespace, seq)
-	if errors.Is(err, ErrNotFound) || err == nil && e.DeliverTime.IsZero() {
+	if errors.Is(err, ErrNotFound) {
 		return nil, nil
 	}
 	if err != nil {
 		return nil, err
+	}
+	if e.OrderingKey != "" {
+		if found, err = p.readBlocked(r, lane, orderKeyOf(e.OrderingKey), at); err != nil || found {
+			return at, err
+		}
+	}
+	if e.DeliverTime.IsZero() {
+		return nil, nil
 	}
 	if found, err = p.readRow(r, lane, Row{Kind: Timer, Due: InstantOf(e.DeliverTime), Seq: seq}, at); !found {
 		return nil, err
@@ -198,7 +229,7 @@ func (p *partition) deliveryOf(r pebble.Reader, lane LaneKey, at *place) (*Deliv
 	if err != nil {
 		return nil, err
 	}
-	return p.join(lane, at, &head, &target), nil
+	return p.show(r, lane, at, &head, &target), nil
 }
 
 // readJoined reads what a delivery shows of its event.
@@ -217,6 +248,15 @@ func (p *partition) readJoined(r pebble.Reader, lane LaneKey, at *place) (head e
 	return head, target, err
 }
 
+// show is how a delivery looks to callers, with what it waits for.
+func (p *partition) show(r pebble.Reader, lane LaneKey, at *place, head *eventHead, target *Target) *Delivery {
+	d := p.join(lane, at, head, target)
+	if d.WaitsForKey = at.waits; at.waits {
+		d.StateReason = p.waitText(r, lane, at.order)
+	}
+	return d
+}
+
 func (p *partition) join(lane LaneKey, at *place, head *eventHead, target *Target) *Delivery {
 	d := &Delivery{
 		ID: ID{at.row.Seq, p.number, lane.Subscription}, Namespace: lane.Namespace,
@@ -224,7 +264,7 @@ func (p *partition) join(lane LaneKey, at *place, head *eventHead, target *Targe
 		Subscription: target.Subscription, SubscriptionUID: target.UID,
 		State: at.state, StateReason: at.reason, Attempts: at.attempts, MaxAttempts: at.maxAttempts,
 		NextAttempt: at.due.Time(), Expire: at.expire.Time(), Last: at.last,
-		CreateTime: head.accept, CompleteTime: at.complete.Time(), Trigger: ByPublish,
+		CreateTime: head.accept, CompleteTime: at.complete.Time(), Trigger: ByPublish, OrderingGap: at.gap,
 	}
 	if a := head.again; a != nil {
 		d.EventUID, d.Trigger, d.ReplayJob = eventUID(p.j.id, p.number, a.origin), a.trigger, a.job
@@ -240,21 +280,44 @@ func (j *Journal) Event(ns NamespaceKey, eventID string) (*Event, error) {
 		return nil, err
 	}
 	defer leave()
-	p := j.partitions[partitionOf(ns, eventID, len(j.partitions))]
-	seqs, err := p.sequences(ns, eventID)
-	if err != nil {
-		return nil, err
-	}
-	for _, seq := range seqs {
-		e, err := p.readEvent(j.db, ns, seq)
-		if err == nil && e.ID != eventID {
-			continue // two ids of one hash
+	var latest *Event
+	for _, p := range j.idPartitions(ns, eventID) {
+		seqs, err := p.sequences(ns, eventID)
+		if err != nil {
+			return nil, err
 		}
-		if err == nil || !errors.Is(err, ErrNotFound) {
-			return e, err
+		for _, seq := range seqs {
+			if latest != nil && cmp.Or(cmp.Compare(seq, latest.Seq), cmp.Compare(p.number, latest.Partition)) < 0 {
+				break
+			}
+			e, err := p.readEvent(j.db, ns, seq)
+			if err == nil && e.ID != eventID || errors.Is(err, ErrNotFound) {
+				continue // two ids of one hash, or erased
+			}
+			if err != nil {
+				return nil, err
+			}
+			latest = e
+			break
 		}
 	}
-	return nil, ErrNotFound
+	if latest == nil {
+		return nil, ErrNotFound
+	}
+	return latest, nil
+}
+
+// idPartitions are those in which an event with an id may lie: the id's own, and those that have had events with an
+// ordering key.
+func (j *Journal) idPartitions(ns NamespaceKey, eventID string) []*partition {
+	home := j.partitions[partitionOf(ns, eventID, len(j.partitions))]
+	all := []*partition{home}
+	for _, p := range j.partitions {
+		if p != home && p.keyed.Load() {
+			all = append(all, p)
+		}
+	}
+	return all
 }
 
 // EventByUID reads an event of a namespace by its webhook-id; ErrNotFound when there is none, it is no longer
@@ -281,7 +344,7 @@ func (p *partition) sequences(ns NamespaceKey, eventID string) ([]uint64, error)
 	}); err != nil {
 		return nil, err
 	}
-	hash := identityOf("", eventID).id
+	hash := identityOf("", eventID, "").id
 	var seqs []uint64
 	for _, day := range days {
 		prefix := appendU64(appendKind(nil, p.number, day, ns, kindIdentity), hash)

@@ -238,11 +238,8 @@ func (m *merger) openTargets(p *partition, ns NamespaceKey, seqs []uint64) error
 	return m.pushList(spots)
 }
 
-// maxTimers bounds the rows of a lane's timers in one partition that a query sorts.
-const maxTimers = 100_000
-
 // openRows adds a lane's deliveries that are PENDING, which have no other record: those of the FIFO, which are in
-// order, and those that wait for their event's delivery time, which are sorted.
+// order, and those that wait for their event's delivery time or their ordering key, which are sorted.
 func (m *merger) openRows(lane LaneKey) error {
 	for _, p := range m.j.partitions {
 		r := m.snapshots[p.number]
@@ -258,29 +255,42 @@ func (m *merger) openRows(lane LaneKey) error {
 				return err
 			}
 		}
-		var spots []spot
-		prefix := appendLane(nil, p.number, tagTimer, lane)
-		err := m.j.scan(r, prefix, prefixEnd(prefix), func(key, value []byte) error {
-			_, row, ok := splitRow(key)
-			if !ok {
-				return m.j.corrupt(key, errBadKey)
+		var found newest
+		for _, tag := range []byte{tagTimer, tagBlocked} {
+			prefix := appendLane(nil, p.number, tag, lane)
+			err := m.j.scan(r, prefix, prefixEnd(prefix), func(key, value []byte) error {
+				seq, ok := openSeq(key)
+				if !ok {
+					return m.j.corrupt(key, errBadKey)
+				}
+				if !m.window.holds(p.number, seq) {
+					return nil
+				}
+				if pr, err := decodeProgress(value); err == nil && pr.attempts == 0 {
+					found.add(spot{p: p, ns: lane.Namespace, seq: seq, sub: lane.Subscription})
+				}
+				return nil
+			})
+			if err != nil {
+				return err
 			}
-			if pr, err := decodeProgress(value); err == nil && pr.attempts == 0 {
-				spots = append(spots, spot{p: p, ns: lane.Namespace, seq: row.Seq, sub: lane.Subscription})
-			}
-			if len(spots) >= maxTimers {
-				return errStopped
-			}
-			return nil
-		})
-		if err != nil && !errors.Is(err, errStopped) {
-			return err
 		}
-		if err := m.pushList(spots); err != nil {
+		if err := m.pushList(found.spots); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+// newest keeps the newest spots of one partition, one more than a call looks at: which others there are does not matter
+// to it.
+type newest struct{ spots []spot }
+
+func (n *newest) add(s spot) {
+	if n.spots = append(n.spots, s); len(n.spots) >= 2*(scanLimit+1) {
+		slices.SortFunc(n.spots, newer)
+		n.spots = n.spots[:scanLimit+1]
+	}
 }
 
 // fifoSource walks a lane's FIFO from its end.

@@ -48,6 +48,9 @@ type standsAt struct {
 	due      Instant
 	epoch    uint32 // while open
 	history  string // outcomes, first to last
+	waits    bool   // for the turn of its ordering key
+	blocks   bool   // it has failed and keeps its turn
+	gap      int
 }
 
 // version is how a delivery stood after a step.
@@ -67,6 +70,7 @@ func (k modelKey) lane() LaneKey { return LaneKey{k.ns, k.Subscription} }
 type modelDelivery struct {
 	key      modelKey
 	event    *modelEvent
+	order    OrderKey
 	expire   Instant
 	versions []version
 	gone     bool
@@ -84,6 +88,15 @@ func (d *modelDelivery) at(step int) standsAt {
 
 func (d *modelDelivery) open() bool { return !d.gone && !d.now().state.Final() }
 
+// stays: retention leaves it alone.
+func (d *modelDelivery) stays() bool { return d.open() || !d.gone && d.now().blocks }
+
+// hasTurn: it keeps its ordering key busy.
+func (d *modelDelivery) hasTurn() bool {
+	return d.order != 0 && (d.open() && !d.now().waits || !d.gone && d.now().blocks)
+}
+
+// row is meaningless while the delivery waits for its ordering key.
 func (d *modelDelivery) row() Row {
 	s := d.now()
 	r := Row{Seq: d.key.Seq, Epoch: s.epoch}
@@ -173,6 +186,7 @@ func (m *model) run(steps int) {
 		{12, m.edit},
 		{8, m.readSome},
 		{2, m.cancelLane},
+		{2, m.unblock},
 		{1, m.drop},
 		{5, m.sweep},
 		{4, m.refused},
@@ -213,6 +227,54 @@ func (m *model) firm() {
 	}
 }
 
+// also notes how another delivery stands from the same step on.
+func (m *model) also(d *modelDelivery, s standsAt) {
+	d.versions = append(d.versions, version{m.step, s})
+}
+
+// ofKey are the deliveries of an ordering key of a lane.
+func (m *model) ofKey(lane LaneKey, key OrderKey) (all []*modelDelivery) {
+	for _, d := range m.deliveries {
+		if d.key.lane() == lane && d.order == key {
+			all = append(all, d)
+		}
+	}
+	slices.SortFunc(all, func(a, b *modelDelivery) int { return cmp.Compare(a.key.Seq, b.key.Seq) })
+	return all
+}
+
+func (m *model) busy(lane LaneKey, key OrderKey) bool {
+	return slices.ContainsFunc(m.ofKey(lane, key), (*modelDelivery).hasTurn)
+}
+
+// waiting is the first delivery of a key that waits for its turn, of those behind a sequence.
+func (m *model) waiting(d *modelDelivery, behind uint64) *modelDelivery {
+	for _, w := range m.ofKey(d.key.lane(), d.order) {
+		if w != d && w.open() && w.now().waits && w.key.Seq > behind {
+			return w
+		}
+	}
+	return nil
+}
+
+// pass gives the turn that d has had to the next one, in the same step.
+func (m *model) pass(d *modelDelivery, gap int) {
+	next := m.waiting(d, 0)
+	if d.order == 0 || next == nil {
+		return
+	}
+	s, now := *next.now(), m.b.clock.now()
+	s.waits, s.gap = false, s.gap+gap
+	switch at := InstantOf(next.event.DeliverTime); {
+	case s.state == Scheduled:
+		s.due = InstantOf(now)
+	case at > InstantOf(now) && next.event.DeliverTime.After(next.event.AcceptTime):
+		s.due = at
+	}
+	m.also(next, s)
+	m.tell("timed", next.key, next.row())
+}
+
 func (m *model) tell(what string, key modelKey, row Row) {
 	if what == "edited" {
 		row = Row{Seq: row.Seq, Epoch: row.Epoch}
@@ -241,6 +303,9 @@ func (m *model) publish() {
 		if m.rng.IntN(20) == 0 {
 			pub.Event.ContentHash[3]++
 		}
+		if m.rng.IntN(2) == 0 {
+			pub.Event.OrderingKey = fmt.Sprint("key-", m.rng.IntN(3))
+		}
 		if m.rng.IntN(4) == 0 {
 			pub.Event.DeliverTime = m.b.clock.now().Add(time.Duration(m.rng.IntN(100)-10) * time.Hour)
 		}
@@ -251,14 +316,24 @@ func (m *model) publish() {
 		for _, sub := range m.rng.Perm(modelLanes)[:m.rng.IntN(modelLanes+1)] {
 			pub.Targets = append(pub.Targets, Target{
 				Subscription: fmt.Sprint(name, "sub-", sub+1), UID: uid(sub + 1), MaxAttempts: 1 + m.rng.IntN(3), MaxAge: time.Duration(m.rng.IntN(50)) * time.Hour,
-				Skip: m.rng.IntN(10) == 0,
+				Skip: m.rng.IntN(10) == 0, Ordered: m.rng.IntN(4) > 0,
 			})
 		}
 		pubs = append(pubs, pub)
 	}
+	// In one round with them, perhaps.
+	settles := m.rng.IntN(3) == 0
+	if settles {
+		m.queueSome(0)
+		m.queueSome(1)
+	}
 	results := m.b.Append(context.Background(), pubs)
 	for i, r := range results {
 		m.published(&pubs[i], r)
+	}
+	if settles {
+		m.b.flush()
+		m.firm()
 	}
 }
 
@@ -268,7 +343,7 @@ func (m *model) published(pub *Publication, r AppendResult) {
 	var known *modelEvent
 	certain := true
 	for _, k := range m.events {
-		if k.Namespace == e.Namespace && k.ID == e.ID && k.Source == e.Source {
+		if k.Namespace == e.Namespace && k.ID == e.ID && k.Source == e.Source && k.OrderingKey == e.OrderingKey {
 			known = k // the last accepted
 			certain = certain && k.AcceptTime.Before(now.Add(dedupWindow)) && !k.wasAhead && !k.idMayGo
 		}
@@ -306,13 +381,18 @@ func (m *model) published(pub *Publication, r AppendResult) {
 		switch {
 		case t.Skip:
 			s.state, s.epoch = Skipped, 0
+		case t.Ordered && e.OrderingKey != "" && m.busy(d.key.lane(), orderKeyOf(e.OrderingKey)):
+			s.waits = true
 		case deferred:
 			s.due = InstantOf(start)
+		}
+		if t.Ordered {
+			d.order = orderKeyOf(e.OrderingKey)
 		}
 		d.versions = []version{{m.step, s}}
 		m.deliveries[d.key] = d
 		me.deliveries = append(me.deliveries, d)
-		if !t.Skip {
+		if !t.Skip && !s.waits {
 			what := "offer"
 			if deferred {
 				what = "timed"
@@ -405,7 +485,7 @@ func (m *model) settle(key modelKey) {
 	case 3, 4:
 		step = Step{State: Scheduled, Due: now.Add(time.Duration(m.rng.IntN(7200)) * time.Second)}
 	case 5:
-		step = Step{State: Exhausted, Reason: "enough"}
+		step = Step{State: Exhausted, Reason: "enough", Block: m.rng.IntN(2) == 0}
 	}
 	var a *Attempt
 	if step.State == Succeeded || m.rng.IntN(8) > 0 {
@@ -433,24 +513,39 @@ func (m *model) settled(key modelKey, job *Job, step Step, a *Attempt) {
 		}
 	}
 	row := d.row()
-	current := d.open() && row == job.Row()
+	current := d.open() && !s.waits && row == job.Row()
 	switch {
 	case current || a != nil && d.open() && step.State == Succeeded:
-		if !current {
+		if !current && !s.waits {
 			m.tell("edited", key, row)
 		}
 		done()
 		count()
+		hadTurn := !s.waits
+		s.waits = false
 		if s.state, s.due = step.State, 0; step.State == Scheduled {
 			s.epoch++
 			s.due = InstantOf(step.Due)
+			break
 		}
+		s.blocks = step.Block && d.order != 0
+		m.set(d, s)
+		switch {
+		case !hadTurn || s.blocks:
+		case s.state == Succeeded:
+			m.pass(d, 0)
+		default:
+			m.pass(d, s.gap+1)
+		}
+		return
 	case a == nil:
 		done()
 		return
-	case !d.open():
+	case !d.open() || s.waits:
 		done()
 		count()
+		m.set(d, s)
+		return
 	default:
 		m.tell("edited", key, row)
 		done()
@@ -499,15 +594,52 @@ func (m *model) cancel(d *modelDelivery) {
 	m.say("cancel %v: %v", d.key, err)
 	s := *d.now()
 	switch {
-	case d.gone && errors.Is(err, ErrNotFound), !d.gone && s.state == Cancelled && err == nil, !d.gone && s.state != Cancelled && s.state.Final() && errors.Is(err, ErrFinal):
+	case d.gone && errors.Is(err, ErrNotFound), !d.gone && s.state == Cancelled && err == nil,
+		!d.gone && s.state != Cancelled && s.state.Final() && !s.blocks && errors.Is(err, ErrFinal):
 		return
-	case d.gone || err != nil || s.state.Final():
+	case d.gone || err != nil || s.state.Final() && !s.blocks:
 		m.fail("cancel of %+v: %v", s, err)
 	}
-	m.tell("edited", d.key, d.row())
-	s.state, s.due = Cancelled, 0
+	if d.open() && !s.waits {
+		m.tell("edited", d.key, d.row())
+	}
+	waited := s.waits
+	s.state, s.due, s.waits, s.blocks = Cancelled, 0, false, false
 	m.set(d, s)
+	if !waited {
+		m.pass(d, s.gap+1)
+	} else if next := m.waiting(d, d.key.Seq); next != nil {
+		n := *next.now()
+		n.gap += s.gap + 1
+		m.also(next, n)
+	}
 	m.firm()
+}
+
+// unblock lets go of the keys of a lane that deliveries block.
+func (m *model) unblock() {
+	lane := LaneKey{m.space(), SubscriptionKey(1 + m.rng.IntN(modelLanes))}
+	n, err := m.b.Unblock(context.Background(), lane, nil)
+	m.say("unblock %v: %d %v", lane, n, err)
+	var blocking []*modelDelivery
+	for _, d := range m.deliveries {
+		if d.key.lane() == lane && d.now().blocks && !d.gone {
+			blocking = append(blocking, d)
+		}
+	}
+	slices.SortFunc(blocking, func(a, b *modelDelivery) int {
+		return cmp.Or(cmp.Compare(a.key.Partition, b.key.Partition), cmp.Compare(a.order, b.order))
+	})
+	for _, d := range blocking {
+		s := *d.now()
+		s.blocks = false
+		m.set(d, s)
+		m.pass(d, s.gap+1)
+		m.firm()
+	}
+	if n != len(blocking) || err != nil {
+		m.fail("%d of %d keys unblocked, %v", n, len(blocking), err)
+	}
 }
 
 func (m *model) retry(d *modelDelivery) {
@@ -519,9 +651,10 @@ func (m *model) retry(d *modelDelivery) {
 		return
 	case d.gone || err != nil || s.state == Succeeded:
 		m.fail("retry of %+v: %v", s, err)
-	case open && row.Kind == FIFO:
+	case open && (s.waits || row.Kind == FIFO):
 		return
 	}
+	waits := !open && !s.blocks && d.order != 0 && m.busy(d.key.lane(), d.order)
 	if open {
 		m.tell("edited", d.key, row)
 	} else if s.epoch == 0 {
@@ -532,9 +665,14 @@ func (m *model) retry(d *modelDelivery) {
 	if row.Kind == Timer && now == row.Due {
 		s.due++
 	}
+	if s.blocks = false; waits {
+		s.waits, s.due = true, 0
+	}
 	m.set(d, s)
 	m.firm()
-	m.tell("timed", d.key, d.row())
+	if !waits {
+		m.tell("timed", d.key, d.row())
+	}
 	if got.NextAttempt != s.due.Time() || got.State != Scheduled || got.Expire.Before(m.b.clock.now()) {
 		m.fail("retried: %+v, want %+v", got, s)
 	}
@@ -552,7 +690,7 @@ func (m *model) cancelLane() {
 func (m *model) cancelled(lane LaneKey) (n int) {
 	var rows []*modelDelivery
 	for _, d := range m.deliveries {
-		if d.open() && d.key.lane() == lane {
+		if d.stays() && d.key.lane() == lane {
 			rows = append(rows, d)
 		}
 	}
@@ -560,15 +698,20 @@ func (m *model) cancelled(lane LaneKey) (n int) {
 		return cmp.Or(cmp.Compare(a.key.Partition, b.key.Partition), compareRows(a.row(), b.row()))
 	})
 	for _, d := range rows {
-		m.tell("edited", d.key, d.row())
 		s := *d.now()
-		s.state, s.due = Cancelled, 0
+		if d.open() {
+			if n++; !s.waits {
+				m.tell("edited", d.key, d.row())
+			}
+			s.state, s.due, s.waits = Cancelled, 0, false
+		}
+		s.blocks = false
 		m.set(d, s)
 	}
 	if len(rows) > 0 {
 		m.firm()
 	}
-	return len(rows)
+	return n
 }
 
 func compareRows(a, b Row) int {
@@ -633,7 +776,7 @@ func (m *model) old() {
 }
 
 func (e *modelEvent) open() bool {
-	return slices.ContainsFunc(e.deliveries, (*modelDelivery).open)
+	return slices.ContainsFunc(e.deliveries, (*modelDelivery).stays)
 }
 
 // swept has the model learn what sweeps have erased of what they may erase: never what is open, nor its event.
@@ -645,7 +788,9 @@ func (m *model) swept() {
 		for _, d := range e.deliveries {
 			if !d.gone && !d.open() {
 				_, there := m.look(d)
-				d.gone = !there
+				if d.gone = !there; d.gone && d.now().blocks {
+					m.fail("%v is gone and blocks its ordering key", d.key)
+				}
 			}
 		}
 		if e.open() {
@@ -884,6 +1029,15 @@ func (m *model) observe() map[modelKey]standsAt {
 	for key, d := range m.deliveries {
 		if s, ok := m.look(d); ok {
 			row, open := rows[key]
+			if s.waits {
+				at, err := m.b.partitions[key.Partition].find(m.b.db, key.lane(), key.Seq)
+				if err != nil || open || !at.waits {
+					m.fail("%v waits for its turn as %+v, %v; its row is %+v, %v", key, at, err, row, open)
+				}
+				s.epoch = at.row.Epoch
+				seen[key] = s
+				continue
+			}
 			if open == s.state.Final() || open && row.Due != s.due {
 				m.fail("%v is %+v and its row is %+v, %v", key, s, row, open)
 			}
@@ -911,7 +1065,17 @@ func (m *model) look(d *modelDelivery) (standsAt, bool) {
 	if err != nil {
 		m.fail("%v", err)
 	}
-	s := standsAt{state: got.State, attempts: got.Attempts, max: got.MaxAttempts, due: InstantOf(got.NextAttempt)}
+	s := standsAt{state: got.State, attempts: got.Attempts, max: got.MaxAttempts, due: InstantOf(got.NextAttempt), waits: got.WaitsForKey, gap: got.OrderingGap}
+	if got.State.Final() && d.order != 0 {
+		t, err := m.b.partitions[d.key.Partition].turnOf(m.b.db, d.key.lane(), d.order)
+		if err != nil {
+			m.fail("%v", err)
+		}
+		s.blocks = t.blocks && t.seq == d.key.Seq
+	}
+	if s.waits != strings.HasPrefix(got.StateReason, "waits for its ordering key: ") {
+		m.fail("%v: %+v", d.key, got)
+	}
 	for i, a := range attempts {
 		if a.Number != i+1 {
 			m.fail("attempt %d of %v has the number %d", i+1, d.key, a.Number)
@@ -975,6 +1139,7 @@ func (m *model) check(everything bool) {
 	m.take()
 	m.heard()
 	m.checkCounts()
+	m.checkTurns()
 	if everything {
 		if diff := m.matches(m.observe(), m.step); diff != "" {
 			m.fail("%s", diff)
@@ -1009,6 +1174,58 @@ func (m *model) checkDelivery(d *modelDelivery) {
 	}
 }
 
+// checkTurns: of each ordering key of a lane one delivery has the turn, as long as there is one that is open, and the
+// rest of them wait.
+func (m *model) checkTurns() {
+	for _, p := range m.b.partitions {
+		has, waits := map[laneOrder]uint64{}, map[modelKey]bool{}
+		for _, d := range m.deliveries {
+			at := laneOrder{d.key.lane(), d.order}
+			if d.key.Partition != p.number {
+				continue
+			}
+			if d.hasTurn() {
+				if has[at] != 0 {
+					m.fail("%v and %x have the turn of one ordering key", d.key, has[at])
+				}
+				has[at] = d.key.Seq
+			}
+			if d.open() && d.now().waits {
+				waits[d.key] = true
+			}
+		}
+		for key := range waits {
+			if d := m.deliveries[key]; has[laneOrder{key.lane(), d.order}] == 0 {
+				m.fail("%v waits for nobody", key)
+			}
+		}
+		prefix := appendTag(nil, p.number, tagTurn)
+		if err := m.b.scan(m.b.db, prefix, prefixEnd(prefix), func(key, value []byte) error {
+			lane, order, ok := splitTurn(key)
+			t, err := decodeTurn(value)
+			if err != nil || !ok || has[laneOrder{lane, order}] != t.seq {
+				m.fail("the turn of %v %x is %+v, want %x", lane, order, t, has[laneOrder{lane, order}])
+			}
+			delete(has, laneOrder{lane, order})
+			return nil
+		}); err != nil || len(has) > 0 {
+			m.fail("turns are missing: %v, %v", has, err)
+		}
+		prefix = appendTag(nil, p.number, tagBlocked)
+		if err := m.b.scan(m.b.db, prefix, prefixEnd(prefix), func(key, _ []byte) error {
+			lane, _, seq, ok := splitBlocked(key)
+			at := modelKey{lane.Namespace, ID{seq, p.number, lane.Subscription}}
+			if !ok || !waits[at] {
+				m.fail("%v does not wait", at)
+			}
+			delete(waits, at)
+			return nil
+		}); err != nil || len(waits) > 0 {
+			m.fail("rows that wait are missing: %v, %v", waits, err)
+		}
+	}
+}
+
 func (m *model) checkCounts() {
 	if !m.b.Counted() {
 		return
@@ -1037,7 +1254,7 @@ func (m *model) checkRows(lane LaneKey) {
 	for partition := range uint16(2) {
 		var rows [2][]Row
 		for _, d := range m.deliveries {
-			if r := d.row(); d.open() && d.key.lane() == lane && d.key.Partition == partition {
+			if r := d.row(); d.open() && !d.now().waits && d.key.lane() == lane && d.key.Partition == partition {
 				rows[r.Kind] = append(rows[r.Kind], r)
 			}
 		}
@@ -1145,7 +1362,7 @@ func (m *model) checkLists(ns NamespaceKey, q Query) {
 func (m *model) checkEvent(e *modelEvent) {
 	var want *modelEvent
 	for _, k := range m.events {
-		if k.Namespace == e.Namespace && k.ID == e.ID && !k.gone && (want == nil || k.Seq > want.Seq) {
+		if k.Namespace == e.Namespace && k.ID == e.ID && !k.gone && (want == nil || cmp.Or(cmp.Compare(k.Seq, want.Seq), cmp.Compare(k.Partition, want.Partition)) > 0) {
 			want = k
 		}
 	}

@@ -39,6 +39,8 @@ type Step struct {
 	// DeadLetter, where set on a final State other than Succeeded, is the subscription that gets the event next, in
 	// the same commit. Next does not set it.
 	DeadLetter *DeadLetter
+	// Block: an ordered delivery that has ended without success keeps its ordering key busy.
+	Block bool
 }
 
 // DeadLetter is who gets what a subscription could not be given.

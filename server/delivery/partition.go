@@ -40,6 +40,7 @@ type partition struct {
 	// swept is memory.swept for readers; ahead is memory.ahead, which only load changes.
 	swept  atomic.Pointer[sweptDays]
 	ahead  aheadSpan
+	keyed  atomic.Bool // memory.keyed for readers
 	events eventTable
 	ids    idFilter
 	// retention belongs to the one sweep that runs.
@@ -118,6 +119,7 @@ func (p *partition) load() error {
 	p.memory.journal = p.j.id
 	swept := p.memory.swept
 	p.swept.Store(&swept)
+	p.keyed.Store(p.memory.keyed)
 	healed, err := p.heal(p.j.now())
 	if err != nil {
 		return err

@@ -162,12 +162,16 @@ func (s *search) open(j *Journal) error {
 		}
 		return nil
 	case q.EventID != "":
-		p := j.partitions[partitionOf(q.Namespace, q.EventID, len(j.partitions))]
-		seqs, err := p.sequences(q.Namespace, q.EventID)
-		if err != nil {
-			return err
+		for _, p := range j.idPartitions(q.Namespace, q.EventID) {
+			seqs, err := p.sequences(q.Namespace, q.EventID)
+			if err == nil {
+				err = m.openTargets(p, q.Namespace, seqs)
+			}
+			if err != nil {
+				return err
+			}
 		}
-		return m.openTargets(p, q.Namespace, seqs)
+		return nil
 	case dead && q.Subscription == 0:
 		return m.openDays(q.Namespace, kindDead, 0)
 	case q.Subscription != 0:
@@ -306,7 +310,7 @@ func (e *eventAt) delivery(lane LaneKey, states []State) (*Delivery, error) {
 		return nil, nil
 	}
 	target := e.targets.target(lane.Subscription)
-	return e.p.join(lane, at, &e.head, &target), nil
+	return e.p.show(e.m.snapshots[e.p.number], lane, at, &e.head, &target), nil
 }
 
 // Events reads a page of events, newest first, with their payloads.

@@ -177,6 +177,7 @@ func (r *rowReader) job(row Row, value []byte) error {
 		ID: ID{row.Seq, r.p.number, r.lane.Subscription}, Event: e, Kind: row.Kind, Epoch: pr.epoch, Due: row.Due,
 		AsOf: r.found.UpTo, Attempts: pr.attempts, MaxAttempts: pr.maxAttempts, Expire: pr.expire.Time(),
 		Manual: pr.manual, Indeterminate: pr.indeterminate, Suspicion: pr.suspicion, Replay: pr.job, Letter: pr.letter,
+		Order: pr.order, Gap: pr.gap,
 	})
 	return nil
 }

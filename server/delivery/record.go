@@ -70,20 +70,21 @@ func encodeEvent(b []byte, e *Event, targets []Target) []byte {
 		w.text(value)
 	}
 	w.bytes(e.Payload)
-	if e.FaultCount > 0 {
+	if e.FaultCount > 0 || e.OrderingKey != "" {
 		w.int(e.FaultCount)
 		w.int(len(e.Faults))
 		for _, f := range e.Faults {
 			w.text(f.Subscription)
 			w.text(f.Text)
 		}
+		w.text(e.OrderingKey)
 	}
 	return w
 }
 
 // sizeOfEvent bounds what encodeEvent writes, but for targets.
 func sizeOfEvent(e *Event) int {
-	size := 160 + len(e.ID) + len(e.Type) + len(e.Source) + len(e.Subject) + len(e.ContentType) + len(e.Schema) + len(e.Payload)
+	size := 160 + len(e.ID) + len(e.Type) + len(e.Source) + len(e.Subject) + len(e.ContentType) + len(e.Schema) + len(e.Payload) + len(e.OrderingKey)
 	for name, value := range e.Attributes {
 		size += 8 + len(name) + len(value)
 	}
@@ -137,6 +138,7 @@ func decodeEvent(value []byte) (*Event, error) {
 		for n := d.int(); n > 0 && d.err == nil; n-- {
 			e.Faults = append(e.Faults, Fault{d.text(), d.text()})
 		}
+		e.OrderingKey = d.text()
 	}
 	return e, d.err
 }
@@ -307,6 +309,10 @@ type progress struct {
 	job uint64
 	// letter is set of a dead letter.
 	letter *Letter
+	// order is the ordering key that the delivery keeps busy, or waits for; 0 is none. gap is how many of it had ended
+	// without success right before.
+	order OrderKey
+	gap   int
 }
 
 const (
@@ -314,6 +320,7 @@ const (
 	flagTroubled
 	flagReplayed
 	flagLetter
+	flagOrdered
 )
 
 // flags says which parts of the record there are.
@@ -329,6 +336,9 @@ func (p *progress) flags() (flags byte) {
 	}
 	if p.letter != nil {
 		flags |= flagLetter
+	}
+	if p.order != 0 {
+		flags |= flagOrdered
 	}
 	return flags
 }
@@ -356,6 +366,10 @@ func encodeProgress(b []byte, p *progress) []byte {
 		w.int(p.letter.Attempts)
 		w.int(p.letter.ResponseCode)
 	}
+	if flags&flagOrdered != 0 {
+		w = binary.BigEndian.AppendUint64(w, uint64(p.order))
+		w.int(p.gap)
+	}
 	return w
 }
 
@@ -377,6 +391,12 @@ func (d *decoder) progress(p *progress) {
 	}
 	if flags&flagLetter != 0 {
 		p.letter = &Letter{From: d.text(), State: State(d.byte()), Reason: d.text(), Attempts: d.int(), ResponseCode: d.int()}
+	}
+	if flags&flagOrdered != 0 {
+		if key := d.fixed(8); key != nil {
+			p.order = OrderKey(binary.BigEndian.Uint64(key))
+		}
+		p.gap = d.int()
 	}
 }
 
@@ -438,7 +458,7 @@ type standing struct {
 	progress
 	state    State
 	reason   string
-	due      Instant // while Scheduled
+	due      Instant // while Scheduled; none while it waits for its ordering key
 	complete Instant
 	last     *Attempt // without bodies
 }
@@ -578,6 +598,8 @@ type memory struct {
 	swept   sweptDays
 	// ahead are sequences that were given while the clock was more than a day ahead; zero when there are none.
 	ahead aheadSpan
+	// keyed: there have been events with an ordering key, which lie here by that and not by their id.
+	keyed bool
 }
 
 // sweptDays are those that retention has erased something of: what is open of them may have moved to kept. They are
@@ -615,6 +637,11 @@ func encodeMemory(b []byte, m *memory) []byte {
 	w.uint(m.ahead.high)
 	w.instant(m.ahead.noticed)
 	w.int(m.ahead.times)
+	keyed := byte(0)
+	if m.keyed {
+		keyed = 1
+	}
+	w.byte(keyed)
 	return w
 }
 
@@ -623,6 +650,7 @@ func decodeMemory(value []byte) (m memory, err error) {
 	copy(m.journal[:], d.fixed(idBytes))
 	m.swept = sweptDays{dayKey(d.uint()), dayKey(d.uint()), dayKey(d.uint())}
 	m.ahead = aheadSpan{d.uint(), d.instant(), d.int()}
+	m.keyed = d.byte() == 1
 	return m, d.err
 }
 

@@ -1,6 +1,7 @@
 package delivery
 
 import (
+	"slices"
 	"time"
 )
 
@@ -63,45 +64,43 @@ func (c *commit) settle(s *settle) {
 		c.noteFailing(s.failing)
 		return
 	}
-	lane, seq := s.job.Lane(), s.job.ID.Seq
+	lane, seq, from := s.job.Lane(), s.job.ID.Seq, len(c.steps)
 	day, err := c.p.homeOf(c.r, lane, seq, s.job.Event.Seq != seq)
 	if err == nil && (c.edited || s.job.AsOf < c.p.lastEdit) {
 		var current bool
 		if current, err = c.current(lane, s.job.Row()); err == nil && !current {
 			err = c.settleStale(day, lane, s)
-			c.told(s, err)
+			c.told(s, from, err)
 			return
 		}
 	}
 	if err == nil {
 		err = c.settleRow(day, lane, s.job.Row(), progressOf(&s.job), s)
 	}
-	c.told(s, err)
+	c.told(s, from, err)
 }
 
 // told has the one who settled know, after all. A settle that could not be made for want of a readable record is
-// made again after the next start.
-func (c *commit) told(s *settle, err error) {
+// made again after the next start. from is where the steps of the settle begin.
+func (c *commit) told(s *settle, from int, err error) {
 	if err != nil {
 		c.p.j.log.Error("delivery not settled", "delivery_id", s.job.ID.String(), "err", err)
 	}
 	if s.done == nil {
 		return
 	}
-	done := step{settled: s.done}
-	// Before the row that follows.
-	if n := len(c.steps); n > 0 && c.steps[n-1].settled == nil && !c.steps[n-1].edited &&
-		c.steps[n-1].row.Seq == s.job.ID.Seq && c.steps[n-1].lane == s.job.Lane() {
-		c.steps = append(c.steps[:n-1], done, c.steps[n-1])
-		return
+	// Before the rows that follow.
+	for from < len(c.steps) && c.steps[from].edited {
+		from++
 	}
-	c.steps = append(c.steps, done)
+	c.steps = slices.Insert(c.steps, from, step{settled: s.done})
 }
 
 func progressOf(job *Job) progress {
 	pr := progress{
 		epoch: job.Epoch, attempts: job.Attempts, maxAttempts: job.MaxAttempts, expire: InstantOf(job.Expire),
 		indeterminate: job.Indeterminate, suspicion: job.Suspicion, manual: job.Manual, job: job.Replay, letter: job.Letter,
+		order: job.Order, gap: job.Gap,
 	}
 	if job.Event.Seq != job.ID.Seq {
 		pr.origin = job.Event.Seq
@@ -122,6 +121,14 @@ func (c *commit) current(lane LaneKey, row Row) (bool, error) {
 
 // settleRow moves a delivery from an open row to what the step says.
 func (c *commit) settleRow(day dayKey, lane LaneKey, row Row, pr progress, s *settle) error {
+	var next successor
+	turnEnds := pr.order != 0 && s.step.State.Final()
+	if turnEnds {
+		var err error
+		if next, err = c.successor(lane, pr.order, 0); err != nil {
+			return err
+		}
+	}
 	last, err := c.history(day, lane, row.Seq, &pr, s)
 	if err != nil {
 		return err
@@ -129,22 +136,33 @@ func (c *commit) settleRow(day dayKey, lane LaneKey, row Row, pr progress, s *se
 	st := standing{progress: pr, state: s.step.State, reason: s.step.Reason, last: last}
 	st.manual = false
 	c.dropRow(lane, row)
+	c.settled++
 	if s.step.State == Scheduled {
 		st.epoch++
 		st.due = InstantOf(s.step.Due)
 		c.putStanding(day, lane, row.Seq, &st)
 		c.putTimer(lane, Row{Timer, st.due, row.Seq, st.epoch}, &st.progress)
-	} else {
-		st.complete = InstantOf(c.at)
-		c.putStanding(day, lane, row.Seq, &st)
-		if st.state != Succeeded {
-			c.bury(day, lane, row.Seq, st.state)
-			c.deadLetter(lane, row.Seq, &st, s.step.DeadLetter)
-		}
-		c.open(lane, -1, pr.job)
+		return nil
 	}
-	c.settled++
+	if turnEnds && st.state != Succeeded {
+		st.reason = turnReason(st.reason, s.step.Block)
+	}
+	c.settleEnd(day, lane, row.Seq, &st, s.step.DeadLetter)
+	if turnEnds {
+		c.endTurn(lane, row.Seq, &st, &next, s.step.Block)
+	}
 	return nil
+}
+
+// settleEnd writes how a delivery has ended, and who gets its event then if not nobody.
+func (c *commit) settleEnd(day dayKey, lane LaneKey, seq uint64, st *standing, letter *DeadLetter) {
+	st.complete = InstantOf(c.at)
+	c.putStanding(day, lane, seq, st)
+	if st.state != Succeeded {
+		c.bury(day, lane, seq, st.state)
+		c.deadLetter(lane, seq, st, letter)
+	}
+	c.open(lane, -1, st.job)
 }
 
 // history counts the attempt of a settle. One that did not succeed gets a record of its own with its bodies, which
@@ -212,8 +230,7 @@ func (c *commit) settleStale(day dayKey, lane LaneKey, s *settle) error {
 	*own.attempt = *s.attempt
 	own.attempt.Number = 0
 	if at.open && s.step.State == Succeeded {
-		c.supersede(lane, at.row)
-		return c.settleRow(at.day, lane, at.row, at.progress, &own)
+		return c.settleOpen(lane, at, &own)
 	}
 	if !at.open && at.last != nil && at.last.Outcome == OutcomeSucceeded {
 		c.putAttempt(at.day, lane, s.job.ID.Seq, at.last) // it is the latest no more, and has no record of its own
@@ -227,6 +244,11 @@ func (c *commit) settleStale(day dayKey, lane LaneKey, s *settle) error {
 		c.putStanding(at.day, lane, s.job.ID.Seq, &st)
 		return nil
 	}
+	if at.waits {
+		at.standing = st
+		c.requeue(lane, at)
+		return nil
+	}
 	// The row moves, so that it knows of the attempt.
 	c.supersede(lane, at.row)
 	c.dropRow(lane, at.row)
@@ -234,6 +256,24 @@ func (c *commit) settleStale(day dayKey, lane LaneKey, s *settle) error {
 	st.state, st.due = Scheduled, max(at.row.Due+1, InstantOf(c.at))
 	c.putStanding(at.day, lane, s.job.ID.Seq, &st)
 	c.putTimer(lane, Row{Timer, st.due, s.job.ID.Seq, st.epoch}, &st.progress)
+	return nil
+}
+
+// settleOpen ends, with a success that came late, a delivery that is open as another row.
+func (c *commit) settleOpen(lane LaneKey, at *place, s *settle) error {
+	if !at.waits {
+		c.supersede(lane, at.row)
+		return c.settleRow(at.day, lane, at.row, at.progress, s)
+	}
+	st := standing{progress: at.progress, state: Succeeded}
+	var err error
+	if st.last, err = c.history(at.day, lane, at.row.Seq, &st.progress, s); err != nil {
+		return err
+	}
+	st.manual = false
+	c.dropBlocked(lane, at.order, at.row.Seq)
+	c.settleEnd(at.day, lane, at.row.Seq, &st, nil)
+	c.settled++
 	return nil
 }
 

@@ -44,6 +44,7 @@ func (x *entry) Complete(_ *delivery.Job, r delivery.Result) {
 		a.Duration = took
 	}
 	step := delivery.Next(policy(x.sub), &x.Job, r, now, rand.Float64())
+	step.Block = l.blocksKeys()
 	x.Suspicion = delivery.Watch(&x.Job, r)
 	if r.Indeterminate {
 		x.Indeterminate++
@@ -147,8 +148,8 @@ func (l *lane) disableFor(sub *subscription.Subscription, reason string) {
 
 // expire settles an entry without an attempt. It stands in no queue and holds no slot.
 func (e *Engine) expire(x *entry) {
-	step := delivery.Step{State: delivery.Exhausted, Reason: reasonMaxAge}
 	l := x.lane
+	step := delivery.Step{State: delivery.Exhausted, Reason: reasonMaxAge, Block: l.blocksKeys()}
 	if sub := e.subs.Subscription(l.key); sub != nil && x.Letter == nil {
 		step.DeadLetter = e.subs.DeadLetter(sub)
 	}

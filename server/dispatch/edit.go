@@ -169,6 +169,10 @@ func (e *Engine) changed(key delivery.LaneKey, was, is *subscription.Subscriptio
 	if is == nil && e.subs.Deleted(key) {
 		e.graves.add(key)
 	}
+	if was != nil && is != nil && was.BlocksKeys && !is.BlocksKeys {
+		e.unblocks.add(key, e.now())
+		e.unblocks.add(key, e.now().Add(walkAgain)) // an attempt may have ended just now
+	}
 	l := e.starting(key, renewed || again)
 	if l == nil {
 		return

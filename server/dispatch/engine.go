@@ -22,7 +22,7 @@
 //
 // Of two locks the left one is taken first:
 //
-//	lane.start, lane.noting → lane.mu → Engine.mu, ring.mu, pool.mu → alarms.mu, graves.mu, budget.mu → reads.mu,
+//	lane.start, lane.noting → lane.mu → Engine.mu, ring.mu, pool.mu → alarms.mu, graves.mu, unblocks.mu, budget.mu → reads.mu,
 //	                                    statistics.mu → series.mu
 //
 // No lock but lane.start and lane.noting is held while the journal is read or written or an attempt is handed over, because the
@@ -92,6 +92,9 @@ type Editor interface {
 	Cancel(ctx context.Context, lane delivery.LaneKey, id delivery.ID, reason string) (*delivery.Delivery, error)
 	Retry(ctx context.Context, lane delivery.LaneKey, id delivery.ID, ifAttempts int) (*delivery.Delivery, error)
 	CancelLane(ctx context.Context, lane delivery.LaneKey, reason string, while func() bool) (int, error)
+	// Unblock lets go of ordering keys that deliveries block which have failed. BlockedLanes have such keys.
+	Unblock(ctx context.Context, lane delivery.LaneKey, while func() bool) (int, error)
+	BlockedLanes() ([]delivery.LaneKey, error)
 }
 
 // Counter counts open deliveries.
@@ -180,7 +183,9 @@ type Engine struct {
 	alarms alarms
 	reads  reads
 	graves graves
-	tests  tests
+	// unblocks are lanes whose ordering keys are to be let go of.
+	unblocks unblocks
+	tests    tests
 
 	// taking ends when no new work is taken, work when what is under way is abandoned.
 	taking, work       context.Context
@@ -242,6 +247,7 @@ func New(o Options) *Engine {
 	e.alarms.wake = make(chan struct{}, 1)
 	e.reads.wake = make(chan struct{}, 1)
 	e.graves.wake = make(chan struct{}, 1)
+	e.unblocks.wake = make(chan struct{}, 1)
 	e.taking, e.endTaking = context.WithCancel(context.Background())
 	e.work, e.endWork = context.WithCancel(context.Background())
 	e.stopped = e.taking.Done()

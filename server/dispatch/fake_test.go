@@ -27,6 +27,10 @@ type record struct {
 	max      int
 	expire   time.Time
 	corrupt  bool
+	// order is its ordering key. waits: another one has the turn; blocks: it has failed and keeps it; returned: a caller
+	// has brought it back, out of its turn perhaps.
+	order                   delivery.OrderKey
+	waits, blocks, returned bool
 }
 
 // memoryJournal keeps the journal's contract in memory: commits of a partition are visible to reads at once, and told to
@@ -48,7 +52,8 @@ type memoryJournal struct {
 	broken     error // of edits and reads
 	reads      int
 	readJobs   int
-	life       int // rises when it is closed: what an older life has begun is lost
+	turns      map[laneOrder]*record // who has the turn of an ordering key
+	life       int                   // rises when it is closed: what an older life has begun is lost
 
 	settleEvery time.Duration
 	// late, if set, has effects wait for up to that long, and refuses a settling commit now and then.
@@ -63,6 +68,11 @@ type follower interface {
 type laneID struct {
 	lane      delivery.LaneKey
 	partition uint16
+}
+
+type laneOrder struct {
+	lane delivery.LaneKey
+	key  delivery.OrderKey
 }
 
 type partition struct {
@@ -84,6 +94,7 @@ func newJournal(t *testing.T) *memoryJournal {
 	return &memoryJournal{
 		t: t, partitions: make(map[uint16]*partition), records: make(map[delivery.ID]*record),
 		lanes: make(map[laneID][]*record), held: make(map[*delivery.Event]int),
+		turns:   make(map[laneOrder]*record),
 		failing: make(map[delivery.LaneKey]time.Time), settleEvery: 10 * time.Millisecond,
 	}
 }
@@ -149,6 +160,11 @@ func (f *memoryJournal) effect(p *partition, call func(follower)) {
 
 // add stores an event with a delivery for each subscription, tells of it and returns their ids.
 func (f *memoryJournal) add(number uint16, size int, deliver time.Time, subs ...*subscription.Subscription) []delivery.ID {
+	return f.addKeyed(number, size, deliver, 0, subs...)
+}
+
+// addKeyed does that for an event with an ordering key.
+func (f *memoryJournal) addKeyed(number uint16, size int, deliver time.Time, key delivery.OrderKey, subs ...*subscription.Subscription) []delivery.ID {
 	f.mu.Lock()
 	f.counter++
 	now := time.Now()
@@ -168,6 +184,16 @@ func (f *memoryJournal) add(number uint16, size int, deliver time.Time, subs ...
 			id:     delivery.ID{Seq: seq, Partition: number, Subscription: laneOf(s).Subscription},
 			row:    delivery.Row{Seq: seq, Epoch: 1},
 			expire: now.Add(cmp.Or(s.MaxAge, time.Hour)),
+		}
+		if s.Ordered {
+			r.order = key
+		}
+		if f.takeTurn(r); r.waits {
+			f.records[r.id] = r
+			k := laneID{r.lane, number}
+			f.lanes[k] = append(f.lanes[k], r)
+			ids = append(ids, r.id)
+			continue
 		}
 		if !deliver.IsZero() {
 			r.row.Kind, r.row.Due = delivery.Timer, delivery.InstantOf(deliver)
@@ -194,10 +220,80 @@ func (f *memoryJournal) add(number uint16, size int, deliver time.Time, subs ...
 	return ids
 }
 
+// takeTurn gives a delivery the turn of its ordering key, or has it wait.
+func (f *memoryJournal) takeTurn(r *record) {
+	at := laneOrder{r.lane, r.order}
+	switch has := f.turns[at]; {
+	case r.order == 0:
+	case has == nil || has == r:
+		f.turns[at] = r
+	default:
+		r.waits = true
+	}
+}
+
+// passOn gives the turn of a delivery that has ended to the next.
+func (f *memoryJournal) passOn(p *partition, c delivery.Commit, r *record) {
+	at := laneOrder{r.lane, r.order}
+	if r.order == 0 || f.turns[at] != r {
+		return
+	}
+	delete(f.turns, at)
+	r.blocks = false
+	var next *record
+	for _, w := range f.lanes[laneID{r.lane, r.id.Partition}] {
+		if w.order == r.order && w.waits && !w.state.Final() && (next == nil || w.id.Seq < next.id.Seq) {
+			next = w
+		}
+	}
+	if next == nil {
+		return
+	}
+	f.turns[at], next.waits = next, false
+	next.expire = laterOf(next.expire, time.Now().Add(time.Hour))
+	if next.returned {
+		f.replace(p, c, next, time.Now())
+		return
+	}
+	row := next.row
+	f.effect(p, func(to follower) { to.Timed(c, next.lane, next.id.Partition, row) })
+}
+
+func (f *memoryJournal) Unblock(ctx context.Context, lane delivery.LaneKey, while func() bool) (int, error) {
+	f.mu.Lock()
+	n := 0
+	var numbers []uint16
+	for at, r := range f.turns {
+		if at.lane == lane && r.blocks && (while == nil || while()) {
+			p := f.partition(r.id.Partition)
+			p.commit++
+			f.passOn(p, p.commit, r)
+			numbers = append(numbers, r.id.Partition)
+			n++
+		}
+	}
+	f.mu.Unlock()
+	for _, number := range numbers {
+		f.tell(number)
+	}
+	return n, ctx.Err()
+}
+
+func (f *memoryJournal) BlockedLanes() (lanes []delivery.LaneKey, err error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for at, r := range f.turns {
+		if r.blocks && !slices.Contains(lanes, at.lane) {
+			lanes = append(lanes, at.lane)
+		}
+	}
+	return lanes, nil
+}
+
 func (f *memoryJournal) job(r *record, asOf delivery.Commit) delivery.Job {
 	return delivery.Job{
 		ID: r.id, Event: r.event, Kind: r.row.Kind, Epoch: r.row.Epoch, Due: r.row.Due, AsOf: asOf,
-		Attempts: len(r.attempts), MaxAttempts: r.max, Expire: r.expire,
+		Attempts: len(r.attempts), MaxAttempts: r.max, Expire: r.expire, Order: r.order,
 	}
 }
 
@@ -245,7 +341,7 @@ func (f *memoryJournal) Lanes() iter.Seq2[delivery.LaneState, error] {
 		s := delivery.LaneState{Lane: k.lane, Partition: k.partition}
 		for _, r := range records {
 			switch {
-			case r.state.Final():
+			case r.state.Final() || r.waits:
 			case r.row.Kind == delivery.FIFO:
 				s.FIFO = delivery.Least(s.FIFO, r.row.Pos())
 			default:
@@ -287,7 +383,7 @@ func (f *memoryJournal) Read(lane delivery.LaneKey, number uint16, kind delivery
 	f.lanes[k] = slices.DeleteFunc(f.lanes[k], func(r *record) bool { return r.state.Final() })
 	var rows []*record
 	for _, r := range f.lanes[k] {
-		if r.row.Kind == kind && !r.row.Pos().Before(from) {
+		if r.row.Kind == kind && !r.waits && !r.row.Pos().Before(from) {
 			rows = append(rows, r)
 		}
 	}
@@ -363,7 +459,7 @@ func (f *memoryJournal) settleNow(number uint16, p *partition) {
 func (f *memoryJournal) settle(p *partition, c delivery.Commit, s settle) {
 	j := s.job
 	r := f.records[j.ID]
-	same := !r.state.Final() && r.row.Epoch == j.Epoch
+	same := !r.state.Final() && !r.waits && r.row.Epoch == j.Epoch
 	if !same && j.AsOf >= p.lastEdit {
 		f.t.Errorf("delivery %v of epoch %d settled as %d, but it is %d of epoch %d", j.ID, j.Epoch, s.step.State, r.state, r.row.Epoch)
 	}
@@ -377,14 +473,21 @@ func (f *memoryJournal) settle(p *partition, c delivery.Commit, s settle) {
 	if !same && (r.state.Final() || s.step.State != delivery.Succeeded) {
 		return
 	}
-	if !same { // a success ends what is open, which the follower is told of as of an edit
+	if !same && !r.waits { // a success ends what is open, which the follower is told of as of an edit
 		row := r.row
 		p.lastEdit = c
 		f.effect(p, func(to follower) { to.Edited(c, r.lane, j.ID.Partition, row.Seq, row.Epoch) })
 	}
 	r.state, r.reason = s.step.State, s.step.Reason
-	if s.step.State == delivery.Scheduled {
+	switch {
+	case s.step.State == delivery.Scheduled:
 		f.replace(p, c, r, s.step.Due)
+	case s.step.Block && s.step.State != delivery.Succeeded && r.order != 0 && !r.waits:
+		r.blocks = true
+	case r.waits:
+		r.waits = false
+	default:
+		f.passOn(p, c, r)
 	}
 }
 
@@ -444,7 +547,7 @@ func (f *memoryJournal) Cancel(ctx context.Context, _ delivery.LaneKey, id deliv
 	return f.edit(ctx, id, func(p *partition, r *record) error {
 		switch {
 		case r.state == delivery.Cancelled:
-		case r.state.Final():
+		case r.state.Final() && !r.blocks:
 			return delivery.ErrFinal
 		default:
 			p.commit++
@@ -457,8 +560,16 @@ func (f *memoryJournal) Cancel(ctx context.Context, _ delivery.LaneKey, id deliv
 func (f *memoryJournal) cancel(p *partition, r *record, reason string) {
 	c, row := p.commit, r.row
 	p.lastEdit = c
+	was := r.state
 	r.state, r.reason = delivery.Cancelled, reason
-	f.effect(p, func(to follower) { to.Edited(c, r.lane, r.id.Partition, row.Seq, row.Epoch) })
+	if r.waits {
+		r.waits = false
+		return
+	}
+	if !was.Final() {
+		f.effect(p, func(to follower) { to.Edited(c, r.lane, r.id.Partition, row.Seq, row.Epoch) })
+	}
+	f.passOn(p, c, r)
 }
 
 func (f *memoryJournal) Retry(ctx context.Context, _ delivery.LaneKey, id delivery.ID, ifAttempts int) (*delivery.Delivery, error) {
@@ -466,7 +577,7 @@ func (f *memoryJournal) Retry(ctx context.Context, _ delivery.LaneKey, id delive
 		switch {
 		case r.state == delivery.Succeeded || ifAttempts >= 0 && ifAttempts != len(r.attempts):
 			return delivery.ErrInvalidState
-		case !r.state.Final() && r.row.Kind == delivery.FIFO:
+		case !r.state.Final() && (r.waits || r.row.Kind == delivery.FIFO):
 			return nil
 		}
 		p.commit++
@@ -479,9 +590,15 @@ func (f *memoryJournal) Retry(ctx context.Context, _ delivery.LaneKey, id delive
 			if !slices.Contains(f.lanes[k], r) {
 				f.lanes[k] = append(f.lanes[k], r)
 			}
+			r.returned, r.blocks = true, false
+			f.takeTurn(r)
 		}
 		r.state, r.reason = delivery.Scheduled, ""
 		r.max, r.expire = max(r.max, len(r.attempts)+1), laterOf(r.expire, time.Now().Add(time.Minute))
+		if r.waits {
+			r.row.Epoch++
+			return nil
+		}
 		f.replace(p, c, r, time.Now())
 		return nil
 	})
@@ -508,11 +625,19 @@ func (f *memoryJournal) CancelLane(ctx context.Context, lane delivery.LaneKey, r
 		}
 		p := f.partition(k.partition)
 		numbers = append(numbers, k.partition)
-		for _, r := range records {
-			if !r.state.Final() {
-				p.commit++
-				f.cancel(p, r, reason)
-				n++
+		for _, waits := range []bool{true, false} {
+			for _, r := range records {
+				if !r.state.Final() && r.waits == waits {
+					p.commit++
+					f.cancel(p, r, reason)
+					n++
+				}
+			}
+		}
+		for at, r := range f.turns {
+			if at.lane == lane && r.blocks && r.id.Partition == k.partition {
+				r.blocks = false
+				delete(f.turns, at)
 			}
 		}
 	}

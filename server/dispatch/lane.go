@@ -32,9 +32,11 @@ type lane struct {
 	// fresh and timers wait, in the order of their rows; flying holds slots, in the order of their start; strays hold slots,
 	// too, but fly to an older target, and say nothing about this one.
 	fresh, timers, flying, strays queue
-	bytes                         int64 // of all that is held
-	timerTurn                     bool  // the next one is a timer, if there is any
-	running                       bool  // a goroutine is starting attempts and will look again before it leaves
+	// orders are the ordering keys of which an attempt is in flight; nil while there are none.
+	orders    map[delivery.OrderKey]int
+	bytes     int64 // of all that is held
+	timerTurn bool  // the next one is a timer, if there is any
+	running   bool  // a goroutine is starting attempts and will look again before it leaves
 	// reading: the lane waits for a read, or for room for one, or is being read.
 	reading bool
 	readAt  time.Time // no read before this

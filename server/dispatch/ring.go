@@ -215,7 +215,7 @@ func (l *lane) run(turns int) {
 	l.kick(l.e.now())
 }
 
-// take picks the jobs of one turn. Ordering keys are a further reason to stop here.
+// take picks the jobs of one turn.
 func (l *lane) take(b *batch, now time.Time) {
 	g := l.gate(now)
 	if !g.open() {
@@ -249,12 +249,12 @@ func (l *lane) take(b *batch, now time.Time) {
 // next is the entry whose turn it is: fresh ones and retries alternate, so that neither waits for the
 // other, as far as the budget for repeats allows.
 func (l *lane) next(sub *subscription.Subscription) *entry {
-	x := l.timers.head
+	x, fresh := l.firstFree(&l.timers), l.firstFree(&l.fresh)
 	switch {
-	case x == nil, l.fresh.head != nil && !l.timerTurn:
-		return l.fresh.head
-	case x.repeats() && !l.health.MayRetry(l.fresh.head != nil, l.retrying, maxInFlight(sub)):
-		return l.fresh.head
+	case x == nil, fresh != nil && !l.timerTurn:
+		return fresh
+	case x.repeats() && !l.health.MayRetry(fresh != nil, l.retrying, maxInFlight(sub)):
+		return fresh
 	}
 	return x
 }
@@ -297,10 +297,12 @@ func (l *lane) takeOff(x *entry, now time.Time) {
 		l.retrying++
 	}
 	x.pooled(l.standing, 1)
+	l.keyInFlight(x, 1)
 	l.flying.push(x)
 }
 
 func (l *lane) land(x *entry) {
+	l.keyInFlight(x, -1)
 	if x.target != l.target {
 		l.strays.remove(x)
 		l.e.slots.countStrays(l, -1)

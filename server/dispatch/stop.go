@@ -111,6 +111,7 @@ func (e *Engine) Run(ctx context.Context) error {
 		own.Go(e.dispatch)
 		own.Go(e.wakeLanes)
 		own.Go(e.upkeep)
+		own.Go(e.unblock)
 		for range readers {
 			own.Go(e.readDisk)
 		}
@@ -148,6 +149,9 @@ func (e *Engine) recover(ctx context.Context) error {
 	}
 	if e.stopping.Load() {
 		return nil
+	}
+	if err := e.recoverBlocked(); err != nil {
+		return err
 	}
 	e.ready.Store(true)
 	e.kickAll()

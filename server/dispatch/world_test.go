@@ -93,6 +93,8 @@ type receiver struct {
 	flying  map[delivery.ID]flight
 	most    map[string]int
 	now     map[string]int
+	// accepted are the deliveries of ordering keys that succeeded, when they first did, in order.
+	accepted []start
 }
 
 type flight struct {
@@ -125,6 +127,11 @@ func (r *receiver) Attempt(sub *subscription.Subscription, job *delivery.Job, si
 	if r.flying[job.ID].job != nil {
 		r.t.Errorf("two attempts of %v at once", job.ID)
 	}
+	for id, f := range r.flying {
+		if job.Order != 0 && f.sub == sub.ID && f.job.Order == job.Order {
+			r.t.Errorf("%v and %v of one ordering key at once", id, job.ID)
+		}
+	}
 	r.flying[job.ID] = flight{sub.ID, job, sink}
 	r.started = append(r.started, start{
 		job.ID, job.Kind, sub.ID, sub.Proto.GetUri(), job, job.Event, time.Now(), job.Event.AcceptTime,
@@ -152,6 +159,9 @@ func (r *receiver) end(job *delivery.Job, result delivery.Result) {
 	if f.job == job {
 		delete(r.flying, job.ID)
 		r.now[f.sub]--
+		if job.Order != 0 && result.Outcome == delivery.OutcomeSucceeded {
+			r.accepted = append(r.accepted, start{id: job.ID, sub: f.sub, job: job})
+		}
 	}
 	r.mu.Unlock()
 	if f.job == job {

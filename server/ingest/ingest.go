@@ -260,6 +260,7 @@ func targets(snap *subscription.Snapshot, ns *subscription.Namespace, c *subscri
 			MaxAttempts:  sub.MaxAttempts,
 			MaxAge:       sub.MaxAge,
 			Skip:         ns.Disabled() || sub.Proto.GetState() == grapnelv1.Subscription_STATE_DISABLED,
+			Ordered:      sub.Ordered,
 		}
 	}
 	return out

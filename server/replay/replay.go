@@ -351,7 +351,7 @@ func disabled(sub *subscription.Subscription) bool {
 }
 
 func targetOf(sub *subscription.Subscription) delivery.Target {
-	return delivery.Target{Subscription: sub.ID, UID: sub.UID, MaxAttempts: sub.MaxAttempts, MaxAge: sub.MaxAge}
+	return delivery.Target{Subscription: sub.ID, UID: sub.UID, MaxAttempts: sub.MaxAttempts, MaxAge: sub.MaxAge, Ordered: sub.Ordered}
 }
 
 func candidate(e *delivery.Event) *subscription.Candidate {

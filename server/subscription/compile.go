@@ -85,6 +85,8 @@ func compile(p *grapnelv1.Subscription, ns, id string, uid uuid.UUID, cond *cond
 		Jitter:         clamp(finite(r.GetJitter()), 0, 1),
 		IgnoreGone:     p.FailurePolicy.IgnoreGone,
 		DisableAfter:   clamp(p.FailurePolicy.DisableAfter.AsDuration(), 0, 30*24*time.Hour),
+		Ordered:        p.Ordered,
+		BlocksKeys:     p.Ordered && p.OnExhausted == grapnelv1.Subscription_ON_EXHAUSTED_BLOCK,
 		globs:          p.EventTypes,
 		condition:      cond,
 	}

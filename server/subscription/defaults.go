@@ -64,6 +64,9 @@ func fillDefaults(p *grapnelv1.Subscription) {
 	if p.AttemptTimeout == nil {
 		p.AttemptTimeout = durationpb.New(defaultAttemptTimeout)
 	}
+	if p.Ordered && p.OnExhausted == grapnelv1.Subscription_ON_EXHAUSTED_UNSPECIFIED {
+		p.OnExhausted = grapnelv1.Subscription_ON_EXHAUSTED_SKIP
+	}
 	if p.MaxInFlight == 0 {
 		p.MaxInFlight = defaultMaxInFlight
 	}

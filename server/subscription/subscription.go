@@ -41,6 +41,9 @@ type Subscription struct {
 	Jitter       float64
 	IgnoreGone   bool
 	DisableAfter time.Duration
+	// Ordered: events with one ordering key go one after another. BlocksKeys: an ordered delivery that fails for good
+	// keeps those behind it waiting.
+	Ordered, BlocksKeys bool
 
 	globs     []string
 	condition *condition

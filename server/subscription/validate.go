@@ -66,6 +66,9 @@ func validate(p *grapnelv1.Subscription, ns string, conds *conditions) (*conditi
 	c.duration("subscription.attempt_timeout", p.AttemptTimeout, time.Second, time.Minute)
 	c.number("subscription.max_rate", p.MaxRate, 0, 10000)
 	c.number("subscription.max_in_flight", float64(p.MaxInFlight), 1, 1000)
+	if _, known := grapnelv1.Subscription_OnExhausted_name[int32(p.OnExhausted)]; !known {
+		c.add("subscription.on_exhausted", "enum.defined_only", "%d is not a way to go on; want %s", p.OnExhausted, choices(grapnelv1.Subscription_OnExhausted_name))
+	}
 	c.retryPolicy("subscription.retry_policy", p.RetryPolicy)
 	c.duration("subscription.failure_policy.disable_after", p.FailurePolicy.DisableAfter, 0, 30*24*time.Hour)
 	c.deadLetter("subscription.dead_letter", p, ns)

@@ -263,12 +263,16 @@ type Delivery struct {
 	// Set when final.
 	CompleteTime *timestamppb.Timestamp `protobuf:"bytes,14,opt,name=complete_time,json=completeTime,proto3" json:"complete_time,omitempty"`
 	// Set when final for a reason that last_attempt does not show, for example "subscription deleted", and while open
-	// when something holds it back, for example "subscription paused".
+	// when something holds it back, for example "subscription paused", or "waits for its ordering key" with the delivery
+	// that has its turn.
 	StateReason string `protobuf:"bytes,15,opt,name=state_reason,json=stateReason,proto3" json:"state_reason,omitempty"`
 	// The subscription's uid: one that is made anew under the same name has another.
 	SubscriptionUid string `protobuf:"bytes,16,opt,name=subscription_uid,json=subscriptionUid,proto3" json:"subscription_uid,omitempty"`
 	// The event's uid, the webhook-id that receivers see.
-	EventUid      string `protobuf:"bytes,17,opt,name=event_uid,json=eventUid,proto3" json:"event_uid,omitempty"`
+	EventUid string `protobuf:"bytes,17,opt,name=event_uid,json=eventUid,proto3" json:"event_uid,omitempty"`
+	// How many deliveries of its ordering key had ended without success when its turn came, right before it: a gap in what
+	// the target has seen of the key. 0 is none. Only deliveries that were waiting then know of it.
+	OrderingGap   int32 `protobuf:"varint,19,opt,name=ordering_gap,json=orderingGap,proto3" json:"ordering_gap,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -420,6 +424,13 @@ func (x *Delivery) GetEventUid() string {
 		return x.EventUid
 	}
 	return ""
+}
+
+func (x *Delivery) GetOrderingGap() int32 {
+	if x != nil {
+		return x.OrderingGap
+	}
+	return 0
 }
 
 // Attempt is one try.
@@ -1145,7 +1156,7 @@ var File_grapnel_v1_delivery_proto protoreflect.FileDescriptor
 const file_grapnel_v1_delivery_proto_rawDesc = "" +
 	"\n" +
 	"\x19grapnel/v1/delivery.proto\x12\n" +
-	"grapnel.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x98\b\n" +
+	"grapnel.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xbb\b\n" +
 	"\bDelivery\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
 	"\x05event\x18\x02 \x01(\tR\x05event\x12\x1d\n" +
@@ -1168,7 +1179,8 @@ const file_grapnel_v1_delivery_proto_rawDesc = "" +
 	"\rcomplete_time\x18\x0e \x01(\v2\x1a.google.protobuf.TimestampR\fcompleteTime\x12!\n" +
 	"\fstate_reason\x18\x0f \x01(\tR\vstateReason\x12)\n" +
 	"\x10subscription_uid\x18\x10 \x01(\tR\x0fsubscriptionUid\x12\x1b\n" +
-	"\tevent_uid\x18\x11 \x01(\tR\beventUid\"\xc1\x01\n" +
+	"\tevent_uid\x18\x11 \x01(\tR\beventUid\x12!\n" +
+	"\fordering_gap\x18\x13 \x01(\x05R\vorderingGap\"\xc1\x01\n" +
 	"\x05State\x12\x15\n" +
 	"\x11STATE_UNSPECIFIED\x10\x00\x12\x11\n" +
 	"\rSTATE_PENDING\x10\x01\x12\x13\n" +

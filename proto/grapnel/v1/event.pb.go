@@ -30,8 +30,8 @@ type Event struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Output only: namespaces/{namespace}/events/{id}
 	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
-	// Unique among the events of its source in the namespace, as in CloudEvents; makes publishing idempotent for the
-	// deduplication window of 24 hours. 1 to 128 characters, no control characters, for example
+	// Unique among the events of its source in the namespace, as in CloudEvents, and among those with its ordering_key;
+	// makes publishing idempotent for the deduplication window of 24 hours. 1 to 128 characters, no control characters, for example
 	// partition:1/offset:24. In a resource name, what is not a letter, digit or one of . _ ~ - is written as %XX.
 	//
 	// Empty: the server makes one and the call is not idempotent. A client library that repeats such a call by its
@@ -64,7 +64,12 @@ type Event struct {
 	//	*Event_Text
 	//	*Event_Json
 	Payload isEvent_Payload `protobuf_oneof:"payload"`
-	// First attempt not before this, at most 7 days ahead. Default: at once.
+	// Events with one key go to an ordered subscription one after another, in the order in which they were accepted: see
+	// Subscription.ordered. Any text of up to 128 bytes; empty means that the event's order does not matter. Events with a
+	// key are told apart by source, id and key: one that is published again with another key is another event.
+	OrderingKey string `protobuf:"bytes,13,opt,name=ordering_key,json=orderingKey,proto3" json:"ordering_key,omitempty"`
+	// First attempt not before this, at most 7 days ahead. Default: at once. On an ordered subscription the later events
+	// of its ordering_key wait with it.
 	DeliverTime *timestamppb.Timestamp `protobuf:"bytes,14,opt,name=deliver_time,json=deliverTime,proto3" json:"deliver_time,omitempty"`
 	// Lowers the subscriptions' retry max_age for this event. 1s to 30d.
 	Ttl *durationpb.Duration `protobuf:"bytes,15,opt,name=ttl,proto3" json:"ttl,omitempty"`
@@ -214,6 +219,13 @@ func (x *Event) GetJson() *structpb.Value {
 		}
 	}
 	return nil
+}
+
+func (x *Event) GetOrderingKey() string {
+	if x != nil {
+		return x.OrderingKey
+	}
+	return ""
 }
 
 func (x *Event) GetDeliverTime() *timestamppb.Timestamp {
@@ -1004,7 +1016,7 @@ type ListEventsRequest struct {
 	PageSize int32 `protobuf:"varint,2,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"`
 	// From the previous page.
 	PageToken string `protobuf:"bytes,3,opt,name=page_token,json=pageToken,proto3" json:"page_token,omitempty"`
-	// Filter over: id, uid, type, subject, source, time, accept_time, matched_subscriptions, condition_error_count,
+	// Filter over: id, uid, type, subject, source, ordering_key, time, accept_time, matched_subscriptions, condition_error_count,
 	// attributes.KEY.
 	Filter        string `protobuf:"bytes,4,opt,name=filter,proto3" json:"filter,omitempty"`
 	unknownFields protoimpl.UnknownFields
@@ -1350,7 +1362,7 @@ var File_grapnel_v1_event_proto protoreflect.FileDescriptor
 const file_grapnel_v1_event_proto_rawDesc = "" +
 	"\n" +
 	"\x16grapnel/v1/event.proto\x12\n" +
-	"grapnel.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17grapnel/v1/common.proto\"\x8b\x0e\n" +
+	"grapnel.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17grapnel/v1/common.proto\"\xb8\x0e\n" +
 	"\x05Event\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\xad\x01\n" +
 	"\x02id\x18\x02 \x01(\tB\x9c\x01\xbaH\x98\x01\xba\x01\x94\x01\n" +
@@ -1373,7 +1385,8 @@ const file_grapnel_v1_event_proto_rawDesc = "" +
 	"\x04data\x18\n" +
 	" \x01(\fB\x03\x80\x01\x01H\x00R\x04data\x12\x19\n" +
 	"\x04text\x18\v \x01(\tB\x03\x80\x01\x01H\x00R\x04text\x121\n" +
-	"\x04json\x18\f \x01(\v2\x16.google.protobuf.ValueB\x03\x80\x01\x01H\x00R\x04json\x12=\n" +
+	"\x04json\x18\f \x01(\v2\x16.google.protobuf.ValueB\x03\x80\x01\x01H\x00R\x04json\x12+\n" +
+	"\fordering_key\x18\r \x01(\tB\b\xbaH\x05r\x03(\x80\x01R\vorderingKey\x12=\n" +
 	"\fdeliver_time\x18\x0e \x01(\v2\x1a.google.protobuf.TimestampR\vdeliverTime\x12>\n" +
 	"\x03ttl\x18\x0f \x01(\v2\x19.google.protobuf.DurationB\x11\xbaH\x0e\xaa\x01\v\"\x05\b\x80\x9a\x9e\x012\x02\b\x01R\x03ttl\x12;\n" +
 	"\vaccept_time\x18\x10 \x01(\v2\x1a.google.protobuf.TimestampR\n" +

@@ -82,6 +82,61 @@ func (Subscription_State) EnumDescriptor() ([]byte, []int) {
 	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{0, 0}
 }
 
+// OnExhausted says how an ordered subscription goes on with an ordering key when a delivery of it has ended as
+// EXHAUSTED or REJECTED.
+type Subscription_OnExhausted int32
+
+const (
+	// Read as SKIP.
+	Subscription_ON_EXHAUSTED_UNSPECIFIED Subscription_OnExhausted = 0
+	// The next delivery of the key has its turn. It tells of the gap: Delivery.ordering_gap, and state_reason of the one
+	// that ended.
+	Subscription_ON_EXHAUSTED_SKIP Subscription_OnExhausted = 1
+	// The deliveries of the key wait until the one that ended has been retried and has succeeded, or is cancelled.
+	Subscription_ON_EXHAUSTED_BLOCK Subscription_OnExhausted = 2
+)
+
+// Enum value maps for Subscription_OnExhausted.
+var (
+	Subscription_OnExhausted_name = map[int32]string{
+		0: "ON_EXHAUSTED_UNSPECIFIED",
+		1: "ON_EXHAUSTED_SKIP",
+		2: "ON_EXHAUSTED_BLOCK",
+	}
+	Subscription_OnExhausted_value = map[string]int32{
+		"ON_EXHAUSTED_UNSPECIFIED": 0,
+		"ON_EXHAUSTED_SKIP":        1,
+		"ON_EXHAUSTED_BLOCK":       2,
+	}
+)
+
+func (x Subscription_OnExhausted) Enum() *Subscription_OnExhausted {
+	p := new(Subscription_OnExhausted)
+	*p = x
+	return p
+}
+
+func (x Subscription_OnExhausted) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (Subscription_OnExhausted) Descriptor() protoreflect.EnumDescriptor {
+	return file_grapnel_v1_subscription_proto_enumTypes[1].Descriptor()
+}
+
+func (Subscription_OnExhausted) Type() protoreflect.EnumType {
+	return &file_grapnel_v1_subscription_proto_enumTypes[1]
+}
+
+func (x Subscription_OnExhausted) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use Subscription_OnExhausted.Descriptor instead.
+func (Subscription_OnExhausted) EnumDescriptor() ([]byte, []int) {
+	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{0, 1}
+}
+
 // Format is the form of the body.
 type PayloadShape_Format int32
 
@@ -124,11 +179,11 @@ func (x PayloadShape_Format) String() string {
 }
 
 func (PayloadShape_Format) Descriptor() protoreflect.EnumDescriptor {
-	return file_grapnel_v1_subscription_proto_enumTypes[1].Descriptor()
+	return file_grapnel_v1_subscription_proto_enumTypes[2].Descriptor()
 }
 
 func (PayloadShape_Format) Type() protoreflect.EnumType {
-	return &file_grapnel_v1_subscription_proto_enumTypes[1]
+	return &file_grapnel_v1_subscription_proto_enumTypes[2]
 }
 
 func (x PayloadShape_Format) Number() protoreflect.EnumNumber {
@@ -177,11 +232,11 @@ func (x PayloadShape_Compression) String() string {
 }
 
 func (PayloadShape_Compression) Descriptor() protoreflect.EnumDescriptor {
-	return file_grapnel_v1_subscription_proto_enumTypes[2].Descriptor()
+	return file_grapnel_v1_subscription_proto_enumTypes[3].Descriptor()
 }
 
 func (PayloadShape_Compression) Type() protoreflect.EnumType {
-	return &file_grapnel_v1_subscription_proto_enumTypes[2]
+	return &file_grapnel_v1_subscription_proto_enumTypes[3]
 }
 
 func (x PayloadShape_Compression) Number() protoreflect.EnumNumber {
@@ -235,11 +290,11 @@ func (x SubscriptionStatus_Breaker) String() string {
 }
 
 func (SubscriptionStatus_Breaker) Descriptor() protoreflect.EnumDescriptor {
-	return file_grapnel_v1_subscription_proto_enumTypes[3].Descriptor()
+	return file_grapnel_v1_subscription_proto_enumTypes[4].Descriptor()
 }
 
 func (SubscriptionStatus_Breaker) Type() protoreflect.EnumType {
-	return &file_grapnel_v1_subscription_proto_enumTypes[3]
+	return &file_grapnel_v1_subscription_proto_enumTypes[4]
 }
 
 func (x SubscriptionStatus_Breaker) Number() protoreflect.EnumNumber {
@@ -288,7 +343,15 @@ type Subscription struct {
 	MaxRate float64 `protobuf:"fixed64,13,opt,name=max_rate,json=maxRate,proto3" json:"max_rate,omitempty"`
 	// Most attempts in flight, 1 to 1000; 0 means the default, 16. There are fewer while the target is new, overloaded or
 	// failing: see SubscriptionStatus.in_flight_limit.
-	MaxInFlight int32 `protobuf:"varint,14,opt,name=max_in_flight,json=maxInFlight,proto3" json:"max_in_flight,omitempty"` // 15 is kept for ordered.
+	MaxInFlight int32 `protobuf:"varint,14,opt,name=max_in_flight,json=maxInFlight,proto3" json:"max_in_flight,omitempty"`
+	// True: deliveries of events with the same ordering_key go one after another, in the order in which the events were
+	// accepted, each when the one before it has ended; a failed attempt that is to be repeated holds back its key, and
+	// nothing else. retry_policy.max_age and Event.ttl count from when a delivery's turn has come, for its first attempt too.
+	//
+	// It goes for events that are accepted from now on: what was accepted in order keeps it when this is set to false, and
+	// what was accepted before is not waited for when it is set to true. Deliveries that are SKIPPED, because the
+	// subscription is disabled, are no part of the order.
+	Ordered bool `protobuf:"varint,15,opt,name=ordered,proto3" json:"ordered,omitempty"`
 	// When the server stops trying altogether.
 	FailurePolicy *FailurePolicy `protobuf:"bytes,16,opt,name=failure_policy,json=failurePolicy,proto3" json:"failure_policy,omitempty"`
 	// Output only.
@@ -308,7 +371,10 @@ type Subscription struct {
 	// last segment of this name), deadletterstate, deadletterreason, deadletterattempts and deadlettercode (the last
 	// response's, if there was one). It must exist and have no dead_letter of its own; what ends there goes nowhere. It gets
 	// events that match it, too, like any other: give it an event_types that covers none if it is for dead letters alone.
-	DeadLetter    string `protobuf:"bytes,26,opt,name=dead_letter,json=deadLetter,proto3" json:"dead_letter,omitempty"`
+	DeadLetter string `protobuf:"bytes,26,opt,name=dead_letter,json=deadLetter,proto3" json:"dead_letter,omitempty"`
+	// What an ordered subscription does with an ordering key of which a delivery has failed for good; the default is SKIP. A
+	// change to SKIP, or of ordered to false, lets go of the keys that are blocked.
+	OnExhausted   Subscription_OnExhausted `protobuf:"varint,24,opt,name=on_exhausted,json=onExhausted,proto3,enum=grapnel.v1.Subscription_OnExhausted" json:"on_exhausted,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -441,6 +507,13 @@ func (x *Subscription) GetMaxInFlight() int32 {
 	return 0
 }
 
+func (x *Subscription) GetOrdered() bool {
+	if x != nil {
+		return x.Ordered
+	}
+	return false
+}
+
 func (x *Subscription) GetFailurePolicy() *FailurePolicy {
 	if x != nil {
 		return x.FailurePolicy
@@ -495,6 +568,13 @@ func (x *Subscription) GetDeadLetter() string {
 		return x.DeadLetter
 	}
 	return ""
+}
+
+func (x *Subscription) GetOnExhausted() Subscription_OnExhausted {
+	if x != nil {
+		return x.OnExhausted
+	}
+	return Subscription_ON_EXHAUSTED_UNSPECIFIED
 }
 
 // PayloadShape says what the body of a request is made of. The body is made once for each event and is the
@@ -2008,7 +2088,7 @@ var File_grapnel_v1_subscription_proto protoreflect.FileDescriptor
 const file_grapnel_v1_subscription_proto_rawDesc = "" +
 	"\n" +
 	"\x1dgrapnel/v1/subscription.proto\x12\n" +
-	"grapnel.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17grapnel/v1/common.proto\x1a\x19grapnel/v1/delivery.proto\x1a\x16grapnel/v1/event.proto\"\x93\r\n" +
+	"grapnel.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17grapnel/v1/common.proto\x1a\x19grapnel/v1/delivery.proto\x1a\x16grapnel/v1/event.proto\"\xdc\x0e\n" +
 	"\fSubscription\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x10\n" +
 	"\x03uid\x18\x02 \x01(\tR\x03uid\x12*\n" +
@@ -2027,7 +2107,8 @@ const file_grapnel_v1_subscription_proto_rawDesc = "" +
 	"\fretry_policy\x18\f \x01(\v2\x17.grapnel.v1.RetryPolicyR\vretryPolicy\x122\n" +
 	"\bmax_rate\x18\r \x01(\x01B\x17\xbaH\x14\x12\x12\x19\x00\x00\x00\x00\x00\x88\xc3@)\x00\x00\x00\x00\x00\x00\x00\x00R\amaxRate\x12.\n" +
 	"\rmax_in_flight\x18\x0e \x01(\x05B\n" +
-	"\xbaH\a\x1a\x05\x18\xe8\a(\x00R\vmaxInFlight\x12@\n" +
+	"\xbaH\a\x1a\x05\x18\xe8\a(\x00R\vmaxInFlight\x12\x18\n" +
+	"\aordered\x18\x0f \x01(\bR\aordered\x12@\n" +
 	"\x0efailure_policy\x18\x10 \x01(\v2\x19.grapnel.v1.FailurePolicyR\rfailurePolicy\x124\n" +
 	"\x05state\x18\x11 \x01(\x0e2\x1e.grapnel.v1.Subscription.StateR\x05state\x12!\n" +
 	"\fstate_reason\x18\x12 \x01(\tR\vstateReason\x12;\n" +
@@ -2039,7 +2120,8 @@ const file_grapnel_v1_subscription_proto_rawDesc = "" +
 	"\rpayload_shape\x18\x16 \x01(\v2\x18.grapnel.v1.PayloadShapeR\fpayloadShape\x12\xc9\x01\n" +
 	"\vdead_letter\x18\x1a \x01(\tB\xa7\x01\xbaH\xa3\x01\xba\x01\x9f\x01\n" +
 	"\x11subscription_name\x121must look like namespaces/NAME/subscriptions/NAME\x1aWthis.matches('^(namespaces/[a-z][a-z0-9-]{0,62}/subscriptions/[a-z][a-z0-9-]{0,62})?$')R\n" +
-	"deadLetter\x1a9\n" +
+	"deadLetter\x12Q\n" +
+	"\fon_exhausted\x18\x18 \x01(\x0e2$.grapnel.v1.Subscription.OnExhaustedB\b\xbaH\x05\x82\x01\x02\x10\x01R\vonExhausted\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\x1a:\n" +
@@ -2050,7 +2132,11 @@ const file_grapnel_v1_subscription_proto_rawDesc = "" +
 	"\x11STATE_UNSPECIFIED\x10\x00\x12\x10\n" +
 	"\fSTATE_ACTIVE\x10\x01\x12\x10\n" +
 	"\fSTATE_PAUSED\x10\x02\x12\x12\n" +
-	"\x0eSTATE_DISABLED\x10\x03\"\xfc\x02\n" +
+	"\x0eSTATE_DISABLED\x10\x03\"Z\n" +
+	"\vOnExhausted\x12\x1c\n" +
+	"\x18ON_EXHAUSTED_UNSPECIFIED\x10\x00\x12\x15\n" +
+	"\x11ON_EXHAUSTED_SKIP\x10\x01\x12\x16\n" +
+	"\x12ON_EXHAUSTED_BLOCK\x10\x02\"\xfc\x02\n" +
 	"\fPayloadShape\x127\n" +
 	"\x06format\x18\x01 \x01(\x0e2\x1f.grapnel.v1.PayloadShape.FormatR\x06format\x12F\n" +
 	"\vcompression\x18\x02 \x01(\x0e2$.grapnel.v1.PayloadShape.CompressionR\vcompression\x12+\n" +
@@ -2207,111 +2293,113 @@ func file_grapnel_v1_subscription_proto_rawDescGZIP() []byte {
 	return file_grapnel_v1_subscription_proto_rawDescData
 }
 
-var file_grapnel_v1_subscription_proto_enumTypes = make([]protoimpl.EnumInfo, 4)
+var file_grapnel_v1_subscription_proto_enumTypes = make([]protoimpl.EnumInfo, 5)
 var file_grapnel_v1_subscription_proto_msgTypes = make([]protoimpl.MessageInfo, 25)
 var file_grapnel_v1_subscription_proto_goTypes = []any{
 	(Subscription_State)(0),             // 0: grapnel.v1.Subscription.State
-	(PayloadShape_Format)(0),            // 1: grapnel.v1.PayloadShape.Format
-	(PayloadShape_Compression)(0),       // 2: grapnel.v1.PayloadShape.Compression
-	(SubscriptionStatus_Breaker)(0),     // 3: grapnel.v1.SubscriptionStatus.Breaker
-	(*Subscription)(nil),                // 4: grapnel.v1.Subscription
-	(*PayloadShape)(nil),                // 5: grapnel.v1.PayloadShape
-	(*RetryPolicy)(nil),                 // 6: grapnel.v1.RetryPolicy
-	(*FailurePolicy)(nil),               // 7: grapnel.v1.FailurePolicy
-	(*CreateSubscriptionRequest)(nil),   // 8: grapnel.v1.CreateSubscriptionRequest
-	(*CreateSubscriptionResponse)(nil),  // 9: grapnel.v1.CreateSubscriptionResponse
-	(*GetSubscriptionRequest)(nil),      // 10: grapnel.v1.GetSubscriptionRequest
-	(*GetSubscriptionResponse)(nil),     // 11: grapnel.v1.GetSubscriptionResponse
-	(*SubscriptionStatus)(nil),          // 12: grapnel.v1.SubscriptionStatus
-	(*ListSubscriptionsRequest)(nil),    // 13: grapnel.v1.ListSubscriptionsRequest
-	(*ListSubscriptionsResponse)(nil),   // 14: grapnel.v1.ListSubscriptionsResponse
-	(*UpdateSubscriptionRequest)(nil),   // 15: grapnel.v1.UpdateSubscriptionRequest
-	(*UpdateSubscriptionResponse)(nil),  // 16: grapnel.v1.UpdateSubscriptionResponse
-	(*DeleteSubscriptionRequest)(nil),   // 17: grapnel.v1.DeleteSubscriptionRequest
-	(*DeleteSubscriptionResponse)(nil),  // 18: grapnel.v1.DeleteSubscriptionResponse
-	(*PauseSubscriptionRequest)(nil),    // 19: grapnel.v1.PauseSubscriptionRequest
-	(*PauseSubscriptionResponse)(nil),   // 20: grapnel.v1.PauseSubscriptionResponse
-	(*DisableSubscriptionRequest)(nil),  // 21: grapnel.v1.DisableSubscriptionRequest
-	(*DisableSubscriptionResponse)(nil), // 22: grapnel.v1.DisableSubscriptionResponse
-	(*ResumeSubscriptionRequest)(nil),   // 23: grapnel.v1.ResumeSubscriptionRequest
-	(*ResumeSubscriptionResponse)(nil),  // 24: grapnel.v1.ResumeSubscriptionResponse
-	(*TestSubscriptionRequest)(nil),     // 25: grapnel.v1.TestSubscriptionRequest
-	(*TestSubscriptionResponse)(nil),    // 26: grapnel.v1.TestSubscriptionResponse
-	nil,                                 // 27: grapnel.v1.Subscription.LabelsEntry
-	nil,                                 // 28: grapnel.v1.Subscription.HeadersEntry
-	(*PluginBinding)(nil),               // 29: grapnel.v1.PluginBinding
-	(*durationpb.Duration)(nil),         // 30: google.protobuf.Duration
-	(*timestamppb.Timestamp)(nil),       // 31: google.protobuf.Timestamp
-	(*fieldmaskpb.FieldMask)(nil),       // 32: google.protobuf.FieldMask
-	(*Event)(nil),                       // 33: grapnel.v1.Event
-	(*Attempt)(nil),                     // 34: grapnel.v1.Attempt
+	(Subscription_OnExhausted)(0),       // 1: grapnel.v1.Subscription.OnExhausted
+	(PayloadShape_Format)(0),            // 2: grapnel.v1.PayloadShape.Format
+	(PayloadShape_Compression)(0),       // 3: grapnel.v1.PayloadShape.Compression
+	(SubscriptionStatus_Breaker)(0),     // 4: grapnel.v1.SubscriptionStatus.Breaker
+	(*Subscription)(nil),                // 5: grapnel.v1.Subscription
+	(*PayloadShape)(nil),                // 6: grapnel.v1.PayloadShape
+	(*RetryPolicy)(nil),                 // 7: grapnel.v1.RetryPolicy
+	(*FailurePolicy)(nil),               // 8: grapnel.v1.FailurePolicy
+	(*CreateSubscriptionRequest)(nil),   // 9: grapnel.v1.CreateSubscriptionRequest
+	(*CreateSubscriptionResponse)(nil),  // 10: grapnel.v1.CreateSubscriptionResponse
+	(*GetSubscriptionRequest)(nil),      // 11: grapnel.v1.GetSubscriptionRequest
+	(*GetSubscriptionResponse)(nil),     // 12: grapnel.v1.GetSubscriptionResponse
+	(*SubscriptionStatus)(nil),          // 13: grapnel.v1.SubscriptionStatus
+	(*ListSubscriptionsRequest)(nil),    // 14: grapnel.v1.ListSubscriptionsRequest
+	(*ListSubscriptionsResponse)(nil),   // 15: grapnel.v1.ListSubscriptionsResponse
+	(*UpdateSubscriptionRequest)(nil),   // 16: grapnel.v1.UpdateSubscriptionRequest
+	(*UpdateSubscriptionResponse)(nil),  // 17: grapnel.v1.UpdateSubscriptionResponse
+	(*DeleteSubscriptionRequest)(nil),   // 18: grapnel.v1.DeleteSubscriptionRequest
+	(*DeleteSubscriptionResponse)(nil),  // 19: grapnel.v1.DeleteSubscriptionResponse
+	(*PauseSubscriptionRequest)(nil),    // 20: grapnel.v1.PauseSubscriptionRequest
+	(*PauseSubscriptionResponse)(nil),   // 21: grapnel.v1.PauseSubscriptionResponse
+	(*DisableSubscriptionRequest)(nil),  // 22: grapnel.v1.DisableSubscriptionRequest
+	(*DisableSubscriptionResponse)(nil), // 23: grapnel.v1.DisableSubscriptionResponse
+	(*ResumeSubscriptionRequest)(nil),   // 24: grapnel.v1.ResumeSubscriptionRequest
+	(*ResumeSubscriptionResponse)(nil),  // 25: grapnel.v1.ResumeSubscriptionResponse
+	(*TestSubscriptionRequest)(nil),     // 26: grapnel.v1.TestSubscriptionRequest
+	(*TestSubscriptionResponse)(nil),    // 27: grapnel.v1.TestSubscriptionResponse
+	nil,                                 // 28: grapnel.v1.Subscription.LabelsEntry
+	nil,                                 // 29: grapnel.v1.Subscription.HeadersEntry
+	(*PluginBinding)(nil),               // 30: grapnel.v1.PluginBinding
+	(*durationpb.Duration)(nil),         // 31: google.protobuf.Duration
+	(*timestamppb.Timestamp)(nil),       // 32: google.protobuf.Timestamp
+	(*fieldmaskpb.FieldMask)(nil),       // 33: google.protobuf.FieldMask
+	(*Event)(nil),                       // 34: grapnel.v1.Event
+	(*Attempt)(nil),                     // 35: grapnel.v1.Attempt
 }
 var file_grapnel_v1_subscription_proto_depIdxs = []int32{
-	27, // 0: grapnel.v1.Subscription.labels:type_name -> grapnel.v1.Subscription.LabelsEntry
-	28, // 1: grapnel.v1.Subscription.headers:type_name -> grapnel.v1.Subscription.HeadersEntry
-	29, // 2: grapnel.v1.Subscription.signers:type_name -> grapnel.v1.PluginBinding
-	29, // 3: grapnel.v1.Subscription.transport:type_name -> grapnel.v1.PluginBinding
-	30, // 4: grapnel.v1.Subscription.attempt_timeout:type_name -> google.protobuf.Duration
-	6,  // 5: grapnel.v1.Subscription.retry_policy:type_name -> grapnel.v1.RetryPolicy
-	7,  // 6: grapnel.v1.Subscription.failure_policy:type_name -> grapnel.v1.FailurePolicy
+	28, // 0: grapnel.v1.Subscription.labels:type_name -> grapnel.v1.Subscription.LabelsEntry
+	29, // 1: grapnel.v1.Subscription.headers:type_name -> grapnel.v1.Subscription.HeadersEntry
+	30, // 2: grapnel.v1.Subscription.signers:type_name -> grapnel.v1.PluginBinding
+	30, // 3: grapnel.v1.Subscription.transport:type_name -> grapnel.v1.PluginBinding
+	31, // 4: grapnel.v1.Subscription.attempt_timeout:type_name -> google.protobuf.Duration
+	7,  // 5: grapnel.v1.Subscription.retry_policy:type_name -> grapnel.v1.RetryPolicy
+	8,  // 6: grapnel.v1.Subscription.failure_policy:type_name -> grapnel.v1.FailurePolicy
 	0,  // 7: grapnel.v1.Subscription.state:type_name -> grapnel.v1.Subscription.State
-	31, // 8: grapnel.v1.Subscription.create_time:type_name -> google.protobuf.Timestamp
-	31, // 9: grapnel.v1.Subscription.update_time:type_name -> google.protobuf.Timestamp
-	5,  // 10: grapnel.v1.Subscription.payload_shape:type_name -> grapnel.v1.PayloadShape
-	1,  // 11: grapnel.v1.PayloadShape.format:type_name -> grapnel.v1.PayloadShape.Format
-	2,  // 12: grapnel.v1.PayloadShape.compression:type_name -> grapnel.v1.PayloadShape.Compression
-	30, // 13: grapnel.v1.RetryPolicy.initial_backoff:type_name -> google.protobuf.Duration
-	30, // 14: grapnel.v1.RetryPolicy.max_backoff:type_name -> google.protobuf.Duration
-	30, // 15: grapnel.v1.RetryPolicy.max_age:type_name -> google.protobuf.Duration
-	30, // 16: grapnel.v1.RetryPolicy.schedule:type_name -> google.protobuf.Duration
-	30, // 17: grapnel.v1.FailurePolicy.disable_after:type_name -> google.protobuf.Duration
-	4,  // 18: grapnel.v1.CreateSubscriptionRequest.subscription:type_name -> grapnel.v1.Subscription
-	0,  // 19: grapnel.v1.CreateSubscriptionRequest.initial_state:type_name -> grapnel.v1.Subscription.State
-	4,  // 20: grapnel.v1.CreateSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
-	4,  // 21: grapnel.v1.GetSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
-	12, // 22: grapnel.v1.GetSubscriptionResponse.status:type_name -> grapnel.v1.SubscriptionStatus
-	31, // 23: grapnel.v1.SubscriptionStatus.wait_until:type_name -> google.protobuf.Timestamp
-	31, // 24: grapnel.v1.SubscriptionStatus.failing_since:type_name -> google.protobuf.Timestamp
-	31, // 25: grapnel.v1.SubscriptionStatus.last_success_time:type_name -> google.protobuf.Timestamp
-	30, // 26: grapnel.v1.SubscriptionStatus.latency:type_name -> google.protobuf.Duration
-	30, // 27: grapnel.v1.SubscriptionStatus.oldest_due_age:type_name -> google.protobuf.Duration
-	31, // 28: grapnel.v1.SubscriptionStatus.last_condition_error_time:type_name -> google.protobuf.Timestamp
-	3,  // 29: grapnel.v1.SubscriptionStatus.breaker:type_name -> grapnel.v1.SubscriptionStatus.Breaker
-	31, // 30: grapnel.v1.SubscriptionStatus.breaker_since:type_name -> google.protobuf.Timestamp
-	31, // 31: grapnel.v1.SubscriptionStatus.next_probe_time:type_name -> google.protobuf.Timestamp
-	31, // 32: grapnel.v1.SubscriptionStatus.disable_time:type_name -> google.protobuf.Timestamp
-	4,  // 33: grapnel.v1.ListSubscriptionsResponse.subscriptions:type_name -> grapnel.v1.Subscription
-	4,  // 34: grapnel.v1.UpdateSubscriptionRequest.subscription:type_name -> grapnel.v1.Subscription
-	32, // 35: grapnel.v1.UpdateSubscriptionRequest.update_mask:type_name -> google.protobuf.FieldMask
-	4,  // 36: grapnel.v1.UpdateSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
-	4,  // 37: grapnel.v1.PauseSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
-	4,  // 38: grapnel.v1.DisableSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
-	4,  // 39: grapnel.v1.ResumeSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
-	33, // 40: grapnel.v1.TestSubscriptionRequest.event:type_name -> grapnel.v1.Event
-	34, // 41: grapnel.v1.TestSubscriptionResponse.attempt:type_name -> grapnel.v1.Attempt
-	8,  // 42: grapnel.v1.SubscriptionService.CreateSubscription:input_type -> grapnel.v1.CreateSubscriptionRequest
-	10, // 43: grapnel.v1.SubscriptionService.GetSubscription:input_type -> grapnel.v1.GetSubscriptionRequest
-	13, // 44: grapnel.v1.SubscriptionService.ListSubscriptions:input_type -> grapnel.v1.ListSubscriptionsRequest
-	15, // 45: grapnel.v1.SubscriptionService.UpdateSubscription:input_type -> grapnel.v1.UpdateSubscriptionRequest
-	17, // 46: grapnel.v1.SubscriptionService.DeleteSubscription:input_type -> grapnel.v1.DeleteSubscriptionRequest
-	19, // 47: grapnel.v1.SubscriptionService.PauseSubscription:input_type -> grapnel.v1.PauseSubscriptionRequest
-	21, // 48: grapnel.v1.SubscriptionService.DisableSubscription:input_type -> grapnel.v1.DisableSubscriptionRequest
-	23, // 49: grapnel.v1.SubscriptionService.ResumeSubscription:input_type -> grapnel.v1.ResumeSubscriptionRequest
-	25, // 50: grapnel.v1.SubscriptionService.TestSubscription:input_type -> grapnel.v1.TestSubscriptionRequest
-	9,  // 51: grapnel.v1.SubscriptionService.CreateSubscription:output_type -> grapnel.v1.CreateSubscriptionResponse
-	11, // 52: grapnel.v1.SubscriptionService.GetSubscription:output_type -> grapnel.v1.GetSubscriptionResponse
-	14, // 53: grapnel.v1.SubscriptionService.ListSubscriptions:output_type -> grapnel.v1.ListSubscriptionsResponse
-	16, // 54: grapnel.v1.SubscriptionService.UpdateSubscription:output_type -> grapnel.v1.UpdateSubscriptionResponse
-	18, // 55: grapnel.v1.SubscriptionService.DeleteSubscription:output_type -> grapnel.v1.DeleteSubscriptionResponse
-	20, // 56: grapnel.v1.SubscriptionService.PauseSubscription:output_type -> grapnel.v1.PauseSubscriptionResponse
-	22, // 57: grapnel.v1.SubscriptionService.DisableSubscription:output_type -> grapnel.v1.DisableSubscriptionResponse
-	24, // 58: grapnel.v1.SubscriptionService.ResumeSubscription:output_type -> grapnel.v1.ResumeSubscriptionResponse
-	26, // 59: grapnel.v1.SubscriptionService.TestSubscription:output_type -> grapnel.v1.TestSubscriptionResponse
-	51, // [51:60] is the sub-list for method output_type
-	42, // [42:51] is the sub-list for method input_type
-	42, // [42:42] is the sub-list for extension type_name
-	42, // [42:42] is the sub-list for extension extendee
-	0,  // [0:42] is the sub-list for field type_name
+	32, // 8: grapnel.v1.Subscription.create_time:type_name -> google.protobuf.Timestamp
+	32, // 9: grapnel.v1.Subscription.update_time:type_name -> google.protobuf.Timestamp
+	6,  // 10: grapnel.v1.Subscription.payload_shape:type_name -> grapnel.v1.PayloadShape
+	1,  // 11: grapnel.v1.Subscription.on_exhausted:type_name -> grapnel.v1.Subscription.OnExhausted
+	2,  // 12: grapnel.v1.PayloadShape.format:type_name -> grapnel.v1.PayloadShape.Format
+	3,  // 13: grapnel.v1.PayloadShape.compression:type_name -> grapnel.v1.PayloadShape.Compression
+	31, // 14: grapnel.v1.RetryPolicy.initial_backoff:type_name -> google.protobuf.Duration
+	31, // 15: grapnel.v1.RetryPolicy.max_backoff:type_name -> google.protobuf.Duration
+	31, // 16: grapnel.v1.RetryPolicy.max_age:type_name -> google.protobuf.Duration
+	31, // 17: grapnel.v1.RetryPolicy.schedule:type_name -> google.protobuf.Duration
+	31, // 18: grapnel.v1.FailurePolicy.disable_after:type_name -> google.protobuf.Duration
+	5,  // 19: grapnel.v1.CreateSubscriptionRequest.subscription:type_name -> grapnel.v1.Subscription
+	0,  // 20: grapnel.v1.CreateSubscriptionRequest.initial_state:type_name -> grapnel.v1.Subscription.State
+	5,  // 21: grapnel.v1.CreateSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
+	5,  // 22: grapnel.v1.GetSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
+	13, // 23: grapnel.v1.GetSubscriptionResponse.status:type_name -> grapnel.v1.SubscriptionStatus
+	32, // 24: grapnel.v1.SubscriptionStatus.wait_until:type_name -> google.protobuf.Timestamp
+	32, // 25: grapnel.v1.SubscriptionStatus.failing_since:type_name -> google.protobuf.Timestamp
+	32, // 26: grapnel.v1.SubscriptionStatus.last_success_time:type_name -> google.protobuf.Timestamp
+	31, // 27: grapnel.v1.SubscriptionStatus.latency:type_name -> google.protobuf.Duration
+	31, // 28: grapnel.v1.SubscriptionStatus.oldest_due_age:type_name -> google.protobuf.Duration
+	32, // 29: grapnel.v1.SubscriptionStatus.last_condition_error_time:type_name -> google.protobuf.Timestamp
+	4,  // 30: grapnel.v1.SubscriptionStatus.breaker:type_name -> grapnel.v1.SubscriptionStatus.Breaker
+	32, // 31: grapnel.v1.SubscriptionStatus.breaker_since:type_name -> google.protobuf.Timestamp
+	32, // 32: grapnel.v1.SubscriptionStatus.next_probe_time:type_name -> google.protobuf.Timestamp
+	32, // 33: grapnel.v1.SubscriptionStatus.disable_time:type_name -> google.protobuf.Timestamp
+	5,  // 34: grapnel.v1.ListSubscriptionsResponse.subscriptions:type_name -> grapnel.v1.Subscription
+	5,  // 35: grapnel.v1.UpdateSubscriptionRequest.subscription:type_name -> grapnel.v1.Subscription
+	33, // 36: grapnel.v1.UpdateSubscriptionRequest.update_mask:type_name -> google.protobuf.FieldMask
+	5,  // 37: grapnel.v1.UpdateSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
+	5,  // 38: grapnel.v1.PauseSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
+	5,  // 39: grapnel.v1.DisableSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
+	5,  // 40: grapnel.v1.ResumeSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
+	34, // 41: grapnel.v1.TestSubscriptionRequest.event:type_name -> grapnel.v1.Event
+	35, // 42: grapnel.v1.TestSubscriptionResponse.attempt:type_name -> grapnel.v1.Attempt
+	9,  // 43: grapnel.v1.SubscriptionService.CreateSubscription:input_type -> grapnel.v1.CreateSubscriptionRequest
+	11, // 44: grapnel.v1.SubscriptionService.GetSubscription:input_type -> grapnel.v1.GetSubscriptionRequest
+	14, // 45: grapnel.v1.SubscriptionService.ListSubscriptions:input_type -> grapnel.v1.ListSubscriptionsRequest
+	16, // 46: grapnel.v1.SubscriptionService.UpdateSubscription:input_type -> grapnel.v1.UpdateSubscriptionRequest
+	18, // 47: grapnel.v1.SubscriptionService.DeleteSubscription:input_type -> grapnel.v1.DeleteSubscriptionRequest
+	20, // 48: grapnel.v1.SubscriptionService.PauseSubscription:input_type -> grapnel.v1.PauseSubscriptionRequest
+	22, // 49: grapnel.v1.SubscriptionService.DisableSubscription:input_type -> grapnel.v1.DisableSubscriptionRequest
+	24, // 50: grapnel.v1.SubscriptionService.ResumeSubscription:input_type -> grapnel.v1.ResumeSubscriptionRequest
+	26, // 51: grapnel.v1.SubscriptionService.TestSubscription:input_type -> grapnel.v1.TestSubscriptionRequest
+	10, // 52: grapnel.v1.SubscriptionService.CreateSubscription:output_type -> grapnel.v1.CreateSubscriptionResponse
+	12, // 53: grapnel.v1.SubscriptionService.GetSubscription:output_type -> grapnel.v1.GetSubscriptionResponse
+	15, // 54: grapnel.v1.SubscriptionService.ListSubscriptions:output_type -> grapnel.v1.ListSubscriptionsResponse
+	17, // 55: grapnel.v1.SubscriptionService.UpdateSubscription:output_type -> grapnel.v1.UpdateSubscriptionResponse
+	19, // 56: grapnel.v1.SubscriptionService.DeleteSubscription:output_type -> grapnel.v1.DeleteSubscriptionResponse
+	21, // 57: grapnel.v1.SubscriptionService.PauseSubscription:output_type -> grapnel.v1.PauseSubscriptionResponse
+	23, // 58: grapnel.v1.SubscriptionService.DisableSubscription:output_type -> grapnel.v1.DisableSubscriptionResponse
+	25, // 59: grapnel.v1.SubscriptionService.ResumeSubscription:output_type -> grapnel.v1.ResumeSubscriptionResponse
+	27, // 60: grapnel.v1.SubscriptionService.TestSubscription:output_type -> grapnel.v1.TestSubscriptionResponse
+	52, // [52:61] is the sub-list for method output_type
+	43, // [43:52] is the sub-list for method input_type
+	43, // [43:43] is the sub-list for extension type_name
+	43, // [43:43] is the sub-list for extension extendee
+	0,  // [0:43] is the sub-list for field type_name
 }
 
 func init() { file_grapnel_v1_subscription_proto_init() }
@@ -2328,7 +2416,7 @@ func file_grapnel_v1_subscription_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_grapnel_v1_subscription_proto_rawDesc), len(file_grapnel_v1_subscription_proto_rawDesc)),
-			NumEnums:      4,
+			NumEnums:      5,
 			NumMessages:   25,
 			NumExtensions: 0,
 			NumServices:   1,

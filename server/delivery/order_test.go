@@ -1,0 +1,346 @@
+package delivery
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+)
+
+// keyed is an event with an ordering key, for ordered subscriptions.
+func keyed(id, key string, subs ...int) Publication {
+	p := publication(id, subs...)
+	p.Event.OrderingKey = key
+	for i := range p.Targets {
+		p.Targets[i].Ordered = true
+	}
+	return p
+}
+
+// turn is the event whose delivery to subscription 1 may be attempted, of an ordering key; "" when none may.
+func (b *bench) turn(key string) (id string, job Job) {
+	b.t.Helper()
+	b.flush()
+	for _, kind := range []Kind{FIFO, Timer} {
+		for _, j := range b.read(lane(1), kind, b.clock.now().Add(1000*time.Hour), 100) {
+			if j.Order == orderKeyOf(key) {
+				if id != "" {
+					b.t.Fatalf("%s and %s have the turn of %s", id, j.Event.ID, key)
+				}
+				id, job = j.Event.ID, j
+			}
+		}
+	}
+	return id, job
+}
+
+func (b *bench) wantTurn(key, want string) Job {
+	b.t.Helper()
+	id, job := b.turn(key)
+	if id != want {
+		b.t.Fatalf("it is the turn of %q of %s, want %q", id, key, want)
+	}
+	return job
+}
+
+func TestOrderedDeliveriesGoOneAfterAnother(t *testing.T) {
+	b := newBench(t)
+	plain := keyed("plain", "a", 1)
+	plain.Targets[0].Ordered = false
+	b.append(keyed("a1", "a", 1), keyed("b1", "b", 1), keyed("a2", "a", 1), plain, keyed("a3", "a", 1))
+	var offered []string
+	for _, j := range b.jobs() {
+		offered = append(offered, j.Event.ID)
+	}
+	slices.Sort(offered)
+	if !slices.Equal(offered, []string{"a1", "b1", "plain"}) {
+		t.Fatalf("offered %v", offered)
+	}
+	if n := b.OpenOf(lane(1)); n != 5 {
+		t.Errorf("%d open, want 5", n)
+	}
+	for _, id := range []string{"a1", "a2"} {
+		job := b.wantTurn("a", id)
+		b.failed(job, time.Hour) // an attempt that is to be repeated keeps its key
+		job = b.wantTurn("a", id)
+		if job.Kind != Timer || job.Attempts != 1 {
+			t.Errorf("%s is tried again as %+v", id, job)
+		}
+		b.succeed(job)
+	}
+	b.reopen()
+	b.succeed(b.wantTurn("a", "a3"))
+	b.wantTurn("a", "")
+	b.wantTurn("b", "b1")
+	// The key is free again.
+	b.append(keyed("a4", "a", 1))
+	b.wantTurn("a", "a4")
+}
+
+func TestWaitingDeliverySaysWhatItWaitsFor(t *testing.T) {
+	b := newBench(t)
+	b.append(keyed("1", "k", 1), keyed("2", "k", 1))
+	head := b.wantTurn("k", "1")
+	page, err := b.Deliveries(Query{Namespace: acme, Subscription: 1, States: []State{Pending}})
+	if err != nil || len(page.Deliveries) != 2 {
+		t.Fatalf("%d pending, %v", len(page.Deliveries), err)
+	}
+	d := page.Deliveries[0]
+	if want := "waits for its ordering key: it is the turn of delivery " + head.ID.String(); d.EventID != "2" || d.StateReason != want || !d.WaitsForKey {
+		t.Errorf("waits as %+v, want %q", d, want)
+	}
+	b.settle(head, Step{State: Exhausted, Reason: "enough", Block: true}, attemptAt(1, OutcomeRetryable, 500, b.clock.now()))
+	b.flush()
+	if got := b.delivery(d.ID).StateReason; !strings.Contains(got, head.ID.String()+" has failed") {
+		t.Errorf("waits for a failed one: %q", got)
+	}
+	if got := b.delivery(head.ID).StateReason; got != "enough; its ordering key waits until it is retried or cancelled" {
+		t.Errorf("blocks: %q", got)
+	}
+}
+
+func TestFailedDeliverySkipsOrBlocksItsKey(t *testing.T) {
+	ctx := context.Background()
+	fail := func(b *bench, id string, block bool) Job {
+		job := b.wantTurn("k", id)
+		b.settle(job, Step{State: Rejected, Reason: "no", Block: block}, attemptAt(job.Attempts+1, OutcomePermanent, 400, b.clock.now()))
+		b.flush()
+		return job
+	}
+	start := func(t *testing.T) *bench {
+		b := newBench(t)
+		for i := range 5 {
+			b.append(keyed(fmt.Sprint(i), "k", 1))
+		}
+		return b
+	}
+	t.Run("skip", func(t *testing.T) {
+		b := start(t)
+		first := fail(b, "0", false)
+		fail(b, "1", false)
+		if got := b.delivery(first.ID).StateReason; got != "no; its ordering key goes on without it" {
+			t.Errorf("reason %q", got)
+		}
+		job := b.wantTurn("k", "2")
+		if job.Gap != 2 || b.delivery(job.ID).OrderingGap != 2 {
+			t.Errorf("gap %d, want 2", job.Gap)
+		}
+		b.succeed(job)
+		if job := b.wantTurn("k", "3"); job.Gap != 0 {
+			t.Errorf("gap %d after a success", job.Gap)
+		}
+	})
+	t.Run("retry", func(t *testing.T) {
+		b := start(t)
+		job := fail(b, "0", true)
+		b.wantTurn("k", "")
+		b.reopen()
+		b.wantTurn("k", "")
+		if _, err := b.Retry(ctx, lane(1), job.ID, -1); err != nil {
+			t.Fatal(err)
+		}
+		b.succeed(b.wantTurn("k", "0"))
+		if job := b.wantTurn("k", "1"); job.Gap != 0 {
+			t.Errorf("gap %d behind a success", job.Gap)
+		}
+	})
+	t.Run("cancel", func(t *testing.T) {
+		b := start(t)
+		job := fail(b, "0", true)
+		if d, err := b.Cancel(ctx, lane(1), job.ID, "never mind"); err != nil || d.State != Cancelled {
+			t.Fatalf("%+v, %v", d, err)
+		}
+		if job := b.wantTurn("k", "1"); job.Gap != 1 {
+			t.Errorf("gap %d, want 1", job.Gap)
+		}
+		if _, err := b.Cancel(ctx, lane(1), fail(b, "1", false).ID, "x"); !errors.Is(err, ErrFinal) {
+			t.Errorf("cancel of one that blocks nothing: %v", err)
+		}
+	})
+	t.Run("unblock", func(t *testing.T) {
+		b := start(t)
+		job := fail(b, "0", true)
+		lanes, err := b.BlockedLanes()
+		if err != nil || !slices.Equal(lanes, []LaneKey{lane(1)}) {
+			t.Fatalf("blocked lanes %v, %v", lanes, err)
+		}
+		if n, err := b.Unblock(ctx, lane(1), func() bool { return false }); n != 0 || err != nil {
+			t.Errorf("%d unblocked, %v", n, err)
+		}
+		if n, err := b.Unblock(ctx, lane(1), nil); n != 1 || err != nil {
+			t.Errorf("%d unblocked, %v", n, err)
+		}
+		if got := b.delivery(job.ID).StateReason; got != "no; its ordering key goes on without it" {
+			t.Errorf("reason %q", got)
+		}
+		if job := b.wantTurn("k", "1"); job.Gap != 1 {
+			t.Errorf("gap %d, want 1", job.Gap)
+		}
+	})
+	t.Run("cancel lane", func(t *testing.T) {
+		b := start(t)
+		fail(b, "0", true)
+		if n, err := b.CancelLane(ctx, lane(1), "deleted", nil); n != 4 || err != nil {
+			t.Fatalf("%d cancelled, %v", n, err)
+		}
+		b.append(keyed("after", "k", 1))
+		b.wantTurn("k", "after")
+	})
+	t.Run("retention", func(t *testing.T) {
+		b := start(t)
+		job := fail(b, "0", true)
+		b.clock.add(240 * time.Hour)
+		for range 2 {
+			if err := b.Retain(ctx, Retention{Of: func(NamespaceKey) time.Duration { return 48 * time.Hour }}); err != nil {
+				t.Fatal(err)
+			}
+			b.clock.add(24 * time.Hour)
+		}
+		if _, err := b.Retry(ctx, lane(1), job.ID, -1); err != nil {
+			t.Fatal(err)
+		}
+		b.succeed(b.wantTurn("k", "0"))
+		b.wantTurn("k", "1")
+	})
+}
+
+// What a caller brings back waits for its turn, and has it before those that were accepted after it.
+func TestRetriedDeliveryWaitsForItsTurn(t *testing.T) {
+	b := newBench(t)
+	for i := range 4 {
+		b.append(keyed(fmt.Sprint(i), "k", 1))
+	}
+	first := b.wantTurn("k", "0")
+	b.exhaust(first)
+	second := b.wantTurn("k", "1")
+	d, err := b.Retry(context.Background(), lane(1), first.ID, -1)
+	if err != nil || d.State != Scheduled || !d.WaitsForKey || !strings.Contains(d.StateReason, second.ID.String()) {
+		t.Fatalf("retried: %+v, %v", d, err)
+	}
+	b.succeed(b.wantTurn("k", "1"))
+	again := b.wantTurn("k", "0")
+	if again.Attempts != 1 || !again.Manual {
+		t.Errorf("comes back as %+v", again)
+	}
+	b.succeed(again)
+	b.wantTurn("k", "2")
+}
+
+// The time in which attempts may start begins with the turn of a delivery.
+func TestMaxAgeCountsFromTheTurn(t *testing.T) {
+	b := newBench(t)
+	b.append(keyed("0", "k", 1), keyed("1", "k", 1))
+	b.clock.add(30 * time.Hour) // max_age is one hour
+	b.succeed(b.wantTurn("k", "0"))
+	if job := b.wantTurn("k", "1"); !job.Expire.Equal(b.clock.now().Add(time.Hour)) {
+		t.Errorf("expires %v, want an hour from %v", job.Expire, b.clock.now())
+	}
+}
+
+// An event that is to be delivered later holds back those of its key, and one that waits is not delivered early.
+func TestDeliverTimeOfOrderedEvents(t *testing.T) {
+	b := newBench(t)
+	late := func(id string, in time.Duration) Publication {
+		p := keyed(id, "k", 1)
+		p.Event.DeliverTime = b.clock.now().Add(in)
+		return p
+	}
+	b.append(late("0", time.Hour), keyed("1", "k", 1), late("2", 3*time.Hour))
+	if job := b.wantTurn("k", "0"); job.Kind != Timer || job.Due != InstantOf(b.clock.now().Add(time.Hour)) {
+		t.Errorf("the first is %+v", job)
+	}
+	due := InstantOf(b.clock.now().Add(3 * time.Hour))
+	b.clock.add(time.Hour)
+	b.succeed(b.wantTurn("k", "0"))
+	b.succeed(b.wantTurn("k", "1"))
+	if job := b.wantTurn("k", "2"); job.Kind != Timer || job.Due != due || !b.delivery(job.ID).NextAttempt.Equal(due.Time()) {
+		t.Errorf("the last is %+v", job)
+	}
+}
+
+// An event id is taken within its ordering key, and the event is found by it all the same.
+func TestOrderingKeyTellsEventsApart(t *testing.T) {
+	b := newBench(t)
+	var uids []string
+	for _, key := range []string{"", "a", "b", "c", "d", "e", "f"} {
+		r := b.append(keyed("same", key, 1))
+		if r[0].Duplicate {
+			t.Errorf("with key %q it is a duplicate", key)
+		}
+		if r := b.append(keyed("same", key, 1)); !r[0].Duplicate {
+			t.Errorf("with key %q it is no duplicate of itself", key)
+		}
+		uids = append(uids, r[0].Event.UID)
+		b.clock.add(time.Second)
+	}
+	check := func() {
+		e, err := b.Event(acme, "same")
+		if err != nil || e.UID != uids[len(uids)-1] || e.OrderingKey != "f" {
+			t.Errorf("latest %+v, %v", e, err)
+		}
+		if all := all(t, b, Query{Namespace: acme, EventID: "same"}); len(all) != len(uids) {
+			t.Errorf("%d deliveries by the id, want %d", len(all), len(uids))
+		}
+	}
+	check()
+	b.reopen()
+	check()
+}
+
+// A key that is blocked costs nothing, however many wait: they are neither offered, nor read, nor found at the start.
+func TestBlockedKeyIsNotRead(t *testing.T) {
+	b := newBench(t)
+	b.append(keyed("head", "k", 1))
+	job := b.wantTurn("k", "head")
+	b.settle(job, Step{State: Exhausted, Block: true}, attemptAt(1, OutcomeRetryable, 500, b.clock.now()))
+	b.flush()
+	for i := range 1000 {
+		b.append(keyed(fmt.Sprint(i), "k", 1))
+	}
+	if jobs := b.jobs(); len(jobs) != 1 { // the head
+		t.Errorf("%d were offered", len(jobs))
+	}
+	b.reopen()
+	if lanes := b.lanes(); len(lanes) != 0 {
+		t.Errorf("lanes %+v", lanes)
+	}
+	waitFor(t, b.Counted)
+	if n := b.OpenOf(lane(1)); n != 1000 {
+		t.Errorf("%d open, want 1000", n)
+	}
+	b.follower.heard()
+	if _, err := b.Cancel(context.Background(), lane(1), job.ID, "x"); err != nil {
+		t.Fatal(err)
+	}
+	if told := b.follower.heard(); !slices.Equal(told, []string{"timed 1"}) {
+		t.Errorf("told %v", told)
+	}
+	if found, err := b.Read(lane(1), job.ID.Partition, FIFO, Pos{Some: true}, 0, 10, 1<<20); err != nil || len(found.Jobs) != 1 || found.Next.Some {
+		t.Errorf("read %d rows, next %v, %v", len(found.Jobs), found.Next, err)
+	} else {
+		b.Release(found.Jobs[0].Event)
+	}
+}
+
+// A row that cannot be read does not keep its key waiting, and the check of a stopped journal names it.
+func TestDamagedRowLosesItsTurn(t *testing.T) {
+	dir := t.TempDir()
+	b := newBench(t, func(o *Options) { o.fs, o.Dir, o.MinFreeBytes = nil, dir, -1 })
+	r := b.append(keyed("0", "k", 1), keyed("1", "k", 1), keyed("2", "k", 1))
+	damaged := appendBlockedRow(nil, r[1].Event.Partition, lane(1), orderKeyOf("k"), r[1].Event.Seq)
+	if err := b.db.Set(damaged, []byte{9}, nil); err != nil {
+		t.Fatal(err)
+	}
+	b.succeed(b.wantTurn("k", "0"))
+	b.succeed(b.wantTurn("k", "2"))
+	b.flush()
+	b.close()
+	var found []Damage
+	sum, err := Inspect(t.Context(), dir, func(d Damage) { found = append(found, d) })
+	if err != nil || sum.Open != 1 || len(found) != 1 || !strings.Contains(found[0].What, "ordering key") {
+		t.Errorf("%+v, %+v, %v", sum, found, err)
+	}
+}
