@@ -40,7 +40,7 @@ func (e *Engine) Retry(ctx context.Context, id delivery.ID, key delivery.LaneKey
 	if x := l.held[place{id.Seq, id.Partition}]; x != nil && x.stage == window.Waiting && x.Kind == delivery.FIFO {
 		x.Manual = true
 	}
-	l.health.open()
+	l.health.Open(e.now())
 	l.kick(e.now())
 	return d, err
 }
@@ -139,9 +139,9 @@ func (e *Engine) turn(key delivery.LaneKey, opened bool) {
 		return
 	}
 	defer l.start.Unlock()
-	failing := opened && !l.health.failing.IsZero()
+	failing := opened && !l.health.FailingSince().IsZero()
 	if failing {
-		l.health.failing = time.Time{}
+		l.health.Forgive()
 	}
 	l.sweepAt = time.Time{}
 	l.kick(e.now())
@@ -156,7 +156,7 @@ func (e *Engine) failingAway(ns delivery.NamespaceKey) (keys []delivery.LaneKey)
 	e.mu.RLock()
 	defer e.mu.RUnlock()
 	for key, h := range e.healths {
-		if !h.failing.IsZero() && (ns == 0 || key.Namespace == ns) {
+		if !h.FailingSince().IsZero() && (ns == 0 || key.Namespace == ns) {
 			keys = append(keys, key)
 		}
 	}
@@ -174,15 +174,15 @@ func (e *Engine) changed(key delivery.LaneKey, was, is *subscription.Subscriptio
 		return
 	}
 	defer l.start.Unlock()
-	failing := !l.health.failing.IsZero()
+	failing := !l.health.FailingSince().IsZero()
 	switch {
 	case renewed:
 		l.retarget()
 	case again:
-		l.health.open()
-		l.health.failing = time.Time{}
-	case was != nil && is != nil && was.MaxRate != is.MaxRate:
-		l.health.open()
+		l.health.Open(e.now())
+		l.health.Forgive()
+	case l.pacer != nil && was != nil && is != nil && was.MaxRate != is.MaxRate:
+		l.pacer.until = time.Time{}
 	}
 	l.sweepAt = time.Time{}
 	l.kick(e.now())
@@ -219,7 +219,7 @@ func (l *lane) note() {
 	l.noting.Lock()
 	defer l.noting.Unlock()
 	l.mu.Lock()
-	since := l.health.failing
+	since := l.health.FailingSince()
 	l.mu.Unlock()
 	l.e.journal.SetFailing(l.key, since)
 }

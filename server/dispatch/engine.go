@@ -42,6 +42,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/grapnel/grapnel/server/delivery"
+	"github.com/grapnel/grapnel/server/dispatch/health"
 	"github.com/grapnel/grapnel/server/subscription"
 )
 
@@ -192,7 +193,7 @@ type Engine struct {
 	// tenants are the namespaces of lanes.
 	tenants map[delivery.NamespaceKey]*tenant
 	// healths is what is known of targets of lanes that have nothing open.
-	healths map[delivery.LaneKey]health
+	healths map[delivery.LaneKey]health.Health
 	// partitions says how those stand that were not started with all others.
 	partitions map[uint16]phase
 	running    chan struct{} // closed when Run's goroutines have ended; nil before Run
@@ -230,7 +231,7 @@ func New(o Options) *Engine {
 		pools:      pools{window: o.Window},
 		budget:     budget{limit: o.WindowBytes, events: o.Journal},
 		statistics: statistics{limit: o.StatsBytes, lanes: make(map[delivery.LaneKey]*series), rest: &series{}},
-		lanes:      make(map[delivery.LaneKey]*lane), tenants: make(map[delivery.NamespaceKey]*tenant), healths: make(map[delivery.LaneKey]health),
+		lanes:      make(map[delivery.LaneKey]*lane), tenants: make(map[delivery.NamespaceKey]*tenant), healths: make(map[delivery.LaneKey]health.Health),
 		partitions: make(map[uint16]phase),
 		drained:    make(chan struct{}, 1), finished: make(chan struct{}),
 		disables: make(chan struct{}, disablesAtOnce),

@@ -4,6 +4,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/grapnel/grapnel/server/dispatch/health"
 	"github.com/grapnel/grapnel/server/subscription"
 )
 
@@ -178,7 +179,7 @@ func (s *slots) countStrays(l *lane, n int64) {
 }
 
 // share is how many slots one lane may hold.
-func (s *slots) share(h *health, st standing, sub *subscription.Subscription) int {
+func (s *slots) share(h *health.Health, st standing, sub *subscription.Subscription) int {
 	most := maxInFlight(sub)
 	slow := s.slow.Load()
 	switch st {
@@ -196,9 +197,9 @@ func (s *slots) share(h *health, st standing, sub *subscription.Subscription) in
 		return 1
 	}
 	switch {
-	case !h.answers:
+	case !h.Answers():
 		return 1
-	case slow < part8(s.total, 2) && !h.hangs:
+	case slow < part8(s.total, 2) && !h.Hangs():
 		return min(most, max(few, int(s.total/10)))
 	case slow < part8(s.total, 3):
 		return min(most, few)
