@@ -151,12 +151,16 @@ those that were given up. Each is told that cannot be, and the exit code is then
 	countVar(cmd.Flags(), &after, "if-attempt-count", 0, 0, 0, "fail unless this many attempts have ended; guards against retrying twice")
 	cmd.Flags().Lookup("limit").Usage = "at most this many of those that the flags select, newest first; 0 takes all"
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		lifted := ""
 		retry := func(ctx context.Context, cl *client.Client, name string) (*grapnelv1.Delivery, error) {
 			r := &grapnelv1.RetryDeliveryRequest{Name: name}
 			if cmd.Flags().Changed("if-attempt-count") {
 				r.IfAttemptCount = &after
 			}
 			answer, err := cl.DeliveryService().RetryDelivery(ctx, r)
+			if len(args) == 1 && err == nil {
+				lifted = answer.GetLifted()
+			}
 			return answer.GetDelivery(), err
 		}
 		names, err := f.named(cmd, c, args)
@@ -166,7 +170,11 @@ those that were given up. Each is told that cannot be, and the exit code is then
 		if len(names) == 1 {
 			return c.with(cmd, func(ctx context.Context, cl *client.Client) error {
 				d, err := retry(ctx, cl, names[0])
-				return c.newDeliveryState(d, err)
+				if err := c.newDeliveryState(d, err); err != nil {
+					return err
+				}
+				c.lifted(lifted)
+				return nil
 			})
 		}
 		if len(names) > 1 {

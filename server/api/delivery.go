@@ -129,6 +129,7 @@ func (s deliveryService) RetryDelivery(ctx context.Context, r *grapnelv1.RetryDe
 	if r.IfAttemptCount != nil {
 		attempts = int(r.GetIfAttemptCount())
 	}
+	held := s.Engine.HeldBy(laneOf(d))
 	after, err := s.Engine.Retry(ctx, d.ID, laneOf(d), attempts)
 	if errors.Is(err, delivery.ErrInvalidState) {
 		return nil, s.cannot("retried", r.GetName(), d, attempts)
@@ -136,7 +137,7 @@ func (s deliveryService) RetryDelivery(ctx context.Context, r *grapnelv1.RetryDe
 	if err != nil {
 		return nil, toStatus(err, r.GetName())
 	}
-	return &grapnelv1.RetryDeliveryResponse{Delivery: s.deliveryProto(ns, after, false)}, nil
+	return &grapnelv1.RetryDeliveryResponse{Delivery: s.deliveryProto(ns, after, false), Lifted: held}, nil
 }
 
 // CancelDelivery stops a delivery for good; an attempt that is running is left to end.

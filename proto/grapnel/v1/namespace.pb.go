@@ -255,7 +255,8 @@ type Quota struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Subscriptions; 0 is no limit.
 	MaxSubscriptions int32 `protobuf:"varint,1,opt,name=max_subscriptions,json=maxSubscriptions,proto3" json:"max_subscriptions,omitempty"`
-	// Accepted events per second, averaged over 10 s; 0 is no limit.
+	// Accepted events per second, averaged over 10 s: up to ten seconds' worth that was not used may come at once, and a
+	// batch may pass in part; 0 is no limit.
 	MaxPublishRate int32 `protobuf:"varint,2,opt,name=max_publish_rate,json=maxPublishRate,proto3" json:"max_publish_rate,omitempty"`
 	// Payload bytes of one event, at most 1048576; 0 means the default, 262144.
 	MaxEventBytes int32 `protobuf:"varint,3,opt,name=max_event_bytes,json=maxEventBytes,proto3" json:"max_event_bytes,omitempty"`
