@@ -19,6 +19,7 @@ var allowed = map[string][]string{
 	"sdk/client":                   {"proto/grapnel/v1"},
 	"internal/wire":                {},
 	"internal/redact":              {},
+	"internal/required":            {}, // of tests only
 	"sdk/plugin":                   {"proto/grapnel/plugin/v1", "internal/..."},
 	"sdk/plugintest":               {"proto/grapnel/plugin/v1", "sdk/plugin"},
 	"sdk/webhook":                  {},

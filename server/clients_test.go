@@ -1,6 +1,7 @@
 package server_test
 
 import (
+	"errors"
 	"io"
 	"net"
 	"os"
@@ -16,20 +17,17 @@ import (
 	"google.golang.org/protobuf/reflect/protodesc"
 	"google.golang.org/protobuf/types/descriptorpb"
 
+	"github.com/grapnel/grapnel/internal/required"
 	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
 	"github.com/grapnel/grapnel/server/servertest"
 )
 
-// requires skips the test where a tool is not installed, unless GRAPNEL_REQUIRE names its language.
+// requires is required.Tool for what is either there or not.
 func requires(t *testing.T, language, how string, found bool) {
 	t.Helper()
-	if found {
-		return
+	if !found {
+		required.Tool(t, language, errors.New("is not installed"), how)
 	}
-	if strings.Contains(os.Getenv("GRAPNEL_REQUIRE"), language) {
-		t.Fatalf("%s: %s", language, how)
-	}
-	t.Skipf("%s: %s", language, how)
 }
 
 func installed(names ...string) bool {

@@ -8,16 +8,15 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strings"
 	"testing"
 
+	"github.com/grapnel/grapnel/internal/required"
 	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
 	"github.com/grapnel/grapnel/server"
 	"github.com/grapnel/grapnel/server/servertest"
 )
 
-// needs skips the test where a language that plugins are written in is not installed, unless
-// GRAPNEL_REQUIRE names it.
+// needs is required.Tool for the languages that plugins are written in.
 func needs(t *testing.T, language string) {
 	t.Helper()
 	var err error
@@ -34,13 +33,7 @@ func needs(t *testing.T, language string) {
 			_, err = os.Stat("../plugins/example-node/node_modules")
 		}
 	}
-	if err == nil {
-		return
-	}
-	if strings.Contains(os.Getenv("GRAPNEL_REQUIRE"), language) {
-		t.Fatalf("%s: %v; %s", language, err, how)
-	}
-	t.Skipf("%s: %v; %s", language, err, how)
+	required.Tool(t, language, err, how)
 }
 
 // TestPluginsInOtherLanguages delivers with the example plugins in Python, JavaScript and Ruby: signed by theirs and

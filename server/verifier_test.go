@@ -22,6 +22,7 @@ import (
 	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/structpb"
 
+	"github.com/grapnel/grapnel/internal/required"
 	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
 	"github.com/grapnel/grapnel/sdk/webhook"
 	"github.com/grapnel/grapnel/server/servertest"
@@ -46,23 +47,14 @@ type question struct {
 	Config  map[string]any    `json:"config"`
 }
 
-// newOracle starts it. Without node or its packages the test is skipped, unless GRAPNEL_REQUIRE has node.
+// newOracle starts it. It needs node and packages.
 func newOracle(t *testing.T) *oracle {
 	t.Helper()
 	dir := filepath.Join("testdata", "verifiers")
-	absent := func(why string) {
-		if strings.Contains(os.Getenv("GRAPNEL_REQUIRE"), "node") {
-			t.Fatal(why)
-		}
-		t.Skip(why)
-	}
 	node, err := exec.LookPath("node")
-	if err != nil {
-		absent("the official verifiers need node, which is not installed")
-	}
-	if _, err := os.Stat(filepath.Join(dir, "node_modules")); err != nil {
-		absent("the official verifiers are not installed: run `npm ci` in server/testdata/verifiers")
-	}
+	required.Tool(t, "node", err, "the official verifiers need it")
+	_, err = os.Stat(filepath.Join(dir, "node_modules"))
+	required.Tool(t, "node", err, "run `npm ci` in server/testdata/verifiers")
 	cmd := exec.Command(node, "verify.mjs")
 	cmd.Dir, cmd.Stderr = dir, testLog{t}
 	in, err := cmd.StdinPipe()

@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -130,6 +131,7 @@ func takeBackup(r io.Reader, path string) (size int64, b server.Backup, err erro
 func newRestoreCommand(c *cli) *cobra.Command {
 	var o server.RestoreOptions
 	var logLevel string
+	var endpoints []string
 	cmd := &cobra.Command{
 		Use:   "restore FILE",
 		Short: "Make a data directory out of a backup",
@@ -143,6 +145,10 @@ then is delivered again, with the same webhook-id. Never start it beside the ser
 		Example: "  grapnel restore grapnel.tar --data-dir ./restored\n  grapnel restore grapnel.tar --data-dir ./restored --secret-key ./secret.key",
 		Args:    exactly("FILE that grapnel backup has made"),
 		RunE: func(cmd *cobra.Command, args []string) (err error) {
+			if len(endpoints) > 0 {
+				return usagef("--etcd-endpoints %s: a restore makes an embedded etcd, wherever the configuration was, and puts nothing into an external one; "+
+					"leave it out, and start the server without it too", strings.Join(endpoints, ","))
+			}
 			if o.Logger, err = newLogger(c.stderr, logLevel, "text"); err != nil {
 				return usageError{err}
 			}
@@ -161,6 +167,9 @@ then is delivered again, with the same webhook-id. Never start it beside the ser
 	cmd.Flags().StringVar(&o.DataDir, "data-dir", "", "`directory` to make")
 	cmd.Flags().StringVar(&o.SecretKey, "secret-key", "", "`file` with the key of the secrets, where the backup is without it")
 	cmd.Flags().StringVar(&logLevel, "log-level", "warn", "debug, info, warn or error")
+	// Whoever runs a server with an external etcd will try it.
+	cmd.Flags().StringSliceVar(&endpoints, "etcd-endpoints", nil, "not for a restore")
+	must(cmd.Flags().MarkHidden("etcd-endpoints"))
 	must(cmd.MarkFlagDirname("data-dir"))
 	must(cmd.MarkFlagFilename("secret-key"))
 	return cmd

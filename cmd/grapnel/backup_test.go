@@ -279,6 +279,9 @@ func TestRestoreRefuses(t *testing.T) {
 	if code, _, stderr := grapnel(t, "", "restore", file, "--data-dir", dir); code != 1 || !strings.Contains(stderr, "is not empty") {
 		t.Errorf("over a data directory: %d %s", code, stderr)
 	}
+	if code, _, stderr := grapnel(t, "", "restore", file, "--data-dir", to, "--etcd-endpoints", "http://127.0.0.1:2379"); code != 2 || !strings.Contains(stderr, "puts nothing into an external one") {
+		t.Errorf("into an external etcd: %d %s", code, stderr)
+	}
 	// One that was killed in the middle of it.
 	if err := os.MkdirAll(filepath.Join(to, "restoring", "journal"), 0o700); err != nil {
 		t.Fatal(err)

@@ -3,6 +3,7 @@ package httpplugin
 import (
 	"bufio"
 	"bytes"
+	"errors"
 	"flag"
 	"fmt"
 	"io"
@@ -18,6 +19,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/grapnel/grapnel/internal/required"
 	"github.com/grapnel/grapnel/sdk/plugin"
 )
 
@@ -127,7 +129,7 @@ func (m *matrix) goServer(t *testing.T) {
 	m.tls2 = client{tls: m.ca, http2: true}.serve(t, nil, m.backend.serve).URL + "/"
 }
 
-// needsProgram finds a server, or skips unless GRAPNEL_REQUIRE names it.
+// needsProgram finds a server; the test needs it.
 func needsProgram(t *testing.T, name string) string {
 	t.Helper()
 	for _, dir := range append(filepath.SplitList(os.Getenv("PATH")), "/usr/sbin", "/usr/local/sbin") {
@@ -135,10 +137,7 @@ func needsProgram(t *testing.T, name string) string {
 			return path
 		}
 	}
-	if strings.Contains(os.Getenv("GRAPNEL_REQUIRE"), name) {
-		t.Fatalf("%s is not installed", name)
-	}
-	t.Skipf("%s is not installed", name)
+	required.Tool(t, name, errors.New("is not installed"), "see CONTRIBUTING.md")
 	return ""
 }
 

@@ -295,6 +295,31 @@ func (a *attempts) waitFor(p *pending, limit time.Duration) (*pluginv1.AttemptRe
 	}
 }
 
+// waitForAll waits until all have been answered, as long as an answer comes every so often.
+func (a *attempts) waitForAll(all []*pending, silence time.Duration) error {
+	timer := time.NewTimer(silence)
+	defer timer.Stop()
+	for i := 0; i < len(all); {
+		a.mu.Lock()
+		changed := a.changed
+		a.mu.Unlock()
+		select {
+		case <-all[i].answer:
+			if all[i].err != nil {
+				return all[i].err
+			}
+			i++
+		case <-changed:
+			timer.Reset(silence)
+		case <-timer.C:
+			return fmt.Errorf("%d of %d attempts were not answered, and none for %v", len(all)-i, len(all), silence)
+		case <-a.ctx.Done():
+			return fmt.Errorf("%d of %d attempts were not answered: %w", len(all)-i, len(all), context.Cause(a.ctx))
+		}
+	}
+	return nil
+}
+
 // cancelSeqs sends a Cancel.
 func (a *attempts) cancelSeqs(seqs ...uint64) error {
 	return a.send(&pluginv1.AttemptRequest{Frame: &pluginv1.AttemptRequest_Cancel{Cancel: &pluginv1.Cancel{Seqs: seqs}}})

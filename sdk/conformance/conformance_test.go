@@ -13,6 +13,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
+	"github.com/grapnel/grapnel/internal/required"
 	"github.com/grapnel/grapnel/plugins"
 	"github.com/grapnel/grapnel/sdk/conformance"
 	"github.com/grapnel/grapnel/sdk/plugin"
@@ -118,8 +119,8 @@ func TestExamplePluginPasses(t *testing.T) {
 	t.Logf("%d cases in %v, skipped:\n%s", len(report.Results), report.Duration, strings.Join(skipped(report), "\n"))
 }
 
-// TestPluginsInOtherLanguagesPass runs the suite on the examples in Python, JavaScript and Ruby. Where the language is
-// not installed the test is skipped, unless GRAPNEL_REQUIRE names it.
+// TestPluginsInOtherLanguagesPass runs the suite on the examples in Python, JavaScript and Ruby. It needs
+// those.
 func TestPluginsInOtherLanguagesPass(t *testing.T) {
 	t.Parallel()
 	for language, installed := range map[string]func() error{
@@ -133,12 +134,7 @@ func TestPluginsInOtherLanguagesPass(t *testing.T) {
 	} {
 		t.Run(language, func(t *testing.T) {
 			t.Parallel()
-			if err := installed(); err != nil {
-				if strings.Contains(os.Getenv("GRAPNEL_REQUIRE"), language) {
-					t.Fatal(err)
-				}
-				t.Skip(err)
-			}
+			required.Tool(t, language, installed(), "see CONTRIBUTING.md")
 			report := run(t, conformance.Options{Command: []string{"../../plugins/example-" + language + "/plugin"}})
 			if ids, reasons := failures(report); len(ids) > 0 {
 				t.Errorf("failed:%s", reasons)
