@@ -18,6 +18,7 @@ import (
 	"github.com/grapnel/grapnel/server/api"
 	"github.com/grapnel/grapnel/server/delivery"
 	"github.com/grapnel/grapnel/server/dispatch"
+	receiver "github.com/grapnel/grapnel/server/dispatch/health"
 	"github.com/grapnel/grapnel/server/plugindir"
 	"github.com/grapnel/grapnel/server/pluginhost"
 	"github.com/grapnel/grapnel/server/replay"
@@ -278,7 +279,16 @@ func (e engine) Status(lane delivery.LaneKey) *grapnelv1.SubscriptionStatus {
 	out := &grapnelv1.SubscriptionStatus{
 		Open: s.Open, WaitReason: s.Reason, WaitUntil: stamp(s.Until), FailingSince: stamp(s.FailingSince),
 		LastSuccessTime: stamp(s.LastSuccess), Slow: s.Slow,
-		InFlight: int32(min(s.InFlight, math.MaxInt32)), OldestDueAge: durationpb.New(s.OldestDue), //nolint:gosec // bounded by the line itself
+		InFlightLimit: int32(s.Limit), LimitReason: s.LimitReason, //nolint:gosec // at most 1000
+		Breaker: grapnelv1.SubscriptionStatus_BREAKER_CLOSED, BreakerSince: stamp(s.BreakerSince), NextProbeTime: stamp(s.NextProbe),
+		DisableTime: stamp(s.Disable),
+		InFlight:    int32(min(s.InFlight, math.MaxInt32)), OldestDueAge: durationpb.New(s.OldestDue), //nolint:gosec // bounded by the line itself
+	}
+	switch s.Breaker {
+	case receiver.BreakerOpen:
+		out.Breaker = grapnelv1.SubscriptionStatus_BREAKER_OPEN
+	case receiver.BreakerHalfOpen:
+		out.Breaker = grapnelv1.SubscriptionStatus_BREAKER_HALF_OPEN
 	}
 	if s.Latency > 0 {
 		out.Latency = durationpb.New(s.Latency)
@@ -324,5 +334,6 @@ func stats(s dispatch.Stats) *grapnelv1.Stats {
 		Attempts: s.Attempts, FailedAttempts: s.FailedAttempts,
 		Succeeded: s.Succeeded, Failed: s.Failed, Open: s.Open,
 		P50Latency: durationpb.New(s.P50), P99Latency: durationpb.New(s.P99), OldestDueAge: durationpb.New(s.OldestDue),
+		OpenBreakers: s.Breakers,
 	}
 }

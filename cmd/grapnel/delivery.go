@@ -161,12 +161,16 @@ this command, which shows how far it is.`,
 	rateFlag(cmd, &f.rate)
 	cmd.Flags().Lookup("limit").Usage = "at most this many of those that the flags select, newest first; 0 takes all"
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		lifted := ""
 		retry := func(ctx context.Context, cl *client.Client, name string) (*grapnelv1.Delivery, error) {
 			r := &grapnelv1.RetryDeliveryRequest{Name: name, AllowSucceeded: again}
 			if cmd.Flags().Changed("if-attempt-count") {
 				r.IfAttemptCount = &after
 			}
 			answer, err := cl.DeliveryService().RetryDelivery(ctx, r)
+			if len(args) == 1 && err == nil {
+				lifted = answer.GetLifted()
+			}
 			return answer.GetDelivery(), err
 		}
 		names, err := f.named(cmd, c, args)
@@ -189,7 +193,11 @@ this command, which shows how far it is.`,
 		if len(names) == 1 {
 			return c.with(cmd, func(ctx context.Context, cl *client.Client) error {
 				d, err := retry(ctx, cl, names[0])
-				return c.newDeliveryState(d, err)
+				if err := c.newDeliveryState(d, err); err != nil {
+					return err
+				}
+				c.lifted(lifted)
+				return nil
 			})
 		}
 		if len(names) > 1 {

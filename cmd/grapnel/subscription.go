@@ -208,11 +208,23 @@ func statusColumns(s *grapnelv1.SubscriptionStatus) []column[*grapnelv1.Subscrip
 	} else if s.GetSlow() {
 		delivering = "yes, few at a time: the target is slow"
 	}
+	breaker := enumText(s.GetBreaker())
+	if s.GetBreakerSince() != nil {
+		breaker += " since " + timeText(s.GetBreakerSince())
+	}
+	limit := number(s.GetInFlightLimit())
+	if s.GetLimitReason() != "" {
+		limit += ", " + s.GetLimitReason()
+	}
 	add("DELIVERING", delivering)
+	add("BREAKER", breaker)
+	add("NEXT PROBE", timeText(s.GetNextProbeTime()))
 	add("FAILING SINCE", timeText(s.GetFailingSince()))
+	add("DISABLED AT", timeText(s.GetDisableTime()))
 	add("LAST SUCCESS", timeText(s.GetLastSuccessTime()))
 	add("OPEN DELIVERIES", number(s.GetOpenDeliveries()))
 	add("IN FLIGHT", number(s.GetInFlight()))
+	add("IN FLIGHT AT MOST", limit)
 	add("OLDEST DUE", latencyText(s.GetOldestDueAge()))
 	add("LATENCY", latencyText(s.GetLatency()))
 	add("CONDITION ERRORS", number(s.GetConditionErrors()))
@@ -379,8 +391,18 @@ func newSubscriptionResume(c *cli) *cobra.Command {
 	return c.turnCommand(subscriptions, "resume", "Restart attempts after a pause or disabling, also an automatic one", completeSubscriptions(c),
 		func(ctx context.Context, cl *client.Client, t turning) (stated, error) {
 			r, err := cl.SubscriptionService().ResumeSubscription(ctx, &grapnelv1.ResumeSubscriptionRequest{Name: t.name, Reason: t.reason, Etag: t.etag})
+			if err == nil {
+				c.lifted(r.GetLifted())
+			}
 			return r.GetSubscription(), err
 		})
+}
+
+// lifted tells people what held deliveries back until now.
+func (c *cli) lifted(what string) {
+	if what != "" && !c.forPrograms() {
+		c.said("lifted: %s", what)
+	}
 }
 
 // errNotAccepted is the outcome of a test that reached the server but not the receiver's approval.

@@ -38,6 +38,9 @@ type Engine interface {
 	Deleting(lane delivery.LaneKey) (done func())
 	// InFlight reports whether an attempt of the delivery is running now.
 	InFlight(id delivery.ID, lane delivery.LaneKey) bool
+	// HeldBy says what holds a lane back beside its subscription's state, and Open lifts it.
+	HeldBy(lane delivery.LaneKey) string
+	Open(lane delivery.LaneKey)
 	// WaitReason says why a delivery that is due is not tried; empty when nothing holds it back.
 	WaitReason(id delivery.ID, lane delivery.LaneKey) string
 	// Status says how a lane goes, but for what the journal and the registry know.

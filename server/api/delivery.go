@@ -132,6 +132,7 @@ func (s deliveryService) RetryDelivery(ctx context.Context, r *grapnelv1.RetryDe
 	if d.State == delivery.Succeeded && r.GetAllowSucceeded() {
 		return s.sendAgain(ctx, r.GetName(), ns, d, attempts)
 	}
+	held := s.Engine.HeldBy(laneOf(d))
 	after, err := s.Engine.Retry(ctx, d.ID, laneOf(d), attempts)
 	if errors.Is(err, delivery.ErrInvalidState) {
 		return nil, s.cannot("retried", r.GetName(), d, attempts)
@@ -139,7 +140,7 @@ func (s deliveryService) RetryDelivery(ctx context.Context, r *grapnelv1.RetryDe
 	if err != nil {
 		return nil, toStatus(err, r.GetName())
 	}
-	return &grapnelv1.RetryDeliveryResponse{Delivery: s.deliveryProto(ns, after, false)}, nil
+	return &grapnelv1.RetryDeliveryResponse{Delivery: s.deliveryProto(ns, after, false), Lifted: held}, nil
 }
 
 // sendAgain makes another delivery of one that has succeeded.

@@ -289,11 +289,19 @@ func (s subscriptionService) DisableSubscription(ctx context.Context, r *grapnel
 
 // ResumeSubscription restarts attempts after a pause or disabling, also an automatic one.
 func (s subscriptionService) ResumeSubscription(ctx context.Context, r *grapnelv1.ResumeSubscriptionRequest) (*grapnelv1.ResumeSubscriptionResponse, error) {
+	held := ""
+	was, missing := s.find(r.GetName())
+	if missing == nil {
+		held = s.Engine.HeldBy(s.lane(was)) // dispatch opens the lane, too, when it sees the state change
+	}
 	sub, err := s.setState(ctx, r, grapnelv1.Subscription_STATE_ACTIVE)
 	if err != nil {
 		return nil, err
 	}
-	return &grapnelv1.ResumeSubscriptionResponse{Subscription: sub}, nil
+	if missing == nil {
+		s.Engine.Open(s.lane(was))
+	}
+	return &grapnelv1.ResumeSubscriptionResponse{Subscription: sub, Lifted: held}, nil
 }
 
 func (s subscriptionService) setState(ctx context.Context, r turn, state grapnelv1.Subscription_State) (*grapnelv1.Subscription, error) {

@@ -50,8 +50,9 @@ func (p *partition) heal(now time.Time) (bool, error) {
 	if p.memory.ahead.high == 0 {
 		return false, nil
 	}
-	if p.memory.ahead.high < seqAt(now) {
-		p.memory.ahead.high, p.memory.ahead.noticed = 0, 0 // the present has come by
+	if p.memory.ahead.high < p.lastSeq {
+		// The present has come by, and has been written down: no step back of the clock leads there again.
+		p.memory.ahead.high, p.memory.ahead.noticed = 0, 0
 		return true, nil
 	}
 	return false, p.findAhead(now)

@@ -131,7 +131,7 @@ type Event struct {
 	Faults     []Fault
 	FaultCount int
 
-	refs int32 // jobs and readers that hold it; guarded by its table
+	refs int32 // jobs and readers that hold it, 0 outside of its table, which guards it
 }
 
 // Fault is a condition that could not be evaluated for an event.

@@ -89,7 +89,7 @@ func (t *eventTable) find(ns NamespaceKey, seq uint64) *Event {
 func (t *eventTable) hold(e *Event) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if t.events[e.Seq] == e {
+	if e.refs > 0 {
 		e.refs++
 	}
 }
@@ -97,7 +97,7 @@ func (t *eventTable) hold(e *Event) {
 func (t *eventTable) release(e *Event) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if t.events[e.Seq] != e {
+	if e.refs == 0 {
 		return
 	}
 	if e.refs--; e.refs == 0 {

@@ -996,7 +996,10 @@ func (x *RetryDeliveryRequest) GetAllowSucceeded() bool {
 type RetryDeliveryResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Now PENDING or SCHEDULED, due at once. For one that had succeeded, the delivery that was made.
-	Delivery      *Delivery `protobuf:"bytes,1,opt,name=delivery,proto3" json:"delivery,omitempty"`
+	Delivery *Delivery `protobuf:"bytes,1,opt,name=delivery,proto3" json:"delivery,omitempty"`
+	// What held its subscription's deliveries back and does no longer, in words: an open breaker, which is half open now, or
+	// a rest that the target asked for. Empty when nothing did.
+	Lifted        string `protobuf:"bytes,2,opt,name=lifted,proto3" json:"lifted,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1036,6 +1039,13 @@ func (x *RetryDeliveryResponse) GetDelivery() *Delivery {
 		return x.Delivery
 	}
 	return nil
+}
+
+func (x *RetryDeliveryResponse) GetLifted() string {
+	if x != nil {
+		return x.Lifted
+	}
+	return ""
 }
 
 // CancelDeliveryRequest names one delivery.
@@ -1238,9 +1248,10 @@ const file_grapnel_v1_delivery_proto_rawDesc = "" +
 	"\rdelivery_name\x12,must look like namespaces/NAME/deliveries/ID\x1aIthis.matches('^namespaces/[a-z][a-z0-9-]{0,62}/deliveries/[0-9a-v]{29}$')R\x04name\x126\n" +
 	"\x10if_attempt_count\x18\x02 \x01(\x05B\a\xbaH\x04\x1a\x02(\x00H\x00R\x0eifAttemptCount\x88\x01\x01\x12'\n" +
 	"\x0fallow_succeeded\x18\x03 \x01(\bR\x0eallowSucceededB\x13\n" +
-	"\x11_if_attempt_count\"I\n" +
+	"\x11_if_attempt_count\"a\n" +
 	"\x15RetryDeliveryResponse\x120\n" +
-	"\bdelivery\x18\x01 \x01(\v2\x14.grapnel.v1.DeliveryR\bdelivery\"\xbf\x01\n" +
+	"\bdelivery\x18\x01 \x01(\v2\x14.grapnel.v1.DeliveryR\bdelivery\x12\x16\n" +
+	"\x06lifted\x18\x02 \x01(\tR\x06lifted\"\xbf\x01\n" +
 	"\x15CancelDeliveryRequest\x12\xa5\x01\n" +
 	"\x04name\x18\x01 \x01(\tB\x90\x01\xbaH\x8c\x01\xba\x01\x88\x01\n" +
 	"\rdelivery_name\x12,must look like namespaces/NAME/deliveries/ID\x1aIthis.matches('^namespaces/[a-z][a-z0-9-]{0,62}/deliveries/[0-9a-v]{29}$')R\x04name\"J\n" +
