@@ -24,6 +24,7 @@ type report struct {
 	Hanging    *hangingReport   `json:"hanging,omitempty"`
 	Memory     *boundedReport   `json:"memory,omitempty"`
 	Transports *transportReport `json:"transports,omitempty"`
+	Hostile    *hostileReport   `json:"hostile,omitempty"`
 
 	runs map[string][]throughput
 }
@@ -166,5 +167,8 @@ func (r *report) print(out io.Writer) {
 	}
 	if r.Transports != nil {
 		r.Transports.print(out)
+	}
+	if r.Hostile != nil {
+		r.Hostile.print(out)
 	}
 }

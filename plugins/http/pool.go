@@ -162,7 +162,7 @@ func (p *pool) tokenClient(c Config, roots *x509.CertPool) *http.Client {
 			}
 			return conn, nil
 		},
-		TLSClientConfig: config, TLSHandshakeTimeout: p.settings.tls, ForceAttemptHTTP2: true,
+		TLSClientConfig: config, TLSHandshakeTimeout: p.settings.tls, // no HTTP/2: nothing would bound its frames
 		MaxResponseHeaderBytes: answer.MaxHeader, IdleConnTimeout: time.Minute,
 	}}
 }
