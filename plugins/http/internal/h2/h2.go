@@ -245,8 +245,8 @@ func (o *Origin) leave(c *conn) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	c.left = time.Now()
-	if c.users--; c.users == 0 && c.meter != nil {
-		c.meter.Settle()
+	if c.users--; c.meter != nil {
+		c.meter.Settle(c.users)
 	}
 }
 
