@@ -39,7 +39,8 @@ type attack struct {
 	secure func(v *villain, config *tls.Config)
 	// nats is what follows the acknowledgement of a message.
 	nats func(c net.Conn)
-	// like are the outcomes with their codes that are right.
+	// like are the outcomes, with their codes, that are right. One that floods a connection may have the answers of other
+	// requests be late on it.
 	like []string
 
 	// receivers is how many play it, 200 unless set; inFlight is the max_in_flight of their subscriptions, the default
@@ -132,7 +133,7 @@ func attacks() []*attack {
 			}},
 
 		// Large ones.
-		{name: "body without end", like: []string{failed500},
+		{name: "body without end", like: []string{retryable, timedOut},
 			first: func(c net.Conn, _ int) bool {
 				write(c, oops+"content-length: 9000000000000\r\n\r\n")
 				return flood(c, []byte{0})
@@ -141,7 +142,7 @@ func attacks() []*attack {
 				frame(c, frameHeaders, endHeaders, stream, []byte(no))
 				return flood(c, framed(frameData, 0, stream, make([]byte, 16<<10)))
 			}},
-		{name: "compressed bomb", like: []string{failed500},
+		{name: "compressed bomb", like: []string{retryable, timedOut},
 			first: func(c net.Conn, _ int) bool {
 				write(c, oops+"content-encoding: gzip\r\ncontent-length: 9000000000000\r\n\r\n")
 				return flood(c, []byte{0x1f, 0x8b, 8, 0})
@@ -150,7 +151,7 @@ func attacks() []*attack {
 				frame(c, frameHeaders, endHeaders, stream, append([]byte(no), field("content-encoding", "gzip")...))
 				return flood(c, framed(frameData, 0, stream, bytes.Repeat([]byte{0x1f, 0x8b, 8, 0}, 4<<10)))
 			}},
-		{name: "header of 10 MB", like: []string{failed500, retryable},
+		{name: "header of 10 MB", like: []string{retryable, timedOut},
 			first: func(c net.Conn, _ int) bool {
 				_, _ = c.Write(long)
 				return true
@@ -159,7 +160,7 @@ func attacks() []*attack {
 				frame(c, frameHeaders, 0, stream, []byte(no))
 				return flood(c, framed(frameContinuation, 0, stream, field("x", strings.Repeat("x", 16000))))
 			}},
-		{name: "100 000 header fields", like: []string{failed500, retryable},
+		{name: "100 000 header fields", like: []string{retryable, timedOut},
 			first: func(c net.Conn, _ int) bool {
 				_, _ = c.Write(many)
 				return true
@@ -187,7 +188,7 @@ func attacks() []*attack {
 			second: func(c net.Conn, _ int, _ uint32) bool {
 				return flood(c, framed(framePing, 1, 0, make([]byte, 8)))
 			}},
-		{name: "empty frames of a body", like: []string{failed500},
+		{name: "empty frames of a body", like: []string{failed500, timedOut},
 			second: func(c net.Conn, _ int, stream uint32) bool {
 				frame(c, frameHeaders, endHeaders, stream, []byte(no))
 				return flood(c, framed(frameData, 0, stream, nil))
@@ -218,7 +219,7 @@ func attacks() []*attack {
 				_ = c.(interface{ CloseWrite() error }).CloseWrite()
 				return false
 			}},
-		{name: "GOAWAY at every request", like: []string{retryable, unreachable},
+		{name: "GOAWAY at every request", like: []string{retryable, unreachable, timedOut},
 			second: func(c net.Conn, _ int, _ uint32) bool {
 				frame(c, frameGoAway, 0, 0, append(number(0), number(0)...))
 				return false
@@ -264,7 +265,7 @@ func attacks() []*attack {
 			write(c, "-ERR '")
 			flood(c, []byte("a"))
 		}},
-		{name: "client keys of 8192 bits", key: true, like: []string{retryable, unreachable}, secure: func(_ *villain, c *tls.Config) {
+		{name: "client keys of 8192 bits", key: true, like: []string{retryable, unreachable, timedOut}, secure: func(_ *villain, c *tls.Config) {
 			c.ClientAuth = tls.RequestClientCert
 			c.SessionTicketsDisabled = true
 		}, first: func(net.Conn, int) bool { return true }, second: func(net.Conn, int, uint32) bool { return true }},

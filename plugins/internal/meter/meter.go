@@ -14,7 +14,7 @@ import (
 var errFlood = errors.New("the receiver sends without end")
 
 // ordinary is what an answer has, in bytes: what comes beyond it is read in turn with what else does.
-const ordinary = 32 << 10
+const ordinary = 8 << 10
 
 // Conn is a connection of which, from Begin on, no more is read than was granted, and what is more than ordinary in its
 // turn at a gate. Its methods may be called concurrently, Read by one caller at a time.

@@ -98,11 +98,11 @@ func TestGrants(t *testing.T) {
 		m = meter.New(endless{}, grant, gate)
 		m.Begin()
 		m.Grant()
-		if n, err := io.ReadFull(m, make([]byte, 32<<10)); n != 32<<10 || err != nil {
+		if n, err := io.ReadFull(m, make([]byte, 8<<10)); n != 8<<10 || err != nil {
 			t.Errorf("%d bytes of an ordinary answer, %v", n, err)
 		}
 		time.AfterFunc(time.Second, func() { _ = m.Close() })
-		if n := read(m, 32<<10); n > 64<<10 {
+		if n := read(m, 8<<10); n > 16<<10 {
 			t.Errorf("%d bytes were read while the gate was closed", n)
 		}
 		leave()

@@ -86,6 +86,7 @@ func NewTransport() *Transport {
 		HTTP2: &http.HTTP2Config{
 			SendPingTimeout: readIdle, PingTimeout: pingAnswer,
 			MaxReceiveBufferPerStream: window, MaxReceiveBufferPerConnection: connectionWindow,
+			MaxEncoderHeaderTableSize: 1,
 		},
 	}}
 }
