@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"time"
 
 	"google.golang.org/protobuf/types/known/durationpb"
@@ -17,8 +18,10 @@ import (
 	"github.com/grapnel/grapnel/server/api"
 	"github.com/grapnel/grapnel/server/delivery"
 	"github.com/grapnel/grapnel/server/dispatch"
+	receiver "github.com/grapnel/grapnel/server/dispatch/health"
 	"github.com/grapnel/grapnel/server/plugindir"
 	"github.com/grapnel/grapnel/server/pluginhost"
+	"github.com/grapnel/grapnel/server/replay"
 	"github.com/grapnel/grapnel/server/subscription"
 )
 
@@ -118,6 +121,21 @@ func (r subscriptions) Subscription(lane delivery.LaneKey) *subscription.Subscri
 	return snapshot.SubscriptionByKey(uint64(lane.Subscription))
 }
 
+// DeadLetter is the subscription that is named, unless it is gone or disabled: then what ends stays where it is.
+func (r subscriptions) DeadLetter(sub *subscription.Subscription) *delivery.DeadLetter {
+	name := sub.Proto.GetDeadLetter()
+	if name == "" {
+		return nil
+	}
+	to := r.Snapshot().Subscription(sub.Namespace, name[strings.LastIndexByte(name, '/')+1:])
+	if to == nil || to.UID == sub.UID || to.NamespaceUID != sub.NamespaceUID || to.Proto.GetState() == grapnelv1.Subscription_STATE_DISABLED {
+		return nil
+	}
+	return &delivery.DeadLetter{From: sub.ID, To: delivery.Target{
+		Subscription: to.ID, UID: to.UID, MaxAttempts: to.MaxAttempts, MaxAge: to.MaxAge,
+	}}
+}
+
 // Deleted goes by what was seen: a tombstone of the subscription or of its namespace, or a namespace that says so
 // itself.
 func (r subscriptions) Deleted(lane delivery.LaneKey) bool {
@@ -130,6 +148,31 @@ func (r subscriptions) Deleted(lane delivery.LaneKey) bool {
 	}
 	n := snapshot.NamespaceByKey(uint64(lane.Namespace))
 	return n != nil && n.Deleted()
+}
+
+// EndReason tells a namespace's deletion from a subscription's, which may come back with UndeleteNamespace.
+func (r subscriptions) EndReason(lane delivery.LaneKey) string {
+	if _, gone := r.Snapshot().Deleted(uint64(lane.Subscription)); gone {
+		return api.SubscriptionDeleted
+	}
+	return api.NamespaceDeleted
+}
+
+// Closed goes from the widest to the narrowest.
+func (r subscriptions) Closed(lane delivery.LaneKey) string {
+	snapshot := r.Snapshot()
+	if snapshot.Dispatch().Paused {
+		return "all dispatch is paused"
+	}
+	if n := snapshot.NamespaceByKey(uint64(lane.Namespace)); n != nil {
+		switch n.Proto.GetState() {
+		case grapnelv1.Namespace_STATE_PAUSED:
+			return "its namespace is paused"
+		case grapnelv1.Namespace_STATE_DISABLED:
+			return "its namespace is disabled"
+		}
+	}
+	return ""
 }
 
 // plugins is the host as the API sees it.
@@ -170,6 +213,27 @@ func diagnostics(ds []pluginhost.Diagnostic, err error) ([]api.Diagnostic, error
 		out[i] = api.Diagnostic(d)
 	}
 	return out, err
+}
+
+// replays is their runner as the API sees it.
+type replays struct{ *replay.Runner }
+
+func (r replays) Create(ctx context.Context, job *delivery.Replay) (*delivery.Replay, error) {
+	made, err := r.Runner.Create(ctx, job)
+	if errors.Is(err, replay.ErrStopped) {
+		err = fmt.Errorf("%w: %w", api.ErrStopping, err)
+	}
+	return made, err
+}
+
+// selectDeliveries reads the filter of a replay as the API does.
+func (s *Server) selectDeliveries(ns string, spec *delivery.ReplaySpec) (*replay.Selection, error) {
+	found, err := api.SelectDeliveries(s.registry, ns, spec)
+	if err != nil {
+		return nil, err
+	}
+	q := &found.Query
+	return &replay.Selection{None: found.None, States: q.States, Subscription: q.Subscription, Since: q.Since, Until: q.Until, Match: found.Match}, nil
 }
 
 // engine is dispatch as the API sees it.
@@ -215,7 +279,16 @@ func (e engine) Status(lane delivery.LaneKey) *grapnelv1.SubscriptionStatus {
 	out := &grapnelv1.SubscriptionStatus{
 		Open: s.Open, WaitReason: s.Reason, WaitUntil: stamp(s.Until), FailingSince: stamp(s.FailingSince),
 		LastSuccessTime: stamp(s.LastSuccess), Slow: s.Slow,
-		InFlight: int32(min(s.InFlight, math.MaxInt32)), OldestDueAge: durationpb.New(s.OldestDue), //nolint:gosec // bounded by the line itself
+		InFlightLimit: int32(s.Limit), LimitReason: s.LimitReason, //nolint:gosec // at most 1000
+		Breaker: grapnelv1.SubscriptionStatus_BREAKER_CLOSED, BreakerSince: stamp(s.BreakerSince), NextProbeTime: stamp(s.NextProbe),
+		DisableTime: stamp(s.Disable),
+		InFlight:    int32(min(s.InFlight, math.MaxInt32)), OldestDueAge: durationpb.New(s.OldestDue), //nolint:gosec // bounded by the line itself
+	}
+	switch s.Breaker {
+	case receiver.BreakerOpen:
+		out.Breaker = grapnelv1.SubscriptionStatus_BREAKER_OPEN
+	case receiver.BreakerHalfOpen:
+		out.Breaker = grapnelv1.SubscriptionStatus_BREAKER_HALF_OPEN
 	}
 	if s.Latency > 0 {
 		out.Latency = durationpb.New(s.Latency)
@@ -261,5 +334,6 @@ func stats(s dispatch.Stats) *grapnelv1.Stats {
 		Attempts: s.Attempts, FailedAttempts: s.FailedAttempts,
 		Succeeded: s.Succeeded, Failed: s.Failed, Open: s.Open,
 		P50Latency: durationpb.New(s.P50), P99Latency: durationpb.New(s.P99), OldestDueAge: durationpb.New(s.OldestDue),
+		OpenBreakers: s.Breakers,
 	}
 }

@@ -1,9 +1,9 @@
 package server_test
 
 import (
+	"context"
 	"fmt"
 	"testing"
-	"time"
 
 	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
 	"github.com/grapnel/grapnel/server/servertest"
@@ -50,9 +50,18 @@ func TestUndeletedNamespaceKeepsWhatItAccepts(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	s.Publish("acme", "kept", "order.created", []byte(`{}`))
-	again := time.After(6 * time.Second) // dispatch looks a second time then
-	<-again
+	s.Publish("acme", "kept", "order.created", []byte(`{"kept":true}`))
+	// That dispatch's second look, seconds later, leaves them alone as well is tested where time can be turned
+	// (TestWhatIsAcceptedAfterADeletionWasTakenBackIsKept).
+	servertest.Await(t, "a first attempt of each", func() bool {
+		tried := 0
+		for _, r := range receiver.Requests() {
+			if string(r.Body) == `{"kept":true}` {
+				tried++
+			}
+		}
+		return tried >= subs
+	})
 	open := 0
 	for _, d := range s.Deliveries("acme", "") {
 		if d.GetEvent() == "namespaces/acme/events/kept" && d.GetState() != grapnelv1.Delivery_STATE_CANCELLED {
@@ -61,5 +70,45 @@ func TestUndeletedNamespaceKeepsWhatItAccepts(t *testing.T) {
 	}
 	if open != subs {
 		t.Errorf("%d of %d deliveries are open that were accepted after the deletion was taken back", open, subs)
+	}
+}
+
+// A deleted namespace has what is open in it cancelled, however many subscriptions there are and although the caller
+// leaves, and each says what was deleted.
+func TestDeletedNamespaceIsWorkedOffWithoutItsCaller(t *testing.T) {
+	receiver := servertest.NewReceiver(t, func(servertest.Request) int { return 503 })
+	s := servertest.Start(t, servertest.Options{})
+	s.Namespace("acme")
+	namespaces := grapnelv1.NewNamespaceServiceClient(s.Conn)
+	const subs = 150 // more than one call cancels itself
+	for i := range subs {
+		s.Subscribe("acme", fmt.Sprint("s", i), receiver.URL, nil)
+	}
+	for turn := range 2 {
+		s.Publish("acme", fmt.Sprint("e", turn), "order.created", []byte(`{}`))
+		ctx, leave := context.WithCancel(t.Context())
+		deleted := make(chan error, 1)
+		go func() {
+			_, err := namespaces.DeleteNamespace(ctx, &grapnelv1.DeleteNamespaceRequest{Name: "namespaces/acme", Force: true})
+			deleted <- err
+		}()
+		servertest.Await(t, "the deletion", func() bool {
+			n, err := namespaces.GetNamespace(t.Context(), &grapnelv1.GetNamespaceRequest{Name: "namespaces/acme"})
+			return err == nil && n.GetNamespace().GetState() == grapnelv1.Namespace_STATE_DELETED
+		})
+		if turn == 0 {
+			leave()
+		}
+		<-deleted
+		servertest.Await(t, "all to be cancelled", func() bool { return len(s.Deliveries("acme", "state = CANCELLED")) == (turn+1)*subs })
+		leave()
+		if _, err := namespaces.UndeleteNamespace(t.Context(), &grapnelv1.UndeleteNamespaceRequest{Name: "namespaces/acme"}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, d := range s.Deliveries("acme", "") {
+		if d.GetStateReason() != "namespace deleted" {
+			t.Fatalf("cancelled because %q", d.GetStateReason())
+		}
 	}
 }

@@ -29,9 +29,6 @@ const (
 	memTables = 4
 	// slotBytes is what an attempt in flight may cost in both processes, body included, as a rule.
 	slotBytes = 512 << 10
-	// gcPercent is lower than Go's 100: without cgo cache and memTables are in the heap, where they cost the collector
-	// nothing and would double what it lets pile up.
-	gcPercent = 60
 )
 
 // planMemory is the division of total bytes; where there is plenty everything has the size at which more is of no use.
@@ -93,14 +90,16 @@ func (p memoryPlan) ofPart(confined bool) (soft uint64, limits pluginhost.Limits
 
 func bounded(n, least, most int64) int64 { return min(max(n, least), most) }
 
-// apply sets this process's soft limit and how much garbage may pile up, unless its environment says so.
-func (p memoryPlan) apply() {
-	if os.Getenv("GOGC") == "" {
-		debug.SetGCPercent(gcPercent)
-	}
+// apply sets this process's soft limit and begins to pace its collector, unless its environment says how.
+func (p memoryPlan) apply() *pacer {
 	if p.heap > 0 && os.Getenv("GOMEMLIMIT") == "" {
 		debug.SetMemoryLimit(p.heap)
 	}
+	pace := &pacer{}
+	if os.Getenv("GOGC") == "" {
+		pace.next()
+	}
+	return pace
 }
 
 // availableMemory is the least of the machine's memory and the limits of the control groups that this process is in;

@@ -11,6 +11,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 
 	clientv3 "go.etcd.io/etcd/client/v3"
 
@@ -104,7 +105,7 @@ func clearForRestore(o Options) error {
 	for _, f := range entries {
 		switch name := f.Name(); {
 		case name == "lock" || name == "lost+found" || name == restoring:
-		case unfinished && (name == filepath.Base(pairFile(o)) || name == "etcd" || name == "secret.key" || name == "journal.highwater"):
+		case unfinished && slices.Contains(restored(o), name):
 		default:
 			return fmt.Errorf("data directory %s is not empty: it holds %s; restore into a new one", o.DataDir, name)
 		}
@@ -113,12 +114,17 @@ func clearForRestore(o Options) error {
 		return nil
 	}
 	// Itself last: as long as it is there the rest is known to be a restore's.
-	for _, name := range []string{filepath.Base(pairFile(o)), "etcd", "secret.key", "journal.highwater", restoring} {
+	for _, name := range append(restored(o), restoring) {
 		if err := os.RemoveAll(filepath.Join(o.DataDir, name)); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+// restored is what a restore moves into place, in that order: what says that there is a journal first, the journal last.
+func restored(o Options) []string {
+	return []string{filepath.Base(pairFile(o)), "secret.key", "journal.highwater", "etcd", "journal"}
 }
 
 // createFile makes a file of a backup, whose directories are made with it.
@@ -130,8 +136,17 @@ func createFile(ctx context.Context, dir, name string) (io.WriteCloser, error) {
 	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
 		return nil, err
 	}
-	return os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	file, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	return durable{file}, nil
 }
+
+// durable is on the disk when it is closed.
+type durable struct{ *os.File }
+
+func (d durable) Close() error { return errors.Join(d.Sync(), d.File.Close()) }
 
 // placeKey has the key that was given in the place of the backup's.
 func placeKey(aside Options, about aboutBackup, given string) error {
@@ -308,14 +323,14 @@ func checkKey(ctx context.Context, client *clientv3.Client, aside Options, journ
 	return false, nil
 }
 
-// moveRestored moves what was made aside into place: what says that there is a journal first, the journal last.
+// moveRestored moves what was made aside into place.
 func moveRestored(o, aside Options) error {
 	for _, name := range []string{archivedAbout, archivedConfig, archivedMarks} {
 		if err := os.Remove(filepath.Join(aside.DataDir, name)); err != nil {
 			return err
 		}
 	}
-	for _, name := range []string{filepath.Base(pairFile(o)), "secret.key", "journal.highwater", "etcd", "journal"} {
+	for _, name := range restored(o) {
 		from := filepath.Join(aside.DataDir, name)
 		if _, err := os.Lstat(from); errors.Is(err, fs.ErrNotExist) {
 			continue

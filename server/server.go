@@ -35,6 +35,7 @@ import (
 	"github.com/grapnel/grapnel/server/ingest"
 	"github.com/grapnel/grapnel/server/keyspace"
 	"github.com/grapnel/grapnel/server/pluginhost"
+	"github.com/grapnel/grapnel/server/replay"
 	"github.com/grapnel/grapnel/server/secret"
 	"github.com/grapnel/grapnel/server/subscription"
 )
@@ -57,6 +58,7 @@ type Server struct {
 	plugins  *pluginhost.Host
 	engine   *dispatch.Engine
 	ingest   *ingest.Ingest
+	replays  *replay.Runner
 	api      *api.Server
 	health   *health
 	pageKey  []byte
@@ -156,6 +158,7 @@ func (s *Server) open(ctx context.Context, closers *stack) (err error) {
 	}
 	closers.push("stop listening for administration", s.admin.Close)
 	s.planMemory()
+	closers.push("stop pacing the garbage collector", s.memory.apply().end)
 	if err := s.openStores(ctx, closers); err != nil {
 		return err
 	}
@@ -173,9 +176,12 @@ func (s *Server) open(ctx context.Context, closers *stack) (err error) {
 		Disable: s.disable, Logger: o.Logger, Registerer: s.metrics,
 	})
 	s.ingest = ingest.New(ingest.Options{Registry: s.registry, Journal: s.journal, Logger: o.Logger, Registerer: s.metrics})
+	s.replays = replay.New(replay.Options{
+		Journal: s.journal, Registry: s.registry, Select: s.selectDeliveries, Logger: o.Logger, Registerer: s.metrics,
+	})
 	s.api = api.New(api.Options{
 		Registry: s.registry, Secrets: s.secrets, Journal: s.journal, Ingest: s.ingest,
-		Engine: engine{s.engine, s.registry}, Plugins: plugins{s.plugins},
+		Engine: engine{s.engine, s.registry}, Plugins: plugins{s.plugins}, Replays: replays{s.replays},
 		Version: o.Version, Commit: o.Commit, NodeName: o.NodeName, Address: s.public.Addr().String(),
 		ClusterID: s.journal.ID(), Partitions: s.journal.Partitions(),
 		MaxCalls: o.MaxCalls, MaxCallsPerNamespace: o.MaxCallsPerNamespace, MaxWatches: o.MaxWatches,
@@ -227,7 +233,6 @@ func (s *Server) planMemory() {
 		s.log.Warn("fewer attempts in flight than could be: the limit of open files (ulimit -n) is low",
 			"slots", s.memory.slots, "wanted", wanted, "open_files", mostFiles())
 	}
-	s.memory.apply()
 	s.log.Info("memory", "bytes", total, "heap_bytes", s.memory.heap, "plugin_bytes", s.memory.plugin,
 		"window_bytes", s.memory.window, "slots", s.memory.slots)
 }
@@ -380,6 +385,14 @@ func (s *Server) openConfig(ctx context.Context) error {
 		}
 		return 0
 	}))
+	s.metrics.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: "grapnel_dispatch_paused", Help: "1 while all dispatch is paused, by PauseDispatch.",
+	}, func() float64 {
+		if s.registry.Snapshot().Dispatch().Paused {
+			return 1
+		}
+		return 0
+	}))
 	return notePair(o, s.stores())
 }
 
@@ -432,6 +445,9 @@ func (s *Server) serve(ctx context.Context) error {
 			return nil
 		}
 	})
+	replaying, stopReplaying := context.WithCancel(base)
+	defer stopReplaying()
+	stores(s.replays.Run, replaying, "replays")
 	public, stopServing, err := s.serveAPI(parts)
 	if err != nil {
 		stopBase()
@@ -451,6 +467,7 @@ func (s *Server) serve(ctx context.Context) error {
 	}
 	s.log.Info("stopping", "grace", max(s.options.Grace, 0))
 	s.ending.begin()
+	stopReplaying() // it makes deliveries, which nobody takes from here on
 	stopLooking()
 	looks.Wait() // from here on nothing says again that publishes are served
 	stopErr := s.stop(public, stopServing)

@@ -42,7 +42,9 @@ func (s *Server) sweepOnce(ctx context.Context, keep time.Duration) error {
 	if keep > 0 {
 		kept = delivery.Retention{Shortest: keep, Of: func(delivery.NamespaceKey) time.Duration { return keep }}
 	}
-	errs := []error{s.journal.Retain(ctx, kept)}
+	errs := []error{s.journal.Retain(ctx, kept), s.journal.EraseReplays(ctx, func(ns delivery.NamespaceKey) time.Time {
+		return s.journal.Now().Add(-kept.Of(ns))
+	})}
 	for n := range snapshot.Namespaces("") {
 		if n.Proto.GetState() != grapnelv1.Namespace_STATE_DELETED || n.Proto.GetPurgeTime().AsTime().After(time.Now()) {
 			continue
@@ -83,7 +85,8 @@ func (s *Server) purge(ctx context.Context, n *subscription.Namespace) error {
 
 // retention is what the namespaces of a snapshot keep. What is of none of them keeps as long as they do by default.
 func retention(snapshot *subscription.Snapshot) delivery.Retention {
-	standard := new(subscription.Namespace).Quota().Retention
+	quota := new(subscription.Namespace).Quota()
+	standard := quota.Retention
 	shortest := standard
 	for n := range snapshot.Namespaces("") {
 		shortest = min(shortest, n.Quota().Retention)
@@ -93,5 +96,10 @@ func retention(snapshot *subscription.Snapshot) delivery.Retention {
 			return n.Quota().Retention
 		}
 		return standard
+	}, Dead: func(ns delivery.NamespaceKey) time.Duration {
+		if n := snapshot.NamespaceByKey(uint64(ns)); n != nil {
+			return n.Quota().DeadLetterRetention
+		}
+		return quota.DeadLetterRetention
 	}}
 }

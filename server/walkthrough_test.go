@@ -62,6 +62,9 @@ func walkthroughSteps() []walkthroughStep {
 		{heading: "What failed, and every attempt at it", want: []string{`"number": 1`, `"outcome": "OUTCOME_UNREACHABLE"`, `"error"`}},
 		{heading: "What failed, and every attempt at it", want: []string{`"status": {`, `"failingSince"`, `"open": true`}},
 		{heading: "Try it again now", want: []string{`"maxAttempts": 2`}},
+		{heading: "Stop, and go on", want: []string{
+			`"STATE_DISABLED"`, `"stateReason": "receiver migration"`, `"STATE_PAUSED"`, `"stateReason": "their network is being moved"`, `"etag"`,
+		}},
 		{heading: "Patience, without touching the rest", want: []string{
 			`"maxAttempts": 20`, `"initialBackoff": "30s"`, `"maxAge": "345600s"`,
 		}, refuse: []string{`"schedule"`}},

@@ -39,6 +39,7 @@ type options struct {
 	backlogs      products
 	fanouts       products
 	hung          numbers
+	ailments      string
 	healthy       int
 	together      bool
 	hangingFor    time.Duration
@@ -48,6 +49,9 @@ type options struct {
 	subscriptions int
 	namespaces    int
 	sweepRows     int
+	replayed      int
+	replayKilled  int
+	replayRate    float64
 	only          string
 	limit         time.Duration
 	mostMemory    float64
@@ -82,6 +86,7 @@ func main() {
 	flag.Var(&o.fanouts, "fanout", "`sizes` of the fan-out runs, subscriptions x events; the last is run again with a kill")
 	o.hung = numbers{0, 1, 30, 64, 200, 1000}
 	flag.Var(&o.hung, "hung", "`numbers` of hanging receivers in the hanging runs")
+	flag.StringVar(&o.ailments, "neighbours", ailmentNames(), "`letters` of the neighbours runs:\n"+ailmentList())
 	flag.BoolVar(&o.together, "together", false, "have hanging receivers in the namespace of the healthy ones")
 	flag.IntVar(&o.healthy, "healthy", 1000, "receivers of the hanging runs that answer, each with an event a second")
 	flag.DurationVar(&o.hangingFor, "hanging-for", 20*time.Second, "length of a hanging run, alone and beside")
@@ -91,9 +96,12 @@ func main() {
 	flag.IntVar(&o.subscriptions, "subscriptions", 100_000, "subscriptions of one namespace in the lanes run; 0 leaves it out")
 	flag.IntVar(&o.namespaces, "namespaces", 100_000, "namespaces with one subscription each in the lanes run; 0 leaves it out")
 	flag.IntVar(&o.sweepRows, "sweep-rows", 1_000_000, "deliveries for the lanes run's sweep to erase")
+	flag.IntVar(&o.replayed, "replayed", 1_000_000, "events of the replay run")
+	flag.Float64Var(&o.replayRate, "replay-rate", 5000, "deliveries a second of the replay run")
+	flag.IntVar(&o.replayKilled, "replay-killed", 100_000, "events of the replay over three kills; 0 leaves it out")
 	flag.DurationVar(&o.limit, "limit", 10*time.Minute, "longest time of one run of fanout, lanes, hanging, backlog and memory")
 	flag.Float64Var(&o.mostMemory, "most-memory", 6144, "`MiB` of the server at which such a run is ended")
-	flag.StringVar(&o.only, "only", "", "run one `part`: start, throughput, latency, neighbour, backlog, or one that takes\nlonger and is only run when named: fanout, lanes, hanging, memory, transports, hostile")
+	flag.StringVar(&o.only, "only", "", "run one `part`: start, throughput, latency, neighbour, backlog, or one that takes\nlonger and is only run when named: fanout, lanes, hanging, neighbours, memory, transports,\nhostile, replay")
 	flag.StringVar(&o.profile, "profile", "", "`directory` for CPU profiles of the server during the batch runs")
 	flag.Parse()
 
@@ -136,8 +144,8 @@ func run(ctx context.Context, o options) error {
 	}{
 		{"start", b.start, false}, {"throughput", b.throughput, false}, {"latency", b.latency, false},
 		{"neighbour", b.neighbour, false}, {"backlog", b.backlog, false}, {"fanout", b.fanout, true}, {"lanes", b.lanes, true},
-		{"hanging", b.hanging, true}, {"memory", b.memory, true}, {"transports", b.transports, true},
-		{"hostile", b.hostile, true},
+		{"hanging", b.hanging, true}, {"neighbours", b.neighbours, true}, {"memory", b.memory, true}, {"transports", b.transports, true},
+		{"hostile", b.hostile, true}, {"replay", b.replay, true},
 	}
 	var errs error
 	known := o.only == ""

@@ -10,21 +10,23 @@ import (
 // report is the whole result; its JSON form is what -json prints. Times are seconds unless named
 // otherwise, memory is MiB, CPU is microseconds per delivery.
 type report struct {
-	CPUs       int              `json:"cpus"`
-	GoVersion  string           `json:"go_version"`
-	Payload    int              `json:"payload_bytes"`
-	Start      *startReport     `json:"start,omitempty"`
-	Throughput []throughput     `json:"throughput,omitempty"`
-	Paired     []paired         `json:"paired,omitempty"`
-	Latency    *latencyReport   `json:"latency,omitempty"`
-	Neighbour  *neighbourReport `json:"slow_neighbour,omitempty"`
-	Backlog    *backlogReport   `json:"backlog,omitempty"`
-	Fanout     *fanoutReport    `json:"fanout,omitempty"`
-	Lanes      *lanesReport     `json:"lanes,omitempty"`
-	Hanging    *hangingReport   `json:"hanging,omitempty"`
-	Memory     *boundedReport   `json:"memory,omitempty"`
-	Transports *transportReport `json:"transports,omitempty"`
-	Hostile    *hostileReport   `json:"hostile,omitempty"`
+	CPUs       int               `json:"cpus"`
+	GoVersion  string            `json:"go_version"`
+	Payload    int               `json:"payload_bytes"`
+	Start      *startReport      `json:"start,omitempty"`
+	Throughput []throughput      `json:"throughput,omitempty"`
+	Paired     []paired          `json:"paired,omitempty"`
+	Latency    *latencyReport    `json:"latency,omitempty"`
+	Neighbour  *neighbourReport  `json:"slow_neighbour,omitempty"`
+	Backlog    *backlogReport    `json:"backlog,omitempty"`
+	Fanout     *fanoutReport     `json:"fanout,omitempty"`
+	Lanes      *lanesReport      `json:"lanes,omitempty"`
+	Hanging    *hangingReport    `json:"hanging,omitempty"`
+	Neighbours *neighboursReport `json:"neighbours,omitempty"`
+	Memory     *boundedReport    `json:"memory,omitempty"`
+	Transports *transportReport  `json:"transports,omitempty"`
+	Hostile    *hostileReport    `json:"hostile,omitempty"`
+	Replay     *replayReport     `json:"replay,omitempty"`
 
 	runs map[string][]throughput
 }
@@ -150,6 +152,9 @@ func (r *report) print(out io.Writer) {
 	if n := r.Neighbour; n != nil {
 		fmt.Fprintf(out, "slow neighbour   p99 alone %.2f ms, beside a hanging receiver %.2f ms: ratio %.2f\n", n.Alone.P99, n.Beside.P99, n.P99Ratio)
 	}
+	if r.Replay != nil {
+		r.Replay.print(out)
+	}
 	if r.Backlog != nil {
 		r.Backlog.print(out)
 	}
@@ -161,6 +166,9 @@ func (r *report) print(out io.Writer) {
 	}
 	if r.Hanging != nil {
 		r.Hanging.print(out)
+	}
+	if r.Neighbours != nil {
+		r.Neighbours.print(out)
 	}
 	if r.Memory != nil {
 		r.Memory.print(out)

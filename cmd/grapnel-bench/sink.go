@@ -88,11 +88,16 @@ func runSink([]string) error {
 	mux.HandleFunc("GET /stats", s.stats)
 	mux.HandleFunc("POST /reset", func(http.ResponseWriter, *http.Request) { s.reset() })
 	srv := &http.Server{Handler: mux}
+	ill, err := newSick(s.receive, srv)
+	if err != nil {
+		return err
+	}
+	ill.register(mux)
 	secure, second, certificate, err := serveTLS(mux)
 	if err != nil {
 		return err
 	}
-	fmt.Println(lis.Addr(), secure.Addr(), second.Addr(), base64.StdEncoding.EncodeToString(certificate))
+	fmt.Println(lis.Addr(), secure.Addr(), second.Addr(), base64.StdEncoding.EncodeToString(certificate), ill.shut, ill.other)
 	go func() {
 		_, _ = io.Copy(io.Discard, os.Stdin)
 		_ = srv.Close()
@@ -221,6 +226,8 @@ type sinkProcess struct {
 	addr  string
 	// secure and second are the listeners of HTTP/1.1 and of HTTP/2 over TLS; certificate is theirs, in PEM.
 	secure, second, certificate string
+	// shut and other are those of the sick.
+	shut, other string
 }
 
 func startSink(ctx context.Context) (*sinkProcess, error) {
@@ -246,14 +253,15 @@ func startSink(ctx context.Context) (*sinkProcess, error) {
 		return nil, fmt.Errorf("start the sink: %w", err)
 	}
 	words := strings.Fields(line)
-	if len(words) != 4 {
+	if len(words) != 6 {
 		return nil, fmt.Errorf("start the sink: it says %q", line)
 	}
 	certificate, err := base64.StdEncoding.DecodeString(words[3])
 	if err != nil {
 		return nil, fmt.Errorf("start the sink: %w", err)
 	}
-	return &sinkProcess{cmd: cmd, stdin: stdin, addr: words[0], secure: words[1], second: words[2], certificate: string(certificate)}, nil
+	return &sinkProcess{cmd: cmd, stdin: stdin, addr: words[0], secure: words[1], second: words[2], certificate: string(certificate),
+		shut: words[4], other: words[5]}, nil
 }
 
 func (p *sinkProcess) stop() {

@@ -95,14 +95,14 @@ func attacks() []*attack {
 		{name: "reads nothing", accepted: func(c net.Conn) { wait(c) }, like: []string{timedOut}},
 		{name: "says nothing", first: silent, second: func(net.Conn, int, uint32) bool { return false }, like: []string{timedOut}},
 		{name: "drips its header", like: []string{timedOut, retryable},
-			first: func(c net.Conn, _ int) bool { return drip(c, oops+"x: "+strings.Repeat("x", 1000)) },
+			first: func(c net.Conn, _ int) bool { return trickle(c, oops+"x: "+strings.Repeat("x", 1000)) },
 			second: func(c net.Conn, _ int, stream uint32) bool {
 				frame(c, frameHeaders, 0, stream, []byte(no))
 				return repeat(c, framed(frameContinuation, 0, stream, field("x", "y")), 100*time.Millisecond)
 			}},
 		{name: "drips the body of a yes", like: []string{succeeded},
 			first: func(c net.Conn, _ int) bool {
-				return drip(c, ok200+"content-length: 1000\r\n\r\n"+strings.Repeat("x", 1000))
+				return trickle(c, ok200+"content-length: 1000\r\n\r\n"+strings.Repeat("x", 1000))
 			},
 			second: func(c net.Conn, _ int, stream uint32) bool {
 				frame(c, frameHeaders, endHeaders, stream, []byte(yes))
@@ -111,7 +111,7 @@ func attacks() []*attack {
 		{name: "drips the body of a no", like: []string{failed500},
 			first: func(c net.Conn, _ int) bool {
 				write(c, oops+"content-length: 1000\r\n\r\n")
-				return drip(c, strings.Repeat("x", 1000))
+				return trickle(c, strings.Repeat("x", 1000))
 			},
 			second: func(c net.Conn, _ int, stream uint32) bool {
 				frame(c, frameHeaders, endHeaders, stream, []byte(no))
@@ -514,8 +514,8 @@ func repeat(c net.Conn, piece []byte, every time.Duration) bool {
 	}
 }
 
-// drip writes ten bytes a second, behind the first line.
-func drip(c net.Conn, text string) bool {
+// trickle writes ten bytes a second, behind the first line.
+func trickle(c net.Conn, text string) bool {
 	line := strings.Index(text, "\n") + 1
 	write(c, text[:line])
 	for i := range text[line:] {

@@ -28,6 +28,7 @@ func statsColumns() []column[*grapnelv1.Stats] {
 		{head: "OPEN", value: count(stats.GetOpen)},
 		{head: "P50", value: func(s stats) string { return latencyText(s.GetP50Latency()) }},
 		{head: "P99", value: func(s stats) string { return latencyText(s.GetP99Latency()) }},
+		{head: "BREAKERS OPEN", value: func(s stats) string { return number(s.GetOpenBreakers()) }},
 		{head: "OLDEST DUE", value: func(s stats) string { return latencyText(s.GetOldestDueAge()) }},
 	}
 }
@@ -103,6 +104,9 @@ func (c *cli) showCluster(r *grapnelv1.GetClusterResponse) error {
 		store = "WITHOUT QUORUM: deliveries go on, configuration cannot be changed"
 	}
 	c.said("Cluster %s, version %s, configuration store %s", r.GetClusterId(), r.GetVersion(), store)
+	if text := dispatchText(r); text != "" {
+		c.said("%s", text)
+	}
 	type node = *grapnelv1.Node
 	t := newTable(c, []column[node]{
 		{head: "NODE", value: func(n node) string { return lastSegment(n.GetName()) }},

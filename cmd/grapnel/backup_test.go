@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	mathrand "math/rand/v2"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -20,6 +21,7 @@ import (
 	"sync/atomic"
 	"syscall"
 	"testing"
+	"time"
 
 	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
 )
@@ -293,6 +295,104 @@ func TestRestoreRefuses(t *testing.T) {
 	}
 	restored := runServerIn(t, to)
 	if n := len(dialAPI(t, restored.ready()).events()); n != 20 {
+		t.Errorf("%d events", n)
+	}
+}
+
+// TestKilledRestore kills restores at many moments. Whatever is left is refused by a start, or whole; and another restore
+// makes it whole.
+func TestKilledRestore(t *testing.T) {
+	t.Parallel()
+	work := t.TempDir()
+	r := runServerIn(t, filepath.Join(work, "data"), "--egress-allow", "127.0.0.0/8")
+	a := dialAPI(t, r.ready())
+	a.subscribe("http://127.0.0.1:1/")
+	const events = 200
+	for range events {
+		if err := a.publish(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	file := filepath.Join(work, "backup.tar")
+	if code, _, stderr := grapnel(t, "", "backup", file, "--admin-addr", r.admin, "--secret-key"); code != 0 {
+		t.Fatalf("backup: %d %s", code, stderr)
+	}
+	r.signal(syscall.SIGTERM)
+	whole := func(dir, when string) {
+		t.Helper()
+		started := runServerIn(t, dir)
+		if n := len(dialAPI(t, started.ready()).events()); n != events {
+			t.Errorf("%s: %d events, want %d", when, n, events)
+		}
+		started.signal(syscall.SIGTERM)
+	}
+	began := time.Now()
+	if code, _, stderr := grapnel(t, "", "restore", file, "--data-dir", filepath.Join(work, "timed")); code != 0 {
+		t.Fatalf("restore: %d %s", code, stderr)
+	}
+	took := time.Since(began)
+	for i := range *killedStarts {
+		to := filepath.Join(work, fmt.Sprint("to", i))
+		first := exec.Command(lookPath(t, "grapnel"), "restore", file, "--data-dir", to)
+		if err := first.Start(); err != nil {
+			t.Fatal(err)
+		}
+		moment := time.Duration(mathrand.Int64N(int64(took)))
+		time.Sleep(moment) // not a wait: the moment is what is varied
+		_ = first.Process.Kill()
+		ended := first.Wait()
+		when := fmt.Sprintf("killed after %v of %v", moment, took)
+		_, unfinished := os.Lstat(filepath.Join(to, "restoring"))
+		_, made := os.Lstat(filepath.Join(to, "journal"))
+		switch {
+		case unfinished == nil:
+			refused := runServerIn(t, to)
+			if code := refused.code(); code != 1 || !strings.Contains(refused.log.text(), "did not come to its end") {
+				t.Fatalf("%s: a start: %d %s", when, code, refused.log.text())
+			}
+		case made == nil:
+			whole(to, when)
+			continue
+		case ended == nil:
+			t.Errorf("%s: it ended well and made nothing", when)
+		}
+		if code, _, stderr := grapnel(t, "", "restore", file, "--data-dir", to); code != 0 {
+			t.Fatalf("%s: another restore: %d %s", when, code, stderr)
+		}
+		whole(to, when)
+	}
+}
+
+// TestRestoreCutAtItsEnd: with all in place but the last step, a start refuses, and another restore goes through.
+func TestRestoreCutAtItsEnd(t *testing.T) {
+	t.Parallel()
+	work := t.TempDir()
+	r := runServerIn(t, filepath.Join(work, "data"), "--egress-allow", "127.0.0.0/8")
+	a := dialAPI(t, r.ready())
+	a.subscribe("http://127.0.0.1:1/")
+	if err := a.publish(); err != nil {
+		t.Fatal(err)
+	}
+	file, to := filepath.Join(work, "backup.tar"), filepath.Join(work, "restored")
+	if code, _, stderr := grapnel(t, "", "backup", file, "--admin-addr", r.admin, "--secret-key"); code != 0 {
+		t.Fatalf("backup: %d %s", code, stderr)
+	}
+	r.signal(syscall.SIGTERM)
+	if code, _, stderr := grapnel(t, "", "restore", file, "--data-dir", to); code != 0 {
+		t.Fatalf("restore: %d %s", code, stderr)
+	}
+	if err := os.Mkdir(filepath.Join(to, "restoring"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	refused := runServerIn(t, to)
+	if code := refused.code(); code != 1 || !strings.Contains(refused.log.text(), "run `grapnel restore` again") {
+		t.Errorf("a start: %d %s", code, refused.log.text())
+	}
+	if code, _, stderr := grapnel(t, "", "restore", file, "--data-dir", to); code != 0 {
+		t.Fatalf("another restore: %d %s", code, stderr)
+	}
+	started := runServerIn(t, to)
+	if n := len(dialAPI(t, started.ready()).events()); n != 1 {
 		t.Errorf("%d events", n)
 	}
 }

@@ -278,19 +278,7 @@ func newContextUse(c *cli) *cobra.Command {
 	return &cobra.Command{
 		Use: "use NAME", Short: "Use a context from now on", Args: exactly("NAME"), ValidArgsFunction: firstArg(completeContexts(c)),
 		RunE: func(_ *cobra.Command, args []string) error {
-			all, path, err := c.readContexts()
-			if err != nil {
-				return err
-			}
-			if _, err := all.find(args[0]); err != nil {
-				return err
-			}
-			all.Current = args[0]
-			if err := all.write(path); err != nil {
-				return err
-			}
-			c.said("using context %s", args[0])
-			return nil
+			return c.editContext(args[0], "using", func(all *contexts) { all.Current = args[0] })
 		},
 	}
 }
@@ -299,24 +287,31 @@ func newContextDelete(c *cli) *cobra.Command {
 	return &cobra.Command{
 		Use: "delete NAME", Short: "Forget a context", Args: exactly("NAME"), ValidArgsFunction: firstArg(completeContexts(c)),
 		RunE: func(_ *cobra.Command, args []string) error {
-			all, path, err := c.readContexts()
-			if err != nil {
-				return err
-			}
-			if _, err := all.find(args[0]); err != nil {
-				return err
-			}
-			delete(all.Contexts, args[0])
-			if all.Current == args[0] {
-				all.Current = ""
-			}
-			if err := all.write(path); err != nil {
-				return err
-			}
-			c.said("deleted context %s", args[0])
-			return nil
+			return c.editContext(args[0], "deleted", func(all *contexts) {
+				delete(all.Contexts, args[0])
+				if all.Current == args[0] {
+					all.Current = ""
+				}
+			})
 		},
 	}
+}
+
+// editContext has edit change the file for the sake of a context that is in it, and says that it is done.
+func (c *cli) editContext(name, done string, edit func(*contexts)) error {
+	all, path, err := c.readContexts()
+	if err != nil {
+		return err
+	}
+	if _, err := all.find(name); err != nil {
+		return err
+	}
+	edit(&all)
+	if err := all.write(path); err != nil {
+		return err
+	}
+	c.said("%s context %s", done, name)
+	return nil
 }
 
 func newContextList(c *cli) *cobra.Command {

@@ -31,6 +31,8 @@ func deliveryColumns() []column[*grapnelv1.Delivery] {
 		{head: "SUBSCRIPTION", value: func(d delivery) string { return lastSegment(d.GetSubscription()) }},
 		{head: "STATE", value: func(d delivery) string { return enumText(d.GetState()) }},
 		{head: "REASON", detail: true, value: delivery.GetStateReason},
+		{head: "TRIGGER", detail: true, value: func(d delivery) string { return enumText(d.GetTrigger()) }},
+		{head: "REPLAY", detail: true, value: func(d delivery) string { return lastSegment(d.GetReplayJob()) }},
 		{head: "ATTEMPTS", value: func(d delivery) string { return fmt.Sprintf("%d/%d", d.GetAttemptCount(), d.GetMaxAttempts()) }},
 		{head: "LAST", value: func(d delivery) string { return outcomeText(d.GetLastAttempt()) }},
 		{head: "NEXT", value: func(d delivery) string { return age(d.GetNextAttemptTime()) }},
@@ -139,34 +141,63 @@ func newDeliveryAttempts(c *cli) *cobra.Command {
 
 func newDeliveryRetry(c *cli) *cobra.Command {
 	var after int32
-	var f deliveryFlags
+	var again, job bool
+	var f replayFlags
 	cmd := &cobra.Command{
 		Use: "retry [ID...]", Short: "Make deliveries due now: those named, or all that the flags select",
 		Long: `Makes deliveries due now: those that are named, or all that the flags select, as delivery list does; after an outage,
-those that were given up. Each is told that cannot be, and the exit code is then 1.`,
+those that were given up. Each is told that cannot be, and the exit code is then 1.
+
+With --job the server does it: a replay job takes all that the flags select, at --max-rate, and goes on whatever becomes of
+this command, which shows how far it is.`,
 		Example: "  grapnel delivery retry 06h2ideteo002000jgn86mcguvp74 -n acme\n" +
-			"  grapnel delivery retry -n acme --state failed --subscription orders --since 6h",
+			"  grapnel delivery retry -n acme --state failed --subscription orders --since 6h\n" +
+			"  grapnel delivery retry -n acme --filter 'last_attempt.response_code = 503' --since 24h --job --max-rate 500",
 	}
 	f.register(cmd, c)
 	countVar(cmd.Flags(), &after, "if-attempt-count", 0, 0, 0, "fail unless this many attempts have ended; guards against retrying twice")
+	cmd.Flags().BoolVar(&again, "allow-succeeded", false, "also send those again that have succeeded, each as a new delivery")
+	cmd.Flags().BoolVar(&job, "job", false, "have a replay job of the server do it, all that the flags select")
+	rateFlag(cmd, &f.rate)
 	cmd.Flags().Lookup("limit").Usage = "at most this many of those that the flags select, newest first; 0 takes all"
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		lifted := ""
 		retry := func(ctx context.Context, cl *client.Client, name string) (*grapnelv1.Delivery, error) {
-			r := &grapnelv1.RetryDeliveryRequest{Name: name}
+			r := &grapnelv1.RetryDeliveryRequest{Name: name, AllowSucceeded: again}
 			if cmd.Flags().Changed("if-attempt-count") {
 				r.IfAttemptCount = &after
 			}
 			answer, err := cl.DeliveryService().RetryDelivery(ctx, r)
+			if len(args) == 1 && err == nil {
+				lifted = answer.GetLifted()
+			}
 			return answer.GetDelivery(), err
 		}
 		names, err := f.named(cmd, c, args)
 		if err != nil {
 			return err
 		}
+		if err := needs(cmd, "max-rate", "job"); err != nil {
+			return err
+		}
+		if job {
+			if err := excludes(cmd, "job", "a job takes all that the flags select", "limit", "if-attempt-count", "allow-succeeded"); err != nil {
+				return err
+			}
+			if len(names) > 0 {
+				return usagef("--job takes what the flags select, and %s names one", args[0])
+			}
+			f.retry = true
+			return c.startReplay(cmd, &f, "", false, true)
+		}
 		if len(names) == 1 {
 			return c.with(cmd, func(ctx context.Context, cl *client.Client) error {
 				d, err := retry(ctx, cl, names[0])
-				return c.newDeliveryState(d, err)
+				if err := c.newDeliveryState(d, err); err != nil {
+					return err
+				}
+				c.lifted(lifted)
+				return nil
 			})
 		}
 		if len(names) > 1 {

@@ -103,6 +103,7 @@ func newEventGet(c *cli) *cobra.Command {
 
 func newEventList(c *cli) *cobra.Command {
 	var f listFlags
+	var faulty bool
 	cmd := &cobra.Command{
 		Use: "list", Short: "List events, newest first", Aliases: []string{"ls"}, Args: cobra.NoArgs,
 		Example: `  grapnel event list -n acme --type 'order.*' --since 1h
@@ -116,12 +117,16 @@ func newEventList(c *cli) *cobra.Command {
 			if err != nil {
 				return err
 			}
+			if faulty {
+				all.add("condition_error_count > 0")
+			}
 			return c.with(cmd, func(ctx context.Context, cl *client.Client) error {
 				return list(c, cl.Events(ctx, ns, client.Filter(all.String()), pageFor(f.limit)), f.limit, eventColumns())
 			})
 		},
 	}
 	f.register(cmd, "id, uid, type, subject, source, time, accept_time, matched_subscriptions, condition_error_count, attributes.KEY")
+	cmd.Flags().BoolVar(&faulty, "condition-errors", false, "only those for which a subscription's condition could not be evaluated")
 	return cmd
 }
 

@@ -124,16 +124,18 @@ type deliveryFlags struct {
 	subscription, event string
 	states, outcomes    []string
 	code                int
+	scheduled           bool
 }
 
 func (f *deliveryFlags) register(cmd *cobra.Command, c *cli) {
-	f.listFlags.register(cmd, "state, subscription, subscription_uid, event, event_uid, event_type, trigger, create_time, next_attempt_time, scheduled, attempt_count, "+
+	f.listFlags.register(cmd, "state, subscription, subscription_uid, event, event_uid, event_type, trigger, replay_job, create_time, next_attempt_time, scheduled, attempt_count, "+
 		"last_attempt.outcome, last_attempt.response_code")
 	flags := cmd.Flags()
 	flags.StringSliceVar(&f.states, "state", nil, "only in these `states`; open and failed stand for several")
 	flags.StringVar(&f.subscription, "subscription", "", "only of this subscription")
 	flags.StringVar(&f.event, "event", "", "only of this event")
 	flags.StringSliceVar(&f.outcomes, "outcome", nil, "only whose last attempt had one of these `outcomes`")
+	flags.BoolVar(&f.scheduled, "scheduled", false, "only those that are open and not to be attempted before a time still to come")
 	countVar(flags, &f.code, "code", 0, 0, 999, "only whose last attempt got this response code")
 	must(cmd.RegisterFlagCompletionFunc("state", fixed(slices.Sorted(maps.Keys(deliveryStates()))...)))
 	must(cmd.RegisterFlagCompletionFunc("outcome", fixed(slices.Sorted(maps.Keys(attemptOutcomes()))...)))
@@ -156,6 +158,9 @@ func (f *deliveryFlags) filter(c *cli, now time.Time) (string, error) {
 		return "", err
 	}
 	all.add(anyOf("last_attempt.outcome", outcomes, plainTerm))
+	if f.scheduled {
+		all.add("scheduled = true")
+	}
 	if f.code != 0 {
 		all.add(fmt.Sprintf("last_attempt.response_code = %d", f.code))
 	}

@@ -21,13 +21,17 @@ const (
 	secrets       collection = "secrets"
 	events        collection = "events"
 	deliveries    collection = "deliveries"
+	replays       collection = "replayJobs"
 	plugins       collection = "plugins"
 )
 
 // noun is what one of a collection is called.
 func (of collection) noun() string {
-	if of == deliveries {
+	switch of {
+	case deliveries:
 		return "delivery"
+	case replays:
+		return "replay job"
 	}
 	return strings.TrimSuffix(string(of), "s")
 }

@@ -19,7 +19,8 @@ import (
 
 func newNamespaceCommand(c *cli) *cobra.Command {
 	cmd := group("namespace", "Tenants and their limits",
-		newNamespaceCreate(c), newNamespaceGet(c), newNamespaceList(c), newNamespaceUpdate(c), newNamespaceDelete(c), newNamespaceUndelete(c))
+		newNamespaceCreate(c), newNamespaceGet(c), newNamespaceList(c), newNamespaceUpdate(c),
+		newNamespacePause(c), newNamespaceDisable(c), newNamespaceResume(c), newNamespaceDelete(c), newNamespaceUndelete(c))
 	cmd.Aliases = []string{"namespaces", "ns"}
 	return c.connectFlags(cmd, false)
 }
@@ -36,6 +37,7 @@ func namespaceColumns() []column[*grapnelv1.Namespace] {
 		{head: "MAX EVENT BYTES", detail: true, value: func(n ns) string { return number(n.GetQuota().GetMaxEventBytes()) }},
 		{head: "MAX OPEN DELIVERIES", detail: true, value: func(n ns) string { return number(n.GetQuota().GetMaxOpenDeliveries()) }},
 		{head: "RETENTION", value: func(n ns) string { return durationText(n.GetQuota().GetRetention()) }},
+		{head: "DEAD LETTERS", detail: true, value: func(n ns) string { return durationText(n.GetQuota().GetDeadLetterRetention()) }},
 		{head: "SUBSCRIPTIONS", detail: true, value: func(n ns) string { return number(n.GetUsage().GetSubscriptions()) }},
 		{head: "OPEN DELIVERIES", detail: true, value: func(n ns) string { return number(n.GetUsage().GetOpenDeliveries()) }},
 		{head: "OLDEST DUE", detail: true, value: func(n ns) string { return durationText(n.GetUsage().GetOldestDueAge()) }},
@@ -57,17 +59,18 @@ func completeNamespaces(c *cli) cobra.CompletionFunc {
 type namespaceFlags struct {
 	labels                                     []string
 	subscriptions, rate, bytes, openDeliveries int32
-	retention                                  time.Duration
+	retention, deadLetters                     time.Duration
 }
 
 func (f *namespaceFlags) register(cmd *cobra.Command) {
 	flags := cmd.Flags()
 	flags.StringArrayVarP(&f.labels, "label", "l", nil, "label as `name=value`; repeat for more")
 	countVar(flags, &f.subscriptions, "max-subscriptions", 0, 0, 0, "most subscriptions; 0 is no limit")
-	countVar(flags, &f.rate, "max-publish-rate", 0, 0, 0, "most events accepted per second; 0 is no limit")
+	countVar(flags, &f.rate, "max-publish-rate", 0, 0, 0, "most events accepted per second, of which ten seconds' worth may come at once; 0 is no limit")
 	countVar(flags, &f.bytes, "max-event-bytes", 0, 0, 0, "most bytes of one payload; 0 is the default, 262144")
 	countVar(flags, &f.openDeliveries, "max-open-deliveries", 0, 0, 0, "most open deliveries; 0 is no limit")
 	spanVar(flags, &f.retention, "retention", 0, 0, 0, "how long final deliveries are kept; 0 is the default, 72h")
+	spanVar(flags, &f.deadLetters, "dead-letter-retention", 0, 0, 0, "how long those without success are kept after their end; 0 is as long as --retention")
 }
 
 // apply puts the flags that were given into n and returns the paths of what it set.
@@ -93,6 +96,11 @@ func (f *namespaceFlags) apply(cmd *cobra.Command, n *grapnelv1.Namespace) (path
 				n.Quota.Retention = durationpb.New(f.retention)
 			}
 		}},
+		{"dead-letter-retention", "dead_letter_retention", func() {
+			if f.deadLetters != 0 {
+				n.Quota.DeadLetterRetention = durationpb.New(f.deadLetters)
+			}
+		}},
 	} {
 		if changed(limit.flag) {
 			limit.set()
@@ -109,8 +117,14 @@ func newNamespaceCreate(c *cli) *cobra.Command {
 		Example: "  grapnel namespace create acme --max-subscriptions 200 --retention 72h",
 	}
 	f.register(cmd)
+	var begin initial
+	begin.register(cmd)
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
 		name, err := c.name(namespaces, args[0])
+		if err != nil {
+			return err
+		}
+		state, err := begin.of(grapnelv1.Namespace_State_value)
 		if err != nil {
 			return err
 		}
@@ -119,7 +133,9 @@ func newNamespaceCreate(c *cli) *cobra.Command {
 			return err
 		}
 		return c.with(cmd, func(ctx context.Context, cl *client.Client) error {
-			r, err := cl.NamespaceService().CreateNamespace(ctx, &grapnelv1.CreateNamespaceRequest{NamespaceId: lastSegment(name), Namespace: n})
+			r, err := cl.NamespaceService().CreateNamespace(ctx, &grapnelv1.CreateNamespaceRequest{
+				NamespaceId: lastSegment(name), Namespace: n, InitialState: grapnelv1.Namespace_State(state), StateReason: begin.reason,
+			})
 			if err != nil {
 				return err
 			}
@@ -200,6 +216,30 @@ func newNamespaceUpdate(c *cli) *cobra.Command {
 		})
 	}
 	return cmd
+}
+
+func newNamespacePause(c *cli) *cobra.Command {
+	return c.turnCommand(namespaces, "pause", "Stop all attempts of a namespace while events keep queueing", completeNamespaces(c),
+		func(ctx context.Context, cl *client.Client, t turning) (stated, error) {
+			r, err := cl.NamespaceService().PauseNamespace(ctx, &grapnelv1.PauseNamespaceRequest{Name: t.name, Reason: t.reason, Etag: t.etag})
+			return r.GetNamespace(), err
+		})
+}
+
+func newNamespaceDisable(c *cli) *cobra.Command {
+	return c.turnCommand(namespaces, "disable", "Stop all attempts of a namespace, and record matching events as SKIPPED", completeNamespaces(c),
+		func(ctx context.Context, cl *client.Client, t turning) (stated, error) {
+			r, err := cl.NamespaceService().DisableNamespace(ctx, &grapnelv1.DisableNamespaceRequest{Name: t.name, Reason: t.reason, Etag: t.etag})
+			return r.GetNamespace(), err
+		})
+}
+
+func newNamespaceResume(c *cli) *cobra.Command {
+	return c.turnCommand(namespaces, "resume", "Restart attempts of a namespace after a pause or disabling", completeNamespaces(c),
+		func(ctx context.Context, cl *client.Client, t turning) (stated, error) {
+			r, err := cl.NamespaceService().ResumeNamespace(ctx, &grapnelv1.ResumeNamespaceRequest{Name: t.name, Reason: t.reason, Etag: t.etag})
+			return r.GetNamespace(), err
+		})
 }
 
 // notEmpty is the server's refusal, told by what matters.

@@ -48,6 +48,40 @@ stdout '^namespaces/acme/subscriptions/orders deleted, '
 	testscript.Run(t, params)
 }
 
+// TestReplayPage runs the commands of docs/replay.md as they are printed, but for their receiver.
+func TestReplayPage(t *testing.T) {
+	page, err := os.ReadFile("../../docs/replay.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var commands []string
+	for _, section := range guideSections(string(page)) {
+		commands = append(commands, section.commands...)
+	}
+	if len(commands) < 20 {
+		t.Fatalf("the page has %d commands: %v", len(commands), commands)
+	}
+	text := strings.ReplaceAll(strings.Join(commands, "\n"), "http://127.0.0.1:9001", "$RECEIVER/204")
+	file := filepath.Join(t.TempDir(), "replay.txtar")
+	script := `receiver
+serve
+exec sh -eux page.sh
+stdout '^2 deliveries would be made; looked at 2$'
+stdout '^namespaces/acme/replayJobs/incident-42 is SUCCEEDED: 2 deliveries made, '
+stdout '^Created: +2$'
+stdout '^namespaces/acme/replayJobs/to-v2 is SUCCEEDED: 2 deliveries made'
+stdout '^namespaces/acme/replayJobs/backfill is SUCCEEDED: 2 deliveries made'
+await ' SUCCEEDED ' grapnel delivery list -n acme --filter 'trigger = DEAD_LETTER'
+-- page.sh --
+` + text + "\n"
+	if err := os.WriteFile(file, []byte(script), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	params := scripts("")
+	params.Files = []string{file}
+	testscript.Run(t, params)
+}
+
 // TestPagesWhereLocalhostIsV6 runs the pages' commands on a host whose name localhost is ::1 before it is 127.0.0.1: in
 // namespaces of its own, with a hosts file that says so. Commands reach their server as localhost.
 func TestPagesWhereLocalhostIsV6(t *testing.T) {

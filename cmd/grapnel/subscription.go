@@ -18,7 +18,7 @@ import (
 func newSubscriptionCommand(c *cli) *cobra.Command {
 	cmd := group("subscription", "Who receives which events, where and how",
 		newSubscriptionCreate(c), newSubscriptionGet(c), newSubscriptionList(c), newSubscriptionUpdate(c),
-		newSubscriptionDelete(c), newSubscriptionPause(c), newSubscriptionResume(c), newSubscriptionTest(c))
+		newSubscriptionDelete(c), newSubscriptionPause(c), newSubscriptionDisable(c), newSubscriptionResume(c), newSubscriptionTest(c))
 	cmd.Aliases = []string{"subscriptions", "sub"}
 	return c.connectFlags(cmd, true)
 }
@@ -34,6 +34,7 @@ func subscriptionColumns() []column[*grapnelv1.Subscription] {
 		{head: "TYPES", value: func(s sub) string { return cmp.Or(strings.Join(s.GetEventTypes(), ","), "*") }},
 		{head: "CONDITION", detail: true, value: sub.GetCondition},
 		{head: "URI", value: sub.GetUri},
+		{head: "DEAD LETTER", detail: true, value: func(s sub) string { return lastSegment(s.GetDeadLetter()) }},
 		{head: "HEADERS", detail: true, value: func(s sub) string { return pairsText(s.GetHeaders()) }},
 		{head: "LABELS", detail: true, value: func(s sub) string { return pairsText(s.GetLabels()) }},
 		{head: "PAYLOAD", detail: true, value: func(s sub) string { return shapeText(s.GetPayloadShape()) }},
@@ -132,12 +133,19 @@ func newSubscriptionCreate(c *cli) *cobra.Command {
       --condition 'event.data.total > 100.0' --schedule 10s,1m,10m
   grapnel subscription create both -n acme --uri https://example.com/x --payload cloudevents --gzip \
       --signer stripe --secret stripe-key --signer github --secret github-key
-  grapnel subscription create orders -n acme -f orders.yaml --validate-only`,
+  grapnel subscription create orders -n acme -f orders.yaml --validate-only
+  grapnel subscription create later -n acme --uri https://example.com/x --secret orders-key --state paused`,
 	}
 	f.register(cmd, c)
+	var begin initial
+	begin.register(cmd)
 	cmd.Flags().BoolVar(&validateOnly, "validate-only", false, "check everything and store nothing")
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
 		parent, id, err := c.created(subscriptions, args[0])
+		if err != nil {
+			return err
+		}
+		state, err := begin.of(grapnelv1.Subscription_State_value)
 		if err != nil {
 			return err
 		}
@@ -145,9 +153,13 @@ func newSubscriptionCreate(c *cli) *cobra.Command {
 		if _, err := f.apply(cmd, c, parent, s); err != nil {
 			return err
 		}
+		if err := f.sameName(s, parent+"/subscriptions/"+id); err != nil {
+			return err
+		}
 		return c.with(cmd, func(ctx context.Context, cl *client.Client) error {
 			r, err := cl.SubscriptionService().CreateSubscription(ctx, &grapnelv1.CreateSubscriptionRequest{
 				Parent: parent, SubscriptionId: id, Subscription: s, RequestId: client.NewID(), ValidateOnly: validateOnly,
+				InitialState: grapnelv1.Subscription_State(state), StateReason: begin.reason,
 			})
 			if err != nil {
 				return err
@@ -196,11 +208,23 @@ func statusColumns(s *grapnelv1.SubscriptionStatus) []column[*grapnelv1.Subscrip
 	} else if s.GetSlow() {
 		delivering = "yes, few at a time: the target is slow"
 	}
+	breaker := enumText(s.GetBreaker())
+	if s.GetBreakerSince() != nil {
+		breaker += " since " + timeText(s.GetBreakerSince())
+	}
+	limit := number(s.GetInFlightLimit())
+	if s.GetLimitReason() != "" {
+		limit += ", " + s.GetLimitReason()
+	}
 	add("DELIVERING", delivering)
+	add("BREAKER", breaker)
+	add("NEXT PROBE", timeText(s.GetNextProbeTime()))
 	add("FAILING SINCE", timeText(s.GetFailingSince()))
+	add("DISABLED AT", timeText(s.GetDisableTime()))
 	add("LAST SUCCESS", timeText(s.GetLastSuccessTime()))
 	add("OPEN DELIVERIES", number(s.GetOpenDeliveries()))
 	add("IN FLIGHT", number(s.GetInFlight()))
+	add("IN FLIGHT AT MOST", limit)
 	add("OLDEST DUE", latencyText(s.GetOldestDueAge()))
 	add("LATENCY", latencyText(s.GetLatency()))
 	add("CONDITION ERRORS", number(s.GetConditionErrors()))
@@ -230,7 +254,7 @@ func newSubscriptionList(c *cli) *cobra.Command {
 			})
 		},
 	}
-	cmd.Flags().StringVar(&filter, "filter", "", "`expression` over state, event_type, uri, labels.KEY, signer, transport, create_time")
+	cmd.Flags().StringVar(&filter, "filter", "", "`expression` over state, event_type, uri, labels.KEY, signer, transport, secret, uid, display_name, create_time")
 	cmd.Flags().BoolVarP(&all, "all-namespaces", "A", false, "of all namespaces")
 	return cmd
 }
@@ -267,6 +291,9 @@ With --file the whole content is replaced by the file's.`,
 		}
 		if len(paths) == 0 {
 			return usagef("nothing to change: give at least one flag")
+		}
+		if err := f.sameName(s, name); err != nil {
+			return err
 		}
 		s.Name, s.Etag = name, cmp.Or(etag, s.GetEtag())
 		r := &grapnelv1.UpdateSubscriptionRequest{
@@ -345,51 +372,37 @@ terminal to ask at.`,
 }
 
 func newSubscriptionPause(c *cli) *cobra.Command {
-	var reason string
-	cmd := &cobra.Command{
-		Use: "pause ID", Short: "Stop attempts while events keep queueing",
-		Args: oneID, ValidArgsFunction: firstArg(completeSubscriptions(c)),
-		RunE: func(cmd *cobra.Command, args []string) error {
-			name, err := c.name(subscriptions, args[0])
-			if err != nil {
-				return err
-			}
-			return c.with(cmd, func(ctx context.Context, cl *client.Client) error {
-				r, err := cl.SubscriptionService().PauseSubscription(ctx, &grapnelv1.PauseSubscriptionRequest{Name: name, Reason: reason})
-				return c.newState(r.GetSubscription(), err)
-			})
-		},
-	}
-	cmd.Flags().StringVar(&reason, "reason", "", "shown to those who wonder")
-	return cmd
+	return c.turnCommand(subscriptions, "pause", "Stop attempts while events keep queueing", completeSubscriptions(c),
+		func(ctx context.Context, cl *client.Client, t turning) (stated, error) {
+			r, err := cl.SubscriptionService().PauseSubscription(ctx, &grapnelv1.PauseSubscriptionRequest{Name: t.name, Reason: t.reason, Etag: t.etag})
+			return r.GetSubscription(), err
+		})
+}
+
+func newSubscriptionDisable(c *cli) *cobra.Command {
+	return c.turnCommand(subscriptions, "disable", "Stop attempts, and record matching events as SKIPPED", completeSubscriptions(c),
+		func(ctx context.Context, cl *client.Client, t turning) (stated, error) {
+			r, err := cl.SubscriptionService().DisableSubscription(ctx, &grapnelv1.DisableSubscriptionRequest{Name: t.name, Reason: t.reason, Etag: t.etag})
+			return r.GetSubscription(), err
+		})
 }
 
 func newSubscriptionResume(c *cli) *cobra.Command {
-	return &cobra.Command{
-		Use: "resume ID", Short: "Restart attempts after a pause or an automatic disable",
-		Args: oneID, ValidArgsFunction: firstArg(completeSubscriptions(c)),
-		RunE: func(cmd *cobra.Command, args []string) error {
-			name, err := c.name(subscriptions, args[0])
-			if err != nil {
-				return err
+	return c.turnCommand(subscriptions, "resume", "Restart attempts after a pause or disabling, also an automatic one", completeSubscriptions(c),
+		func(ctx context.Context, cl *client.Client, t turning) (stated, error) {
+			r, err := cl.SubscriptionService().ResumeSubscription(ctx, &grapnelv1.ResumeSubscriptionRequest{Name: t.name, Reason: t.reason, Etag: t.etag})
+			if err == nil {
+				c.lifted(r.GetLifted())
 			}
-			return c.with(cmd, func(ctx context.Context, cl *client.Client) error {
-				r, err := cl.SubscriptionService().ResumeSubscription(ctx, &grapnelv1.ResumeSubscriptionRequest{Name: name})
-				return c.newState(r.GetSubscription(), err)
-			})
-		},
-	}
+			return r.GetSubscription(), err
+		})
 }
 
-func (c *cli) newState(s *grapnelv1.Subscription, err error) error {
-	if err != nil {
-		return err
+// lifted tells people what held deliveries back until now.
+func (c *cli) lifted(what string) {
+	if what != "" && !c.forPrograms() {
+		c.said("lifted: %s", what)
 	}
-	if c.forPrograms() {
-		return show(c, s, nil)
-	}
-	c.said("%s is %s", s.GetName(), enumText(s.GetState()))
-	return nil
 }
 
 // errNotAccepted is the outcome of a test that reached the server but not the receiver's approval.

@@ -21,6 +21,8 @@ import (
 // subscriptionFlags are what create and update set.
 type subscriptionFlags struct {
 	file, displayName, uri, condition    string
+	deadLetter                           string
+	name                                 func(id string) (string, error) // of a subscription
 	types, labels, headers               []string
 	signers                              signerFlags
 	payload, contentType                 string
@@ -42,6 +44,9 @@ func (f *subscriptionFlags) register(cmd *cobra.Command, c *cli) {
 	flags.StringVar(&f.uri, "uri", "", "where to deliver")
 	flags.StringSliceVar(&f.types, "type", nil, "event type `globs` such as order.*; none matches every type")
 	flags.StringVar(&f.condition, "condition", "", "CEL expression over event; empty is true")
+	flags.StringVar(&f.deadLetter, "dead-letter", "", "`subscription` that gets what ends here without success")
+	must(cmd.RegisterFlagCompletionFunc("dead-letter", completeSubscriptions(c)))
+	f.name = func(id string) (string, error) { return c.name(subscriptions, id) }
 	flags.StringArrayVarP(&f.labels, "label", "l", nil, "label as `name=value`; repeat for more")
 	flags.StringArrayVarP(&f.headers, "header", "H", nil, "static header as `name=value`; repeat for more; not for secrets")
 	f.signers.register(cmd, c)
@@ -110,6 +115,14 @@ func (f *subscriptionFlags) apply(cmd *cobra.Command, c *cli, parent string, s *
 	return paths, nil
 }
 
+// sameName refuses a file about another subscription than the one that is named.
+func (f *subscriptionFlags) sameName(s *grapnelv1.Subscription, name string) error {
+	if given := s.GetName(); given != "" && given != name {
+		return usagef("--file %s is about %s, and the command about %s; name the same one, or take name out of the file", f.file, given, name)
+	}
+	return nil
+}
+
 func (f *subscriptionFlags) plain(s *grapnelv1.Subscription) []field {
 	failure := func() *grapnelv1.FailurePolicy {
 		if s.FailurePolicy == nil {
@@ -125,6 +138,12 @@ func (f *subscriptionFlags) plain(s *grapnelv1.Subscription) []field {
 		{"uri", "uri", func() error { s.Uri = f.uri; return nil }},
 		{"type", "event_types", func() error { s.EventTypes = nonEmpty(f.types); return nil }},
 		{"condition", "condition", func() error { s.Condition = f.condition; return nil }},
+		{"dead-letter", "dead_letter", func() (err error) {
+			if s.DeadLetter = f.deadLetter; f.deadLetter != "" {
+				s.DeadLetter, err = f.name(f.deadLetter)
+			}
+			return err
+		}},
 		{"label", "labels", pairs("label", f.labels, &s.Labels)},
 		{"header", "headers", pairs("header", f.headers, &s.Headers)},
 		{"attempt-timeout", "attempt_timeout", func() error { s.AttemptTimeout = durationpb.New(f.attemptTimeout); return nil }},

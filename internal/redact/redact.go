@@ -2,6 +2,8 @@
 package redact
 
 import (
+	"encoding/base64"
+	"slices"
 	"strings"
 	"sync"
 )
@@ -25,10 +27,14 @@ type Set struct {
 	mu sync.RWMutex // guards what follows
 	// forms are what is looked for, by their first bytes, and how many values want it.
 	forms map[[shortest]byte]map[string]int
+	// least is at most the length of the shortest, and first has the bytes that one may begin with, a bit each: both know
+	// those too that have been removed, until all are.
+	least int
+	first [4]uint64
 }
 
-// Add has a value taken out of texts: itself, what follows the prefix in such as whsec_…, and if it has several lines
-// each long one, since output comes in lines. A value counts as often as it was added.
+// Add has a value taken out of texts: itself, what follows the prefix in such as whsec_…, the key of which that is the
+// base64, and if it has several lines each long one, since output comes in lines. A value counts as often as it was added.
 func (s *Set) Add(value string) { s.change(value, 1) }
 
 // Remove takes back one Add.
@@ -42,6 +48,11 @@ func (s *Set) change(value string, by int) {
 		if s.forms == nil {
 			s.forms = map[[shortest]byte]map[string]int{}
 		}
+		if len(s.forms) == 0 {
+			s.least, s.first = len(form), [4]uint64{}
+		}
+		s.least = min(s.least, len(form))
+		s.first[form[0]/64] |= 1 << (form[0] % 64)
 		if s.forms[key] == nil {
 			s.forms[key] = map[string]int{}
 		}
@@ -61,7 +72,10 @@ func each(value string, f func(form string)) {
 	}
 	f(value)
 	if i := strings.IndexByte(value, '_'); i > 0 && i < longestPrefix && len(value)-i-1 >= shortest {
-		f(value[i+1:]) // whsec_…: the part that counts
+		f(value[i+1:]) // whsec_…: the part that counts, and the key that it stands for
+		if key, err := base64.StdEncoding.DecodeString(value[i+1:]); err == nil && len(key) >= shortest {
+			f(string(key))
+		}
 	}
 	if !strings.Contains(value, "\n") {
 		return
@@ -91,46 +105,58 @@ func each(value string, f func(form string)) {
 }
 
 // Clean returns text with Mark in the place of each value, and of a beginning of one that the text ends in: it may have
-// been cut off.
+// been cut off. Values are found as they are and as libraries write them into errors: see views.
 func (s *Set) Clean(text string) string {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
 	if len(s.forms) == 0 || len(text) < shortest {
 		return text
 	}
-	var out strings.Builder
-	done := 0          // text up to here is in out
-	from, to := -1, -1 // what is being taken out; overlapping values go as one
+	var found []span
 	for i := 0; i+shortest <= len(text); i++ {
-		n := s.longest(text[i:])
-		if n == 0 {
-			continue
+		if n := longest(s, text[i:], true); n > 0 {
+			found = append(found, span{i, i + n})
 		}
-		if i > to {
-			if to >= 0 {
-				out.WriteString(text[done:from] + Mark)
-				done = to
-			}
-			from = i
-		}
-		to = max(to, i+n)
 	}
-	if to < 0 {
+	views(text, s.least, func(v *view) {
+		for i := 0; i+shortest <= len(v.bytes); i++ {
+			if n := longest(s, v.bytes[i:], v.last); n > 0 {
+				found = append(found, span{v.place(i).from, v.place(i + n - 1).to})
+			}
+		}
+	})
+	if len(found) == 0 {
 		return text
 	}
-	out.WriteString(text[done:from] + Mark + text[to:])
+	slices.SortFunc(found, func(a, b span) int { return a.from - b.from })
+	var out strings.Builder
+	done := 0 // text up to here is in out
+	for k := 0; k < len(found); {
+		taken := found[k] // those that overlap or touch go as one
+		for k++; k < len(found) && found[k].from <= taken.to; k++ {
+			taken.to = max(taken.to, found[k].to)
+		}
+		out.WriteString(text[done:taken.from] + Mark)
+		done = taken.to
+	}
+	out.WriteString(text[done:])
 	return out.String()
 }
 
-// longest is the length of the longest value that text begins with, or that begins with text.
-func (s *Set) longest(text string) int {
+// span is a part of a text.
+type span struct{ from, to int }
+
+// longest is the length of the longest value that text begins with, or, where the text may have been cut off, that begins
+// with text.
+func longest[T string | []byte](s *Set, text T, cut bool) int {
+	if s.first[text[0]/64]&(1<<(text[0]%64)) == 0 {
+		return 0
+	}
 	longest := 0
 	for form := range s.forms[[shortest]byte([]byte(text[:shortest]))] {
-		switch {
-		case strings.HasPrefix(text, form):
-			longest = max(longest, len(form))
-		case strings.HasPrefix(form, text):
-			longest = len(text)
+		n := min(len(form), len(text))
+		if string(text[:n]) == form[:n] && (n == len(form) || cut) {
+			longest = max(longest, n)
 		}
 	}
 	return longest

@@ -1,6 +1,12 @@
 package redact_test
 
 import (
+	"encoding/base64"
+	"encoding/hex"
+	"encoding/json"
+	"fmt"
+	"net/url"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -31,6 +37,72 @@ func TestClean(t *testing.T) {
 		if got := redact.Text(text, values); got != want {
 			t.Errorf("%q: %q, want %q", text, got, want)
 		}
+	}
+}
+
+// A library's error may show a secret as it was written into a header, a URL or a log: by itself, or as a part of more.
+func TestCleanKnowsEncodings(t *testing.T) {
+	const plain = "päss w0rd/+&\"?\n\x00 and more"
+	key := []byte("\x01\xfe\xffkey-bytes\x80\x7f0123")
+	whsec := "whsec_" + base64.StdEncoding.EncodeToString(key)
+	quotedJSON, err := json.Marshal(plain)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, text := range map[string]string{
+		"hex":              hex.EncodeToString([]byte(plain)),
+		"HEX":              strings.ToUpper(hex.EncodeToString([]byte(plain))),
+		"hex of more":      hex.EncodeToString([]byte("x" + plain + "yz")),
+		"after a digit":    "0" + hex.EncodeToString([]byte(plain)),
+		"query":            url.QueryEscape(plain),
+		"path":             url.PathEscape(plain),
+		"lower percent":    strings.ToLower(url.QueryEscape(plain)),
+		"quoted":           strconv.Quote(plain),
+		"quoted to ASCII":  strconv.QuoteToASCII(plain),
+		"JSON":             string(quotedJSON),
+		"the key":          string(key),
+		"the key in hex":   fmt.Sprintf("%x", key),
+		"the key, quoted":  fmt.Sprintf("%q", key),
+		"the key, url":     base64.RawURLEncoding.EncodeToString(key),
+		"whsec in base64":  base64.StdEncoding.EncodeToString([]byte(whsec)),
+		"a user's, base64": base64.URLEncoding.EncodeToString([]byte("user:" + plain)),
+	} {
+		for _, around := range []string{"%s", "Authorization: %s; and more", "\"%s\"", "x=%s&y=1"} {
+			text := fmt.Sprintf(strings.ReplaceAll(around, "%s", "%[1]s"), text)
+			got := redact.Text(text, [][]byte{[]byte(plain), []byte(whsec)})
+			if !strings.Contains(got, redact.Mark) {
+				t.Errorf("%s: %q stays %q", name, text, got)
+			}
+			for i := 0; i+8 <= len(text); i++ { // nothing longer than what neighbours share stays
+				if part := text[i : i+8]; strings.Contains(got, part) && strings.Count(text, part) == 1 && i > 20 && i+8 < len(text)-20 && name != "a user's, base64" && name != "hex of more" {
+					t.Errorf("%s: %q of %q stays in %q", name, part, text, got)
+					break
+				}
+			}
+		}
+	}
+	for skip := range 3 {
+		for tail := range 3 {
+			for _, encoding := range []*base64.Encoding{base64.StdEncoding, base64.RawStdEncoding, base64.URLEncoding, base64.RawURLEncoding} {
+				text := encoding.EncodeToString([]byte(strings.Repeat("u", skip) + "canary-secret" + strings.Repeat("v", tail)))
+				if got := redact.Text("got "+text+" here", [][]byte{[]byte("canary-secret")}); len(strings.ReplaceAll(got, redact.Mark, "")) > len("got  here")+8 {
+					t.Errorf("%d before and %d behind: %q stays %q", skip, tail, text, got)
+				}
+			}
+		}
+	}
+	const ordinary = `Post "https://example.com/a%20b?c=d+e": x509: certificate signed by unknown authority "Zm9vYmFyYmF6cXV4cXV1eA==" 0123456789abcdef0123456789abcdef \"q\"`
+	if got := redact.Text(ordinary, [][]byte{[]byte(plain), []byte(whsec), []byte("canary-secret")}); got != ordinary {
+		t.Errorf("an ordinary text became %q", got)
+	}
+}
+
+func BenchmarkClean(b *testing.B) {
+	var s redact.Set
+	s.Add("whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw")
+	b.ReportAllocs()
+	for b.Loop() {
+		s.Clean("application/json; charset=utf-8; profile=https://example.com/schema")
 	}
 }
 

@@ -8,6 +8,7 @@ import (
 	"net"
 	"runtime"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -160,6 +161,63 @@ func TestReusedConnectionThatDiesIsTriedAgainOnce(t *testing.T) {
 			}
 			if n := srv.accepted(); n != 2 {
 				t.Errorf("%d connections, want 2", n)
+			}
+		}
+	})
+}
+
+// TestRequestTimeoutIsTriedAgainOnce: 408 says that the request did not arrive whole. On a connection that was idle and
+// closes with it, it is for one that crossed the receiver's farewell: that is repeated on a new connection, once, in the
+// same attempt (RFC 9110, section 15.5.9). Everywhere else it is the answer.
+func TestRequestTimeoutIsTriedAgainOnce(t *testing.T) {
+	const (
+		ok       = "HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"
+		goodbye  = "HTTP/1.1 408 Request Timeout\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
+		stays    = "HTTP/1.1 408 Request Timeout\r\nContent-Length: 0\r\n\r\n"
+		accepted = "HTTP/1.1 201 Created\r\nContent-Length: 0\r\n\r\n"
+	)
+	everyStack(t, func(t *testing.T, c client) {
+		for name, tt := range map[string]struct {
+			first, second []string // what the connections answer, request by request
+			want          []int
+			requests      int32
+		}{
+			"repeated":                   {[]string{ok, goodbye}, []string{accepted}, []int{200, 201}, 3},
+			"once":                       {[]string{ok, goodbye}, []string{goodbye}, []int{200, 408}, 3},
+			"not where it stays":         {[]string{ok, stays}, []string{accepted}, []int{200, 408}, 2},
+			"not on a new connection":    {[]string{goodbye}, []string{accepted}, []int{408}, 1},
+			"what became of that counts": {[]string{ok, goodbye}, nil, []int{200, 0}, 3},
+		} {
+			var requests atomic.Int32
+			srv := c.serveRaw(t, func(n int, conn net.Conn) {
+				defer conn.Close()
+				r := bufio.NewReader(conn)
+				answers := tt.first
+				if n > 1 {
+					answers = tt.second
+				}
+				for _, answer := range answers {
+					if !readRequest(r) {
+						return
+					}
+					requests.Add(1)
+					_, _ = io.WriteString(conn, answer)
+				}
+				if stayed := len(answers) > 0 && answers[len(answers)-1] == stays; (answers == nil || stayed) && readRequest(r) {
+					requests.Add(1)
+				}
+			})
+			inst := c.instance(t, srv.url, nil)
+			for i, want := range tt.want {
+				resp, err := attempt(t, inst)
+				if want == 0 {
+					wantFailure(t, err, plugin.CodeReset, plugin.Sent)
+				} else if err != nil || resp.Status != want {
+					t.Errorf("%s, attempt %d: %v, %v; want %d", name, i+1, resp, err, want)
+				}
+			}
+			if n := requests.Load(); n != tt.requests {
+				t.Errorf("%s: %d requests, want %d", name, n, tt.requests)
 			}
 		}
 	})

@@ -69,6 +69,25 @@ func (c *Client) UpdateNamespace(ctx context.Context, namespace string, change f
 		})
 }
 
+// PauseNamespace has all deliveries of a namespace wait until ResumeNamespace; reason is shown to people and may be empty.
+func (c *Client) PauseNamespace(ctx context.Context, namespace, reason string) (*grapnelv1.Namespace, error) {
+	r, err := c.NamespaceService().PauseNamespace(ctx, &grapnelv1.PauseNamespaceRequest{Name: namespaceName(namespace), Reason: reason})
+	return r.GetNamespace(), err
+}
+
+// DisableNamespace has what is published into a namespace be skipped until ResumeNamespace; reason is as for
+// PauseNamespace.
+func (c *Client) DisableNamespace(ctx context.Context, namespace, reason string) (*grapnelv1.Namespace, error) {
+	r, err := c.NamespaceService().DisableNamespace(ctx, &grapnelv1.DisableNamespaceRequest{Name: namespaceName(namespace), Reason: reason})
+	return r.GetNamespace(), err
+}
+
+// ResumeNamespace has deliveries go on.
+func (c *Client) ResumeNamespace(ctx context.Context, namespace string) (*grapnelv1.Namespace, error) {
+	r, err := c.NamespaceService().ResumeNamespace(ctx, &grapnelv1.ResumeNamespaceRequest{Name: namespaceName(namespace)})
+	return r.GetNamespace(), err
+}
+
 // DeleteNamespace marks a namespace deleted; the answer's PurgeTime says when it will be erased. ErrInUse when
 // it has subscriptions, unless force is set.
 func (c *Client) DeleteNamespace(ctx context.Context, namespace string, force bool) (*grapnelv1.Namespace, error) {

@@ -83,6 +83,16 @@ func (s Subscriptions) Pause(ctx context.Context, id, reason string) (*grapnelv1
 	return r.GetSubscription(), err
 }
 
+// Disable has events be skipped until Resume; reason is as for Pause.
+func (s Subscriptions) Disable(ctx context.Context, id, reason string) (*grapnelv1.Subscription, error) {
+	name, err := s.name(id)
+	if err != nil {
+		return nil, err
+	}
+	r, err := s.c.SubscriptionService().DisableSubscription(ctx, &grapnelv1.DisableSubscriptionRequest{Name: name, Reason: reason})
+	return r.GetSubscription(), err
+}
+
 // Resume has deliveries go on that waited, also after the server disabled the subscription.
 func (s Subscriptions) Resume(ctx context.Context, id string) (*grapnelv1.Subscription, error) {
 	name, err := s.name(id)

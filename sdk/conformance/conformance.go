@@ -265,7 +265,7 @@ func exists(path string) bool {
 
 // Resolve returns a command that means the same in any directory: its program is looked up, and words that
 // are names of existing files are made absolute. A directory with a file named plugin stands for that, as it does when
-// it is installed.
+// it is installed; another directory is no program, also when one of its name is elsewhere.
 func Resolve(command []string) ([]string, error) {
 	if len(command) == 0 {
 		return nil, errors.New("no command to start the plugin with")
@@ -279,9 +279,12 @@ func Resolve(command []string) ([]string, error) {
 	}
 	path, err := exec.LookPath(program)
 	switch {
-	case err == nil:
 	case there != nil && there.IsDir():
+		if err == nil {
+			return nil, fmt.Errorf("%s is a directory here, without an executable file named plugin in it, and a program elsewhere; say %s if that is meant", program, path)
+		}
 		return nil, fmt.Errorf("%s is a directory, and one that is a plugin has an executable file named plugin in it", program)
+	case err == nil:
 	case there != nil && errors.Is(err, exec.ErrNotFound):
 		return nil, fmt.Errorf("find the plugin: %w; there is a file %s here: did you mean ./%s?", err, program, program)
 	default:

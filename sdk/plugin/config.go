@@ -358,6 +358,9 @@ func (s *schema) unknown(name, at string) Problem {
 
 // escape is RFC 6901's.
 func escape(segment string) string {
+	if !strings.ContainsAny(segment, "~/") {
+		return segment
+	}
 	return strings.NewReplacer("~", "~0", "/", "~1").Replace(segment)
 }
 

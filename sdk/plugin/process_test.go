@@ -8,7 +8,9 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
+	"syscall"
 	"testing"
 
 	"google.golang.org/grpc"
@@ -78,5 +80,61 @@ func TestProcessClosesItsInstancesWhenTheHostGoes(t *testing.T) {
 	}
 	if _, err := os.Stat(left); err != nil {
 		t.Errorf("the instance was not closed: %v", err)
+	}
+}
+
+// TestAuthoritiesAreReadBeforeTheHandshake: they are there before anything is asked of the process, so that no shortage
+// that comes later can have it find none.
+func TestAuthoritiesAreReadBeforeTheHandshake(t *testing.T) {
+	if runtime.GOOS != "linux" {
+		t.Skip("SSL_CERT_FILE is for systems whose authorities are in a file")
+	}
+	dir, err := os.MkdirTemp("", "p") // short enough for a socket
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = os.RemoveAll(dir) })
+	fifo := filepath.Join(dir, "ca") // who reads it is seen
+	if err := syscall.Mkfifo(fifo, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.CommandContext(t.Context(), os.Args[0])
+	cmd.Env = []string{
+		closingPlugin + "=1", plugin.MagicCookieKey + "=" + plugin.MagicCookieValue, "PLUGIN_PROTOCOL_VERSIONS=1", "PLUGIN_UNIX_SOCKET_DIR=" + dir,
+		"SSL_CERT_FILE=" + fifo, "SSL_CERT_DIR=" + dir + "/none",
+	}
+	cmd.Stderr = t.Output()
+	stdout, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = cmd.Process.Kill(); _ = cmd.Wait() })
+	read := make(chan error, 1)
+	go func() {
+		file, err := os.OpenFile(fifo, os.O_WRONLY, 0) // once it is opened for reading
+		if err == nil {
+			err = file.Close()
+		}
+		read <- err
+	}()
+	line := make(chan string, 1)
+	go func() {
+		text, _ := bufio.NewReader(stdout).ReadString('\n')
+		line <- text
+	}()
+	select {
+	case err := <-read:
+		if err != nil {
+			t.Fatal(err)
+		}
+	case text := <-line:
+		_ = os.Remove(fifo)
+		t.Fatalf("the handshake %q came before the authorities were read", text)
+	}
+	if text := <-line; !strings.HasPrefix(text, "1|") {
+		t.Errorf("handshake %q", text)
 	}
 }

@@ -2,6 +2,7 @@ package plugin
 
 import (
 	"context"
+	"crypto/x509"
 	"log/slog"
 	"os"
 	"os/signal"
@@ -27,7 +28,7 @@ const (
 
 // Serve is Main without the exit: it returns nil once the host is gone and work at hand has ended. It
 // makes slog's default logger write to the host, and what is written to standard output go to standard
-// error, since the former belongs to the handshake.
+// error, since the former belongs to the handshake. The system's certificate authorities are read before that.
 func Serve(name, version string, kinds ...Kind) error {
 	if os.Getenv(MagicCookieKey) != MagicCookieValue {
 		return ErrNotStartedByHost
@@ -41,6 +42,9 @@ func Serve(name, version string, kinds ...Kind) error {
 	stderr := os.Stderr
 	s.described = func() { stdoutToStderr(stderr) }
 	slog.SetDefault(s.log())
+	// Go reads the system's certificate authorities once, when they are first wanted; in a shortage of descriptors that
+	// finds none, and no receiver is trusted any more.
+	_, _ = x509.SystemCertPool()
 
 	signals := make(chan os.Signal, 1)
 	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)

@@ -20,11 +20,16 @@ func (s adminService) GetCluster(context.Context, *grapnelv1.GetClusterRequest) 
 		state = grapnelv1.Node_STATE_DRAINING
 	default:
 	}
+	dispatch := s.Registry.Snapshot().Dispatch()
 	return &grapnelv1.GetClusterResponse{
 		Version:      s.Version,
 		Commit:       s.Commit,
 		StoreHealthy: s.Registry.Healthy(),
 		ClusterId:    s.ClusterID,
+
+		DispatchPaused: dispatch.Paused, PauseReason: dispatch.Reason,
+		DispatchChangeTime: stamp(dispatch.Time), DispatchEtag: dispatch.Etag(),
+
 		Nodes: []*grapnelv1.Node{{
 			Name:            nodeName(s.NodeName),
 			Address:         s.Address,
@@ -35,6 +40,36 @@ func (s adminService) GetCluster(context.Context, *grapnelv1.GetClusterRequest) 
 			StartTime:       timestamppb.New(s.started),
 		}},
 	}, nil
+}
+
+// clusterName stands for all of it where the name of a resource is asked for.
+const clusterName = "cluster"
+
+// PauseDispatch stops all attempts. Repeating it changes the reason only.
+func (s adminService) PauseDispatch(ctx context.Context, r *grapnelv1.PauseDispatchRequest) (*grapnelv1.PauseDispatchResponse, error) {
+	etag, err := s.setDispatch(ctx, r.GetEtag(), true, r.GetReason())
+	if err != nil {
+		return nil, err
+	}
+	return &grapnelv1.PauseDispatchResponse{Etag: etag}, nil
+}
+
+// ResumeDispatch restarts them.
+func (s adminService) ResumeDispatch(ctx context.Context, r *grapnelv1.ResumeDispatchRequest) (*grapnelv1.ResumeDispatchResponse, error) {
+	etag, err := s.setDispatch(ctx, r.GetEtag(), false, r.GetReason())
+	if err != nil {
+		return nil, err
+	}
+	return &grapnelv1.ResumeDispatchResponse{Etag: etag}, nil
+}
+
+func (s adminService) setDispatch(ctx context.Context, etag string, paused bool, reason string) (string, error) {
+	d, err := s.Registry.SetDispatch(ctx, etag, paused, reason)
+	if err != nil {
+		return "", toStatus(err, clusterName)
+	}
+	s.log.WarnContext(ctx, "the switch for all dispatch was turned", "paused", d.Paused, "reason", d.Reason)
+	return d.Etag(), nil
 }
 
 // GetStats reads counters over a window, in all and for the subscriptions with the most failures.

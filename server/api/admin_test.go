@@ -95,7 +95,7 @@ func TestAdminService(t *testing.T) {
 		t.Fatal(err)
 	}
 	want := &grapnelv1.GetClusterResponse{
-		Version: "1.2.3", Commit: "abc", StoreHealthy: true, ClusterId: "cluster",
+		Version: "1.2.3", Commit: "abc", StoreHealthy: true, ClusterId: "cluster", DispatchEtag: "0",
 		Nodes: []*grapnelv1.Node{{
 			Name: "nodes/one", Address: "127.0.0.1:7070", Version: "1.2.3", State: grapnelv1.Node_STATE_READY,
 			OwnedPartitions: 16, InFlight: 5,

@@ -38,6 +38,9 @@ type Engine interface {
 	Deleting(lane delivery.LaneKey) (done func())
 	// InFlight reports whether an attempt of the delivery is running now.
 	InFlight(id delivery.ID, lane delivery.LaneKey) bool
+	// HeldBy says what holds a lane back beside its subscription's state, and Open lifts it.
+	HeldBy(lane delivery.LaneKey) string
+	Open(lane delivery.LaneKey)
 	// WaitReason says why a delivery that is due is not tried; empty when nothing holds it back.
 	WaitReason(id delivery.ID, lane delivery.LaneKey) string
 	// Status says how a lane goes, but for what the journal and the registry know.
@@ -50,6 +53,21 @@ type Engine interface {
 	OldestDue(namespace string) time.Duration
 	// Running is the number of attempts in flight.
 	Running() int
+}
+
+// Replays is what the edge needs of the runner of replays.
+type Replays interface {
+	// Create stores a replay and begins it, and returns the one that is there already with its id and content. Errors:
+	// those of delivery.Journal.CreateReplay, ErrStopping.
+	Create(ctx context.Context, r *delivery.Replay) (*delivery.Replay, error)
+	// Count counts what a replay would make now.
+	Count(ctx context.Context, r *delivery.Replay) (delivery.ReplayCounts, error)
+	// WaitReason says what one that goes on waits for.
+	WaitReason(ns delivery.NamespaceKey, key uint64) string
+	// Wait returns when one has ended, when the server is about to, or when ctx ends.
+	Wait(ctx context.Context, ns delivery.NamespaceKey, key uint64)
+	// Cancel ends one, and returns one that has ended as it is.
+	Cancel(ctx context.Context, ns delivery.NamespaceKey, key uint64) (*delivery.Replay, error)
 }
 
 // Plugins is what the edge needs of the plugin host.
@@ -86,7 +104,7 @@ type Diagnostic struct {
 	Warning bool
 }
 
-// Options of a Server. Registry, Secrets, Journal, Ingest, Engine, Plugins and Logger are required.
+// Options of a Server. Registry, Secrets, Journal, Ingest, Engine, Plugins, Replays and Logger are required.
 type Options struct {
 	Registry *subscription.Registry
 	Secrets  *secret.Store
@@ -94,6 +112,7 @@ type Options struct {
 	Ingest   *ingest.Ingest
 	Engine   Engine
 	Plugins  Plugins
+	Replays  Replays
 
 	Version string
 	Commit  string
@@ -205,6 +224,10 @@ type (
 		grapnelv1.UnsafeDeliveryServiceServer
 		*Server
 	}
+	replayService struct {
+		grapnelv1.UnsafeReplayServiceServer
+		*Server
+	}
 	namespaceService struct {
 		grapnelv1.UnsafeNamespaceServiceServer
 		*Server
@@ -234,6 +257,7 @@ func (s *Server) Register(g *grpc.Server) {
 	grapnelv1.RegisterPublishServiceServer(r, publishService{Server: s})
 	grapnelv1.RegisterEventServiceServer(r, eventService{Server: s})
 	grapnelv1.RegisterDeliveryServiceServer(r, deliveryService{Server: s})
+	grapnelv1.RegisterReplayServiceServer(r, replayService{Server: s})
 	grapnelv1.RegisterNamespaceServiceServer(r, namespaceService{Server: s})
 	grapnelv1.RegisterSubscriptionServiceServer(r, subscriptionService{Server: s})
 	grapnelv1.RegisterSecretServiceServer(r, secretService{Server: s})

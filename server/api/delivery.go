@@ -129,6 +129,10 @@ func (s deliveryService) RetryDelivery(ctx context.Context, r *grapnelv1.RetryDe
 	if r.IfAttemptCount != nil {
 		attempts = int(r.GetIfAttemptCount())
 	}
+	if d.State == delivery.Succeeded && r.GetAllowSucceeded() {
+		return s.sendAgain(ctx, r.GetName(), ns, d, attempts)
+	}
+	held := s.Engine.HeldBy(laneOf(d))
 	after, err := s.Engine.Retry(ctx, d.ID, laneOf(d), attempts)
 	if errors.Is(err, delivery.ErrInvalidState) {
 		return nil, s.cannot("retried", r.GetName(), d, attempts)
@@ -136,7 +140,24 @@ func (s deliveryService) RetryDelivery(ctx context.Context, r *grapnelv1.RetryDe
 	if err != nil {
 		return nil, toStatus(err, r.GetName())
 	}
-	return &grapnelv1.RetryDeliveryResponse{Delivery: s.deliveryProto(ns, after, false)}, nil
+	return &grapnelv1.RetryDeliveryResponse{Delivery: s.deliveryProto(ns, after, false), Lifted: held}, nil
+}
+
+// sendAgain makes another delivery of one that has succeeded.
+func (s deliveryService) sendAgain(ctx context.Context, name, ns string, d *delivery.Delivery, attempts int) (*grapnelv1.RetryDeliveryResponse, error) {
+	sub := s.Registry.Snapshot().SubscriptionByKey(uint64(d.ID.Subscription))
+	if sub == nil {
+		return nil, invalidState(name, "the delivery's subscription, "+subscriptionName(ns, d.Subscription)+", is deleted")
+	}
+	to := delivery.Target{Subscription: sub.ID, UID: sub.UID, MaxAttempts: sub.MaxAttempts, MaxAge: sub.MaxAge}
+	made, err := s.Journal.Resend(ctx, laneOf(d), d.ID, to, attempts)
+	if errors.Is(err, delivery.ErrInvalidState) {
+		return nil, s.cannot("sent again: its event is no longer retained", name, d, attempts)
+	}
+	if err != nil {
+		return nil, toStatus(err, name)
+	}
+	return &grapnelv1.RetryDeliveryResponse{Delivery: s.deliveryProto(ns, made, false)}, nil
 }
 
 // CancelDelivery stops a delivery for good; an attempt that is running is left to end.
@@ -287,8 +308,14 @@ func deliveryFields(ns string) []filter.Field[shownDelivery] {
 		{Name: "event", Text: func(d shownDelivery) string { return d.EventID }, Canonical: ownEvent(ns)},
 		{Name: "event_type", Text: func(d shownDelivery) string { return d.EventType }},
 		{
-			Name: "trigger", Text: func(shownDelivery) string { return "PUBLISH" },
+			Name: "trigger", Text: func(d shownDelivery) string {
+				return strings.TrimPrefix(grapnelv1.Delivery_Trigger(d.Trigger).String(), "TRIGGER_")
+			},
 			Values: enumNames(grapnelv1.Delivery_Trigger_name, "TRIGGER_"), Prefix: "TRIGGER_",
+		},
+		{
+			Name: "replay_job", Text: func(d shownDelivery) string { return d.ReplayJob },
+			Canonical: ownID(ns, collectionReplayJobs),
 		},
 		{Name: "create_time", Time: func(d shownDelivery) time.Time { return d.CreateTime }},
 		{Name: "next_attempt_time", Time: func(d shownDelivery) time.Time { return d.NextAttempt }},
@@ -367,7 +394,7 @@ func (s *Server) deliveryProto(ns string, d *delivery.Delivery, inFlight bool) *
 		EventType:       d.EventType,
 		Subscription:    subscriptionName(ns, d.Subscription),
 		State:           stateOf(d, inFlight),
-		Trigger:         grapnelv1.Delivery_TRIGGER_PUBLISH,
+		Trigger:         grapnelv1.Delivery_Trigger(d.Trigger),
 		AttemptCount:    int32(d.Attempts),
 		MaxAttempts:     int32(d.MaxAttempts),
 		NextAttemptTime: stamp(d.NextAttempt),
@@ -377,6 +404,9 @@ func (s *Server) deliveryProto(ns string, d *delivery.Delivery, inFlight bool) *
 		StateReason:     d.StateReason,
 		SubscriptionUid: uuid.UUID(d.SubscriptionUID).String(),
 		EventUid:        d.EventUID,
+	}
+	if d.ReplayJob != "" {
+		m.ReplayJob = replayJobName(ns, d.ReplayJob)
 	}
 	if d.Last != nil {
 		m.LastAttempt = s.attemptProto(d.Last, false)

@@ -30,6 +30,8 @@ const (
 	defaultDeadline = 30 * time.Second
 	// testDeadline is that of TestSubscription: the longest attempt_timeout fits.
 	testDeadline = 75 * time.Second
+	// waitDeadline is that of WaitReplayJob: its longest timeout fits.
+	waitDeadline = maxWait + 10*time.Second
 	// maxWatchesPerConnection bounds the streams of health and reflection on one connection, of which a client needs one
 	// or two.
 	maxWatchesPerConnection = 16
@@ -132,8 +134,11 @@ func (e *edge) serveUnary(ctx context.Context, req any, method string, handler g
 	}
 	if _, has := ctx.Deadline(); !has {
 		deadline := defaultDeadline
-		if method == grapnelv1.SubscriptionService_TestSubscription_FullMethodName {
+		switch method {
+		case grapnelv1.SubscriptionService_TestSubscription_FullMethodName:
 			deadline = testDeadline
+		case grapnelv1.ReplayService_WaitReplayJob_FullMethodName:
+			deadline = waitDeadline
 		}
 		var cancel context.CancelFunc
 		ctx, cancel = context.WithTimeout(ctx, deadline)

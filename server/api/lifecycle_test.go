@@ -21,7 +21,7 @@ func TestUndeleteNamespace(t *testing.T) {
 	st.subscribe(t, "acme", "other", nil)
 	const name = "namespaces/acme"
 	_, err := st.namespaces.UndeleteNamespace(t.Context(), &grapnelv1.UndeleteNamespaceRequest{Name: name})
-	refused(t, err, codes.FailedPrecondition, "INVALID_STATE")
+	refused(t, err, codes.AlreadyExists, "RESOURCE_EXISTS")
 	deleted, err := st.namespaces.DeleteNamespace(t.Context(), &grapnelv1.DeleteNamespaceRequest{Name: name, Force: true})
 	if err != nil {
 		t.Fatal(err)

@@ -17,6 +17,7 @@ const (
 	collectionSecrets       = "secrets"
 	collectionEvents        = "events"
 	collectionDeliveries    = "deliveries"
+	collectionReplayJobs    = "replayJobs"
 )
 
 // allNamespaces is the wildcard of parents in reading calls.
@@ -25,6 +26,7 @@ const allNamespaces = "-"
 func namespaceName(ns string) string        { return "namespaces/" + ns }
 func subscriptionName(ns, id string) string { return resourceName(ns, collectionSubscriptions, id) }
 func secretName(ns, id string) string       { return resourceName(ns, collectionSecrets, id) }
+func replayJobName(ns, id string) string    { return resourceName(ns, collectionReplayJobs, id) }
 func eventName(ns, id string) string        { return resourceName(ns, collectionEvents, escapeID(id)) }
 func pluginName(id string) string           { return "plugins/" + id }
 func nodeName(id string) string             { return "nodes/" + id }
@@ -205,7 +207,7 @@ func isResourceName(name string) bool {
 			return false
 		}
 		switch parts[2] {
-		case collectionSubscriptions, collectionSecrets, collectionDeliveries:
+		case collectionSubscriptions, collectionSecrets, collectionDeliveries, collectionReplayJobs:
 			return isResourceID(parts[3]) || parts[2] == collectionDeliveries && isToken(parts[3])
 		case collectionEvents:
 			_, ok := unescapeID(parts[3])
@@ -257,6 +259,8 @@ func typeOf(name string) string {
 		return "grapnel.v1.Event"
 	case collectionDeliveries:
 		return "grapnel.v1.Delivery"
+	case collectionReplayJobs:
+		return "grapnel.v1.ReplayJob"
 	case "plugins":
 		return "grapnel.v1.Plugin"
 	case "nodes":

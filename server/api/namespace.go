@@ -18,6 +18,7 @@ import (
 // namespaceOutputOnly are the fields of Namespace that callers cannot set.
 var namespaceOutputOnly = []string{
 	"name", "uid", "usage", "effective_quota", "state", "state_reason", "create_time", "delete_time", "purge_time", "etag",
+	"undeleted_state", "undeleted_state_reason",
 }
 
 // CreateNamespace adds a namespace. The id is its idempotency key: a repeated call is RESOURCE_EXISTS.
@@ -28,6 +29,7 @@ func (s namespaceService) CreateNamespace(ctx context.Context, r *grapnelv1.Crea
 			return nil, err
 		}
 	}
+	content.State, content.StateReason = r.GetInitialState(), r.GetStateReason()
 	n, err := s.Registry.CreateNamespace(ctx, r.GetNamespaceId(), content)
 	if errors.Is(err, subscription.ErrExists) {
 		return nil, s.taken(r.GetNamespaceId())
@@ -122,6 +124,52 @@ func (s namespaceService) createMissing(ctx context.Context, id string, r *grapn
 	return &grapnelv1.UpdateNamespaceResponse{Namespace: made.GetNamespace()}, nil
 }
 
+// PauseNamespace stops all attempts of a namespace while events keep queueing. Repeating it changes the reason only.
+func (s namespaceService) PauseNamespace(ctx context.Context, r *grapnelv1.PauseNamespaceRequest) (*grapnelv1.PauseNamespaceResponse, error) {
+	n, err := s.setState(ctx, r, grapnelv1.Namespace_STATE_PAUSED)
+	if err != nil {
+		return nil, err
+	}
+	return &grapnelv1.PauseNamespaceResponse{Namespace: n}, nil
+}
+
+// DisableNamespace stops all attempts of a namespace, and has new matches recorded as skipped.
+func (s namespaceService) DisableNamespace(ctx context.Context, r *grapnelv1.DisableNamespaceRequest) (*grapnelv1.DisableNamespaceResponse, error) {
+	n, err := s.setState(ctx, r, grapnelv1.Namespace_STATE_DISABLED)
+	if err != nil {
+		return nil, err
+	}
+	return &grapnelv1.DisableNamespaceResponse{Namespace: n}, nil
+}
+
+// ResumeNamespace restarts attempts.
+func (s namespaceService) ResumeNamespace(ctx context.Context, r *grapnelv1.ResumeNamespaceRequest) (*grapnelv1.ResumeNamespaceResponse, error) {
+	n, err := s.setState(ctx, r, grapnelv1.Namespace_STATE_ACTIVE)
+	if err != nil {
+		return nil, err
+	}
+	return &grapnelv1.ResumeNamespaceResponse{Namespace: n}, nil
+}
+
+// turn is a request that brings what it names into another state.
+type turn interface {
+	GetName() string
+	GetEtag() string
+	GetReason() string
+}
+
+func (s namespaceService) setState(ctx context.Context, r turn, state grapnelv1.Namespace_State) (*grapnelv1.Namespace, error) {
+	id, err := parseNamespace("name", r.GetName())
+	if err != nil {
+		return nil, err
+	}
+	n, err := s.Registry.SetNamespaceState(ctx, id, r.GetEtag(), state, r.GetReason())
+	if err != nil {
+		return nil, toStatus(err, r.GetName())
+	}
+	return n.Proto, nil
+}
+
 // UndeleteNamespace takes a deletion back.
 func (s namespaceService) UndeleteNamespace(ctx context.Context, r *grapnelv1.UndeleteNamespaceRequest) (*grapnelv1.UndeleteNamespaceResponse, error) {
 	id, err := parseNamespace("name", r.GetName())
@@ -131,7 +179,9 @@ func (s namespaceService) UndeleteNamespace(ctx context.Context, r *grapnelv1.Un
 	n, err := s.Registry.UndeleteNamespace(ctx, id, r.GetEtag())
 	switch {
 	case errors.Is(err, subscription.ErrNotDeleted):
-		return nil, invalidState(r.GetName(), r.GetName()+" is not deleted")
+		e := exists(r.GetName(), "namespace")
+		e.message = r.GetName() + " is not deleted"
+		return nil, e
 	case errors.Is(err, subscription.ErrNamespaceDeleted):
 		return nil, invalidState(r.GetName(), r.GetName()+" is being erased; it cannot be taken back any more")
 	case err != nil:
@@ -140,8 +190,18 @@ func (s namespaceService) UndeleteNamespace(ctx context.Context, r *grapnelv1.Un
 	return &grapnelv1.UndeleteNamespaceResponse{Namespace: n.Proto}, nil
 }
 
-// DeleteNamespace marks a namespace deleted and cancels its open deliveries; one that has subscriptions
-// needs force. Repeating it is OK.
+// NamespaceDeleted is the reason of a delivery that was cancelled for the deletion of its namespace.
+const NamespaceDeleted = "namespace deleted"
+
+const (
+	// cancelledLanes is of how many subscriptions DeleteNamespace cancels the open deliveries before it answers, among the
+	// first lookedAt. The rest is cancelled by dispatch, which sees the namespace deleted.
+	cancelledLanes = 100
+	lookedAt       = 10_000
+)
+
+// DeleteNamespace marks a namespace deleted, and its open deliveries are cancelled whether the caller stays or not; one
+// that has subscriptions needs force. Repeating it is OK.
 func (s namespaceService) DeleteNamespace(ctx context.Context, r *grapnelv1.DeleteNamespaceRequest) (*grapnelv1.DeleteNamespaceResponse, error) {
 	id, err := parseNamespace("name", r.GetName())
 	if err != nil {
@@ -154,20 +214,30 @@ func (s namespaceService) DeleteNamespace(ctx context.Context, r *grapnelv1.Dele
 	if err != nil {
 		return nil, toStatus(err, r.GetName())
 	}
-	bounded, cancel := context.WithTimeout(ctx, cancelTime)
+	s.cancelFirst(ctx, n)
+	return &grapnelv1.DeleteNamespaceResponse{Namespace: n.Proto}, nil
+}
+
+// cancelFirst cancels what is open in a deleted namespace, as far as one call may, so that a caller of a small one sees
+// it done.
+func (s namespaceService) cancelFirst(ctx context.Context, n *subscription.Namespace) {
+	ctx, cancel := context.WithTimeout(ctx, cancelTime)
 	defer cancel()
 	// UndeleteNamespace may come meanwhile, and events after it.
 	deleted := func() bool {
 		now := s.Registry.Snapshot().NamespaceByKey(subscription.UIDKey(n.UID))
 		return now == nil || now.Deleted()
 	}
-	for sub := range s.Registry.Snapshot().Subscriptions(id, "") {
-		if !deleted() {
-			break
+	looked, cancelled := 0, 0
+	for sub := range s.Registry.Snapshot().Subscriptions(n.ID, "") {
+		if looked++; looked > lookedAt || cancelled == cancelledLanes || ctx.Err() != nil || !deleted() {
+			return
 		}
-		s.cancelOpen(bounded, sub, "namespace deleted", deleted)
+		if s.Journal.OpenOf(s.lane(sub)) > 0 {
+			s.cancelOpen(ctx, sub, NamespaceDeleted, deleted)
+			cancelled++
+		}
 	}
-	return &grapnelv1.DeleteNamespaceResponse{Namespace: n.Proto}, nil
 }
 
 // clampInt32 keeps a counter that the API shows as int32 from turning negative.

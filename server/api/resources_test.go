@@ -277,6 +277,7 @@ type fakeEngine struct {
 	tested    []*delivery.Event
 	patience  time.Duration
 	asked     string
+	held      string
 }
 
 func (e *fakeEngine) Cancel(context.Context, delivery.ID, delivery.LaneKey) (*delivery.Delivery, error) {
@@ -300,6 +301,18 @@ func (e *fakeEngine) CancelLane(_ context.Context, lane delivery.LaneKey, reason
 func (e *fakeEngine) Deleting(delivery.LaneKey) func() { return func() {} }
 
 func (e *fakeEngine) InFlight(delivery.ID, delivery.LaneKey) bool { return false }
+
+func (e *fakeEngine) HeldBy(delivery.LaneKey) string {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.held
+}
+
+func (e *fakeEngine) Open(delivery.LaneKey) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.held = ""
+}
 
 func (e *fakeEngine) WaitReason(delivery.ID, delivery.LaneKey) string { return "" }
 

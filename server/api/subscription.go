@@ -27,6 +27,9 @@ var subscriptionOutputOnly = []string{
 // cancelled by dispatch, which sees the subscription gone.
 const cancelTime = 10 * time.Second
 
+// SubscriptionDeleted is the reason of a delivery that was cancelled for the deletion of its subscription.
+const SubscriptionDeleted = "subscription deleted"
+
 // CreateSubscription adds a subscription when everything about it is right, its plugins' opinion included, and
 // its target agrees to deliveries where the transport asks.
 func (s subscriptionService) CreateSubscription(ctx context.Context, r *grapnelv1.CreateSubscriptionRequest) (*grapnelv1.CreateSubscriptionResponse, error) {
@@ -36,7 +39,7 @@ func (s subscriptionService) CreateSubscription(ctx context.Context, r *grapnelv
 	}
 	id := r.GetSubscriptionId()
 	if id == "" {
-		id = pickID(ns, r.GetRequestId())
+		id = pickID("sub-", ns, r.GetRequestId())
 	}
 	name := subscriptionName(ns, id)
 	if err := s.writable(ns); err != nil {
@@ -54,6 +57,7 @@ func (s subscriptionService) CreateSubscription(ctx context.Context, r *grapnelv
 	var answered []string
 	made, err := s.Registry.CreateSubscription(ctx, ns, id, content, subscription.CreateOptions{
 		RequestID: r.GetRequestId(), ValidateOnly: r.GetValidateOnly(), Approve: s.approval(&answered),
+		State: r.GetInitialState(), StateReason: r.GetStateReason(),
 	})
 	if err != nil {
 		return nil, toStatus(err, name)
@@ -67,15 +71,15 @@ func (s subscriptionService) CreateSubscription(ctx context.Context, r *grapnelv
 	return &grapnelv1.CreateSubscriptionResponse{Subscription: stored, Warnings: append(warnings, answered...)}, nil
 }
 
-// pickID makes the id of a subscription for which the caller named none. The same request id gives the
+// pickID makes the id, behind a prefix, of a resource for which the caller named none. The same request id gives the
 // same id, so that a repeated call finds what the first one made.
-func pickID(ns, requestID string) string {
+func pickID(prefix, ns, requestID string) string {
 	text := rand.Text()
 	if requestID != "" {
 		sum := sha256.Sum256([]byte(ns + "/" + strings.ToLower(requestID)))
 		text = base32.StdEncoding.EncodeToString(sum[:])
 	}
-	return "sub-" + strings.ToLower(text[:16])
+	return prefix + strings.ToLower(text[:16])
 }
 
 // writable refuses changes in a namespace that is not there or waits to be erased. The registry checks it
@@ -240,7 +244,7 @@ func (s subscriptionService) DeleteSubscription(ctx context.Context, r *grapnelv
 	}
 	bounded, cancel := context.WithTimeout(ctx, cancelTime)
 	defer cancel()
-	n := s.cancelOpen(bounded, gone, "subscription deleted", nil)
+	n := s.cancelOpen(bounded, gone, SubscriptionDeleted, nil)
 	return &grapnelv1.DeleteSubscriptionResponse{CancelledDeliveries: clampInt32(int64(n))}, nil
 }
 
@@ -267,30 +271,47 @@ func (s *Server) lane(sub *subscription.Subscription) delivery.LaneKey {
 
 // PauseSubscription stops attempts while events keep queueing. Repeating it changes the reason only.
 func (s subscriptionService) PauseSubscription(ctx context.Context, r *grapnelv1.PauseSubscriptionRequest) (*grapnelv1.PauseSubscriptionResponse, error) {
-	sub, err := s.setState(ctx, r.GetName(), grapnelv1.Subscription_STATE_PAUSED, r.GetEtag(), r.GetReason())
+	sub, err := s.setState(ctx, r, grapnelv1.Subscription_STATE_PAUSED)
 	if err != nil {
 		return nil, err
 	}
 	return &grapnelv1.PauseSubscriptionResponse{Subscription: sub}, nil
 }
 
-// ResumeSubscription restarts attempts after a pause or an automatic disable.
-func (s subscriptionService) ResumeSubscription(ctx context.Context, r *grapnelv1.ResumeSubscriptionRequest) (*grapnelv1.ResumeSubscriptionResponse, error) {
-	sub, err := s.setState(ctx, r.GetName(), grapnelv1.Subscription_STATE_ACTIVE, r.GetEtag(), "")
+// DisableSubscription stops attempts, and has new matches recorded as skipped.
+func (s subscriptionService) DisableSubscription(ctx context.Context, r *grapnelv1.DisableSubscriptionRequest) (*grapnelv1.DisableSubscriptionResponse, error) {
+	sub, err := s.setState(ctx, r, grapnelv1.Subscription_STATE_DISABLED)
 	if err != nil {
 		return nil, err
 	}
-	return &grapnelv1.ResumeSubscriptionResponse{Subscription: sub}, nil
+	return &grapnelv1.DisableSubscriptionResponse{Subscription: sub}, nil
 }
 
-func (s subscriptionService) setState(ctx context.Context, name string, state grapnelv1.Subscription_State, etag, reason string) (*grapnelv1.Subscription, error) {
-	ns, id, err := parseName("name", name, collectionSubscriptions)
+// ResumeSubscription restarts attempts after a pause or disabling, also an automatic one.
+func (s subscriptionService) ResumeSubscription(ctx context.Context, r *grapnelv1.ResumeSubscriptionRequest) (*grapnelv1.ResumeSubscriptionResponse, error) {
+	held := ""
+	was, missing := s.find(r.GetName())
+	if missing == nil {
+		held = s.Engine.HeldBy(s.lane(was)) // dispatch opens the lane, too, when it sees the state change
+	}
+	sub, err := s.setState(ctx, r, grapnelv1.Subscription_STATE_ACTIVE)
 	if err != nil {
 		return nil, err
 	}
-	sub, err := s.Registry.SetStateAt(ctx, ns, id, etag, state, reason)
+	if missing == nil {
+		s.Engine.Open(s.lane(was))
+	}
+	return &grapnelv1.ResumeSubscriptionResponse{Subscription: sub, Lifted: held}, nil
+}
+
+func (s subscriptionService) setState(ctx context.Context, r turn, state grapnelv1.Subscription_State) (*grapnelv1.Subscription, error) {
+	ns, id, err := parseName("name", r.GetName(), collectionSubscriptions)
 	if err != nil {
-		return nil, toStatus(err, name)
+		return nil, err
+	}
+	sub, err := s.Registry.SetStateAt(ctx, ns, id, r.GetEtag(), state, r.GetReason())
+	if err != nil {
+		return nil, toStatus(err, r.GetName())
 	}
 	return sub.Proto, nil
 }

@@ -473,7 +473,16 @@ func TestDeletePauseResumeSubscription(t *testing.T) {
 			t.Errorf("paused = %v, %v", got, err)
 		}
 	}
+	w.engine.mu.Lock()
+	w.engine.held = "breaker open since yesterday"
+	w.engine.mu.Unlock()
 	resumed, err := w.subscriptions.ResumeSubscription(ctx, &grapnelv1.ResumeSubscriptionRequest{Name: name})
+	if resumed.GetLifted() != "breaker open since yesterday" {
+		t.Errorf("lifted %q", resumed.GetLifted())
+	}
+	if again, err := w.subscriptions.ResumeSubscription(ctx, &grapnelv1.ResumeSubscriptionRequest{Name: name}); err != nil || again.GetLifted() != "" {
+		t.Errorf("lifted again: %q, %v", again.GetLifted(), err)
+	}
 	if got := resumed.GetSubscription(); err != nil || got.GetState() != grapnelv1.Subscription_STATE_ACTIVE || got.GetStateReason() != "" {
 		t.Errorf("resumed = %v, %v", got, err)
 	}

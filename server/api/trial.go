@@ -26,7 +26,8 @@ var (
 const testEventType = "grapnel.test"
 
 // TestSubscription makes one attempt now. It is OK whatever the target does; paused and disabled
-// subscriptions can be tested too, so that one can look before resuming.
+// subscriptions can be tested too, also in a namespace that is, so that one can look before resuming; but not while
+// all dispatch is paused.
 func (s subscriptionService) TestSubscription(ctx context.Context, r *grapnelv1.TestSubscriptionRequest) (*grapnelv1.TestSubscriptionResponse, error) {
 	sub, err := s.find(r.GetName())
 	if err != nil {
@@ -34,6 +35,9 @@ func (s subscriptionService) TestSubscription(ctx context.Context, r *grapnelv1.
 	}
 	if err := s.writable(sub.Namespace); err != nil {
 		return nil, err
+	}
+	if d := s.Registry.Snapshot().Dispatch(); d.Paused {
+		return nil, invalidState(clusterName, "all dispatch is paused ("+d.Reason+"), and a test is an attempt; ResumeDispatch ends that")
 	}
 	event, err := testEvent(sub, r.GetEvent(), time.Now())
 	if err != nil {

@@ -272,7 +272,7 @@ func (c *commit) publishOne(pub *Publication, seen inRound) AppendResult {
 		}
 	}
 	p.key = appendIdentityKey(p.key[:0], p.number, today, e.Namespace, id)
-	p.value = encodeKnown(p.value[:0], &known{seq, InstantOf(c.at), e.ContentHash})
+	p.value = encodeKnown(p.value[:0], &known{seq, InstantOf(c.at), e.ContentHash, e.Matched, e.Skipped, e.FaultCount})
 	c.set(p.key, p.value)
 	c.stored = append(c.stored, *pub)
 	return AppendResult{Event: e}
@@ -296,7 +296,7 @@ func (c *commit) target(pub *Publication) {
 			continue
 		}
 		c.putStanding(today, lane, e.Seq, &standing{progress: pr, state: Skipped, reason: reasonSkipped, complete: InstantOf(c.at)})
-		c.bury(today, lane, e.Seq)
+		c.bury(today, lane, e.Seq, Skipped)
 	}
 }
 
@@ -308,7 +308,7 @@ func startOf(e *Event) (start time.Time, deferred bool) {
 	return e.AcceptTime, false
 }
 
-const reasonSkipped = "the subscription was disabled"
+const reasonSkipped = "the subscription or its namespace was disabled"
 
 // maxAge is the lower of the two bounds that are set.
 func maxAge(target, ttl time.Duration) time.Duration {
@@ -367,5 +367,6 @@ func (c *commit) original(e *Event, k *known) *Event {
 	first := *e
 	first.Partition, first.Seq = p.number, k.seq
 	first.AcceptTime, first.UID = k.accept.Time(), eventUID(p.memory.journal, p.number, k.seq)
+	first.Matched, first.Skipped, first.FaultCount, first.Faults = k.matched, k.skipped, k.faults, nil
 	return &first
 }

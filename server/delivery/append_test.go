@@ -83,6 +83,28 @@ func TestAppendResolvesDuplicatesInOneBatch(t *testing.T) {
 	}
 }
 
+// A duplicate of an event that retention has erased says what the event itself was told, not what it would match now.
+func TestDuplicateOfWhatWasErased(t *testing.T) {
+	b := newBench(t)
+	first := publication("a", 1, 2, 3)
+	first.Targets[1].Skip = true
+	first.Event.FaultCount = 4
+	r := b.Append(t.Context(), []Publication{first})[0]
+	for _, job := range b.jobs() {
+		b.succeed(job)
+	}
+	b.flush()
+	b.clock.add(20 * time.Hour)
+	b.retain(time.Hour)
+	if _, err := b.Event(acme, "a"); !errors.Is(err, ErrNotFound) {
+		t.Fatalf("it is still there: %v", err)
+	}
+	again := b.Append(t.Context(), []Publication{publication("a")})[0]
+	if e := again.Event; again.Err != nil || !again.Duplicate || e.Matched != 3 || e.Skipped != 1 || e.FaultCount != 4 || e.UID != r.Event.UID {
+		t.Errorf("the duplicate: %+v, of %+v", again.Event, r.Event)
+	}
+}
+
 func TestAppendByManyStoresEachEventOnce(t *testing.T) {
 	b := newBench(t)
 	const writers, each = 8, 200

@@ -50,8 +50,9 @@ func (p *partition) heal(now time.Time) (bool, error) {
 	if p.memory.ahead.high == 0 {
 		return false, nil
 	}
-	if p.memory.ahead.high < seqAt(now) {
-		p.memory.ahead.high, p.memory.ahead.noticed = 0, 0 // the present has come by
+	if p.memory.ahead.high < p.lastSeq {
+		// The present has come by, and has been written down: no step back of the clock leads there again.
+		p.memory.ahead.high, p.memory.ahead.noticed = 0, 0
 		return true, nil
 	}
 	return false, p.findAhead(now)
@@ -86,16 +87,21 @@ func (p *partition) lastSeqBefore(limit uint64) (last uint64, err error) {
 	}
 	for i := len(days) - 1; i >= 0 && last == 0; i-- {
 		err := p.eachSpace(p.j.db, days[i], func(ns NamespaceKey) error {
-			prefix := appendKind(nil, p.number, days[i], ns, kindEvent)
-			return p.j.lastKey(p.j.db, prefix, appendU64(prefix[:len(prefix):len(prefix)], limit), func(key []byte) error {
-				_, _, kind, rest, ok := splitRecord(key)
-				seq, valid := recordSeq(kind, rest)
-				if !ok || !valid {
-					return p.j.corrupt(key, errBadKey)
+			for _, kind := range []byte{kindEvent, kindAgain} {
+				prefix := appendKind(nil, p.number, days[i], ns, kind)
+				if err := p.j.lastKey(p.j.db, prefix, appendU64(prefix[:len(prefix):len(prefix)], limit), func(key []byte) error {
+					_, _, kind, rest, ok := splitRecord(key)
+					seq, valid := recordSeq(kind, rest)
+					if !ok || !valid {
+						return p.j.corrupt(key, errBadKey)
+					}
+					last = max(last, seq)
+					return nil
+				}); err != nil {
+					return err
 				}
-				last = max(last, seq)
-				return nil
-			})
+			}
+			return nil
 		})
 		if err != nil {
 			return 0, err

@@ -168,3 +168,23 @@ func TestNoSequenceIsGivenTwiceInItsMillisecond(t *testing.T) {
 		}
 	}
 }
+
+// Nor when nothing was given in the meantime while the present came by, and the clock goes back a little from there.
+func TestNoSequenceIsGivenTwiceByAStepBackAfterwards(t *testing.T) {
+	b := newBench(t, onePartition)
+	seen := map[uint64]bool{}
+	for i, life := range []struct {
+		step   time.Duration
+		events int
+	}{{0, 2}, {-48, 2}, {50, 0}, {-1, 0}, {-1, 2}} {
+		b.clock.add(life.step * time.Hour)
+		b.reopen()
+		for k := range life.events {
+			pub := publication(fmt.Sprintf("%d-%d", i, k), 1)
+			if b.append(pub); seen[pub.Event.Seq] {
+				t.Errorf("%s has the sequence of another event", pub.Event.ID)
+			}
+			seen[pub.Event.Seq] = true
+		}
+	}
+}

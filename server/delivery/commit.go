@@ -60,6 +60,7 @@ type step struct {
 type openChange struct {
 	lane LaneKey
 	by   int64
+	job  uint64 // the replay that they are of; 0 for none
 }
 
 type answer struct {
@@ -315,4 +316,6 @@ func (c *commit) putStanding(day dayKey, lane LaneKey, seq uint64, s *standing) 
 	c.set(p.key, p.value)
 }
 
-func (c *commit) open(lane LaneKey, by int64) { c.opened = append(c.opened, openChange{lane, by}) }
+func (c *commit) open(lane LaneKey, by int64, job uint64) {
+	c.opened = append(c.opened, openChange{lane, by, job})
+}

@@ -15,6 +15,8 @@ type counters struct {
 	mu     sync.RWMutex
 	lanes  map[LaneKey]*atomic.Int64
 	spaces map[NamespaceKey]*atomic.Int64
+	// jobs are deliveries that replays have made or reopened and that are open.
+	jobs map[jobKey]int64
 	// dropped namespaces are not counted from the snapshot any more.
 	dropped map[NamespaceKey]struct{}
 	exact   atomic.Bool
@@ -22,7 +24,7 @@ type counters struct {
 
 func newCounters() *counters {
 	return &counters{
-		lanes: make(map[LaneKey]*atomic.Int64), spaces: make(map[NamespaceKey]*atomic.Int64),
+		lanes: make(map[LaneKey]*atomic.Int64), spaces: make(map[NamespaceKey]*atomic.Int64), jobs: make(map[jobKey]int64),
 		dropped: make(map[NamespaceKey]struct{}),
 	}
 }
@@ -39,6 +41,9 @@ func (c *counters) apply(done *commit) {
 	}
 	for _, o := range done.opened {
 		c.add(o.lane, o.by)
+		if o.job != 0 {
+			c.addJob(jobKey{o.lane.Namespace, o.job}, o.by)
+		}
 	}
 }
 
@@ -54,6 +59,26 @@ func (c *counters) add(lane LaneKey, n int64) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.addLocked(lane, n)
+}
+
+// jobKey names a replay.
+type jobKey struct {
+	ns  NamespaceKey
+	job uint64
+}
+
+func (c *counters) addJob(key jobKey, n int64) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.jobs[key] += n; c.jobs[key] == 0 {
+		delete(c.jobs, key)
+	}
+}
+
+func (c *counters) ofJob(key jobKey) int64 {
+	c.mu.RLock()
+	defer c.mu.RUnlock()
+	return c.jobs[key]
 }
 
 func (c *counters) addLocked(lane LaneKey, n int64) {
@@ -102,6 +127,11 @@ func (c *counters) drop(ns NamespaceKey) {
 		c.dropped[ns] = struct{}{}
 	}
 	delete(c.spaces, ns)
+	for job := range c.jobs {
+		if job.ns == ns {
+			delete(c.jobs, job)
+		}
+	}
 	for lane := range c.lanes {
 		if lane.Namespace == ns {
 			delete(c.lanes, lane)
@@ -164,6 +194,9 @@ func (p *partition) countOpen(snapshot *pebble.Snapshot) error {
 					lane, n = at, 0
 				}
 				n++
+				if kind == Timer {
+					p.countJob(it, at.Namespace)
+				}
 				if looked++; looked%4096 == 0 && p.j.stopped() {
 					return errStopped
 				}
@@ -176,4 +209,26 @@ func (p *partition) countOpen(snapshot *pebble.Snapshot) error {
 		}
 	}
 	return nil
+}
+
+// countJob counts a row for the replay that has made it. A row that cannot be read counts for none.
+func (p *partition) countJob(it *pebble.Iterator, ns NamespaceKey) {
+	value, err := it.ValueAndErr()
+	if err != nil || len(value) < 2 || value[1]&flagReplayed == 0 {
+		return
+	}
+	if pr, err := decodeProgress(value); err == nil && pr.job != 0 {
+		p.j.counts.addOldJob(jobKey{ns, pr.job})
+	}
+}
+
+func (c *counters) addOldJob(key jobKey) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if _, gone := c.dropped[key.ns]; gone {
+		return
+	}
+	if c.jobs[key]++; c.jobs[key] == 0 {
+		delete(c.jobs, key)
+	}
 }

@@ -36,6 +36,29 @@ const (
 // Final reports whether no further attempt follows by itself.
 func (s State) Final() bool { return s >= Succeeded }
 
+// Trigger says why a delivery was made. The numbers are those of grapnel.v1.Delivery.Trigger.
+type Trigger uint8
+
+// Triggers of a delivery.
+const (
+	// ByPublish: its event was published and matched.
+	ByPublish Trigger = 1
+	// ByReplay: a replay, or a caller who had a delivery that succeeded sent again.
+	ByReplay Trigger = 2
+	// ByDeadLetter: a delivery to a subscription that names this one ended without success.
+	ByDeadLetter Trigger = 3
+)
+
+// Letter is what a dead letter says of the delivery that ended without success.
+type Letter struct {
+	// From is the last segment of the subscription's name that the delivery was for.
+	From         string
+	State        State
+	Reason       string
+	Attempts     int
+	ResponseCode int
+}
+
 // Outcome of an attempt. The numbers are those of grapnel.v1.Attempt.Outcome.
 type Outcome uint8
 
@@ -108,7 +131,7 @@ type Event struct {
 	Faults     []Fault
 	FaultCount int
 
-	refs int32 // jobs and readers that hold it; guarded by its table
+	refs int32 // jobs and readers that hold it, 0 outside of its table, which guards it
 }
 
 // Fault is a condition that could not be evaluated for an event.
@@ -158,6 +181,10 @@ type Job struct {
 	// Suspicion counts plugin crashes since the last attempt that ended otherwise; see Watch. A job with any
 	// is a suspect: its attempt may be what the plugin dies of, so it is made apart from others.
 	Suspicion int
+	// Replay is the job that made or reopened the delivery, 0 for none; it is the journal's.
+	Replay uint64
+	// Letter is set of a dead letter, which makes no further one. It is shared and not to be changed.
+	Letter *Letter
 }
 
 // Lane is the queue that the job belongs to.
@@ -184,6 +211,9 @@ type Delivery struct {
 	Last            *Attempt
 	CreateTime      time.Time
 	CompleteTime    time.Time
+	Trigger         Trigger
+	// ReplayJob is the id of the replay that made it; empty for none.
+	ReplayJob string
 }
 
 // Attempt is one try that ended.

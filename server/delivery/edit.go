@@ -42,8 +42,8 @@ func (c *commit) cancel(lane LaneKey, at *place, reason string) {
 	at.open = false
 	at.state, at.reason, at.due, at.complete, at.manual = Cancelled, validText(reason), 0, InstantOf(c.at), false
 	c.putStanding(at.day, lane, at.row.Seq, &at.standing)
-	c.bury(at.day, lane, at.row.Seq)
-	c.open(lane, -1)
+	c.bury(at.day, lane, at.row.Seq, Cancelled)
+	c.open(lane, -1, at.job)
 }
 
 // Retry makes a delivery due now, durably, with one attempt more when its attempts are used up and a day more
@@ -65,11 +65,20 @@ func (j *Journal) Retry(ctx context.Context, lane LaneKey, id ID, ifAttempts int
 
 // retry schedules a delivery for now.
 func (c *commit) retry(lane LaneKey, at *place) error {
+	at.manual = true
+	return c.reopen(lane, at)
+}
+
+// reopen schedules a delivery, which may have ended, for now.
+func (c *commit) reopen(lane LaneKey, at *place) error {
 	seq := at.row.Seq
 	if at.open {
 		c.supersede(lane, at.row)
 		c.dropRow(lane, at.row)
 	} else {
+		if err := c.holdOrigin(lane, at); err != nil {
+			return err
+		}
 		// A sweep that begins in this very round finds the row and moves it.
 		from := at.day
 		if from != kept && c.p.sweeping.takes(lane.Namespace, seq) {
@@ -79,12 +88,12 @@ func (c *commit) retry(lane LaneKey, at *place) error {
 			at.day = kept
 		}
 		c.unbury(from, lane, seq)
-		c.open(lane, 1)
+		c.unbury(at.day, lane, seq)
+		c.open(lane, 1, at.job)
 	}
 	c.firm, c.edited = true, true
-	now := InstantOf(c.at)
 	at.open, at.state, at.reason, at.complete = true, Scheduled, "", 0
-	at.due, at.manual = max(now, 1), true
+	at.due = max(InstantOf(c.at), 1)
 	if at.row.Kind == Timer && at.due == at.row.Due {
 		at.due++ // a row is never overwritten
 	}
@@ -99,6 +108,22 @@ func (c *commit) retry(lane LaneKey, at *place) error {
 	c.putStanding(at.day, lane, seq, &at.standing)
 	c.putTimer(lane, at.row, &at.progress)
 	return nil
+}
+
+// holdOrigin keeps the event of an ended delivery that was made again, which may have outlived it.
+func (c *commit) holdOrigin(lane LaneKey, at *place) error {
+	if at.origin == 0 {
+		return nil
+	}
+	day, err := c.p.home(c.r, lane.Namespace, at.origin)
+	if err != nil {
+		return err
+	}
+	if found, err := c.p.j.has(c.r, appendEventKey(nil, c.p.number, day, lane.Namespace, at.origin)); err != nil || !found {
+		return errors.Join(err, errEventGone)
+	}
+	_, err = c.holdEvent(day, lane.Namespace, at.origin)
+	return err
 }
 
 // edit finds a delivery on its committer, lets change decide, and returns how it stands afterwards.
@@ -267,7 +292,7 @@ func (j *Journal) DropNamespace(ctx context.Context, ns NamespaceKey) error {
 
 func (c *commit) dropNamespace(ns NamespaceKey) error {
 	p := c.p
-	for _, tag := range []byte{tagFIFO, tagTimer, tagFailing} {
+	for _, tag := range []byte{tagFIFO, tagTimer, tagFailing, tagJob, tagCursor} {
 		c.deletePrefix(appendSpace(nil, p.number, tag, ns))
 	}
 	if err := p.eachDay(p.j.db, 0, func(day dayKey) error {

@@ -21,8 +21,9 @@ const (
 	flushDelay = time.Minute
 	baseLevel  = 128 << 20
 	// compactAt is high because compactions, not appends, take most of the processor time: waiting for more
-	// tables merges the same bytes less often. Reads, which are few, look at more tables.
-	compactAt = 10
+	// tables merges the same bytes less often. Reads, which are few, look at more tables. Pebble begins at half of it: with
+	// memtables of 16 MiB after some 256 MiB that were written.
+	compactAt = 32
 	// stopWritesAt is high because the journal's load is short bursts that compaction catches up with.
 	stopWritesAt = 64
 )

@@ -1,6 +1,8 @@
 package delivery
 
 import (
+	"maps"
+	"strconv"
 	"sync"
 	"sync/atomic"
 )
@@ -26,6 +28,33 @@ func (e *Event) size() int64 {
 		size += 32 + len(f.Subscription) + len(f.Text)
 	}
 	return int64(size)
+}
+
+// With is the event with further attributes, for the one who sends it: nobody else holds it.
+func (e *Event) With(attributes map[string]string) *Event {
+	all := maps.Clone(e.Attributes)
+	if all == nil {
+		all = make(map[string]string, len(attributes))
+	}
+	maps.Copy(all, attributes)
+	return &Event{
+		Namespace: e.Namespace, ID: e.ID, Source: e.Source, Type: e.Type, Subject: e.Subject, Time: e.Time, ContentType: e.ContentType,
+		Schema: e.Schema, Attributes: all, Payload: e.Payload, DeliverTime: e.DeliverTime, TTL: e.TTL, ContentHash: e.ContentHash,
+		Partition: e.Partition, Seq: e.Seq, AcceptTime: e.AcceptTime, Matched: e.Matched, Skipped: e.Skipped, UID: e.UID,
+		Faults: e.Faults, FaultCount: e.FaultCount,
+	}
+}
+
+// Attributes say in an event's attributes what a dead letter is of.
+func (l *Letter) Attributes() map[string]string {
+	a := map[string]string{
+		"deadletterfrom": l.From, "deadletterreason": l.Reason, "deadletterattempts": strconv.Itoa(l.Attempts),
+		"deadletterstate": map[State]string{Exhausted: "EXHAUSTED", Rejected: "REJECTED"}[l.State],
+	}
+	if l.ResponseCode != 0 {
+		a["deadlettercode"] = strconv.Itoa(l.ResponseCode)
+	}
+	return a
 }
 
 // add takes an event in and holds it. When the table has it already it returns that one, held.
@@ -60,7 +89,7 @@ func (t *eventTable) find(ns NamespaceKey, seq uint64) *Event {
 func (t *eventTable) hold(e *Event) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if t.events[e.Seq] == e {
+	if e.refs > 0 {
 		e.refs++
 	}
 }
@@ -68,7 +97,7 @@ func (t *eventTable) hold(e *Event) {
 func (t *eventTable) release(e *Event) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if t.events[e.Seq] != e {
+	if e.refs == 0 {
 		return
 	}
 	if e.refs--; e.refs == 0 {

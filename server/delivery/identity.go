@@ -22,23 +22,29 @@ func identityOf(source, id string) identity {
 	return identity{binary.BigEndian.Uint64(plain[:]), binary.BigEndian.Uint64(both[:])}
 }
 
-// known is an identity's record: where its event is.
+// known is an identity's record: where its event is, and what a duplicate is told when that has been erased.
 type known struct {
 	seq    uint64
 	accept Instant
 	hash   [16]byte
+
+	matched, skipped, faults int
 }
 
 func encodeKnown(b []byte, k *known) []byte {
 	w := newRecord(b)
 	w.uint(k.seq)
 	w.instant(k.accept)
+	w.int(k.matched)
+	w.int(k.skipped)
+	w.int(k.faults)
 	return append(w, k.hash[:]...)
 }
 
 func decodeKnown(value []byte) (k known, err error) {
 	d := readRecord(value)
 	k.seq, k.accept = d.uint(), d.instant()
+	k.matched, k.skipped, k.faults = d.int(), d.int(), d.int()
 	copy(k.hash[:], d.fixed(len(k.hash)))
 	return k, d.err
 }

@@ -1,6 +1,7 @@
 package delivery
 
 import (
+	"cmp"
 	"context"
 	"encoding/base64"
 	"encoding/hex"
@@ -14,6 +15,7 @@ import (
 	"github.com/cockroachdb/pebble/v2"
 
 	"github.com/grapnel/grapnel/server/delivery/highwater"
+	"github.com/grapnel/grapnel/server/delivery/salvage"
 )
 
 // Damage is a record of a journal that cannot be read, or a row whose event is not there.
@@ -40,6 +42,7 @@ type Inspection struct {
 // It changes nothing. It ends early with an error when the journal cannot be opened at all; what can be done then is
 // told by package salvage.
 func Inspect(ctx context.Context, dir string, report func(Damage)) (sum Inspection, err error) {
+	defer salvage.LeaveAsFound(dir)()
 	j, err := openStopped(dir, true)
 	if err != nil {
 		return sum, err
@@ -51,7 +54,7 @@ func Inspect(ctx context.Context, dir string, report func(Damage)) (sum Inspecti
 		report(d)
 	}
 	for _, p := range j.partitions {
-		for _, tag := range []byte{tagFIFO, tagTimer, tagRecord, tagFailing, tagCommit, tagPartition} {
+		for _, tag := range []byte{tagFIFO, tagTimer, tagRecord, tagFailing, tagJob, tagCursor, tagCommit, tagPartition} {
 			prefix := appendTag(nil, p.number, tag)
 			err := j.scan(j.db, prefix, prefixEnd(prefix), func(key, value []byte) error {
 				if reason := p.inspect(key, value, &sum); reason != nil {
@@ -82,10 +85,11 @@ func (p *partition) inspect(key, value []byte, sum *Inspection) error {
 		if row.Kind == FIFO {
 			sum.Deliveries++
 		}
-		if _, err := decodeProgress(value); err != nil {
+		pr, err := decodeProgress(value)
+		if err != nil {
 			return err
 		}
-		_, err := p.readEvent(p.j.db, lane.Namespace, row.Seq)
+		_, err = p.readEvent(p.j.db, lane.Namespace, cmp.Or(pr.origin, row.Seq))
 		return err
 	case tagRecord:
 		return p.inspectRecord(key, value, sum)
@@ -93,6 +97,12 @@ func (p *partition) inspect(key, value []byte, sum *Inspection) error {
 		d := readRecord(value)
 		d.time()
 		return d.err
+	case tagJob:
+		_, err := decodeReplay(value)
+		return err
+	case tagCursor:
+		_, err := decodeCursor(value)
+		return err
 	case tagCommit:
 		_, err := decodeCommitMark(value)
 		return err
@@ -122,6 +132,13 @@ func (p *partition) inspectRecord(key, value []byte, sum *Inspection) (err error
 	case kindAttempt:
 		_, err = decodeAttempt(value)
 	case kindDead:
+		_, err = decodeDead(value)
+	case kindAgain:
+		_, err = decodeAgain(value)
+	case kindReplay:
+		d := readRecord(value)
+		d.uint()
+		err = d.err
 	default:
 		err = errBadKey
 	}
@@ -253,18 +270,21 @@ type Exported struct {
 	Deliveries []ExportedDelivery `json:"deliveries,omitempty"`
 }
 
-// ExportedDelivery is where one delivery of an event stands.
+// ExportedDelivery is where one delivery of an event stands. Trigger is that of grapnel.v1.Delivery.
 type ExportedDelivery struct {
 	ID              string `json:"id"`
 	Subscription    string `json:"subscription"`
 	SubscriptionUID string `json:"subscription_uid"`
 	State           int    `json:"state"`
 	Attempts        int    `json:"attempts"`
+	Trigger         int    `json:"trigger"`
+	ReplayJob       string `json:"replay_job,omitempty"`
 }
 
 // Export writes every event of the journal in dir that can be read to out, one line of JSON each (Exported), and
 // reports those that cannot. No server may be using the journal; nothing is changed.
 func Export(ctx context.Context, dir string, out io.Writer, report func(Damage)) (n int, err error) {
+	defer salvage.LeaveAsFound(dir)()
 	j, err := openStopped(dir, true)
 	if err != nil {
 		return 0, err
@@ -323,18 +343,28 @@ func (p *partition) export(d dayKey, ns NamespaceKey, key, value []byte) (*Expor
 	if err := p.targets(p.j.db, d, ns, seq, &head, func(list *targetList) { targets = list.clone() }); err != nil {
 		return line, err
 	}
-	for i := range targets.n {
-		u := targets.uid(i)
-		at, err := p.find(p.j.db, LaneKey{ns, u.SubscriptionKey()}, seq)
+	add := func(lane LaneKey, own uint64) error {
+		at, err := p.find(p.j.db, lane, own)
+		if err != nil || at == nil {
+			return err
+		}
+		delivery, err := p.deliveryOf(p.j.db, lane, at)
 		if err != nil {
+			return err
+		}
+		line.Deliveries = append(line.Deliveries, ExportedDelivery{
+			ID: delivery.ID.String(), Subscription: delivery.Subscription, SubscriptionUID: fmt.Sprintf("%x", delivery.SubscriptionUID[:]),
+			State: int(delivery.State), Attempts: delivery.Attempts, Trigger: int(delivery.Trigger), ReplayJob: delivery.ReplayJob,
+		})
+		return nil
+	}
+	for i := range targets.n {
+		if err := add(LaneKey{ns, targets.uid(i).SubscriptionKey()}, seq); err != nil {
 			return nil, err
 		}
-		if at != nil {
-			line.Deliveries = append(line.Deliveries, ExportedDelivery{
-				ID: ID{seq, p.number, u.SubscriptionKey()}.String(), Subscription: targets.name(i), SubscriptionUID: fmt.Sprintf("%x", u[:]),
-				State: int(at.state), Attempts: at.attempts,
-			})
-		}
+	}
+	if err := p.eachReplay(p.j.db, d, ns, seq, func(lane LaneKey, own, _ uint64) error { return add(lane, own) }); err != nil {
+		return nil, err
 	}
 	return line, nil
 }

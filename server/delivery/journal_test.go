@@ -322,7 +322,7 @@ func TestJournalKeepsEventsAndDeliveriesOverReopen(t *testing.T) {
 	d := b.delivery(idOf(e, 2))
 	wantD := &Delivery{
 		ID: idOf(e, 2), Namespace: acme, EventID: "e1", EventUID: e.UID, EventType: "order.created", Subscription: "sub-2",
-		SubscriptionUID: uid(2), State: Pending, MaxAttempts: 3, Expire: e.AcceptTime.Add(30 * time.Minute), CreateTime: e.AcceptTime,
+		SubscriptionUID: uid(2), State: Pending, MaxAttempts: 3, Expire: e.AcceptTime.Add(30 * time.Minute), CreateTime: e.AcceptTime, Trigger: ByPublish,
 	}
 	if diff := cmp.Diff(wantD, d); diff != "" {
 		t.Error(diff)

@@ -3,7 +3,9 @@ package delivery
 import (
 	"bytes"
 	"context"
+	"encoding/binary"
 	"errors"
+	"time"
 
 	"github.com/cockroachdb/pebble/v2"
 )
@@ -30,7 +32,19 @@ func (s *sweep) keepOpen(ctx context.Context, d dayKey, fates []fate) (err error
 		}
 		return nil
 	}
+	add := func(at rowAt) error {
+		if some = append(some, at); len(some) < keepBatch {
+			return nil
+		}
+		return flush()
+	}
 	for _, f := range fates {
+		if err := s.keepDead(snapshot, d, f, add); err != nil {
+			return err
+		}
+		if err := s.keepReplayed(snapshot, d, f, add); err != nil {
+			return err
+		}
 		for _, kind := range []Kind{FIFO, Timer} {
 			prefix := appendSpace(nil, p.number, tagOf(kind), f.ns)
 			err := p.j.scan(snapshot, prefix, prefixEnd(prefix), func(key, _ []byte) error {
@@ -41,10 +55,7 @@ func (s *sweep) keepOpen(ctx context.Context, d dayKey, fates []fate) (err error
 				if dayOf(row.Seq) != d || row.Seq < f.from || row.Seq >= f.below {
 					return nil
 				}
-				if some = append(some, rowAt{lane, row.Seq}); len(some) < keepBatch {
-					return nil
-				}
-				return flush()
+				return add(rowAt{lane, row.Seq})
 			})
 			if err != nil {
 				return err
@@ -54,16 +65,91 @@ func (s *sweep) keepOpen(ctx context.Context, d dayKey, fates []fate) (err error
 	return flush()
 }
 
+// rowAt is a delivery; with a lane that has no subscription it is an event alone.
 type rowAt struct {
 	lane LaneKey
 	seq  uint64
+}
+
+// keepDead adds deliveries that ended without success and have a retention of their own that is not over.
+func (s *sweep) keepDead(r pebble.Reader, d dayKey, f fate, add func(rowAt) error) error {
+	p, since := s.p, s.deadSince(f.ns)
+	if since == 0 {
+		return nil
+	}
+	prefix := appendKind(nil, p.number, d, f.ns, kindDead)
+	return p.j.scan(r, prefix, prefixEnd(prefix), func(key, value []byte) error {
+		seq, ok := recordSeq(kindDead, key[recordPrefix:])
+		if !ok || len(key) != recordPrefix+16 {
+			return p.j.corrupt(key, errBadKey)
+		}
+		z, err := decodeDead(value)
+		if err != nil {
+			return p.passOver(p.j.corrupt(key, err))
+		}
+		if seq < f.from || seq >= f.below || z.at < since {
+			return nil
+		}
+		return add(rowAt{LaneKey{f.ns, SubscriptionKey(binary.BigEndian.Uint64(key[recordPrefix+8:]))}, seq})
+	})
+}
+
+// keepReplayed adds events that were sent again as deliveries which are open, or dead and not to go yet.
+func (s *sweep) keepReplayed(r pebble.Reader, d dayKey, f fate, add func(rowAt) error) error {
+	p := s.p
+	prefix := appendKind(nil, p.number, d, f.ns, kindReplay)
+	return p.j.scan(r, prefix, prefixEnd(prefix), func(key, _ []byte) error {
+		rest := key[recordPrefix:]
+		if len(rest) != 24 {
+			return p.j.corrupt(key, errBadKey)
+		}
+		seq, own := binary.BigEndian.Uint64(rest), binary.BigEndian.Uint64(rest[8:])
+		if seq < f.from || seq >= f.below {
+			return nil
+		}
+		at, err := p.find(r, LaneKey{f.ns, SubscriptionKey(binary.BigEndian.Uint64(rest[16:]))}, own)
+		if err != nil {
+			return p.passOver(err)
+		}
+		if at == nil || !s.stays(f.ns, at) {
+			return nil
+		}
+		return add(rowAt{LaneKey{Namespace: f.ns}, seq})
+	})
+}
+
+// deadSince is when deliveries of a namespace ended that stay although they are dead; 0 when none does.
+func (s *sweep) deadSince(ns NamespaceKey) Instant {
+	if s.keep.Dead == nil {
+		return 0
+	}
+	if keep := s.keep.Dead(ns); keep > 0 {
+		return InstantOf(s.now.Add(-keep))
+	}
+	return 0
+}
+
+// stays reports whether a delivery stays however old its event is.
+func (s *sweep) stays(ns NamespaceKey, at *place) bool {
+	if at.open {
+		return true
+	}
+	since := s.deadSince(ns)
+	return since != 0 && at.state != Succeeded && at.complete >= since
 }
 
 // keepSome moves deliveries until a commit is full, and says how many it has moved.
 func (c *commit) keepSome(rows []rowAt) (n int, err error) {
 	start := c.batch.Len()
 	for n < len(rows) && (n == 0 || c.batch.Len()-start < keepBytes) {
-		if err := c.p.passOver(c.keep(rows[n].lane, rows[n].seq)); err != nil {
+		at := rows[n]
+		err := error(nil)
+		if at.lane.Subscription != 0 {
+			err = c.keep(at.lane, at.seq)
+		} else {
+			err = c.keepAlone(at.lane.Namespace, at.seq)
+		}
+		if err := c.p.passOver(err); err != nil {
 			return n, err
 		}
 		n++
@@ -81,6 +167,15 @@ func (p *partition) passOver(err error) error {
 	return nil
 }
 
+// keepAlone moves an event without its deliveries to kept, unless it is there.
+func (c *commit) keepAlone(ns NamespaceKey, seq uint64) error {
+	moved, err := c.p.j.has(c.r, appendEventKey(nil, c.p.number, kept, ns, seq))
+	if err == nil && !moved {
+		_, err = c.keepEvent(dayOf(seq), ns, seq)
+	}
+	return err
+}
+
 // keep copies a delivery's records, and those of its event, from their day to kept. Those of the day are left to be
 // erased; from now on kept rules.
 func (c *commit) keep(lane LaneKey, seq uint64) error {
@@ -90,9 +185,17 @@ func (c *commit) keep(lane LaneKey, seq uint64) error {
 		return err
 	}
 	if !moved {
-		if found, err := c.keepEvent(d, lane.Namespace, seq); err != nil || !found {
+		found, err := c.keepEvent(d, lane.Namespace, seq)
+		if err == nil && !found { // it is no event's own, but was made again
+			from, to := appendAgainKey(nil, p.number, d, lane, seq), appendAgainKey(nil, p.number, kept, lane, seq)
+			found, err = c.copyOnce(from, to)
+		}
+		if err != nil || !found {
 			return err
 		}
+	}
+	if _, err := c.copyOnce(appendDeadKey(nil, p.number, d, lane, seq), appendDeadKey(nil, p.number, kept, lane, seq)); err != nil {
+		return err
 	}
 	// What a sweep that was cut short has moved has gone on since.
 	record := appendDeliveryKey(nil, p.number, kept, lane, seq)
@@ -133,12 +236,43 @@ func (c *commit) keepEvent(d dayKey, ns NamespaceKey, seq uint64) (bool, error) 
 	if err := c.copy(appendTargetsKey(nil, p.number, d, ns, seq), appendTargetsKey(nil, p.number, kept, ns, seq)); err != nil {
 		return true, err
 	}
+	if err := c.keepReplays(d, ns, seq); err != nil {
+		return true, err
+	}
 	e, err := decodeEvent(record)
 	if err != nil {
 		return true, nil // it is not found by its id then
 	}
 	id := identityOf(e.Source, e.ID)
 	return true, c.copy(appendIdentityKey(nil, p.number, d, ns, id), appendKeptIdentity(nil, p.number, ns, id, seq))
+}
+
+// keepReplays copies what says as which deliveries an event was sent again.
+func (c *commit) keepReplays(d dayKey, ns NamespaceKey, seq uint64) error {
+	p := c.p
+	prefix := appendReplays(nil, p.number, d, ns, seq)
+	var rest, values [][]byte
+	if err := p.j.scan(c.r, prefix, prefixEnd(prefix), func(key, value []byte) error {
+		rest, values = append(rest, bytes.Clone(key[len(prefix):])), append(values, bytes.Clone(value))
+		return nil
+	}); err != nil {
+		return err
+	}
+	for i := range rest {
+		c.set(append(appendReplays(nil, p.number, kept, ns, seq), rest[i]...), values[i])
+	}
+	return nil
+}
+
+// copyOnce copies a record, if it is there and has not been copied yet, and reports whether it is there.
+func (c *commit) copyOnce(from, to []byte) (bool, error) {
+	if found, err := c.p.j.has(c.r, from); err != nil || !found {
+		return false, err
+	}
+	if moved, err := c.p.j.has(c.r, to); err != nil || moved {
+		return true, err
+	}
+	return true, c.copy(from, to)
 }
 
 // copy copies a record, if it is there.
@@ -157,7 +291,7 @@ func (c *commit) copy(from, to []byte) error {
 // tidyBatch is how many kept events are looked at in one commit.
 const tidyBatch = 64
 
-// tidy erases kept events that have nothing open any more and are past their retention.
+// tidy erases what was kept, has nothing open any more and is past its retention.
 func (s *sweep) tidy(ctx context.Context) error {
 	p := s.p
 	return p.eachSpace(p.j.db, kept, func(ns NamespaceKey) error {
@@ -165,45 +299,86 @@ func (s *sweep) tidy(ctx context.Context) error {
 		if keep <= 0 {
 			return nil
 		}
-		var some []uint64
-		flush := func() error {
-			if len(some) == 0 {
-				return nil
-			}
-			seqs := some
-			some = nil
-			return s.do(ctx, func(c *commit) error {
-				for _, seq := range seqs {
-					if err := p.passOver(c.forget(ns, seq)); err != nil {
-						return err
-					}
-				}
-				return nil
-			})
-		}
-		prefix := appendKind(nil, p.number, kept, ns, kindEvent)
-		if err := p.j.scan(p.j.db, prefix, prefixEnd(prefix), func(key, _ []byte) error {
-			seq, ok := recordSeq(kindEvent, key[recordPrefix:])
-			if !ok {
-				return p.j.corrupt(key, errBadKey)
-			}
-			if s.age(dayOf(seq)) < keep {
-				return nil
-			}
-			if some = append(some, seq); len(some) < tidyBatch {
-				return nil
-			}
-			return flush()
-		}); err != nil {
+		// Events last: theirs are what the others are of.
+		if err := s.tidyKind(ctx, ns, keep, kindAgain); err != nil {
 			return err
 		}
-		return flush()
+		return s.tidyKind(ctx, ns, keep, kindEvent)
 	})
 }
 
-// forget erases a kept event, unless one of its deliveries is open.
-func (c *commit) forget(ns NamespaceKey, seq uint64) error {
+// tidyKind looks through the kept records of one kind.
+func (s *sweep) tidyKind(ctx context.Context, ns NamespaceKey, keep time.Duration, kind byte) error {
+	p := s.p
+	var some []rowAt
+	flush := func() error {
+		if len(some) == 0 {
+			return nil
+		}
+		batch := some
+		some = nil
+		return s.do(ctx, func(c *commit) error {
+			for _, at := range batch {
+				forget := c.forget
+				if kind == kindAgain {
+					forget = c.forgetAgain
+				}
+				if err := p.passOver(forget(s, at)); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+	}
+	prefix := appendKind(nil, p.number, kept, ns, kind)
+	if err := p.j.scan(p.j.db, prefix, prefixEnd(prefix), func(key, _ []byte) error {
+		seq, ok := recordSeq(kind, key[recordPrefix:])
+		if !ok || kind == kindAgain && len(key) != recordPrefix+16 {
+			return p.j.corrupt(key, errBadKey)
+		}
+		if s.age(dayOf(seq)) < keep {
+			return nil
+		}
+		at := rowAt{LaneKey{Namespace: ns}, seq}
+		if kind == kindAgain {
+			at.lane.Subscription = SubscriptionKey(binary.BigEndian.Uint64(key[recordPrefix+8:]))
+		}
+		if some = append(some, at); len(some) < tidyBatch {
+			return nil
+		}
+		return flush()
+	}); err != nil {
+		return err
+	}
+	return flush()
+}
+
+// forgetAgain erases a kept delivery that was made again, unless it is to stay.
+func (c *commit) forgetAgain(s *sweep, row rowAt) error {
 	p := c.p
+	at, err := p.find(c.r, row.lane, row.seq)
+	if err != nil || at != nil && s.stays(row.lane.Namespace, at) {
+		return err
+	}
+	for _, day := range []dayKey{kept, dayOf(row.seq)} {
+		c.delete(appendAgainKey(nil, p.number, day, row.lane, row.seq))
+		if err := c.forgetDelivery(day, row.lane, row.seq); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// forgetDelivery erases the records of a delivery in a day.
+func (c *commit) forgetDelivery(day dayKey, lane LaneKey, seq uint64) error {
+	c.delete(appendDeliveryKey(nil, c.p.number, day, lane, seq))
+	c.delete(appendDeadKey(nil, c.p.number, day, lane, seq))
+	return c.deleteKeys(appendAttempts(nil, c.p.number, day, lane, seq))
+}
+
+// forget erases a kept event, unless one of its deliveries is to stay.
+func (c *commit) forget(s *sweep, row rowAt) error {
+	p, ns, seq := c.p, row.lane.Namespace, row.seq
 	e, err := p.readEvent(c.r, ns, seq)
 	if errors.Is(err, ErrNotFound) {
 		return nil
@@ -224,9 +399,22 @@ func (c *commit) forget(ns NamespaceKey, seq uint64) error {
 		return err
 	}
 	for _, sub := range subs {
-		if at, err := p.find(c.r, LaneKey{ns, sub}, seq); err != nil || at != nil && at.open {
+		if at, err := p.find(c.r, LaneKey{ns, sub}, seq); err != nil || at != nil && s.stays(ns, at) {
 			return err
 		}
+	}
+	replayed := false
+	if err := p.eachReplay(c.r, kept, ns, seq, func(lane LaneKey, own, _ uint64) error {
+		at, err := p.find(c.r, lane, own)
+		if err == nil && at != nil && s.stays(ns, at) {
+			replayed, err = true, errStopped
+		}
+		return err
+	}); replayed || err != nil {
+		if replayed {
+			err = nil
+		}
+		return err
 	}
 	c.delete(appendKeptIdentity(nil, p.number, ns, identityOf(e.Source, e.ID), seq))
 	if err := c.forgetIn(kept, ns, seq, subs); err != nil {
@@ -244,12 +432,12 @@ func (c *commit) forget(ns NamespaceKey, seq uint64) error {
 func (c *commit) forgetIn(day dayKey, ns NamespaceKey, seq uint64, subs []SubscriptionKey) error {
 	p := c.p
 	for _, sub := range subs {
-		lane := LaneKey{ns, sub}
-		c.delete(appendDeliveryKey(nil, p.number, day, lane, seq))
-		c.delete(appendDeadKey(nil, p.number, day, lane, seq))
-		if err := c.deleteKeys(appendAttempts(nil, p.number, day, lane, seq)); err != nil {
+		if err := c.forgetDelivery(day, LaneKey{ns, sub}, seq); err != nil {
 			return err
 		}
+	}
+	if err := c.deleteKeys(appendReplays(nil, p.number, day, ns, seq)); err != nil {
+		return err
 	}
 	c.delete(appendTargetsKey(nil, p.number, day, ns, seq))
 	c.delete(appendEventKey(nil, p.number, day, ns, seq))

@@ -18,10 +18,14 @@ import (
 //	r | day ns i h8 h8          where the event with this id is: hash of the id, hash of source and id
 //	r | day ns d lane seq       where a delivery stands; none while it is PENDING, and so in q or t
 //	r | day ns a lane seq n     failed attempt with its bodies; n is 4 bytes
-//	r | day ns z seq lane       empty: the delivery has ended without success
+//	r | day ns z seq lane       the delivery has ended without success; when, and how
+//	r | day ns g own lane       a delivery made again, with a sequence of its own: of which event, why, for whom
+//	r | day ns y seq own lane   the event is sent again as that delivery; the job that does so
 //	r | 0xffff ns …             kept: the same, of events that outlive their day because a delivery is open; i has
 //	                            the sequence behind it, since an id may come again after a day
 //	f | ns lane                 since when the target has been failing
+//	j | ns job                  replay: what it is to do, and how it ended; in the namespace's own partition
+//	c | ns job                  where a replay that goes on stands in this partition
 //	w                           the newest commit
 //	p                           journal id, and what the partition remembers of itself
 //
@@ -36,6 +40,8 @@ const (
 	tagTimer     = 't'
 	tagRecord    = 'r'
 	tagFailing   = 'f'
+	tagJob       = 'j'
+	tagCursor    = 'c'
 	tagCommit    = 'w'
 	tagPartition = 'p'
 
@@ -45,6 +51,8 @@ const (
 	kindDelivery = 'd'
 	kindAttempt  = 'a'
 	kindDead     = 'z'
+	kindAgain    = 'g'
+	kindReplay   = 'y'
 
 	// maxPartitions keeps partition numbers away from the meta key.
 	maxPartitions = 4096
@@ -147,6 +155,32 @@ func appendDeadKey(b []byte, partition uint16, day dayKey, lane LaneKey, seq uin
 	return appendU64(appendU64(b, seq), uint64(lane.Subscription))
 }
 
+func appendAgainKey(b []byte, partition uint16, day dayKey, lane LaneKey, own uint64) []byte {
+	b = appendKind(b, partition, day, lane.Namespace, kindAgain)
+	return appendU64(appendU64(b, own), uint64(lane.Subscription))
+}
+
+// appendReplays is the prefix of an event's replays.
+func appendReplays(b []byte, partition uint16, day dayKey, ns NamespaceKey, seq uint64) []byte {
+	return appendU64(appendKind(b, partition, day, ns, kindReplay), seq)
+}
+
+func appendReplayKey(b []byte, partition uint16, day dayKey, lane LaneKey, seq, own uint64) []byte {
+	return appendU64(appendU64(appendReplays(b, partition, day, lane.Namespace, seq), own), uint64(lane.Subscription))
+}
+
+func appendJobKey(b []byte, partition uint16, tag byte, ns NamespaceKey, job uint64) []byte {
+	return appendU64(appendSpace(b, partition, tag, ns), job)
+}
+
+// splitJob reads a j or c key.
+func splitJob(key []byte) (ns NamespaceKey, job uint64, ok bool) {
+	if len(key) != laneEnd {
+		return 0, 0, false
+	}
+	return NamespaceKey(binary.BigEndian.Uint64(key[bodyOffset:])), binary.BigEndian.Uint64(key[bodyOffset+8:]), true
+}
+
 // prefixEnd is the first key after all keys that begin with prefix; nil would mean no end, and no prefix is all
 // ones.
 func prefixEnd(prefix []byte) []byte {
@@ -191,7 +225,7 @@ func splitRecord(key []byte) (day dayKey, ns NamespaceKey, kind byte, rest []byt
 // recordSeq reads the sequence of an r key that has one.
 func recordSeq(kind byte, rest []byte) (uint64, bool) {
 	switch {
-	case (kind == kindEvent || kind == kindTargets || kind == kindDead) && len(rest) >= 8:
+	case (kind == kindEvent || kind == kindTargets || kind == kindDead || kind == kindAgain || kind == kindReplay) && len(rest) >= 8:
 		return binary.BigEndian.Uint64(rest), true
 	case (kind == kindDelivery || kind == kindAttempt) && len(rest) >= 16:
 		return binary.BigEndian.Uint64(rest[8:]), true

@@ -31,9 +31,28 @@ func (p *partition) home(r pebble.Reader, ns NamespaceKey, seq uint64) (dayKey, 
 	return day, err
 }
 
+// homeOf is where the records of a delivery are, which may be one that was made again.
+func (p *partition) homeOf(r pebble.Reader, lane LaneKey, seq uint64, again bool) (dayKey, error) {
+	if !again {
+		return p.home(r, lane.Namespace, seq)
+	}
+	day := dayOf(seq)
+	if !p.swept.Load().has(day) {
+		return day, nil
+	}
+	moved, err := p.j.has(r, appendAgainKey(nil, p.number, kept, lane, seq))
+	if moved {
+		return kept, err
+	}
+	return day, err
+}
+
 // find reads where a delivery stands; nil when there is none.
 func (p *partition) find(r pebble.Reader, lane LaneKey, seq uint64) (*place, error) {
 	day, err := p.home(r, lane.Namespace, seq)
+	if err == nil && day != kept {
+		day, err = p.homeOf(r, lane, seq, true)
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -70,6 +89,15 @@ func (p *partition) findPending(r pebble.Reader, lane LaneKey, at *place) (*plac
 	seq := at.row.Seq
 	found, err := p.readRow(r, lane, Row{Kind: FIFO, Seq: seq}, at)
 	if err != nil || found {
+		return at, err
+	}
+	if a, err := p.readAgain(r, at.day, lane, seq); err != nil {
+		return nil, err
+	} else if a != nil {
+		if found, err = p.readRow(r, lane, Row{Kind: Timer, Due: a.due, Seq: seq}, at); !found {
+			return nil, err
+		}
+		at.due = at.row.Due
 		return at, err
 	}
 	e, err := p.readEvent(r, lane.Namespace, seq)
@@ -151,6 +179,19 @@ func (p *partition) targets(r pebble.Reader, day dayKey, ns NamespaceKey, seq ui
 	return err
 }
 
+// readAgain reads what a delivery that was made again is of; nil when it was not.
+func (p *partition) readAgain(r pebble.Reader, day dayKey, lane LaneKey, own uint64) (*again, error) {
+	var a again
+	found, err := p.j.get(r, appendAgainKey(nil, p.number, day, lane, own), func(value []byte) (err error) {
+		a, err = decodeAgain(value)
+		return err
+	})
+	if err != nil || !found {
+		return nil, err
+	}
+	return &a, nil
+}
+
 // deliveryOf joins a delivery with its event.
 func (p *partition) deliveryOf(r pebble.Reader, lane LaneKey, at *place) (*Delivery, error) {
 	head, target, err := p.readJoined(r, lane, at)
@@ -162,6 +203,13 @@ func (p *partition) deliveryOf(r pebble.Reader, lane LaneKey, at *place) (*Deliv
 
 // readJoined reads what a delivery shows of its event.
 func (p *partition) readJoined(r pebble.Reader, lane LaneKey, at *place) (head eventHead, target Target, err error) {
+	if at.origin != 0 {
+		a, err := p.readAgain(r, at.day, lane, at.row.Seq)
+		if err != nil || a == nil {
+			return head, target, errors.Join(err, ErrNotFound)
+		}
+		return eventHead{id: a.id, eventType: a.eventType, accept: a.made.Time(), again: a}, a.target, nil
+	}
 	if head, err = p.readHead(r, at.day, lane.Namespace, at.row.Seq); err != nil {
 		return head, target, err
 	}
@@ -170,14 +218,18 @@ func (p *partition) readJoined(r pebble.Reader, lane LaneKey, at *place) (head e
 }
 
 func (p *partition) join(lane LaneKey, at *place, head *eventHead, target *Target) *Delivery {
-	return &Delivery{
+	d := &Delivery{
 		ID: ID{at.row.Seq, p.number, lane.Subscription}, Namespace: lane.Namespace,
 		EventID: head.id, EventUID: eventUID(p.j.id, p.number, at.row.Seq), EventType: head.eventType,
 		Subscription: target.Subscription, SubscriptionUID: target.UID,
 		State: at.state, StateReason: at.reason, Attempts: at.attempts, MaxAttempts: at.maxAttempts,
 		NextAttempt: at.due.Time(), Expire: at.expire.Time(), Last: at.last,
-		CreateTime: head.accept, CompleteTime: at.complete.Time(),
+		CreateTime: head.accept, CompleteTime: at.complete.Time(), Trigger: ByPublish,
 	}
+	if a := head.again; a != nil {
+		d.EventUID, d.Trigger, d.ReplayJob = eventUID(p.j.id, p.number, a.origin), a.trigger, a.job
+	}
+	return d
 }
 
 // Event reads the latest event of a namespace with this id; ErrNotFound when there is none or it is no longer

@@ -191,7 +191,7 @@ func (s *daySource) read() error {
 		return s.m.j.corrupt(key, errBadKey)
 	}
 	s.at = spot{p: s.p, ns: s.ns, seq: seq, sub: s.sub}
-	if kind == kindDead && len(rest) == 16 {
+	if (kind == kindDead || kind == kindAgain) && len(rest) == 16 {
 		s.at.sub = SubscriptionKey(binary.BigEndian.Uint64(rest[8:]))
 	}
 	return nil
@@ -220,9 +220,20 @@ func (m *merger) pushList(spots []spot) error {
 
 // openTargets adds all deliveries of some events of a partition.
 func (m *merger) openTargets(p *partition, ns NamespaceKey, seqs []uint64) error {
-	spots := make([]spot, len(seqs))
-	for i, seq := range seqs {
-		spots[i] = spot{p: p, ns: ns, seq: seq}
+	spots := make([]spot, 0, len(seqs))
+	r := m.snapshots[p.number]
+	for _, seq := range seqs {
+		spots = append(spots, spot{p: p, ns: ns, seq: seq})
+		day, err := p.home(r, ns, seq)
+		if err != nil {
+			return err
+		}
+		if err := p.eachReplay(r, day, ns, seq, func(lane LaneKey, own, _ uint64) error {
+			spots = append(spots, spot{p: p, ns: ns, seq: own, sub: lane.Subscription})
+			return nil
+		}); err != nil {
+			return err
+		}
 	}
 	return m.pushList(spots)
 }

@@ -36,6 +36,16 @@ type Step struct {
 	Reason string
 	// Disable asks for the subscription to be disabled, with Reason.
 	Disable bool
+	// DeadLetter, where set on a final State other than Succeeded, is the subscription that gets the event next, in
+	// the same commit. Next does not set it.
+	DeadLetter *DeadLetter
+}
+
+// DeadLetter is who gets what a subscription could not be given.
+type DeadLetter struct {
+	// From is the last segment of the subscription's name that could not be given it.
+	From string
+	To   Target
 }
 
 // Next is the rule that says what follows an attempt. It is pure: the same arguments give the same

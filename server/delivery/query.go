@@ -176,6 +176,9 @@ func (s *search) open(j *Journal) error {
 		}
 		return m.openRows(lane)
 	}
+	if err := m.openDays(q.Namespace, kindAgain, 0); err != nil {
+		return err
+	}
 	return m.openDays(q.Namespace, kindEvent, 0)
 }
 
@@ -254,7 +257,7 @@ func (m *merger) at(s spot) *eventAt {
 	}
 	e.head, e.err = s.p.readHead(r, e.day, s.ns, s.seq)
 	if errors.Is(e.err, ErrNotFound) {
-		e.err = nil // erased since
+		e.err = nil // erased since, or the sequence of a delivery that was made again
 		return e
 	}
 	if e.err != nil {
@@ -284,12 +287,23 @@ func (e *eventAt) lanes(group []spot) []SubscriptionKey {
 
 // delivery reads one of the event's deliveries; nil when it is in none of the states asked for, or gone.
 func (e *eventAt) delivery(lane LaneKey, states []State) (*Delivery, error) {
-	if e.err != nil || !e.found {
+	if e.err != nil {
 		return nil, e.err
 	}
-	at, err := e.p.find(e.m.snapshots[e.p.number], lane, e.seq)
+	r := e.m.snapshots[e.p.number]
+	at, err := e.p.find(r, lane, e.seq)
 	if err != nil || at == nil || len(states) > 0 && !slices.Contains(states, at.state) {
 		return nil, err
+	}
+	if at.origin != 0 {
+		d, err := e.p.deliveryOf(r, lane, at)
+		if errors.Is(err, ErrNotFound) {
+			err = nil
+		}
+		return d, err
+	}
+	if !e.found {
+		return nil, nil
 	}
 	target := e.targets.target(lane.Subscription)
 	return e.p.join(lane, at, &e.head, &target), nil

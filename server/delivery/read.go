@@ -165,14 +165,18 @@ func (r *rowReader) job(row Row, value []byte) error {
 	if err != nil {
 		return r.p.j.corrupt(appendRow(nil, r.p.number, r.lane, row), err)
 	}
-	e, err := r.event(row.Seq)
+	seq := row.Seq
+	if pr.origin != 0 {
+		seq = pr.origin
+	}
+	e, err := r.event(seq)
 	if err != nil {
 		return fmt.Errorf("delivery %s: %w", ID{row.Seq, r.p.number, r.lane.Subscription}, err)
 	}
 	r.found.Jobs = append(r.found.Jobs, Job{
 		ID: ID{row.Seq, r.p.number, r.lane.Subscription}, Event: e, Kind: row.Kind, Epoch: pr.epoch, Due: row.Due,
 		AsOf: r.found.UpTo, Attempts: pr.attempts, MaxAttempts: pr.maxAttempts, Expire: pr.expire.Time(),
-		Manual: pr.manual, Indeterminate: pr.indeterminate, Suspicion: pr.suspicion,
+		Manual: pr.manual, Indeterminate: pr.indeterminate, Suspicion: pr.suspicion, Replay: pr.job, Letter: pr.letter,
 	})
 	return nil
 }

@@ -16,6 +16,8 @@ type eventHead struct {
 	// within are the targets, unless they lie apart.
 	within targetList
 	apart  bool
+	// again is set of a delivery that was made again; accept is then when it was.
+	again *again
 }
 
 // maxWithin is how large targets may be to lie in their event's record: who reads the event for a job reads past
@@ -299,22 +301,41 @@ type progress struct {
 	indeterminate int
 	suspicion     int
 	manual        bool
+	// origin is the sequence of the event that the delivery sends again; 0 where it is the delivery's own.
+	origin uint64
+	// job is the replay that made or reopened it and bounds how many are open; 0 for none.
+	job uint64
+	// letter is set of a dead letter.
+	letter *Letter
 }
 
 const (
 	flagManual = 1 << iota
 	flagTroubled
+	flagReplayed
+	flagLetter
 )
 
-func encodeProgress(b []byte, p *progress) []byte {
-	w := newRecord(b)
-	flags := byte(0)
+// flags says which parts of the record there are.
+func (p *progress) flags() (flags byte) {
 	if p.manual {
 		flags |= flagManual
 	}
 	if p.indeterminate > 0 || p.suspicion > 0 {
 		flags |= flagTroubled
 	}
+	if p.origin != 0 || p.job != 0 {
+		flags |= flagReplayed
+	}
+	if p.letter != nil {
+		flags |= flagLetter
+	}
+	return flags
+}
+
+func encodeProgress(b []byte, p *progress) []byte {
+	w := newRecord(b)
+	flags := p.flags()
 	w.byte(flags)
 	w.uint(uint64(p.epoch))
 	w.int(p.attempts)
@@ -324,18 +345,92 @@ func encodeProgress(b []byte, p *progress) []byte {
 		w.int(p.indeterminate)
 		w.int(p.suspicion)
 	}
+	if flags&flagReplayed != 0 {
+		w.uint(p.origin)
+		w.uint(p.job)
+	}
+	if flags&flagLetter != 0 {
+		w.text(p.letter.From)
+		w.byte(byte(p.letter.State))
+		w.text(validText(p.letter.Reason))
+		w.int(p.letter.Attempts)
+		w.int(p.letter.ResponseCode)
+	}
 	return w
 }
 
 func decodeProgress(value []byte) (p progress, err error) {
 	d := readRecord(value)
+	d.progress(&p)
+	return p, d.err
+}
+
+func (d *decoder) progress(p *progress) {
 	flags := d.byte()
 	p.manual = flags&flagManual != 0
 	p.epoch, p.attempts, p.maxAttempts, p.expire = uint32(d.uint()), d.int(), d.int(), d.instant()
 	if flags&flagTroubled != 0 {
 		p.indeterminate, p.suspicion = d.int(), d.int()
 	}
-	return p, d.err
+	if flags&flagReplayed != 0 {
+		p.origin, p.job = d.uint(), d.uint()
+	}
+	if flags&flagLetter != 0 {
+		p.letter = &Letter{From: d.text(), State: State(d.byte()), Reason: d.text(), Attempts: d.int(), ResponseCode: d.int()}
+	}
+}
+
+// dead is a z record: when and how a delivery ended without success.
+type dead struct {
+	at    Instant
+	state State
+}
+
+func encodeDead(b []byte, z dead) []byte {
+	w := newRecord(b)
+	w.instant(z.at)
+	w.byte(byte(z.state))
+	return w
+}
+
+func decodeDead(value []byte) (z dead, err error) {
+	d := readRecord(value)
+	z.at, z.state = d.instant(), State(d.byte())
+	return z, d.err
+}
+
+// again is a g record: what a delivery that was made again is of. It outlives the event.
+type again struct {
+	origin  uint64
+	trigger Trigger
+	job     string
+	// due and made are when it was to be attempted first, and when it was made.
+	due, made Instant
+	target    Target // name and UID
+	// Of the event.
+	id, eventType string
+}
+
+func encodeAgain(b []byte, a *again) []byte {
+	w := newRecord(b)
+	w.uint(a.origin)
+	w.byte(byte(a.trigger))
+	w.text(a.job)
+	w.instant(a.due)
+	w.instant(a.made)
+	w = append(w, a.target.UID[:]...)
+	w.text(a.target.Subscription)
+	w.text(a.id)
+	w.text(a.eventType)
+	return w
+}
+
+func decodeAgain(value []byte) (a again, err error) {
+	d := readRecord(value)
+	a.origin, a.trigger, a.job, a.due, a.made = d.uint(), Trigger(d.byte()), d.text(), d.instant(), d.instant()
+	copy(a.target.UID[:], d.fixed(len(a.target.UID)))
+	a.target.Subscription, a.id, a.eventType = d.text(), d.text(), d.text()
+	return a, d.err
 }
 
 // standing is the record of a delivery that is not PENDING.
@@ -365,12 +460,7 @@ func encodeStanding(b []byte, s *standing) []byte {
 
 func decodeStanding(value []byte) (s standing, err error) {
 	d := readRecord(value)
-	flags := d.byte()
-	s.manual = flags&flagManual != 0
-	s.epoch, s.attempts, s.maxAttempts, s.expire = uint32(d.uint()), d.int(), d.int(), d.instant()
-	if flags&flagTroubled != 0 {
-		s.indeterminate, s.suspicion = d.int(), d.int()
-	}
+	d.progress(&s.progress)
 	s.state, s.reason, s.due, s.complete = State(d.byte()), d.text(), d.instant(), d.instant()
 	if d.byte() == 1 {
 		s.last = d.attempt()

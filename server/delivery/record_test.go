@@ -55,7 +55,7 @@ var decoders = map[string]struct {
 	"known": {
 		func(v []byte) (any, error) { return decodeKnown(v) },
 		func(x any) []byte { k := x.(known); return encodeKnown(nil, &k) },
-		encodeKnown(nil, &known{seq: 1 << 50, accept: 7, hash: [16]byte{1, 2}}),
+		encodeKnown(nil, &known{seq: 1 << 50, accept: 7, hash: [16]byte{1, 2}, matched: 300, skipped: 7, faults: 2}),
 	},
 	"commit": {
 		func(v []byte) (any, error) { return decodeCommitMark(v) },

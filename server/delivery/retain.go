@@ -33,6 +33,9 @@ const (
 type Retention struct {
 	// Of a namespace. Zero or less keeps everything.
 	Of func(NamespaceKey) time.Duration
+	// Dead is how long deliveries that ended without success stay after their end, with their events, if that is longer.
+	// Nil, and zero or less, is no longer than others.
+	Dead func(NamespaceKey) time.Duration
 	// Shortest is a lower bound of what Of returns; zero when it is not known. Younger days are not looked at.
 	Shortest time.Duration
 }
@@ -345,7 +348,7 @@ func (s *sweep) do(ctx context.Context, run func(*commit) error) error {
 
 // eraseBelow erases a namespace's records of a day below a sequence; the ids stay until the day goes.
 func (s *sweep) eraseBelow(ctx context.Context, d dayKey, f fate) error {
-	for _, kind := range []byte{kindEvent, kindTargets, kindDead} {
+	for _, kind := range []byte{kindEvent, kindTargets, kindDead, kindAgain, kindReplay} {
 		prefix := appendKind(nil, s.p.number, d, f.ns, kind)
 		prefix = prefix[:len(prefix):len(prefix)]
 		if err := s.eraseSpan(ctx, appendU64(prefix, f.from), appendU64(prefix, f.below)); err != nil {

@@ -64,7 +64,7 @@ func (c *commit) settle(s *settle) {
 		return
 	}
 	lane, seq := s.job.Lane(), s.job.ID.Seq
-	day, err := c.p.home(c.r, lane.Namespace, seq)
+	day, err := c.p.homeOf(c.r, lane, seq, s.job.Event.Seq != seq)
 	if err == nil && (c.edited || s.job.AsOf < c.p.lastEdit) {
 		var current bool
 		if current, err = c.current(lane, s.job.Row()); err == nil && !current {
@@ -99,10 +99,14 @@ func (c *commit) told(s *settle, err error) {
 }
 
 func progressOf(job *Job) progress {
-	return progress{
+	pr := progress{
 		epoch: job.Epoch, attempts: job.Attempts, maxAttempts: job.MaxAttempts, expire: InstantOf(job.Expire),
-		indeterminate: job.Indeterminate, suspicion: job.Suspicion, manual: job.Manual,
+		indeterminate: job.Indeterminate, suspicion: job.Suspicion, manual: job.Manual, job: job.Replay, letter: job.Letter,
 	}
+	if job.Event.Seq != job.ID.Seq {
+		pr.origin = job.Event.Seq
+	}
+	return pr
 }
 
 // current reports whether an open row is as a job has it.
@@ -134,9 +138,10 @@ func (c *commit) settleRow(day dayKey, lane LaneKey, row Row, pr progress, s *se
 		st.complete = InstantOf(c.at)
 		c.putStanding(day, lane, row.Seq, &st)
 		if st.state != Succeeded {
-			c.bury(day, lane, row.Seq)
+			c.bury(day, lane, row.Seq, st.state)
+			c.deadLetter(lane, row.Seq, &st, s.step.DeadLetter)
 		}
-		c.open(lane, -1)
+		c.open(lane, -1, pr.job)
 	}
 	c.settled++
 	return nil
@@ -184,9 +189,10 @@ func (c *commit) putAttempt(day dayKey, lane LaneKey, seq uint64, a *Attempt) {
 }
 
 // bury notes that a delivery has ended without success.
-func (c *commit) bury(day dayKey, lane LaneKey, seq uint64) {
+func (c *commit) bury(day dayKey, lane LaneKey, seq uint64, state State) {
 	c.p.key = appendDeadKey(c.p.key[:0], c.p.number, day, lane, seq)
-	c.set(c.p.key, nil)
+	c.p.value = encodeDead(c.p.value[:0], dead{InstantOf(c.at), state})
+	c.set(c.p.key, c.p.value)
 }
 
 func (c *commit) unbury(day dayKey, lane LaneKey, seq uint64) {

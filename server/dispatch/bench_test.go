@@ -115,3 +115,6 @@ type subs map[delivery.LaneKey]*subscription.Subscription
 
 func (s subs) Subscription(lane delivery.LaneKey) *subscription.Subscription { return s[lane] }
 func (s subs) Deleted(delivery.LaneKey) bool                                 { return false }
+func (s subs) DeadLetter(*subscription.Subscription) *delivery.DeadLetter    { return nil }
+func (s subs) EndReason(delivery.LaneKey) string                             { return "subscription deleted" }
+func (s subs) Closed(delivery.LaneKey) string                                { return "" }

@@ -75,8 +75,11 @@ func (l *lane) fits(r room) bool { return l.waiting() == 0 && !(r.alone && l.fly
 // room is what the lane may hold. l.mu is held.
 func (l *lane) room(sub *subscription.Subscription) room {
 	r := l.e.budget.room(l.standing, sub == nil || sub.MaxRate > 0)
-	if !r.bare && sub != nil {
-		r.jobs = max(r.jobs, 2*maxInFlight(sub))
+	switch {
+	case l.health.Isolated() && r.jobs > 0:
+		return room{jobs: 1, bytes: fewBytes, bare: true}
+	case !r.bare && sub != nil:
+		r.jobs = max(r.jobs, 2*l.health.Limit(maxInFlight(sub)))
 	}
 	return r
 }

@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/grapnel/grapnel/server/delivery"
+	"github.com/grapnel/grapnel/server/dispatch/health"
 	"github.com/grapnel/grapnel/server/dispatch/window"
 	"github.com/grapnel/grapnel/server/subscription"
 )
@@ -26,7 +27,7 @@ func (x *entry) Complete(_ *delivery.Job, r delivery.Result) {
 		return
 	}
 	if r.Cause == delivery.CauseUnspent {
-		l.health.unspent(now, r.Error)
+		l.health.Unspent(now, r.Error)
 		l.back(x)
 		e.metrics.parked.Inc()
 		l.kick(now)
@@ -47,17 +48,24 @@ func (x *entry) Complete(_ *delivery.Job, r delivery.Result) {
 	if r.Indeterminate {
 		x.Indeterminate++
 	}
+	if x.Letter == nil && (step.State == delivery.Exhausted || step.State == delivery.Rejected) {
+		step.DeadLetter = e.subs.DeadLetter(x.sub)
+	}
 	since := now.Sub(laterOf(x.Event.AcceptTime, x.Event.DeliverTime))
 	x.stage = window.Settling
 	l.land(x)
-	noted := l.learn(x, &r, step, took, now)
+	v := l.learn(x, &r, step, took, now)
 	l.count(now, r.Outcome, step.State, since)
 	l.mu.Unlock()
 
 	e.trace(x, a, step)
 	e.metrics.settled(a.Outcome, step.State, since)
-	if noted {
+	e.metrics.learnt(v)
+	if v.Noted {
 		l.note()
+	}
+	if v.Warn {
+		l.warn(x.sub)
 	}
 	// The slot is held until then: Stop waits for it before the journal may close.
 	e.journal.Settle(&x.Job, step, a, x)
@@ -72,18 +80,33 @@ func policy(sub *subscription.Subscription) delivery.Policy {
 	return delivery.Policy{Schedule: sub.Schedule, Jitter: sub.Jitter, IgnoreGone: sub.IgnoreGone}
 }
 
-// learn draws the lane's conclusions from an attempt, unless it was made to an older target. It reports whether since when
-// the target has been failing is to be noted. l.mu is held.
-func (l *lane) learn(x *entry, r *delivery.Result, step delivery.Step, took time.Duration, now time.Time) bool {
+// learn draws the lane's conclusions from an attempt, unless it was made to an older target. l.mu is held.
+func (l *lane) learn(x *entry, r *delivery.Result, step delivery.Step, took time.Duration, now time.Time) health.Verdict {
 	if x.target != l.target {
-		return false
+		return health.Verdict{}
 	}
-	v := l.health.ended(r, step, took, x.sub.DisableAfter, now)
+	v := l.health.Ended(&health.End{
+		Mark: x.mark, Signal: health.SignalOf(r), Started: x.started, Took: took, Served: r.Duration, RetryAfter: r.RetryAfter,
+		Most: maxInFlight(x.sub), DisableAfter: x.sub.DisableAfter, Disables: step.Disable, Random: rand.Float64(),
+	}, now)
 	l.reclass()
-	if v.disable != "" {
-		l.disableFor(x.sub, v.disable)
+	switch {
+	case step.Disable:
+		l.disableFor(x.sub, step.Reason)
+	case v.Disable:
+		l.disableFor(x.sub, "failing without a success for "+x.sub.DisableAfter.String())
 	}
-	return v.noted
+	return v
+}
+
+// warn says that a subscription is on its way to be disabled.
+func (l *lane) warn(sub *subscription.Subscription) {
+	l.mu.Lock()
+	since := l.health.FailingSince()
+	l.mu.Unlock()
+	l.e.log.Warn("a receiver has been failing for half of the time after which its subscription is disabled",
+		l.attrs("namespace_id", sub.Namespace, "subscription_id", sub.ID,
+			"failing_since", since, "disable_time", since.Add(sub.DisableAfter))...)
 }
 
 // proceed goes on with the lane on this goroutine, unless others wait for their turn.
@@ -116,7 +139,7 @@ func (l *lane) disableFor(sub *subscription.Subscription, reason string) {
 		defer l.mu.Unlock()
 		l.disabling = false
 		if err != nil {
-			l.health.close(byDisable, now.Add(disableAgain))
+			l.health.Close(health.ByDisable, now.Add(disableAgain))
 		}
 		l.kick(now)
 	})
@@ -126,6 +149,9 @@ func (l *lane) disableFor(sub *subscription.Subscription, reason string) {
 func (e *Engine) expire(x *entry) {
 	step := delivery.Step{State: delivery.Exhausted, Reason: reasonMaxAge}
 	l := x.lane
+	if sub := e.subs.Subscription(l.key); sub != nil && x.Letter == nil {
+		step.DeadLetter = e.subs.DeadLetter(sub)
+	}
 	l.mu.Lock()
 	l.countEnd(e.now(), step.State)
 	l.mu.Unlock()

@@ -40,7 +40,7 @@ func (e *Engine) Retry(ctx context.Context, id delivery.ID, key delivery.LaneKey
 	if x := l.held[place{id.Seq, id.Partition}]; x != nil && x.stage == window.Waiting && x.Kind == delivery.FIFO {
 		x.Manual = true
 	}
-	l.health.open()
+	l.health.Open(e.now())
 	l.kick(e.now())
 	return d, err
 }
@@ -82,6 +82,9 @@ func (e *Engine) Deleting(key delivery.LaneKey) (done func()) { return e.graves.
 // subscriptions whose deletion has been seen is cancelled in the background.
 func (e *Engine) Changed(changes []subscription.Change) {
 	for _, c := range changes {
+		if c.Gate != nil {
+			e.gated(c.Gate)
+		}
 		if c.Tombstone != nil && c.Old == nil {
 			e.buried(c.Tombstone)
 		}
@@ -112,6 +115,54 @@ func (e *Engine) buried(t *subscription.Tombstone) {
 	}
 }
 
+// gated follows what closes or opens many lanes at once. A time without attempts is none of failing: what has been failing
+// begins anew when it is over.
+func (e *Engine) gated(g *subscription.Gate) {
+	ns := delivery.UID(g.NamespaceUID).NamespaceKey()
+	for _, l := range e.allLanes() {
+		if ns == 0 || l.key.Namespace == ns {
+			e.turn(l.key, g.Opened)
+		}
+	}
+	if !g.Opened {
+		return
+	}
+	for _, key := range e.failingAway(ns) {
+		e.turn(key, true)
+	}
+}
+
+// turn has a lane look again.
+func (e *Engine) turn(key delivery.LaneKey, opened bool) {
+	l := e.starting(key, opened)
+	if l == nil {
+		return
+	}
+	defer l.start.Unlock()
+	failing := opened && !l.health.FailingSince().IsZero()
+	if failing {
+		l.health.Forgive()
+	}
+	l.sweepAt = time.Time{}
+	l.kick(e.now())
+	l.mu.Unlock()
+	if failing {
+		l.note()
+	}
+}
+
+// failingAway lists those of a namespace, or of all with 0, whose target has been failing and that have no lane.
+func (e *Engine) failingAway(ns delivery.NamespaceKey) (keys []delivery.LaneKey) {
+	e.mu.RLock()
+	defer e.mu.RUnlock()
+	for key, h := range e.healths {
+		if !h.FailingSince().IsZero() && (ns == 0 || key.Namespace == ns) {
+			keys = append(keys, key)
+		}
+	}
+	return keys
+}
+
 func (e *Engine) changed(key delivery.LaneKey, was, is *subscription.Subscription) {
 	renewed := was != nil && is != nil && newTarget(was, is)
 	again := was != nil && is != nil && resumed(was, is)
@@ -123,15 +174,15 @@ func (e *Engine) changed(key delivery.LaneKey, was, is *subscription.Subscriptio
 		return
 	}
 	defer l.start.Unlock()
-	failing := !l.health.failing.IsZero()
+	failing := !l.health.FailingSince().IsZero()
 	switch {
 	case renewed:
 		l.retarget()
 	case again:
-		l.health.open()
-		l.health.failing = time.Time{}
-	case was != nil && is != nil && was.MaxRate != is.MaxRate:
-		l.health.open()
+		l.health.Open(e.now())
+		l.health.Forgive()
+	case l.pacer != nil && was != nil && is != nil && was.MaxRate != is.MaxRate:
+		l.pacer.until = time.Time{}
 	}
 	l.sweepAt = time.Time{}
 	l.kick(e.now())
@@ -168,7 +219,7 @@ func (l *lane) note() {
 	l.noting.Lock()
 	defer l.noting.Unlock()
 	l.mu.Lock()
-	since := l.health.failing
+	since := l.health.FailingSince()
 	l.mu.Unlock()
 	l.e.journal.SetFailing(l.key, since)
 }

@@ -4,7 +4,8 @@
 // An Engine keeps a lane for each subscription that has open deliveries. It guarantees
 //
 //   - at most one attempt of a delivery at a time, each started with the subscription as the snapshot has
-//     it at that moment, and none for one that is paused, disabled, deleted or not in the snapshot;
+//     it at that moment, and none for one that is paused, disabled, deleted or not in the snapshot, or whose
+//     namespace is, or while all dispatch is paused;
 //   - that a delivery is cancelled for a deletion that was seen, never because configuration is absent:
 //     then its lane is parked, and Status says so;
 //   - that every result is settled in the journal, unless Stop had to abandon the attempt, in which case
@@ -41,6 +42,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/grapnel/grapnel/server/delivery"
+	"github.com/grapnel/grapnel/server/dispatch/health"
 	"github.com/grapnel/grapnel/server/subscription"
 )
 
@@ -110,9 +112,16 @@ type Journal interface {
 type Subscriptions interface {
 	// Subscription is nil when the snapshot has none, or its namespace is deleted.
 	Subscription(lane delivery.LaneKey) *subscription.Subscription
-	// Deleted reports whether the deletion of the subscription, or the erasure of its namespace, has been seen:
-	// its deliveries are to be cancelled. What is in neither is parked.
+	// Deleted reports whether the deletion of the subscription, or of its namespace, has been seen: its deliveries are to
+	// be cancelled. What is in neither is parked.
 	Deleted(lane delivery.LaneKey) bool
+	// DeadLetter is who gets what ends without success for the subscription; nil when nobody does.
+	DeadLetter(sub *subscription.Subscription) *delivery.DeadLetter
+	// EndReason says, in words for people, why what a lane has open that is Deleted ends.
+	EndReason(lane delivery.LaneKey) string
+	// Closed says, in words for people, why no attempts are made in the subscription's namespace or at all; empty when
+	// they are.
+	Closed(lane delivery.LaneKey) string
 }
 
 // Attempter makes attempts. Attempt returns at once; sink.Complete is called exactly once, from any
@@ -186,7 +195,7 @@ type Engine struct {
 	// tenants are the namespaces of lanes.
 	tenants map[delivery.NamespaceKey]*tenant
 	// healths is what is known of targets of lanes that have nothing open.
-	healths map[delivery.LaneKey]health
+	healths map[delivery.LaneKey]health.Health
 	// partitions says how those stand that were not started with all others.
 	partitions map[uint16]phase
 	running    chan struct{} // closed when Run's goroutines have ended; nil before Run
@@ -224,7 +233,7 @@ func New(o Options) *Engine {
 		pools:      pools{window: o.Window},
 		budget:     budget{limit: o.WindowBytes, events: o.Journal},
 		statistics: statistics{limit: o.StatsBytes, lanes: make(map[delivery.LaneKey]*series), rest: &series{}},
-		lanes:      make(map[delivery.LaneKey]*lane), tenants: make(map[delivery.NamespaceKey]*tenant), healths: make(map[delivery.LaneKey]health),
+		lanes:      make(map[delivery.LaneKey]*lane), tenants: make(map[delivery.NamespaceKey]*tenant), healths: make(map[delivery.LaneKey]health.Health),
 		partitions: make(map[uint16]phase),
 		drained:    make(chan struct{}, 1), finished: make(chan struct{}),
 		disables: make(chan struct{}, disablesAtOnce),

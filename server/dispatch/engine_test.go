@@ -155,7 +155,7 @@ func TestEngineDisablesAfterFailingForLong(t *testing.T) {
 				defer w.stop()
 				w.receiver.set(always(time.Millisecond, func() *delivery.Result { r := tt.result; return &r }))
 				sub := w.sub("orders")
-				for range 40 {
+				for range 60 { // by then the breaker is open, and probes come up to 15 minutes apart
 					if len(w.wasDisabled()) == 0 {
 						w.publish(sub, 0)
 					}
@@ -351,7 +351,7 @@ func TestEngineManyTimersAtOnce(t *testing.T) {
 		}
 		time.Sleep(4 * time.Second)
 		w.receiver.set(always(time.Millisecond, ok))
-		time.Sleep(10 * time.Second)
+		time.Sleep(time.Minute) // the breaker may wait for some seconds before its next probe
 		wantStates(t, w, map[delivery.State]int{delivery.Succeeded: 2000})
 	})
 }

@@ -4,13 +4,14 @@ import (
 	"time"
 
 	"github.com/grapnel/grapnel/server/delivery"
+	"github.com/grapnel/grapnel/server/dispatch/health"
 	"github.com/grapnel/grapnel/server/dispatch/window"
 	"github.com/grapnel/grapnel/server/subscription"
 )
 
 const (
 	// entryBytes is what an entry takes with its place in the lane's index.
-	entryBytes = 240
+	entryBytes = 256
 	// eventBytes and attributeBytes are about what an event takes beside its payload.
 	eventBytes     = 400
 	attributeBytes = 64
@@ -30,6 +31,7 @@ type entry struct {
 	marked     bool // a caller has ended or replaced its row: it must not wait again
 	gone       bool // abandoned, or its partition is: nothing of it counts any more
 	target     uint32
+	mark       health.Mark
 	pool       *pool // that it holds a place of while it flies; nil is none
 }
 
@@ -47,6 +49,9 @@ func sizeOf(j *delivery.Job) int64 {
 }
 
 func (x *entry) before(y *entry) bool { return x.Row().Pos().Before(y.Row().Pos()) }
+
+// repeats reports whether it has been tried before, and nobody has asked for another attempt.
+func (x *entry) repeats() bool { return x.Attempts > 0 && !x.Manual }
 
 func (x *entry) expired(now time.Time) bool { return !x.Expire.IsZero() && now.After(x.Expire) }
 

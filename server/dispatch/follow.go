@@ -39,7 +39,7 @@ func (e *Engine) Offer(c delivery.Commit, jobs []delivery.Job) {
 
 // roomFor reports whether a fresh job may come to memory.
 func (l *lane) roomFor(g gate, now time.Time) bool {
-	if !g.open() && (g.until.IsZero() || g.until.Sub(now) > shedAfter) {
+	if !g.open() && (g.isolated || g.until.IsZero() || g.until.Sub(now) > shedAfter) {
 		return false
 	}
 	r := l.room(g.sub)

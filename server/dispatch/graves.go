@@ -140,7 +140,7 @@ func (e *Engine) walk(key delivery.LaneKey) {
 	if e.graves.park(key) {
 		return
 	}
-	n, err := e.CancelLane(e.taking, key, reasonDeleted, func() bool { return e.subs.Deleted(key) })
+	n, err := e.CancelLane(e.taking, key, e.subs.EndReason(key), func() bool { return e.subs.Deleted(key) })
 	if e.taking.Err() != nil {
 		return
 	}

@@ -1,16 +1,14 @@
 package dispatch
 
 import (
-	"math"
 	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
 
-	"golang.org/x/time/rate"
-
 	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
 	"github.com/grapnel/grapnel/server/delivery"
+	"github.com/grapnel/grapnel/server/dispatch/health"
 	"github.com/grapnel/grapnel/server/dispatch/window"
 	"github.com/grapnel/grapnel/server/subscription"
 )
@@ -48,13 +46,13 @@ type lane struct {
 	cancels   int  // CancelLane is at work
 	disabling bool // Disable is at work
 
-	health   health
+	health   health.Health
 	standing standing // of the health, as slots and budget know it
+	retrying int      // attempts among flying that are repeats
 	target   uint32   // rises when the target changes: ends of older attempts say nothing about it
 	pool     *pool    // of its plugin; nil where that has no bound of its own
 	poolAt   time.Time
-	limiter  *rate.Limiter
-	limit    float64
+	pacer    *pacer // nil: its subscription has no max_rate
 	series   *series
 
 	// Places in queues of the engine.
@@ -89,7 +87,7 @@ func (e *Engine) lane(key delivery.LaneKey) *lane {
 				e.tenants[key.Namespace] = l.tenant
 			}
 			l.tenant.lanes++
-			l.standing = l.health.standing()
+			l.standing = l.health.Standing()
 			delete(e.healths, key)
 			e.lanes[key] = l
 		}
@@ -135,7 +133,7 @@ func (l *lane) rest(now time.Time) {
 		return
 	}
 	e := l.e
-	keep := !l.health.fresh(now) && !e.subs.Deleted(l.key)
+	keep := !l.health.Worthless(now) && !e.subs.Deleted(l.key)
 	l.evicted = true
 	e.alarms.remove(l)
 	e.mu.Lock()
@@ -144,7 +142,7 @@ func (l *lane) rest(now time.Time) {
 	if l.tenant.lanes--; l.tenant.lanes == 0 {
 		delete(e.tenants, l.key.Namespace)
 	}
-	if keep && (len(e.healths) < maxHealths || !l.health.failing.IsZero()) {
+	if keep && (len(e.healths) < maxHealths || !l.health.FailingSince().IsZero()) {
 		e.healths[l.key] = l.health
 	}
 }
@@ -251,11 +249,14 @@ func (l *lane) shed() {
 // reclass follows the lane's health: what it holds counts for its new standing. What it may no longer hold waiting goes
 // back to the disk.
 func (l *lane) reclass() {
-	is := l.health.standing()
+	is := l.health.Standing()
 	if is == l.standing {
 		return
 	}
 	was, b := l.standing, &l.e.budget
+	if was == unknown && is == proven {
+		l.e.slots.regain(was)
+	}
 	l.e.slots.count(l, -int64(l.flying.n))
 	l.standing = is
 	l.e.slots.count(l, int64(l.flying.n))
@@ -284,10 +285,15 @@ type gate struct {
 	until  time.Time
 	// lasting: closed for so long that deliveries expire.
 	lasting bool
-	deleted bool
+	// isolated: the breaker is open, or half open.
+	isolated bool
+	deleted  bool
 }
 
 func (g gate) open() bool { return g.reason == "" }
+
+// expires reports whether deliveries may expire behind the first ones unseen.
+func (g gate) expires() bool { return g.lasting || g.isolated }
 
 // Why a lane is closed, for people.
 const (
@@ -300,6 +306,7 @@ const (
 	closedDisabled   = "its subscription is disabled"
 	closedRate       = "its subscription's max_rate is reached"
 	closedTarget     = "its target asked for a pause (Retry-After)"
+	closedBreaker    = "breaker open"
 	closedPlugin     = "parked: its plugin is not ready"
 	closedWaits      = "parked: "
 )
@@ -320,17 +327,23 @@ func (l *lane) gate(now time.Time) gate {
 		}
 		return gate{reason: closedAbsent, lasting: true}
 	}
-	if reason := closedBy(sub); reason != "" {
+	if reason := l.closedBy(sub); reason != "" {
 		return gate{sub: sub, reason: reason, lasting: true}
 	}
-	if h := &l.health; now.Before(h.closed) {
-		return gate{sub: sub, reason: h.reason(), until: h.closed}
+	g := gate{sub: sub, isolated: l.health.Isolated()}
+	if why, until := l.health.Closed(now); why != health.Open {
+		g.reason, g.until = l.closed(why), until
+	} else if l.pacer != nil && now.Before(l.pacer.until) {
+		g.reason, g.until = closedRate, l.pacer.until
 	}
-	return gate{sub: sub}
+	return g
 }
 
-// closedBy is why a subscription's state closes its lane, or empty.
-func closedBy(sub *subscription.Subscription) string {
+// closedBy is why the state of a subscription, or of what is above it, closes its lane, or empty.
+func (l *lane) closedBy(sub *subscription.Subscription) string {
+	if reason := l.e.subs.Closed(l.key); reason != "" {
+		return reason
+	}
 	switch sub.Proto.GetState() {
 	case grapnelv1.Subscription_STATE_PAUSED:
 		return closedPaused
@@ -340,19 +353,20 @@ func closedBy(sub *subscription.Subscription) string {
 	return ""
 }
 
-func (h *health) reason() string {
-	switch h.why {
-	case byTarget:
+// closed is what a closure is called.
+func (l *lane) closed(why health.Closure) string {
+	switch why {
+	case health.ByTarget:
 		return closedTarget
-	case byPlugin:
-		if h.waits != "" {
-			return closedWaits + h.waits
-		}
-		return closedPlugin
-	case byDisable:
+	case health.ByDisable:
 		return closedDisabling
+	case health.ByBreaker:
+		return closedBreaker
 	}
-	return closedRate
+	if waits := l.health.Waits(); waits != "" {
+		return closedWaits + waits
+	}
+	return closedPlugin
 }
 
 const (
@@ -380,10 +394,12 @@ func (l *lane) kick(now time.Time) {
 		l.kickClosed(g, now)
 		return
 	}
-	l.sweepAt = time.Time{}
+	if !g.isolated {
+		l.sweepAt = time.Time{}
+	}
 	l.lookPool(g.sub, now)
 	l.wantRead(g, now)
-	if l.waiting() == 0 || l.running || l.full(g.sub) {
+	if l.running || l.full(g.sub) || l.next(g.sub) == nil {
 		return
 	}
 	if l.crowded() {
@@ -396,7 +412,7 @@ func (l *lane) kick(now time.Time) {
 // look judges the lane by what it has in flight.
 func (l *lane) look(now time.Time) {
 	if l.flying.n > 0 {
-		if at := l.health.look(l.flying.head.started, now); !at.IsZero() {
+		if at := l.health.Look(l.flying.head.started, now); !at.IsZero() {
 			l.arm(at)
 		}
 	}
@@ -406,18 +422,18 @@ func (l *lane) look(now time.Time) {
 func (l *lane) kickClosed(g gate, now time.Time) {
 	if !g.until.IsZero() {
 		l.arm(g.until)
-		if g.until.Sub(now) > shedAfter {
+		if g.isolated || g.until.Sub(now) > shedAfter {
 			l.shed()
 		}
 	}
-	if !g.lasting {
+	if !g.expires() {
 		return
 	}
 	l.shed()
 	switch {
 	case g.deleted && (l.first(delivery.FIFO) != nil || l.first(delivery.Timer) != nil):
 		l.e.graves.add(l.key)
-	case g.sub == nil: // nobody tells when the deletion of one that is not there is seen
+	case g.lasting && g.sub == nil: // nobody tells when the deletion of one that is not there is seen
 		l.arm(now.Add(sweepEvery))
 	}
 	switch {
@@ -435,6 +451,9 @@ func (l *lane) kickClosed(g gate, now time.Time) {
 
 // full reports whether the lane has to wait for one of its own attempts to end.
 func (l *lane) full(sub *subscription.Subscription) bool {
+	if l.health.Full(l.flying.n, maxInFlight(sub)) {
+		return true
+	}
 	share := l.e.slots.share(&l.health, l.standing, sub)
 	if l.pool != nil {
 		share = min(share, l.pool.share(&l.health, l.standing, sub))
@@ -445,22 +464,14 @@ func (l *lane) full(sub *subscription.Subscription) bool {
 // arm asks for a kick at a time.
 func (l *lane) arm(at time.Time) { l.e.alarms.set(l, at) }
 
-// allow takes a token of the subscription's rate, or closes the lane until there is one.
+// allow takes a start of the subscription's rate, or closes the lane until there is one.
 func (l *lane) allow(sub *subscription.Subscription, now time.Time) bool {
 	if sub.MaxRate <= 0 {
-		l.limiter = nil
+		l.pacer = nil
 		return true
 	}
-	if l.limiter == nil || l.limit != sub.MaxRate {
-		l.limit = sub.MaxRate
-		l.limiter = rate.NewLimiter(rate.Limit(sub.MaxRate), max(1, int(math.Ceil(sub.MaxRate/10))))
+	if l.pacer == nil {
+		l.pacer = &pacer{}
 	}
-	r := l.limiter.ReserveN(now, 1)
-	wait := r.DelayFrom(now)
-	if wait == 0 {
-		return true
-	}
-	r.CancelAt(now)
-	l.health.close(byRate, now.Add(wait))
-	return false
+	return l.pacer.take(sub.MaxRate, now)
 }

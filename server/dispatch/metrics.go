@@ -6,6 +6,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/grapnel/grapnel/server/delivery"
+	"github.com/grapnel/grapnel/server/dispatch/health"
 )
 
 // metrics for Prometheus. No label names a tenant, so their number is fixed.
@@ -14,6 +15,9 @@ type metrics struct {
 	deliveries [delivery.Skipped + 1]prometheus.Counter
 	parked     prometheus.Counter
 	latency    prometheus.Histogram
+	opened     prometheus.Counter
+	probes     [2]prometheus.Counter // that failed, that were answered
+	cuts       prometheus.Counter
 }
 
 func outcomeName(o delivery.Outcome) string {
@@ -73,6 +77,16 @@ func newMetrics(e *Engine, r prometheus.Registerer) *metrics {
 		Name: "grapnel_delivery_latency_seconds", Help: "Time from an event's acceptance to its delivery.",
 		Buckets: prometheus.ExponentialBuckets(0.001, 4, 12),
 	})
+	m.opened = prometheus.NewCounter(prometheus.CounterOpts{
+		Name: "grapnel_breaker_opened_total", Help: "Times that a breaker has opened.",
+	})
+	probes := prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "grapnel_breaker_probes_total", Help: "Attempts that decided on an open breaker, by what they said of the receiver.",
+	}, []string{"result"})
+	m.probes = [2]prometheus.Counter{probes.WithLabelValues("failed"), probes.WithLabelValues("answered")}
+	m.cuts = prometheus.NewCounter(prometheus.CounterOpts{
+		Name: "grapnel_limit_cuts_total", Help: "Times that the limit of a receiver's attempts in flight was taken back.",
+	})
 	flying := prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 		Name: "grapnel_in_flight", Help: "Attempts in flight.",
 	}, func() float64 { return float64(e.slots.used.Load()) })
@@ -83,7 +97,7 @@ func newMetrics(e *Engine, r prometheus.Registerer) *metrics {
 		Name: "grapnel_in_flight_slow", Help: "Attempts in flight to targets that hang, are slow or have not answered yet.",
 	}, func() float64 { return float64(e.slots.slow.Load() + e.slots.trial.Load()) })
 	if r != nil {
-		r.MustRegister(attempts, deliveries, m.parked, m.latency, flying, slow, memory, newLaneStates(e))
+		r.MustRegister(attempts, deliveries, m.parked, m.latency, m.opened, probes, m.cuts, flying, slow, memory, newLaneStates(e))
 	}
 	return m
 }
@@ -99,6 +113,19 @@ func (m *metrics) settled(o delivery.Outcome, s delivery.State, since time.Durat
 	}
 }
 
+func (m *metrics) learnt(v health.Verdict) {
+	switch {
+	case v.Opened:
+		m.opened.Inc()
+	case v.Probed && v.Shut:
+		m.probes[1].Inc()
+	case v.Probed:
+		m.probes[0].Inc()
+	case v.Cut:
+		m.cuts.Inc()
+	}
+}
+
 func (m *metrics) ended(s delivery.State) {
 	if int(s) >= len(m.deliveries) {
 		s = 0
@@ -108,21 +135,29 @@ func (m *metrics) ended(s delivery.State) {
 
 // laneStates counts lanes when it is scraped.
 type laneStates struct {
-	e    *Engine
-	desc *prometheus.Desc
+	e                       *Engine
+	lanes, breakers, limits *prometheus.Desc
 }
 
 func newLaneStates(e *Engine) *laneStates {
-	return &laneStates{e, prometheus.NewDesc("grapnel_lanes", "Lanes, by state.", []string{"state"}, nil)}
+	return &laneStates{
+		e, prometheus.NewDesc("grapnel_lanes", "Lanes, by state.", []string{"state"}, nil),
+		prometheus.NewDesc("grapnel_breakers", "Lanes with a breaker that is not closed, by its state.", []string{"state"}, nil),
+		prometheus.NewDesc("grapnel_limited_lanes", "Lanes that have something open and hold back from their subscription's max_in_flight for a sign of overload.", nil, nil),
+	}
 }
 
 // Describe implements prometheus.Collector.
-func (s *laneStates) Describe(c chan<- *prometheus.Desc) { c <- s.desc }
+func (s *laneStates) Describe(c chan<- *prometheus.Desc) {
+	c <- s.lanes
+	c <- s.breakers
+	c <- s.limits
+}
 
 // Collect implements prometheus.Collector.
 func (s *laneStates) Collect(c chan<- prometheus.Metric) {
 	now := s.e.now()
-	var idle, busy, closed float64
+	var idle, busy, closed, open, half, limited float64
 	for _, l := range s.e.allLanes() {
 		l.mu.Lock()
 		switch {
@@ -133,9 +168,20 @@ func (s *laneStates) Collect(c chan<- prometheus.Metric) {
 		default:
 			closed++
 		}
+		switch state, _, _, _ := l.health.Breaker(now); {
+		case state == health.BreakerOpen:
+			open++
+		case state == health.BreakerHalfOpen:
+			half++
+		case len(l.parts) > 0 && l.health.Lowered():
+			limited++
+		}
 		l.mu.Unlock()
 	}
 	for name, n := range map[string]float64{"idle": idle, "open": busy, "closed": closed} {
-		c <- prometheus.MustNewConstMetric(s.desc, prometheus.GaugeValue, n, name)
+		c <- prometheus.MustNewConstMetric(s.lanes, prometheus.GaugeValue, n, name)
 	}
+	c <- prometheus.MustNewConstMetric(s.breakers, prometheus.GaugeValue, open, "open")
+	c <- prometheus.MustNewConstMetric(s.breakers, prometheus.GaugeValue, half, "half_open")
+	c <- prometheus.MustNewConstMetric(s.limits, prometheus.GaugeValue, limited)
 }

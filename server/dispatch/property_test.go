@@ -162,6 +162,8 @@ func randomAnswer(seed uint64) func(*subscription.Subscription, *delivery.Job) (
 			return delay, unspent()
 		case 1, 2, 3:
 			return delay, refused(500)
+		case 5:
+			return time.Duration(1+rnd.IntN(15)) * time.Second, timedOut()
 		case 4:
 			r := refused(503)
 			r.RetryAfter = time.Duration(rnd.IntN(20)) * time.Second

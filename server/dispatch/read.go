@@ -79,6 +79,11 @@ func (l *lane) wantRead(g gate, now time.Time) {
 	if l.reading && !l.hungryNow() {
 		return
 	}
+	if !l.reading && g.isolated && l.sweepDue(now) {
+		l.reading = true
+		l.e.reads.push(l)
+		return
+	}
 	switch _, need := l.plan(g, now); {
 	case need == aRead && l.reading:
 		if l.sated() { // otherwise it has just been fed
@@ -170,6 +175,8 @@ func (l *lane) read() {
 	defer l.mu.Unlock()
 	now := l.e.now()
 	switch g := l.gate(now); {
+	case g.expires() && l.sweepDue(now):
+		l.sweep(now)
 	case g.open():
 		switch r, need := l.plan(g, now); need {
 		case aRead:
@@ -180,8 +187,6 @@ func (l *lane) read() {
 			l.hunger()
 			return
 		}
-	case g.lasting && !l.sweepAt.IsZero() && !l.sweepAt.After(now):
-		l.sweep(now)
 	}
 	l.reading = false
 	l.kick(l.e.now())
@@ -255,8 +260,10 @@ func (l *lane) merge(r request, read delivery.Read, n int) []*entry {
 // sweepJobs is how many expired deliveries a sweep ends at a time.
 const sweepJobs = 256
 
-// sweep looks through a lane that makes no attempts, because its subscription is paused, disabled or not there, for
-// what has expired. It looks at the first row of each partition and kind, and stops there while that stays: what expires
+func (l *lane) sweepDue(now time.Time) bool { return !l.sweepAt.IsZero() && !l.sweepAt.After(now) }
+
+// sweep looks through a lane that makes no attempts, because its subscription is paused, disabled or not there or its
+// breaker is open, for what has expired. It looks at the first row of each partition and kind, and stops there while that stays: what expires
 // behind it is found when it has gone, or when the lane opens. l.mu is held.
 func (l *lane) sweep(now time.Time) {
 	next := now.Add(sweepLatest)
@@ -293,7 +300,7 @@ func (l *lane) sweepPart(partition uint16, k delivery.Kind, now time.Time) time.
 		case k == delivery.Timer && first.Due > r.until:
 			return first.Due.Time()
 		}
-		if g := l.gate(now); g.open() || !g.lasting {
+		if !l.gate(now).expires() {
 			return now
 		}
 		read, ok := l.fetch(&r)

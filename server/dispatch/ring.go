@@ -6,7 +6,9 @@ import (
 	"time"
 
 	"github.com/grapnel/grapnel/server/delivery"
+	"github.com/grapnel/grapnel/server/dispatch/health"
 	"github.com/grapnel/grapnel/server/dispatch/window"
+	"github.com/grapnel/grapnel/server/subscription"
 )
 
 const (
@@ -119,19 +121,23 @@ func (r *round) pop(slots *slots, st standing) *lane {
 func (r *ring) next(s *slots, now time.Time) (*lane, time.Duration) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	var again time.Duration
 	for range standings {
 		st := r.turn
 		r.turn = (r.turn + 1) % standings
+		if r.rounds[st].head == nil {
+			continue
+		}
 		if s.room(st, now) {
 			if l := r.rounds[st].pop(s, st); l != nil {
 				return l, 0
 			}
 		}
+		if wait := s.wait(st, now); wait > 0 && (again == 0 || wait < again) {
+			again = wait
+		}
 	}
-	if r.rounds[suspect].head == nil {
-		return nil, 0
-	}
-	return nil, s.pace.wait(s.total, now)
+	return nil, again
 }
 
 func (r *ring) waiting() int64 {
@@ -165,7 +171,6 @@ func (e *Engine) dispatch() {
 }
 
 const (
-	reasonDeleted   = "subscription deleted"
 	reasonMaxAge    = "max_age"
 	reasonCancelled = "cancelled by a caller"
 )
@@ -210,15 +215,14 @@ func (l *lane) run(turns int) {
 	l.kick(l.e.now())
 }
 
-// take picks the jobs of one turn. Breaker, adaptive limits and ordering keys are further reasons to
-// stop here.
+// take picks the jobs of one turn. Ordering keys are a further reason to stop here.
 func (l *lane) take(b *batch, now time.Time) {
 	g := l.gate(now)
 	if !g.open() {
 		return
 	}
 	for b.n < quantum {
-		x := l.next()
+		x := l.next(g.sub)
 		if x == nil {
 			return
 		}
@@ -230,6 +234,9 @@ func (l *lane) take(b *batch, now time.Time) {
 		l.timerTurn = x.Kind == delivery.FIFO
 		if expired {
 			x.stage = window.Settling
+			if g.isolated { // only the first ones come to memory
+				l.sweepAt = now
+			}
 		} else {
 			l.takeOff(x, now)
 			x.sub = g.sub
@@ -240,12 +247,16 @@ func (l *lane) take(b *batch, now time.Time) {
 }
 
 // next is the entry whose turn it is: fresh ones and retries alternate, so that neither waits for the
-// other. A retry budget takes its place here.
-func (l *lane) next() *entry {
-	if l.timers.head != nil && (l.timerTurn || l.fresh.head == nil) {
-		return l.timers.head
+// other, as far as the budget for repeats allows.
+func (l *lane) next(sub *subscription.Subscription) *entry {
+	x := l.timers.head
+	switch {
+	case x == nil, l.fresh.head != nil && !l.timerTurn:
+		return l.fresh.head
+	case x.repeats() && !l.health.MayRetry(l.fresh.head != nil, l.retrying, maxInFlight(sub)):
+		return l.fresh.head
 	}
-	return l.fresh.head
+	return x
 }
 
 // mayStart checks the limits and takes a slot.
@@ -267,7 +278,7 @@ func (l *lane) mayStart(g gate, now time.Time) bool {
 // begin hands an attempt over. l.start is held, l.mu is not.
 func (l *lane) begin(x *entry) {
 	sub := l.e.subs.Subscription(l.key)
-	if sub == nil || closedBy(sub) != "" {
+	if sub == nil || l.closedBy(sub) != "" {
 		// It changed since the job was taken: back, for the next look to decide.
 		l.mu.Lock()
 		l.back(x)
@@ -281,6 +292,10 @@ func (l *lane) begin(x *entry) {
 // takeOff and land keep flying and the slots of standings in step. l.mu is held.
 func (l *lane) takeOff(x *entry, now time.Time) {
 	x.stage, x.started, x.target, x.pool = window.Flying, now, l.target, l.pool
+	x.mark = l.health.Started(x.repeats(), l.flying.n+1, now)
+	if x.mark.Retry() {
+		l.retrying++
+	}
 	x.pooled(l.standing, 1)
 	l.flying.push(x)
 }
@@ -293,6 +308,9 @@ func (l *lane) land(x *entry) {
 		return
 	}
 	l.flying.remove(x)
+	if x.mark.Retry() {
+		l.retrying--
+	}
 	x.leavePool(l.standing)
 	l.e.slots.count(l, -1)
 }
@@ -308,8 +326,15 @@ func (l *lane) retarget() {
 		l.strays.push(x)
 	}
 	l.target++
-	l.health = health{}
+	l.health, l.retrying = health.Health{}, 0
 	l.reclass()
+}
+
+// returned tells the health that nothing came of an attempt.
+func (l *lane) returned(x *entry) {
+	if x.target == l.target {
+		l.health.Returned(x.mark)
+	}
 }
 
 // back returns an entry that was to be tried, or of which nothing was tried, to where it waited. If a caller has
@@ -319,6 +344,7 @@ func (l *lane) back(x *entry) {
 		return
 	}
 	l.land(x)
+	l.returned(x)
 	l.e.release()
 	if x.marked {
 		w := l.window(x.ID.Partition)

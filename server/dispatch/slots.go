@@ -4,6 +4,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/grapnel/grapnel/server/dispatch/health"
 	"github.com/grapnel/grapnel/server/subscription"
 )
 
@@ -18,7 +19,7 @@ const (
 //
 //   - Suspects, lanes that hang or are slow, start nothing while they hold half of the slots, all together. The fuller
 //     that half is, the fewer each one may hold, down to one. One that hangs holds few anyway, and one that has never
-//     answered just one, once suspects hold an eighth of the slots.
+//     answered just one.
 //   - A lane of which nothing is known has one attempt, on trial. A trial is short: after it the lane has proven itself or
 //     is a suspect. An eighth of the slots is for trials, so that a new lane waits for other trials, never for those
 //     that hang. Trials stop while they and the suspects hold three quarters of the slots, and those of one namespace while
@@ -28,6 +29,7 @@ const (
 //     holds any.
 //   - Suspects start, all together, no more attempts in two seconds than half of the slots, evenly: a thousand that hang,
 //     or time out, at the same moment would otherwise take the processors and the plugin's connections from the others.
+//     Trials may start more than twice as fast, and those that are answered do not count: it is new connections that cost.
 //   - No lane holds more than its subscription's limit.
 //   - The same holds for what a plugin takes at once, where that is less: see pools.
 //
@@ -39,8 +41,8 @@ type slots struct {
 	used  atomic.Int64
 	// trial counts those of unknown lanes, slow those of suspects.
 	trial, slow atomic.Int64
-	// pace is that of suspects.
-	pace pace
+	// paces are those of unknown lanes and of suspects; that of proven ones is not used.
+	paces [standings]pace
 }
 
 // pace spreads starts evenly over time. The zero pace knows of none yet.
@@ -49,31 +51,51 @@ type pace struct {
 	due atomic.Int64
 }
 
-const (
-	// pacedOver is the time in which as many may start as there are slots.
-	pacedOver = 4 * time.Second
+// tempo is how lanes of a standing start.
+type tempo struct {
+	// over is the time in which as many may start as there are slots; 0: no bound.
+	over time.Duration
 	// atOnce is how many may start together.
-	atOnce = 16
-)
-
-// wait is how long there is no start to be had; total is the number of slots.
-func (p *pace) wait(total int64, now time.Time) time.Duration {
-	early := atOnce * pacedOver / time.Duration(total)
-	return max(0, time.Duration(p.due.Load()-now.UnixNano())-early)
+	atOnce int64
 }
 
-// take takes a start, if there is one.
-func (p *pace) take(total int64, now time.Time) bool {
-	for {
-		due := p.due.Load()
-		if p.wait(total, now) > 0 {
+func tempoOf(st standing) tempo {
+	switch st {
+	case unknown:
+		return tempo{1500 * time.Millisecond, 32}
+	case suspect:
+		return tempo{4 * time.Second, 16}
+	}
+	return tempo{}
+}
+
+// every is the time from start to start.
+func (s *slots) every(st standing) time.Duration { return tempoOf(st).over / time.Duration(s.total) }
+
+// wait is how long there is no start to be had for lanes of a standing.
+func (s *slots) wait(st standing, now time.Time) time.Duration {
+	ahead := time.Duration(s.paces[st].due.Load() - now.UnixNano())
+	return max(0, ahead-time.Duration(tempoOf(st).atOnce)*s.every(st))
+}
+
+// start takes a start, if there is one.
+func (s *slots) start(st standing, now time.Time) bool {
+	if st == proven {
+		return true
+	}
+	for due := &s.paces[st].due; ; {
+		at := due.Load()
+		if s.wait(st, now) > 0 {
 			return false
 		}
-		if p.due.CompareAndSwap(due, max(due, now.UnixNano())+int64(pacedOver)/total) {
+		if due.CompareAndSwap(at, max(at, now.UnixNano())+int64(s.every(st))) {
 			return true
 		}
 	}
 }
+
+// regain gives a start back that has cost nothing.
+func (s *slots) regain(st standing) { s.paces[st].due.Add(-int64(s.every(st))) }
 
 // tenant is a namespace with lanes.
 type tenant struct {
@@ -88,7 +110,7 @@ func (s *slots) room(st standing, now time.Time) bool {
 	if s.used.Load() >= s.total {
 		return false
 	}
-	return !s.taken(st) && (st != suspect || s.pace.wait(s.total, now) == 0)
+	return !s.taken(st) && (st == proven || s.wait(st, now) == 0)
 }
 
 // taken reports whether lanes of this standing hold all that they may, together.
@@ -117,7 +139,7 @@ func (s *slots) acquire(l *lane, now time.Time) bool {
 		s.used.Add(-1)
 		return false
 	}
-	if l.standing == suspect && !s.pace.take(s.total, now) {
+	if !s.start(l.standing, now) {
 		s.used.Add(-1)
 		return false
 	}
@@ -127,6 +149,7 @@ func (s *slots) acquire(l *lane, now time.Time) bool {
 
 // returned gives a slot back that was not used.
 func (s *slots) returned(l *lane) {
+	s.regain(l.standing)
 	s.count(l, -1)
 	s.used.Add(-1)
 }
@@ -156,7 +179,7 @@ func (s *slots) countStrays(l *lane, n int64) {
 }
 
 // share is how many slots one lane may hold.
-func (s *slots) share(h *health, st standing, sub *subscription.Subscription) int {
+func (s *slots) share(h *health.Health, st standing, sub *subscription.Subscription) int {
 	most := maxInFlight(sub)
 	slow := s.slow.Load()
 	switch st {
@@ -174,11 +197,9 @@ func (s *slots) share(h *health, st standing, sub *subscription.Subscription) in
 		return 1
 	}
 	switch {
-	case !h.answers && slow < part8(s.total, 1):
-		return most // as long as there is plenty, nobody goes short by it
-	case !h.answers:
+	case !h.Answers():
 		return 1
-	case slow < part8(s.total, 2) && !h.hangs:
+	case slow < part8(s.total, 2) && !h.Hangs():
 		return min(most, max(few, int(s.total/10)))
 	case slow < part8(s.total, 3):
 		return min(most, few)

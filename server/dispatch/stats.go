@@ -30,6 +30,8 @@ type Stats struct {
 	P50, P99 time.Duration
 	// OldestDue is the age of the oldest delivery that is due; see Engine.OldestDue.
 	OldestDue time.Duration
+	// Breakers is how many lanes have a breaker that is open or half open now.
+	Breakers int64
 }
 
 const (
@@ -377,6 +379,7 @@ func (s *Stats) add(o *Stats) {
 	s.Failed += o.Failed
 	s.Open += o.Open
 	s.InFlight += o.InFlight
+	s.Breakers += o.Breakers
 	s.OldestDue = max(s.OldestDue, o.OldestDue)
 }
 
@@ -386,6 +389,9 @@ func (e *Engine) statsOver(key delivery.LaneKey, s *series, now time.Time, windo
 	if l := e.find(key); l != nil {
 		st.InFlight = int64(l.inFlight())
 		st.OldestDue = l.oldestDue(now)
+		if l.health.Isolated() {
+			st.Breakers = 1
+		}
 		l.mu.Unlock()
 	}
 	if s != nil {

@@ -27,9 +27,10 @@ func TestEngineStats(t *testing.T) {
 		})
 		good := w.sub("good", func(s *subscription.Subscription) { s.MaxInFlight = 50 })
 		bad := w.sub("bad", func(s *subscription.Subscription) { s.MaxAttempts = 2 })
-		w.publish(good, 0) // what has not proven itself gets few slots
-		time.Sleep(time.Second)
-		w.publishN(good, 0, 39)
+		for range 40 { // one by one: at first few are in flight at a time
+			w.publish(good, 0)
+			time.Sleep(150 * time.Millisecond)
+		}
 		w.publishN(bad, 0, 4)
 		time.Sleep(10 * time.Second)
 		total, per := w.engine.Stats(acme(), 5*time.Minute, 1)

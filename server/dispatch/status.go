@@ -4,6 +4,7 @@ import (
 	"time"
 
 	"github.com/grapnel/grapnel/server/delivery"
+	"github.com/grapnel/grapnel/server/dispatch/health"
 )
 
 // Status says how a lane stands.
@@ -15,12 +16,23 @@ type Status struct {
 	Until  time.Time
 	// FailingSince is when the run of failures without a success began; zero when there is none.
 	FailingSince time.Time
+	// Disable is when the subscription is disabled if nothing succeeds until then; zero when it is not failing, or never.
+	Disable time.Time
 	// LastSuccess is when the target last took a delivery; zero when that was never or long ago.
 	LastSuccess time.Time
 	// Slow: the lane holds fewer slots, because its target hangs or takes long. Latency is how long attempts take, on a
 	// moving average; 0 when that is not known.
 	Slow    bool
 	Latency time.Duration
+	// Limit is how many attempts may be in flight, and LimitReason says in words for people what that is due to; 0 when there
+	// is no subscription.
+	Limit       int
+	LimitReason string
+	// Breaker is where the breaker stands; unless that is closed, BreakerSince is when it opened, BreakerReason says for
+	// what, and NextProbe is when the next attempt may start, which has come when it is half open.
+	Breaker                 health.BreakerState
+	BreakerSince, NextProbe time.Time
+	BreakerReason           string
 	// InFlight attempts, and Waiting deliveries in memory; more may wait on disk.
 	InFlight, Waiting int
 	// OldestDue is the age of the oldest delivery that is due; see Engine.OldestDue.
@@ -30,22 +42,56 @@ type Status struct {
 // Status of a lane; of one that nothing is open in, too.
 func (e *Engine) Status(key delivery.LaneKey) Status {
 	now := e.now()
-	l := e.find(key)
-	if l == nil {
-		l = &lane{e: e, key: key, alarm: alarm{index: -1}}
-		e.mu.RLock()
-		l.health = e.healths[key]
-		e.mu.RUnlock()
-		l.mu.Lock()
-	}
+	l := e.peek(key)
 	defer l.mu.Unlock()
 	g, h := l.gate(now), &l.health
-	return Status{
+	s := Status{
 		Open: g.open(), Reason: g.reason, Until: g.until,
-		FailingSince: h.failing, LastSuccess: h.succeeded,
-		Slow: h.standing() == suspect, Latency: h.latency,
+		FailingSince: h.FailingSince(), LastSuccess: h.LastSuccess(),
+		Slow: h.Standing() == suspect, Latency: h.Latency(),
 		InFlight: l.inFlight(), Waiting: l.waiting(), OldestDue: l.oldestDue(now),
 	}
+	var trip health.Trip
+	if s.Breaker, s.BreakerSince, s.NextProbe, trip = h.Breaker(now); s.Breaker != health.BreakerClosed {
+		s.BreakerReason = trip.String()
+	}
+	if g.sub != nil {
+		most := maxInFlight(g.sub)
+		s.Limit, s.LimitReason = h.Limit(most), h.LimitReason(most).String()
+		if !s.FailingSince.IsZero() && g.sub.DisableAfter > 0 {
+			s.Disable = s.FailingSince.Add(g.sub.DisableAfter)
+		}
+	}
+	switch {
+	case g.reason == closedBreaker:
+		s.Reason = l.breakerWords(now)
+	case g.open() && g.isolated:
+		s.Open, s.Reason = false, l.breakerWords(now)
+	}
+	return s
+}
+
+// peek returns the lane with its mutex held, or one that stands for it and knows what it has learnt.
+func (e *Engine) peek(key delivery.LaneKey) *lane {
+	if l := e.find(key); l != nil {
+		return l
+	}
+	l := &lane{e: e, key: key, alarm: alarm{index: -1}}
+	e.mu.RLock()
+	l.health = e.healths[key]
+	e.mu.RUnlock()
+	l.mu.Lock()
+	return l
+}
+
+// breakerWords says since when the breaker is open and why.
+func (l *lane) breakerWords(now time.Time) string {
+	state, since, _, why := l.health.Breaker(now)
+	what := "breaker open since "
+	if state == health.BreakerHalfOpen {
+		what = "breaker half open, and the next attempt decides, since "
+	}
+	return what + since.UTC().Format(time.RFC3339) + " (" + why.String() + ")"
 }
 
 // WaitReason says why a delivery that is due is not tried: why its lane is closed, and until when. It is empty while
@@ -55,8 +101,43 @@ func (e *Engine) WaitReason(id delivery.ID, key delivery.LaneKey) string {
 		return ""
 	}
 	s := e.Status(key)
-	if s.Open || s.Until.IsZero() {
-		return s.Reason
+	return untilWords(s.Reason, s.Until, s.Breaker == health.BreakerOpen && s.Until.Equal(s.NextProbe))
+}
+
+func untilWords(reason string, until time.Time, probe bool) string {
+	switch {
+	case until.IsZero():
+		return reason
+	case probe:
+		return reason + ", next probe " + until.UTC().Format(time.RFC3339)
 	}
-	return s.Reason + " until " + s.Until.UTC().Format(time.RFC3339)
+	return reason + " until " + until.UTC().Format(time.RFC3339)
+}
+
+// HeldBy says what holds a lane back that Open lifts: an open breaker, a pause that its receiver asked for, or a plugin that
+// was not ready. It is empty when none does.
+func (e *Engine) HeldBy(key delivery.LaneKey) string {
+	l := e.peek(key)
+	defer l.mu.Unlock()
+	return l.heldBy(e.now())
+}
+
+func (l *lane) heldBy(now time.Time) string {
+	why, until := l.health.Closed(now)
+	switch {
+	case l.health.Isolated():
+		return untilWords(l.breakerWords(now), until, why == health.ByBreaker)
+	case why == health.Open:
+		return ""
+	}
+	return untilWords(l.closed(why), until, false)
+}
+
+// Open lifts what holds a lane back beside its subscription's state: a pause that its receiver asked for, a plugin that was
+// not ready, and an open breaker is half open at once.
+func (e *Engine) Open(key delivery.LaneKey) {
+	l := e.lane(key)
+	defer l.mu.Unlock()
+	l.health.Open(e.now())
+	l.kick(e.now())
 }

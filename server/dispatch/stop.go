@@ -83,6 +83,7 @@ func (l *lane) drop(partition uint16) {
 			l.queueOf(x).remove(x)
 		case window.Flying:
 			l.land(x)
+			l.returned(x)
 			l.e.release()
 		}
 		l.forget(x)
@@ -155,7 +156,7 @@ func (e *Engine) recover(ctx context.Context) error {
 
 func (e *Engine) recoverFailing(key delivery.LaneKey, since time.Time) {
 	if l := e.find(key); l != nil {
-		l.health.failing = since
+		l.health.Failed(since)
 		l.reclass()
 		l.mu.Unlock()
 		return
@@ -163,7 +164,7 @@ func (e *Engine) recoverFailing(key delivery.LaneKey, since time.Time) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	h := e.healths[key]
-	h.failing = since
+	h.Failed(since)
 	e.healths[key] = h
 }
 
@@ -305,7 +306,7 @@ func (e *Engine) tidyHealths(now time.Time) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	for key, h := range e.healths {
-		if h.fresh(now) {
+		if h.Worthless(now) {
 			delete(e.healths, key)
 		}
 	}

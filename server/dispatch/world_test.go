@@ -19,6 +19,7 @@ type registry struct {
 	mu      sync.Mutex
 	subs    map[delivery.LaneKey]*subscription.Subscription
 	deleted map[delivery.LaneKey]bool
+	closed  string // for all
 }
 
 func newRegistry() *registry {
@@ -34,10 +35,20 @@ func (r *registry) Subscription(lane delivery.LaneKey) *subscription.Subscriptio
 	return r.subs[lane]
 }
 
+func (r *registry) DeadLetter(*subscription.Subscription) *delivery.DeadLetter { return nil }
+
 func (r *registry) Deleted(lane delivery.LaneKey) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return r.deleted[lane]
+}
+
+func (r *registry) EndReason(delivery.LaneKey) string { return "subscription deleted" }
+
+func (r *registry) Closed(delivery.LaneKey) string {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.closed
 }
 
 func (r *registry) swap(lane delivery.LaneKey, s *subscription.Subscription, deleted bool) (old *subscription.Subscription) {

@@ -183,7 +183,7 @@ func (i *Ingest) admit(namespace string, events []*delivery.Event, results []Res
 		if ev.ID == "" {
 			ev.ID = uuid.Must(uuid.NewV7()).String()
 		}
-		admitted = append(admitted, delivery.Publication{Event: ev, Targets: targets(snap, namespace, &candidate, ev)})
+		admitted = append(admitted, delivery.Publication{Event: ev, Targets: targets(snap, ns, &candidate, ev)})
 	}
 	return ns, admitted
 }
@@ -233,7 +233,7 @@ func (i *Ingest) store(ctx context.Context, ns *subscription.Namespace, admitted
 
 // targets lists the subscriptions that match ev, in the snapshot's order, and notes in ev whose conditions could not be
 // evaluated.
-func targets(snap *subscription.Snapshot, namespace string, c *subscription.Candidate, ev *delivery.Event) []delivery.Target {
+func targets(snap *subscription.Snapshot, ns *subscription.Namespace, c *subscription.Candidate, ev *delivery.Event) []delivery.Target {
 	*c = subscription.Candidate{
 		ID:          ev.ID,
 		Source:      ev.Source,
@@ -244,7 +244,7 @@ func targets(snap *subscription.Snapshot, namespace string, c *subscription.Cand
 		Attributes:  ev.Attributes,
 		Data:        ev.Payload,
 	}
-	subs := snap.Match(namespace, c)
+	subs := snap.Match(ns.ID, c)
 	ev.FaultCount = c.FaultCount
 	for _, f := range c.Faults {
 		ev.Faults = append(ev.Faults, delivery.Fault(f))
@@ -259,7 +259,7 @@ func targets(snap *subscription.Snapshot, namespace string, c *subscription.Cand
 			UID:          sub.UID,
 			MaxAttempts:  sub.MaxAttempts,
 			MaxAge:       sub.MaxAge,
-			Skip:         sub.Proto.GetState() == grapnelv1.Subscription_STATE_DISABLED,
+			Skip:         ns.Disabled() || sub.Proto.GetState() == grapnelv1.Subscription_STATE_DISABLED,
 		}
 	}
 	return out

@@ -17,6 +17,8 @@ type pending struct {
 	sink delivery.Sink
 	sub  *subscription.Subscription
 	plan *plan
+	// event is the job's, or what a dead letter makes of it.
+	event *delivery.Event
 
 	// Attempt is what is written of it.
 	wire.Attempt
@@ -39,8 +41,11 @@ func (h *Host) newPending(sub *subscription.Subscription, job *delivery.Job, sin
 	if !ok {
 		p = new(pending)
 	}
-	p.sub, p.job, p.sink = sub, job, sink
-	p.Number, p.Content = uint32(job.Attempts+1), wire.ContentOf(job.Event, nil)
+	p.sub, p.job, p.sink, p.event = sub, job, sink, job.Event
+	if job.Letter != nil {
+		p.event = job.Event.With(job.Letter.Attributes())
+	}
+	p.Number, p.Content = uint32(job.Attempts+1), wire.ContentOf(p.event, nil)
 	return p
 }
 

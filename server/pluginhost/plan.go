@@ -214,7 +214,7 @@ const shapeAside = 32 << 10
 
 // shapeFirst makes the body that the plan wants, then submits.
 func (h *Host) shapeFirst(p *pending, pl *plan) {
-	if len(p.job.Event.Payload) > shapeAside {
+	if len(p.event.Payload) > shapeAside {
 		go h.shapeNow(p, pl)
 		return
 	}
@@ -222,7 +222,7 @@ func (h *Host) shapeFirst(p *pending, pl *plan) {
 }
 
 func (h *Host) shapeNow(p *pending, pl *plan) {
-	p.Content, p.shaped = wire.ContentOf(p.job.Event, h.shapes.Get(p.job.Event, pl.shape)), true
+	p.Content, p.shaped = wire.ContentOf(p.event, h.shapes.Get(p.event, pl.shape)), true
 	h.submit(p, pl)
 }
 
@@ -234,7 +234,7 @@ func (h *Host) restart(p *pending) {
 		return
 	}
 	p.plan, p.stage, p.Headers, p.setBy, p.URI = nil, 0, nil, nil, ""
-	p.Content, p.shaped = wire.ContentOf(p.job.Event, nil), false
+	p.Content, p.shaped = wire.ContentOf(p.event, nil), false
 	h.prepare(p)
 }
 

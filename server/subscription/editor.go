@@ -13,6 +13,7 @@ type editor struct {
 	versions uint64
 	recent   []step
 	since    uint64
+	dispatch Switch
 }
 
 // ageAfter is how many changes make the cache older.
@@ -166,5 +167,5 @@ func (e *editor) snapshot(revision int64) *Snapshot {
 	// New ones: to clear a map costs as much as was ever in it.
 	e.changed, e.was = make(map[string]*tenant), make(map[string]*tenant)
 	e.forget(maxRecent)
-	return &Snapshot{revision: revision, trees: e.trees.copy(), common: e.common, recent: slices.Clone(e.recent), since: e.since}
+	return &Snapshot{revision: revision, trees: e.trees.copy(), common: e.common, recent: slices.Clone(e.recent), since: e.since, dispatch: e.dispatch}
 }

@@ -1,6 +1,7 @@
 package subscription
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"time"
@@ -21,19 +22,20 @@ const (
 	maxUsers = 10
 )
 
-// CreateNamespace adds a namespace. Of n, which may be nil, only labels and quota count. It returns
-// ErrExists as long as one of that ID is not erased.
+// CreateNamespace adds a namespace. Of n, which may be nil, only labels, quota, state and state_reason count; a state
+// that is not set is ACTIVE. It returns ErrExists as long as one of that ID is not erased.
 func (r *Registry) CreateNamespace(ctx context.Context, id string, n *grapnelv1.Namespace) (*Namespace, error) {
 	if err := checkIDs("namespace_id", id); err != nil {
 		return nil, err
 	}
 	p := &grapnelv1.Namespace{
-		Name:       namespaceName(id),
-		Labels:     n.GetLabels(),
-		Quota:      proto.CloneOf(n.GetQuota()),
-		State:      grapnelv1.Namespace_STATE_ACTIVE,
-		CreateTime: timestamppb.Now(),
-		Uid:        uuid.UUID(r.newUID()).String(),
+		Name:        namespaceName(id),
+		Labels:      n.GetLabels(),
+		Quota:       proto.CloneOf(n.GetQuota()),
+		State:       cmp.Or(n.GetState(), grapnelv1.Namespace_STATE_ACTIVE),
+		StateReason: oneLine(n.GetStateReason()),
+		CreateTime:  timestamppb.Now(),
+		Uid:         uuid.UUID(r.newUID()).String(),
 	}
 	return r.editNamespace(ctx, id, func(it keyspace.Item) (*grapnelv1.Namespace, []keyspace.Cond, error) {
 		if it.Revision != 0 && !r.lost(it) {
@@ -63,6 +65,26 @@ func (r *Registry) UpdateNamespace(ctx context.Context, id, etag string, mutate 
 		}
 		p := proto.CloneOf(n.Proto)
 		p.Labels, p.Quota = wanted.Labels, wanted.Quota
+		return p, nil, nil
+	})
+}
+
+// SetNamespaceState pauses, disables or resumes a namespace, of the etag's version when one is given. Errors also: *EtagError,
+// ErrNamespaceDeleted.
+func (r *Registry) SetNamespaceState(ctx context.Context, id, etag string, state grapnelv1.Namespace_State, reason string) (*Namespace, error) {
+	if err := checkIDs("name", id); err != nil {
+		return nil, err
+	}
+	return r.editNamespace(ctx, id, func(it keyspace.Item) (*grapnelv1.Namespace, []keyspace.Cond, error) {
+		n, err := r.activeNamespace(it)
+		if err != nil {
+			return nil, nil, err
+		}
+		if err := checkEtag(etag, it); err != nil {
+			return nil, nil, err
+		}
+		p := proto.CloneOf(n.Proto)
+		p.State, p.StateReason = state, oneLine(reason)
 		return p, nil, nil
 	})
 }
@@ -97,6 +119,7 @@ func (r *Registry) DeleteNamespace(ctx context.Context, id, etag string, force b
 		}
 		now := time.Now()
 		p := proto.CloneOf(n.Proto)
+		p.UndeletedState, p.UndeletedStateReason = p.State, p.StateReason
 		p.State = grapnelv1.Namespace_STATE_DELETED
 		p.StateReason = "deleted by a caller"
 		p.DeleteTime = timestamppb.New(now)
@@ -128,7 +151,8 @@ func (r *Registry) UndeleteNamespace(ctx context.Context, id, etag string) (*Nam
 			return nil, nil, fmt.Errorf("%s: %w and is being erased", it.Key, ErrNamespaceDeleted)
 		}
 		p := proto.CloneOf(n.Proto)
-		p.State, p.StateReason = grapnelv1.Namespace_STATE_ACTIVE, ""
+		p.State, p.StateReason = cmp.Or(p.UndeletedState, grapnelv1.Namespace_STATE_ACTIVE), p.UndeletedStateReason
+		p.UndeletedState, p.UndeletedStateReason = 0, ""
 		p.DeleteTime, p.PurgeTime = nil, nil
 		return p, []keyspace.Cond{keyspace.NoneBelow(tombstoneKey(n.UID))}, nil
 	})

@@ -73,7 +73,7 @@ func Open(ctx context.Context, o Options) (*Registry, error) {
 	r.space, err = keyspace.Open(ctx, keyspace.Options{
 		Client:   o.Client,
 		Prefix:   o.Prefix,
-		Watch:    []string{"namespaces/", tombstones},
+		Watch:    []string{"namespaces/", switches, tombstones},
 		Identity: o.Identity,
 		Apply:    r.apply,
 		Logger:   r.log,
@@ -108,8 +108,8 @@ func (r *Registry) ConditionErrors() uint64 { return r.Snapshot().ConditionError
 
 // OnChange registers a function that is told of every change after the snapshot shows it, in order, from
 // the goroutine of Run. Register before Run; what there is by then, tombstones too, is in the Snapshot. The
-// function must not block and must not write to the Registry: writers wait for it. A change of a namespace
-// alone is not told, but for its tombstone.
+// function must not block and must not write to the Registry: writers wait for it. Of a namespace its tombstone and
+// changes of its state are told.
 func (r *Registry) OnChange(f func([]Change)) { r.onChange = append(r.onChange, f) }
 
 // apply takes stored changes into the next snapshot. A value that cannot be read is skipped: what was
@@ -124,6 +124,9 @@ func (r *Registry) apply(revision int64, stored []keyspace.Change) {
 	}
 	for _, c := range stored {
 		n.skip(c, n.take(c))
+	}
+	for _, g := range n.gates {
+		n.changes = append(n.changes, Change{Gate: &g})
 	}
 	for _, t := range n.untold {
 		n.changes = append(n.changes, Change{Tombstone: t})
@@ -144,6 +147,7 @@ type news struct {
 	changes  []Change
 	// untold are the new tombstones that no change has told of yet, by UIDKey.
 	untold map[uint64]*Tombstone
+	gates  []Gate
 }
 
 func (n *news) skip(c keyspace.Change, err error) {
@@ -166,8 +170,11 @@ func (n *news) bury(c keyspace.Change) error {
 
 // take takes in one change. Tombstones that are still there are known already.
 func (n *news) take(c keyspace.Change) error {
-	if strings.HasPrefix(c.Key, tombstones) {
+	switch {
+	case strings.HasPrefix(c.Key, tombstones):
 		return n.unbury(c)
+	case strings.HasPrefix(c.Key, switches):
+		return n.turn(c)
 	}
 	ns, kind, id, ok := splitName(c.Key)
 	switch {
@@ -179,6 +186,9 @@ func (n *news) take(c keyspace.Change) error {
 		namespace, err := decodeNamespace(c.Key, c.Value, c.Revision)
 		if err != nil {
 			return err
+		}
+		if was, ok := n.editor.namespaces.Get(UIDKey(namespace.UID)); ok && was.Proto.State != namespace.Proto.State {
+			n.gates = append(n.gates, Gate{NamespaceUID: namespace.UID, Opened: was.Closed() && !namespace.Closed()})
 		}
 		n.editor.putNamespace(namespace)
 	case c.Deleted:

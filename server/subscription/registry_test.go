@@ -181,8 +181,8 @@ func TestSubscriptionLifecycle(t *testing.T) {
 	if _, err := r.SetState(t.Context(), "acme", "orders", [16]byte{1}, grapnelv1.Subscription_STATE_DISABLED, "gone"); !errors.Is(err, subscription.ErrNotFound) {
 		t.Errorf("another uid: %v", err)
 	}
-	resumed, err := r.SetState(t.Context(), "acme", "orders", [16]byte{}, grapnelv1.Subscription_STATE_ACTIVE, "ignored")
-	if err != nil || resumed.Proto.State != grapnelv1.Subscription_STATE_ACTIVE || resumed.Proto.StateReason != "" {
+	resumed, err := r.SetState(t.Context(), "acme", "orders", [16]byte{}, grapnelv1.Subscription_STATE_ACTIVE, "moved")
+	if err != nil || resumed.Proto.State != grapnelv1.Subscription_STATE_ACTIVE || resumed.Proto.StateReason != "moved" {
 		t.Errorf("resumed: %v, %v", resumed, err)
 	}
 

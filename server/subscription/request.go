@@ -80,8 +80,9 @@ func newRequest(ns, id string, p *grapnelv1.Subscription, o CreateOptions) (*req
 	}
 	content := &grapnelv1.Subscription{}
 	proto.Merge(content, p)
-	content.Name, content.Uid, content.Etag, content.StateReason = "", "", "", ""
-	content.State, content.CreateTime, content.UpdateTime = 0, (*timestamppb.Timestamp)(nil), nil
+	content.Name, content.Uid, content.Etag = "", "", ""
+	content.State, content.StateReason = o.State, o.StateReason
+	content.CreateTime, content.UpdateTime = (*timestamppb.Timestamp)(nil), nil
 	value, err := marshal(content)
 	if err != nil {
 		return nil, err

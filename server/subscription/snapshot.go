@@ -2,6 +2,7 @@ package subscription
 
 import (
 	"iter"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -18,6 +19,8 @@ type Snapshot struct {
 	// recent are the latest changes of subscriptions, oldest first, and all there were after the version since.
 	recent []step
 	since  uint64
+	// dispatch is the switch for all.
+	dispatch Switch
 }
 
 // common is what all snapshots of one Registry have in common.
@@ -147,6 +150,9 @@ func NewSnapshot(revision int64, namespaces []*Namespace, subs []*Subscription) 
 
 // Revision is etcd's revision that the snapshot shows.
 func (s *Snapshot) Revision() int64 { return s.revision }
+
+// Dispatch is the switch for all dispatch.
+func (s *Snapshot) Dispatch() Switch { return s.dispatch }
 
 // ConditionErrors counts conditions that could not be evaluated for an event, over all snapshots of one
 // Registry.
@@ -278,4 +284,21 @@ func (s *Snapshot) byType(t *tenant, eventType string) match {
 	}
 	s.cache.put(t.id, eventType, now)
 	return now
+}
+
+// Wants reports whether the subscription would match the event, whatever its state and its namespace's. A condition
+// that cannot be evaluated does not hold, and is told in c.
+func (s *Subscription) Wants(c *Candidate) bool {
+	if len(s.globs) > 0 && !slices.ContainsFunc(s.globs, func(glob string) bool { return globMatch(glob, c.Type) }) {
+		return false
+	}
+	if s.condition == nil {
+		return true
+	}
+	holds, err := s.condition.holds(&eventView{Candidate: c})
+	if err != nil {
+		c.FaultCount++
+		c.Faults = append(c.Faults, Fault{s.ID, s.condition.failed(err)})
+	}
+	return holds
 }

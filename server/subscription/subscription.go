@@ -57,7 +57,7 @@ type Namespace struct {
 	Revision int64
 }
 
-// Change is one subscription before and after, or news of a deletion alone. Old is nil for a new one, New for
+// Change is one subscription before and after, or news of a deletion or a Gate alone. Old is nil for a new one, New for
 // one that is gone; when both are set their UIDs may differ: made again between two looks.
 //
 // That Old is gone means that it was deleted only if there is a Tombstone. Without one it is absent: the store
@@ -68,6 +68,16 @@ type Change struct {
 	// before, or of a namespace: each one that appears is told by itself at least once, unless it is told with
 	// the subscription that it is of.
 	Tombstone *Tombstone
+	// Gate, alone, is news of a namespace or the switch.
+	Gate *Gate
+}
+
+// Gate is news of what closes or opens many subscriptions at once.
+type Gate struct {
+	// NamespaceUID is that of a namespace whose state has changed; zero: the switch for all dispatch has.
+	NamespaceUID [16]byte
+	// Opened: it no longer stands in the way of attempts, and did before.
+	Opened bool
 }
 
 // CreateOptions for CreateSubscription.
@@ -76,6 +86,9 @@ type CreateOptions struct {
 	RequestID string
 	// ValidateOnly checks everything and stores nothing; the result has no etag.
 	ValidateOnly bool
+	// State and StateReason are those that it begins with; a State that is not set is ACTIVE.
+	State       grapnelv1.Subscription_State
+	StateReason string
 	// Approve, when set, has the last word, after all other checks and outside the time that a write may
 	// take. It is not called with ValidateOnly, nor for a call that is answered by its RequestID.
 	Approve Approve
@@ -101,6 +114,16 @@ func (n *Namespace) Deleted() bool {
 	return n.Proto.GetState() == grapnelv1.Namespace_STATE_DELETED
 }
 
+// Disabled reports whether what is published into the namespace is to be recorded as skipped.
+func (n *Namespace) Disabled() bool {
+	return n.Proto.GetState() == grapnelv1.Namespace_STATE_DISABLED
+}
+
+// Closed reports whether no attempts are to be made in the namespace.
+func (n *Namespace) Closed() bool {
+	return n.Proto.GetState() != grapnelv1.Namespace_STATE_ACTIVE
+}
+
 // Quota holds a namespace's limits, defaults filled in.
 type Quota struct {
 	// MaxSubscriptions, MaxPublishRate and MaxOpenDeliveries are 0 where there is no limit.
@@ -111,17 +134,22 @@ type Quota struct {
 	// days.
 	MaxEventBytes int
 	Retention     time.Duration
+	// DeadLetterRetention is how long what ended without success stays after its end; at least Retention.
+	DeadLetterRetention time.Duration
 }
 
 // Quota returns the limits in force; stored ones that are out of bounds are brought within them.
 func (n *Namespace) Quota() Quota {
 	q := n.Proto.GetQuota()
+	retention := clamp(positive(q.GetRetention().AsDuration(), 72*time.Hour), time.Hour, 90*24*time.Hour)
 	return Quota{
 		MaxSubscriptions:  positive(q.GetMaxSubscriptions(), 0),
 		MaxPublishRate:    positive(q.GetMaxPublishRate(), 0),
 		MaxOpenDeliveries: positive(q.GetMaxOpenDeliveries(), 0),
 		MaxEventBytes:     min(positive(q.GetMaxEventBytes(), 256<<10), 1<<20),
-		Retention:         clamp(positive(q.GetRetention().AsDuration(), 72*time.Hour), time.Hour, 90*24*time.Hour),
+		Retention:         retention,
+
+		DeadLetterRetention: clamp(q.GetDeadLetterRetention().AsDuration(), retention, 90*24*time.Hour),
 	}
 }
 
@@ -133,6 +161,8 @@ func (q Quota) Proto() *grapnelv1.Quota {
 		MaxEventBytes:     int32(q.MaxEventBytes),     //nolint:gosec // at most 1 MiB
 		MaxOpenDeliveries: int32(q.MaxOpenDeliveries), //nolint:gosec // it was one
 		Retention:         durationpb.New(q.Retention),
+
+		DeadLetterRetention: durationpb.New(q.DeadLetterRetention),
 	}
 }
 

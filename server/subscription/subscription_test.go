@@ -233,7 +233,7 @@ func TestWarnings(t *testing.T) {
 
 func TestQuotaDefaults(t *testing.T) {
 	n := &subscription.Namespace{Proto: &grapnelv1.Namespace{Quota: &grapnelv1.Quota{MaxPublishRate: 5}}}
-	want := subscription.Quota{MaxPublishRate: 5, MaxEventBytes: 262144, Retention: 72 * time.Hour}
+	want := subscription.Quota{MaxPublishRate: 5, MaxEventBytes: 262144, Retention: 72 * time.Hour, DeadLetterRetention: 72 * time.Hour}
 	if diff := cmp.Diff(want, n.Quota()); diff != "" {
 		t.Errorf("(-want +got):\n%s", diff)
 	}

@@ -2,6 +2,7 @@ package subscription_test
 
 import (
 	"errors"
+	"fmt"
 	"slices"
 	"sync"
 	"testing"
@@ -27,6 +28,8 @@ func (o *told) take(changes []subscription.Change) {
 	for _, c := range changes {
 		word := ""
 		switch {
+		case c.Gate != nil:
+			word = fmt.Sprint("gate, opened: ", c.Gate.Opened)
 		case c.Old == nil && c.New == nil:
 			word = "buried " + c.Tombstone.Name
 		case c.Old == nil:

@@ -68,10 +68,25 @@ func validate(p *grapnelv1.Subscription, ns string, conds *conditions) (*conditi
 	c.number("subscription.max_in_flight", float64(p.MaxInFlight), 1, 1000)
 	c.retryPolicy("subscription.retry_policy", p.RetryPolicy)
 	c.duration("subscription.failure_policy.disable_after", p.FailurePolicy.DisableAfter, 0, 30*24*time.Hour)
+	c.deadLetter("subscription.dead_letter", p, ns)
 	if n := proto.Size(p); n > maxStoredBytes {
 		c.add("subscription", "size", "takes %d bytes; at most %d can be stored", n, maxStoredBytes)
 	}
 	return cond, c.err()
+}
+
+// deadLetter checks the name; whether there is such a subscription is for those who see the others.
+func (c *checker) deadLetter(field string, p *grapnelv1.Subscription, ns string) {
+	if p.DeadLetter == "" {
+		return
+	}
+	owner, kind, _, ok := splitName(p.DeadLetter)
+	switch {
+	case !ok || kind != "subscriptions" || owner != ns:
+		c.add(field, "dead_letter.name", "%q is not a subscription of this namespace; want namespaces/%s/subscriptions/NAME", p.DeadLetter, ns)
+	case p.DeadLetter == p.Name:
+		c.add(field, "dead_letter.loop", "is the subscription itself; want another one")
+	}
 }
 
 func (c *checker) text(field, s string, most int) {
@@ -241,6 +256,9 @@ func (c *checker) quota(field string, q *grapnelv1.Quota) {
 	c.number(field+".max_open_deliveries", float64(q.GetMaxOpenDeliveries()), 0, most)
 	if r := q.GetRetention(); r != nil {
 		c.duration(field+".retention", r, time.Hour, 90*24*time.Hour)
+	}
+	if r := q.GetDeadLetterRetention(); r != nil {
+		c.duration(field+".dead_letter_retention", r, time.Hour, 90*24*time.Hour)
 	}
 }
 

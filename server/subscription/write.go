@@ -1,6 +1,7 @@
 package subscription
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"errors"
@@ -50,7 +51,10 @@ func (r *Registry) CreateSubscription(ctx context.Context, ns, id string, p *gra
 	if err := checkIDs("parent", ns, "subscription_id", id); err != nil {
 		return nil, err
 	}
-	w := &writing{registry: r, ns: ns, id: id, only: o.ValidateOnly, request: req, approve: o.Approve}
+	w := &writing{
+		registry: r, ns: ns, id: id, only: o.ValidateOnly, request: req, approve: o.Approve,
+		state: o.State, reason: oneLine(o.StateReason),
+	}
 	return w.run(ctx, func(_ *Namespace, it keyspace.Item) (*grapnelv1.Subscription, error) {
 		if it.Revision != 0 && !r.lost(it) {
 			return nil, fmt.Errorf("%s %w", it.Key, ErrExists)
@@ -88,8 +92,8 @@ func (r *Registry) UpdateSubscription(ctx context.Context, ns, id, etag string, 
 	})
 }
 
-// SetState pauses, resumes or disables a subscription. Resuming clears the reason. With a uid that is not
-// zero it returns a *NotFoundError when the name has been given to another subscription since.
+// SetState pauses, resumes or disables a subscription. With a uid that is not zero it is no caller's change, and
+// returns a *NotFoundError when the name has been given to another subscription since.
 func (r *Registry) SetState(ctx context.Context, ns, id string, uid [16]byte, state grapnelv1.Subscription_State, reason string) (*Subscription, error) {
 	return r.setState(ctx, ns, id, uid, "", state, reason)
 }
@@ -102,9 +106,6 @@ func (r *Registry) SetStateAt(ctx context.Context, ns, id, etag string, state gr
 func (r *Registry) setState(ctx context.Context, ns, id string, uid [16]byte, etag string, state grapnelv1.Subscription_State, reason string) (*Subscription, error) {
 	if err := checkIDs("name", ns, "name", id); err != nil {
 		return nil, err
-	}
-	if state == grapnelv1.Subscription_STATE_ACTIVE {
-		reason = ""
 	}
 	var out *Subscription
 	name := subscriptionName(ns, id)
@@ -128,7 +129,7 @@ func (r *Registry) setState(ctx context.Context, ns, id string, uid [16]byte, et
 		}
 		p := proto.CloneOf(old.Proto)
 		p.State, p.StateReason = state, oneLine(reason)
-		if state != grapnelv1.Subscription_STATE_DISABLED {
+		if uid == [16]byte{} {
 			p.UpdateTime = timestamppb.Now()
 		}
 		out = compile(p, ns, id, old.UID, old.condition)
@@ -183,6 +184,9 @@ type writing struct {
 	only     bool
 	request  *request
 	approve  Approve
+	// state and reason are those of a subscription that is made; 0 is ACTIVE.
+	state  grapnelv1.Subscription_State
+	reason string
 
 	out *Subscription
 	// approved is what approve has said yes to; asked is what it is to be asked about next.
@@ -267,7 +271,7 @@ func (w *writing) plan(ctx context.Context, n *Namespace, it keyspace.Item, coun
 			return keyspace.Txn{}, err
 		}
 	}
-	p, uid := r.withOutput(content, it.Key, old)
+	p, uid := w.withOutput(content, it.Key, old)
 	fillDefaults(p)
 	cond, err := validate(p, w.ns, r.conditions)
 	if err != nil {
@@ -280,6 +284,9 @@ func (w *writing) plan(ctx context.Context, n *Namespace, it keyspace.Item, coun
 	p.UpdateTime = timestamppb.Now()
 	secrets := secretFields(p)
 	if err := r.secretsExist(ctx, secrets); err != nil {
+		return keyspace.Txn{}, err
+	}
+	if err := r.deadLetterFits(old, p); err != nil {
 		return keyspace.Txn{}, err
 	}
 	near := false
@@ -318,6 +325,23 @@ func (w *writing) plan(ctx context.Context, n *Namespace, it keyspace.Item, coun
 		err = r.remember(ctx, w.request, p, &txn)
 	}
 	return txn, err
+}
+
+// deadLetterFits refuses a dead_letter that is new and leads nowhere, or on to another one. The snapshot is asked: what
+// comes to pass at the same time is met when a delivery ends, of which a dead letter is made once at most.
+func (r *Registry) deadLetterFits(old *Subscription, p *grapnelv1.Subscription) error {
+	if p.DeadLetter == "" || old != nil && old.Proto.DeadLetter == p.DeadLetter {
+		return nil
+	}
+	ns, _, id, _ := splitName(p.DeadLetter)
+	var c checker
+	switch to := r.Snapshot().Subscription(ns, id); {
+	case to == nil:
+		c.add("subscription.dead_letter", "dead_letter.exists", "there is no %s; make it first", p.DeadLetter)
+	case to.Proto.DeadLetter != "":
+		c.add("subscription.dead_letter", "dead_letter.loop", "%s has a dead_letter itself, %s; what ends there goes nowhere: want one without", p.DeadLetter, to.Proto.DeadLetter)
+	}
+	return c.err()
 }
 
 // mustAsk reports whether approve has a say in p and has not said yes to the same.
@@ -397,7 +421,7 @@ func acquire(ctx context.Context, sem chan struct{}) error {
 }
 
 // withOutput returns a copy of content with the output only fields of what is stored, or new ones.
-func (r *Registry) withOutput(content *grapnelv1.Subscription, name string, old *Subscription) (*grapnelv1.Subscription, uuid.UUID) {
+func (w *writing) withOutput(content *grapnelv1.Subscription, name string, old *Subscription) (*grapnelv1.Subscription, uuid.UUID) {
 	p := proto.CloneOf(content)
 	if p == nil {
 		p = &grapnelv1.Subscription{}
@@ -408,8 +432,8 @@ func (r *Registry) withOutput(content *grapnelv1.Subscription, name string, old 
 		p.CreateTime, p.UpdateTime = old.Proto.CreateTime, old.Proto.UpdateTime
 		return p, old.UID
 	}
-	uid := r.newUID()
-	p.Uid, p.State, p.StateReason = uid.String(), grapnelv1.Subscription_STATE_ACTIVE, ""
+	uid := w.registry.newUID()
+	p.Uid, p.State, p.StateReason = uid.String(), cmp.Or(w.state, grapnelv1.Subscription_STATE_ACTIVE), w.reason
 	p.CreateTime = timestamppb.Now()
 	return p, uid
 }

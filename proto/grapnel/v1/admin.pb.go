@@ -224,9 +224,17 @@ type GetClusterResponse struct {
 	// All nodes.
 	Nodes []*Node `protobuf:"bytes,3,rep,name=nodes,proto3" json:"nodes,omitempty"`
 	// False when the store has no quorum.
-	StoreHealthy bool `protobuf:"varint,4,opt,name=store_healthy,json=storeHealthy,proto3" json:"store_healthy,omitempty"` // 5 and 6 are kept for what a cluster of several nodes has to tell.
+	StoreHealthy bool `protobuf:"varint,4,opt,name=store_healthy,json=storeHealthy,proto3" json:"store_healthy,omitempty"`
+	// True after PauseDispatch.
+	DispatchPaused bool `protobuf:"varint,5,opt,name=dispatch_paused,json=dispatchPaused,proto3" json:"dispatch_paused,omitempty"`
+	// Why, from PauseDispatch; after ResumeDispatch why it goes on.
+	PauseReason string `protobuf:"bytes,6,opt,name=pause_reason,json=pauseReason,proto3" json:"pause_reason,omitempty"`
 	// Tells this installation from every other; drawn when its journal was made.
-	ClusterId     string `protobuf:"bytes,7,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"`
+	ClusterId string `protobuf:"bytes,7,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"`
+	// When PauseDispatch or ResumeDispatch last changed something; unset when they never did.
+	DispatchChangeTime *timestamppb.Timestamp `protobuf:"bytes,8,opt,name=dispatch_change_time,json=dispatchChangeTime,proto3" json:"dispatch_change_time,omitempty"`
+	// Strong validator for both.
+	DispatchEtag  string `protobuf:"bytes,9,opt,name=dispatch_etag,json=dispatchEtag,proto3" json:"dispatch_etag,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -289,9 +297,239 @@ func (x *GetClusterResponse) GetStoreHealthy() bool {
 	return false
 }
 
+func (x *GetClusterResponse) GetDispatchPaused() bool {
+	if x != nil {
+		return x.DispatchPaused
+	}
+	return false
+}
+
+func (x *GetClusterResponse) GetPauseReason() string {
+	if x != nil {
+		return x.PauseReason
+	}
+	return ""
+}
+
 func (x *GetClusterResponse) GetClusterId() string {
 	if x != nil {
 		return x.ClusterId
+	}
+	return ""
+}
+
+func (x *GetClusterResponse) GetDispatchChangeTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.DispatchChangeTime
+	}
+	return nil
+}
+
+func (x *GetClusterResponse) GetDispatchEtag() string {
+	if x != nil {
+		return x.DispatchEtag
+	}
+	return ""
+}
+
+// PauseDispatchRequest says why.
+type PauseDispatchRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Required; at most 256 characters.
+	Reason string `protobuf:"bytes,1,opt,name=reason,proto3" json:"reason,omitempty"`
+	// When set, must be GetCluster's current dispatch_etag.
+	Etag          string `protobuf:"bytes,2,opt,name=etag,proto3" json:"etag,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PauseDispatchRequest) Reset() {
+	*x = PauseDispatchRequest{}
+	mi := &file_grapnel_v1_admin_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PauseDispatchRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PauseDispatchRequest) ProtoMessage() {}
+
+func (x *PauseDispatchRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_grapnel_v1_admin_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PauseDispatchRequest.ProtoReflect.Descriptor instead.
+func (*PauseDispatchRequest) Descriptor() ([]byte, []int) {
+	return file_grapnel_v1_admin_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *PauseDispatchRequest) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *PauseDispatchRequest) GetEtag() string {
+	if x != nil {
+		return x.Etag
+	}
+	return ""
+}
+
+// PauseDispatchResponse is the result of PauseDispatch.
+type PauseDispatchResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The new dispatch_etag.
+	Etag          string `protobuf:"bytes,1,opt,name=etag,proto3" json:"etag,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PauseDispatchResponse) Reset() {
+	*x = PauseDispatchResponse{}
+	mi := &file_grapnel_v1_admin_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PauseDispatchResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PauseDispatchResponse) ProtoMessage() {}
+
+func (x *PauseDispatchResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_grapnel_v1_admin_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PauseDispatchResponse.ProtoReflect.Descriptor instead.
+func (*PauseDispatchResponse) Descriptor() ([]byte, []int) {
+	return file_grapnel_v1_admin_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *PauseDispatchResponse) GetEtag() string {
+	if x != nil {
+		return x.Etag
+	}
+	return ""
+}
+
+// ResumeDispatchRequest says why, if the caller likes.
+type ResumeDispatchRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// At most 256 characters.
+	Reason string `protobuf:"bytes,1,opt,name=reason,proto3" json:"reason,omitempty"`
+	// When set, must be GetCluster's current dispatch_etag.
+	Etag          string `protobuf:"bytes,2,opt,name=etag,proto3" json:"etag,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ResumeDispatchRequest) Reset() {
+	*x = ResumeDispatchRequest{}
+	mi := &file_grapnel_v1_admin_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ResumeDispatchRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ResumeDispatchRequest) ProtoMessage() {}
+
+func (x *ResumeDispatchRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_grapnel_v1_admin_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ResumeDispatchRequest.ProtoReflect.Descriptor instead.
+func (*ResumeDispatchRequest) Descriptor() ([]byte, []int) {
+	return file_grapnel_v1_admin_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *ResumeDispatchRequest) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *ResumeDispatchRequest) GetEtag() string {
+	if x != nil {
+		return x.Etag
+	}
+	return ""
+}
+
+// ResumeDispatchResponse is the result of ResumeDispatch.
+type ResumeDispatchResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The new dispatch_etag.
+	Etag          string `protobuf:"bytes,1,opt,name=etag,proto3" json:"etag,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ResumeDispatchResponse) Reset() {
+	*x = ResumeDispatchResponse{}
+	mi := &file_grapnel_v1_admin_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ResumeDispatchResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ResumeDispatchResponse) ProtoMessage() {}
+
+func (x *ResumeDispatchResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_grapnel_v1_admin_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ResumeDispatchResponse.ProtoReflect.Descriptor instead.
+func (*ResumeDispatchResponse) Descriptor() ([]byte, []int) {
+	return file_grapnel_v1_admin_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *ResumeDispatchResponse) GetEtag() string {
+	if x != nil {
+		return x.Etag
 	}
 	return ""
 }
@@ -311,7 +549,7 @@ type GetStatsRequest struct {
 
 func (x *GetStatsRequest) Reset() {
 	*x = GetStatsRequest{}
-	mi := &file_grapnel_v1_admin_proto_msgTypes[3]
+	mi := &file_grapnel_v1_admin_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -323,7 +561,7 @@ func (x *GetStatsRequest) String() string {
 func (*GetStatsRequest) ProtoMessage() {}
 
 func (x *GetStatsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_admin_proto_msgTypes[3]
+	mi := &file_grapnel_v1_admin_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -336,7 +574,7 @@ func (x *GetStatsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetStatsRequest.ProtoReflect.Descriptor instead.
 func (*GetStatsRequest) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_admin_proto_rawDescGZIP(), []int{3}
+	return file_grapnel_v1_admin_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *GetStatsRequest) GetParent() string {
@@ -385,13 +623,15 @@ type Stats struct {
 	OldestDueAge *durationpb.Duration `protobuf:"bytes,10,opt,name=oldest_due_age,json=oldestDueAge,proto3" json:"oldest_due_age,omitempty"`
 	// Conditions that could not be evaluated for an event, each time counted; of the total only.
 	ConditionErrors int64 `protobuf:"varint,11,opt,name=condition_errors,json=conditionErrors,proto3" json:"condition_errors,omitempty"`
-	unknownFields   protoimpl.UnknownFields
-	sizeCache       protoimpl.SizeCache
+	// Subscriptions with open deliveries whose breaker is open or half open now.
+	OpenBreakers  int64 `protobuf:"varint,12,opt,name=open_breakers,json=openBreakers,proto3" json:"open_breakers,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Stats) Reset() {
 	*x = Stats{}
-	mi := &file_grapnel_v1_admin_proto_msgTypes[4]
+	mi := &file_grapnel_v1_admin_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -403,7 +643,7 @@ func (x *Stats) String() string {
 func (*Stats) ProtoMessage() {}
 
 func (x *Stats) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_admin_proto_msgTypes[4]
+	mi := &file_grapnel_v1_admin_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -416,7 +656,7 @@ func (x *Stats) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Stats.ProtoReflect.Descriptor instead.
 func (*Stats) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_admin_proto_rawDescGZIP(), []int{4}
+	return file_grapnel_v1_admin_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *Stats) GetSubscription() string {
@@ -496,6 +736,13 @@ func (x *Stats) GetConditionErrors() int64 {
 	return 0
 }
 
+func (x *Stats) GetOpenBreakers() int64 {
+	if x != nil {
+		return x.OpenBreakers
+	}
+	return 0
+}
+
 // GetStatsResponse is the result of GetStats.
 type GetStatsResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -509,7 +756,7 @@ type GetStatsResponse struct {
 
 func (x *GetStatsResponse) Reset() {
 	*x = GetStatsResponse{}
-	mi := &file_grapnel_v1_admin_proto_msgTypes[5]
+	mi := &file_grapnel_v1_admin_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -521,7 +768,7 @@ func (x *GetStatsResponse) String() string {
 func (*GetStatsResponse) ProtoMessage() {}
 
 func (x *GetStatsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_admin_proto_msgTypes[5]
+	mi := &file_grapnel_v1_admin_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -534,7 +781,7 @@ func (x *GetStatsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetStatsResponse.ProtoReflect.Descriptor instead.
 func (*GetStatsResponse) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_admin_proto_rawDescGZIP(), []int{5}
+	return file_grapnel_v1_admin_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *GetStatsResponse) GetTotal() *Stats {
@@ -570,20 +817,35 @@ const file_grapnel_v1_admin_proto_rawDesc = "" +
 	"\x11STATE_UNSPECIFIED\x10\x00\x12\x0f\n" +
 	"\vSTATE_READY\x10\x01\x12\x12\n" +
 	"\x0eSTATE_DRAINING\x10\x02\"\x13\n" +
-	"\x11GetClusterRequest\"\xb2\x01\n" +
+	"\x11GetClusterRequest\"\xf1\x02\n" +
 	"\x12GetClusterResponse\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\tR\aversion\x12\x16\n" +
 	"\x06commit\x18\x02 \x01(\tR\x06commit\x12&\n" +
 	"\x05nodes\x18\x03 \x03(\v2\x10.grapnel.v1.NodeR\x05nodes\x12#\n" +
-	"\rstore_healthy\x18\x04 \x01(\bR\fstoreHealthy\x12\x1d\n" +
+	"\rstore_healthy\x18\x04 \x01(\bR\fstoreHealthy\x12'\n" +
+	"\x0fdispatch_paused\x18\x05 \x01(\bR\x0edispatchPaused\x12!\n" +
+	"\fpause_reason\x18\x06 \x01(\tR\vpauseReason\x12\x1d\n" +
 	"\n" +
-	"cluster_id\x18\a \x01(\tR\tclusterId\"\xb4\x02\n" +
+	"cluster_id\x18\a \x01(\tR\tclusterId\x12L\n" +
+	"\x14dispatch_change_time\x18\b \x01(\v2\x1a.google.protobuf.TimestampR\x12dispatchChangeTime\x12#\n" +
+	"\rdispatch_etag\x18\t \x01(\tR\fdispatchEtag\"N\n" +
+	"\x14PauseDispatchRequest\x12\"\n" +
+	"\x06reason\x18\x01 \x01(\tB\n" +
+	"\xbaH\ar\x05\x10\x01\x18\x80\x02R\x06reason\x12\x12\n" +
+	"\x04etag\x18\x02 \x01(\tR\x04etag\"+\n" +
+	"\x15PauseDispatchResponse\x12\x12\n" +
+	"\x04etag\x18\x01 \x01(\tR\x04etag\"M\n" +
+	"\x15ResumeDispatchRequest\x12 \n" +
+	"\x06reason\x18\x01 \x01(\tB\b\xbaH\x05r\x03\x18\x80\x02R\x06reason\x12\x12\n" +
+	"\x04etag\x18\x02 \x01(\tR\x04etag\",\n" +
+	"\x16ResumeDispatchResponse\x12\x12\n" +
+	"\x04etag\x18\x01 \x01(\tR\x04etag\"\xb4\x02\n" +
 	"\x0fGetStatsRequest\x12\xa3\x01\n" +
 	"\x06parent\x18\x01 \x01(\tB\x8a\x01\xbaH\x86\x01\xba\x01\x82\x01\n" +
 	"\x10namespace_or_all\x127must look like namespaces/NAME, or namespaces/- for all\x1a5this.matches('^namespaces/(-|[a-z][a-z0-9-]{0,62})$')R\x06parent\x12C\n" +
 	"\x06window\x18\x02 \x01(\v2\x19.google.protobuf.DurationB\x10\xbaH\r\xaa\x01\n" +
 	"\"\x04\b\x80\xa3\x052\x02\b<R\x06window\x126\n" +
-	"\x11top_subscriptions\x18\x03 \x01(\x05B\t\xbaH\x06\x1a\x04\x18d(\x00R\x10topSubscriptions\"\xb6\x03\n" +
+	"\x11top_subscriptions\x18\x03 \x01(\x05B\t\xbaH\x06\x1a\x04\x18d(\x00R\x10topSubscriptions\"\xdb\x03\n" +
 	"\x05Stats\x12\"\n" +
 	"\fsubscription\x18\x01 \x01(\tR\fsubscription\x12\x16\n" +
 	"\x06events\x18\x02 \x01(\x03R\x06events\x12\x1a\n" +
@@ -598,14 +860,17 @@ const file_grapnel_v1_admin_proto_rawDesc = "" +
 	"p99Latency\x12?\n" +
 	"\x0eoldest_due_age\x18\n" +
 	" \x01(\v2\x19.google.protobuf.DurationR\foldestDueAge\x12)\n" +
-	"\x10condition_errors\x18\v \x01(\x03R\x0fconditionErrors\"t\n" +
+	"\x10condition_errors\x18\v \x01(\x03R\x0fconditionErrors\x12#\n" +
+	"\ropen_breakers\x18\f \x01(\x03R\fopenBreakers\"t\n" +
 	"\x10GetStatsResponse\x12'\n" +
 	"\x05total\x18\x01 \x01(\v2\x11.grapnel.v1.StatsR\x05total\x127\n" +
-	"\rsubscriptions\x18\x02 \x03(\v2\x11.grapnel.v1.StatsR\rsubscriptions2\xac\x01\n" +
+	"\rsubscriptions\x18\x02 \x03(\v2\x11.grapnel.v1.StatsR\rsubscriptions2\xdf\x02\n" +
 	"\fAdminService\x12P\n" +
 	"\n" +
 	"GetCluster\x12\x1d.grapnel.v1.GetClusterRequest\x1a\x1e.grapnel.v1.GetClusterResponse\"\x03\x90\x02\x01\x12J\n" +
-	"\bGetStats\x12\x1b.grapnel.v1.GetStatsRequest\x1a\x1c.grapnel.v1.GetStatsResponse\"\x03\x90\x02\x01B7Z5github.com/grapnel/grapnel/proto/grapnel/v1;grapnelv1b\x06proto3"
+	"\bGetStats\x12\x1b.grapnel.v1.GetStatsRequest\x1a\x1c.grapnel.v1.GetStatsResponse\"\x03\x90\x02\x01\x12V\n" +
+	"\rPauseDispatch\x12 .grapnel.v1.PauseDispatchRequest\x1a!.grapnel.v1.PauseDispatchResponse\"\x00\x12Y\n" +
+	"\x0eResumeDispatch\x12!.grapnel.v1.ResumeDispatchRequest\x1a\".grapnel.v1.ResumeDispatchResponse\"\x00B7Z5github.com/grapnel/grapnel/proto/grapnel/v1;grapnelv1b\x06proto3"
 
 var (
 	file_grapnel_v1_admin_proto_rawDescOnce sync.Once
@@ -620,37 +885,46 @@ func file_grapnel_v1_admin_proto_rawDescGZIP() []byte {
 }
 
 var file_grapnel_v1_admin_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_grapnel_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 6)
+var file_grapnel_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 10)
 var file_grapnel_v1_admin_proto_goTypes = []any{
-	(Node_State)(0),               // 0: grapnel.v1.Node.State
-	(*Node)(nil),                  // 1: grapnel.v1.Node
-	(*GetClusterRequest)(nil),     // 2: grapnel.v1.GetClusterRequest
-	(*GetClusterResponse)(nil),    // 3: grapnel.v1.GetClusterResponse
-	(*GetStatsRequest)(nil),       // 4: grapnel.v1.GetStatsRequest
-	(*Stats)(nil),                 // 5: grapnel.v1.Stats
-	(*GetStatsResponse)(nil),      // 6: grapnel.v1.GetStatsResponse
-	(*timestamppb.Timestamp)(nil), // 7: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),   // 8: google.protobuf.Duration
+	(Node_State)(0),                // 0: grapnel.v1.Node.State
+	(*Node)(nil),                   // 1: grapnel.v1.Node
+	(*GetClusterRequest)(nil),      // 2: grapnel.v1.GetClusterRequest
+	(*GetClusterResponse)(nil),     // 3: grapnel.v1.GetClusterResponse
+	(*PauseDispatchRequest)(nil),   // 4: grapnel.v1.PauseDispatchRequest
+	(*PauseDispatchResponse)(nil),  // 5: grapnel.v1.PauseDispatchResponse
+	(*ResumeDispatchRequest)(nil),  // 6: grapnel.v1.ResumeDispatchRequest
+	(*ResumeDispatchResponse)(nil), // 7: grapnel.v1.ResumeDispatchResponse
+	(*GetStatsRequest)(nil),        // 8: grapnel.v1.GetStatsRequest
+	(*Stats)(nil),                  // 9: grapnel.v1.Stats
+	(*GetStatsResponse)(nil),       // 10: grapnel.v1.GetStatsResponse
+	(*timestamppb.Timestamp)(nil),  // 11: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),    // 12: google.protobuf.Duration
 }
 var file_grapnel_v1_admin_proto_depIdxs = []int32{
 	0,  // 0: grapnel.v1.Node.state:type_name -> grapnel.v1.Node.State
-	7,  // 1: grapnel.v1.Node.start_time:type_name -> google.protobuf.Timestamp
+	11, // 1: grapnel.v1.Node.start_time:type_name -> google.protobuf.Timestamp
 	1,  // 2: grapnel.v1.GetClusterResponse.nodes:type_name -> grapnel.v1.Node
-	8,  // 3: grapnel.v1.GetStatsRequest.window:type_name -> google.protobuf.Duration
-	8,  // 4: grapnel.v1.Stats.p50_latency:type_name -> google.protobuf.Duration
-	8,  // 5: grapnel.v1.Stats.p99_latency:type_name -> google.protobuf.Duration
-	8,  // 6: grapnel.v1.Stats.oldest_due_age:type_name -> google.protobuf.Duration
-	5,  // 7: grapnel.v1.GetStatsResponse.total:type_name -> grapnel.v1.Stats
-	5,  // 8: grapnel.v1.GetStatsResponse.subscriptions:type_name -> grapnel.v1.Stats
-	2,  // 9: grapnel.v1.AdminService.GetCluster:input_type -> grapnel.v1.GetClusterRequest
-	4,  // 10: grapnel.v1.AdminService.GetStats:input_type -> grapnel.v1.GetStatsRequest
-	3,  // 11: grapnel.v1.AdminService.GetCluster:output_type -> grapnel.v1.GetClusterResponse
-	6,  // 12: grapnel.v1.AdminService.GetStats:output_type -> grapnel.v1.GetStatsResponse
-	11, // [11:13] is the sub-list for method output_type
-	9,  // [9:11] is the sub-list for method input_type
-	9,  // [9:9] is the sub-list for extension type_name
-	9,  // [9:9] is the sub-list for extension extendee
-	0,  // [0:9] is the sub-list for field type_name
+	11, // 3: grapnel.v1.GetClusterResponse.dispatch_change_time:type_name -> google.protobuf.Timestamp
+	12, // 4: grapnel.v1.GetStatsRequest.window:type_name -> google.protobuf.Duration
+	12, // 5: grapnel.v1.Stats.p50_latency:type_name -> google.protobuf.Duration
+	12, // 6: grapnel.v1.Stats.p99_latency:type_name -> google.protobuf.Duration
+	12, // 7: grapnel.v1.Stats.oldest_due_age:type_name -> google.protobuf.Duration
+	9,  // 8: grapnel.v1.GetStatsResponse.total:type_name -> grapnel.v1.Stats
+	9,  // 9: grapnel.v1.GetStatsResponse.subscriptions:type_name -> grapnel.v1.Stats
+	2,  // 10: grapnel.v1.AdminService.GetCluster:input_type -> grapnel.v1.GetClusterRequest
+	8,  // 11: grapnel.v1.AdminService.GetStats:input_type -> grapnel.v1.GetStatsRequest
+	4,  // 12: grapnel.v1.AdminService.PauseDispatch:input_type -> grapnel.v1.PauseDispatchRequest
+	6,  // 13: grapnel.v1.AdminService.ResumeDispatch:input_type -> grapnel.v1.ResumeDispatchRequest
+	3,  // 14: grapnel.v1.AdminService.GetCluster:output_type -> grapnel.v1.GetClusterResponse
+	10, // 15: grapnel.v1.AdminService.GetStats:output_type -> grapnel.v1.GetStatsResponse
+	5,  // 16: grapnel.v1.AdminService.PauseDispatch:output_type -> grapnel.v1.PauseDispatchResponse
+	7,  // 17: grapnel.v1.AdminService.ResumeDispatch:output_type -> grapnel.v1.ResumeDispatchResponse
+	14, // [14:18] is the sub-list for method output_type
+	10, // [10:14] is the sub-list for method input_type
+	10, // [10:10] is the sub-list for extension type_name
+	10, // [10:10] is the sub-list for extension extendee
+	0,  // [0:10] is the sub-list for field type_name
 }
 
 func init() { file_grapnel_v1_admin_proto_init() }
@@ -664,7 +938,7 @@ func file_grapnel_v1_admin_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_grapnel_v1_admin_proto_rawDesc), len(file_grapnel_v1_admin_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   6,
+			NumMessages:   10,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -19,8 +19,10 @@ import (
 const _ = grpc.SupportPackageIsVersion9
 
 const (
-	AdminService_GetCluster_FullMethodName = "/grapnel.v1.AdminService/GetCluster"
-	AdminService_GetStats_FullMethodName   = "/grapnel.v1.AdminService/GetStats"
+	AdminService_GetCluster_FullMethodName     = "/grapnel.v1.AdminService/GetCluster"
+	AdminService_GetStats_FullMethodName       = "/grapnel.v1.AdminService/GetStats"
+	AdminService_PauseDispatch_FullMethodName  = "/grapnel.v1.AdminService/PauseDispatch"
+	AdminService_ResumeDispatch_FullMethodName = "/grapnel.v1.AdminService/ResumeDispatch"
 )
 
 // AdminServiceClient is the client API for AdminService service.
@@ -33,6 +35,11 @@ type AdminServiceClient interface {
 	GetCluster(ctx context.Context, in *GetClusterRequest, opts ...grpc.CallOption) (*GetClusterResponse, error)
 	// GetStats reads counters over a window.
 	GetStats(ctx context.Context, in *GetStatsRequest, opts ...grpc.CallOption) (*GetStatsResponse, error)
+	// PauseDispatch stops all attempts in the cluster, durably, while events are accepted and queue. Attempts in flight
+	// are let end.
+	PauseDispatch(ctx context.Context, in *PauseDispatchRequest, opts ...grpc.CallOption) (*PauseDispatchResponse, error)
+	// ResumeDispatch restarts them.
+	ResumeDispatch(ctx context.Context, in *ResumeDispatchRequest, opts ...grpc.CallOption) (*ResumeDispatchResponse, error)
 }
 
 type adminServiceClient struct {
@@ -63,6 +70,26 @@ func (c *adminServiceClient) GetStats(ctx context.Context, in *GetStatsRequest, 
 	return out, nil
 }
 
+func (c *adminServiceClient) PauseDispatch(ctx context.Context, in *PauseDispatchRequest, opts ...grpc.CallOption) (*PauseDispatchResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(PauseDispatchResponse)
+	err := c.cc.Invoke(ctx, AdminService_PauseDispatch_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *adminServiceClient) ResumeDispatch(ctx context.Context, in *ResumeDispatchRequest, opts ...grpc.CallOption) (*ResumeDispatchResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ResumeDispatchResponse)
+	err := c.cc.Invoke(ctx, AdminService_ResumeDispatch_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // AdminServiceServer is the server API for AdminService service.
 // All implementations must embed UnimplementedAdminServiceServer
 // for forward compatibility.
@@ -73,6 +100,11 @@ type AdminServiceServer interface {
 	GetCluster(context.Context, *GetClusterRequest) (*GetClusterResponse, error)
 	// GetStats reads counters over a window.
 	GetStats(context.Context, *GetStatsRequest) (*GetStatsResponse, error)
+	// PauseDispatch stops all attempts in the cluster, durably, while events are accepted and queue. Attempts in flight
+	// are let end.
+	PauseDispatch(context.Context, *PauseDispatchRequest) (*PauseDispatchResponse, error)
+	// ResumeDispatch restarts them.
+	ResumeDispatch(context.Context, *ResumeDispatchRequest) (*ResumeDispatchResponse, error)
 	mustEmbedUnimplementedAdminServiceServer()
 }
 
@@ -88,6 +120,12 @@ func (UnimplementedAdminServiceServer) GetCluster(context.Context, *GetClusterRe
 }
 func (UnimplementedAdminServiceServer) GetStats(context.Context, *GetStatsRequest) (*GetStatsResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method GetStats not implemented")
+}
+func (UnimplementedAdminServiceServer) PauseDispatch(context.Context, *PauseDispatchRequest) (*PauseDispatchResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method PauseDispatch not implemented")
+}
+func (UnimplementedAdminServiceServer) ResumeDispatch(context.Context, *ResumeDispatchRequest) (*ResumeDispatchResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ResumeDispatch not implemented")
 }
 func (UnimplementedAdminServiceServer) mustEmbedUnimplementedAdminServiceServer() {}
 func (UnimplementedAdminServiceServer) testEmbeddedByValue()                      {}
@@ -146,6 +184,42 @@ func _AdminService_GetStats_Handler(srv interface{}, ctx context.Context, dec fu
 	return interceptor(ctx, in, info, handler)
 }
 
+func _AdminService_PauseDispatch_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(PauseDispatchRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServiceServer).PauseDispatch(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: AdminService_PauseDispatch_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServiceServer).PauseDispatch(ctx, req.(*PauseDispatchRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _AdminService_ResumeDispatch_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ResumeDispatchRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServiceServer).ResumeDispatch(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: AdminService_ResumeDispatch_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServiceServer).ResumeDispatch(ctx, req.(*ResumeDispatchRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // AdminService_ServiceDesc is the grpc.ServiceDesc for AdminService service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -160,6 +234,14 @@ var AdminService_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "GetStats",
 			Handler:    _AdminService_GetStats_Handler,
+		},
+		{
+			MethodName: "PauseDispatch",
+			Handler:    _AdminService_PauseDispatch_Handler,
+		},
+		{
+			MethodName: "ResumeDispatch",
+			Handler:    _AdminService_ResumeDispatch_Handler,
 		},
 	},
 	Streams:  []grpc.StreamDesc{},

@@ -108,7 +108,11 @@ const (
 	// Not a trigger.
 	Delivery_TRIGGER_UNSPECIFIED Delivery_Trigger = 0
 	// A matching event was published.
-	Delivery_TRIGGER_PUBLISH Delivery_Trigger = 1 // 2 is kept for TRIGGER_REPLAY.
+	Delivery_TRIGGER_PUBLISH Delivery_Trigger = 1
+	// A replay job made it, or RetryDelivery of one that had succeeded.
+	Delivery_TRIGGER_REPLAY Delivery_Trigger = 2
+	// A delivery ended without success, and its subscription names this one as dead_letter.
+	Delivery_TRIGGER_DEAD_LETTER Delivery_Trigger = 3
 )
 
 // Enum value maps for Delivery_Trigger.
@@ -116,10 +120,14 @@ var (
 	Delivery_Trigger_name = map[int32]string{
 		0: "TRIGGER_UNSPECIFIED",
 		1: "TRIGGER_PUBLISH",
+		2: "TRIGGER_REPLAY",
+		3: "TRIGGER_DEAD_LETTER",
 	}
 	Delivery_Trigger_value = map[string]int32{
 		"TRIGGER_UNSPECIFIED": 0,
 		"TRIGGER_PUBLISH":     1,
+		"TRIGGER_REPLAY":      2,
+		"TRIGGER_DEAD_LETTER": 3,
 	}
 )
 
@@ -237,7 +245,9 @@ type Delivery struct {
 	// Where it stands.
 	State Delivery_State `protobuf:"varint,5,opt,name=state,proto3,enum=grapnel.v1.Delivery_State" json:"state,omitempty"`
 	// Why it exists.
-	Trigger Delivery_Trigger `protobuf:"varint,6,opt,name=trigger,proto3,enum=grapnel.v1.Delivery_Trigger" json:"trigger,omitempty"` // 7 is kept for the replay that made it.
+	Trigger Delivery_Trigger `protobuf:"varint,6,opt,name=trigger,proto3,enum=grapnel.v1.Delivery_Trigger" json:"trigger,omitempty"`
+	// Set when a replay job made it: namespaces/{namespace}/replayJobs/{replay_job}
+	ReplayJob string `protobuf:"bytes,7,opt,name=replay_job,json=replayJob,proto3" json:"replay_job,omitempty"`
 	// Attempts that have ended.
 	AttemptCount int32 `protobuf:"varint,8,opt,name=attempt_count,json=attemptCount,proto3" json:"attempt_count,omitempty"`
 	// From the retry policy when the delivery was made.
@@ -333,6 +343,13 @@ func (x *Delivery) GetTrigger() Delivery_Trigger {
 		return x.Trigger
 	}
 	return Delivery_TRIGGER_UNSPECIFIED
+}
+
+func (x *Delivery) GetReplayJob() string {
+	if x != nil {
+		return x.ReplayJob
+	}
+	return ""
 }
 
 func (x *Delivery) GetAttemptCount() int32 {
@@ -660,7 +677,7 @@ type ListDeliveriesRequest struct {
 	PageSize int32 `protobuf:"varint,2,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"`
 	// From the previous page.
 	PageToken string `protobuf:"bytes,3,opt,name=page_token,json=pageToken,proto3" json:"page_token,omitempty"`
-	// Filter over: state, subscription, subscription_uid, event, event_uid, event_type, trigger, create_time,
+	// Filter over: state, subscription, subscription_uid, event, event_uid, event_type, trigger, replay_job, create_time,
 	// next_attempt_time, scheduled (true: open, and not to be attempted before a time that is still to come),
 	// attempt_count, last_attempt.outcome, last_attempt.response_code.
 	Filter        string `protobuf:"bytes,4,opt,name=filter,proto3" json:"filter,omitempty"`
@@ -917,6 +934,9 @@ type RetryDeliveryRequest struct {
 	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
 	// Fail with INVALID_STATE unless this many attempts have ended; guards against a double retry.
 	IfAttemptCount *int32 `protobuf:"varint,2,opt,name=if_attempt_count,json=ifAttemptCount,proto3,oneof" json:"if_attempt_count,omitempty"`
+	// Send the event of a delivery that has succeeded again, too. That makes another delivery with trigger REPLAY, each
+	// time; without it the call fails with INVALID_STATE.
+	AllowSucceeded bool `protobuf:"varint,3,opt,name=allow_succeeded,json=allowSucceeded,proto3" json:"allow_succeeded,omitempty"`
 	unknownFields  protoimpl.UnknownFields
 	sizeCache      protoimpl.SizeCache
 }
@@ -965,11 +985,21 @@ func (x *RetryDeliveryRequest) GetIfAttemptCount() int32 {
 	return 0
 }
 
+func (x *RetryDeliveryRequest) GetAllowSucceeded() bool {
+	if x != nil {
+		return x.AllowSucceeded
+	}
+	return false
+}
+
 // RetryDeliveryResponse is the result of RetryDelivery.
 type RetryDeliveryResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Now PENDING or SCHEDULED, due at once.
-	Delivery      *Delivery `protobuf:"bytes,1,opt,name=delivery,proto3" json:"delivery,omitempty"`
+	// Now PENDING or SCHEDULED, due at once. For one that had succeeded, the delivery that was made.
+	Delivery *Delivery `protobuf:"bytes,1,opt,name=delivery,proto3" json:"delivery,omitempty"`
+	// What held its subscription's deliveries back and does no longer, in words: an open breaker, which is half open now, or
+	// a rest that the target asked for. Empty when nothing did.
+	Lifted        string `protobuf:"bytes,2,opt,name=lifted,proto3" json:"lifted,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1009,6 +1039,13 @@ func (x *RetryDeliveryResponse) GetDelivery() *Delivery {
 		return x.Delivery
 	}
 	return nil
+}
+
+func (x *RetryDeliveryResponse) GetLifted() string {
+	if x != nil {
+		return x.Lifted
+	}
+	return ""
 }
 
 // CancelDeliveryRequest names one delivery.
@@ -1108,7 +1145,7 @@ var File_grapnel_v1_delivery_proto protoreflect.FileDescriptor
 const file_grapnel_v1_delivery_proto_rawDesc = "" +
 	"\n" +
 	"\x19grapnel/v1/delivery.proto\x12\n" +
-	"grapnel.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xcc\a\n" +
+	"grapnel.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x98\b\n" +
 	"\bDelivery\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
 	"\x05event\x18\x02 \x01(\tR\x05event\x12\x1d\n" +
@@ -1116,7 +1153,9 @@ const file_grapnel_v1_delivery_proto_rawDesc = "" +
 	"event_type\x18\x03 \x01(\tR\teventType\x12\"\n" +
 	"\fsubscription\x18\x04 \x01(\tR\fsubscription\x120\n" +
 	"\x05state\x18\x05 \x01(\x0e2\x1a.grapnel.v1.Delivery.StateR\x05state\x126\n" +
-	"\atrigger\x18\x06 \x01(\x0e2\x1c.grapnel.v1.Delivery.TriggerR\atrigger\x12#\n" +
+	"\atrigger\x18\x06 \x01(\x0e2\x1c.grapnel.v1.Delivery.TriggerR\atrigger\x12\x1d\n" +
+	"\n" +
+	"replay_job\x18\a \x01(\tR\treplayJob\x12#\n" +
 	"\rattempt_count\x18\b \x01(\x05R\fattemptCount\x12!\n" +
 	"\fmax_attempts\x18\t \x01(\x05R\vmaxAttempts\x12F\n" +
 	"\x11next_attempt_time\x18\n" +
@@ -1139,10 +1178,12 @@ const file_grapnel_v1_delivery_proto_rawDesc = "" +
 	"\x0fSTATE_EXHAUSTED\x10\x05\x12\x12\n" +
 	"\x0eSTATE_REJECTED\x10\x06\x12\x13\n" +
 	"\x0fSTATE_CANCELLED\x10\a\x12\x11\n" +
-	"\rSTATE_SKIPPED\x10\b\"7\n" +
+	"\rSTATE_SKIPPED\x10\b\"d\n" +
 	"\aTrigger\x12\x17\n" +
 	"\x13TRIGGER_UNSPECIFIED\x10\x00\x12\x13\n" +
-	"\x0fTRIGGER_PUBLISH\x10\x01\"\xb0\a\n" +
+	"\x0fTRIGGER_PUBLISH\x10\x01\x12\x12\n" +
+	"\x0eTRIGGER_REPLAY\x10\x02\x12\x17\n" +
+	"\x13TRIGGER_DEAD_LETTER\x10\x03\"\xb0\a\n" +
 	"\aAttempt\x12\x16\n" +
 	"\x06number\x18\x01 \x01(\x05R\x06number\x129\n" +
 	"\n" +
@@ -1201,14 +1242,16 @@ const file_grapnel_v1_delivery_proto_rawDesc = "" +
 	"\x0einclude_bodies\x18\x04 \x01(\bR\rincludeBodies\"o\n" +
 	"\x14ListAttemptsResponse\x12/\n" +
 	"\battempts\x18\x01 \x03(\v2\x13.grapnel.v1.AttemptR\battempts\x12&\n" +
-	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\x8b\x02\n" +
+	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\xb4\x02\n" +
 	"\x14RetryDeliveryRequest\x12\xa5\x01\n" +
 	"\x04name\x18\x01 \x01(\tB\x90\x01\xbaH\x8c\x01\xba\x01\x88\x01\n" +
 	"\rdelivery_name\x12,must look like namespaces/NAME/deliveries/ID\x1aIthis.matches('^namespaces/[a-z][a-z0-9-]{0,62}/deliveries/[0-9a-v]{29}$')R\x04name\x126\n" +
-	"\x10if_attempt_count\x18\x02 \x01(\x05B\a\xbaH\x04\x1a\x02(\x00H\x00R\x0eifAttemptCount\x88\x01\x01B\x13\n" +
-	"\x11_if_attempt_count\"I\n" +
+	"\x10if_attempt_count\x18\x02 \x01(\x05B\a\xbaH\x04\x1a\x02(\x00H\x00R\x0eifAttemptCount\x88\x01\x01\x12'\n" +
+	"\x0fallow_succeeded\x18\x03 \x01(\bR\x0eallowSucceededB\x13\n" +
+	"\x11_if_attempt_count\"a\n" +
 	"\x15RetryDeliveryResponse\x120\n" +
-	"\bdelivery\x18\x01 \x01(\v2\x14.grapnel.v1.DeliveryR\bdelivery\"\xbf\x01\n" +
+	"\bdelivery\x18\x01 \x01(\v2\x14.grapnel.v1.DeliveryR\bdelivery\x12\x16\n" +
+	"\x06lifted\x18\x02 \x01(\tR\x06lifted\"\xbf\x01\n" +
 	"\x15CancelDeliveryRequest\x12\xa5\x01\n" +
 	"\x04name\x18\x01 \x01(\tB\x90\x01\xbaH\x8c\x01\xba\x01\x88\x01\n" +
 	"\rdelivery_name\x12,must look like namespaces/NAME/deliveries/ID\x1aIthis.matches('^namespaces/[a-z][a-z0-9-]{0,62}/deliveries/[0-9a-v]{29}$')R\x04name\"J\n" +

@@ -32,9 +32,13 @@ const (
 	// Not a state.
 	Namespace_STATE_UNSPECIFIED Namespace_State = 0
 	// In use.
-	Namespace_STATE_ACTIVE Namespace_State = 1 // 2 is kept for STATE_PAUSED.
+	Namespace_STATE_ACTIVE Namespace_State = 1
+	// Paused by PauseNamespace: no attempts are made, deliveries queue.
+	Namespace_STATE_PAUSED Namespace_State = 2
 	// Waiting to be erased; publishing and every change fail, reading, deleting and undeleting go on.
 	Namespace_STATE_DELETED Namespace_State = 3
+	// Disabled by DisableNamespace: no attempts are made, new matches are recorded as SKIPPED.
+	Namespace_STATE_DISABLED Namespace_State = 4
 )
 
 // Enum value maps for Namespace_State.
@@ -42,12 +46,16 @@ var (
 	Namespace_State_name = map[int32]string{
 		0: "STATE_UNSPECIFIED",
 		1: "STATE_ACTIVE",
+		2: "STATE_PAUSED",
 		3: "STATE_DELETED",
+		4: "STATE_DISABLED",
 	}
 	Namespace_State_value = map[string]int32{
 		"STATE_UNSPECIFIED": 0,
 		"STATE_ACTIVE":      1,
+		"STATE_PAUSED":      2,
 		"STATE_DELETED":     3,
+		"STATE_DISABLED":    4,
 	}
 )
 
@@ -91,7 +99,7 @@ type Namespace struct {
 	Usage *Usage `protobuf:"bytes,4,opt,name=usage,proto3" json:"usage,omitempty"`
 	// Output only.
 	State Namespace_State `protobuf:"varint,5,opt,name=state,proto3,enum=grapnel.v1.Namespace_State" json:"state,omitempty"`
-	// Output only.
+	// Output only: what the caller gave who brought it into its state.
 	StateReason string `protobuf:"bytes,6,opt,name=state_reason,json=stateReason,proto3" json:"state_reason,omitempty"`
 	// Output only.
 	CreateTime *timestamppb.Timestamp `protobuf:"bytes,7,opt,name=create_time,json=createTime,proto3" json:"create_time,omitempty"`
@@ -106,8 +114,12 @@ type Namespace struct {
 	Uid string `protobuf:"bytes,11,opt,name=uid,proto3" json:"uid,omitempty"`
 	// Output only, filled by GetNamespace only: the limits in force, defaults included.
 	EffectiveQuota *Quota `protobuf:"bytes,12,opt,name=effective_quota,json=effectiveQuota,proto3" json:"effective_quota,omitempty"`
-	unknownFields  protoimpl.UnknownFields
-	sizeCache      protoimpl.SizeCache
+	// Output only: of a deleted one, the state that UndeleteNamespace brings back.
+	UndeletedState Namespace_State `protobuf:"varint,13,opt,name=undeleted_state,json=undeletedState,proto3,enum=grapnel.v1.Namespace_State" json:"undeleted_state,omitempty"`
+	// Output only: the reason that comes back with it.
+	UndeletedStateReason string `protobuf:"bytes,14,opt,name=undeleted_state_reason,json=undeletedStateReason,proto3" json:"undeleted_state_reason,omitempty"`
+	unknownFields        protoimpl.UnknownFields
+	sizeCache            protoimpl.SizeCache
 }
 
 func (x *Namespace) Reset() {
@@ -224,21 +236,39 @@ func (x *Namespace) GetEffectiveQuota() *Quota {
 	return nil
 }
 
+func (x *Namespace) GetUndeletedState() Namespace_State {
+	if x != nil {
+		return x.UndeletedState
+	}
+	return Namespace_STATE_UNSPECIFIED
+}
+
+func (x *Namespace) GetUndeletedStateReason() string {
+	if x != nil {
+		return x.UndeletedStateReason
+	}
+	return ""
+}
+
 // Quota: what is zero is not limited, but for the two fields that have a default.
 type Quota struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Subscriptions; 0 is no limit.
 	MaxSubscriptions int32 `protobuf:"varint,1,opt,name=max_subscriptions,json=maxSubscriptions,proto3" json:"max_subscriptions,omitempty"`
-	// Accepted events per second, averaged over 10 s; 0 is no limit.
+	// Accepted events per second, averaged over 10 s: up to ten seconds' worth that was not used may come at once, and a
+	// batch may pass in part; 0 is no limit.
 	MaxPublishRate int32 `protobuf:"varint,2,opt,name=max_publish_rate,json=maxPublishRate,proto3" json:"max_publish_rate,omitempty"`
 	// Payload bytes of one event, at most 1048576; 0 means the default, 262144.
 	MaxEventBytes int32 `protobuf:"varint,3,opt,name=max_event_bytes,json=maxEventBytes,proto3" json:"max_event_bytes,omitempty"`
 	// Open deliveries; publishing fails with QUOTA_EXCEEDED above it; 0 is no limit.
 	MaxOpenDeliveries int32 `protobuf:"varint,4,opt,name=max_open_deliveries,json=maxOpenDeliveries,proto3" json:"max_open_deliveries,omitempty"` // 5 is kept for a limit to come.
 	// How long final deliveries and payloads are kept, 1h to 90 days; default 3 days.
-	Retention     *durationpb.Duration `protobuf:"bytes,6,opt,name=retention,proto3" json:"retention,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	Retention *durationpb.Duration `protobuf:"bytes,6,opt,name=retention,proto3" json:"retention,omitempty"`
+	// How long deliveries that ended without success are kept after their end, with their events, 1h to 90 days; default
+	// and at least as long as retention.
+	DeadLetterRetention *durationpb.Duration `protobuf:"bytes,7,opt,name=dead_letter_retention,json=deadLetterRetention,proto3" json:"dead_letter_retention,omitempty"`
+	unknownFields       protoimpl.UnknownFields
+	sizeCache           protoimpl.SizeCache
 }
 
 func (x *Quota) Reset() {
@@ -302,6 +332,13 @@ func (x *Quota) GetMaxOpenDeliveries() int32 {
 func (x *Quota) GetRetention() *durationpb.Duration {
 	if x != nil {
 		return x.Retention
+	}
+	return nil
+}
+
+func (x *Quota) GetDeadLetterRetention() *durationpb.Duration {
+	if x != nil {
+		return x.DeadLetterRetention
 	}
 	return nil
 }
@@ -385,7 +422,11 @@ type CreateNamespaceRequest struct {
 	// Last segment of the name.
 	NamespaceId string `protobuf:"bytes,1,opt,name=namespace_id,json=namespaceId,proto3" json:"namespace_id,omitempty"`
 	// Content.
-	Namespace     *Namespace `protobuf:"bytes,2,opt,name=namespace,proto3" json:"namespace,omitempty"`
+	Namespace *Namespace `protobuf:"bytes,2,opt,name=namespace,proto3" json:"namespace,omitempty"`
+	// STATE_PAUSED or STATE_DISABLED has it begin so, until ResumeNamespace; unset is STATE_ACTIVE.
+	InitialState Namespace_State `protobuf:"varint,3,opt,name=initial_state,json=initialState,proto3,enum=grapnel.v1.Namespace_State" json:"initial_state,omitempty"`
+	// Shown as state_reason; at most 256 characters.
+	StateReason   string `protobuf:"bytes,4,opt,name=state_reason,json=stateReason,proto3" json:"state_reason,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -432,6 +473,20 @@ func (x *CreateNamespaceRequest) GetNamespace() *Namespace {
 		return x.Namespace
 	}
 	return nil
+}
+
+func (x *CreateNamespaceRequest) GetInitialState() Namespace_State {
+	if x != nil {
+		return x.InitialState
+	}
+	return Namespace_STATE_UNSPECIFIED
+}
+
+func (x *CreateNamespaceRequest) GetStateReason() string {
+	if x != nil {
+		return x.StateReason
+	}
+	return ""
 }
 
 // CreateNamespaceResponse is the result of CreateNamespace.
@@ -802,6 +857,336 @@ func (x *UpdateNamespaceResponse) GetNamespace() *Namespace {
 	return nil
 }
 
+// PauseNamespaceRequest names what to pause.
+type PauseNamespaceRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// namespaces/{namespace}
+	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// Shown as state_reason; at most 256 characters.
+	Reason string `protobuf:"bytes,2,opt,name=reason,proto3" json:"reason,omitempty"`
+	// When set, must be current.
+	Etag          string `protobuf:"bytes,3,opt,name=etag,proto3" json:"etag,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PauseNamespaceRequest) Reset() {
+	*x = PauseNamespaceRequest{}
+	mi := &file_grapnel_v1_namespace_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PauseNamespaceRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PauseNamespaceRequest) ProtoMessage() {}
+
+func (x *PauseNamespaceRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_grapnel_v1_namespace_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PauseNamespaceRequest.ProtoReflect.Descriptor instead.
+func (*PauseNamespaceRequest) Descriptor() ([]byte, []int) {
+	return file_grapnel_v1_namespace_proto_rawDescGZIP(), []int{11}
+}
+
+func (x *PauseNamespaceRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *PauseNamespaceRequest) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *PauseNamespaceRequest) GetEtag() string {
+	if x != nil {
+		return x.Etag
+	}
+	return ""
+}
+
+// PauseNamespaceResponse is the result of PauseNamespace.
+type PauseNamespaceResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// As stored.
+	Namespace     *Namespace `protobuf:"bytes,1,opt,name=namespace,proto3" json:"namespace,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PauseNamespaceResponse) Reset() {
+	*x = PauseNamespaceResponse{}
+	mi := &file_grapnel_v1_namespace_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PauseNamespaceResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PauseNamespaceResponse) ProtoMessage() {}
+
+func (x *PauseNamespaceResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_grapnel_v1_namespace_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PauseNamespaceResponse.ProtoReflect.Descriptor instead.
+func (*PauseNamespaceResponse) Descriptor() ([]byte, []int) {
+	return file_grapnel_v1_namespace_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *PauseNamespaceResponse) GetNamespace() *Namespace {
+	if x != nil {
+		return x.Namespace
+	}
+	return nil
+}
+
+// DisableNamespaceRequest names what to disable.
+type DisableNamespaceRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// namespaces/{namespace}
+	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// Shown as state_reason; at most 256 characters.
+	Reason string `protobuf:"bytes,2,opt,name=reason,proto3" json:"reason,omitempty"`
+	// When set, must be current.
+	Etag          string `protobuf:"bytes,3,opt,name=etag,proto3" json:"etag,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DisableNamespaceRequest) Reset() {
+	*x = DisableNamespaceRequest{}
+	mi := &file_grapnel_v1_namespace_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DisableNamespaceRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DisableNamespaceRequest) ProtoMessage() {}
+
+func (x *DisableNamespaceRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_grapnel_v1_namespace_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DisableNamespaceRequest.ProtoReflect.Descriptor instead.
+func (*DisableNamespaceRequest) Descriptor() ([]byte, []int) {
+	return file_grapnel_v1_namespace_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *DisableNamespaceRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *DisableNamespaceRequest) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *DisableNamespaceRequest) GetEtag() string {
+	if x != nil {
+		return x.Etag
+	}
+	return ""
+}
+
+// DisableNamespaceResponse is the result of DisableNamespace.
+type DisableNamespaceResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// As stored.
+	Namespace     *Namespace `protobuf:"bytes,1,opt,name=namespace,proto3" json:"namespace,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DisableNamespaceResponse) Reset() {
+	*x = DisableNamespaceResponse{}
+	mi := &file_grapnel_v1_namespace_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DisableNamespaceResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DisableNamespaceResponse) ProtoMessage() {}
+
+func (x *DisableNamespaceResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_grapnel_v1_namespace_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DisableNamespaceResponse.ProtoReflect.Descriptor instead.
+func (*DisableNamespaceResponse) Descriptor() ([]byte, []int) {
+	return file_grapnel_v1_namespace_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *DisableNamespaceResponse) GetNamespace() *Namespace {
+	if x != nil {
+		return x.Namespace
+	}
+	return nil
+}
+
+// ResumeNamespaceRequest names what to resume.
+type ResumeNamespaceRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// namespaces/{namespace}
+	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// Shown as state_reason; at most 256 characters.
+	Reason string `protobuf:"bytes,2,opt,name=reason,proto3" json:"reason,omitempty"`
+	// When set, must be current.
+	Etag          string `protobuf:"bytes,3,opt,name=etag,proto3" json:"etag,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ResumeNamespaceRequest) Reset() {
+	*x = ResumeNamespaceRequest{}
+	mi := &file_grapnel_v1_namespace_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ResumeNamespaceRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ResumeNamespaceRequest) ProtoMessage() {}
+
+func (x *ResumeNamespaceRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_grapnel_v1_namespace_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ResumeNamespaceRequest.ProtoReflect.Descriptor instead.
+func (*ResumeNamespaceRequest) Descriptor() ([]byte, []int) {
+	return file_grapnel_v1_namespace_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *ResumeNamespaceRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *ResumeNamespaceRequest) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *ResumeNamespaceRequest) GetEtag() string {
+	if x != nil {
+		return x.Etag
+	}
+	return ""
+}
+
+// ResumeNamespaceResponse is the result of ResumeNamespace.
+type ResumeNamespaceResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// As stored.
+	Namespace     *Namespace `protobuf:"bytes,1,opt,name=namespace,proto3" json:"namespace,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ResumeNamespaceResponse) Reset() {
+	*x = ResumeNamespaceResponse{}
+	mi := &file_grapnel_v1_namespace_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ResumeNamespaceResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ResumeNamespaceResponse) ProtoMessage() {}
+
+func (x *ResumeNamespaceResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_grapnel_v1_namespace_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ResumeNamespaceResponse.ProtoReflect.Descriptor instead.
+func (*ResumeNamespaceResponse) Descriptor() ([]byte, []int) {
+	return file_grapnel_v1_namespace_proto_rawDescGZIP(), []int{16}
+}
+
+func (x *ResumeNamespaceResponse) GetNamespace() *Namespace {
+	if x != nil {
+		return x.Namespace
+	}
+	return nil
+}
+
 // DeleteNamespaceRequest names one namespace.
 type DeleteNamespaceRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -819,7 +1204,7 @@ type DeleteNamespaceRequest struct {
 
 func (x *DeleteNamespaceRequest) Reset() {
 	*x = DeleteNamespaceRequest{}
-	mi := &file_grapnel_v1_namespace_proto_msgTypes[11]
+	mi := &file_grapnel_v1_namespace_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -831,7 +1216,7 @@ func (x *DeleteNamespaceRequest) String() string {
 func (*DeleteNamespaceRequest) ProtoMessage() {}
 
 func (x *DeleteNamespaceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_namespace_proto_msgTypes[11]
+	mi := &file_grapnel_v1_namespace_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -844,7 +1229,7 @@ func (x *DeleteNamespaceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteNamespaceRequest.ProtoReflect.Descriptor instead.
 func (*DeleteNamespaceRequest) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_namespace_proto_rawDescGZIP(), []int{11}
+	return file_grapnel_v1_namespace_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *DeleteNamespaceRequest) GetName() string {
@@ -886,7 +1271,7 @@ type DeleteNamespaceResponse struct {
 
 func (x *DeleteNamespaceResponse) Reset() {
 	*x = DeleteNamespaceResponse{}
-	mi := &file_grapnel_v1_namespace_proto_msgTypes[12]
+	mi := &file_grapnel_v1_namespace_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -898,7 +1283,7 @@ func (x *DeleteNamespaceResponse) String() string {
 func (*DeleteNamespaceResponse) ProtoMessage() {}
 
 func (x *DeleteNamespaceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_namespace_proto_msgTypes[12]
+	mi := &file_grapnel_v1_namespace_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -911,7 +1296,7 @@ func (x *DeleteNamespaceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteNamespaceResponse.ProtoReflect.Descriptor instead.
 func (*DeleteNamespaceResponse) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_namespace_proto_rawDescGZIP(), []int{12}
+	return file_grapnel_v1_namespace_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *DeleteNamespaceResponse) GetNamespace() *Namespace {
@@ -934,7 +1319,7 @@ type UndeleteNamespaceRequest struct {
 
 func (x *UndeleteNamespaceRequest) Reset() {
 	*x = UndeleteNamespaceRequest{}
-	mi := &file_grapnel_v1_namespace_proto_msgTypes[13]
+	mi := &file_grapnel_v1_namespace_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -946,7 +1331,7 @@ func (x *UndeleteNamespaceRequest) String() string {
 func (*UndeleteNamespaceRequest) ProtoMessage() {}
 
 func (x *UndeleteNamespaceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_namespace_proto_msgTypes[13]
+	mi := &file_grapnel_v1_namespace_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -959,7 +1344,7 @@ func (x *UndeleteNamespaceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UndeleteNamespaceRequest.ProtoReflect.Descriptor instead.
 func (*UndeleteNamespaceRequest) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_namespace_proto_rawDescGZIP(), []int{13}
+	return file_grapnel_v1_namespace_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *UndeleteNamespaceRequest) GetName() string {
@@ -979,7 +1364,7 @@ func (x *UndeleteNamespaceRequest) GetEtag() string {
 // UndeleteNamespaceResponse is the result of UndeleteNamespace.
 type UndeleteNamespaceResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Now ACTIVE. One that is not deleted is INVALID_STATE.
+	// As it was before the deletion. One that is not deleted is ALREADY_EXISTS, reason RESOURCE_EXISTS.
 	Namespace     *Namespace `protobuf:"bytes,1,opt,name=namespace,proto3" json:"namespace,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -987,7 +1372,7 @@ type UndeleteNamespaceResponse struct {
 
 func (x *UndeleteNamespaceResponse) Reset() {
 	*x = UndeleteNamespaceResponse{}
-	mi := &file_grapnel_v1_namespace_proto_msgTypes[14]
+	mi := &file_grapnel_v1_namespace_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -999,7 +1384,7 @@ func (x *UndeleteNamespaceResponse) String() string {
 func (*UndeleteNamespaceResponse) ProtoMessage() {}
 
 func (x *UndeleteNamespaceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_namespace_proto_msgTypes[14]
+	mi := &file_grapnel_v1_namespace_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1012,7 +1397,7 @@ func (x *UndeleteNamespaceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UndeleteNamespaceResponse.ProtoReflect.Descriptor instead.
 func (*UndeleteNamespaceResponse) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_namespace_proto_rawDescGZIP(), []int{14}
+	return file_grapnel_v1_namespace_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *UndeleteNamespaceResponse) GetNamespace() *Namespace {
@@ -1027,7 +1412,7 @@ var File_grapnel_v1_namespace_proto protoreflect.FileDescriptor
 const file_grapnel_v1_namespace_proto_rawDesc = "" +
 	"\n" +
 	"\x1agrapnel/v1/namespace.proto\x12\n" +
-	"grapnel.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xb1\x05\n" +
+	"grapnel.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xd3\x06\n" +
 	"\tNamespace\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12Q\n" +
 	"\x06labels\x18\x02 \x03(\v2!.grapnel.v1.Namespace.LabelsEntryB\x16\xbaH\x13\x9a\x01\x10\x10@\"\x06r\x04\x10\x01\x18?*\x04r\x02\x18?R\x06labels\x12'\n" +
@@ -1044,29 +1429,36 @@ const file_grapnel_v1_namespace_proto_rawDesc = "" +
 	"\x04etag\x18\n" +
 	" \x01(\tR\x04etag\x12\x10\n" +
 	"\x03uid\x18\v \x01(\tR\x03uid\x12:\n" +
-	"\x0feffective_quota\x18\f \x01(\v2\x11.grapnel.v1.QuotaR\x0eeffectiveQuota\x1a9\n" +
+	"\x0feffective_quota\x18\f \x01(\v2\x11.grapnel.v1.QuotaR\x0eeffectiveQuota\x12D\n" +
+	"\x0fundeleted_state\x18\r \x01(\x0e2\x1b.grapnel.v1.Namespace.StateR\x0eundeletedState\x124\n" +
+	"\x16undeleted_state_reason\x18\x0e \x01(\tR\x14undeletedStateReason\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"C\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"i\n" +
 	"\x05State\x12\x15\n" +
 	"\x11STATE_UNSPECIFIED\x10\x00\x12\x10\n" +
-	"\fSTATE_ACTIVE\x10\x01\x12\x11\n" +
-	"\rSTATE_DELETED\x10\x03\"\xab\x02\n" +
+	"\fSTATE_ACTIVE\x10\x01\x12\x10\n" +
+	"\fSTATE_PAUSED\x10\x02\x12\x11\n" +
+	"\rSTATE_DELETED\x10\x03\x12\x12\n" +
+	"\x0eSTATE_DISABLED\x10\x04\"\x8e\x03\n" +
 	"\x05Quota\x124\n" +
 	"\x11max_subscriptions\x18\x01 \x01(\x05B\a\xbaH\x04\x1a\x02(\x00R\x10maxSubscriptions\x121\n" +
 	"\x10max_publish_rate\x18\x02 \x01(\x05B\a\xbaH\x04\x1a\x02(\x00R\x0emaxPublishRate\x123\n" +
 	"\x0fmax_event_bytes\x18\x03 \x01(\x05B\v\xbaH\b\x1a\x06\x18\x80\x80@(\x00R\rmaxEventBytes\x127\n" +
 	"\x13max_open_deliveries\x18\x04 \x01(\x05B\a\xbaH\x04\x1a\x02(\x00R\x11maxOpenDeliveries\x12K\n" +
-	"\tretention\x18\x06 \x01(\v2\x19.google.protobuf.DurationB\x12\xbaH\x0f\xaa\x01\f\"\x05\b\x80\xce\xda\x032\x03\b\x90\x1cR\tretention\"\xba\x01\n" +
+	"\tretention\x18\x06 \x01(\v2\x19.google.protobuf.DurationB\x12\xbaH\x0f\xaa\x01\f\"\x05\b\x80\xce\xda\x032\x03\b\x90\x1cR\tretention\x12a\n" +
+	"\x15dead_letter_retention\x18\a \x01(\v2\x19.google.protobuf.DurationB\x12\xbaH\x0f\xaa\x01\f\"\x05\b\x80\xce\xda\x032\x03\b\x90\x1cR\x13deadLetterRetention\"\xba\x01\n" +
 	"\x05Usage\x12$\n" +
 	"\rsubscriptions\x18\x01 \x01(\x05R\rsubscriptions\x12'\n" +
 	"\x0fopen_deliveries\x18\x02 \x01(\x05R\x0eopenDeliveries\x12!\n" +
 	"\fpublish_rate\x18\x03 \x01(\x01R\vpublishRate\x12?\n" +
-	"\x0eoldest_due_age\x18\x04 \x01(\v2\x19.google.protobuf.DurationR\foldestDueAge\"\x82\x02\n" +
+	"\x0eoldest_due_age\x18\x04 \x01(\v2\x19.google.protobuf.DurationR\foldestDueAge\"\x81\x03\n" +
 	"\x16CreateNamespaceRequest\x12\xb2\x01\n" +
 	"\fnamespace_id\x18\x01 \x01(\tB\x8e\x01\xbaH\x8a\x01\xba\x01\x86\x01\n" +
 	"\vresource_id\x12Omust be 1 to 63 lower-case letters, digits and hyphens, and begin with a letter\x1a&this.matches('^[a-z][a-z0-9-]{0,62}$')R\vnamespaceId\x123\n" +
-	"\tnamespace\x18\x02 \x01(\v2\x15.grapnel.v1.NamespaceR\tnamespace\"N\n" +
+	"\tnamespace\x18\x02 \x01(\v2\x15.grapnel.v1.NamespaceR\tnamespace\x12P\n" +
+	"\rinitial_state\x18\x03 \x01(\x0e2\x1b.grapnel.v1.Namespace.StateB\x0e\xbaH\v\x82\x01\b\x18\x00\x18\x01\x18\x02\x18\x04R\finitialState\x12+\n" +
+	"\fstate_reason\x18\x04 \x01(\tB\b\xbaH\x05r\x03\x18\x80\x02R\vstateReason\"N\n" +
 	"\x17CreateNamespaceResponse\x123\n" +
 	"\tnamespace\x18\x01 \x01(\v2\x15.grapnel.v1.NamespaceR\tnamespace\"\x94\x01\n" +
 	"\x13GetNamespaceRequest\x12}\n" +
@@ -1090,6 +1482,27 @@ const file_grapnel_v1_namespace_proto_rawDesc = "" +
 	"updateMask\x12#\n" +
 	"\rallow_missing\x18\x03 \x01(\bR\fallowMissing\"N\n" +
 	"\x17UpdateNamespaceResponse\x123\n" +
+	"\tnamespace\x18\x01 \x01(\v2\x15.grapnel.v1.NamespaceR\tnamespace\"\xcc\x01\n" +
+	"\x15PauseNamespaceRequest\x12}\n" +
+	"\x04name\x18\x01 \x01(\tBi\xbaHf\xba\x01c\n" +
+	"\x0enamespace_name\x12\x1emust look like namespaces/NAME\x1a1this.matches('^namespaces/[a-z][a-z0-9-]{0,62}$')R\x04name\x12 \n" +
+	"\x06reason\x18\x02 \x01(\tB\b\xbaH\x05r\x03\x18\x80\x02R\x06reason\x12\x12\n" +
+	"\x04etag\x18\x03 \x01(\tR\x04etag\"M\n" +
+	"\x16PauseNamespaceResponse\x123\n" +
+	"\tnamespace\x18\x01 \x01(\v2\x15.grapnel.v1.NamespaceR\tnamespace\"\xce\x01\n" +
+	"\x17DisableNamespaceRequest\x12}\n" +
+	"\x04name\x18\x01 \x01(\tBi\xbaHf\xba\x01c\n" +
+	"\x0enamespace_name\x12\x1emust look like namespaces/NAME\x1a1this.matches('^namespaces/[a-z][a-z0-9-]{0,62}$')R\x04name\x12 \n" +
+	"\x06reason\x18\x02 \x01(\tB\b\xbaH\x05r\x03\x18\x80\x02R\x06reason\x12\x12\n" +
+	"\x04etag\x18\x03 \x01(\tR\x04etag\"O\n" +
+	"\x18DisableNamespaceResponse\x123\n" +
+	"\tnamespace\x18\x01 \x01(\v2\x15.grapnel.v1.NamespaceR\tnamespace\"\xcd\x01\n" +
+	"\x16ResumeNamespaceRequest\x12}\n" +
+	"\x04name\x18\x01 \x01(\tBi\xbaHf\xba\x01c\n" +
+	"\x0enamespace_name\x12\x1emust look like namespaces/NAME\x1a1this.matches('^namespaces/[a-z][a-z0-9-]{0,62}$')R\x04name\x12 \n" +
+	"\x06reason\x18\x02 \x01(\tB\b\xbaH\x05r\x03\x18\x80\x02R\x06reason\x12\x12\n" +
+	"\x04etag\x18\x03 \x01(\tR\x04etag\"N\n" +
+	"\x17ResumeNamespaceResponse\x123\n" +
 	"\tnamespace\x18\x01 \x01(\v2\x15.grapnel.v1.NamespaceR\tnamespace\"\xe6\x01\n" +
 	"\x16DeleteNamespaceRequest\x12}\n" +
 	"\x04name\x18\x01 \x01(\tBi\xbaHf\xba\x01c\n" +
@@ -1104,12 +1517,15 @@ const file_grapnel_v1_namespace_proto_rawDesc = "" +
 	"\x0enamespace_name\x12\x1emust look like namespaces/NAME\x1a1this.matches('^namespaces/[a-z][a-z0-9-]{0,62}$')R\x04name\x12\x12\n" +
 	"\x04etag\x18\x02 \x01(\tR\x04etag\"P\n" +
 	"\x19UndeleteNamespaceResponse\x123\n" +
-	"\tnamespace\x18\x01 \x01(\v2\x15.grapnel.v1.NamespaceR\tnamespace2\xc6\x04\n" +
+	"\tnamespace\x18\x01 \x01(\v2\x15.grapnel.v1.NamespaceR\tnamespace2\xe0\x06\n" +
 	"\x10NamespaceService\x12\\\n" +
 	"\x0fCreateNamespace\x12\".grapnel.v1.CreateNamespaceRequest\x1a#.grapnel.v1.CreateNamespaceResponse\"\x00\x12V\n" +
 	"\fGetNamespace\x12\x1f.grapnel.v1.GetNamespaceRequest\x1a .grapnel.v1.GetNamespaceResponse\"\x03\x90\x02\x01\x12\\\n" +
 	"\x0eListNamespaces\x12!.grapnel.v1.ListNamespacesRequest\x1a\".grapnel.v1.ListNamespacesResponse\"\x03\x90\x02\x01\x12\\\n" +
-	"\x0fUpdateNamespace\x12\".grapnel.v1.UpdateNamespaceRequest\x1a#.grapnel.v1.UpdateNamespaceResponse\"\x00\x12\\\n" +
+	"\x0fUpdateNamespace\x12\".grapnel.v1.UpdateNamespaceRequest\x1a#.grapnel.v1.UpdateNamespaceResponse\"\x00\x12Y\n" +
+	"\x0ePauseNamespace\x12!.grapnel.v1.PauseNamespaceRequest\x1a\".grapnel.v1.PauseNamespaceResponse\"\x00\x12_\n" +
+	"\x10DisableNamespace\x12#.grapnel.v1.DisableNamespaceRequest\x1a$.grapnel.v1.DisableNamespaceResponse\"\x00\x12\\\n" +
+	"\x0fResumeNamespace\x12\".grapnel.v1.ResumeNamespaceRequest\x1a#.grapnel.v1.ResumeNamespaceResponse\"\x00\x12\\\n" +
 	"\x0fDeleteNamespace\x12\".grapnel.v1.DeleteNamespaceRequest\x1a#.grapnel.v1.DeleteNamespaceResponse\"\x00\x12b\n" +
 	"\x11UndeleteNamespace\x12$.grapnel.v1.UndeleteNamespaceRequest\x1a%.grapnel.v1.UndeleteNamespaceResponse\"\x00B7Z5github.com/grapnel/grapnel/proto/grapnel/v1;grapnelv1b\x06proto3"
 
@@ -1126,7 +1542,7 @@ func file_grapnel_v1_namespace_proto_rawDescGZIP() []byte {
 }
 
 var file_grapnel_v1_namespace_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_grapnel_v1_namespace_proto_msgTypes = make([]protoimpl.MessageInfo, 16)
+var file_grapnel_v1_namespace_proto_msgTypes = make([]protoimpl.MessageInfo, 22)
 var file_grapnel_v1_namespace_proto_goTypes = []any{
 	(Namespace_State)(0),              // 0: grapnel.v1.Namespace.State
 	(*Namespace)(nil),                 // 1: grapnel.v1.Namespace
@@ -1140,52 +1556,70 @@ var file_grapnel_v1_namespace_proto_goTypes = []any{
 	(*ListNamespacesResponse)(nil),    // 9: grapnel.v1.ListNamespacesResponse
 	(*UpdateNamespaceRequest)(nil),    // 10: grapnel.v1.UpdateNamespaceRequest
 	(*UpdateNamespaceResponse)(nil),   // 11: grapnel.v1.UpdateNamespaceResponse
-	(*DeleteNamespaceRequest)(nil),    // 12: grapnel.v1.DeleteNamespaceRequest
-	(*DeleteNamespaceResponse)(nil),   // 13: grapnel.v1.DeleteNamespaceResponse
-	(*UndeleteNamespaceRequest)(nil),  // 14: grapnel.v1.UndeleteNamespaceRequest
-	(*UndeleteNamespaceResponse)(nil), // 15: grapnel.v1.UndeleteNamespaceResponse
-	nil,                               // 16: grapnel.v1.Namespace.LabelsEntry
-	(*timestamppb.Timestamp)(nil),     // 17: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),       // 18: google.protobuf.Duration
-	(*fieldmaskpb.FieldMask)(nil),     // 19: google.protobuf.FieldMask
+	(*PauseNamespaceRequest)(nil),     // 12: grapnel.v1.PauseNamespaceRequest
+	(*PauseNamespaceResponse)(nil),    // 13: grapnel.v1.PauseNamespaceResponse
+	(*DisableNamespaceRequest)(nil),   // 14: grapnel.v1.DisableNamespaceRequest
+	(*DisableNamespaceResponse)(nil),  // 15: grapnel.v1.DisableNamespaceResponse
+	(*ResumeNamespaceRequest)(nil),    // 16: grapnel.v1.ResumeNamespaceRequest
+	(*ResumeNamespaceResponse)(nil),   // 17: grapnel.v1.ResumeNamespaceResponse
+	(*DeleteNamespaceRequest)(nil),    // 18: grapnel.v1.DeleteNamespaceRequest
+	(*DeleteNamespaceResponse)(nil),   // 19: grapnel.v1.DeleteNamespaceResponse
+	(*UndeleteNamespaceRequest)(nil),  // 20: grapnel.v1.UndeleteNamespaceRequest
+	(*UndeleteNamespaceResponse)(nil), // 21: grapnel.v1.UndeleteNamespaceResponse
+	nil,                               // 22: grapnel.v1.Namespace.LabelsEntry
+	(*timestamppb.Timestamp)(nil),     // 23: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),       // 24: google.protobuf.Duration
+	(*fieldmaskpb.FieldMask)(nil),     // 25: google.protobuf.FieldMask
 }
 var file_grapnel_v1_namespace_proto_depIdxs = []int32{
-	16, // 0: grapnel.v1.Namespace.labels:type_name -> grapnel.v1.Namespace.LabelsEntry
+	22, // 0: grapnel.v1.Namespace.labels:type_name -> grapnel.v1.Namespace.LabelsEntry
 	2,  // 1: grapnel.v1.Namespace.quota:type_name -> grapnel.v1.Quota
 	3,  // 2: grapnel.v1.Namespace.usage:type_name -> grapnel.v1.Usage
 	0,  // 3: grapnel.v1.Namespace.state:type_name -> grapnel.v1.Namespace.State
-	17, // 4: grapnel.v1.Namespace.create_time:type_name -> google.protobuf.Timestamp
-	17, // 5: grapnel.v1.Namespace.delete_time:type_name -> google.protobuf.Timestamp
-	17, // 6: grapnel.v1.Namespace.purge_time:type_name -> google.protobuf.Timestamp
+	23, // 4: grapnel.v1.Namespace.create_time:type_name -> google.protobuf.Timestamp
+	23, // 5: grapnel.v1.Namespace.delete_time:type_name -> google.protobuf.Timestamp
+	23, // 6: grapnel.v1.Namespace.purge_time:type_name -> google.protobuf.Timestamp
 	2,  // 7: grapnel.v1.Namespace.effective_quota:type_name -> grapnel.v1.Quota
-	18, // 8: grapnel.v1.Quota.retention:type_name -> google.protobuf.Duration
-	18, // 9: grapnel.v1.Usage.oldest_due_age:type_name -> google.protobuf.Duration
-	1,  // 10: grapnel.v1.CreateNamespaceRequest.namespace:type_name -> grapnel.v1.Namespace
-	1,  // 11: grapnel.v1.CreateNamespaceResponse.namespace:type_name -> grapnel.v1.Namespace
-	1,  // 12: grapnel.v1.GetNamespaceResponse.namespace:type_name -> grapnel.v1.Namespace
-	1,  // 13: grapnel.v1.ListNamespacesResponse.namespaces:type_name -> grapnel.v1.Namespace
-	1,  // 14: grapnel.v1.UpdateNamespaceRequest.namespace:type_name -> grapnel.v1.Namespace
-	19, // 15: grapnel.v1.UpdateNamespaceRequest.update_mask:type_name -> google.protobuf.FieldMask
-	1,  // 16: grapnel.v1.UpdateNamespaceResponse.namespace:type_name -> grapnel.v1.Namespace
-	1,  // 17: grapnel.v1.DeleteNamespaceResponse.namespace:type_name -> grapnel.v1.Namespace
-	1,  // 18: grapnel.v1.UndeleteNamespaceResponse.namespace:type_name -> grapnel.v1.Namespace
-	4,  // 19: grapnel.v1.NamespaceService.CreateNamespace:input_type -> grapnel.v1.CreateNamespaceRequest
-	6,  // 20: grapnel.v1.NamespaceService.GetNamespace:input_type -> grapnel.v1.GetNamespaceRequest
-	8,  // 21: grapnel.v1.NamespaceService.ListNamespaces:input_type -> grapnel.v1.ListNamespacesRequest
-	10, // 22: grapnel.v1.NamespaceService.UpdateNamespace:input_type -> grapnel.v1.UpdateNamespaceRequest
-	12, // 23: grapnel.v1.NamespaceService.DeleteNamespace:input_type -> grapnel.v1.DeleteNamespaceRequest
-	14, // 24: grapnel.v1.NamespaceService.UndeleteNamespace:input_type -> grapnel.v1.UndeleteNamespaceRequest
-	5,  // 25: grapnel.v1.NamespaceService.CreateNamespace:output_type -> grapnel.v1.CreateNamespaceResponse
-	7,  // 26: grapnel.v1.NamespaceService.GetNamespace:output_type -> grapnel.v1.GetNamespaceResponse
-	9,  // 27: grapnel.v1.NamespaceService.ListNamespaces:output_type -> grapnel.v1.ListNamespacesResponse
-	11, // 28: grapnel.v1.NamespaceService.UpdateNamespace:output_type -> grapnel.v1.UpdateNamespaceResponse
-	13, // 29: grapnel.v1.NamespaceService.DeleteNamespace:output_type -> grapnel.v1.DeleteNamespaceResponse
-	15, // 30: grapnel.v1.NamespaceService.UndeleteNamespace:output_type -> grapnel.v1.UndeleteNamespaceResponse
-	25, // [25:31] is the sub-list for method output_type
-	19, // [19:25] is the sub-list for method input_type
-	19, // [19:19] is the sub-list for extension type_name
-	19, // [19:19] is the sub-list for extension extendee
-	0,  // [0:19] is the sub-list for field type_name
+	0,  // 8: grapnel.v1.Namespace.undeleted_state:type_name -> grapnel.v1.Namespace.State
+	24, // 9: grapnel.v1.Quota.retention:type_name -> google.protobuf.Duration
+	24, // 10: grapnel.v1.Quota.dead_letter_retention:type_name -> google.protobuf.Duration
+	24, // 11: grapnel.v1.Usage.oldest_due_age:type_name -> google.protobuf.Duration
+	1,  // 12: grapnel.v1.CreateNamespaceRequest.namespace:type_name -> grapnel.v1.Namespace
+	0,  // 13: grapnel.v1.CreateNamespaceRequest.initial_state:type_name -> grapnel.v1.Namespace.State
+	1,  // 14: grapnel.v1.CreateNamespaceResponse.namespace:type_name -> grapnel.v1.Namespace
+	1,  // 15: grapnel.v1.GetNamespaceResponse.namespace:type_name -> grapnel.v1.Namespace
+	1,  // 16: grapnel.v1.ListNamespacesResponse.namespaces:type_name -> grapnel.v1.Namespace
+	1,  // 17: grapnel.v1.UpdateNamespaceRequest.namespace:type_name -> grapnel.v1.Namespace
+	25, // 18: grapnel.v1.UpdateNamespaceRequest.update_mask:type_name -> google.protobuf.FieldMask
+	1,  // 19: grapnel.v1.UpdateNamespaceResponse.namespace:type_name -> grapnel.v1.Namespace
+	1,  // 20: grapnel.v1.PauseNamespaceResponse.namespace:type_name -> grapnel.v1.Namespace
+	1,  // 21: grapnel.v1.DisableNamespaceResponse.namespace:type_name -> grapnel.v1.Namespace
+	1,  // 22: grapnel.v1.ResumeNamespaceResponse.namespace:type_name -> grapnel.v1.Namespace
+	1,  // 23: grapnel.v1.DeleteNamespaceResponse.namespace:type_name -> grapnel.v1.Namespace
+	1,  // 24: grapnel.v1.UndeleteNamespaceResponse.namespace:type_name -> grapnel.v1.Namespace
+	4,  // 25: grapnel.v1.NamespaceService.CreateNamespace:input_type -> grapnel.v1.CreateNamespaceRequest
+	6,  // 26: grapnel.v1.NamespaceService.GetNamespace:input_type -> grapnel.v1.GetNamespaceRequest
+	8,  // 27: grapnel.v1.NamespaceService.ListNamespaces:input_type -> grapnel.v1.ListNamespacesRequest
+	10, // 28: grapnel.v1.NamespaceService.UpdateNamespace:input_type -> grapnel.v1.UpdateNamespaceRequest
+	12, // 29: grapnel.v1.NamespaceService.PauseNamespace:input_type -> grapnel.v1.PauseNamespaceRequest
+	14, // 30: grapnel.v1.NamespaceService.DisableNamespace:input_type -> grapnel.v1.DisableNamespaceRequest
+	16, // 31: grapnel.v1.NamespaceService.ResumeNamespace:input_type -> grapnel.v1.ResumeNamespaceRequest
+	18, // 32: grapnel.v1.NamespaceService.DeleteNamespace:input_type -> grapnel.v1.DeleteNamespaceRequest
+	20, // 33: grapnel.v1.NamespaceService.UndeleteNamespace:input_type -> grapnel.v1.UndeleteNamespaceRequest
+	5,  // 34: grapnel.v1.NamespaceService.CreateNamespace:output_type -> grapnel.v1.CreateNamespaceResponse
+	7,  // 35: grapnel.v1.NamespaceService.GetNamespace:output_type -> grapnel.v1.GetNamespaceResponse
+	9,  // 36: grapnel.v1.NamespaceService.ListNamespaces:output_type -> grapnel.v1.ListNamespacesResponse
+	11, // 37: grapnel.v1.NamespaceService.UpdateNamespace:output_type -> grapnel.v1.UpdateNamespaceResponse
+	13, // 38: grapnel.v1.NamespaceService.PauseNamespace:output_type -> grapnel.v1.PauseNamespaceResponse
+	15, // 39: grapnel.v1.NamespaceService.DisableNamespace:output_type -> grapnel.v1.DisableNamespaceResponse
+	17, // 40: grapnel.v1.NamespaceService.ResumeNamespace:output_type -> grapnel.v1.ResumeNamespaceResponse
+	19, // 41: grapnel.v1.NamespaceService.DeleteNamespace:output_type -> grapnel.v1.DeleteNamespaceResponse
+	21, // 42: grapnel.v1.NamespaceService.UndeleteNamespace:output_type -> grapnel.v1.UndeleteNamespaceResponse
+	34, // [34:43] is the sub-list for method output_type
+	25, // [25:34] is the sub-list for method input_type
+	25, // [25:25] is the sub-list for extension type_name
+	25, // [25:25] is the sub-list for extension extendee
+	0,  // [0:25] is the sub-list for field type_name
 }
 
 func init() { file_grapnel_v1_namespace_proto_init() }
@@ -1199,7 +1633,7 @@ func file_grapnel_v1_namespace_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_grapnel_v1_namespace_proto_rawDesc), len(file_grapnel_v1_namespace_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   16,
+			NumMessages:   22,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -23,6 +23,9 @@ const (
 	NamespaceService_GetNamespace_FullMethodName      = "/grapnel.v1.NamespaceService/GetNamespace"
 	NamespaceService_ListNamespaces_FullMethodName    = "/grapnel.v1.NamespaceService/ListNamespaces"
 	NamespaceService_UpdateNamespace_FullMethodName   = "/grapnel.v1.NamespaceService/UpdateNamespace"
+	NamespaceService_PauseNamespace_FullMethodName    = "/grapnel.v1.NamespaceService/PauseNamespace"
+	NamespaceService_DisableNamespace_FullMethodName  = "/grapnel.v1.NamespaceService/DisableNamespace"
+	NamespaceService_ResumeNamespace_FullMethodName   = "/grapnel.v1.NamespaceService/ResumeNamespace"
 	NamespaceService_DeleteNamespace_FullMethodName   = "/grapnel.v1.NamespaceService/DeleteNamespace"
 	NamespaceService_UndeleteNamespace_FullMethodName = "/grapnel.v1.NamespaceService/UndeleteNamespace"
 )
@@ -41,12 +44,19 @@ type NamespaceServiceClient interface {
 	ListNamespaces(ctx context.Context, in *ListNamespacesRequest, opts ...grpc.CallOption) (*ListNamespacesResponse, error)
 	// UpdateNamespace changes labels and limits.
 	UpdateNamespace(ctx context.Context, in *UpdateNamespaceRequest, opts ...grpc.CallOption) (*UpdateNamespaceResponse, error)
+	// PauseNamespace stops all attempts of a namespace while events keep queueing, whatever its subscriptions' own states.
+	PauseNamespace(ctx context.Context, in *PauseNamespaceRequest, opts ...grpc.CallOption) (*PauseNamespaceResponse, error)
+	// DisableNamespace stops all attempts of a namespace, too; what is published meanwhile is accepted, and recorded as
+	// SKIPPED for its subscriptions. What was open before waits until ResumeNamespace, or expires.
+	DisableNamespace(ctx context.Context, in *DisableNamespaceRequest, opts ...grpc.CallOption) (*DisableNamespaceResponse, error)
+	// ResumeNamespace restarts attempts after a pause or disabling.
+	ResumeNamespace(ctx context.Context, in *ResumeNamespaceRequest, opts ...grpc.CallOption) (*ResumeNamespaceResponse, error)
 	// DeleteNamespace marks a namespace deleted and erases it after seven days. Until then UndeleteNamespace takes it back.
 	// What is in a deleted namespace can be read by name and listed by its parent, is left out of namespaces/-, and can be
 	// deleted, not changed.
 	DeleteNamespace(ctx context.Context, in *DeleteNamespaceRequest, opts ...grpc.CallOption) (*DeleteNamespaceResponse, error)
-	// UndeleteNamespace takes a deletion back, as long as nothing has been erased. Subscriptions are as they were;
-	// deliveries that the deletion cancelled stay cancelled.
+	// UndeleteNamespace takes a deletion back, as long as nothing has been erased. The namespace and its subscriptions
+	// are as they were, paused or disabled ones too; deliveries that the deletion cancelled stay cancelled.
 	UndeleteNamespace(ctx context.Context, in *UndeleteNamespaceRequest, opts ...grpc.CallOption) (*UndeleteNamespaceResponse, error)
 }
 
@@ -98,6 +108,36 @@ func (c *namespaceServiceClient) UpdateNamespace(ctx context.Context, in *Update
 	return out, nil
 }
 
+func (c *namespaceServiceClient) PauseNamespace(ctx context.Context, in *PauseNamespaceRequest, opts ...grpc.CallOption) (*PauseNamespaceResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(PauseNamespaceResponse)
+	err := c.cc.Invoke(ctx, NamespaceService_PauseNamespace_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *namespaceServiceClient) DisableNamespace(ctx context.Context, in *DisableNamespaceRequest, opts ...grpc.CallOption) (*DisableNamespaceResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(DisableNamespaceResponse)
+	err := c.cc.Invoke(ctx, NamespaceService_DisableNamespace_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *namespaceServiceClient) ResumeNamespace(ctx context.Context, in *ResumeNamespaceRequest, opts ...grpc.CallOption) (*ResumeNamespaceResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ResumeNamespaceResponse)
+	err := c.cc.Invoke(ctx, NamespaceService_ResumeNamespace_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *namespaceServiceClient) DeleteNamespace(ctx context.Context, in *DeleteNamespaceRequest, opts ...grpc.CallOption) (*DeleteNamespaceResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(DeleteNamespaceResponse)
@@ -132,12 +172,19 @@ type NamespaceServiceServer interface {
 	ListNamespaces(context.Context, *ListNamespacesRequest) (*ListNamespacesResponse, error)
 	// UpdateNamespace changes labels and limits.
 	UpdateNamespace(context.Context, *UpdateNamespaceRequest) (*UpdateNamespaceResponse, error)
+	// PauseNamespace stops all attempts of a namespace while events keep queueing, whatever its subscriptions' own states.
+	PauseNamespace(context.Context, *PauseNamespaceRequest) (*PauseNamespaceResponse, error)
+	// DisableNamespace stops all attempts of a namespace, too; what is published meanwhile is accepted, and recorded as
+	// SKIPPED for its subscriptions. What was open before waits until ResumeNamespace, or expires.
+	DisableNamespace(context.Context, *DisableNamespaceRequest) (*DisableNamespaceResponse, error)
+	// ResumeNamespace restarts attempts after a pause or disabling.
+	ResumeNamespace(context.Context, *ResumeNamespaceRequest) (*ResumeNamespaceResponse, error)
 	// DeleteNamespace marks a namespace deleted and erases it after seven days. Until then UndeleteNamespace takes it back.
 	// What is in a deleted namespace can be read by name and listed by its parent, is left out of namespaces/-, and can be
 	// deleted, not changed.
 	DeleteNamespace(context.Context, *DeleteNamespaceRequest) (*DeleteNamespaceResponse, error)
-	// UndeleteNamespace takes a deletion back, as long as nothing has been erased. Subscriptions are as they were;
-	// deliveries that the deletion cancelled stay cancelled.
+	// UndeleteNamespace takes a deletion back, as long as nothing has been erased. The namespace and its subscriptions
+	// are as they were, paused or disabled ones too; deliveries that the deletion cancelled stay cancelled.
 	UndeleteNamespace(context.Context, *UndeleteNamespaceRequest) (*UndeleteNamespaceResponse, error)
 	mustEmbedUnimplementedNamespaceServiceServer()
 }
@@ -160,6 +207,15 @@ func (UnimplementedNamespaceServiceServer) ListNamespaces(context.Context, *List
 }
 func (UnimplementedNamespaceServiceServer) UpdateNamespace(context.Context, *UpdateNamespaceRequest) (*UpdateNamespaceResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method UpdateNamespace not implemented")
+}
+func (UnimplementedNamespaceServiceServer) PauseNamespace(context.Context, *PauseNamespaceRequest) (*PauseNamespaceResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method PauseNamespace not implemented")
+}
+func (UnimplementedNamespaceServiceServer) DisableNamespace(context.Context, *DisableNamespaceRequest) (*DisableNamespaceResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method DisableNamespace not implemented")
+}
+func (UnimplementedNamespaceServiceServer) ResumeNamespace(context.Context, *ResumeNamespaceRequest) (*ResumeNamespaceResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ResumeNamespace not implemented")
 }
 func (UnimplementedNamespaceServiceServer) DeleteNamespace(context.Context, *DeleteNamespaceRequest) (*DeleteNamespaceResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method DeleteNamespace not implemented")
@@ -260,6 +316,60 @@ func _NamespaceService_UpdateNamespace_Handler(srv interface{}, ctx context.Cont
 	return interceptor(ctx, in, info, handler)
 }
 
+func _NamespaceService_PauseNamespace_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(PauseNamespaceRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(NamespaceServiceServer).PauseNamespace(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: NamespaceService_PauseNamespace_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(NamespaceServiceServer).PauseNamespace(ctx, req.(*PauseNamespaceRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _NamespaceService_DisableNamespace_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(DisableNamespaceRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(NamespaceServiceServer).DisableNamespace(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: NamespaceService_DisableNamespace_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(NamespaceServiceServer).DisableNamespace(ctx, req.(*DisableNamespaceRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _NamespaceService_ResumeNamespace_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ResumeNamespaceRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(NamespaceServiceServer).ResumeNamespace(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: NamespaceService_ResumeNamespace_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(NamespaceServiceServer).ResumeNamespace(ctx, req.(*ResumeNamespaceRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _NamespaceService_DeleteNamespace_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(DeleteNamespaceRequest)
 	if err := dec(in); err != nil {
@@ -318,6 +428,18 @@ var NamespaceService_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "UpdateNamespace",
 			Handler:    _NamespaceService_UpdateNamespace_Handler,
+		},
+		{
+			MethodName: "PauseNamespace",
+			Handler:    _NamespaceService_PauseNamespace_Handler,
+		},
+		{
+			MethodName: "DisableNamespace",
+			Handler:    _NamespaceService_DisableNamespace_Handler,
+		},
+		{
+			MethodName: "ResumeNamespace",
+			Handler:    _NamespaceService_ResumeNamespace_Handler,
 		},
 		{
 			MethodName: "DeleteNamespace",

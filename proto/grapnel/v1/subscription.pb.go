@@ -35,7 +35,7 @@ const (
 	Subscription_STATE_ACTIVE Subscription_State = 1
 	// Paused by a caller; deliveries queue.
 	Subscription_STATE_PAUSED Subscription_State = 2
-	// Disabled by failure policy; new matches are recorded as SKIPPED.
+	// Disabled by failure policy or a caller; new matches are recorded as SKIPPED.
 	Subscription_STATE_DISABLED Subscription_State = 3
 )
 
@@ -193,6 +193,64 @@ func (PayloadShape_Compression) EnumDescriptor() ([]byte, []int) {
 	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{1, 1}
 }
 
+// Breaker is what keeps deliveries from a target that is not well.
+type SubscriptionStatus_Breaker int32
+
+const (
+	// Not a state.
+	SubscriptionStatus_BREAKER_UNSPECIFIED SubscriptionStatus_Breaker = 0
+	// Attempts start.
+	SubscriptionStatus_BREAKER_CLOSED SubscriptionStatus_Breaker = 1
+	// Five attempts in a row found no connection or timed out, 20 in a row failed, or half of at least 20 within 30 s: no
+	// attempt starts, and none is used up, before next_probe_time.
+	SubscriptionStatus_BREAKER_OPEN SubscriptionStatus_Breaker = 2
+	// One attempt starts, or runs, and decides: an answer closes the breaker, a failure opens it for longer.
+	SubscriptionStatus_BREAKER_HALF_OPEN SubscriptionStatus_Breaker = 3
+)
+
+// Enum value maps for SubscriptionStatus_Breaker.
+var (
+	SubscriptionStatus_Breaker_name = map[int32]string{
+		0: "BREAKER_UNSPECIFIED",
+		1: "BREAKER_CLOSED",
+		2: "BREAKER_OPEN",
+		3: "BREAKER_HALF_OPEN",
+	}
+	SubscriptionStatus_Breaker_value = map[string]int32{
+		"BREAKER_UNSPECIFIED": 0,
+		"BREAKER_CLOSED":      1,
+		"BREAKER_OPEN":        2,
+		"BREAKER_HALF_OPEN":   3,
+	}
+)
+
+func (x SubscriptionStatus_Breaker) Enum() *SubscriptionStatus_Breaker {
+	p := new(SubscriptionStatus_Breaker)
+	*p = x
+	return p
+}
+
+func (x SubscriptionStatus_Breaker) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (SubscriptionStatus_Breaker) Descriptor() protoreflect.EnumDescriptor {
+	return file_grapnel_v1_subscription_proto_enumTypes[3].Descriptor()
+}
+
+func (SubscriptionStatus_Breaker) Type() protoreflect.EnumType {
+	return &file_grapnel_v1_subscription_proto_enumTypes[3]
+}
+
+func (x SubscriptionStatus_Breaker) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use SubscriptionStatus_Breaker.Descriptor instead.
+func (SubscriptionStatus_Breaker) EnumDescriptor() ([]byte, []int) {
+	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{8, 0}
+}
+
 // Subscription routes matching events of a namespace to one target.
 type Subscription struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -225,15 +283,17 @@ type Subscription struct {
 	AttemptTimeout *durationpb.Duration `protobuf:"bytes,11,opt,name=attempt_timeout,json=attemptTimeout,proto3" json:"attempt_timeout,omitempty"`
 	// When failed attempts are repeated.
 	RetryPolicy *RetryPolicy `protobuf:"bytes,12,opt,name=retry_policy,json=retryPolicy,proto3" json:"retry_policy,omitempty"`
-	// Most attempts started per second, 0 to 10000; 0, the default, is no limit.
+	// Most attempts started per second, 0 to 10000; 0, the default, is no limit. Rounded up, it holds in every second,
+	// wherever that begins. Starts come evenly; after a rest a tenth of a second's may come together.
 	MaxRate float64 `protobuf:"fixed64,13,opt,name=max_rate,json=maxRate,proto3" json:"max_rate,omitempty"`
-	// Most attempts in flight, 1 to 1000; 0 means the default, 16.
+	// Most attempts in flight, 1 to 1000; 0 means the default, 16. There are fewer while the target is new, overloaded or
+	// failing: see SubscriptionStatus.in_flight_limit.
 	MaxInFlight int32 `protobuf:"varint,14,opt,name=max_in_flight,json=maxInFlight,proto3" json:"max_in_flight,omitempty"` // 15 is kept for ordered.
 	// When the server stops trying altogether.
 	FailurePolicy *FailurePolicy `protobuf:"bytes,16,opt,name=failure_policy,json=failurePolicy,proto3" json:"failure_policy,omitempty"`
 	// Output only.
 	State Subscription_State `protobuf:"varint,17,opt,name=state,proto3,enum=grapnel.v1.Subscription_State" json:"state,omitempty"`
-	// Output only: why the state is not ACTIVE.
+	// Output only: why it is in its state: what the caller gave who brought it there, or what its target did.
 	StateReason string `protobuf:"bytes,18,opt,name=state_reason,json=stateReason,proto3" json:"state_reason,omitempty"`
 	// Output only.
 	CreateTime *timestamppb.Timestamp `protobuf:"bytes,19,opt,name=create_time,json=createTime,proto3" json:"create_time,omitempty"`
@@ -242,7 +302,13 @@ type Subscription struct {
 	// Strong validator of the stored value; see UpdateSubscription.
 	Etag string `protobuf:"bytes,21,opt,name=etag,proto3" json:"etag,omitempty"`
 	// What the body of a request is made of. Unset means the event's payload, byte for byte.
-	PayloadShape  *PayloadShape `protobuf:"bytes,22,opt,name=payload_shape,json=payloadShape,proto3" json:"payload_shape,omitempty"`
+	PayloadShape *PayloadShape `protobuf:"bytes,22,opt,name=payload_shape,json=payloadShape,proto3" json:"payload_shape,omitempty"`
+	// Another subscription of the namespace, whose transport may be any, that gets what ends here as EXHAUSTED or REJECTED:
+	// in the commit that ends the delivery, with the event's webhook-id and as attributes of the event deadletterfrom (the
+	// last segment of this name), deadletterstate, deadletterreason, deadletterattempts and deadlettercode (the last
+	// response's, if there was one). It must exist and have no dead_letter of its own; what ends there goes nowhere. It gets
+	// events that match it, too, like any other: give it an event_types that covers none if it is for dead letters alone.
+	DeadLetter    string `protobuf:"bytes,26,opt,name=dead_letter,json=deadLetter,proto3" json:"dead_letter,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -422,6 +488,13 @@ func (x *Subscription) GetPayloadShape() *PayloadShape {
 		return x.PayloadShape
 	}
 	return nil
+}
+
+func (x *Subscription) GetDeadLetter() string {
+	if x != nil {
+		return x.DeadLetter
+	}
+	return ""
 }
 
 // PayloadShape says what the body of a request is made of. The body is made once for each event and is the
@@ -661,7 +734,11 @@ type CreateSubscriptionRequest struct {
 	// UUID that makes the call idempotent for 24 hours, or until the subscription that it made is deleted.
 	RequestId string `protobuf:"bytes,4,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
 	// Check everything and store nothing.
-	ValidateOnly  bool `protobuf:"varint,5,opt,name=validate_only,json=validateOnly,proto3" json:"validate_only,omitempty"`
+	ValidateOnly bool `protobuf:"varint,5,opt,name=validate_only,json=validateOnly,proto3" json:"validate_only,omitempty"`
+	// STATE_PAUSED or STATE_DISABLED has it begin so, until ResumeSubscription; unset is STATE_ACTIVE.
+	InitialState Subscription_State `protobuf:"varint,6,opt,name=initial_state,json=initialState,proto3,enum=grapnel.v1.Subscription_State" json:"initial_state,omitempty"`
+	// Shown as state_reason; at most 256 characters.
+	StateReason   string `protobuf:"bytes,7,opt,name=state_reason,json=stateReason,proto3" json:"state_reason,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -729,6 +806,20 @@ func (x *CreateSubscriptionRequest) GetValidateOnly() bool {
 		return x.ValidateOnly
 	}
 	return false
+}
+
+func (x *CreateSubscriptionRequest) GetInitialState() Subscription_State {
+	if x != nil {
+		return x.InitialState
+	}
+	return Subscription_STATE_UNSPECIFIED
+}
+
+func (x *CreateSubscriptionRequest) GetStateReason() string {
+	if x != nil {
+		return x.StateReason
+	}
+	return ""
 }
 
 // CreateSubscriptionResponse is the result of CreateSubscription.
@@ -892,7 +983,8 @@ type SubscriptionStatus struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Attempts may start now.
 	Open bool `protobuf:"varint,1,opt,name=open,proto3" json:"open,omitempty"`
-	// Otherwise why not, for example "subscription paused", or a target that asked for a rest with Retry-After.
+	// Otherwise why not, for example "its subscription is paused", "breaker open since ..." and what for, or a target that
+	// asked for a rest with Retry-After.
 	WaitReason string `protobuf:"bytes,2,opt,name=wait_reason,json=waitReason,proto3" json:"wait_reason,omitempty"`
 	// When that ends by itself; unset when it does not.
 	WaitUntil *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=wait_until,json=waitUntil,proto3" json:"wait_until,omitempty"`
@@ -916,8 +1008,22 @@ type SubscriptionStatus struct {
 	LastConditionError string `protobuf:"bytes,12,opt,name=last_condition_error,json=lastConditionError,proto3" json:"last_condition_error,omitempty"`
 	// When that was.
 	LastConditionErrorTime *timestamppb.Timestamp `protobuf:"bytes,13,opt,name=last_condition_error_time,json=lastConditionErrorTime,proto3" json:"last_condition_error_time,omitempty"`
-	unknownFields          protoimpl.UnknownFields
-	sizeCache              protoimpl.SizeCache
+	// How many attempts may run at a time now. It grows while it is used and answers come in time, up to max_in_flight, and is
+	// halved, at most once a round trip, for timeouts and answers of 429 and 503.
+	InFlightLimit int32 `protobuf:"varint,14,opt,name=in_flight_limit,json=inFlightLimit,proto3" json:"in_flight_limit,omitempty"`
+	// What that is due to, in words.
+	LimitReason string `protobuf:"bytes,15,opt,name=limit_reason,json=limitReason,proto3" json:"limit_reason,omitempty"`
+	// What is known of the target.
+	Breaker SubscriptionStatus_Breaker `protobuf:"varint,16,opt,name=breaker,proto3,enum=grapnel.v1.SubscriptionStatus_Breaker" json:"breaker,omitempty"`
+	// Since when the breaker is not closed; unset when it is.
+	BreakerSince *timestamppb.Timestamp `protobuf:"bytes,17,opt,name=breaker_since,json=breakerSince,proto3" json:"breaker_since,omitempty"`
+	// When the next attempt may start, if the breaker is not closed. A time in the past: it waits for a delivery that is due,
+	// or runs.
+	NextProbeTime *timestamppb.Timestamp `protobuf:"bytes,18,opt,name=next_probe_time,json=nextProbeTime,proto3" json:"next_probe_time,omitempty"`
+	// When the subscription is disabled, by failure_policy, unless a delivery succeeds before; unset while it is not failing.
+	DisableTime   *timestamppb.Timestamp `protobuf:"bytes,19,opt,name=disable_time,json=disableTime,proto3" json:"disable_time,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *SubscriptionStatus) Reset() {
@@ -1037,6 +1143,48 @@ func (x *SubscriptionStatus) GetLastConditionError() string {
 func (x *SubscriptionStatus) GetLastConditionErrorTime() *timestamppb.Timestamp {
 	if x != nil {
 		return x.LastConditionErrorTime
+	}
+	return nil
+}
+
+func (x *SubscriptionStatus) GetInFlightLimit() int32 {
+	if x != nil {
+		return x.InFlightLimit
+	}
+	return 0
+}
+
+func (x *SubscriptionStatus) GetLimitReason() string {
+	if x != nil {
+		return x.LimitReason
+	}
+	return ""
+}
+
+func (x *SubscriptionStatus) GetBreaker() SubscriptionStatus_Breaker {
+	if x != nil {
+		return x.Breaker
+	}
+	return SubscriptionStatus_BREAKER_UNSPECIFIED
+}
+
+func (x *SubscriptionStatus) GetBreakerSince() *timestamppb.Timestamp {
+	if x != nil {
+		return x.BreakerSince
+	}
+	return nil
+}
+
+func (x *SubscriptionStatus) GetNextProbeTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.NextProbeTime
+	}
+	return nil
+}
+
+func (x *SubscriptionStatus) GetDisableTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.DisableTime
 	}
 	return nil
 }
@@ -1523,20 +1671,132 @@ func (x *PauseSubscriptionResponse) GetSubscription() *Subscription {
 	return nil
 }
 
+// DisableSubscriptionRequest names what to disable.
+type DisableSubscriptionRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// namespaces/{namespace}/subscriptions/{subscription}
+	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// Shown as state_reason; at most 256 characters.
+	Reason string `protobuf:"bytes,2,opt,name=reason,proto3" json:"reason,omitempty"`
+	// When set, must be current.
+	Etag          string `protobuf:"bytes,3,opt,name=etag,proto3" json:"etag,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DisableSubscriptionRequest) Reset() {
+	*x = DisableSubscriptionRequest{}
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DisableSubscriptionRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DisableSubscriptionRequest) ProtoMessage() {}
+
+func (x *DisableSubscriptionRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DisableSubscriptionRequest.ProtoReflect.Descriptor instead.
+func (*DisableSubscriptionRequest) Descriptor() ([]byte, []int) {
+	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *DisableSubscriptionRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *DisableSubscriptionRequest) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *DisableSubscriptionRequest) GetEtag() string {
+	if x != nil {
+		return x.Etag
+	}
+	return ""
+}
+
+// DisableSubscriptionResponse is the result of DisableSubscription.
+type DisableSubscriptionResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// As stored.
+	Subscription  *Subscription `protobuf:"bytes,1,opt,name=subscription,proto3" json:"subscription,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DisableSubscriptionResponse) Reset() {
+	*x = DisableSubscriptionResponse{}
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DisableSubscriptionResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DisableSubscriptionResponse) ProtoMessage() {}
+
+func (x *DisableSubscriptionResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DisableSubscriptionResponse.ProtoReflect.Descriptor instead.
+func (*DisableSubscriptionResponse) Descriptor() ([]byte, []int) {
+	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *DisableSubscriptionResponse) GetSubscription() *Subscription {
+	if x != nil {
+		return x.Subscription
+	}
+	return nil
+}
+
 // ResumeSubscriptionRequest names what to resume.
 type ResumeSubscriptionRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// namespaces/{namespace}/subscriptions/{subscription}
 	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
 	// When set, must be current.
-	Etag          string `protobuf:"bytes,2,opt,name=etag,proto3" json:"etag,omitempty"`
+	Etag string `protobuf:"bytes,2,opt,name=etag,proto3" json:"etag,omitempty"`
+	// Shown as state_reason; at most 256 characters.
+	Reason        string `protobuf:"bytes,3,opt,name=reason,proto3" json:"reason,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ResumeSubscriptionRequest) Reset() {
 	*x = ResumeSubscriptionRequest{}
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[17]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1548,7 +1808,7 @@ func (x *ResumeSubscriptionRequest) String() string {
 func (*ResumeSubscriptionRequest) ProtoMessage() {}
 
 func (x *ResumeSubscriptionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[17]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1561,7 +1821,7 @@ func (x *ResumeSubscriptionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResumeSubscriptionRequest.ProtoReflect.Descriptor instead.
 func (*ResumeSubscriptionRequest) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{17}
+	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *ResumeSubscriptionRequest) GetName() string {
@@ -1578,18 +1838,28 @@ func (x *ResumeSubscriptionRequest) GetEtag() string {
 	return ""
 }
 
+func (x *ResumeSubscriptionRequest) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
 // ResumeSubscriptionResponse is the result of ResumeSubscription.
 type ResumeSubscriptionResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// As stored.
-	Subscription  *Subscription `protobuf:"bytes,1,opt,name=subscription,proto3" json:"subscription,omitempty"`
+	Subscription *Subscription `protobuf:"bytes,1,opt,name=subscription,proto3" json:"subscription,omitempty"`
+	// What held deliveries back beside the state and does no longer, in words: an open breaker, which is half open now, or a
+	// rest that the target asked for. Empty when nothing did.
+	Lifted        string `protobuf:"bytes,2,opt,name=lifted,proto3" json:"lifted,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ResumeSubscriptionResponse) Reset() {
 	*x = ResumeSubscriptionResponse{}
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[18]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1601,7 +1871,7 @@ func (x *ResumeSubscriptionResponse) String() string {
 func (*ResumeSubscriptionResponse) ProtoMessage() {}
 
 func (x *ResumeSubscriptionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[18]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1614,7 +1884,7 @@ func (x *ResumeSubscriptionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResumeSubscriptionResponse.ProtoReflect.Descriptor instead.
 func (*ResumeSubscriptionResponse) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{18}
+	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *ResumeSubscriptionResponse) GetSubscription() *Subscription {
@@ -1622,6 +1892,13 @@ func (x *ResumeSubscriptionResponse) GetSubscription() *Subscription {
 		return x.Subscription
 	}
 	return nil
+}
+
+func (x *ResumeSubscriptionResponse) GetLifted() string {
+	if x != nil {
+		return x.Lifted
+	}
+	return ""
 }
 
 // TestSubscriptionRequest names a subscription and, optionally, an event.
@@ -1637,7 +1914,7 @@ type TestSubscriptionRequest struct {
 
 func (x *TestSubscriptionRequest) Reset() {
 	*x = TestSubscriptionRequest{}
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[19]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1649,7 +1926,7 @@ func (x *TestSubscriptionRequest) String() string {
 func (*TestSubscriptionRequest) ProtoMessage() {}
 
 func (x *TestSubscriptionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[19]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1662,7 +1939,7 @@ func (x *TestSubscriptionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TestSubscriptionRequest.ProtoReflect.Descriptor instead.
 func (*TestSubscriptionRequest) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{19}
+	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *TestSubscriptionRequest) GetName() string {
@@ -1691,7 +1968,7 @@ type TestSubscriptionResponse struct {
 
 func (x *TestSubscriptionResponse) Reset() {
 	*x = TestSubscriptionResponse{}
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[20]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1703,7 +1980,7 @@ func (x *TestSubscriptionResponse) String() string {
 func (*TestSubscriptionResponse) ProtoMessage() {}
 
 func (x *TestSubscriptionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[20]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1716,7 +1993,7 @@ func (x *TestSubscriptionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TestSubscriptionResponse.ProtoReflect.Descriptor instead.
 func (*TestSubscriptionResponse) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{20}
+	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *TestSubscriptionResponse) GetAttempt() *Attempt {
@@ -1731,7 +2008,7 @@ var File_grapnel_v1_subscription_proto protoreflect.FileDescriptor
 const file_grapnel_v1_subscription_proto_rawDesc = "" +
 	"\n" +
 	"\x1dgrapnel/v1/subscription.proto\x12\n" +
-	"grapnel.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17grapnel/v1/common.proto\x1a\x19grapnel/v1/delivery.proto\x1a\x16grapnel/v1/event.proto\"\xc7\v\n" +
+	"grapnel.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17grapnel/v1/common.proto\x1a\x19grapnel/v1/delivery.proto\x1a\x16grapnel/v1/event.proto\"\x93\r\n" +
 	"\fSubscription\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x10\n" +
 	"\x03uid\x18\x02 \x01(\tR\x03uid\x12*\n" +
@@ -1759,7 +2036,10 @@ const file_grapnel_v1_subscription_proto_rawDesc = "" +
 	"\vupdate_time\x18\x14 \x01(\v2\x1a.google.protobuf.TimestampR\n" +
 	"updateTime\x12\x12\n" +
 	"\x04etag\x18\x15 \x01(\tR\x04etag\x12=\n" +
-	"\rpayload_shape\x18\x16 \x01(\v2\x18.grapnel.v1.PayloadShapeR\fpayloadShape\x1a9\n" +
+	"\rpayload_shape\x18\x16 \x01(\v2\x18.grapnel.v1.PayloadShapeR\fpayloadShape\x12\xc9\x01\n" +
+	"\vdead_letter\x18\x1a \x01(\tB\xa7\x01\xbaH\xa3\x01\xba\x01\x9f\x01\n" +
+	"\x11subscription_name\x121must look like namespaces/NAME/subscriptions/NAME\x1aWthis.matches('^(namespaces/[a-z][a-z0-9-]{0,62}/subscriptions/[a-z][a-z0-9-]{0,62})?$')R\n" +
+	"deadLetter\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\x1a:\n" +
@@ -1801,7 +2081,7 @@ const file_grapnel_v1_subscription_proto_rawDesc = "" +
 	"\rFailurePolicy\x12O\n" +
 	"\rdisable_after\x18\x01 \x01(\v2\x19.google.protobuf.DurationB\x0f\xbaH\f\xaa\x01\t\"\x05\b\x80\x9a\x9e\x012\x00R\fdisableAfter\x12\x1f\n" +
 	"\vignore_gone\x18\x02 \x01(\bR\n" +
-	"ignoreGone\"\x8a\x04\n" +
+	"ignoreGone\"\x86\x05\n" +
 	"\x19CreateSubscriptionRequest\x12\x81\x01\n" +
 	"\x06parent\x18\x01 \x01(\tBi\xbaHf\xba\x01c\n" +
 	"\x0enamespace_name\x12\x1emust look like namespaces/NAME\x1a1this.matches('^namespaces/[a-z][a-z0-9-]{0,62}$')R\x06parent\x12\xd1\x01\n" +
@@ -1810,7 +2090,9 @@ const file_grapnel_v1_subscription_proto_rawDesc = "" +
 	"\fsubscription\x18\x03 \x01(\v2\x18.grapnel.v1.SubscriptionB\x06\xbaH\x03\xc8\x01\x01R\fsubscription\x12*\n" +
 	"\n" +
 	"request_id\x18\x04 \x01(\tB\v\xbaH\b\xd8\x01\x01r\x03\xb0\x01\x01R\trequestId\x12#\n" +
-	"\rvalidate_only\x18\x05 \x01(\bR\fvalidateOnly\"v\n" +
+	"\rvalidate_only\x18\x05 \x01(\bR\fvalidateOnly\x12M\n" +
+	"\rinitial_state\x18\x06 \x01(\x0e2\x1e.grapnel.v1.Subscription.StateB\b\xbaH\x05\x82\x01\x02\x10\x01R\finitialState\x12+\n" +
+	"\fstate_reason\x18\a \x01(\tB\b\xbaH\x05r\x03\x18\x80\x02R\vstateReason\"v\n" +
 	"\x1aCreateSubscriptionResponse\x12<\n" +
 	"\fsubscription\x18\x01 \x01(\v2\x18.grapnel.v1.SubscriptionR\fsubscription\x12\x1a\n" +
 	"\bwarnings\x18\x02 \x03(\tR\bwarnings\"\xd4\x01\n" +
@@ -1819,7 +2101,7 @@ const file_grapnel_v1_subscription_proto_rawDesc = "" +
 	"\x11subscription_name\x121must look like namespaces/NAME/subscriptions/NAME\x1aTthis.matches('^namespaces/[a-z][a-z0-9-]{0,62}/subscriptions/[a-z][a-z0-9-]{0,62}$')R\x04name\"\x8f\x01\n" +
 	"\x17GetSubscriptionResponse\x12<\n" +
 	"\fsubscription\x18\x01 \x01(\v2\x18.grapnel.v1.SubscriptionR\fsubscription\x126\n" +
-	"\x06status\x18\x02 \x01(\v2\x1e.grapnel.v1.SubscriptionStatusR\x06status\"\x96\x05\n" +
+	"\x06status\x18\x02 \x01(\v2\x1e.grapnel.v1.SubscriptionStatusR\x06status\"\xc8\b\n" +
 	"\x12SubscriptionStatus\x12\x12\n" +
 	"\x04open\x18\x01 \x01(\bR\x04open\x12\x1f\n" +
 	"\vwait_reason\x18\x02 \x01(\tR\n" +
@@ -1836,7 +2118,18 @@ const file_grapnel_v1_subscription_proto_rawDesc = "" +
 	" \x01(\v2\x19.google.protobuf.DurationR\foldestDueAge\x12)\n" +
 	"\x10condition_errors\x18\v \x01(\x03R\x0fconditionErrors\x125\n" +
 	"\x14last_condition_error\x18\f \x01(\tB\x03\x80\x01\x01R\x12lastConditionError\x12U\n" +
-	"\x19last_condition_error_time\x18\r \x01(\v2\x1a.google.protobuf.TimestampR\x16lastConditionErrorTime\"\xa7\x02\n" +
+	"\x19last_condition_error_time\x18\r \x01(\v2\x1a.google.protobuf.TimestampR\x16lastConditionErrorTime\x12&\n" +
+	"\x0fin_flight_limit\x18\x0e \x01(\x05R\rinFlightLimit\x12!\n" +
+	"\flimit_reason\x18\x0f \x01(\tR\vlimitReason\x12@\n" +
+	"\abreaker\x18\x10 \x01(\x0e2&.grapnel.v1.SubscriptionStatus.BreakerR\abreaker\x12?\n" +
+	"\rbreaker_since\x18\x11 \x01(\v2\x1a.google.protobuf.TimestampR\fbreakerSince\x12B\n" +
+	"\x0fnext_probe_time\x18\x12 \x01(\v2\x1a.google.protobuf.TimestampR\rnextProbeTime\x12=\n" +
+	"\fdisable_time\x18\x13 \x01(\v2\x1a.google.protobuf.TimestampR\vdisableTime\"_\n" +
+	"\aBreaker\x12\x17\n" +
+	"\x13BREAKER_UNSPECIFIED\x10\x00\x12\x12\n" +
+	"\x0eBREAKER_CLOSED\x10\x01\x12\x10\n" +
+	"\fBREAKER_OPEN\x10\x02\x12\x15\n" +
+	"\x11BREAKER_HALF_OPEN\x10\x03\"\xa7\x02\n" +
 	"\x18ListSubscriptionsRequest\x12\xa3\x01\n" +
 	"\x06parent\x18\x01 \x01(\tB\x8a\x01\xbaH\x86\x01\xba\x01\x82\x01\n" +
 	"\x10namespace_or_all\x127must look like namespaces/NAME, or namespaces/- for all\x1a5this.matches('^namespaces/(-|[a-z][a-z0-9-]{0,62})$')R\x06parent\x12$\n" +
@@ -1869,26 +2162,36 @@ const file_grapnel_v1_subscription_proto_rawDesc = "" +
 	"\x06reason\x18\x02 \x01(\tB\b\xbaH\x05r\x03\x18\x80\x02R\x06reason\x12\x12\n" +
 	"\x04etag\x18\x03 \x01(\tR\x04etag\"Y\n" +
 	"\x19PauseSubscriptionResponse\x12<\n" +
-	"\fsubscription\x18\x01 \x01(\v2\x18.grapnel.v1.SubscriptionR\fsubscription\"\xeb\x01\n" +
+	"\fsubscription\x18\x01 \x01(\v2\x18.grapnel.v1.SubscriptionR\fsubscription\"\x8e\x02\n" +
+	"\x1aDisableSubscriptionRequest\x12\xb9\x01\n" +
+	"\x04name\x18\x01 \x01(\tB\xa4\x01\xbaH\xa0\x01\xba\x01\x9c\x01\n" +
+	"\x11subscription_name\x121must look like namespaces/NAME/subscriptions/NAME\x1aTthis.matches('^namespaces/[a-z][a-z0-9-]{0,62}/subscriptions/[a-z][a-z0-9-]{0,62}$')R\x04name\x12 \n" +
+	"\x06reason\x18\x02 \x01(\tB\b\xbaH\x05r\x03\x18\x80\x02R\x06reason\x12\x12\n" +
+	"\x04etag\x18\x03 \x01(\tR\x04etag\"[\n" +
+	"\x1bDisableSubscriptionResponse\x12<\n" +
+	"\fsubscription\x18\x01 \x01(\v2\x18.grapnel.v1.SubscriptionR\fsubscription\"\x8d\x02\n" +
 	"\x19ResumeSubscriptionRequest\x12\xb9\x01\n" +
 	"\x04name\x18\x01 \x01(\tB\xa4\x01\xbaH\xa0\x01\xba\x01\x9c\x01\n" +
 	"\x11subscription_name\x121must look like namespaces/NAME/subscriptions/NAME\x1aTthis.matches('^namespaces/[a-z][a-z0-9-]{0,62}/subscriptions/[a-z][a-z0-9-]{0,62}$')R\x04name\x12\x12\n" +
-	"\x04etag\x18\x02 \x01(\tR\x04etag\"Z\n" +
+	"\x04etag\x18\x02 \x01(\tR\x04etag\x12 \n" +
+	"\x06reason\x18\x03 \x01(\tB\b\xbaH\x05r\x03\x18\x80\x02R\x06reason\"r\n" +
 	"\x1aResumeSubscriptionResponse\x12<\n" +
-	"\fsubscription\x18\x01 \x01(\v2\x18.grapnel.v1.SubscriptionR\fsubscription\"\xfe\x01\n" +
+	"\fsubscription\x18\x01 \x01(\v2\x18.grapnel.v1.SubscriptionR\fsubscription\x12\x16\n" +
+	"\x06lifted\x18\x02 \x01(\tR\x06lifted\"\xfe\x01\n" +
 	"\x17TestSubscriptionRequest\x12\xb9\x01\n" +
 	"\x04name\x18\x01 \x01(\tB\xa4\x01\xbaH\xa0\x01\xba\x01\x9c\x01\n" +
 	"\x11subscription_name\x121must look like namespaces/NAME/subscriptions/NAME\x1aTthis.matches('^namespaces/[a-z][a-z0-9-]{0,62}/subscriptions/[a-z][a-z0-9-]{0,62}$')R\x04name\x12'\n" +
 	"\x05event\x18\x02 \x01(\v2\x11.grapnel.v1.EventR\x05event\"I\n" +
 	"\x18TestSubscriptionResponse\x12-\n" +
-	"\aattempt\x18\x01 \x01(\v2\x13.grapnel.v1.AttemptR\aattempt2\xbe\x06\n" +
+	"\aattempt\x18\x01 \x01(\v2\x13.grapnel.v1.AttemptR\aattempt2\xa8\a\n" +
 	"\x13SubscriptionService\x12e\n" +
 	"\x12CreateSubscription\x12%.grapnel.v1.CreateSubscriptionRequest\x1a&.grapnel.v1.CreateSubscriptionResponse\"\x00\x12_\n" +
 	"\x0fGetSubscription\x12\".grapnel.v1.GetSubscriptionRequest\x1a#.grapnel.v1.GetSubscriptionResponse\"\x03\x90\x02\x01\x12e\n" +
 	"\x11ListSubscriptions\x12$.grapnel.v1.ListSubscriptionsRequest\x1a%.grapnel.v1.ListSubscriptionsResponse\"\x03\x90\x02\x01\x12e\n" +
 	"\x12UpdateSubscription\x12%.grapnel.v1.UpdateSubscriptionRequest\x1a&.grapnel.v1.UpdateSubscriptionResponse\"\x00\x12e\n" +
 	"\x12DeleteSubscription\x12%.grapnel.v1.DeleteSubscriptionRequest\x1a&.grapnel.v1.DeleteSubscriptionResponse\"\x00\x12b\n" +
-	"\x11PauseSubscription\x12$.grapnel.v1.PauseSubscriptionRequest\x1a%.grapnel.v1.PauseSubscriptionResponse\"\x00\x12e\n" +
+	"\x11PauseSubscription\x12$.grapnel.v1.PauseSubscriptionRequest\x1a%.grapnel.v1.PauseSubscriptionResponse\"\x00\x12h\n" +
+	"\x13DisableSubscription\x12&.grapnel.v1.DisableSubscriptionRequest\x1a'.grapnel.v1.DisableSubscriptionResponse\"\x00\x12e\n" +
 	"\x12ResumeSubscription\x12%.grapnel.v1.ResumeSubscriptionRequest\x1a&.grapnel.v1.ResumeSubscriptionResponse\"\x00\x12_\n" +
 	"\x10TestSubscription\x12#.grapnel.v1.TestSubscriptionRequest\x1a$.grapnel.v1.TestSubscriptionResponse\"\x00B7Z5github.com/grapnel/grapnel/proto/grapnel/v1;grapnelv1b\x06proto3"
 
@@ -1904,100 +2207,111 @@ func file_grapnel_v1_subscription_proto_rawDescGZIP() []byte {
 	return file_grapnel_v1_subscription_proto_rawDescData
 }
 
-var file_grapnel_v1_subscription_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_grapnel_v1_subscription_proto_msgTypes = make([]protoimpl.MessageInfo, 23)
+var file_grapnel_v1_subscription_proto_enumTypes = make([]protoimpl.EnumInfo, 4)
+var file_grapnel_v1_subscription_proto_msgTypes = make([]protoimpl.MessageInfo, 25)
 var file_grapnel_v1_subscription_proto_goTypes = []any{
-	(Subscription_State)(0),            // 0: grapnel.v1.Subscription.State
-	(PayloadShape_Format)(0),           // 1: grapnel.v1.PayloadShape.Format
-	(PayloadShape_Compression)(0),      // 2: grapnel.v1.PayloadShape.Compression
-	(*Subscription)(nil),               // 3: grapnel.v1.Subscription
-	(*PayloadShape)(nil),               // 4: grapnel.v1.PayloadShape
-	(*RetryPolicy)(nil),                // 5: grapnel.v1.RetryPolicy
-	(*FailurePolicy)(nil),              // 6: grapnel.v1.FailurePolicy
-	(*CreateSubscriptionRequest)(nil),  // 7: grapnel.v1.CreateSubscriptionRequest
-	(*CreateSubscriptionResponse)(nil), // 8: grapnel.v1.CreateSubscriptionResponse
-	(*GetSubscriptionRequest)(nil),     // 9: grapnel.v1.GetSubscriptionRequest
-	(*GetSubscriptionResponse)(nil),    // 10: grapnel.v1.GetSubscriptionResponse
-	(*SubscriptionStatus)(nil),         // 11: grapnel.v1.SubscriptionStatus
-	(*ListSubscriptionsRequest)(nil),   // 12: grapnel.v1.ListSubscriptionsRequest
-	(*ListSubscriptionsResponse)(nil),  // 13: grapnel.v1.ListSubscriptionsResponse
-	(*UpdateSubscriptionRequest)(nil),  // 14: grapnel.v1.UpdateSubscriptionRequest
-	(*UpdateSubscriptionResponse)(nil), // 15: grapnel.v1.UpdateSubscriptionResponse
-	(*DeleteSubscriptionRequest)(nil),  // 16: grapnel.v1.DeleteSubscriptionRequest
-	(*DeleteSubscriptionResponse)(nil), // 17: grapnel.v1.DeleteSubscriptionResponse
-	(*PauseSubscriptionRequest)(nil),   // 18: grapnel.v1.PauseSubscriptionRequest
-	(*PauseSubscriptionResponse)(nil),  // 19: grapnel.v1.PauseSubscriptionResponse
-	(*ResumeSubscriptionRequest)(nil),  // 20: grapnel.v1.ResumeSubscriptionRequest
-	(*ResumeSubscriptionResponse)(nil), // 21: grapnel.v1.ResumeSubscriptionResponse
-	(*TestSubscriptionRequest)(nil),    // 22: grapnel.v1.TestSubscriptionRequest
-	(*TestSubscriptionResponse)(nil),   // 23: grapnel.v1.TestSubscriptionResponse
-	nil,                                // 24: grapnel.v1.Subscription.LabelsEntry
-	nil,                                // 25: grapnel.v1.Subscription.HeadersEntry
-	(*PluginBinding)(nil),              // 26: grapnel.v1.PluginBinding
-	(*durationpb.Duration)(nil),        // 27: google.protobuf.Duration
-	(*timestamppb.Timestamp)(nil),      // 28: google.protobuf.Timestamp
-	(*fieldmaskpb.FieldMask)(nil),      // 29: google.protobuf.FieldMask
-	(*Event)(nil),                      // 30: grapnel.v1.Event
-	(*Attempt)(nil),                    // 31: grapnel.v1.Attempt
+	(Subscription_State)(0),             // 0: grapnel.v1.Subscription.State
+	(PayloadShape_Format)(0),            // 1: grapnel.v1.PayloadShape.Format
+	(PayloadShape_Compression)(0),       // 2: grapnel.v1.PayloadShape.Compression
+	(SubscriptionStatus_Breaker)(0),     // 3: grapnel.v1.SubscriptionStatus.Breaker
+	(*Subscription)(nil),                // 4: grapnel.v1.Subscription
+	(*PayloadShape)(nil),                // 5: grapnel.v1.PayloadShape
+	(*RetryPolicy)(nil),                 // 6: grapnel.v1.RetryPolicy
+	(*FailurePolicy)(nil),               // 7: grapnel.v1.FailurePolicy
+	(*CreateSubscriptionRequest)(nil),   // 8: grapnel.v1.CreateSubscriptionRequest
+	(*CreateSubscriptionResponse)(nil),  // 9: grapnel.v1.CreateSubscriptionResponse
+	(*GetSubscriptionRequest)(nil),      // 10: grapnel.v1.GetSubscriptionRequest
+	(*GetSubscriptionResponse)(nil),     // 11: grapnel.v1.GetSubscriptionResponse
+	(*SubscriptionStatus)(nil),          // 12: grapnel.v1.SubscriptionStatus
+	(*ListSubscriptionsRequest)(nil),    // 13: grapnel.v1.ListSubscriptionsRequest
+	(*ListSubscriptionsResponse)(nil),   // 14: grapnel.v1.ListSubscriptionsResponse
+	(*UpdateSubscriptionRequest)(nil),   // 15: grapnel.v1.UpdateSubscriptionRequest
+	(*UpdateSubscriptionResponse)(nil),  // 16: grapnel.v1.UpdateSubscriptionResponse
+	(*DeleteSubscriptionRequest)(nil),   // 17: grapnel.v1.DeleteSubscriptionRequest
+	(*DeleteSubscriptionResponse)(nil),  // 18: grapnel.v1.DeleteSubscriptionResponse
+	(*PauseSubscriptionRequest)(nil),    // 19: grapnel.v1.PauseSubscriptionRequest
+	(*PauseSubscriptionResponse)(nil),   // 20: grapnel.v1.PauseSubscriptionResponse
+	(*DisableSubscriptionRequest)(nil),  // 21: grapnel.v1.DisableSubscriptionRequest
+	(*DisableSubscriptionResponse)(nil), // 22: grapnel.v1.DisableSubscriptionResponse
+	(*ResumeSubscriptionRequest)(nil),   // 23: grapnel.v1.ResumeSubscriptionRequest
+	(*ResumeSubscriptionResponse)(nil),  // 24: grapnel.v1.ResumeSubscriptionResponse
+	(*TestSubscriptionRequest)(nil),     // 25: grapnel.v1.TestSubscriptionRequest
+	(*TestSubscriptionResponse)(nil),    // 26: grapnel.v1.TestSubscriptionResponse
+	nil,                                 // 27: grapnel.v1.Subscription.LabelsEntry
+	nil,                                 // 28: grapnel.v1.Subscription.HeadersEntry
+	(*PluginBinding)(nil),               // 29: grapnel.v1.PluginBinding
+	(*durationpb.Duration)(nil),         // 30: google.protobuf.Duration
+	(*timestamppb.Timestamp)(nil),       // 31: google.protobuf.Timestamp
+	(*fieldmaskpb.FieldMask)(nil),       // 32: google.protobuf.FieldMask
+	(*Event)(nil),                       // 33: grapnel.v1.Event
+	(*Attempt)(nil),                     // 34: grapnel.v1.Attempt
 }
 var file_grapnel_v1_subscription_proto_depIdxs = []int32{
-	24, // 0: grapnel.v1.Subscription.labels:type_name -> grapnel.v1.Subscription.LabelsEntry
-	25, // 1: grapnel.v1.Subscription.headers:type_name -> grapnel.v1.Subscription.HeadersEntry
-	26, // 2: grapnel.v1.Subscription.signers:type_name -> grapnel.v1.PluginBinding
-	26, // 3: grapnel.v1.Subscription.transport:type_name -> grapnel.v1.PluginBinding
-	27, // 4: grapnel.v1.Subscription.attempt_timeout:type_name -> google.protobuf.Duration
-	5,  // 5: grapnel.v1.Subscription.retry_policy:type_name -> grapnel.v1.RetryPolicy
-	6,  // 6: grapnel.v1.Subscription.failure_policy:type_name -> grapnel.v1.FailurePolicy
+	27, // 0: grapnel.v1.Subscription.labels:type_name -> grapnel.v1.Subscription.LabelsEntry
+	28, // 1: grapnel.v1.Subscription.headers:type_name -> grapnel.v1.Subscription.HeadersEntry
+	29, // 2: grapnel.v1.Subscription.signers:type_name -> grapnel.v1.PluginBinding
+	29, // 3: grapnel.v1.Subscription.transport:type_name -> grapnel.v1.PluginBinding
+	30, // 4: grapnel.v1.Subscription.attempt_timeout:type_name -> google.protobuf.Duration
+	6,  // 5: grapnel.v1.Subscription.retry_policy:type_name -> grapnel.v1.RetryPolicy
+	7,  // 6: grapnel.v1.Subscription.failure_policy:type_name -> grapnel.v1.FailurePolicy
 	0,  // 7: grapnel.v1.Subscription.state:type_name -> grapnel.v1.Subscription.State
-	28, // 8: grapnel.v1.Subscription.create_time:type_name -> google.protobuf.Timestamp
-	28, // 9: grapnel.v1.Subscription.update_time:type_name -> google.protobuf.Timestamp
-	4,  // 10: grapnel.v1.Subscription.payload_shape:type_name -> grapnel.v1.PayloadShape
+	31, // 8: grapnel.v1.Subscription.create_time:type_name -> google.protobuf.Timestamp
+	31, // 9: grapnel.v1.Subscription.update_time:type_name -> google.protobuf.Timestamp
+	5,  // 10: grapnel.v1.Subscription.payload_shape:type_name -> grapnel.v1.PayloadShape
 	1,  // 11: grapnel.v1.PayloadShape.format:type_name -> grapnel.v1.PayloadShape.Format
 	2,  // 12: grapnel.v1.PayloadShape.compression:type_name -> grapnel.v1.PayloadShape.Compression
-	27, // 13: grapnel.v1.RetryPolicy.initial_backoff:type_name -> google.protobuf.Duration
-	27, // 14: grapnel.v1.RetryPolicy.max_backoff:type_name -> google.protobuf.Duration
-	27, // 15: grapnel.v1.RetryPolicy.max_age:type_name -> google.protobuf.Duration
-	27, // 16: grapnel.v1.RetryPolicy.schedule:type_name -> google.protobuf.Duration
-	27, // 17: grapnel.v1.FailurePolicy.disable_after:type_name -> google.protobuf.Duration
-	3,  // 18: grapnel.v1.CreateSubscriptionRequest.subscription:type_name -> grapnel.v1.Subscription
-	3,  // 19: grapnel.v1.CreateSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
-	3,  // 20: grapnel.v1.GetSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
-	11, // 21: grapnel.v1.GetSubscriptionResponse.status:type_name -> grapnel.v1.SubscriptionStatus
-	28, // 22: grapnel.v1.SubscriptionStatus.wait_until:type_name -> google.protobuf.Timestamp
-	28, // 23: grapnel.v1.SubscriptionStatus.failing_since:type_name -> google.protobuf.Timestamp
-	28, // 24: grapnel.v1.SubscriptionStatus.last_success_time:type_name -> google.protobuf.Timestamp
-	27, // 25: grapnel.v1.SubscriptionStatus.latency:type_name -> google.protobuf.Duration
-	27, // 26: grapnel.v1.SubscriptionStatus.oldest_due_age:type_name -> google.protobuf.Duration
-	28, // 27: grapnel.v1.SubscriptionStatus.last_condition_error_time:type_name -> google.protobuf.Timestamp
-	3,  // 28: grapnel.v1.ListSubscriptionsResponse.subscriptions:type_name -> grapnel.v1.Subscription
-	3,  // 29: grapnel.v1.UpdateSubscriptionRequest.subscription:type_name -> grapnel.v1.Subscription
-	29, // 30: grapnel.v1.UpdateSubscriptionRequest.update_mask:type_name -> google.protobuf.FieldMask
-	3,  // 31: grapnel.v1.UpdateSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
-	3,  // 32: grapnel.v1.PauseSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
-	3,  // 33: grapnel.v1.ResumeSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
-	30, // 34: grapnel.v1.TestSubscriptionRequest.event:type_name -> grapnel.v1.Event
-	31, // 35: grapnel.v1.TestSubscriptionResponse.attempt:type_name -> grapnel.v1.Attempt
-	7,  // 36: grapnel.v1.SubscriptionService.CreateSubscription:input_type -> grapnel.v1.CreateSubscriptionRequest
-	9,  // 37: grapnel.v1.SubscriptionService.GetSubscription:input_type -> grapnel.v1.GetSubscriptionRequest
-	12, // 38: grapnel.v1.SubscriptionService.ListSubscriptions:input_type -> grapnel.v1.ListSubscriptionsRequest
-	14, // 39: grapnel.v1.SubscriptionService.UpdateSubscription:input_type -> grapnel.v1.UpdateSubscriptionRequest
-	16, // 40: grapnel.v1.SubscriptionService.DeleteSubscription:input_type -> grapnel.v1.DeleteSubscriptionRequest
-	18, // 41: grapnel.v1.SubscriptionService.PauseSubscription:input_type -> grapnel.v1.PauseSubscriptionRequest
-	20, // 42: grapnel.v1.SubscriptionService.ResumeSubscription:input_type -> grapnel.v1.ResumeSubscriptionRequest
-	22, // 43: grapnel.v1.SubscriptionService.TestSubscription:input_type -> grapnel.v1.TestSubscriptionRequest
-	8,  // 44: grapnel.v1.SubscriptionService.CreateSubscription:output_type -> grapnel.v1.CreateSubscriptionResponse
-	10, // 45: grapnel.v1.SubscriptionService.GetSubscription:output_type -> grapnel.v1.GetSubscriptionResponse
-	13, // 46: grapnel.v1.SubscriptionService.ListSubscriptions:output_type -> grapnel.v1.ListSubscriptionsResponse
-	15, // 47: grapnel.v1.SubscriptionService.UpdateSubscription:output_type -> grapnel.v1.UpdateSubscriptionResponse
-	17, // 48: grapnel.v1.SubscriptionService.DeleteSubscription:output_type -> grapnel.v1.DeleteSubscriptionResponse
-	19, // 49: grapnel.v1.SubscriptionService.PauseSubscription:output_type -> grapnel.v1.PauseSubscriptionResponse
-	21, // 50: grapnel.v1.SubscriptionService.ResumeSubscription:output_type -> grapnel.v1.ResumeSubscriptionResponse
-	23, // 51: grapnel.v1.SubscriptionService.TestSubscription:output_type -> grapnel.v1.TestSubscriptionResponse
-	44, // [44:52] is the sub-list for method output_type
-	36, // [36:44] is the sub-list for method input_type
-	36, // [36:36] is the sub-list for extension type_name
-	36, // [36:36] is the sub-list for extension extendee
-	0,  // [0:36] is the sub-list for field type_name
+	30, // 13: grapnel.v1.RetryPolicy.initial_backoff:type_name -> google.protobuf.Duration
+	30, // 14: grapnel.v1.RetryPolicy.max_backoff:type_name -> google.protobuf.Duration
+	30, // 15: grapnel.v1.RetryPolicy.max_age:type_name -> google.protobuf.Duration
+	30, // 16: grapnel.v1.RetryPolicy.schedule:type_name -> google.protobuf.Duration
+	30, // 17: grapnel.v1.FailurePolicy.disable_after:type_name -> google.protobuf.Duration
+	4,  // 18: grapnel.v1.CreateSubscriptionRequest.subscription:type_name -> grapnel.v1.Subscription
+	0,  // 19: grapnel.v1.CreateSubscriptionRequest.initial_state:type_name -> grapnel.v1.Subscription.State
+	4,  // 20: grapnel.v1.CreateSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
+	4,  // 21: grapnel.v1.GetSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
+	12, // 22: grapnel.v1.GetSubscriptionResponse.status:type_name -> grapnel.v1.SubscriptionStatus
+	31, // 23: grapnel.v1.SubscriptionStatus.wait_until:type_name -> google.protobuf.Timestamp
+	31, // 24: grapnel.v1.SubscriptionStatus.failing_since:type_name -> google.protobuf.Timestamp
+	31, // 25: grapnel.v1.SubscriptionStatus.last_success_time:type_name -> google.protobuf.Timestamp
+	30, // 26: grapnel.v1.SubscriptionStatus.latency:type_name -> google.protobuf.Duration
+	30, // 27: grapnel.v1.SubscriptionStatus.oldest_due_age:type_name -> google.protobuf.Duration
+	31, // 28: grapnel.v1.SubscriptionStatus.last_condition_error_time:type_name -> google.protobuf.Timestamp
+	3,  // 29: grapnel.v1.SubscriptionStatus.breaker:type_name -> grapnel.v1.SubscriptionStatus.Breaker
+	31, // 30: grapnel.v1.SubscriptionStatus.breaker_since:type_name -> google.protobuf.Timestamp
+	31, // 31: grapnel.v1.SubscriptionStatus.next_probe_time:type_name -> google.protobuf.Timestamp
+	31, // 32: grapnel.v1.SubscriptionStatus.disable_time:type_name -> google.protobuf.Timestamp
+	4,  // 33: grapnel.v1.ListSubscriptionsResponse.subscriptions:type_name -> grapnel.v1.Subscription
+	4,  // 34: grapnel.v1.UpdateSubscriptionRequest.subscription:type_name -> grapnel.v1.Subscription
+	32, // 35: grapnel.v1.UpdateSubscriptionRequest.update_mask:type_name -> google.protobuf.FieldMask
+	4,  // 36: grapnel.v1.UpdateSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
+	4,  // 37: grapnel.v1.PauseSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
+	4,  // 38: grapnel.v1.DisableSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
+	4,  // 39: grapnel.v1.ResumeSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
+	33, // 40: grapnel.v1.TestSubscriptionRequest.event:type_name -> grapnel.v1.Event
+	34, // 41: grapnel.v1.TestSubscriptionResponse.attempt:type_name -> grapnel.v1.Attempt
+	8,  // 42: grapnel.v1.SubscriptionService.CreateSubscription:input_type -> grapnel.v1.CreateSubscriptionRequest
+	10, // 43: grapnel.v1.SubscriptionService.GetSubscription:input_type -> grapnel.v1.GetSubscriptionRequest
+	13, // 44: grapnel.v1.SubscriptionService.ListSubscriptions:input_type -> grapnel.v1.ListSubscriptionsRequest
+	15, // 45: grapnel.v1.SubscriptionService.UpdateSubscription:input_type -> grapnel.v1.UpdateSubscriptionRequest
+	17, // 46: grapnel.v1.SubscriptionService.DeleteSubscription:input_type -> grapnel.v1.DeleteSubscriptionRequest
+	19, // 47: grapnel.v1.SubscriptionService.PauseSubscription:input_type -> grapnel.v1.PauseSubscriptionRequest
+	21, // 48: grapnel.v1.SubscriptionService.DisableSubscription:input_type -> grapnel.v1.DisableSubscriptionRequest
+	23, // 49: grapnel.v1.SubscriptionService.ResumeSubscription:input_type -> grapnel.v1.ResumeSubscriptionRequest
+	25, // 50: grapnel.v1.SubscriptionService.TestSubscription:input_type -> grapnel.v1.TestSubscriptionRequest
+	9,  // 51: grapnel.v1.SubscriptionService.CreateSubscription:output_type -> grapnel.v1.CreateSubscriptionResponse
+	11, // 52: grapnel.v1.SubscriptionService.GetSubscription:output_type -> grapnel.v1.GetSubscriptionResponse
+	14, // 53: grapnel.v1.SubscriptionService.ListSubscriptions:output_type -> grapnel.v1.ListSubscriptionsResponse
+	16, // 54: grapnel.v1.SubscriptionService.UpdateSubscription:output_type -> grapnel.v1.UpdateSubscriptionResponse
+	18, // 55: grapnel.v1.SubscriptionService.DeleteSubscription:output_type -> grapnel.v1.DeleteSubscriptionResponse
+	20, // 56: grapnel.v1.SubscriptionService.PauseSubscription:output_type -> grapnel.v1.PauseSubscriptionResponse
+	22, // 57: grapnel.v1.SubscriptionService.DisableSubscription:output_type -> grapnel.v1.DisableSubscriptionResponse
+	24, // 58: grapnel.v1.SubscriptionService.ResumeSubscription:output_type -> grapnel.v1.ResumeSubscriptionResponse
+	26, // 59: grapnel.v1.SubscriptionService.TestSubscription:output_type -> grapnel.v1.TestSubscriptionResponse
+	51, // [51:60] is the sub-list for method output_type
+	42, // [42:51] is the sub-list for method input_type
+	42, // [42:42] is the sub-list for extension type_name
+	42, // [42:42] is the sub-list for extension extendee
+	0,  // [0:42] is the sub-list for field type_name
 }
 
 func init() { file_grapnel_v1_subscription_proto_init() }
@@ -2014,8 +2328,8 @@ func file_grapnel_v1_subscription_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_grapnel_v1_subscription_proto_rawDesc), len(file_grapnel_v1_subscription_proto_rawDesc)),
-			NumEnums:      3,
-			NumMessages:   23,
+			NumEnums:      4,
+			NumMessages:   25,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

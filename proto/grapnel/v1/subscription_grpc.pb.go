@@ -19,14 +19,15 @@ import (
 const _ = grpc.SupportPackageIsVersion9
 
 const (
-	SubscriptionService_CreateSubscription_FullMethodName = "/grapnel.v1.SubscriptionService/CreateSubscription"
-	SubscriptionService_GetSubscription_FullMethodName    = "/grapnel.v1.SubscriptionService/GetSubscription"
-	SubscriptionService_ListSubscriptions_FullMethodName  = "/grapnel.v1.SubscriptionService/ListSubscriptions"
-	SubscriptionService_UpdateSubscription_FullMethodName = "/grapnel.v1.SubscriptionService/UpdateSubscription"
-	SubscriptionService_DeleteSubscription_FullMethodName = "/grapnel.v1.SubscriptionService/DeleteSubscription"
-	SubscriptionService_PauseSubscription_FullMethodName  = "/grapnel.v1.SubscriptionService/PauseSubscription"
-	SubscriptionService_ResumeSubscription_FullMethodName = "/grapnel.v1.SubscriptionService/ResumeSubscription"
-	SubscriptionService_TestSubscription_FullMethodName   = "/grapnel.v1.SubscriptionService/TestSubscription"
+	SubscriptionService_CreateSubscription_FullMethodName  = "/grapnel.v1.SubscriptionService/CreateSubscription"
+	SubscriptionService_GetSubscription_FullMethodName     = "/grapnel.v1.SubscriptionService/GetSubscription"
+	SubscriptionService_ListSubscriptions_FullMethodName   = "/grapnel.v1.SubscriptionService/ListSubscriptions"
+	SubscriptionService_UpdateSubscription_FullMethodName  = "/grapnel.v1.SubscriptionService/UpdateSubscription"
+	SubscriptionService_DeleteSubscription_FullMethodName  = "/grapnel.v1.SubscriptionService/DeleteSubscription"
+	SubscriptionService_PauseSubscription_FullMethodName   = "/grapnel.v1.SubscriptionService/PauseSubscription"
+	SubscriptionService_DisableSubscription_FullMethodName = "/grapnel.v1.SubscriptionService/DisableSubscription"
+	SubscriptionService_ResumeSubscription_FullMethodName  = "/grapnel.v1.SubscriptionService/ResumeSubscription"
+	SubscriptionService_TestSubscription_FullMethodName    = "/grapnel.v1.SubscriptionService/TestSubscription"
 )
 
 // SubscriptionServiceClient is the client API for SubscriptionService service.
@@ -47,7 +48,10 @@ type SubscriptionServiceClient interface {
 	DeleteSubscription(ctx context.Context, in *DeleteSubscriptionRequest, opts ...grpc.CallOption) (*DeleteSubscriptionResponse, error)
 	// PauseSubscription stops attempts while events keep queueing.
 	PauseSubscription(ctx context.Context, in *PauseSubscriptionRequest, opts ...grpc.CallOption) (*PauseSubscriptionResponse, error)
-	// ResumeSubscription restarts attempts after a pause or an automatic disable.
+	// DisableSubscription stops attempts, too; events that match meanwhile are recorded as SKIPPED. What was open before
+	// waits until ResumeSubscription, or expires.
+	DisableSubscription(ctx context.Context, in *DisableSubscriptionRequest, opts ...grpc.CallOption) (*DisableSubscriptionResponse, error)
+	// ResumeSubscription restarts attempts after a pause or disabling, also an automatic one.
 	ResumeSubscription(ctx context.Context, in *ResumeSubscriptionRequest, opts ...grpc.CallOption) (*ResumeSubscriptionResponse, error)
 	// TestSubscription makes one attempt now and returns it; nothing is stored or retried. At most one
 	// call a second for each subscription. Without a deadline the call has 75 seconds, so that attempt_timeout fits.
@@ -122,6 +126,16 @@ func (c *subscriptionServiceClient) PauseSubscription(ctx context.Context, in *P
 	return out, nil
 }
 
+func (c *subscriptionServiceClient) DisableSubscription(ctx context.Context, in *DisableSubscriptionRequest, opts ...grpc.CallOption) (*DisableSubscriptionResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(DisableSubscriptionResponse)
+	err := c.cc.Invoke(ctx, SubscriptionService_DisableSubscription_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *subscriptionServiceClient) ResumeSubscription(ctx context.Context, in *ResumeSubscriptionRequest, opts ...grpc.CallOption) (*ResumeSubscriptionResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(ResumeSubscriptionResponse)
@@ -160,7 +174,10 @@ type SubscriptionServiceServer interface {
 	DeleteSubscription(context.Context, *DeleteSubscriptionRequest) (*DeleteSubscriptionResponse, error)
 	// PauseSubscription stops attempts while events keep queueing.
 	PauseSubscription(context.Context, *PauseSubscriptionRequest) (*PauseSubscriptionResponse, error)
-	// ResumeSubscription restarts attempts after a pause or an automatic disable.
+	// DisableSubscription stops attempts, too; events that match meanwhile are recorded as SKIPPED. What was open before
+	// waits until ResumeSubscription, or expires.
+	DisableSubscription(context.Context, *DisableSubscriptionRequest) (*DisableSubscriptionResponse, error)
+	// ResumeSubscription restarts attempts after a pause or disabling, also an automatic one.
 	ResumeSubscription(context.Context, *ResumeSubscriptionRequest) (*ResumeSubscriptionResponse, error)
 	// TestSubscription makes one attempt now and returns it; nothing is stored or retried. At most one
 	// call a second for each subscription. Without a deadline the call has 75 seconds, so that attempt_timeout fits.
@@ -192,6 +209,9 @@ func (UnimplementedSubscriptionServiceServer) DeleteSubscription(context.Context
 }
 func (UnimplementedSubscriptionServiceServer) PauseSubscription(context.Context, *PauseSubscriptionRequest) (*PauseSubscriptionResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method PauseSubscription not implemented")
+}
+func (UnimplementedSubscriptionServiceServer) DisableSubscription(context.Context, *DisableSubscriptionRequest) (*DisableSubscriptionResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method DisableSubscription not implemented")
 }
 func (UnimplementedSubscriptionServiceServer) ResumeSubscription(context.Context, *ResumeSubscriptionRequest) (*ResumeSubscriptionResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method ResumeSubscription not implemented")
@@ -328,6 +348,24 @@ func _SubscriptionService_PauseSubscription_Handler(srv interface{}, ctx context
 	return interceptor(ctx, in, info, handler)
 }
 
+func _SubscriptionService_DisableSubscription_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(DisableSubscriptionRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(SubscriptionServiceServer).DisableSubscription(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: SubscriptionService_DisableSubscription_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(SubscriptionServiceServer).DisableSubscription(ctx, req.(*DisableSubscriptionRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _SubscriptionService_ResumeSubscription_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(ResumeSubscriptionRequest)
 	if err := dec(in); err != nil {
@@ -394,6 +432,10 @@ var SubscriptionService_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "PauseSubscription",
 			Handler:    _SubscriptionService_PauseSubscription_Handler,
+		},
+		{
+			MethodName: "DisableSubscription",
+			Handler:    _SubscriptionService_DisableSubscription_Handler,
 		},
 		{
 			MethodName: "ResumeSubscription",

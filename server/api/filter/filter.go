@@ -113,6 +113,13 @@ func (f *Filter[T]) Match(t T) bool {
 	return true
 }
 
+// Names reports whether the filter says anything about a field.
+func (f *Filter[T]) Names(field string) bool {
+	return f != nil && slices.ContainsFunc(f.terms, func(t term[T]) bool {
+		return slices.ContainsFunc(t, func(r restriction[T]) bool { return r.field.Name == field })
+	})
+}
+
 // Empty reports whether everything passes.
 func (f *Filter[T]) Empty() bool { return f == nil || len(f.terms) == 0 }
 

@@ -11,8 +11,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
+	"strings"
 
 	"github.com/cockroachdb/pebble/v2"
 	"github.com/cockroachdb/pebble/v2/objstorage/objstorageprovider"
@@ -115,7 +118,8 @@ func (p *printer) printf(format string, args ...any) {
 }
 
 // Check reads everything in the directory of a journal that is not open; nothing is changed but that the lock file is
-// taken meanwhile. Damage is in the report; an error says that the directory itself cannot be read, or is in use. It
+// taken meanwhile. Damage is in the report; an error says that the directory itself cannot be read, is in use, or holds no
+// journal (ErrNone). It
 // needs memory for three times the logs, and one open file for each table.
 func Check(ctx context.Context, dir string) (*Report, error) {
 	r, err := look(ctx, dir, func(_, _ []byte) error { return nil })
@@ -170,6 +174,10 @@ func look(ctx context.Context, dir string, visit func(key, value []byte) error) 
 	if err != nil {
 		return nil, err
 	}
+	if !slices.ContainsFunc(entries, ofDatabase) {
+		return nil, fmt.Errorf("%w: %d files are in it, and none of a journal", ErrNone, len(entries))
+	}
+	defer LeaveAsFound(dir)()
 	lock, err := pebble.LockDirectory(dir, vfs.Default)
 	if err != nil {
 		return nil, fmt.Errorf("it is in use: %w", err)
@@ -200,6 +208,25 @@ func look(ctx context.Context, dir string, visit func(key, value []byte) error) 
 		r.Tables = append(r.Tables, t.Table)
 	}
 	return r, nil
+}
+
+// ErrNone says that there is no journal in a directory.
+var ErrNone = errors.New("this is no journal")
+
+// ofDatabase reports whether a file is one that only a database has.
+func ofDatabase(e os.DirEntry) bool {
+	name := e.Name()
+	return strings.HasPrefix(name, "MANIFEST-") || strings.HasPrefix(name, "marker.") || slices.Contains([]string{".sst", ".log"}, filepath.Ext(name))
+}
+
+// LeaveAsFound returns what takes the lock file of a database away again, if there is none yet: who only looks leaves no
+// trace. It is called when nothing holds the lock any more.
+func LeaveAsFound(dir string) func() {
+	const lock = "LOCK"
+	if _, err := os.Lstat(filepath.Join(dir, lock)); !errors.Is(err, fs.ErrNotExist) {
+		return func() {}
+	}
+	return func() { _ = os.Remove(filepath.Join(dir, lock)) } // one that stays does no harm
 }
 
 func fileNames(entries []os.DirEntry) (names []string) {

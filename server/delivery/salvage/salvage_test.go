@@ -598,6 +598,30 @@ func TestRefusals(t *testing.T) {
 	if _, err := salvage.Check(context.Background(), to); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("no directory: %v", err)
 	}
+	for _, file := range []string{"", "notes.txt"} {
+		dir := t.TempDir()
+		if file != "" {
+			if err := os.WriteFile(filepath.Join(dir, file), nil, 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if _, err := salvage.Check(context.Background(), dir); !errors.Is(err, salvage.ErrNone) {
+			t.Errorf("a directory with %q: %v", file, err)
+		}
+		if left, _ := os.ReadDir(dir); len(left) > 1 || len(left) == 1 && left[0].Name() != file {
+			t.Errorf("left behind: %v", left)
+		}
+	}
+	lock := filepath.Join(s.dir, "LOCK")
+	if err := os.Remove(lock); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := salvage.Check(context.Background(), s.dir); err != nil {
+		t.Error(err)
+	}
+	if _, err := os.Lstat(lock); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("a lock file was left where there was none: %v", err)
+	}
 	ctx, cancel := context.WithCancel(context.Background())
 	cancel()
 	s.open()

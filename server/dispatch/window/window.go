@@ -69,7 +69,9 @@ type Window struct {
 	// next lies, by kind, at or before every row that is not held.
 	next [2]delivery.Pos
 	held uint32
-	more *more
+	// newest is at or above the sequence of each row that is held.
+	newest uint64
+	more   *more
 }
 
 // more is what a Window knows beside its positions while a read is under way, or a row waits behind an older epoch
@@ -138,20 +140,27 @@ func (w *Window) Idle() bool {
 // Offer says where a row goes that commit c made. With room it is taken, unless others of its kind that come
 // before it are on disk. A row whose older epoch is still held waits behind that.
 func (w *Window) Offer(r delivery.Row, c delivery.Commit, room bool, held Held) Placed {
-	if x, _, ok := held(r.Seq); ok {
-		if x.Epoch >= r.Epoch {
-			return Known
+	if r.Seq <= w.newest {
+		if x, _, ok := held(r.Seq); ok {
+			if x.Epoch >= r.Epoch {
+				return Known
+			}
+			m := w.extend()
+			m.behind = append(m.behind, behind{r, c})
+			return Leave
 		}
-		m := w.extend()
-		m.behind = append(m.behind, behind{r, c})
-		return Leave
 	}
 	if n := w.next[r.Kind]; room && (!n.Some || r.Kind == delivery.Timer && r.Pos().Before(n)) {
-		w.held++
+		w.hold(r.Seq)
 		return Take
 	}
 	w.leave(r, c)
 	return Leave
+}
+
+func (w *Window) hold(seq uint64) {
+	w.held++
+	w.newest = max(w.newest, seq)
 }
 
 // Want begins a read: it says where to read a kind from, of Timer only when something may be due by now. The read
@@ -198,7 +207,7 @@ func (w *Window) Merge(rows []delivery.Row, next delivery.Pos, upTo delivery.Com
 		if _, _, ok := held(r.Seq); ok || m.hasGone(r, upTo) {
 			continue
 		}
-		w.held++
+		w.hold(r.Seq)
 		take = append(take, r)
 	}
 	w.next[m.kind] = low

@@ -4,7 +4,7 @@
 // 	protoc        (unknown)
 // source: grapnel/store/v1/store.proto
 
-// Package grapnel.store.v1 holds the records that Grapnel keeps for itself in etcd: deletions and secrets. They are
+// Package grapnel.store.v1 holds the records that Grapnel keeps for itself in etcd: deletions, secrets and a switch. They are
 // never served. Fields are only ever added.
 
 package storev1
@@ -151,6 +151,70 @@ func (x *TombstoneRecord) GetDeleteTime() int64 {
 	return 0
 }
 
+// SwitchRecord is the switch for all dispatch.
+type SwitchRecord struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// No attempts are made.
+	Paused bool `protobuf:"varint,1,opt,name=paused,proto3" json:"paused,omitempty"`
+	// What the caller gave who turned it.
+	Reason string `protobuf:"bytes,2,opt,name=reason,proto3" json:"reason,omitempty"`
+	// Unix nanoseconds.
+	ChangeTime    int64 `protobuf:"varint,3,opt,name=change_time,json=changeTime,proto3" json:"change_time,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SwitchRecord) Reset() {
+	*x = SwitchRecord{}
+	mi := &file_grapnel_store_v1_store_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SwitchRecord) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SwitchRecord) ProtoMessage() {}
+
+func (x *SwitchRecord) ProtoReflect() protoreflect.Message {
+	mi := &file_grapnel_store_v1_store_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SwitchRecord.ProtoReflect.Descriptor instead.
+func (*SwitchRecord) Descriptor() ([]byte, []int) {
+	return file_grapnel_store_v1_store_proto_rawDescGZIP(), []int{1}
+}
+
+func (x *SwitchRecord) GetPaused() bool {
+	if x != nil {
+		return x.Paused
+	}
+	return false
+}
+
+func (x *SwitchRecord) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *SwitchRecord) GetChangeTime() int64 {
+	if x != nil {
+		return x.ChangeTime
+	}
+	return 0
+}
+
 // SecretRecord is a secret in etcd. Values are sealed, bound to name and version.
 type SecretRecord struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -172,7 +236,7 @@ type SecretRecord struct {
 
 func (x *SecretRecord) Reset() {
 	*x = SecretRecord{}
-	mi := &file_grapnel_store_v1_store_proto_msgTypes[1]
+	mi := &file_grapnel_store_v1_store_proto_msgTypes[2]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -184,7 +248,7 @@ func (x *SecretRecord) String() string {
 func (*SecretRecord) ProtoMessage() {}
 
 func (x *SecretRecord) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_store_v1_store_proto_msgTypes[1]
+	mi := &file_grapnel_store_v1_store_proto_msgTypes[2]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -197,7 +261,7 @@ func (x *SecretRecord) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SecretRecord.ProtoReflect.Descriptor instead.
 func (*SecretRecord) Descriptor() ([]byte, []int) {
-	return file_grapnel_store_v1_store_proto_rawDescGZIP(), []int{1}
+	return file_grapnel_store_v1_store_proto_rawDescGZIP(), []int{2}
 }
 
 func (x *SecretRecord) GetName() string {
@@ -271,7 +335,7 @@ type SecretVersionRecord struct {
 
 func (x *SecretVersionRecord) Reset() {
 	*x = SecretVersionRecord{}
-	mi := &file_grapnel_store_v1_store_proto_msgTypes[2]
+	mi := &file_grapnel_store_v1_store_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -283,7 +347,7 @@ func (x *SecretVersionRecord) String() string {
 func (*SecretVersionRecord) ProtoMessage() {}
 
 func (x *SecretVersionRecord) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_store_v1_store_proto_msgTypes[2]
+	mi := &file_grapnel_store_v1_store_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -296,7 +360,7 @@ func (x *SecretVersionRecord) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SecretVersionRecord.ProtoReflect.Descriptor instead.
 func (*SecretVersionRecord) Descriptor() ([]byte, []int) {
-	return file_grapnel_store_v1_store_proto_rawDescGZIP(), []int{2}
+	return file_grapnel_store_v1_store_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *SecretVersionRecord) GetVersion() uint32 {
@@ -383,7 +447,12 @@ const file_grapnel_store_v1_store_proto_rawDesc = "" +
 	"\x04Kind\x12\x14\n" +
 	"\x10KIND_UNSPECIFIED\x10\x00\x12\x15\n" +
 	"\x11KIND_SUBSCRIPTION\x10\x01\x12\x12\n" +
-	"\x0eKIND_NAMESPACE\x10\x02\"\xc6\x01\n" +
+	"\x0eKIND_NAMESPACE\x10\x02\"_\n" +
+	"\fSwitchRecord\x12\x16\n" +
+	"\x06paused\x18\x01 \x01(\bR\x06paused\x12\x16\n" +
+	"\x06reason\x18\x02 \x01(\tR\x06reason\x12\x1f\n" +
+	"\vchange_time\x18\x03 \x01(\x03R\n" +
+	"changeTime\"\xc6\x01\n" +
 	"\fSecretRecord\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
 	"\x04kind\x18\x02 \x01(\rR\x04kind\x12A\n" +
@@ -421,16 +490,17 @@ func file_grapnel_store_v1_store_proto_rawDescGZIP() []byte {
 }
 
 var file_grapnel_store_v1_store_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_grapnel_store_v1_store_proto_msgTypes = make([]protoimpl.MessageInfo, 3)
+var file_grapnel_store_v1_store_proto_msgTypes = make([]protoimpl.MessageInfo, 4)
 var file_grapnel_store_v1_store_proto_goTypes = []any{
 	(TombstoneRecord_Kind)(0),   // 0: grapnel.store.v1.TombstoneRecord.Kind
 	(*TombstoneRecord)(nil),     // 1: grapnel.store.v1.TombstoneRecord
-	(*SecretRecord)(nil),        // 2: grapnel.store.v1.SecretRecord
-	(*SecretVersionRecord)(nil), // 3: grapnel.store.v1.SecretVersionRecord
+	(*SwitchRecord)(nil),        // 2: grapnel.store.v1.SwitchRecord
+	(*SecretRecord)(nil),        // 3: grapnel.store.v1.SecretRecord
+	(*SecretVersionRecord)(nil), // 4: grapnel.store.v1.SecretVersionRecord
 }
 var file_grapnel_store_v1_store_proto_depIdxs = []int32{
 	0, // 0: grapnel.store.v1.TombstoneRecord.kind:type_name -> grapnel.store.v1.TombstoneRecord.Kind
-	3, // 1: grapnel.store.v1.SecretRecord.versions:type_name -> grapnel.store.v1.SecretVersionRecord
+	4, // 1: grapnel.store.v1.SecretRecord.versions:type_name -> grapnel.store.v1.SecretVersionRecord
 	2, // [2:2] is the sub-list for method output_type
 	2, // [2:2] is the sub-list for method input_type
 	2, // [2:2] is the sub-list for extension type_name
@@ -449,7 +519,7 @@ func file_grapnel_store_v1_store_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_grapnel_store_v1_store_proto_rawDesc), len(file_grapnel_store_v1_store_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   3,
+			NumMessages:   4,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

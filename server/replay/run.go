@@ -1,0 +1,205 @@
+package replay
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/grapnel/grapnel/server/delivery"
+)
+
+// run makes the steps of a replay until it has ended, or ctx.
+func (r *Runner) run(ctx context.Context, j *job) {
+	state, reason := r.steps(ctx, j)
+	if state == 0 {
+		return
+	}
+	// Also when it has been cancelled in this very moment: it had come to its end.
+	if _, err := r.journal.EndReplay(context.WithoutCancel(ctx), j.Namespace, j.Key, state, reason); err != nil && !errors.Is(err, delivery.ErrNotFound) {
+		r.log.Error("end of a replay not noted", "replay_id", j.ID, "err", err)
+		return
+	}
+	r.log.Info("replay ended", "replay_id", j.ID, "failed", state == delivery.ReplayFailed, "reason", reason)
+}
+
+// steps goes on until the replay has ended, with how; 0 says that ctx has.
+func (r *Runner) steps(ctx context.Context, j *job) (delivery.ReplayState, string) {
+	j.waits("as many replays as can go on already do")
+	select {
+	case r.places <- struct{}{}:
+		defer func() { <-r.places }()
+	case <-ctx.Done():
+		return 0, ""
+	}
+	j.waits("")
+	for {
+		err := r.journal.StartReplay(ctx, j.Namespace, j.Key)
+		if err == nil {
+			break
+		}
+		if failed, reason := r.failure(j, err); failed {
+			return delivery.ReplayFailed, reason
+		}
+		if !sleep(ctx, lookAgain) {
+			return 0, ""
+		}
+	}
+	left := make([]uint16, r.journal.Partitions())
+	for i := range left {
+		left[i] = uint16(i)
+	}
+	pace := pace{rate: j.Spec.MaxRate}
+	for at := 0; len(left) > 0; {
+		if ctx.Err() != nil {
+			return 0, ""
+		}
+		pick, held := r.picker(j.Replay)
+		if held.ends {
+			return delivery.ReplayFailed, held.reason
+		}
+		if pick == nil && held.reason == "" { // nothing can be selected
+			return delivery.ReplaySucceeded, ""
+		}
+		limit := pace.step()
+		if held.reason == "" {
+			limit, held.reason = r.room(j, limit)
+		}
+		if j.waits(held.reason); held.reason != "" {
+			if !sleep(ctx, lookAgain) {
+				return 0, ""
+			}
+			continue
+		}
+		at %= len(left)
+		began := time.Now()
+		made, err := r.advance(ctx, j, left[at], pick, limit)
+		if err != nil {
+			failed, reason := r.failure(j, err)
+			if failed {
+				return delivery.ReplayFailed, reason
+			}
+			if j.waits(reason); !sleep(ctx, lookAgain) {
+				return 0, ""
+			}
+			continue
+		}
+		if made.Done {
+			left = append(left[:at], left[at+1:]...)
+		} else {
+			at++
+		}
+		r.metrics.created.Add(float64(made.Created))
+		rest := max(min(restFor*time.Since(began), restMost), pace.made(int(made.Created), time.Now()))
+		if len(left) > 0 && !sleep(ctx, rest) {
+			return 0, ""
+		}
+	}
+	return delivery.ReplaySucceeded, ""
+}
+
+// advance makes one step, when it is this replay's turn.
+func (r *Runner) advance(ctx context.Context, j *job, partition uint16, pick *delivery.Picker, limit int) (delivery.Advance, error) {
+	select {
+	case r.step <- struct{}{}:
+		defer func() { <-r.step }()
+	case <-ctx.Done():
+		return delivery.Advance{}, context.Cause(ctx)
+	}
+	// Whoever cancels, or stops, waits for a step that has begun.
+	return r.journal.AdvanceReplay(context.WithoutCancel(ctx), j.Replay, partition, pick, limit)
+}
+
+// room bounds a step by how many deliveries of the replay are open.
+func (r *Runner) room(j *job, limit int) (int, string) {
+	if !r.journal.Counted() {
+		return 0, "what is open is still being counted"
+	}
+	open := r.journal.ReplayOpen(j.Namespace, j.Key)
+	if open >= openAhead {
+		return 0, fmt.Sprintf("%d of its deliveries are open", open)
+	}
+	return int(min(int64(limit), openAhead-open)), ""
+}
+
+// failure tells a fault that ends a replay from one that may pass, with the words for it.
+func (r *Runner) failure(j *job, err error) (ends bool, reason string) {
+	switch {
+	case errors.Is(err, context.Canceled):
+		return false, ""
+	case errors.Is(err, delivery.ErrNotFound):
+		return true, "it was erased"
+	case errors.Is(err, delivery.ErrDiskFull):
+		return false, "the journal's disk is full"
+	case errors.Is(err, delivery.ErrRefused), errors.Is(err, delivery.ErrClosed):
+		return false, "the journal refuses"
+	}
+	r.log.Error("replay failed", "replay_id", j.ID, "err", err)
+	return true, "the journal could not be read; the server's log says why"
+}
+
+func (j *job) waits(reason string) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	j.waiting = reason
+}
+
+// pace spreads what a replay makes over time.
+type pace struct {
+	rate float64
+	next time.Time
+}
+
+// step is how many are made at once.
+func (p *pace) step() int {
+	if p.rate <= 0 {
+		p.rate = DefaultRate
+	}
+	return min(max(int(p.rate/stepsPerSecond), 1), stepMost)
+}
+
+// made says how long to wait after n more have been made.
+func (p *pace) made(n int, now time.Time) time.Duration {
+	if late := now.Add(-behindMost); p.next.IsZero() {
+		p.next = now
+	} else if p.next.Before(late) {
+		p.next = late
+	}
+	p.next = p.next.Add(time.Duration(float64(n) / p.rate * float64(time.Second)))
+	return p.next.Sub(now)
+}
+
+// sleep reports false when ctx ends first.
+func sleep(ctx context.Context, d time.Duration) bool {
+	if d <= 0 {
+		return ctx.Err() == nil
+	}
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return true
+	case <-ctx.Done():
+		return false
+	}
+}
+
+type metrics struct{ created prometheus.Counter }
+
+func newMetrics(r *Runner, to prometheus.Registerer) *metrics {
+	m := &metrics{created: prometheus.NewCounter(prometheus.CounterOpts{
+		Name: "grapnel_replay_deliveries_total", Help: "Deliveries that replays have made or retried.",
+	})}
+	if to != nil {
+		to.MustRegister(m.created, prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+			Name: "grapnel_replays", Help: "Replays that have not ended.",
+		}, func() float64 {
+			r.mu.Lock()
+			defer r.mu.Unlock()
+			return float64(len(r.jobs))
+		}))
+	}
+	return m
+}
