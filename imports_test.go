@@ -33,6 +33,8 @@ var allowed = map[string][]string{
 	"plugins/http/internal/answer": {},
 	"plugins/http/internal/h1":     {"plugins/http/internal/answer"},
 	"plugins/http/internal/h2":     {"plugins/http/internal/answer", "plugins/internal/meter"},
+	"plugins/internal/meter":       {},
+	"plugins/internal/outbound":    {"sdk/plugin", "sdk/keys", "plugins/internal/..."},
 	"plugins/nats":                 {"sdk/plugin", "plugins/internal/..."},
 	"plugins/oauth2":               {"sdk/plugin", "sdk/keys", "plugins/jose"},
 	"server/keyspace":              {},

@@ -44,6 +44,8 @@ type options struct {
 	together      bool
 	hangingFor    time.Duration
 	memoryFor     time.Duration
+	hostileFor    time.Duration
+	faults        string
 	subscriptions int
 	namespaces    int
 	sweepRows     int
@@ -63,6 +65,9 @@ func main() {
 	}
 	if len(os.Args) > 1 && os.Args[1] == "loop" {
 		exit(runLoop(os.Args[2:]))
+	}
+	if len(os.Args) > 1 && os.Args[1] == "villain" {
+		exit(runVillain())
 	}
 	var o options
 	flag.StringVar(&o.grapnel, "grapnel", "", "grapnel `binary`; default beside this one, else built with go")
@@ -87,6 +92,8 @@ func main() {
 	flag.IntVar(&o.healthy, "healthy", 1000, "receivers of the hanging runs that answer, each with an event a second")
 	flag.DurationVar(&o.hangingFor, "hanging-for", 20*time.Second, "length of a hanging run, alone and beside")
 	flag.DurationVar(&o.memoryFor, "memory-for", time.Minute, "how long the memory run publishes large events")
+	flag.DurationVar(&o.hostileFor, "hostile-for", 5*time.Second, "length of a hostile run")
+	flag.StringVar(&o.faults, "faults", "", "`words`, separated by commas, of which a fault's name in the hostile runs has one; empty plays all")
 	flag.IntVar(&o.subscriptions, "subscriptions", 100_000, "subscriptions of one namespace in the lanes run; 0 leaves it out")
 	flag.IntVar(&o.namespaces, "namespaces", 100_000, "namespaces with one subscription each in the lanes run; 0 leaves it out")
 	flag.IntVar(&o.sweepRows, "sweep-rows", 1_000_000, "deliveries for the lanes run's sweep to erase")
@@ -96,7 +103,7 @@ func main() {
 	flag.IntVar(&o.replayKilled, "replay-killed", 100_000, "events of the replay over three kills; 0 leaves it out")
 	flag.DurationVar(&o.limit, "limit", 10*time.Minute, "longest time of one run of fanout, lanes, hanging, backlog and memory")
 	flag.Float64Var(&o.mostMemory, "most-memory", 6144, "`MiB` of the server at which such a run is ended")
-	flag.StringVar(&o.only, "only", "", "run one `part`: start, throughput, latency, neighbour, backlog, or one that takes\nlonger and is only run when named: fanout, lanes, hanging, neighbours, memory, transports,\nreplay")
+	flag.StringVar(&o.only, "only", "", "run one `part`: start, throughput, latency, neighbour, backlog, or one that takes\nlonger and is only run when named: fanout, lanes, hanging, neighbours, memory, transports,\nhostile, replay")
 	flag.StringVar(&o.profile, "profile", "", "`directory` for CPU profiles of the server during the batch runs")
 	flag.Parse()
 
@@ -142,6 +149,7 @@ func run(ctx context.Context, o options) error {
 		{"hanging", b.hanging, true}, {"neighbours", b.neighbours, true}, {"memory", b.memory, true}, {"transports", b.transports, true},
 		{"replay", b.replay, true},
 		{"order", b.order, true},
+		{"hostile", b.hostile, true},
 	}
 	var errs error
 	known := o.only == ""

@@ -25,6 +25,7 @@ type report struct {
 	Neighbours *neighboursReport `json:"neighbours,omitempty"`
 	Memory     *boundedReport    `json:"memory,omitempty"`
 	Transports *transportReport  `json:"transports,omitempty"`
+	Hostile    *hostileReport    `json:"hostile,omitempty"`
 	Replay     *replayReport     `json:"replay,omitempty"`
 	Order      *orderReport      `json:"order,omitempty"`
 
@@ -178,5 +179,8 @@ func (r *report) print(out io.Writer) {
 	}
 	if r.Order != nil {
 		r.Order.print(out)
+	}
+	if r.Hostile != nil {
+		r.Hostile.print(out)
 	}
 }

@@ -253,19 +253,10 @@ func (p *sinkProcess) over(name, path string) string {
 
 // serveTLS has the sink's handler answer over TLS, in HTTP/1.1 on one listener and in HTTP/2 on another.
 func serveTLS(handler http.Handler) (secure, second net.Listener, certificate []byte, err error) {
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	pair, certificate, err := selfSigned(time.Now().Add(24*time.Hour), net.IPv4(127, 0, 0, 1))
 	if err != nil {
 		return nil, nil, nil, err
 	}
-	template := &x509.Certificate{
-		SerialNumber: big.NewInt(1), NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(24 * time.Hour),
-		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign | x509.KeyUsageDigitalSignature, IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)},
-	}
-	der, err := x509.CreateCertificate(rand.Reader, template, template, &key.PublicKey, key)
-	if err != nil {
-		return nil, nil, nil, err
-	}
-	pair := tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}
 	listen := func(http2 bool) (net.Listener, error) {
 		lis, err := net.Listen("tcp", "127.0.0.1:0")
 		if err != nil {
@@ -280,5 +271,22 @@ func serveTLS(handler http.Handler) (secure, second net.Listener, certificate []
 	if secure, err = listen(false); err == nil {
 		second, err = listen(true)
 	}
-	return secure, second, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), err
+	return secure, second, certificate, err
+}
+
+// selfSigned makes a certificate that is its own authority, and its PEM.
+func selfSigned(until time.Time, ip net.IP) (tls.Certificate, []byte, error) {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return tls.Certificate{}, nil, err
+	}
+	template := &x509.Certificate{
+		SerialNumber: big.NewInt(1), NotBefore: time.Now().Add(-time.Hour), NotAfter: until,
+		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign | x509.KeyUsageDigitalSignature, IPAddresses: []net.IP{ip},
+	}
+	der, err := x509.CreateCertificate(rand.Reader, template, template, &key.PublicKey, key)
+	if err != nil {
+		return tls.Certificate{}, nil, err
+	}
+	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), nil
 }

@@ -80,16 +80,27 @@ func each(value string, f func(form string)) {
 	if !strings.Contains(value, "\n") {
 		return
 	}
-	public := false // within a PEM block that is no key: a certificate may be shown
+	var private []string
+	var shown strings.Builder // a modulus is in the key and in its certificate, and a line of it may be a line of both
+	public := false           // within a PEM block that is no key: a certificate may be shown
 	for line := range strings.Lines(value) {
 		line = strings.TrimSpace(line)
 		if name, ok := strings.CutPrefix(line, "-----BEGIN "); ok {
 			public = !strings.Contains(name, "PRIVATE KEY")
 		}
-		if len(line) >= shortestLine && !public && !strings.HasPrefix(line, "-----") {
-			f(line)
+		switch {
+		case strings.HasPrefix(line, "-----"):
+		case public:
+			shown.WriteString(line)
+		case len(line) >= shortestLine:
+			private = append(private, line)
 		}
 		public = public && !strings.HasPrefix(line, "-----END ")
+	}
+	for _, line := range private {
+		if !strings.Contains(shown.String(), line) {
+			f(line)
+		}
 	}
 }
 

@@ -133,3 +133,21 @@ func FuzzClean(f *testing.F) {
 		}
 	})
 }
+
+// TestKeyAndItsCertificate: a line of an RSA key may be one of its certificate as well, which is public.
+func TestKeyAndItsCertificate(t *testing.T) {
+	const both = "q83vEjRWeJCrze8SNFZ4kKvN7xI0VniQ"
+	const key = "-----BEGIN PRIVATE KEY-----\nMIIEvQIBADANBgkqhkiG9w0B\n" + both + "\nAQEFAASCBKcwggSjAgEAAoIB\n-----END PRIVATE KEY-----\n"
+	const certificate = "-----BEGIN CERTIFICATE-----\nMIIBhTCCASugAwIBAgIQIRi6\n" + both + "\n-----END CERTIFICATE-----\n"
+	for _, value := range []string{certificate + key, key + certificate} {
+		if got := redact.Text(certificate+"\nand more", [][]byte{[]byte(value)}); got != certificate+"\nand more" {
+			t.Errorf("%q", got)
+		}
+		if got := redact.Text("AQEFAASCBKcwggSjAgEAAoIB, "+both, [][]byte{[]byte(value)}); got != redact.Mark+", "+both {
+			t.Errorf("%q", got)
+		}
+	}
+	if got := redact.Text(both, [][]byte{[]byte(key)}); got != redact.Mark {
+		t.Errorf("without the certificate: %q", got)
+	}
+}

@@ -22,6 +22,7 @@ import (
 	"fmt"
 	"time"
 
+	"github.com/grapnel/grapnel/plugins/internal/meter"
 	"github.com/grapnel/grapnel/plugins/internal/outbound"
 	"github.com/grapnel/grapnel/sdk/plugin"
 )
@@ -52,8 +53,9 @@ func Kind() plugin.Kind { return kind(&links{}) }
 type links = outbound.Pool[settings, *link]
 
 func kind(pool *links) plugin.Kind {
+	gates := gates{reading: meter.NewGate(), signing: meter.NewGate()}
 	build := func(c Config, t plugin.Target) (plugin.AttemptFunc, error) {
-		i, err := newInstance(pool, c, t)
+		i, err := newInstance(pool, gates, c, t)
 		if err != nil {
 			return nil, err
 		}

@@ -33,7 +33,7 @@ type instance struct {
 	bearer  string
 }
 
-func newInstance(pool *links, c Config, t plugin.Target) (*instance, error) {
+func newInstance(pool *links, gates gates, c Config, t plugin.Target) (*instance, error) {
 	address, err := parse(t.URL)
 	if err != nil {
 		return nil, err
@@ -42,7 +42,7 @@ func newInstance(pool *links, c Config, t plugin.Target) (*instance, error) {
 	if egress == nil {
 		egress = plugin.NewEgress(nil)
 	}
-	d := &dialler{egress: egress, settings: settings{
+	d := &dialler{egress: egress, gates: gates, settings: settings{
 		scheme: address.Scheme, address: address.String(), authority: address.URL.Host, connect: c.ConnectTimeout.Std(),
 		egress: egress.String(), agent: t.UserAgent, credential: outbound.FingerprintOf(c.CA, c.ClientCertificate, c.ClientKey, c.Token),
 	}}

@@ -36,7 +36,12 @@ type dialler struct {
 	egress   *plugin.Egress
 	// tls is nil for plaintext.
 	tls *tls.Config
+	// gates are for what receivers have this process do.
+	gates gates
 }
+
+// gates are a process's: of what is read, and of signing with large keys.
+type gates struct{ reading, signing *meter.Gate }
 
 // link is one HTTP/2 connection, as a grpc.ClientConn that never connects again.
 type link struct {
@@ -50,11 +55,7 @@ type link struct {
 func (l *link) call() (ended func()) {
 	l.calls.Add(1)
 	l.meter.Grant()
-	return func() {
-		if l.calls.Add(-1) == 0 {
-			l.meter.Settle()
-		}
-	}
+	return func() { l.meter.Settle(int(l.calls.Add(-1))) }
 }
 
 // Usable reports whether calls can begin on it: not when it broke or the receiver said GOAWAY.
@@ -74,7 +75,7 @@ func (d *dialler) dial() (*link, error) {
 	refusal := func() string { return "" }
 	shaken := handshaken{protocol: "insecure", info: insecureInfo{credentials.CommonAuthInfo{SecurityLevel: credentials.NoSecurity}}}
 	if d.tls != nil {
-		config, offer := outbound.Offering(d.tls)
+		config, offer := outbound.Offering(d.tls, d.gates.signing)
 		secure, err := outbound.Secure(ctx, conn, config)
 		if err != nil {
 			return nil, err
@@ -89,7 +90,7 @@ func (d *dialler) dial() (*link, error) {
 			State: state, CommonAuthInfo: credentials.CommonAuthInfo{SecurityLevel: credentials.PrivacyAndIntegrity},
 		}}
 	}
-	l := &link{meter: meter.New(conn, grant)}
+	l := &link{meter: meter.New(conn, grant, d.gates.reading)}
 	l.meter.Begin()
 	l.conn = outbound.Watch(l.meter)
 	if l.client, err = d.client(l.conn, shaken); err != nil {

@@ -404,7 +404,7 @@ func TestEndlessBodyIsCutOff(t *testing.T) {
 		if err != nil || resp.Status != 200 || len(resp.Body) != 4096 || !resp.Truncated {
 			t.Fatalf("%v, %v", resp, err)
 		}
-		// What the kernel buffers on both ends comes on top of the 256 KiB that are drained.
+		// What the kernel buffers on both ends comes on top of the 64 KiB that are drained.
 		if n := <-sent; n > 32<<20 {
 			t.Errorf("%d bytes were taken", n)
 		}

@@ -163,6 +163,18 @@ func TestUnprocessedStreamsAreSentAgain(t *testing.T) {
 			t.Errorf("%d tries in one attempt", n)
 		}
 	})
+	t.Run("GOAWAY for ever", func(t *testing.T) {
+		url, accepted := serveH2(t, ca, func(w io.Writer, _ int, _ uint32) {
+			frame(w, frameGoAway, 0, 0, append(number(0), number(0)...)...)
+		})
+		_, err := attempt(t, c.instance(t, url, nil))
+		if f := wantFailure(t, err, plugin.CodeReset, plugin.NotSent); f.Message != h2.ErrRefused.Error() {
+			t.Errorf("%+v", *f)
+		}
+		if n := accepted.Load(); n > 2 {
+			t.Errorf("%d handshakes for one attempt", n)
+		}
+	})
 	t.Run("any other reset", func(t *testing.T) {
 		var taken atomic.Int32
 		url, _ := serveH2(t, ca, func(w io.Writer, _ int, stream uint32) {
@@ -353,6 +365,59 @@ func TestFloodOfFrames(t *testing.T) {
 			t.Error("the connection stands")
 		}
 	})
+}
+
+// TestWindows: receivers that all answer at once with bodies without end are let send little before it is read.
+func TestWindows(t *testing.T) {
+	ca := newAuthority(t)
+	c := client{tls: ca, roots: ca.roots, http2: true}
+	config := ca.config(t)
+	config.NextProtos = []string{"h2"}
+	lis, err := tls.Listen("tcp", "127.0.0.1:0", config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = lis.Close() })
+	windows := make(chan [2]uint32, 1)
+	go func() {
+		conn, err := lis.Accept()
+		if err != nil {
+			return
+		}
+		defer conn.Close()
+		const windowUpdate, initialWindowSize = 8, 4
+		stream, whole := uint32(65535), uint32(65535) // until something else is said (RFC 9113, section 6.9.2)
+		_, _ = io.CopyN(io.Discard, conn, int64(len("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")))
+		frame(conn, frameSettings, 0, 0)
+		for head := make([]byte, 9); ; {
+			if _, err := io.ReadFull(conn, head); err != nil {
+				return
+			}
+			payload := make([]byte, int(head[0])<<16|int(head[1])<<8|int(head[2]))
+			if _, err := io.ReadFull(conn, payload); err != nil {
+				return
+			}
+			switch id := binary.BigEndian.Uint32(head[5:]); head[3] {
+			case frameSettings:
+				for ; len(payload) >= 6; payload = payload[6:] {
+					if binary.BigEndian.Uint16(payload) == initialWindowSize {
+						stream = binary.BigEndian.Uint32(payload[2:])
+					}
+				}
+			case windowUpdate:
+				whole += binary.BigEndian.Uint32(payload)
+			case frameHeaders:
+				windows <- [2]uint32{stream, whole}
+				noContent(conn, id)
+			}
+		}
+	}()
+	if resp, err := attempt(t, c.instance(t, "https://"+lis.Addr().String()+"/", nil)); err != nil || resp.Status != 204 {
+		t.Fatalf("%v, %v", resp, err)
+	}
+	if got := <-windows; got[0] > 64<<10 || got[1] > 2<<20 {
+		t.Errorf("a stream may send %d bytes and the connection %d before they are read", got[0], got[1])
+	}
 }
 
 // TestLargeResponseHeaders: what is handed on of a header is bounded in sum, and what retries depend on is in it.

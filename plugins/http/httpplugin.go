@@ -11,7 +11,7 @@
 //     the headers reported as sent, and cut out of what the receiver says;
 //   - connections are never shared between different credentials, and never made anew for each delivery;
 //   - an attempt ends by its deadline, body included, and reads no more than 64 KiB of header and, past
-//     what is kept, 256 KiB of body; what follows a status that says yes is waited for a second;
+//     what is kept, 64 KiB of body; what follows a status that says yes is waited for a second;
 //   - of a response's header no more than 4 KiB in sum are handed on;
 //   - a failure says whether the request may have reached the receiver.
 //

@@ -46,6 +46,8 @@ func settingsOf(c Config, egress *plugin.Egress) settings {
 type pools struct {
 	// roots replaces the system's certificate authorities when not nil; set in tests.
 	roots *x509.CertPool
+	// reading and signing are the gates of what receivers have this process do.
+	reading, signing *meter.Gate
 
 	mu sync.Mutex
 	// by holds pools that are kept alive by the instances that use them and, while connections are idle, by
@@ -55,7 +57,7 @@ type pools struct {
 }
 
 func newPools() *pools {
-	return &pools{by: map[settings]weak.Pointer[pool]{}, sweepAt: 256}
+	return &pools{by: map[settings]weak.Pointer[pool]{}, sweepAt: 256, reading: meter.NewGate(), signing: meter.NewGate()}
 }
 
 // get returns the pool for the config's settings and credentials.
@@ -70,7 +72,7 @@ func (p *pools) get(c Config, egress *plugin.Egress) (*pool, error) {
 		maps.DeleteFunc(p.by, func(_ settings, w weak.Pointer[pool]) bool { return w.Value() == nil })
 		p.sweepAt = max(256, 2*len(p.by))
 	}
-	made, err := newPool(c, s, egress, p.roots)
+	made, err := newPool(c, s, egress, p)
 	if err != nil {
 		return nil, err
 	}
@@ -85,6 +87,9 @@ type pool struct {
 	via      *proxy // nil without one
 	tls      *tls.Config
 	http2    *h2.Transport
+	reading  *meter.Gate
+	// signing has the pool's own gate before the process's, where it takes one place however many handshakes it has.
+	signing []*meter.Gate
 	// client is the leaf of the client certificate, or nil when there is none.
 	client *x509.Certificate
 	// tokens is where oauth2's come from; nil with other auth.
@@ -99,17 +104,18 @@ type pool struct {
 	sweepAt int
 }
 
-func newPool(c Config, s settings, egress *plugin.Egress, roots *x509.CertPool) (*pool, error) {
+func newPool(c Config, s settings, egress *plugin.Egress, of *pools) (*pool, error) {
 	p := &pool{
 		settings: s, dialer: outbound.Dialer{Egress: egress, Timeout: s.connect}, http2: h2.NewTransport(),
 		origins: map[string]weak.Pointer[origin]{}, sweepAt: 1024,
+		reading: of.reading, signing: []*meter.Gate{meter.NewGate(), of.signing},
 	}
 	p.scratch.New = func() any { return &scratch{head: make([]byte, 0, 2048)} }
 	certificate, err := c.material().ClientCertificate()
 	if err != nil {
 		return nil, err
 	}
-	trust, err := newTrust(c, roots)
+	trust, err := newTrust(c, of.roots)
 	if err != nil {
 		return nil, err
 	}
@@ -151,7 +157,7 @@ func (p *pool) tokenClient(c Config, roots *x509.CertPool) *http.Client {
 	config := &tls.Config{MinVersion: p.tls.MinVersion, RootCAs: roots}
 	if c.Auth.ClientAuth == oauth2.TLSClientAuth {
 		config.Certificates = p.tls.Certificates
-		config, _ = outbound.Offering(config)
+		config, _ = outbound.Offering(config, p.signing...)
 	}
 	return &http.Client{Transport: &http.Transport{
 		Proxy: nil,
@@ -162,7 +168,7 @@ func (p *pool) tokenClient(c Config, roots *x509.CertPool) *http.Client {
 			}
 			return conn, nil
 		},
-		TLSClientConfig: config, TLSHandshakeTimeout: p.settings.tls, ForceAttemptHTTP2: true,
+		TLSClientConfig: config, TLSHandshakeTimeout: p.settings.tls, // no HTTP/2: nothing would bound its frames
 		MaxResponseHeaderBytes: answer.MaxHeader, IdleConnTimeout: time.Minute,
 	}}
 }
@@ -205,7 +211,7 @@ func (p *pool) dialTLS(ctx context.Context, addr string) (conn *tls.Conn, asked 
 	if err != nil {
 		return nil, false, err
 	}
-	config, offer := outbound.Offering(p.tls)
+	config, offer := outbound.Offering(p.tls, p.signing...)
 	config.ServerName = p.settings.serverName
 	if config.ServerName == "" {
 		config.ServerName, _, _ = net.SplitHostPort(addr) // was dialled a moment ago
@@ -213,7 +219,7 @@ func (p *pool) dialTLS(ctx context.Context, addr string) (conn *tls.Conn, asked 
 	handshake, cancel := context.WithTimeout(ctx, p.settings.tls)
 	defer cancel()
 	if p.settings.http2 {
-		raw = meter.New(raw, h2.Grant)
+		raw = meter.New(raw, h2.Grant, p.reading)
 	}
 	conn, err = outbound.Secure(handshake, raw, config)
 	if err != nil {

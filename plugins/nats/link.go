@@ -13,6 +13,7 @@ import (
 
 	"github.com/nats-io/nats.go"
 
+	"github.com/grapnel/grapnel/plugins/internal/meter"
 	"github.com/grapnel/grapnel/plugins/internal/outbound"
 	"github.com/grapnel/grapnel/sdk/plugin"
 )
@@ -31,6 +32,8 @@ type dialler struct {
 	settings settings
 	egress   *plugin.Egress
 	tls      *tls.Config
+	// signing is for large keys.
+	signing *meter.Gate
 	// credential sets what the client shows to the server.
 	credential func(*nats.Options)
 }
@@ -84,7 +87,7 @@ func (d *dialler) dial() (*link, error) {
 		conn: outbound.Watch(raw), ended: make(chan struct{}), over: make(chan struct{}),
 		waiting: map[string]*wait{}, denied: map[string]bool{},
 	}
-	config, offer := outbound.Offering(d.tls)
+	config, offer := outbound.Offering(d.tls, d.signing)
 	guarded, err := greet(ctx, l.conn, d.settings, config)
 	if err != nil {
 		_ = raw.Close()

@@ -1,9 +1,11 @@
-// Package meter bounds what is read of an HTTP/2 connection, of which each library reads all that comes, at once.
+// Package meter bounds what strangers have us do: what is read of an HTTP/2 connection, of which each library reads all
+// that comes, at once; and how much of such work goes on at a time.
 package meter
 
 import (
 	"errors"
 	"net"
+	"sync"
 	"sync/atomic"
 )
 
@@ -11,40 +13,87 @@ import (
 // SETTINGS among them, and reading them costs as much as the server likes.
 var errFlood = errors.New("the receiver sends without end")
 
-// Conn is a connection of which, from Begin on, no more is read than was granted. Its methods may be called
-// concurrently.
+// ordinary is what an answer has, in bytes: what comes beyond it is read in turn with what else does.
+const ordinary = 8 << 10
+
+// Conn is a connection of which, from Begin on, no more is read than was granted, and what is more than ordinary in its
+// turn at a gate. Its methods may be called concurrently, Read by one caller at a time.
 type Conn struct {
 	net.Conn
 	grant int64
+	gate  *Gate
 	on    atomic.Bool
 	left  atomic.Int64
+	// swift is what may be read without the gate.
+	swift  atomic.Int64
+	leave  func() // the gate; Read's alone
+	closed chan struct{}
+	once   sync.Once
 }
 
 // New wraps conn. The grant, in bytes, is what may come for one request: what the library lets a stream send before it
 // is read, a header, and the frames around them.
-func New(conn net.Conn, grant int64) *Conn { return &Conn{Conn: conn, grant: grant} }
+func New(conn net.Conn, grant int64, gate *Gate) *Conn {
+	return &Conn{Conn: conn, grant: grant, gate: gate, closed: make(chan struct{})}
+}
 
 // NetConn returns the connection below.
 func (m *Conn) NetConn() net.Conn { return m.Conn }
 
 // Read ends with an error when more has come than was granted.
 func (m *Conn) Read(p []byte) (int, error) {
-	if m.on.Load() && m.left.Load() <= 0 {
+	if !m.on.Load() {
+		return m.Conn.Read(p)
+	}
+	if m.leave != nil { // whoever reads has done with what it got
+		m.leave()
+		m.leave = nil
+	}
+	if m.left.Load() <= 0 {
 		return 0, errFlood
 	}
 	n, err := m.Conn.Read(p)
 	m.left.Add(-int64(n))
+	if m.swift.Add(-int64(n)) < 0 {
+		var entered bool
+		if m.leave, entered = m.gate.Enter(m.closed, longest); !entered {
+			return 0, net.ErrClosed
+		}
+	}
 	return n, err
+}
+
+// Close also ends a wait for the gate.
+func (m *Conn) Close() error {
+	m.once.Do(func() { close(m.closed) })
+	return m.Conn.Close()
 }
 
 // Begin has the meter run, with one grant for the server's beginning. Before, nothing is read that no request waits for.
 func (m *Conn) Begin() {
 	m.left.Store(m.grant)
+	m.swift.Store(ordinary)
 	m.on.Store(true)
 }
 
 // Grant adds what one request may bring.
-func (m *Conn) Grant() { m.left.Add(m.grant) }
+func (m *Conn) Grant() {
+	m.left.Add(m.grant)
+	m.swift.Add(ordinary)
+}
 
-// Settle is for a connection without requests: what the sockets' buffers hold of answers that were given up may still come.
-func (m *Conn) Settle() { m.left.Store(min(m.left.Load(), 2*m.grant)) }
+// Settle is for the end of a request, and tells how many others there are: what it did not need is not theirs, but what
+// the sockets' buffers hold of answers that were given up may still come.
+func (m *Conn) Settle(others int) {
+	settle(&m.left, int64(others+2)*m.grant)
+	settle(&m.swift, int64(others+2)*ordinary)
+}
+
+// settle lowers v to most.
+func settle(v *atomic.Int64, most int64) {
+	for had := v.Load(); had > most; had = v.Load() {
+		if v.CompareAndSwap(had, most) {
+			return
+		}
+	}
+}

@@ -13,7 +13,7 @@ const (
 	// MaxHeader is how much of a response's header is read, each field counted as 32 bytes more than it has.
 	MaxHeader = 64 << 10
 	// MaxDrain is how much of a body is read past what is kept, so that the connection can be used again.
-	MaxDrain = 256 << 10
+	MaxDrain = 64 << 10
 	// Drip is how long the rest of a response that says yes may take: its body tells nothing that is kept.
 	Drip = time.Second
 )

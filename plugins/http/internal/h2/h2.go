@@ -29,11 +29,15 @@ import (
 	"github.com/grapnel/grapnel/plugins/internal/meter"
 )
 
-// Grant is how much may come for a request: what net/http lets a stream send before it is read, and as much as a header
-// and the frames around it may take.
-const Grant = 5 << 20
+// Grant is how much may come for a request: the body that is kept and drained, what the window lets follow, a header, and
+// as much again for the frames around them.
+const Grant = 512 << 10
 
 const (
+	// window is what the server may send of an answer before it is read, and connectionWindow of all answers of a
+	// connection: net/http's own are for downloads, and are taken from whoever answers everybody at once.
+	window           = 64 << 10
+	connectionWindow = 1 << 20
 	// maxAge is for how long a connection takes new requests.
 	maxAge      = 10 * time.Minute
 	idleTimeout = time.Minute
@@ -41,9 +45,11 @@ const (
 	pingAnswer  = 10 * time.Second
 	// clearing is for how long a connection without requests may have no room for one.
 	clearing = time.Second
-	// maxTries bounds how often a request goes out that the server says it has not looked at; pause grows between them.
-	maxTries = 6
-	pause    = 10 * time.Millisecond
+	// maxTries bounds how often a request goes out that the server says it has not looked at, maxBarren how many
+	// connections may end with nothing but that, since each costs a handshake. pause grows between tries.
+	maxTries  = 6
+	maxBarren = 2
+	pause     = 10 * time.Millisecond
 )
 
 var (
@@ -77,7 +83,11 @@ func NewTransport() *Transport {
 			return conn, nil
 		},
 		ForceAttemptHTTP2: true, DisableCompression: true, MaxResponseHeaderBytes: answer.MaxHeader, IdleConnTimeout: idleTimeout,
-		HTTP2: &http.HTTP2Config{SendPingTimeout: readIdle, PingTimeout: pingAnswer},
+		HTTP2: &http.HTTP2Config{
+			SendPingTimeout: readIdle, PingTimeout: pingAnswer,
+			MaxReceiveBufferPerStream: window, MaxReceiveBufferPerConnection: connectionWindow,
+			MaxEncoderHeaderTableSize: 1,
+		},
 	}}
 }
 
@@ -134,6 +144,7 @@ type Request struct {
 // Do sends r. ctx must have a deadline. Errors are those of the dialler, as they are, and *answer.Error.
 func (o *Origin) Do(ctx context.Context, r *Request) (*answer.Answer, error) {
 	again := false // it has been on a connection that ended
+	barren := 0
 	for try := 1; ; try++ {
 		c, err := o.reserve(ctx)
 		if err != nil {
@@ -153,10 +164,14 @@ func (o *Origin) Do(ctx context.Context, r *Request) (*answer.Answer, error) {
 		if again {
 			failed.Sent = answer.All // perhaps
 		}
-		switch refused := unprocessed(err); {
+		refused := unprocessed(err)
+		if refused && c.Err() != nil && !c.answered.Load() && c.InFlight() == 0 {
+			barren++
+		}
+		switch {
 		case ctx.Err() != nil:
 			return nil, failed
-		case refused && (try >= maxTries || !wait(ctx, try)):
+		case refused && (try >= maxTries || barren >= maxBarren || !wait(ctx, try)):
 			failed.Err = ErrRefused
 			if !again {
 				failed.Sent = answer.Nothing
@@ -191,7 +206,7 @@ func wait(ctx context.Context, try int) bool {
 
 // reserve returns a connection with room for a request, dialling where there is none.
 func (o *Origin) reserve(ctx context.Context) (*conn, error) {
-	for barren := 0; ; {
+	for without := 0; ; {
 		c, f := o.join()
 		if c != nil {
 			return c, nil
@@ -207,7 +222,7 @@ func (o *Origin) reserve(ctx context.Context) (*conn, error) {
 		if !o.barren(f.conn) {
 			continue
 		}
-		if barren++; barren >= maxTries || !wait(ctx, barren) {
+		if without++; without >= maxTries || !wait(ctx, without) {
 			return nil, &answer.Error{Peer: f.conn.peer, Fresh: true, Err: ErrRefused}
 		}
 	}
@@ -231,8 +246,8 @@ func (o *Origin) leave(c *conn) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	c.left = time.Now()
-	if c.users--; c.users == 0 && c.meter != nil {
-		c.meter.Settle()
+	if c.users--; c.meter != nil {
+		c.meter.Settle(c.users)
 	}
 }
 
