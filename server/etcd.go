@@ -23,6 +23,8 @@ import (
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.etcd.io/etcd/server/v3/embed"
 	"go.etcd.io/etcd/server/v3/etcdserver/api/v3client"
+	"go.etcd.io/etcd/server/v3/storage/wal"
+	"go.uber.org/zap"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/backoff"
 )
@@ -208,6 +210,9 @@ func checkEtcd(dir string) error {
 	if len(logs) == 0 {
 		return fmt.Errorf("its log is missing: no *.wal in %s; %s", filepath.Join(dir, "member", "wal"), wayOut(dir))
 	}
+	if err := checkEtcdLog(logs); err != nil {
+		return fmt.Errorf("%w; %s", err, wayOut(dir))
+	}
 	file := filepath.Join(dir, "member", "snap", "db")
 	info, err := os.Stat(file)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -233,6 +238,20 @@ func checkEtcd(dir string) error {
 	}
 	if info.Size() < size {
 		return fmt.Errorf("its database %s is cut off: %d bytes of %d are there; %s", file, info.Size(), size, wayOut(dir))
+	}
+	return nil
+}
+
+// checkEtcdLog reads the log through, as etcd does at its start, but for its end: what was being written when the process
+// was killed is taken away by etcd itself. A log begins with a mark of where it does, which etcd takes for granted.
+func checkEtcdLog(files []string) error {
+	marks, err := wal.ValidSnapshotEntries(zap.NewNop(), filepath.Dir(files[0]))
+	names := strings.Join(files, ", ")
+	if err != nil {
+		return fmt.Errorf("its log %s is damaged: %w", names, err)
+	}
+	if len(marks) == 0 {
+		return fmt.Errorf("its log %s is cut off: there is not even its beginning", names)
 	}
 	return nil
 }

@@ -262,7 +262,10 @@ func TestDamagedEtcdIsRefused(t *testing.T) {
 			if err := os.WriteFile(path, log, 0o600); err != nil {
 				t.Fatal(err)
 			}
-		}, []string{"does not come up", "member/wal may be damaged"}},
+		}, []string{"its log", "0000000000000000-0000000000000000.wal is damaged"}},
+		"log all but gone": {func(t *testing.T, etcd string) {
+			cut(t, filepath.Join(etcd, "member", "wal", "0000000000000000-0000000000000000.wal"), 64)
+		}, []string{"0000000000000000-0000000000000000.wal is cut off"}},
 		"log cut off": {func(t *testing.T, etcd string) {
 			logs, err := filepath.Glob(filepath.Join(etcd, "member", "wal", "*.wal"))
 			if err != nil || len(logs) != 1 {
