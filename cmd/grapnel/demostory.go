@@ -17,8 +17,12 @@ import (
 	"github.com/grapnel/grapnel/sdk/client"
 )
 
-// crashed is how many deliveries are in flight when the plugin is killed.
-const crashed = 20
+const (
+	// crashed is how many deliveries are in flight when the plugin is killed.
+	crashed = 20
+	// known is how many their receiver takes before that: a new one gets few at once.
+	known = 40
+)
 
 // tell plays the story.
 func (d *demo) tell(ctx context.Context) error {
@@ -147,6 +151,12 @@ func (d *demo) showAttempts(ctx context.Context, subscription string) error {
 func (d *demo) crash(ctx context.Context) error {
 	d.say("")
 	d.say("3. A crash of the plugin process")
+	if err := d.parcels(ctx, "parcel.packed", "packed", known); err != nil {
+		return err
+	}
+	if took, err := d.receiver.wait(ctx, known, func(a arrival) bool { return a.path == "/slow" && a.status == http.StatusNoContent }); err != nil {
+		return fmt.Errorf("%d of %d deliveries were taken: %w", len(took), known, err)
+	}
 	release := d.receiver.holdSlow()
 	released := false
 	defer func() {
@@ -154,14 +164,10 @@ func (d *demo) crash(ctx context.Context) error {
 			release()
 		}
 	}()
-	p := d.client.Publisher("demo", client.PublisherOptions{})
-	for n := range crashed {
-		p.Publish(ctx, client.Event{ID: fmt.Sprintf("parcel-%d", n+1), Type: "parcel.shipped", Data: fmt.Appendf(nil, `{"parcel":%d}`, n+1)})
+	if err := d.parcels(ctx, "parcel.shipped", "parcel", crashed); err != nil {
+		return err
 	}
-	if err := p.Close(ctx); err != nil {
-		return fmt.Errorf("publish: %w", err)
-	}
-	held, err := d.receiver.wait(ctx, crashed, func(a arrival) bool { return a.path == "/slow" })
+	held, err := d.receiver.wait(ctx, crashed, shipped)
 	if err != nil {
 		return fmt.Errorf("%d of %d deliveries reached the receiver: %w", len(held), crashed, err)
 	}
@@ -186,6 +192,21 @@ func (d *demo) crash(ctx context.Context) error {
 	return d.recovered(ctx, held, begin)
 }
 
+// parcels publishes n events.
+func (d *demo) parcels(ctx context.Context, eventType, what string, n int) error {
+	p := d.client.Publisher("demo", client.PublisherOptions{})
+	for n := range n {
+		p.Publish(ctx, client.Event{ID: fmt.Sprintf("%s-%d", what, n+1), Type: eventType, Data: fmt.Appendf(nil, `{%q:%d}`, what, n+1)})
+	}
+	if err := p.Close(ctx); err != nil {
+		return fmt.Errorf("publish: %w", err)
+	}
+	return nil
+}
+
+// shipped reports whether it is one of those in flight when the plugin is killed.
+func shipped(a arrival) bool { return strings.HasPrefix(a.body, `{"parcel":`) }
+
 // awaitPlugin waits until the server has replaced every process that was killed.
 func (d *demo) awaitPlugin(ctx context.Context, before map[string]int, begin time.Time) error {
 	return poll(ctx, "the plugin did not come back", func() (bool, error) {
@@ -202,7 +223,7 @@ func (d *demo) awaitPlugin(ctx context.Context, before map[string]int, begin tim
 }
 
 func (d *demo) recovered(ctx context.Context, held []arrival, begin time.Time) error {
-	accepted, err := d.receiver.wait(ctx, crashed, func(a arrival) bool { return a.path == "/slow" && a.status == http.StatusNoContent })
+	accepted, err := d.receiver.wait(ctx, crashed, func(a arrival) bool { return shipped(a) && a.status == http.StatusNoContent })
 	lost := map[string]string{}
 	for _, a := range held {
 		lost[a.id] = a.body
@@ -219,7 +240,7 @@ func (d *demo) recovered(ctx context.Context, held []arrival, begin time.Time) e
 	}
 	d.step("All %d were sent again and accepted %s after the crash, with the webhook-ids they had before.", crashed, since(begin))
 	d.step("Nothing is lost, and the crash did not count against the receiver.")
-	return d.settle(ctx, "parcels", crashed)
+	return d.settle(ctx, "parcels", known+crashed)
 }
 
 // settle waits until the server has recorded n successes of a subscription, and counts them.
