@@ -86,7 +86,6 @@ func NewTransport() *Transport {
 		HTTP2: &http.HTTP2Config{
 			SendPingTimeout: readIdle, PingTimeout: pingAnswer,
 			MaxReceiveBufferPerStream: window, MaxReceiveBufferPerConnection: connectionWindow,
-			MaxEncoderHeaderTableSize: 1,
 		},
 	}}
 }
