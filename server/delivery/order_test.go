@@ -344,3 +344,72 @@ func TestDamagedRowLosesItsTurn(t *testing.T) {
 		t.Errorf("%+v, %+v, %v", sum, found, err)
 	}
 }
+
+// What a replay sends again to an ordered subscription takes its place in the order of its key, behind what is there, and
+// has all else that a replayed delivery has.
+func TestReplayKeepsOrder(t *testing.T) {
+	b := newBench(t)
+	for i := range 5 {
+		b.append(keyed(fmt.Sprint(i), "k", 1))
+		b.exhaust(b.wantTurn("k", fmt.Sprint(i)))
+	}
+	b.append(keyed("live", "k", 1))
+	r := b.replay("again", ReplaySpec{})
+	to := deadTo(0)
+	pick := to.Delivery
+	to.Delivery = func(d *Delivery) (Target, Verdict) {
+		target, verdict := pick(d)
+		target.Ordered = true
+		return target, verdict
+	}
+	if got := b.advance(r, to, 2); got.Created != 5 {
+		t.Fatalf("%+v", got)
+	}
+	waiting := func() (list []*Delivery) {
+		for _, d := range b.all(Query{States: []State{Pending}}) {
+			if d.Trigger == ByReplay {
+				list = append(list, d)
+			}
+		}
+		return list
+	}
+	b.clock.add(10 * 24 * time.Hour)
+	b.retain(72 * time.Hour) // events that something open is of stay
+	b.reopen()
+	waitFor(t, b.Counted)
+	if n := b.ReplayOpen(acme, r.Key); n != 5 || b.OpenOf(lane(1)) != 6 {
+		t.Errorf("%d of %d that are open are the replay's", n, b.OpenOf(lane(1)))
+	}
+	live := b.wantTurn("k", "live")
+	list := waiting()
+	if len(list) != 5 {
+		t.Fatalf("%d wait", len(list))
+	}
+	for _, d := range list {
+		if !d.WaitsForKey || !strings.Contains(d.StateReason, live.ID.String()) {
+			t.Errorf("%+v", d)
+		}
+		if d.EventID == "2" {
+			if _, err := b.Cancel(context.Background(), lane(1), d.ID, "not this one"); err != nil {
+				t.Error(err)
+			}
+		}
+	}
+	b.succeed(live)
+	for _, id := range []string{"0", "1", "3", "4"} {
+		job := b.wantTurn("k", id)
+		if job.Replay != r.Key || job.Event.Seq == job.ID.Seq {
+			t.Errorf("%+v", job)
+		}
+		if d := b.delivery(job.ID); d.Trigger != ByReplay || d.ReplayJob != "again" || d.WaitsForKey {
+			t.Errorf("%+v", d)
+		}
+		b.failed(job, time.Hour)
+		b.succeed(b.wantTurn("k", id))
+	}
+	b.wantTurn("k", "")
+	b.flush()
+	if n := b.ReplayOpen(acme, r.Key); n != 0 || b.OpenOf(lane(1)) != 0 {
+		t.Errorf("%d of %d that are open are the replay's", n, b.OpenOf(lane(1)))
+	}
+}
