@@ -40,6 +40,7 @@ type options struct {
 	fanouts       products
 	hung          numbers
 	ailments      string
+	picture       string
 	healthy       int
 	together      bool
 	hangingFor    time.Duration
@@ -88,6 +89,7 @@ func main() {
 	o.hung = numbers{0, 1, 30, 64, 200, 1000}
 	flag.Var(&o.hung, "hung", "`numbers` of hanging receivers in the hanging runs")
 	flag.StringVar(&o.ailments, "neighbours", ailmentNames(), "`letters` of the neighbours runs:\n"+ailmentList())
+	flag.StringVar(&o.picture, "picture", "", "`file` for the SVG of the recovery run; default is none")
 	flag.BoolVar(&o.together, "together", false, "have hanging receivers in the namespace of the healthy ones")
 	flag.IntVar(&o.healthy, "healthy", 1000, "receivers of the hanging runs that answer, each with an event a second")
 	flag.DurationVar(&o.hangingFor, "hanging-for", 20*time.Second, "length of a hanging run, alone and beside")
@@ -103,7 +105,7 @@ func main() {
 	flag.IntVar(&o.replayKilled, "replay-killed", 100_000, "events of the replay over three kills; 0 leaves it out")
 	flag.DurationVar(&o.limit, "limit", 10*time.Minute, "longest time of one run of fanout, lanes, hanging, backlog and memory")
 	flag.Float64Var(&o.mostMemory, "most-memory", 6144, "`MiB` of the server at which such a run is ended")
-	flag.StringVar(&o.only, "only", "", "run one `part`: start, throughput, latency, neighbour, backlog, or one that takes\nlonger and is only run when named: fanout, lanes, hanging, neighbours, memory, transports,\nhostile, replay")
+	flag.StringVar(&o.only, "only", "", "run one `part`: start, throughput, latency, neighbour, backlog, or one that takes\nlonger and is only run when named: fanout, lanes, hanging, neighbours, recovery, memory, transports,\nhostile, replay")
 	flag.StringVar(&o.profile, "profile", "", "`directory` for CPU profiles of the server during the batch runs")
 	flag.Parse()
 
@@ -146,7 +148,7 @@ func run(ctx context.Context, o options) error {
 	}{
 		{"start", b.start, false}, {"throughput", b.throughput, false}, {"latency", b.latency, false},
 		{"neighbour", b.neighbour, false}, {"backlog", b.backlog, false}, {"fanout", b.fanout, true}, {"lanes", b.lanes, true},
-		{"hanging", b.hanging, true}, {"neighbours", b.neighbours, true}, {"memory", b.memory, true}, {"transports", b.transports, true},
+		{"hanging", b.hanging, true}, {"neighbours", b.neighbours, true}, {"recovery", b.recovery, true}, {"memory", b.memory, true}, {"transports", b.transports, true},
 		{"replay", b.replay, true},
 		{"order", b.order, true},
 		{"hostile", b.hostile, true},

@@ -23,6 +23,7 @@ type report struct {
 	Lanes      *lanesReport      `json:"lanes,omitempty"`
 	Hanging    *hangingReport    `json:"hanging,omitempty"`
 	Neighbours *neighboursReport `json:"neighbours,omitempty"`
+	Recovery   *recoveryReport   `json:"recovery,omitempty"`
 	Memory     *boundedReport    `json:"memory,omitempty"`
 	Transports *transportReport  `json:"transports,omitempty"`
 	Hostile    *hostileReport    `json:"hostile,omitempty"`
@@ -170,6 +171,9 @@ func (r *report) print(out io.Writer) {
 	}
 	if r.Neighbours != nil {
 		r.Neighbours.print(out)
+	}
+	if r.Recovery != nil {
+		r.Recovery.print(out)
 	}
 	if r.Memory != nil {
 		r.Memory.print(out)

@@ -22,8 +22,10 @@ type sick struct {
 	shut, other string
 
 	healed atomic.Bool
+	opened sync.Once // shut
 
 	mu       sync.Mutex
+	visits   int64
 	patients map[string]*patient
 }
 
@@ -34,6 +36,8 @@ type patient struct{ now, most int }
 type sickStats struct {
 	// Most is the greatest number of requests that one receiver had at once since it was healed, or ever before.
 	Most int `json:"most_in_flight"`
+	// Visits is how many requests there were.
+	Visits int64 `json:"visits"`
 }
 
 func newSick(receive http.HandlerFunc, server *http.Server) (*sick, error) {
@@ -55,6 +59,7 @@ func newSick(receive http.HandlerFunc, server *http.Server) (*sick, error) {
 func (s *sick) register(mux *http.ServeMux) {
 	mux.HandleFunc("POST /sick/{how}/{who}", s.visit)
 	mux.HandleFunc("GET /sick", func(w http.ResponseWriter, _ *http.Request) { _ = json.NewEncoder(w).Encode(s.stats()) })
+	mux.HandleFunc("POST /sicken", func(http.ResponseWriter, *http.Request) { s.healed.Store(false) })
 	mux.HandleFunc("POST /heal", func(w http.ResponseWriter, _ *http.Request) {
 		if err := s.heal(); err != nil {
 			http.Error(w, err.Error(), http.StatusInternalServerError)
@@ -127,38 +132,40 @@ func (s *sick) enter(who string, n int) {
 		s.patients[who] = p
 	}
 	p.now += n
+	s.visits += int64(max(n, 0))
 	p.most = max(p.most, p.now)
 }
 
 func (s *sick) stats() sickStats {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	var st sickStats
+	st := sickStats{Visits: s.visits}
 	for _, p := range s.patients {
 		st.Most = max(st.Most, p.most)
 	}
 	return st
 }
 
-func (s *sick) heal() error {
-	if s.healed.Swap(true) {
-		return nil
-	}
-	lis, err := net.Listen("tcp", s.shut)
-	if err != nil {
-		return err
-	}
-	go func() { _ = s.server.Serve(lis) }()
+func (s *sick) heal() (err error) {
+	s.healed.Store(true)
+	s.opened.Do(func() {
+		var lis net.Listener
+		if lis, err = net.Listen("tcp", s.shut); err == nil {
+			go func() { _ = s.server.Serve(lis) }()
+		}
+	})
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, p := range s.patients {
 		p.most = p.now
 	}
-	return nil
+	return err
 }
 
-// heal has all of them answer.
+// heal has all of them answer, and sicken none.
 func (p *sinkProcess) heal(ctx context.Context) error { return p.post(ctx, "/heal") }
+
+func (p *sinkProcess) sicken(ctx context.Context) error { return p.post(ctx, "/sicken") }
 
 func (p *sinkProcess) post(ctx context.Context, path string) error {
 	req, err := http.NewRequestWithContext(ctx, http.MethodPost, p.url(path), nil)
