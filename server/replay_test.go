@@ -80,7 +80,9 @@ func TestReplayAfterAnOutage(t *testing.T) {
 	if job.GetState() != grapnelv1.ReplayJob_STATE_SUCCEEDED || job.GetCreatedCount() != 12 || job.GetSkippedCount() != 0 || job.GetCompleteTime() == nil {
 		t.Fatalf("job: %v", job)
 	}
-	servertest.Await(t, "all to arrive", func() bool { return rcv.Accepted() == 12 })
+	servertest.Await(t, "all to arrive, and to be noted", func() bool {
+		return rcv.Accepted() == 12 && len(s.Deliveries("acme", "state = SUCCEEDED")) == 12
+	})
 	for _, q := range rcv.Requests() {
 		tried[q.Header.Get("webhook-id")]++
 	}
