@@ -106,14 +106,14 @@ func pause(ctx context.Context, d time.Duration) bool {
 	}
 }
 
-// drip answers with a byte of the header a second.
+// drip answers with a byte of the header a second, and not with a success: one whose status was read has its status.
 func drip(w http.ResponseWriter, r *http.Request) {
 	conn, _, err := http.NewResponseController(w).Hijack()
 	if err != nil {
 		return
 	}
 	defer conn.Close()
-	for _, b := range []byte("HTTP/1.1 200 OK\r\nX-Pad: " + strings.Repeat("x", 100)) {
+	for _, b := range []byte("HTTP/1.1 500 Internal Server Error\r\nX-Pad: " + strings.Repeat("x", 100)) {
 		if !pause(r.Context(), time.Second) {
 			return
 		}
