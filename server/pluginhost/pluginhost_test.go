@@ -54,7 +54,7 @@ ce-subject: a%20b
 ce-tenant: x
 x-static: yes
 webhook-timestamp: T
-webhook-signature: v1,6b65792d6f6e652d76616c7565,7
+webhook-signature: v1,71085e0432e28e05,7
 traceparent: 00-0af7651916cd43dd8448eb211c80319c-SPAN-01
 attempt: 3
 `
@@ -283,7 +283,7 @@ func TestReconfigureUnderLoad(t *testing.T) {
 		last = load(f, sub, s, 100)
 		s.wait(t, (round+1)*300)
 		for _, job := range last {
-			if r := s.of(job); !strings.Contains(string(r.ResponseBody), fmt.Sprintf("v1,%x,", key)) {
+			if r := s.of(job); !strings.Contains(string(r.ResponseBody), "v1,"+fingerprint([]byte(key))+",") {
 				t.Fatalf("round %d: not signed with the new key: %+v %s", round, r, r.ResponseBody)
 			}
 		}
