@@ -201,3 +201,56 @@ func (p *partition) eachReplay(r pebble.Reader, day dayKey, ns NamespaceKey, seq
 		return visit(lane, binary.BigEndian.Uint64(rest), job)
 	})
 }
+
+// dead is a z record: when and how a delivery ended without success.
+type dead struct {
+	at    Instant
+	state State
+}
+
+func encodeDead(b []byte, z dead) []byte {
+	w := newRecord(b)
+	w.instant(z.at)
+	w.byte(byte(z.state))
+	return w
+}
+
+func decodeDead(value []byte) (z dead, err error) {
+	d := readRecord(value)
+	z.at, z.state = d.instant(), State(d.byte())
+	return z, d.err
+}
+
+// again is a g record: what a delivery that was made again is of. It outlives the event.
+type again struct {
+	origin  uint64
+	trigger Trigger
+	job     string
+	// due and made are when it was to be attempted first, and when it was made.
+	due, made Instant
+	target    Target // name and UID
+	// Of the event.
+	id, eventType string
+}
+
+func encodeAgain(b []byte, a *again) []byte {
+	w := newRecord(b)
+	w.uint(a.origin)
+	w.byte(byte(a.trigger))
+	w.text(a.job)
+	w.instant(a.due)
+	w.instant(a.made)
+	w = append(w, a.target.UID[:]...)
+	w.text(a.target.Subscription)
+	w.text(a.id)
+	w.text(a.eventType)
+	return w
+}
+
+func decodeAgain(value []byte) (a again, err error) {
+	d := readRecord(value)
+	a.origin, a.trigger, a.job, a.due, a.made = d.uint(), Trigger(d.byte()), d.text(), d.instant(), d.instant()
+	copy(a.target.UID[:], d.fixed(len(a.target.UID)))
+	a.target.Subscription, a.id, a.eventType = d.text(), d.text(), d.text()
+	return a, d.err
+}
