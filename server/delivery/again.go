@@ -71,11 +71,10 @@ func (c *commit) send(s *sending) (*place, error) {
 	return at, nil
 }
 
-// takeTurn gives what is sent again to an ordered subscription the turn of its ordering key, or has it wait for it. Dead
-// letters come in the order in which their deliveries ended: settles, which make them, cannot read what the commit has
-// done to a key.
+// takeTurn gives what is sent again to an ordered subscription the turn of its ordering key, or has it wait for it, in the
+// order in which it is made.
 func (c *commit) takeTurn(lane LaneKey, at *place, s *sending) error {
-	if !s.to.Ordered || s.letter != nil {
+	if !s.to.Ordered {
 		return nil
 	}
 	e, err := c.p.readEvent(c.r, s.ns, s.origin)
@@ -129,7 +128,10 @@ func (c *commit) deadLetter(lane LaneKey, seq uint64, st *standing, to *DeadLett
 	}
 	if _, err := c.send(&sending{ns: lane.Namespace, origin: origin, to: to.To, trigger: ByDeadLetter, letter: letter}); err != nil {
 		c.p.j.log.Error("dead letter not made", "delivery_id", ID{seq, c.p.number, lane.Subscription}.String(), "err", err)
+		return
 	}
+	// Durable before it is sent: a crash that forgot it would have the delivery tried again, which has been given up.
+	c.firm = true
 }
 
 // Resend makes a new delivery of a delivery's event to a subscription, durably, whatever became of the delivery. It is

@@ -113,9 +113,7 @@ func (c *commit) reopen(lane LaneKey, at *place) error {
 			if err != nil {
 				return err
 			}
-			if others = t.seq != 0 && t.seq != seq; !others {
-				c.setTurn(lane, at.order, turn{seq: seq})
-			}
+			others = t.seq != 0 && t.seq != seq
 		}
 		// A sweep that begins in this very round finds the row and moves it.
 		from := at.day
@@ -124,6 +122,10 @@ func (c *commit) reopen(lane LaneKey, at *place) error {
 				return err
 			}
 			at.day = kept
+		}
+		// Nothing fails from here on.
+		if at.order != 0 && !others {
+			c.setTurn(lane, at.order, turn{seq: seq})
 		}
 		c.unbury(from, lane, seq)
 		c.unbury(at.day, lane, seq)

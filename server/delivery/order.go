@@ -304,6 +304,8 @@ func (c *commit) endTurn(lane LaneKey, seq uint64, ended *standing, next *succes
 	case blocks:
 		c.setTurn(lane, ended.order, turn{seq: seq, blocks: true})
 	default:
+		// Durable before the next one begins: a crash that forgot it would have this one tried again, and succeed after it.
+		c.firm = c.firm || next.seq != 0
 		c.passOn(lane, ended.order, next, ended.gap+1)
 	}
 }
@@ -441,12 +443,12 @@ func (c *commit) unblock(lane LaneKey, keys []OrderKey) (n int, err error) {
 		if err != nil || !t.blocks {
 			continue
 		}
-		at, err := c.p.find(c.r, lane, t.seq)
+		next, err := c.successor(lane, key, 0)
 		if err != nil {
 			return n, err
 		}
-		next, err := c.successor(lane, key, 0)
-		if err != nil {
+		at, err := c.p.find(c.r, lane, t.seq)
+		if err := c.p.passOver(err); err != nil { // one that cannot be read lets go of its key as others do
 			return n, err
 		}
 		c.firm = true
@@ -495,4 +497,110 @@ func (j *Journal) BlockedLanes() ([]LaneKey, error) {
 		}
 	}
 	return lanes, nil
+}
+
+// freeTurns lets go of the ordering keys that nothing would end any more, because a record was set aside or is lost with
+// what was damaged. It costs a look at each key that is busy.
+func (j *Journal) freeTurns(snapshot *pebble.Snapshot) {
+	for _, p := range j.partitions {
+		if err := p.freeTurns(snapshot); err != nil && !errors.Is(err, errStopped) && !errors.Is(err, ErrClosed) {
+			j.log.Error("look for ordering keys that wait for nobody", "partition", p.number, "err", err)
+		}
+	}
+}
+
+func (p *partition) freeTurns(snapshot *pebble.Snapshot) error {
+	var some []laneOrder
+	flush := func() error {
+		keys := some
+		some = nil
+		if len(keys) == 0 {
+			return nil
+		}
+		p.j.log.Warn("ordering keys go on whose turn was nobody's: a record of theirs was set aside, or is lost", "partition", p.number, "keys", len(keys))
+		return p.do(context.Background(), func(c *commit) error {
+			for _, k := range keys {
+				if err := p.passOver(c.freeTurn(k)); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+	}
+	looked := 0
+	look := func(k laneOrder, t turn) error {
+		if looked++; looked%1024 == 0 && p.j.stopped() {
+			return errStopped
+		}
+		if held, err := p.turnHeld(snapshot, k.lane, t); err != nil || held {
+			return p.passOver(err)
+		}
+		if some = append(some, k); len(some) < editBatch {
+			return nil
+		}
+		return flush()
+	}
+	prefix := appendTag(nil, p.number, tagTurn)
+	if err := p.j.scan(snapshot, prefix, prefixEnd(prefix), func(key, value []byte) error {
+		lane, order, ok := splitTurn(key)
+		t, err := decodeTurn(value)
+		if err != nil || !ok {
+			return nil // whose turn it is cannot be known
+		}
+		return look(laneOrder{lane, order}, t)
+	}); err != nil {
+		return err
+	}
+	prefix = appendTag(nil, p.number, tagBlocked)
+	if err := p.j.hop(snapshot, prefix, prefixEnd(prefix), func(key []byte) ([]byte, error) {
+		lane, order, _, ok := splitBlocked(key)
+		if !ok {
+			return append(bytes.Clone(key), 0), nil
+		}
+		next := prefixEnd(key[:laneEnd+8])
+		there, err := p.j.has(snapshot, appendTurn(nil, p.number, lane, order))
+		if err == nil && !there {
+			err = look(laneOrder{lane, order}, turn{})
+		}
+		return next, err
+	}); err != nil {
+		return err
+	}
+	return flush()
+}
+
+// turnHeld reports whether the delivery that has a turn is there and will end it.
+func (p *partition) turnHeld(r pebble.Reader, lane LaneKey, t turn) (bool, error) {
+	if t.seq == 0 {
+		return false, nil
+	}
+	if untried, err := p.j.has(r, appendRow(nil, p.number, lane, Row{Kind: FIFO, Seq: t.seq})); err != nil || untried {
+		return untried, err
+	}
+	at, err := p.find(r, lane, t.seq)
+	if err != nil || at == nil {
+		return false, err
+	}
+	if t.blocks {
+		return !at.open && at.state != Succeeded && at.state != Cancelled, nil
+	}
+	return at.open && !at.waits, nil
+}
+
+// freeTurn gives the turn of an ordering key that nobody holds to the first that waits for it.
+func (c *commit) freeTurn(k laneOrder) error {
+	t, err := c.turnOf(k.lane, k.key)
+	if err != nil {
+		return err
+	}
+	if held, err := c.p.turnHeld(c.r, k.lane, t); err != nil || held {
+		return err
+	}
+	next, err := c.successor(k.lane, k.key, 0)
+	if err != nil || t.seq == 0 && next.seq == 0 {
+		return err
+	}
+	c.firm = true
+	c.passOn(k.lane, k.key, &next, 1)
+	return nil
 }
