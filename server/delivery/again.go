@@ -90,6 +90,7 @@ func (c *commit) takeTurn(lane LaneKey, at *place, s *sending) error {
 	}
 	if at.waits = t.seq != 0; at.waits {
 		at.row, at.due = Row{Seq: at.row.Seq, Epoch: at.epoch}, 0
+		c.waitFor(lane, at.order, t, at.row.Seq)
 		return nil
 	}
 	c.setTurn(lane, at.order, turn{seq: at.row.Seq})

@@ -38,13 +38,24 @@ type turn struct {
 	seq uint64
 	// blocks: it has ended without success.
 	blocks bool
+	// older: one with a lower sequence waits, or has waited. Else nobody looks for one there, where those lay that have
+	// had their turns.
+	older bool
 }
+
+const (
+	turnBlocks = 1 << iota
+	turnOlder
+)
 
 func encodeTurn(b []byte, t turn) []byte {
 	w := newRecord(b)
 	flags := byte(0)
 	if t.blocks {
-		flags = 1
+		flags |= turnBlocks
+	}
+	if t.older {
+		flags |= turnOlder
 	}
 	w.byte(flags)
 	w.uint(t.seq)
@@ -53,7 +64,8 @@ func encodeTurn(b []byte, t turn) []byte {
 
 func decodeTurn(value []byte) (t turn, err error) {
 	d := readRecord(value)
-	t.blocks = d.byte() == 1
+	flags := d.byte()
+	t.blocks, t.older = flags&turnBlocks != 0, flags&turnOlder != 0
 	t.seq = d.uint()
 	return t, d.err
 }
@@ -169,6 +181,7 @@ func (c *commit) queueUp(target *Target, lane LaneKey, row Row, pr *progress, ag
 	if err != nil { // it is not known that nobody has it
 		c.p.j.log.Error("ordering key waits, who has its turn cannot be read", "partition", c.p.number, "err", err)
 	}
+	c.waitFor(lane, pr.order, t, row.Seq)
 	c.putBlocked(lane, row.Seq, &blocked{progress: *pr, due: row.Due, age: uint64(max(age, 0) / time.Microsecond)})
 	given := c.givesTurns()
 	if given.without == nil {
@@ -176,6 +189,14 @@ func (c *commit) queueUp(target *Target, lane LaneKey, row Row, pr *progress, ag
 	}
 	given.without[target] = struct{}{}
 	return false
+}
+
+// waitFor notes that a delivery comes to wait for another's turn, if it is older.
+func (c *commit) waitFor(lane LaneKey, key OrderKey, t turn, seq uint64) {
+	if seq < t.seq && !t.older {
+		t.older = true
+		c.setTurn(lane, key, t)
+	}
 }
 
 func (c *commit) putBlocked(lane LaneKey, seq uint64, w *blocked) {
@@ -195,9 +216,26 @@ func (c *commit) dropBlocked(lane LaneKey, key OrderKey, seq uint64) {
 type successor struct {
 	seq uint64
 	blocked
+	// after is the turn that it comes after.
+	after turn
 	// day and standing are those of one that is recorded.
 	day      dayKey
 	standing standing
+}
+
+// next finds who has the turn of an ordering key after the one who has it now.
+func (c *commit) next(lane LaneKey, key OrderKey) (successor, error) {
+	t, err := c.turnOf(lane, key)
+	if err != nil {
+		return successor{}, err
+	}
+	from := uint64(0)
+	if t.seq != 0 && !t.older {
+		from = t.seq + 1
+	}
+	next, err := c.successor(lane, key, from)
+	next.after = t
+	return next, err
 }
 
 // successor finds who waits for the turn of an ordering key, from a sequence on. What cannot be read is passed over,
@@ -302,7 +340,7 @@ func (c *commit) endTurn(lane LaneKey, seq uint64, ended *standing, next *succes
 	case ended.state == Succeeded:
 		c.passOn(lane, ended.order, next, 0)
 	case blocks:
-		c.setTurn(lane, ended.order, turn{seq: seq, blocks: true})
+		c.setTurn(lane, ended.order, turn{seq: seq, blocks: true, older: next.after.older})
 	default:
 		// Durable before the next one begins: a crash that forgot it would have this one tried again, and succeed after it.
 		c.firm = c.firm || next.seq != 0
@@ -391,27 +429,35 @@ func (j *Journal) Unblock(ctx context.Context, lane LaneKey, while func() bool) 
 	defer leave()
 	total := 0
 	for _, p := range j.partitions {
+		from := OrderKey(0)
 		for more := true; more; {
-			done := make(chan int, 1)
+			type some struct {
+				n    int
+				keys []OrderKey
+			}
+			done := make(chan some, 1)
 			// The keys are looked for in the commit, so that what was settled before is seen.
 			if err := p.do(ctx, func(c *commit) error {
-				n := 0
-				defer func() { done <- n }()
+				var did some
+				defer func() { done <- did }()
 				if while != nil && !while() {
 					return nil
 				}
-				keys, err := p.blockedKeys(c.r, lane, 0)
+				keys, err := p.blockedKeys(c.r, lane, from)
 				if err != nil {
 					return err
 				}
-				n, err = c.unblock(lane, keys)
+				did.keys = keys
+				did.n, err = c.unblock(lane, keys)
 				return err
 			}); err != nil {
 				return total, fmt.Errorf("unblock ordering keys of subscription %016x: %w", uint64(lane.Subscription), err)
 			}
-			n := <-done
-			total += n
-			more = n == editBatch
+			did := <-done
+			total += did.n
+			if more = len(did.keys) == editBatch; more {
+				from = did.keys[editBatch-1]
+			}
 		}
 	}
 	return total, nil
@@ -443,7 +489,7 @@ func (c *commit) unblock(lane LaneKey, keys []OrderKey) (n int, err error) {
 		if err != nil || !t.blocks {
 			continue
 		}
-		next, err := c.successor(lane, key, 0)
+		next, err := c.next(lane, key)
 		if err != nil {
 			return n, err
 		}

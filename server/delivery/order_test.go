@@ -1,11 +1,13 @@
 package delivery
 
 import (
+	"bytes"
 	"context"
 	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -328,6 +330,34 @@ func TestBlockedKeyIsNotRead(t *testing.T) {
 	} else {
 		b.Release(found.Jobs[0].Event)
 	}
+}
+
+// Those that have had their turns are not looked for again, however many there were: a key costs what waits of it.
+func TestKeyDoesNotLookBack(t *testing.T) {
+	var log bytes.Buffer
+	b := newBench(t, func(o *Options) { o.Logger = slog.New(slog.NewTextHandler(&log, nil)) })
+	r := b.append(keyed("0", "k", 1), keyed("1", "k", 1), keyed("2", "k", 1))
+	first := b.wantTurn("k", "0")
+	// It would be come across, and complained of.
+	past := appendBlockedRow(nil, r[0].Event.Partition, lane(1), orderKeyOf("k"), r[0].Event.Seq-1)
+	if err := b.db.Set(past, []byte{9}, nil); err != nil {
+		t.Fatal(err)
+	}
+	b.exhaust(first)
+	b.succeed(b.wantTurn("k", "1"))
+	b.wantTurn("k", "2")
+	if log.Len() > 0 {
+		t.Errorf("it has looked back: %s", &log)
+	}
+	// But for one that a caller has brought back.
+	if _, err := b.Retry(context.Background(), lane(1), first.ID, -1); err != nil {
+		t.Fatal(err)
+	}
+	b.append(keyed("3", "k", 1))
+	b.succeed(b.wantTurn("k", "2"))
+	b.succeed(b.wantTurn("k", "0"))
+	b.succeed(b.wantTurn("k", "3"))
+	b.wantTurn("k", "")
 }
 
 // A row that cannot be read does not keep its key waiting, and the check of a stopped journal names it.
