@@ -58,6 +58,11 @@ type Journal interface {
 	OpenIn(ns delivery.NamespaceKey) int64
 }
 
+// Registry is what a Runner needs of *subscription.Registry.
+type Registry interface {
+	Snapshot() *subscription.Snapshot
+}
+
 // Selection is what a replay's filter selects of the deliveries of a namespace.
 type Selection struct {
 	// None: nothing at all.
@@ -73,7 +78,7 @@ type Selection struct {
 // Options of a Runner. Journal, Registry and Select are required.
 type Options struct {
 	Journal  Journal
-	Registry *subscription.Registry
+	Registry Registry
 	// Select reads the filter of a replay of a namespace; one that was stored is known to be valid.
 	Select func(namespace string, spec *delivery.ReplaySpec) (*Selection, error)
 	// Logger nil discards.
@@ -88,7 +93,7 @@ var ErrStopped = errors.New("replays have stopped")
 // Runner runs replays. Its methods may be called from any goroutine; those that create and cancel need Run.
 type Runner struct {
 	journal  Journal
-	registry *subscription.Registry
+	registry Registry
 	choose   func(string, *delivery.ReplaySpec) (*Selection, error)
 	log      *slog.Logger
 	metrics  *metrics
