@@ -49,7 +49,7 @@ func (c *commit) send(s *sending) (*place, error) {
 		origin: s.origin, job: s.job, letter: s.letter,
 	}
 	at.state, at.due = Pending, due
-	if err := c.takeTurn(lane, at, s); err != nil {
+	if err := c.takeTurn(lane, at, s, from); err != nil {
 		return nil, err
 	}
 	p.key = appendAgainKey(p.key[:0], p.number, at.day, lane, own)
@@ -72,17 +72,16 @@ func (c *commit) send(s *sending) (*place, error) {
 }
 
 // takeTurn gives what is sent again to an ordered subscription the turn of its ordering key, or has it wait for it, in the
-// order in which it is made.
-func (c *commit) takeTurn(lane LaneKey, at *place, s *sending) error {
+// order in which it is made. The event lies in a day.
+func (c *commit) takeTurn(lane LaneKey, at *place, s *sending, day dayKey) error {
 	if !s.to.Ordered {
 		return nil
 	}
-	e, err := c.p.readEvent(c.r, s.ns, s.origin)
-	if err != nil {
+	if found, err := c.p.j.get(c.r, appendEventKey(nil, c.p.number, day, s.ns, s.origin), func(value []byte) (err error) {
+		at.order, err = decodeOrder(value)
 		return err
-	}
-	if at.order = orderKeyOf(e.OrderingKey); at.order == 0 {
-		return nil
+	}); err != nil || !found || at.order == 0 {
+		return err
 	}
 	t, err := c.turnOf(lane, at.order)
 	if err != nil {
