@@ -52,12 +52,12 @@ func TestEndIsNotedInTheEnd(t *testing.T) {
 		ended := make(chan error, 1)
 		go func() { ended <- r.Run(ctx) }()
 		time.Sleep(time.Minute)
-		if j.ended != delivery.ReplaySucceeded {
-			t.Errorf("after a minute it stands as %d", j.ended)
-		}
 		stop()
 		if err := <-ended; err != nil {
 			t.Error(err)
+		}
+		if j.ended != delivery.ReplaySucceeded {
+			t.Errorf("after a minute it stands as %d", j.ended)
 		}
 	})
 }
