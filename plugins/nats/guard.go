@@ -14,6 +14,7 @@ import (
 
 	"github.com/nats-io/nats.go"
 
+	"github.com/grapnel/grapnel/internal/gate"
 	"github.com/grapnel/grapnel/plugins/internal/outbound"
 	"github.com/grapnel/grapnel/sdk/plugin"
 )
@@ -172,11 +173,11 @@ func sizeOf(word []byte) (int, bool) {
 
 // greet reads what the server says of itself, does TLS where it is wanted, and returns what the client library is to
 // read from: it finds no TLS there, for it would read the network itself then. Errors are of type *outbound.Error.
-func greet(ctx context.Context, conn net.Conn, s settings, config *tls.Config) (*guard, error) {
+func greet(ctx context.Context, conn net.Conn, s settings, config *tls.Config, shaking *gate.Gate) (*guard, error) {
 	deadline, _ := ctx.Deadline()
 	_ = conn.SetDeadline(deadline)
 	if s.secure && s.first {
-		secured, err := outbound.Secure(ctx, conn, config)
+		secured, err := outbound.Secure(ctx, conn, config, shaking)
 		if err != nil {
 			return nil, err
 		}
@@ -203,7 +204,7 @@ func greet(ctx context.Context, conn net.Conn, s settings, config *tls.Config) (
 		case g.reader.Buffered() > 0:
 			return nil, &outbound.Error{Code: plugin.CodeProtocol, Err: errLine, Message: "the server does not speak NATS"}
 		}
-		secured, err := outbound.Secure(ctx, conn, config)
+		secured, err := outbound.Secure(ctx, conn, config, shaking)
 		if err != nil {
 			return nil, err
 		}

@@ -311,7 +311,7 @@ func (o *Origin) Adopt(raw *tls.Conn) {
 }
 
 func (o *Origin) begin(raw *tls.Conn) (*conn, error) {
-	metered, _ := raw.NetConn().(*meter.Conn)
+	metered := meterOf(raw)
 	if metered != nil {
 		metered.Begin()
 	}
@@ -321,6 +321,20 @@ func (o *Origin) begin(raw *tls.Conn) (*conn, error) {
 		return nil, &answer.Error{Peer: raw.RemoteAddr().String(), Fresh: true, Err: meaning(err)}
 	}
 	return &conn{ClientConn: client, meter: metered, peer: raw.RemoteAddr().String(), made: time.Now(), left: time.Now()}, nil
+}
+
+// meterOf is the meter below TLS, or nil.
+func meterOf(conn net.Conn) *meter.Conn {
+	for {
+		if found, ok := conn.(*meter.Conn); ok {
+			return found
+		}
+		over, ok := conn.(interface{ NetConn() net.Conn })
+		if !ok {
+			return nil
+		}
+		conn = over.NetConn()
+	}
 }
 
 // retire closes the connection when what is under way on it has ended.
