@@ -91,12 +91,3 @@ func TestIdleSince(t *testing.T) {
 		t.Errorf("the runtime says %+v", h)
 	}
 }
-
-// TestPercentAt: a small heap is let pile up some garbage, within bounds, and a large one no more than a share.
-func TestPercentAt(t *testing.T) {
-	for live, want := range map[uint64]int{0: 200, 12 << 20: 200, 24 << 20: 200, 32 << 20: 150, 60 << 20: 80, 80 << 20: 60, 4 << 30: 60} {
-		if got := percentAt(live); got != want {
-			t.Errorf("%d bytes: %d %%, want %d", live, got, want)
-		}
-	}
-}

@@ -158,7 +158,7 @@ func (s *Server) open(ctx context.Context, closers *stack) (err error) {
 	}
 	closers.push("stop listening for administration", s.admin.Close)
 	s.planMemory()
-	closers.push("stop pacing the garbage collector", s.memory.apply().end)
+	closers.push("stop pacing the garbage collector", s.memory.apply())
 	if err := s.openStores(ctx, closers); err != nil {
 		return err
 	}
