@@ -190,7 +190,7 @@ func declaresNothing(resp *http.Response) bool {
 func (x *exchange) readHead() (resp *http.Response, status int, err error) {
 	c := x.conn
 	c.left = answer.MaxHeader
-	for {
+	for range answer.MaxInterim + 1 {
 		status, err = x.peekStatus()
 		if err != nil {
 			return nil, 0, err
@@ -205,12 +205,13 @@ func (x *exchange) readHead() (resp *http.Response, status int, err error) {
 			return nil, 0, err
 		case err != nil:
 			return nil, status, err
-		case resp.StatusCode == 0:
-			return nil, 0, ErrStatus
+		case resp.StatusCode < 100: // net/http reads a sign, too
+			return nil, 0, answer.ErrStatus
 		case resp.StatusCode/100 != 1 || resp.StatusCode == http.StatusSwitchingProtocols:
 			return resp, 0, nil
 		}
 	}
+	return nil, 0, answer.ErrInterim
 }
 
 // note says what was wrong with a header behind its status line.
@@ -239,7 +240,7 @@ func (x *exchange) hasten(status int) {
 }
 
 // peekStatus reads the beginning of a status line and leaves it where it is. It is 0 for what http.ReadResponse may
-// read otherwise.
+// read otherwise, or refuse.
 func (x *exchange) peekStatus() (int, error) {
 	const line = "HTTP/1.1 200\n"
 	reader := x.conn.reader
@@ -270,6 +271,9 @@ func (x *exchange) peekStatus() (int, error) {
 			return 0, nil
 		}
 		status = 10*status + int(digit-'0')
+	}
+	if status < 100 {
+		return 0, answer.ErrStatus
 	}
 	return status, nil
 }

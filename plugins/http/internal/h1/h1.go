@@ -45,12 +45,8 @@ const (
 	linger = time.Second
 )
 
-var (
-	// ErrHeaderTooLarge is a header, or a row of interim responses, beyond answer.MaxHeader.
-	ErrHeaderTooLarge = errors.New("the response's header is larger than 64 KiB")
-	// ErrStatus is a status line with the number 0, which is none.
-	ErrStatus = errors.New("the receiver answered with the status 000, which says nothing")
-)
+// ErrHeaderTooLarge is a header, or a row of interim responses, beyond answer.MaxHeader.
+var ErrHeaderTooLarge = errors.New("the response's header is larger than 64 KiB")
 
 // Dial connects. secure says that the connection decrypts, whoever is at its other end: bytes may then wait inside it.
 // The connection, or a method NetConn of it, leads to a socket.
