@@ -9,6 +9,7 @@ import (
 	"errors"
 	"io"
 	"net"
+	"slices"
 	"strconv"
 	"time"
 
@@ -48,7 +49,7 @@ type guard struct {
 }
 
 func newGuard(conn net.Conn) *guard {
-	return &guard{Conn: conn, reader: bufio.NewReaderSize(conn, maxInfo+2)}
+	return &guard{Conn: conn, reader: bufio.NewReaderSize(conn, maxLine+2)}
 }
 
 // Read hands on a line, or a part of a message.
@@ -92,8 +93,16 @@ func (g *guard) endMessage() error {
 // readLine reads one line, its end included. It is valid until the next read.
 func (g *guard) readLine() ([]byte, error) {
 	line, err := g.reader.ReadSlice('\n')
+	if errors.Is(err, bufio.ErrBufferFull) { // no link needs a buffer for the longest line, which comes once
+		whole := slices.Clone(line)
+		for errors.Is(err, bufio.ErrBufferFull) && len(whole) < maxInfo {
+			line, err = g.reader.ReadSlice('\n')
+			whole = append(whole, line...)
+		}
+		line = whole
+	}
 	switch {
-	case errors.Is(err, bufio.ErrBufferFull):
+	case errors.Is(err, bufio.ErrBufferFull), len(line) > maxInfo+len("\r\n"):
 		return nil, errLine
 	case err != nil:
 		return nil, err
@@ -106,7 +115,7 @@ func (g *guard) readLine() ([]byte, error) {
 }
 
 func (g *guard) nextLine() error {
-	// The reader's buffer has room for the longest line; a line that is longer than its kind may be ends here.
+	// A line that is longer than its kind may be ends here.
 	if err := g.bounded(); err != nil {
 		return err
 	}

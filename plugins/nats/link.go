@@ -23,8 +23,9 @@ const (
 	// writeTimeout bounds how long the client waits for a server that has stopped reading; attempts end
 	// by their own deadlines.
 	writeTimeout = 30 * time.Second
-	// maxUnread is how many acknowledgements may wait to be handed out; the client drops what is more.
-	maxUnread = 8192
+	// maxUnread is how many acknowledgements may wait to be handed out, which takes a moment each; the client drops what is
+	// more. A link that hostile servers have made again and again is nothing but its buffers.
+	maxUnread = 2048
 )
 
 // dialler makes links of one settings.

@@ -417,7 +417,7 @@ func (e *exchange) do(ctx context.Context) (*answer.Answer, error) {
 	case err == nil:
 	case e.interim.Load() > answer.MaxInterim:
 		e.wire.state.Store(int32(answer.All)) // it was answered, after a fashion
-		_ = e.conn.Close() // or what follows would be read for the other requests' sake
+		_ = e.conn.Close()                    // or what follows would be read for the other requests' sake
 		return nil, answer.ErrInterim
 	case errors.Is(context.Cause(ctx), ErrHeaderLate):
 		return nil, ErrHeaderLate
