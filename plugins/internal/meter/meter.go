@@ -31,8 +31,9 @@ type Conn struct {
 	on    atomic.Bool
 	left  atomic.Int64
 	// swift is what may be read without the gate.
-	swift  atomic.Int64
-	leave  func() // the gate; Read's alone
+	swift atomic.Int64
+	// leave is how to leave the gate, when the reader has a turn.
+	leave  atomic.Pointer[func()]
 	closed chan struct{}
 	once   sync.Once
 }
@@ -51,10 +52,7 @@ func (m *Conn) Read(p []byte) (int, error) {
 	if !m.on.Load() {
 		return m.Conn.Read(p)
 	}
-	if m.leave != nil { // whoever reads has done with what it got
-		m.leave()
-		m.leave = nil
-	}
+	m.rest() // whoever reads has done with what it got
 	if m.left.Load() <= 0 {
 		return 0, errFlood
 	}
@@ -62,17 +60,31 @@ func (m *Conn) Read(p []byte) (int, error) {
 	m.left.Add(-int64(n))
 	// The read that comes to the end of what is ordinary may have the answer in it, and does not wait.
 	if m.swift.Add(-int64(n)) < -int64(n) {
-		var entered bool
-		if m.leave, entered = m.gate.Enter(m.closed, longest); !entered {
+		leave, entered := m.gate.Enter(m.closed, longest)
+		if !entered {
 			return 0, net.ErrClosed
+		}
+		m.leave.Store(&leave)
+		select {
+		case <-m.closed: // nobody reads on
+			m.rest()
+		default:
 		}
 	}
 	return n, err
 }
 
-// Close also ends a wait for the gate.
+// rest leaves the gate.
+func (m *Conn) rest() {
+	if leave := m.leave.Swap(nil); leave != nil {
+		(*leave)()
+	}
+}
+
+// Close also ends a wait for the gate, and a turn.
 func (m *Conn) Close() error {
 	m.once.Do(func() { close(m.closed) })
+	m.rest()
 	return m.Conn.Close()
 }
 

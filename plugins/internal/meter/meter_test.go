@@ -61,6 +61,20 @@ func TestGrants(t *testing.T) {
 		if n := read(m, 8<<10); n > 16<<10 {
 			t.Errorf("%d bytes were read while the gate was closed", n)
 		}
+		// A connection that is closed in its turn, because of what was read, holds up nobody.
+		free, begin := gate.New(), time.Now()
+		for range 100 {
+			m := meter.New(endless{}, grant, free)
+			m.Begin()
+			_, _ = io.ReadFull(m, make([]byte, 8<<10))
+			if _, err := m.Read(make([]byte, 1<<10)); err != nil {
+				t.Fatal(err)
+			}
+			_ = m.Close()
+		}
+		if took := time.Since(begin); took > 10*time.Millisecond {
+			t.Errorf("%v until a hundred such connections were closed", took)
+		}
 		// An answer that comes with the flood behind it is there before the flood waits.
 		m = meter.New(endless{}, grant, closed)
 		m.Begin()

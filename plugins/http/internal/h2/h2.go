@@ -21,6 +21,7 @@ import (
 	"net/http"
 	"net/http/httptrace"
 	"net/textproto"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -298,7 +299,7 @@ func (o *Origin) fly(f *flight) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	if err == nil {
-		o.conns = append(o.conns, c)
+		o.hold(c)
 	}
 	f.conn, f.err, o.flight = c, err, nil
 	close(f.done)
@@ -309,8 +310,24 @@ func (o *Origin) Adopt(raw *tls.Conn) {
 	if c, err := o.begin(raw); err == nil {
 		o.mu.Lock()
 		defer o.mu.Unlock()
-		o.conns = append(o.conns, c)
+		o.hold(c)
 	}
+}
+
+// hold keeps a connection until it has ended: also where no other request comes, which would find that. The lock is held.
+func (o *Origin) hold(c *conn) {
+	o.conns = append(o.conns, c)
+	c.SetStateHook(func(cc *http.ClientConn) {
+		if cc.Err() != nil {
+			go o.drop(c) // net/http calls from within its requests
+		}
+	})
+}
+
+func (o *Origin) drop(c *conn) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.conns = slices.DeleteFunc(o.conns, func(other *conn) bool { return other == c })
 }
 
 func (o *Origin) begin(raw *tls.Conn) (*conn, error) {
