@@ -81,6 +81,7 @@ func (f *attack) over() []string {
 const (
 	timedOut    = "TIMED_OUT"
 	unreachable = "UNREACHABLE"
+	pluginError = "PLUGIN_ERROR"
 	retryable   = "RETRYABLE"
 	succeeded   = "SUCCEEDED 200"
 	failed500   = "RETRYABLE 500"
@@ -275,7 +276,7 @@ func attacks() []*attack {
 			write(c, "-ERR '")
 			flood(c, []byte("a"))
 		}},
-		{name: "signatures with 4096 bits", signs: true, like: []string{succeeded, timedOut}, first: func(c net.Conn, _ int) bool {
+		{name: "signatures with 4096 bits", signs: true, like: []string{succeeded, timedOut, pluginError}, first: func(c net.Conn, _ int) bool {
 			write(c, ok200+hello)
 			return false
 		}},

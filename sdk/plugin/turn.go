@@ -64,8 +64,9 @@ func (t *turns) sign(ctx context.Context, inst *instance, body int, f func() err
 		return errTurn
 	}
 	defer leave()
+	var err error
 	began := time.Now()
-	err := f()
+	gate.Modestly(func() { err = f() })
 	e.took(time.Since(began), body)
 	return err
 }

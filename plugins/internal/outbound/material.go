@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"crypto"
 	"crypto/ecdsa"
+	"crypto/rsa"
 	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
@@ -11,10 +12,12 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
+	"io"
 	"strings"
 	"sync/atomic"
 	"time"
 
+	"github.com/grapnel/grapnel/internal/gate"
 	"github.com/grapnel/grapnel/sdk/keys"
 	"github.com/grapnel/grapnel/sdk/plugin"
 )
@@ -132,11 +135,23 @@ func (m Material) ClientCertificate() (*tls.Certificate, error) {
 }
 
 func newCertificate(chain []*x509.Certificate, key crypto.Signer) *tls.Certificate {
+	if long, ok := key.(*rsa.PrivateKey); ok && long.N.BitLen() > 2048 {
+		key = modestKey{long}
+	}
 	out := &tls.Certificate{PrivateKey: key, Leaf: chain[0]}
 	for _, c := range chain {
 		out.Certificate = append(out.Certificate, c.Raw)
 	}
 	return out
+}
+
+// modestKey gives way to others while it signs, which takes milliseconds.
+type modestKey struct{ *rsa.PrivateKey }
+
+// Sign implements crypto.Signer.
+func (k modestKey) Sign(random io.Reader, digest []byte, opts crypto.SignerOpts) (signature []byte, err error) {
+	gate.Modestly(func() { signature, err = k.PrivateKey.Sign(random, digest, opts) })
+	return signature, err
 }
 
 // Check says what is wrong with the client certificate, and what soon will be.

@@ -1,6 +1,7 @@
 package h1
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"errors"
@@ -196,13 +197,17 @@ func (x *exchange) readHead() (resp *http.Response, status int, err error) {
 			return nil, 0, err
 		}
 		x.hasten(status)
+		if status/100 == 1 && status != http.StatusSwitchingProtocols {
+			if err := x.skip(); err != nil {
+				return nil, 0, err
+			}
+			continue
+		}
 		resp, err = http.ReadResponse(c.reader, nil)
 		if err != nil && c.left <= 0 {
 			err = ErrHeaderTooLarge // which ends a line, and half a line has errors of its own
 		}
 		switch {
-		case err != nil && (status/100 == 1 && status != http.StatusSwitchingProtocols):
-			return nil, 0, err
 		case err != nil:
 			return nil, status, err
 		case resp.StatusCode < 100: // net/http reads a sign, too
@@ -213,6 +218,31 @@ func (x *exchange) readHead() (resp *http.Response, status int, err error) {
 	}
 	return nil, 0, answer.ErrInterim
 }
+
+// skip reads an interim response, of which nothing is kept: it costs a small part of what an answer does.
+func (x *exchange) skip() error {
+	reader := x.conn.reader
+	for first, begin := true, true; ; {
+		line, err := reader.ReadSlice('\n')
+		switch {
+		case errors.Is(err, bufio.ErrBufferFull):
+			begin = false
+			continue
+		case err == io.EOF:
+			return io.ErrUnexpectedEOF
+		case err != nil:
+			return err
+		case begin && (string(line) == "\r\n" || string(line) == "\n"):
+			return nil
+		case begin && !first && bytes.IndexByte(line, ':') <= 0:
+			return errField
+		}
+		first, begin = false, true
+	}
+}
+
+// errField is a line of a header without a name.
+var errField = errors.New("a line of the header has no name")
 
 // note says what was wrong with a header behind its status line.
 func note(err error) string {

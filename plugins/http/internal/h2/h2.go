@@ -398,6 +398,9 @@ func (e *exchange) trace() *httptrace.ClientTrace {
 	return &httptrace.ClientTrace{
 		Got1xxResponse: func(int, textproto.MIMEHeader) error {
 			if e.interim.Add(1) > answer.MaxInterim {
+				if e.conn.meter != nil {
+					_ = e.conn.meter.Close() // at once: more has been read already
+				}
 				return answer.ErrInterim
 			}
 			return nil
