@@ -27,6 +27,7 @@ import (
 	"golang.org/x/sync/errgroup"
 	"google.golang.org/grpc"
 
+	"github.com/grapnel/grapnel/internal/garbage"
 	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
 	"github.com/grapnel/grapnel/server/api"
 	"github.com/grapnel/grapnel/server/delivery"
@@ -427,7 +428,7 @@ func (s *Server) serve(ctx context.Context) error {
 	stores(s.sweep, base, "sweep")
 	stores(s.keepMarks, base, "notes of what was acknowledged")
 	stores(func(ctx context.Context) error { return s.etcd.keepRoom(ctx, s.space.Free) }, base, "room in etcd")
-	stores(returnMemory, base, "memory")
+	stores(garbage.Return, base, "memory")
 	parts.Go(func() error { return s.plugins.Run(base) }) // returns nil
 	stores(s.watchPlugins, watching, "plugin directory")
 	parts.Go(func() error {

@@ -1,4 +1,4 @@
-// Package garbage paces Go's collector by how much is live. A fixed percentage is wrong at both ends: a heap of a few
+// Package garbage paces Go's collector by how much is live, and gives back what a burst has left. A fixed percentage is wrong at both ends: a heap of a few
 // megabytes is collected dozens of times a second, and one that strangers have made large for a moment grows by several
 // times that before it is looked at again, and stays so.
 package garbage

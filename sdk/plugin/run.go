@@ -42,6 +42,9 @@ func Serve(name, version string, kinds ...Kind) error {
 		return err
 	}
 	defer pace().Keep()()
+	serving, stop := context.WithCancel(context.Background())
+	defer stop()
+	go garbage.Return(serving) //nolint:errcheck // it has none
 	stderr := os.Stderr
 	s.described = func() { stdoutToStderr(stderr) }
 	slog.SetDefault(s.log())
