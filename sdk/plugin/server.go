@@ -79,6 +79,7 @@ type generation struct {
 // instance is one configured (id, generation).
 type instance struct {
 	id      string
+	tenant  string
 	built   built
 	target  Target
 	secrets [][]byte
@@ -321,7 +322,7 @@ func (s *server) build(in *pluginv1.Instance, egress *Egress, agent string, vali
 	if hasErrors(problems) {
 		return nil, diagnostics
 	}
-	return &instance{id: in.GetId(), built: b, target: sp.target, secrets: values, labels: labels, life: life}, diagnostics
+	return &instance{id: in.GetId(), tenant: in.GetTenant(), built: b, target: sp.target, secrets: values, labels: labels, life: life}, diagnostics
 }
 
 func (p Problem) wire(secrets [][]byte) *pluginv1.Diagnostic {

@@ -59,7 +59,7 @@ func (t *turns) sign(ctx context.Context, inst *instance, body int, f func() err
 	if e.least.Load() == 0 {
 		at = t.fresh
 	}
-	leave, entered := at.Enter(ctx.Done(), 0)
+	leave, entered := at.Enter(ctx.Done(), 0, inst.tenant)
 	if !entered {
 		return errTurn
 	}

@@ -60,7 +60,7 @@ func (m *Conn) Read(p []byte) (int, error) {
 	m.left.Add(-int64(n))
 	// The read that comes to the end of what is ordinary may have the answer in it, and does not wait.
 	if m.swift.Add(-int64(n)) < -int64(n) {
-		leave, entered := m.gate.Enter(m.closed, longest)
+		leave, entered := m.gate.Enter(m.closed, longest, "")
 		if !entered {
 			return 0, net.ErrClosed
 		}

@@ -48,7 +48,7 @@ func TestGrants(t *testing.T) {
 		}
 		closed := gate.New()
 		for range max(1, runtime.GOMAXPROCS(0)/2) {
-			leave, _ := closed.Enter(nil, 0)
+			leave, _ := closed.Enter(nil, 0, "")
 			defer leave()
 		}
 		m = meter.New(endless{}, grant, closed)

@@ -36,7 +36,7 @@ func TestHandshakesTakeTurns(t *testing.T) {
 	}
 	var leave []func()
 	for range places {
-		l, _ := turns.Enter(nil, 0)
+		l, _ := turns.Enter(nil, 0, "")
 		leave = append(leave, l)
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)

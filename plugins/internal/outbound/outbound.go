@@ -87,7 +87,7 @@ func (s *shaking) Read(p []byte) (int, error) {
 }
 
 func (s *shaking) enter() error {
-	leave, entered := s.turns.Enter(s.given, longestTurn)
+	leave, entered := s.turns.Enter(s.given, longestTurn, "")
 	if !entered {
 		return os.ErrDeadlineExceeded
 	}
