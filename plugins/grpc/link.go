@@ -11,6 +11,7 @@ import (
 	"google.golang.org/grpc/connectivity"
 	"google.golang.org/grpc/credentials"
 
+	"github.com/grapnel/grapnel/internal/gate"
 	"github.com/grapnel/grapnel/plugins/internal/meter"
 	"github.com/grapnel/grapnel/plugins/internal/outbound"
 	"github.com/grapnel/grapnel/sdk/plugin"
@@ -40,8 +41,8 @@ type dialler struct {
 	gates gates
 }
 
-// gates are a process's: of what is read, and of signing with large keys.
-type gates struct{ reading, signing *meter.Gate }
+// gates are a process's: of what is read beyond what is ordinary, and of handshakes.
+type gates struct{ reading, shaking *gate.Gate }
 
 // link is one HTTP/2 connection, as a grpc.ClientConn that never connects again.
 type link struct {
@@ -75,8 +76,8 @@ func (d *dialler) dial() (*link, error) {
 	refusal := func() string { return "" }
 	shaken := handshaken{protocol: "insecure", info: insecureInfo{credentials.CommonAuthInfo{SecurityLevel: credentials.NoSecurity}}}
 	if d.tls != nil {
-		config, offer := outbound.Offering(d.tls, d.gates.signing)
-		secure, err := outbound.Secure(ctx, conn, config)
+		config, offer := outbound.Offering(d.tls)
+		secure, err := outbound.Secure(ctx, conn, config, d.gates.shaking)
 		if err != nil {
 			return nil, err
 		}
