@@ -135,14 +135,15 @@ func (l *link) begin(ctx context.Context) error {
 		switch {
 		case state == connectivity.Ready:
 			return nil
+		case ctx.Err() != nil: // also where gRPC, whose time is up as well, has closed the connection first
+			return &outbound.Error{Code: plugin.CodeConnect, Err: ctx.Err(), Message: "the receiver did not begin HTTP/2 in time"}
 		case state != connectivity.Idle && state != connectivity.Connecting, state == connectivity.Idle && l.conn.Broke() != nil:
 			if err := l.conn.Broke(); err != nil {
 				return &outbound.Error{Code: plugin.CodeConnect, Err: err, Message: "the receiver closed the connection at once"}
 			}
 			return &outbound.Error{Code: plugin.CodeProtocol, Err: errNoHTTP2, Message: "the receiver does not speak HTTP/2, which gRPC needs"}
-		case !l.client.WaitForStateChange(ctx, state):
-			return &outbound.Error{Code: plugin.CodeConnect, Err: ctx.Err(), Message: "the receiver did not begin HTTP/2 in time"}
 		}
+		l.client.WaitForStateChange(ctx, state)
 	}
 }
 
