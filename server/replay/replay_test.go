@@ -46,7 +46,9 @@ func TestEndIsNotedInTheEnd(t *testing.T) {
 		snapshot := subscription.NewSnapshot(1, []*subscription.Namespace{{ID: "acme", UID: uid, Proto: &grapnelv1.Namespace{}}}, nil)
 		r := replay.New(replay.Options{
 			Journal: j, Registry: config{snapshot},
-			Select: func(string, *delivery.ReplaySpec) (*replay.Selection, error) { return &replay.Selection{None: true}, nil },
+			Select: func(string, *delivery.ReplaySpec) (*replay.Selection, error) {
+				return &replay.Selection{None: true}, nil
+			},
 		})
 		ctx, stop := context.WithCancel(t.Context())
 		ended := make(chan error, 1)
