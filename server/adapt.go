@@ -281,8 +281,9 @@ func (e engine) Status(lane delivery.LaneKey) *grapnelv1.SubscriptionStatus {
 		LastSuccessTime: stamp(s.LastSuccess), Slow: s.Slow,
 		InFlightLimit: int32(s.Limit), LimitReason: s.LimitReason, //nolint:gosec // at most 1000
 		Breaker: grapnelv1.SubscriptionStatus_BREAKER_CLOSED, BreakerSince: stamp(s.BreakerSince), NextProbeTime: stamp(s.NextProbe),
-		DisableTime: stamp(s.Disable),
-		InFlight:    int32(min(s.InFlight, math.MaxInt32)), OldestDueAge: durationpb.New(s.OldestDue), //nolint:gosec // bounded by the line itself
+		DisableTime:   stamp(s.Disable),
+		HostDownSince: stamp(s.HostDown), HostProbeTime: stamp(s.HostProbe),
+		InFlight: int32(min(s.InFlight, math.MaxInt32)), OldestDueAge: durationpb.New(s.OldestDue), //nolint:gosec // bounded by the line itself
 	}
 	switch s.Breaker {
 	case receiver.BreakerOpen:
@@ -334,6 +335,6 @@ func stats(s dispatch.Stats) *grapnelv1.Stats {
 		Attempts: s.Attempts, FailedAttempts: s.FailedAttempts,
 		Succeeded: s.Succeeded, Failed: s.Failed, Open: s.Open,
 		P50Latency: durationpb.New(s.P50), P99Latency: durationpb.New(s.P99), OldestDueAge: durationpb.New(s.OldestDue),
-		OpenBreakers: s.Breakers,
+		OpenBreakers: s.Breakers, HostsDown: s.HostsDown,
 	}
 }

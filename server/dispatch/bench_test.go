@@ -75,7 +75,7 @@ func benchmark(b *testing.B, lanes int, attempter dispatch.Attempter) {
 	keys := make([]delivery.LaneKey, lanes)
 	for i := range lanes {
 		s := &subscription.Subscription{
-			Proto: &grapnelv1.Subscription{State: grapnelv1.Subscription_STATE_ACTIVE},
+			Proto: &grapnelv1.Subscription{State: grapnelv1.Subscription_STATE_ACTIVE, Uri: "https://hooks.example.com/" + fmt.Sprint(i)},
 			UID:   uid(fmt.Sprint("sub", i)), NamespaceUID: uid("acme"), MaxInFlight: 64,
 		}
 		keys[i] = laneOf(s)

@@ -56,12 +56,16 @@ func (x *entry) Complete(_ *delivery.Job, r delivery.Result) {
 	x.stage = window.Settling
 	l.land(x)
 	v := l.learn(x, &r, step, took, now)
+	down := x.visit.ended(l.key, &r, x.started, now)
 	l.count(now, r.Outcome, step.State, since)
 	l.mu.Unlock()
 
 	e.trace(x, a, step)
 	e.metrics.settled(a.Outcome, step.State, since)
 	e.metrics.learnt(v)
+	if down {
+		e.metrics.down.Inc()
+	}
 	if v.Noted {
 		l.note()
 	}

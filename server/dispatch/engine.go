@@ -22,7 +22,7 @@
 //
 // Of two locks the left one is taken first:
 //
-//	lane.start, lane.noting → lane.mu → Engine.mu, ring.mu, pool.mu → alarms.mu, graves.mu, unblocks.mu, budget.mu → reads.mu,
+//	lane.start, lane.noting → lane.mu → Engine.mu, ring.mu, pool.mu, origin.mu, origins.mu → alarms.mu, graves.mu, unblocks.mu, budget.mu → reads.mu,
 //	                                    statistics.mu → series.mu
 //
 // No lock but lane.start and lane.noting is held while the journal is read or written or an attempt is handed over, because the
@@ -173,6 +173,7 @@ type Engine struct {
 
 	slots      slots
 	pools      pools
+	origins    origins
 	budget     budget
 	statistics statistics
 

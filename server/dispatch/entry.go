@@ -32,6 +32,7 @@ type entry struct {
 	gone       bool // abandoned, or its partition is: nothing of it counts any more
 	target     uint32
 	mark       health.Mark
+	visit      visit
 	pool       *pool // that it holds a place of while it flies; nil is none
 }
 

@@ -55,6 +55,9 @@ type lane struct {
 	pool     *pool    // of its plugin; nil where that has no bound of its own
 	poolAt   time.Time
 	pacer    *pacer // nil: its subscription has no max_rate
+	origin   *origin
+	originOf *subscription.Subscription // that it was looked up for
+	guest    bool                       // it may wait for its turn at the origin, or be called
 	series   *series
 
 	// Places in queues of the engine.
@@ -64,6 +67,7 @@ type lane struct {
 	hungry     bool                   // budget.mu, and so the next one
 	hungryAs   standing
 	alarm      alarm // alarms.mu
+	atHost     int   // origin.mu: its place among those of its namespace that wait there, counted from 1; 0: it does not
 }
 
 // part is a lane's window of one partition.
@@ -135,6 +139,7 @@ func (l *lane) rest(now time.Time) {
 		return
 	}
 	e := l.e
+	l.leaveOrigin(now)
 	keep := !l.health.Worthless(now) && !e.subs.Deleted(l.key)
 	l.evicted = true
 	e.alarms.remove(l)
@@ -287,8 +292,10 @@ type gate struct {
 	until  time.Time
 	// lasting: closed for so long that deliveries expire.
 	lasting bool
-	// isolated: the breaker is open, or half open.
+	// isolated: the breaker is open, or half open, or the host is down.
 	isolated bool
+	// hostDown: its host is down for several lanes, and another one looks whether it is back.
+	hostDown bool
 	deleted  bool
 }
 
@@ -309,6 +316,8 @@ const (
 	closedRate       = "its subscription's max_rate is reached"
 	closedTarget     = "its target asked for a pause (Retry-After)"
 	closedBreaker    = "breaker open"
+	closedHost       = "host down"
+	closedStranger   = "its host has not answered lately, and few attempts go there at a time"
 	closedPlugin     = "parked: its plugin is not ready"
 	closedWaits      = "parked: "
 )
@@ -333,11 +342,17 @@ func (l *lane) gate(now time.Time) gate {
 		return gate{sub: sub, reason: reason, lasting: true}
 	}
 	g := gate{sub: sub, isolated: l.health.Isolated()}
-	if why, until := l.health.Closed(now); why != health.Open {
+	why, until := l.health.Closed(now)
+	down, probe, turn := l.hostDown(now)
+	switch {
+	case down && (why == health.Open || why == health.ByBreaker && l.health.Unconnected()):
+		g.reason, g.until, g.isolated, g.hostDown = closedHost, probe, true, true
+	case why != health.Open:
 		g.reason, g.until = l.closed(why), until
-	} else if l.pacer != nil && now.Before(l.pacer.until) {
+	case l.pacer != nil && now.Before(l.pacer.until):
 		g.reason, g.until = closedRate, l.pacer.until
 	}
+	g.isolated = g.isolated || turn
 	return g
 }
 
@@ -391,8 +406,20 @@ func (l *lane) kick(now time.Time) {
 	}
 	l.idle = time.Time{}
 	l.look(now)
+	l.relieve(now)
 	g := l.gate(now)
+	if g.sub != nil && g.sub != l.originOf {
+		l.lookOrigin(g.sub, now)
+		g = l.gate(now)
+	}
+	if g.hostDown && l.queueAtHost(now) {
+		l.relieve(now)
+		g = l.gate(now)
+	}
 	if !g.open() {
+		if !g.hostDown {
+			l.goOn(now)
+		}
 		l.kickClosed(g, now)
 		return
 	}
@@ -401,14 +428,23 @@ func (l *lane) kick(now time.Time) {
 	}
 	l.lookPool(g.sub, now)
 	l.wantRead(g, now)
-	if l.running || l.full(g.sub) || l.next(g.sub) == nil {
+	if l.running {
+		return
+	}
+	if l.full(g.sub) || l.next(g.sub) == nil {
+		if !l.reading {
+			l.goOn(now)
+		}
 		return
 	}
 	if l.crowded() {
+		l.goOn(now)
 		l.queueUp(now)
 		return
 	}
-	e.ring.push(l)
+	if l.queueAtHost(now) {
+		e.ring.push(l)
+	}
 }
 
 // look judges the lane by what it has in flight.
@@ -422,7 +458,7 @@ func (l *lane) look(now time.Time) {
 }
 
 func (l *lane) kickClosed(g gate, now time.Time) {
-	if !g.until.IsZero() {
+	if !g.until.IsZero() && !g.hostDown {
 		l.arm(g.until)
 		if g.isolated || g.until.Sub(now) > shedAfter {
 			l.shed()

@@ -226,9 +226,12 @@ func (l *lane) take(b *batch, now time.Time) {
 		if x == nil {
 			return
 		}
-		expired := x.expired(now)
-		if !expired && !l.mayStart(g, now) {
-			return
+		var v visit
+		expired, ok := x.expired(now), true
+		if !expired {
+			if v, ok = l.mayStart(g, now); !ok {
+				return
+			}
 		}
 		l.queueOf(x).remove(x)
 		l.timerTurn = x.Kind == delivery.FIFO
@@ -238,6 +241,7 @@ func (l *lane) take(b *batch, now time.Time) {
 				l.sweepAt = now
 			}
 		} else {
+			x.visit = v
 			l.takeOff(x, now)
 			x.sub = g.sub
 		}
@@ -260,19 +264,21 @@ func (l *lane) next(sub *subscription.Subscription) *entry {
 }
 
 // mayStart checks the limits and takes a slot.
-func (l *lane) mayStart(g gate, now time.Time) bool {
+func (l *lane) mayStart(g gate, now time.Time) (v visit, ok bool) {
 	if l.full(g.sub) || !l.e.slots.acquire(l, now) {
-		return false
+		return v, false
 	}
-	if l.crowded() {
+	if !l.crowded() {
+		v, ok = l.visit(now)
+	}
+	if ok && !l.allow(g.sub, now) {
+		v.returned(l.key.Namespace, now)
+		ok = false
+	}
+	if !ok {
 		l.e.slots.returned(l)
-		return false
 	}
-	if !l.allow(g.sub, now) {
-		l.e.slots.returned(l)
-		return false
-	}
-	return true
+	return v, ok
 }
 
 // begin hands an attempt over. l.start is held, l.mu is not.
@@ -334,6 +340,7 @@ func (l *lane) retarget() {
 
 // returned tells the health that nothing came of an attempt.
 func (l *lane) returned(x *entry) {
+	x.visit.returned(l.key.Namespace, l.e.now())
 	if x.target == l.target {
 		l.health.Returned(x.mark)
 	}
