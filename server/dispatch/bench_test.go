@@ -36,6 +36,7 @@ func (j *nullJournal) Settle(_ *delivery.Job, _ delivery.Step, _ *delivery.Attem
 func (*nullJournal) Now() time.Time                                   { return time.Now() }
 func (*nullJournal) Failing() (map[delivery.LaneKey]time.Time, error) { return nil, nil }
 func (*nullJournal) Hold(*delivery.Event)                             {}
+func (*nullJournal) BlockedLanes() ([]delivery.LaneKey, error)        { return nil, nil }
 func (*nullJournal) Release(*delivery.Event)                          {}
 func (*nullJournal) EventBytes() int64                                { return 0 }
 
