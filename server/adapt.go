@@ -158,6 +158,11 @@ func (r subscriptions) EndReason(lane delivery.LaneKey) string {
 	return api.NamespaceDeleted
 }
 
+// Weight of a namespace that is not there is that of one which does not say.
+func (r subscriptions) Weight(ns delivery.NamespaceKey) int {
+	return r.Snapshot().NamespaceByKey(uint64(ns)).Weight()
+}
+
 // Closed goes from the widest to the narrowest.
 func (r subscriptions) Closed(lane delivery.LaneKey) string {
 	snapshot := r.Snapshot()

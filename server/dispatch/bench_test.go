@@ -118,4 +118,5 @@ func (s subs) Subscription(lane delivery.LaneKey) *subscription.Subscription { r
 func (s subs) Deleted(delivery.LaneKey) bool                                 { return false }
 func (s subs) DeadLetter(*subscription.Subscription) *delivery.DeadLetter    { return nil }
 func (s subs) EndReason(delivery.LaneKey) string                             { return "subscription deleted" }
+func (s subs) Weight(delivery.NamespaceKey) int                              { return 1 }
 func (s subs) Closed(delivery.LaneKey) string                                { return "" }

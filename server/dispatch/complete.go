@@ -55,6 +55,7 @@ func (x *entry) Complete(_ *delivery.Job, r delivery.Result) {
 	since := now.Sub(laterOf(x.Event.AcceptTime, x.Event.DeliverTime))
 	x.stage = window.Settling
 	l.land(x)
+	x.square(x.cost(took))
 	v := l.learn(x, &r, step, took, now)
 	down := x.visit.ended(l.key, &r, x.started, now)
 	l.count(now, r.Outcome, step.State, since)
@@ -120,7 +121,7 @@ func (l *lane) proceed(now time.Time) {
 		l.kick(now)
 		return
 	}
-	l.run(inlineTurns)
+	l.run(inlineTurns, nobodys)
 }
 
 // disableFor closes the lane at once and has the subscription disabled.

@@ -33,6 +33,7 @@ type entry struct {
 	target     uint32
 	mark       health.Mark
 	visit      visit
+	bill       bill
 	pool       *pool // that it holds a place of while it flies; nil is none
 }
 

@@ -63,11 +63,14 @@ type lane struct {
 	// Places in queues of the engine.
 	queued     [standings]atomic.Bool // on the ring, among those of a standing
 	poolQueued atomic.Bool            // in the queue of a pool
-	ringNext   [standings]*lane       // ring.mu
+	seats      [standings]seat[*lane] // ring.mu
 	hungry     bool                   // budget.mu, and so the next one
 	hungryAs   standing
 	alarm      alarm // alarms.mu
-	atHost     int   // origin.mu: its place among those of its namespace that wait there, counted from 1; 0: it does not
+	// Its place among those of its namespace that wait at the origin, counted from 1, below 0 of those that wait again; 0: it
+	// does not. looked: it has been called there. Both origin.mu.
+	atHost int
+	looked bool
 }
 
 // part is a lane's window of one partition.
@@ -89,10 +92,13 @@ func (e *Engine) lane(key delivery.LaneKey) *lane {
 		if e.lanes[key] == nil {
 			l := &lane{e: e, key: key, health: e.healths[key], alarm: alarm{index: -1}, tenant: e.tenants[key.Namespace]}
 			if l.tenant == nil {
-				l.tenant = &tenant{}
+				l.tenant = newTenant(key.Namespace)
 				e.tenants[key.Namespace] = l.tenant
 			}
 			l.tenant.lanes++
+			for st := range l.seats {
+				l.seats[st].of = l
+			}
 			l.standing = l.health.Standing()
 			delete(e.healths, key)
 			e.lanes[key] = l

@@ -2,6 +2,7 @@ package dispatch
 
 import (
 	"math/rand/v2"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -42,6 +43,7 @@ type origin struct {
 	// waiting are those of them with lanes that wait, next the lane of them that is next, once it is chosen.
 	waiting []*guests
 	next    *lane
+	turn    int // where among waiting the last one was chosen
 	// flying are the attempts in flight of lanes that were admitted, busy the namespaces that have some.
 	flying, busy int
 	called       *lane
@@ -50,10 +52,11 @@ type origin struct {
 
 // guests are the lanes of one namespace at an origin.
 type guests struct {
-	key     delivery.NamespaceKey
-	flying  int
-	waiting []*lane
-	place   int // among those of the origin with lanes that wait
+	key    delivery.NamespaceKey
+	flying int
+	// waiting are lanes that wait for their first turn, or their next since all had one, again the others that wait.
+	waiting, again []*lane
+	place          int // among those of the origin with lanes that wait
 }
 
 // visit is what an attempt has of its origin from start to end.
@@ -128,6 +131,9 @@ func (l *lane) lookOrigin(sub *subscription.Subscription, now time.Time) {
 func (l *lane) leaveOrigin(now time.Time) {
 	if o := l.origin; o != nil {
 		l.goOn(now)
+		o.mu.Lock()
+		l.looked = false
+		o.mu.Unlock()
 		l.e.origins.leave(o)
 		l.origin = nil
 	}
@@ -218,7 +224,7 @@ func (l *lane) stranger(now time.Time) bool {
 	}
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	return l.atHost > 0 && o.admit(l, now) == health.Stay
+	return l.atHost != 0 && o.admit(l, now) == health.Stay
 }
 
 // relieve has a breaker that is open for want of a connection give way to what the host's lanes have found out together.
@@ -346,7 +352,7 @@ func (v *visit) ended(key delivery.LaneKey, r *delivery.Result, started, now tim
 	}
 	if down { // who waits has it in memory no more
 		for _, g := range o.waiting {
-			for _, l := range g.waiting {
+			for _, l := range slices.Concat(g.waiting, g.again) {
 				l.e.alarms.set(l, now)
 			}
 		}
@@ -371,7 +377,7 @@ func (o *origin) guestsOf(ns delivery.NamespaceKey) *guests {
 }
 
 func (o *origin) tidy(g *guests) {
-	if g.flying == 0 && len(g.waiting) == 0 {
+	if g.flying == 0 && g.wait() == 0 {
 		delete(o.guests, g.key)
 	}
 }
@@ -400,13 +406,21 @@ func (o *origin) mayEnter(l *lane, now time.Time) health.Entry {
 
 func (o *origin) add(l *lane) {
 	g := o.guestsOf(l.key.Namespace)
-	if len(g.waiting) == 0 {
+	if g.wait() == 0 {
 		g.place = len(o.waiting)
 		o.waiting = append(o.waiting, g)
 	}
-	g.waiting = append(g.waiting, l)
-	l.atHost = len(g.waiting)
+	if l.looked {
+		g.again = append(g.again, l)
+		l.atHost = -len(g.again)
+	} else {
+		g.waiting = append(g.waiting, l)
+		l.atHost = len(g.waiting)
+	}
 }
+
+// wait is how many lanes wait.
+func (g *guests) wait() int { return len(g.waiting) + len(g.again) }
 
 // remove takes a lane out of those that wait, or that are called.
 func (o *origin) remove(l *lane) {
@@ -420,28 +434,40 @@ func (o *origin) remove(l *lane) {
 		return
 	}
 	g := o.guests[l.key.Namespace]
-	last := len(g.waiting) - 1
-	moved := g.waiting[last]
-	g.waiting[l.atHost-1], moved.atHost = moved, l.atHost
-	g.waiting[last], g.waiting = nil, g.waiting[:last]
+	from, at := &g.waiting, l.atHost
+	if at < 0 {
+		from, at = &g.again, -at
+	}
+	last := len(*from) - 1
+	moved := (*from)[last]
+	(*from)[at-1], moved.atHost = moved, l.atHost
+	(*from)[last], *from = nil, (*from)[:last]
 	l.atHost = 0
-	if last > 0 {
+	if g.wait() > 0 {
 		return
 	}
 	last = len(o.waiting) - 1
 	o.waiting[g.place], o.waiting[last].place = o.waiting[last], g.place
 	o.waiting[last], o.waiting = nil, o.waiting[:last]
-	g.waiting = nil
+	g.waiting, g.again = nil, nil
 	o.tidy(g)
 }
 
-// pick chooses who is next of those that wait, if any do: any lane of any namespace, so that the many of one do not keep
-// others waiting, nor those that came first and hang.
+// pick chooses who is next of those that wait, if any do: namespace after namespace, so that the many of one do not keep
+// others waiting, and of its lanes by lot, so that those do not which came first and hang, but none again before all others.
 func (o *origin) pick() *lane {
-	if o.next == nil && len(o.waiting) > 0 {
-		g := o.waiting[rand.IntN(len(o.waiting))]
-		o.next = g.waiting[rand.IntN(len(g.waiting))]
+	if o.next != nil || len(o.waiting) == 0 {
+		return o.next
 	}
+	o.turn = (o.turn + 1) % len(o.waiting)
+	g := o.waiting[o.turn]
+	if len(g.waiting) == 0 {
+		g.waiting, g.again = g.again, nil
+		for _, l := range g.waiting {
+			l.atHost = -l.atHost
+		}
+	}
+	o.next = g.waiting[rand.IntN(len(g.waiting))]
 	return o.next
 }
 
@@ -469,7 +495,7 @@ func (o *origin) serve(now time.Time) {
 
 // call gives a lane that does not wait any more its turn.
 func (o *origin) call(l *lane, now time.Time) {
-	o.called, o.calledUntil = l, now.Add(turnFor)
+	o.called, o.calledUntil, l.looked = l, now.Add(turnFor), true
 	l.e.alarms.set(l, now)
 	if next := o.pick(); next != nil {
 		next.e.alarms.set(next, o.calledUntil)

@@ -20,6 +20,7 @@ type registry struct {
 	subs    map[delivery.LaneKey]*subscription.Subscription
 	deleted map[delivery.LaneKey]bool
 	closed  string // for all
+	weights map[delivery.NamespaceKey]int
 }
 
 func newRegistry() *registry {
@@ -44,6 +45,12 @@ func (r *registry) Deleted(lane delivery.LaneKey) bool {
 }
 
 func (r *registry) EndReason(delivery.LaneKey) string { return "subscription deleted" }
+
+func (r *registry) Weight(ns delivery.NamespaceKey) int {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return max(1, r.weights[ns])
+}
 
 func (r *registry) Closed(delivery.LaneKey) string {
 	r.mu.Lock()
