@@ -63,6 +63,7 @@ func (x *entry) Complete(_ *delivery.Job, r delivery.Result) {
 
 	e.trace(x, a, step)
 	e.metrics.settled(a.Outcome, step.State, since)
+	e.metrics.keyBlocked(&x.Job, step)
 	e.metrics.learnt(v)
 	if down {
 		e.metrics.down.Inc()
@@ -162,6 +163,7 @@ func (e *Engine) expire(x *entry) {
 	l.countEnd(e.now(), step.State)
 	l.mu.Unlock()
 	e.metrics.ended(step.State)
+	e.metrics.keyBlocked(&x.Job, step)
 	e.journal.Settle(&x.Job, step, nil, x)
 }
 

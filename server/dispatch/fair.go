@@ -114,30 +114,33 @@ func (t *turns[M]) charge(s *seat[M], cost int64) {
 	t.quantum += (cost - t.quantum) / costWeight
 }
 
-// price is what an attempt of the lane is taken to cost. l.mu is held.
-func (l *lane) price(x *entry) int64 {
-	if took := l.health.Latency(); took > 0 {
-		return x.cost(took)
+// toPay is what an attempt of the lane is taken to cost. l.mu is held.
+func (l *lane) toPay(x *entry, as standing) bill {
+	took := l.health.Latency()
+	if took == 0 {
+		took = guess
 	}
-	return x.cost(guess)
+	return bill{uint32(min(x.cost(took)/int64(time.Microsecond), math.MaxUint32)), as} //nolint:gosec // within bounds
 }
 
-// bill is what an attempt has been charged for, if its lane had to wait for its turn.
+func (b bill) cost() int64 { return int64(b.paid) * int64(time.Microsecond) }
+
+// bill is what an attempt has been charged for, where slots were scarce.
 type bill struct {
-	paid int64 // 0: nothing
+	paid uint32 // in microseconds; 0: nothing
 	as   standing
 }
 
 // cost is what an attempt costs that holds its slot for so long.
 func (x *entry) cost(took time.Duration) int64 {
-	return int64(max(took, leastCost) + time.Duration(x.size)*byteCost)
+	return int64(max(took, leastCost) + time.Duration(x.size())*byteCost)
 }
 
 // square corrects what an attempt was charged for.
 func (x *entry) square(cost int64) {
-	if b := x.bill; b.paid != 0 && cost != b.paid {
-		x.lane.seats[b.as].more.Add(cost - b.paid)
-		x.lane.tenant.spaces[b.as].seat.more.Add(cost - b.paid)
+	if b := x.bill; b.paid != 0 && cost != b.cost() {
+		x.lane.seats[b.as].more.Add(cost - b.cost())
+		x.lane.tenant.spaces[b.as].seat.more.Add(cost - b.cost())
 	}
 	x.bill = bill{}
 }

@@ -216,12 +216,12 @@ func (l *lane) heldIn(partition uint16) window.Held {
 // admit takes a job to memory that its window has taken, and whose event is held. near is nil or an entry that was
 // admitted before it, of the same read.
 func (l *lane) admit(j *delivery.Job, near *entry) *entry {
-	x := &entry{Job: *j, lane: l, size: sizeOf(j)}
+	x := &entry{Job: *j, lane: l}
 	if l.held == nil {
 		l.held = make(map[place]*entry)
 	}
 	l.held[x.place()] = x
-	l.charge(1, x.size)
+	l.charge(1, x.size())
 	l.queueOf(x).add(x, near)
 	return x
 }
@@ -233,7 +233,7 @@ func (l *lane) forget(x *entry) {
 		l.held = nil // a map keeps the room that it has had
 	}
 	l.e.journal.Release(x.Event)
-	l.charge(-1, -x.size)
+	l.charge(-1, -x.size())
 }
 
 // queueOf is where a waiting entry stands.
@@ -323,6 +323,7 @@ const (
 	closedTarget     = "its target asked for a pause (Retry-After)"
 	closedBreaker    = "breaker open"
 	closedHost       = "host down"
+	closedBudget     = "its receiver's budget for repeats is spent: while first attempts wait a fifth of what starts are repeats, and else they hold a fifth of the limit"
 	closedStranger   = "its host has not answered lately, and few attempts go there at a time"
 	closedPlugin     = "parked: its plugin is not ready"
 	closedWaits      = "parked: "

@@ -19,6 +19,7 @@ type metrics struct {
 	probes     [2]prometheus.Counter // that failed, that were answered
 	cuts       prometheus.Counter
 	down       prometheus.Counter
+	blocked    prometheus.Counter
 }
 
 func outcomeName(o delivery.Outcome) string {
@@ -88,6 +89,9 @@ func newMetrics(e *Engine, r prometheus.Registerer) *metrics {
 	m.cuts = prometheus.NewCounter(prometheus.CounterOpts{
 		Name: "grapnel_limit_cuts_total", Help: "Times that the limit of a receiver's attempts in flight was taken back.",
 	})
+	m.blocked = prometheus.NewCounter(prometheus.CounterOpts{
+		Name: "grapnel_ordering_keys_blocked_total", Help: "Times that a delivery that failed for good has kept those of its ordering key behind it waiting.",
+	})
 	m.down = prometheus.NewCounter(prometheus.CounterOpts{
 		Name: "grapnel_hosts_down_total", Help: "Times that a host was found down by several receivers on it.",
 	})
@@ -101,7 +105,7 @@ func newMetrics(e *Engine, r prometheus.Registerer) *metrics {
 		Name: "grapnel_in_flight_slow", Help: "Attempts in flight to targets that hang, are slow or have not answered yet.",
 	}, func() float64 { return float64(e.slots.slow.Load() + e.slots.trial.Load()) })
 	if r != nil {
-		r.MustRegister(attempts, deliveries, m.parked, m.latency, m.opened, probes, m.cuts, m.down, flying, slow, memory, newLaneStates(e))
+		r.MustRegister(attempts, deliveries, m.parked, m.latency, m.opened, probes, m.cuts, m.down, m.blocked, flying, slow, memory, newLaneStates(e))
 	}
 	return m
 }
@@ -127,6 +131,13 @@ func (m *metrics) learnt(v health.Verdict) {
 		m.probes[0].Inc()
 	case v.Cut:
 		m.cuts.Inc()
+	}
+}
+
+// keyBlocked counts what a step does to the delivery's ordering key.
+func (m *metrics) keyBlocked(j *delivery.Job, step delivery.Step) {
+	if step.Block && j.Order != 0 && step.State.Final() && step.State != delivery.Succeeded {
+		m.blocked.Inc()
 	}
 }
 

@@ -16,7 +16,7 @@ const (
 	quantum = 8
 	// inlineTurns bounds how long the goroutine that brought a result goes on with the lane.
 	inlineTurns = 4
-	// nobodys is the standing of turns that are not paid for: nobody waits.
+	// nobodys is the standing of turns that are not paid for, because there are slots for all.
 	nobodys = standings
 	// weighEvery is how often the weight of a namespace is looked up that has turns.
 	weighEvery = time.Second
@@ -145,7 +145,11 @@ func (e *Engine) dispatch() {
 		l, st, wait := e.ring.next(&e.slots, now)
 		if l != nil {
 			l.mu.Lock()
-			cost := l.run(1, st)
+			as := nobodys
+			if e.slots.scarce(st, e.ring.rounds[st].n.Load()) {
+				as = st
+			}
+			cost := l.run(1, as)
 			l.mu.Unlock()
 			e.ring.charge(l, st, cost, now)
 		}
@@ -232,8 +236,8 @@ func (l *lane) take(b *batch, now time.Time) {
 		} else {
 			x.visit = v
 			if b.as != nobodys {
-				x.bill = bill{l.price(x), b.as}
-				b.cost += x.bill.paid
+				x.bill = l.toPay(x, b.as)
+				b.cost += x.bill.cost()
 			}
 			l.takeOff(x, now)
 			x.sub = g.sub
@@ -244,16 +248,28 @@ func (l *lane) take(b *batch, now time.Time) {
 }
 
 // next is the entry whose turn it is: fresh ones and retries alternate, so that neither waits for the
-// other, as far as the budget for repeats allows.
+// other, as far as the budget for repeats allows. A repeat that it holds back holds back no first attempt behind it.
 func (l *lane) next(sub *subscription.Subscription) *entry {
-	x, fresh := l.firstFree(&l.timers), l.firstFree(&l.fresh)
+	x, fresh := l.firstFree(&l.timers, true), l.firstFree(&l.fresh, true)
 	switch {
 	case x == nil, fresh != nil && !l.timerTurn:
 		return fresh
-	case x.repeats() && !l.health.MayRetry(fresh != nil, l.retrying, maxInFlight(sub)):
-		return fresh
+	case !x.repeats(), l.mayRepeat(true, sub): // whoever waits
+		return x
 	}
-	return x
+	first := l.firstFree(&l.timers, false)
+	switch {
+	case l.mayRepeat(first != nil || fresh != nil, sub):
+		return x
+	case first != nil:
+		return first
+	}
+	return fresh
+}
+
+// mayRepeat reports whether the budget lets a repeat start. first: a first attempt waits.
+func (l *lane) mayRepeat(first bool, sub *subscription.Subscription) bool {
+	return l.health.MayRetry(first, l.retrying, maxInFlight(sub))
 }
 
 // mayStart checks the limits and takes a slot.

@@ -130,6 +130,11 @@ func (s *slots) taken(st standing) bool {
 	return false
 }
 
+// scarce reports whether there may be fewer slots for lanes of this standing than they want, of whom so many wait.
+func (s *slots) scarce(st standing, waiting int64) bool {
+	return st != proven || s.used.Load()+waiting >= part8(s.total, 6)
+}
+
 // roomFor reports whether lanes of a namespace may have another slot, if there is room.
 func (s *slots) roomFor(t *tenant, st standing) bool {
 	return st != unknown || t.slow.Load() < part8(s.total, 5)

@@ -5,6 +5,7 @@ import (
 
 	"github.com/grapnel/grapnel/server/delivery"
 	"github.com/grapnel/grapnel/server/dispatch/health"
+	"github.com/grapnel/grapnel/server/dispatch/window"
 )
 
 // Status says how a lane stands.
@@ -118,8 +119,26 @@ func (e *Engine) WaitReason(id delivery.ID, key delivery.LaneKey) string {
 		return ""
 	}
 	s := e.Status(key)
+	if s.Reason == "" && e.heldBack(id, key) {
+		return closedBudget
+	}
 	probe := s.Breaker == health.BreakerOpen && s.Until.Equal(s.NextProbe) || s.Until.Equal(s.HostProbe)
 	return untilWords(s.Reason, s.Until, probe)
+}
+
+// heldBack reports whether a delivery waits for the budget of repeats.
+func (e *Engine) heldBack(id delivery.ID, key delivery.LaneKey) bool {
+	l := e.find(key)
+	if l == nil {
+		return false
+	}
+	defer l.mu.Unlock()
+	x, sub := l.held[place{id.Seq, id.Partition}], e.subs.Subscription(key)
+	if x == nil || sub == nil || x.stage != window.Waiting || !x.repeats() {
+		return false
+	}
+	first := l.firstFree(&l.fresh, true) != nil || l.firstFree(&l.timers, false) != nil
+	return !l.mayRepeat(first, sub)
 }
 
 func untilWords(reason string, until time.Time, probe bool) string {
