@@ -58,6 +58,7 @@ type lane struct {
 	origin   *origin
 	originOf *subscription.Subscription // that it was looked up for
 	guest    bool                       // it may wait for its turn at the origin, or be called
+	relieved time.Time                  // when the host was up again for which its own breaker has given way
 	series   *series
 
 	// Places in queues of the engine.

@@ -235,10 +235,10 @@ func (l *lane) relieve(now time.Time) {
 		return
 	}
 	o.mu.Lock()
-	_, since, _, _ := l.health.Breaker(now)
-	is := o.called == l || o.health.Shut().After(since)
+	called, shut := o.called == l, o.health.Shut()
 	o.mu.Unlock()
-	if is {
+	if _, since, _, _ := l.health.Breaker(now); called || shut.After(since) && shut.After(l.relieved) {
+		l.relieved = laterOf(l.relieved, shut)
 		l.health.Relieve(now)
 	}
 }

@@ -406,6 +406,48 @@ func TestAPathThatHangsClosesNoHost(t *testing.T) {
 	})
 }
 
+// When the host is back, and the path of one is not, that one's breaker is its own matter again.
+func TestOneWhosePathStaysDownGoesBackToItsBreaker(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		synctest.Wait()
+		down := true
+		w.receiver.set(func(sub *subscription.Subscription, _ *delivery.Job) (time.Duration, *delivery.Result) {
+			w.receiver.mu.Lock()
+			defer w.receiver.mu.Unlock()
+			if down || sub.ID == "stays" {
+				return time.Second, timedOut()
+			}
+			return time.Millisecond, ok()
+		})
+		w.publishN(w.sub("stays", shared), 0, 50)
+		time.Sleep(time.Minute) // its own breaker is open
+		for i := range 20 {
+			w.publishN(w.sub(fmt.Sprint("s", i), shared), uint16(i%16), 5)
+		}
+		time.Sleep(10 * time.Minute)
+		w.receiver.mu.Lock()
+		down = false
+		w.receiver.mu.Unlock()
+		time.Sleep(10 * time.Minute)
+		if n := len(w.attemptsTo("s")); n != 21 {
+			t.Errorf("%d of 21 were tried", n)
+		}
+		before := total(w.attemptsTo("stays"))
+		for range 60 { // others are busy there
+			time.Sleep(time.Minute)
+			for i := range 20 {
+				w.publish(w.sub(fmt.Sprint("s", i), shared), uint16(i%16))
+			}
+			w.publish(w.sub("stays", shared), 0)
+		}
+		if n := total(w.attemptsTo("stays")) - before; n > 30 {
+			t.Errorf("%d attempts in an hour by one whose path hangs", n)
+		}
+		_ = w.kill()
+	})
+}
+
 // recent reports whether a subscription had an attempt in the last ten seconds.
 func (w *world) recent(sub string) bool {
 	starts := w.receiver.starts()
