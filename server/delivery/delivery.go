@@ -185,6 +185,8 @@ type Job struct {
 	// Suspicion counts plugin crashes since the last attempt that ended otherwise; see Watch. A job with any
 	// is a suspect: its attempt may be what the plugin dies of, so it is made apart from others.
 	Suspicion int
+	// Parted says how small a batch must be that it goes in, after it has failed in others: see Company.
+	Parted int
 	// Replay is the job that made or reopened the delivery, 0 for none; it is the journal's.
 	Replay uint64
 	// Letter is set of a dead letter, which makes no further one. It is shared and not to be changed.
@@ -242,6 +244,10 @@ type Attempt struct {
 	ResponseBody    []byte
 	ResponseHeaders []Header
 	RequestHeaders  []Header
+	// Batch is the webhook-id of a request that carries several deliveries, BatchSize how many it carried; empty and 0 where
+	// a request carries one.
+	Batch     string
+	BatchSize int
 }
 
 // Header is one header field; the name is lower case.
@@ -265,6 +271,9 @@ const (
 	// being configured, no descriptor or socket left on this machine): the job is to be offered again, no attempt is
 	// spent, none is recorded. Error says in words what is waited for.
 	CauseUnspent
+	// CauseCrowded means, of a batch of several, that nothing was tried because its transport carries no body of that
+	// size: its jobs are to be offered again in smaller batches. No attempt is spent, none is recorded.
+	CauseCrowded
 )
 
 // Result is how an attempt ended: a value, not an error.
@@ -275,6 +284,9 @@ type Result struct {
 	Indeterminate bool
 	// Guilt says, of an indeterminate attempt, what its part in that may have been.
 	Guilt Guilt
+	// Refused are, of a batch that succeeded, the deliveries that its target has named as failed: by their places in it,
+	// with a text for people each.
+	Refused map[int]string
 }
 
 // Guilt is what speaks for it that a plugin died of an attempt.

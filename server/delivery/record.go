@@ -302,6 +302,7 @@ type progress struct {
 	expire        Instant
 	indeterminate int
 	suspicion     int
+	parted        int
 	manual        bool
 	// origin is the sequence of the event that the delivery sends again; 0 where it is the delivery's own.
 	origin uint64
@@ -321,6 +322,7 @@ const (
 	flagReplayed
 	flagLetter
 	flagOrdered
+	flagParted
 )
 
 // flags says which parts of the record there are.
@@ -339,6 +341,9 @@ func (p *progress) flags() (flags byte) {
 	}
 	if p.order != 0 {
 		flags |= flagOrdered
+	}
+	if p.parted > 0 {
+		flags |= flagParted
 	}
 	return flags
 }
@@ -370,6 +375,9 @@ func encodeProgress(b []byte, p *progress) []byte {
 		w = binary.BigEndian.AppendUint64(w, uint64(p.order))
 		w.int(p.gap)
 	}
+	if flags&flagParted != 0 {
+		w.int(p.parted)
+	}
 	return w
 }
 
@@ -397,6 +405,9 @@ func (d *decoder) progress(p *progress) {
 			p.order = OrderKey(binary.BigEndian.Uint64(key))
 		}
 		p.gap = d.int()
+	}
+	if flags&flagParted != 0 {
+		p.parted = d.int()
 	}
 }
 
@@ -450,6 +461,7 @@ func decodeAttempt(value []byte) (*Attempt, error) {
 const (
 	attemptManual = 1 << iota
 	attemptBodies
+	attemptBatch
 )
 
 func appendAttempt(w *encoder, a *Attempt, bodies bool) {
@@ -460,6 +472,9 @@ func appendAttempt(w *encoder, a *Attempt, bodies bool) {
 	}
 	if bodies {
 		flags |= attemptBodies
+	}
+	if a.Batch != "" {
+		flags |= attemptBatch
 	}
 	w.byte(flags)
 	w.int(a.Number)
@@ -474,6 +489,10 @@ func appendAttempt(w *encoder, a *Attempt, bodies bool) {
 		w.bytes(a.ResponseBody)
 		appendHeaders(w, a.ResponseHeaders)
 		appendHeaders(w, a.RequestHeaders)
+	}
+	if flags&attemptBatch != 0 {
+		w.text(a.Batch)
+		w.int(a.BatchSize)
 	}
 }
 
@@ -494,6 +513,9 @@ func (d *decoder) attempt() *Attempt {
 	if flags&attemptBodies != 0 {
 		a.ResponseBody = slices.Clone(d.bytes())
 		a.ResponseHeaders, a.RequestHeaders = d.headers(), d.headers()
+	}
+	if flags&attemptBatch != 0 {
+		a.Batch, a.BatchSize = d.text(), d.int()
 	}
 	return a
 }

@@ -46,7 +46,15 @@ func (p pipe) Attempt(_ *subscription.Subscription, job *delivery.Job, sink deli
 	p <- flight{job: job, sink: sink}
 }
 
+func (p pipe) AttemptBatch(_ *subscription.Subscription, jobs []*delivery.Job, sink delivery.Sink) {
+	p <- flight{job: jobs[0], sink: sink}
+}
+
 type instant struct{}
+
+func (instant) AttemptBatch(_ *subscription.Subscription, jobs []*delivery.Job, sink delivery.Sink) {
+	sink.Complete(jobs[0], *ok())
+}
 
 func (instant) Attempt(_ *subscription.Subscription, job *delivery.Job, sink delivery.Sink) {
 	sink.Complete(job, *ok())

@@ -42,7 +42,9 @@ type lane struct {
 	readAt  time.Time // no read before this
 	sweepAt time.Time // when a closed lane is to be looked through; zero while it is open
 	idle    time.Time // since when nothing is open; zero while something is
-	evicted bool
+	// gathering is since when what waits has been waiting for company, in a lane with batching; zero while nothing does.
+	gathering time.Time
+	evicted   bool
 
 	// What keeps the lane closed, beside the subscription's state and its health.
 	cancels   int  // CancelLane is at work
@@ -401,6 +403,9 @@ func (l *lane) kick(now time.Time) {
 	}
 	l.lookPool(g.sub, now)
 	l.wantRead(g, now)
+	if g.sub.Batching != nil && l.gathers(g.sub, now) {
+		return
+	}
 	if l.running || l.full(g.sub) || l.next(g.sub) == nil {
 		return
 	}

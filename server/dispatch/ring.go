@@ -221,6 +221,10 @@ func (l *lane) take(b *batch, now time.Time) {
 	if !g.open() {
 		return
 	}
+	if g.sub.Batching != nil {
+		l.takeTogether(b, g, now)
+		return
+	}
 	for b.n < quantum {
 		x := l.next(g.sub)
 		if x == nil {
@@ -230,20 +234,25 @@ func (l *lane) take(b *batch, now time.Time) {
 		if !expired && !l.mayStart(g, now) {
 			return
 		}
-		l.queueOf(x).remove(x)
-		l.timerTurn = x.Kind == delivery.FIFO
-		if expired {
-			x.stage = window.Settling
-			if g.isolated { // only the first ones come to memory
-				l.sweepAt = now
-			}
-		} else {
-			l.takeOff(x, now)
-			x.sub = g.sub
-		}
-		b.entries[b.n], b.expired[b.n] = x, expired
-		b.n++
+		l.pick(b, x, expired, g, now)
 	}
+}
+
+// pick takes an entry out of where it waits.
+func (l *lane) pick(b *batch, x *entry, expired bool, g gate, now time.Time) {
+	l.queueOf(x).remove(x)
+	l.timerTurn = x.Kind == delivery.FIFO
+	if expired {
+		x.stage = window.Settling
+		if g.isolated { // only the first ones come to memory
+			l.sweepAt = now
+		}
+	} else {
+		l.takeOff(x, now)
+		x.sub = g.sub
+	}
+	b.entries[b.n], b.expired[b.n] = x, expired
+	b.n++
 }
 
 // next is the entry whose turn it is: fresh ones and retries alternate, so that neither waits for the
@@ -278,7 +287,7 @@ func (l *lane) mayStart(g gate, now time.Time) bool {
 // begin hands an attempt over. l.start is held, l.mu is not.
 func (l *lane) begin(x *entry) {
 	sub := l.e.subs.Subscription(l.key)
-	if sub == nil || l.closedBy(sub) != "" {
+	if sub == nil || l.closedBy(sub) != "" || sub.Batching == nil && x.passengers != nil {
 		// It changed since the job was taken: back, for the next look to decide.
 		l.mu.Lock()
 		l.back(x)
@@ -286,6 +295,10 @@ func (l *lane) begin(x *entry) {
 		return
 	}
 	x.sub = sub
+	if x.passengers != nil {
+		l.e.attempter.AttemptBatch(sub, x.jobs(), x)
+		return
+	}
 	l.e.attempter.Attempt(sub, &x.Job, x)
 }
 
@@ -302,6 +315,9 @@ func (l *lane) takeOff(x *entry, now time.Time) {
 }
 
 func (l *lane) land(x *entry) {
+	if x.passengers != nil {
+		l.unload(x)
+	}
 	l.keyInFlight(x, -1)
 	if x.target != l.target {
 		l.strays.remove(x)
@@ -348,13 +364,14 @@ func (l *lane) back(x *entry) {
 	l.land(x)
 	l.returned(x)
 	l.e.release()
-	if x.marked {
-		w := l.window(x.ID.Partition)
-		w.Forget(x.Row())
-		l.forget(x)
-		l.tidy(x.ID.Partition)
+	if x.passengers == nil {
+		l.putBack(x)
 		return
 	}
-	x.stage = window.Waiting
-	l.queueOf(x).putBack(x)
+	x.gone = true
+	for _, p := range x.passengers {
+		if p.carrier == x {
+			l.putBack(p)
+		}
+	}
 }

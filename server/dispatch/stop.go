@@ -82,6 +82,10 @@ func (l *lane) drop(partition uint16) {
 		case window.Waiting:
 			l.queueOf(x).remove(x)
 		case window.Flying:
+			if x.carrier != nil {
+				l.leave(x)
+				break
+			}
 			l.land(x)
 			l.returned(x)
 			l.e.release()
@@ -262,7 +266,7 @@ func (e *Engine) abandon() int {
 				l.land(x)
 				x.gone = true
 				e.release()
-				n++
+				n += max(1, len(x.passengers))
 			}
 		}
 		l.mu.Unlock()

@@ -1,0 +1,298 @@
+package dispatch
+
+import (
+	"math/rand/v2"
+	"time"
+
+	"github.com/grapnel/grapnel/server/delivery"
+	"github.com/grapnel/grapnel/server/dispatch/window"
+	"github.com/grapnel/grapnel/server/subscription"
+)
+
+// A lane with batching gathers what is due and sends it together. Nothing is set aside for that: deliveries wait where they
+// would wait for a slot, in memory and in the order of their rows, so that what callers change meanwhile is done to them as
+// to all others, and are taken out when the request is made up. What they wait for is company: until there is as much as
+// a request carries, or for as long as they may.
+//
+// A request is an entry, too, a carrier, which stands in no window. It holds the slot and is the sink of the attempt, and what
+// health learns is learnt from it, once. Its passengers are flying, and each is settled by itself.
+
+// gathers reports whether the lane waits for company, and sets the alarm for when that is over. l.mu is held.
+func (l *lane) gathers(sub *subscription.Subscription, now time.Time) bool {
+	lead := l.next(sub)
+	if lead == nil {
+		l.gathering = time.Time{}
+		return false
+	}
+	if l.gathering.IsZero() {
+		l.gathering = now
+	}
+	until := l.gathering.Add(sub.Batching.MaxWait)
+	most := l.company(lead, sub)
+	switch {
+	case !now.Before(until), l.health.Isolated(), lead.expired(now):
+		return false
+	case l.behind(now) && !l.reading:
+		return false // memory holds no more of it
+	}
+	n, bytes := l.fresh.n, l.fresh.bytes
+	if lead.Kind == delivery.Timer || l.mayJoin(l.timers.head, sub) {
+		n, bytes = n+l.timers.n, bytes+l.timers.bytes
+	}
+	if n >= most || bytes-int64(n)*(entryBytes+eventBytes) >= int64(sub.Batching.MaxBytes) {
+		return false
+	}
+	l.arm(until)
+	return true
+}
+
+// behind reports whether more is due than there is in memory.
+func (l *lane) behind(now time.Time) bool {
+	if l.first(delivery.FIFO) != nil {
+		return true
+	}
+	timer := l.first(delivery.Timer)
+	return timer != nil && timer.Next(delivery.Timer).Due <= instant(now)
+}
+
+// company is how many a request may carry that carries x. One that a plugin may have died of goes by itself, and so does one
+// that decides on a breaker.
+func (l *lane) company(x *entry, sub *subscription.Subscription) int {
+	if x.Suspicion > 0 || l.health.Isolated() {
+		return 1
+	}
+	return delivery.Company(x.Parted, sub.Batching.MaxEvents)
+}
+
+// mayJoin reports whether an entry, which may be nil, may travel in the request of another as far as the budget for repeats
+// goes.
+func (l *lane) mayJoin(x *entry, sub *subscription.Subscription) bool {
+	return x != nil && (!x.repeats() || l.health.MayRetry(false, l.retrying, maxInFlight(sub)))
+}
+
+// takeTogether is take for a lane with batching: what has expired, and one request.
+func (l *lane) takeTogether(b *batch, g gate, now time.Time) {
+	if l.behind(now) {
+		l.wantRead(g, now)
+	}
+	lead := l.next(g.sub)
+	for ; lead != nil && lead.expired(now); lead = l.next(g.sub) {
+		if b.n == quantum {
+			return
+		}
+		l.pick(b, lead, true, g, now)
+	}
+	if lead == nil || b.n == quantum || l.gathers(g.sub, now) || !l.mayStart(g, now) {
+		return
+	}
+	c := l.fill(g.sub, lead, now)
+	b.entries[b.n] = c
+	b.n++
+	l.takeOff(c, now)
+	c.sub = g.sub
+	if l.gathering = now; l.next(g.sub) == nil {
+		l.gathering = time.Time{}
+	}
+}
+
+// fill makes up a request with lead and those behind it, first its own kind's, up to the first that does not fit.
+func (l *lane) fill(sub *subscription.Subscription, lead *entry, now time.Time) *entry {
+	c := &entry{lane: l, passengers: make([]*entry, 0, 8)}
+	c.ID, c.Kind, c.Due, c.Attempts, c.Manual = lead.ID, lead.Kind, lead.Due, lead.Attempts, lead.Manual
+	l.timerTurn = lead.Kind == delivery.FIFO
+	most, room := sub.Batching.MaxEvents, sub.Batching.MaxBytes
+	queues := [2]*queue{&l.fresh, &l.timers}
+	if lead.Kind == delivery.Timer {
+		queues[0], queues[1] = queues[1], queues[0]
+	}
+	for i, q := range queues {
+		for x := l.firstFree(q); x != nil && len(c.passengers) < most; x = l.firstFree(q) {
+			n := len(c.passengers)
+			fits := l.company(x, sub) > n && (n == 0 || weight(x.Event) <= room) && !x.expired(now)
+			if !fits || i > 0 && !l.mayJoin(x, sub) {
+				break
+			}
+			most, room = min(most, l.company(x, sub)), room-weight(x.Event)
+			q.remove(x)
+			x.stage, x.carrier = window.Flying, c
+			l.keyInFlight(x, 1)
+			c.passengers = append(c.passengers, x)
+			c.size += int64(weight(x.Event))
+		}
+	}
+	l.e.metrics.together.Observe(float64(len(c.passengers)))
+	l.chargeBody(c.size)
+	return c
+}
+
+// weight is what an event counts for in a batch.
+func weight(ev *delivery.Event) int {
+	n := len(ev.Payload) + len(ev.ID) + len(ev.Source) + len(ev.Type) + len(ev.Subject) + len(ev.Schema)
+	for name, value := range ev.Attributes {
+		n += len(name) + len(value)
+	}
+	return n
+}
+
+// jobs are those of the passengers, whose places results name.
+func (x *entry) jobs() []*delivery.Job {
+	jobs := make([]*delivery.Job, len(x.passengers))
+	for i, p := range x.passengers {
+		jobs[i] = &p.Job
+	}
+	return jobs
+}
+
+// leave takes a passenger, who is given up, off a request that goes on. With the last one it is given up, too.
+func (l *lane) leave(x *entry) {
+	c := x.carrier
+	l.keyInFlight(x, -1)
+	x.carrier, x.gone = nil, true
+	for _, other := range c.passengers {
+		if other.carrier == c {
+			return
+		}
+	}
+	l.land(c)
+	l.returned(c)
+	c.gone = true
+	l.e.release()
+}
+
+// unload has a request that has ended, or was not made, hold nothing any more, and returns who was in it, each with its place.
+func (l *lane) unload(c *entry) {
+	for _, x := range c.passengers {
+		if x.carrier == c {
+			l.keyInFlight(x, -1)
+		}
+	}
+	l.chargeBody(-c.size)
+}
+
+// chargeBody notes that a request's body, which is made of copies, is in memory or no more.
+func (l *lane) chargeBody(size int64) {
+	l.e.budget.entries.Add(size)
+	l.charge(0, size)
+}
+
+// putBack has an entry wait again that has landed. If a caller has ended or replaced it meanwhile, that was it.
+func (l *lane) putBack(x *entry) {
+	x.carrier = nil
+	if x.marked {
+		w := l.window(x.ID.Partition)
+		w.Forget(x.Row())
+		l.forget(x)
+		l.tidy(x.ID.Partition)
+		return
+	}
+	x.stage = window.Waiting
+	l.queueOf(x).putBack(x)
+}
+
+// outcome is how one delivery of a request goes on.
+type outcome struct {
+	x       *entry
+	step    delivery.Step
+	attempt delivery.Attempt
+}
+
+// completeAll is Complete for a request with passengers.
+func (x *entry) completeAll(r delivery.Result) {
+	l := x.lane
+	e := l.e
+	now := e.now()
+	l.mu.Lock()
+	if x.stage != window.Flying || x.gone {
+		l.mu.Unlock()
+		return
+	}
+	switch r.Cause {
+	case delivery.CauseUnspent:
+		l.health.Unspent(now, r.Error)
+		e.metrics.parked.Inc()
+		fallthrough
+	case delivery.CauseCrowded:
+		if r.Cause == delivery.CauseCrowded {
+			for _, p := range x.passengers {
+				p.Parted++
+			}
+		}
+		l.back(x)
+		l.kick(now)
+		l.mu.Unlock()
+		return
+	}
+	took := now.Sub(x.started)
+	n := len(x.passengers)
+	x.stage = window.Settling
+	l.land(x)
+	ends := make([]outcome, 0, n)
+	for i, p := range x.passengers {
+		if p.carrier == x {
+			p.carrier, p.sub = nil, x.sub
+			ends = append(ends, p.end(r.Of(i, n), now, took))
+			if _, named := r.Refused[i]; !named {
+				p.Parted = delivery.Part(&p.Job, r, n)
+			}
+		}
+	}
+	lesson := r
+	if len(ends) > 0 && len(r.Refused) == n {
+		lesson.Outcome = delivery.OutcomeRetryable
+	}
+	v := l.learn(x, &lesson, ends[0].step, took, now)
+	for i := range ends {
+		l.count(now, ends[i].attempt.Outcome, ends[i].step.State, ends[i].x.since(now))
+	}
+	l.mu.Unlock()
+
+	for i := range ends {
+		end := &ends[i]
+		e.trace(end.x, &end.attempt, end.step)
+		e.metrics.settled(end.attempt.Outcome, end.step.State, end.x.since(now))
+	}
+	e.metrics.learnt(v)
+	if v.Noted {
+		l.note()
+	}
+	if v.Warn {
+		l.warn(x.sub)
+	}
+	for i := range ends {
+		e.journal.Settle(&ends[i].x.Job, ends[i].step, &ends[i].attempt, ends[i].x)
+	}
+	e.release()
+
+	l.mu.Lock()
+	l.proceed(now)
+	l.mu.Unlock()
+}
+
+// end draws the conclusions for a delivery whose attempt has ended, which is to be settled next. l.mu is held.
+func (x *entry) end(r delivery.Result, now time.Time, took time.Duration) outcome {
+	end := outcome{x: x, attempt: r.Attempt}
+	a := &end.attempt
+	a.Number, a.Manual = x.Attempts+1, x.Manual
+	if a.Start.IsZero() {
+		a.Start = now.Add(-took)
+	}
+	if a.Duration == 0 {
+		a.Duration = took
+	}
+	end.step = delivery.Next(policy(x.sub), &x.Job, r, now, rand.Float64())
+	end.step.Block = x.lane.blocksKeys()
+	x.Suspicion = delivery.Watch(&x.Job, r)
+	if r.Indeterminate {
+		x.Indeterminate++
+	}
+	if x.Letter == nil && (end.step.State == delivery.Exhausted || end.step.State == delivery.Rejected) {
+		end.step.DeadLetter = x.lane.e.subs.DeadLetter(x.sub)
+	}
+	x.stage = window.Settling
+	return end
+}
+
+// since is how long it has taken from when the delivery could have been made.
+func (x *entry) since(now time.Time) time.Duration {
+	return now.Sub(laterOf(x.Event.AcceptTime, x.Event.DeliverTime))
+}
