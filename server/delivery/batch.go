@@ -15,9 +15,9 @@ const (
 )
 
 // Company is how many deliveries a batch may hold, of at most so many, with one that is Parted so often.
-func Company(parted, most int) int {
+func Company(parted uint8, most int) int {
 	switch {
-	case parted <= 0:
+	case parted == 0:
 		return most
 	case parted < alone:
 		return max(1, (most+splitBy-1)/splitBy)
@@ -29,7 +29,7 @@ func Company(parted, most int) int {
 // all others fail for ever. What the target refused with a status that blames the request goes by itself next, what failed
 // otherwise in a smaller batch and then by itself. What says nothing about the events leaves their company as it is: no
 // connection, 429 and 503. It is not for those that a target has named in a batch that it took.
-func Part(job *Job, r Result, n int) int {
+func Part(job *Job, r Result, n int) uint8 {
 	code := r.ResponseCode
 	switch {
 	case n < 2 || r.Outcome == OutcomeSucceeded || r.Outcome == OutcomeUnreachable || r.Indeterminate,
@@ -38,8 +38,11 @@ func Part(job *Job, r Result, n int) int {
 	case code/100 == 4 && code != http.StatusRequestTimeout && code != http.StatusTooEarly:
 		return alone
 	}
-	return min(job.Parted+1, alone)
+	return Crowded(job.Parted)
 }
+
+// Crowded is Job.Parted after a batch that was too large to be sent.
+func Crowded(parted uint8) uint8 { return min(parted+1, alone) }
 
 // Of is the result of the i'th delivery of a batch of n: the batch's, unless the target has named it. The bodies and headers
 // of the attempts are bounded in sum.
@@ -48,6 +51,8 @@ func (r *Result) Of(i, n int) Result {
 	own.Refused = nil
 	if why, refused := r.Refused[i]; refused {
 		own.Outcome, own.Error = OutcomeRetryable, why
+	} else if r.Outcome == OutcomeSucceeded {
+		own.RetryAfter = 0
 	}
 	if most := max(leastApart, keptApart/n); n > 1 {
 		own.ResponseBody = own.ResponseBody[:min(len(own.ResponseBody), most)]

@@ -180,13 +180,13 @@ type Job struct {
 	Expire time.Time
 	// Manual marks an attempt that a caller asked for.
 	Manual bool
+	// Parted says how small a batch must be that it goes in, after it has failed in others: see Company.
+	Parted uint8
 	// Indeterminate counts attempts that were in flight when a plugin died. They use up none of MaxAttempts.
 	Indeterminate int
 	// Suspicion counts plugin crashes since the last attempt that ended otherwise; see Watch. A job with any
 	// is a suspect: its attempt may be what the plugin dies of, so it is made apart from others.
 	Suspicion int
-	// Parted says how small a batch must be that it goes in, after it has failed in others: see Company.
-	Parted int
 	// Replay is the job that made or reopened the delivery, 0 for none; it is the journal's.
 	Replay uint64
 	// Letter is set of a dead letter, which makes no further one. It is shared and not to be changed.

@@ -302,7 +302,7 @@ type progress struct {
 	expire        Instant
 	indeterminate int
 	suspicion     int
-	parted        int
+	parted        uint8
 	manual        bool
 	// origin is the sequence of the event that the delivery sends again; 0 where it is the delivery's own.
 	origin uint64
@@ -376,7 +376,7 @@ func encodeProgress(b []byte, p *progress) []byte {
 		w.int(p.gap)
 	}
 	if flags&flagParted != 0 {
-		w.int(p.parted)
+		w.byte(p.parted)
 	}
 	return w
 }
@@ -407,7 +407,7 @@ func (d *decoder) progress(p *progress) {
 		p.gap = d.int()
 	}
 	if flags&flagParted != 0 {
-		p.parted = d.int()
+		p.parted = d.byte()
 	}
 }
 

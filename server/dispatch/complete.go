@@ -18,7 +18,7 @@ const disableAgain = 5 * time.Second
 // Complete implements delivery.Sink. It settles the delivery and goes on with the lane's next one. A
 // second call, and one after the attempt has been abandoned, does nothing.
 func (x *entry) Complete(_ *delivery.Job, r delivery.Result) {
-	if x.passengers != nil {
+	if x.carries() {
 		x.completeAll(r)
 		return
 	}

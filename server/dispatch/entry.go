@@ -33,9 +33,8 @@ type entry struct {
 	target     uint32
 	mark       health.Mark
 	pool       *pool // that it holds a place of while it flies; nil is none
-	// carrier is the request that it travels in with others, passengers are those of a carrier; see gather.go.
-	carrier    *entry
-	passengers []*entry
+	// parcel is what it travels in with others, or carries; nil for neither. See gather.go.
+	parcel *parcel
 }
 
 // place is where a row stands, within a lane.

@@ -30,7 +30,8 @@ type record struct {
 	// order is its ordering key. waits: another one has the turn; blocks: it has failed and keeps it; returned: a caller
 	// has brought it back, out of its turn perhaps.
 	order                   delivery.OrderKey
-	parted, suspicion       int
+	suspicion               int
+	parted                  uint8
 	waits, blocks, returned bool
 }
 

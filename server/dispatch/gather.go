@@ -2,6 +2,7 @@ package dispatch
 
 import (
 	"math/rand/v2"
+	"slices"
 	"time"
 
 	"github.com/grapnel/grapnel/server/delivery"
@@ -14,8 +15,22 @@ import (
 // to all others, and are taken out when the request is made up. What they wait for is company: until there is as much as
 // a request carries, or for as long as they may.
 //
-// A request is an entry, too, a carrier, which stands in no window. It holds the slot and is the sink of the attempt, and what
-// health learns is learnt from it, once. Its passengers are flying, and each is settled by itself.
+// A request is an entry, too, the carrier of a parcel, which stands in no window. It holds the slot and is the sink of the
+// attempt, and what health learns is learnt from it, once. What is in the parcel is flying, and each is settled by itself.
+
+// parcel is what one request carries.
+type parcel struct {
+	carrier *entry
+	// all are who is in it, in the order of the request. One that has been taken out of it, because it is given up, bears it
+	// no more.
+	all []*entry
+}
+
+// carries reports whether x is a request with a parcel.
+func (x *entry) carries() bool { return x.parcel != nil && x.parcel.carrier == x }
+
+// travels reports whether x is in a parcel.
+func (x *entry) travels() bool { return x.parcel != nil && x.parcel.carrier != x }
 
 // gathers reports whether the lane waits for company, and sets the alarm for when that is over. l.mu is held.
 func (l *lane) gathers(sub *subscription.Subscription, now time.Time) bool {
@@ -97,7 +112,8 @@ func (l *lane) takeTogether(b *batch, g gate, now time.Time) {
 
 // fill makes up a request with lead and those behind it, first its own kind's, up to the first that does not fit.
 func (l *lane) fill(sub *subscription.Subscription, lead *entry, now time.Time) *entry {
-	c := &entry{lane: l, passengers: make([]*entry, 0, 8)}
+	c := &entry{lane: l}
+	c.parcel = &parcel{carrier: c}
 	c.ID, c.Kind, c.Due, c.Attempts, c.Manual = lead.ID, lead.Kind, lead.Due, lead.Attempts, lead.Manual
 	l.timerTurn = lead.Kind == delivery.FIFO
 	most, room := sub.Batching.MaxEvents, sub.Batching.MaxBytes
@@ -106,21 +122,21 @@ func (l *lane) fill(sub *subscription.Subscription, lead *entry, now time.Time) 
 		queues[0], queues[1] = queues[1], queues[0]
 	}
 	for i, q := range queues {
-		for x := l.firstFree(q); x != nil && len(c.passengers) < most; x = l.firstFree(q) {
-			n := len(c.passengers)
+		for x := l.firstFree(q); x != nil && len(c.parcel.all) < most; x = l.firstFree(q) {
+			n := len(c.parcel.all)
 			fits := l.company(x, sub) > n && (n == 0 || weight(x.Event) <= room) && !x.expired(now)
 			if !fits || i > 0 && !l.mayJoin(x, sub) {
 				break
 			}
 			most, room = min(most, l.company(x, sub)), room-weight(x.Event)
 			q.remove(x)
-			x.stage, x.carrier = window.Flying, c
+			x.stage, x.parcel = window.Flying, c.parcel
 			l.keyInFlight(x, 1)
-			c.passengers = append(c.passengers, x)
+			c.parcel.all = append(c.parcel.all, x)
 			c.size += int64(weight(x.Event))
 		}
 	}
-	l.e.metrics.together.Observe(float64(len(c.passengers)))
+	l.e.metrics.together.Observe(float64(len(c.parcel.all)))
 	l.chargeBody(c.size)
 	return c
 }
@@ -134,24 +150,22 @@ func weight(ev *delivery.Event) int {
 	return n
 }
 
-// jobs are those of the passengers, whose places results name.
-func (x *entry) jobs() []*delivery.Job {
-	jobs := make([]*delivery.Job, len(x.passengers))
-	for i, p := range x.passengers {
-		jobs[i] = &p.Job
+// jobs are those of all that is in it, whose places results name.
+func (p *parcel) jobs() []*delivery.Job {
+	jobs := make([]*delivery.Job, len(p.all))
+	for i, x := range p.all {
+		jobs[i] = &x.Job
 	}
 	return jobs
 }
 
-// leave takes a passenger, who is given up, off a request that goes on. With the last one it is given up, too.
+// leave takes an entry that is given up out of its parcel, which goes on. With the last one it is given up, too.
 func (l *lane) leave(x *entry) {
-	c := x.carrier
+	p, c := x.parcel, x.parcel.carrier
 	l.keyInFlight(x, -1)
-	x.carrier, x.gone = nil, true
-	for _, other := range c.passengers {
-		if other.carrier == c {
-			return
-		}
+	x.parcel, x.gone = nil, true
+	if slices.ContainsFunc(p.all, func(other *entry) bool { return other.parcel == p }) {
+		return
 	}
 	l.land(c)
 	l.returned(c)
@@ -159,10 +173,10 @@ func (l *lane) leave(x *entry) {
 	l.e.release()
 }
 
-// unload has a request that has ended, or was not made, hold nothing any more, and returns who was in it, each with its place.
+// unload has a request that has ended, or was not made, hold nothing any more of what all share.
 func (l *lane) unload(c *entry) {
-	for _, x := range c.passengers {
-		if x.carrier == c {
+	for _, x := range c.parcel.all {
+		if x.parcel == c.parcel {
 			l.keyInFlight(x, -1)
 		}
 	}
@@ -177,7 +191,7 @@ func (l *lane) chargeBody(size int64) {
 
 // putBack has an entry wait again that has landed. If a caller has ended or replaced it meanwhile, that was it.
 func (l *lane) putBack(x *entry) {
-	x.carrier = nil
+	x.parcel = nil
 	if x.marked {
 		w := l.window(x.ID.Partition)
 		w.Forget(x.Row())
@@ -196,7 +210,7 @@ type outcome struct {
 	attempt delivery.Attempt
 }
 
-// completeAll is Complete for a request with passengers.
+// completeAll is Complete for a request with a parcel.
 func (x *entry) completeAll(r delivery.Result) {
 	l := x.lane
 	e := l.e
@@ -213,8 +227,8 @@ func (x *entry) completeAll(r delivery.Result) {
 		fallthrough
 	case delivery.CauseCrowded:
 		if r.Cause == delivery.CauseCrowded {
-			for _, p := range x.passengers {
-				p.Parted++
+			for _, p := range x.parcel.all {
+				p.Parted = delivery.Crowded(p.Parted)
 			}
 		}
 		l.back(x)
@@ -223,13 +237,13 @@ func (x *entry) completeAll(r delivery.Result) {
 		return
 	}
 	took := now.Sub(x.started)
-	n := len(x.passengers)
+	n := len(x.parcel.all)
 	x.stage = window.Settling
 	l.land(x)
 	ends := make([]outcome, 0, n)
-	for i, p := range x.passengers {
-		if p.carrier == x {
-			p.carrier, p.sub = nil, x.sub
+	for i, p := range x.parcel.all {
+		if p.parcel == x.parcel {
+			p.parcel, p.sub = nil, x.sub
 			ends = append(ends, p.end(r.Of(i, n), now, took))
 			if _, named := r.Refused[i]; !named {
 				p.Parted = delivery.Part(&p.Job, r, n)

@@ -287,7 +287,7 @@ func (l *lane) mayStart(g gate, now time.Time) bool {
 // begin hands an attempt over. l.start is held, l.mu is not.
 func (l *lane) begin(x *entry) {
 	sub := l.e.subs.Subscription(l.key)
-	if sub == nil || l.closedBy(sub) != "" || sub.Batching == nil && x.passengers != nil {
+	if sub == nil || l.closedBy(sub) != "" || sub.Batching == nil && x.carries() {
 		// It changed since the job was taken: back, for the next look to decide.
 		l.mu.Lock()
 		l.back(x)
@@ -295,8 +295,8 @@ func (l *lane) begin(x *entry) {
 		return
 	}
 	x.sub = sub
-	if x.passengers != nil {
-		l.e.attempter.AttemptBatch(sub, x.jobs(), x)
+	if x.carries() {
+		l.e.attempter.AttemptBatch(sub, x.parcel.jobs(), x)
 		return
 	}
 	l.e.attempter.Attempt(sub, &x.Job, x)
@@ -315,7 +315,7 @@ func (l *lane) takeOff(x *entry, now time.Time) {
 }
 
 func (l *lane) land(x *entry) {
-	if x.passengers != nil {
+	if x.carries() {
 		l.unload(x)
 	}
 	l.keyInFlight(x, -1)
@@ -364,13 +364,13 @@ func (l *lane) back(x *entry) {
 	l.land(x)
 	l.returned(x)
 	l.e.release()
-	if x.passengers == nil {
+	if !x.carries() {
 		l.putBack(x)
 		return
 	}
 	x.gone = true
-	for _, p := range x.passengers {
-		if p.carrier == x {
+	for _, p := range x.parcel.all {
+		if p.parcel == x.parcel {
 			l.putBack(p)
 		}
 	}

@@ -33,6 +33,8 @@ type Status struct {
 	Breaker                 health.BreakerState
 	BreakerSince, NextProbe time.Time
 	BreakerReason           string
+	// Gathers is until when what waits is waiting for others to be sent with, at most; zero when it is not.
+	Gathers time.Time
 	// InFlight attempts, and Waiting deliveries in memory; more may wait on disk.
 	InFlight, Waiting int
 	// OldestDue is the age of the oldest delivery that is due; see Engine.OldestDue.
@@ -54,6 +56,11 @@ func (e *Engine) Status(key delivery.LaneKey) Status {
 	var trip health.Trip
 	if s.Breaker, s.BreakerSince, s.NextProbe, trip = h.Breaker(now); s.Breaker != health.BreakerClosed {
 		s.BreakerReason = trip.String()
+	}
+	if g.open() && g.sub.Batching != nil && !l.gathering.IsZero() {
+		if until := l.gathering.Add(g.sub.Batching.MaxWait); now.Before(until) {
+			s.Gathers = until
+		}
 	}
 	if g.sub != nil {
 		most := maxInFlight(g.sub)
@@ -101,6 +108,9 @@ func (e *Engine) WaitReason(id delivery.ID, key delivery.LaneKey) string {
 		return ""
 	}
 	s := e.Status(key)
+	if s.Open && !s.Gathers.IsZero() {
+		return untilWords("waits for others to be sent with, at most", s.Gathers, false)
+	}
 	return untilWords(s.Reason, s.Until, s.Breaker == health.BreakerOpen && s.Until.Equal(s.NextProbe))
 }
 

@@ -82,7 +82,7 @@ func (l *lane) drop(partition uint16) {
 		case window.Waiting:
 			l.queueOf(x).remove(x)
 		case window.Flying:
-			if x.carrier != nil {
+			if x.travels() {
 				l.leave(x)
 				break
 			}
@@ -266,7 +266,9 @@ func (e *Engine) abandon() int {
 				l.land(x)
 				x.gone = true
 				e.release()
-				n += max(1, len(x.passengers))
+				if n++; x.carries() {
+					n += len(x.parcel.all) - 1
+				}
 			}
 		}
 		l.mu.Unlock()

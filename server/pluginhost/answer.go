@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"time"
 
 	"github.com/grapnel/grapnel/internal/redact"
 	"github.com/grapnel/grapnel/server/delivery"
@@ -32,7 +33,7 @@ var (
 
 // readAnswer returns which of the batch the answer names, with why. Where its list cannot be read, all have failed, which it
 // notes in the attempt, as it does names that are none of the batch.
-func (p *pending) readAnswer(r *wire.Result, a *delivery.Attempt) map[int]string {
+func (p *pending) readAnswer(r *wire.Result, a *delivery.Attempt, now time.Time) map[int]string {
 	named, err := failedIn(r.Body)
 	if err != nil {
 		a.Outcome, a.Error = delivery.OutcomeRetryable, fmt.Sprintf("the receiver answered %d, but %v", r.Status, err)
@@ -75,6 +76,9 @@ func (p *pending) readAnswer(r *wire.Result, a *delivery.Attempt) map[int]string
 	}
 	if strangers > 0 {
 		a.Error = fmt.Sprintf("the answer names %d as failed that are not in the batch, such as %q", strangers, redact.Line(&p.plan.own, first, maxReason))
+	}
+	if len(refused) > 0 {
+		a.RetryAfter = retryAfter(r.Headers, now)
 	}
 	return refused
 }

@@ -46,7 +46,7 @@ func (c *conn) settle(p *pending, r *wire.Result, now time.Time) {
 	} else if p.Ownership {
 		a.ResponseHeaders = p.kept(r.Headers)
 	} else if p.Answer {
-		refused = p.readAnswer(r, &a)
+		refused = p.readAnswer(r, &a, now)
 	}
 	if r.Note != "" {
 		a.Error = strings.TrimPrefix(a.Error+"; "+redact.Line(&p.plan.own, r.Note, maxSaid), "; ")
