@@ -404,7 +404,9 @@ func (d *decoder) progress(p *progress) {
 		if key := d.fixed(8); key != nil {
 			p.order = OrderKey(binary.BigEndian.Uint64(key))
 		}
-		p.gap = d.int()
+		if p.gap = d.int(); p.order == 0 {
+			p.gap = 0
+		}
 	}
 	if flags&flagParted != 0 {
 		p.parted = d.byte()
@@ -473,7 +475,7 @@ func appendAttempt(w *encoder, a *Attempt, bodies bool) {
 	if bodies {
 		flags |= attemptBodies
 	}
-	if a.Batch != "" {
+	if a.Batch != "" || a.BatchSize > 0 {
 		flags |= attemptBatch
 	}
 	w.byte(flags)
@@ -511,7 +513,7 @@ func (d *decoder) attempt() *Attempt {
 	a.Outcome, a.ResponseCode, a.RetryAfter = Outcome(d.byte()), d.int(), time.Duration(d.uint())
 	a.Error, a.Peer = d.text(), d.text()
 	if flags&attemptBodies != 0 {
-		a.ResponseBody = slices.Clone(d.bytes())
+		a.ResponseBody = append([]byte(nil), d.bytes()...) // nil where there is none
 		a.ResponseHeaders, a.RequestHeaders = d.headers(), d.headers()
 	}
 	if flags&attemptBatch != 0 {
