@@ -50,7 +50,7 @@ var allowed = map[string][]string{
 	"server/dispatch":              {"server/dispatch/health", "server/dispatch/window", "server/subscription", "server/delivery", "proto/grapnel/v1"},
 	"server/dispatch/health":       {"server/delivery"},
 	"server/dispatch/window":       {"server/delivery"},
-	"server/replay":                {"server/subscription", "server/delivery", "proto/grapnel/v1"},
+	"server/replay":                {"server/ingest", "server/subscription", "server/delivery", "proto/grapnel/v1"},
 	"server/pluginhost":            {"server/pluginhost/...", "server/subscription", "server/delivery", "proto/grapnel/v1", "proto/grapnel/plugin/v1", "sdk/plugin", "internal/redact"},
 	"server/pluginhost/process":    {},
 	"server/pluginhost/check":      {"proto/grapnel/v1", "proto/grapnel/plugin/v1", "internal/redact"},

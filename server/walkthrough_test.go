@@ -57,6 +57,9 @@ func walkthroughSteps() []walkthroughStep {
 			`"name": "namespaces/acme/events/o-1001-created"`, `"matchedSubscriptions": 1`, `"duplicate": true`,
 		}},
 		{heading: "What became of it", want: []string{`"state": "STATE_SUCCEEDED"`, `"attemptCount": 1`}, settles: true},
+		{heading: "What became of it", want: []string{
+			`"cause": "the target accepted attempt 1: 204"`, `"number": 1`, `"verdict": "VERDICT_TYPE_DIFFERS"`, `not \"invoice.paid\"`,
+		}},
 		{heading: "A target that fails", want: []string{`"name": "namespaces/acme/events/o-1001-cancelled"`}},
 		{heading: "What failed, and every attempt at it", want: []string{`"state": "STATE_EXHAUSTED"`, `"OUTCOME_UNREACHABLE"`}, settles: true},
 		{heading: "What failed, and every attempt at it", want: []string{`"number": 1`, `"outcome": "OUTCOME_UNREACHABLE"`, `"error"`}},

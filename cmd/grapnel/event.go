@@ -13,7 +13,7 @@ import (
 )
 
 func newEventCommand(c *cli) *cobra.Command {
-	cmd := group("event", "Events that were accepted", newEventGet(c), newEventList(c))
+	cmd := group("event", "Events that were accepted", newEventGet(c), newEventList(c), newEventExplain(c), newEventMatch(c))
 	cmd.Aliases = []string{"events"}
 	return c.connectFlags(cmd, true)
 }

@@ -167,7 +167,8 @@ func drain(ts *testscript.TestScript, _ bool, _ []string) {
 	ts.Check(state(ts).server.cmd.Process.Signal(syscall.SIGTERM))
 }
 
-// receiver starts an HTTP server whose paths are the status codes it answers with; /hang never answers. RECEIVER is its URL.
+// receiver starts an HTTP server whose paths are the status codes it answers with, and ?retry-after=N its Retry-After;
+// /hang never answers. RECEIVER is its URL, RECEIVER_ADDR its address.
 func receive(ts *testscript.TestScript, _ bool, _ []string) {
 	s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		_, _ = io.Copy(io.Discard, r.Body)
@@ -179,10 +180,14 @@ func receive(ts *testscript.TestScript, _ bool, _ []string) {
 		if _, err := fmt.Sscanf(r.URL.Path, "/%d", &status); err != nil {
 			status = http.StatusNotFound
 		}
+		if after := r.URL.Query().Get("retry-after"); after != "" {
+			w.Header().Set("Retry-After", after)
+		}
 		w.WriteHeader(status)
 	}))
 	ts.Defer(s.Close)
 	ts.Setenv("RECEIVER", s.URL)
+	ts.Setenv("RECEIVER_ADDR", s.Listener.Addr().String())
 }
 
 // silent listens where nobody ever answers; SILENT is its address.

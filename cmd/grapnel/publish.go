@@ -71,22 +71,28 @@ with an "id" in every line the whole command can be repeated safely after any fa
 }
 
 func (f *publishFlags) register(cmd *cobra.Command) {
+	f.describe(cmd)
+	flags := cmd.Flags()
+	flags.StringVar(&f.event.OrderingKey, "ordering-key", "", "ordered subscriptions get the events of a key one after another")
+	flags.StringVar(&f.deliverTime, "deliver-time", "", "first attempt not before this `time`, RFC 3339, or a delay such as 2h")
+	spanVar(flags, &f.ttl, "ttl", 0, 0, 0, "do not attempt it for longer than this")
+	flags.BoolVar(&f.lines, "jsonl", false, "read events from standard input, one JSON object a line")
+	spanVar(flags, &f.wait, "wait", 0, 0, 0, "wait up to this long until its deliveries have ended, and show them; exits with 1 unless all succeeded")
+	flags.BoolVar(&f.stream, "stream", false, "with --jsonl: use one PublishStream instead of batches")
+}
+
+// describe registers what an event is made of.
+func (f *publishFlags) describe(cmd *cobra.Command) {
 	flags := cmd.Flags()
 	flags.StringVar(&f.event.Type, "type", "", "what happened, such as order.created")
 	flags.StringVar(&f.data, "data", "", "the body: text, `@file`, or - for standard input")
 	flags.StringVar(&f.event.Id, "id", "", "event ID; publishing it again is then harmless")
 	flags.StringVar(&f.event.Source, "source", "", "CloudEvents source; default //grapnel/NAMESPACE")
 	flags.StringVar(&f.event.Subject, "subject", "", "what the event is about")
-	flags.StringVar(&f.event.OrderingKey, "ordering-key", "", "ordered subscriptions get the events of a key one after another")
 	flags.StringVar(&f.event.DataContentType, "content-type", "", "media type of the body; default by what it looks like")
 	flags.StringVar(&f.event.DataSchema, "data-schema", "", "URI of the body's schema")
 	flags.StringArrayVar(&f.attributes, "attribute", nil, "extension attribute as `name=value`; repeat for more")
 	flags.StringVar(&f.at, "time", "", "when it happened, RFC 3339; default now")
-	flags.StringVar(&f.deliverTime, "deliver-time", "", "first attempt not before this `time`, RFC 3339, or a delay such as 2h")
-	spanVar(flags, &f.ttl, "ttl", 0, 0, 0, "do not attempt it for longer than this")
-	flags.BoolVar(&f.lines, "jsonl", false, "read events from standard input, one JSON object a line")
-	spanVar(flags, &f.wait, "wait", 0, 0, 0, "wait up to this long until its deliveries have ended, and show them; exits with 1 unless all succeeded")
-	flags.BoolVar(&f.stream, "stream", false, "with --jsonl: use one PublishStream instead of batches")
 }
 
 // check refuses flags that would have no say.
@@ -178,7 +184,7 @@ func (f *publishFlags) publishOne(cmd *cobra.Command, c *cli, ns string) error {
 		case r.GetDuplicate():
 			c.said("%s was published before; nothing new is sent", r.GetName())
 		case r.GetMatchedSubscriptions() == 0:
-			c.said("%s stored; no subscription matches it", r.GetName())
+			c.said("%s stored; no subscription matches it, and grapnel event explain says why", r.GetName())
 		case r.GetMatchedSubscriptions() == 1:
 			c.said("%s stored, for 1 subscription", r.GetName())
 		default:

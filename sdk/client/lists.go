@@ -16,6 +16,7 @@ type listSettings struct {
 	pageSize int32
 	deleted  bool
 	bodies   bool
+	at       string
 }
 
 // Filter keeps what matches an expression such as `state = EXHAUSTED AND event_type = "order.*"`.
@@ -34,6 +35,9 @@ func ShowDeleted() ListOption { return func(s *listSettings) { s.deleted = true 
 
 // IncludeBodies fills bodies and headers of attempts.
 func IncludeBodies() ListOption { return func(s *listSettings) { s.bodies = true } }
+
+// AtSubscription keeps what is about one subscription, by its full name; empty keeps all. Explain has it.
+func AtSubscription(name string) ListOption { return func(s *listSettings) { s.at = name } }
 
 func listOptions(opts []ListOption) listSettings {
 	s := listSettings{pageSize: 200}
@@ -109,6 +113,18 @@ func (c *Client) Events(ctx context.Context, namespace string, opts ...ListOptio
 			Parent: namespaceName(namespace), PageSize: s.pageSize, PageToken: token, Filter: s.filter,
 		})
 		return r.GetEvents(), r.GetNextPageToken(), err
+	})
+}
+
+// Explain says what has become of an event, by its full name, at each subscription: first its deliveries, then the
+// subscriptions that have none.
+func (c *Client) Explain(ctx context.Context, event string, opts ...ListOption) iter.Seq2[*grapnelv1.EventAccount, error] {
+	s := listOptions(opts)
+	return pages(func(token string) ([]*grapnelv1.EventAccount, string, error) {
+		r, err := c.EventService().ExplainEvent(ctx, &grapnelv1.ExplainEventRequest{
+			Name: event, Subscription: s.at, PageSize: s.pageSize, PageToken: token,
+		})
+		return r.GetAccounts(), r.GetNextPageToken(), err
 	})
 }
 

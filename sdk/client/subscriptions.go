@@ -121,3 +121,15 @@ func (s Subscriptions) Test(ctx context.Context, id string, e Event) (*grapnelv1
 func (s Subscriptions) name(id string) (string, error) {
 	return resourceName(s.namespace, "subscriptions", id)
 }
+
+// Match says what the subscriptions make of an event, in name order, all of them or only those that match. Nothing is stored
+// or sent.
+func (s Subscriptions) Match(ctx context.Context, event *grapnelv1.Event, matchingOnly bool, opts ...ListOption) iter.Seq2[*grapnelv1.SubscriptionMatch, error] {
+	o := listOptions(opts)
+	return pages(func(token string) ([]*grapnelv1.SubscriptionMatch, string, error) {
+		r, err := s.c.SubscriptionService().MatchSubscriptions(ctx, &grapnelv1.MatchSubscriptionsRequest{
+			Parent: namespaceName(s.namespace), Event: event, MatchingOnly: matchingOnly, PageSize: o.pageSize, PageToken: token,
+		})
+		return r.GetMatches(), r.GetNextPageToken(), err
+	})
+}

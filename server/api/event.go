@@ -15,22 +15,31 @@ import (
 
 // GetEvent reads one event, with its payload when asked.
 func (s eventService) GetEvent(_ context.Context, r *grapnelv1.GetEventRequest) (*grapnelv1.GetEventResponse, error) {
-	ns, id, err := parseName("name", r.GetName(), collectionEvents)
+	ns, ev, err := s.event(r.GetName())
 	if err != nil {
 		return nil, err
 	}
-	space, err := s.space(ns, r.GetName())
+	return &grapnelv1.GetEventResponse{Event: eventProto(ns, ev, r.GetIncludePayload())}, nil
+}
+
+// event reads an event by its name, of which the last segment is its id or its uid.
+func (s *Server) event(name string) (ns string, ev *delivery.Event, err error) {
+	ns, id, err := parseName("name", name, collectionEvents)
 	if err != nil {
-		return nil, err
+		return "", nil, err
 	}
-	ev, err := s.Journal.Event(space, id)
+	space, err := s.space(ns, name)
+	if err != nil {
+		return "", nil, err
+	}
+	ev, err = s.Journal.Event(space, id)
 	if errors.Is(err, delivery.ErrNotFound) {
 		ev, err = s.Journal.EventByUID(space, id)
 	}
 	if err != nil {
-		return nil, toStatus(err, r.GetName())
+		return "", nil, toStatus(err, name)
 	}
-	return &grapnelv1.GetEventResponse{Event: eventProto(ns, ev, r.GetIncludePayload())}, nil
+	return ns, ev, nil
 }
 
 // space is what the journal knows a namespace by. One that does not exist has nothing, so that resource is what was

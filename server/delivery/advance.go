@@ -337,11 +337,7 @@ func (p *partition) lookAtDeliveries(r pebble.Reader, pick *Picker, seq uint64, 
 		}
 		head, err := p.readHead(r, day, pick.Namespace, seq)
 		if err == nil {
-			err = p.targets(r, day, pick.Namespace, seq, &head, func(list *targetList) {
-				for i := range list.n {
-					subs = append(subs, list.uid(i).SubscriptionKey())
-				}
-			})
+			err = p.targets(r, day, pick.Namespace, seq, &head, func(list *targetList) { subs = append(subs, list.keys()...) })
 		}
 		if err := p.passOver(passGone(err)); err != nil {
 			return false, err

@@ -418,11 +418,7 @@ func (c *commit) forget(s *sweep, row rowAt) error {
 		return err
 	}
 	var subs []SubscriptionKey
-	if err := p.targets(c.r, kept, ns, seq, &head, func(list *targetList) {
-		for i := range list.n {
-			subs = append(subs, list.uid(i).SubscriptionKey())
-		}
-	}); err != nil {
+	if err := p.targets(c.r, kept, ns, seq, &head, func(list *targetList) { subs = append(subs, list.keys()...) }); err != nil {
 		return err
 	}
 	for _, sub := range subs {

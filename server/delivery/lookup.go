@@ -335,6 +335,38 @@ func (j *Journal) EventByUID(ns NamespaceKey, uid string) (*Event, error) {
 	return j.partitions[partition].readEvent(j.db, ns, seq)
 }
 
+// Receivers lists the subscriptions that an event has, or had, deliveries to, those that were made again, too, in no order
+// and some twice. ErrNotFound when the event is no longer retained.
+func (j *Journal) Receivers(e *Event) ([]SubscriptionKey, error) {
+	leave, err := j.enter()
+	if err != nil {
+		return nil, err
+	}
+	defer leave()
+	if int(e.Partition) >= len(j.partitions) {
+		return nil, ErrNotFound
+	}
+	p, r := j.partitions[e.Partition], j.db.NewSnapshot() // an event may be moved from its day meanwhile
+	defer r.Close()
+	day, err := p.home(r, e.Namespace, e.Seq)
+	if err != nil {
+		return nil, err
+	}
+	head, err := p.readHead(r, day, e.Namespace, e.Seq)
+	if err != nil {
+		return nil, err
+	}
+	var subs []SubscriptionKey
+	if err := p.targets(r, day, e.Namespace, e.Seq, &head, func(list *targetList) { subs = list.keys() }); err != nil {
+		return nil, err
+	}
+	err = p.eachReplay(r, day, e.Namespace, e.Seq, func(lane LaneKey, _, _ uint64) error {
+		subs = append(subs, lane.Subscription)
+		return nil
+	})
+	return subs, err
+}
+
 // sequences finds the events that were accepted with an id, newest first.
 func (p *partition) sequences(ns NamespaceKey, eventID string) ([]uint64, error) {
 	var days []dayKey

@@ -289,6 +289,15 @@ func (t *targetList) target(key SubscriptionKey) (target Target) {
 	return target
 }
 
+// keys are the subscriptions, in order.
+func (t *targetList) keys() []SubscriptionKey {
+	keys := make([]SubscriptionKey, t.n)
+	for i := range keys {
+		keys[i] = t.uid(i).SubscriptionKey()
+	}
+	return keys
+}
+
 // clone is no part of a record.
 func (t *targetList) clone() targetList {
 	return targetList{t.n, slices.Clone(t.uids), slices.Clone(t.rest), t.namesOffset}

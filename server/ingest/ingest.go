@@ -231,10 +231,9 @@ func (i *Ingest) store(ctx context.Context, ns *subscription.Namespace, admitted
 	i.metrics.conditions.Add(float64(faults))
 }
 
-// targets lists the subscriptions that match ev, in the snapshot's order, and notes in ev whose conditions could not be
-// evaluated.
-func targets(snap *subscription.Snapshot, ns *subscription.Namespace, c *subscription.Candidate, ev *delivery.Event) []delivery.Target {
-	*c = subscription.Candidate{
+// Candidate is an event as conditions see it. It shares the event's attributes and payload.
+func Candidate(ev *delivery.Event) subscription.Candidate {
+	return subscription.Candidate{
 		ID:          ev.ID,
 		Source:      ev.Source,
 		Type:        ev.Type,
@@ -244,6 +243,12 @@ func targets(snap *subscription.Snapshot, ns *subscription.Namespace, c *subscri
 		Attributes:  ev.Attributes,
 		Data:        ev.Payload,
 	}
+}
+
+// targets lists the subscriptions that match ev, in the snapshot's order, and notes in ev whose conditions could not be
+// evaluated.
+func targets(snap *subscription.Snapshot, ns *subscription.Namespace, c *subscription.Candidate, ev *delivery.Event) []delivery.Target {
+	*c = Candidate(ev)
 	subs := snap.Match(ns.ID, c)
 	ev.FaultCount = c.FaultCount
 	for _, f := range c.Faults {

@@ -20,6 +20,7 @@ import (
 
 	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
 	"github.com/grapnel/grapnel/server/delivery"
+	"github.com/grapnel/grapnel/server/ingest"
 	"github.com/grapnel/grapnel/server/subscription"
 )
 
@@ -314,7 +315,8 @@ func (r *Runner) picker(one *delivery.Replay) (*delivery.Picker, held) {
 		}
 		pick.Missing = spec.UID.SubscriptionKey()
 		pick.Event = func(e *delivery.Event) (delivery.Target, delivery.Verdict) {
-			if !to.Wants(candidate(e)) {
+			c := ingest.Candidate(e)
+			if !to.Wants(&c) {
 				return delivery.Target{}, delivery.Pass
 			}
 			return targetOf(to), delivery.Take
@@ -352,13 +354,6 @@ func disabled(sub *subscription.Subscription) bool {
 
 func targetOf(sub *subscription.Subscription) delivery.Target {
 	return delivery.Target{Subscription: sub.ID, UID: sub.UID, MaxAttempts: sub.MaxAttempts, MaxAge: sub.MaxAge, Ordered: sub.Ordered}
-}
-
-func candidate(e *delivery.Event) *subscription.Candidate {
-	return &subscription.Candidate{
-		ID: e.ID, Source: e.Source, Type: e.Type, Subject: e.Subject, Time: e.Time, ContentType: e.ContentType,
-		Attributes: e.Attributes, Data: e.Payload,
-	}
 }
 
 func later(a, b time.Time) time.Time {

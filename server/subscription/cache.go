@@ -43,7 +43,7 @@ func (s *Snapshot) follow(known match, ns, eventType string) []*Subscription {
 		if step.version <= known.version || step.sub().Namespace != ns {
 			continue
 		}
-		was, is := step.old != nil && step.old.wants(eventType), step.now != nil && step.now.wants(eventType)
+		was, is := step.old != nil && step.old.covers(eventType), step.now != nil && step.now.covers(eventType)
 		if !was && !is {
 			continue
 		}
@@ -63,8 +63,8 @@ func (s *Snapshot) follow(known match, ns, eventType string) []*Subscription {
 	return subs
 }
 
-// wants reports whether one of its globs covers a type.
-func (s *Subscription) wants(eventType string) bool {
+// covers reports whether one of its globs covers a type.
+func (s *Subscription) covers(eventType string) bool {
 	return len(s.globs) == 0 || slices.ContainsFunc(s.globs, func(g string) bool { return globMatch(g, eventType) })
 }
 

@@ -75,13 +75,12 @@ type ConditionError struct {
 // maxErrorText bounds the text of one error, whatever of the payload stands in it.
 const maxErrorText = 200
 
+func errorText(err error) string { return clipped(oneLine(err.Error()), maxErrorText) }
+
 // failed counts an error and returns its text.
 func (c *condition) failed(err error) string {
 	c.errors.Add(1)
-	text := oneLine(err.Error())
-	if len(text) > maxErrorText {
-		text = strings.ToValidUTF8(text[:maxErrorText-len("…")], "") + "…"
-	}
+	text := errorText(err)
 	now := time.Now()
 	if last := c.last.Load(); last == nil || now.Sub(last.Time) > time.Second {
 		c.last.Store(&ConditionError{text, now})

@@ -61,7 +61,7 @@ func (w world) check(t *testing.T, s *Snapshot, types []string) {
 		for _, typ := range types {
 			var want []*Subscription
 			for _, sub := range subs {
-				if sub.wants(typ) {
+				if sub.covers(typ) {
 					want = append(want, sub)
 				}
 			}

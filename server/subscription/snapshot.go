@@ -2,7 +2,6 @@ package subscription
 
 import (
 	"iter"
-	"slices"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -289,7 +288,7 @@ func (s *Snapshot) byType(t *tenant, eventType string) match {
 // Wants reports whether the subscription would match the event, whatever its state and its namespace's. A condition
 // that cannot be evaluated does not hold, and is told in c.
 func (s *Subscription) Wants(c *Candidate) bool {
-	if len(s.globs) > 0 && !slices.ContainsFunc(s.globs, func(glob string) bool { return globMatch(glob, c.Type) }) {
+	if !s.covers(c.Type) {
 		return false
 	}
 	if s.condition == nil {

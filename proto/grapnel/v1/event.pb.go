@@ -25,6 +25,84 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
+// Verdict of a subscription.
+type SubscriptionMatch_Verdict int32
+
+const (
+	// Not a verdict.
+	SubscriptionMatch_VERDICT_UNSPECIFIED SubscriptionMatch_Verdict = 0
+	// It matches, and is sent to.
+	SubscriptionMatch_VERDICT_MATCHED SubscriptionMatch_Verdict = 1
+	// It matches; the delivery waits for the end of a pause, of the subscription, of its namespace or of all dispatch.
+	SubscriptionMatch_VERDICT_HELD SubscriptionMatch_Verdict = 2
+	// It matches, and is disabled, or its namespace is: recorded as SKIPPED.
+	SubscriptionMatch_VERDICT_SKIPPED SubscriptionMatch_Verdict = 3
+	// None of its event_types covers the event's type.
+	SubscriptionMatch_VERDICT_TYPE_DIFFERS SubscriptionMatch_Verdict = 4
+	// Its condition does not hold.
+	SubscriptionMatch_VERDICT_CONDITION_FALSE SubscriptionMatch_Verdict = 5
+	// Its condition cannot be evaluated for the event, and so does not hold.
+	SubscriptionMatch_VERDICT_CONDITION_ERROR SubscriptionMatch_Verdict = 6
+	// ExplainEvent only: it would match, but was created after the event had been accepted.
+	SubscriptionMatch_VERDICT_CREATED_LATER SubscriptionMatch_Verdict = 7
+	// ExplainEvent only: it would match as it is now, and did not when the event was accepted, or what was recorded is no
+	// longer kept.
+	SubscriptionMatch_VERDICT_CHANGED SubscriptionMatch_Verdict = 8
+)
+
+// Enum value maps for SubscriptionMatch_Verdict.
+var (
+	SubscriptionMatch_Verdict_name = map[int32]string{
+		0: "VERDICT_UNSPECIFIED",
+		1: "VERDICT_MATCHED",
+		2: "VERDICT_HELD",
+		3: "VERDICT_SKIPPED",
+		4: "VERDICT_TYPE_DIFFERS",
+		5: "VERDICT_CONDITION_FALSE",
+		6: "VERDICT_CONDITION_ERROR",
+		7: "VERDICT_CREATED_LATER",
+		8: "VERDICT_CHANGED",
+	}
+	SubscriptionMatch_Verdict_value = map[string]int32{
+		"VERDICT_UNSPECIFIED":     0,
+		"VERDICT_MATCHED":         1,
+		"VERDICT_HELD":            2,
+		"VERDICT_SKIPPED":         3,
+		"VERDICT_TYPE_DIFFERS":    4,
+		"VERDICT_CONDITION_FALSE": 5,
+		"VERDICT_CONDITION_ERROR": 6,
+		"VERDICT_CREATED_LATER":   7,
+		"VERDICT_CHANGED":         8,
+	}
+)
+
+func (x SubscriptionMatch_Verdict) Enum() *SubscriptionMatch_Verdict {
+	p := new(SubscriptionMatch_Verdict)
+	*p = x
+	return p
+}
+
+func (x SubscriptionMatch_Verdict) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (SubscriptionMatch_Verdict) Descriptor() protoreflect.EnumDescriptor {
+	return file_grapnel_v1_event_proto_enumTypes[0].Descriptor()
+}
+
+func (SubscriptionMatch_Verdict) Type() protoreflect.EnumType {
+	return &file_grapnel_v1_event_proto_enumTypes[0]
+}
+
+func (x SubscriptionMatch_Verdict) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use SubscriptionMatch_Verdict.Descriptor instead.
+func (SubscriptionMatch_Verdict) EnumDescriptor() ([]byte, []int) {
+	return file_grapnel_v1_event_proto_rawDescGZIP(), []int{16, 0}
+}
+
 // Event is a CloudEvents 1.0 event in flat form.
 type Event struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -1137,6 +1215,354 @@ func (x *ListEventsResponse) GetNextPageToken() string {
 	return ""
 }
 
+// ExplainEventRequest names one event.
+type ExplainEventRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// namespaces/{namespace}/events/{event}, as in GetEventRequest.
+	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// namespaces/{namespace}/subscriptions/{subscription}: only what became of the event there. Empty: everywhere.
+	Subscription string `protobuf:"bytes,2,opt,name=subscription,proto3" json:"subscription,omitempty"`
+	// Accounts on a page: 1 to 1000; 0 means 50.
+	PageSize int32 `protobuf:"varint,3,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"`
+	// From the previous page.
+	PageToken     string `protobuf:"bytes,4,opt,name=page_token,json=pageToken,proto3" json:"page_token,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ExplainEventRequest) Reset() {
+	*x = ExplainEventRequest{}
+	mi := &file_grapnel_v1_event_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ExplainEventRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ExplainEventRequest) ProtoMessage() {}
+
+func (x *ExplainEventRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_grapnel_v1_event_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ExplainEventRequest.ProtoReflect.Descriptor instead.
+func (*ExplainEventRequest) Descriptor() ([]byte, []int) {
+	return file_grapnel_v1_event_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *ExplainEventRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *ExplainEventRequest) GetSubscription() string {
+	if x != nil {
+		return x.Subscription
+	}
+	return ""
+}
+
+func (x *ExplainEventRequest) GetPageSize() int32 {
+	if x != nil {
+		return x.PageSize
+	}
+	return 0
+}
+
+func (x *ExplainEventRequest) GetPageToken() string {
+	if x != nil {
+		return x.PageToken
+	}
+	return ""
+}
+
+// ExplainEventResponse is a page: first an account for each delivery, newest first, then one for each subscription that
+// has none, in name order. It may be short, or empty, although more follow.
+type ExplainEventResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The event, without its payload; on every page.
+	Event *Event `protobuf:"bytes,1,opt,name=event,proto3" json:"event,omitempty"`
+	// The page.
+	Accounts []*EventAccount `protobuf:"bytes,2,rep,name=accounts,proto3" json:"accounts,omitempty"`
+	// Empty on the last page, and only there.
+	NextPageToken string `protobuf:"bytes,3,opt,name=next_page_token,json=nextPageToken,proto3" json:"next_page_token,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ExplainEventResponse) Reset() {
+	*x = ExplainEventResponse{}
+	mi := &file_grapnel_v1_event_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ExplainEventResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ExplainEventResponse) ProtoMessage() {}
+
+func (x *ExplainEventResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_grapnel_v1_event_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ExplainEventResponse.ProtoReflect.Descriptor instead.
+func (*ExplainEventResponse) Descriptor() ([]byte, []int) {
+	return file_grapnel_v1_event_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *ExplainEventResponse) GetEvent() *Event {
+	if x != nil {
+		return x.Event
+	}
+	return nil
+}
+
+func (x *ExplainEventResponse) GetAccounts() []*EventAccount {
+	if x != nil {
+		return x.Accounts
+	}
+	return nil
+}
+
+func (x *ExplainEventResponse) GetNextPageToken() string {
+	if x != nil {
+		return x.NextPageToken
+	}
+	return ""
+}
+
+// EventAccount is what became of an event at one subscription.
+type EventAccount struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// namespaces/{namespace}/subscriptions/{subscription}
+	Subscription string `protobuf:"bytes,1,opt,name=subscription,proto3" json:"subscription,omitempty"`
+	// The delivery; unset when there is none. An event that was sent again has several.
+	Delivery *Delivery `protobuf:"bytes,2,opt,name=delivery,proto3" json:"delivery,omitempty"`
+	// Its attempts, first to last, without bodies; of more than 100 the last 100.
+	Attempts []*Attempt `protobuf:"bytes,3,rep,name=attempts,proto3" json:"attempts,omitempty"`
+	// Set when there is no delivery: what the subscription makes of the event.
+	Match *SubscriptionMatch `protobuf:"bytes,4,opt,name=match,proto3" json:"match,omitempty"`
+	// Why the event has arrived, has not yet, or never will, in a sentence. It may show parts of the payload.
+	Cause         string `protobuf:"bytes,5,opt,name=cause,proto3" json:"cause,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *EventAccount) Reset() {
+	*x = EventAccount{}
+	mi := &file_grapnel_v1_event_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *EventAccount) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*EventAccount) ProtoMessage() {}
+
+func (x *EventAccount) ProtoReflect() protoreflect.Message {
+	mi := &file_grapnel_v1_event_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use EventAccount.ProtoReflect.Descriptor instead.
+func (*EventAccount) Descriptor() ([]byte, []int) {
+	return file_grapnel_v1_event_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *EventAccount) GetSubscription() string {
+	if x != nil {
+		return x.Subscription
+	}
+	return ""
+}
+
+func (x *EventAccount) GetDelivery() *Delivery {
+	if x != nil {
+		return x.Delivery
+	}
+	return nil
+}
+
+func (x *EventAccount) GetAttempts() []*Attempt {
+	if x != nil {
+		return x.Attempts
+	}
+	return nil
+}
+
+func (x *EventAccount) GetMatch() *SubscriptionMatch {
+	if x != nil {
+		return x.Match
+	}
+	return nil
+}
+
+func (x *EventAccount) GetCause() string {
+	if x != nil {
+		return x.Cause
+	}
+	return ""
+}
+
+// SubscriptionMatch is what a subscription makes of an event, and why.
+type SubscriptionMatch struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// namespaces/{namespace}/subscriptions/{subscription}
+	Subscription string `protobuf:"bytes,1,opt,name=subscription,proto3" json:"subscription,omitempty"`
+	// What it makes of it.
+	Verdict SubscriptionMatch_Verdict `protobuf:"varint,2,opt,name=verdict,proto3,enum=grapnel.v1.SubscriptionMatch_Verdict" json:"verdict,omitempty"`
+	// Why, in a sentence; 1 KiB at most. It may show parts of the payload.
+	Reason string `protobuf:"bytes,3,opt,name=reason,proto3" json:"reason,omitempty"`
+	// The parts of the event that the condition has read, in the order of its text; the first 16.
+	Values        []*ConditionValue `protobuf:"bytes,4,rep,name=values,proto3" json:"values,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SubscriptionMatch) Reset() {
+	*x = SubscriptionMatch{}
+	mi := &file_grapnel_v1_event_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SubscriptionMatch) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SubscriptionMatch) ProtoMessage() {}
+
+func (x *SubscriptionMatch) ProtoReflect() protoreflect.Message {
+	mi := &file_grapnel_v1_event_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SubscriptionMatch.ProtoReflect.Descriptor instead.
+func (*SubscriptionMatch) Descriptor() ([]byte, []int) {
+	return file_grapnel_v1_event_proto_rawDescGZIP(), []int{16}
+}
+
+func (x *SubscriptionMatch) GetSubscription() string {
+	if x != nil {
+		return x.Subscription
+	}
+	return ""
+}
+
+func (x *SubscriptionMatch) GetVerdict() SubscriptionMatch_Verdict {
+	if x != nil {
+		return x.Verdict
+	}
+	return SubscriptionMatch_VERDICT_UNSPECIFIED
+}
+
+func (x *SubscriptionMatch) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *SubscriptionMatch) GetValues() []*ConditionValue {
+	if x != nil {
+		return x.Values
+	}
+	return nil
+}
+
+// ConditionValue is a part of an event as a condition saw it.
+type ConditionValue struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// As in the condition, for example event.data.amount.
+	Expression string `protobuf:"bytes,1,opt,name=expression,proto3" json:"expression,omitempty"`
+	// JSON of a text, number or boolean, cut to 128 bytes; of a list or an object how much is in it.
+	Value         string `protobuf:"bytes,2,opt,name=value,proto3" json:"value,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ConditionValue) Reset() {
+	*x = ConditionValue{}
+	mi := &file_grapnel_v1_event_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ConditionValue) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ConditionValue) ProtoMessage() {}
+
+func (x *ConditionValue) ProtoReflect() protoreflect.Message {
+	mi := &file_grapnel_v1_event_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ConditionValue.ProtoReflect.Descriptor instead.
+func (*ConditionValue) Descriptor() ([]byte, []int) {
+	return file_grapnel_v1_event_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *ConditionValue) GetExpression() string {
+	if x != nil {
+		return x.Expression
+	}
+	return ""
+}
+
+func (x *ConditionValue) GetValue() string {
+	if x != nil {
+		return x.Value
+	}
+	return ""
+}
+
 // Open starts the stream.
 type PublishStreamRequest_Open struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -1150,7 +1576,7 @@ type PublishStreamRequest_Open struct {
 
 func (x *PublishStreamRequest_Open) Reset() {
 	*x = PublishStreamRequest_Open{}
-	mi := &file_grapnel_v1_event_proto_msgTypes[14]
+	mi := &file_grapnel_v1_event_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1162,7 +1588,7 @@ func (x *PublishStreamRequest_Open) String() string {
 func (*PublishStreamRequest_Open) ProtoMessage() {}
 
 func (x *PublishStreamRequest_Open) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_event_proto_msgTypes[14]
+	mi := &file_grapnel_v1_event_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1205,7 +1631,7 @@ type PublishStreamRequest_Item struct {
 
 func (x *PublishStreamRequest_Item) Reset() {
 	*x = PublishStreamRequest_Item{}
-	mi := &file_grapnel_v1_event_proto_msgTypes[15]
+	mi := &file_grapnel_v1_event_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1217,7 +1643,7 @@ func (x *PublishStreamRequest_Item) String() string {
 func (*PublishStreamRequest_Item) ProtoMessage() {}
 
 func (x *PublishStreamRequest_Item) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_event_proto_msgTypes[15]
+	mi := &file_grapnel_v1_event_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1260,7 +1686,7 @@ type PublishStreamResponse_Ack struct {
 
 func (x *PublishStreamResponse_Ack) Reset() {
 	*x = PublishStreamResponse_Ack{}
-	mi := &file_grapnel_v1_event_proto_msgTypes[16]
+	mi := &file_grapnel_v1_event_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1272,7 +1698,7 @@ func (x *PublishStreamResponse_Ack) String() string {
 func (*PublishStreamResponse_Ack) ProtoMessage() {}
 
 func (x *PublishStreamResponse_Ack) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_event_proto_msgTypes[16]
+	mi := &file_grapnel_v1_event_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1315,7 +1741,7 @@ type PublishStreamResponse_Window struct {
 
 func (x *PublishStreamResponse_Window) Reset() {
 	*x = PublishStreamResponse_Window{}
-	mi := &file_grapnel_v1_event_proto_msgTypes[17]
+	mi := &file_grapnel_v1_event_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1327,7 +1753,7 @@ func (x *PublishStreamResponse_Window) String() string {
 func (*PublishStreamResponse_Window) ProtoMessage() {}
 
 func (x *PublishStreamResponse_Window) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_event_proto_msgTypes[17]
+	mi := &file_grapnel_v1_event_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1362,7 +1788,7 @@ var File_grapnel_v1_event_proto protoreflect.FileDescriptor
 const file_grapnel_v1_event_proto_rawDesc = "" +
 	"\n" +
 	"\x16grapnel/v1/event.proto\x12\n" +
-	"grapnel.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17grapnel/v1/common.proto\"\xb8\x0e\n" +
+	"grapnel.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17grapnel/v1/common.proto\x1a\x19grapnel/v1/delivery.proto\"\xb8\x0e\n" +
 	"\x05Event\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\xad\x01\n" +
 	"\x02id\x18\x02 \x01(\tB\x9c\x01\xbaH\x98\x01\xba\x01\x94\x01\n" +
@@ -1473,15 +1899,55 @@ const file_grapnel_v1_event_proto_rawDesc = "" +
 	"\x06filter\x18\x04 \x01(\tB\b\xbaH\x05r\x03\x18\x80\x10R\x06filter\"g\n" +
 	"\x12ListEventsResponse\x12)\n" +
 	"\x06events\x18\x01 \x03(\v2\x11.grapnel.v1.EventR\x06events\x12&\n" +
-	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken2\x87\x02\n" +
+	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\xaf\x04\n" +
+	"\x13ExplainEventRequest\x12\x83\x02\n" +
+	"\x04name\x18\x01 \x01(\tB\xee\x01\xbaH\xea\x01\xba\x01\xe6\x01\n" +
+	"\n" +
+	"event_name\x12dmust look like namespaces/NAME/events/ID, with %XX for what is not a letter, digit or one of . _ ~ -\x1arthis.matches('^namespaces/[a-z][a-z0-9-]{0,62}/events/([A-Za-z0-9._~-]|%[0-9A-Fa-f]{2})+$') && this.size() <= 1700R\x04name\x12\xcc\x01\n" +
+	"\fsubscription\x18\x02 \x01(\tB\xa7\x01\xbaH\xa3\x01\xba\x01\x9f\x01\n" +
+	"\x11subscription_name\x121must look like namespaces/NAME/subscriptions/NAME\x1aWthis.matches('^(namespaces/[a-z][a-z0-9-]{0,62}/subscriptions/[a-z][a-z0-9-]{0,62})?$')R\fsubscription\x12$\n" +
+	"\tpage_size\x18\x03 \x01(\x05B\a\xbaH\x04\x1a\x02(\x00R\bpageSize\x12\x1d\n" +
+	"\n" +
+	"page_token\x18\x04 \x01(\tR\tpageToken\"\x9d\x01\n" +
+	"\x14ExplainEventResponse\x12'\n" +
+	"\x05event\x18\x01 \x01(\v2\x11.grapnel.v1.EventR\x05event\x124\n" +
+	"\baccounts\x18\x02 \x03(\v2\x18.grapnel.v1.EventAccountR\baccounts\x12&\n" +
+	"\x0fnext_page_token\x18\x03 \x01(\tR\rnextPageToken\"\xe5\x01\n" +
+	"\fEventAccount\x12\"\n" +
+	"\fsubscription\x18\x01 \x01(\tR\fsubscription\x120\n" +
+	"\bdelivery\x18\x02 \x01(\v2\x14.grapnel.v1.DeliveryR\bdelivery\x12/\n" +
+	"\battempts\x18\x03 \x03(\v2\x13.grapnel.v1.AttemptR\battempts\x123\n" +
+	"\x05match\x18\x04 \x01(\v2\x1d.grapnel.v1.SubscriptionMatchR\x05match\x12\x19\n" +
+	"\x05cause\x18\x05 \x01(\tB\x03\x80\x01\x01R\x05cause\"\xae\x03\n" +
+	"\x11SubscriptionMatch\x12\"\n" +
+	"\fsubscription\x18\x01 \x01(\tR\fsubscription\x12?\n" +
+	"\averdict\x18\x02 \x01(\x0e2%.grapnel.v1.SubscriptionMatch.VerdictR\averdict\x12\x1b\n" +
+	"\x06reason\x18\x03 \x01(\tB\x03\x80\x01\x01R\x06reason\x122\n" +
+	"\x06values\x18\x04 \x03(\v2\x1a.grapnel.v1.ConditionValueR\x06values\"\xe2\x01\n" +
+	"\aVerdict\x12\x17\n" +
+	"\x13VERDICT_UNSPECIFIED\x10\x00\x12\x13\n" +
+	"\x0fVERDICT_MATCHED\x10\x01\x12\x10\n" +
+	"\fVERDICT_HELD\x10\x02\x12\x13\n" +
+	"\x0fVERDICT_SKIPPED\x10\x03\x12\x18\n" +
+	"\x14VERDICT_TYPE_DIFFERS\x10\x04\x12\x1b\n" +
+	"\x17VERDICT_CONDITION_FALSE\x10\x05\x12\x1b\n" +
+	"\x17VERDICT_CONDITION_ERROR\x10\x06\x12\x19\n" +
+	"\x15VERDICT_CREATED_LATER\x10\a\x12\x13\n" +
+	"\x0fVERDICT_CHANGED\x10\b\"K\n" +
+	"\x0eConditionValue\x12\x1e\n" +
+	"\n" +
+	"expression\x18\x01 \x01(\tR\n" +
+	"expression\x12\x19\n" +
+	"\x05value\x18\x02 \x01(\tB\x03\x80\x01\x01R\x05value2\x87\x02\n" +
 	"\x0ePublishService\x12D\n" +
 	"\aPublish\x12\x1a.grapnel.v1.PublishRequest\x1a\x1b.grapnel.v1.PublishResponse\"\x00\x12S\n" +
 	"\fBatchPublish\x12\x1f.grapnel.v1.BatchPublishRequest\x1a .grapnel.v1.BatchPublishResponse\"\x00\x12Z\n" +
-	"\rPublishStream\x12 .grapnel.v1.PublishStreamRequest\x1a!.grapnel.v1.PublishStreamResponse\"\x00(\x010\x012\xac\x01\n" +
+	"\rPublishStream\x12 .grapnel.v1.PublishStreamRequest\x1a!.grapnel.v1.PublishStreamResponse\"\x00(\x010\x012\x84\x02\n" +
 	"\fEventService\x12J\n" +
 	"\bGetEvent\x12\x1b.grapnel.v1.GetEventRequest\x1a\x1c.grapnel.v1.GetEventResponse\"\x03\x90\x02\x01\x12P\n" +
 	"\n" +
-	"ListEvents\x12\x1d.grapnel.v1.ListEventsRequest\x1a\x1e.grapnel.v1.ListEventsResponse\"\x03\x90\x02\x01B7Z5github.com/grapnel/grapnel/proto/grapnel/v1;grapnelv1b\x06proto3"
+	"ListEvents\x12\x1d.grapnel.v1.ListEventsRequest\x1a\x1e.grapnel.v1.ListEventsResponse\"\x03\x90\x02\x01\x12V\n" +
+	"\fExplainEvent\x12\x1f.grapnel.v1.ExplainEventRequest\x1a .grapnel.v1.ExplainEventResponse\"\x03\x90\x02\x01B7Z5github.com/grapnel/grapnel/proto/grapnel/v1;grapnelv1b\x06proto3"
 
 var (
 	file_grapnel_v1_event_proto_rawDescOnce sync.Once
@@ -1495,68 +1961,86 @@ func file_grapnel_v1_event_proto_rawDescGZIP() []byte {
 	return file_grapnel_v1_event_proto_rawDescData
 }
 
-var file_grapnel_v1_event_proto_msgTypes = make([]protoimpl.MessageInfo, 18)
+var file_grapnel_v1_event_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
+var file_grapnel_v1_event_proto_msgTypes = make([]protoimpl.MessageInfo, 23)
 var file_grapnel_v1_event_proto_goTypes = []any{
-	(*Event)(nil),                        // 0: grapnel.v1.Event
-	(*ConditionError)(nil),               // 1: grapnel.v1.ConditionError
-	(*PublishRequest)(nil),               // 2: grapnel.v1.PublishRequest
-	(*PublishResponse)(nil),              // 3: grapnel.v1.PublishResponse
-	(*BatchPublishRequest)(nil),          // 4: grapnel.v1.BatchPublishRequest
-	(*PublishResult)(nil),                // 5: grapnel.v1.PublishResult
-	(*BatchPublishResponse)(nil),         // 6: grapnel.v1.BatchPublishResponse
-	(*PublishStreamRequest)(nil),         // 7: grapnel.v1.PublishStreamRequest
-	(*PublishStreamResponse)(nil),        // 8: grapnel.v1.PublishStreamResponse
-	(*GetEventRequest)(nil),              // 9: grapnel.v1.GetEventRequest
-	(*GetEventResponse)(nil),             // 10: grapnel.v1.GetEventResponse
-	(*ListEventsRequest)(nil),            // 11: grapnel.v1.ListEventsRequest
-	(*ListEventsResponse)(nil),           // 12: grapnel.v1.ListEventsResponse
-	nil,                                  // 13: grapnel.v1.Event.AttributesEntry
-	(*PublishStreamRequest_Open)(nil),    // 14: grapnel.v1.PublishStreamRequest.Open
-	(*PublishStreamRequest_Item)(nil),    // 15: grapnel.v1.PublishStreamRequest.Item
-	(*PublishStreamResponse_Ack)(nil),    // 16: grapnel.v1.PublishStreamResponse.Ack
-	(*PublishStreamResponse_Window)(nil), // 17: grapnel.v1.PublishStreamResponse.Window
-	(*timestamppb.Timestamp)(nil),        // 18: google.protobuf.Timestamp
-	(*structpb.Value)(nil),               // 19: google.protobuf.Value
-	(*durationpb.Duration)(nil),          // 20: google.protobuf.Duration
-	(*ItemStatus)(nil),                   // 21: grapnel.v1.ItemStatus
+	(SubscriptionMatch_Verdict)(0),       // 0: grapnel.v1.SubscriptionMatch.Verdict
+	(*Event)(nil),                        // 1: grapnel.v1.Event
+	(*ConditionError)(nil),               // 2: grapnel.v1.ConditionError
+	(*PublishRequest)(nil),               // 3: grapnel.v1.PublishRequest
+	(*PublishResponse)(nil),              // 4: grapnel.v1.PublishResponse
+	(*BatchPublishRequest)(nil),          // 5: grapnel.v1.BatchPublishRequest
+	(*PublishResult)(nil),                // 6: grapnel.v1.PublishResult
+	(*BatchPublishResponse)(nil),         // 7: grapnel.v1.BatchPublishResponse
+	(*PublishStreamRequest)(nil),         // 8: grapnel.v1.PublishStreamRequest
+	(*PublishStreamResponse)(nil),        // 9: grapnel.v1.PublishStreamResponse
+	(*GetEventRequest)(nil),              // 10: grapnel.v1.GetEventRequest
+	(*GetEventResponse)(nil),             // 11: grapnel.v1.GetEventResponse
+	(*ListEventsRequest)(nil),            // 12: grapnel.v1.ListEventsRequest
+	(*ListEventsResponse)(nil),           // 13: grapnel.v1.ListEventsResponse
+	(*ExplainEventRequest)(nil),          // 14: grapnel.v1.ExplainEventRequest
+	(*ExplainEventResponse)(nil),         // 15: grapnel.v1.ExplainEventResponse
+	(*EventAccount)(nil),                 // 16: grapnel.v1.EventAccount
+	(*SubscriptionMatch)(nil),            // 17: grapnel.v1.SubscriptionMatch
+	(*ConditionValue)(nil),               // 18: grapnel.v1.ConditionValue
+	nil,                                  // 19: grapnel.v1.Event.AttributesEntry
+	(*PublishStreamRequest_Open)(nil),    // 20: grapnel.v1.PublishStreamRequest.Open
+	(*PublishStreamRequest_Item)(nil),    // 21: grapnel.v1.PublishStreamRequest.Item
+	(*PublishStreamResponse_Ack)(nil),    // 22: grapnel.v1.PublishStreamResponse.Ack
+	(*PublishStreamResponse_Window)(nil), // 23: grapnel.v1.PublishStreamResponse.Window
+	(*timestamppb.Timestamp)(nil),        // 24: google.protobuf.Timestamp
+	(*structpb.Value)(nil),               // 25: google.protobuf.Value
+	(*durationpb.Duration)(nil),          // 26: google.protobuf.Duration
+	(*ItemStatus)(nil),                   // 27: grapnel.v1.ItemStatus
+	(*Delivery)(nil),                     // 28: grapnel.v1.Delivery
+	(*Attempt)(nil),                      // 29: grapnel.v1.Attempt
 }
 var file_grapnel_v1_event_proto_depIdxs = []int32{
-	18, // 0: grapnel.v1.Event.time:type_name -> google.protobuf.Timestamp
-	13, // 1: grapnel.v1.Event.attributes:type_name -> grapnel.v1.Event.AttributesEntry
-	19, // 2: grapnel.v1.Event.json:type_name -> google.protobuf.Value
-	18, // 3: grapnel.v1.Event.deliver_time:type_name -> google.protobuf.Timestamp
-	20, // 4: grapnel.v1.Event.ttl:type_name -> google.protobuf.Duration
-	18, // 5: grapnel.v1.Event.accept_time:type_name -> google.protobuf.Timestamp
-	1,  // 6: grapnel.v1.Event.condition_errors:type_name -> grapnel.v1.ConditionError
-	0,  // 7: grapnel.v1.PublishRequest.event:type_name -> grapnel.v1.Event
-	18, // 8: grapnel.v1.PublishResponse.accept_time:type_name -> google.protobuf.Timestamp
-	0,  // 9: grapnel.v1.BatchPublishRequest.events:type_name -> grapnel.v1.Event
-	21, // 10: grapnel.v1.PublishResult.error:type_name -> grapnel.v1.ItemStatus
-	18, // 11: grapnel.v1.PublishResult.accept_time:type_name -> google.protobuf.Timestamp
-	5,  // 12: grapnel.v1.BatchPublishResponse.results:type_name -> grapnel.v1.PublishResult
-	14, // 13: grapnel.v1.PublishStreamRequest.open:type_name -> grapnel.v1.PublishStreamRequest.Open
-	15, // 14: grapnel.v1.PublishStreamRequest.item:type_name -> grapnel.v1.PublishStreamRequest.Item
-	16, // 15: grapnel.v1.PublishStreamResponse.acks:type_name -> grapnel.v1.PublishStreamResponse.Ack
-	17, // 16: grapnel.v1.PublishStreamResponse.window:type_name -> grapnel.v1.PublishStreamResponse.Window
-	0,  // 17: grapnel.v1.GetEventResponse.event:type_name -> grapnel.v1.Event
-	0,  // 18: grapnel.v1.ListEventsResponse.events:type_name -> grapnel.v1.Event
-	0,  // 19: grapnel.v1.PublishStreamRequest.Item.event:type_name -> grapnel.v1.Event
-	5,  // 20: grapnel.v1.PublishStreamResponse.Ack.result:type_name -> grapnel.v1.PublishResult
-	2,  // 21: grapnel.v1.PublishService.Publish:input_type -> grapnel.v1.PublishRequest
-	4,  // 22: grapnel.v1.PublishService.BatchPublish:input_type -> grapnel.v1.BatchPublishRequest
-	7,  // 23: grapnel.v1.PublishService.PublishStream:input_type -> grapnel.v1.PublishStreamRequest
-	9,  // 24: grapnel.v1.EventService.GetEvent:input_type -> grapnel.v1.GetEventRequest
-	11, // 25: grapnel.v1.EventService.ListEvents:input_type -> grapnel.v1.ListEventsRequest
-	3,  // 26: grapnel.v1.PublishService.Publish:output_type -> grapnel.v1.PublishResponse
-	6,  // 27: grapnel.v1.PublishService.BatchPublish:output_type -> grapnel.v1.BatchPublishResponse
-	8,  // 28: grapnel.v1.PublishService.PublishStream:output_type -> grapnel.v1.PublishStreamResponse
-	10, // 29: grapnel.v1.EventService.GetEvent:output_type -> grapnel.v1.GetEventResponse
-	12, // 30: grapnel.v1.EventService.ListEvents:output_type -> grapnel.v1.ListEventsResponse
-	26, // [26:31] is the sub-list for method output_type
-	21, // [21:26] is the sub-list for method input_type
-	21, // [21:21] is the sub-list for extension type_name
-	21, // [21:21] is the sub-list for extension extendee
-	0,  // [0:21] is the sub-list for field type_name
+	24, // 0: grapnel.v1.Event.time:type_name -> google.protobuf.Timestamp
+	19, // 1: grapnel.v1.Event.attributes:type_name -> grapnel.v1.Event.AttributesEntry
+	25, // 2: grapnel.v1.Event.json:type_name -> google.protobuf.Value
+	24, // 3: grapnel.v1.Event.deliver_time:type_name -> google.protobuf.Timestamp
+	26, // 4: grapnel.v1.Event.ttl:type_name -> google.protobuf.Duration
+	24, // 5: grapnel.v1.Event.accept_time:type_name -> google.protobuf.Timestamp
+	2,  // 6: grapnel.v1.Event.condition_errors:type_name -> grapnel.v1.ConditionError
+	1,  // 7: grapnel.v1.PublishRequest.event:type_name -> grapnel.v1.Event
+	24, // 8: grapnel.v1.PublishResponse.accept_time:type_name -> google.protobuf.Timestamp
+	1,  // 9: grapnel.v1.BatchPublishRequest.events:type_name -> grapnel.v1.Event
+	27, // 10: grapnel.v1.PublishResult.error:type_name -> grapnel.v1.ItemStatus
+	24, // 11: grapnel.v1.PublishResult.accept_time:type_name -> google.protobuf.Timestamp
+	6,  // 12: grapnel.v1.BatchPublishResponse.results:type_name -> grapnel.v1.PublishResult
+	20, // 13: grapnel.v1.PublishStreamRequest.open:type_name -> grapnel.v1.PublishStreamRequest.Open
+	21, // 14: grapnel.v1.PublishStreamRequest.item:type_name -> grapnel.v1.PublishStreamRequest.Item
+	22, // 15: grapnel.v1.PublishStreamResponse.acks:type_name -> grapnel.v1.PublishStreamResponse.Ack
+	23, // 16: grapnel.v1.PublishStreamResponse.window:type_name -> grapnel.v1.PublishStreamResponse.Window
+	1,  // 17: grapnel.v1.GetEventResponse.event:type_name -> grapnel.v1.Event
+	1,  // 18: grapnel.v1.ListEventsResponse.events:type_name -> grapnel.v1.Event
+	1,  // 19: grapnel.v1.ExplainEventResponse.event:type_name -> grapnel.v1.Event
+	16, // 20: grapnel.v1.ExplainEventResponse.accounts:type_name -> grapnel.v1.EventAccount
+	28, // 21: grapnel.v1.EventAccount.delivery:type_name -> grapnel.v1.Delivery
+	29, // 22: grapnel.v1.EventAccount.attempts:type_name -> grapnel.v1.Attempt
+	17, // 23: grapnel.v1.EventAccount.match:type_name -> grapnel.v1.SubscriptionMatch
+	0,  // 24: grapnel.v1.SubscriptionMatch.verdict:type_name -> grapnel.v1.SubscriptionMatch.Verdict
+	18, // 25: grapnel.v1.SubscriptionMatch.values:type_name -> grapnel.v1.ConditionValue
+	1,  // 26: grapnel.v1.PublishStreamRequest.Item.event:type_name -> grapnel.v1.Event
+	6,  // 27: grapnel.v1.PublishStreamResponse.Ack.result:type_name -> grapnel.v1.PublishResult
+	3,  // 28: grapnel.v1.PublishService.Publish:input_type -> grapnel.v1.PublishRequest
+	5,  // 29: grapnel.v1.PublishService.BatchPublish:input_type -> grapnel.v1.BatchPublishRequest
+	8,  // 30: grapnel.v1.PublishService.PublishStream:input_type -> grapnel.v1.PublishStreamRequest
+	10, // 31: grapnel.v1.EventService.GetEvent:input_type -> grapnel.v1.GetEventRequest
+	12, // 32: grapnel.v1.EventService.ListEvents:input_type -> grapnel.v1.ListEventsRequest
+	14, // 33: grapnel.v1.EventService.ExplainEvent:input_type -> grapnel.v1.ExplainEventRequest
+	4,  // 34: grapnel.v1.PublishService.Publish:output_type -> grapnel.v1.PublishResponse
+	7,  // 35: grapnel.v1.PublishService.BatchPublish:output_type -> grapnel.v1.BatchPublishResponse
+	9,  // 36: grapnel.v1.PublishService.PublishStream:output_type -> grapnel.v1.PublishStreamResponse
+	11, // 37: grapnel.v1.EventService.GetEvent:output_type -> grapnel.v1.GetEventResponse
+	13, // 38: grapnel.v1.EventService.ListEvents:output_type -> grapnel.v1.ListEventsResponse
+	15, // 39: grapnel.v1.EventService.ExplainEvent:output_type -> grapnel.v1.ExplainEventResponse
+	34, // [34:40] is the sub-list for method output_type
+	28, // [28:34] is the sub-list for method input_type
+	28, // [28:28] is the sub-list for extension type_name
+	28, // [28:28] is the sub-list for extension extendee
+	0,  // [0:28] is the sub-list for field type_name
 }
 
 func init() { file_grapnel_v1_event_proto_init() }
@@ -1565,6 +2049,7 @@ func file_grapnel_v1_event_proto_init() {
 		return
 	}
 	file_grapnel_v1_common_proto_init()
+	file_grapnel_v1_delivery_proto_init()
 	file_grapnel_v1_event_proto_msgTypes[0].OneofWrappers = []any{
 		(*Event_Data)(nil),
 		(*Event_Text)(nil),
@@ -1579,13 +2064,14 @@ func file_grapnel_v1_event_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_grapnel_v1_event_proto_rawDesc), len(file_grapnel_v1_event_proto_rawDesc)),
-			NumEnums:      0,
-			NumMessages:   18,
+			NumEnums:      1,
+			NumMessages:   23,
 			NumExtensions: 0,
 			NumServices:   2,
 		},
 		GoTypes:           file_grapnel_v1_event_proto_goTypes,
 		DependencyIndexes: file_grapnel_v1_event_proto_depIdxs,
+		EnumInfos:         file_grapnel_v1_event_proto_enumTypes,
 		MessageInfos:      file_grapnel_v1_event_proto_msgTypes,
 	}.Build()
 	File_grapnel_v1_event_proto = out.File

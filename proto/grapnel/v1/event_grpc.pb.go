@@ -202,8 +202,9 @@ var PublishService_ServiceDesc = grpc.ServiceDesc{
 }
 
 const (
-	EventService_GetEvent_FullMethodName   = "/grapnel.v1.EventService/GetEvent"
-	EventService_ListEvents_FullMethodName = "/grapnel.v1.EventService/ListEvents"
+	EventService_GetEvent_FullMethodName     = "/grapnel.v1.EventService/GetEvent"
+	EventService_ListEvents_FullMethodName   = "/grapnel.v1.EventService/ListEvents"
+	EventService_ExplainEvent_FullMethodName = "/grapnel.v1.EventService/ExplainEvent"
 )
 
 // EventServiceClient is the client API for EventService service.
@@ -216,6 +217,9 @@ type EventServiceClient interface {
 	GetEvent(ctx context.Context, in *GetEventRequest, opts ...grpc.CallOption) (*GetEventResponse, error)
 	// ListEvents reads one page of events, newest first, without payloads.
 	ListEvents(ctx context.Context, in *ListEventsRequest, opts ...grpc.CallOption) (*ListEventsResponse, error)
+	// ExplainEvent tells what has become of an event: its deliveries, with their attempts and what they wait for, and why
+	// other subscriptions of the namespace have none.
+	ExplainEvent(ctx context.Context, in *ExplainEventRequest, opts ...grpc.CallOption) (*ExplainEventResponse, error)
 }
 
 type eventServiceClient struct {
@@ -246,6 +250,16 @@ func (c *eventServiceClient) ListEvents(ctx context.Context, in *ListEventsReque
 	return out, nil
 }
 
+func (c *eventServiceClient) ExplainEvent(ctx context.Context, in *ExplainEventRequest, opts ...grpc.CallOption) (*ExplainEventResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ExplainEventResponse)
+	err := c.cc.Invoke(ctx, EventService_ExplainEvent_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // EventServiceServer is the server API for EventService service.
 // All implementations must embed UnimplementedEventServiceServer
 // for forward compatibility.
@@ -256,6 +270,9 @@ type EventServiceServer interface {
 	GetEvent(context.Context, *GetEventRequest) (*GetEventResponse, error)
 	// ListEvents reads one page of events, newest first, without payloads.
 	ListEvents(context.Context, *ListEventsRequest) (*ListEventsResponse, error)
+	// ExplainEvent tells what has become of an event: its deliveries, with their attempts and what they wait for, and why
+	// other subscriptions of the namespace have none.
+	ExplainEvent(context.Context, *ExplainEventRequest) (*ExplainEventResponse, error)
 	mustEmbedUnimplementedEventServiceServer()
 }
 
@@ -271,6 +288,9 @@ func (UnimplementedEventServiceServer) GetEvent(context.Context, *GetEventReques
 }
 func (UnimplementedEventServiceServer) ListEvents(context.Context, *ListEventsRequest) (*ListEventsResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method ListEvents not implemented")
+}
+func (UnimplementedEventServiceServer) ExplainEvent(context.Context, *ExplainEventRequest) (*ExplainEventResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ExplainEvent not implemented")
 }
 func (UnimplementedEventServiceServer) mustEmbedUnimplementedEventServiceServer() {}
 func (UnimplementedEventServiceServer) testEmbeddedByValue()                      {}
@@ -329,6 +349,24 @@ func _EventService_ListEvents_Handler(srv interface{}, ctx context.Context, dec 
 	return interceptor(ctx, in, info, handler)
 }
 
+func _EventService_ExplainEvent_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ExplainEventRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(EventServiceServer).ExplainEvent(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: EventService_ExplainEvent_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(EventServiceServer).ExplainEvent(ctx, req.(*ExplainEventRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // EventService_ServiceDesc is the grpc.ServiceDesc for EventService service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -343,6 +381,10 @@ var EventService_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "ListEvents",
 			Handler:    _EventService_ListEvents_Handler,
+		},
+		{
+			MethodName: "ExplainEvent",
+			Handler:    _EventService_ExplainEvent_Handler,
 		},
 	},
 	Streams:  []grpc.StreamDesc{},

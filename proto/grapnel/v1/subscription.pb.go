@@ -2238,6 +2238,143 @@ func (x *TestSubscriptionResponse) GetAttempt() *Attempt {
 	return nil
 }
 
+// MatchSubscriptionsRequest brings an event to try.
+type MatchSubscriptionsRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// namespaces/{namespace}
+	Parent string `protobuf:"bytes,1,opt,name=parent,proto3" json:"parent,omitempty"`
+	// The event, as for Publish.
+	Event *Event `protobuf:"bytes,2,opt,name=event,proto3" json:"event,omitempty"`
+	// 1 to 1000; 0 means 50.
+	PageSize int32 `protobuf:"varint,3,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"`
+	// From the previous page; the other fields must not change.
+	PageToken string `protobuf:"bytes,4,opt,name=page_token,json=pageToken,proto3" json:"page_token,omitempty"`
+	// Only those that match: verdicts MATCHED, HELD and SKIPPED.
+	MatchingOnly  bool `protobuf:"varint,5,opt,name=matching_only,json=matchingOnly,proto3" json:"matching_only,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *MatchSubscriptionsRequest) Reset() {
+	*x = MatchSubscriptionsRequest{}
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[24]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *MatchSubscriptionsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*MatchSubscriptionsRequest) ProtoMessage() {}
+
+func (x *MatchSubscriptionsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[24]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use MatchSubscriptionsRequest.ProtoReflect.Descriptor instead.
+func (*MatchSubscriptionsRequest) Descriptor() ([]byte, []int) {
+	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{24}
+}
+
+func (x *MatchSubscriptionsRequest) GetParent() string {
+	if x != nil {
+		return x.Parent
+	}
+	return ""
+}
+
+func (x *MatchSubscriptionsRequest) GetEvent() *Event {
+	if x != nil {
+		return x.Event
+	}
+	return nil
+}
+
+func (x *MatchSubscriptionsRequest) GetPageSize() int32 {
+	if x != nil {
+		return x.PageSize
+	}
+	return 0
+}
+
+func (x *MatchSubscriptionsRequest) GetPageToken() string {
+	if x != nil {
+		return x.PageToken
+	}
+	return ""
+}
+
+func (x *MatchSubscriptionsRequest) GetMatchingOnly() bool {
+	if x != nil {
+		return x.MatchingOnly
+	}
+	return false
+}
+
+// MatchSubscriptionsResponse is a page in name order. It may be short, or empty, although more follow.
+type MatchSubscriptionsResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The page.
+	Matches []*SubscriptionMatch `protobuf:"bytes,1,rep,name=matches,proto3" json:"matches,omitempty"`
+	// Empty on the last page, and only there.
+	NextPageToken string `protobuf:"bytes,2,opt,name=next_page_token,json=nextPageToken,proto3" json:"next_page_token,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *MatchSubscriptionsResponse) Reset() {
+	*x = MatchSubscriptionsResponse{}
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[25]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *MatchSubscriptionsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*MatchSubscriptionsResponse) ProtoMessage() {}
+
+func (x *MatchSubscriptionsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[25]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use MatchSubscriptionsResponse.ProtoReflect.Descriptor instead.
+func (*MatchSubscriptionsResponse) Descriptor() ([]byte, []int) {
+	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{25}
+}
+
+func (x *MatchSubscriptionsResponse) GetMatches() []*SubscriptionMatch {
+	if x != nil {
+		return x.Matches
+	}
+	return nil
+}
+
+func (x *MatchSubscriptionsResponse) GetNextPageToken() string {
+	if x != nil {
+		return x.NextPageToken
+	}
+	return ""
+}
+
 var File_grapnel_v1_subscription_proto protoreflect.FileDescriptor
 
 const file_grapnel_v1_subscription_proto_rawDesc = "" +
@@ -2438,7 +2575,18 @@ const file_grapnel_v1_subscription_proto_rawDesc = "" +
 	"\x11subscription_name\x121must look like namespaces/NAME/subscriptions/NAME\x1aTthis.matches('^namespaces/[a-z][a-z0-9-]{0,62}/subscriptions/[a-z][a-z0-9-]{0,62}$')R\x04name\x12'\n" +
 	"\x05event\x18\x02 \x01(\v2\x11.grapnel.v1.EventR\x05event\"I\n" +
 	"\x18TestSubscriptionResponse\x12-\n" +
-	"\aattempt\x18\x01 \x01(\v2\x13.grapnel.v1.AttemptR\aattempt2\xa8\a\n" +
+	"\aattempt\x18\x01 \x01(\v2\x13.grapnel.v1.AttemptR\aattempt\"\xba\x02\n" +
+	"\x19MatchSubscriptionsRequest\x12\x81\x01\n" +
+	"\x06parent\x18\x01 \x01(\tBi\xbaHf\xba\x01c\n" +
+	"\x0enamespace_name\x12\x1emust look like namespaces/NAME\x1a1this.matches('^namespaces/[a-z][a-z0-9-]{0,62}$')R\x06parent\x12/\n" +
+	"\x05event\x18\x02 \x01(\v2\x11.grapnel.v1.EventB\x06\xbaH\x03\xc8\x01\x01R\x05event\x12$\n" +
+	"\tpage_size\x18\x03 \x01(\x05B\a\xbaH\x04\x1a\x02(\x00R\bpageSize\x12\x1d\n" +
+	"\n" +
+	"page_token\x18\x04 \x01(\tR\tpageToken\x12#\n" +
+	"\rmatching_only\x18\x05 \x01(\bR\fmatchingOnly\"}\n" +
+	"\x1aMatchSubscriptionsResponse\x127\n" +
+	"\amatches\x18\x01 \x03(\v2\x1d.grapnel.v1.SubscriptionMatchR\amatches\x12&\n" +
+	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken2\x92\b\n" +
 	"\x13SubscriptionService\x12e\n" +
 	"\x12CreateSubscription\x12%.grapnel.v1.CreateSubscriptionRequest\x1a&.grapnel.v1.CreateSubscriptionResponse\"\x00\x12_\n" +
 	"\x0fGetSubscription\x12\".grapnel.v1.GetSubscriptionRequest\x1a#.grapnel.v1.GetSubscriptionResponse\"\x03\x90\x02\x01\x12e\n" +
@@ -2448,7 +2596,8 @@ const file_grapnel_v1_subscription_proto_rawDesc = "" +
 	"\x11PauseSubscription\x12$.grapnel.v1.PauseSubscriptionRequest\x1a%.grapnel.v1.PauseSubscriptionResponse\"\x00\x12h\n" +
 	"\x13DisableSubscription\x12&.grapnel.v1.DisableSubscriptionRequest\x1a'.grapnel.v1.DisableSubscriptionResponse\"\x00\x12e\n" +
 	"\x12ResumeSubscription\x12%.grapnel.v1.ResumeSubscriptionRequest\x1a&.grapnel.v1.ResumeSubscriptionResponse\"\x00\x12_\n" +
-	"\x10TestSubscription\x12#.grapnel.v1.TestSubscriptionRequest\x1a$.grapnel.v1.TestSubscriptionResponse\"\x00B7Z5github.com/grapnel/grapnel/proto/grapnel/v1;grapnelv1b\x06proto3"
+	"\x10TestSubscription\x12#.grapnel.v1.TestSubscriptionRequest\x1a$.grapnel.v1.TestSubscriptionResponse\"\x00\x12h\n" +
+	"\x12MatchSubscriptions\x12%.grapnel.v1.MatchSubscriptionsRequest\x1a&.grapnel.v1.MatchSubscriptionsResponse\"\x03\x90\x02\x01B7Z5github.com/grapnel/grapnel/proto/grapnel/v1;grapnelv1b\x06proto3"
 
 var (
 	file_grapnel_v1_subscription_proto_rawDescOnce sync.Once
@@ -2463,7 +2612,7 @@ func file_grapnel_v1_subscription_proto_rawDescGZIP() []byte {
 }
 
 var file_grapnel_v1_subscription_proto_enumTypes = make([]protoimpl.EnumInfo, 6)
-var file_grapnel_v1_subscription_proto_msgTypes = make([]protoimpl.MessageInfo, 26)
+var file_grapnel_v1_subscription_proto_msgTypes = make([]protoimpl.MessageInfo, 28)
 var file_grapnel_v1_subscription_proto_goTypes = []any{
 	(Subscription_State)(0),             // 0: grapnel.v1.Subscription.State
 	(Subscription_OnExhausted)(0),       // 1: grapnel.v1.Subscription.OnExhausted
@@ -2495,85 +2644,92 @@ var file_grapnel_v1_subscription_proto_goTypes = []any{
 	(*ResumeSubscriptionResponse)(nil),  // 27: grapnel.v1.ResumeSubscriptionResponse
 	(*TestSubscriptionRequest)(nil),     // 28: grapnel.v1.TestSubscriptionRequest
 	(*TestSubscriptionResponse)(nil),    // 29: grapnel.v1.TestSubscriptionResponse
-	nil,                                 // 30: grapnel.v1.Subscription.LabelsEntry
-	nil,                                 // 31: grapnel.v1.Subscription.HeadersEntry
-	(*PluginBinding)(nil),               // 32: grapnel.v1.PluginBinding
-	(*durationpb.Duration)(nil),         // 33: google.protobuf.Duration
-	(*timestamppb.Timestamp)(nil),       // 34: google.protobuf.Timestamp
-	(*fieldmaskpb.FieldMask)(nil),       // 35: google.protobuf.FieldMask
-	(*Event)(nil),                       // 36: grapnel.v1.Event
-	(*Attempt)(nil),                     // 37: grapnel.v1.Attempt
+	(*MatchSubscriptionsRequest)(nil),   // 30: grapnel.v1.MatchSubscriptionsRequest
+	(*MatchSubscriptionsResponse)(nil),  // 31: grapnel.v1.MatchSubscriptionsResponse
+	nil,                                 // 32: grapnel.v1.Subscription.LabelsEntry
+	nil,                                 // 33: grapnel.v1.Subscription.HeadersEntry
+	(*PluginBinding)(nil),               // 34: grapnel.v1.PluginBinding
+	(*durationpb.Duration)(nil),         // 35: google.protobuf.Duration
+	(*timestamppb.Timestamp)(nil),       // 36: google.protobuf.Timestamp
+	(*fieldmaskpb.FieldMask)(nil),       // 37: google.protobuf.FieldMask
+	(*Event)(nil),                       // 38: grapnel.v1.Event
+	(*Attempt)(nil),                     // 39: grapnel.v1.Attempt
+	(*SubscriptionMatch)(nil),           // 40: grapnel.v1.SubscriptionMatch
 }
 var file_grapnel_v1_subscription_proto_depIdxs = []int32{
-	30, // 0: grapnel.v1.Subscription.labels:type_name -> grapnel.v1.Subscription.LabelsEntry
-	31, // 1: grapnel.v1.Subscription.headers:type_name -> grapnel.v1.Subscription.HeadersEntry
-	32, // 2: grapnel.v1.Subscription.signers:type_name -> grapnel.v1.PluginBinding
-	32, // 3: grapnel.v1.Subscription.transport:type_name -> grapnel.v1.PluginBinding
-	33, // 4: grapnel.v1.Subscription.attempt_timeout:type_name -> google.protobuf.Duration
+	32, // 0: grapnel.v1.Subscription.labels:type_name -> grapnel.v1.Subscription.LabelsEntry
+	33, // 1: grapnel.v1.Subscription.headers:type_name -> grapnel.v1.Subscription.HeadersEntry
+	34, // 2: grapnel.v1.Subscription.signers:type_name -> grapnel.v1.PluginBinding
+	34, // 3: grapnel.v1.Subscription.transport:type_name -> grapnel.v1.PluginBinding
+	35, // 4: grapnel.v1.Subscription.attempt_timeout:type_name -> google.protobuf.Duration
 	9,  // 5: grapnel.v1.Subscription.retry_policy:type_name -> grapnel.v1.RetryPolicy
 	10, // 6: grapnel.v1.Subscription.failure_policy:type_name -> grapnel.v1.FailurePolicy
 	0,  // 7: grapnel.v1.Subscription.state:type_name -> grapnel.v1.Subscription.State
-	34, // 8: grapnel.v1.Subscription.create_time:type_name -> google.protobuf.Timestamp
-	34, // 9: grapnel.v1.Subscription.update_time:type_name -> google.protobuf.Timestamp
+	36, // 8: grapnel.v1.Subscription.create_time:type_name -> google.protobuf.Timestamp
+	36, // 9: grapnel.v1.Subscription.update_time:type_name -> google.protobuf.Timestamp
 	8,  // 10: grapnel.v1.Subscription.payload_shape:type_name -> grapnel.v1.PayloadShape
 	1,  // 11: grapnel.v1.Subscription.on_exhausted:type_name -> grapnel.v1.Subscription.OnExhausted
 	7,  // 12: grapnel.v1.Subscription.batching:type_name -> grapnel.v1.Batching
-	33, // 13: grapnel.v1.Batching.max_wait:type_name -> google.protobuf.Duration
+	35, // 13: grapnel.v1.Batching.max_wait:type_name -> google.protobuf.Duration
 	2,  // 14: grapnel.v1.Batching.format:type_name -> grapnel.v1.Batching.Format
 	3,  // 15: grapnel.v1.PayloadShape.format:type_name -> grapnel.v1.PayloadShape.Format
 	4,  // 16: grapnel.v1.PayloadShape.compression:type_name -> grapnel.v1.PayloadShape.Compression
-	33, // 17: grapnel.v1.RetryPolicy.initial_backoff:type_name -> google.protobuf.Duration
-	33, // 18: grapnel.v1.RetryPolicy.max_backoff:type_name -> google.protobuf.Duration
-	33, // 19: grapnel.v1.RetryPolicy.max_age:type_name -> google.protobuf.Duration
-	33, // 20: grapnel.v1.RetryPolicy.schedule:type_name -> google.protobuf.Duration
-	33, // 21: grapnel.v1.FailurePolicy.disable_after:type_name -> google.protobuf.Duration
+	35, // 17: grapnel.v1.RetryPolicy.initial_backoff:type_name -> google.protobuf.Duration
+	35, // 18: grapnel.v1.RetryPolicy.max_backoff:type_name -> google.protobuf.Duration
+	35, // 19: grapnel.v1.RetryPolicy.max_age:type_name -> google.protobuf.Duration
+	35, // 20: grapnel.v1.RetryPolicy.schedule:type_name -> google.protobuf.Duration
+	35, // 21: grapnel.v1.FailurePolicy.disable_after:type_name -> google.protobuf.Duration
 	6,  // 22: grapnel.v1.CreateSubscriptionRequest.subscription:type_name -> grapnel.v1.Subscription
 	0,  // 23: grapnel.v1.CreateSubscriptionRequest.initial_state:type_name -> grapnel.v1.Subscription.State
 	6,  // 24: grapnel.v1.CreateSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
 	6,  // 25: grapnel.v1.GetSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
 	15, // 26: grapnel.v1.GetSubscriptionResponse.status:type_name -> grapnel.v1.SubscriptionStatus
-	34, // 27: grapnel.v1.SubscriptionStatus.wait_until:type_name -> google.protobuf.Timestamp
-	34, // 28: grapnel.v1.SubscriptionStatus.failing_since:type_name -> google.protobuf.Timestamp
-	34, // 29: grapnel.v1.SubscriptionStatus.last_success_time:type_name -> google.protobuf.Timestamp
-	33, // 30: grapnel.v1.SubscriptionStatus.latency:type_name -> google.protobuf.Duration
-	33, // 31: grapnel.v1.SubscriptionStatus.oldest_due_age:type_name -> google.protobuf.Duration
-	34, // 32: grapnel.v1.SubscriptionStatus.last_condition_error_time:type_name -> google.protobuf.Timestamp
+	36, // 27: grapnel.v1.SubscriptionStatus.wait_until:type_name -> google.protobuf.Timestamp
+	36, // 28: grapnel.v1.SubscriptionStatus.failing_since:type_name -> google.protobuf.Timestamp
+	36, // 29: grapnel.v1.SubscriptionStatus.last_success_time:type_name -> google.protobuf.Timestamp
+	35, // 30: grapnel.v1.SubscriptionStatus.latency:type_name -> google.protobuf.Duration
+	35, // 31: grapnel.v1.SubscriptionStatus.oldest_due_age:type_name -> google.protobuf.Duration
+	36, // 32: grapnel.v1.SubscriptionStatus.last_condition_error_time:type_name -> google.protobuf.Timestamp
 	5,  // 33: grapnel.v1.SubscriptionStatus.breaker:type_name -> grapnel.v1.SubscriptionStatus.Breaker
-	34, // 34: grapnel.v1.SubscriptionStatus.breaker_since:type_name -> google.protobuf.Timestamp
-	34, // 35: grapnel.v1.SubscriptionStatus.next_probe_time:type_name -> google.protobuf.Timestamp
-	34, // 36: grapnel.v1.SubscriptionStatus.disable_time:type_name -> google.protobuf.Timestamp
+	36, // 34: grapnel.v1.SubscriptionStatus.breaker_since:type_name -> google.protobuf.Timestamp
+	36, // 35: grapnel.v1.SubscriptionStatus.next_probe_time:type_name -> google.protobuf.Timestamp
+	36, // 36: grapnel.v1.SubscriptionStatus.disable_time:type_name -> google.protobuf.Timestamp
 	6,  // 37: grapnel.v1.ListSubscriptionsResponse.subscriptions:type_name -> grapnel.v1.Subscription
 	6,  // 38: grapnel.v1.UpdateSubscriptionRequest.subscription:type_name -> grapnel.v1.Subscription
-	35, // 39: grapnel.v1.UpdateSubscriptionRequest.update_mask:type_name -> google.protobuf.FieldMask
+	37, // 39: grapnel.v1.UpdateSubscriptionRequest.update_mask:type_name -> google.protobuf.FieldMask
 	6,  // 40: grapnel.v1.UpdateSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
 	6,  // 41: grapnel.v1.PauseSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
 	6,  // 42: grapnel.v1.DisableSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
 	6,  // 43: grapnel.v1.ResumeSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
-	36, // 44: grapnel.v1.TestSubscriptionRequest.event:type_name -> grapnel.v1.Event
-	37, // 45: grapnel.v1.TestSubscriptionResponse.attempt:type_name -> grapnel.v1.Attempt
-	11, // 46: grapnel.v1.SubscriptionService.CreateSubscription:input_type -> grapnel.v1.CreateSubscriptionRequest
-	13, // 47: grapnel.v1.SubscriptionService.GetSubscription:input_type -> grapnel.v1.GetSubscriptionRequest
-	16, // 48: grapnel.v1.SubscriptionService.ListSubscriptions:input_type -> grapnel.v1.ListSubscriptionsRequest
-	18, // 49: grapnel.v1.SubscriptionService.UpdateSubscription:input_type -> grapnel.v1.UpdateSubscriptionRequest
-	20, // 50: grapnel.v1.SubscriptionService.DeleteSubscription:input_type -> grapnel.v1.DeleteSubscriptionRequest
-	22, // 51: grapnel.v1.SubscriptionService.PauseSubscription:input_type -> grapnel.v1.PauseSubscriptionRequest
-	24, // 52: grapnel.v1.SubscriptionService.DisableSubscription:input_type -> grapnel.v1.DisableSubscriptionRequest
-	26, // 53: grapnel.v1.SubscriptionService.ResumeSubscription:input_type -> grapnel.v1.ResumeSubscriptionRequest
-	28, // 54: grapnel.v1.SubscriptionService.TestSubscription:input_type -> grapnel.v1.TestSubscriptionRequest
-	12, // 55: grapnel.v1.SubscriptionService.CreateSubscription:output_type -> grapnel.v1.CreateSubscriptionResponse
-	14, // 56: grapnel.v1.SubscriptionService.GetSubscription:output_type -> grapnel.v1.GetSubscriptionResponse
-	17, // 57: grapnel.v1.SubscriptionService.ListSubscriptions:output_type -> grapnel.v1.ListSubscriptionsResponse
-	19, // 58: grapnel.v1.SubscriptionService.UpdateSubscription:output_type -> grapnel.v1.UpdateSubscriptionResponse
-	21, // 59: grapnel.v1.SubscriptionService.DeleteSubscription:output_type -> grapnel.v1.DeleteSubscriptionResponse
-	23, // 60: grapnel.v1.SubscriptionService.PauseSubscription:output_type -> grapnel.v1.PauseSubscriptionResponse
-	25, // 61: grapnel.v1.SubscriptionService.DisableSubscription:output_type -> grapnel.v1.DisableSubscriptionResponse
-	27, // 62: grapnel.v1.SubscriptionService.ResumeSubscription:output_type -> grapnel.v1.ResumeSubscriptionResponse
-	29, // 63: grapnel.v1.SubscriptionService.TestSubscription:output_type -> grapnel.v1.TestSubscriptionResponse
-	55, // [55:64] is the sub-list for method output_type
-	46, // [46:55] is the sub-list for method input_type
-	46, // [46:46] is the sub-list for extension type_name
-	46, // [46:46] is the sub-list for extension extendee
-	0,  // [0:46] is the sub-list for field type_name
+	38, // 44: grapnel.v1.TestSubscriptionRequest.event:type_name -> grapnel.v1.Event
+	39, // 45: grapnel.v1.TestSubscriptionResponse.attempt:type_name -> grapnel.v1.Attempt
+	38, // 46: grapnel.v1.MatchSubscriptionsRequest.event:type_name -> grapnel.v1.Event
+	40, // 47: grapnel.v1.MatchSubscriptionsResponse.matches:type_name -> grapnel.v1.SubscriptionMatch
+	11, // 48: grapnel.v1.SubscriptionService.CreateSubscription:input_type -> grapnel.v1.CreateSubscriptionRequest
+	13, // 49: grapnel.v1.SubscriptionService.GetSubscription:input_type -> grapnel.v1.GetSubscriptionRequest
+	16, // 50: grapnel.v1.SubscriptionService.ListSubscriptions:input_type -> grapnel.v1.ListSubscriptionsRequest
+	18, // 51: grapnel.v1.SubscriptionService.UpdateSubscription:input_type -> grapnel.v1.UpdateSubscriptionRequest
+	20, // 52: grapnel.v1.SubscriptionService.DeleteSubscription:input_type -> grapnel.v1.DeleteSubscriptionRequest
+	22, // 53: grapnel.v1.SubscriptionService.PauseSubscription:input_type -> grapnel.v1.PauseSubscriptionRequest
+	24, // 54: grapnel.v1.SubscriptionService.DisableSubscription:input_type -> grapnel.v1.DisableSubscriptionRequest
+	26, // 55: grapnel.v1.SubscriptionService.ResumeSubscription:input_type -> grapnel.v1.ResumeSubscriptionRequest
+	28, // 56: grapnel.v1.SubscriptionService.TestSubscription:input_type -> grapnel.v1.TestSubscriptionRequest
+	30, // 57: grapnel.v1.SubscriptionService.MatchSubscriptions:input_type -> grapnel.v1.MatchSubscriptionsRequest
+	12, // 58: grapnel.v1.SubscriptionService.CreateSubscription:output_type -> grapnel.v1.CreateSubscriptionResponse
+	14, // 59: grapnel.v1.SubscriptionService.GetSubscription:output_type -> grapnel.v1.GetSubscriptionResponse
+	17, // 60: grapnel.v1.SubscriptionService.ListSubscriptions:output_type -> grapnel.v1.ListSubscriptionsResponse
+	19, // 61: grapnel.v1.SubscriptionService.UpdateSubscription:output_type -> grapnel.v1.UpdateSubscriptionResponse
+	21, // 62: grapnel.v1.SubscriptionService.DeleteSubscription:output_type -> grapnel.v1.DeleteSubscriptionResponse
+	23, // 63: grapnel.v1.SubscriptionService.PauseSubscription:output_type -> grapnel.v1.PauseSubscriptionResponse
+	25, // 64: grapnel.v1.SubscriptionService.DisableSubscription:output_type -> grapnel.v1.DisableSubscriptionResponse
+	27, // 65: grapnel.v1.SubscriptionService.ResumeSubscription:output_type -> grapnel.v1.ResumeSubscriptionResponse
+	29, // 66: grapnel.v1.SubscriptionService.TestSubscription:output_type -> grapnel.v1.TestSubscriptionResponse
+	31, // 67: grapnel.v1.SubscriptionService.MatchSubscriptions:output_type -> grapnel.v1.MatchSubscriptionsResponse
+	58, // [58:68] is the sub-list for method output_type
+	48, // [48:58] is the sub-list for method input_type
+	48, // [48:48] is the sub-list for extension type_name
+	48, // [48:48] is the sub-list for extension extendee
+	0,  // [0:48] is the sub-list for field type_name
 }
 
 func init() { file_grapnel_v1_subscription_proto_init() }
@@ -2591,7 +2747,7 @@ func file_grapnel_v1_subscription_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_grapnel_v1_subscription_proto_rawDesc), len(file_grapnel_v1_subscription_proto_rawDesc)),
 			NumEnums:      6,
-			NumMessages:   26,
+			NumMessages:   28,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -28,6 +28,7 @@ const (
 	SubscriptionService_DisableSubscription_FullMethodName = "/grapnel.v1.SubscriptionService/DisableSubscription"
 	SubscriptionService_ResumeSubscription_FullMethodName  = "/grapnel.v1.SubscriptionService/ResumeSubscription"
 	SubscriptionService_TestSubscription_FullMethodName    = "/grapnel.v1.SubscriptionService/TestSubscription"
+	SubscriptionService_MatchSubscriptions_FullMethodName  = "/grapnel.v1.SubscriptionService/MatchSubscriptions"
 )
 
 // SubscriptionServiceClient is the client API for SubscriptionService service.
@@ -56,6 +57,9 @@ type SubscriptionServiceClient interface {
 	// TestSubscription makes one attempt now and returns it; nothing is stored or retried. At most one
 	// call a second for each subscription. Without a deadline the call has 75 seconds, so that attempt_timeout fits.
 	TestSubscription(ctx context.Context, in *TestSubscriptionRequest, opts ...grpc.CallOption) (*TestSubscriptionResponse, error)
+	// MatchSubscriptions says which subscriptions of a namespace an event would go to, and why not to the others. Nothing is
+	// stored or sent.
+	MatchSubscriptions(ctx context.Context, in *MatchSubscriptionsRequest, opts ...grpc.CallOption) (*MatchSubscriptionsResponse, error)
 }
 
 type subscriptionServiceClient struct {
@@ -156,6 +160,16 @@ func (c *subscriptionServiceClient) TestSubscription(ctx context.Context, in *Te
 	return out, nil
 }
 
+func (c *subscriptionServiceClient) MatchSubscriptions(ctx context.Context, in *MatchSubscriptionsRequest, opts ...grpc.CallOption) (*MatchSubscriptionsResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(MatchSubscriptionsResponse)
+	err := c.cc.Invoke(ctx, SubscriptionService_MatchSubscriptions_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // SubscriptionServiceServer is the server API for SubscriptionService service.
 // All implementations must embed UnimplementedSubscriptionServiceServer
 // for forward compatibility.
@@ -182,6 +196,9 @@ type SubscriptionServiceServer interface {
 	// TestSubscription makes one attempt now and returns it; nothing is stored or retried. At most one
 	// call a second for each subscription. Without a deadline the call has 75 seconds, so that attempt_timeout fits.
 	TestSubscription(context.Context, *TestSubscriptionRequest) (*TestSubscriptionResponse, error)
+	// MatchSubscriptions says which subscriptions of a namespace an event would go to, and why not to the others. Nothing is
+	// stored or sent.
+	MatchSubscriptions(context.Context, *MatchSubscriptionsRequest) (*MatchSubscriptionsResponse, error)
 	mustEmbedUnimplementedSubscriptionServiceServer()
 }
 
@@ -218,6 +235,9 @@ func (UnimplementedSubscriptionServiceServer) ResumeSubscription(context.Context
 }
 func (UnimplementedSubscriptionServiceServer) TestSubscription(context.Context, *TestSubscriptionRequest) (*TestSubscriptionResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method TestSubscription not implemented")
+}
+func (UnimplementedSubscriptionServiceServer) MatchSubscriptions(context.Context, *MatchSubscriptionsRequest) (*MatchSubscriptionsResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method MatchSubscriptions not implemented")
 }
 func (UnimplementedSubscriptionServiceServer) mustEmbedUnimplementedSubscriptionServiceServer() {}
 func (UnimplementedSubscriptionServiceServer) testEmbeddedByValue()                             {}
@@ -402,6 +422,24 @@ func _SubscriptionService_TestSubscription_Handler(srv interface{}, ctx context.
 	return interceptor(ctx, in, info, handler)
 }
 
+func _SubscriptionService_MatchSubscriptions_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(MatchSubscriptionsRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(SubscriptionServiceServer).MatchSubscriptions(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: SubscriptionService_MatchSubscriptions_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(SubscriptionServiceServer).MatchSubscriptions(ctx, req.(*MatchSubscriptionsRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // SubscriptionService_ServiceDesc is the grpc.ServiceDesc for SubscriptionService service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -444,6 +482,10 @@ var SubscriptionService_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "TestSubscription",
 			Handler:    _SubscriptionService_TestSubscription_Handler,
+		},
+		{
+			MethodName: "MatchSubscriptions",
+			Handler:    _SubscriptionService_MatchSubscriptions_Handler,
 		},
 	},
 	Streams:  []grpc.StreamDesc{},
