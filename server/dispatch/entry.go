@@ -25,7 +25,7 @@ type entry struct {
 	lane       *lane
 	prev, next *entry                     // in the queue that it stands in: lane.fresh, lane.timers or lane.flying
 	sub        *subscription.Subscription // as the attempt was started with
-	started    time.Time
+	started    time.Time                  // when the attempt was, or, of one that waits, since when it is in memory
 	size       int64
 	stage      window.Stage
 	marked     bool // a caller has ended or replaced its row: it must not wait again

@@ -36,14 +36,9 @@ func (x *entry) travels() bool { return x.parcel != nil && x.parcel.carrier != x
 func (l *lane) gathers(sub *subscription.Subscription, now time.Time) bool {
 	lead := l.next(sub)
 	if lead == nil {
-		l.gathering = time.Time{}
 		return false
 	}
-	if l.gathering.IsZero() {
-		l.gathering = now
-	}
-	until := l.gathering.Add(sub.Batching.MaxWait)
-	most := l.company(lead, sub)
+	until, most := l.gathersUntil(sub, lead), l.company(lead, sub)
 	switch {
 	case !now.Before(until), l.health.Isolated(), lead.expired(now):
 		return false
@@ -59,6 +54,17 @@ func (l *lane) gathers(sub *subscription.Subscription, now time.Time) bool {
 	}
 	l.arm(until)
 	return true
+}
+
+// gathersUntil is when the first one that waits has waited long enough, lead or one of the other kind.
+func (l *lane) gathersUntil(sub *subscription.Subscription, lead *entry) time.Time {
+	since := lead.started
+	for _, x := range []*entry{l.fresh.head, l.timers.head} {
+		if l.mayJoin(x, sub) && x.started.Before(since) {
+			since = x.started
+		}
+	}
+	return since.Add(sub.Batching.MaxWait)
 }
 
 // behind reports whether more is due than there is in memory.
@@ -105,9 +111,6 @@ func (l *lane) takeTogether(b *batch, g gate, now time.Time) {
 	b.n++
 	l.takeOff(c, now)
 	c.sub = g.sub
-	if l.gathering = now; l.next(g.sub) == nil {
-		l.gathering = time.Time{}
-	}
 }
 
 // fill makes up a request with lead and those behind it, first its own kind's, up to the first that does not fit.

@@ -437,6 +437,61 @@ func TestBatchesKeepTheOrderOfKeys(t *testing.T) {
 	})
 }
 
+// TestGatheringOverRandomArrivals: none waits for company for longer than it may, no request carries more than it may, and
+// one that carries less has waited.
+func TestGatheringOverRandomArrivals(t *testing.T) {
+	seeds := uint64(40)
+	if testing.Short() {
+		seeds = 8
+	}
+	for seed := range seeds {
+		t.Run(fmt.Sprint(seed), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				rnd := rand.New(rand.NewPCG(seed, 5))
+				w := newWorld(t)
+				defer w.stop()
+				synctest.Wait()
+				b := &subscription.Batching{MaxEvents: 2 + rnd.IntN(20), MaxBytes: 1024 << rnd.IntN(6), MaxWait: time.Duration(rnd.IntN(2000)) * time.Millisecond}
+				sub := w.sub("orders", most(1000), func(s *subscription.Subscription) { s.Batching = b })
+				w.receiver.set(always(time.Millisecond, ok))
+				w.publishN(sub, 0, 100) // it has proven itself, and its limit has grown
+				time.Sleep(5 * time.Minute)
+				before := len(w.receiver.requests())
+				size, came := make(map[delivery.ID]int), make(map[delivery.ID]time.Time)
+				for range 100 {
+					for range 1 + rnd.IntN(3*b.MaxEvents) {
+						n := rnd.IntN(2000)
+						id := w.journal.add(uint16(rnd.IntN(3)), n, time.Time{}, sub)[0]
+						size[id], came[id] = n, time.Now()
+					}
+					time.Sleep(time.Duration(rnd.IntN(1500)) * time.Millisecond)
+				}
+				time.Sleep(5 * time.Minute)
+				requests := w.receiver.requests()[before:]
+				for i, r := range requests {
+					sum := 0
+					for _, id := range r.ids {
+						sum += size[id]
+						if waited := r.at.Sub(came[id]); waited > b.MaxWait+5*time.Millisecond { // and for a slot
+							t.Errorf("request %d: %v waited %v, want %v at most", i, id, waited, b.MaxWait)
+						}
+					}
+					full := len(r.ids) == b.MaxEvents || sum+2100 > b.MaxBytes
+					if len(r.ids) > b.MaxEvents || sum > b.MaxBytes && len(r.ids) > 1 {
+						t.Errorf("request %d carries %d with %d bytes, want %d with %d", i, len(r.ids), sum, b.MaxEvents, b.MaxBytes)
+					}
+					if waited := r.at.Sub(came[r.ids[0]]); !full && waited < b.MaxWait {
+						t.Errorf("request %d carries %d with %d bytes after %v", i, len(r.ids), sum, waited)
+					}
+				}
+				if n := w.journal.states()[delivery.Succeeded]; n != 100+len(came) {
+					t.Errorf("%d of %d were delivered", n, 100+len(came))
+				}
+			})
+		})
+	}
+}
+
 // randomAnswers is randomAnswer with requests of which some are taken in part.
 func randomAnswers(seed uint64) func(*subscription.Subscription, []*delivery.Job) (time.Duration, *delivery.Result) {
 	one := randomAnswer(seed)

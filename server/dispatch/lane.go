@@ -42,9 +42,7 @@ type lane struct {
 	readAt  time.Time // no read before this
 	sweepAt time.Time // when a closed lane is to be looked through; zero while it is open
 	idle    time.Time // since when nothing is open; zero while something is
-	// gathering is since when what waits has been waiting for company, in a lane with batching; zero while nothing does.
-	gathering time.Time
-	evicted   bool
+	evicted bool
 
 	// What keeps the lane closed, beside the subscription's state and its health.
 	cancels   int  // CancelLane is at work
@@ -206,8 +204,8 @@ func (l *lane) heldIn(partition uint16) window.Held {
 
 // admit takes a job to memory that its window has taken, and whose event is held. near is nil or an entry that was
 // admitted before it, of the same read.
-func (l *lane) admit(j *delivery.Job, near *entry) *entry {
-	x := &entry{Job: *j, lane: l, size: sizeOf(j)}
+func (l *lane) admit(j *delivery.Job, near *entry, now time.Time) *entry {
+	x := &entry{Job: *j, lane: l, started: now, size: sizeOf(j)}
 	if l.held == nil {
 		l.held = make(map[place]*entry)
 	}

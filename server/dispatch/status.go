@@ -33,7 +33,7 @@ type Status struct {
 	Breaker                 health.BreakerState
 	BreakerSince, NextProbe time.Time
 	BreakerReason           string
-	// Gathers is until when what waits is waiting for others to be sent with, at most; zero when it is not.
+	// Gathers is until when what waits in memory waits for others to be sent with, at most; zero without batching.
 	Gathers time.Time
 	// InFlight attempts, and Waiting deliveries in memory; more may wait on disk.
 	InFlight, Waiting int
@@ -57,9 +57,9 @@ func (e *Engine) Status(key delivery.LaneKey) Status {
 	if s.Breaker, s.BreakerSince, s.NextProbe, trip = h.Breaker(now); s.Breaker != health.BreakerClosed {
 		s.BreakerReason = trip.String()
 	}
-	if g.open() && g.sub.Batching != nil && !l.gathering.IsZero() {
-		if until := l.gathering.Add(g.sub.Batching.MaxWait); now.Before(until) {
-			s.Gathers = until
+	if g.open() && g.sub.Batching != nil {
+		if lead := l.next(g.sub); lead != nil {
+			s.Gathers = l.gathersUntil(g.sub, lead)
 		}
 	}
 	if g.sub != nil {
@@ -108,7 +108,7 @@ func (e *Engine) WaitReason(id delivery.ID, key delivery.LaneKey) string {
 		return ""
 	}
 	s := e.Status(key)
-	if s.Open && !s.Gathers.IsZero() {
+	if s.Open && s.Gathers.After(e.now()) {
 		return untilWords("waits for others to be sent with, at most", s.Gathers, false)
 	}
 	return untilWords(s.Reason, s.Until, s.Breaker == health.BreakerOpen && s.Until.Equal(s.NextProbe))

@@ -646,8 +646,8 @@ func (x *Subscription) GetBatching() *Batching {
 }
 
 // Batching has a request carry several deliveries of the subscription: first attempts and repeats alike, as they are due, and
-// of one ordering key at most one. A request goes as soon as max_events or max_bytes of them wait, and max_wait after the
-// request before it was made up, or the first of them came, at the latest. One that is alone travels in the same form.
+// of one ordering key at most one. A request goes as soon as max_events or max_bytes of them wait, and when the first of them
+// has waited for max_wait. One that is alone travels in the same form.
 //
 // A request is one attempt in flight for max_in_flight and max_rate, and says one thing about its target. Each delivery has
 // attempts, a schedule and an end of its own: an answer of 2xx has taken all of them but those that it names in a JSON body,
