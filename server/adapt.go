@@ -132,7 +132,7 @@ func (r subscriptions) DeadLetter(sub *subscription.Subscription) *delivery.Dead
 		return nil
 	}
 	return &delivery.DeadLetter{From: sub.ID, To: delivery.Target{
-		Subscription: to.ID, UID: to.UID, MaxAttempts: to.MaxAttempts, MaxAge: to.MaxAge,
+		Subscription: to.ID, UID: to.UID, MaxAttempts: to.MaxAttempts, MaxAge: to.MaxAge, Ordered: to.Ordered,
 	}}
 }
 

@@ -4,7 +4,9 @@ import (
 	"encoding/json"
 	"fmt"
 	"net/http"
+	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -173,8 +175,10 @@ func TestDeadLetterSubscription(t *testing.T) {
 	}
 
 	subs := grapnelv1.NewSubscriptionServiceClient(s.Conn)
+	s.Subscribe("acme", "third", letters.URL, func(sub *grapnelv1.Subscription) { sub.EventTypes = []string{"none"} })
 	for name, target := range map[string]string{
-		"letters": "namespaces/acme/subscriptions/orders",  // a chain
+		"letters": "namespaces/acme/subscriptions/third",   // a chain, from its end
+		"first":   "namespaces/acme/subscriptions/orders",  // from its beginning
 		"orders":  "namespaces/acme/subscriptions/orders",  // itself
 		"other":   "namespaces/acme/subscriptions/nothing", // nobody
 	} {
@@ -187,6 +191,130 @@ func TestDeadLetterSubscription(t *testing.T) {
 			t.Errorf("%s to %s: %v", name, target, err)
 		}
 	}
+}
+
+// Dead letters keep the order of their keys where their subscription is ordered.
+func TestDeadLettersToAnOrderedSubscription(t *testing.T) {
+	s := servertest.Start(t, servertest.Options{})
+	s.Namespace("acme")
+	failing := servertest.NewReceiver(t, func(servertest.Request) int { return 400 })
+	var tries atomic.Int32
+	letters := servertest.NewReceiver(t, func(servertest.Request) int {
+		if tries.Add(1) == 1 {
+			return 500 // the first letter, which the others wait for
+		}
+		return 200
+	})
+	s.Subscribe("acme", "letters", letters.URL, func(sub *grapnelv1.Subscription) {
+		sub.EventTypes, sub.Ordered = []string{"none"}, true
+		sub.RetryPolicy = &grapnelv1.RetryPolicy{Schedule: []*durationpb.Duration{durationpb.New(300 * time.Millisecond)}}
+	})
+	s.Subscribe("acme", "orders", failing.URL, func(sub *grapnelv1.Subscription) {
+		once(sub)
+		sub.Ordered, sub.DeadLetter = true, "namespaces/acme/subscriptions/letters"
+	})
+	for i := range 5 {
+		if _, err := grapnelv1.NewPublishServiceClient(s.Conn).Publish(t.Context(), &grapnelv1.PublishRequest{
+			Parent: "namespaces/acme",
+			Event:  &grapnelv1.Event{Id: fmt.Sprint("o-", i), Type: "order.created", OrderingKey: "one", Payload: &grapnelv1.Event_Data{Data: []byte(`{}`)}},
+		}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	servertest.Await(t, "all letters", func() bool {
+		return len(s.Deliveries("acme", "trigger = DEAD_LETTER AND state = SUCCEEDED")) == 5
+	})
+	var got []string
+	for _, q := range letters.Requests() {
+		got = append(got, q.Header.Get("ce-id"))
+	}
+	if want := []string{"o-0", "o-0", "o-1", "o-2", "o-3", "o-4"}; !slices.Equal(got, want) {
+		t.Errorf("letters came as %v, want %v", got, want)
+	}
+}
+
+// Jobs that rest, however long, and however many of other namespaces there are, hold up none; and a rate for which no time
+// is long enough is none that has no bound.
+func TestReplaysThatRestHoldUpNobody(t *testing.T) {
+	s := servertest.Start(t, servertest.Options{})
+	rcv := servertest.NewReceiver(t, func(servertest.Request) int { return 500 })
+	r := newReplayer(t, s)
+	for n := range 13 {
+		ns := fmt.Sprint("ns-", n)
+		if n == 12 {
+			ns = "acme"
+		}
+		s.Namespace(ns)
+		s.Subscribe(ns, "orders", rcv.URL, once)
+		for i := range 4 {
+			s.Publish(ns, fmt.Sprint("o-", i), "order.created", []byte(`{}`))
+		}
+		servertest.Await(t, "all to be given up", func() bool { return len(s.Deliveries(ns, "state = EXHAUSTED")) == 4 })
+		for i := range 3 {
+			if n == 12 {
+				break
+			}
+			made, err := r.CreateReplayJob(t.Context(), &grapnelv1.CreateReplayJobRequest{Parent: "namespaces/" + ns, ReplayJobId: fmt.Sprint("slow-", i), ReplayJob: &grapnelv1.ReplayJob{
+				StartTime: anHourAgo(), MaxRate: 1e-12, Filter: "state = EXHAUSTED AND trigger = PUBLISH",
+			}})
+			if err != nil {
+				t.Fatal(err)
+			}
+			servertest.Await(t, "the first delivery of a job", func() bool {
+				got, err := r.GetReplayJob(t.Context(), &grapnelv1.GetReplayJobRequest{Name: made.GetReplayJob().GetName()})
+				return err == nil && got.GetReplayJob().GetCreatedCount() > 0
+			})
+		}
+	}
+	if job := r.run("quick", &grapnelv1.ReplayJob{MaxRate: 1000}); job.GetState() != grapnelv1.ReplayJob_STATE_SUCCEEDED || job.GetCreatedCount() != 4 {
+		t.Errorf("beside 36 that rest: %v", job)
+	}
+	for n := range 12 {
+		if made := s.Deliveries(fmt.Sprint("ns-", n), "trigger = REPLAY"); len(made) != 3 {
+			t.Errorf("%d deliveries of three jobs, want the first of each", len(made))
+		}
+	}
+}
+
+// A job makes way for publishers whose namespace has a quota of open deliveries.
+func TestReplayLeavesRoomInTheQuota(t *testing.T) {
+	s := servertest.Start(t, servertest.Options{})
+	s.Namespace("acme")
+	rcv := servertest.NewReceiver(t, func(servertest.Request) int { return 500 })
+	s.Subscribe("acme", "orders", rcv.URL, once)
+	for i := range 20 {
+		s.Publish("acme", fmt.Sprint("o-", i), "order.created", []byte(`{}`))
+	}
+	servertest.Await(t, "all to be given up", func() bool { return len(s.Deliveries("acme", "state = EXHAUSTED")) == 20 })
+	if _, err := grapnelv1.NewNamespaceServiceClient(s.Conn).UpdateNamespace(t.Context(), &grapnelv1.UpdateNamespaceRequest{
+		Namespace:  &grapnelv1.Namespace{Name: "namespaces/acme", Quota: &grapnelv1.Quota{MaxOpenDeliveries: 10}},
+		UpdateMask: &fieldmaskpb.FieldMask{Paths: []string{"quota.max_open_deliveries"}},
+	}); err != nil {
+		t.Fatal(err)
+	}
+	subs := grapnelv1.NewSubscriptionServiceClient(s.Conn)
+	const name = "namespaces/acme/subscriptions/orders"
+	if _, err := subs.PauseSubscription(t.Context(), &grapnelv1.PauseSubscriptionRequest{Name: name}); err != nil {
+		t.Fatal(err)
+	}
+	r := newReplayer(t, s)
+	made, err := r.CreateReplayJob(t.Context(), &grapnelv1.CreateReplayJobRequest{Parent: "namespaces/acme", ReplayJobId: "j", ReplayJob: &grapnelv1.ReplayJob{StartTime: anHourAgo(), MaxRate: 10_000}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	servertest.Await(t, "the job to wait", func() bool {
+		got, err := r.GetReplayJob(t.Context(), &grapnelv1.GetReplayJobRequest{Name: made.GetReplayJob().GetName()})
+		return err == nil && strings.Contains(got.GetReplayJob().GetWaitReason(), "max_open_deliveries")
+	})
+	if n := len(s.Deliveries("acme", "trigger = REPLAY")); n != 5 {
+		t.Errorf("%d of a quota of 10 are the job's", n)
+	}
+	s.Publish("acme", "live", "order.created", []byte(`{}`))
+	rcv.Answer(nil)
+	if _, err := subs.ResumeSubscription(t.Context(), &grapnelv1.ResumeSubscriptionRequest{Name: name}); err != nil {
+		t.Fatal(err)
+	}
+	servertest.Await(t, "all of it", func() bool { return len(s.Deliveries("acme", "state = SUCCEEDED")) == 21 })
 }
 
 func TestReplayIsRefused(t *testing.T) {

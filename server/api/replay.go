@@ -76,8 +76,9 @@ func (s replayService) CreateReplayJob(ctx context.Context, r *grapnelv1.CreateR
 	if err := s.replayable(content.GetSubscription(), job.Spec); err != nil {
 		return nil, err
 	}
-	if job.Spec.Until.IsZero() || job.Spec.Until.After(time.Now()) {
-		job.Spec.Until = time.Now()
+	// By the clock that deliveries are made by, and with all that was made in this very millisecond.
+	if now := s.Journal.Now().Truncate(time.Millisecond).Add(time.Millisecond); job.Spec.Until.IsZero() || job.Spec.Until.After(now) {
+		job.Spec.Until = now
 	}
 	if r.GetValidateOnly() {
 		counts, err := s.Replays.Count(ctx, job)

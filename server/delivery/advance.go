@@ -33,11 +33,15 @@ type Picker struct {
 	States       []State
 	// Since is inclusive and Until exclusive.
 	Since, Until time.Time
-	// Delivery says of a delivery that has ended whom its event is to be sent to again.
+	// Delivery says of a delivery that has ended whom its event is to be sent to again: To, or where that is 0 its own
+	// subscription.
 	Delivery func(*Delivery) (Target, Verdict)
+	To       SubscriptionKey
 	// Event, where set instead, says so of an event that Missing has had no delivery of, but skipped ones.
 	Event   func(*Event) (Target, Verdict)
 	Missing SubscriptionKey
+	// Again: deliveries are opened again themselves; see ReplaySpec.Retry.
+	Again bool
 }
 
 // Advance says how far one step of a replay has come in a partition.
@@ -90,7 +94,7 @@ func (j *Journal) AdvanceReplay(ctx context.Context, r *Replay, partition uint16
 			return Advance{}, err
 		}
 	}
-	step, found, err := p.look(ctx, pick, &at, limit)
+	step, found, err := p.look(ctx, pick, &at, limit, nil)
 	if err != nil {
 		return Advance{}, err
 	}
@@ -123,8 +127,9 @@ func (j *Journal) AdvanceReplay(ctx context.Context, r *Replay, partition uint16
 	return Advance{counts, step.done}, nil
 }
 
-// CountReplay counts what a picker selects as of now, in all partitions, and makes nothing.
-func (j *Journal) CountReplay(ctx context.Context, pick *Picker) (sum ReplayCounts, err error) {
+// CountReplay counts what a replay with this picker would make as of now, in all partitions, and makes nothing. It looks a
+// little at a time, as a step does, each time when turn has it look.
+func (j *Journal) CountReplay(ctx context.Context, pick *Picker, turn func(look func() error) error) (sum ReplayCounts, err error) {
 	leave, err := j.enter()
 	if err != nil {
 		return sum, err
@@ -134,9 +139,14 @@ func (j *Journal) CountReplay(ctx context.Context, pick *Picker) (sum ReplayCoun
 		p.visible.RLock()
 		at := cursor{high: p.appliedSeq + 1}
 		p.visible.RUnlock()
+		t := &tally{}
 		for !at.done {
-			step, found, err := p.look(ctx, pick, &at, advanceLook)
-			if err != nil {
+			var step looked
+			var found []selected
+			if err := turn(func() (err error) {
+				step, found, err = p.look(ctx, pick, &at, advanceLook, t)
+				return err
+			}); err != nil {
 				return sum, err
 			}
 			sum.add(step.counts)
@@ -176,7 +186,7 @@ func (c *commit) putCursor(r *Replay, at *cursor) {
 // sendSelected sends what a step has selected, unless it cannot be any more.
 func (c *commit) sendSelected(r *Replay, pick *Picker, s *selected) (made bool, err error) {
 	p, ns := c.p, r.Namespace
-	if s.own.Subscription != 0 && r.Spec.Retry {
+	if pick.Again {
 		lane := LaneKey{ns, s.own.Subscription}
 		at, err := p.find(c.r, lane, s.own.Seq)
 		if err != nil || at == nil || at.open || at.state == Succeeded {
@@ -224,17 +234,19 @@ type looked struct {
 	done   bool
 	// records and bytes are what it has cost.
 	records, bytes int
+	tally          *tally
 }
 
-// look looks on from a cursor, in one snapshot.
-func (p *partition) look(ctx context.Context, pick *Picker, at *cursor, limit int) (step looked, found []selected, err error) {
+// look looks on from a cursor, in one snapshot. With a tally it selects nothing that a commit would then leave out.
+func (p *partition) look(ctx context.Context, pick *Picker, at *cursor, limit int, t *tally) (step looked, found []selected, err error) {
 	r, _ := p.snapshot()
 	defer func() { err = errors.Join(err, r.Close()) }()
-	step = looked{first: at.first, seq: at.seq, sub: at.sub}
-	low, high := max(seqOrNone(pick.Since), at.seq), at.high
-	if !pick.Until.IsZero() {
-		high = min(high, seqAt(pick.Until))
+	step = looked{first: at.first, seq: at.seq, sub: at.sub, tally: t}
+	low, high := pick.between(at)
+	if t != nil {
+		t.low, t.high = low, high
 	}
+	low = max(low, at.seq)
 	w := &upward{p: p, r: r, ns: pick.Namespace, low: low, high: high}
 	defer func() { err = errors.Join(err, w.close()) }()
 	if err := w.open(pick); err != nil {
@@ -275,6 +287,15 @@ func (p *partition) look(ctx context.Context, pick *Picker, at *cursor, limit in
 			return step, nil, context.Cause(ctx)
 		}
 	}
+}
+
+// between are the sequences that a replay looks at, but for where it stands.
+func (pick *Picker) between(at *cursor) (low, high uint64) {
+	low, high = seqOrNone(pick.Since), at.high
+	if !pick.Until.IsZero() {
+		high = min(high, seqAt(pick.Until))
+	}
+	return low, high
 }
 
 func seqOrNone(t time.Time) uint64 {
@@ -363,15 +384,17 @@ func (p *partition) lookAtDeliveries(r pebble.Reader, pick *Picker, seq uint64, 
 }
 
 func (p *partition) lookAtDelivery(r pebble.Reader, pick *Picker, lane LaneKey, seq uint64, step *looked, found *[]selected) error {
-	at, err := p.find(r, lane, seq)
-	if err != nil || at == nil || at.open || len(pick.States) > 0 && !slices.Contains(pick.States, at.state) {
+	at, to, verdict, err := p.judge(r, pick, lane, seq)
+	if err != nil || at == nil {
 		return err
 	}
-	d, err := p.deliveryOf(r, lane, at)
-	if err != nil {
-		return passGone(err)
+	if verdict == Take && step.tally != nil {
+		if made, err := step.tally.makes(p, r, pick, lane, at); err != nil {
+			return err
+		} else if !made {
+			verdict = Skip
+		}
 	}
-	to, verdict := pick.Delivery(d)
 	switch verdict {
 	case Take:
 		*found = append(*found, selected{origin: at.eventSeq(), own: ID{seq, p.number, lane.Subscription}, to: to})
@@ -379,6 +402,84 @@ func (p *partition) lookAtDelivery(r pebble.Reader, pick *Picker, lane LaneKey, 
 		step.counts.Skipped++
 	}
 	return nil
+}
+
+// judge has the picker judge a delivery; at is nil for one that it is not asked about.
+func (p *partition) judge(r pebble.Reader, pick *Picker, lane LaneKey, seq uint64) (at *place, to Target, verdict Verdict, err error) {
+	at, err = p.find(r, lane, seq)
+	if err != nil || at == nil || at.open || len(pick.States) > 0 && !slices.Contains(pick.States, at.state) {
+		return nil, to, Pass, err
+	}
+	d, err := p.deliveryOf(r, lane, at)
+	if err != nil {
+		return nil, to, Pass, passGone(err)
+	}
+	to, verdict = pick.Delivery(d)
+	return at, to, verdict, nil
+}
+
+// tally foresees what the commits of a replay leave out of what it selects: deliveries whose event is gone, and all but the
+// first of those by which it would send one event to one subscription.
+type tally struct {
+	low, high uint64
+	// sent is the event that was sent last, to Picker.To, as one of those that were made with it.
+	sent uint64
+}
+
+func (t *tally) makes(p *partition, r pebble.Reader, pick *Picker, lane LaneKey, at *place) (bool, error) {
+	origin := at.eventSeq()
+	day, err := p.home(r, lane.Namespace, origin)
+	if err != nil {
+		return false, err
+	}
+	if there, err := p.j.has(r, appendEventKey(nil, p.number, day, lane.Namespace, origin)); err != nil || !there || pick.Again {
+		return there, err
+	}
+	if at.origin == 0 { // the others that were made with the event have come right before it
+		first := pick.To == 0 || t.sent != origin
+		t.sent = origin
+		return first, nil
+	}
+	return t.firstOf(p, r, pick, day, lane, at)
+}
+
+// firstOf reports whether no delivery of an event is selected that comes before one that was made again.
+func (t *tally) firstOf(p *partition, r pebble.Reader, pick *Picker, day dayKey, lane LaneKey, at *place) (bool, error) {
+	selected := func(sub SubscriptionKey, seq uint64) error {
+		other := pick.To == 0 && sub != lane.Subscription || pick.Subscription != 0 && sub != pick.Subscription
+		if other || seq < t.low || seq >= t.high || seq > at.row.Seq || seq == at.row.Seq && sub >= lane.Subscription {
+			return nil
+		}
+		before, _, verdict, err := p.judge(r, pick, LaneKey{lane.Namespace, sub}, seq)
+		if err == nil && before != nil && verdict == Take {
+			return errStopped
+		}
+		return p.passOver(err)
+	}
+	head, err := p.readHead(r, day, lane.Namespace, at.origin)
+	if err != nil {
+		return false, err
+	}
+	var subs []SubscriptionKey
+	if err := p.targets(r, day, lane.Namespace, at.origin, &head, func(list *targetList) {
+		for i := range list.n {
+			subs = append(subs, list.uid(i).SubscriptionKey())
+		}
+	}); err != nil {
+		return false, err
+	}
+	for _, sub := range subs {
+		if err = selected(sub, at.origin); err != nil {
+			break
+		}
+	}
+	if err == nil {
+		err = p.eachReplay(r, day, lane.Namespace, at.origin, func(of LaneKey, own, _ uint64) error { return selected(of.Subscription, own) })
+	}
+	if errors.Is(err, errStopped) {
+		return false, nil
+	}
+	return err == nil, err
 }
 
 // upward walks the records of some kinds of a namespace in one partition, oldest first: through the days, and beside

@@ -49,7 +49,7 @@ func (c *commit) send(s *sending) (*place, error) {
 		origin: s.origin, job: s.job, letter: s.letter,
 	}
 	at.state, at.due = Pending, due
-	if err := c.takeTurn(lane, at, s); err != nil {
+	if err := c.takeTurn(lane, at, s, from); err != nil {
 		return nil, err
 	}
 	p.key = appendAgainKey(p.key[:0], p.number, at.day, lane, own)
@@ -71,19 +71,17 @@ func (c *commit) send(s *sending) (*place, error) {
 	return at, nil
 }
 
-// takeTurn gives what is sent again to an ordered subscription the turn of its ordering key, or has it wait for it. Dead
-// letters come in the order in which their deliveries ended: settles, which make them, cannot read what the commit has
-// done to a key.
-func (c *commit) takeTurn(lane LaneKey, at *place, s *sending) error {
-	if !s.to.Ordered || s.letter != nil {
+// takeTurn gives what is sent again to an ordered subscription the turn of its ordering key, or has it wait for it, in the
+// order in which it is made. The event lies in a day.
+func (c *commit) takeTurn(lane LaneKey, at *place, s *sending, day dayKey) error {
+	if !s.to.Ordered {
 		return nil
 	}
-	e, err := c.p.readEvent(c.r, s.ns, s.origin)
-	if err != nil {
+	if found, err := c.p.j.get(c.r, appendEventKey(nil, c.p.number, day, s.ns, s.origin), func(value []byte) (err error) {
+		at.order, err = decodeOrder(value)
 		return err
-	}
-	if at.order = orderKeyOf(e.OrderingKey); at.order == 0 {
-		return nil
+	}); err != nil || !found || at.order == 0 {
+		return err
 	}
 	t, err := c.turnOf(lane, at.order)
 	if err != nil {
@@ -91,6 +89,7 @@ func (c *commit) takeTurn(lane LaneKey, at *place, s *sending) error {
 	}
 	if at.waits = t.seq != 0; at.waits {
 		at.row, at.due = Row{Seq: at.row.Seq, Epoch: at.epoch}, 0
+		c.waitFor(lane, at.order, t, at.row.Seq)
 		return nil
 	}
 	c.setTurn(lane, at.order, turn{seq: at.row.Seq})
@@ -129,7 +128,10 @@ func (c *commit) deadLetter(lane LaneKey, seq uint64, st *standing, to *DeadLett
 	}
 	if _, err := c.send(&sending{ns: lane.Namespace, origin: origin, to: to.To, trigger: ByDeadLetter, letter: letter}); err != nil {
 		c.p.j.log.Error("dead letter not made", "delivery_id", ID{seq, c.p.number, lane.Subscription}.String(), "err", err)
+		return
 	}
+	// Durable before it is sent: a crash that forgot it would have the delivery tried again, which has been given up.
+	c.firm = true
 }
 
 // Resend makes a new delivery of a delivery's event to a subscription, durably, whatever became of the delivery. It is

@@ -16,8 +16,8 @@ type commit struct {
 	index Commit
 	at    time.Time
 	batch *pebble.Batch
-	// r shows the partition with what has been prepared so far; only where there are edits, or settles that may come
-	// after one.
+	// r shows the partition with what has been prepared so far; only where there are edits, settles that may come after
+	// one, or dead letters that wait for the turns of ordering keys.
 	r pebble.Reader
 	// firm: durable before anybody learns of it. Else it is visible at once and durable within 100 ms; losing it
 	// only repeats attempts.
@@ -75,7 +75,7 @@ type answer struct {
 func (p *partition) prepare(w work) *commit {
 	c := &commit{p: p, index: p.index + 1, at: p.j.now(), r: p.j.db}
 	c.lastSeq = p.lastSeq
-	if size := batchSize(w); len(w.edits) > 0 || p.edited(w.settles) {
+	if size := batchSize(w); len(w.edits) > 0 || p.edited(w.settles) || takeTurns(w.settles) {
 		c.batch = p.j.db.NewIndexedBatchWithSize(size)
 		c.r = c.batch
 	} else {
@@ -105,6 +105,16 @@ func (p *partition) prepare(w work) *commit {
 func (p *partition) edited(settles []settle) bool {
 	for i := range settles {
 		if settles[i].failing == nil && settles[i].job.AsOf < p.lastEdit {
+			return true
+		}
+	}
+	return false
+}
+
+// takeTurns reports whether settles make dead letters for ordered subscriptions.
+func takeTurns(settles []settle) bool {
+	for i := range settles {
+		if to := settles[i].step.DeadLetter; to != nil && to.To.Ordered {
 			return true
 		}
 	}

@@ -1,6 +1,7 @@
 package delivery
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"errors"
@@ -44,7 +45,7 @@ func (c *commit) cancel(lane LaneKey, at *place, reason string) error {
 		c.endCancelled(lane, at, reason)
 		return nil
 	}
-	next, err := c.successor(lane, at.order, 0)
+	next, err := c.next(lane, at.order)
 	if err != nil {
 		return err
 	}
@@ -101,6 +102,7 @@ func (c *commit) retry(lane LaneKey, at *place) error {
 
 // reopen schedules a delivery, which may have ended, for now.
 func (c *commit) reopen(lane LaneKey, at *place) error {
+	var t turn
 	seq, others := at.row.Seq, false
 	if at.open {
 		c.dropOpen(lane, at)
@@ -109,13 +111,11 @@ func (c *commit) reopen(lane LaneKey, at *place) error {
 			return err
 		}
 		if at.order != 0 {
-			t, err := c.turnOf(lane, at.order)
-			if err != nil {
+			var err error
+			if t, err = c.turnOf(lane, at.order); err != nil {
 				return err
 			}
-			if others = t.seq != 0 && t.seq != seq; !others {
-				c.setTurn(lane, at.order, turn{seq: seq})
-			}
+			others = t.seq != 0 && t.seq != seq
 		}
 		// A sweep that begins in this very round finds the row and moves it.
 		from := at.day
@@ -124,6 +124,13 @@ func (c *commit) reopen(lane LaneKey, at *place) error {
 				return err
 			}
 			at.day = kept
+		}
+		// Nothing fails from here on.
+		switch {
+		case others:
+			c.waitFor(lane, at.order, t, seq)
+		case at.order != 0:
+			c.setTurn(lane, at.order, turn{seq: seq, older: t.older})
 		}
 		c.unbury(from, lane, seq)
 		c.unbury(at.day, lane, seq)
@@ -219,16 +226,16 @@ func (j *Journal) CancelLane(ctx context.Context, lane LaneKey, reason string, w
 	var unread []error
 	for _, p := range j.partitions {
 		found, err := p.anyOpen(lane)
-		aside := make(map[uint64]error)
+		w := &cancelling{aside: make(map[uint64]error)}
 		for more := found; more && err == nil; {
 			var n int
-			n, more, err = p.cancelSome(ctx, lane, reason, while, aside)
+			n, more, err = p.cancelSome(ctx, lane, reason, while, w)
 			total += n
 		}
 		if err != nil {
 			return total, fmt.Errorf("cancel deliveries of subscription %016x: %w", uint64(lane.Subscription), err)
 		}
-		unread = slices.AppendSeq(unread, maps.Values(aside))
+		unread = slices.AppendSeq(unread, maps.Values(w.aside))
 	}
 	if len(unread) > 0 {
 		return total, fmt.Errorf("cancel deliveries of subscription %016x: %d cannot be read: %w", uint64(lane.Subscription), len(unread),
@@ -255,10 +262,19 @@ func (p *partition) anyOpen(lane LaneKey) (bool, error) {
 	return false, nil
 }
 
-// cancelSome cancels up to editBatch deliveries in one commit, and reports whether there may be more. It notes in
-// aside those that cannot be read, and passes over those that are noted there. When it returns an error, aside may
-// still be in the committer's hands.
-func (p *partition) cancelSome(ctx context.Context, lane LaneKey, reason string, while func() bool, aside map[uint64]error) (n int, more bool, err error) {
+// cancelling is how far the open deliveries of a lane have been cancelled. They are walked until a walk finds none, each
+// time on from where the last commit ended: what it has erased would be walked again.
+type cancelling struct {
+	tag  int
+	from []byte
+	n    int // of this walk
+	// aside are deliveries that cannot be read.
+	aside map[uint64]error
+}
+
+// cancelSome cancels up to editBatch deliveries in one commit, and reports whether there may be more. When it returns an
+// error, w may still be in the committer's hands.
+func (p *partition) cancelSome(ctx context.Context, lane LaneKey, reason string, while func() bool, w *cancelling) (n int, more bool, err error) {
 	var done struct {
 		n    int
 		more bool
@@ -268,7 +284,7 @@ func (p *partition) cancelSome(ctx context.Context, lane LaneKey, reason string,
 		if while != nil && !while() {
 			return nil
 		}
-		done.n, done.more, err = c.cancelOpen(lane, reason, aside)
+		done.n, done.more, err = c.cancelOpen(lane, reason, w)
 		return err
 	}); err != nil {
 		return 0, false, err
@@ -276,29 +292,34 @@ func (p *partition) cancelSome(ctx context.Context, lane LaneKey, reason string,
 	return done.n, done.more, nil
 }
 
-func (c *commit) cancelOpen(lane LaneKey, reason string, aside map[uint64]error) (n int, more bool, err error) {
+func (c *commit) cancelOpen(lane LaneKey, reason string, w *cancelling) (n int, more bool, err error) {
 	var seqs []uint64
 	// What waits for its turn first, so that nothing has one that goes in any case.
-	for _, tag := range []byte{tagBlocked, tagFIFO, tagTimer} {
-		prefix := appendLane(nil, c.p.number, tag, lane)
-		err := c.p.j.scan(c.r, prefix, prefixEnd(prefix), func(key, _ []byte) error {
+	tags := [...]byte{tagBlocked, tagFIFO, tagTimer}
+	for ; w.tag < len(tags) && len(seqs) < editBatch; w.tag, w.from = w.tag+1, nil {
+		prefix := appendLane(nil, c.p.number, tags[w.tag], lane)
+		if w.from == nil {
+			w.from = prefix
+		}
+		err := c.p.j.scan(c.r, w.from, prefixEnd(prefix), func(key, _ []byte) error {
 			seq, ok := openSeq(key)
 			if !ok {
 				return c.p.j.corrupt(key, errBadKey)
 			}
-			if _, unread := aside[seq]; unread {
+			if _, unread := w.aside[seq]; unread {
 				return nil
 			}
-			if seqs = append(seqs, seq); len(seqs) >= editBatch {
-				return errStopped
+			if seqs = append(seqs, seq); len(seqs) < editBatch {
+				return nil
 			}
-			return nil
+			w.from = append(bytes.Clone(key), 0)
+			return errStopped
 		})
-		if err != nil && !errors.Is(err, errStopped) {
-			return 0, false, err
-		}
-		if len(seqs) >= editBatch {
+		if errors.Is(err, errStopped) {
 			break
+		}
+		if err != nil {
+			return 0, false, err
 		}
 	}
 	for _, seq := range seqs {
@@ -313,15 +334,18 @@ func (c *commit) cancelOpen(lane LaneKey, reason string, aside map[uint64]error)
 			err = c.cancel(lane, at, reason)
 		}
 		if err != nil {
-			aside[seq] = err
+			w.aside[seq] = err
 			continue
 		}
 		n++
 	}
-	if len(seqs) < editBatch {
-		more, err = c.endBlocked(lane)
+	if w.n += n; w.tag < len(tags) {
+		return n, true, nil
 	}
-	return n, more || len(seqs) >= editBatch, err
+	if more, err = c.endBlocked(lane); w.n > 0 {
+		w.tag, w.from, w.n, more = 0, nil, 0, true
+	}
+	return n, more, err
 }
 
 // openSeq is the sequence of a q, t or o key.

@@ -138,7 +138,7 @@ func (p *partition) inspectOrder(key, value []byte, sum *Inspection) error {
 	if !w.recorded {
 		sum.Deliveries++
 	}
-	if _, err := p.readEvent(p.j.db, lane.Namespace, seq); err != nil {
+	if _, err := p.readEvent(p.j.db, lane.Namespace, cmp.Or(w.origin, seq)); err != nil {
 		return err
 	}
 	if t, err := p.turnOf(p.j.db, lane, order); err == nil && t.seq == 0 {

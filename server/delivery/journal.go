@@ -281,6 +281,7 @@ func (j *Journal) Start(f Follower) {
 		defer snapshot.Close()
 		j.loadFilters(snapshot)
 		j.countOpen(snapshot)
+		j.freeTurns(snapshot)
 	})
 	j.background.Go(j.syncLoop)
 	if j.marks != nil {

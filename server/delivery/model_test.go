@@ -74,7 +74,14 @@ type modelDelivery struct {
 	expire   Instant
 	versions []version
 	gone     bool
+	// again: a replay has made it; made is when. replay has made or reopened it.
+	again, wasAhead, mayGo bool
+	made                   Instant
+	replay                 uint64
 }
+
+// may: a sweep has taken it for too old.
+func (d *modelDelivery) may() bool { return d.mayGo || !d.again && d.event.mayGo }
 
 func (d *modelDelivery) now() *standsAt { return &d.versions[len(d.versions)-1].standsAt }
 
@@ -109,6 +116,7 @@ func (d *modelDelivery) row() Row {
 type modelEvent struct {
 	*Event
 	deliveries []*modelDelivery
+	since      int  // the step that stored it
 	wasAhead   bool // of the clock, at some start: retention has another measure for it
 	mayGo      bool // a sweep has taken it for too old
 	idMayGo    bool // and its id
@@ -130,7 +138,10 @@ type model struct {
 	keep          map[NamespaceKey]time.Duration
 	want          []told // what the follower is to be told of the current step
 	nextID        int
-	lastSweep     time.Time // of this process
+	replays       []*modelReplay
+	nextReplay    int
+	learns        *modelReplay // what it has done before a crash is to be seen
+	lastSweep     time.Time    // of this process
 
 	refuse atomic.Bool
 	crash  atomic.Int32 // at which commit from now on the disk is copied
@@ -173,6 +184,9 @@ func (m *model) open() {
 	for _, e := range m.events {
 		e.wasAhead = e.wasAhead || seqTime(e.Seq).After(now.Add(maxAhead))
 	}
+	for _, d := range m.deliveries {
+		d.wasAhead = d.wasAhead || d.event.wasAhead || seqTime(d.key.Seq).After(now.Add(maxAhead))
+	}
 }
 
 func (m *model) run(steps int) {
@@ -185,6 +199,7 @@ func (m *model) run(steps int) {
 		{35, m.settleSome},
 		{12, m.edit},
 		{8, m.readSome},
+		{12, m.replay},
 		{2, m.cancelLane},
 		{2, m.unblock},
 		{1, m.drop},
@@ -268,6 +283,8 @@ func (m *model) pass(d *modelDelivery, gap int) {
 	switch at := InstantOf(next.event.DeliverTime); {
 	case s.state == Scheduled:
 		s.due = InstantOf(now)
+	case next.again:
+		s.due = next.made
 	case at > InstantOf(now) && next.event.DeliverTime.After(next.event.AcceptTime):
 		s.due = at
 	}
@@ -375,6 +392,7 @@ func (m *model) published(pub *Publication, r AppendResult) {
 		start = e.DeliverTime
 	}
 	m.step++
+	me.since = m.step
 	for _, t := range pub.Targets {
 		d := &modelDelivery{key: modelKey{e.Namespace, ID{e.Seq, e.Partition, t.UID.SubscriptionKey()}}, event: me, expire: InstantOf(start.Add(maxAge(t.MaxAge, 0)))}
 		s := standsAt{state: Pending, max: t.MaxAttempts, epoch: 1}
@@ -647,20 +665,30 @@ func (m *model) retry(d *modelDelivery) {
 	m.say("retry %v: %v", d.key, err)
 	s, row, open := *d.now(), d.row(), d.open()
 	switch {
-	case d.gone && errors.Is(err, ErrNotFound), !d.gone && s.state == Succeeded && errors.Is(err, ErrInvalidState):
+	case d.gone && errors.Is(err, ErrNotFound), !d.gone && s.state == Succeeded && errors.Is(err, ErrInvalidState),
+		d.event.gone && s.state.Final() && errors.Is(err, ErrInvalidState):
 		return
 	case d.gone || err != nil || s.state == Succeeded:
 		m.fail("retry of %+v: %v", s, err)
 	case open && (s.waits || row.Kind == FIFO):
 		return
 	}
+	m.reopened(d, InstantOf(m.b.clock.now()))
+	m.firm()
+	if s := d.now(); got.NextAttempt != s.due.Time() || got.State != Scheduled || got.Expire.Before(m.b.clock.now()) {
+		m.fail("retried: %+v, want %+v", got, s)
+	}
+}
+
+// reopened is what becomes of a delivery that is to be attempted now.
+func (m *model) reopened(d *modelDelivery, now Instant) {
+	s, row, open := *d.now(), d.row(), d.open()
 	waits := !open && !s.blocks && d.order != 0 && m.busy(d.key.lane(), d.order)
 	if open {
 		m.tell("edited", d.key, row)
 	} else if s.epoch == 0 {
 		s.epoch = 1
 	}
-	now := InstantOf(m.b.clock.now())
 	s.state, s.due, s.epoch, s.max = Scheduled, now, s.epoch+1, max(s.max, s.attempts+1)
 	if row.Kind == Timer && now == row.Due {
 		s.due++
@@ -669,12 +697,8 @@ func (m *model) retry(d *modelDelivery) {
 		s.waits, s.due = true, 0
 	}
 	m.set(d, s)
-	m.firm()
 	if !waits {
 		m.tell("timed", d.key, d.row())
-	}
-	if got.NextAttempt != s.due.Time() || got.State != Scheduled || got.Expire.Before(m.b.clock.now()) {
-		m.fail("retried: %+v, want %+v", got, s)
 	}
 }
 
@@ -730,6 +754,7 @@ func (m *model) drop() {
 func (m *model) dropped(ns NamespaceKey) {
 	m.events = slices.DeleteFunc(m.events, func(e *modelEvent) bool { return e.Namespace == ns })
 	maps.DeleteFunc(m.deliveries, func(k modelKey, _ *modelDelivery) bool { return k.ns == ns })
+	m.replays = slices.DeleteFunc(m.replays, func(r *modelReplay) bool { return r.Namespace == ns })
 	m.step++
 	m.firm()
 }
@@ -746,6 +771,7 @@ func (m *model) sweep() {
 	m.firm()
 	m.swept()
 	m.overdue()
+	m.eraseReplays()
 }
 
 func (m *model) retention() Retention {
@@ -773,6 +799,20 @@ func (m *model) old() {
 		e.idMayGo = e.idMayGo || e.wasAhead || now.Sub(seqTime(e.Seq)) >= dedupWindow
 		e.kept = e.kept || e.open()
 	}
+	for _, d := range m.deliveries {
+		keep := m.keep[d.key.ns]
+		d.mayGo = d.mayGo || d.again && keep > 0 && (d.wasAhead || now.Sub(seqTime(d.key.Seq)) >= keep)
+	}
+}
+
+// matched is how many deliveries were made with the event.
+func (e *modelEvent) matched() (n int) {
+	for _, d := range e.deliveries {
+		if !d.again {
+			n++
+		}
+	}
+	return n
 }
 
 func (e *modelEvent) open() bool {
@@ -781,19 +821,22 @@ func (e *modelEvent) open() bool {
 
 // swept has the model learn what sweeps have erased of what they may erase: never what is open, nor its event.
 func (m *model) swept() {
+	for _, d := range m.deliveries {
+		if !d.gone && !d.open() && d.may() {
+			_, there := m.look(d)
+			if d.gone = !there; d.gone && d.now().blocks {
+				m.fail("%v is gone and blocks its ordering key", d.key)
+			}
+		}
+	}
 	for _, e := range m.events {
 		if !e.mayGo || e.gone {
 			continue
 		}
-		for _, d := range e.deliveries {
-			if !d.gone && !d.open() {
-				_, there := m.look(d)
-				if d.gone = !there; d.gone && d.now().blocks {
-					m.fail("%v is gone and blocks its ordering key", d.key)
-				}
-			}
-		}
 		if e.open() {
+			if _, err := m.b.EventByUID(e.Namespace, e.UID); err != nil {
+				m.fail("the event of what is open, %s: %v", e.ID, err)
+			}
 			continue
 		}
 		if _, err := m.b.EventByUID(e.Namespace, e.UID); errors.Is(err, ErrNotFound) {
@@ -802,7 +845,7 @@ func (m *model) swept() {
 			m.fail("%v", err)
 		}
 		for _, d := range e.deliveries {
-			if e.gone && !d.gone {
+			if e.gone && !d.gone && !d.again {
 				m.fail("%v is there without its event", d.key)
 			}
 		}
@@ -826,7 +869,17 @@ func (m *model) refused() {
 	m.refuse.Store(true)
 	ctx := context.Background()
 	d := m.anyDelivery()
-	switch n := m.rng.IntN(4); {
+	r := m.anyReplay()
+	switch n := m.rng.IntN(6); {
+	case n == 4 && r != nil:
+		if _, err := m.b.AdvanceReplay(ctx, r.Replay, 0, r.picker(), 3); err != nil && !errors.Is(err, ErrRefused) {
+			m.fail("refused step: %v", err)
+		}
+		m.learn(r) // it may have had nothing left to do
+	case n == 5 && r != nil:
+		if _, err := m.b.EndReplay(ctx, r.Namespace, r.Key, ReplayFailed, ""); !errors.Is(err, ErrRefused) {
+			m.fail("refused end of a replay: %v", err)
+		}
 	case n == 0 && d != nil:
 		if _, err := m.b.Cancel(ctx, d.key.lane(), d.key.ID, "x"); !errors.Is(err, ErrRefused) {
 			m.fail("refused cancel: %v", err)
@@ -949,10 +1002,23 @@ func (m *model) loseMeanwhile() {
 	m.firm()
 	m.clone.Store(nil)
 	m.crash.Store(int32(1 + m.rng.IntN(9)))
-	ns := NamespaceKey(0)
-	switch m.rng.IntN(4) {
+	ns, replay := NamespaceKey(0), m.anyReplay()
+	switch m.rng.IntN(5) {
 	case 0:
 		m.cancelLane()
+	case 4:
+		if replay == nil {
+			break
+		}
+		for p := range uint16(2) {
+			a, err := m.b.AdvanceReplay(context.Background(), replay.Replay, p, replay.picker(), 1+m.rng.IntN(4))
+			m.say("step of %s in %d: %+v %v", replay.ID, p, a, err)
+			if err != nil {
+				m.fail("%v", err)
+			}
+		}
+		m.learns = replay
+		m.b.follower.heard()
 	case 1:
 		ns = m.space()
 		m.say("drop %d", ns)
@@ -979,6 +1045,11 @@ func (m *model) loseMeanwhile() {
 			m.fail("%v", err)
 		}
 		m.dropped(ns)
+	}
+	if r := m.learns; r != nil {
+		m.learns = nil
+		m.learn(r)
+		m.want = nil // those who were told are gone
 	}
 	m.swept()
 	actual := m.observe()
@@ -1096,7 +1167,7 @@ func (m *model) matches(actual map[modelKey]standsAt, step int) string {
 		if want := shown(d.at(step)); !d.gone && there && got != want {
 			return fmt.Sprintf("%v is %+v, want %+v", key, got, want)
 		}
-		if !there && !d.gone && !(d.event.mayGo && d.at(step).state.Final()) {
+		if !there && !d.gone && !(d.may() && d.at(step).state.Final()) {
 			return fmt.Sprintf("%v is lost", key)
 		}
 	}
@@ -1140,6 +1211,7 @@ func (m *model) check(everything bool) {
 	m.heard()
 	m.checkCounts()
 	m.checkTurns()
+	m.checkReplays()
 	if everything {
 		if diff := m.matches(m.observe(), m.step); diff != "" {
 			m.fail("%s", diff)
@@ -1371,7 +1443,7 @@ func (m *model) checkEvent(e *modelEvent) {
 		m.fail("event %s: %+v, %v; want %+v", e.ID, got, err, want)
 	}
 	got, err = m.b.EventByUID(e.Namespace, e.UID)
-	if e.gone != errors.Is(err, ErrNotFound) || !e.gone && (err != nil || got.ID != e.ID || got.Source != e.Source || got.Matched != len(e.deliveries)) {
+	if e.gone != errors.Is(err, ErrNotFound) || !e.gone && (err != nil || got.ID != e.ID || got.Source != e.Source || got.Matched != e.matched()) {
 		m.fail("event %s: %+v, %v; gone %v", e.UID, got, err, e.gone)
 	}
 }

@@ -38,13 +38,24 @@ type turn struct {
 	seq uint64
 	// blocks: it has ended without success.
 	blocks bool
+	// older: one with a lower sequence waits, or has waited. Else nobody looks for one there, where those lay that have
+	// had their turns.
+	older bool
 }
+
+const (
+	turnBlocks = 1 << iota
+	turnOlder
+)
 
 func encodeTurn(b []byte, t turn) []byte {
 	w := newRecord(b)
 	flags := byte(0)
 	if t.blocks {
-		flags = 1
+		flags |= turnBlocks
+	}
+	if t.older {
+		flags |= turnOlder
 	}
 	w.byte(flags)
 	w.uint(t.seq)
@@ -53,7 +64,8 @@ func encodeTurn(b []byte, t turn) []byte {
 
 func decodeTurn(value []byte) (t turn, err error) {
 	d := readRecord(value)
-	t.blocks = d.byte() == 1
+	flags := d.byte()
+	t.blocks, t.older = flags&turnBlocks != 0, flags&turnOlder != 0
 	t.seq = d.uint()
 	return t, d.err
 }
@@ -169,6 +181,7 @@ func (c *commit) queueUp(target *Target, lane LaneKey, row Row, pr *progress, ag
 	if err != nil { // it is not known that nobody has it
 		c.p.j.log.Error("ordering key waits, who has its turn cannot be read", "partition", c.p.number, "err", err)
 	}
+	c.waitFor(lane, pr.order, t, row.Seq)
 	c.putBlocked(lane, row.Seq, &blocked{progress: *pr, due: row.Due, age: uint64(max(age, 0) / time.Microsecond)})
 	given := c.givesTurns()
 	if given.without == nil {
@@ -176,6 +189,14 @@ func (c *commit) queueUp(target *Target, lane LaneKey, row Row, pr *progress, ag
 	}
 	given.without[target] = struct{}{}
 	return false
+}
+
+// waitFor notes that a delivery comes to wait for another's turn, if it is older.
+func (c *commit) waitFor(lane LaneKey, key OrderKey, t turn, seq uint64) {
+	if seq < t.seq && !t.older {
+		t.older = true
+		c.setTurn(lane, key, t)
+	}
 }
 
 func (c *commit) putBlocked(lane LaneKey, seq uint64, w *blocked) {
@@ -195,9 +216,26 @@ func (c *commit) dropBlocked(lane LaneKey, key OrderKey, seq uint64) {
 type successor struct {
 	seq uint64
 	blocked
+	// after is the turn that it comes after.
+	after turn
 	// day and standing are those of one that is recorded.
 	day      dayKey
 	standing standing
+}
+
+// next finds who has the turn of an ordering key after the one who has it now.
+func (c *commit) next(lane LaneKey, key OrderKey) (successor, error) {
+	t, err := c.turnOf(lane, key)
+	if err != nil {
+		return successor{}, err
+	}
+	from := uint64(0)
+	if t.seq != 0 && !t.older {
+		from = t.seq + 1
+	}
+	next, err := c.successor(lane, key, from)
+	next.after = t
+	return next, err
 }
 
 // successor finds who waits for the turn of an ordering key, from a sequence on. What cannot be read is passed over,
@@ -302,8 +340,10 @@ func (c *commit) endTurn(lane LaneKey, seq uint64, ended *standing, next *succes
 	case ended.state == Succeeded:
 		c.passOn(lane, ended.order, next, 0)
 	case blocks:
-		c.setTurn(lane, ended.order, turn{seq: seq, blocks: true})
+		c.setTurn(lane, ended.order, turn{seq: seq, blocks: true, older: next.after.older})
 	default:
+		// Durable before the next one begins: a crash that forgot it would have this one tried again, and succeed after it.
+		c.firm = c.firm || next.seq != 0
 		c.passOn(lane, ended.order, next, ended.gap+1)
 	}
 }
@@ -389,27 +429,35 @@ func (j *Journal) Unblock(ctx context.Context, lane LaneKey, while func() bool) 
 	defer leave()
 	total := 0
 	for _, p := range j.partitions {
+		from := OrderKey(0)
 		for more := true; more; {
-			done := make(chan int, 1)
+			type some struct {
+				n    int
+				keys []OrderKey
+			}
+			done := make(chan some, 1)
 			// The keys are looked for in the commit, so that what was settled before is seen.
 			if err := p.do(ctx, func(c *commit) error {
-				n := 0
-				defer func() { done <- n }()
+				var did some
+				defer func() { done <- did }()
 				if while != nil && !while() {
 					return nil
 				}
-				keys, err := p.blockedKeys(c.r, lane, 0)
+				keys, err := p.blockedKeys(c.r, lane, from)
 				if err != nil {
 					return err
 				}
-				n, err = c.unblock(lane, keys)
+				did.keys = keys
+				did.n, err = c.unblock(lane, keys)
 				return err
 			}); err != nil {
 				return total, fmt.Errorf("unblock ordering keys of subscription %016x: %w", uint64(lane.Subscription), err)
 			}
-			n := <-done
-			total += n
-			more = n == editBatch
+			did := <-done
+			total += did.n
+			if more = len(did.keys) == editBatch; more {
+				from = did.keys[editBatch-1]
+			}
 		}
 	}
 	return total, nil
@@ -441,12 +489,12 @@ func (c *commit) unblock(lane LaneKey, keys []OrderKey) (n int, err error) {
 		if err != nil || !t.blocks {
 			continue
 		}
-		at, err := c.p.find(c.r, lane, t.seq)
+		next, err := c.next(lane, key)
 		if err != nil {
 			return n, err
 		}
-		next, err := c.successor(lane, key, 0)
-		if err != nil {
+		at, err := c.p.find(c.r, lane, t.seq)
+		if err := c.p.passOver(err); err != nil { // one that cannot be read lets go of its key as others do
 			return n, err
 		}
 		c.firm = true
@@ -495,4 +543,110 @@ func (j *Journal) BlockedLanes() ([]LaneKey, error) {
 		}
 	}
 	return lanes, nil
+}
+
+// freeTurns lets go of the ordering keys that nothing would end any more, because a record was set aside or is lost with
+// what was damaged. It costs a look at each key that is busy.
+func (j *Journal) freeTurns(snapshot *pebble.Snapshot) {
+	for _, p := range j.partitions {
+		if err := p.freeTurns(snapshot); err != nil && !errors.Is(err, errStopped) && !errors.Is(err, ErrClosed) {
+			j.log.Error("look for ordering keys that wait for nobody", "partition", p.number, "err", err)
+		}
+	}
+}
+
+func (p *partition) freeTurns(snapshot *pebble.Snapshot) error {
+	var some []laneOrder
+	flush := func() error {
+		keys := some
+		some = nil
+		if len(keys) == 0 {
+			return nil
+		}
+		p.j.log.Warn("ordering keys go on whose turn was nobody's: a record of theirs was set aside, or is lost", "partition", p.number, "keys", len(keys))
+		return p.do(context.Background(), func(c *commit) error {
+			for _, k := range keys {
+				if err := p.passOver(c.freeTurn(k)); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+	}
+	looked := 0
+	look := func(k laneOrder, t turn) error {
+		if looked++; looked%1024 == 0 && p.j.stopped() {
+			return errStopped
+		}
+		if held, err := p.turnHeld(snapshot, k.lane, t); err != nil || held {
+			return p.passOver(err)
+		}
+		if some = append(some, k); len(some) < editBatch {
+			return nil
+		}
+		return flush()
+	}
+	prefix := appendTag(nil, p.number, tagTurn)
+	if err := p.j.scan(snapshot, prefix, prefixEnd(prefix), func(key, value []byte) error {
+		lane, order, ok := splitTurn(key)
+		t, err := decodeTurn(value)
+		if err != nil || !ok {
+			return nil // whose turn it is cannot be known
+		}
+		return look(laneOrder{lane, order}, t)
+	}); err != nil {
+		return err
+	}
+	prefix = appendTag(nil, p.number, tagBlocked)
+	if err := p.j.hop(snapshot, prefix, prefixEnd(prefix), func(key []byte) ([]byte, error) {
+		lane, order, _, ok := splitBlocked(key)
+		if !ok {
+			return append(bytes.Clone(key), 0), nil
+		}
+		next := prefixEnd(key[:laneEnd+8])
+		there, err := p.j.has(snapshot, appendTurn(nil, p.number, lane, order))
+		if err == nil && !there {
+			err = look(laneOrder{lane, order}, turn{})
+		}
+		return next, err
+	}); err != nil {
+		return err
+	}
+	return flush()
+}
+
+// turnHeld reports whether the delivery that has a turn is there and will end it.
+func (p *partition) turnHeld(r pebble.Reader, lane LaneKey, t turn) (bool, error) {
+	if t.seq == 0 {
+		return false, nil
+	}
+	if untried, err := p.j.has(r, appendRow(nil, p.number, lane, Row{Kind: FIFO, Seq: t.seq})); err != nil || untried {
+		return untried, err
+	}
+	at, err := p.find(r, lane, t.seq)
+	if err != nil || at == nil {
+		return false, err
+	}
+	if t.blocks {
+		return !at.open && at.state != Succeeded && at.state != Cancelled, nil
+	}
+	return at.open && !at.waits, nil
+}
+
+// freeTurn gives the turn of an ordering key that nobody holds to the first that waits for it.
+func (c *commit) freeTurn(k laneOrder) error {
+	t, err := c.turnOf(k.lane, k.key)
+	if err != nil {
+		return err
+	}
+	if held, err := c.p.turnHeld(c.r, k.lane, t); err != nil || held {
+		return err
+	}
+	next, err := c.successor(k.lane, k.key, 0)
+	if err != nil || t.seq == 0 && next.seq == 0 {
+		return err
+	}
+	c.firm = true
+	c.passOn(k.lane, k.key, &next, 1)
+	return nil
 }

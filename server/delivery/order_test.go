@@ -1,13 +1,20 @@
 package delivery
 
 import (
+	"bytes"
 	"context"
+	"encoding/hex"
 	"errors"
 	"fmt"
+	"io"
+	"log/slog"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
+
+	"github.com/cockroachdb/pebble/v2/vfs"
 )
 
 // keyed is an event with an ordering key, for ordered subscriptions.
@@ -325,6 +332,34 @@ func TestBlockedKeyIsNotRead(t *testing.T) {
 	}
 }
 
+// Those that have had their turns are not looked for again, however many there were: a key costs what waits of it.
+func TestKeyDoesNotLookBack(t *testing.T) {
+	var log bytes.Buffer
+	b := newBench(t, func(o *Options) { o.Logger = slog.New(slog.NewTextHandler(&log, nil)) })
+	r := b.append(keyed("0", "k", 1), keyed("1", "k", 1), keyed("2", "k", 1))
+	first := b.wantTurn("k", "0")
+	// It would be come across, and complained of.
+	past := appendBlockedRow(nil, r[0].Event.Partition, lane(1), orderKeyOf("k"), r[0].Event.Seq-1)
+	if err := b.db.Set(past, []byte{9}, nil); err != nil {
+		t.Fatal(err)
+	}
+	b.exhaust(first)
+	b.succeed(b.wantTurn("k", "1"))
+	b.wantTurn("k", "2")
+	if log.Len() > 0 {
+		t.Errorf("it has looked back: %s", &log)
+	}
+	// But for one that a caller has brought back.
+	if _, err := b.Retry(context.Background(), lane(1), first.ID, -1); err != nil {
+		t.Fatal(err)
+	}
+	b.append(keyed("3", "k", 1))
+	b.succeed(b.wantTurn("k", "2"))
+	b.succeed(b.wantTurn("k", "0"))
+	b.succeed(b.wantTurn("k", "3"))
+	b.wantTurn("k", "")
+}
+
 // A row that cannot be read does not keep its key waiting, and the check of a stopped journal names it.
 func TestDamagedRowLosesItsTurn(t *testing.T) {
 	dir := t.TempDir()
@@ -412,4 +447,169 @@ func TestReplayKeepsOrder(t *testing.T) {
 	if n := b.ReplayOpen(acme, r.Key); n != 0 || b.OpenOf(lane(1)) != 0 {
 		t.Errorf("%d of %d that are open are the replay's", n, b.OpenOf(lane(1)))
 	}
+}
+
+// onTimed is a follower that does something when it is told of a timer.
+type onTimed struct {
+	*follower
+	do func()
+}
+
+func (o *onTimed) Timed(c Commit, lane LaneKey, partition uint16, row Row) {
+	o.do()
+	o.follower.Timed(c, lane, partition, row)
+}
+
+// When a key goes on without a delivery, or a dead letter is made of one, a crash does not bring it back: it would succeed
+// behind the next of its key, or after the letter that says it has been given up.
+func TestWhatFollowsAFailureIsDurableFirst(t *testing.T) {
+	letter := &DeadLetter{From: "sub-1", To: Target{Subscription: "sub-9", UID: uid(9), MaxAttempts: 2, MaxAge: time.Hour}}
+	for name, c := range map[string]struct {
+		events int
+		letter *DeadLetter
+	}{"next of its key": {2, nil}, "dead letter": {1, letter}} {
+		t.Run(name, func(t *testing.T) {
+			fs := vfs.NewCrashableMem()
+			b := newBench(t, onePartition, func(o *Options) { o.fs = fs })
+			b.close()
+			var crashed atomic.Pointer[vfs.MemFS]
+			j, err := Open(b.opts)
+			if err != nil {
+				t.Fatal(err)
+			}
+			b.Journal, b.follower = j, &follower{}
+			j.Start(&onTimed{b.follower, func() { crashed.CompareAndSwap(nil, fs.CrashClone(vfs.CrashCloneCfg{})) }})
+			for i := range c.events {
+				b.append(keyed(fmt.Sprint(i), "k", 1))
+			}
+			first := b.wantTurn("k", "0")
+			b.settle(first, Step{State: Exhausted, Reason: "enough", DeadLetter: c.letter}, attemptAt(1, OutcomeRetryable, 500, b.clock.now()))
+			waitFor(t, func() bool { return crashed.Load() != nil })
+			b.close()
+			b.opts.fs = crashed.Load()
+			b.open()
+			if d := b.delivery(first.ID); d.State != Exhausted {
+				t.Errorf("after a crash it is %+v", d)
+			}
+		})
+	}
+}
+
+// Dead letters of one key go to an ordered subscription one after another, in the order in which they were made, also when
+// one is made in the very commit that ends the one before it.
+func TestDeadLettersKeepOrder(t *testing.T) {
+	b := newBench(t, onePartition)
+	for i := range 4 {
+		b.append(keyed(fmt.Sprint(i), "k", 1))
+	}
+	give := func(id string) {
+		step := Step{State: Exhausted, Reason: "enough", DeadLetter: &DeadLetter{From: "sub-1", To: Target{
+			Subscription: "sub-9", UID: uid(9), MaxAttempts: 2, MaxAge: time.Hour, Ordered: true,
+		}}}
+		b.settle(b.wantTurn("k", id), step, attemptAt(1, OutcomeRetryable, 500, b.clock.now()))
+	}
+	letter := func(id string) Job {
+		b.flush()
+		jobs := b.timers(9, b.clock.now().Add(time.Hour))
+		if len(jobs) != 1 || jobs[0].Event.ID != id || jobs[0].Letter == nil {
+			t.Fatalf("the letters that may be attempted are of %v, want %s", ids(jobs), id)
+		}
+		return jobs[0]
+	}
+	give("0")
+	give("1")
+	b.reopen()
+	b.succeed(letter("0"))
+	last := letter("1")
+	give("2")
+	b.succeed(last)
+	last = letter("2")
+	b.succeed(last) // in one round with the next
+	give("3")
+	b.succeed(letter("3"))
+	b.flush()
+	if n := b.OpenOf(lane(9)); n != 0 {
+		t.Errorf("%d letters are open at the end", n)
+	}
+}
+
+// A delivery that cannot be read lets go of its key as others do, and does not hold up theirs.
+func TestUnblockPassesOverWhatCannotBeRead(t *testing.T) {
+	b := newBench(t, onePartition)
+	var heads []Job
+	keys := []string{"a", "b", "c", "d"}
+	for _, k := range keys {
+		b.append(keyed(k+"0", k, 1), keyed(k+"1", k, 1))
+		job := b.wantTurn(k, k+"0")
+		b.settle(job, Step{State: Exhausted, Reason: "no", Block: true}, attemptAt(1, OutcomeRetryable, 500, b.clock.now()))
+		b.flush()
+		heads = append(heads, job)
+	}
+	b.spoil(appendDeliveryKey(nil, 0, dayOf(heads[1].ID.Seq), lane(1), heads[1].ID.Seq))
+	if n, err := b.Unblock(context.Background(), lane(1), nil); n != len(keys) || err != nil {
+		t.Errorf("%d unblocked, %v", n, err)
+	}
+	for _, k := range keys {
+		b.wantTurn(k, k+"1")
+	}
+}
+
+// Whoever waits, waits for somebody: a key goes on after a start when its turn, or the delivery that had it, was set aside.
+func TestTurnOfNobodyIsPassedOn(t *testing.T) {
+	turnOf := func(head Job) []byte { return appendTurn(nil, head.ID.Partition, lane(1), head.Order) }
+	rowOf := func(head Job) []byte { return appendRow(nil, head.ID.Partition, lane(1), head.Row()) }
+	for name, lost := range map[string]func(b *bench, head Job) [][]byte{
+		"both":     func(_ *bench, head Job) [][]byte { return [][]byte{turnOf(head), rowOf(head)} },
+		"delivery": func(_ *bench, head Job) [][]byte { return [][]byte{rowOf(head)} },
+		"failed one": func(b *bench, head Job) [][]byte {
+			b.settle(head, Step{State: Exhausted, Block: true}, attemptAt(1, OutcomeRetryable, 500, b.clock.now()))
+			b.flush()
+			return [][]byte{appendDeliveryKey(nil, head.ID.Partition, dayOf(head.ID.Seq), lane(1), head.ID.Seq)}
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := t.TempDir()
+			b := newBench(t, func(o *Options) { o.fs, o.Dir, o.MinFreeBytes = nil, dir, -1 })
+			b.append(keyed("0", "k", 1), keyed("1", "k", 1), keyed("2", "k", 1), keyed("x0", "x", 1), keyed("x1", "x", 1))
+			keys := lost(b, b.wantTurn("k", "0"))
+			b.close()
+			for _, key := range keys {
+				if err := SetAside(dir, hex.EncodeToString(key), io.Discard); err != nil {
+					t.Fatal(err)
+				}
+			}
+			b.open()
+			waitFor(t, func() bool { id, _ := b.turn("k"); return id == "1" })
+			b.succeed(b.wantTurn("k", "1"))
+			b.succeed(b.wantTurn("k", "2"))
+			b.wantTurn("k", "")
+			b.wantTurn("x", "x0")
+		})
+	}
+}
+
+// What a replay has made waits as other deliveries do, and is no damage.
+func TestCheckKnowsReplaysThatWait(t *testing.T) {
+	dir := t.TempDir()
+	b := newBench(t, func(o *Options) { o.fs, o.Dir, o.MinFreeBytes = nil, dir, -1 })
+	b.append(keyed("0", "k", 1))
+	b.exhaust(b.wantTurn("k", "0"))
+	b.append(keyed("1", "k", 1))
+	pick := deadTo(0)
+	was := pick.Delivery
+	pick.Delivery = func(d *Delivery) (Target, Verdict) {
+		to, verdict := was(d)
+		to.Ordered = true
+		return to, verdict
+	}
+	b.flush()
+	if got := b.advance(b.replay("again", ReplaySpec{}), pick, 2); got.Created != 1 {
+		t.Fatalf("%+v", got)
+	}
+	b.close()
+	sum, err := Inspect(t.Context(), dir, func(d Damage) { t.Errorf("%+v", d) })
+	if err != nil || sum.Open != 2 {
+		t.Errorf("%+v, %v", sum, err)
+	}
+	b.open()
 }

@@ -143,6 +143,33 @@ func decodeEvent(value []byte) (*Event, error) {
 	return e, d.err
 }
 
+// decodeOrder reads an event's ordering key, and copies nothing else.
+func decodeOrder(value []byte) (OrderKey, error) {
+	d := readRecord(value)
+	d.time()
+	d.targets()
+	d.b = d.b[headBytes(d.b):]
+	d.time()
+	d.uint()
+	d.int()
+	d.int()
+	d.fixed(len(Event{}.ContentHash))
+	for n := d.int(); n > 0 && d.err == nil; n-- {
+		d.bytes()
+		d.bytes()
+	}
+	d.bytes()
+	if d.err != nil || len(d.b) == 0 {
+		return 0, d.err
+	}
+	d.int()
+	for n := d.int(); n > 0 && d.err == nil; n-- {
+		d.bytes()
+		d.bytes()
+	}
+	return orderKeyOf(string(d.bytes())), d.err
+}
+
 // headBytes is how long the texts in front of the attributes are.
 func headBytes(head []byte) int {
 	d := decoder{b: head}

@@ -61,6 +61,9 @@ var decoders = map[string]struct {
 		func(x any) []byte { k := x.(known); return encodeKnown(nil, &k) },
 		encodeKnown(nil, &known{seq: 1 << 50, accept: 7, hash: [16]byte{1, 2}, matched: 300, skipped: 7, faults: 2}),
 	},
+	"order": {
+		func(v []byte) (any, error) { return decodeOrder(v) }, nil, encodeEvent(nil, publication("e", 1).Event, nil),
+	},
 	"commit": {
 		func(v []byte) (any, error) { return decodeCommitMark(v) },
 		func(x any) []byte { return encodeCommitMark(nil, x.(commitMark)) },
@@ -145,6 +148,25 @@ func TestRecordsThatAreCutOff(t *testing.T) {
 			if _, err := d.decode(d.sample[:n]); err == nil {
 				t.Errorf("%s: %d bytes of %d are taken for a record", name, n, len(d.sample))
 			}
+		}
+	}
+}
+
+// Of whatever event, its ordering key is the one that it has.
+func TestOrderIsReadAlone(t *testing.T) {
+	for name, change := range map[string]func(*Event){
+		"bare":   func(*Event) {},
+		"key":    func(e *Event) { e.OrderingKey = "k" },
+		"faults": func(e *Event) { e.FaultCount, e.Faults = 3, []Fault{{"a", "b"}, {"c", "d"}} },
+		"everything": func(e *Event) {
+			e.OrderingKey, e.Attributes, e.TTL = "key", map[string]string{"a": "b", "c": ""}, time.Hour
+			e.FaultCount, e.Faults, e.Payload = 1, []Fault{{"a", "b"}}, make([]byte, 5000)
+		},
+	} {
+		pub := publication("e", 1, 2)
+		change(pub.Event)
+		if got, err := decodeOrder(encodeEvent(nil, pub.Event, pub.Targets)); err != nil || got != orderKeyOf(pub.Event.OrderingKey) {
+			t.Errorf("%s: %x, %v", name, got, err)
 		}
 	}
 }

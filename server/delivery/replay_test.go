@@ -24,7 +24,7 @@ func (b *bench) replay(id string, spec ReplaySpec) *Replay {
 
 // deadTo selects what ended without success, for one subscription, or each for its own with 0.
 func deadTo(sub int) *Picker {
-	return &Picker{Namespace: acme, States: []State{Exhausted, Rejected, Skipped}, Delivery: func(d *Delivery) (Target, Verdict) {
+	return &Picker{Namespace: acme, To: SubscriptionKey(sub), States: []State{Exhausted, Rejected, Skipped}, Delivery: func(d *Delivery) (Target, Verdict) {
 		to := Target{Subscription: d.Subscription, UID: d.SubscriptionUID, MaxAttempts: 4, MaxAge: time.Hour}
 		if sub != 0 {
 			to.Subscription, to.UID = fmt.Sprint("sub-", sub), uid(sub)
@@ -62,6 +62,10 @@ func (b *bench) kill(n int) (events []*Event) {
 	}
 	b.flush()
 	return events
+}
+
+func (b *bench) count(pick *Picker) (ReplayCounts, error) {
+	return b.CountReplay(context.Background(), pick, func(look func() error) error { return look() })
 }
 
 func (b *bench) all(q Query) []*Delivery {
@@ -174,7 +178,7 @@ func TestReplayOfWhatIsMissing(t *testing.T) {
 	skipped.Targets[0].Skip = true
 	b.append(publication("a", 1), publication("b"), other, had, skipped)
 	spec := ReplaySpec{Subscription: "sub-2", UID: uid(2), Missing: true}
-	if got, err := b.CountReplay(context.Background(), missing(2)); err != nil || got != (ReplayCounts{5, 3, 0}) {
+	if got, err := b.count(missing(2)); err != nil || got != (ReplayCounts{5, 3, 0}) {
 		t.Fatalf("count %+v, %v", got, err)
 	}
 	if got := b.advance(b.replay("backfill", spec), missing(2), 1); got != (ReplayCounts{5, 3, 0}) {
@@ -188,12 +192,76 @@ func TestReplayOfWhatIsMissing(t *testing.T) {
 	}
 }
 
+// What is counted is what a replay then makes, also where one event is selected more than once, or is there no longer.
+func TestCountIsWhatAReplayMakes(t *testing.T) {
+	b := newBench(t, onePartition)
+	b.append(publication("a", 1, 2, 3), publication("b", 1, 2), publication("gone", 1))
+	end := func() {
+		for _, sub := range []int{1, 2, 3, 9} {
+			for _, job := range append(b.backlog(sub), b.timers(sub, b.clock.now().Add(time.Hour))...) {
+				b.exhaust(job)
+			}
+		}
+		b.flush()
+	}
+	end()
+	again := deadTo(0)
+	again.Again = true
+	for i, c := range []struct {
+		pick *Picker
+		made int64
+	}{
+		{deadTo(9), 3}, // one of each event
+		{deadTo(0), 9}, // six that were published, three that the first has made
+		{deadTo(0), 9},
+		{deadTo(9), 3},
+		{again, 30},
+	} {
+		count, err := b.count(c.pick)
+		if err != nil {
+			t.Fatal(err)
+		}
+		got := b.advance(b.replay(fmt.Sprint("r", i), ReplaySpec{}), c.pick, 2)
+		if count != got || got.Created != c.made {
+			t.Errorf("%d: counted %+v, made %+v, want %d", i, count, got, c.made)
+		}
+		if _, err := b.EndReplay(context.Background(), acme, b.replay(fmt.Sprint("r", i), ReplaySpec{}).Key, ReplaySucceeded, ""); err != nil {
+			t.Fatal(err)
+		}
+		b.clock.add(time.Second)
+		end()
+	}
+	// Of an event that has gone its replay is still on record.
+	b.append(publication("late", 1))
+	b.succeed(b.backlog(1)[0])
+	b.flush()
+	b.clock.add(50 * time.Hour)
+	all := &Picker{Namespace: acme, Delivery: deadTo(0).Delivery}
+	for _, d := range b.all(Query{EventID: "late"}) {
+		if _, err := b.Resend(context.Background(), lane(1), d.ID, Target{Subscription: "sub-1", UID: uid(1), MaxAttempts: 1}, -1); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, job := range b.timers(1, b.clock.now().Add(time.Hour)) {
+		b.succeed(job)
+	}
+	b.flush()
+	b.clock.add(24 * time.Hour)
+	b.retain(49 * time.Hour)
+	count, err := b.count(all)
+	if got := b.advance(b.replay("all", ReplaySpec{}), all, 2); err != nil || count != got || got != (ReplayCounts{1, 0, 1}) {
+		t.Errorf("counted %+v, %v, made %+v", count, err, got)
+	}
+}
+
 // With Retry the deliveries themselves are opened again.
 func TestReplayRetries(t *testing.T) {
 	b := newBench(t)
 	b.kill(9)
 	r := b.replay("redrive", ReplaySpec{Retry: true})
-	if got := b.advance(r, deadTo(0), 4); got.Created != 9 {
+	pick := deadTo(0)
+	pick.Again = true
+	if got := b.advance(r, pick, 4); got.Created != 9 {
 		t.Fatalf("%+v", got)
 	}
 	if n := b.ReplayOpen(acme, r.Key); n != 9 {

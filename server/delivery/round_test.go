@@ -63,7 +63,7 @@ func TestRoundOfAppendAndCancelLane(t *testing.T) {
 	waitFor(t, func() bool { p.mu.Lock(); defer p.mu.Unlock(); return len(p.appends) == 1 })
 	wg.Go(func() {
 		_ = p.do(context.Background(), func(c *commit) error {
-			_, _, err := c.cancelOpen(lane(1), "deleted", map[uint64]error{})
+			_, _, err := c.cancelOpen(lane(1), "deleted", &cancelling{})
 			return err
 		})
 	})

@@ -125,7 +125,7 @@ func (c *commit) settleRow(day dayKey, lane LaneKey, row Row, pr progress, s *se
 	turnEnds := pr.order != 0 && s.step.State.Final()
 	if turnEnds {
 		var err error
-		if next, err = c.successor(lane, pr.order, 0); err != nil {
+		if next, err = c.next(lane, pr.order); err != nil {
 			return err
 		}
 	}

@@ -27,8 +27,6 @@ import (
 const (
 	// Running is how many replays of a namespace may go on at once.
 	Running = 3
-	// atOnce is how many replays of all namespaces make steps; more are PENDING until one has ended.
-	atOnce = 32
 	// openAhead bounds the deliveries of one replay that are open.
 	openAhead = 4096
 	// stepMost bounds what one commit makes, and stepsPerSecond is how many a slow replay makes.
@@ -37,8 +35,9 @@ const (
 	// restFor is how long a replay rests for the time that a step has taken, and restMost the longest.
 	restFor  = 1
 	restMost = 20 * time.Millisecond
-	// lookAgain is how long a replay waits that cannot go on.
-	lookAgain = 100 * time.Millisecond
+	// lookAgain is how long a replay waits that cannot go on, at first; each time twice as long, up to lookLatest.
+	lookAgain  = 100 * time.Millisecond
+	lookLatest = 2 * time.Second
 	// behindMost is how much a replay makes up for that has fallen behind its pace.
 	behindMost = 250 * time.Millisecond
 	// DefaultRate is how many deliveries a replay makes a second that does not say.
@@ -56,7 +55,13 @@ type Journal interface {
 	StartReplay(ctx context.Context, ns delivery.NamespaceKey, key uint64) error
 	EndReplay(ctx context.Context, ns delivery.NamespaceKey, key uint64, state delivery.ReplayState, reason string) (*delivery.Replay, error)
 	AdvanceReplay(ctx context.Context, r *delivery.Replay, partition uint16, pick *delivery.Picker, limit int) (delivery.Advance, error)
-	CountReplay(ctx context.Context, pick *delivery.Picker) (delivery.ReplayCounts, error)
+	CountReplay(ctx context.Context, pick *delivery.Picker, turn func(look func() error) error) (delivery.ReplayCounts, error)
+	OpenIn(ns delivery.NamespaceKey) int64
+}
+
+// Registry is what a Runner needs of *subscription.Registry.
+type Registry interface {
+	Snapshot() *subscription.Snapshot
 }
 
 // Selection is what a replay's filter selects of the deliveries of a namespace.
@@ -74,7 +79,7 @@ type Selection struct {
 // Options of a Runner. Journal, Registry and Select are required.
 type Options struct {
 	Journal  Journal
-	Registry *subscription.Registry
+	Registry Registry
 	// Select reads the filter of a replay of a namespace; one that was stored is known to be valid.
 	Select func(namespace string, spec *delivery.ReplaySpec) (*Selection, error)
 	// Logger nil discards.
@@ -89,13 +94,13 @@ var ErrStopped = errors.New("replays have stopped")
 // Runner runs replays. Its methods may be called from any goroutine; those that create and cancel need Run.
 type Runner struct {
 	journal  Journal
-	registry *subscription.Registry
+	registry Registry
 	choose   func(string, *delivery.ReplaySpec) (*Selection, error)
 	log      *slog.Logger
 	metrics  *metrics
 
-	// places bounds the replays that make steps, step lets one at a time make one.
-	places, step chan struct{}
+	// step lets one replay at a time make a step, of all namespaces in turn, and count one count at a time look.
+	step, count chan struct{}
 
 	mu      sync.Mutex
 	jobs    map[name]*job
@@ -112,6 +117,7 @@ type name struct {
 type job struct {
 	*delivery.Replay
 	cancel context.CancelFunc
+	begun  bool // it is noted that it runs
 	// done is closed when the replay has ended, or the server is about to.
 	done chan struct{}
 
@@ -126,7 +132,7 @@ func New(o Options) *Runner {
 	}
 	r := &Runner{
 		journal: o.Journal, registry: o.Registry, choose: o.Select, log: o.Logger.With("component", "replay"),
-		places: make(chan struct{}, atOnce), step: make(chan struct{}, 1), jobs: make(map[name]*job),
+		step: make(chan struct{}, 1), count: make(chan struct{}, 1), jobs: make(map[name]*job),
 	}
 	r.metrics = newMetrics(r, o.Registerer)
 	return r
@@ -276,7 +282,20 @@ func (r *Runner) Count(ctx context.Context, one *delivery.Replay) (delivery.Repl
 	if pick == nil {
 		return delivery.ReplayCounts{}, nil
 	}
-	return r.journal.CountReplay(ctx, pick)
+	return r.journal.CountReplay(ctx, pick, func(look func() error) error {
+		select {
+		case r.count <- struct{}{}:
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+		began := time.Now()
+		err := look()
+		<-r.count
+		if err == nil && !sleep(ctx, min(restFor*time.Since(began), restMost)) {
+			err = context.Cause(ctx)
+		}
+		return err
+	})
 }
 
 // held is why a replay cannot go on, for now or for good; nothing holds it without a reason.
@@ -330,7 +349,10 @@ func (r *Runner) picker(one *delivery.Replay) (*delivery.Picker, held) {
 	if selection.None {
 		return nil, held{}
 	}
-	pick.States, pick.Subscription = selection.States, selection.Subscription
+	pick.States, pick.Subscription, pick.Again = selection.States, selection.Subscription, spec.Retry
+	if to != nil && !spec.Retry {
+		pick.To = spec.UID.SubscriptionKey()
+	}
 	pick.Since, pick.Until = later(pick.Since, selection.Since), earlier(pick.Until, selection.Until)
 	pick.Delivery = func(d *delivery.Delivery) (delivery.Target, delivery.Verdict) {
 		if !selection.Match(d) {
@@ -340,7 +362,7 @@ func (r *Runner) picker(one *delivery.Replay) (*delivery.Picker, held) {
 			return targetOf(to), delivery.Take
 		}
 		own := snapshot.SubscriptionByKey(uint64(d.ID.Subscription))
-		if own == nil || disabled(own) {
+		if own == nil || disabled(own) || spec.Retry && d.State == delivery.Succeeded {
 			return delivery.Target{}, delivery.Skip
 		}
 		return targetOf(own), delivery.Take

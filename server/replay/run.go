@@ -14,65 +14,55 @@ import (
 // run makes the steps of a replay until it has ended, or ctx.
 func (r *Runner) run(ctx context.Context, j *job) {
 	state, reason := r.steps(ctx, j)
-	if state == 0 {
-		return
+	for state != 0 {
+		// Also when it has been cancelled in this very moment: it had come to its end.
+		_, err := r.journal.EndReplay(context.WithoutCancel(ctx), j.Namespace, j.Key, state, reason)
+		if err == nil || errors.Is(err, delivery.ErrNotFound) {
+			r.log.Info("replay ended", "replay_id", j.ID, "failed", state == delivery.ReplayFailed, "reason", reason)
+			return
+		}
+		r.log.Error("end of a replay not noted yet", "replay_id", j.ID, "err", err)
+		j.waits("its end cannot be noted")
+		if !sleep(ctx, lookLatest) {
+			return
+		}
 	}
-	// Also when it has been cancelled in this very moment: it had come to its end.
-	if _, err := r.journal.EndReplay(context.WithoutCancel(ctx), j.Namespace, j.Key, state, reason); err != nil && !errors.Is(err, delivery.ErrNotFound) {
-		r.log.Error("end of a replay not noted", "replay_id", j.ID, "err", err)
-		return
-	}
-	r.log.Info("replay ended", "replay_id", j.ID, "failed", state == delivery.ReplayFailed, "reason", reason)
 }
 
 // steps goes on until the replay has ended, with how; 0 says that ctx has.
 func (r *Runner) steps(ctx context.Context, j *job) (delivery.ReplayState, string) {
-	j.waits("as many replays as can go on already do")
-	select {
-	case r.places <- struct{}{}:
-		defer func() { <-r.places }()
-	case <-ctx.Done():
-		return 0, ""
-	}
-	j.waits("")
-	for {
-		err := r.journal.StartReplay(ctx, j.Namespace, j.Key)
-		if err == nil {
-			break
-		}
-		if failed, reason := r.failure(j, err); failed {
-			return delivery.ReplayFailed, reason
-		}
-		if !sleep(ctx, lookAgain) {
-			return 0, ""
-		}
-	}
 	left := make([]uint16, r.journal.Partitions())
 	for i := range left {
 		left[i] = uint16(i)
 	}
-	pace := pace{rate: j.Spec.MaxRate}
+	pace, wait := pace{rate: j.Spec.MaxRate}, lookAgain
+	again := func(reason string) bool {
+		j.waits(reason)
+		ok := sleep(ctx, wait)
+		wait = min(2*wait, lookLatest)
+		return ok
+	}
 	for at := 0; len(left) > 0; {
-		if ctx.Err() != nil {
-			return 0, ""
-		}
 		pick, held := r.picker(j.Replay)
-		if held.ends {
+		switch {
+		case ctx.Err() != nil:
+			return 0, ""
+		case held.ends:
 			return delivery.ReplayFailed, held.reason
-		}
-		if pick == nil && held.reason == "" { // nothing can be selected
+		case pick == nil && held.reason == "": // nothing can be selected
 			return delivery.ReplaySucceeded, ""
 		}
 		limit := pace.step()
 		if held.reason == "" {
 			limit, held.reason = r.room(j, limit)
 		}
-		if j.waits(held.reason); held.reason != "" {
-			if !sleep(ctx, lookAgain) {
+		if held.reason != "" {
+			if !again(held.reason) {
 				return 0, ""
 			}
 			continue
 		}
+		j.waits("")
 		at %= len(left)
 		began := time.Now()
 		made, err := r.advance(ctx, j, left[at], pick, limit)
@@ -81,11 +71,12 @@ func (r *Runner) steps(ctx context.Context, j *job) (delivery.ReplayState, strin
 			if failed {
 				return delivery.ReplayFailed, reason
 			}
-			if j.waits(reason); !sleep(ctx, lookAgain) {
+			if !again(reason) {
 				return 0, ""
 			}
 			continue
 		}
+		wait = lookAgain
 		if made.Done {
 			left = append(left[:at], left[at+1:]...)
 		} else {
@@ -109,7 +100,14 @@ func (r *Runner) advance(ctx context.Context, j *job, partition uint16, pick *de
 		return delivery.Advance{}, context.Cause(ctx)
 	}
 	// Whoever cancels, or stops, waits for a step that has begun.
-	return r.journal.AdvanceReplay(context.WithoutCancel(ctx), j.Replay, partition, pick, limit)
+	ctx = context.WithoutCancel(ctx)
+	if !j.begun {
+		if err := r.journal.StartReplay(ctx, j.Namespace, j.Key); err != nil {
+			return delivery.Advance{}, err
+		}
+		j.begun = true
+	}
+	return r.journal.AdvanceReplay(ctx, j.Replay, partition, pick, limit)
 }
 
 // room bounds a step by how many deliveries of the replay are open.
@@ -120,6 +118,16 @@ func (r *Runner) room(j *job, limit int) (int, string) {
 	open := r.journal.ReplayOpen(j.Namespace, j.Key)
 	if open >= openAhead {
 		return 0, fmt.Sprintf("%d of its deliveries are open", open)
+	}
+	// Publishing is refused at the quota, and is to go on beside it.
+	if ns := r.registry.Snapshot().NamespaceByKey(uint64(j.Namespace)); ns != nil {
+		if most := int64(ns.Quota().MaxOpenDeliveries); most > 0 {
+			left := most/2 - r.journal.OpenIn(j.Namespace)
+			if left <= 0 {
+				return 0, fmt.Sprintf("half of max_open_deliveries, %d, are open in its namespace", most)
+			}
+			limit = int(min(int64(limit), left))
+		}
 	}
 	return int(min(int64(limit), openAhead-open)), ""
 }
@@ -167,9 +175,12 @@ func (p *pace) made(n int, now time.Time) time.Duration {
 	} else if p.next.Before(late) {
 		p.next = late
 	}
-	p.next = p.next.Add(time.Duration(float64(n) / p.rate * float64(time.Second)))
+	p.next = p.next.Add(time.Duration(min(float64(n)/p.rate*float64(time.Second), float64(longest))))
 	return p.next.Sub(now)
 }
+
+// longest bounds a pace for which no time is long enough.
+const longest = 1000 * 24 * time.Hour
 
 // sleep reports false when ctx ends first.
 func sleep(ctx context.Context, d time.Duration) bool {

@@ -1,6 +1,9 @@
 package subscription
 
-import "slices"
+import (
+	"slices"
+	"strings"
+)
 
 // editor makes one snapshot after the other. It belongs to one goroutine.
 type editor struct {
@@ -99,6 +102,9 @@ func (e *editor) put(s *Subscription) *Subscription {
 		e.unlink(old, s)
 	}
 	e.subs.Set(UIDKey(s.UID), s)
+	if s.Proto.GetDeadLetter() != "" {
+		e.letters.Set(letterOf(s))
+	}
 	for g := range placesOf(s) {
 		g.ns = t.id // one string for all
 		e.globs.Set(g)
@@ -127,12 +133,21 @@ func (e *editor) unlink(old, now *Subscription) {
 			e.subs.Delete(UIDKey(old.UID))
 		}
 	}
+	if old.Proto.GetDeadLetter() != "" {
+		e.letters.Delete(letterOf(old))
+	}
 	if now != nil && slices.Equal(old.globs, now.globs) {
 		return
 	}
 	for g := range placesOf(old) {
 		e.globs.Delete(g)
 	}
+}
+
+// letterOf is the place of a subscription among those that name a dead_letter.
+func letterOf(s *Subscription) named {
+	to := s.Proto.GetDeadLetter()
+	return named{ns: s.Namespace, id: s.ID, sub: s, to: to[strings.LastIndexByte(to, '/')+1:]}
 }
 
 func (e *editor) step(t *tenant, old, now *Subscription) {

@@ -37,6 +37,8 @@ type trees struct {
 	namespaces *btree.Map[uint64, *Namespace]
 	subs       *btree.Map[uint64, *Subscription]
 	names      *btree.BTreeG[named]
+	// letters are those that name a dead_letter, by which.
+	letters    *btree.BTreeG[named]
 	globs      *btree.BTreeG[globAt]
 	tombstones *btree.Map[uint64, Tombstone]
 }
@@ -77,11 +79,20 @@ const maxRecent = 32
 type named struct {
 	ns, id string
 	sub    *Subscription
+	to     string // the ID of its dead_letter, in the tree of letters
 }
 
 func lessName(a, b named) bool {
 	if c := strings.Compare(a.ns, b.ns); c != 0 {
 		return c < 0
+	}
+	return a.id < b.id
+}
+
+// lessLetter is the order of those that name a dead_letter: by that, and their own names.
+func lessLetter(a, b named) bool {
+	if a.ns != b.ns || a.to != b.to {
+		return a.ns < b.ns || a.ns == b.ns && a.to < b.to
 	}
 	return a.id < b.id
 }
@@ -94,6 +105,7 @@ func newTrees() trees {
 		namespaces: btree.NewMap[uint64, *Namespace](treeDegree),
 		subs:       btree.NewMap[uint64, *Subscription](treeDegree),
 		names:      btree.NewBTreeGOptions(lessName, alone),
+		letters:    btree.NewBTreeGOptions(lessLetter, alone),
 		globs:      btree.NewBTreeGOptions(lessGlob, alone),
 		tombstones: btree.NewMap[uint64, Tombstone](treeDegree),
 	}
@@ -102,7 +114,7 @@ func newTrees() trees {
 func (t trees) copy() trees {
 	return trees{
 		tenants: t.tenants.Copy(), namespaces: t.namespaces.Copy(), subs: t.subs.Copy(),
-		names: t.names.Copy(), globs: t.globs.Copy(), tombstones: t.tombstones.Copy(),
+		names: t.names.Copy(), letters: t.letters.Copy(), globs: t.globs.Copy(), tombstones: t.tombstones.Copy(),
 	}
 }
 
@@ -178,6 +190,17 @@ func (s *Snapshot) Subscription(ns, id string) *Subscription {
 	}
 	found, _ := s.names.Get(named{ns: ns, id: id})
 	return found.sub
+}
+
+// LettersTo returns the first of a namespace's subscriptions that name one as their dead_letter, nil when none does.
+func (s *Snapshot) LettersTo(ns, id string) (first *Subscription) {
+	s.letters.Ascend(named{ns: ns, to: id}, func(n named) bool {
+		if n.ns == ns && n.to == id {
+			first = n.sub
+		}
+		return false
+	})
+	return first
 }
 
 // SubscriptionByKey returns the subscription whose UID has this UIDKey, nil when absent: which is no proof

@@ -327,19 +327,23 @@ func (w *writing) plan(ctx context.Context, n *Namespace, it keyspace.Item, coun
 	return txn, err
 }
 
-// deadLetterFits refuses a dead_letter that is new and leads nowhere, or on to another one. The snapshot is asked: what
-// comes to pass at the same time is met when a delivery ends, of which a dead letter is made once at most.
+// deadLetterFits refuses a dead_letter that is new and leads nowhere, on to another one, or on from one. The snapshot is
+// asked: what comes to pass at the same time is met when a delivery ends, of which a dead letter is made once at most.
 func (r *Registry) deadLetterFits(old *Subscription, p *grapnelv1.Subscription) error {
 	if p.DeadLetter == "" || old != nil && old.Proto.DeadLetter == p.DeadLetter {
 		return nil
 	}
 	ns, _, id, _ := splitName(p.DeadLetter)
+	_, _, own, _ := splitName(p.Name)
 	var c checker
-	switch to := r.Snapshot().Subscription(ns, id); {
+	snapshot := r.Snapshot()
+	switch to, from := snapshot.Subscription(ns, id), snapshot.LettersTo(ns, own); {
 	case to == nil:
 		c.add("subscription.dead_letter", "dead_letter.exists", "there is no %s; make it first", p.DeadLetter)
 	case to.Proto.DeadLetter != "":
 		c.add("subscription.dead_letter", "dead_letter.loop", "%s has a dead_letter itself, %s; what ends there goes nowhere: want one without", p.DeadLetter, to.Proto.DeadLetter)
+	case from != nil:
+		c.add("subscription.dead_letter", "dead_letter.loop", "%s is the dead_letter of %s itself; what ends there goes nowhere: want none", p.Name, from.Proto.Name)
 	}
 	return c.err()
 }

@@ -302,8 +302,8 @@ type CreateReplayJobRequest struct {
 	ReplayJobId string `protobuf:"bytes,2,opt,name=replay_job_id,json=replayJobId,proto3" json:"replay_job_id,omitempty"`
 	// The job; what is output only is ignored.
 	ReplayJob *ReplayJob `protobuf:"bytes,3,opt,name=replay_job,json=replayJob,proto3" json:"replay_job,omitempty"`
-	// Only count: the job in the response has counts and no name. created_count is an upper bound where the same event is
-	// selected more than once.
+	// Only count: the job in the response has counts and no name. created_count is what the job would make as things are. A
+	// count that does not end within the call's deadline is DEADLINE_EXCEEDED; counts take turns.
 	ValidateOnly bool `protobuf:"varint,4,opt,name=validate_only,json=validateOnly,proto3" json:"validate_only,omitempty"`
 	// UUID that makes the call idempotent as long as the job is kept; it stands in for replay_job_id.
 	RequestId     string `protobuf:"bytes,5,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`

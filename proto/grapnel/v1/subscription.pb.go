@@ -406,6 +406,8 @@ type Subscription struct {
 	// accepted, each when the one before it has ended; a failed attempt that is to be repeated holds back its key, and
 	// nothing else. retry_policy.max_age and Event.ttl count from when a delivery's turn has come, for its first attempt too.
 	//
+	// Replays and dead letters take their places behind what waits, in the order in which they are made.
+	//
 	// It goes for events that are accepted from now on: what was accepted in order keeps it when this is set to false, and
 	// what was accepted before is not waited for when it is set to true. Deliveries that are SKIPPED, because the
 	// subscription is disabled, are no part of the order.
@@ -427,8 +429,9 @@ type Subscription struct {
 	// Another subscription of the namespace, whose transport may be any, that gets what ends here as EXHAUSTED or REJECTED:
 	// in the commit that ends the delivery, with the event's webhook-id and as attributes of the event deadletterfrom (the
 	// last segment of this name), deadletterstate, deadletterreason, deadletterattempts and deadlettercode (the last
-	// response's, if there was one). It must exist and have no dead_letter of its own; what ends there goes nowhere. It gets
-	// events that match it, too, like any other: give it an event_types that covers none if it is for dead letters alone.
+	// response's, if there was one). It must exist and have no dead_letter of its own, nor get one; what ends there goes
+	// nowhere. It gets events that match it, too, like any other: give it an event_types that covers none if it is for dead
+	// letters alone.
 	DeadLetter string `protobuf:"bytes,26,opt,name=dead_letter,json=deadLetter,proto3" json:"dead_letter,omitempty"`
 	// What an ordered subscription does with an ordering key of which a delivery has failed for good; the default is SKIP. A
 	// change to SKIP, or of ordered to false, lets go of the keys that are blocked.
