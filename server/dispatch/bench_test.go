@@ -33,6 +33,7 @@ func (j *nullJournal) Settle(_ *delivery.Job, _ delivery.Step, _ *delivery.Attem
 	}
 }
 
+func (*nullJournal) BlockedLanes() ([]delivery.LaneKey, error)        { return nil, nil }
 func (*nullJournal) Now() time.Time                                   { return time.Now() }
 func (*nullJournal) Failing() (map[delivery.LaneKey]time.Time, error) { return nil, nil }
 func (*nullJournal) Hold(*delivery.Event)                             {}
