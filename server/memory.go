@@ -8,6 +8,7 @@ import (
 	"strconv"
 	"strings"
 
+	"github.com/grapnel/grapnel/internal/garbage"
 	"github.com/grapnel/grapnel/server/pluginhost"
 )
 
@@ -90,16 +91,20 @@ func (p memoryPlan) ofPart(confined bool) (soft uint64, limits pluginhost.Limits
 
 func bounded(n, least, most int64) int64 { return min(max(n, least), most) }
 
-// apply sets this process's soft limit and begins to pace its collector, unless its environment says how.
-func (p memoryPlan) apply() *pacer {
+// pace lets a share of what is live pile up as garbage. Its floor is lower than Go's 100: without cgo the journal's cache
+// and memtables are in the heap, where they cost the collector nothing and would double what it lets pile up.
+func pace() garbage.Pace { return garbage.Pace{Least: 48 << 20, Floor: 60, Most: 200} }
+
+// apply sets this process's soft limit and has its collector paced until end, unless its environment says how.
+func (p memoryPlan) apply() (end func() error) {
 	if p.heap > 0 && os.Getenv("GOMEMLIMIT") == "" {
 		debug.SetMemoryLimit(p.heap)
 	}
-	pace := &pacer{}
-	if os.Getenv("GOGC") == "" {
-		pace.next()
+	if os.Getenv("GOGC") != "" {
+		return func() error { return nil }
 	}
-	return pace
+	stop := pace().Keep()
+	return func() error { stop(); return nil }
 }
 
 // availableMemory is the least of the machine's memory and the limits of the control groups that this process is in;

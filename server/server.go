@@ -27,6 +27,7 @@ import (
 	"golang.org/x/sync/errgroup"
 	"google.golang.org/grpc"
 
+	"github.com/grapnel/grapnel/internal/garbage"
 	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
 	"github.com/grapnel/grapnel/server/api"
 	"github.com/grapnel/grapnel/server/delivery"
@@ -158,7 +159,7 @@ func (s *Server) open(ctx context.Context, closers *stack) (err error) {
 	}
 	closers.push("stop listening for administration", s.admin.Close)
 	s.planMemory()
-	closers.push("stop pacing the garbage collector", s.memory.apply().end)
+	closers.push("stop pacing the garbage collector", s.memory.apply())
 	if err := s.openStores(ctx, closers); err != nil {
 		return err
 	}
@@ -427,7 +428,7 @@ func (s *Server) serve(ctx context.Context) error {
 	stores(s.sweep, base, "sweep")
 	stores(s.keepMarks, base, "notes of what was acknowledged")
 	stores(func(ctx context.Context) error { return s.etcd.keepRoom(ctx, s.space.Free) }, base, "room in etcd")
-	stores(returnMemory, base, "memory")
+	stores(garbage.Return, base, "memory")
 	parts.Go(func() error { return s.plugins.Run(base) }) // returns nil
 	stores(s.watchPlugins, watching, "plugin directory")
 	parts.Go(func() error {

@@ -29,6 +29,8 @@ const (
 	victims = 50
 	// hostileTimeout is the attempt_timeout of attackers.
 	hostileTimeout = 2 * time.Second
+	// mostPlugins, in MiB, is what their processes take together of their own, whoever attacks and for however long.
+	mostPlugins = 400
 )
 
 // hostileRow is one fault over one way: receivers of one tenant that attack, beside those of another.
@@ -47,9 +49,10 @@ type hostileRow struct {
 	// Longest is what one of them took, in seconds from its publish until it was recorded: its wait for a slot, and the
 	// attempt.
 	Longest float64 `json:"longest_seconds"`
-	// Server and Plugins are the most MiB while it went on, PluginsBefore what the plugins took when it began.
+	// Server and Plugins are the most MiB while it went on, PluginsBefore what the plugins took when it began. The plugins'
+	// are their own: all of them, and the server, share the pages of one program.
 	Server        float64  `json:"server_rss_mib"`
-	Plugins       float64  `json:"plugins_rss_mib"`
+	Plugins       float64  `json:"plugins_anon_mib"`
 	PluginsBefore float64  `json:"plugins_before_mib"`
 	Victims       punctual `json:"victims"`
 	P99Ratio      float64  `json:"p99_ratio"`
@@ -112,6 +115,9 @@ func (r *hostileReport) verdict() error {
 		if row.Victims.Missing > 0 {
 			errs = append(errs, fmt.Errorf("%s over %s: %d of the victims' events did not arrive", row.Fault, row.Over, row.Victims.Missing))
 		}
+		if row.Plugins > mostPlugins {
+			errs = append(errs, fmt.Errorf("%s over %s: the plugins took %.0f MiB, which is not to be more than %d", row.Fault, row.Over, row.Plugins, mostPlugins))
+		}
 		if row.Wrong > 0 {
 			errs = append(errs, fmt.Errorf("%s over %s: %d attempts have a wrong outcome, one of them %q", row.Fault, row.Over, row.Wrong, row.Said))
 		}
@@ -125,9 +131,9 @@ type hostility struct {
 	server  *serverProcess
 	villain *villainProcess
 	steady  *probe
-	// key is a client certificate with a large key; played counts the runs.
-	key    string
-	played int
+	// key and certificate are a large key and one of a client's with it; played counts the runs.
+	key, certificate string
+	played           int
 }
 
 func (h *hostility) asked(f *attack) bool {
@@ -183,6 +189,10 @@ func (h *hostility) play(ctx context.Context, f *attack, over string) (row hosti
 	if err != nil {
 		return row, err
 	}
+	signer, err := h.signer(ctx, ns, f)
+	if err != nil {
+		return row, err
+	}
 	scheme := map[string]string{overHTTP1: "http://", overNATS: "nats://"}[over]
 	if scheme == "" {
 		scheme = "https://"
@@ -190,6 +200,9 @@ func (h *hostility) play(ctx context.Context, f *attack, over string) (row hosti
 	_, err = h.server.subscribeTo(ctx, ns, receivers, func(i int) *grapnelv1.Subscription {
 		s := signed(ns, scheme+addresses[i]+"/x", "hang")
 		s.Transport, s.MaxInFlight = transport, int32(f.inFlight)
+		if signer != nil {
+			s.Signers = []*grapnelv1.PluginBinding{signer}
+		}
 		s.AttemptTimeout, s.RetryPolicy = durationpb.New(hostileTimeout), &grapnelv1.RetryPolicy{MaxAttempts: 1}
 		return s
 	})
@@ -227,12 +240,10 @@ func (h *hostility) transport(ctx context.Context, ns string, f *attack, over st
 	binding := &grapnelv1.PluginBinding{Plugin: "plugins/http", Config: config, Secrets: map[string]string{}}
 	values := map[string]string{"ca": h.villain.authorities}
 	if f.key {
-		if h.key == "" {
-			if h.key, err = largeKey(); err != nil {
-				return nil, err
-			}
+		if err := h.makeKey(); err != nil {
+			return nil, err
 		}
-		values["client_certificate"] = h.key
+		values["client_certificate"] = h.certificate
 	}
 	for slot, value := range values {
 		id := strings.ReplaceAll(slot, "_", "-")
@@ -247,22 +258,42 @@ func (h *hostility) transport(ctx context.Context, ns string, f *attack, over st
 	return binding, nil
 }
 
-// largeKey is a client certificate with the largest key that is taken, in PEM.
-func largeKey() (string, error) {
-	key, err := rsa.GenerateKey(rand.Reader, 8192)
+// makeKey makes the largest key that is taken, and a client certificate with it, in PEM.
+func (h *hostility) makeKey() error {
+	if h.key != "" {
+		return nil
+	}
+	key, err := rsa.GenerateKey(rand.Reader, 4096)
 	if err != nil {
-		return "", err
+		return err
 	}
 	template := &x509.Certificate{SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "client"}, NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(90 * 24 * time.Hour)}
 	der, err := x509.CreateCertificate(rand.Reader, template, template, &key.PublicKey, key)
 	if err != nil {
-		return "", err
+		return err
 	}
 	private, err := x509.MarshalPKCS8PrivateKey(key)
 	if err != nil {
-		return "", err
+		return err
 	}
-	return string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})) + string(pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: private})), nil
+	h.key = string(pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: private}))
+	h.certificate = string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})) + h.key
+	return nil
+}
+
+// signer is what the attackers' subscriptions sign with; nil is what others do.
+func (h *hostility) signer(ctx context.Context, ns string, f *attack) (*grapnelv1.PluginBinding, error) {
+	if !f.signs {
+		return nil, nil
+	}
+	if err := h.makeKey(); err != nil {
+		return nil, err
+	}
+	const plugin = "plugins/http-signature"
+	_, err := grapnelv1.NewSecretServiceClient(h.server.conn).CreateSecret(ctx, &grapnelv1.CreateSecretRequest{
+		Parent: "namespaces/" + ns, SecretId: "large", Plugin: plugin, Slot: "key", Value: h.key,
+	})
+	return &grapnelv1.PluginBinding{Plugin: plugin, Secrets: map[string]string{"key": "namespaces/" + ns + "/secrets/large"}}, err
 }
 
 // publish publishes to the attackers until ctx ends.
@@ -312,9 +343,9 @@ func (h *hostility) ended(ctx context.Context, ns string, f *attack, row *hostil
 			}
 			row.Outcomes[outcome]++
 			row.Deliveries++
-			if !slices.ContainsFunc(f.like, func(like string) bool { return strings.HasPrefix(outcome, like) }) {
+			if !slices.Contains(f.right(row.Over), outcome) {
 				row.Wrong++
-				row.Said = last.GetError()
+				row.Said = outcome + ": " + last.GetError()
 			}
 			row.Longest = max(row.Longest, d.GetCompleteTime().AsTime().Sub(d.GetCreateTime().AsTime()).Seconds())
 		}
@@ -329,7 +360,7 @@ func (h *hostility) watchMemory(row *hostileRow) (end func()) {
 	server := h.server.cmd.Process.Pid
 	plugins := func() (sum float64) {
 		for _, pid := range children(server) {
-			sum += rss(pid)
+			sum += statusMiB(pid, "RssAnon:")
 		}
 		return sum
 	}

@@ -22,7 +22,7 @@ import (
 	"fmt"
 	"time"
 
-	"github.com/grapnel/grapnel/plugins/internal/meter"
+	"github.com/grapnel/grapnel/internal/gate"
 	"github.com/grapnel/grapnel/plugins/internal/outbound"
 	"github.com/grapnel/grapnel/sdk/plugin"
 )
@@ -53,7 +53,7 @@ func Kind() plugin.Kind { return kind(&links{}) }
 type links = outbound.Pool[settings, *link]
 
 func kind(pool *links) plugin.Kind {
-	gates := gates{reading: meter.NewGate(), signing: meter.NewGate()}
+	gates := gates{reading: gate.New(), shaking: gate.New()}
 	build := func(c Config, t plugin.Target) (plugin.AttemptFunc, error) {
 		i, err := newInstance(pool, gates, c, t)
 		if err != nil {

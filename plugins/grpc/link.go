@@ -11,6 +11,7 @@ import (
 	"google.golang.org/grpc/connectivity"
 	"google.golang.org/grpc/credentials"
 
+	"github.com/grapnel/grapnel/internal/gate"
 	"github.com/grapnel/grapnel/plugins/internal/meter"
 	"github.com/grapnel/grapnel/plugins/internal/outbound"
 	"github.com/grapnel/grapnel/sdk/plugin"
@@ -40,8 +41,8 @@ type dialler struct {
 	gates gates
 }
 
-// gates are a process's: of what is read, and of signing with large keys.
-type gates struct{ reading, signing *meter.Gate }
+// gates are a process's: of what is read beyond what is ordinary, and of handshakes.
+type gates struct{ reading, shaking *gate.Gate }
 
 // link is one HTTP/2 connection, as a grpc.ClientConn that never connects again.
 type link struct {
@@ -75,8 +76,8 @@ func (d *dialler) dial() (*link, error) {
 	refusal := func() string { return "" }
 	shaken := handshaken{protocol: "insecure", info: insecureInfo{credentials.CommonAuthInfo{SecurityLevel: credentials.NoSecurity}}}
 	if d.tls != nil {
-		config, offer := outbound.Offering(d.tls, d.gates.signing)
-		secure, err := outbound.Secure(ctx, conn, config)
+		config, offer := outbound.Offering(d.tls)
+		secure, err := outbound.Secure(ctx, conn, config, d.gates.shaking)
 		if err != nil {
 			return nil, err
 		}
@@ -134,14 +135,15 @@ func (l *link) begin(ctx context.Context) error {
 		switch {
 		case state == connectivity.Ready:
 			return nil
+		case ctx.Err() != nil: // also where gRPC, whose time is up as well, has closed the connection first
+			return &outbound.Error{Code: plugin.CodeConnect, Err: ctx.Err(), Message: "the receiver did not begin HTTP/2 in time"}
 		case state != connectivity.Idle && state != connectivity.Connecting, state == connectivity.Idle && l.conn.Broke() != nil:
 			if err := l.conn.Broke(); err != nil {
 				return &outbound.Error{Code: plugin.CodeConnect, Err: err, Message: "the receiver closed the connection at once"}
 			}
 			return &outbound.Error{Code: plugin.CodeProtocol, Err: errNoHTTP2, Message: "the receiver does not speak HTTP/2, which gRPC needs"}
-		case !l.client.WaitForStateChange(ctx, state):
-			return &outbound.Error{Code: plugin.CodeConnect, Err: ctx.Err(), Message: "the receiver did not begin HTTP/2 in time"}
 		}
+		l.client.WaitForStateChange(ctx, state)
 	}
 }
 

@@ -91,8 +91,10 @@ func failure(ctx context.Context, err error) *plugin.Failure {
 		f.Code, f.Message = plugin.CodeTLS, outbound.TLSMessage(err)
 	case errors.Is(err, h1.ErrHeaderTooLarge):
 		f.Message = h1.ErrHeaderTooLarge.Error()
-	case errors.Is(err, h1.ErrStatus):
-		f.Message = h1.ErrStatus.Error()
+	case errors.Is(err, answer.ErrStatus):
+		f.Message = answer.ErrStatus.Error()
+	case errors.Is(err, answer.ErrInterim):
+		f.Message = answer.ErrInterim.Error()
 	case errors.Is(err, h2.ErrRefused):
 		f.Code, f.Message = plugin.CodeReset, h2.ErrRefused.Error()
 	case outbound.IsReset(err):

@@ -99,6 +99,62 @@ func noContent(w io.Writer, stream uint32) {
 	frame(w, frameHeaders, endStream|endHeaders, stream, 0x89)
 } // :status 204
 
+// status is the field :status, written out.
+func status(text string) []byte { return append([]byte{0x08, byte(len(text))}, text...) }
+
+// TestStatusesOverHTTP2: a status has three digits, the first of them not 0, as over HTTP/1.1.
+func TestStatusesOverHTTP2(t *testing.T) {
+	ca := newAuthority(t)
+	c := client{tls: ca, roots: ca.roots, http2: true}
+	for text, want := range map[string]int{"000": 0, "099": 0, "+20": 0, "20": 0, "0200": 0, "+200": 0, "2000": 0, "200": 200, "600": 600, "999": 999} {
+		url, _ := serveH2(t, ca, func(w io.Writer, _ int, stream uint32) {
+			frame(w, frameHeaders, endStream|endHeaders, stream, status(text)...)
+		})
+		resp, err := attempt(t, c.instance(t, url, nil))
+		switch {
+		case want == 0:
+			wantFailure(t, err, plugin.CodeProtocol, plugin.Sent)
+		case err != nil || resp.Status != want:
+			t.Errorf("%s: %v, %v", text, resp, err)
+		}
+	}
+}
+
+// TestInterimResponsesOverHTTP2: there may be some before the answer, and a connection with more of them than that ends.
+func TestInterimResponsesOverHTTP2(t *testing.T) {
+	ca := newAuthority(t)
+	c := client{tls: ca, roots: ca.roots, http2: true}
+	for n, taken := range map[int]bool{1: true, 100: true, 101: false} {
+		ended := make(chan error, 1)
+		url, _ := serveH2(t, ca, func(w io.Writer, _ int, stream uint32) {
+			for range n {
+				frame(w, frameHeaders, endHeaders, stream, status("103")...)
+			}
+			noContent(w, stream)
+			for !taken {
+				// An acknowledgement of nothing, which has no answer.
+				if _, err := w.Write([]byte{0, 0, 8, framePing, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0}); err != nil {
+					ended <- err
+					return
+				}
+			}
+		})
+		resp, err := attempt(t, c.instance(t, url, nil))
+		if taken {
+			if err != nil || resp.Status != 204 {
+				t.Errorf("%d: %v, %v", n, resp, err)
+			}
+			continue
+		}
+		wantFailure(t, err, plugin.CodeProtocol, plugin.Sent)
+		select {
+		case <-ended:
+		case <-within(t, 30*time.Second).Done():
+			t.Error("the connection stands")
+		}
+	}
+}
+
 // TestUnprocessedStreamsAreSentAgain: what the receiver says it has not looked at goes out again within the attempt.
 func TestUnprocessedStreamsAreSentAgain(t *testing.T) {
 	ca := newAuthority(t)

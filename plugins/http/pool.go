@@ -12,6 +12,7 @@ import (
 	"time"
 	"weak"
 
+	"github.com/grapnel/grapnel/internal/gate"
 	"github.com/grapnel/grapnel/plugins/http/internal/answer"
 	"github.com/grapnel/grapnel/plugins/http/internal/h2"
 	"github.com/grapnel/grapnel/plugins/internal/meter"
@@ -42,12 +43,15 @@ func settingsOf(c Config, egress *plugin.Egress) settings {
 	}
 }
 
+// gates are a process's, for what receivers and clients' keys have it compute: what is read beyond what is ordinary, and
+// handshakes.
+type gates struct{ reading, shaking *gate.Gate }
+
 // pools are the pools of a process, by settings.
 type pools struct {
 	// roots replaces the system's certificate authorities when not nil; set in tests.
 	roots *x509.CertPool
-	// reading and signing are the gates of what receivers have this process do.
-	reading, signing *meter.Gate
+	gates gates
 
 	mu sync.Mutex
 	// by holds pools that are kept alive by the instances that use them and, while connections are idle, by
@@ -57,7 +61,7 @@ type pools struct {
 }
 
 func newPools() *pools {
-	return &pools{by: map[settings]weak.Pointer[pool]{}, sweepAt: 256, reading: meter.NewGate(), signing: meter.NewGate()}
+	return &pools{by: map[settings]weak.Pointer[pool]{}, sweepAt: 256, gates: gates{reading: gate.New(), shaking: gate.New()}}
 }
 
 // get returns the pool for the config's settings and credentials.
@@ -87,9 +91,7 @@ type pool struct {
 	via      *proxy // nil without one
 	tls      *tls.Config
 	http2    *h2.Transport
-	reading  *meter.Gate
-	// signing has the pool's own gate before the process's, where it takes one place however many handshakes it has.
-	signing []*meter.Gate
+	gates    gates
 	// client is the leaf of the client certificate, or nil when there is none.
 	client *x509.Certificate
 	// tokens is where oauth2's come from; nil with other auth.
@@ -108,7 +110,7 @@ func newPool(c Config, s settings, egress *plugin.Egress, of *pools) (*pool, err
 	p := &pool{
 		settings: s, dialer: outbound.Dialer{Egress: egress, Timeout: s.connect}, http2: h2.NewTransport(),
 		origins: map[string]weak.Pointer[origin]{}, sweepAt: 1024,
-		reading: of.reading, signing: []*meter.Gate{meter.NewGate(), of.signing},
+		gates: of.gates,
 	}
 	p.scratch.New = func() any { return &scratch{head: make([]byte, 0, 2048)} }
 	certificate, err := c.material().ClientCertificate()
@@ -123,6 +125,7 @@ func newPool(c Config, s settings, egress *plugin.Egress, of *pools) (*pool, err
 		return nil, err
 	}
 	if p.via != nil && p.via.scheme == "https" {
+		p.via.shaking = of.gates.shaking
 		p.via.tls = &tls.Config{
 			MinVersion: tls.VersionTLS12, ServerName: p.via.hostname, RootCAs: trust.others, NextProtos: []string{"http/1.1"},
 		}
@@ -157,7 +160,7 @@ func (p *pool) tokenClient(c Config, roots *x509.CertPool) *http.Client {
 	config := &tls.Config{MinVersion: p.tls.MinVersion, RootCAs: roots}
 	if c.Auth.ClientAuth == oauth2.TLSClientAuth {
 		config.Certificates = p.tls.Certificates
-		config, _ = outbound.Offering(config, p.signing...)
+		config, _ = outbound.Offering(config)
 	}
 	return &http.Client{Transport: &http.Transport{
 		Proxy: nil,
@@ -168,7 +171,17 @@ func (p *pool) tokenClient(c Config, roots *x509.CertPool) *http.Client {
 			}
 			return conn, nil
 		},
-		TLSClientConfig: config, TLSHandshakeTimeout: p.settings.tls, // no HTTP/2: nothing would bound its frames
+		DialTLSContext: func(ctx context.Context, _, addr string) (net.Conn, error) {
+			conn, err := p.dial(ctx, addr)
+			if err != nil {
+				return nil, outbound.NotConnected(ctx, err)
+			}
+			own := config.Clone() // without HTTP/2: nothing would bound its frames
+			own.ServerName, _, _ = net.SplitHostPort(addr)
+			handshake, cancel := context.WithTimeout(ctx, p.settings.tls)
+			defer cancel()
+			return outbound.Secure(handshake, conn, own, p.gates.shaking)
+		},
 		MaxResponseHeaderBytes: answer.MaxHeader, IdleConnTimeout: time.Minute,
 	}}
 }
@@ -211,7 +224,7 @@ func (p *pool) dialTLS(ctx context.Context, addr string) (conn *tls.Conn, asked 
 	if err != nil {
 		return nil, false, err
 	}
-	config, offer := outbound.Offering(p.tls, p.signing...)
+	config, offer := outbound.Offering(p.tls)
 	config.ServerName = p.settings.serverName
 	if config.ServerName == "" {
 		config.ServerName, _, _ = net.SplitHostPort(addr) // was dialled a moment ago
@@ -219,9 +232,9 @@ func (p *pool) dialTLS(ctx context.Context, addr string) (conn *tls.Conn, asked 
 	handshake, cancel := context.WithTimeout(ctx, p.settings.tls)
 	defer cancel()
 	if p.settings.http2 {
-		raw = meter.New(raw, h2.Grant, p.reading)
+		raw = meter.New(raw, h2.Grant, p.gates.reading)
 	}
-	conn, err = outbound.Secure(handshake, raw, config)
+	conn, err = outbound.Secure(handshake, raw, config, p.gates.shaking)
 	if err != nil {
 		if offer.Asked() {
 			err = &outbound.Error{Code: plugin.CodeTLS, Err: errors.Join(err, errAsked)}

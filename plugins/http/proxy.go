@@ -17,6 +17,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/grapnel/grapnel/internal/gate"
 	"github.com/grapnel/grapnel/plugins/internal/outbound"
 	"github.com/grapnel/grapnel/sdk/plugin"
 )
@@ -44,6 +45,8 @@ type proxy struct {
 	password string
 	login    bool        // credentials are given
 	tls      *tls.Config // of scheme https
+	// shaking is the process's gate of handshakes.
+	shaking *gate.Gate
 }
 
 // proxyRefusal is what a proxy that was reached said, in words of our own.
@@ -166,7 +169,7 @@ func (x *proxy) tunnel(ctx context.Context, dialer outbound.Dialer, want string)
 	}
 	conn := raw
 	if x.tls != nil {
-		secure, err := outbound.Secure(ctx, raw, x.tls)
+		secure, err := outbound.Secure(ctx, raw, x.tls, x.shaking)
 		if err != nil {
 			return nil, ofProxy(err)
 		}

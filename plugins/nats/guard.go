@@ -9,11 +9,13 @@ import (
 	"errors"
 	"io"
 	"net"
+	"slices"
 	"strconv"
 	"time"
 
 	"github.com/nats-io/nats.go"
 
+	"github.com/grapnel/grapnel/internal/gate"
 	"github.com/grapnel/grapnel/plugins/internal/outbound"
 	"github.com/grapnel/grapnel/sdk/plugin"
 )
@@ -47,7 +49,7 @@ type guard struct {
 }
 
 func newGuard(conn net.Conn) *guard {
-	return &guard{Conn: conn, reader: bufio.NewReaderSize(conn, maxInfo+2)}
+	return &guard{Conn: conn, reader: bufio.NewReaderSize(conn, maxLine+2)}
 }
 
 // Read hands on a line, or a part of a message.
@@ -91,8 +93,16 @@ func (g *guard) endMessage() error {
 // readLine reads one line, its end included. It is valid until the next read.
 func (g *guard) readLine() ([]byte, error) {
 	line, err := g.reader.ReadSlice('\n')
+	if errors.Is(err, bufio.ErrBufferFull) { // no link needs a buffer for the longest line, which comes once
+		whole := slices.Clone(line)
+		for errors.Is(err, bufio.ErrBufferFull) && len(whole) < maxInfo {
+			line, err = g.reader.ReadSlice('\n')
+			whole = append(whole, line...)
+		}
+		line = whole
+	}
 	switch {
-	case errors.Is(err, bufio.ErrBufferFull):
+	case errors.Is(err, bufio.ErrBufferFull), len(line) > maxInfo+len("\r\n"):
 		return nil, errLine
 	case err != nil:
 		return nil, err
@@ -105,7 +115,7 @@ func (g *guard) readLine() ([]byte, error) {
 }
 
 func (g *guard) nextLine() error {
-	// The reader's buffer has room for the longest line; a line that is longer than its kind may be ends here.
+	// A line that is longer than its kind may be ends here.
 	if err := g.bounded(); err != nil {
 		return err
 	}
@@ -172,11 +182,11 @@ func sizeOf(word []byte) (int, bool) {
 
 // greet reads what the server says of itself, does TLS where it is wanted, and returns what the client library is to
 // read from: it finds no TLS there, for it would read the network itself then. Errors are of type *outbound.Error.
-func greet(ctx context.Context, conn net.Conn, s settings, config *tls.Config) (*guard, error) {
+func greet(ctx context.Context, conn net.Conn, s settings, config *tls.Config, shaking *gate.Gate) (*guard, error) {
 	deadline, _ := ctx.Deadline()
 	_ = conn.SetDeadline(deadline)
 	if s.secure && s.first {
-		secured, err := outbound.Secure(ctx, conn, config)
+		secured, err := outbound.Secure(ctx, conn, config, shaking)
 		if err != nil {
 			return nil, err
 		}
@@ -203,7 +213,7 @@ func greet(ctx context.Context, conn net.Conn, s settings, config *tls.Config) (
 		case g.reader.Buffered() > 0:
 			return nil, &outbound.Error{Code: plugin.CodeProtocol, Err: errLine, Message: "the server does not speak NATS"}
 		}
-		secured, err := outbound.Secure(ctx, conn, config)
+		secured, err := outbound.Secure(ctx, conn, config, shaking)
 		if err != nil {
 			return nil, err
 		}

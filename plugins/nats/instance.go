@@ -10,7 +10,7 @@ import (
 
 	"github.com/nats-io/nats.go"
 
-	"github.com/grapnel/grapnel/plugins/internal/meter"
+	"github.com/grapnel/grapnel/internal/gate"
 	"github.com/grapnel/grapnel/plugins/internal/outbound"
 	"github.com/grapnel/grapnel/sdk/plugin"
 )
@@ -33,7 +33,7 @@ type instance struct {
 	jetStream bool
 }
 
-func newInstance(pool *links, signing *meter.Gate, c Config, t plugin.Target) (*instance, error) {
+func newInstance(pool *links, shaking *gate.Gate, c Config, t plugin.Target) (*instance, error) {
 	address, err := parse(t.URL)
 	if err != nil {
 		return nil, err
@@ -45,7 +45,7 @@ func newInstance(pool *links, signing *meter.Gate, c Config, t plugin.Target) (*
 	if egress == nil {
 		egress = plugin.NewEgress(nil)
 	}
-	d := &dialler{egress: egress, signing: signing, credential: credential(c), settings: settings{
+	d := &dialler{egress: egress, shaking: shaking, credential: credential(c), settings: settings{
 		address: address.String(), serverName: c.TLS.ServerName, secure: secure(c, address), first: c.TLS.HandshakeFirst,
 		connect: c.ConnectTimeout.Std(), egress: egress.String(), name: t.UserAgent, user: c.User, inboxPrefix: c.InboxPrefix,
 		credential: outbound.FingerprintOf(c.CA, c.ClientCertificate, c.ClientKey, c.Credentials, c.Token, c.Password),

@@ -13,7 +13,7 @@ import (
 
 	"github.com/nats-io/nats.go"
 
-	"github.com/grapnel/grapnel/plugins/internal/meter"
+	"github.com/grapnel/grapnel/internal/gate"
 	"github.com/grapnel/grapnel/plugins/internal/outbound"
 	"github.com/grapnel/grapnel/sdk/plugin"
 )
@@ -23,8 +23,9 @@ const (
 	// writeTimeout bounds how long the client waits for a server that has stopped reading; attempts end
 	// by their own deadlines.
 	writeTimeout = 30 * time.Second
-	// maxUnread is how many acknowledgements may wait to be handed out; the client drops what is more.
-	maxUnread = 8192
+	// maxUnread is how many acknowledgements may wait to be handed out, which takes a moment each; the client drops what is
+	// more. A link that hostile servers have made again and again is nothing but its buffers.
+	maxUnread = 2048
 )
 
 // dialler makes links of one settings.
@@ -32,8 +33,8 @@ type dialler struct {
 	settings settings
 	egress   *plugin.Egress
 	tls      *tls.Config
-	// signing is for large keys.
-	signing *meter.Gate
+	// shaking is the process's gate of handshakes.
+	shaking *gate.Gate
 	// credential sets what the client shows to the server.
 	credential func(*nats.Options)
 }
@@ -87,8 +88,8 @@ func (d *dialler) dial() (*link, error) {
 		conn: outbound.Watch(raw), ended: make(chan struct{}), over: make(chan struct{}),
 		waiting: map[string]*wait{}, denied: map[string]bool{},
 	}
-	config, offer := outbound.Offering(d.tls, d.signing)
-	guarded, err := greet(ctx, l.conn, d.settings, config)
+	config, offer := outbound.Offering(d.tls)
+	guarded, err := greet(ctx, l.conn, d.settings, config, d.shaking)
 	if err != nil {
 		_ = raw.Close()
 		return nil, greeting(err, offer)

@@ -20,7 +20,7 @@ package natsplugin
 import (
 	"time"
 
-	"github.com/grapnel/grapnel/plugins/internal/meter"
+	"github.com/grapnel/grapnel/internal/gate"
 	"github.com/grapnel/grapnel/plugins/internal/outbound"
 	"github.com/grapnel/grapnel/sdk/plugin"
 )
@@ -55,9 +55,9 @@ func Kind() plugin.Kind { return kind(&links{}) }
 type links = outbound.Pool[settings, *link]
 
 func kind(pool *links) plugin.Kind {
-	signing := meter.NewGate()
+	shaking := gate.New()
 	build := func(c Config, t plugin.Target) (plugin.AttemptFunc, error) {
-		i, err := newInstance(pool, signing, c, t)
+		i, err := newInstance(pool, shaking, c, t)
 		if err != nil {
 			return nil, err
 		}

@@ -3,7 +3,7 @@
 // Webhooks' whsk_.
 //
 // It owns the reading: what it returns is complete, its halves belong together and it is strong enough to
-// sign with (Ed25519, NIST P-256 and P-384, RSA of 2048 to 8192 bits). Its errors say what is wrong with a
+// sign with (Ed25519, NIST P-256 and P-384, RSA of 2048 to 4096 bits). Its errors say what is wrong with a
 // value's form and what would be right, and show nothing of the value. It does no I/O.
 package keys
 
@@ -32,11 +32,12 @@ const (
 	RSAV15SHA256 = "rsa-v1_5-sha256"
 )
 
-// Sizes of RSA keys in bits: what Generate makes and what Parse takes.
+// Sizes of RSA keys in bits: what Generate makes and what Parse takes. No standard of signing asks for more than 4096; a
+// signature with 8192 takes some ten times as long, and how many of them a process makes is for its users' tenants to say.
 const (
 	rsaBits    = 3072
 	rsaMinBits = 2048
-	rsaMaxBits = 8192
+	rsaMaxBits = 4096
 )
 
 // Key is a private key. It is immutable and safe for concurrent use. However it is printed, it shows its

@@ -31,7 +31,7 @@ var (
 	errKind      = errors.New("the key's type cannot sign; it must be Ed25519, EC (P-256 or P-384) or RSA")
 )
 
-// maxValue bounds what is looked at; an RSA key of 8192 bits takes 7 KiB.
+// maxValue bounds what is looked at; an RSA key of 4096 bits takes 4 KiB.
 const maxValue = 64 << 10
 
 // Parse reads a private key: PEM (PKCS#8, SEC 1 or PKCS#1), a private JSON Web Key (RFC 7517; OKP with

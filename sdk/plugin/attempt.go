@@ -67,7 +67,7 @@ func (s *server) run(ctx context.Context, t *task, sc *scratch) (out result) {
 		if signer == nil || signer.built.sign == nil || !signer.life.enter() {
 			return stale(ref)
 		}
-		if err := sc.sign(signer, r); err != nil {
+		if err := sc.sign(ctx, s, signer, r); err != nil {
 			return result{failure: signFailure(err, signer.secrets)}
 		}
 	}
@@ -91,10 +91,10 @@ func (s *server) run(ctx context.Context, t *task, sc *scratch) (out result) {
 }
 
 // sign has a signer that was entered sign r, after others.
-func (sc *scratch) sign(signer *instance, r *Request) error {
+func (sc *scratch) sign(ctx context.Context, s *server, signer *instance, r *Request) error {
 	defer signer.life.leave()
 	sc.signed = append(sc.signed[:0], r.Headers[r.base:]...)
-	if err := signer.built.sign(r); err != nil {
+	if err := s.turns.sign(ctx, signer, len(r.Body), func() error { return signer.built.sign(r) }); err != nil {
 		return err
 	}
 	return r.clash(r.base, sc.signed, sc.signed)
@@ -169,6 +169,9 @@ func stale(ref uint32) result {
 }
 
 func signFailure(err error, secrets [][]byte) failure {
+	if errors.Is(err, errTurn) {
+		return failure{source: SourcePlugin, code: CodeTimeout, message: err.Error(), wire: NotSent}
+	}
 	return failure{source: SourcePlugin, code: CodeSign, message: valid(redact.Text(err.Error(), secrets)), wire: NotSent}
 }
 

@@ -54,7 +54,9 @@ import (
 
 // SignFunc signs one request: it adds headers with r.Set or r.Add and may change the query of r.URL. It
 // is pure: the same request gives the same bytes, so it takes the time from r.Created and randomness
-// from r.Nonce, and does no I/O. It runs concurrently and must not keep r after it returns.
+// from r.Nonce, and does no I/O. It runs concurrently and must not keep r after it returns. Signatures that take longer
+// than half a millisecond, or are over more than 512 KiB, wait for their turns, so that all of them together take a quarter
+// of the process's processors; an attempt whose turn does not come in its time has failed by the plugin.
 type SignFunc func(r *Request) error
 
 // AttemptFunc makes one attempt. It ends when ctx does, whose deadline is the attempt's, and must not

@@ -6,13 +6,14 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
-	"runtime/debug"
 	"syscall"
 	"time"
 
 	"github.com/hashicorp/go-hclog"
 	goplugin "github.com/hashicorp/go-plugin"
 	"google.golang.org/grpc"
+
+	"github.com/grapnel/grapnel/internal/garbage"
 )
 
 const (
@@ -22,9 +23,12 @@ const (
 	stopGrace = 3500 * time.Millisecond
 	// parentPoll is how often the parent is looked after where no death signal does it.
 	parentPoll = time.Second
-	// gcPercent lets the heap of an idle plugin grow to some 16 MiB before it is collected.
-	gcPercent = 400
 )
+
+// pace lets the heap of an idle plugin, which keeps next to nothing, grow to some 16 MiB before it is collected: Go's
+// default would collect after every few MiB. What receivers make live for a moment does not have it grow by several times
+// that.
+func pace() garbage.Pace { return garbage.Pace{Least: 64 << 20, Floor: 100, Most: 400} }
 
 // Serve is Main without the exit: it returns nil once the host is gone and work at hand has ended. It
 // makes slog's default logger write to the host, and what is written to standard output go to standard
@@ -37,8 +41,10 @@ func Serve(name, version string, kinds ...Kind) error {
 	if err != nil {
 		return err
 	}
-	// A plugin keeps next to nothing, so that the default would collect after every few MiB.
-	debug.SetGCPercent(gcPercent)
+	defer pace().Keep()()
+	serving, stop := context.WithCancel(context.Background())
+	defer stop()
+	go garbage.Return(serving) //nolint:errcheck // it has none
 	stderr := os.Stderr
 	s.described = func() { stdoutToStderr(stderr) }
 	slog.SetDefault(s.log())

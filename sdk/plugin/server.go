@@ -67,6 +67,7 @@ type server struct {
 
 	instances instances
 	lives     *lives
+	turns     turns
 }
 
 // generation is the newest of an instance id, and how many of its refs are held.
@@ -78,10 +79,12 @@ type generation struct {
 // instance is one configured (id, generation).
 type instance struct {
 	id      string
+	tenant  string
 	built   built
 	target  Target
 	secrets [][]byte
 	life    *life
+	effort  effort // of a signer
 	// labels mark the goroutines that work for it.
 	labels context.Context //nolint:containedctx // pprof keeps labels in one
 	// overruns are attempts that were given up and go on all the same.
@@ -93,7 +96,7 @@ func newServer(name, version string, kinds []Kind) (*server, error) {
 		name: name, version: version, kinds: map[string]*Kind{}, newestOf: map[string]generation{},
 		logs: newLogSink(), egress: NewEgress(nil),
 		draining: make(chan struct{}), hostSeen: make(chan struct{}), hostGone: make(chan struct{}),
-		described: func() {},
+		described: func() {}, turns: newTurns(),
 	}
 	s.lives = newLives(func(stack []byte) { s.log().Error("panic in close", "stack", string(stack)) })
 	s.describe = &pluginv1.DescribeResponse{Name: name, Version: version, ProtocolMinor: protocolMinor}
@@ -319,7 +322,7 @@ func (s *server) build(in *pluginv1.Instance, egress *Egress, agent string, vali
 	if hasErrors(problems) {
 		return nil, diagnostics
 	}
-	return &instance{id: in.GetId(), built: b, target: sp.target, secrets: values, labels: labels, life: life}, diagnostics
+	return &instance{id: in.GetId(), tenant: in.GetTenant(), built: b, target: sp.target, secrets: values, labels: labels, life: life}, diagnostics
 }
 
 func (p Problem) wire(secrets [][]byte) *pluginv1.Diagnostic {

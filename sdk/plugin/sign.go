@@ -1,10 +1,12 @@
 package plugin
 
 import (
+	"context"
 	"errors"
 	"io"
 	"runtime/debug"
 	"slices"
+	"sync"
 	"time"
 
 	"google.golang.org/grpc"
@@ -12,8 +14,18 @@ import (
 	pluginv1 "github.com/grapnel/grapnel/proto/grapnel/plugin/v1"
 )
 
-// Sign signs batch by batch. Signers do no I/O, so they run on the stream's own goroutine.
+// Sign signs batch by batch. Signers do no I/O, so they run on the stream's own goroutine, but for those that have to wait
+// for their turns: no other waits for them. The host bounds how many are open.
 func (s *server) Sign(stream grpc.BidiStreamingServer[pluginv1.SignRequest, pluginv1.SignResponse]) error {
+	var sending sync.Mutex
+	send := func(results ...*pluginv1.SignResult) error {
+		sending.Lock()
+		defer sending.Unlock()
+		return stream.Send(&pluginv1.SignResponse{Results: results})
+	}
+	var aside sync.WaitGroup
+	defer aside.Wait()
+	ctx := stream.Context()
 	for {
 		req, err := stream.Recv()
 		if errors.Is(err, io.EOF) {
@@ -28,17 +40,30 @@ func (s *server) Sign(stream grpc.BidiStreamingServer[pluginv1.SignRequest, plug
 				messageID: c.GetMessageId(), body: c.GetBody(), headers: headersOf(c.GetHeaders()), eventType: c.GetEventType(),
 			}
 		}
-		out := &pluginv1.SignResponse{Results: make([]*pluginv1.SignResult, len(req.GetItems()))}
-		for i, item := range req.GetItems() {
-			out.Results[i] = s.signItem(contents, item)
+		results := make([]*pluginv1.SignResult, 0, len(req.GetItems()))
+		for _, item := range req.GetItems() {
+			if s.signsSlowly(contents, item) {
+				aside.Go(func() { _ = send(s.signItem(ctx, contents, item)) }) // an error is the stream's end
+				continue
+			}
+			results = append(results, s.signItem(ctx, contents, item))
 		}
-		if err := stream.Send(out); err != nil {
+		if len(results) == 0 {
+			continue
+		}
+		if err := send(results...); err != nil {
 			return err
 		}
 	}
 }
 
-func (s *server) signItem(contents []content, item *pluginv1.SignItem) (out *pluginv1.SignResult) {
+// signsSlowly reports whether an item would hold up those behind it.
+func (s *server) signsSlowly(contents []content, item *pluginv1.SignItem) bool {
+	inst := s.instances.get(item.GetInstanceRef())
+	return inst != nil && int(item.GetContent()) < len(contents) && inst.effort.slow(len(contents[item.GetContent()].body))
+}
+
+func (s *server) signItem(ctx context.Context, contents []content, item *pluginv1.SignItem) (out *pluginv1.SignResult) {
 	out = &pluginv1.SignResult{Seq: item.GetSeq()}
 	fail := func(f failure) *pluginv1.SignResult {
 		out.Failure = f.pb()
@@ -68,7 +93,7 @@ func (s *server) signItem(contents []content, item *pluginv1.SignItem) (out *plu
 	r := (&scratch{}).prepare(t, inst)
 	// Only what is added goes back, so a header that was changed in place would be lost without a word.
 	before := slices.Clone(r.Headers)
-	err := inst.built.sign(r)
+	err := s.turns.sign(ctx, inst, len(r.Body), func() error { return inst.built.sign(r) })
 	if err == nil {
 		err = r.clash(0, before, before[len(before)-len(t.headers):])
 	}

@@ -162,6 +162,9 @@ func (h *held) hold(in *pluginv1.Instance) (release func()) {
 			values = append(values, string(v.GetValue()))
 		}
 	}
+	if len(values) == 0 {
+		return func() {}
+	}
 	for _, v := range values {
 		h.Add(v)
 	}

@@ -229,13 +229,13 @@ func (c *conn) lost(what string, err error) {
 	case s.Code() == codes.ResourceExhausted && strings.Contains(s.Message(), "larger than max"):
 		c.fault(fmt.Errorf("%w: %s: a message is larger than %d MiB", errProtocol, what, replyMax>>20))
 	case s.Code() == codes.Internal && strings.Contains(s.Message(), "unmarshal"):
-		c.fault(fmt.Errorf("%w: %s: %s", errProtocol, what, s.Message()))
+		c.fault(fmt.Errorf("%w: %s: a message cannot be read", errProtocol, what)) // or it says so, in words of its own
 	default:
 		c.fail(&brokenError{what: what, why: c.said(s.Message())})
 	}
 }
 
-// brokenError is the end of a stream or call. What the plugin said of it is for operators: it may quote anybody.
+// brokenError is the end of a stream or call. What the plugin said of it is for the log alone: it may quote anybody.
 type brokenError struct{ what, why string }
 
 func (e *brokenError) Error() string { return e.what + ": " + e.why }

@@ -14,6 +14,7 @@ import (
 	"regexp"
 	"runtime/debug"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -335,12 +336,27 @@ func underRace() bool {
 	return ok && slices.ContainsFunc(info.Settings, func(s debug.BuildSetting) bool { return s.Key == "-race" && s.Value == "true" })
 }
 
+// nice is the field of a file stat in /proc.
+func nice(t *testing.T, path string) int {
+	t.Helper()
+	text, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, behind, _ := strings.Cut(string(text), ") ") // the name of the program, which may have blanks in it
+	n, err := strconv.Atoi(strings.Fields(behind)[16])
+	if err != nil {
+		t.Fatal(err)
+	}
+	return n
+}
+
 func TestLimits(t *testing.T) {
 	if underRace() {
 		t.Skip("the race detector needs more memory than the limit")
 	}
 	spec := version("1")
-	spec.Limits = Limits{MemoryBytes: 200 << 20, OpenFiles: 123}
+	spec.Limits, spec.Yields = Limits{MemoryBytes: 200 << 20, OpenFiles: 123}, 3
 	f := start(t, nil, spec)
 	f.unary(t)
 	limits := f.body(t, "files")
@@ -355,6 +371,15 @@ func TestLimits(t *testing.T) {
 		t.Errorf("status:\n%s", status)
 	}
 	pid := f.Pids()["test/all"]
+	threads, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", pid))
+	if err != nil || len(threads) < 2 {
+		t.Errorf("threads %v, %v", threads, err)
+	}
+	for _, path := range threads {
+		if got, own := nice(t, path), nice(t, "/proc/self/stat"); got != own+3 {
+			t.Errorf("%s: nice is %d, the server's is %d", path, got, own)
+		}
+	}
 	env, err := os.ReadFile(fmt.Sprintf("/proc/%d/environ", pid))
 	if err != nil || !strings.Contains(string(env), "GOMEMLIMIT=188743680") {
 		t.Errorf("environment %q (%v)", env, err)

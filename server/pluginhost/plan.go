@@ -10,6 +10,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"google.golang.org/protobuf/types/known/timestamppb"
@@ -24,8 +25,10 @@ import (
 )
 
 // plan is how the attempts of one subscription travel: the instances that processes have taken for it.
-// It is immutable, and good for as long as its processes live.
+// It is immutable but for used, and good for as long as its processes live.
 type plan struct {
+	// used is when it last was, on the host's clock of sweeps.
+	used      atomic.Int64
 	uid       [16]byte
 	revision  int64
 	transport *conn
@@ -118,6 +121,25 @@ func (t *planTable) invalidate(h *Host, uid [16]byte) {
 	h.retire(pl)
 }
 
+// idle drops the plans that nobody has used since: what plugins hold follows who is served, and not who ever was.
+func (t *planTable) idle(h *Host, since time.Time) {
+	for i := range t.shards {
+		s := &t.shards[i]
+		var old []*plan
+		s.mu.Lock()
+		for uid, pl := range s.plans {
+			if pl.used.Load() < since.UnixNano() {
+				delete(s.plans, uid)
+				old = append(old, pl)
+			}
+		}
+		s.mu.Unlock()
+		for _, pl := range old {
+			h.retire(pl)
+		}
+	}
+}
+
 // drop removes pl if it is still the one.
 func (t *planTable) drop(h *Host, pl *plan) {
 	s := t.shard(pl.uid)
@@ -196,6 +218,9 @@ func (h *Host) submit(p *pending, pl *plan) {
 		return
 	}
 	p.plan, p.Timeout = pl, pl.timeout
+	if now := h.swept.Load(); pl.used.Load() < now {
+		pl.used.Store(now)
+	}
 	var got outcome
 	var at *conn
 	if p.stage < len(pl.remote) {
@@ -298,6 +323,7 @@ func (h *Host) makePlan(s *planShard, uid [16]byte, m *making, sub *subscription
 		delete(s.making, uid)
 		old := s.plans[uid]
 		if err == nil {
+			pl.used.Store(time.Now().UnixNano())
 			s.plans[uid] = pl
 		}
 		s.mu.Unlock()

@@ -103,6 +103,7 @@ type timing struct {
 	dump        time.Duration // SIGQUIT to SIGKILL, for a hung process to say where it hangs
 	drain       time.Duration // longest wait for attempts at a stop
 	retire      time.Duration // how long an instance that was replaced stays
+	idle        time.Duration // how long one stays that nobody uses; longer than any attempt
 	fade        time.Duration // how long its secrets are still looked for then: longer than any attempt
 }
 
@@ -113,7 +114,7 @@ func defaultTiming() timing {
 		stable: time.Minute, failedRetry: 30 * time.Second,
 		park: 500 * time.Millisecond, grace: 5 * time.Second,
 		heartbeat: 5 * time.Second, sweep: 250 * time.Millisecond,
-		term: 5 * time.Second, dump: time.Second, drain: 65 * time.Second, retire: 2 * time.Second, fade: 2 * time.Minute,
+		term: 5 * time.Second, dump: time.Second, drain: 65 * time.Second, retire: 2 * time.Second, idle: 10 * time.Minute, fade: 2 * time.Minute,
 	}
 }
 
@@ -131,8 +132,10 @@ type Host struct {
 	metrics *metrics
 	dirs    *process.Dirs // shared with wards
 
-	kinds      kindTable
-	plans      planTable
+	kinds kindTable
+	plans planTable
+	// swept is when the last sweep was, in nanoseconds since 1970.
+	swept      atomic.Int64
 	generation atomic.Uint64
 	parking    parking
 	shapes     wire.Shapes
@@ -363,6 +366,7 @@ func (h *Host) sweep(ctx context.Context) {
 	tick := time.NewTicker(h.timing.sweep)
 	defer tick.Stop()
 	last := time.Now()
+	idled := last
 	var awake time.Time // since when this process has run without a break
 	for {
 		select {
@@ -373,6 +377,11 @@ func (h *Host) sweep(ctx context.Context) {
 				awake = now // it was stopped or starved itself: the answers may lie there unread
 			}
 			last = now
+			h.swept.Store(now.UnixNano())
+			if now.Sub(idled) > h.timing.idle/10 {
+				idled = now
+				h.plans.idle(h, now.Add(-h.timing.idle))
+			}
 			h.releaseParked(now)
 			for _, p := range h.processes() {
 				for _, c := range []*conn{p.conn.Load(), p.leaving.Load()} {

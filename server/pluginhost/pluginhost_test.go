@@ -302,6 +302,19 @@ func TestReconfigureUnderLoad(t *testing.T) {
 	eventually(t, "the first key is forgotten", func() bool { return said("key-0-value") == "key-0-value" })
 }
 
+// TestInstancesThatNobodyUses are given back, with their secrets, and are there again when they are wanted.
+func TestInstancesThatNobodyUses(t *testing.T) {
+	f := start(t, func(tm *timing) { tm.idle, tm.retire, tm.fade = 50*time.Millisecond, 0, 0 }, self("plugin-all")).ready(t)
+	sub := newSub(t, 1, nil)
+	said := f.processes()[0].conn.Load().said
+	for round := range 2 {
+		if got := f.attempt(t, sub, newJob(0, "x")); got.Outcome != delivery.OutcomeSucceeded {
+			t.Fatalf("round %d: %+v", round, got)
+		}
+		eventually(t, "the key is forgotten", func() bool { return said("key-one-value") == "key-one-value" && f.plans.get(sub.UID) == nil })
+	}
+}
+
 func TestDrainFinishesWhatIsAtHand(t *testing.T) {
 	f := start(t, nil, self("plugin-all")).ready(t)
 	sub := newSub(t, 1, map[string]any{"delay": "300ms"})

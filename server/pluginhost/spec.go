@@ -39,6 +39,8 @@ type Spec struct {
 	SoftMemoryBytes uint64
 	// Limits of the process. Linux only: elsewhere a plugin with limits does not start.
 	Limits Limits
+	// Yields is by how much the process is nicer than the server, as in process.Spec.
+	Yields int
 	// User to run as: a name or a number, and after a colon a group. Empty is the server's own. It needs a
 	// server that runs as root, on Linux: otherwise the plugin does not start.
 	User string
@@ -53,7 +55,7 @@ func Checksum(path string) (string, error) { return process.Checksum(path) }
 // program is what has to be known of the spec to run it.
 func (s Spec) program() process.Spec {
 	return process.Spec{
-		Path: s.Path, Args: s.Args, Own: s.Own, SHA256: s.SHA256, SoftMemoryBytes: s.SoftMemoryBytes, Limits: s.Limits, User: s.User,
+		Path: s.Path, Args: s.Args, Own: s.Own, SHA256: s.SHA256, SoftMemoryBytes: s.SoftMemoryBytes, Limits: s.Limits, Yields: s.Yields, User: s.User,
 	}
 }
 

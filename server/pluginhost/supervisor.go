@@ -256,6 +256,10 @@ func (p *supervisor) serve(ctx context.Context, c *conn) error {
 	}
 	p.conn.Store(nil)
 	cause := c.cause.Error()
+	if broken := new(brokenError); errors.As(c.cause, &broken) {
+		cause = c.told() // it stands where tenants read it, too
+		p.log.Warn("plugin said as a stream ended", "stream", broken.what, "text", broken.why)
+	}
 	if errors.Is(c.cause, errHangs) {
 		p.host.metrics.hangs.Inc()
 		c.child.Dump(p.host.timing.dump)

@@ -1,5 +1,4 @@
-// Package meter bounds what strangers have us do: what is read of an HTTP/2 connection, of which each library reads all
-// that comes, at once; and how much of such work goes on at a time.
+// Package meter bounds what is read of an HTTP/2 connection, of which each library reads all that comes, at once.
 package meter
 
 import (
@@ -7,33 +6,41 @@ import (
 	"net"
 	"sync"
 	"sync/atomic"
+	"time"
+
+	"github.com/grapnel/grapnel/internal/gate"
 )
 
 // errFlood ends a connection on which more came than answers need. HTTP/2 has frames that nothing bounds, PING and
 // SETTINGS among them, and reading them costs as much as the server likes.
 var errFlood = errors.New("the receiver sends without end")
 
-// ordinary is what an answer has, in bytes: what comes beyond it is read in turn with what else does.
-const ordinary = 8 << 10
+const (
+	// ordinary is what an answer has, in bytes: what comes beyond it is read in turn with what else does.
+	ordinary = 8 << 10
+	// longest is how long one reader keeps the others out, where it may be waiting for something itself.
+	longest = 10 * time.Millisecond
+)
 
 // Conn is a connection of which, from Begin on, no more is read than was granted, and what is more than ordinary in its
 // turn at a gate. Its methods may be called concurrently, Read by one caller at a time.
 type Conn struct {
 	net.Conn
 	grant int64
-	gate  *Gate
+	gate  *gate.Gate
 	on    atomic.Bool
 	left  atomic.Int64
 	// swift is what may be read without the gate.
-	swift  atomic.Int64
-	leave  func() // the gate; Read's alone
+	swift atomic.Int64
+	// leave is how to leave the gate, when the reader has a turn.
+	leave  atomic.Pointer[func()]
 	closed chan struct{}
 	once   sync.Once
 }
 
 // New wraps conn. The grant, in bytes, is what may come for one request: what the library lets a stream send before it
 // is read, a header, and the frames around them.
-func New(conn net.Conn, grant int64, gate *Gate) *Conn {
+func New(conn net.Conn, grant int64, gate *gate.Gate) *Conn {
 	return &Conn{Conn: conn, grant: grant, gate: gate, closed: make(chan struct{})}
 }
 
@@ -45,27 +52,39 @@ func (m *Conn) Read(p []byte) (int, error) {
 	if !m.on.Load() {
 		return m.Conn.Read(p)
 	}
-	if m.leave != nil { // whoever reads has done with what it got
-		m.leave()
-		m.leave = nil
-	}
+	m.rest() // whoever reads has done with what it got
 	if m.left.Load() <= 0 {
 		return 0, errFlood
 	}
 	n, err := m.Conn.Read(p)
 	m.left.Add(-int64(n))
-	if m.swift.Add(-int64(n)) < 0 {
-		var entered bool
-		if m.leave, entered = m.gate.Enter(m.closed, longest); !entered {
+	// The read that comes to the end of what is ordinary may have the answer in it, and does not wait.
+	if m.swift.Add(-int64(n)) < -int64(n) {
+		leave, entered := m.gate.Enter(m.closed, longest, "")
+		if !entered {
 			return 0, net.ErrClosed
+		}
+		m.leave.Store(&leave)
+		select {
+		case <-m.closed: // nobody reads on
+			m.rest()
+		default:
 		}
 	}
 	return n, err
 }
 
-// Close also ends a wait for the gate.
+// rest leaves the gate.
+func (m *Conn) rest() {
+	if leave := m.leave.Swap(nil); leave != nil {
+		(*leave)()
+	}
+}
+
+// Close also ends a wait for the gate, and a turn.
 func (m *Conn) Close() error {
 	m.once.Do(func() { close(m.closed) })
+	m.rest()
 	return m.Conn.Close()
 }
 

@@ -2,7 +2,6 @@ package outbound
 
 import (
 	"bytes"
-	"context"
 	"crypto"
 	"crypto/ecdsa"
 	"crypto/rsa"
@@ -18,7 +17,7 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/grapnel/grapnel/plugins/internal/meter"
+	"github.com/grapnel/grapnel/internal/gate"
 	"github.com/grapnel/grapnel/sdk/keys"
 	"github.com/grapnel/grapnel/sdk/plugin"
 )
@@ -136,11 +135,23 @@ func (m Material) ClientCertificate() (*tls.Certificate, error) {
 }
 
 func newCertificate(chain []*x509.Certificate, key crypto.Signer) *tls.Certificate {
+	if long, ok := key.(*rsa.PrivateKey); ok && long.N.BitLen() > 2048 {
+		key = modestKey{long}
+	}
 	out := &tls.Certificate{PrivateKey: key, Leaf: chain[0]}
 	for _, c := range chain {
 		out.Certificate = append(out.Certificate, c.Raw)
 	}
 	return out
+}
+
+// modestKey gives way to others while it signs, which takes milliseconds.
+type modestKey struct{ *rsa.PrivateKey }
+
+// Sign implements crypto.Signer.
+func (k modestKey) Sign(random io.Reader, digest []byte, opts crypto.SignerOpts) (signature []byte, err error) {
+	gate.Modestly(func() { signature, err = k.PrivateKey.Sign(random, digest, opts) })
+	return signature, err
 }
 
 // Check says what is wrong with the client certificate, and what soon will be.
@@ -191,49 +202,20 @@ type Offer struct{ asked, given atomic.Bool }
 
 // Offering returns a copy of config for one handshake and what will be known about it afterwards. A list of
 // certificates would not do: crypto/tls shows none of those if the receiver names other authorities, and the receiver
-// would then complain of an absent one. Signatures that take long, because the key is large, wait for their turn at the
-// gates, one after the other.
-func Offering(config *tls.Config, gates ...*meter.Gate) (*tls.Config, *Offer) {
+// would then complain of an absent one.
+func Offering(config *tls.Config) (*tls.Config, *Offer) {
 	o := &Offer{}
 	config = config.Clone()
 	certificates := config.Certificates
-	config.GetClientCertificate = func(asked *tls.CertificateRequestInfo) (*tls.Certificate, error) {
+	config.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
 		o.asked.Store(true)
 		if len(certificates) == 0 {
 			return &tls.Certificate{}, nil // none
 		}
 		o.given.Store(true)
-		key, ok := certificates[0].PrivateKey.(*rsa.PrivateKey)
-		if !ok || key.N.BitLen() <= swiftKey {
-			return &certificates[0], nil
-		}
-		patient := certificates[0]
-		patient.PrivateKey = &patientKey{PrivateKey: key, gates: gates, given: asked.Context()}
-		return &patient, nil
+		return &certificates[0], nil
 	}
 	return config, o
-}
-
-// swiftKey is the size, in bits, up to which a signature with an RSA key costs no more than a handshake does otherwise.
-const swiftKey = 3072
-
-// patientKey signs in its turn.
-type patientKey struct {
-	*rsa.PrivateKey
-	gates []*meter.Gate
-	given context.Context //nolint:containedctx // crypto.Signer takes none
-}
-
-// Sign fails when the handshake has ended meanwhile.
-func (k *patientKey) Sign(random io.Reader, digest []byte, opts crypto.SignerOpts) ([]byte, error) {
-	for _, g := range k.gates {
-		leave, entered := g.Enter(k.given.Done(), 0)
-		if !entered {
-			return nil, k.given.Err()
-		}
-		defer leave()
-	}
-	return k.PrivateKey.Sign(random, digest, opts)
 }
 
 // Asked reports whether the receiver wanted a client certificate.

@@ -2,52 +2,66 @@ package outbound_test
 
 import (
 	"context"
-	"crypto/rand"
-	"crypto/rsa"
 	"crypto/tls"
-	"crypto/x509"
-	"math/big"
+	"errors"
+	"io"
 	"net"
+	"runtime"
 	"testing"
 	"time"
 
-	"github.com/grapnel/grapnel/plugins/internal/meter"
+	"github.com/grapnel/grapnel/internal/gate"
 	"github.com/grapnel/grapnel/plugins/internal/outbound"
 	"github.com/grapnel/grapnel/plugins/internal/outbound/certtest"
 )
 
-// TestLargeKeysSignInTurn: a handshake with a large client key waits for those before it, no longer than it is wanted.
-func TestLargeKeysSignInTurn(t *testing.T) {
+// TestHandshakesTakeTurns: what a handshake computes waits for its turn, no longer than it is wanted, and nobody waits for
+// one that waits for its receiver.
+func TestHandshakesTakeTurns(t *testing.T) {
 	ca := certtest.New(t)
-	key, err := rsa.GenerateKey(rand.Reader, 3200)
-	if err != nil {
-		t.Fatal(err)
-	}
-	template := &x509.Certificate{SerialNumber: big.NewInt(1), NotAfter: time.Now().Add(time.Hour)}
-	der, err := x509.CreateCertificate(rand.Reader, template, template, &key.PublicKey, key)
-	if err != nil {
-		t.Fatal(err)
-	}
-	gate := meter.NewGate()
-	handshake := func(ctx context.Context) error {
+	config := &tls.Config{RootCAs: ca.Pool(), ServerName: "localhost"}
+	turns := gate.New()
+	places := max(1, runtime.GOMAXPROCS(0)/2)
+	handshake := func(ctx context.Context, answers bool) error {
 		ours, theirs := net.Pipe()
-		defer ours.Close()
-		defer theirs.Close()
-		server := tls.Server(theirs, &tls.Config{Certificates: []tls.Certificate{ca.Issue("localhost").Pair()}, ClientAuth: tls.RequireAnyClientCert})
-		go server.Handshake() //nolint:errcheck // the client says how it went
-		config, _ := outbound.Offering(&tls.Config{
-			RootCAs: ca.Pool(), ServerName: "localhost", Certificates: []tls.Certificate{{Certificate: [][]byte{der}, PrivateKey: key}},
-		}, gate)
-		return tls.Client(ours, config).HandshakeContext(ctx)
+		t.Cleanup(func() { _ = ours.Close(); _ = theirs.Close() })
+		if answers {
+			server := tls.Server(theirs, &tls.Config{Certificates: []tls.Certificate{ca.Issue("localhost").Pair()}})
+			go server.Handshake() //nolint:errcheck // the client says how it went
+		} else {
+			go io.Copy(io.Discard, theirs) //nolint:errcheck // nor does this
+		}
+		_, err := outbound.Secure(ctx, ours, config, turns)
+		return err
 	}
-	leave, _ := gate.Enter(nil, 0)
-	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+	var leave []func()
+	for range places {
+		l, _ := turns.Enter(nil, 0, "")
+		leave = append(leave, l)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
 	defer cancel()
-	if err := handshake(ctx); err == nil {
-		t.Error("a handshake did not wait for the gate")
+	var failed *outbound.Error
+	if err := handshake(ctx, true); !errors.As(err, &failed) || !outbound.IsTimeout(failed.Err) {
+		t.Errorf("a handshake that had no turn: %v", err)
 	}
-	leave()
-	if err := handshake(t.Context()); err != nil {
-		t.Errorf("with an open gate: %v", err)
+	for _, l := range leave {
+		l()
+	}
+	silent, stop := context.WithCancel(t.Context())
+	ended := make(chan error)
+	for range places + 1 {
+		go func() { ended <- handshake(silent, false) }()
+	}
+	for range 2 * places {
+		if err := handshake(t.Context(), true); err != nil {
+			t.Errorf("beside receivers that say nothing: %v", err)
+		}
+	}
+	stop()
+	for range places + 1 {
+		if err := <-ended; err == nil {
+			t.Error("a receiver that says nothing shook hands")
+		}
 	}
 }

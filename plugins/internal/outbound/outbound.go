@@ -12,9 +12,11 @@ import (
 	"context"
 	"crypto/tls"
 	"net"
+	"os"
 	"sync/atomic"
 	"time"
 
+	"github.com/grapnel/grapnel/internal/gate"
 	"github.com/grapnel/grapnel/sdk/plugin"
 )
 
@@ -36,14 +38,68 @@ func (e *Error) Error() string { return e.Err.Error() }
 // Unwrap returns Err.
 func (e *Error) Unwrap() error { return e.Err }
 
-// Secure does the TLS handshake and closes conn when it fails. Errors are of type *Error.
-func Secure(ctx context.Context, conn net.Conn, config *tls.Config) (*tls.Conn, error) {
-	secure := tls.Client(conn, config)
-	if err := secure.HandshakeContext(ctx); err != nil {
+// Secure does the TLS handshake and closes conn when it fails. What it computes, keys of the client's included, it does in
+// its turn at the gate, which it leaves while it waits for the other side. Errors are of type *Error.
+func Secure(ctx context.Context, conn net.Conn, config *tls.Config, turns *gate.Gate) (*tls.Conn, error) {
+	shaking := &shaking{Conn: conn, turns: turns, given: ctx.Done()}
+	secure := tls.Client(shaking, config)
+	err := shaking.enter()
+	if err == nil {
+		err = secure.HandshakeContext(ctx)
+	}
+	shaking.rest()
+	shaking.over = true
+	if err != nil {
 		_ = conn.Close()
 		return nil, &Error{Code: plugin.CodeTLS, Err: err}
 	}
 	return secure, nil
+}
+
+// longestTurn is how long one handshake keeps the others out, where it may be waiting for something itself.
+const longestTurn = 20 * time.Millisecond
+
+// shaking is a connection during a handshake, and then the connection itself.
+type shaking struct {
+	net.Conn
+	turns *gate.Gate
+	given <-chan struct{}
+	leave func() // nil while it has no turn
+	over  bool
+}
+
+// NetConn returns the connection below.
+func (s *shaking) NetConn() net.Conn { return s.Conn }
+
+// Read leaves the gate, and enters it again with what has come.
+func (s *shaking) Read(p []byte) (int, error) {
+	if s.over {
+		return s.Conn.Read(p)
+	}
+	s.rest()
+	n, err := s.Conn.Read(p)
+	if n > 0 {
+		if failed := s.enter(); failed != nil {
+			return 0, failed
+		}
+	}
+	return n, err
+}
+
+func (s *shaking) enter() error {
+	leave, entered := s.turns.Enter(s.given, longestTurn, "")
+	if !entered {
+		return os.ErrDeadlineExceeded
+	}
+	s.leave = leave
+	return nil
+}
+
+func (s *shaking) rest() {
+	if s.leave != nil {
+		s.leave()
+		s.leave = nil
+	}
 }
 
 // Watched is a connection that remembers when the other side was last heard and how reading ended.

@@ -65,6 +65,11 @@ func startConfined(cmd *exec.Cmd, g *Program) error {
 	if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
 		return fmt.Errorf("give up new privileges: %w", err)
 	}
+	if g.spec.Yields > 0 {
+		if err := yield(g.spec.Yields); err != nil {
+			return err
+		}
+	}
 	if err := cmd.Start(); err != nil {
 		if limits && errors.Is(err, unix.EPERM) {
 			return fmt.Errorf("%w (its limits are set through ptrace, which this system may forbid)", err)
@@ -87,6 +92,20 @@ func startConfined(cmd *exec.Cmd, g *Program) error {
 		_ = cmd.Wait()
 	}
 	return err
+}
+
+// yield has the calling thread, and what it starts, be nicer by so much. It is the child's own, as above, for there is no
+// way back.
+func yield(by int) error {
+	const most = 19
+	now, err := unix.Getpriority(unix.PRIO_PROCESS, 0) // which the kernel counts from 40 down
+	if err == nil {
+		err = unix.Setpriority(unix.PRIO_PROCESS, 0, min(20-now+by, most))
+	}
+	if err != nil {
+		return fmt.Errorf("lower the process's priority: %w", err)
+	}
+	return nil
 }
 
 // alike calls f while the calling thread's real user and group are the account's. The kernel lets a process be limited

@@ -27,6 +27,9 @@ type Spec struct {
 	SoftMemoryBytes uint64
 	// Limits of the process. Linux only: elsewhere a process with limits does not start.
 	Limits Limits
+	// Yields is by how much the process is nicer (nice(2)) than the caller: of processors that are short it gets less.
+	// Nothing on other systems than Linux.
+	Yields int
 	// User to run as: a name or a number, and after a colon a group. Empty is the caller's own. It needs a
 	// caller that runs as root, on Linux: otherwise the process does not start.
 	User string

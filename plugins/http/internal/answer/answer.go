@@ -14,8 +14,18 @@ const (
 	MaxHeader = 64 << 10
 	// MaxDrain is how much of a body is read past what is kept, so that the connection can be used again.
 	MaxDrain = 64 << 10
+	// MaxInterim is how many interim responses (1xx) may come before the answer. Reading one costs as much as an answer does.
+	MaxInterim = 100
 	// Drip is how long the rest of a response that says yes may take: its body tells nothing that is kept.
 	Drip = time.Second
+)
+
+var (
+	// ErrInterim is a server that sends more interim responses than MaxInterim.
+	ErrInterim = errors.New("the receiver sends interim responses without end")
+	// ErrStatus is a status that is none: it has three digits, the first of them not 0 (RFC 9110, section 15). Those from 600
+	// on are in no class, and taken as they are.
+	ErrStatus = errors.New("the receiver answered with a status that is no number from 100 to 999")
 )
 
 // Sent is what of a request may have reached the server.

@@ -1,6 +1,7 @@
 package h1
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"errors"
@@ -190,28 +191,58 @@ func declaresNothing(resp *http.Response) bool {
 func (x *exchange) readHead() (resp *http.Response, status int, err error) {
 	c := x.conn
 	c.left = answer.MaxHeader
-	for {
+	for range answer.MaxInterim + 1 {
 		status, err = x.peekStatus()
 		if err != nil {
 			return nil, 0, err
 		}
 		x.hasten(status)
+		if status/100 == 1 && status != http.StatusSwitchingProtocols {
+			if err := x.skip(); err != nil {
+				return nil, 0, err
+			}
+			continue
+		}
 		resp, err = http.ReadResponse(c.reader, nil)
 		if err != nil && c.left <= 0 {
 			err = ErrHeaderTooLarge // which ends a line, and half a line has errors of its own
 		}
 		switch {
-		case err != nil && (status/100 == 1 && status != http.StatusSwitchingProtocols):
-			return nil, 0, err
 		case err != nil:
 			return nil, status, err
-		case resp.StatusCode == 0:
-			return nil, 0, ErrStatus
+		case resp.StatusCode < 100: // net/http reads a sign, too
+			return nil, 0, answer.ErrStatus
 		case resp.StatusCode/100 != 1 || resp.StatusCode == http.StatusSwitchingProtocols:
 			return resp, 0, nil
 		}
 	}
+	return nil, 0, answer.ErrInterim
 }
+
+// skip reads an interim response, of which nothing is kept: it costs a small part of what an answer does.
+func (x *exchange) skip() error {
+	reader := x.conn.reader
+	for first, begin := true, true; ; {
+		line, err := reader.ReadSlice('\n')
+		switch {
+		case errors.Is(err, bufio.ErrBufferFull):
+			begin = false
+			continue
+		case err == io.EOF:
+			return io.ErrUnexpectedEOF
+		case err != nil:
+			return err
+		case begin && (string(line) == "\r\n" || string(line) == "\n"):
+			return nil
+		case begin && !first && bytes.IndexByte(line, ':') <= 0:
+			return errField
+		}
+		first, begin = false, true
+	}
+}
+
+// errField is a line of a header without a name.
+var errField = errors.New("a line of the header has no name")
 
 // note says what was wrong with a header behind its status line.
 func note(err error) string {
@@ -239,7 +270,7 @@ func (x *exchange) hasten(status int) {
 }
 
 // peekStatus reads the beginning of a status line and leaves it where it is. It is 0 for what http.ReadResponse may
-// read otherwise.
+// read otherwise, or refuse.
 func (x *exchange) peekStatus() (int, error) {
 	const line = "HTTP/1.1 200\n"
 	reader := x.conn.reader
@@ -270,6 +301,9 @@ func (x *exchange) peekStatus() (int, error) {
 			return 0, nil
 		}
 		status = 10*status + int(digit-'0')
+	}
+	if status < 100 {
+		return 0, answer.ErrStatus
 	}
 	return status, nil
 }

@@ -45,12 +45,8 @@ const (
 	linger = time.Second
 )
 
-var (
-	// ErrHeaderTooLarge is a header, or a row of interim responses, beyond answer.MaxHeader.
-	ErrHeaderTooLarge = errors.New("the response's header is larger than 64 KiB")
-	// ErrStatus is a status line with the number 0, which is none.
-	ErrStatus = errors.New("the receiver answered with the status 000, which says nothing")
-)
+// ErrHeaderTooLarge is a header, or a row of interim responses, beyond answer.MaxHeader.
+var ErrHeaderTooLarge = errors.New("the response's header is larger than 64 KiB")
 
 // Dial connects. secure says that the connection decrypts, whoever is at its other end: bytes may then wait inside it.
 // The connection, or a method NetConn of it, leads to a socket.
@@ -188,23 +184,26 @@ func (o *Origin) put(c *conn) {
 	o.idle = append(o.idle, c)
 	if !o.sweeping {
 		o.sweeping = true
-		time.AfterFunc(idleTimeout, o.sweep)
+		time.AfterFunc(idleTimeout/4, o.sweep)
 	}
 }
 
-// sweep closes what has been idle for too long, and comes again while there is anything to watch.
+// sweep closes what has been idle for too long and what the server has closed, and comes again while there is anything to
+// watch.
 func (o *Origin) sweep() {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	limit := time.Now().Add(-idleTimeout)
-	n := 0
-	for n < len(o.idle) && o.idle[n].idleSince.Before(limit) {
-		_ = o.idle[n].Close()
-		n++
-	}
-	o.idle = slices.Delete(o.idle, 0, n)
+	now := time.Now()
+	o.idle = slices.DeleteFunc(o.idle, func(c *conn) bool {
+		idle := now.Sub(c.idleSince)
+		over := idle > idleTimeout || !c.fresh && !c.probe.quiet(idle)
+		if over {
+			_ = c.Close()
+		}
+		return over
+	})
 	if o.sweeping = len(o.idle) > 0; o.sweeping {
-		time.AfterFunc(idleTimeout/2, o.sweep)
+		time.AfterFunc(idleTimeout/4, o.sweep)
 	} else {
 		o.idle = nil
 	}

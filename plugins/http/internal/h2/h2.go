@@ -20,6 +20,8 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptrace"
+	"net/textproto"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -41,8 +43,10 @@ const (
 	// maxAge is for how long a connection takes new requests.
 	maxAge      = 10 * time.Minute
 	idleTimeout = time.Minute
-	readIdle    = 15 * time.Second
-	pingAnswer  = 10 * time.Second
+	// readIdle is when a connection on which nothing comes is asked for a sign of life. net/http keeps one that has ended, and
+	// its buffers, for as long.
+	readIdle   = 5 * time.Second
+	pingAnswer = 10 * time.Second
 	// clearing is for how long a connection without requests may have no room for one.
 	clearing = time.Second
 	// maxTries bounds how often a request goes out that the server says it has not looked at, maxBarren how many
@@ -295,7 +299,7 @@ func (o *Origin) fly(f *flight) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	if err == nil {
-		o.conns = append(o.conns, c)
+		o.hold(c)
 	}
 	f.conn, f.err, o.flight = c, err, nil
 	close(f.done)
@@ -306,12 +310,28 @@ func (o *Origin) Adopt(raw *tls.Conn) {
 	if c, err := o.begin(raw); err == nil {
 		o.mu.Lock()
 		defer o.mu.Unlock()
-		o.conns = append(o.conns, c)
+		o.hold(c)
 	}
 }
 
+// hold keeps a connection until it has ended: also where no other request comes, which would find that. The lock is held.
+func (o *Origin) hold(c *conn) {
+	o.conns = append(o.conns, c)
+	c.SetStateHook(func(cc *http.ClientConn) {
+		if cc.Err() != nil {
+			go o.drop(c) // net/http calls from within its requests
+		}
+	})
+}
+
+func (o *Origin) drop(c *conn) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.conns = slices.DeleteFunc(o.conns, func(other *conn) bool { return other == c })
+}
+
 func (o *Origin) begin(raw *tls.Conn) (*conn, error) {
-	metered, _ := raw.NetConn().(*meter.Conn)
+	metered := meterOf(raw)
 	if metered != nil {
 		metered.Begin()
 	}
@@ -321,6 +341,20 @@ func (o *Origin) begin(raw *tls.Conn) (*conn, error) {
 		return nil, &answer.Error{Peer: raw.RemoteAddr().String(), Fresh: true, Err: meaning(err)}
 	}
 	return &conn{ClientConn: client, meter: metered, peer: raw.RemoteAddr().String(), made: time.Now(), left: time.Now()}, nil
+}
+
+// meterOf is the meter below TLS, or nil.
+func meterOf(conn net.Conn) *meter.Conn {
+	for {
+		if found, ok := conn.(*meter.Conn); ok {
+			return found
+		}
+		over, ok := conn.(interface{ NetConn() net.Conn })
+		if !ok {
+			return nil
+		}
+		conn = over.NetConn()
+	}
 }
 
 // retire closes the connection when what is under way on it has ended.
@@ -350,6 +384,8 @@ type exchange struct {
 	conn    *conn
 	request *Request
 	wire    wire
+	// interim counts interim responses.
+	interim atomic.Int32
 }
 
 // wire follows one request of net/http. Its hooks run on other goroutines.
@@ -357,8 +393,18 @@ type wire struct{ state atomic.Int32 }
 
 func (w *wire) sent() answer.Sent { return answer.Sent(w.state.Load()) }
 
-func (w *wire) trace() *httptrace.ClientTrace {
+func (e *exchange) trace() *httptrace.ClientTrace {
+	w := &e.wire
 	return &httptrace.ClientTrace{
+		Got1xxResponse: func(int, textproto.MIMEHeader) error {
+			if e.interim.Add(1) > answer.MaxInterim {
+				if e.conn.meter != nil {
+					_ = e.conn.meter.Close() // at once: more has been read already
+				}
+				return answer.ErrInterim
+			}
+			return nil
+		},
 		WroteHeaders: func() { w.state.CompareAndSwap(int32(answer.Nothing), int32(answer.Maybe)) },
 		WroteRequest: func(info httptrace.WroteRequestInfo) {
 			if info.Err == nil {
@@ -370,7 +416,7 @@ func (w *wire) trace() *httptrace.ClientTrace {
 
 func (e *exchange) do(ctx context.Context) (*answer.Answer, error) {
 	r := e.request
-	ctx = httptrace.WithClientTrace(ctx, e.wire.trace())
+	ctx = httptrace.WithClientTrace(ctx, e.trace())
 	var late *time.Timer
 	if r.HeaderTimeout > 0 {
 		bounded, cancel := context.WithCancelCause(ctx)
@@ -387,16 +433,26 @@ func (e *exchange) do(ctx context.Context) (*answer.Answer, error) {
 		req.Body = b
 	}
 	resp, err := e.conn.RoundTrip(req)
-	if err != nil {
-		if errors.Is(context.Cause(ctx), ErrHeaderLate) {
-			err = ErrHeaderLate
-		}
+	switch {
+	case err == nil:
+	case e.interim.Load() > answer.MaxInterim:
+		e.wire.state.Store(int32(answer.All)) // it was answered, after a fashion
+		_ = e.conn.Close()                    // or what follows would be read for the other requests' sake
+		return nil, answer.ErrInterim
+	case errors.Is(context.Cause(ctx), ErrHeaderLate):
+		return nil, ErrHeaderLate
+	default:
 		return nil, err
 	}
 	if late != nil {
 		late.Stop()
 	}
 	defer resp.Body.Close() //nolint:errcheck // there is nothing to lose in it
+	// net/http reads any number, signs and all.
+	if number, _, _ := strings.Cut(resp.Status, " "); len(number) != 3 || resp.StatusCode < 100 {
+		e.wire.state.Store(int32(answer.All))
+		return nil, answer.ErrStatus
+	}
 	if resp.Body != http.NoBody && resp.ContentLength != 0 && !r.Wants.Patient(resp.StatusCode) {
 		drip := time.AfterFunc(answer.Drip, func() { _ = resp.Body.Close() })
 		defer drip.Stop()

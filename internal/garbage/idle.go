@@ -1,4 +1,4 @@
-package server
+package garbage
 
 import (
 	"context"
@@ -15,9 +15,9 @@ const (
 	idleWaste = 48 << 20
 )
 
-// returnMemory gives memory back to the system, until ctx ends, when little goes on: after a burst the heap holds about
+// Return gives memory back to the system, until ctx ends, when little goes on: after a burst the heap holds about
 // twice what is in use, and Go itself collects again after minutes, and keeps part of what it finds.
-func returnMemory(ctx context.Context) error {
+func Return(ctx context.Context) error {
 	tick := time.NewTicker(idleLook)
 	defer tick.Stop()
 	var last heapUse
