@@ -84,7 +84,7 @@ func benchmark(b *testing.B, lanes int, attempter dispatch.Attempter) {
 	keys := make([]delivery.LaneKey, lanes)
 	for i := range lanes {
 		s := &subscription.Subscription{
-			Proto: &grapnelv1.Subscription{State: grapnelv1.Subscription_STATE_ACTIVE},
+			Proto: &grapnelv1.Subscription{State: grapnelv1.Subscription_STATE_ACTIVE, Uri: "https://hooks.example.com/" + fmt.Sprint(i)},
 			UID:   uid(fmt.Sprint("sub", i)), NamespaceUID: uid("acme"), MaxInFlight: 64,
 		}
 		keys[i] = laneOf(s)
@@ -126,4 +126,5 @@ func (s subs) Subscription(lane delivery.LaneKey) *subscription.Subscription { r
 func (s subs) Deleted(delivery.LaneKey) bool                                 { return false }
 func (s subs) DeadLetter(*subscription.Subscription) *delivery.DeadLetter    { return nil }
 func (s subs) EndReason(delivery.LaneKey) string                             { return "subscription deleted" }
+func (s subs) Weight(delivery.NamespaceKey) int                              { return 1 }
 func (s subs) Closed(delivery.LaneKey) string                                { return "" }

@@ -42,13 +42,19 @@ func (x *entry) Complete(_ *delivery.Job, r delivery.Result) {
 	end := x.end(r, now, took)
 	a, step, since := &end.attempt, end.step, x.since(now)
 	l.land(x)
+	x.square(x.cost(took))
 	v := l.learn(x, &r, step, took, now)
+	down := x.visit.ended(l.key, &r, x.started, now)
 	l.count(now, r.Outcome, step.State, since)
 	l.mu.Unlock()
 
 	e.trace(x, a, step)
 	e.metrics.settled(a.Outcome, step.State, since)
+	e.metrics.keyBlocked(&x.Job, step)
 	e.metrics.learnt(v)
+	if down {
+		e.metrics.down.Inc()
+	}
 	if v.Noted {
 		l.note()
 	}
@@ -103,7 +109,7 @@ func (l *lane) proceed(now time.Time) {
 		l.kick(now)
 		return
 	}
-	l.run(inlineTurns)
+	l.run(inlineTurns, nobodys)
 }
 
 // disableFor closes the lane at once and has the subscription disabled.
@@ -144,6 +150,7 @@ func (e *Engine) expire(x *entry) {
 	l.countEnd(e.now(), step.State)
 	l.mu.Unlock()
 	e.metrics.ended(step.State)
+	e.metrics.keyBlocked(&x.Job, step)
 	e.journal.Settle(&x.Job, step, nil, x)
 }
 

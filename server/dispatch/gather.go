@@ -24,6 +24,8 @@ type parcel struct {
 	// all are who is in it, in the order of the request. One that has been taken out of it, because it is given up, bears it
 	// no more.
 	all []*entry
+	// bytes are the payloads and attributes.
+	bytes int64
 }
 
 // carries reports whether x is a request with a parcel.
@@ -45,9 +47,9 @@ func (l *lane) gathers(sub *subscription.Subscription, now time.Time) bool {
 	case l.behind(now) && !l.reading:
 		return false // memory holds no more of it
 	}
-	n, bytes := l.fresh.n, l.fresh.bytes
-	if lead.Kind == delivery.Timer || l.mayJoin(l.timers.head, sub) {
-		n, bytes = n+l.timers.n, bytes+l.timers.bytes
+	n, bytes := l.fresh.n+l.timers.n, l.fresh.bytes+l.timers.bytes
+	if !l.withRepeats(lead, sub) {
+		n, bytes = l.fresh.firsts+l.timers.firsts, l.fresh.bytes
 	}
 	if n >= most || bytes-int64(n)*(entryBytes+eventBytes) >= int64(sub.Batching.MaxBytes) {
 		return false
@@ -58,9 +60,9 @@ func (l *lane) gathers(sub *subscription.Subscription, now time.Time) bool {
 
 // gathersUntil is when the first one that waits has waited long enough, lead or one of the other kind.
 func (l *lane) gathersUntil(sub *subscription.Subscription, lead *entry) time.Time {
-	since := lead.started
-	for _, x := range []*entry{l.fresh.head, l.timers.head} {
-		if l.mayJoin(x, sub) && x.started.Before(since) {
+	since, repeats := lead.started, l.withRepeats(lead, sub)
+	for _, x := range []*entry{l.firstFree(&l.fresh, repeats), l.firstFree(&l.timers, repeats)} {
+		if x != nil && x.started.Before(since) {
 			since = x.started
 		}
 	}
@@ -85,10 +87,9 @@ func (l *lane) company(x *entry, sub *subscription.Subscription) int {
 	return delivery.Company(x.Parted, sub.Batching.MaxEvents)
 }
 
-// mayJoin reports whether an entry, which may be nil, may travel in the request of another as far as the budget for repeats
-// goes.
-func (l *lane) mayJoin(x *entry, sub *subscription.Subscription) bool {
-	return x != nil && (!x.repeats() || l.health.MayRetry(false, l.retrying, maxInFlight(sub)))
+// withRepeats reports whether repeats may travel with lead, as far as their budget goes.
+func (l *lane) withRepeats(lead *entry, sub *subscription.Subscription) bool {
+	return lead.repeats() || l.mayRepeat(true, sub)
 }
 
 // takeTogether is take for a lane with batching: what has expired, and one request.
@@ -101,16 +102,19 @@ func (l *lane) takeTogether(b *batch, g gate, now time.Time) {
 		if b.n == quantum {
 			return
 		}
-		l.pick(b, lead, true, g, now)
+		l.pick(b, lead, true, visit{}, g, now)
 	}
-	if lead == nil || b.n == quantum || l.gathers(g.sub, now) || !l.mayStart(g, now) {
+	if lead == nil || b.n == quantum || l.gathers(g.sub, now) {
+		return
+	}
+	v, ok := l.mayStart(g, now)
+	if !ok {
 		return
 	}
 	c := l.fill(g.sub, lead, now)
+	l.set(b, c, v, g, now)
 	b.entries[b.n] = c
 	b.n++
-	l.takeOff(c, now)
-	c.sub = g.sub
 }
 
 // fill makes up a request with lead and those behind it, first its own kind's, up to the first that does not fit.
@@ -124,11 +128,11 @@ func (l *lane) fill(sub *subscription.Subscription, lead *entry, now time.Time) 
 	if lead.Kind == delivery.Timer {
 		queues[0], queues[1] = queues[1], queues[0]
 	}
-	for i, q := range queues {
-		for x := l.firstFree(q); x != nil && len(c.parcel.all) < most; x = l.firstFree(q) {
+	repeats := l.withRepeats(lead, sub)
+	for _, q := range queues {
+		for x := l.firstFree(q, repeats); x != nil && len(c.parcel.all) < most; x = l.firstFree(q, repeats) {
 			n := len(c.parcel.all)
-			fits := l.company(x, sub) > n && (n == 0 || weight(x.Event) <= room) && !x.expired(now)
-			if !fits || i > 0 && !l.mayJoin(x, sub) {
+			if l.company(x, sub) <= n || n > 0 && weight(x.Event) > room || x.expired(now) {
 				break
 			}
 			most, room = min(most, l.company(x, sub)), room-weight(x.Event)
@@ -136,11 +140,11 @@ func (l *lane) fill(sub *subscription.Subscription, lead *entry, now time.Time) 
 			x.stage, x.parcel = window.Flying, c.parcel
 			l.keyInFlight(x, 1)
 			c.parcel.all = append(c.parcel.all, x)
-			c.size += int64(weight(x.Event))
+			c.parcel.bytes += int64(weight(x.Event))
 		}
 	}
 	l.e.metrics.together.Observe(float64(len(c.parcel.all)))
-	l.chargeBody(c.size)
+	l.chargeBody(c.parcel.bytes)
 	return c
 }
 
@@ -183,7 +187,7 @@ func (l *lane) unload(c *entry) {
 			l.keyInFlight(x, -1)
 		}
 	}
-	l.chargeBody(-c.size)
+	l.chargeBody(-c.parcel.bytes)
 }
 
 // chargeBody notes that a request's body, which is made of copies, is in memory or no more.
@@ -257,7 +261,9 @@ func (x *entry) completeAll(r delivery.Result) {
 	if len(ends) > 0 && len(r.Refused) == n {
 		lesson.Outcome = delivery.OutcomeRetryable
 	}
+	x.square(x.cost(took))
 	v := l.learn(x, &lesson, ends[0].step, took, now)
+	down := x.visit.ended(l.key, &lesson, x.started, now)
 	for i := range ends {
 		l.count(now, ends[i].attempt.Outcome, ends[i].step.State, ends[i].x.since(now))
 	}
@@ -267,8 +273,12 @@ func (x *entry) completeAll(r delivery.Result) {
 		end := &ends[i]
 		e.trace(end.x, &end.attempt, end.step)
 		e.metrics.settled(end.attempt.Outcome, end.step.State, end.x.since(now))
+		e.metrics.keyBlocked(&end.x.Job, end.step)
 	}
 	e.metrics.learnt(v)
+	if down {
+		e.metrics.down.Inc()
+	}
 	if v.Noted {
 		l.note()
 	}
