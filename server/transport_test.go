@@ -71,6 +71,7 @@ func TestTransports(t *testing.T) {
 			"cloudevents": cloudEventsHandshake, "challenge": slackChallenge,
 			"grpc": grpcReceivers, "grpc-tls": grpcOverTLS, "nats": natsStream,
 			"put": methodAndHeaders, "signers": severalSigners, "unsigned": unsignedWithBearer, "mistakes": mistakes,
+			"batches": batchesOnEveryStack, "partial": partialAnswers, "poison": poisonedBatch, "contradictions": batchContradictions,
 		} {
 			t.Run(name, func(t *testing.T) {
 				t.Parallel()

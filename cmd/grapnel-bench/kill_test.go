@@ -9,6 +9,10 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"google.golang.org/protobuf/types/known/durationpb"
+
+	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
 )
 
 var (
@@ -31,11 +35,12 @@ func seeded(t *testing.T) *rand.Rand {
 // TestKill kills the real server with SIGKILL again and again while events pour in, and holds two ledgers
 // against each other: what was acknowledged to the publisher, and what the receivers accepted. Nothing
 // acknowledged may be missing; whatever came twice must have come with the same webhook-id and bytes;
-// nothing may arrive that was never published; every signature must verify.
+// nothing may arrive that was never published; every signature must verify. One receiver takes batches, and some of what is
+// in them at its second coming only.
 func TestKill(t *testing.T) {
 	bin := buildGrapnel(t)
 	dir := filepath.Join(t.TempDir(), "data")
-	ledger := newReceiverLedger(t, "/a", "/b")
+	ledger := newReceiverLedger(t, "/a", "/b", batchPath)
 	rcv := httptest.NewServer(ledger)
 	t.Cleanup(rcv.Close)
 	ctx := t.Context()
@@ -46,6 +51,15 @@ func TestKill(t *testing.T) {
 	}
 	t.Cleanup(func() { p.kill() })
 	if err := p.prepare(ctx, namespace, rcv.URL+"/a", rcv.URL+"/b"); err != nil {
+		t.Fatal(err)
+	}
+	_, err = p.subscribeAs(ctx, namespace, "batched", 1, func(int) *grapnelv1.Subscription {
+		sub := signed(namespace, rcv.URL+batchPath, "bench.*")
+		sub.Batching = &grapnelv1.Batching{MaxEvents: 50, MaxWait: durationpb.New(20 * time.Millisecond)}
+		sub.RetryPolicy = &grapnelv1.RetryPolicy{InitialBackoff: durationpb.New(time.Second), Multiplier: 1, MaxAttempts: 100}
+		return sub
+	})
+	if err != nil {
 		t.Fatal(err)
 	}
 	published := newPublisherLedger(5000)
@@ -74,8 +88,11 @@ func TestKill(t *testing.T) {
 	if err := p.recorded(ctx, namespace); err != nil {
 		t.Error(err)
 	}
-	t.Logf("%d cycles, %d events acknowledged, %d lost, %d arrivals of %d deliveries, slowest restart %v",
-		*killCycles, published.sent(), lost, ledger.arrivals(), ledger.distinct(), restart)
+	t.Logf("%d cycles, %d events acknowledged, %d lost, %d requests, %d of them with several, for %d deliveries, slowest restart %v",
+		*killCycles, published.sent(), lost, ledger.arrivals(), ledger.together, ledger.distinct(), restart)
+	if ledger.together == 0 {
+		t.Error("no request has carried several deliveries")
+	}
 }
 
 // TestKillMeddling ends the server again and again, by kill -9 and as an operator does, while events pour in and

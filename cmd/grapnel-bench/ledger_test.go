@@ -152,6 +152,9 @@ type receiverLedger struct {
 	seen  map[string]arrival // by path and event ID
 	count int
 	wrong []string
+	// refused are events that a receiver of batches has named as failed once, together counts requests with several.
+	refused  map[string]bool
+	together int
 }
 
 type arrival struct {
@@ -169,7 +172,7 @@ func newReceiverLedger(t *testing.T, paths ...string) *receiverLedger {
 	return &receiverLedger{
 		paths:  paths,
 		verify: func(r *http.Request, body []byte) error { return v.Verify(r.Header, body) },
-		seen:   map[string]arrival{},
+		seen:   map[string]arrival{}, refused: map[string]bool{},
 	}
 }
 
@@ -178,30 +181,56 @@ func (l *receiverLedger) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if err != nil {
 		return // cut off by the kill; not an arrival
 	}
-	n := l.note(r, body)
+	n, failed := l.note(r, body)
 	if l.linger != nil {
 		pause := time.NewTimer(l.linger(n))
 		<-pause.C
 	}
-	w.WriteHeader(http.StatusNoContent)
+	webhook.AnswerBatch(w, failed)
 }
 
-// note enters a request, and returns how many there have been.
-func (l *receiverLedger) note(r *http.Request, body []byte) int {
+// batchPath is of receivers that take batches, and each tenth event at its second coming.
+const batchPath = "/batch"
+
+// arrivalsOf are what a request brings, by event ID.
+func arrivalsOf(r *http.Request, body []byte) (map[string]arrival, error) {
+	if r.URL.Path != batchPath {
+		return map[string]arrival{r.Header.Get("Ce-Id"): {r.Header.Get("Webhook-Id"), sha256.Sum256(body)}}, nil
+	}
+	events, err := webhook.ReadBatch(r.Header.Get("Content-Type"), body)
+	got := map[string]arrival{}
+	for _, e := range events {
+		got[e.Attributes["id"]] = arrival{e.ID, sha256.Sum256(e.Body)}
+	}
+	return got, err
+}
+
+// note enters a request, and returns how many there have been, and what of it is not taken.
+func (l *receiverLedger) note(r *http.Request, body []byte) (n int, failed []webhook.Failed) {
 	bad := l.verify(r, body)
-	key := r.URL.Path + " " + r.Header.Get("Ce-Id")
-	got := arrival{r.Header.Get("Webhook-Id"), sha256.Sum256(body)}
+	all, err := arrivalsOf(r, body)
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.count++
-	if bad != nil {
-		l.wrong = append(l.wrong, fmt.Sprintf("%s: bad signature: %v", key, bad))
+	if bad != nil || err != nil {
+		l.wrong = append(l.wrong, fmt.Sprintf("%s %s: bad signature: %v, or bad batch: %v", r.URL.Path, r.Header.Get("Webhook-Id"), bad, err))
 	}
-	if before, ok := l.seen[key]; ok && before != got {
-		l.wrong = append(l.wrong, fmt.Sprintf("%s: came again as %s, before as %s", key, got.webhookID, before.webhookID))
+	if len(all) > 1 {
+		l.together++
 	}
-	l.seen[key] = got
-	return l.count
+	for id, got := range all {
+		key := r.URL.Path + " " + id
+		if r.URL.Path == batchPath && strings.HasSuffix(id, "7") && !l.refused[id] {
+			l.refused[id] = true
+			failed = append(failed, webhook.Failed{ID: got.webhookID, Reason: "not yet"})
+			continue
+		}
+		if before, ok := l.seen[key]; ok && before != got {
+			l.wrong = append(l.wrong, fmt.Sprintf("%s: came again as %s, before as %s", key, got.webhookID, before.webhookID))
+		}
+		l.seen[key] = got
+	}
+	return l.count, failed
 }
 
 // distinct counts the deliveries that have arrived, each once.

@@ -66,6 +66,12 @@ func attemptColumns() []column[*grapnelv1.Attempt] {
 		{head: "PEER", value: attempt.GetPeer},
 		{head: "ERROR", value: attempt.GetError},
 		{head: "RETRY AFTER", detail: true, value: func(a attempt) string { return durationText(a.GetRetryAfter()) }},
+		{head: "BATCH", detail: true, value: func(a attempt) string {
+			if a.GetBatchSize() == 0 {
+				return ""
+			}
+			return fmt.Sprintf("%s of %d", a.GetBatchId(), a.GetBatchSize())
+		}},
 		{head: "NODE", detail: true, value: attempt.GetNode},
 		{head: "REQUEST", detail: true, value: func(a attempt) string { return pairsText(a.GetRequestHeaders()) }},
 		{head: "RESPONSE", detail: true, value: func(a attempt) string { return pairsText(a.GetResponseHeaders()) }},

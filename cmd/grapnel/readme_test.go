@@ -82,6 +82,42 @@ await ' SUCCEEDED ' grapnel delivery list -n acme --filter 'trigger = DEAD_LETTE
 	testscript.Run(t, params)
 }
 
+// TestBatchingPage runs the commands of docs/batching.md as they are printed, but for their receiver.
+func TestBatchingPage(t *testing.T) {
+	page, err := os.ReadFile("../../docs/batching.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var commands []string
+	for _, section := range guideSections(string(page)) {
+		commands = append(commands, section.commands...)
+	}
+	if len(commands) < 10 {
+		t.Fatalf("the page has %d commands: %v", len(commands), commands)
+	}
+	text := strings.ReplaceAll(strings.Join(commands, "\n"), "http://127.0.0.1:9001", "$RECEIVER/204")
+	file := filepath.Join(t.TempDir(), "batching.txtar")
+	script := `receiver
+serve
+exec sh -eux page.sh
+stdout 'bat_[0-9a-v]+ of [12]'
+stdout '^Batching: +json-array of up to 50 events or 262144 bytes, after 1s$'
+exec grapnel subscription get orders -n acme
+! stdout '^Batching: +[a-z]'
+! exec grapnel subscription update orders -n acme --batch-format yaml
+stderr 'must be json-array, ndjson or cloudevents'
+! exec grapnel subscription update orders -n acme --batching=false --batch-events 10
+stderr 'batch-events'
+-- page.sh --
+` + text + "\n"
+	if err := os.WriteFile(file, []byte(script), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	params := scripts("")
+	params.Files = []string{file}
+	testscript.Run(t, params)
+}
+
 // TestPagesWhereLocalhostIsV6 runs the pages' commands on a host whose name localhost is ::1 before it is 127.0.0.1: in
 // namespaces of its own, with a hosts file that says so. Commands reach their server as localhost.
 func TestPagesWhereLocalhostIsV6(t *testing.T) {

@@ -38,6 +38,7 @@ func subscriptionColumns() []column[*grapnelv1.Subscription] {
 		{head: "HEADERS", detail: true, value: func(s sub) string { return pairsText(s.GetHeaders()) }},
 		{head: "LABELS", detail: true, value: func(s sub) string { return pairsText(s.GetLabels()) }},
 		{head: "PAYLOAD", detail: true, value: func(s sub) string { return shapeText(s.GetPayloadShape()) }},
+		{head: "BATCHING", detail: true, value: func(s sub) string { return batchingText(s.GetBatching()) }},
 		{head: "SIGNERS", detail: true, value: func(s sub) string { return bindingsText(s.GetSigners()) }},
 		{head: "TRANSPORT", detail: true, value: func(s sub) string { return bindingText(s.GetTransport()) }},
 		{head: "ATTEMPT TIMEOUT", detail: true, value: func(s sub) string { return durationText(s.GetAttemptTimeout()) }},
@@ -76,6 +77,15 @@ func shapeText(p *grapnelv1.PayloadShape) string {
 		words = append(words, "gzip")
 	}
 	return strings.Join(words, ", ")
+}
+
+// batchingText is how deliveries share requests; empty where they do not.
+func batchingText(b *grapnelv1.Batching) string {
+	if b == nil {
+		return ""
+	}
+	return fmt.Sprintf("%s of up to %d events or %d bytes, after %s", strings.ToLower(strings.ReplaceAll(strings.TrimPrefix(b.GetFormat().String(), "FORMAT_"), "_", "-")),
+		b.GetMaxEvents(), b.GetMaxBytes(), cmp.Or(durationText(b.GetMaxWait()), "0s"))
 }
 
 func bindingsText(all []*grapnelv1.PluginBinding) string {

@@ -36,6 +36,10 @@ type subscriptionFlags struct {
 	maxAttempts, maxInFlight             int32
 	ignoreGone, ordered                  bool
 	onExhausted                          string
+	batching                             bool
+	batchEvents, batchBytes              int32
+	batchWait                            time.Duration
+	batchFormat                          string
 }
 
 func (f *subscriptionFlags) register(cmd *cobra.Command, c *cli) {
@@ -54,6 +58,11 @@ func (f *subscriptionFlags) register(cmd *cobra.Command, c *cli) {
 	flags.StringVar(&f.payload, "payload", "", "`form` of the body: raw, the default, standard-webhooks or cloudevents")
 	flags.BoolVar(&f.gzip, "gzip", false, "compress the body; signatures cover the compressed bytes")
 	flags.StringVar(&f.contentType, "content-type", "", "media `type` to send instead of the event's; with --payload raw only")
+	flags.BoolVar(&f.batching, "batching", false, "several deliveries in one request, with the defaults of the flags that follow")
+	countVar(flags, &f.batchEvents, "batch-events", 0, 0, 0, "most deliveries in one request; default 100")
+	countVar(flags, &f.batchBytes, "batch-bytes", 0, 0, 0, "most bytes of payloads and attributes in one request; default 262144")
+	spanVar(flags, &f.batchWait, "batch-wait", 0, 0, 0, "longest time that a delivery waits for others; default 1s")
+	flags.StringVar(&f.batchFormat, "batch-format", "", "`form` of the body: json-array, the default, ndjson or cloudevents")
 	flags.StringVar(&f.transport, "transport", "", "plugin that sends; default by the scheme of --uri")
 	flags.StringVar(&f.transportConfig, "transport-config", "", "its settings: JSON or `@file`")
 	flags.StringArrayVar(&f.transportSecrets, "transport-secret", nil, "secret for the transport as `slot=ID`")
@@ -72,6 +81,7 @@ func (f *subscriptionFlags) register(cmd *cobra.Command, c *cli) {
 	spanVar(flags, &f.disableAfter, "disable-after", 0, 0, 0, "disable after failing for this long; 0s never, default 120h")
 	flags.BoolVar(&f.ignoreGone, "ignore-gone", false, "keep it enabled when the target answers 410 Gone")
 	must(cmd.RegisterFlagCompletionFunc("payload", fixed("raw", "standard-webhooks", "cloudevents")))
+	must(cmd.RegisterFlagCompletionFunc("batch-format", fixed(batchFormats()...)))
 	must(cmd.RegisterFlagCompletionFunc("on-exhausted", fixed("skip", "block")))
 	must(cmd.RegisterFlagCompletionFunc("transport", completePlugins(c)))
 	must(cmd.MarkFlagFilename("file", "yaml", "yml", "json"))
@@ -89,6 +99,11 @@ func (f *subscriptionFlags) apply(cmd *cobra.Command, c *cli, parent string, s *
 	if err := excludes(cmd, "schedule", "a schedule is the delays themselves", "initial-backoff", "max-backoff", "backoff-multiplier"); err != nil {
 		return nil, err
 	}
+	if cmd.Flags().Changed("batching") && !f.batching {
+		if err := excludes(cmd, "batching", "false leaves nothing to set", "batch-events", "batch-bytes", "batch-wait", "batch-format"); err != nil {
+			return nil, err
+		}
+	}
 	var paths []string
 	if f.file != "" {
 		if err := c.readMessage(f.file, s); err != nil {
@@ -96,7 +111,7 @@ func (f *subscriptionFlags) apply(cmd *cobra.Command, c *cli, parent string, s *
 		}
 		paths = []string{"*"}
 	}
-	for _, field := range slices.Concat(f.plain(s), f.shape(s), f.transportFields(c, parent, s), f.retry(cmd, s)) {
+	for _, field := range slices.Concat(f.plain(s), f.shape(s), f.together(s), f.transportFields(c, parent, s), f.retry(cmd, s)) {
 		if !cmd.Flags().Changed(field.flag) {
 			continue
 		}
@@ -223,6 +238,46 @@ func (f *subscriptionFlags) shape(s *grapnelv1.Subscription) []field {
 		}},
 		{"content-type", in + "content_type", func() error { shape().ContentType = f.contentType; return nil }},
 	}
+}
+
+// together: deliveries that share a request.
+func (f *subscriptionFlags) together(s *grapnelv1.Subscription) []field {
+	batching := func() *grapnelv1.Batching {
+		if s.Batching == nil {
+			s.Batching = &grapnelv1.Batching{}
+		}
+		return s.Batching
+	}
+	const in = "batching."
+	return []field{
+		{"batching", "batching", func() error {
+			if s.Batching = nil; f.batching {
+				batching()
+			}
+			return nil
+		}},
+		{"batch-events", in + "max_events", func() error { batching().MaxEvents = f.batchEvents; return nil }},
+		{"batch-bytes", in + "max_bytes", func() error { batching().MaxBytes = f.batchBytes; return nil }},
+		{"batch-wait", in + "max_wait", func() error { batching().MaxWait = durationpb.New(f.batchWait); return nil }},
+		{"batch-format", in + "format", func() (err error) { batching().Format, err = batchFormat(f.batchFormat); return err }},
+	}
+}
+
+func batchFormats() []string { return []string{"json-array", "ndjson", "cloudevents"} }
+
+// batchFormat reads --batch-format; empty is the default.
+func batchFormat(text string) (grapnelv1.Batching_Format, error) {
+	switch text {
+	case "":
+		return grapnelv1.Batching_FORMAT_UNSPECIFIED, nil
+	case "json-array":
+		return grapnelv1.Batching_FORMAT_JSON_ARRAY, nil
+	case "ndjson":
+		return grapnelv1.Batching_FORMAT_NDJSON, nil
+	case "cloudevents":
+		return grapnelv1.Batching_FORMAT_CLOUDEVENTS, nil
+	}
+	return 0, usagef("--batch-format %s: must be json-array, ndjson or cloudevents%s", text, didYouMean(text, batchFormats()))
 }
 
 // payloadFormat reads --payload; empty is the default.

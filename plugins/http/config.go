@@ -103,7 +103,7 @@ func kind(p *pools) plugin.Kind {
 		// it (jwt, sigv4) are welcome everywhere else. Where both want it, the attempt is refused.
 		plugin.Emits("user-agent", "traceparent", "accept-encoding", originHeader),
 		plugin.Example(map[string]any{"method": "PUT", "header_timeout": "10s", "http2": false}),
-		plugin.OwnershipCheck(),
+		plugin.OwnershipCheck(), plugin.Batches(),
 		plugin.Check(check))
 	return plugin.Transport("http", build, options...)
 }

@@ -92,7 +92,7 @@ func (i *instance) send(ctx context.Context, t *target, r *plugin.Request, token
 	if s.fields, err = i.fields(s.fields[:0], r, token); err != nil {
 		return nil, refused(err)
 	}
-	wants := answer.Wants{Body: r.MaxResponseBody, Whole: i.allHeaders}
+	wants := answer.Wants{Body: r.MaxResponseBody, Whole: i.allHeaders || r.Batch}
 	var got *answer.Answer
 	for range maxSwitches {
 		if i.origin.h2 == nil || i.origin.http1.Load() {
@@ -116,7 +116,7 @@ func (i *instance) send(ctx context.Context, t *target, r *plugin.Request, token
 	if err != nil {
 		return nil, i.origin.failure(ctx, err)
 	}
-	return response(got, i.allHeaders), nil
+	return response(got, i.allHeaders, r.Batch), nil
 }
 
 // scratch is what an attempt writes into and gives back.
@@ -125,12 +125,18 @@ type scratch struct {
 	head   []byte
 }
 
-// response makes a Response of an answer; only retry-after matters when all went well, unless all is set.
-func response(a *answer.Answer, all bool) *plugin.Response {
+// response makes a Response of an answer; only retry-after matters when all went well, and of a batch what was not taken,
+// unless all is set.
+func response(a *answer.Answer, all, batch bool) *plugin.Response {
 	out := &plugin.Response{Status: a.Status, Body: a.Body, Truncated: a.Truncated, Peer: a.Peer, Note: a.Note}
 	if a.Status/100 == 2 && !all {
 		if after := a.Header["Retry-After"]; len(after) > 0 && len(after[0]) <= maxRetryAfter {
 			out.Headers = []plugin.Header{{Name: "retry-after", Value: after[0]}}
+		}
+		if batch {
+			for _, ids := range a.Header["Webhook-Failed-Ids"] {
+				out.Headers = append(out.Headers, plugin.Header{Name: "webhook-failed-ids", Value: ids})
+			}
 		}
 		return out
 	}

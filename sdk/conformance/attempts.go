@@ -1,6 +1,7 @@
 package conformance
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -260,11 +261,11 @@ func (a *attempts) callOne(p *pending, at *pluginv1.Attempt, c *pluginv1.Content
 	single := &pluginv1.Attempt{
 		Seq: at.GetSeq(), InstanceRef: at.GetInstanceRef(), AttemptNumber: at.GetAttemptNumber(), TimeoutMs: at.GetTimeoutMs(),
 		CreatedUnixNano: at.GetCreatedUnixNano(), Traceparent: at.GetTraceparent(), SignHere: at.GetSignHere(),
-		Headers: at.GetHeaders(), Uri: at.GetUri(), Nonce: at.GetNonce(),
+		Headers: at.GetHeaders(), Uri: at.GetUri(), Nonce: at.GetNonce(), MaxResponseBody: at.GetMaxResponseBody(),
 	}
 	ctx, cancel := context.WithTimeout(a.ctx, p.limit)
 	defer cancel()
-	resp, err := a.client.AttemptOne(ctx, &pluginv1.AttemptOneRequest{Attempt: single, Content: c, MaxResponseBody: maxResponse})
+	resp, err := a.client.AttemptOne(ctx, &pluginv1.AttemptOneRequest{Attempt: single, Content: c, MaxResponseBody: cmp.Or(at.GetMaxResponseBody(), maxResponse)})
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if err != nil {

@@ -44,7 +44,7 @@ func faults() [][]fault {
 		}, {
 			{"retries", "TR-13"}, {"late-timeout", "TR-14"}, {"late-body", "TR-15"}, {"garbage-own-fault", "TR-16"},
 			{"unbounded-header", "TR-17"}, {"no-egress", "TR-18"}, {"no-verify", "TR-19"}, {"no-keep-alive", "TR-20"},
-			{"signs-otherwise-here", "TR-21"}, {"dns-own-fault", "TR-22"}, {"mem-fails", "TR-23"},
+			{"signs-otherwise-here", "TR-21"}, {"dns-own-fault", "TR-22"}, {"mem-fails", "TR-23"}, {"short-answer", "TR-24"},
 		}, {
 			{"answers-twice", "FL-02"}, {"small-window", "FL-03"}, {"few-workers", "FL-04"}, {"cancel-strict", "FL-05"},
 			{"ignores-cancel", "FL-06"}, {"drain-forgets", "FL-07"}, {"drain-waits", "FL-08"}, {"content-crash", "FL-09"},

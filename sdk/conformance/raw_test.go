@@ -132,7 +132,7 @@ func (r *raw) Describe(context.Context, *pluginv1.DescribeRequest) (*pluginv1.De
 			{Id: "raw-sign", ConfigSchema: rawSchema, ConfigExample: rawExample, SecretSlots: []*pluginv1.SecretSlot{slot},
 				Traits: &pluginv1.Kind_Signer{Signer: &pluginv1.SignerTraits{EmitsHeaders: []string{"x-raw-signature"}, Deterministic: true}}},
 			{Id: "raw-http", ConfigSchema: rawSchema, ConfigExample: rawExample,
-				Traits: &pluginv1.Kind_Transport{Transport: &pluginv1.TransportTraits{UriSchemes: []string{"http", "https"}, MayAddHeaders: []string{"user-agent"}}}},
+				Traits: &pluginv1.Kind_Transport{Transport: &pluginv1.TransportTraits{UriSchemes: []string{"http", "https"}, MayAddHeaders: []string{"user-agent"}, Batches: true}}},
 			{Id: "raw-mem", Traits: &pluginv1.Kind_Transport{Transport: &pluginv1.TransportTraits{UriSchemes: []string{"raw-mem"}}}},
 		},
 	}

@@ -120,6 +120,9 @@ func (r *raw) allowed(addr netip.Addr) bool {
 
 // attempt is one attempt of either transport.
 func (r *raw) attempt(ctx context.Context, at *pluginv1.Attempt, c *pluginv1.Content, maxBody int) *pluginv1.AttemptResult {
+	if most := int(at.GetMaxResponseBody()); most > 0 && !r.is("short-answer") {
+		maxBody = most
+	}
 	in := r.get(at.GetInstanceRef())
 	if in == nil || in.pb.GetKind() == "raw-sign" {
 		if r.is("unknown-ref-sent") {

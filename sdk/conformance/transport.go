@@ -72,6 +72,8 @@ func transportCases() []Case {
 			Protects: "a typing error in a URI is shown as what it is"},
 		{ID: "TR-23", Group: g, Title: "delivers to the fixture's URI", run: deliversToFixture,
 			Protects: "transports for which the suite has no receiver of its own"},
+		{ID: "TR-24", Group: g, Title: "with the trait batches, a whole answer of 2xx comes back, and who it names", run: wholeAnswer,
+			Protects: "events of a batch that the receiver has not taken are lost if nobody hears of them"},
 	}
 }
 
@@ -386,6 +388,53 @@ func truncationHonest(t *trial) error {
 				return fmt.Errorf("what came back of a body of %d bytes is not its start", n)
 			case resp.GetBodyTruncated() != (len(resp.GetBody()) < n):
 				return fmt.Errorf("%d bytes came back of %d, and body_truncated is %v", len(resp.GetBody()), n, resp.GetBodyTruncated())
+			}
+		}
+		return nil
+	})
+}
+
+func wholeAnswer(t *trial) error {
+	batches := func(u *subject) bool { return answers(u) && u.kind.GetTransport().GetBatches() }
+	if !slices.ContainsFunc(t.s.subjects, batches) {
+		return skipf("it offers no transport for http with the trait batches")
+	}
+	const most = 64 << 10
+	sizes := []int{40_000, most + 1000}
+	body := func(n int) string { return strings.Repeat("0123456789abcdef", n/16+1)[:n] }
+	return t.eachReceiving(batches, func(x *exchange) {
+		text := body(sizes[(x.n-1)%len(sizes)])
+		_, _ = fmt.Fprintf(x, "HTTP/1.1 200 OK\r\nContent-Length: %d\r\nWebhook-Failed-Ids: evt_a, evt_b\r\nWebhook-Failed-Ids: evt_c\r\n\r\n%s", len(text), text[:100])
+		select {
+		case <-time.After(1500 * time.Millisecond):
+		case <-x.stop:
+		}
+		_, _ = io.WriteString(x, text[100:])
+	}, func(c *carrier) error {
+		for _, n := range sizes {
+			a := newAttempt(c.ref, attemptTimeout)
+			a.MaxResponseBody = most
+			res, err := c.a.one(newContent("bat_conformance", []byte(`[{}]`)), a)
+			if err != nil {
+				return err
+			}
+			resp := res.GetResponse()
+			if resp == nil {
+				return fmt.Errorf("the receiver answered, and the outcome is a failure: %s", failureText(res.GetFailure()))
+			}
+			want := body(n)[:min(n, most)]
+			var named []string
+			for _, h := range resp.GetHeaders() {
+				if h.GetName() == "webhook-failed-ids" {
+					named = append(named, h.GetValue())
+				}
+			}
+			switch {
+			case string(resp.GetBody()) != want || resp.GetBodyTruncated() != (n > most):
+				return fmt.Errorf("of a body of %d bytes that ends 1.5 s after it began, %d came back, and body_truncated is %v; max_response_body of the attempt is %d",
+					n, len(resp.GetBody()), resp.GetBodyTruncated(), most)
+			case strings.Join(named, ", ") != "evt_a, evt_b, evt_c":
+				return fmt.Errorf("of two headers webhook-failed-ids in an answer of 200, %q came back", named)
 			}
 		}
 		return nil

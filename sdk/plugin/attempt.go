@@ -1,6 +1,7 @@
 package plugin
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -21,7 +22,7 @@ type task struct {
 	attempt
 	content  content
 	received time.Time
-	// maxBody is Hello.max_response_body.
+	// maxBody is Hello.max_response_body, or the attempt's own.
 	maxBody int
 	// ctx is used on the stream only.
 	ctx attemptContext
@@ -79,7 +80,7 @@ func (s *server) run(ctx context.Context, t *task, sc *scratch) (out result) {
 		f, peer := failureOf(ctx, err, inst.secrets)
 		return result{failure: f, peer: peer, sent: r.added()}
 	}
-	out = result{response: resp, peer: resp.Peer, full: t.ownership}
+	out = result{response: resp, peer: resp.Peer, full: t.ownership, batch: r.Batch}
 	if len(resp.Body) > t.maxBody {
 		resp.Body, resp.Truncated = resp.Body[:t.maxBody], true
 	}
@@ -107,6 +108,7 @@ func (sc *scratch) prepare(t *task, inst *instance) *Request {
 		Method: inst.target.Method, URL: inst.target.URL, Body: t.content.body,
 		AttemptNumber: int(t.number), Traceparent: t.traceparent, MaxResponseBody: t.maxBody,
 		Headers: append(sc.headers[:0], t.content.headers...), OwnershipCheck: t.ownership,
+		Batch: t.maxAnswer > 0,
 	}
 	if t.uri != "" {
 		r.URL = t.uri
@@ -209,11 +211,12 @@ func (s *server) AttemptOne(ctx context.Context, req *pluginv1.AttemptOneRequest
 			timeout: time.Duration(a.GetTimeoutMs()) * time.Millisecond, created: a.GetCreatedUnixNano(),
 			traceparent: a.GetTraceparent(), signHere: a.GetSignHere(), headers: headersOf(a.GetHeaders()),
 			uri: a.GetUri(), nonce: a.GetNonce(), ownership: a.GetOwnershipCheck(),
+			maxAnswer: a.GetMaxResponseBody(),
 		},
 		content: content{
 			messageID: c.GetMessageId(), body: c.GetBody(), headers: headersOf(c.GetHeaders()), eventType: c.GetEventType(),
 		},
-		received: time.Now(), maxBody: int(req.GetMaxResponseBody()),
+		received: time.Now(), maxBody: int(cmp.Or(a.GetMaxResponseBody(), req.GetMaxResponseBody())),
 	}
 	s.inFlight.Add(1)
 	defer s.inFlight.Add(-1)

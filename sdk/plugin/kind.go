@@ -52,6 +52,7 @@ type kindOptions struct {
 	// random signers sign the same request differently each time.
 	random    bool
 	ownership bool
+	batches   bool
 }
 
 // Option adds to a Kind.
@@ -97,6 +98,9 @@ func Nondeterministic() Option { return func(o *kindOptions) { o.random = true }
 
 // OwnershipCheck says that a transport knows what to do with a Request whose OwnershipCheck is set.
 func OwnershipCheck() Option { return func(o *kindOptions) { o.ownership = true } }
+
+// Batches says that a transport carries a body with several events like any other, and knows what Request.Batch asks for.
+func Batches() Option { return func(o *kindOptions) { o.batches = true } }
 
 // Signer offers a signer. C is the config struct, whose tags the package comment lists; build is called once per
 // instance and generation, also to validate a config, so it does no I/O: connections are made by the first
@@ -263,7 +267,7 @@ func (k *Kind) describe() (*pluginv1.Kind, error) {
 	}
 	out.Traits = &pluginv1.Kind_Transport{Transport: &pluginv1.TransportTraits{
 		UriSchemes: k.options.schemes, MayAddHeaders: k.options.emits, MaxBodyBytes: uint32(k.options.maxBody),
-		OwnershipCheck: k.options.ownership,
+		OwnershipCheck: k.options.ownership, Batches: k.options.batches,
 	}}
 	return out, nil
 }

@@ -74,7 +74,7 @@ type Header struct {
 type Request struct {
 	// MessageID is the webhook-id: the same on every attempt at every subscription.
 	MessageID string
-	// EventType is the type of the event, as published.
+	// EventType is the type of the event, as published; of a batch, what all its events have in common, or empty.
 	EventType string
 	// Created is the host's time of this attempt; signers use it instead of a clock.
 	Created time.Time
@@ -92,6 +92,10 @@ type Request struct {
 	Traceparent string
 	// MaxResponseBody is how much of a response's body the host keeps.
 	MaxResponseBody int
+	// Batch says that Body holds several events. The answer may name those that were not taken, in its body or in headers
+	// webhook-failed-ids: both matter whatever the status, and are worth waiting for. Set only for kinds with the option
+	// Batches.
+	Batch bool
 	// OwnershipCheck asks a transport to find out whether the receiver wants to be delivered to, in the way
 	// its config says, instead of delivering; body and event headers are empty. A 2xx Response says yes, or
 	// that the config asks for no check. Set only for kinds with the option OwnershipCheck.
@@ -160,7 +164,7 @@ func lower(s string) string {
 // Response is the receiver's answer. Transports other than HTTP map theirs onto HTTP's status codes.
 type Response struct {
 	Status int
-	// Headers matter only when the status is not 2xx; retry-after always.
+	// Headers matter only when the status is not 2xx; retry-after always, and webhook-failed-ids where Request.Batch is set.
 	Headers []Header
 	// Body is the start of the body, Request.MaxResponseBody bytes at most.
 	Body []byte

@@ -146,6 +146,9 @@ func (a *attemptStream) accept(f *requestFrame) error {
 		t := &tasks[i]
 		t.attempt, t.received, t.maxBody = f.attempts[i], now, a.maxBody
 		t.content = f.contents[t.attempt.content]
+		if t.maxAnswer > 0 {
+			t.maxBody = int(t.maxAnswer)
+		}
 		if t.timeout > 0 {
 			t.ctx.deadline = now.Add(t.timeout)
 		}

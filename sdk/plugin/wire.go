@@ -41,6 +41,8 @@ type attempt struct {
 	uri         string
 	nonce       []byte
 	ownership   bool
+	// maxAnswer is Attempt.max_response_body.
+	maxAnswer uint32
 }
 
 // Field numbers of the messages, as in plugin.proto.
@@ -143,6 +145,8 @@ func parseAttempt(b []byte) (attempt, error) {
 			a.nonce = v[:len(v):len(v)]
 		case 12:
 			a.ownership = x != 0
+		case 13:
+			a.maxAnswer = uint32(x)
 		}
 		return nil
 	})
@@ -194,8 +198,8 @@ type result struct {
 	response *Response // nil when failed
 	failure  failure
 	sent     []Header
-	// full keeps the response's headers whatever its status.
-	full bool
+	// full keeps the response's headers whatever its status, batch those that name what was not taken.
+	full, batch bool
 }
 
 type failure struct {
@@ -234,7 +238,7 @@ func (r *result) append(b []byte) []byte {
 	var at int
 	if r.response != nil {
 		b, at = wire.Open(b, 2)
-		b = r.response.append(b, r.full)
+		b = r.response.append(b, r.full, r.batch)
 	} else {
 		b, at = wire.Open(b, 3)
 		b = wire.AppendUint(b, 1, uint64(r.failure.source))
@@ -248,13 +252,13 @@ func (r *result) append(b []byte) []byte {
 	return appendHeaders(b, 6, r.sent)
 }
 
-func (r *Response) append(b []byte, full bool) []byte {
+func (r *Response) append(b []byte, full, batch bool) []byte {
 	b = wire.AppendUint(b, 1, uint64(uint32(r.Status)))
 	if full || r.Status < 200 || r.Status > 299 {
 		b = appendHeaders(b, 2, r.Headers)
 	} else {
 		for _, h := range r.Headers {
-			if equalFold(h.Name, "retry-after") {
+			if equalFold(h.Name, "retry-after") || batch && equalFold(h.Name, "webhook-failed-ids") {
 				b = appendHeaders(b, 2, []Header{h})
 			}
 		}

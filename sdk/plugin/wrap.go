@@ -14,8 +14,8 @@ import (
 // Wrap offers a transport that does its work by another one, base, such as the first-party http with its mTLS, OAuth
 // and proxies: for receivers that ask to be challenged in a way of their own, for instance, or answer in a form of
 // their own. Its settings and secret slots are base's and those of C, which must not have the same names; the rest
-// of what it declares is base's where opts say nothing, but for URI schemes, which are never taken over: offer, for
-// example, acme+https, and base sees https. A subscription that names the wrapper as its transport needs no such scheme.
+// of what it declares is base's where opts say nothing, but for Batches, which it must be ready for itself, and URI schemes, which
+// are never taken over: offer, for example, acme+https, and base sees https. A subscription that names the wrapper as its transport needs no such scheme.
 //
 // build is called as by Transport, and send makes an attempt as base does, with the request it is given: the one of the
 // attempt, changed or not, or another with more in Request.MaxResponseBody. What it returns may be changed. A request

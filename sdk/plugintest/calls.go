@@ -54,6 +54,9 @@ func (c *Configured) Attempt(ctx context.Context, req plugin.Request, signers ..
 		InstanceRef: c.ref, AttemptNumber: uint32(cmp.Or(req.AttemptNumber, 1)), TimeoutMs: uint32(timeout.Milliseconds()),
 		CreatedUnixNano: created.UnixNano(), Traceparent: req.Traceparent, Nonce: nonceOf(&req), Uri: req.URL, OwnershipCheck: req.OwnershipCheck,
 	}
+	if req.Batch {
+		a.MaxResponseBody = uint32(cmp.Or(req.MaxResponseBody, MaxResponseBody))
+	}
 	for _, s := range signers {
 		a.SignHere = append(a.SignHere, s.ref)
 	}

@@ -21,6 +21,11 @@ func (e *Event) addEnvelope(body []byte) error {
 	if err := json.Unmarshal(body, &members); err != nil || members == nil {
 		return fmt.Errorf("%w: no CloudEvent in JSON", errBody)
 	}
+	return e.addMembers(members)
+}
+
+// addMembers takes attributes that are members of a JSON object.
+func (e *Event) addMembers(members map[string]json.RawMessage) error {
 	size := 0
 	for name, raw := range members {
 		if name == "data" || name == "data_base64" || string(raw) == "null" { // null stands for absent

@@ -104,6 +104,11 @@ type handler struct {
 }
 
 func (h *handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	h.serve(w, r, func(e Event) { answer(w, h.once(r.Context(), e)) })
+}
+
+// serve hands on a request that is verified.
+func (h *handler) serve(w http.ResponseWriter, r *http.Request, verified func(Event)) {
 	switch r.Method {
 	case http.MethodPost, http.MethodPut, http.MethodPatch:
 	default:
@@ -113,11 +118,15 @@ func (h *handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	e, status, err := h.read(w, r)
 	if err != nil {
-		h.logger.DebugContext(r.Context(), "refuse webhook", "status", status, "err", err)
-		answer(w, status)
+		h.refuse(w, r, status, err)
 		return
 	}
-	answer(w, h.once(r.Context(), e))
+	verified(e)
+}
+
+func (h *handler) refuse(w http.ResponseWriter, r *http.Request, status int, err error) {
+	h.logger.DebugContext(r.Context(), "refuse webhook", "status", status, "err", err)
+	answer(w, status)
 }
 
 // read returns the verified event of a request, or the status to refuse it with and why.

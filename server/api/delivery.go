@@ -429,6 +429,8 @@ func (s *Server) attemptProto(a *delivery.Attempt, bodies bool) *grapnelv1.Attem
 		Peer:         a.Peer,
 		Node:         nodeName(s.NodeName),
 		Manual:       a.Manual,
+		BatchId:      a.Batch,
+		BatchSize:    clampInt32(int64(a.BatchSize)),
 	}
 	if a.RetryAfter > 0 {
 		m.RetryAfter = durationpb.New(a.RetryAfter)

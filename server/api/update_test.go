@@ -56,6 +56,32 @@ func TestUpdateKeepsWhatIsNotMentioned(t *testing.T) {
 		}
 	}
 
+	// Batching is turned on by one of its fields, changed by another, and turned off by its name.
+	stored := w.subscribe(t, "acme", "batched", nil)
+	for _, c := range []struct {
+		sent  *grapnelv1.Batching
+		paths []string
+		want  *grapnelv1.Batching
+	}{
+		{&grapnelv1.Batching{MaxEvents: 7}, []string{"batching.max_events"}, &grapnelv1.Batching{MaxEvents: 7, MaxBytes: 262144, MaxWait: durationpb.New(time.Second), Format: grapnelv1.Batching_FORMAT_JSON_ARRAY}},
+		{&grapnelv1.Batching{MaxWait: durationpb.New(0)}, nil, &grapnelv1.Batching{MaxEvents: 7, MaxBytes: 262144, MaxWait: durationpb.New(0), Format: grapnelv1.Batching_FORMAT_JSON_ARRAY}},
+		{nil, []string{"batching"}, nil},
+		{&grapnelv1.Batching{}, []string{"batching"}, &grapnelv1.Batching{MaxEvents: 100, MaxBytes: 262144, MaxWait: durationpb.New(time.Second), Format: grapnelv1.Batching_FORMAT_JSON_ARRAY}},
+	} {
+		req := &grapnelv1.UpdateSubscriptionRequest{Subscription: &sub{Name: stored.GetName(), Batching: c.sent}}
+		if c.paths != nil {
+			req.UpdateMask = &fieldmaskpb.FieldMask{Paths: c.paths}
+		}
+		got, err := w.subscriptions.UpdateSubscription(t.Context(), req)
+		if err != nil {
+			t.Errorf("batching %v, %v: %v", c.sent, c.paths, err)
+			continue
+		}
+		if diff := cmp.Diff(c.want, got.GetSubscription().GetBatching(), protocmp.Transform()); diff != "" {
+			t.Errorf("batching %v, %v (-want +got):\n%s", c.sent, c.paths, diff)
+		}
+	}
+
 	quota := &grapnelv1.Quota{MaxPublishRate: 5, MaxEventBytes: 1000, Retention: durationpb.New(90 * 24 * time.Hour)}
 	ns, err := w.namespaces.UpdateNamespace(t.Context(), &grapnelv1.UpdateNamespaceRequest{Namespace: &grapnelv1.Namespace{
 		Name: "namespaces/acme", Quota: quota, Labels: map[string]string{"a": "b"},

@@ -180,6 +180,8 @@ type Job struct {
 	Expire time.Time
 	// Manual marks an attempt that a caller asked for.
 	Manual bool
+	// Parted says how small a batch must be that it goes in, after it has failed in others: see Company.
+	Parted uint8
 	// Indeterminate counts attempts that were in flight when a plugin died. They use up none of MaxAttempts.
 	Indeterminate int
 	// Suspicion counts plugin crashes since the last attempt that ended otherwise; see Watch. A job with any
@@ -242,6 +244,10 @@ type Attempt struct {
 	ResponseBody    []byte
 	ResponseHeaders []Header
 	RequestHeaders  []Header
+	// Batch is the webhook-id of a request that carries several deliveries, BatchSize how many it carried; empty and 0 where
+	// a request carries one.
+	Batch     string
+	BatchSize int
 }
 
 // Header is one header field; the name is lower case.
@@ -265,6 +271,9 @@ const (
 	// being configured, no descriptor or socket left on this machine): the job is to be offered again, no attempt is
 	// spent, none is recorded. Error says in words what is waited for.
 	CauseUnspent
+	// CauseCrowded means, of a batch of several, that nothing was tried because its transport carries no body of that
+	// size: its jobs are to be offered again in smaller batches. No attempt is spent, none is recorded.
+	CauseCrowded
 )
 
 // Result is how an attempt ended: a value, not an error.
@@ -275,6 +284,9 @@ type Result struct {
 	Indeterminate bool
 	// Guilt says, of an indeterminate attempt, what its part in that may have been.
 	Guilt Guilt
+	// Refused are, of a batch that succeeded, the deliveries that its target has named as failed: by their places in it,
+	// with a text for people each.
+	Refused map[int]string
 }
 
 // Guilt is what speaks for it that a plugin died of an attempt.

@@ -338,6 +338,7 @@ type progress struct {
 	expire        Instant
 	indeterminate int
 	suspicion     int
+	parted        uint8
 	manual        bool
 	// origin is the sequence of the event that the delivery sends again; 0 where it is the delivery's own.
 	origin uint64
@@ -357,6 +358,7 @@ const (
 	flagReplayed
 	flagLetter
 	flagOrdered
+	flagParted
 )
 
 // flags says which parts of the record there are.
@@ -375,6 +377,9 @@ func (p *progress) flags() (flags byte) {
 	}
 	if p.order != 0 {
 		flags |= flagOrdered
+	}
+	if p.parted > 0 {
+		flags |= flagParted
 	}
 	return flags
 }
@@ -406,6 +411,9 @@ func encodeProgress(b []byte, p *progress) []byte {
 		w = binary.BigEndian.AppendUint64(w, uint64(p.order))
 		w.int(p.gap)
 	}
+	if flags&flagParted != 0 {
+		w.byte(p.parted)
+	}
 	return w
 }
 
@@ -432,7 +440,12 @@ func (d *decoder) progress(p *progress) {
 		if key := d.fixed(8); key != nil {
 			p.order = OrderKey(binary.BigEndian.Uint64(key))
 		}
-		p.gap = d.int()
+		if p.gap = d.int(); p.order == 0 {
+			p.gap = 0
+		}
+	}
+	if flags&flagParted != 0 {
+		p.parted = d.byte()
 	}
 }
 
@@ -486,6 +499,7 @@ func decodeAttempt(value []byte) (*Attempt, error) {
 const (
 	attemptManual = 1 << iota
 	attemptBodies
+	attemptBatch
 )
 
 func appendAttempt(w *encoder, a *Attempt, bodies bool) {
@@ -496,6 +510,9 @@ func appendAttempt(w *encoder, a *Attempt, bodies bool) {
 	}
 	if bodies {
 		flags |= attemptBodies
+	}
+	if a.Batch != "" || a.BatchSize > 0 {
+		flags |= attemptBatch
 	}
 	w.byte(flags)
 	w.int(a.Number)
@@ -510,6 +527,10 @@ func appendAttempt(w *encoder, a *Attempt, bodies bool) {
 		w.bytes(a.ResponseBody)
 		appendHeaders(w, a.ResponseHeaders)
 		appendHeaders(w, a.RequestHeaders)
+	}
+	if flags&attemptBatch != 0 {
+		w.text(a.Batch)
+		w.int(a.BatchSize)
 	}
 }
 
@@ -528,8 +549,11 @@ func (d *decoder) attempt() *Attempt {
 	a.Outcome, a.ResponseCode, a.RetryAfter = Outcome(d.byte()), d.int(), time.Duration(d.uint())
 	a.Error, a.Peer = d.text(), d.text()
 	if flags&attemptBodies != 0 {
-		a.ResponseBody = slices.Clone(d.bytes())
+		a.ResponseBody = append([]byte(nil), d.bytes()...) // nil where there is none
 		a.ResponseHeaders, a.RequestHeaders = d.headers(), d.headers()
+	}
+	if flags&attemptBatch != 0 {
+		a.Batch, a.BatchSize = d.text(), d.int()
 	}
 	return a
 }

@@ -40,7 +40,7 @@ var decoders = map[string]struct {
 	"progress": {
 		func(v []byte) (any, error) { return decodeProgress(v) },
 		func(x any) []byte { p := x.(progress); return encodeProgress(nil, &p) },
-		encodeProgress(nil, &progress{epoch: 3, attempts: 2, maxAttempts: 10, expire: 77, indeterminate: 1, suspicion: 1, manual: true}),
+		encodeProgress(nil, &progress{epoch: 3, attempts: 2, maxAttempts: 10, expire: 77, indeterminate: 1, suspicion: 1, parted: 2, manual: true}),
 	},
 	"standing": {
 		func(v []byte) (any, error) { return decodeStanding(v) },
@@ -50,7 +50,11 @@ var decoders = map[string]struct {
 	"attempt": {
 		func(v []byte) (any, error) { return decodeAttempt(v) },
 		func(x any) []byte { return encodeAttempt(nil, x.(*Attempt)) },
-		encodeAttempt(nil, attemptAt(1, OutcomeRetryable, 500, time.Unix(9, 9))),
+		encodeAttempt(nil, func() *Attempt {
+			a := attemptAt(1, OutcomeRetryable, 500, time.Unix(9, 9))
+			a.Batch, a.BatchSize = "bat_1", 7
+			return a
+		}()),
 	},
 	"known": {
 		func(v []byte) (any, error) { return decodeKnown(v) },

@@ -99,7 +99,7 @@ func (c *commit) told(s *settle, from int, err error) {
 func progressOf(job *Job) progress {
 	pr := progress{
 		epoch: job.Epoch, attempts: job.Attempts, maxAttempts: job.MaxAttempts, expire: InstantOf(job.Expire),
-		indeterminate: job.Indeterminate, suspicion: job.Suspicion, manual: job.Manual, job: job.Replay, letter: job.Letter,
+		indeterminate: job.Indeterminate, suspicion: job.Suspicion, parted: job.Parted, manual: job.Manual, job: job.Replay, letter: job.Letter,
 		order: job.Order, gap: job.Gap,
 	}
 	if job.Event.Seq != job.ID.Seq {

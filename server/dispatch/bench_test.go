@@ -33,10 +33,10 @@ func (j *nullJournal) Settle(_ *delivery.Job, _ delivery.Step, _ *delivery.Attem
 	}
 }
 
+func (*nullJournal) BlockedLanes() ([]delivery.LaneKey, error)        { return nil, nil }
 func (*nullJournal) Now() time.Time                                   { return time.Now() }
 func (*nullJournal) Failing() (map[delivery.LaneKey]time.Time, error) { return nil, nil }
 func (*nullJournal) Hold(*delivery.Event)                             {}
-func (*nullJournal) BlockedLanes() ([]delivery.LaneKey, error)        { return nil, nil }
 func (*nullJournal) Release(*delivery.Event)                          {}
 func (*nullJournal) EventBytes() int64                                { return 0 }
 
@@ -47,7 +47,15 @@ func (p pipe) Attempt(_ *subscription.Subscription, job *delivery.Job, sink deli
 	p <- flight{job: job, sink: sink}
 }
 
+func (p pipe) AttemptBatch(_ *subscription.Subscription, jobs []*delivery.Job, sink delivery.Sink) {
+	p <- flight{job: jobs[0], sink: sink}
+}
+
 type instant struct{}
+
+func (instant) AttemptBatch(_ *subscription.Subscription, jobs []*delivery.Job, sink delivery.Sink) {
+	sink.Complete(jobs[0], *ok())
+}
 
 func (instant) Attempt(_ *subscription.Subscription, job *delivery.Job, sink delivery.Sink) {
 	sink.Complete(job, *ok())

@@ -18,6 +18,10 @@ const disableAgain = 5 * time.Second
 // Complete implements delivery.Sink. It settles the delivery and goes on with the lane's next one. A
 // second call, and one after the attempt has been abandoned, does nothing.
 func (x *entry) Complete(_ *delivery.Job, r delivery.Result) {
+	if x.carries() {
+		x.completeAll(r)
+		return
+	}
 	l := x.lane
 	e := l.e
 	now := e.now()
@@ -35,25 +39,8 @@ func (x *entry) Complete(_ *delivery.Job, r delivery.Result) {
 		return
 	}
 	took := now.Sub(x.started)
-	a := &r.Attempt
-	a.Number, a.Manual = x.Attempts+1, x.Manual
-	if a.Start.IsZero() {
-		a.Start = x.started
-	}
-	if a.Duration == 0 {
-		a.Duration = took
-	}
-	step := delivery.Next(policy(x.sub), &x.Job, r, now, rand.Float64())
-	step.Block = l.blocksKeys()
-	x.Suspicion = delivery.Watch(&x.Job, r)
-	if r.Indeterminate {
-		x.Indeterminate++
-	}
-	if x.Letter == nil && (step.State == delivery.Exhausted || step.State == delivery.Rejected) {
-		step.DeadLetter = e.subs.DeadLetter(x.sub)
-	}
-	since := now.Sub(laterOf(x.Event.AcceptTime, x.Event.DeliverTime))
-	x.stage = window.Settling
+	end := x.end(r, now, took)
+	a, step, since := &end.attempt, end.step, x.since(now)
 	l.land(x)
 	x.square(x.cost(took))
 	v := l.learn(x, &r, step, took, now)

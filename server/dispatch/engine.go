@@ -133,6 +133,9 @@ type Subscriptions interface {
 // goroutine, also from within Attempt. Neither sub nor job may be changed.
 type Attempter interface {
 	Attempt(sub *subscription.Subscription, job *delivery.Job, sink delivery.Sink)
+	// AttemptBatch is Attempt for one request with all the jobs, of a subscription with batching. The sink is called once, with
+	// the first of them.
+	AttemptBatch(sub *subscription.Subscription, jobs []*delivery.Job, sink delivery.Sink)
 }
 
 // Options of an Engine. Journal, Subscriptions and Attempter are required.

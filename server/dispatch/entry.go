@@ -25,7 +25,7 @@ type entry struct {
 	lane       *lane
 	prev, next *entry                     // in the queue that it stands in: lane.fresh, lane.timers or lane.flying
 	sub        *subscription.Subscription // as the attempt was started with
-	started    time.Time
+	started    time.Time                  // when the attempt was, or, of one that waits, since when it is in memory
 	stage      window.Stage
 	marked     bool // a caller has ended or replaced its row: it must not wait again
 	gone       bool // abandoned, or its partition is: nothing of it counts any more
@@ -34,6 +34,8 @@ type entry struct {
 	visit      visit
 	bill       bill
 	pool       *pool // that it holds a place of while it flies; nil is none
+	// parcel is what it travels in with others, or carries; nil for neither. See gather.go.
+	parcel *parcel
 }
 
 // place is where a row stands, within a lane.
@@ -46,6 +48,9 @@ func (x *entry) place() place { return place{x.ID.Seq, x.ID.Partition} }
 
 // size is what it counts for in its lane, its event in full.
 func (x *entry) size() int64 {
+	if x.carries() {
+		return entryBytes + x.parcel.bytes
+	}
 	return entryBytes + eventBytes + int64(len(x.Event.Payload)) + attributeBytes*int64(len(x.Event.Attributes))
 }
 

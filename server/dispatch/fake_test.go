@@ -30,6 +30,8 @@ type record struct {
 	// order is its ordering key. waits: another one has the turn; blocks: it has failed and keeps it; returned: a caller
 	// has brought it back, out of its turn perhaps.
 	order                   delivery.OrderKey
+	suspicion               int
+	parted                  uint8
 	waits, blocks, returned bool
 }
 
@@ -294,6 +296,7 @@ func (f *memoryJournal) job(r *record, asOf delivery.Commit) delivery.Job {
 	return delivery.Job{
 		ID: r.id, Event: r.event, Kind: r.row.Kind, Epoch: r.row.Epoch, Due: r.row.Due, AsOf: asOf,
 		Attempts: len(r.attempts), MaxAttempts: r.max, Expire: r.expire, Order: r.order,
+		Parted: r.parted, Suspicion: r.suspicion,
 	}
 }
 
@@ -479,6 +482,7 @@ func (f *memoryJournal) settle(p *partition, c delivery.Commit, s settle) {
 		f.effect(p, func(to follower) { to.Edited(c, r.lane, j.ID.Partition, row.Seq, row.Epoch) })
 	}
 	r.state, r.reason = s.step.State, s.step.Reason
+	r.parted, r.suspicion = j.Parted, j.Suspicion
 	switch {
 	case s.step.State == delivery.Scheduled:
 		f.replace(p, c, r, s.step.Due)

@@ -31,7 +31,7 @@ func (e *Engine) Offer(c delivery.Commit, jobs []delivery.Job) {
 			l = e.lane(key)
 			g = l.gate(now)
 		}
-		l.offer(c, j, phase == started && l.roomFor(g, now))
+		l.offer(c, j, phase == started && l.roomFor(g, now), now)
 	}
 	l.kick(now)
 	l.mu.Unlock()
@@ -49,12 +49,12 @@ func (l *lane) roomFor(g gate, now time.Time) bool {
 	return l.fresh.n < r.jobs && l.fresh.bytes < r.bytes
 }
 
-func (l *lane) offer(c delivery.Commit, j *delivery.Job, room bool) {
+func (l *lane) offer(c delivery.Commit, j *delivery.Job, room bool, now time.Time) {
 	p := j.ID.Partition
 	switch l.window(p).Offer(j.Row(), c, room, l.heldIn(p)) {
 	case window.Take:
 		l.e.journal.Hold(j.Event)
-		l.admit(j, nil)
+		l.admit(j, nil, now)
 	case window.Known:
 		l.tidy(p)
 	}

@@ -37,6 +37,31 @@ func (o *oracle) Attempt(_ *subscription.Subscription, job *delivery.Job, sink d
 	})
 }
 
+func (o *oracle) AttemptBatch(_ *subscription.Subscription, jobs []*delivery.Job, sink delivery.Sink) {
+	o.calls.Go(func() {
+		switch n := rand.IntN(200); {
+		case n == 0:
+			sink.Complete(jobs[0], *unspent())
+			return
+		case n < 20:
+			sink.Complete(jobs[0], *refused(500))
+			return
+		}
+		r := ok()
+		r.Refused = make(map[int]string)
+		o.mu.Lock()
+		for i, job := range jobs {
+			if rand.IntN(5) == 0 {
+				r.Refused[i] = "not yet"
+			} else {
+				o.accepted[job.ID]++
+			}
+		}
+		o.mu.Unlock()
+		sink.Complete(jobs[0], *r)
+	})
+}
+
 // TestEngineOnRealJournal publishes to the real journal from several goroutines, with a window that is far
 // too small and a restart in the middle, and expects each delivery to be accepted exactly once.
 func TestEngineOnRealJournal(t *testing.T) {
@@ -48,7 +73,7 @@ func TestEngineOnRealJournal(t *testing.T) {
 	}
 	w := &world{t: t, registry: newRegistry(), journal: newJournal(t)}
 	w.engine = dispatch.New(dispatch.Options{Journal: w.journal, Subscriptions: w.registry})
-	subs := []*subscription.Subscription{w.sub("a", quick), w.sub("b", quick), w.sub("c", quick)}
+	subs := []*subscription.Subscription{w.sub("a", quick), w.sub("b", quick, batching(7, 5*time.Millisecond)), w.sub("c", quick)}
 	o := &oracle{accepted: make(map[delivery.ID]int)}
 	for life := range 2 {
 		j, err := delivery.Open(delivery.Options{Dir: dir, Partitions: 4, MinFreeBytes: -1})

@@ -216,8 +216,8 @@ func (l *lane) heldIn(partition uint16) window.Held {
 
 // admit takes a job to memory that its window has taken, and whose event is held. near is nil or an entry that was
 // admitted before it, of the same read.
-func (l *lane) admit(j *delivery.Job, near *entry) *entry {
-	x := &entry{Job: *j, lane: l}
+func (l *lane) admit(j *delivery.Job, near *entry, now time.Time) *entry {
+	x := &entry{Job: *j, lane: l, started: now}
 	if l.held == nil {
 		l.held = make(map[place]*entry)
 	}
@@ -439,7 +439,7 @@ func (l *lane) kick(now time.Time) {
 	if l.running {
 		return
 	}
-	if l.full(g.sub) || l.next(g.sub) == nil {
+	if l.full(g.sub) || l.next(g.sub) == nil || g.sub.Batching != nil && l.gathers(g.sub, now) {
 		if !l.reading {
 			l.goOn(now)
 		}

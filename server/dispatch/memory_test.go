@@ -145,6 +145,8 @@ func TestHeapBesideHangingLanes(t *testing.T) {
 // hang is an Attempter that never answers.
 type hang struct{}
 
+func (hang) AttemptBatch(*subscription.Subscription, []*delivery.Job, delivery.Sink) {}
+
 func (hang) Attempt(*subscription.Subscription, *delivery.Job, delivery.Sink) {}
 
 func heapInUse() int64 {

@@ -15,6 +15,7 @@ type metrics struct {
 	deliveries [delivery.Skipped + 1]prometheus.Counter
 	parked     prometheus.Counter
 	latency    prometheus.Histogram
+	together   prometheus.Histogram
 	opened     prometheus.Counter
 	probes     [2]prometheus.Counter // that failed, that were answered
 	cuts       prometheus.Counter
@@ -79,6 +80,10 @@ func newMetrics(e *Engine, r prometheus.Registerer) *metrics {
 		Name: "grapnel_delivery_latency_seconds", Help: "Time from an event's acceptance to its delivery.",
 		Buckets: prometheus.ExponentialBuckets(0.001, 4, 12),
 	})
+	m.together = prometheus.NewHistogram(prometheus.HistogramOpts{
+		Name: "grapnel_batch_deliveries", Help: "Deliveries in a request of subscriptions with batching.",
+		Buckets: []float64{1, 2, 5, 10, 20, 50, 100, 200, 500, 1000},
+	})
 	m.opened = prometheus.NewCounter(prometheus.CounterOpts{
 		Name: "grapnel_breaker_opened_total", Help: "Times that a breaker has opened.",
 	})
@@ -105,7 +110,7 @@ func newMetrics(e *Engine, r prometheus.Registerer) *metrics {
 		Name: "grapnel_in_flight_slow", Help: "Attempts in flight to targets that hang, are slow or have not answered yet.",
 	}, func() float64 { return float64(e.slots.slow.Load() + e.slots.trial.Load()) })
 	if r != nil {
-		r.MustRegister(attempts, deliveries, m.parked, m.latency, m.opened, probes, m.cuts, m.down, m.blocked, flying, slow, memory, newLaneStates(e))
+		r.MustRegister(attempts, deliveries, m.parked, m.latency, m.together, m.opened, probes, m.cuts, m.down, m.blocked, flying, slow, memory, newLaneStates(e))
 	}
 	return m
 }

@@ -48,11 +48,15 @@ func randomRun(t *testing.T, rnd *rand.Rand) {
 		if s.ID != "a" || rnd.IntN(4) > 0 {
 			on("one.example")(s)
 		}
+		if s.Batching = nil; rnd.IntN(2) == 0 {
+			s.Batching = &subscription.Batching{MaxEvents: 2 + rnd.IntN(8), MaxBytes: 1 << (10 + rnd.IntN(6)), MaxWait: time.Duration(rnd.IntN(3000)) * time.Millisecond}
+		}
 	}
 	for _, n := range names {
 		w.sub(n, limit)
 	}
 	w.receiver.set(randomAnswer(rnd.Uint64()))
+	w.receiver.setAll(randomAnswers(rnd.Uint64()))
 	var ids []delivery.ID
 	owner := make(map[delivery.ID]string)
 	lives := []int{0} // where each life of the engine begins in the receiver's list
@@ -117,6 +121,7 @@ func randomRun(t *testing.T, rnd *rand.Rand) {
 		}
 	}
 	w.receiver.set(always(time.Millisecond, ok))
+	w.receiver.setAll(nil)
 	for _, n := range names {
 		w.sub(n, limit)
 	}
@@ -181,7 +186,7 @@ func (w *world) stopPartition(number uint16) {
 	for id, flight := range w.receiver.flying {
 		if id.Partition == number {
 			delete(w.receiver.flying, id)
-			w.receiver.now[flight.sub]--
+			w.receiver.left(flight)
 		}
 	}
 }

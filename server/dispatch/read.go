@@ -241,7 +241,7 @@ func (l *lane) merge(r request, read delivery.Read, n int) []*entry {
 		next = read.Jobs[n].Row().Pos()
 	}
 	taken := l.window(r.partition).Merge(rows, next, read.UpTo, l.heldIn(r.partition))
-	entries := make([]*entry, 0, len(taken))
+	entries, now := make([]*entry, 0, len(taken)), l.e.now()
 	var near *entry
 	for i := range read.Jobs {
 		j := &read.Jobs[i]
@@ -250,7 +250,7 @@ func (l *lane) merge(r request, read delivery.Read, n int) []*entry {
 			continue
 		}
 		taken = taken[1:]
-		near = l.admit(j, near)
+		near = l.admit(j, near, now)
 		entries = append(entries, near)
 	}
 	l.tidy(r.partition)

@@ -214,6 +214,10 @@ func (l *lane) take(b *batch, now time.Time) {
 	if !g.open() {
 		return
 	}
+	if g.sub.Batching != nil {
+		l.takeTogether(b, g, now)
+		return
+	}
 	for b.n < quantum {
 		x := l.next(g.sub)
 		if x == nil {
@@ -226,25 +230,35 @@ func (l *lane) take(b *batch, now time.Time) {
 				return
 			}
 		}
-		l.queueOf(x).remove(x)
-		l.timerTurn = x.Kind == delivery.FIFO
-		if expired {
-			x.stage = window.Settling
-			if g.isolated { // only the first ones come to memory
-				l.sweepAt = now
-			}
-		} else {
-			x.visit = v
-			if b.as != nobodys {
-				x.bill = l.toPay(x, b.as)
-				b.cost += x.bill.cost()
-			}
-			l.takeOff(x, now)
-			x.sub = g.sub
-		}
-		b.entries[b.n], b.expired[b.n] = x, expired
-		b.n++
+		l.pick(b, x, expired, v, g, now)
 	}
+}
+
+// pick takes an entry out of where it waits.
+func (l *lane) pick(b *batch, x *entry, expired bool, v visit, g gate, now time.Time) {
+	l.queueOf(x).remove(x)
+	l.timerTurn = x.Kind == delivery.FIFO
+	if expired {
+		x.stage = window.Settling
+		if g.isolated { // only the first ones come to memory
+			l.sweepAt = now
+		}
+	} else {
+		l.set(b, x, v, g, now)
+	}
+	b.entries[b.n], b.expired[b.n] = x, expired
+	b.n++
+}
+
+// set has an entry take off in a turn that pays for it.
+func (l *lane) set(b *batch, x *entry, v visit, g gate, now time.Time) {
+	x.visit = v
+	if b.as != nobodys {
+		x.bill = l.toPay(x, b.as)
+		b.cost += x.bill.cost()
+	}
+	l.takeOff(x, now)
+	x.sub = g.sub
 }
 
 // next is the entry whose turn it is: fresh ones and retries alternate, so that neither waits for the
@@ -293,7 +307,7 @@ func (l *lane) mayStart(g gate, now time.Time) (v visit, ok bool) {
 // begin hands an attempt over. l.start is held, l.mu is not.
 func (l *lane) begin(x *entry) {
 	sub := l.e.subs.Subscription(l.key)
-	if sub == nil || l.closedBy(sub) != "" {
+	if sub == nil || l.closedBy(sub) != "" || sub.Batching == nil && x.carries() {
 		// It changed since the job was taken: back, for the next look to decide.
 		l.mu.Lock()
 		l.back(x)
@@ -301,6 +315,10 @@ func (l *lane) begin(x *entry) {
 		return
 	}
 	x.sub = sub
+	if x.carries() {
+		l.e.attempter.AttemptBatch(sub, x.parcel.jobs(), x)
+		return
+	}
 	l.e.attempter.Attempt(sub, &x.Job, x)
 }
 
@@ -317,6 +335,9 @@ func (l *lane) takeOff(x *entry, now time.Time) {
 }
 
 func (l *lane) land(x *entry) {
+	if x.carries() {
+		l.unload(x)
+	}
 	l.keyInFlight(x, -1)
 	if x.target != l.target {
 		l.strays.remove(x)
@@ -365,13 +386,14 @@ func (l *lane) back(x *entry) {
 	l.land(x)
 	l.returned(x)
 	l.e.release()
-	if x.marked {
-		w := l.window(x.ID.Partition)
-		w.Forget(x.Row())
-		l.forget(x)
-		l.tidy(x.ID.Partition)
+	if !x.carries() {
+		l.putBack(x)
 		return
 	}
-	x.stage = window.Waiting
-	l.queueOf(x).putBack(x)
+	x.gone = true
+	for _, p := range x.parcel.all {
+		if p.parcel == x.parcel {
+			l.putBack(p)
+		}
+	}
 }

@@ -34,6 +34,8 @@ type Status struct {
 	Breaker                 health.BreakerState
 	BreakerSince, NextProbe time.Time
 	BreakerReason           string
+	// Gathers is until when what waits in memory waits for others to be sent with, at most; zero without batching.
+	Gathers time.Time
 	// HostDown is since when the host is down that the lane shares with others, and HostProbe when one of them may look next
 	// whether it is back, which has come while one looks; zero while it is not down, or the lane does not mind, because its own
 	// last attempt there was answered.
@@ -60,6 +62,11 @@ func (e *Engine) Status(key delivery.LaneKey) Status {
 	var trip health.Trip
 	if s.Breaker, s.BreakerSince, s.NextProbe, trip = h.Breaker(now); s.Breaker != health.BreakerClosed {
 		s.BreakerReason = trip.String()
+	}
+	if g.open() && g.sub.Batching != nil {
+		if lead := l.next(g.sub); lead != nil {
+			s.Gathers = l.gathersUntil(g.sub, lead)
+		}
 	}
 	if g.sub != nil {
 		most := maxInFlight(g.sub)
@@ -121,6 +128,9 @@ func (e *Engine) WaitReason(id delivery.ID, key delivery.LaneKey) string {
 	s := e.Status(key)
 	if s.Reason == "" && e.heldBack(id, key) {
 		return closedBudget
+	}
+	if s.Open && s.Gathers.After(e.now()) {
+		return untilWords("waits for others to be sent with, at most", s.Gathers, false)
 	}
 	probe := s.Breaker == health.BreakerOpen && s.Until.Equal(s.NextProbe) || s.Until.Equal(s.HostProbe)
 	return untilWords(s.Reason, s.Until, probe)

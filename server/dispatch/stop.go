@@ -82,6 +82,10 @@ func (l *lane) drop(partition uint16) {
 		case window.Waiting:
 			l.queueOf(x).remove(x)
 		case window.Flying:
+			if x.travels() {
+				l.leave(x)
+				break
+			}
 			l.land(x)
 			l.returned(x)
 			l.e.release()
@@ -262,7 +266,9 @@ func (e *Engine) abandon() int {
 				l.land(x)
 				x.gone = true
 				e.release()
-				n++
+				if n++; x.carries() {
+					n += len(x.parcel.all) - 1
+				}
 			}
 		}
 		l.mu.Unlock()

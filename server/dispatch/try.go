@@ -93,7 +93,7 @@ func tested(r delivery.Result, started, ended time.Time) (delivery.Attempt, erro
 		}
 		return delivery.Attempt{}, fmt.Errorf("%w: %s", ErrUnspent, r.Error)
 	}
-	a := r.Attempt
+	a := r.Of(0, 1).Attempt
 	a.Number, a.Manual = 1, true
 	if a.Start.IsZero() {
 		a.Start = started

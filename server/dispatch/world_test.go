@@ -95,7 +95,11 @@ type receiver struct {
 	t      *testing.T
 	answer func(sub *subscription.Subscription, job *delivery.Job) (time.Duration, *delivery.Result)
 
+	// answerAll is answer for requests with several; without it answer counts for them, with the first.
+	answerAll func(sub *subscription.Subscription, jobs []*delivery.Job) (time.Duration, *delivery.Result)
+
 	mu      sync.Mutex
+	batches []together
 	started []start
 	flying  map[delivery.ID]flight
 	most    map[string]int

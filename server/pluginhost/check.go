@@ -40,6 +40,7 @@ func (h *Host) Check(ctx context.Context, sub *grapnelv1.Subscription) ([]Diagno
 			b.Emits = emits
 		}
 	}
+	ds = append(ds, check.Batching(sub, bound)...)
 	return append(ds, check.HeaderConflicts(sub, bound)...), errors.Join(errs...)
 }
 

@@ -13,7 +13,9 @@ import (
 // pending is one attempt in the host's hands. Its owner is, in turn, the caller, the plan that is being
 // made, a link's queue, a link's slot, and whoever took it out of there to complete it.
 type pending struct {
-	job  *delivery.Job
+	job *delivery.Job
+	// jobs are all that the request carries, job first, where it may carry several; else nil.
+	jobs []*delivery.Job
 	sink delivery.Sink
 	sub  *subscription.Subscription
 	plan *plan
@@ -41,12 +43,29 @@ func (h *Host) newPending(sub *subscription.Subscription, job *delivery.Job, sin
 	if !ok {
 		p = new(pending)
 	}
-	p.sub, p.job, p.sink, p.event = sub, job, sink, job.Event
-	if job.Letter != nil {
-		p.event = job.Event.With(job.Letter.Attributes())
-	}
+	p.sub, p.job, p.sink, p.event = sub, job, sink, eventOf(job)
 	p.Number, p.Content = uint32(job.Attempts+1), wire.ContentOf(p.event, nil)
 	return p
+}
+
+// eventOf is a job's event, or what a dead letter makes of it.
+func eventOf(job *delivery.Job) *delivery.Event {
+	if job.Letter != nil {
+		return job.Event.With(job.Letter.Attributes())
+	}
+	return job.Event
+}
+
+// events are those of all jobs.
+func (p *pending) events() []*delivery.Event {
+	if p.jobs == nil {
+		return []*delivery.Event{p.event}
+	}
+	events := make([]*delivery.Event, len(p.jobs))
+	for i, job := range p.jobs {
+		events[i] = eventOf(job)
+	}
+	return events
 }
 
 // stamp sets what every part of one attempt shares; a resent one keeps it.
@@ -65,6 +84,9 @@ func (h *Host) complete(p *pending, r delivery.Result) {
 	job, sink := p.job, p.sink
 	r.Number = job.Attempts + 1
 	r.Manual = job.Manual
+	if p.Answer {
+		r.Batch, r.BatchSize = p.Content.ID(), max(1, len(p.jobs))
+	}
 	*p = pending{}
 	h.free.Put(p)
 	h.metrics.open.Add(-1)
@@ -90,8 +112,12 @@ func (h *Host) refused(p *pending, why string) {
 	}})
 }
 
-// tooLarge ends an attempt whose body its transport does not carry.
+// tooLarge ends an attempt whose body its transport does not carry. Several jobs may travel in smaller ones.
 func (h *Host) tooLarge(p *pending, limit int) {
+	if len(p.jobs) > 1 {
+		h.complete(p, delivery.Result{Cause: delivery.CauseCrowded})
+		return
+	}
 	h.complete(p, delivery.Result{Cause: delivery.CausePolicy, Attempt: delivery.Attempt{
 		Outcome: delivery.OutcomePermanent, Start: time.Now(),
 		Error: fmt.Sprintf("body of %d bytes is larger than the transport carries, %d", len(p.Content.Body()), limit),

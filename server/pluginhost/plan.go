@@ -18,6 +18,7 @@ import (
 	"github.com/grapnel/grapnel/internal/redact"
 	pluginv1 "github.com/grapnel/grapnel/proto/grapnel/plugin/v1"
 	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
+	"github.com/grapnel/grapnel/server/delivery"
 	"github.com/grapnel/grapnel/server/pluginhost/check"
 	"github.com/grapnel/grapnel/server/pluginhost/wire"
 	"github.com/grapnel/grapnel/server/subscription"
@@ -203,11 +204,17 @@ func (h *Host) submit(p *pending, pl *plan) {
 	case pl.refusal != "":
 		go h.refused(p, pl.refusal) // never on the caller's own stack
 		return
+	case len(p.jobs) > 1 && !pl.shape.Batched(): // the subscription has changed meanwhile
+		go h.complete(p, delivery.Result{Cause: delivery.CauseCrowded})
+		return
 	case !p.shaped && pl.shape != (wire.Shape{}):
 		h.shapeFirst(p, pl)
 		return
 	case pl.maxBody > 0 && len(p.Content.Body()) > pl.maxBody:
 		go h.tooLarge(p, pl.maxBody)
+		return
+	case len(p.jobs) > 1 && len(p.Content.Body()) > wire.MaxTogether:
+		go h.tooLarge(p, wire.MaxTogether)
 		return
 	}
 	p.plan, p.Timeout = pl, pl.timeout
@@ -239,7 +246,7 @@ const shapeAside = 32 << 10
 
 // shapeFirst makes the body that the plan wants, then submits.
 func (h *Host) shapeFirst(p *pending, pl *plan) {
-	if len(p.event.Payload) > shapeAside {
+	if len(p.event.Payload) > shapeAside || len(p.jobs) > 1 {
 		go h.shapeNow(p, pl)
 		return
 	}
@@ -247,7 +254,12 @@ func (h *Host) shapeFirst(p *pending, pl *plan) {
 }
 
 func (h *Host) shapeNow(p *pending, pl *plan) {
-	p.Content, p.shaped = wire.ContentOf(p.event, h.shapes.Get(p.event, pl.shape)), true
+	if p.Answer = pl.shape.Batched(); p.Answer {
+		p.Content = h.shapes.Together(p.events(), pl.shape)
+	} else {
+		p.Content = wire.ContentOf(p.event, h.shapes.Get(p.event, pl.shape))
+	}
+	p.shaped = true
 	h.submit(p, pl)
 }
 
@@ -259,7 +271,7 @@ func (h *Host) restart(p *pending) {
 		return
 	}
 	p.plan, p.stage, p.Headers, p.setBy, p.URI = nil, 0, nil, nil, ""
-	p.Content, p.shaped = wire.ContentOf(p.event, nil), false
+	p.Content, p.shaped, p.Answer = wire.ContentOf(p.event, nil), false, false
 	h.prepare(p)
 }
 
@@ -360,6 +372,10 @@ func (h *Host) configure(sub *subscription.Subscription) (*plan, error) {
 		}
 	}
 	pl := h.newPlan(sub, transport)
+	if pl.shape.Batched() && !transport.kind.Proto.GetTransport().GetBatches() {
+		pl.refusal, pl.until = check.NoBatches(transport.kind.Kind), time.Now().Add(refusalAge)
+		return pl, nil
+	}
 	for i, b := range append(bindings, transport) {
 		ref, err := h.configureOne(pl, sub, b)
 		var refused *refusedError
@@ -388,7 +404,7 @@ func (h *Host) configure(sub *subscription.Subscription) (*plan, error) {
 func (h *Host) newPlan(sub *subscription.Subscription, transport *binding) *plan {
 	pl := &plan{
 		uid: sub.UID, revision: sub.Revision, transport: transport.conn, uri: sub.Proto.GetUri(),
-		timeout: sub.AttemptTimeout, grace: h.timing.grace, shape: wire.ShapeOf(sub.Proto.GetPayloadShape()),
+		timeout: sub.AttemptTimeout, grace: h.timing.grace, shape: wire.ShapeOf(sub.Proto),
 		maxBody: int(transport.kind.Proto.GetTransport().GetMaxBodyBytes()),
 	}
 	if pl.timeout <= 0 {
@@ -481,7 +497,7 @@ func targetOf(sub *grapnelv1.Subscription) *pluginv1.Target {
 	if method := sub.GetTransport().GetConfig().GetFields()["method"].GetStringValue(); method != "" {
 		t.Method = method
 	}
-	made := wire.ShapeOf(sub.GetPayloadShape()) != wire.Shape{}
+	made := wire.ShapeOf(sub) != wire.Shape{}
 	for _, name := range slices.Sorted(maps.Keys(sub.GetHeaders())) {
 		lower := strings.ToLower(name)
 		if strings.HasPrefix(lower, "webhook-") || strings.HasPrefix(lower, "ce-") ||

@@ -55,7 +55,7 @@ func platformKinds() []plugin.Kind {
 				body, err := json.Marshal(out)
 				return &plugin.Response{Status: 400, Body: body}, err
 			}, nil
-		}, plugin.Schemes("mem"), plugin.MaxBody(platformMaxBody), plugin.OwnershipCheck()),
+		}, plugin.Schemes("mem"), plugin.MaxBody(platformMaxBody), plugin.OwnershipCheck(), plugin.Batches()),
 		plugin.Transport("mute", func(struct{}, plugin.Target) (plugin.AttemptFunc, error) {
 			return func(context.Context, *plugin.Request) (*plugin.Response, error) {
 				return &plugin.Response{Status: 200}, nil

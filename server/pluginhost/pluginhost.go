@@ -318,6 +318,19 @@ func (h *Host) Attempt(sub *subscription.Subscription, job *delivery.Job, sink d
 	h.route(p)
 }
 
+// AttemptBatch is Attempt for jobs that travel in one request, of a subscription with batching. Sink.Complete is called once
+// for all, with the first.
+func (h *Host) AttemptBatch(sub *subscription.Subscription, jobs []*delivery.Job, sink delivery.Sink) {
+	h.metrics.open.Add(1)
+	p := h.newPending(sub, jobs[0], sink)
+	p.jobs = jobs
+	if h.closed.Load() {
+		go h.unspent(p, "the server is stopping") // never on the caller's own stack
+		return
+	}
+	h.route(p)
+}
+
 // Window is how many attempts the process that sends for a subscription takes at once; 0 while that is not known.
 func (h *Host) Window(sub *subscription.Subscription) int {
 	pl := h.plans.get(sub.UID)

@@ -33,6 +33,10 @@ func (c *conn) settle(p *pending, r *wire.Result, now time.Time) {
 	a := delivery.Attempt{
 		Start: p.Created, Duration: r.Total, ResponseCode: r.Status, Peer: r.Peer, Outcome: delivery.OutcomeSucceeded,
 	}
+	var refused map[int]string
+	if !p.Answer {
+		r.Body = r.Body[:min(len(r.Body), wire.MaxResponse)]
+	}
 	if r.Status < 200 || r.Status > 299 {
 		a.Outcome = outcomeOf(r.Status)
 		a.Error = statusText(r.Status)
@@ -41,11 +45,13 @@ func (c *conn) settle(p *pending, r *wire.Result, now time.Time) {
 		a.RetryAfter = retryAfter(r.Headers, now)
 	} else if p.Ownership {
 		a.ResponseHeaders = p.kept(r.Headers)
+	} else if p.Answer {
+		refused = p.readAnswer(r, &a, now)
 	}
 	if r.Note != "" {
 		a.Error = strings.TrimPrefix(a.Error+"; "+redact.Line(&p.plan.own, r.Note, maxSaid), "; ")
 	}
-	c.host.complete(p, delivery.Result{Attempt: a})
+	c.host.complete(p, delivery.Result{Attempt: a, Refused: refused})
 }
 
 // outcomeOf a status that is not 2xx: all may pass, except that what is gone stays gone.
@@ -92,6 +98,9 @@ func retryAfter(headers []delivery.Header, now time.Time) time.Duration {
 // codeShortage is what a plugin says when the machine has nothing left to make an attempt with.
 const codeShortage = "shortage"
 
+// codeEgress is what a plugin says when the address is forbidden.
+const codeEgress = "egress"
+
 // shortWords are for those whose deliveries wait meanwhile.
 const shortWords = "this machine is out of file descriptors, sockets or memory"
 
@@ -116,6 +125,10 @@ func (c *conn) failed(p *pending, f *pluginv1.Failure, r *wire.Result, now time.
 	if f.GetCode() == codeShortage && f.GetSource() == pluginv1.Failure_SOURCE_PLUGIN && f.GetWireState() == pluginv1.Failure_WIRE_STATE_NOT_SENT {
 		c.short()
 		c.host.unspent(p, shortWords)
+		return
+	}
+	if len(p.jobs) > 1 && f.GetSource() == pluginv1.Failure_SOURCE_POLICY && f.GetCode() != codeEgress && f.GetWireState() == pluginv1.Failure_WIRE_STATE_NOT_SENT {
+		c.host.complete(p, delivery.Result{Cause: delivery.CauseCrowded}) // one of them may be what is forbidden
 		return
 	}
 	a := delivery.Attempt{
@@ -191,7 +204,7 @@ func failureOutcome(f *pluginv1.Failure) (delivery.Outcome, delivery.Cause) {
 		}
 		return delivery.OutcomeRetryable, delivery.CauseEndpoint
 	case pluginv1.Failure_SOURCE_POLICY:
-		if f.GetCode() == "egress" {
+		if f.GetCode() == codeEgress {
 			return delivery.OutcomeUnreachable, delivery.CausePolicy
 		}
 		return delivery.OutcomeRetryable, delivery.CausePolicy

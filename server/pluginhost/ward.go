@@ -300,14 +300,14 @@ func (ws *wards) each(f func(*Host)) {
 func (c *conn) guilts(held []*pending) func(*pending) delivery.Guilt {
 	of, known := c.culprit()
 	if !known {
-		all := c.guilt(len(held))
+		all := c.guilt(deliveries(held))
 		return func(*pending) delivery.Guilt { return all }
 	}
 	c.accuse(of)
 	its := 0
 	for _, p := range held {
 		if p.sub.UID == of.uid {
-			its++
+			its += max(1, len(p.jobs))
 		}
 	}
 	guilt := c.guilt(its)
@@ -317,6 +317,15 @@ func (c *conn) guilts(held []*pending) func(*pending) delivery.Guilt {
 		}
 		return guilt
 	}
+}
+
+// deliveries is how many they carry.
+func deliveries(held []*pending) int {
+	n := 0
+	for _, p := range held {
+		n += max(1, len(p.jobs))
+	}
+	return n
 }
 
 // guilt says what speaks for it that the process, which has ended, died of one of the attempts that it held.

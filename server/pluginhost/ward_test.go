@@ -3,6 +3,7 @@
 package pluginhost
 
 import (
+	"bytes"
 	"context"
 	"os"
 	"strings"
@@ -27,6 +28,11 @@ func mortalTransport() plugin.Kind {
 	return plugin.Transport("mem", func(c mortalConfig, _ plugin.Target) (plugin.AttemptFunc, error) {
 		return func(ctx context.Context, r *plugin.Request) (*plugin.Response, error) {
 			kind := r.Get("ce-type")
+			for _, of := range []string{"exit", "fault"} {
+				if r.Batch && bytes.Contains(r.Body, []byte(`"type":"`+of+`"`)) {
+					kind = of
+				}
+			}
 			if c.Broken {
 				kind = "exit"
 			}
@@ -49,7 +55,7 @@ func mortalTransport() plugin.Kind {
 				return nil, ctx.Err()
 			}
 		}, nil
-	}, plugin.Schemes("mem"))
+	}, plugin.Schemes("mem"), plugin.Batches())
 }
 
 // course takes deliveries to their ends as dispatch would, by delivery.Next, with pauses that suit a test.

@@ -87,6 +87,7 @@ func compile(p *grapnelv1.Subscription, ns, id string, uid uuid.UUID, cond *cond
 		DisableAfter:   clamp(p.FailurePolicy.DisableAfter.AsDuration(), 0, 30*24*time.Hour),
 		Ordered:        p.Ordered,
 		BlocksKeys:     p.Ordered && p.OnExhausted == grapnelv1.Subscription_ON_EXHAUSTED_BLOCK,
+		Batching:       batchingOf(p.Batching),
 		globs:          p.EventTypes,
 		condition:      cond,
 	}

@@ -61,6 +61,7 @@ func fillDefaults(p *grapnelv1.Subscription) {
 	if p.PayloadShape.Compression == grapnelv1.PayloadShape_COMPRESSION_UNSPECIFIED {
 		p.PayloadShape.Compression = grapnelv1.PayloadShape_COMPRESSION_NONE
 	}
+	fillBatching(p.Batching)
 	if p.AttemptTimeout == nil {
 		p.AttemptTimeout = durationpb.New(defaultAttemptTimeout)
 	}

@@ -44,9 +44,20 @@ type Subscription struct {
 	// Ordered: events with one ordering key go one after another. BlocksKeys: an ordered delivery that fails for good
 	// keeps those behind it waiting.
 	Ordered, BlocksKeys bool
+	// Batching is nil where each delivery has a request of its own.
+	Batching *Batching
 
 	globs     []string
 	condition *condition
+}
+
+// Batching is how many deliveries one request may carry.
+type Batching struct {
+	MaxEvents int
+	// MaxBytes bounds the payloads and attributes.
+	MaxBytes int
+	// MaxWait is how long a delivery waits for others.
+	MaxWait time.Duration
 }
 
 // Namespace is one tenant as stored. Immutable.

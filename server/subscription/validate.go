@@ -55,6 +55,7 @@ func validate(p *grapnelv1.Subscription, ns string, conds *conditions) (*conditi
 	cond := c.condition("subscription.condition", p.Condition)
 	c.headers("subscription.headers", p.Headers)
 	c.shape("subscription.payload_shape", p)
+	c.batching("subscription.batching", p)
 	if len(p.Signers) > 8 {
 		c.add("subscription.signers", "repeated.max_items", "has %d signers; want at most 8", len(p.Signers))
 	}

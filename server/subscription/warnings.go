@@ -32,6 +32,7 @@ func Warnings(p *grapnelv1.Subscription) []string {
 		}
 	}
 	out = append(out, shapeWarnings(p)...)
+	out = append(out, batchingWarnings(p)...)
 	for i, s := range p.GetSigners() {
 		if s.GetPlugin() == noSigner && len(p.GetSigners()) > 1 {
 			warn("signers[%d] is %s, which adds nothing to the other signers; leave it out", i, noSigner)

@@ -462,8 +462,13 @@ type Attempt struct {
 	ResponseHeaders map[string]string `protobuf:"bytes,12,rep,name=response_headers,json=responseHeaders,proto3" json:"response_headers,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	// Request headers, credentials replaced by "[redacted]"; only with include_bodies.
 	RequestHeaders map[string]string `protobuf:"bytes,13,rep,name=request_headers,json=requestHeaders,proto3" json:"request_headers,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
-	unknownFields  protoimpl.UnknownFields
-	sizeCache      protoimpl.SizeCache
+	// The webhook-id of the request, where Subscription.batching has it carry several deliveries; empty otherwise. All attempts
+	// of one request have the same. Of its answer each keeps a part: response_body and headers are cut shorter the more there are.
+	BatchId string `protobuf:"bytes,14,opt,name=batch_id,json=batchId,proto3" json:"batch_id,omitempty"`
+	// How many deliveries the request carried; 0 without batching.
+	BatchSize     int32 `protobuf:"varint,15,opt,name=batch_size,json=batchSize,proto3" json:"batch_size,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Attempt) Reset() {
@@ -585,6 +590,20 @@ func (x *Attempt) GetRequestHeaders() map[string]string {
 		return x.RequestHeaders
 	}
 	return nil
+}
+
+func (x *Attempt) GetBatchId() string {
+	if x != nil {
+		return x.BatchId
+	}
+	return ""
+}
+
+func (x *Attempt) GetBatchSize() int32 {
+	if x != nil {
+		return x.BatchSize
+	}
+	return 0
 }
 
 // GetDeliveryRequest names one delivery.
@@ -1195,7 +1214,7 @@ const file_grapnel_v1_delivery_proto_rawDesc = "" +
 	"\x13TRIGGER_UNSPECIFIED\x10\x00\x12\x13\n" +
 	"\x0fTRIGGER_PUBLISH\x10\x01\x12\x12\n" +
 	"\x0eTRIGGER_REPLAY\x10\x02\x12\x17\n" +
-	"\x13TRIGGER_DEAD_LETTER\x10\x03\"\xb0\a\n" +
+	"\x13TRIGGER_DEAD_LETTER\x10\x03\"\xea\a\n" +
 	"\aAttempt\x12\x16\n" +
 	"\x06number\x18\x01 \x01(\x05R\x06number\x129\n" +
 	"\n" +
@@ -1212,7 +1231,10 @@ const file_grapnel_v1_delivery_proto_rawDesc = "" +
 	" \x01(\bR\x06manual\x12(\n" +
 	"\rresponse_body\x18\v \x01(\fB\x03\x80\x01\x01R\fresponseBody\x12X\n" +
 	"\x10response_headers\x18\f \x03(\v2(.grapnel.v1.Attempt.ResponseHeadersEntryB\x03\x80\x01\x01R\x0fresponseHeaders\x12U\n" +
-	"\x0frequest_headers\x18\r \x03(\v2'.grapnel.v1.Attempt.RequestHeadersEntryB\x03\x80\x01\x01R\x0erequestHeaders\x1aB\n" +
+	"\x0frequest_headers\x18\r \x03(\v2'.grapnel.v1.Attempt.RequestHeadersEntryB\x03\x80\x01\x01R\x0erequestHeaders\x12\x19\n" +
+	"\bbatch_id\x18\x0e \x01(\tR\abatchId\x12\x1d\n" +
+	"\n" +
+	"batch_size\x18\x0f \x01(\x05R\tbatchSize\x1aB\n" +
 	"\x14ResponseHeadersEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\x1aA\n" +

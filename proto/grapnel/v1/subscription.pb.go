@@ -137,6 +137,64 @@ func (Subscription_OnExhausted) EnumDescriptor() ([]byte, []int) {
 	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{0, 1}
 }
 
+// Format is the form of the body. Each form has, for each event, its webhook-id, type, time and data, and its attributes.
+type Batching_Format int32
+
+const (
+	// Read as JSON_ARRAY.
+	Batching_FORMAT_UNSPECIFIED Batching_Format = 0
+	// application/json: [{"id", "type", "timestamp", "attributes", "data"}, ...]. Attributes are those of a CloudEvent, id and
+	// source among them; data that is not JSON is base64 in "data_base64", beside "datacontenttype".
+	Batching_FORMAT_JSON_ARRAY Batching_Format = 1
+	// application/x-ndjson: the same objects, each on a line.
+	Batching_FORMAT_NDJSON Batching_Format = 2
+	// application/cloudevents-batch+json: CloudEvents in JSON, the webhook-id in the extension webhookid.
+	Batching_FORMAT_CLOUDEVENTS Batching_Format = 3
+)
+
+// Enum value maps for Batching_Format.
+var (
+	Batching_Format_name = map[int32]string{
+		0: "FORMAT_UNSPECIFIED",
+		1: "FORMAT_JSON_ARRAY",
+		2: "FORMAT_NDJSON",
+		3: "FORMAT_CLOUDEVENTS",
+	}
+	Batching_Format_value = map[string]int32{
+		"FORMAT_UNSPECIFIED": 0,
+		"FORMAT_JSON_ARRAY":  1,
+		"FORMAT_NDJSON":      2,
+		"FORMAT_CLOUDEVENTS": 3,
+	}
+)
+
+func (x Batching_Format) Enum() *Batching_Format {
+	p := new(Batching_Format)
+	*p = x
+	return p
+}
+
+func (x Batching_Format) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (Batching_Format) Descriptor() protoreflect.EnumDescriptor {
+	return file_grapnel_v1_subscription_proto_enumTypes[2].Descriptor()
+}
+
+func (Batching_Format) Type() protoreflect.EnumType {
+	return &file_grapnel_v1_subscription_proto_enumTypes[2]
+}
+
+func (x Batching_Format) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use Batching_Format.Descriptor instead.
+func (Batching_Format) EnumDescriptor() ([]byte, []int) {
+	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{1, 0}
+}
+
 // Format is the form of the body.
 type PayloadShape_Format int32
 
@@ -179,11 +237,11 @@ func (x PayloadShape_Format) String() string {
 }
 
 func (PayloadShape_Format) Descriptor() protoreflect.EnumDescriptor {
-	return file_grapnel_v1_subscription_proto_enumTypes[2].Descriptor()
+	return file_grapnel_v1_subscription_proto_enumTypes[3].Descriptor()
 }
 
 func (PayloadShape_Format) Type() protoreflect.EnumType {
-	return &file_grapnel_v1_subscription_proto_enumTypes[2]
+	return &file_grapnel_v1_subscription_proto_enumTypes[3]
 }
 
 func (x PayloadShape_Format) Number() protoreflect.EnumNumber {
@@ -192,7 +250,7 @@ func (x PayloadShape_Format) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use PayloadShape_Format.Descriptor instead.
 func (PayloadShape_Format) EnumDescriptor() ([]byte, []int) {
-	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{1, 0}
+	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{2, 0}
 }
 
 // Compression is the body's content coding.
@@ -232,11 +290,11 @@ func (x PayloadShape_Compression) String() string {
 }
 
 func (PayloadShape_Compression) Descriptor() protoreflect.EnumDescriptor {
-	return file_grapnel_v1_subscription_proto_enumTypes[3].Descriptor()
+	return file_grapnel_v1_subscription_proto_enumTypes[4].Descriptor()
 }
 
 func (PayloadShape_Compression) Type() protoreflect.EnumType {
-	return &file_grapnel_v1_subscription_proto_enumTypes[3]
+	return &file_grapnel_v1_subscription_proto_enumTypes[4]
 }
 
 func (x PayloadShape_Compression) Number() protoreflect.EnumNumber {
@@ -245,7 +303,7 @@ func (x PayloadShape_Compression) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use PayloadShape_Compression.Descriptor instead.
 func (PayloadShape_Compression) EnumDescriptor() ([]byte, []int) {
-	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{1, 1}
+	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{2, 1}
 }
 
 // Breaker is what keeps deliveries from a target that is not well.
@@ -290,11 +348,11 @@ func (x SubscriptionStatus_Breaker) String() string {
 }
 
 func (SubscriptionStatus_Breaker) Descriptor() protoreflect.EnumDescriptor {
-	return file_grapnel_v1_subscription_proto_enumTypes[4].Descriptor()
+	return file_grapnel_v1_subscription_proto_enumTypes[5].Descriptor()
 }
 
 func (SubscriptionStatus_Breaker) Type() protoreflect.EnumType {
-	return &file_grapnel_v1_subscription_proto_enumTypes[4]
+	return &file_grapnel_v1_subscription_proto_enumTypes[5]
 }
 
 func (x SubscriptionStatus_Breaker) Number() protoreflect.EnumNumber {
@@ -303,7 +361,7 @@ func (x SubscriptionStatus_Breaker) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use SubscriptionStatus_Breaker.Descriptor instead.
 func (SubscriptionStatus_Breaker) EnumDescriptor() ([]byte, []int) {
-	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{8, 0}
+	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{9, 0}
 }
 
 // Subscription routes matching events of a namespace to one target.
@@ -377,7 +435,10 @@ type Subscription struct {
 	DeadLetter string `protobuf:"bytes,26,opt,name=dead_letter,json=deadLetter,proto3" json:"dead_letter,omitempty"`
 	// What an ordered subscription does with an ordering key of which a delivery has failed for good; the default is SKIP. A
 	// change to SKIP, or of ordered to false, lets go of the keys that are blocked.
-	OnExhausted   Subscription_OnExhausted `protobuf:"varint,24,opt,name=on_exhausted,json=onExhausted,proto3,enum=grapnel.v1.Subscription_OnExhausted" json:"on_exhausted,omitempty"`
+	OnExhausted Subscription_OnExhausted `protobuf:"varint,24,opt,name=on_exhausted,json=onExhausted,proto3,enum=grapnel.v1.Subscription_OnExhausted" json:"on_exhausted,omitempty"`
+	// Several deliveries in one request; its transport must be one that takes them, as http does. Unset: each has a request
+	// of its own.
+	Batching      *Batching `protobuf:"bytes,27,opt,name=batching,proto3" json:"batching,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -580,6 +641,100 @@ func (x *Subscription) GetOnExhausted() Subscription_OnExhausted {
 	return Subscription_ON_EXHAUSTED_UNSPECIFIED
 }
 
+func (x *Subscription) GetBatching() *Batching {
+	if x != nil {
+		return x.Batching
+	}
+	return nil
+}
+
+// Batching has a request carry several deliveries of the subscription: first attempts and repeats alike, as they are due, and
+// of one ordering key at most one. A request goes as soon as max_events or max_bytes of them wait, and when the first of them
+// has waited for max_wait. One that is alone travels in the same form.
+//
+// A request is one attempt in flight for max_in_flight and max_rate, and says one thing about its target. Each delivery has
+// attempts, a schedule and an end of its own: an answer of 2xx has taken all of them but those that it names in a JSON body,
+// {"failed": [{"id": ID, "reason": TEXT}, ...]} or {"failed": [ID, ...]}, of 64 KiB at most, or in the header
+// webhook-failed-ids, separated by commas; IDs are webhook-ids, and what is named is tried again. Any other answer, and none,
+// fails all.
+// What is refused with a status of 4xx, other than 408, 425 and 429, in company is next tried by itself, and what fails
+// otherwise in an eighth of the company and then by itself, so that one event does not decide for others; an answer of 429 or 503, and a
+// target that cannot be reached, leave the company as it is.
+//
+// The webhook-id of a request follows from those of its events in their order: the same events have the same one.
+type Batching struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Most events in one request, 2 to 1000; 0 means the default, 100.
+	MaxEvents int32 `protobuf:"varint,1,opt,name=max_events,json=maxEvents,proto3" json:"max_events,omitempty"`
+	// Most bytes of payloads and attributes in one request, as they were published, 1024 to 524288; 0 means the default, 262144.
+	// The body is larger by its form, and by a third where it is base64. An event that is larger goes by itself.
+	MaxBytes int32 `protobuf:"varint,2,opt,name=max_bytes,json=maxBytes,proto3" json:"max_bytes,omitempty"`
+	// Longest time that a delivery waits for others, 0s to 10s, default 1s. With 0s what waits anyway goes together.
+	MaxWait *durationpb.Duration `protobuf:"bytes,3,opt,name=max_wait,json=maxWait,proto3" json:"max_wait,omitempty"`
+	// Form of the body. payload_shape.format must then be RAW and payload_shape.content_type empty.
+	Format        Batching_Format `protobuf:"varint,4,opt,name=format,proto3,enum=grapnel.v1.Batching_Format" json:"format,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Batching) Reset() {
+	*x = Batching{}
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Batching) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Batching) ProtoMessage() {}
+
+func (x *Batching) ProtoReflect() protoreflect.Message {
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Batching.ProtoReflect.Descriptor instead.
+func (*Batching) Descriptor() ([]byte, []int) {
+	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{1}
+}
+
+func (x *Batching) GetMaxEvents() int32 {
+	if x != nil {
+		return x.MaxEvents
+	}
+	return 0
+}
+
+func (x *Batching) GetMaxBytes() int32 {
+	if x != nil {
+		return x.MaxBytes
+	}
+	return 0
+}
+
+func (x *Batching) GetMaxWait() *durationpb.Duration {
+	if x != nil {
+		return x.MaxWait
+	}
+	return nil
+}
+
+func (x *Batching) GetFormat() Batching_Format {
+	if x != nil {
+		return x.Format
+	}
+	return Batching_FORMAT_UNSPECIFIED
+}
+
 // PayloadShape says what the body of a request is made of. The body is made once for each event and is the
 // same on every attempt; signatures cover its bytes as sent.
 type PayloadShape struct {
@@ -596,7 +751,7 @@ type PayloadShape struct {
 
 func (x *PayloadShape) Reset() {
 	*x = PayloadShape{}
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[1]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[2]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -608,7 +763,7 @@ func (x *PayloadShape) String() string {
 func (*PayloadShape) ProtoMessage() {}
 
 func (x *PayloadShape) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[1]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[2]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -621,7 +776,7 @@ func (x *PayloadShape) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PayloadShape.ProtoReflect.Descriptor instead.
 func (*PayloadShape) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{1}
+	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{2}
 }
 
 func (x *PayloadShape) GetFormat() PayloadShape_Format {
@@ -673,7 +828,7 @@ type RetryPolicy struct {
 
 func (x *RetryPolicy) Reset() {
 	*x = RetryPolicy{}
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[2]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -685,7 +840,7 @@ func (x *RetryPolicy) String() string {
 func (*RetryPolicy) ProtoMessage() {}
 
 func (x *RetryPolicy) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[2]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -698,7 +853,7 @@ func (x *RetryPolicy) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RetryPolicy.ProtoReflect.Descriptor instead.
 func (*RetryPolicy) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{2}
+	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *RetryPolicy) GetMaxAttempts() int32 {
@@ -763,7 +918,7 @@ type FailurePolicy struct {
 
 func (x *FailurePolicy) Reset() {
 	*x = FailurePolicy{}
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[3]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -775,7 +930,7 @@ func (x *FailurePolicy) String() string {
 func (*FailurePolicy) ProtoMessage() {}
 
 func (x *FailurePolicy) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[3]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -788,7 +943,7 @@ func (x *FailurePolicy) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FailurePolicy.ProtoReflect.Descriptor instead.
 func (*FailurePolicy) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{3}
+	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *FailurePolicy) GetDisableAfter() *durationpb.Duration {
@@ -828,7 +983,7 @@ type CreateSubscriptionRequest struct {
 
 func (x *CreateSubscriptionRequest) Reset() {
 	*x = CreateSubscriptionRequest{}
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[4]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -840,7 +995,7 @@ func (x *CreateSubscriptionRequest) String() string {
 func (*CreateSubscriptionRequest) ProtoMessage() {}
 
 func (x *CreateSubscriptionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[4]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -853,7 +1008,7 @@ func (x *CreateSubscriptionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateSubscriptionRequest.ProtoReflect.Descriptor instead.
 func (*CreateSubscriptionRequest) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{4}
+	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *CreateSubscriptionRequest) GetParent() string {
@@ -918,7 +1073,7 @@ type CreateSubscriptionResponse struct {
 
 func (x *CreateSubscriptionResponse) Reset() {
 	*x = CreateSubscriptionResponse{}
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[5]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -930,7 +1085,7 @@ func (x *CreateSubscriptionResponse) String() string {
 func (*CreateSubscriptionResponse) ProtoMessage() {}
 
 func (x *CreateSubscriptionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[5]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -943,7 +1098,7 @@ func (x *CreateSubscriptionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateSubscriptionResponse.ProtoReflect.Descriptor instead.
 func (*CreateSubscriptionResponse) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{5}
+	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *CreateSubscriptionResponse) GetSubscription() *Subscription {
@@ -971,7 +1126,7 @@ type GetSubscriptionRequest struct {
 
 func (x *GetSubscriptionRequest) Reset() {
 	*x = GetSubscriptionRequest{}
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[6]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -983,7 +1138,7 @@ func (x *GetSubscriptionRequest) String() string {
 func (*GetSubscriptionRequest) ProtoMessage() {}
 
 func (x *GetSubscriptionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[6]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -996,7 +1151,7 @@ func (x *GetSubscriptionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetSubscriptionRequest.ProtoReflect.Descriptor instead.
 func (*GetSubscriptionRequest) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{6}
+	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *GetSubscriptionRequest) GetName() string {
@@ -1019,7 +1174,7 @@ type GetSubscriptionResponse struct {
 
 func (x *GetSubscriptionResponse) Reset() {
 	*x = GetSubscriptionResponse{}
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[7]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1031,7 +1186,7 @@ func (x *GetSubscriptionResponse) String() string {
 func (*GetSubscriptionResponse) ProtoMessage() {}
 
 func (x *GetSubscriptionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[7]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1044,7 +1199,7 @@ func (x *GetSubscriptionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetSubscriptionResponse.ProtoReflect.Descriptor instead.
 func (*GetSubscriptionResponse) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{7}
+	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *GetSubscriptionResponse) GetSubscription() *Subscription {
@@ -1117,7 +1272,7 @@ type SubscriptionStatus struct {
 
 func (x *SubscriptionStatus) Reset() {
 	*x = SubscriptionStatus{}
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[8]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1129,7 +1284,7 @@ func (x *SubscriptionStatus) String() string {
 func (*SubscriptionStatus) ProtoMessage() {}
 
 func (x *SubscriptionStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[8]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1142,7 +1297,7 @@ func (x *SubscriptionStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SubscriptionStatus.ProtoReflect.Descriptor instead.
 func (*SubscriptionStatus) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{8}
+	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *SubscriptionStatus) GetOpen() bool {
@@ -1311,7 +1466,7 @@ type ListSubscriptionsRequest struct {
 
 func (x *ListSubscriptionsRequest) Reset() {
 	*x = ListSubscriptionsRequest{}
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[9]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1323,7 +1478,7 @@ func (x *ListSubscriptionsRequest) String() string {
 func (*ListSubscriptionsRequest) ProtoMessage() {}
 
 func (x *ListSubscriptionsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[9]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1336,7 +1491,7 @@ func (x *ListSubscriptionsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSubscriptionsRequest.ProtoReflect.Descriptor instead.
 func (*ListSubscriptionsRequest) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{9}
+	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *ListSubscriptionsRequest) GetParent() string {
@@ -1381,7 +1536,7 @@ type ListSubscriptionsResponse struct {
 
 func (x *ListSubscriptionsResponse) Reset() {
 	*x = ListSubscriptionsResponse{}
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[10]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1393,7 +1548,7 @@ func (x *ListSubscriptionsResponse) String() string {
 func (*ListSubscriptionsResponse) ProtoMessage() {}
 
 func (x *ListSubscriptionsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[10]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1406,7 +1561,7 @@ func (x *ListSubscriptionsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSubscriptionsResponse.ProtoReflect.Descriptor instead.
 func (*ListSubscriptionsResponse) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{10}
+	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *ListSubscriptionsResponse) GetSubscriptions() []*Subscription {
@@ -1443,7 +1598,7 @@ type UpdateSubscriptionRequest struct {
 
 func (x *UpdateSubscriptionRequest) Reset() {
 	*x = UpdateSubscriptionRequest{}
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[11]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1455,7 +1610,7 @@ func (x *UpdateSubscriptionRequest) String() string {
 func (*UpdateSubscriptionRequest) ProtoMessage() {}
 
 func (x *UpdateSubscriptionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[11]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1468,7 +1623,7 @@ func (x *UpdateSubscriptionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateSubscriptionRequest.ProtoReflect.Descriptor instead.
 func (*UpdateSubscriptionRequest) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{11}
+	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *UpdateSubscriptionRequest) GetSubscription() *Subscription {
@@ -1512,7 +1667,7 @@ type UpdateSubscriptionResponse struct {
 
 func (x *UpdateSubscriptionResponse) Reset() {
 	*x = UpdateSubscriptionResponse{}
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[12]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1524,7 +1679,7 @@ func (x *UpdateSubscriptionResponse) String() string {
 func (*UpdateSubscriptionResponse) ProtoMessage() {}
 
 func (x *UpdateSubscriptionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[12]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1537,7 +1692,7 @@ func (x *UpdateSubscriptionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateSubscriptionResponse.ProtoReflect.Descriptor instead.
 func (*UpdateSubscriptionResponse) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{12}
+	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *UpdateSubscriptionResponse) GetSubscription() *Subscription {
@@ -1569,7 +1724,7 @@ type DeleteSubscriptionRequest struct {
 
 func (x *DeleteSubscriptionRequest) Reset() {
 	*x = DeleteSubscriptionRequest{}
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[13]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1581,7 +1736,7 @@ func (x *DeleteSubscriptionRequest) String() string {
 func (*DeleteSubscriptionRequest) ProtoMessage() {}
 
 func (x *DeleteSubscriptionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[13]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1594,7 +1749,7 @@ func (x *DeleteSubscriptionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteSubscriptionRequest.ProtoReflect.Descriptor instead.
 func (*DeleteSubscriptionRequest) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{13}
+	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *DeleteSubscriptionRequest) GetName() string {
@@ -1629,7 +1784,7 @@ type DeleteSubscriptionResponse struct {
 
 func (x *DeleteSubscriptionResponse) Reset() {
 	*x = DeleteSubscriptionResponse{}
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[14]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1641,7 +1796,7 @@ func (x *DeleteSubscriptionResponse) String() string {
 func (*DeleteSubscriptionResponse) ProtoMessage() {}
 
 func (x *DeleteSubscriptionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[14]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1654,7 +1809,7 @@ func (x *DeleteSubscriptionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteSubscriptionResponse.ProtoReflect.Descriptor instead.
 func (*DeleteSubscriptionResponse) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{14}
+	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *DeleteSubscriptionResponse) GetCancelledDeliveries() int32 {
@@ -1679,7 +1834,7 @@ type PauseSubscriptionRequest struct {
 
 func (x *PauseSubscriptionRequest) Reset() {
 	*x = PauseSubscriptionRequest{}
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[15]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1691,7 +1846,7 @@ func (x *PauseSubscriptionRequest) String() string {
 func (*PauseSubscriptionRequest) ProtoMessage() {}
 
 func (x *PauseSubscriptionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[15]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1704,7 +1859,7 @@ func (x *PauseSubscriptionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PauseSubscriptionRequest.ProtoReflect.Descriptor instead.
 func (*PauseSubscriptionRequest) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{15}
+	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *PauseSubscriptionRequest) GetName() string {
@@ -1739,7 +1894,7 @@ type PauseSubscriptionResponse struct {
 
 func (x *PauseSubscriptionResponse) Reset() {
 	*x = PauseSubscriptionResponse{}
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[16]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1751,7 +1906,7 @@ func (x *PauseSubscriptionResponse) String() string {
 func (*PauseSubscriptionResponse) ProtoMessage() {}
 
 func (x *PauseSubscriptionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[16]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1764,7 +1919,7 @@ func (x *PauseSubscriptionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PauseSubscriptionResponse.ProtoReflect.Descriptor instead.
 func (*PauseSubscriptionResponse) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{16}
+	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *PauseSubscriptionResponse) GetSubscription() *Subscription {
@@ -1789,7 +1944,7 @@ type DisableSubscriptionRequest struct {
 
 func (x *DisableSubscriptionRequest) Reset() {
 	*x = DisableSubscriptionRequest{}
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[17]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1801,7 +1956,7 @@ func (x *DisableSubscriptionRequest) String() string {
 func (*DisableSubscriptionRequest) ProtoMessage() {}
 
 func (x *DisableSubscriptionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[17]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1814,7 +1969,7 @@ func (x *DisableSubscriptionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DisableSubscriptionRequest.ProtoReflect.Descriptor instead.
 func (*DisableSubscriptionRequest) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{17}
+	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *DisableSubscriptionRequest) GetName() string {
@@ -1849,7 +2004,7 @@ type DisableSubscriptionResponse struct {
 
 func (x *DisableSubscriptionResponse) Reset() {
 	*x = DisableSubscriptionResponse{}
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[18]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1861,7 +2016,7 @@ func (x *DisableSubscriptionResponse) String() string {
 func (*DisableSubscriptionResponse) ProtoMessage() {}
 
 func (x *DisableSubscriptionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[18]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1874,7 +2029,7 @@ func (x *DisableSubscriptionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DisableSubscriptionResponse.ProtoReflect.Descriptor instead.
 func (*DisableSubscriptionResponse) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{18}
+	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *DisableSubscriptionResponse) GetSubscription() *Subscription {
@@ -1899,7 +2054,7 @@ type ResumeSubscriptionRequest struct {
 
 func (x *ResumeSubscriptionRequest) Reset() {
 	*x = ResumeSubscriptionRequest{}
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[19]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1911,7 +2066,7 @@ func (x *ResumeSubscriptionRequest) String() string {
 func (*ResumeSubscriptionRequest) ProtoMessage() {}
 
 func (x *ResumeSubscriptionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[19]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1924,7 +2079,7 @@ func (x *ResumeSubscriptionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResumeSubscriptionRequest.ProtoReflect.Descriptor instead.
 func (*ResumeSubscriptionRequest) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{19}
+	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *ResumeSubscriptionRequest) GetName() string {
@@ -1962,7 +2117,7 @@ type ResumeSubscriptionResponse struct {
 
 func (x *ResumeSubscriptionResponse) Reset() {
 	*x = ResumeSubscriptionResponse{}
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[20]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1974,7 +2129,7 @@ func (x *ResumeSubscriptionResponse) String() string {
 func (*ResumeSubscriptionResponse) ProtoMessage() {}
 
 func (x *ResumeSubscriptionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[20]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1987,7 +2142,7 @@ func (x *ResumeSubscriptionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResumeSubscriptionResponse.ProtoReflect.Descriptor instead.
 func (*ResumeSubscriptionResponse) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{20}
+	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *ResumeSubscriptionResponse) GetSubscription() *Subscription {
@@ -2017,7 +2172,7 @@ type TestSubscriptionRequest struct {
 
 func (x *TestSubscriptionRequest) Reset() {
 	*x = TestSubscriptionRequest{}
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[21]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2029,7 +2184,7 @@ func (x *TestSubscriptionRequest) String() string {
 func (*TestSubscriptionRequest) ProtoMessage() {}
 
 func (x *TestSubscriptionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[21]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2042,7 +2197,7 @@ func (x *TestSubscriptionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TestSubscriptionRequest.ProtoReflect.Descriptor instead.
 func (*TestSubscriptionRequest) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{21}
+	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *TestSubscriptionRequest) GetName() string {
@@ -2071,7 +2226,7 @@ type TestSubscriptionResponse struct {
 
 func (x *TestSubscriptionResponse) Reset() {
 	*x = TestSubscriptionResponse{}
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[22]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2083,7 +2238,7 @@ func (x *TestSubscriptionResponse) String() string {
 func (*TestSubscriptionResponse) ProtoMessage() {}
 
 func (x *TestSubscriptionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[22]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2096,7 +2251,7 @@ func (x *TestSubscriptionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TestSubscriptionResponse.ProtoReflect.Descriptor instead.
 func (*TestSubscriptionResponse) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{22}
+	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *TestSubscriptionResponse) GetAttempt() *Attempt {
@@ -2125,7 +2280,7 @@ type MatchSubscriptionsRequest struct {
 
 func (x *MatchSubscriptionsRequest) Reset() {
 	*x = MatchSubscriptionsRequest{}
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[23]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2137,7 +2292,7 @@ func (x *MatchSubscriptionsRequest) String() string {
 func (*MatchSubscriptionsRequest) ProtoMessage() {}
 
 func (x *MatchSubscriptionsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[23]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2150,7 +2305,7 @@ func (x *MatchSubscriptionsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MatchSubscriptionsRequest.ProtoReflect.Descriptor instead.
 func (*MatchSubscriptionsRequest) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{23}
+	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *MatchSubscriptionsRequest) GetParent() string {
@@ -2201,7 +2356,7 @@ type MatchSubscriptionsResponse struct {
 
 func (x *MatchSubscriptionsResponse) Reset() {
 	*x = MatchSubscriptionsResponse{}
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[24]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2213,7 +2368,7 @@ func (x *MatchSubscriptionsResponse) String() string {
 func (*MatchSubscriptionsResponse) ProtoMessage() {}
 
 func (x *MatchSubscriptionsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[24]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2226,7 +2381,7 @@ func (x *MatchSubscriptionsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MatchSubscriptionsResponse.ProtoReflect.Descriptor instead.
 func (*MatchSubscriptionsResponse) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{24}
+	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *MatchSubscriptionsResponse) GetMatches() []*SubscriptionMatch {
@@ -2248,7 +2403,7 @@ var File_grapnel_v1_subscription_proto protoreflect.FileDescriptor
 const file_grapnel_v1_subscription_proto_rawDesc = "" +
 	"\n" +
 	"\x1dgrapnel/v1/subscription.proto\x12\n" +
-	"grapnel.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17grapnel/v1/common.proto\x1a\x19grapnel/v1/delivery.proto\x1a\x16grapnel/v1/event.proto\"\xdc\x0e\n" +
+	"grapnel.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17grapnel/v1/common.proto\x1a\x19grapnel/v1/delivery.proto\x1a\x16grapnel/v1/event.proto\"\x8e\x0f\n" +
 	"\fSubscription\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x10\n" +
 	"\x03uid\x18\x02 \x01(\tR\x03uid\x12*\n" +
@@ -2281,7 +2436,8 @@ const file_grapnel_v1_subscription_proto_rawDesc = "" +
 	"\vdead_letter\x18\x1a \x01(\tB\xa7\x01\xbaH\xa3\x01\xba\x01\x9f\x01\n" +
 	"\x11subscription_name\x121must look like namespaces/NAME/subscriptions/NAME\x1aWthis.matches('^(namespaces/[a-z][a-z0-9-]{0,62}/subscriptions/[a-z][a-z0-9-]{0,62})?$')R\n" +
 	"deadLetter\x12Q\n" +
-	"\fon_exhausted\x18\x18 \x01(\x0e2$.grapnel.v1.Subscription.OnExhaustedB\b\xbaH\x05\x82\x01\x02\x10\x01R\vonExhausted\x1a9\n" +
+	"\fon_exhausted\x18\x18 \x01(\x0e2$.grapnel.v1.Subscription.OnExhaustedB\b\xbaH\x05\x82\x01\x02\x10\x01R\vonExhausted\x120\n" +
+	"\bbatching\x18\x1b \x01(\v2\x14.grapnel.v1.BatchingR\bbatching\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\x1a:\n" +
@@ -2296,7 +2452,20 @@ const file_grapnel_v1_subscription_proto_rawDesc = "" +
 	"\vOnExhausted\x12\x1c\n" +
 	"\x18ON_EXHAUSTED_UNSPECIFIED\x10\x00\x12\x15\n" +
 	"\x11ON_EXHAUSTED_SKIP\x10\x01\x12\x16\n" +
-	"\x12ON_EXHAUSTED_BLOCK\x10\x02\"\xfc\x02\n" +
+	"\x12ON_EXHAUSTED_BLOCK\x10\x02\"\xc6\x02\n" +
+	"\bBatching\x12)\n" +
+	"\n" +
+	"max_events\x18\x01 \x01(\x05B\n" +
+	"\xbaH\a\x1a\x05\x18\xe8\a(\x00R\tmaxEvents\x12(\n" +
+	"\tmax_bytes\x18\x02 \x01(\x05B\v\xbaH\b\x1a\x06\x18\x80\x80 (\x00R\bmaxBytes\x12B\n" +
+	"\bmax_wait\x18\x03 \x01(\v2\x19.google.protobuf.DurationB\f\xbaH\t\xaa\x01\x06\"\x02\b\n" +
+	"2\x00R\amaxWait\x12=\n" +
+	"\x06format\x18\x04 \x01(\x0e2\x1b.grapnel.v1.Batching.FormatB\b\xbaH\x05\x82\x01\x02\x10\x01R\x06format\"b\n" +
+	"\x06Format\x12\x16\n" +
+	"\x12FORMAT_UNSPECIFIED\x10\x00\x12\x15\n" +
+	"\x11FORMAT_JSON_ARRAY\x10\x01\x12\x11\n" +
+	"\rFORMAT_NDJSON\x10\x02\x12\x16\n" +
+	"\x12FORMAT_CLOUDEVENTS\x10\x03\"\xfc\x02\n" +
 	"\fPayloadShape\x127\n" +
 	"\x06format\x18\x01 \x01(\x0e2\x1f.grapnel.v1.PayloadShape.FormatR\x06format\x12F\n" +
 	"\vcompression\x18\x02 \x01(\x0e2$.grapnel.v1.PayloadShape.CompressionR\vcompression\x12+\n" +
@@ -2467,122 +2636,127 @@ func file_grapnel_v1_subscription_proto_rawDescGZIP() []byte {
 	return file_grapnel_v1_subscription_proto_rawDescData
 }
 
-var file_grapnel_v1_subscription_proto_enumTypes = make([]protoimpl.EnumInfo, 5)
-var file_grapnel_v1_subscription_proto_msgTypes = make([]protoimpl.MessageInfo, 27)
+var file_grapnel_v1_subscription_proto_enumTypes = make([]protoimpl.EnumInfo, 6)
+var file_grapnel_v1_subscription_proto_msgTypes = make([]protoimpl.MessageInfo, 28)
 var file_grapnel_v1_subscription_proto_goTypes = []any{
 	(Subscription_State)(0),             // 0: grapnel.v1.Subscription.State
 	(Subscription_OnExhausted)(0),       // 1: grapnel.v1.Subscription.OnExhausted
-	(PayloadShape_Format)(0),            // 2: grapnel.v1.PayloadShape.Format
-	(PayloadShape_Compression)(0),       // 3: grapnel.v1.PayloadShape.Compression
-	(SubscriptionStatus_Breaker)(0),     // 4: grapnel.v1.SubscriptionStatus.Breaker
-	(*Subscription)(nil),                // 5: grapnel.v1.Subscription
-	(*PayloadShape)(nil),                // 6: grapnel.v1.PayloadShape
-	(*RetryPolicy)(nil),                 // 7: grapnel.v1.RetryPolicy
-	(*FailurePolicy)(nil),               // 8: grapnel.v1.FailurePolicy
-	(*CreateSubscriptionRequest)(nil),   // 9: grapnel.v1.CreateSubscriptionRequest
-	(*CreateSubscriptionResponse)(nil),  // 10: grapnel.v1.CreateSubscriptionResponse
-	(*GetSubscriptionRequest)(nil),      // 11: grapnel.v1.GetSubscriptionRequest
-	(*GetSubscriptionResponse)(nil),     // 12: grapnel.v1.GetSubscriptionResponse
-	(*SubscriptionStatus)(nil),          // 13: grapnel.v1.SubscriptionStatus
-	(*ListSubscriptionsRequest)(nil),    // 14: grapnel.v1.ListSubscriptionsRequest
-	(*ListSubscriptionsResponse)(nil),   // 15: grapnel.v1.ListSubscriptionsResponse
-	(*UpdateSubscriptionRequest)(nil),   // 16: grapnel.v1.UpdateSubscriptionRequest
-	(*UpdateSubscriptionResponse)(nil),  // 17: grapnel.v1.UpdateSubscriptionResponse
-	(*DeleteSubscriptionRequest)(nil),   // 18: grapnel.v1.DeleteSubscriptionRequest
-	(*DeleteSubscriptionResponse)(nil),  // 19: grapnel.v1.DeleteSubscriptionResponse
-	(*PauseSubscriptionRequest)(nil),    // 20: grapnel.v1.PauseSubscriptionRequest
-	(*PauseSubscriptionResponse)(nil),   // 21: grapnel.v1.PauseSubscriptionResponse
-	(*DisableSubscriptionRequest)(nil),  // 22: grapnel.v1.DisableSubscriptionRequest
-	(*DisableSubscriptionResponse)(nil), // 23: grapnel.v1.DisableSubscriptionResponse
-	(*ResumeSubscriptionRequest)(nil),   // 24: grapnel.v1.ResumeSubscriptionRequest
-	(*ResumeSubscriptionResponse)(nil),  // 25: grapnel.v1.ResumeSubscriptionResponse
-	(*TestSubscriptionRequest)(nil),     // 26: grapnel.v1.TestSubscriptionRequest
-	(*TestSubscriptionResponse)(nil),    // 27: grapnel.v1.TestSubscriptionResponse
-	(*MatchSubscriptionsRequest)(nil),   // 28: grapnel.v1.MatchSubscriptionsRequest
-	(*MatchSubscriptionsResponse)(nil),  // 29: grapnel.v1.MatchSubscriptionsResponse
-	nil,                                 // 30: grapnel.v1.Subscription.LabelsEntry
-	nil,                                 // 31: grapnel.v1.Subscription.HeadersEntry
-	(*PluginBinding)(nil),               // 32: grapnel.v1.PluginBinding
-	(*durationpb.Duration)(nil),         // 33: google.protobuf.Duration
-	(*timestamppb.Timestamp)(nil),       // 34: google.protobuf.Timestamp
-	(*fieldmaskpb.FieldMask)(nil),       // 35: google.protobuf.FieldMask
-	(*Event)(nil),                       // 36: grapnel.v1.Event
-	(*Attempt)(nil),                     // 37: grapnel.v1.Attempt
-	(*SubscriptionMatch)(nil),           // 38: grapnel.v1.SubscriptionMatch
+	(Batching_Format)(0),                // 2: grapnel.v1.Batching.Format
+	(PayloadShape_Format)(0),            // 3: grapnel.v1.PayloadShape.Format
+	(PayloadShape_Compression)(0),       // 4: grapnel.v1.PayloadShape.Compression
+	(SubscriptionStatus_Breaker)(0),     // 5: grapnel.v1.SubscriptionStatus.Breaker
+	(*Subscription)(nil),                // 6: grapnel.v1.Subscription
+	(*Batching)(nil),                    // 7: grapnel.v1.Batching
+	(*PayloadShape)(nil),                // 8: grapnel.v1.PayloadShape
+	(*RetryPolicy)(nil),                 // 9: grapnel.v1.RetryPolicy
+	(*FailurePolicy)(nil),               // 10: grapnel.v1.FailurePolicy
+	(*CreateSubscriptionRequest)(nil),   // 11: grapnel.v1.CreateSubscriptionRequest
+	(*CreateSubscriptionResponse)(nil),  // 12: grapnel.v1.CreateSubscriptionResponse
+	(*GetSubscriptionRequest)(nil),      // 13: grapnel.v1.GetSubscriptionRequest
+	(*GetSubscriptionResponse)(nil),     // 14: grapnel.v1.GetSubscriptionResponse
+	(*SubscriptionStatus)(nil),          // 15: grapnel.v1.SubscriptionStatus
+	(*ListSubscriptionsRequest)(nil),    // 16: grapnel.v1.ListSubscriptionsRequest
+	(*ListSubscriptionsResponse)(nil),   // 17: grapnel.v1.ListSubscriptionsResponse
+	(*UpdateSubscriptionRequest)(nil),   // 18: grapnel.v1.UpdateSubscriptionRequest
+	(*UpdateSubscriptionResponse)(nil),  // 19: grapnel.v1.UpdateSubscriptionResponse
+	(*DeleteSubscriptionRequest)(nil),   // 20: grapnel.v1.DeleteSubscriptionRequest
+	(*DeleteSubscriptionResponse)(nil),  // 21: grapnel.v1.DeleteSubscriptionResponse
+	(*PauseSubscriptionRequest)(nil),    // 22: grapnel.v1.PauseSubscriptionRequest
+	(*PauseSubscriptionResponse)(nil),   // 23: grapnel.v1.PauseSubscriptionResponse
+	(*DisableSubscriptionRequest)(nil),  // 24: grapnel.v1.DisableSubscriptionRequest
+	(*DisableSubscriptionResponse)(nil), // 25: grapnel.v1.DisableSubscriptionResponse
+	(*ResumeSubscriptionRequest)(nil),   // 26: grapnel.v1.ResumeSubscriptionRequest
+	(*ResumeSubscriptionResponse)(nil),  // 27: grapnel.v1.ResumeSubscriptionResponse
+	(*TestSubscriptionRequest)(nil),     // 28: grapnel.v1.TestSubscriptionRequest
+	(*TestSubscriptionResponse)(nil),    // 29: grapnel.v1.TestSubscriptionResponse
+	(*MatchSubscriptionsRequest)(nil),   // 30: grapnel.v1.MatchSubscriptionsRequest
+	(*MatchSubscriptionsResponse)(nil),  // 31: grapnel.v1.MatchSubscriptionsResponse
+	nil,                                 // 32: grapnel.v1.Subscription.LabelsEntry
+	nil,                                 // 33: grapnel.v1.Subscription.HeadersEntry
+	(*PluginBinding)(nil),               // 34: grapnel.v1.PluginBinding
+	(*durationpb.Duration)(nil),         // 35: google.protobuf.Duration
+	(*timestamppb.Timestamp)(nil),       // 36: google.protobuf.Timestamp
+	(*fieldmaskpb.FieldMask)(nil),       // 37: google.protobuf.FieldMask
+	(*Event)(nil),                       // 38: grapnel.v1.Event
+	(*Attempt)(nil),                     // 39: grapnel.v1.Attempt
+	(*SubscriptionMatch)(nil),           // 40: grapnel.v1.SubscriptionMatch
 }
 var file_grapnel_v1_subscription_proto_depIdxs = []int32{
-	30, // 0: grapnel.v1.Subscription.labels:type_name -> grapnel.v1.Subscription.LabelsEntry
-	31, // 1: grapnel.v1.Subscription.headers:type_name -> grapnel.v1.Subscription.HeadersEntry
-	32, // 2: grapnel.v1.Subscription.signers:type_name -> grapnel.v1.PluginBinding
-	32, // 3: grapnel.v1.Subscription.transport:type_name -> grapnel.v1.PluginBinding
-	33, // 4: grapnel.v1.Subscription.attempt_timeout:type_name -> google.protobuf.Duration
-	7,  // 5: grapnel.v1.Subscription.retry_policy:type_name -> grapnel.v1.RetryPolicy
-	8,  // 6: grapnel.v1.Subscription.failure_policy:type_name -> grapnel.v1.FailurePolicy
+	32, // 0: grapnel.v1.Subscription.labels:type_name -> grapnel.v1.Subscription.LabelsEntry
+	33, // 1: grapnel.v1.Subscription.headers:type_name -> grapnel.v1.Subscription.HeadersEntry
+	34, // 2: grapnel.v1.Subscription.signers:type_name -> grapnel.v1.PluginBinding
+	34, // 3: grapnel.v1.Subscription.transport:type_name -> grapnel.v1.PluginBinding
+	35, // 4: grapnel.v1.Subscription.attempt_timeout:type_name -> google.protobuf.Duration
+	9,  // 5: grapnel.v1.Subscription.retry_policy:type_name -> grapnel.v1.RetryPolicy
+	10, // 6: grapnel.v1.Subscription.failure_policy:type_name -> grapnel.v1.FailurePolicy
 	0,  // 7: grapnel.v1.Subscription.state:type_name -> grapnel.v1.Subscription.State
-	34, // 8: grapnel.v1.Subscription.create_time:type_name -> google.protobuf.Timestamp
-	34, // 9: grapnel.v1.Subscription.update_time:type_name -> google.protobuf.Timestamp
-	6,  // 10: grapnel.v1.Subscription.payload_shape:type_name -> grapnel.v1.PayloadShape
+	36, // 8: grapnel.v1.Subscription.create_time:type_name -> google.protobuf.Timestamp
+	36, // 9: grapnel.v1.Subscription.update_time:type_name -> google.protobuf.Timestamp
+	8,  // 10: grapnel.v1.Subscription.payload_shape:type_name -> grapnel.v1.PayloadShape
 	1,  // 11: grapnel.v1.Subscription.on_exhausted:type_name -> grapnel.v1.Subscription.OnExhausted
-	2,  // 12: grapnel.v1.PayloadShape.format:type_name -> grapnel.v1.PayloadShape.Format
-	3,  // 13: grapnel.v1.PayloadShape.compression:type_name -> grapnel.v1.PayloadShape.Compression
-	33, // 14: grapnel.v1.RetryPolicy.initial_backoff:type_name -> google.protobuf.Duration
-	33, // 15: grapnel.v1.RetryPolicy.max_backoff:type_name -> google.protobuf.Duration
-	33, // 16: grapnel.v1.RetryPolicy.max_age:type_name -> google.protobuf.Duration
-	33, // 17: grapnel.v1.RetryPolicy.schedule:type_name -> google.protobuf.Duration
-	33, // 18: grapnel.v1.FailurePolicy.disable_after:type_name -> google.protobuf.Duration
-	5,  // 19: grapnel.v1.CreateSubscriptionRequest.subscription:type_name -> grapnel.v1.Subscription
-	0,  // 20: grapnel.v1.CreateSubscriptionRequest.initial_state:type_name -> grapnel.v1.Subscription.State
-	5,  // 21: grapnel.v1.CreateSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
-	5,  // 22: grapnel.v1.GetSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
-	13, // 23: grapnel.v1.GetSubscriptionResponse.status:type_name -> grapnel.v1.SubscriptionStatus
-	34, // 24: grapnel.v1.SubscriptionStatus.wait_until:type_name -> google.protobuf.Timestamp
-	34, // 25: grapnel.v1.SubscriptionStatus.failing_since:type_name -> google.protobuf.Timestamp
-	34, // 26: grapnel.v1.SubscriptionStatus.last_success_time:type_name -> google.protobuf.Timestamp
-	33, // 27: grapnel.v1.SubscriptionStatus.latency:type_name -> google.protobuf.Duration
-	33, // 28: grapnel.v1.SubscriptionStatus.oldest_due_age:type_name -> google.protobuf.Duration
-	34, // 29: grapnel.v1.SubscriptionStatus.last_condition_error_time:type_name -> google.protobuf.Timestamp
-	4,  // 30: grapnel.v1.SubscriptionStatus.breaker:type_name -> grapnel.v1.SubscriptionStatus.Breaker
-	34, // 31: grapnel.v1.SubscriptionStatus.breaker_since:type_name -> google.protobuf.Timestamp
-	34, // 32: grapnel.v1.SubscriptionStatus.next_probe_time:type_name -> google.protobuf.Timestamp
-	34, // 33: grapnel.v1.SubscriptionStatus.disable_time:type_name -> google.protobuf.Timestamp
-	34, // 34: grapnel.v1.SubscriptionStatus.host_down_since:type_name -> google.protobuf.Timestamp
-	34, // 35: grapnel.v1.SubscriptionStatus.host_probe_time:type_name -> google.protobuf.Timestamp
-	5,  // 36: grapnel.v1.ListSubscriptionsResponse.subscriptions:type_name -> grapnel.v1.Subscription
-	5,  // 37: grapnel.v1.UpdateSubscriptionRequest.subscription:type_name -> grapnel.v1.Subscription
-	35, // 38: grapnel.v1.UpdateSubscriptionRequest.update_mask:type_name -> google.protobuf.FieldMask
-	5,  // 39: grapnel.v1.UpdateSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
-	5,  // 40: grapnel.v1.PauseSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
-	5,  // 41: grapnel.v1.DisableSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
-	5,  // 42: grapnel.v1.ResumeSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
-	36, // 43: grapnel.v1.TestSubscriptionRequest.event:type_name -> grapnel.v1.Event
-	37, // 44: grapnel.v1.TestSubscriptionResponse.attempt:type_name -> grapnel.v1.Attempt
-	36, // 45: grapnel.v1.MatchSubscriptionsRequest.event:type_name -> grapnel.v1.Event
-	38, // 46: grapnel.v1.MatchSubscriptionsResponse.matches:type_name -> grapnel.v1.SubscriptionMatch
-	9,  // 47: grapnel.v1.SubscriptionService.CreateSubscription:input_type -> grapnel.v1.CreateSubscriptionRequest
-	11, // 48: grapnel.v1.SubscriptionService.GetSubscription:input_type -> grapnel.v1.GetSubscriptionRequest
-	14, // 49: grapnel.v1.SubscriptionService.ListSubscriptions:input_type -> grapnel.v1.ListSubscriptionsRequest
-	16, // 50: grapnel.v1.SubscriptionService.UpdateSubscription:input_type -> grapnel.v1.UpdateSubscriptionRequest
-	18, // 51: grapnel.v1.SubscriptionService.DeleteSubscription:input_type -> grapnel.v1.DeleteSubscriptionRequest
-	20, // 52: grapnel.v1.SubscriptionService.PauseSubscription:input_type -> grapnel.v1.PauseSubscriptionRequest
-	22, // 53: grapnel.v1.SubscriptionService.DisableSubscription:input_type -> grapnel.v1.DisableSubscriptionRequest
-	24, // 54: grapnel.v1.SubscriptionService.ResumeSubscription:input_type -> grapnel.v1.ResumeSubscriptionRequest
-	26, // 55: grapnel.v1.SubscriptionService.TestSubscription:input_type -> grapnel.v1.TestSubscriptionRequest
-	28, // 56: grapnel.v1.SubscriptionService.MatchSubscriptions:input_type -> grapnel.v1.MatchSubscriptionsRequest
-	10, // 57: grapnel.v1.SubscriptionService.CreateSubscription:output_type -> grapnel.v1.CreateSubscriptionResponse
-	12, // 58: grapnel.v1.SubscriptionService.GetSubscription:output_type -> grapnel.v1.GetSubscriptionResponse
-	15, // 59: grapnel.v1.SubscriptionService.ListSubscriptions:output_type -> grapnel.v1.ListSubscriptionsResponse
-	17, // 60: grapnel.v1.SubscriptionService.UpdateSubscription:output_type -> grapnel.v1.UpdateSubscriptionResponse
-	19, // 61: grapnel.v1.SubscriptionService.DeleteSubscription:output_type -> grapnel.v1.DeleteSubscriptionResponse
-	21, // 62: grapnel.v1.SubscriptionService.PauseSubscription:output_type -> grapnel.v1.PauseSubscriptionResponse
-	23, // 63: grapnel.v1.SubscriptionService.DisableSubscription:output_type -> grapnel.v1.DisableSubscriptionResponse
-	25, // 64: grapnel.v1.SubscriptionService.ResumeSubscription:output_type -> grapnel.v1.ResumeSubscriptionResponse
-	27, // 65: grapnel.v1.SubscriptionService.TestSubscription:output_type -> grapnel.v1.TestSubscriptionResponse
-	29, // 66: grapnel.v1.SubscriptionService.MatchSubscriptions:output_type -> grapnel.v1.MatchSubscriptionsResponse
-	57, // [57:67] is the sub-list for method output_type
-	47, // [47:57] is the sub-list for method input_type
-	47, // [47:47] is the sub-list for extension type_name
-	47, // [47:47] is the sub-list for extension extendee
-	0,  // [0:47] is the sub-list for field type_name
+	7,  // 12: grapnel.v1.Subscription.batching:type_name -> grapnel.v1.Batching
+	35, // 13: grapnel.v1.Batching.max_wait:type_name -> google.protobuf.Duration
+	2,  // 14: grapnel.v1.Batching.format:type_name -> grapnel.v1.Batching.Format
+	3,  // 15: grapnel.v1.PayloadShape.format:type_name -> grapnel.v1.PayloadShape.Format
+	4,  // 16: grapnel.v1.PayloadShape.compression:type_name -> grapnel.v1.PayloadShape.Compression
+	35, // 17: grapnel.v1.RetryPolicy.initial_backoff:type_name -> google.protobuf.Duration
+	35, // 18: grapnel.v1.RetryPolicy.max_backoff:type_name -> google.protobuf.Duration
+	35, // 19: grapnel.v1.RetryPolicy.max_age:type_name -> google.protobuf.Duration
+	35, // 20: grapnel.v1.RetryPolicy.schedule:type_name -> google.protobuf.Duration
+	35, // 21: grapnel.v1.FailurePolicy.disable_after:type_name -> google.protobuf.Duration
+	6,  // 22: grapnel.v1.CreateSubscriptionRequest.subscription:type_name -> grapnel.v1.Subscription
+	0,  // 23: grapnel.v1.CreateSubscriptionRequest.initial_state:type_name -> grapnel.v1.Subscription.State
+	6,  // 24: grapnel.v1.CreateSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
+	6,  // 25: grapnel.v1.GetSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
+	15, // 26: grapnel.v1.GetSubscriptionResponse.status:type_name -> grapnel.v1.SubscriptionStatus
+	36, // 27: grapnel.v1.SubscriptionStatus.wait_until:type_name -> google.protobuf.Timestamp
+	36, // 28: grapnel.v1.SubscriptionStatus.failing_since:type_name -> google.protobuf.Timestamp
+	36, // 29: grapnel.v1.SubscriptionStatus.last_success_time:type_name -> google.protobuf.Timestamp
+	35, // 30: grapnel.v1.SubscriptionStatus.latency:type_name -> google.protobuf.Duration
+	35, // 31: grapnel.v1.SubscriptionStatus.oldest_due_age:type_name -> google.protobuf.Duration
+	36, // 32: grapnel.v1.SubscriptionStatus.last_condition_error_time:type_name -> google.protobuf.Timestamp
+	5,  // 33: grapnel.v1.SubscriptionStatus.breaker:type_name -> grapnel.v1.SubscriptionStatus.Breaker
+	36, // 34: grapnel.v1.SubscriptionStatus.breaker_since:type_name -> google.protobuf.Timestamp
+	36, // 35: grapnel.v1.SubscriptionStatus.next_probe_time:type_name -> google.protobuf.Timestamp
+	36, // 36: grapnel.v1.SubscriptionStatus.disable_time:type_name -> google.protobuf.Timestamp
+	36, // 37: grapnel.v1.SubscriptionStatus.host_down_since:type_name -> google.protobuf.Timestamp
+	36, // 38: grapnel.v1.SubscriptionStatus.host_probe_time:type_name -> google.protobuf.Timestamp
+	6,  // 39: grapnel.v1.ListSubscriptionsResponse.subscriptions:type_name -> grapnel.v1.Subscription
+	6,  // 40: grapnel.v1.UpdateSubscriptionRequest.subscription:type_name -> grapnel.v1.Subscription
+	37, // 41: grapnel.v1.UpdateSubscriptionRequest.update_mask:type_name -> google.protobuf.FieldMask
+	6,  // 42: grapnel.v1.UpdateSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
+	6,  // 43: grapnel.v1.PauseSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
+	6,  // 44: grapnel.v1.DisableSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
+	6,  // 45: grapnel.v1.ResumeSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
+	38, // 46: grapnel.v1.TestSubscriptionRequest.event:type_name -> grapnel.v1.Event
+	39, // 47: grapnel.v1.TestSubscriptionResponse.attempt:type_name -> grapnel.v1.Attempt
+	38, // 48: grapnel.v1.MatchSubscriptionsRequest.event:type_name -> grapnel.v1.Event
+	40, // 49: grapnel.v1.MatchSubscriptionsResponse.matches:type_name -> grapnel.v1.SubscriptionMatch
+	11, // 50: grapnel.v1.SubscriptionService.CreateSubscription:input_type -> grapnel.v1.CreateSubscriptionRequest
+	13, // 51: grapnel.v1.SubscriptionService.GetSubscription:input_type -> grapnel.v1.GetSubscriptionRequest
+	16, // 52: grapnel.v1.SubscriptionService.ListSubscriptions:input_type -> grapnel.v1.ListSubscriptionsRequest
+	18, // 53: grapnel.v1.SubscriptionService.UpdateSubscription:input_type -> grapnel.v1.UpdateSubscriptionRequest
+	20, // 54: grapnel.v1.SubscriptionService.DeleteSubscription:input_type -> grapnel.v1.DeleteSubscriptionRequest
+	22, // 55: grapnel.v1.SubscriptionService.PauseSubscription:input_type -> grapnel.v1.PauseSubscriptionRequest
+	24, // 56: grapnel.v1.SubscriptionService.DisableSubscription:input_type -> grapnel.v1.DisableSubscriptionRequest
+	26, // 57: grapnel.v1.SubscriptionService.ResumeSubscription:input_type -> grapnel.v1.ResumeSubscriptionRequest
+	28, // 58: grapnel.v1.SubscriptionService.TestSubscription:input_type -> grapnel.v1.TestSubscriptionRequest
+	30, // 59: grapnel.v1.SubscriptionService.MatchSubscriptions:input_type -> grapnel.v1.MatchSubscriptionsRequest
+	12, // 60: grapnel.v1.SubscriptionService.CreateSubscription:output_type -> grapnel.v1.CreateSubscriptionResponse
+	14, // 61: grapnel.v1.SubscriptionService.GetSubscription:output_type -> grapnel.v1.GetSubscriptionResponse
+	17, // 62: grapnel.v1.SubscriptionService.ListSubscriptions:output_type -> grapnel.v1.ListSubscriptionsResponse
+	19, // 63: grapnel.v1.SubscriptionService.UpdateSubscription:output_type -> grapnel.v1.UpdateSubscriptionResponse
+	21, // 64: grapnel.v1.SubscriptionService.DeleteSubscription:output_type -> grapnel.v1.DeleteSubscriptionResponse
+	23, // 65: grapnel.v1.SubscriptionService.PauseSubscription:output_type -> grapnel.v1.PauseSubscriptionResponse
+	25, // 66: grapnel.v1.SubscriptionService.DisableSubscription:output_type -> grapnel.v1.DisableSubscriptionResponse
+	27, // 67: grapnel.v1.SubscriptionService.ResumeSubscription:output_type -> grapnel.v1.ResumeSubscriptionResponse
+	29, // 68: grapnel.v1.SubscriptionService.TestSubscription:output_type -> grapnel.v1.TestSubscriptionResponse
+	31, // 69: grapnel.v1.SubscriptionService.MatchSubscriptions:output_type -> grapnel.v1.MatchSubscriptionsResponse
+	60, // [60:70] is the sub-list for method output_type
+	50, // [50:60] is the sub-list for method input_type
+	50, // [50:50] is the sub-list for extension type_name
+	50, // [50:50] is the sub-list for extension extendee
+	0,  // [0:50] is the sub-list for field type_name
 }
 
 func init() { file_grapnel_v1_subscription_proto_init() }
@@ -2593,14 +2767,14 @@ func file_grapnel_v1_subscription_proto_init() {
 	file_grapnel_v1_common_proto_init()
 	file_grapnel_v1_delivery_proto_init()
 	file_grapnel_v1_event_proto_init()
-	file_grapnel_v1_subscription_proto_msgTypes[2].OneofWrappers = []any{}
+	file_grapnel_v1_subscription_proto_msgTypes[3].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_grapnel_v1_subscription_proto_rawDesc), len(file_grapnel_v1_subscription_proto_rawDesc)),
-			NumEnums:      5,
-			NumMessages:   27,
+			NumEnums:      6,
+			NumMessages:   28,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -207,6 +207,9 @@ func SignalOf(r *delivery.Result) Signal {
 	case delivery.OutcomeUnreachable:
 		return Unreachable
 	}
+	if r.ResponseCode/100 == 2 { // it took a batch, and none of what was in it
+		return Refused
+	}
 	switch r.ResponseCode {
 	case http.StatusTooManyRequests, http.StatusServiceUnavailable:
 		return Overloaded

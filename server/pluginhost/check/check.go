@@ -201,6 +201,20 @@ func HeaderConflicts(sub *grapnelv1.Subscription, bound []Bound) []Diagnostic {
 	return ds
 }
 
+// Batching finds a transport that is to carry several events at once and does not.
+func Batching(sub *grapnelv1.Subscription, bound []Bound) []Diagnostic {
+	transport := bound[len(bound)-1].Kind
+	if sub.GetBatching() == nil || transport == nil || transport.Proto.GetTransport().GetBatches() {
+		return nil
+	}
+	return []Diagnostic{{Field: "subscription.batching", Code: "plugin.no_batches", Summary: NoBatches(transport)}}
+}
+
+// NoBatches says that a transport does not take what batching asks for.
+func NoBatches(transport *Kind) string {
+	return fmt.Sprintf("plugins/%s carries one event in a request; leave batching out, or name a transport that carries several, such as plugins/http", transport.ID)
+}
+
 // Plugin is what is asked of a plugin here.
 type Plugin interface {
 	Validate(context.Context, *pluginv1.ValidateRequest, ...grpc.CallOption) (*pluginv1.ValidateResponse, error)

@@ -25,6 +25,8 @@ type Shape struct {
 	format      grapnelv1.PayloadShape_Format // 0 for raw
 	gzip        bool
 	contentType string
+	// batch is the form of several events; 0 for one.
+	batch grapnelv1.Batching_Format
 	// empty has neither body nor headers.
 	empty bool
 }
@@ -33,8 +35,13 @@ type Shape struct {
 func Empty() Shape { return Shape{empty: true} }
 
 // ShapeOf is what a subscription asks for.
-func ShapeOf(ps *grapnelv1.PayloadShape) Shape {
+func ShapeOf(sub *grapnelv1.Subscription) Shape {
+	ps := sub.GetPayloadShape()
 	s := Shape{gzip: ps.GetCompression() == grapnelv1.PayloadShape_COMPRESSION_GZIP}
+	if b := sub.GetBatching(); b != nil {
+		s.batch = cmp.Or(b.GetFormat(), grapnelv1.Batching_FORMAT_JSON_ARRAY)
+		return s
+	}
 	switch ps.GetFormat() {
 	case grapnelv1.PayloadShape_FORMAT_STANDARD_WEBHOOKS, grapnelv1.PayloadShape_FORMAT_CLOUDEVENTS:
 		s.format = ps.GetFormat()
@@ -43,6 +50,9 @@ func ShapeOf(ps *grapnelv1.PayloadShape) Shape {
 	}
 	return s
 }
+
+// Batched reports whether the shape is that of several events.
+func (s Shape) Batched() bool { return s.batch != 0 }
 
 // Shaped is an event in a shape; it does not change. A nil one stands for the payload as it is.
 type Shaped struct {
@@ -85,6 +95,8 @@ func (c Content) headers(yield func(name, value string) bool) {
 	}
 	switch {
 	case s.empty:
+	case s.batch != 0:
+		baseHeaders(c.event, mediaOf(s.batch), encoding, false, yield)
 	case s.format == grapnelv1.PayloadShape_FORMAT_CLOUDEVENTS:
 		baseHeaders(c.event, "application/cloudevents+json", encoding, false, yield)
 	case s.format == grapnelv1.PayloadShape_FORMAT_STANDARD_WEBHOOKS:
@@ -205,13 +217,22 @@ func (s *Shapes) compress(body []byte) []byte {
 
 // standardBody is the envelope that Standard Webhooks advises: {"type", "timestamp", "data"}.
 func standardBody(ev *delivery.Event) []byte {
+	b := make([]byte, 0, len(ev.Payload)*4/3+128)
+	b = appendType(append(b, '{'), ev)
+	return appendData(b, ev)
+}
+
+func appendType(b []byte, ev *delivery.Event) []byte {
 	at := ev.Time
 	if at.IsZero() {
 		at = ev.AcceptTime
 	}
-	b := make([]byte, 0, len(ev.Payload)*4/3+128)
-	b = appendMember(append(b, '{'), "type", ev.Type)
-	b = appendMember(b, "timestamp", at.UTC().Format(time.RFC3339Nano))
+	b = appendMember(b, "type", ev.Type)
+	return appendMember(b, "timestamp", at.UTC().Format(time.RFC3339Nano))
+}
+
+// appendData writes the last member of an object.
+func appendData(b []byte, ev *delivery.Event) []byte {
 	if isJSON(ev) {
 		return append(append(append(b, `"data":`...), ev.Payload...), '}')
 	}
@@ -225,6 +246,10 @@ func standardBody(ev *delivery.Event) []byte {
 // is among the extensions: in this mode the event carries it itself.
 func cloudEvent(ev *delivery.Event) []byte {
 	b := make([]byte, 0, len(ev.Payload)*4/3+512)
+	return appendCloudEvent(b, ev, ev.Attributes)
+}
+
+func appendCloudEvent(b []byte, ev *delivery.Event, extensions map[string]string) []byte {
 	b = appendMember(append(b, '{'), "specversion", "1.0")
 	b = appendMember(b, "id", ev.ID)
 	b = appendMember(b, "source", ev.Source)
@@ -237,8 +262,8 @@ func cloudEvent(ev *delivery.Event) []byte {
 			b = appendMember(b, m[0], m[1])
 		}
 	}
-	for _, name := range slices.Sorted(maps.Keys(ev.Attributes)) {
-		b = appendMember(b, name, ev.Attributes[name])
+	for _, name := range slices.Sorted(maps.Keys(extensions)) {
+		b = appendMember(b, name, extensions[name])
 	}
 	switch {
 	case len(ev.Payload) == 0:

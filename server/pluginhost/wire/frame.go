@@ -38,6 +38,8 @@ type Attempt struct {
 	URI     string
 	// Ownership asks the receiver instead of delivering to it.
 	Ownership bool
+	// Answer has as much of the answer handed back as several events need that travel together.
+	Answer bool
 	// Content is what is carried.
 	Content Content
 }
@@ -118,6 +120,9 @@ func (a *Attempt) append(b []byte, content uint32) []byte {
 	b = wire.AppendBytes(b, 11, a.Nonce[:])
 	if a.Ownership {
 		return wire.AppendUint(b, 12, 1)
+	}
+	if a.Answer {
+		b = wire.AppendUint(b, 13, MaxAnswer)
 	}
 	b = protowire.AppendTag(b, 7, protowire.BytesType)
 	b = append(b, traceparentLen)
@@ -275,8 +280,8 @@ func (r *Result) parseResponse(b []byte) error {
 		case 2:
 			return appendParsed(&r.Headers, v)
 		case 3:
-			if len(v) > MaxResponse {
-				v, r.Truncated = v[:MaxResponse], true
+			if len(v) > MaxAnswer {
+				v, r.Truncated = v[:MaxAnswer], true
 			}
 			r.Body = append([]byte(nil), v...)
 		case 4:

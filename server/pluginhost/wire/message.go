@@ -57,7 +57,11 @@ func (a *Attempt) One() *pluginv1.AttemptOneRequest {
 	if !a.Ownership {
 		out.Traceparent = string(appendTraceparent(nil, a.Content.event))
 	}
-	return &pluginv1.AttemptOneRequest{Attempt: out, Content: a.Content.message(), MaxResponseBody: MaxResponse}
+	one := &pluginv1.AttemptOneRequest{Attempt: out, Content: a.Content.message(), MaxResponseBody: MaxResponse}
+	if a.Answer {
+		out.MaxResponseBody, one.MaxResponseBody = MaxAnswer, MaxAnswer
+	}
+	return one
 }
 
 // ResultOf reads a result that came by itself.
@@ -71,8 +75,8 @@ func ResultOf(in *pluginv1.AttemptResult) Result {
 		r.Answered, r.Status, r.Headers = true, int(resp.GetStatus()), headersOf(resp.GetHeaders())
 		r.Body, r.Truncated = resp.GetBody(), resp.GetBodyTruncated()
 		r.Note = strings.ToValidUTF8(resp.GetNote()[:min(len(resp.GetNote()), maxNote)], "")
-		if len(r.Body) > MaxResponse {
-			r.Body, r.Truncated = r.Body[:MaxResponse], true
+		if len(r.Body) > MaxAnswer {
+			r.Body, r.Truncated = r.Body[:MaxAnswer], true
 		}
 	}
 	return r

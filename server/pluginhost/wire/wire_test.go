@@ -13,6 +13,10 @@ import (
 	"github.com/grapnel/grapnel/server/pluginhost/wire"
 )
 
+func shapeOf(ps *grapnelv1.PayloadShape) wire.Shape {
+	return wire.ShapeOf(&grapnelv1.Subscription{PayloadShape: ps})
+}
+
 func TestShapesAsBytes(t *testing.T) {
 	at := time.Date(2026, 2, 3, 4, 5, 6, 789e6, time.FixedZone("", 3600))
 	event := func(contentType, payload string) *delivery.Event {
@@ -38,7 +42,7 @@ func TestShapesAsBytes(t *testing.T) {
 		"cloudevent, binary":     {structured, event("application/xml", `<a/>`), context + `"application/xml","another":"1","tenant":"x","data_base64":"PGEvPg=="}`},
 		"cloudevent, no data":    {structured, event("application/json", ``), context + `"application/json","another":"1","tenant":"x"}`},
 	} {
-		got := new(wire.Shapes).Get(tt.event, wire.ShapeOf(&grapnelv1.PayloadShape{Format: tt.format}))
+		got := new(wire.Shapes).Get(tt.event, shapeOf(&grapnelv1.PayloadShape{Format: tt.format}))
 		if diff := cmp.Diff(tt.want, string(wire.ContentOf(tt.event, got).Body())); diff != "" {
 			t.Errorf("%s (-want +got):\n%s", name, diff)
 		}
@@ -48,8 +52,8 @@ func TestShapesAsBytes(t *testing.T) {
 func TestBodiesTravelOncePerBatch(t *testing.T) {
 	var s wire.Shapes
 	one, two := &delivery.Event{UID: "1", Seq: 1}, &delivery.Event{UID: "2", Seq: 2}
-	structured := wire.ShapeOf(&grapnelv1.PayloadShape{Format: grapnelv1.PayloadShape_FORMAT_CLOUDEVENTS})
-	zipped := wire.ShapeOf(&grapnelv1.PayloadShape{Compression: grapnelv1.PayloadShape_COMPRESSION_GZIP})
+	structured := shapeOf(&grapnelv1.PayloadShape{Format: grapnelv1.PayloadShape_FORMAT_CLOUDEVENTS})
+	zipped := shapeOf(&grapnelv1.PayloadShape{Compression: grapnelv1.PayloadShape_COMPRESSION_GZIP})
 	var batch wire.Batch
 	for range 2 { // a batch is used again
 		batch.Reset()

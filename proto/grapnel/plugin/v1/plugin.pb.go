@@ -625,8 +625,11 @@ type TransportTraits struct {
 	MaxBodyBytes uint32 `protobuf:"varint,3,opt,name=max_body_bytes,json=maxBodyBytes,proto3" json:"max_body_bytes,omitempty"`
 	// Whether it takes attempts with Attempt.ownership_check.
 	OwnershipCheck bool `protobuf:"varint,4,opt,name=ownership_check,json=ownershipCheck,proto3" json:"ownership_check,omitempty"`
-	unknownFields  protoimpl.UnknownFields
-	sizeCache      protoimpl.SizeCache
+	// Whether it carries a body with several events like any other, and hands back what Attempt.max_response_body says.
+	// To others none is given.
+	Batches       bool `protobuf:"varint,5,opt,name=batches,proto3" json:"batches,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *TransportTraits) Reset() {
@@ -683,6 +686,13 @@ func (x *TransportTraits) GetMaxBodyBytes() uint32 {
 func (x *TransportTraits) GetOwnershipCheck() bool {
 	if x != nil {
 		return x.OwnershipCheck
+	}
+	return false
+}
+
+func (x *TransportTraits) GetBatches() bool {
+	if x != nil {
+		return x.Batches
 	}
 	return false
 }
@@ -1682,13 +1692,15 @@ func (*RemoveResponse) Descriptor() ([]byte, []int) {
 // Content is what all items of one event share; sent once per batch.
 type Content struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// webhook-id: the same on every attempt, for every subscription.
+	// webhook-id: the same on every attempt, for every subscription. Of several events in one body: the same for the same
+	// ones in the same order.
 	MessageId string `protobuf:"bytes,1,opt,name=message_id,json=messageId,proto3" json:"message_id,omitempty"`
 	// Sent exactly as it is.
 	Body []byte `protobuf:"bytes,2,opt,name=body,proto3" json:"body,omitempty"`
 	// Content type, CloudEvents attributes, webhook-id.
 	Headers []*Header `protobuf:"bytes,3,rep,name=headers,proto3" json:"headers,omitempty"`
-	// Type of the event, for those who need it also where no header says it.
+	// Type of the event, for those who need it also where no header says it. Of several events: what all have in common, else
+	// empty.
 	EventType     string `protobuf:"bytes,4,opt,name=event_type,json=eventType,proto3" json:"event_type,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -2277,8 +2289,12 @@ type Attempt struct {
 	// delivering. A 2xx response says that it does, or that the config asks for no such check. Sent only to
 	// transports with the trait; contents, signers and headers are empty.
 	OwnershipCheck bool `protobuf:"varint,12,opt,name=ownership_check,json=ownershipCheck,proto3" json:"ownership_check,omitempty"`
-	unknownFields  protoimpl.UnknownFields
-	sizeCache      protoimpl.SizeCache
+	// When not 0, counts instead of Hello.max_response_body, and the answer matters whatever its status: its body is waited for
+	// as long as the attempt may take, and its headers webhook-failed-ids are handed back. Sent only to transports with the
+	// trait batches.
+	MaxResponseBody uint32 `protobuf:"varint,13,opt,name=max_response_body,json=maxResponseBody,proto3" json:"max_response_body,omitempty"`
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
 }
 
 func (x *Attempt) Reset() {
@@ -2393,6 +2409,13 @@ func (x *Attempt) GetOwnershipCheck() bool {
 		return x.OwnershipCheck
 	}
 	return false
+}
+
+func (x *Attempt) GetMaxResponseBody() uint32 {
+	if x != nil {
+		return x.MaxResponseBody
+	}
+	return 0
 }
 
 // Cancel names attempts.
@@ -2920,9 +2943,10 @@ type Response struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Status code.
 	Status uint32 `protobuf:"varint,1,opt,name=status,proto3" json:"status,omitempty"`
-	// Only when status is not 2xx; retry-after always, and all of them for an ownership check.
+	// Only when status is not 2xx; retry-after always, webhook-failed-ids where Attempt.max_response_body is set, and all of
+	// them for an ownership check.
 	Headers []*Header `protobuf:"bytes,2,rep,name=headers,proto3" json:"headers,omitempty"`
-	// Start of the body, Hello.max_response_body at most.
+	// Start of the body, Hello.max_response_body or Attempt.max_response_body at most.
 	Body []byte `protobuf:"bytes,3,opt,name=body,proto3" json:"body,omitempty"`
 	// Whether there was more.
 	BodyTruncated bool `protobuf:"varint,4,opt,name=body_truncated,json=bodyTruncated,proto3" json:"body_truncated,omitempty"`
@@ -3637,13 +3661,14 @@ const file_grapnel_plugin_v1_plugin_proto_rawDesc = "" +
 	"\x06format\x18\x06 \x01(\tR\x06format\"Y\n" +
 	"\fSignerTraits\x12#\n" +
 	"\remits_headers\x18\x01 \x03(\tR\femitsHeaders\x12$\n" +
-	"\rdeterministic\x18\x02 \x01(\bR\rdeterministic\"\xa9\x01\n" +
+	"\rdeterministic\x18\x02 \x01(\bR\rdeterministic\"\xc3\x01\n" +
 	"\x0fTransportTraits\x12\x1f\n" +
 	"\vuri_schemes\x18\x01 \x03(\tR\n" +
 	"uriSchemes\x12&\n" +
 	"\x0fmay_add_headers\x18\x02 \x03(\tR\rmayAddHeaders\x12$\n" +
 	"\x0emax_body_bytes\x18\x03 \x01(\rR\fmaxBodyBytes\x12'\n" +
-	"\x0fownership_check\x18\x04 \x01(\bR\x0eownershipCheck\"\xe8\x01\n" +
+	"\x0fownership_check\x18\x04 \x01(\bR\x0eownershipCheck\x12\x18\n" +
+	"\abatches\x18\x05 \x01(\bR\abatches\"\xe8\x01\n" +
 	"\n" +
 	"Diagnostic\x12B\n" +
 	"\bseverity\x18\x01 \x01(\x0e2&.grapnel.plugin.v1.Diagnostic.SeverityR\bseverity\x12\x12\n" +
@@ -3755,7 +3780,7 @@ const file_grapnel_plugin_v1_plugin_proto_rawDesc = "" +
 	"\x11max_response_body\x18\x01 \x01(\rR\x0fmaxResponseBody\"~\n" +
 	"\fAttemptBatch\x126\n" +
 	"\bcontents\x18\x01 \x03(\v2\x1a.grapnel.plugin.v1.ContentR\bcontents\x126\n" +
-	"\battempts\x18\x02 \x03(\v2\x1a.grapnel.plugin.v1.AttemptR\battempts\"\x8f\x03\n" +
+	"\battempts\x18\x02 \x03(\v2\x1a.grapnel.plugin.v1.AttemptR\battempts\"\xbb\x03\n" +
 	"\aAttempt\x12\x10\n" +
 	"\x03seq\x18\x01 \x01(\x04R\x03seq\x12\x18\n" +
 	"\acontent\x18\x02 \x01(\rR\acontent\x12!\n" +
@@ -3770,7 +3795,8 @@ const file_grapnel_plugin_v1_plugin_proto_rawDesc = "" +
 	"\x03uri\x18\n" +
 	" \x01(\tR\x03uri\x12\x14\n" +
 	"\x05nonce\x18\v \x01(\fR\x05nonce\x12'\n" +
-	"\x0fownership_check\x18\f \x01(\bR\x0eownershipCheck\"\x1c\n" +
+	"\x0fownership_check\x18\f \x01(\bR\x0eownershipCheck\x12*\n" +
+	"\x11max_response_body\x18\r \x01(\rR\x0fmaxResponseBody\"\x1c\n" +
 	"\x06Cancel\x12\x12\n" +
 	"\x04seqs\x18\x01 \x03(\x04R\x04seqs\"8\n" +
 	"\x05Drain\x12/\n" +
