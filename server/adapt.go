@@ -165,6 +165,11 @@ func (r subscriptions) EndReason(lane delivery.LaneKey) string {
 	return api.NamespaceDeleted
 }
 
+// Weight of a namespace that is not there is that of one which does not say.
+func (r subscriptions) Weight(ns delivery.NamespaceKey) int {
+	return r.Snapshot().NamespaceByKey(uint64(ns)).Weight()
+}
+
 // Closed goes from the widest to the narrowest.
 func (r subscriptions) Closed(lane delivery.LaneKey) string {
 	snapshot := r.Snapshot()
@@ -288,8 +293,9 @@ func (e engine) Status(lane delivery.LaneKey) *grapnelv1.SubscriptionStatus {
 		LastSuccessTime: stamp(s.LastSuccess), Slow: s.Slow,
 		InFlightLimit: int32(s.Limit), LimitReason: s.LimitReason, //nolint:gosec // at most 1000
 		Breaker: grapnelv1.SubscriptionStatus_BREAKER_CLOSED, BreakerSince: stamp(s.BreakerSince), NextProbeTime: stamp(s.NextProbe),
-		DisableTime: stamp(s.Disable),
-		InFlight:    int32(min(s.InFlight, math.MaxInt32)), OldestDueAge: durationpb.New(s.OldestDue), //nolint:gosec // bounded by the line itself
+		DisableTime:   stamp(s.Disable),
+		HostDownSince: stamp(s.HostDown), HostProbeTime: stamp(s.HostProbe),
+		InFlight: int32(min(s.InFlight, math.MaxInt32)), OldestDueAge: durationpb.New(s.OldestDue), //nolint:gosec // bounded by the line itself
 	}
 	switch s.Breaker {
 	case receiver.BreakerOpen:
@@ -341,6 +347,6 @@ func stats(s dispatch.Stats) *grapnelv1.Stats {
 		Attempts: s.Attempts, FailedAttempts: s.FailedAttempts,
 		Succeeded: s.Succeeded, Failed: s.Failed, Open: s.Open,
 		P50Latency: durationpb.New(s.P50), P99Latency: durationpb.New(s.P99), OldestDueAge: durationpb.New(s.OldestDue),
-		OpenBreakers: s.Breakers,
+		OpenBreakers: s.Breakers, HostsDown: s.HostsDown,
 	}
 }

@@ -70,9 +70,10 @@ type neighboursRow struct {
 	P99Ratio float64 `json:"p99_ratio"`
 	// Newcomer is when a healthy subscription that was created among sick ones got its first event, in milliseconds.
 	Newcomer float64 `json:"newcomer_ms"`
-	// Sick is how many deliveries were for the sick ones, Missing how many of them never arrived, Drained how long all
+	// Sick is how many deliveries were for the sick ones, Visits how many requests they got before the recovery, Missing how many of them never arrived, Drained how long all
 	// took after the recovery, and Most the requests that one of them had at once from then on.
 	Sick    int64   `json:"sick_deliveries"`
+	Visits  int64   `json:"sick_requests"`
 	Missing int64   `json:"sick_missing"`
 	Drained float64 `json:"drained_seconds"`
 	Most    int     `json:"most_in_flight"`
@@ -162,6 +163,11 @@ func (b *bench) neighboursRun(ctx context.Context, a ailment) (row neighboursRow
 	}
 	row.P99Ratio = ratio(row.Beside.P99, row.Alone.P99)
 	row.Newcomer, row.Sick = float64(came.n)/1e6, sent.n
+	ill, err := own.sink.sickStats()
+	if err != nil {
+		return row, err
+	}
+	row.Visits = ill.Visits
 	return row, own.recover(ctx, &row)
 }
 
@@ -297,10 +303,10 @@ func newcomer(ctx context.Context, p *serverProcess) (time.Duration, error) {
 func (r *neighboursReport) print(out io.Writer) {
 	fmt.Fprintln(out, "neighbours       healthy receivers at 1/s each, beside sick ones, who get 2,000/s all together and recover at the end; publish to arrival")
 	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', tabwriter.AlignRight)
-	fmt.Fprintln(w, "beside\thealthy\tp99 alone\tp99\tratio\twithin 1 s\tmissing\tnewcomer ms\tsick deliveries\tmissing\tdrained s\tmost in flight\tpeak RSS MiB\t")
+	fmt.Fprintln(w, "beside\thealthy\tp99 alone\tp99\tratio\twithin 1 s\tmissing\tnewcomer ms\tsick deliveries\trequests to sick\tmissing\tdrained s\tmost in flight\tpeak RSS MiB\t")
 	for _, r := range r.Rows {
-		fmt.Fprintf(w, "%s\t%d\t%.1f\t%.1f\t%.2f\t%.2f%%\t%d\t%.0f\t%d\t%d\t%.1f\t%d\t%.0f\t\n", r.Ailment, r.Healthy, r.Alone.P99, r.Beside.P99,
-			r.P99Ratio, 100*r.Beside.Soon, r.Beside.Missing, r.Newcomer, r.Sick, r.Missing, r.Drained, r.Most, r.Peak)
+		fmt.Fprintf(w, "%s\t%d\t%.1f\t%.1f\t%.2f\t%.2f%%\t%d\t%.0f\t%d\t%d\t%d\t%.1f\t%d\t%.0f\t\n", r.Ailment, r.Healthy, r.Alone.P99, r.Beside.P99,
+			r.P99Ratio, 100*r.Beside.Soon, r.Beside.Missing, r.Newcomer, r.Sick, r.Visits, r.Missing, r.Drained, r.Most, r.Peak)
 	}
 	_ = w.Flush()
 	for _, r := range r.Rows {

@@ -29,6 +29,7 @@ func statsColumns() []column[*grapnelv1.Stats] {
 		{head: "P50", value: func(s stats) string { return latencyText(s.GetP50Latency()) }},
 		{head: "P99", value: func(s stats) string { return latencyText(s.GetP99Latency()) }},
 		{head: "BREAKERS OPEN", value: func(s stats) string { return number(s.GetOpenBreakers()) }},
+		{head: "HOST DOWN", value: func(s stats) string { return number(s.GetHostsDown()) }},
 		{head: "OLDEST DUE", value: func(s stats) string { return latencyText(s.GetOldestDueAge()) }},
 	}
 }

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -38,6 +39,7 @@ func namespaceColumns() []column[*grapnelv1.Namespace] {
 		{head: "MAX OPEN DELIVERIES", detail: true, value: func(n ns) string { return number(n.GetQuota().GetMaxOpenDeliveries()) }},
 		{head: "RETENTION", value: func(n ns) string { return durationText(n.GetQuota().GetRetention()) }},
 		{head: "DEAD LETTERS", detail: true, value: func(n ns) string { return durationText(n.GetQuota().GetDeadLetterRetention()) }},
+		{head: "WEIGHT", detail: true, value: func(n ns) string { return number(cmp.Or(n.GetWeight(), 1)) }},
 		{head: "SUBSCRIPTIONS", detail: true, value: func(n ns) string { return number(n.GetUsage().GetSubscriptions()) }},
 		{head: "OPEN DELIVERIES", detail: true, value: func(n ns) string { return number(n.GetUsage().GetOpenDeliveries()) }},
 		{head: "OLDEST DUE", detail: true, value: func(n ns) string { return durationText(n.GetUsage().GetOldestDueAge()) }},
@@ -60,6 +62,7 @@ type namespaceFlags struct {
 	labels                                     []string
 	subscriptions, rate, bytes, openDeliveries int32
 	retention, deadLetters                     time.Duration
+	weight                                     int32
 }
 
 func (f *namespaceFlags) register(cmd *cobra.Command) {
@@ -71,6 +74,7 @@ func (f *namespaceFlags) register(cmd *cobra.Command) {
 	countVar(flags, &f.openDeliveries, "max-open-deliveries", 0, 0, 0, "most open deliveries; 0 is no limit")
 	spanVar(flags, &f.retention, "retention", 0, 0, 0, "how long final deliveries are kept; 0 is the default, 72h")
 	spanVar(flags, &f.deadLetters, "dead-letter-retention", 0, 0, 0, "how long those without success are kept after their end; 0 is as long as --retention")
+	countVar(flags, &f.weight, "weight", 0, 0, 100, "share beside other namespaces where receivers want more attempts than the server makes at a time, 1 to 100; 0 is the default, 1")
 }
 
 // apply puts the flags that were given into n and returns the paths of what it set.
@@ -82,6 +86,10 @@ func (f *namespaceFlags) apply(cmd *cobra.Command, n *grapnelv1.Namespace) (path
 			return nil, err
 		}
 		paths = append(paths, "labels")
+	}
+	if changed("weight") {
+		n.Weight = f.weight
+		paths = append(paths, "weight")
 	}
 	for _, limit := range []struct {
 		flag, path string

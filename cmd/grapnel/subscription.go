@@ -228,6 +228,8 @@ func statusColumns(s *grapnelv1.SubscriptionStatus) []column[*grapnelv1.Subscrip
 	add("DELIVERING", delivering)
 	add("BREAKER", breaker)
 	add("NEXT PROBE", timeText(s.GetNextProbeTime()))
+	add("HOST DOWN SINCE", timeText(s.GetHostDownSince()))
+	add("HOST'S NEXT PROBE", timeText(s.GetHostProbeTime()))
 	add("FAILING SINCE", timeText(s.GetFailingSince()))
 	add("DISABLED AT", timeText(s.GetDisableTime()))
 	add("LAST SUCCESS", timeText(s.GetLastSuccessTime()))

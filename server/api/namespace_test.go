@@ -51,12 +51,15 @@ func testCreateNamespace(t *testing.T, w *world) {
 
 	_, err = w.namespaces.CreateNamespace(ctx, &grapnelv1.CreateNamespaceRequest{
 		NamespaceId: "Bad_Name",
-		Namespace: &grapnelv1.Namespace{Quota: &grapnelv1.Quota{
+		Namespace: &grapnelv1.Namespace{Weight: 101, Quota: &grapnelv1.Quota{
 			MaxSubscriptions: -1, MaxEventBytes: 2 << 20, Retention: durationpb.New(time.Minute),
 		}},
 	})
 	r := refused(t, err, codes.InvalidArgument, "INVALID_FIELD")
-	r.names(t, "namespace_id", "namespace.quota.max_subscriptions", "namespace.quota.max_event_bytes", "namespace.quota.retention")
+	r.names(t, "namespace_id", "namespace.quota.max_subscriptions", "namespace.quota.max_event_bytes", "namespace.quota.retention", "namespace.weight")
+	if why := r.fields["namespace.weight"]; !strings.Contains(why, "0") || !strings.Contains(why, "100") {
+		t.Errorf("namespace.weight: %q", why)
+	}
 	if want := "must be 1 to 63 lower-case letters, digits and hyphens, and begin with a letter"; r.fields["namespace_id"] != want {
 		t.Errorf("namespace_id: %q, want %q", r.fields["namespace_id"], want)
 	}
@@ -105,6 +108,12 @@ func testUpdateNamespace(t *testing.T, w *world) {
 		t.Fatal(err)
 	}
 	first := got.GetEtag()
+	if got, err = update(&grapnelv1.Namespace{Weight: 3}, "weight"); err != nil || got.GetWeight() != 3 || got.GetQuota().GetMaxPublishRate() != 5 {
+		t.Errorf("with a weight: %v, %v", got, err)
+	}
+	if got, err = update(&grapnelv1.Namespace{}, "weight"); err != nil || got.GetWeight() != 0 {
+		t.Errorf("with the default weight: %v, %v", got, err)
+	}
 	got, err = update(&grapnelv1.Namespace{Quota: &grapnelv1.Quota{MaxPublishRate: 7}, State: grapnelv1.Namespace_STATE_DELETED}, "quota.max_publish_rate", "state")
 	if err != nil {
 		t.Fatal(err)

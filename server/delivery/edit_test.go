@@ -384,3 +384,58 @@ func TestDeliveryIsFoundInItsNamespaceOnly(t *testing.T) {
 		}
 	}
 }
+
+// However many deliveries a lane has, of whatever kind, and whatever waits for whom: all are cancelled, each counted once, in
+// as many commits as they need.
+func TestCancelLaneOfMany(t *testing.T) {
+	b := newBench(t, onePartition)
+	const n = 2*editBatch + 100
+	for i := range n {
+		key := ""
+		if i%3 == 0 {
+			key = fmt.Sprint("key-", i%5) // of which all but one wait
+		}
+		pub := keyed(fmt.Sprint("e", i), key, 1)
+		if i%7 == 0 {
+			pub.Event.DeliverTime = b.clock.now().Add(time.Duration(1+i) * time.Minute)
+		}
+		b.append(pub)
+	}
+	blocks := b.wantTurn("key-0", "e0")
+	b.settle(blocks, Step{State: Exhausted, Block: true}, attemptAt(1, OutcomeRetryable, 500, b.clock.now()))
+	b.flush()
+	before := b.partitions[0].index
+	if got, err := b.CancelLane(context.Background(), lane(1), "deleted", nil); got != n-1 || err != nil {
+		t.Errorf("%d of %d cancelled, %v", got, n-1, err)
+	}
+	if made := b.partitions[0].index - before; made > n/editBatch+2 {
+		t.Errorf("%d commits", made)
+	}
+	b.reopen()
+	waitFor(t, b.Counted)
+	if open := b.OpenOf(lane(1)); open != 0 || len(b.lanes()) != 0 {
+		t.Errorf("%d are open, lanes %v", open, b.lanes())
+	}
+	b.append(keyed("after", "key-0", 1))
+	b.wantTurn("key-0", "after")
+}
+
+// All keys of a lane that are blocked are let go of, however many there are.
+func TestUnblockOfMany(t *testing.T) {
+	b := newBench(t, onePartition)
+	const n = editBatch + 50
+	for i := range n {
+		key := fmt.Sprint("key-", i)
+		b.append(keyed(fmt.Sprint(i), key, 1), keyed(fmt.Sprint(i, "-next"), key, 1))
+	}
+	for _, job := range b.jobs() {
+		b.settle(job, Step{State: Exhausted, Block: true}, attemptAt(1, OutcomeRetryable, 500, b.clock.now()))
+	}
+	b.flush()
+	if got, err := b.Unblock(context.Background(), lane(1), nil); got != n || err != nil {
+		t.Errorf("%d of %d unblocked, %v", got, n, err)
+	}
+	if jobs := b.backlog(1); len(jobs) != n {
+		t.Errorf("%d of %d go on", len(jobs), n)
+	}
+}

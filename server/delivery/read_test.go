@@ -171,8 +171,8 @@ func (l *turnstile) refill(j *Journal, partition uint16) (bool, error) {
 		j.Release(r.Jobs[i].Event)
 	}
 	l.next = r.Next
-	if l.left > l.read {
-		l.next = Least(l.next, Pos{Seq: l.left, Some: true}) // turned away during the read
+	if l.left != 0 { // turned away during the read, which may have seen the first of them
+		l.next = Least(l.next, Pos{Seq: max(l.left, l.read+1), Some: true})
 	}
 	return true, nil
 }

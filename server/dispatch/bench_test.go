@@ -36,6 +36,7 @@ func (j *nullJournal) Settle(_ *delivery.Job, _ delivery.Step, _ *delivery.Attem
 func (*nullJournal) Now() time.Time                                   { return time.Now() }
 func (*nullJournal) Failing() (map[delivery.LaneKey]time.Time, error) { return nil, nil }
 func (*nullJournal) Hold(*delivery.Event)                             {}
+func (*nullJournal) BlockedLanes() ([]delivery.LaneKey, error)        { return nil, nil }
 func (*nullJournal) Release(*delivery.Event)                          {}
 func (*nullJournal) EventBytes() int64                                { return 0 }
 
@@ -75,7 +76,7 @@ func benchmark(b *testing.B, lanes int, attempter dispatch.Attempter) {
 	keys := make([]delivery.LaneKey, lanes)
 	for i := range lanes {
 		s := &subscription.Subscription{
-			Proto: &grapnelv1.Subscription{State: grapnelv1.Subscription_STATE_ACTIVE},
+			Proto: &grapnelv1.Subscription{State: grapnelv1.Subscription_STATE_ACTIVE, Uri: "https://hooks.example.com/" + fmt.Sprint(i)},
 			UID:   uid(fmt.Sprint("sub", i)), NamespaceUID: uid("acme"), MaxInFlight: 64,
 		}
 		keys[i] = laneOf(s)
@@ -117,4 +118,5 @@ func (s subs) Subscription(lane delivery.LaneKey) *subscription.Subscription { r
 func (s subs) Deleted(delivery.LaneKey) bool                                 { return false }
 func (s subs) DeadLetter(*subscription.Subscription) *delivery.DeadLetter    { return nil }
 func (s subs) EndReason(delivery.LaneKey) string                             { return "subscription deleted" }
+func (s subs) Weight(delivery.NamespaceKey) int                              { return 1 }
 func (s subs) Closed(delivery.LaneKey) string                                { return "" }

@@ -55,13 +55,19 @@ func (x *entry) Complete(_ *delivery.Job, r delivery.Result) {
 	since := now.Sub(laterOf(x.Event.AcceptTime, x.Event.DeliverTime))
 	x.stage = window.Settling
 	l.land(x)
+	x.square(x.cost(took))
 	v := l.learn(x, &r, step, took, now)
+	down := x.visit.ended(l.key, &r, x.started, now)
 	l.count(now, r.Outcome, step.State, since)
 	l.mu.Unlock()
 
 	e.trace(x, a, step)
 	e.metrics.settled(a.Outcome, step.State, since)
+	e.metrics.keyBlocked(&x.Job, step)
 	e.metrics.learnt(v)
+	if down {
+		e.metrics.down.Inc()
+	}
 	if v.Noted {
 		l.note()
 	}
@@ -116,7 +122,7 @@ func (l *lane) proceed(now time.Time) {
 		l.kick(now)
 		return
 	}
-	l.run(inlineTurns)
+	l.run(inlineTurns, nobodys)
 }
 
 // disableFor closes the lane at once and has the subscription disabled.
@@ -157,6 +163,7 @@ func (e *Engine) expire(x *entry) {
 	l.countEnd(e.now(), step.State)
 	l.mu.Unlock()
 	e.metrics.ended(step.State)
+	e.metrics.keyBlocked(&x.Job, step)
 	e.journal.Settle(&x.Job, step, nil, x)
 }
 

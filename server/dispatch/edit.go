@@ -40,7 +40,7 @@ func (e *Engine) Retry(ctx context.Context, id delivery.ID, key delivery.LaneKey
 	if x := l.held[place{id.Seq, id.Partition}]; x != nil && x.stage == window.Waiting && x.Kind == delivery.FIFO {
 		x.Manual = true
 	}
-	l.health.Open(e.now())
+	l.open(e.now())
 	l.kick(e.now())
 	return d, err
 }
@@ -183,7 +183,7 @@ func (e *Engine) changed(key delivery.LaneKey, was, is *subscription.Subscriptio
 	case renewed:
 		l.retarget()
 	case again:
-		l.health.Open(e.now())
+		l.open(e.now())
 		l.health.Forgive()
 	case l.pacer != nil && was != nil && is != nil && was.MaxRate != is.MaxRate:
 		l.pacer.until = time.Time{}

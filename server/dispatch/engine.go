@@ -22,7 +22,7 @@
 //
 // Of two locks the left one is taken first:
 //
-//	lane.start, lane.noting → lane.mu → Engine.mu, ring.mu, pool.mu → alarms.mu, graves.mu, unblocks.mu, budget.mu → reads.mu,
+//	lane.start, lane.noting → lane.mu → Engine.mu, ring.mu, pool.mu, origin.mu, origins.mu → alarms.mu, graves.mu, unblocks.mu, budget.mu → reads.mu,
 //	                                    statistics.mu → series.mu
 //
 // No lock but lane.start and lane.noting is held while the journal is read or written or an attempt is handed over, because the
@@ -122,6 +122,8 @@ type Subscriptions interface {
 	DeadLetter(sub *subscription.Subscription) *delivery.DeadLetter
 	// EndReason says, in words for people, why what a lane has open that is Deleted ends.
 	EndReason(lane delivery.LaneKey) string
+	// Weight is how much a namespace gets where there is less than all want, beside the others; from 1 on.
+	Weight(ns delivery.NamespaceKey) int
 	// Closed says, in words for people, why no attempts are made in the subscription's namespace or at all; empty when
 	// they are.
 	Closed(lane delivery.LaneKey) string
@@ -173,6 +175,7 @@ type Engine struct {
 
 	slots      slots
 	pools      pools
+	origins    origins
 	budget     budget
 	statistics statistics
 
@@ -243,6 +246,7 @@ func New(o Options) *Engine {
 		drained:    make(chan struct{}, 1), finished: make(chan struct{}),
 		disables: make(chan struct{}, disablesAtOnce),
 	}
+	e.ring.weight = o.Subscriptions.Weight
 	e.ring.wake = make(chan struct{}, 1)
 	e.alarms.wake = make(chan struct{}, 1)
 	e.reads.wake = make(chan struct{}, 1)

@@ -427,7 +427,7 @@ func TestEngineUsesNewTarget(t *testing.T) {
 		changed := len(w.receiver.starts())
 		time.Sleep(time.Minute)
 		for i, s := range w.receiver.starts() {
-			want := "https://one.example"
+			want := "https://orders.example"
 			if i >= changed {
 				want = "https://two.example"
 			}

@@ -26,12 +26,13 @@ type entry struct {
 	prev, next *entry                     // in the queue that it stands in: lane.fresh, lane.timers or lane.flying
 	sub        *subscription.Subscription // as the attempt was started with
 	started    time.Time
-	size       int64
 	stage      window.Stage
 	marked     bool // a caller has ended or replaced its row: it must not wait again
 	gone       bool // abandoned, or its partition is: nothing of it counts any more
 	target     uint32
 	mark       health.Mark
+	visit      visit
+	bill       bill
 	pool       *pool // that it holds a place of while it flies; nil is none
 }
 
@@ -43,9 +44,9 @@ type place struct {
 
 func (x *entry) place() place { return place{x.ID.Seq, x.ID.Partition} }
 
-// sizeOf is what a job counts for in its lane, its event in full.
-func sizeOf(j *delivery.Job) int64 {
-	return entryBytes + eventBytes + int64(len(j.Event.Payload)) + attributeBytes*int64(len(j.Event.Attributes))
+// size is what it counts for in its lane, its event in full.
+func (x *entry) size() int64 {
+	return entryBytes + eventBytes + int64(len(x.Event.Payload)) + attributeBytes*int64(len(x.Event.Attributes))
 }
 
 func (x *entry) before(y *entry) bool { return x.Row().Pos().Before(y.Row().Pos()) }
@@ -60,6 +61,7 @@ type queue struct {
 	head, tail *entry
 	n          int
 	bytes      int64
+	firsts     int // of them that are no repeats
 }
 
 // insert puts x behind after, or first when after is nil.
@@ -76,7 +78,10 @@ func (q *queue) insert(after, x *entry) {
 		x.next.prev = x
 	}
 	q.n++
-	q.bytes += x.size
+	q.bytes += x.size()
+	if !x.repeats() {
+		q.firsts++
+	}
 }
 
 func (q *queue) push(x *entry) { q.insert(q.tail, x) }
@@ -120,5 +125,8 @@ func (q *queue) remove(x *entry) {
 	}
 	x.prev, x.next = nil, nil
 	q.n--
-	q.bytes -= x.size
+	q.bytes -= x.size()
+	if !x.repeats() {
+		q.firsts--
+	}
 }

@@ -447,3 +447,48 @@ func TestMaxRateHoldsInEverySecond(t *testing.T) {
 		})
 	}
 }
+
+// What the budget holds back holds back no first attempt behind it, and says what it waits for.
+func TestARepeatThatIsHeldBackIsInNobodysWay(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		defer w.stop()
+		synctest.Wait()
+		w.receiver.set(func(_ *subscription.Subscription, job *delivery.Job) (time.Duration, *delivery.Result) {
+			if len(job.Event.Payload) == 1024 && job.Attempts == 0 {
+				return 10 * time.Millisecond, refused(422)
+			}
+			return 2 * time.Second, ok()
+		})
+		sub := w.sub("orders", most(20), func(s *subscription.Subscription) { s.Schedule = []time.Duration{10 * time.Second} })
+		w.publishN(sub, 0, 120)
+		begin := time.Now()
+		var later []delivery.ID
+		for i := range 10 {
+			later = append(later, w.journal.add(0, 100, begin.Add(time.Duration(20+i)*time.Second), sub)...)
+		}
+		time.Sleep(19 * time.Second)
+		held := 0
+		for id := range w.journal.records {
+			if why := w.engine.WaitReason(id, lane("orders")); strings.Contains(why, "budget for repeats") {
+				held++
+			}
+		}
+		if held < 60 {
+			t.Errorf("%d say that they wait for the budget", held)
+		}
+		time.Sleep(30 * time.Second)
+		for i, id := range later {
+			for _, s := range w.receiver.starts() {
+				if late := s.at.Sub(begin.Add(time.Duration(20+i) * time.Second)); s.id == id && late > time.Second {
+					t.Errorf("a first attempt waited for %v", late)
+				}
+			}
+			if len(w.journal.get(id).attempts) == 0 {
+				t.Errorf("%v was not tried", id)
+			}
+		}
+		time.Sleep(10 * time.Minute)
+		wantStates(t, w, map[delivery.State]int{delivery.Succeeded: 130})
+	})
+}

@@ -55,15 +55,23 @@ type lane struct {
 	pool     *pool    // of its plugin; nil where that has no bound of its own
 	poolAt   time.Time
 	pacer    *pacer // nil: its subscription has no max_rate
+	origin   *origin
+	originOf *subscription.Subscription // that it was looked up for
+	guest    bool                       // it may wait for its turn at the origin, or be called
+	relieved time.Time                  // when the host was up again for which its own breaker has given way
 	series   *series
 
 	// Places in queues of the engine.
 	queued     [standings]atomic.Bool // on the ring, among those of a standing
 	poolQueued atomic.Bool            // in the queue of a pool
-	ringNext   [standings]*lane       // ring.mu
+	seats      [standings]seat[*lane] // ring.mu
 	hungry     bool                   // budget.mu, and so the next one
 	hungryAs   standing
 	alarm      alarm // alarms.mu
+	// Its place among those of its namespace that wait at the origin, counted from 1, below 0 of those that wait again; 0: it
+	// does not. looked: it has been called there. Both origin.mu.
+	atHost int
+	looked bool
 }
 
 // part is a lane's window of one partition.
@@ -85,10 +93,13 @@ func (e *Engine) lane(key delivery.LaneKey) *lane {
 		if e.lanes[key] == nil {
 			l := &lane{e: e, key: key, health: e.healths[key], alarm: alarm{index: -1}, tenant: e.tenants[key.Namespace]}
 			if l.tenant == nil {
-				l.tenant = &tenant{}
+				l.tenant = newTenant(key.Namespace)
 				e.tenants[key.Namespace] = l.tenant
 			}
 			l.tenant.lanes++
+			for st := range l.seats {
+				l.seats[st].of = l
+			}
 			l.standing = l.health.Standing()
 			delete(e.healths, key)
 			e.lanes[key] = l
@@ -135,6 +146,7 @@ func (l *lane) rest(now time.Time) {
 		return
 	}
 	e := l.e
+	l.leaveOrigin(now)
 	keep := !l.health.Worthless(now) && !e.subs.Deleted(l.key)
 	l.evicted = true
 	e.alarms.remove(l)
@@ -205,12 +217,12 @@ func (l *lane) heldIn(partition uint16) window.Held {
 // admit takes a job to memory that its window has taken, and whose event is held. near is nil or an entry that was
 // admitted before it, of the same read.
 func (l *lane) admit(j *delivery.Job, near *entry) *entry {
-	x := &entry{Job: *j, lane: l, size: sizeOf(j)}
+	x := &entry{Job: *j, lane: l}
 	if l.held == nil {
 		l.held = make(map[place]*entry)
 	}
 	l.held[x.place()] = x
-	l.charge(1, x.size)
+	l.charge(1, x.size())
 	l.queueOf(x).add(x, near)
 	return x
 }
@@ -222,7 +234,7 @@ func (l *lane) forget(x *entry) {
 		l.held = nil // a map keeps the room that it has had
 	}
 	l.e.journal.Release(x.Event)
-	l.charge(-1, -x.size)
+	l.charge(-1, -x.size())
 }
 
 // queueOf is where a waiting entry stands.
@@ -287,8 +299,10 @@ type gate struct {
 	until  time.Time
 	// lasting: closed for so long that deliveries expire.
 	lasting bool
-	// isolated: the breaker is open, or half open.
+	// isolated: the breaker is open, or half open, or the host is down.
 	isolated bool
+	// hostDown: its host is down for several lanes, and another one looks whether it is back.
+	hostDown bool
 	deleted  bool
 }
 
@@ -309,6 +323,9 @@ const (
 	closedRate       = "its subscription's max_rate is reached"
 	closedTarget     = "its target asked for a pause (Retry-After)"
 	closedBreaker    = "breaker open"
+	closedHost       = "host down"
+	closedBudget     = "its receiver's budget for repeats is spent: while first attempts wait a fifth of what starts are repeats, and else they hold a fifth of the limit"
+	closedStranger   = "its host has not answered lately, and few attempts go there at a time"
 	closedPlugin     = "parked: its plugin is not ready"
 	closedWaits      = "parked: "
 )
@@ -333,11 +350,17 @@ func (l *lane) gate(now time.Time) gate {
 		return gate{sub: sub, reason: reason, lasting: true}
 	}
 	g := gate{sub: sub, isolated: l.health.Isolated()}
-	if why, until := l.health.Closed(now); why != health.Open {
+	why, until := l.health.Closed(now)
+	down, probe, turn := l.hostDown(now)
+	switch {
+	case down && (why == health.Open || why == health.ByBreaker && l.health.Unconnected()):
+		g.reason, g.until, g.isolated, g.hostDown = closedHost, probe, true, true
+	case why != health.Open:
 		g.reason, g.until = l.closed(why), until
-	} else if l.pacer != nil && now.Before(l.pacer.until) {
+	case l.pacer != nil && now.Before(l.pacer.until):
 		g.reason, g.until = closedRate, l.pacer.until
 	}
+	g.isolated = g.isolated || turn
 	return g
 }
 
@@ -391,8 +414,20 @@ func (l *lane) kick(now time.Time) {
 	}
 	l.idle = time.Time{}
 	l.look(now)
+	l.relieve(now)
 	g := l.gate(now)
+	if g.sub != nil && g.sub != l.originOf {
+		l.lookOrigin(g.sub, now)
+		g = l.gate(now)
+	}
+	if g.hostDown && l.queueAtHost(now) {
+		l.relieve(now)
+		g = l.gate(now)
+	}
 	if !g.open() {
+		if !g.hostDown {
+			l.goOn(now)
+		}
 		l.kickClosed(g, now)
 		return
 	}
@@ -401,14 +436,23 @@ func (l *lane) kick(now time.Time) {
 	}
 	l.lookPool(g.sub, now)
 	l.wantRead(g, now)
-	if l.running || l.full(g.sub) || l.next(g.sub) == nil {
+	if l.running {
+		return
+	}
+	if l.full(g.sub) || l.next(g.sub) == nil {
+		if !l.reading {
+			l.goOn(now)
+		}
 		return
 	}
 	if l.crowded() {
+		l.goOn(now)
 		l.queueUp(now)
 		return
 	}
-	e.ring.push(l)
+	if l.queueAtHost(now) {
+		e.ring.push(l)
+	}
 }
 
 // look judges the lane by what it has in flight.
@@ -422,7 +466,7 @@ func (l *lane) look(now time.Time) {
 }
 
 func (l *lane) kickClosed(g gate, now time.Time) {
-	if !g.until.IsZero() {
+	if !g.until.IsZero() && !g.hostDown {
 		l.arm(g.until)
 		if g.isolated || g.until.Sub(now) > shedAfter {
 			l.shed()

@@ -18,6 +18,8 @@ type metrics struct {
 	opened     prometheus.Counter
 	probes     [2]prometheus.Counter // that failed, that were answered
 	cuts       prometheus.Counter
+	down       prometheus.Counter
+	blocked    prometheus.Counter
 }
 
 func outcomeName(o delivery.Outcome) string {
@@ -87,6 +89,12 @@ func newMetrics(e *Engine, r prometheus.Registerer) *metrics {
 	m.cuts = prometheus.NewCounter(prometheus.CounterOpts{
 		Name: "grapnel_limit_cuts_total", Help: "Times that the limit of a receiver's attempts in flight was taken back.",
 	})
+	m.blocked = prometheus.NewCounter(prometheus.CounterOpts{
+		Name: "grapnel_ordering_keys_blocked_total", Help: "Times that a delivery that failed for good has kept those of its ordering key behind it waiting.",
+	})
+	m.down = prometheus.NewCounter(prometheus.CounterOpts{
+		Name: "grapnel_hosts_down_total", Help: "Times that a host was found down by several receivers on it.",
+	})
 	flying := prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 		Name: "grapnel_in_flight", Help: "Attempts in flight.",
 	}, func() float64 { return float64(e.slots.used.Load()) })
@@ -97,7 +105,7 @@ func newMetrics(e *Engine, r prometheus.Registerer) *metrics {
 		Name: "grapnel_in_flight_slow", Help: "Attempts in flight to targets that hang, are slow or have not answered yet.",
 	}, func() float64 { return float64(e.slots.slow.Load() + e.slots.trial.Load()) })
 	if r != nil {
-		r.MustRegister(attempts, deliveries, m.parked, m.latency, m.opened, probes, m.cuts, flying, slow, memory, newLaneStates(e))
+		r.MustRegister(attempts, deliveries, m.parked, m.latency, m.opened, probes, m.cuts, m.down, m.blocked, flying, slow, memory, newLaneStates(e))
 	}
 	return m
 }
@@ -126,6 +134,13 @@ func (m *metrics) learnt(v health.Verdict) {
 	}
 }
 
+// keyBlocked counts what a step does to the delivery's ordering key.
+func (m *metrics) keyBlocked(j *delivery.Job, step delivery.Step) {
+	if step.Block && j.Order != 0 && step.State.Final() && step.State != delivery.Succeeded {
+		m.blocked.Inc()
+	}
+}
+
 func (m *metrics) ended(s delivery.State) {
 	if int(s) >= len(m.deliveries) {
 		s = 0
@@ -135,8 +150,8 @@ func (m *metrics) ended(s delivery.State) {
 
 // laneStates counts lanes when it is scraped.
 type laneStates struct {
-	e                       *Engine
-	lanes, breakers, limits *prometheus.Desc
+	e                              *Engine
+	lanes, breakers, limits, hosts *prometheus.Desc
 }
 
 func newLaneStates(e *Engine) *laneStates {
@@ -144,6 +159,7 @@ func newLaneStates(e *Engine) *laneStates {
 		e, prometheus.NewDesc("grapnel_lanes", "Lanes, by state.", []string{"state"}, nil),
 		prometheus.NewDesc("grapnel_breakers", "Lanes with a breaker that is not closed, by its state.", []string{"state"}, nil),
 		prometheus.NewDesc("grapnel_limited_lanes", "Lanes that have something open and hold back from their subscription's max_in_flight for a sign of overload.", nil, nil),
+		prometheus.NewDesc("grapnel_hosts", "Hosts that lanes deliver to: up, or down for several lanes, with the breaker that they share open or half open.", []string{"state"}, nil),
 	}
 }
 
@@ -152,6 +168,7 @@ func (s *laneStates) Describe(c chan<- *prometheus.Desc) {
 	c <- s.lanes
 	c <- s.breakers
 	c <- s.limits
+	c <- s.hosts
 }
 
 // Collect implements prometheus.Collector.
@@ -184,4 +201,7 @@ func (s *laneStates) Collect(c chan<- prometheus.Metric) {
 	c <- prometheus.MustNewConstMetric(s.breakers, prometheus.GaugeValue, open, "open")
 	c <- prometheus.MustNewConstMetric(s.breakers, prometheus.GaugeValue, half, "half_open")
 	c <- prometheus.MustNewConstMetric(s.limits, prometheus.GaugeValue, limited)
+	for state, n := range s.e.origins.states(now) {
+		c <- prometheus.MustNewConstMetric(s.hosts, prometheus.GaugeValue, float64(n), [...]string{"up", "open", "half_open"}[state])
+	}
 }

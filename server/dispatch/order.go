@@ -13,12 +13,18 @@ import (
 // delivery.Job.Order. What is left to the engine is an attempt that goes on after its delivery has ended, because a caller
 // has cancelled it: the next one of the key waits for it, or the target could see the two in either order.
 
-// firstFree is the first entry of a queue of whose ordering key nothing is in flight.
-func (l *lane) firstFree(q *queue) *entry {
-	if l.orders == nil {
+// firstFree is the first entry of a queue of whose ordering key nothing is in flight; without repeats, that is none.
+func (l *lane) firstFree(q *queue, repeats bool) *entry {
+	if repeats && l.orders == nil {
 		return q.head
 	}
+	if !repeats && q.firsts == 0 {
+		return nil
+	}
 	for x := q.head; x != nil; x = x.next {
+		if !repeats && x.repeats() {
+			continue
+		}
 		if x.Order == 0 || l.orders[x.Order] == 0 {
 			return x
 		}

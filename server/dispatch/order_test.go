@@ -7,7 +7,10 @@ import (
 	"time"
 
 	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
+	"github.com/prometheus/client_golang/prometheus"
+
 	"github.com/grapnel/grapnel/server/delivery"
+	"github.com/grapnel/grapnel/server/dispatch"
 	"github.com/grapnel/grapnel/server/subscription"
 )
 
@@ -95,7 +98,8 @@ func TestNextOfAKeyWaitsForACancelledAttempt(t *testing.T) {
 // A key that is blocked for a day, or held back by retries, costs a read for each attempt and one for the next in turn.
 func TestBlockedKeyCostsOneRead(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		w := newWorld(t)
+		registry := prometheus.NewRegistry()
+		w := newWorld(t, func(o *dispatch.Options) { o.Registerer = registry })
 		defer w.stop()
 		w.receiver.set(always(time.Millisecond, func() *delivery.Result { return refused(500) }))
 		sub := w.sub("orders", blocking)
@@ -106,6 +110,9 @@ func TestBlockedKeyCostsOneRead(t *testing.T) {
 		time.Sleep(24 * time.Hour)
 		if r, j := w.journal.readCount(); r != reads || j != jobs {
 			t.Errorf("%d reads of %d rows while the key is blocked", r-reads, j-jobs)
+		}
+		if n := gather(t, registry)["grapnel_ordering_keys_blocked_total"]; n != 1 {
+			t.Errorf("%v keys were blocked by the metric", n)
 		}
 		w.receiver.set(always(time.Hour, ok))
 		if _, err := w.engine.Cancel(t.Context(), head, lane("orders")); err != nil {

@@ -45,6 +45,9 @@ func randomRun(t *testing.T, rnd *rand.Rand) {
 		s.DisableAfter = 0
 		s.Ordered = s.ID != "c" || rnd.IntN(2) == 0
 		s.BlocksKeys = s.Ordered && rnd.IntN(2) == 0
+		if s.ID != "a" || rnd.IntN(4) > 0 {
+			on("one.example")(s)
+		}
 	}
 	for _, n := range names {
 		w.sub(n, limit)

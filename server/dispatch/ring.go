@@ -12,36 +12,33 @@ import (
 )
 
 const (
-	// quantum is how many attempts a lane starts before the next lane has its turn. Fairness by cost
-	// takes its place here: a lane would get a deficit to spend instead of a number of attempts.
+	// quantum is how many attempts a lane starts at most before the next lane has its turn.
 	quantum = 8
 	// inlineTurns bounds how long the goroutine that brought a result goes on with the lane.
 	inlineTurns = 4
+	// nobodys is the standing of turns that are not paid for, because there are slots for all.
+	nobodys = standings
+	// weighEvery is how often the weight of a namespace is looked up that has turns.
+	weighEvery = time.Second
 )
 
 // ring holds the lanes that may have something to start, in the order of their turns: by standing, so that lanes which
-// have no slots to hope for do not stand in the way of others, then namespace after namespace, so that one with
-// ten thousand lanes gets one namespace's turns, then lane after lane.
+// have no slots to hope for do not stand in the way of others, then namespace after namespace, by what they have had and
+// their weights, so that one with ten thousand lanes, or whose receivers take long, gets one namespace's share, then lane
+// after lane likewise. It decides who comes first where there is less than all want, and costs nothing else.
 type ring struct {
 	mu     sync.Mutex
 	rounds [standings]round
 	turn   standing // whose turn it is
 	wake   chan struct{}
+	// weight says how heavy a namespace is.
+	weight func(delivery.NamespaceKey) int
 }
 
 // round is the turns of lanes of one standing.
 type round struct {
-	spaces     map[delivery.NamespaceKey]*space
-	head, tail *space
-	n          atomic.Int64
-}
-
-// space is a namespace with lanes that wait for their turn.
-type space struct {
-	key        delivery.NamespaceKey
-	tenant     *tenant
-	next       *space
-	head, tail *lane // linked by lane.ringNext
+	spaces turns[*space]
+	n      atomic.Int64 // lanes
 }
 
 // push takes a lane whose mutex is held. Where it stands already for an older standing, it stands there, too: a turn too
@@ -58,86 +55,70 @@ func (r *ring) push(l *lane) {
 }
 
 func (r *round) push(l *lane, st standing) {
-	s := r.spaces[l.key.Namespace]
-	if s == nil {
-		s = &space{key: l.key.Namespace, tenant: l.tenant}
-		if r.spaces == nil {
-			r.spaces = make(map[delivery.NamespaceKey]*space)
-		}
-		r.spaces[s.key] = s
-		r.append(s)
-	}
-	if s.tail == nil {
-		s.head = l
-	} else {
-		s.tail.ringNext[st] = l
-	}
-	s.tail = l
+	s := &l.tenant.spaces[st]
+	s.lanes.add(&l.seats[st])
+	r.spaces.add(&s.seat)
 	r.n.Add(1)
-}
-
-func (r *round) append(s *space) {
-	if r.tail == nil {
-		r.head = s
-	} else {
-		r.tail.next = s
-	}
-	r.tail = s
-}
-
-// shift takes the first namespace off.
-func (r *round) shift() *space {
-	s := r.head
-	r.head, s.next = s.next, nil
-	if r.head == nil {
-		r.tail = nil
-	}
-	return s
 }
 
 // pop returns nil when no lane may have a slot.
 func (r *round) pop(slots *slots, st standing) *lane {
-	if r.head != nil && !slots.roomFor(r.head.tenant, st) {
-		r.append(r.shift()) // no two namespaces can hold all that one may hold
-	}
-	if r.head == nil || !slots.roomFor(r.head.tenant, st) {
+	seat := r.spaces.take(func(s *space) bool { return slots.roomFor(s.tenant, st) })
+	if seat == nil {
 		return nil
 	}
-	s := r.shift()
-	l := s.head
-	s.head, l.ringNext[st] = l.ringNext[st], nil
-	if s.head == nil {
-		delete(r.spaces, s.key)
-	} else {
-		r.append(s)
+	s := seat.of
+	l := s.lanes.take(nil).of
+	if s.lanes.n > 0 {
+		r.spaces.back(seat)
 	}
 	r.n.Add(-1)
 	l.queued[st].Store(false)
 	return l
 }
 
-// next takes the lane whose turn it is among those that may get a slot, or says when to ask again: 0 means when a slot
-// is released or a lane comes.
-func (r *ring) next(s *slots, now time.Time) (*lane, time.Duration) {
+// next takes the lane whose turn it is among those that may get a slot, and says as which it has its turn, or when to ask
+// again: 0 means when a slot is released or a lane comes.
+func (r *ring) next(s *slots, now time.Time) (*lane, standing, time.Duration) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	var again time.Duration
 	for range standings {
 		st := r.turn
 		r.turn = (r.turn + 1) % standings
-		if r.rounds[st].head == nil {
+		if r.rounds[st].spaces.n == 0 {
 			continue
 		}
 		if s.room(st, now) {
 			if l := r.rounds[st].pop(s, st); l != nil {
-				return l, 0
+				return l, st, 0
 			}
 		}
 		if wait := s.wait(st, now); wait > 0 && (again == 0 || wait < again) {
 			again = wait
 		}
 	}
-	return nil, again
+	return nil, 0, again
+}
+
+// charge has a lane and its namespace pay for a turn.
+func (r *ring) charge(l *lane, st standing, cost int64, now time.Time) {
+	if cost == 0 {
+		return
+	}
+	t := l.tenant
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if now.Sub(t.weighed) >= weighEvery {
+		t.weighed = now
+		heavy := int64(r.weight(t.key))
+		for i := range t.spaces {
+			t.spaces[i].seat.heavy = heavy
+		}
+	}
+	s := &t.spaces[st]
+	s.lanes.charge(&l.seats[st], cost)
+	r.rounds[st].spaces.charge(&s.seat, cost)
 }
 
 func (r *ring) waiting() int64 {
@@ -160,11 +141,17 @@ func (r *ring) contended(st standing) bool {
 // goes back to the ring's end; who releases one wakes this loop.
 func (e *Engine) dispatch() {
 	e.whenDue(e.ring.wake, func() (time.Duration, bool) {
-		l, wait := e.ring.next(&e.slots, e.now())
+		now := e.now()
+		l, st, wait := e.ring.next(&e.slots, now)
 		if l != nil {
 			l.mu.Lock()
-			l.run(1)
+			as := nobodys
+			if e.slots.scarce(st, e.ring.rounds[st].n.Load()) {
+				as = st
+			}
+			cost := l.run(1, as)
 			l.mu.Unlock()
+			e.ring.charge(l, st, cost, now)
 		}
 		return wait, l != nil
 	})
@@ -180,22 +167,27 @@ type batch struct {
 	n       int
 	entries [quantum]*entry
 	expired [quantum]bool
+	// as is the standing whose turn it is, and pays for what is started. cost is what that is taken to cost.
+	as   standing
+	cost int64
 }
 
-// run gives the lane up to so many turns, and leaves the rest to the ring. l.mu is held, but not while
+// run gives the lane up to so many turns, and leaves the rest to the ring. They are turns of lanes of
+// that standing, or of nobody, and it returns what the lane has to pay for them. l.mu is held, but not while
 // attempts are handed over; l.running keeps others from starting attempts of this lane in the meantime,
 // which keeps their order, and an attempt that ends at once from nesting.
-func (l *lane) run(turns int) {
+func (l *lane) run(turns int, as standing) (cost int64) {
 	if l.running {
-		return
+		return 0
 	}
 	l.running = true
 	for ; turns > 0; turns-- {
-		var b batch
+		b := batch{as: as}
 		l.take(&b, l.e.now())
 		if b.n == 0 {
 			break
 		}
+		cost += b.cost
 		l.mu.Unlock()
 		l.start.Lock()
 		for i := range b.n {
@@ -213,6 +205,7 @@ func (l *lane) run(turns int) {
 	}
 	l.running = false
 	l.kick(l.e.now())
+	return cost
 }
 
 // take picks the jobs of one turn.
@@ -226,9 +219,12 @@ func (l *lane) take(b *batch, now time.Time) {
 		if x == nil {
 			return
 		}
-		expired := x.expired(now)
-		if !expired && !l.mayStart(g, now) {
-			return
+		var v visit
+		expired, ok := x.expired(now), true
+		if !expired {
+			if v, ok = l.mayStart(g, now); !ok {
+				return
+			}
 		}
 		l.queueOf(x).remove(x)
 		l.timerTurn = x.Kind == delivery.FIFO
@@ -238,6 +234,11 @@ func (l *lane) take(b *batch, now time.Time) {
 				l.sweepAt = now
 			}
 		} else {
+			x.visit = v
+			if b.as != nobodys {
+				x.bill = l.toPay(x, b.as)
+				b.cost += x.bill.cost()
+			}
 			l.takeOff(x, now)
 			x.sub = g.sub
 		}
@@ -247,32 +248,46 @@ func (l *lane) take(b *batch, now time.Time) {
 }
 
 // next is the entry whose turn it is: fresh ones and retries alternate, so that neither waits for the
-// other, as far as the budget for repeats allows.
+// other, as far as the budget for repeats allows. A repeat that it holds back holds back no first attempt behind it.
 func (l *lane) next(sub *subscription.Subscription) *entry {
-	x, fresh := l.firstFree(&l.timers), l.firstFree(&l.fresh)
+	x, fresh := l.firstFree(&l.timers, true), l.firstFree(&l.fresh, true)
 	switch {
 	case x == nil, fresh != nil && !l.timerTurn:
 		return fresh
-	case x.repeats() && !l.health.MayRetry(fresh != nil, l.retrying, maxInFlight(sub)):
-		return fresh
+	case !x.repeats(), l.mayRepeat(true, sub): // whoever waits
+		return x
 	}
-	return x
+	first := l.firstFree(&l.timers, false)
+	switch {
+	case l.mayRepeat(first != nil || fresh != nil, sub):
+		return x
+	case first != nil:
+		return first
+	}
+	return fresh
+}
+
+// mayRepeat reports whether the budget lets a repeat start. first: a first attempt waits.
+func (l *lane) mayRepeat(first bool, sub *subscription.Subscription) bool {
+	return l.health.MayRetry(first, l.retrying, maxInFlight(sub))
 }
 
 // mayStart checks the limits and takes a slot.
-func (l *lane) mayStart(g gate, now time.Time) bool {
+func (l *lane) mayStart(g gate, now time.Time) (v visit, ok bool) {
 	if l.full(g.sub) || !l.e.slots.acquire(l, now) {
-		return false
+		return v, false
 	}
-	if l.crowded() {
+	if !l.crowded() {
+		v, ok = l.visit(now)
+	}
+	if ok && !l.allow(g.sub, now) {
+		v.returned(l.key.Namespace, now)
+		ok = false
+	}
+	if !ok {
 		l.e.slots.returned(l)
-		return false
 	}
-	if !l.allow(g.sub, now) {
-		l.e.slots.returned(l)
-		return false
-	}
-	return true
+	return v, ok
 }
 
 // begin hands an attempt over. l.start is held, l.mu is not.
@@ -334,6 +349,8 @@ func (l *lane) retarget() {
 
 // returned tells the health that nothing came of an attempt.
 func (l *lane) returned(x *entry) {
+	x.visit.returned(l.key.Namespace, l.e.now())
+	x.square(0)
 	if x.target == l.target {
 		l.health.Returned(x.mark)
 	}

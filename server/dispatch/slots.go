@@ -4,6 +4,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/grapnel/grapnel/server/delivery"
 	"github.com/grapnel/grapnel/server/dispatch/health"
 	"github.com/grapnel/grapnel/server/subscription"
 )
@@ -99,8 +100,12 @@ func (s *slots) regain(st standing) { s.paces[st].due.Add(-int64(s.every(st))) }
 
 // tenant is a namespace with lanes.
 type tenant struct {
+	key   delivery.NamespaceKey
 	lanes int          // Engine.mu
 	slow  atomic.Int64 // slots of lanes that are not proven
+	// spaces are what waits on the ring, weighed when its weight was last looked up: ring.mu.
+	spaces  [standings]space
+	weighed time.Time
 }
 
 func part8(total, eighths int64) int64 { return max(1, total*eighths/8) }
@@ -123,6 +128,11 @@ func (s *slots) taken(st standing) bool {
 		return s.slow.Load() >= part8(s.total, 4)
 	}
 	return false
+}
+
+// scarce reports whether there may be fewer slots for lanes of this standing than they want, of whom so many wait.
+func (s *slots) scarce(st standing, waiting int64) bool {
+	return st != proven || s.used.Load()+waiting >= part8(s.total, 6)
 }
 
 // roomFor reports whether lanes of a namespace may have another slot, if there is room.

@@ -32,6 +32,8 @@ type Stats struct {
 	OldestDue time.Duration
 	// Breakers is how many lanes have a breaker that is open or half open now.
 	Breakers int64
+	// HostsDown is how many lanes wait because the host is down that they share with others.
+	HostsDown int64
 }
 
 const (
@@ -380,6 +382,7 @@ func (s *Stats) add(o *Stats) {
 	s.Open += o.Open
 	s.InFlight += o.InFlight
 	s.Breakers += o.Breakers
+	s.HostsDown += o.HostsDown
 	s.OldestDue = max(s.OldestDue, o.OldestDue)
 }
 
@@ -391,6 +394,9 @@ func (e *Engine) statsOver(key delivery.LaneKey, s *series, now time.Time, windo
 		st.OldestDue = l.oldestDue(now)
 		if l.health.Isolated() {
 			st.Breakers = 1
+		}
+		if since, _ := l.hostState(now); !since.IsZero() {
+			st.HostsDown = 1
 		}
 		l.mu.Unlock()
 	}

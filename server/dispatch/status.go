@@ -5,6 +5,7 @@ import (
 
 	"github.com/grapnel/grapnel/server/delivery"
 	"github.com/grapnel/grapnel/server/dispatch/health"
+	"github.com/grapnel/grapnel/server/dispatch/window"
 )
 
 // Status says how a lane stands.
@@ -33,6 +34,10 @@ type Status struct {
 	Breaker                 health.BreakerState
 	BreakerSince, NextProbe time.Time
 	BreakerReason           string
+	// HostDown is since when the host is down that the lane shares with others, and HostProbe when one of them may look next
+	// whether it is back, which has come while one looks; zero while it is not down, or the lane does not mind, because its own
+	// last attempt there was answered.
+	HostDown, HostProbe time.Time
 	// InFlight attempts, and Waiting deliveries in memory; more may wait on disk.
 	InFlight, Waiting int
 	// OldestDue is the age of the oldest delivery that is due; see Engine.OldestDue.
@@ -51,6 +56,7 @@ func (e *Engine) Status(key delivery.LaneKey) Status {
 		Slow: h.Standing() == suspect, Latency: h.Latency(),
 		InFlight: l.inFlight(), Waiting: l.waiting(), OldestDue: l.oldestDue(now),
 	}
+	s.HostDown, s.HostProbe = l.hostState(now)
 	var trip health.Trip
 	if s.Breaker, s.BreakerSince, s.NextProbe, trip = h.Breaker(now); s.Breaker != health.BreakerClosed {
 		s.BreakerReason = trip.String()
@@ -65,6 +71,12 @@ func (e *Engine) Status(key delivery.LaneKey) Status {
 	switch {
 	case g.reason == closedBreaker:
 		s.Reason = l.breakerWords(now)
+	case g.hostDown:
+		s.Reason = l.hostWords(now)
+	case g.open() && l.stranger(now):
+		s.Open, s.Reason = false, closedStranger
+	case g.open() && g.isolated && !l.health.Isolated():
+		s.Open, s.Reason = false, l.hostWords(now)
 	case g.open() && g.isolated:
 		s.Open, s.Reason = false, l.breakerWords(now)
 	}
@@ -94,6 +106,12 @@ func (l *lane) breakerWords(now time.Time) string {
 	return what + since.UTC().Format(time.RFC3339) + " (" + why.String() + ")"
 }
 
+// hostWords says since when the host is down.
+func (l *lane) hostWords(now time.Time) string {
+	since, _ := l.hostState(now)
+	return "host down since " + since.UTC().Format(time.RFC3339) + " (" + l.origin.name.Host + ": 5 attempts in a row of several subscriptions found no connection or timed out)"
+}
+
 // WaitReason says why a delivery that is due is not tried: why its lane is closed, and until when. It is empty while
 // the delivery is in flight or its lane is open.
 func (e *Engine) WaitReason(id delivery.ID, key delivery.LaneKey) string {
@@ -101,7 +119,26 @@ func (e *Engine) WaitReason(id delivery.ID, key delivery.LaneKey) string {
 		return ""
 	}
 	s := e.Status(key)
-	return untilWords(s.Reason, s.Until, s.Breaker == health.BreakerOpen && s.Until.Equal(s.NextProbe))
+	if s.Reason == "" && e.heldBack(id, key) {
+		return closedBudget
+	}
+	probe := s.Breaker == health.BreakerOpen && s.Until.Equal(s.NextProbe) || s.Until.Equal(s.HostProbe)
+	return untilWords(s.Reason, s.Until, probe)
+}
+
+// heldBack reports whether a delivery waits for the budget of repeats.
+func (e *Engine) heldBack(id delivery.ID, key delivery.LaneKey) bool {
+	l := e.find(key)
+	if l == nil {
+		return false
+	}
+	defer l.mu.Unlock()
+	x, sub := l.held[place{id.Seq, id.Partition}], e.subs.Subscription(key)
+	if x == nil || sub == nil || x.stage != window.Waiting || !x.repeats() {
+		return false
+	}
+	first := l.firstFree(&l.fresh, true) != nil || l.firstFree(&l.timers, false) != nil
+	return !l.mayRepeat(first, sub)
 }
 
 func untilWords(reason string, until time.Time, probe bool) string {
@@ -124,7 +161,10 @@ func (e *Engine) HeldBy(key delivery.LaneKey) string {
 
 func (l *lane) heldBy(now time.Time) string {
 	why, until := l.health.Closed(now)
+	since, probe := l.hostState(now)
 	switch {
+	case !since.IsZero() && (why == health.Open || why == health.ByBreaker):
+		return untilWords(l.hostWords(now), probe, true)
 	case l.health.Isolated():
 		return untilWords(l.breakerWords(now), until, why == health.ByBreaker)
 	case why == health.Open:
@@ -134,10 +174,15 @@ func (l *lane) heldBy(now time.Time) string {
 }
 
 // Open lifts what holds a lane back beside its subscription's state: a pause that its receiver asked for, a plugin that was
-// not ready, and an open breaker is half open at once.
+// not ready, and an open breaker is half open at once; so is that of a host that is down.
 func (e *Engine) Open(key delivery.LaneKey) {
 	l := e.lane(key)
 	defer l.mu.Unlock()
-	l.health.Open(e.now())
+	l.open(e.now())
 	l.kick(e.now())
+}
+
+func (l *lane) open(now time.Time) {
+	l.health.Open(now)
+	l.openHost(now)
 }

@@ -20,6 +20,7 @@ type registry struct {
 	subs    map[delivery.LaneKey]*subscription.Subscription
 	deleted map[delivery.LaneKey]bool
 	closed  string // for all
+	weights map[delivery.NamespaceKey]int
 }
 
 func newRegistry() *registry {
@@ -44,6 +45,12 @@ func (r *registry) Deleted(lane delivery.LaneKey) bool {
 }
 
 func (r *registry) EndReason(delivery.LaneKey) string { return "subscription deleted" }
+
+func (r *registry) Weight(ns delivery.NamespaceKey) int {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return max(1, r.weights[ns])
+}
 
 func (r *registry) Closed(delivery.LaneKey) string {
 	r.mu.Lock()
@@ -277,7 +284,7 @@ func (w *world) kill() error {
 // sub makes an active subscription, or changes it.
 func (w *world) sub(id string, change ...func(*subscription.Subscription)) *subscription.Subscription {
 	s := &subscription.Subscription{
-		Proto:     &grapnelv1.Subscription{State: grapnelv1.Subscription_STATE_ACTIVE, Uri: "https://one.example"},
+		Proto:     &grapnelv1.Subscription{State: grapnelv1.Subscription_STATE_ACTIVE, Uri: "https://" + id + ".example"},
 		Namespace: "acme", ID: id, UID: uid(id), NamespaceUID: uid("acme"),
 		MaxInFlight: 4, MaxAttempts: 4, MaxAge: time.Hour,
 		Schedule: []time.Duration{5 * time.Second, 5 * time.Minute}, DisableAfter: 30 * time.Minute,
@@ -299,6 +306,11 @@ func (w *world) put(s *subscription.Subscription) {
 func (w *world) remove(id string, deleted bool) {
 	old := w.registry.swap(lane(id), nil, deleted)
 	w.engine.Changed([]subscription.Change{{Old: old}})
+}
+
+// on has a subscription's receiver be on a host; else each has one of its own.
+func on(host string) func(*subscription.Subscription) {
+	return func(s *subscription.Subscription) { s.Proto.Uri = "https://" + host + "/" + s.ID }
 }
 
 func inState(state grapnelv1.Subscription_State) func(*subscription.Subscription) {

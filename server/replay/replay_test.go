@@ -46,18 +46,20 @@ func TestEndIsNotedInTheEnd(t *testing.T) {
 		snapshot := subscription.NewSnapshot(1, []*subscription.Namespace{{ID: "acme", UID: uid, Proto: &grapnelv1.Namespace{}}}, nil)
 		r := replay.New(replay.Options{
 			Journal: j, Registry: config{snapshot},
-			Select: func(string, *delivery.ReplaySpec) (*replay.Selection, error) { return &replay.Selection{None: true}, nil },
+			Select: func(string, *delivery.ReplaySpec) (*replay.Selection, error) {
+				return &replay.Selection{None: true}, nil
+			},
 		})
 		ctx, stop := context.WithCancel(t.Context())
 		ended := make(chan error, 1)
 		go func() { ended <- r.Run(ctx) }()
 		time.Sleep(time.Minute)
-		if j.ended != delivery.ReplaySucceeded {
-			t.Errorf("after a minute it stands as %d", j.ended)
-		}
 		stop()
 		if err := <-ended; err != nil {
 			t.Error(err)
+		}
+		if j.ended != delivery.ReplaySucceeded {
+			t.Errorf("after a minute it stands as %d", j.ended)
 		}
 	})
 }

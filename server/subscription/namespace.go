@@ -22,7 +22,7 @@ const (
 	maxUsers = 10
 )
 
-// CreateNamespace adds a namespace. Of n, which may be nil, only labels, quota, state and state_reason count; a state
+// CreateNamespace adds a namespace. Of n, which may be nil, only labels, quota, weight, state and state_reason count; a state
 // that is not set is ACTIVE. It returns ErrExists as long as one of that ID is not erased.
 func (r *Registry) CreateNamespace(ctx context.Context, id string, n *grapnelv1.Namespace) (*Namespace, error) {
 	if err := checkIDs("namespace_id", id); err != nil {
@@ -32,6 +32,7 @@ func (r *Registry) CreateNamespace(ctx context.Context, id string, n *grapnelv1.
 		Name:        namespaceName(id),
 		Labels:      n.GetLabels(),
 		Quota:       proto.CloneOf(n.GetQuota()),
+		Weight:      n.GetWeight(),
 		State:       cmp.Or(n.GetState(), grapnelv1.Namespace_STATE_ACTIVE),
 		StateReason: oneLine(n.GetStateReason()),
 		CreateTime:  timestamppb.Now(),
@@ -45,7 +46,7 @@ func (r *Registry) CreateNamespace(ctx context.Context, id string, n *grapnelv1.
 	})
 }
 
-// UpdateNamespace lets mutate change labels and quota of a copy; whatever else it changes is put back.
+// UpdateNamespace lets mutate change labels, quota and weight of a copy; whatever else it changes is put back.
 // mutate may run several times. With an etag it returns an *EtagError unless that is current.
 func (r *Registry) UpdateNamespace(ctx context.Context, id, etag string, mutate func(*grapnelv1.Namespace) error) (*Namespace, error) {
 	if err := checkIDs("namespace.name", id); err != nil {
@@ -64,7 +65,7 @@ func (r *Registry) UpdateNamespace(ctx context.Context, id, etag string, mutate 
 			return nil, nil, err
 		}
 		p := proto.CloneOf(n.Proto)
-		p.Labels, p.Quota = wanted.Labels, wanted.Quota
+		p.Labels, p.Quota, p.Weight = wanted.Labels, wanted.Quota, wanted.Weight
 		return p, nil, nil
 	})
 }
@@ -173,6 +174,7 @@ func (r *Registry) editNamespace(ctx context.Context, id string, plan func(keysp
 		var c checker
 		c.labels("namespace.labels", p.Labels)
 		c.quota("namespace.quota", p.Quota)
+		c.number("namespace.weight", float64(p.Weight), 0, MaxWeight)
 		if err := c.err(); err != nil {
 			return keyspace.Txn{}, err
 		}

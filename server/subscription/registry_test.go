@@ -484,6 +484,24 @@ func TestNamespaceLifecycle(t *testing.T) {
 	if !errors.As(err, &invalid) || invalid.Violations[0].Field != "namespace.quota.max_event_bytes" {
 		t.Errorf("quota out of bounds: %v", err)
 	}
+	for weight, is := range map[int32]int{0: 1, 3: 3, 100: 100} {
+		n, err := r.UpdateNamespace(t.Context(), "acme", "", func(n *grapnelv1.Namespace) error {
+			n.Weight = weight
+			return nil
+		})
+		if err != nil || n.Weight() != is || r.Snapshot().NamespaceByKey(subscription.UIDKey(n.UID)).Weight() != is {
+			t.Errorf("weight %d: %v, want %d, %v", weight, n.Weight(), is, err)
+		}
+	}
+	for _, weight := range []int32{-1, 101} {
+		_, err := r.UpdateNamespace(t.Context(), "acme", "", func(n *grapnelv1.Namespace) error {
+			n.Weight = weight
+			return nil
+		})
+		if !errors.As(err, &invalid) || invalid.Violations[0].Field != "namespace.weight" || !strings.Contains(err.Error(), "want 0 to 100") {
+			t.Errorf("weight %d: %v", weight, err)
+		}
+	}
 	storeSecret(t, "k")
 	p := valid()
 	p.Signers = []*grapnelv1.PluginBinding{{Secrets: map[string]string{"key": "namespaces/acme/secrets/k"}}}

@@ -127,6 +127,17 @@ func (n *Namespace) Closed() bool {
 	return n.Proto.GetState() != grapnelv1.Namespace_STATE_ACTIVE
 }
 
+// MaxWeight is the most that a namespace weighs.
+const MaxWeight = 100
+
+// Weight is the namespace's share beside that of others where there is less than all want, 1 to MaxWeight; 1 of nil.
+func (n *Namespace) Weight() int {
+	if n == nil {
+		return 1
+	}
+	return int(clamp(n.Proto.GetWeight(), 1, MaxWeight))
+}
+
 // Quota holds a namespace's limits, defaults filled in.
 type Quota struct {
 	// MaxSubscriptions, MaxPublishRate and MaxOpenDeliveries are 0 where there is no limit.

@@ -1,12 +1,57 @@
 package subscription
 
 import (
+	"crypto/sha256"
 	"fmt"
 	"net/url"
 	"slices"
 	"strconv"
 	"strings"
+
+	"google.golang.org/protobuf/proto"
 )
+
+// Origin is what attempts of a subscription connect to, and through what: whether a connection comes about, or an answer in
+// time, is the same matter for all that have the same. The zero Origin is that of a subscription whose URI names no host.
+type Origin struct {
+	// Host is scheme, host and port, as in https://hooks.example.com:443; the port is left out where the scheme's is not
+	// known.
+	Host string
+	// through is the transport: another plugin, proxy or client certificate may come through, or not.
+	through [32]byte
+}
+
+// Origin of the subscription. It is computed.
+func (s *Subscription) Origin() Origin {
+	u, err := url.Parse(s.Proto.GetUri())
+	if err != nil || u.Hostname() == "" {
+		return Origin{}
+	}
+	scheme, port := strings.ToLower(u.Scheme), u.Port()
+	switch {
+	case port != "":
+	case scheme == "https":
+		port = "443"
+	case scheme == "http":
+		port = "80"
+	}
+	host := strings.TrimSuffix(strings.ToLower(u.Hostname()), ".")
+	if strings.Contains(host, ":") {
+		host = "[" + host + "]"
+	}
+	if port != "" {
+		host += ":" + port
+	}
+	return Origin{Host: scheme + "://" + host, through: s.through()}
+}
+
+func (s *Subscription) through() [32]byte {
+	b, err := proto.MarshalOptions{Deterministic: true}.Marshal(s.Proto.GetTransport())
+	if err != nil {
+		b = []byte(s.Proto.GetUid())
+	}
+	return sha256.Sum256(b)
+}
 
 // uri checks where requests go. Whether the address may be reached is decided when it is dialled.
 func (c *checker) uri(field, uri string) {

@@ -624,7 +624,9 @@ type Stats struct {
 	// Conditions that could not be evaluated for an event, each time counted; of the total only.
 	ConditionErrors int64 `protobuf:"varint,11,opt,name=condition_errors,json=conditionErrors,proto3" json:"condition_errors,omitempty"`
 	// Subscriptions with open deliveries whose breaker is open or half open now.
-	OpenBreakers  int64 `protobuf:"varint,12,opt,name=open_breakers,json=openBreakers,proto3" json:"open_breakers,omitempty"`
+	OpenBreakers int64 `protobuf:"varint,12,opt,name=open_breakers,json=openBreakers,proto3" json:"open_breakers,omitempty"`
+	// Subscriptions with open deliveries that wait because the host is down that they share with others.
+	HostsDown     int64 `protobuf:"varint,13,opt,name=hosts_down,json=hostsDown,proto3" json:"hosts_down,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -743,6 +745,13 @@ func (x *Stats) GetOpenBreakers() int64 {
 	return 0
 }
 
+func (x *Stats) GetHostsDown() int64 {
+	if x != nil {
+		return x.HostsDown
+	}
+	return 0
+}
+
 // GetStatsResponse is the result of GetStats.
 type GetStatsResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -845,7 +854,7 @@ const file_grapnel_v1_admin_proto_rawDesc = "" +
 	"\x10namespace_or_all\x127must look like namespaces/NAME, or namespaces/- for all\x1a5this.matches('^namespaces/(-|[a-z][a-z0-9-]{0,62})$')R\x06parent\x12C\n" +
 	"\x06window\x18\x02 \x01(\v2\x19.google.protobuf.DurationB\x10\xbaH\r\xaa\x01\n" +
 	"\"\x04\b\x80\xa3\x052\x02\b<R\x06window\x126\n" +
-	"\x11top_subscriptions\x18\x03 \x01(\x05B\t\xbaH\x06\x1a\x04\x18d(\x00R\x10topSubscriptions\"\xdb\x03\n" +
+	"\x11top_subscriptions\x18\x03 \x01(\x05B\t\xbaH\x06\x1a\x04\x18d(\x00R\x10topSubscriptions\"\xfa\x03\n" +
 	"\x05Stats\x12\"\n" +
 	"\fsubscription\x18\x01 \x01(\tR\fsubscription\x12\x16\n" +
 	"\x06events\x18\x02 \x01(\x03R\x06events\x12\x1a\n" +
@@ -861,7 +870,9 @@ const file_grapnel_v1_admin_proto_rawDesc = "" +
 	"\x0eoldest_due_age\x18\n" +
 	" \x01(\v2\x19.google.protobuf.DurationR\foldestDueAge\x12)\n" +
 	"\x10condition_errors\x18\v \x01(\x03R\x0fconditionErrors\x12#\n" +
-	"\ropen_breakers\x18\f \x01(\x03R\fopenBreakers\"t\n" +
+	"\ropen_breakers\x18\f \x01(\x03R\fopenBreakers\x12\x1d\n" +
+	"\n" +
+	"hosts_down\x18\r \x01(\x03R\thostsDown\"t\n" +
 	"\x10GetStatsResponse\x12'\n" +
 	"\x05total\x18\x01 \x01(\v2\x11.grapnel.v1.StatsR\x05total\x127\n" +
 	"\rsubscriptions\x18\x02 \x03(\v2\x11.grapnel.v1.StatsR\rsubscriptions2\xdf\x02\n" +

@@ -1066,7 +1066,7 @@ type SubscriptionStatus struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Attempts may start now.
 	Open bool `protobuf:"varint,1,opt,name=open,proto3" json:"open,omitempty"`
-	// Otherwise why not, for example "its subscription is paused", "breaker open since ..." and what for, or a target that
+	// Otherwise why not, for example "its subscription is paused", "breaker open since ..." or "host down since ..." and what for, or a target that
 	// asked for a rest with Retry-After.
 	WaitReason string `protobuf:"bytes,2,opt,name=wait_reason,json=waitReason,proto3" json:"wait_reason,omitempty"`
 	// When that ends by itself; unset when it does not.
@@ -1104,7 +1104,13 @@ type SubscriptionStatus struct {
 	// or runs.
 	NextProbeTime *timestamppb.Timestamp `protobuf:"bytes,18,opt,name=next_probe_time,json=nextProbeTime,proto3" json:"next_probe_time,omitempty"`
 	// When the subscription is disabled, by failure_policy, unless a delivery succeeds before; unset while it is not failing.
-	DisableTime   *timestamppb.Timestamp `protobuf:"bytes,19,opt,name=disable_time,json=disableTime,proto3" json:"disable_time,omitempty"`
+	DisableTime *timestamppb.Timestamp `protobuf:"bytes,19,opt,name=disable_time,json=disableTime,proto3" json:"disable_time,omitempty"`
+	// Since when the host that the target shares with other subscriptions' is down: attempts of several of them, in a row, found
+	// no connection or no answer in time. Unset while it is not, and while this subscription's own last attempt was answered.
+	HostDownSince *timestamppb.Timestamp `protobuf:"bytes,20,opt,name=host_down_since,json=hostDownSince,proto3" json:"host_down_since,omitempty"`
+	// When the next attempt of one of these subscriptions may start, if the host is down. A time in the past: it waits for a
+	// delivery that is due, or runs.
+	HostProbeTime *timestamppb.Timestamp `protobuf:"bytes,21,opt,name=host_probe_time,json=hostProbeTime,proto3" json:"host_probe_time,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1268,6 +1274,20 @@ func (x *SubscriptionStatus) GetNextProbeTime() *timestamppb.Timestamp {
 func (x *SubscriptionStatus) GetDisableTime() *timestamppb.Timestamp {
 	if x != nil {
 		return x.DisableTime
+	}
+	return nil
+}
+
+func (x *SubscriptionStatus) GetHostDownSince() *timestamppb.Timestamp {
+	if x != nil {
+		return x.HostDownSince
+	}
+	return nil
+}
+
+func (x *SubscriptionStatus) GetHostProbeTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.HostProbeTime
 	}
 	return nil
 }
@@ -2327,7 +2347,7 @@ const file_grapnel_v1_subscription_proto_rawDesc = "" +
 	"\x11subscription_name\x121must look like namespaces/NAME/subscriptions/NAME\x1aTthis.matches('^namespaces/[a-z][a-z0-9-]{0,62}/subscriptions/[a-z][a-z0-9-]{0,62}$')R\x04name\"\x8f\x01\n" +
 	"\x17GetSubscriptionResponse\x12<\n" +
 	"\fsubscription\x18\x01 \x01(\v2\x18.grapnel.v1.SubscriptionR\fsubscription\x126\n" +
-	"\x06status\x18\x02 \x01(\v2\x1e.grapnel.v1.SubscriptionStatusR\x06status\"\xc8\b\n" +
+	"\x06status\x18\x02 \x01(\v2\x1e.grapnel.v1.SubscriptionStatusR\x06status\"\xd0\t\n" +
 	"\x12SubscriptionStatus\x12\x12\n" +
 	"\x04open\x18\x01 \x01(\bR\x04open\x12\x1f\n" +
 	"\vwait_reason\x18\x02 \x01(\tR\n" +
@@ -2350,7 +2370,9 @@ const file_grapnel_v1_subscription_proto_rawDesc = "" +
 	"\abreaker\x18\x10 \x01(\x0e2&.grapnel.v1.SubscriptionStatus.BreakerR\abreaker\x12?\n" +
 	"\rbreaker_since\x18\x11 \x01(\v2\x1a.google.protobuf.TimestampR\fbreakerSince\x12B\n" +
 	"\x0fnext_probe_time\x18\x12 \x01(\v2\x1a.google.protobuf.TimestampR\rnextProbeTime\x12=\n" +
-	"\fdisable_time\x18\x13 \x01(\v2\x1a.google.protobuf.TimestampR\vdisableTime\"_\n" +
+	"\fdisable_time\x18\x13 \x01(\v2\x1a.google.protobuf.TimestampR\vdisableTime\x12B\n" +
+	"\x0fhost_down_since\x18\x14 \x01(\v2\x1a.google.protobuf.TimestampR\rhostDownSince\x12B\n" +
+	"\x0fhost_probe_time\x18\x15 \x01(\v2\x1a.google.protobuf.TimestampR\rhostProbeTime\"_\n" +
 	"\aBreaker\x12\x17\n" +
 	"\x13BREAKER_UNSPECIFIED\x10\x00\x12\x12\n" +
 	"\x0eBREAKER_CLOSED\x10\x01\x12\x10\n" +
@@ -2523,42 +2545,44 @@ var file_grapnel_v1_subscription_proto_depIdxs = []int32{
 	34, // 31: grapnel.v1.SubscriptionStatus.breaker_since:type_name -> google.protobuf.Timestamp
 	34, // 32: grapnel.v1.SubscriptionStatus.next_probe_time:type_name -> google.protobuf.Timestamp
 	34, // 33: grapnel.v1.SubscriptionStatus.disable_time:type_name -> google.protobuf.Timestamp
-	5,  // 34: grapnel.v1.ListSubscriptionsResponse.subscriptions:type_name -> grapnel.v1.Subscription
-	5,  // 35: grapnel.v1.UpdateSubscriptionRequest.subscription:type_name -> grapnel.v1.Subscription
-	35, // 36: grapnel.v1.UpdateSubscriptionRequest.update_mask:type_name -> google.protobuf.FieldMask
-	5,  // 37: grapnel.v1.UpdateSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
-	5,  // 38: grapnel.v1.PauseSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
-	5,  // 39: grapnel.v1.DisableSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
-	5,  // 40: grapnel.v1.ResumeSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
-	36, // 41: grapnel.v1.TestSubscriptionRequest.event:type_name -> grapnel.v1.Event
-	37, // 42: grapnel.v1.TestSubscriptionResponse.attempt:type_name -> grapnel.v1.Attempt
-	36, // 43: grapnel.v1.MatchSubscriptionsRequest.event:type_name -> grapnel.v1.Event
-	38, // 44: grapnel.v1.MatchSubscriptionsResponse.matches:type_name -> grapnel.v1.SubscriptionMatch
-	9,  // 45: grapnel.v1.SubscriptionService.CreateSubscription:input_type -> grapnel.v1.CreateSubscriptionRequest
-	11, // 46: grapnel.v1.SubscriptionService.GetSubscription:input_type -> grapnel.v1.GetSubscriptionRequest
-	14, // 47: grapnel.v1.SubscriptionService.ListSubscriptions:input_type -> grapnel.v1.ListSubscriptionsRequest
-	16, // 48: grapnel.v1.SubscriptionService.UpdateSubscription:input_type -> grapnel.v1.UpdateSubscriptionRequest
-	18, // 49: grapnel.v1.SubscriptionService.DeleteSubscription:input_type -> grapnel.v1.DeleteSubscriptionRequest
-	20, // 50: grapnel.v1.SubscriptionService.PauseSubscription:input_type -> grapnel.v1.PauseSubscriptionRequest
-	22, // 51: grapnel.v1.SubscriptionService.DisableSubscription:input_type -> grapnel.v1.DisableSubscriptionRequest
-	24, // 52: grapnel.v1.SubscriptionService.ResumeSubscription:input_type -> grapnel.v1.ResumeSubscriptionRequest
-	26, // 53: grapnel.v1.SubscriptionService.TestSubscription:input_type -> grapnel.v1.TestSubscriptionRequest
-	28, // 54: grapnel.v1.SubscriptionService.MatchSubscriptions:input_type -> grapnel.v1.MatchSubscriptionsRequest
-	10, // 55: grapnel.v1.SubscriptionService.CreateSubscription:output_type -> grapnel.v1.CreateSubscriptionResponse
-	12, // 56: grapnel.v1.SubscriptionService.GetSubscription:output_type -> grapnel.v1.GetSubscriptionResponse
-	15, // 57: grapnel.v1.SubscriptionService.ListSubscriptions:output_type -> grapnel.v1.ListSubscriptionsResponse
-	17, // 58: grapnel.v1.SubscriptionService.UpdateSubscription:output_type -> grapnel.v1.UpdateSubscriptionResponse
-	19, // 59: grapnel.v1.SubscriptionService.DeleteSubscription:output_type -> grapnel.v1.DeleteSubscriptionResponse
-	21, // 60: grapnel.v1.SubscriptionService.PauseSubscription:output_type -> grapnel.v1.PauseSubscriptionResponse
-	23, // 61: grapnel.v1.SubscriptionService.DisableSubscription:output_type -> grapnel.v1.DisableSubscriptionResponse
-	25, // 62: grapnel.v1.SubscriptionService.ResumeSubscription:output_type -> grapnel.v1.ResumeSubscriptionResponse
-	27, // 63: grapnel.v1.SubscriptionService.TestSubscription:output_type -> grapnel.v1.TestSubscriptionResponse
-	29, // 64: grapnel.v1.SubscriptionService.MatchSubscriptions:output_type -> grapnel.v1.MatchSubscriptionsResponse
-	55, // [55:65] is the sub-list for method output_type
-	45, // [45:55] is the sub-list for method input_type
-	45, // [45:45] is the sub-list for extension type_name
-	45, // [45:45] is the sub-list for extension extendee
-	0,  // [0:45] is the sub-list for field type_name
+	34, // 34: grapnel.v1.SubscriptionStatus.host_down_since:type_name -> google.protobuf.Timestamp
+	34, // 35: grapnel.v1.SubscriptionStatus.host_probe_time:type_name -> google.protobuf.Timestamp
+	5,  // 36: grapnel.v1.ListSubscriptionsResponse.subscriptions:type_name -> grapnel.v1.Subscription
+	5,  // 37: grapnel.v1.UpdateSubscriptionRequest.subscription:type_name -> grapnel.v1.Subscription
+	35, // 38: grapnel.v1.UpdateSubscriptionRequest.update_mask:type_name -> google.protobuf.FieldMask
+	5,  // 39: grapnel.v1.UpdateSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
+	5,  // 40: grapnel.v1.PauseSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
+	5,  // 41: grapnel.v1.DisableSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
+	5,  // 42: grapnel.v1.ResumeSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
+	36, // 43: grapnel.v1.TestSubscriptionRequest.event:type_name -> grapnel.v1.Event
+	37, // 44: grapnel.v1.TestSubscriptionResponse.attempt:type_name -> grapnel.v1.Attempt
+	36, // 45: grapnel.v1.MatchSubscriptionsRequest.event:type_name -> grapnel.v1.Event
+	38, // 46: grapnel.v1.MatchSubscriptionsResponse.matches:type_name -> grapnel.v1.SubscriptionMatch
+	9,  // 47: grapnel.v1.SubscriptionService.CreateSubscription:input_type -> grapnel.v1.CreateSubscriptionRequest
+	11, // 48: grapnel.v1.SubscriptionService.GetSubscription:input_type -> grapnel.v1.GetSubscriptionRequest
+	14, // 49: grapnel.v1.SubscriptionService.ListSubscriptions:input_type -> grapnel.v1.ListSubscriptionsRequest
+	16, // 50: grapnel.v1.SubscriptionService.UpdateSubscription:input_type -> grapnel.v1.UpdateSubscriptionRequest
+	18, // 51: grapnel.v1.SubscriptionService.DeleteSubscription:input_type -> grapnel.v1.DeleteSubscriptionRequest
+	20, // 52: grapnel.v1.SubscriptionService.PauseSubscription:input_type -> grapnel.v1.PauseSubscriptionRequest
+	22, // 53: grapnel.v1.SubscriptionService.DisableSubscription:input_type -> grapnel.v1.DisableSubscriptionRequest
+	24, // 54: grapnel.v1.SubscriptionService.ResumeSubscription:input_type -> grapnel.v1.ResumeSubscriptionRequest
+	26, // 55: grapnel.v1.SubscriptionService.TestSubscription:input_type -> grapnel.v1.TestSubscriptionRequest
+	28, // 56: grapnel.v1.SubscriptionService.MatchSubscriptions:input_type -> grapnel.v1.MatchSubscriptionsRequest
+	10, // 57: grapnel.v1.SubscriptionService.CreateSubscription:output_type -> grapnel.v1.CreateSubscriptionResponse
+	12, // 58: grapnel.v1.SubscriptionService.GetSubscription:output_type -> grapnel.v1.GetSubscriptionResponse
+	15, // 59: grapnel.v1.SubscriptionService.ListSubscriptions:output_type -> grapnel.v1.ListSubscriptionsResponse
+	17, // 60: grapnel.v1.SubscriptionService.UpdateSubscription:output_type -> grapnel.v1.UpdateSubscriptionResponse
+	19, // 61: grapnel.v1.SubscriptionService.DeleteSubscription:output_type -> grapnel.v1.DeleteSubscriptionResponse
+	21, // 62: grapnel.v1.SubscriptionService.PauseSubscription:output_type -> grapnel.v1.PauseSubscriptionResponse
+	23, // 63: grapnel.v1.SubscriptionService.DisableSubscription:output_type -> grapnel.v1.DisableSubscriptionResponse
+	25, // 64: grapnel.v1.SubscriptionService.ResumeSubscription:output_type -> grapnel.v1.ResumeSubscriptionResponse
+	27, // 65: grapnel.v1.SubscriptionService.TestSubscription:output_type -> grapnel.v1.TestSubscriptionResponse
+	29, // 66: grapnel.v1.SubscriptionService.MatchSubscriptions:output_type -> grapnel.v1.MatchSubscriptionsResponse
+	57, // [57:67] is the sub-list for method output_type
+	47, // [47:57] is the sub-list for method input_type
+	47, // [47:47] is the sub-list for extension type_name
+	47, // [47:47] is the sub-list for extension extendee
+	0,  // [0:47] is the sub-list for field type_name
 }
 
 func init() { file_grapnel_v1_subscription_proto_init() }

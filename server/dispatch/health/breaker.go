@@ -100,21 +100,25 @@ func (b *breaker) ended(s Signal, resting bool, now instant, rnd float64) bool {
 	bad, good := b.sum(true), b.sum(false)
 	switch {
 	case b.slow >= inARow:
-		b.why = NoConnection
+		b.trip(NoConnection, now, rnd)
 	case b.bad >= enoughFail:
-		b.why = AllFailed
+		b.trip(AllFailed, now, rnd)
 	case bad+good >= enoughFail && bad >= good:
-		b.why = HalfFailed
+		b.trip(HalfFailed, now, rnd)
 	default:
 		return false
 	}
+	return true
+}
+
+// trip opens it.
+func (b *breaker) trip(why Trip, now instant, rnd float64) {
 	if now.since(b.shut) > longestGap {
 		b.trips = 0
 	}
-	b.since = now
+	b.since, b.why = now, why
 	b.era++
 	b.wait(now, rnd)
-	return true
 }
 
 // wait sets the time of the next probe.

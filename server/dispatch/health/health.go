@@ -78,8 +78,8 @@ type Health struct {
 	budget  budget
 
 	why Closure
-	// answers: the receiver has said something, soon or late.
-	answers bool
+	// answers: the receiver has said something, soon or late. reached: it has to the last attempt that says anything.
+	answers, reached bool
 	// hangs: attempts have been in flight for too long, and nothing was answered meanwhile.
 	hangs bool
 	// warned: that the subscription will be disabled has been said.
@@ -132,6 +132,9 @@ func (h *Health) Answers() bool { return h.answers }
 
 // Hangs: see Answers.
 func (h *Health) Hangs() bool { return h.hangs }
+
+// Reached reports whether the last attempt that says anything of it was answered, by a success or not.
+func (h *Health) Reached() bool { return h.reached }
 
 // Latency is the moving average of what attempts take; 0 when none has ended.
 func (h *Health) Latency() time.Duration { return h.latency }
@@ -212,6 +215,16 @@ func SignalOf(r *delivery.Result) Signal {
 		return Refused
 	}
 	return Failed
+}
+
+// HostSignal is what a result that is not unspent says about the host of the receiver: when only the rest of an answer is
+// missing, it is there.
+func HostSignal(r *delivery.Result) Signal {
+	s := SignalOf(r)
+	if s == TimedOut && r.ResponseCode != 0 {
+		return Failed
+	}
+	return s
 }
 
 // Mark is kept with an attempt from its start to its end.
@@ -389,7 +402,11 @@ func (h *Health) observe(e *End, now instant) {
 	} else {
 		h.latency = max(h.latency+(took-h.latency)/weight, time.Microsecond)
 	}
-	if e.Signal != TimedOut && e.Signal != Unreachable || took < SlowAfter {
+	silent := e.Signal == TimedOut || e.Signal == Unreachable
+	if e.Signal != Forbidden {
+		h.reached = !silent
+	}
+	if !silent || took < SlowAfter {
 		h.answers, h.hangs, h.answered = true, false, now
 	}
 	if h.limit.n == 0 { // the first that ended
@@ -423,6 +440,17 @@ func (h *Health) Open(now time.Time) {
 	h.closed, h.why, h.waits, h.park = 0, Open, "", 0
 	h.breaker.halfOpen(at(now))
 }
+
+// Relieve has the breaker be half open at once if it has opened because there was no connection or no answer in time: the
+// host that it shares with others is to be tried, or is up again since. The waits go on as they were.
+func (h *Health) Relieve(now time.Time) {
+	if b := &h.breaker; b.open() && b.why == NoConnection {
+		b.probe = min(b.probe, at(now))
+	}
+}
+
+// Unconnected reports whether the breaker is open because there was no connection or no answer in time.
+func (h *Health) Unconnected() bool { return h.breaker.open() && h.breaker.why == NoConnection }
 
 // Forgive forgets since when the receiver has been failing.
 func (h *Health) Forgive() { h.failing, h.warned = 0, false }
