@@ -41,12 +41,22 @@ func (s *server) Sign(stream grpc.BidiStreamingServer[pluginv1.SignRequest, plug
 			}
 		}
 		results := make([]*pluginv1.SignResult, 0, len(req.GetItems()))
+		slow := map[uint32][]*pluginv1.SignItem{} // by instance, whose items stay in their order
 		for _, item := range req.GetItems() {
-			if s.signsSlowly(contents, item) {
-				aside.Go(func() { _ = send(s.signItem(ctx, contents, item)) }) // an error is the stream's end
+			if ref := item.GetInstanceRef(); len(slow[ref]) > 0 || s.signsSlowly(contents, item) {
+				slow[ref] = append(slow[ref], item)
 				continue
 			}
 			results = append(results, s.signItem(ctx, contents, item))
+		}
+		for _, items := range slow {
+			aside.Go(func() {
+				for _, item := range items {
+					if send(s.signItem(ctx, contents, item)) != nil {
+						return // the stream has ended
+					}
+				}
+			})
 		}
 		if len(results) == 0 {
 			continue
