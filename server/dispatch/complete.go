@@ -39,8 +39,8 @@ func (x *entry) Complete(_ *delivery.Job, r delivery.Result) {
 		return
 	}
 	took := now.Sub(x.started)
-	end := x.end(r, now, took)
-	a, step, since := &end.attempt, end.step, x.since(now)
+	a := &r.Attempt
+	step, since := x.end(&r, now, took), x.since(now)
 	l.land(x)
 	x.square(x.cost(took))
 	v := l.learn(x, &r, step, took, now)

@@ -251,7 +251,9 @@ func (x *entry) completeAll(r delivery.Result) {
 	for i, p := range x.parcel.all {
 		if p.parcel == x.parcel {
 			p.parcel, p.sub = nil, x.sub
-			ends = append(ends, p.end(r.Of(i, n), now, took))
+			own := r.Of(i, n)
+			step := p.end(&own, now, took)
+			ends = append(ends, outcome{p, step, own.Attempt})
 			if _, named := r.Refused[i]; !named {
 				p.Parted = delivery.Part(&p.Job, r, n)
 			}
@@ -295,10 +297,10 @@ func (x *entry) completeAll(r delivery.Result) {
 	l.mu.Unlock()
 }
 
-// end draws the conclusions for a delivery whose attempt has ended, which is to be settled next. l.mu is held.
-func (x *entry) end(r delivery.Result, now time.Time, took time.Duration) outcome {
-	end := outcome{x: x, attempt: r.Attempt}
-	a := &end.attempt
+// end draws the conclusions for a delivery whose attempt has ended, and which is to be settled next, and completes the
+// attempt. l.mu is held.
+func (x *entry) end(r *delivery.Result, now time.Time, took time.Duration) delivery.Step {
+	a := &r.Attempt
 	a.Number, a.Manual = x.Attempts+1, x.Manual
 	if a.Start.IsZero() {
 		a.Start = now.Add(-took)
@@ -306,17 +308,17 @@ func (x *entry) end(r delivery.Result, now time.Time, took time.Duration) outcom
 	if a.Duration == 0 {
 		a.Duration = took
 	}
-	end.step = delivery.Next(policy(x.sub), &x.Job, r, now, rand.Float64())
-	end.step.Block = x.lane.blocksKeys()
-	x.Suspicion = delivery.Watch(&x.Job, r)
+	step := delivery.Next(policy(x.sub), &x.Job, *r, now, rand.Float64())
+	step.Block = x.lane.blocksKeys()
+	x.Suspicion = delivery.Watch(&x.Job, *r)
 	if r.Indeterminate {
 		x.Indeterminate++
 	}
-	if x.Letter == nil && (end.step.State == delivery.Exhausted || end.step.State == delivery.Rejected) {
-		end.step.DeadLetter = x.lane.e.subs.DeadLetter(x.sub)
+	if x.Letter == nil && (step.State == delivery.Exhausted || step.State == delivery.Rejected) {
+		step.DeadLetter = x.lane.e.subs.DeadLetter(x.sub)
 	}
 	x.stage = window.Settling
-	return end
+	return step
 }
 
 // since is how long it has taken from when the delivery could have been made.
