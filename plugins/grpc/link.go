@@ -6,6 +6,7 @@ import (
 	"errors"
 	"net"
 	"sync/atomic"
+	"time"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/connectivity"
@@ -135,8 +136,8 @@ func (l *link) begin(ctx context.Context) error {
 		switch {
 		case state == connectivity.Ready:
 			return nil
-		case ctx.Err() != nil: // also where gRPC, whose time is up as well, has closed the connection first
-			return &outbound.Error{Code: plugin.CodeConnect, Err: ctx.Err(), Message: "the receiver did not begin HTTP/2 in time"}
+		case over(ctx): // also where gRPC, whose time is up as well, has closed the connection first
+			return &outbound.Error{Code: plugin.CodeConnect, Err: context.DeadlineExceeded, Message: "the receiver did not begin HTTP/2 in time"}
 		case state != connectivity.Idle && state != connectivity.Connecting, state == connectivity.Idle && l.conn.Broke() != nil:
 			if err := l.conn.Broke(); err != nil {
 				return &outbound.Error{Code: plugin.CodeConnect, Err: err, Message: "the receiver closed the connection at once"}
@@ -145,6 +146,12 @@ func (l *link) begin(ctx context.Context) error {
 		}
 		l.client.WaitForStateChange(ctx, state)
 	}
+}
+
+// over reports whether ctx has ended, or would if its timer were on time.
+func over(ctx context.Context) bool {
+	deadline, has := ctx.Deadline()
+	return ctx.Err() != nil || has && !time.Now().Before(deadline)
 }
 
 // handshaken is credentials.TransportCredentials for a connection whose handshake is over: gRPC would
