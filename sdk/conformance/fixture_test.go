@@ -190,7 +190,7 @@ func TestTransportsThatAreNotHTTP(t *testing.T) {
 		}
 	}
 	// What is about connecting is not the suite's to play behind a command; there is no signer, TLS, and no URI.
-	if diff := cmp.Diff([]string{"TR-10", "TR-11", "TR-18", "TR-19", "TR-21", "TR-22", "TR-23"}, idle); diff != "" {
+	if diff := cmp.Diff([]string{"TR-10", "TR-11", "TR-18", "TR-19", "TR-21", "TR-22", "TR-23", "TR-24"}, idle); diff != "" {
 		t.Errorf("skipped (-want +got):\n%s", diff)
 	}
 	if len(report.Notes) > 0 {
