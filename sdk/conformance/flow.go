@@ -166,7 +166,7 @@ func wholeWindow(t *trial) error {
 		return err
 	}
 	// So many connections take a busy machine a while: as long as answers come, there is no hurry.
-	if err := c.a.waitForAll(sent, 22*time.Second); err != nil {
+	if err := c.a.waitForAll(sent, 40*time.Second); err != nil {
 		return fmt.Errorf("with %d of %d credits used: %w", n, c.a.credits, err)
 	}
 	return nil
