@@ -42,15 +42,11 @@ func (s subscriptionService) MatchSubscriptions(ctx context.Context, r *grapnelv
 		return nil, err
 	}
 	snapshot := s.Registry.Snapshot()
-	dry := dryRun{snapshot: snapshot, candidate: ingest.Candidate(event)}
-	var match *grapnelv1.SubscriptionMatch // of the subscription that is looked at
+	candidate := ingest.Candidate(event)
+	dry := dryRun{snapshot: snapshot, candidate: &candidate}
 	page := takePage(until(ctx, snapshot.Subscriptions(ns, after)), size,
-		func(sub *subscription.Subscription) bool {
-			match = dry.match(sub)
-			return !r.GetMatchingOnly() || matches(match.GetVerdict())
-		},
-		func(sub *subscription.Subscription) string { return sub.ID },
-		func(*subscription.Subscription) *grapnelv1.SubscriptionMatch { return match })
+		func(sub *subscription.Subscription) bool { return !r.GetMatchingOnly() || dry.wanted(sub) },
+		func(sub *subscription.Subscription) string { return sub.ID }, dry.match)
 	if err := context.Cause(ctx); err != nil {
 		return nil, toStatus(err, r.GetParent())
 	}
@@ -79,12 +75,18 @@ func matches(v grapnelv1.SubscriptionMatch_Verdict) bool {
 // dryRun is an event as the subscriptions of a snapshot would see it.
 type dryRun struct {
 	snapshot  *subscription.Snapshot
-	candidate subscription.Candidate
+	candidate *subscription.Candidate
+}
+
+// wanted reports whether a subscription would match the event. It costs much less than to say why.
+func (d dryRun) wanted(sub *subscription.Subscription) bool {
+	wants, err := sub.Judge(d.candidate)
+	return wants && err == nil
 }
 
 // match is what a subscription makes of the event as it stands now.
 func (d dryRun) match(sub *subscription.Subscription) *grapnelv1.SubscriptionMatch {
-	opinion := sub.Explain(&d.candidate)
+	opinion := sub.Explain(d.candidate)
 	m := &grapnelv1.SubscriptionMatch{Subscription: subscriptionName(sub.Namespace, sub.ID), Reason: opinion.Text}
 	for _, seen := range opinion.Seen {
 		m.Values = append(m.Values, &grapnelv1.ConditionValue{Expression: seen.Expression, Value: seen.Value})
@@ -259,7 +261,8 @@ func (x *explanation) notDelivered(ctx context.Context, after string) (next stri
 	if x.only != nil {
 		all = func(yield func(*subscription.Subscription) bool) { yield(x.only) }
 	}
-	dry := dryRun{snapshot: snapshot, candidate: ingest.Candidate(x.event)}
+	candidate := ingest.Candidate(x.event)
+	dry := dryRun{snapshot: snapshot, candidate: &candidate}
 	page := takePage(until(ctx, all), room,
 		func(sub *subscription.Subscription) bool { return !had[delivery.UID(sub.UID).SubscriptionKey()] },
 		func(sub *subscription.Subscription) string { return sub.ID },

@@ -145,9 +145,9 @@ func (e *editor) unlink(old, now *Subscription) {
 }
 
 // letterOf is the place of a subscription among those that name a dead_letter.
-func letterOf(s *Subscription) named {
+func letterOf(s *Subscription) letter {
 	to := s.Proto.GetDeadLetter()
-	return named{ns: s.Namespace, id: s.ID, sub: s, to: to[strings.LastIndexByte(to, '/')+1:]}
+	return letter{to[strings.LastIndexByte(to, '/')+1:], named{ns: s.Namespace, id: s.ID, sub: s}}
 }
 
 func (e *editor) step(t *tenant, old, now *Subscription) {

@@ -64,7 +64,7 @@ func (s *Subscription) Explain(c *Candidate) Opinion {
 	if s.condition == nil {
 		return Opinion{}
 	}
-	holds, seen, err := s.condition.watch(&eventView{Candidate: c})
+	holds, seen, err := s.condition.watch(c.view())
 	o := Opinion{Seen: seen}
 	switch {
 	case err != nil:

@@ -359,9 +359,9 @@ func BenchmarkMatch(b *testing.B) {
 	}
 	b.Run("condition", func(b *testing.B) {
 		snap := subscription.NewSnapshot(1, acme(), []*subscription.Subscription{mustNew(b, "s", condition("event.data.amount > 10 && event.type.startsWith('o')"))})
-		c := &subscription.Candidate{Type: "order.paid", ContentType: "application/json", Data: []byte(`{"amount":12.5}`)}
 		b.ReportAllocs()
 		for b.Loop() {
+			c := &subscription.Candidate{Type: "order.paid", ContentType: "application/json", Data: []byte(`{"amount":12.5}`)}
 			if len(snap.Match("acme", c)) != 1 {
 				b.Fatal("no match")
 			}

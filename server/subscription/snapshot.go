@@ -38,7 +38,7 @@ type trees struct {
 	subs       *btree.Map[uint64, *Subscription]
 	names      *btree.BTreeG[named]
 	// letters are those that name a dead_letter, by which.
-	letters    *btree.BTreeG[named]
+	letters    *btree.BTreeG[letter]
 	globs      *btree.BTreeG[globAt]
 	tombstones *btree.Map[uint64, Tombstone]
 }
@@ -79,7 +79,6 @@ const maxRecent = 32
 type named struct {
 	ns, id string
 	sub    *Subscription
-	to     string // the ID of its dead_letter, in the tree of letters
 }
 
 func lessName(a, b named) bool {
@@ -89,8 +88,13 @@ func lessName(a, b named) bool {
 	return a.id < b.id
 }
 
-// lessLetter is the order of those that name a dead_letter: by that, and their own names.
-func lessLetter(a, b named) bool {
+// letter is a subscription by the ID of its dead_letter.
+type letter struct {
+	to string
+	named
+}
+
+func lessLetter(a, b letter) bool {
 	if a.ns != b.ns || a.to != b.to {
 		return a.ns < b.ns || a.ns == b.ns && a.to < b.to
 	}
@@ -118,7 +122,8 @@ func (t trees) copy() trees {
 	}
 }
 
-// Candidate is an event that looks for its subscriptions.
+// Candidate is an event that looks for its subscriptions. It is not for use by several goroutines, nor to be changed once it
+// has been asked about.
 type Candidate struct {
 	ID          string
 	Source      string
@@ -133,6 +138,16 @@ type Candidate struct {
 	// added to.
 	Faults     []Fault
 	FaultCount int
+
+	// seen is the event as conditions see it, which parses the payload once, however many ask.
+	seen *eventView
+}
+
+func (c *Candidate) view() *eventView {
+	if c.seen == nil {
+		c.seen = &eventView{Candidate: c}
+	}
+	return c.seen
 }
 
 // Fault is a condition that could not be evaluated for an event.
@@ -194,7 +209,7 @@ func (s *Snapshot) Subscription(ns, id string) *Subscription {
 
 // LettersTo returns the first of a namespace's subscriptions that name one as their dead_letter, nil when none does.
 func (s *Snapshot) LettersTo(ns, id string) (first *Subscription) {
-	s.letters.Ascend(named{ns: ns, to: id}, func(n named) bool {
+	s.letters.Ascend(letter{to: id, named: named{ns: ns}}, func(n letter) bool {
 		if n.ns == ns && n.to == id {
 			first = n.sub
 		}
@@ -271,7 +286,7 @@ func (s *Snapshot) Match(ns string, c *Candidate) []*Subscription {
 	if !m.conditional {
 		return m.subs
 	}
-	view := &eventView{Candidate: c}
+	view := c.view()
 	var out []*Subscription
 	for _, sub := range m.subs {
 		if sub.condition != nil {
@@ -311,16 +326,21 @@ func (s *Snapshot) byType(t *tenant, eventType string) match {
 // Wants reports whether the subscription would match the event, whatever its state and its namespace's. A condition
 // that cannot be evaluated does not hold, and is told in c.
 func (s *Subscription) Wants(c *Candidate) bool {
-	if !s.covers(c.Type) {
-		return false
-	}
-	if s.condition == nil {
-		return true
-	}
-	holds, err := s.condition.holds(&eventView{Candidate: c})
+	wants, err := s.Judge(c)
 	if err != nil {
 		c.FaultCount++
 		c.Faults = append(c.Faults, Fault{s.ID, s.condition.failed(err)})
 	}
-	return holds
+	return wants
+}
+
+// Judge is Wants that counts nothing; err says why the condition cannot be evaluated.
+func (s *Subscription) Judge(c *Candidate) (wants bool, err error) {
+	if !s.covers(c.Type) {
+		return false, nil
+	}
+	if s.condition == nil {
+		return true, nil
+	}
+	return s.condition.holds(c.view())
 }
