@@ -16,18 +16,7 @@ import (
 
 // TestCommandLinePage runs the commands of docs/cli.md as they are printed.
 func TestCommandLinePage(t *testing.T) {
-	page, err := os.ReadFile("../../docs/cli.md")
-	if err != nil {
-		t.Fatal(err)
-	}
-	var commands []string
-	for _, section := range guideSections(string(page)) {
-		commands = append(commands, section.commands...)
-	}
-	if len(commands) < 10 {
-		t.Fatalf("the page has %d commands: %v", len(commands), commands)
-	}
-	script := `serve
+	runPage(t, "cli", 10, `serve
 exec grapnel namespace create acme
 exec grapnel secret create orders-key -n acme
 exec grapnel subscription create orders -n acme --uri http://127.0.0.1:9000/hooks --type 'order.*' --secret orders-key
@@ -37,33 +26,12 @@ exec sh -eux page.sh
 stdout '^namespaces/acme/subscriptions/orders order\.\* plugins/standard-webhooks$'
 stdout '^namespaces/acme/subscriptions/orders unchanged$'
 stdout '^namespaces/acme/subscriptions/orders deleted, '
--- page.sh --
-` + strings.Join(commands, "\n") + "\n"
-	file := filepath.Join(t.TempDir(), "cli.txtar")
-	if err := os.WriteFile(file, []byte(script), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	params := scripts("")
-	params.Files = []string{file}
-	testscript.Run(t, params)
+`)
 }
 
 // TestReplayPage runs the commands of docs/replay.md as they are printed, but for their receiver.
 func TestReplayPage(t *testing.T) {
-	page, err := os.ReadFile("../../docs/replay.md")
-	if err != nil {
-		t.Fatal(err)
-	}
-	var commands []string
-	for _, section := range guideSections(string(page)) {
-		commands = append(commands, section.commands...)
-	}
-	if len(commands) < 20 {
-		t.Fatalf("the page has %d commands: %v", len(commands), commands)
-	}
-	text := strings.ReplaceAll(strings.Join(commands, "\n"), "http://127.0.0.1:9001", "$RECEIVER/204")
-	file := filepath.Join(t.TempDir(), "replay.txtar")
-	script := `receiver
+	runPage(t, "replay", 20, `receiver
 serve
 exec sh -eux page.sh
 stdout '^2 deliveries would be made; looked at 2$'
@@ -72,32 +40,12 @@ stdout '^Created: +2$'
 stdout '^namespaces/acme/replayJobs/to-v2 is SUCCEEDED: 2 deliveries made'
 stdout '^namespaces/acme/replayJobs/backfill is SUCCEEDED: 2 deliveries made'
 await ' SUCCEEDED ' grapnel delivery list -n acme --filter 'trigger = DEAD_LETTER'
--- page.sh --
-` + text + "\n"
-	if err := os.WriteFile(file, []byte(script), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	params := scripts("")
-	params.Files = []string{file}
-	testscript.Run(t, params)
+`)
 }
 
 // TestBatchingPage runs the commands of docs/batching.md as they are printed, but for their receiver.
 func TestBatchingPage(t *testing.T) {
-	page, err := os.ReadFile("../../docs/batching.md")
-	if err != nil {
-		t.Fatal(err)
-	}
-	var commands []string
-	for _, section := range guideSections(string(page)) {
-		commands = append(commands, section.commands...)
-	}
-	if len(commands) < 10 {
-		t.Fatalf("the page has %d commands: %v", len(commands), commands)
-	}
-	text := strings.ReplaceAll(strings.Join(commands, "\n"), "http://127.0.0.1:9001", "$RECEIVER/204")
-	file := filepath.Join(t.TempDir(), "batching.txtar")
-	script := `receiver
+	runPage(t, "batching", 10, `receiver
 serve
 exec sh -eux page.sh
 stdout 'bat_[0-9a-v]+ of [12]'
@@ -108,9 +56,27 @@ exec grapnel subscription get orders -n acme
 stderr 'must be json-array, ndjson or cloudevents'
 ! exec grapnel subscription update orders -n acme --batching=false --batch-events 10
 stderr 'batch-events'
--- page.sh --
-` + text + "\n"
-	if err := os.WriteFile(file, []byte(script), 0o600); err != nil {
+`)
+}
+
+// runPage runs a script in which page.sh is the commands of a page of docs, of which there are least or more. Receivers at
+// port 9001 are the script's.
+func runPage(t *testing.T, name string, least int, script string) {
+	t.Helper()
+	page, err := os.ReadFile("../../docs/" + name + ".md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var commands []string
+	for _, section := range guideSections(string(page)) {
+		commands = append(commands, section.commands...)
+	}
+	if len(commands) < least {
+		t.Fatalf("the page has %d commands: %v", len(commands), commands)
+	}
+	text := strings.ReplaceAll(strings.Join(commands, "\n"), "http://127.0.0.1:9001", "$RECEIVER/204")
+	file := filepath.Join(t.TempDir(), name+".txtar")
+	if err := os.WriteFile(file, []byte(script+"-- page.sh --\n"+text+"\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	params := scripts("")
