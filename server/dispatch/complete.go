@@ -42,8 +42,8 @@ func (x *entry) Complete(_ *delivery.Job, r delivery.Result) {
 	a := &r.Attempt
 	step, since := x.end(&r, now, took), x.since(now)
 	l.land(x)
-	x.square(x.cost(took))
 	v := l.learn(x, &r, step, took, now)
+	x.square(x.cost(took))
 	down := x.visit.ended(l.key, &r, x.started, now)
 	l.count(now, r.Outcome, step.State, since)
 	l.mu.Unlock()

@@ -25,7 +25,8 @@ const (
 // share of what all had, by weight. It is kept on a clock of its own: had is what one has had, by weight, and in a round
 // those have turns who have had less than until. When nobody has, the next round begins, which gives each about one turn more:
 // so a turn costs a constant time on the average, however many there are. Who was not there saves up nothing but what
-// a turn costs. It is guarded by its owner; the zero value is empty.
+// a turn costs, but has its turn first, the last to come before those who came earlier: who has little to send waits least
+// then, and nobody for more than the turns of a round. It is guarded by its owner; the zero value is empty.
 type turns[M any] struct {
 	head, tail *seat[M]
 	n          int
@@ -47,14 +48,34 @@ type seat[M any] struct {
 
 func (s *seat[M]) weight() int64 { return max(1, s.heavy) }
 
-// add puts a seat at the end, if it is not in.
+// add puts a seat in, if it is not: at the start, if it was never in or has had less than its share, else at the end.
 func (t *turns[M]) add(s *seat[M]) {
 	if s.in {
 		return
 	}
-	s.had += s.more.Swap(0) / s.weight()
-	s.had = min(max(s.had, t.until-t.quantum), t.until+mostDebt)
-	t.back(s)
+	first := s.had == 0
+	t.correct(s)
+	s.had = max(s.had, t.until-t.quantum, 1)
+	if first || s.had < t.until {
+		t.front(s)
+	} else {
+		t.back(s)
+	}
+}
+
+// correct adds what attempts have cost beyond what was taken for them.
+func (t *turns[M]) correct(s *seat[M]) {
+	if more := s.more.Load(); more != 0 {
+		s.had = min(s.had+s.more.Swap(0)/s.weight(), t.until+mostDebt)
+	}
+}
+
+func (t *turns[M]) front(s *seat[M]) {
+	s.in, s.next, t.head = true, t.head, s
+	if t.tail == nil {
+		t.tail = s
+	}
+	t.n++
 }
 
 // back puts a seat at the end that has been taken out.
@@ -89,9 +110,7 @@ func (t *turns[M]) take(may func(M) bool) *seat[M] {
 		for range t.n {
 			s := t.shift()
 			if may == nil || may(s.of) {
-				if more := s.more.Load(); more != 0 {
-					s.had += s.more.Swap(0) / s.weight()
-				}
+				t.correct(s)
 				if s.had < t.until {
 					t.n--
 					return s
@@ -136,8 +155,16 @@ func (x *entry) cost(took time.Duration) int64 {
 	return int64(max(took, leastCost) + time.Duration(x.size())*byteCost)
 }
 
-// square corrects what an attempt was charged for.
+// square corrects what an attempt was charged for. A trial counts for one, however long it hangs, for it is trials that those
+// on trial share; one that was answered costs nothing.
 func (x *entry) square(cost int64) {
+	switch {
+	case x.bill.as != unknown, cost == 0: // nothing came of it
+	case x.lane.standing == proven:
+		cost = 0
+	default:
+		cost = x.bill.cost()
+	}
 	if b := x.bill; b.paid != 0 && cost != b.cost() {
 		x.lane.seats[b.as].more.Add(cost - b.cost())
 		x.lane.tenant.spaces[b.as].seat.more.Add(cost - b.cost())

@@ -263,8 +263,8 @@ func (x *entry) completeAll(r delivery.Result) {
 	if len(ends) > 0 && len(r.Refused) == n {
 		lesson.Outcome = delivery.OutcomeRetryable
 	}
-	x.square(x.cost(took))
 	v := l.learn(x, &lesson, ends[0].step, took, now)
+	x.square(x.cost(took))
 	down := x.visit.ended(l.key, &lesson, x.started, now)
 	for i := range ends {
 		l.count(now, ends[i].attempt.Outcome, ends[i].step.State, ends[i].x.since(now))

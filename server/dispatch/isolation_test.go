@@ -134,6 +134,90 @@ func (n neighbourhood) run(t *testing.T) {
 	_ = w.kill()
 }
 
+// However many lanes hang, in however many namespaces, one that is new and well has its first delivery at once. Where few
+// namespaces have lanes that hang, that holds in these, too.
+func TestANewcomerDoesNotWaitAmongThoseThatHang(t *testing.T) {
+	sick := func(i, spaces int) string { return fmt.Sprint("sick", i%spaces) }
+	for name, n := range map[string]struct {
+		hanging, spaces int
+		// feeds: those that hang get an event a second.
+		feeds bool
+		slots int
+	}{
+		"one namespace":              {hanging: 10_000, spaces: 1},
+		"one namespace, fed":         {hanging: 4000, spaces: 1, feeds: true},
+		"two namespaces":             {hanging: 8000, spaces: 2},
+		"a hundred namespaces":       {hanging: 8000, spaces: 100},
+		"a thousand, few slots each": {hanging: 3000, spaces: 1000, slots: 1024},
+	} {
+		t.Run(name, func(t *testing.T) {
+			if testing.Short() && n.spaces != 100 {
+				t.Skip("takes long")
+			}
+			synctest.Test(t, func(t *testing.T) {
+				w := newWorld(t, func(o *dispatch.Options) { o.Slots = n.slots })
+				synctest.Wait()
+				w.receiver.set(func(sub *subscription.Subscription, _ *delivery.Job) (time.Duration, *delivery.Result) {
+					if strings.HasPrefix(sub.ID, "hangs") {
+						return 15 * time.Second, timedOut()
+					}
+					return 2 * time.Millisecond, ok()
+				})
+				lasting := func(s *subscription.Subscription) { s.MaxAge, s.MaxAttempts, s.MaxInFlight = 100*time.Hour, 100, 16 }
+				var hanging []*subscription.Subscription
+				wells := 0
+				for i := range n.hanging {
+					hanging = append(hanging, w.sub(fmt.Sprint("hangs", i), lasting, inNamespace(sick(i, n.spaces))))
+				}
+				for second := range 45 {
+					for i, s := range hanging {
+						if second == 0 || n.feeds {
+							w.publish(s, uint16(i%16))
+						}
+					}
+					spaces := []string{"well", "fine"}
+					if n.spaces < 3 {
+						spaces = append(spaces, sick(second, n.spaces))
+					}
+					wells += len(spaces)
+					for i, space := range spaces {
+						w.publish(w.sub(fmt.Sprint("new", second, "-", i), lasting, inNamespace(space)), uint16(second%16))
+					}
+					time.Sleep(time.Second)
+				}
+				tried := make(map[string]bool)
+				well, hung := 0, 0
+				for _, s := range w.receiver.starts() {
+					switch {
+					case tried[s.sub]:
+					case strings.HasPrefix(s.sub, "hangs"):
+						hung++
+					default:
+						well++
+						if wait := s.at.Sub(s.accept); wait > 500*time.Millisecond {
+							t.Errorf("%s had its first attempt after %v", s.sub, wait)
+						}
+					}
+					tried[s.sub] = true
+				}
+				if well != wells {
+					t.Errorf("%d of %d newcomers were tried", well, wells)
+				}
+				// Those that hang have their trials, too: what the slots allow in three times the 15 seconds that they hang.
+				slots := n.slots
+				if slots == 0 {
+					slots = 4096
+				}
+				if want := min(n.hanging, slots); hung < want {
+					t.Errorf("%d of %d that hang were tried, want %d", hung, n.hanging, want)
+				}
+				t.Logf("%d of %d that hang were tried", hung, n.hanging)
+				_ = w.kill()
+			})
+		})
+	}
+}
+
 func TestANewTargetDoesNotWaitAmongThoseThatHang(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t, func(o *dispatch.Options) { o.Slots = 16 })

@@ -269,7 +269,7 @@ func (l *lane) reclass() {
 	}
 	was, b := l.standing, &l.e.budget
 	if was == unknown && is == proven {
-		l.e.slots.regain(was)
+		l.e.slots.answered(l.tenant)
 	}
 	l.e.slots.count(l, -int64(l.flying.n))
 	l.standing = is

@@ -61,11 +61,16 @@ func (r *round) push(l *lane, st standing) {
 	r.n.Add(1)
 }
 
-// pop returns nil when no lane may have a slot.
-func (r *round) pop(slots *slots, st standing) *lane {
-	seat := r.spaces.take(func(s *space) bool { return slots.roomFor(s.tenant, st) })
+// pop returns nil when no lane may have a slot, and when to ask again: 0 means when a slot is released or a lane comes.
+func (r *round) pop(slots *slots, st standing, now time.Time) (*lane, time.Duration) {
+	var again time.Duration
+	seat := r.spaces.take(func(s *space) bool {
+		ok, wait := slots.roomFor(s.tenant, st, now)
+		again = sooner(again, wait)
+		return ok
+	})
 	if seat == nil {
-		return nil
+		return nil, again
 	}
 	s := seat.of
 	l := s.lanes.take(nil).of
@@ -74,7 +79,15 @@ func (r *round) pop(slots *slots, st standing) *lane {
 	}
 	r.n.Add(-1)
 	l.queued[st].Store(false)
-	return l
+	return l, 0
+}
+
+// sooner is the shorter of two waits, of which 0 is none.
+func sooner(a, b time.Duration) time.Duration {
+	if a == 0 || b != 0 && b < a {
+		return b
+	}
+	return a
 }
 
 // next takes the lane whose turn it is among those that may get a slot, and says as which it has its turn, or when to ask
@@ -90,13 +103,13 @@ func (r *ring) next(s *slots, now time.Time) (*lane, standing, time.Duration) {
 			continue
 		}
 		if s.room(st, now) {
-			if l := r.rounds[st].pop(s, st); l != nil {
+			l, wait := r.rounds[st].pop(s, st, now)
+			if l != nil {
 				return l, st, 0
 			}
+			again = sooner(again, wait)
 		}
-		if wait := s.wait(st, now); wait > 0 && (again == 0 || wait < again) {
-			again = wait
-		}
+		again = sooner(again, s.wait(st, now))
 	}
 	return nil, 0, again
 }
@@ -288,7 +301,7 @@ func (l *lane) mayRepeat(first bool, sub *subscription.Subscription) bool {
 
 // mayStart checks the limits and takes a slot.
 func (l *lane) mayStart(g gate, now time.Time) (v visit, ok bool) {
-	if l.full(g.sub) || !l.e.slots.acquire(l, now) {
+	if l.full(g.sub) || !l.e.slots.acquire(l, g.sub.AttemptTimeout, now) {
 		return v, false
 	}
 	if !l.crowded() {

@@ -44,6 +44,8 @@ type slots struct {
 	trial, slow atomic.Int64
 	// paces are those of unknown lanes and of suspects; that of proven ones is not used.
 	paces [standings]pace
+	// last is that of the last eighth of trials.
+	last pace
 }
 
 // pace spreads starts evenly over time. The zero pace knows of none yet.
@@ -70,43 +72,83 @@ func tempoOf(st standing) tempo {
 	return tempo{}
 }
 
-// every is the time from start to start.
-func (s *slots) every(st standing) time.Duration { return tempoOf(st).over / time.Duration(s.total) }
-
-// wait is how long there is no start to be had for lanes of a standing.
-func (s *slots) wait(st standing, now time.Time) time.Duration {
-	ahead := time.Duration(s.paces[st].due.Load() - now.UnixNano())
-	return max(0, ahead-time.Duration(tempoOf(st).atOnce)*s.every(st))
+// wait is how long there is no start to be had that may be early by so much.
+func (p *pace) wait(now time.Time, early time.Duration) time.Duration {
+	return max(0, time.Duration(p.due.Load()-now.UnixNano())-early)
 }
 
-// start takes a start, if there is one.
-func (s *slots) start(st standing, now time.Time) bool {
-	if st == proven {
-		return true
-	}
-	for due := &s.paces[st].due; ; {
-		at := due.Load()
-		if s.wait(st, now) > 0 {
+// start takes a start, if there is one; the next is due after every.
+func (p *pace) start(now time.Time, early, every time.Duration) bool {
+	for {
+		at := p.due.Load()
+		if time.Duration(at-now.UnixNano()) > early {
 			return false
 		}
-		if due.CompareAndSwap(at, max(at, now.UnixNano())+int64(s.every(st))) {
+		if p.due.CompareAndSwap(at, max(at, now.UnixNano())+int64(every)) {
 			return true
 		}
 	}
 }
 
+// every is the time from start to start, and early how much before its time one may be.
+func (s *slots) every(st standing) time.Duration { return tempoOf(st).over / time.Duration(s.total) }
+
+func (s *slots) early(st standing) time.Duration {
+	return time.Duration(tempoOf(st).atOnce) * s.every(st)
+}
+
+// wait is how long there is no start to be had for lanes of a standing.
+func (s *slots) wait(st standing, now time.Time) time.Duration {
+	wait := s.paces[st].wait(now, s.early(st))
+	if st == unknown && s.nearlyTaken() {
+		wait = max(wait, s.last.wait(now, 0))
+	}
+	return wait
+}
+
+// start takes a start for a lane whose attempt may hang for so long, if there is one.
+func (s *slots) start(l *lane, hang time.Duration, now time.Time) bool {
+	st := l.standing
+	if st == proven {
+		return true
+	}
+	if !s.paces[st].start(now, s.early(st), s.every(st)) {
+		return false
+	}
+	if st != unknown {
+		return true
+	}
+	every := hang / time.Duration(part8(s.total, 1))
+	if s.nearlyTaken() && !s.last.start(now, 0, every) || l.tenant.nearlyFull(s) && !l.tenant.last.start(now, 0, every) {
+		s.regain(st)
+		return false
+	}
+	return true
+}
+
 // regain gives a start back that has cost nothing.
 func (s *slots) regain(st standing) { s.paces[st].due.Add(-int64(s.every(st))) }
+
+// answered gives the start of a trial back that was answered.
+func (s *slots) answered(t *tenant) {
+	s.regain(unknown)
+	s.last.due.Store(0)
+	t.last.due.Store(0)
+}
 
 // tenant is a namespace with lanes.
 type tenant struct {
 	key   delivery.NamespaceKey
 	lanes int          // Engine.mu
 	slow  atomic.Int64 // slots of lanes that are not proven
+	last  pace         // of the last eighth of its trials
 	// spaces are what waits on the ring, weighed when its weight was last looked up: ring.mu.
 	spaces  [standings]space
 	weighed time.Time
 }
+
+// nearlyFull reports whether what its lanes that are not proven may still have is the last eighth.
+func (t *tenant) nearlyFull(s *slots) bool { return t.slow.Load() >= part8(s.total, 4) }
 
 func part8(total, eighths int64) int64 { return max(1, total*eighths/8) }
 
@@ -130,26 +172,37 @@ func (s *slots) taken(st standing) bool {
 	return false
 }
 
+// nearlyTaken reports whether what trials may still have is the last eighth.
+func (s *slots) nearlyTaken() bool { return s.trial.Load()+s.slow.Load() >= part8(s.total, 5) }
+
 // scarce reports whether there may be fewer slots for lanes of this standing than they want, of whom so many wait.
 func (s *slots) scarce(st standing, waiting int64) bool {
 	return st != proven || s.used.Load()+waiting >= part8(s.total, 6)
 }
 
-// roomFor reports whether lanes of a namespace may have another slot, if there is room.
-func (s *slots) roomFor(t *tenant, st standing) bool {
-	return st != unknown || t.slow.Load() < part8(s.total, 5)
+// roomFor reports whether lanes of a namespace may have another slot, if there is room, and else when to ask again: 0 means
+// when a slot is released.
+func (s *slots) roomFor(t *tenant, st standing, now time.Time) (bool, time.Duration) {
+	switch {
+	case st != unknown || !t.nearlyFull(s):
+		return true, 0
+	case t.slow.Load() >= part8(s.total, 5):
+		return false, 0
+	}
+	wait := t.last.wait(now, 0)
+	return wait == 0, wait
 }
 
-// acquire takes a slot for a lane, whose mutex is held.
-func (s *slots) acquire(l *lane, now time.Time) bool {
-	if !s.room(l.standing, now) || !s.roomFor(l.tenant, l.standing) {
+// acquire takes a slot for a lane, whose mutex is held, and whose attempt may hang for so long.
+func (s *slots) acquire(l *lane, hang time.Duration, now time.Time) bool {
+	if ok, _ := s.roomFor(l.tenant, l.standing, now); !ok || !s.room(l.standing, now) {
 		return false
 	}
 	if s.used.Add(1) > s.total {
 		s.used.Add(-1)
 		return false
 	}
-	if !s.start(l.standing, now) {
+	if !s.start(l, hang, now) {
 		s.used.Add(-1)
 		return false
 	}

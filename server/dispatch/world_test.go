@@ -290,7 +290,7 @@ func (w *world) sub(id string, change ...func(*subscription.Subscription)) *subs
 	s := &subscription.Subscription{
 		Proto:     &grapnelv1.Subscription{State: grapnelv1.Subscription_STATE_ACTIVE, Uri: "https://" + id + ".example"},
 		Namespace: "acme", ID: id, UID: uid(id), NamespaceUID: uid("acme"),
-		MaxInFlight: 4, MaxAttempts: 4, MaxAge: time.Hour,
+		MaxInFlight: 4, MaxAttempts: 4, MaxAge: time.Hour, AttemptTimeout: 15 * time.Second,
 		Schedule: []time.Duration{5 * time.Second, 5 * time.Minute}, DisableAfter: 30 * time.Minute,
 	}
 	for _, c := range change {
