@@ -40,6 +40,8 @@ func ailments() []ailment {
 		{"g", "200 drip", "drip", sinks, 200, 2000, 0, 1},
 		{"h", "500 on one host that hangs", "20s", func(s *sinkProcess) string { return s.other }, 500, 2000, 0, 1},
 		{"i", "10,000 of one namespace hang", "20s", sinks, 10_000, 2000, 100, 100},
+		// Nobody is sick: what the same events cost healthy ones that are for others who are well.
+		{"w", "2,000 are well", "well", sinks, 2000, 2000, 0, 1},
 	}
 }
 

@@ -76,6 +76,8 @@ func (s *sick) visit(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	switch how := r.PathValue("how"); how {
+	case "well":
+		s.receive(w, r)
 	case "503":
 		w.WriteHeader(http.StatusServiceUnavailable)
 	case "drip":

@@ -35,6 +35,7 @@ import (
 	"errors"
 	"iter"
 	"log/slog"
+	"runtime"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -145,6 +146,9 @@ type Options struct {
 	Attempter     Attempter
 	// Slots bounds the attempts in flight over all lanes; 0 means 4096.
 	Slots int
+	// Starts is how many attempts may start in a second, at about even intervals, for lanes that hang or are slow, and how
+	// many for those that were never answered, but for attempts that are; 0 means 350 for each processor that Go uses.
+	Starts int
 	// Window is how many attempts the plugin of a subscription's transport takes at once; 0 is no bound but Slots. It
 	// must be fast. Nil: none has one.
 	Window func(sub *subscription.Subscription) int
@@ -216,7 +220,9 @@ type Engine struct {
 }
 
 const (
-	defaultSlots       = 4096
+	defaultSlots = 4096
+	// startsEach is the default of Options.Starts for each processor. New connections cost it some tenths of a millisecond each.
+	startsEach         = 350
 	defaultWindowBytes = 64 << 20
 	defaultStatsBytes  = 16 << 20
 	// disablesAtOnce bounds the calls of Options.Disable.
@@ -231,6 +237,9 @@ func New(o Options) *Engine {
 	if o.Slots <= 0 {
 		o.Slots = defaultSlots
 	}
+	if o.Starts <= 0 {
+		o.Starts = startsEach * runtime.GOMAXPROCS(0)
+	}
 	if o.WindowBytes <= 0 {
 		o.WindowBytes = defaultWindowBytes
 	}
@@ -240,7 +249,7 @@ func New(o Options) *Engine {
 	e := &Engine{
 		journal: o.Journal, subs: o.Subscriptions, attempter: o.Attempter, disable: o.Disable, workedOff: o.WorkedOff,
 		log:        o.Logger.With("component", "dispatch"),
-		slots:      slots{total: int64(o.Slots)},
+		slots:      slots{total: int64(o.Slots), every: time.Second / time.Duration(o.Starts)},
 		pools:      pools{window: o.Window},
 		budget:     budget{limit: o.WindowBytes, events: o.Journal},
 		statistics: statistics{limit: o.StatsBytes, lanes: make(map[delivery.LaneKey]*series), rest: &series{}},

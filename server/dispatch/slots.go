@@ -24,21 +24,25 @@ const (
 //   - A lane of which nothing is known has one attempt, on trial. A trial is short: after it the lane has proven itself or
 //     is a suspect. An eighth of the slots is for trials, so that a new lane waits for other trials, never for those
 //     that hang. Trials stop while they and the suspects hold three quarters of the slots, and those of one namespace while
-//     its lanes hold five eighths.
+//     its lanes hold five eighths. The last eighth of either is spread over the time that an attempt may hang, so that there
+//     always is a trial to be had soon, and the newest lane has the next one: if it is well it is answered within
+//     moments, however many wait that are not.
 //   - What trials and suspects leave is for proven lanes. One that begins to hang is known for it only after a while. So
 //     once half of that is in use, a proven lane starts nothing while it holds few, and in the last quarter while it
 //     holds any.
-//   - Suspects start, all together, no more attempts in two seconds than half of the slots, evenly: a thousand that hang,
-//     or time out, at the same moment would otherwise take the processors and the plugin's connections from the others.
-//     Trials may start more than twice as fast, and those that are answered do not count: it is new connections that cost.
+//   - Suspects start evenly, all together no more attempts in a second than the processors have time for beside their
+//     work: a thousand that hang, or time out, at the same moment would otherwise take the processors and the plugin's
+//     connections from the others. So do trials, of which those that are answered do not count.
 //   - No lane holds more than its subscription's limit.
 //   - The same holds for what a plugin takes at once, where that is less: see pools.
 //
-// With 4096 slots and attempts that hang for 15 s, 2048 new lanes that hang are known as such in half a second, and leave
-// 1024 slots to the proven ones. Of 1000 proven lanes that begin to hang at once with 16 deliveries each, the first 128
+// With 4096 slots and attempts that hang for 15 s, new lanes that hang take 2048 in some seconds and 1024 more in fifteen, and
+// leave 1024 to the proven ones. Of 1000 proven lanes that begin to hang at once with 16 deliveries each, the first 128
 // take 2048 slots, the next 512 take 1024 and the other 360 one each: 664 slots are left, one for each who needs it.
 type slots struct {
 	total int64
+	// every is the time from start to start of a pace.
+	every time.Duration
 	used  atomic.Int64
 	// trial counts those of unknown lanes, slow those of suspects.
 	trial, slow atomic.Int64
@@ -54,22 +58,12 @@ type pace struct {
 	due atomic.Int64
 }
 
-// tempo is how lanes of a standing start.
-type tempo struct {
-	// over is the time in which as many may start as there are slots; 0: no bound.
-	over time.Duration
-	// atOnce is how many may start together.
-	atOnce int64
-}
-
-func tempoOf(st standing) tempo {
-	switch st {
-	case unknown:
-		return tempo{1500 * time.Millisecond, 32}
-	case suspect:
-		return tempo{4 * time.Second, 16}
+// early is how much before its time a start may be: so many of a standing start together.
+func (s *slots) early(st standing) time.Duration {
+	if st == unknown {
+		return 32 * s.every
 	}
-	return tempo{}
+	return 16 * s.every
 }
 
 // wait is how long there is no start to be had that may be early by so much.
@@ -90,13 +84,6 @@ func (p *pace) start(now time.Time, early, every time.Duration) bool {
 	}
 }
 
-// every is the time from start to start, and early how much before its time one may be.
-func (s *slots) every(st standing) time.Duration { return tempoOf(st).over / time.Duration(s.total) }
-
-func (s *slots) early(st standing) time.Duration {
-	return time.Duration(tempoOf(st).atOnce) * s.every(st)
-}
-
 // wait is how long there is no start to be had for lanes of a standing.
 func (s *slots) wait(st standing, now time.Time) time.Duration {
 	wait := s.paces[st].wait(now, s.early(st))
@@ -112,7 +99,7 @@ func (s *slots) start(l *lane, hang time.Duration, now time.Time) bool {
 	if st == proven {
 		return true
 	}
-	if !s.paces[st].start(now, s.early(st), s.every(st)) {
+	if !s.paces[st].start(now, s.early(st), s.every) {
 		return false
 	}
 	if st != unknown {
@@ -127,7 +114,7 @@ func (s *slots) start(l *lane, hang time.Duration, now time.Time) bool {
 }
 
 // regain gives a start back that has cost nothing.
-func (s *slots) regain(st standing) { s.paces[st].due.Add(-int64(s.every(st))) }
+func (s *slots) regain(st standing) { s.paces[st].due.Add(-int64(s.every)) }
 
 // answered gives the start of a trial back that was answered.
 func (s *slots) answered(t *tenant) {

@@ -244,6 +244,7 @@ func newWorld(t *testing.T, change ...func(*dispatch.Options)) *world {
 	}
 	w.options = dispatch.Options{
 		Journal: w.journal, Subscriptions: w.registry, Attempter: w.receiver, Disable: w.disable, WorkedOff: w.noteWorkedOff,
+		Starts: 700,
 	}
 	for _, c := range change {
 		c(&w.options)
