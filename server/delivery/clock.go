@@ -74,7 +74,7 @@ func (p *partition) findAhead(now time.Time) error {
 }
 
 // lastSeqBefore finds the highest sequence of an event below a limit: by the namespaces of the last day that has
-// any.
+// any, and by what is kept.
 func (p *partition) lastSeqBefore(limit uint64) (last uint64, err error) {
 	var days []dayKey
 	if err := p.eachDay(p.j.db, 0, func(day dayKey) error {
@@ -86,26 +86,32 @@ func (p *partition) lastSeqBefore(limit uint64) (last uint64, err error) {
 		return 0, err
 	}
 	for i := len(days) - 1; i >= 0 && last == 0; i-- {
-		err := p.eachSpace(p.j.db, days[i], func(ns NamespaceKey) error {
-			for _, kind := range []byte{kindEvent, kindAgain} {
-				prefix := appendKind(nil, p.number, days[i], ns, kind)
-				if err := p.j.lastKey(p.j.db, prefix, appendU64(prefix[:len(prefix):len(prefix)], limit), func(key []byte) error {
-					_, _, kind, rest, ok := splitRecord(key)
-					seq, valid := recordSeq(kind, rest)
-					if !ok || !valid {
-						return p.j.corrupt(key, errBadKey)
-					}
-					last = max(last, seq)
-					return nil
-				}); err != nil {
-					return err
-				}
-			}
-			return nil
-		})
-		if err != nil {
+		if last, err = p.lastSeqOf(days[i], limit); err != nil {
 			return 0, err
 		}
 	}
-	return last, nil
+	old, err := p.lastSeqOf(kept, limit)
+	return max(last, old), err
+}
+
+// lastSeqOf is that of one day; 0 when it has none.
+func (p *partition) lastSeqOf(day dayKey, limit uint64) (last uint64, err error) {
+	err = p.eachSpace(p.j.db, day, func(ns NamespaceKey) error {
+		for _, kind := range []byte{kindEvent, kindAgain} {
+			prefix := appendKind(nil, p.number, day, ns, kind)
+			if err := p.j.lastKey(p.j.db, prefix, appendU64(prefix[:len(prefix):len(prefix)], limit), func(key []byte) error {
+				_, _, kind, rest, ok := splitRecord(key)
+				seq, valid := recordSeq(kind, rest)
+				if !ok || !valid {
+					return p.j.corrupt(key, errBadKey)
+				}
+				last = max(last, seq)
+				return nil
+			}); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	return last, err
 }

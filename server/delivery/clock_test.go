@@ -103,6 +103,22 @@ func TestOpenDeliveryOfAClockThatWasAheadStays(t *testing.T) {
 	}
 }
 
+// A clock that was ahead hides nothing from a replay that was there before, also when it is kept only because it is open.
+func TestReplayAfterAClockThatWasAhead(t *testing.T) {
+	b := newBench(t, onePartition)
+	b.append(publication("before", 1))
+	b.clock.add(4 * 24 * time.Hour)
+	b.append(publication("ahead", 1))
+	b.retain(time.Hour)
+	b.clock.add(-2 * 24 * time.Hour)
+	b.reopen()
+	r := b.replay("backfill", ReplaySpec{Subscription: "sub-2", UID: uid(2), Missing: true})
+	b.flush()
+	if got := b.advance(r, missing(2), 10); got.Created != 1 {
+		t.Errorf("%+v, want what was there before", got)
+	}
+}
+
 // A clock that goes back again and again gives no sequence twice.
 func TestNoSequenceIsGivenTwice(t *testing.T) {
 	b := newBench(t, onePartition)
