@@ -218,6 +218,24 @@ func TestANewcomerDoesNotWaitAmongThoseThatHang(t *testing.T) {
 	}
 }
 
+// New receivers that are well and far away are not kept waiting by the pace that is for those that hang.
+func TestManyNewReceiversThatAreFarAway(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		synctest.Wait()
+		w.receiver.set(always(200*time.Millisecond, ok))
+		const receivers = 8000
+		for i := range receivers {
+			w.publish(w.sub(fmt.Sprint("far", i)), uint16(i%16))
+		}
+		time.Sleep(5 * time.Second)
+		if n := len(w.receiver.starts()); n < receivers {
+			t.Errorf("%d of %d were tried within 5 s", n, receivers)
+		}
+		_ = w.kill()
+	})
+}
+
 func TestANewTargetDoesNotWaitAmongThoseThatHang(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t, func(o *dispatch.Options) { o.Slots = 16 })

@@ -268,8 +268,8 @@ func (l *lane) reclass() {
 		return
 	}
 	was, b := l.standing, &l.e.budget
-	if was == unknown && is == proven {
-		l.e.slots.answered(l.tenant)
+	if was == unknown {
+		l.e.slots.tried(l.tenant, is == proven)
 	}
 	l.e.slots.count(l, -int64(l.flying.n))
 	l.standing = is

@@ -32,7 +32,8 @@ const (
 //     holds any.
 //   - Suspects start evenly, all together no more attempts in a second than the processors have time for beside their
 //     work: a thousand that hang, or time out, at the same moment would otherwise take the processors and the plugin's
-//     connections from the others. So do trials, of which those that are answered do not count.
+//     connections from the others. So do trials, of which those that are answered do not count, and of which more start at
+//     once the more are answered.
 //   - No lane holds more than its subscription's limit.
 //   - The same holds for what a plugin takes at once, where that is less: see pools.
 //
@@ -50,6 +51,8 @@ type slots struct {
 	paces [standings]pace
 	// last is that of the last eighth of trials.
 	last pace
+	// trust is how many trials start together beyond fewTrials.
+	trust atomic.Int64
 }
 
 // pace spreads starts evenly over time. The zero pace knows of none yet.
@@ -58,10 +61,14 @@ type pace struct {
 	due atomic.Int64
 }
 
-// early is how much before its time a start may be: so many of a standing start together.
+// fewTrials is how many trials start together, at least.
+const fewTrials = 32
+
+// early is how much before its time a start may be: so many of a standing start together. Trials are more by one with each
+// that is answered, up to all that there are, and half as many with each that is not.
 func (s *slots) early(st standing) time.Duration {
 	if st == unknown {
-		return 32 * s.every
+		return time.Duration(fewTrials+s.trust.Load()) * s.every
 	}
 	return 16 * s.every
 }
@@ -116,8 +123,14 @@ func (s *slots) start(l *lane, hang time.Duration, now time.Time) bool {
 // regain gives a start back that has cost nothing.
 func (s *slots) regain(st standing) { s.paces[st].due.Add(-int64(s.every)) }
 
-// answered gives the start of a trial back that was answered.
-func (s *slots) answered(t *tenant) {
+// tried learns from a trial that has come to its end, or hangs. One that was answered gives its start back.
+func (s *slots) tried(t *tenant, answered bool) {
+	trust := s.trust.Load()
+	if !answered {
+		s.trust.Store(trust / 2)
+		return
+	}
+	s.trust.Store(min(trust+1, part8(s.total, 1)))
 	s.regain(unknown)
 	s.last.due.Store(0)
 	t.last.due.Store(0)
