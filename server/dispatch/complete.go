@@ -79,11 +79,15 @@ func (l *lane) learn(x *entry, r *delivery.Result, step delivery.Step, took time
 	if x.target != l.target {
 		return health.Verdict{}
 	}
+	first := l.health.Latency() == 0
 	v := l.health.Ended(&health.End{
 		Mark: x.mark, Signal: health.SignalOf(r), Started: x.started, Took: took, Served: r.Duration, RetryAfter: r.RetryAfter,
 		Most: maxInFlight(x.sub), DisableAfter: x.sub.DisableAfter, Disables: step.Disable, Random: rand.Float64(),
 	}, now)
 	l.reclass()
+	if first && l.health.Latency() != 0 {
+		l.e.slots.tried(l.tenant, l.health.Answers())
+	}
 	switch {
 	case step.Disable:
 		l.disableFor(x.sub, step.Reason)

@@ -39,6 +39,8 @@ type seat[M any] struct {
 	of   M
 	next *seat[M]
 	had  int64
+	// born is when it, or the youngest of it, was made, in nanoseconds since 1970; 0 where that is not known.
+	born int64
 	// more is what attempts have cost beyond what was taken for them, and is added to had when it matters.
 	more atomic.Int64
 	// heavy is its weight; 0 is 1.
@@ -48,7 +50,8 @@ type seat[M any] struct {
 
 func (s *seat[M]) weight() int64 { return max(1, s.heavy) }
 
-// add puts a seat in, if it is not: at the start, if it was never in or has had less than its share, else at the end.
+// add puts a seat in, if it is not: at the start if it has had less than its share, or was never in and is younger than who
+// is there, else at the end.
 func (t *turns[M]) add(s *seat[M]) {
 	if s.in {
 		return
@@ -56,7 +59,7 @@ func (t *turns[M]) add(s *seat[M]) {
 	first := s.had == 0
 	t.correct(s)
 	s.had = max(s.had, t.until-t.quantum, 1)
-	if first || s.had < t.until {
+	if s.had < t.until && !first || first && (t.head == nil || s.born >= t.head.born) {
 		t.front(s)
 	} else {
 		t.back(s)
@@ -103,7 +106,7 @@ func (t *turns[M]) shift() *seat[M] {
 	return s
 }
 
-// take takes out the seat whose turn it is, of those that may; nil when none may.
+// take takes out the seat whose turn it is, of those that may; nil when none may. Who may not saves up nothing either.
 func (t *turns[M]) take(may func(M) bool) *seat[M] {
 	for {
 		least := int64(math.MaxInt64)
@@ -116,6 +119,8 @@ func (t *turns[M]) take(may func(M) bool) *seat[M] {
 					return s
 				}
 				least = min(least, s.had)
+			} else {
+				s.had = max(s.had, t.until-t.quantum)
 			}
 			t.append(s)
 		}

@@ -51,6 +51,7 @@ type lane struct {
 	health   health.Health
 	standing standing // of the health, as slots and budget know it
 	retrying int      // attempts among flying that are repeats
+	born     int64    // when its subscription was created, in nanoseconds since 1970
 	target   uint32   // rises when the target changes: ends of older attempts say nothing about it
 	pool     *pool    // of its plugin; nil where that has no bound of its own
 	poolAt   time.Time
@@ -268,9 +269,6 @@ func (l *lane) reclass() {
 		return
 	}
 	was, b := l.standing, &l.e.budget
-	if was == unknown {
-		l.e.slots.tried(l.tenant, is == proven)
-	}
 	l.e.slots.count(l, -int64(l.flying.n))
 	l.standing = is
 	l.e.slots.count(l, int64(l.flying.n))
@@ -417,6 +415,7 @@ func (l *lane) kick(now time.Time) {
 	l.relieve(now)
 	g := l.gate(now)
 	if g.sub != nil && g.sub != l.originOf {
+		l.born = g.sub.Proto.GetCreateTime().AsTime().UnixNano()
 		l.lookOrigin(g.sub, now)
 		g = l.gate(now)
 	}

@@ -56,6 +56,8 @@ func (r *ring) push(l *lane) {
 
 func (r *round) push(l *lane, st standing) {
 	s := &l.tenant.spaces[st]
+	l.seats[st].born = l.born
+	s.seat.born = max(s.seat.born, l.born)
 	s.lanes.add(&l.seats[st])
 	r.spaces.add(&s.seat)
 	r.n.Add(1)

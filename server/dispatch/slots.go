@@ -25,8 +25,8 @@ const (
 //     is a suspect. An eighth of the slots is for trials, so that a new lane waits for other trials, never for those
 //     that hang. Trials stop while they and the suspects hold three quarters of the slots, and those of one namespace while
 //     its lanes hold five eighths. The last eighth of either is spread over the time that an attempt may hang, so that there
-//     always is a trial to be had soon, and the newest lane has the next one: if it is well it is answered within
-//     moments, however many wait that are not.
+//     always is a trial to be had soon, and the lane of the youngest subscription has the next one: if it is well it is
+//     answered within moments, however many wait that are not.
 //   - What trials and suspects leave is for proven lanes. One that begins to hang is known for it only after a while. So
 //     once half of that is in use, a proven lane starts nothing while it holds few, and in the last quarter while it
 //     holds any.
@@ -123,7 +123,7 @@ func (s *slots) start(l *lane, hang time.Duration, now time.Time) bool {
 // regain gives a start back that has cost nothing.
 func (s *slots) regain(st standing) { s.paces[st].due.Add(-int64(s.every)) }
 
-// tried learns from a trial that has come to its end, or hangs. One that was answered gives its start back.
+// tried learns from a lane's first attempt that has ended. One that was answered gives its start back.
 func (s *slots) tried(t *tenant, answered bool) {
 	trust := s.trust.Load()
 	if !answered {

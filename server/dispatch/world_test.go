@@ -8,6 +8,8 @@ import (
 	"testing"
 	"time"
 
+	"google.golang.org/protobuf/types/known/timestamppb"
+
 	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
 	"github.com/grapnel/grapnel/server/delivery"
 	"github.com/grapnel/grapnel/server/dispatch"
@@ -289,7 +291,9 @@ func (w *world) kill() error {
 // sub makes an active subscription, or changes it.
 func (w *world) sub(id string, change ...func(*subscription.Subscription)) *subscription.Subscription {
 	s := &subscription.Subscription{
-		Proto:     &grapnelv1.Subscription{State: grapnelv1.Subscription_STATE_ACTIVE, Uri: "https://" + id + ".example"},
+		Proto: &grapnelv1.Subscription{
+			State: grapnelv1.Subscription_STATE_ACTIVE, Uri: "https://" + id + ".example", CreateTime: timestamppb.Now(),
+		},
 		Namespace: "acme", ID: id, UID: uid(id), NamespaceUID: uid("acme"),
 		MaxInFlight: 4, MaxAttempts: 4, MaxAge: time.Hour, AttemptTimeout: 15 * time.Second,
 		Schedule: []time.Duration{5 * time.Second, 5 * time.Minute}, DisableAfter: 30 * time.Minute,
