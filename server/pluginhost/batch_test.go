@@ -93,6 +93,21 @@ func TestBatchesThatAreTooLarge(t *testing.T) {
 	if got := f.together(t, sub, large(1)); got.ResponseCode != 400 || !strings.HasPrefix(got.Batch, "bat_") {
 		t.Errorf("one: %+v", got)
 	}
+	// What receivers bound is the body when it is decompressed.
+	quoted := func(n int) *delivery.Job {
+		job := newJob(n, "x")
+		job.Event.Attributes = map[string]string{"a": strings.Repeat(`"`, 280<<10)}
+		return job
+	}
+	zipped := batched(newSub(t, 2, nil))
+	zipped.Proto.Signers = sub.Proto.Signers
+	zipped.Proto.PayloadShape = &grapnelv1.PayloadShape{Compression: grapnelv1.PayloadShape_COMPRESSION_GZIP}
+	if got := f.together(t, zipped, quoted(1), quoted(2)); got.Cause != delivery.CauseCrowded {
+		t.Errorf("two that are small when compressed: %+v", got)
+	}
+	if got := f.together(t, zipped, quoted(1)); got.Cause == delivery.CauseCrowded {
+		t.Errorf("one that is small when compressed: %+v", got)
+	}
 	huge := newJob(3, "x")
 	huge.Event.Payload = make([]byte, platformMaxBody)
 	if got := f.together(t, sub, huge); got.Cause != delivery.CausePolicy {
