@@ -183,6 +183,19 @@ func partialAnswers(t *testing.T, s *stand) {
 		"an essay": {func(w http.ResponseWriter, _ []string) {
 			_, _ = fmt.Fprint(w, `{"thanks": "`, strings.Repeat("a lot ", 100_000), `"}`)
 		}, 0, "longer than 64 KiB"},
+		"broken off": {func(w http.ResponseWriter, _ []string) {
+			_, _ = fmt.Fprint(w, `{"taken": 7, `)
+			_ = http.NewResponseController(w).Flush()
+			panic(http.ErrAbortHandler)
+		}, 10, "broke off"},
+		"too many headers": {func(w http.ResponseWriter, ids []string) {
+			for range 3000 {
+				w.Header().Add("Webhook-Failed-Ids", ids[0])
+			}
+		}, 10, "broke off"},
+		"marked": {func(w http.ResponseWriter, ids []string) {
+			_, _ = fmt.Fprintf(w, "\uFEFF"+`{"failed": [%q]}`, ids[0])
+		}, 1, "named it"},
 		"a slow one": {func(w http.ResponseWriter, ids []string) {
 			_, _ = fmt.Fprint(w, `{"failed": `)
 			_ = http.NewResponseController(w).Flush()

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -119,18 +120,26 @@ func (c *cli) failure(e *client.Error) failure {
 		return f
 	}
 	if len(e.Violations) == 1 && strings.Contains(e.Message, e.Violations[0].Description) {
-		if given := givenText(c.asked, e.Violations[0].Field); given != "" && !strings.Contains(e.Message, `"`) {
-			f.Message += ", not " + given
-		}
+		f.Message += c.notGiven(e.Violations[0].Field, e.Message, e.Violations[0].Description)
 		return f
 	}
 	for _, v := range e.Violations {
-		if given := givenText(c.asked, v.Field); given != "" && !strings.Contains(v.Description, `"`) {
-			v.Description += ", not " + given
-		}
-		f.Violations = append(f.Violations, violation{v.Field, v.Description})
+		f.Violations = append(f.Violations, violation{v.Field, v.Description + c.notGiven(v.Field, v.Description, v.Description)})
 	}
 	return f
+}
+
+// notGiven says what a field was given, behind words that do not say it: a text in quotes, or a number or a time in front of what
+// is wrong with it.
+func (c *cli) notGiven(field, words, description string) string {
+	first, _, _ := strings.Cut(description, " ")
+	_, noNumber := strconv.ParseFloat(first, 64)
+	_, noTime := time.ParseDuration(first)
+	given := givenText(c.asked, field)
+	if given == "" || strings.Contains(words, `"`) || noNumber == nil || noTime == nil {
+		return ""
+	}
+	return ", not " + given
 }
 
 // patience is how long the server was waited for.

@@ -10,10 +10,16 @@ import (
 	"mime"
 	"net/http"
 	"runtime/debug"
+	"slices"
+	"strings"
 )
 
-// maxBatch is how many events a request from Grapnel may carry.
-const maxBatch = 1000
+const (
+	// maxBatch is how many events a request from Grapnel may carry.
+	maxBatch = 1000
+	// maxAnswer is how much of an answer it reads, and maxReason how much of a reason it keeps.
+	maxAnswer, maxReason = 64 << 10, 256
+)
 
 // Media types of requests with several events.
 const (
@@ -26,7 +32,7 @@ const (
 type Failed struct {
 	// ID is the event's, a webhook-id.
 	ID string `json:"id"`
-	// Reason is shown to who operates the sender, 256 bytes of it at most.
+	// Reason is shown to who operates the sender, 256 bytes of it at most, where there is room for those of all.
 	Reason string `json:"reason,omitempty"`
 }
 
@@ -79,15 +85,28 @@ func AnswerBatch(w http.ResponseWriter, failed []Failed) {
 		w.WriteHeader(http.StatusNoContent)
 		return
 	}
-	body, err := json.Marshal(struct {
-		Failed []Failed `json:"failed"`
-	}{failed})
-	if err != nil {
+	// What the sender cannot read to its end counts for all: rather no reasons, and none of them too long.
+	body, err := namesOf(failed, maxReason)
+	if len(body) > maxAnswer {
+		body, err = namesOf(failed, 0)
+	}
+	if err != nil || len(body) > maxAnswer {
 		w.WriteHeader(http.StatusInternalServerError)
 		return
 	}
 	w.Header().Set("Content-Type", mediaJSON)
 	_, _ = w.Write(body)
+}
+
+// namesOf is the body that names events, with so much of each reason.
+func namesOf(failed []Failed, reason int) ([]byte, error) {
+	named := slices.Clone(failed)
+	for i := range named {
+		named[i].Reason = strings.ToValidUTF8(named[i].Reason[:min(len(named[i].Reason), reason)], "")
+	}
+	return json.Marshal(struct {
+		Failed []Failed `json:"failed"`
+	}{named})
 }
 
 // ReadBatch returns the events of a body that Verifier.Verify has found to be right, and that is decompressed. contentType is

@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"net/http"
 	"net/http/httptest"
 	"strings"
@@ -119,5 +120,39 @@ func TestBatchHandlerNamesWhatFailed(t *testing.T) {
 	forged.Header.Set(webhook.HeaderSignature, vectorHMAC)
 	if status := serve(h, forged); status != http.StatusUnauthorized {
 		t.Errorf("forged: status %d, want 401", status)
+	}
+}
+
+// An answer is one that the sender reads to its end, however much there is to say: 64 KiB.
+func TestAnswersToBatchesAreRead(t *testing.T) {
+	const most = 64 << 10
+	for name, tt := range map[string]struct {
+		n      int
+		reason string
+		want   string // of each reason
+	}{
+		"no reasons":    {1000, "", ""},
+		"few long ones": {3, strings.Repeat("x", most), strings.Repeat("x", 256)},
+		"many":          {1000, strings.Repeat("x", 200), ""},
+		"half a letter": {1, strings.Repeat("x", 255) + "é", strings.Repeat("x", 255)},
+	} {
+		failed := make([]webhook.Failed, tt.n)
+		for i := range failed {
+			failed[i] = webhook.Failed{ID: fmt.Sprintf("evt_%024d", i), Reason: tt.reason}
+		}
+		w := httptest.NewRecorder()
+		webhook.AnswerBatch(w, failed)
+		size := w.Body.Len()
+		var got struct{ Failed []webhook.Failed }
+		if err := json.Unmarshal(w.Body.Bytes(), &got); err != nil || w.Code != http.StatusOK || size > most || len(got.Failed) != tt.n {
+			t.Errorf("%s: status %d, %d bytes that name %d, %v", name, w.Code, size, len(got.Failed), err)
+			continue
+		}
+		for i, f := range got.Failed {
+			if f.ID != failed[i].ID || f.Reason != tt.want {
+				t.Errorf("%s: %+v", name, f)
+				break
+			}
+		}
 	}
 }

@@ -26,6 +26,7 @@ type entry struct {
 	prev, next *entry                     // in the queue that it stands in: lane.fresh, lane.timers or lane.flying
 	sub        *subscription.Subscription // as the attempt was started with
 	started    time.Time                  // when the attempt was, or, of one that waits, since when it is in memory
+	weight     int                        // what it counts for in a batch
 	stage      window.Stage
 	marked     bool // a caller has ended or replaced its row: it must not wait again
 	gone       bool // abandoned, or its partition is: nothing of it counts any more
@@ -66,6 +67,7 @@ type queue struct {
 	head, tail *entry
 	n          int
 	bytes      int64
+	weight     int
 	firsts     int // of them that are no repeats
 }
 
@@ -84,6 +86,7 @@ func (q *queue) insert(after, x *entry) {
 	}
 	q.n++
 	q.bytes += x.size()
+	q.weight += x.weight
 	if !x.repeats() {
 		q.firsts++
 	}
@@ -131,6 +134,7 @@ func (q *queue) remove(x *entry) {
 	x.prev, x.next = nil, nil
 	q.n--
 	q.bytes -= x.size()
+	q.weight -= x.weight
 	if !x.repeats() {
 		q.firsts--
 	}

@@ -57,6 +57,9 @@ type memoryJournal struct {
 	turns      map[laneOrder]*record // who has the turn of an ordering key
 	life       int                   // rises when it is closed: what an older life has begun is lost
 
+	// attributes are those of events that are added.
+	attributes map[string]string
+
 	settleEvery time.Duration
 	// late, if set, has effects wait for up to that long, and refuses a settling commit now and then.
 	late time.Duration
@@ -177,6 +180,7 @@ func (f *memoryJournal) addKeyed(number uint16, size int, deliver time.Time, key
 	event := &delivery.Event{
 		Namespace: laneOf(subs[0]).Namespace, ID: fmt.Sprint(f.counter), Partition: number, Seq: seq,
 		AcceptTime: now, DeliverTime: deliver, Payload: make([]byte, size), UID: fmt.Sprint("uid", f.counter),
+		Attributes: f.attributes,
 	}
 	var jobs []delivery.Job
 	var ids []delivery.ID

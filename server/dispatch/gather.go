@@ -37,36 +37,64 @@ func (x *entry) travels() bool { return x.parcel != nil && x.parcel.carrier != x
 // gathers reports whether the lane waits for company, and sets the alarm for when that is over. l.mu is held.
 func (l *lane) gathers(sub *subscription.Subscription, now time.Time) bool {
 	lead := l.next(sub)
-	if lead == nil {
+	if lead == nil || lead.expired(now) || l.health.Isolated() || l.behind(now) && !l.reading { // memory holds no more of it
 		return false
 	}
-	until, most := l.gathersUntil(sub, lead), l.company(lead, sub)
-	switch {
-	case !now.Before(until), l.health.Isolated(), lead.expired(now):
+	repeats := l.withRepeats(lead, sub)
+	n, weight := l.fresh.n+l.timers.n, l.fresh.weight+l.timers.weight
+	if !repeats {
+		n, weight = l.fresh.firsts+l.timers.firsts, l.fresh.weight
+	}
+	if n >= l.company(lead, sub) || weight >= sub.Batching.MaxBytes { // before each one is looked at
 		return false
-	case l.behind(now) && !l.reading:
-		return false // memory holds no more of it
 	}
-	n, bytes := l.fresh.n+l.timers.n, l.fresh.bytes+l.timers.bytes
-	if !l.withRepeats(lead, sub) {
-		n, bytes = l.fresh.firsts+l.timers.firsts, l.fresh.bytes
-	}
-	if n >= most || bytes-int64(n)*(entryBytes+eventBytes) >= int64(sub.Batching.MaxBytes) {
+	until := l.gathersUntil(sub, repeats)
+	if !now.Before(until) {
 		return false
 	}
 	l.arm(until)
 	return true
 }
 
-// gathersUntil is when the first one that waits has waited long enough, lead or one of the other kind.
-func (l *lane) gathersUntil(sub *subscription.Subscription, lead *entry) time.Time {
-	since, repeats := lead.started, l.withRepeats(lead, sub)
-	for _, x := range []*entry{l.firstFree(&l.fresh, repeats), l.firstFree(&l.timers, repeats)} {
-		if x != nil && x.started.Before(since) {
-			since = x.started
+// gathersUntil is when the first of those that wait has waited long enough; zero when none does. They are in the order of their
+// rows, and not of that.
+func (l *lane) gathersUntil(sub *subscription.Subscription, repeats bool) (until time.Time) {
+	for _, q := range []*queue{&l.fresh, &l.timers} {
+		for x := q.head; x != nil; x = x.next {
+			if x.repeats() && !repeats || x.Order != 0 && l.orders[x.Order] > 0 {
+				continue
+			}
+			if at := l.patience(x, sub.Batching.MaxWait); until.IsZero() || at.Before(until) {
+				until = at
+			}
 		}
 	}
-	return since.Add(sub.Batching.MaxWait)
+	return until
+}
+
+// patience is until when an entry waits for company. What it has waited for anything else counts, but what is being read
+// comes along. So that none expires meanwhile, it is half of what it has left at most.
+func (l *lane) patience(x *entry, most time.Duration) time.Time {
+	since := x.started
+	if due := x.due(); due.Before(since) && !l.reading {
+		since = due
+	}
+	if !x.Expire.IsZero() {
+		most = min(most, x.Expire.Sub(since)/2)
+	}
+	return since.Add(most)
+}
+
+// due is since when x could have been made. Nobody notes since when it has had the turn of its ordering key: that is taken for
+// when it came to memory.
+func (x *entry) due() time.Time {
+	switch {
+	case x.Kind == delivery.Timer:
+		return x.Due.Time()
+	case x.Order != 0:
+		return x.started
+	}
+	return x.ID.Time()
 }
 
 // behind reports whether more is due than there is in memory.
@@ -132,15 +160,15 @@ func (l *lane) fill(sub *subscription.Subscription, lead *entry, now time.Time) 
 	for _, q := range queues {
 		for x := l.firstFree(q, repeats); x != nil && len(c.parcel.all) < most; x = l.firstFree(q, repeats) {
 			n := len(c.parcel.all)
-			if l.company(x, sub) <= n || n > 0 && weight(x.Event) > room || x.expired(now) {
+			if l.company(x, sub) <= n || n > 0 && x.weight > room || x.expired(now) {
 				break
 			}
-			most, room = min(most, l.company(x, sub)), room-weight(x.Event)
+			most, room = min(most, l.company(x, sub)), room-x.weight
 			q.remove(x)
 			x.stage, x.parcel = window.Flying, c.parcel
 			l.keyInFlight(x, 1)
 			c.parcel.all = append(c.parcel.all, x)
-			c.parcel.bytes += int64(weight(x.Event))
+			c.parcel.bytes += int64(x.weight)
 		}
 	}
 	l.e.metrics.together.Observe(float64(len(c.parcel.all)))

@@ -433,6 +433,50 @@ func TestBatchesKeepTheOrderOfKeys(t *testing.T) {
 	})
 }
 
+// switching is a registry whose subscription changes between two looks at it.
+type switching struct {
+	*registry
+	mu    sync.Mutex
+	after int
+	to    *subscription.Subscription
+}
+
+func (r *switching) Subscription(lane delivery.LaneKey) *subscription.Subscription {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.to != nil {
+		if r.after--; r.after < 0 {
+			return r.to
+		}
+	}
+	return r.registry.Subscription(lane)
+}
+
+// A request that was made up before the subscription allowed less is made up anew, whenever that is seen.
+func TestARequestIsWithinTheBoundsOfItsSubscriptionAsItStarts(t *testing.T) {
+	for after := range 24 {
+		synctest.Test(t, func(t *testing.T) {
+			r := &switching{registry: newRegistry()}
+			w := newWorld(t, func(o *dispatch.Options) { o.Subscriptions = r })
+			w.registry = r.registry
+			defer w.stop()
+			synctest.Wait()
+			sub := w.sub("orders", most(16), batching(8, time.Second))
+			w.publishN(sub, 0, 7)
+			less := *sub
+			less.Batching = &subscription.Batching{MaxEvents: 3, MaxBytes: 1 << 20, MaxWait: time.Second}
+			r.mu.Lock()
+			r.after, r.to = after, &less
+			r.mu.Unlock()
+			w.publish(sub, 0)
+			synctest.Wait()
+			w.put(&less)
+			time.Sleep(time.Minute) // the receiver compares each request with its subscription
+			wantStates(t, w, map[delivery.State]int{delivery.Succeeded: 8})
+		})
+	}
+}
+
 // TestGatheringOverRandomArrivals: none waits for company for longer than it may, no request carries more than it may, and
 // one that carries less has waited.
 func TestGatheringOverRandomArrivals(t *testing.T) {

@@ -218,7 +218,7 @@ func (l *lane) heldIn(partition uint16) window.Held {
 // admit takes a job to memory that its window has taken, and whose event is held. near is nil or an entry that was
 // admitted before it, of the same read.
 func (l *lane) admit(j *delivery.Job, near *entry, now time.Time) *entry {
-	x := &entry{Job: *j, lane: l, started: now}
+	x := &entry{Job: *j, lane: l, started: now, weight: weight(j.Event)}
 	if l.held == nil {
 		l.held = make(map[place]*entry)
 	}

@@ -48,6 +48,9 @@ func randomRun(t *testing.T, rnd *rand.Rand) {
 		if s.ID != "a" || rnd.IntN(4) > 0 {
 			on("one.example")(s)
 		}
+		if s.MaxRate = 0; rnd.IntN(3) == 0 {
+			s.MaxRate = float64(1+rnd.IntN(40)) / 2
+		}
 		if s.Batching = nil; rnd.IntN(2) == 0 {
 			s.Batching = &subscription.Batching{MaxEvents: 2 + rnd.IntN(8), MaxBytes: 1 << (10 + rnd.IntN(6)), MaxWait: time.Duration(rnd.IntN(3000)) * time.Millisecond}
 		}

@@ -322,7 +322,7 @@ func (l *lane) mayStart(g gate, now time.Time) (v visit, ok bool) {
 // begin hands an attempt over. l.start is held, l.mu is not.
 func (l *lane) begin(x *entry) {
 	sub := l.e.subs.Subscription(l.key)
-	if sub == nil || l.closedBy(sub) != "" || sub.Batching == nil && x.carries() {
+	if sub == nil || l.closedBy(sub) != "" || x.carries() && (sub.Batching == nil || *sub.Batching != *x.sub.Batching) {
 		// It changed since the job was taken: back, for the next look to decide.
 		l.mu.Lock()
 		l.back(x)

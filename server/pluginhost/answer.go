@@ -18,7 +18,8 @@ import (
 //	{"failed": [{"id": "evt_…", "reason": "no such customer"}, "evt_…"]}
 //	webhook-failed-ids: evt_…, evt_…
 //
-// What is not named was taken. A list that cannot be read to its end fails all, since anybody may stand in the rest.
+// What is not named was taken. A list that cannot be read to its end fails all, since anybody may stand in the rest, and so
+// does an answer that breaks off where there may be one.
 
 // maxReason is the most bytes of a reason that a receiver gives for one delivery.
 const maxReason = 256
@@ -29,12 +30,16 @@ type naming struct{ id, reason string }
 var (
 	errNoList = errors.New(`"failed" is no list; want [{"id": WEBHOOK-ID, "reason": TEXT}, …]`)
 	errCut    = errors.New("the list of what failed is not to be read to its end")
+	errBroken = errors.New("the answer broke off before it was known whether it names what failed")
 )
 
 // readAnswer returns which of the batch the answer names, with why. Where its list cannot be read, all have failed, which it
 // notes in the attempt, as it does names that are none of the batch.
 func (p *pending) readAnswer(r *wire.Result, a *delivery.Attempt, now time.Time) map[int]string {
 	named, err := failedIn(r.Body)
+	if err == nil && len(named) == 0 && brokeOff(r) {
+		err = errBroken
+	}
 	if err != nil {
 		a.Outcome, a.Error = delivery.OutcomeRetryable, fmt.Sprintf("the receiver answered %d, but %v", r.Status, err)
 		a.ResponseBody = p.keptBody(r.Body)
@@ -56,17 +61,19 @@ func (p *pending) readAnswer(r *wire.Result, a *delivery.Attempt, now time.Time)
 		}
 		return nil
 	}
-	places := make(map[string]int, max(1, len(p.jobs)))
+	places := make(map[string][]int, max(1, len(p.jobs))) // an event that was sent again has the id that it had
 	for i, ev := range p.events() {
-		places[ev.UID] = i
+		places[ev.UID] = append(places[ev.UID], i)
 	}
 	refused := make(map[int]string)
 	strangers, first := 0, ""
 	for _, n := range named {
-		i, ours := places[n.id]
-		switch {
-		case ours:
+		ours := places[n.id]
+		for _, i := range ours {
 			refused[i] = p.reason(r.Status, n.reason)
+		}
+		switch {
+		case len(ours) > 0:
 		case strangers == 0:
 			first = n.id
 			fallthrough
@@ -92,9 +99,21 @@ func (p *pending) reason(status int, given string) string {
 	return text
 }
 
-// failedIn reads the member failed of a JSON object. A body that is none, or has none, names nobody.
-func failedIn(body []byte) ([]naming, error) {
-	if body = bytes.TrimLeft(body, " \t\r\n"); len(body) == 0 || body[0] != '{' {
+// brokeOff reports whether an answer ended too early, other than by its length, where it might have named somebody: before
+// its body, which headers may have been lost with, or in a JSON object.
+func brokeOff(r *wire.Result) bool {
+	body := jsonText(r.Body)
+	return r.Truncated && len(r.Body) < wire.MaxAnswer && (len(body) == 0 || body[0] == '{')
+}
+
+// jsonText is a body without what may stand in front of JSON.
+func jsonText(body []byte) []byte {
+	return bytes.TrimLeft(bytes.TrimPrefix(body, []byte("\uFEFF")), " \t\r\n")
+}
+
+// failedIn reads the members failed of a JSON object. A body that is none, or has none, names nobody.
+func failedIn(body []byte) (named []naming, err error) {
+	if body = jsonText(body); len(body) == 0 || body[0] != '{' {
 		return nil, nil
 	}
 	d := json.NewDecoder(bytes.NewReader(body))
@@ -102,18 +121,22 @@ func failedIn(body []byte) ([]naming, error) {
 	for d.More() {
 		key, err := d.Token()
 		if err != nil {
-			return nil, nil //nolint:nilerr // what is no JSON names nobody
+			return named, nil //nolint:nilerr // what is no JSON names nobody
 		}
 		if key != "failed" {
 			var other json.RawMessage
 			if d.Decode(&other) != nil {
-				return nil, nil
+				return named, nil
 			}
 			continue
 		}
-		return failedList(d)
+		list, err := failedList(d)
+		if err != nil {
+			return nil, err
+		}
+		named = append(named, list...)
 	}
-	return nil, nil
+	return named, nil
 }
 
 func failedList(d *json.Decoder) (named []naming, err error) {

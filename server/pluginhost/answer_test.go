@@ -32,6 +32,9 @@ func TestWhoAnAnswerNames(t *testing.T) {
 		"cut before a list": {`{"failed": `, nil, errCut},
 		"cut before it":     {`{"done": ["evt_1", "ev`, nil, nil},
 		"cut behind it":     {`{"failed": ["evt_1"], "more": "`, []string{"evt_1"}, nil},
+		"two lists":         {`{"failed": ["evt_1"], "failed": ["evt_2"]}`, []string{"evt_1", "evt_2"}, nil},
+		"two, the last cut": {`{"failed": [], "failed": ["evt_2"`, nil, errCut},
+		"a byte order mark": {"\uFEFF" + `{"failed": ["evt_1"]}`, []string{"evt_1"}, nil},
 		"deep":              {`{"failed": ` + strings.Repeat("[", 20_000), nil, errCut},
 	} {
 		got, err := failedIn([]byte(tt.body))

@@ -3,12 +3,15 @@
 package pluginhost
 
 import (
+	"maps"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
 	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
 	"github.com/grapnel/grapnel/server/delivery"
+	"github.com/grapnel/grapnel/server/pluginhost/wire"
 	"github.com/grapnel/grapnel/server/subscription"
 )
 
@@ -90,6 +93,21 @@ func TestBatchesThatAreTooLarge(t *testing.T) {
 	if got := f.together(t, sub, large(1)); got.ResponseCode != 400 || !strings.HasPrefix(got.Batch, "bat_") {
 		t.Errorf("one: %+v", got)
 	}
+	// What receivers bound is the body when it is decompressed.
+	quoted := func(n int) *delivery.Job {
+		job := newJob(n, "x")
+		job.Event.Attributes = map[string]string{"a": strings.Repeat(`"`, 280<<10)}
+		return job
+	}
+	zipped := batched(newSub(t, 2, nil))
+	zipped.Proto.Signers = sub.Proto.Signers
+	zipped.Proto.PayloadShape = &grapnelv1.PayloadShape{Compression: grapnelv1.PayloadShape_COMPRESSION_GZIP}
+	if got := f.together(t, zipped, quoted(1), quoted(2)); got.Cause != delivery.CauseCrowded {
+		t.Errorf("two that are small when compressed: %+v", got)
+	}
+	if got := f.together(t, zipped, quoted(1)); got.Cause == delivery.CauseCrowded {
+		t.Errorf("one that is small when compressed: %+v", got)
+	}
 	huge := newJob(3, "x")
 	huge.Event.Payload = make([]byte, platformMaxBody)
 	if got := f.together(t, sub, huge); got.Cause != delivery.CausePolicy {
@@ -123,5 +141,43 @@ func TestTransportsWithoutBatches(t *testing.T) {
 	}
 	if got := f.together(t, sub, newJob(1, "x"), newJob(2, "x")); got.Cause != delivery.CausePlugin || !strings.Contains(got.Error, "plugins/mute carries one event") {
 		t.Errorf("%+v", got)
+	}
+}
+
+// Nobody counts as taken by an answer that broke off where it might have named him.
+func TestWhoWasTakenByAnAnswer(t *testing.T) {
+	jobs := []*delivery.Job{newJob(1, "x"), newJob(2, "x"), newJob(3, "x")}
+	for i, uid := range []string{"evt_1", "evt_2", "evt_1"} { // the third is the first one, sent again
+		jobs[i].Event.UID = uid
+	}
+	ids := func(value string) []delivery.Header { return []delivery.Header{{Name: wire.FailedIDs, Value: value}} }
+	all := []int{0, 1, 2}
+	for name, tt := range map[string]struct {
+		r    wire.Result
+		want []int // who was not taken
+	}{
+		"nothing":                        {wire.Result{}, nil},
+		"one":                            {wire.Result{Body: []byte(`{"failed": ["evt_2"]}`)}, []int{1}},
+		"one that is there twice":        {wire.Result{Body: []byte(`{"failed": ["evt_1"]}`)}, []int{0, 2}},
+		"one again and again":            {wire.Result{Headers: ids(strings.Repeat("evt_2,", 10_000))}, []int{1}},
+		"prefixes and other cases":       {wire.Result{Body: []byte(`{"failed": ["evt_", "EVT_2", "evt_11", " evt_2"]}`)}, nil},
+		"cut by its length":              {wire.Result{Body: []byte(`{"a": "` + strings.Repeat("x", wire.MaxAnswer-7)), Truncated: true}, nil},
+		"broken off in its head":         {wire.Result{Truncated: true, Note: "reset"}, all},
+		"broken off in blanks":           {wire.Result{Body: []byte(" \n"), Truncated: true}, all},
+		"broken off before a list":       {wire.Result{Body: []byte(`{"taken": 2, `), Truncated: true}, all},
+		"broken off behind a list":       {wire.Result{Body: []byte(`{"failed": ["evt_2"], "tak`), Truncated: true}, []int{1}},
+		"broken off, and no JSON":        {wire.Result{Body: []byte("thank y"), Truncated: true}, nil},
+		"broken off, with a name beside": {wire.Result{Body: []byte(`{"taken"`), Headers: ids("evt_2"), Truncated: true}, all},
+	} {
+		a := delivery.Attempt{Outcome: delivery.OutcomeSucceeded}
+		tt.r.Status = 200
+		refused := (&pending{plan: &plan{}, jobs: jobs}).readAnswer(&tt.r, &a, time.Now())
+		got := slices.Sorted(maps.Keys(refused))
+		if a.Outcome != delivery.OutcomeSucceeded {
+			got = all
+		}
+		if !slices.Equal(got, tt.want) {
+			t.Errorf("%s: %v were not taken, want %v; %s", name, got, tt.want, a.Error)
+		}
 	}
 }

@@ -213,7 +213,7 @@ func (h *Host) submit(p *pending, pl *plan) {
 	case pl.maxBody > 0 && len(p.Content.Body()) > pl.maxBody:
 		go h.tooLarge(p, pl.maxBody)
 		return
-	case len(p.jobs) > 1 && len(p.Content.Body()) > wire.MaxTogether:
+	case len(p.jobs) > 1 && p.Content.Plain() > wire.MaxTogether:
 		go h.tooLarge(p, wire.MaxTogether)
 		return
 	}

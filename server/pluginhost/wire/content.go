@@ -59,6 +59,7 @@ type Shaped struct {
 	event *delivery.Event
 	shape Shape
 	body  []byte
+	plain int // size of the body of several before it was compressed
 }
 
 // Content is an event as it travels: once for all attempts of a batch that share it.
@@ -81,6 +82,9 @@ func (c Content) Body() []byte {
 	}
 	return c.event.Payload
 }
+
+// Plain is the size of what is sent of several events when it is decompressed.
+func (c Content) Plain() int { return c.shaped.plain }
 
 // headers are those of every request that carries the event, in the order they are sent.
 func (c Content) headers(yield func(name, value string) bool) {

@@ -10,7 +10,7 @@ import (
 )
 
 const (
-	// MaxTogether is the largest body of several events that is sent.
+	// MaxTogether is the largest body of several events that is sent, before it is compressed.
 	MaxTogether = 1 << 20
 	// MaxAnswer is how many bytes are read of the answer to several events, which may name those that were not taken.
 	MaxAnswer = 64 << 10
@@ -58,6 +58,7 @@ func (s *Shapes) Together(events []*delivery.Event, want Shape) Content {
 		}
 		body = append(body, ']')
 	}
+	plain := len(body)
 	if want.gzip {
 		body = s.compress(body)
 	}
@@ -65,7 +66,7 @@ func (s *Shapes) Together(events []*delivery.Event, want Shape) Content {
 	if slices.ContainsFunc(events, func(ev *delivery.Event) bool { return ev.Type != whole.Type }) {
 		whole.Type = ""
 	}
-	return Content{whole, &Shaped{event: whole, shape: want, body: body}}
+	return Content{whole, &Shaped{event: whole, shape: want, body: body, plain: plain}}
 }
 
 // ID is the webhook-id.
