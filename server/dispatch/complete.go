@@ -38,13 +38,13 @@ func (x *entry) Complete(_ *delivery.Job, r delivery.Result) {
 		l.mu.Unlock()
 		return
 	}
-	took := now.Sub(x.started)
+	took := now.Sub(x.at.time())
 	a := &r.Attempt
 	step, since := x.end(&r, now, took), x.since(now)
 	l.land(x)
 	v := l.learn(x, &r, step, took, now)
 	x.square(x.cost(took))
-	down := x.visit.ended(l.key, &r, x.started, now)
+	down := x.visit.ended(l.key, &r, x.at.time(), now)
 	l.count(now, r.Outcome, step.State, since)
 	l.mu.Unlock()
 
@@ -81,7 +81,7 @@ func (l *lane) learn(x *entry, r *delivery.Result, step delivery.Step, took time
 	}
 	first := l.health.Latency() == 0
 	v := l.health.Ended(&health.End{
-		Mark: x.mark, Signal: health.SignalOf(r), Started: x.started, Took: took, Served: r.Duration, RetryAfter: r.RetryAfter,
+		Mark: x.mark, Signal: health.SignalOf(r), Started: x.at.time(), Took: took, Served: r.Duration, RetryAfter: r.RetryAfter,
 		Most: maxInFlight(x.sub), DisableAfter: x.sub.DisableAfter, Disables: step.Disable, Random: rand.Float64(),
 	}, now)
 	l.reclass()

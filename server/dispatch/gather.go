@@ -48,7 +48,7 @@ func (l *lane) gathers(sub *subscription.Subscription, now time.Time) bool {
 	if n >= l.company(lead, sub) || weight >= sub.Batching.MaxBytes { // before each one is looked at
 		return false
 	}
-	until := l.gathersUntil(sub, repeats)
+	until := l.gathersUntil(sub, repeats, now)
 	if !now.Before(until) {
 		return false
 	}
@@ -56,9 +56,32 @@ func (l *lane) gathers(sub *subscription.Subscription, now time.Time) bool {
 	return true
 }
 
-// gathersUntil is when the first of those that wait has waited long enough; zero when none does. They are in the order of their
-// rows, and not of that.
-func (l *lane) gathersUntil(sub *subscription.Subscription, repeats bool) (until time.Time) {
+// gathering is what was found when those that wait were looked at: until when they do.
+type gathering struct {
+	sub              *subscription.Subscription // nil: look again
+	repeats, reading bool
+	until            time.Time
+}
+
+// gathersUntil is when the first of those that wait has waited long enough; zero when none does.
+func (l *lane) gathersUntil(sub *subscription.Subscription, repeats bool, now time.Time) time.Time {
+	if g := &l.gathering; g.sub != sub || g.repeats != repeats || g.reading != l.reading || !now.Before(g.until) {
+		*g = gathering{sub, repeats, l.reading, l.lookWho(sub, repeats)}
+	}
+	return l.gathering.until
+}
+
+// joins has one more wait. l.mu is held.
+func (l *lane) joins(x *entry) {
+	if g := &l.gathering; g.sub != nil {
+		if at := l.patience(x, g.sub.Batching.MaxWait); g.until.IsZero() || at.Before(g.until) {
+			g.until = at
+		}
+	}
+}
+
+// lookWho looks at all that wait: they are in the order of their rows, and not of how long they do.
+func (l *lane) lookWho(sub *subscription.Subscription, repeats bool) (until time.Time) {
 	for _, q := range []*queue{&l.fresh, &l.timers} {
 		for x := q.head; x != nil; x = x.next {
 			if x.repeats() && !repeats || x.Order != 0 && l.orders[x.Order] > 0 {
@@ -75,7 +98,7 @@ func (l *lane) gathersUntil(sub *subscription.Subscription, repeats bool) (until
 // patience is until when an entry waits for company. What it has waited for anything else counts, but what is being read
 // comes along. So that none expires meanwhile, it is half of what it has left at most.
 func (l *lane) patience(x *entry, most time.Duration) time.Time {
-	since := x.started
+	since := x.at.time()
 	if due := x.due(); due.Before(since) && !l.reading {
 		since = due
 	}
@@ -92,7 +115,7 @@ func (x *entry) due() time.Time {
 	case x.Kind == delivery.Timer:
 		return x.Due.Time()
 	case x.Order != 0:
-		return x.started
+		return x.at.time()
 	}
 	return x.ID.Time()
 }
@@ -236,6 +259,7 @@ func (l *lane) putBack(x *entry) {
 	}
 	x.stage = window.Waiting
 	l.queueOf(x).putBack(x)
+	l.gathering.sub = nil
 }
 
 // outcome is how one delivery of a request goes on.
@@ -271,7 +295,7 @@ func (x *entry) completeAll(r delivery.Result) {
 		l.mu.Unlock()
 		return
 	}
-	took := now.Sub(x.started)
+	took := now.Sub(x.at.time())
 	n := len(x.parcel.all)
 	x.stage = window.Settling
 	l.land(x)
@@ -293,7 +317,7 @@ func (x *entry) completeAll(r delivery.Result) {
 	}
 	v := l.learn(x, &lesson, ends[0].step, took, now)
 	x.square(x.cost(took))
-	down := x.visit.ended(l.key, &lesson, x.started, now)
+	down := x.visit.ended(l.key, &lesson, x.at.time(), now)
 	for i := range ends {
 		l.count(now, ends[i].attempt.Outcome, ends[i].step.State, ends[i].x.since(now))
 	}

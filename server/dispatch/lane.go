@@ -48,19 +48,20 @@ type lane struct {
 	cancels   int  // CancelLane is at work
 	disabling bool // Disable is at work
 
-	health   health.Health
-	standing standing // of the health, as slots and budget know it
-	retrying int      // attempts among flying that are repeats
-	born     int64    // when its subscription was created, in nanoseconds since 1970
-	target   uint32   // rises when the target changes: ends of older attempts say nothing about it
-	pool     *pool    // of its plugin; nil where that has no bound of its own
-	poolAt   time.Time
-	pacer    *pacer // nil: its subscription has no max_rate
-	origin   *origin
-	originOf *subscription.Subscription // that it was looked up for
-	guest    bool                       // it may wait for its turn at the origin, or be called
-	relieved time.Time                  // when the host was up again for which its own breaker has given way
-	series   *series
+	health    health.Health
+	standing  standing // of the health, as slots and budget know it
+	retrying  int      // attempts among flying that are repeats
+	born      int64    // when its subscription was created, in nanoseconds since 1970
+	target    uint32   // rises when the target changes: ends of older attempts say nothing about it
+	pool      *pool    // of its plugin; nil where that has no bound of its own
+	poolAt    time.Time
+	pacer     *pacer // nil: its subscription has no max_rate
+	gathering gathering
+	origin    *origin
+	originOf  *subscription.Subscription // that it was looked up for
+	guest     bool                       // it may wait for its turn at the origin, or be called
+	relieved  time.Time                  // when the host was up again for which its own breaker has given way
+	series    *series
 
 	// Places in queues of the engine.
 	queued     [standings]atomic.Bool // on the ring, among those of a standing
@@ -218,13 +219,14 @@ func (l *lane) heldIn(partition uint16) window.Held {
 // admit takes a job to memory that its window has taken, and whose event is held. near is nil or an entry that was
 // admitted before it, of the same read.
 func (l *lane) admit(j *delivery.Job, near *entry, now time.Time) *entry {
-	x := &entry{Job: *j, lane: l, started: now, weight: weight(j.Event)}
+	x := &entry{Job: *j, lane: l, at: momentOf(now), weight: weight(j.Event)}
 	if l.held == nil {
 		l.held = make(map[place]*entry)
 	}
 	l.held[x.place()] = x
 	l.charge(1, x.size())
 	l.queueOf(x).add(x, near)
+	l.joins(x)
 	return x
 }
 
@@ -457,7 +459,7 @@ func (l *lane) kick(now time.Time) {
 // look judges the lane by what it has in flight.
 func (l *lane) look(now time.Time) {
 	if l.flying.n > 0 {
-		if at := l.health.Look(l.flying.head.started, now); !at.IsZero() {
+		if at := l.health.Look(l.flying.head.at.time(), now); !at.IsZero() {
 			l.arm(at)
 		}
 	}

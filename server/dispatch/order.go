@@ -40,6 +40,7 @@ func (l *lane) keyInFlight(x *entry, n int) {
 	if l.orders == nil {
 		l.orders = make(map[delivery.OrderKey]int)
 	}
+	l.gathering.sub = nil // others of the key may travel now, or not
 	if l.orders[x.Order] += n; l.orders[x.Order] == 0 {
 		if delete(l.orders, x.Order); len(l.orders) == 0 {
 			l.orders = nil

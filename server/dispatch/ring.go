@@ -339,7 +339,7 @@ func (l *lane) begin(x *entry) {
 
 // takeOff and land keep flying and the slots of standings in step. l.mu is held.
 func (l *lane) takeOff(x *entry, now time.Time) {
-	x.stage, x.started, x.target, x.pool = window.Flying, now, l.target, l.pool
+	x.stage, x.at, x.target, x.pool = window.Flying, momentOf(now), l.target, l.pool
 	x.mark = l.health.Started(x.repeats(), l.flying.n+1, now)
 	if x.mark.Retry() {
 		l.retrying++

@@ -65,7 +65,7 @@ func (e *Engine) Status(key delivery.LaneKey) Status {
 	}
 	if g.open() && g.sub.Batching != nil {
 		if lead := l.next(g.sub); lead != nil {
-			s.Gathers = l.gathersUntil(g.sub, l.withRepeats(lead, g.sub))
+			s.Gathers = l.gathersUntil(g.sub, l.withRepeats(lead, g.sub), now)
 		}
 	}
 	if g.sub != nil {
