@@ -459,3 +459,27 @@ func (w *world) recent(sub string) bool {
 	}
 	return false
 }
+
+// A host is looked at again although nobody waited for it when that was due, because nothing was due to anybody.
+func TestAHostIsLookedAtByWhoeverComesLater(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		defer w.stop()
+		synctest.Wait()
+		w.receiver.set(always(time.Millisecond, unreachable))
+		seldom := func(s *subscription.Subscription) { s.Schedule = []time.Duration{5 * time.Minute} }
+		for i := range 5 {
+			w.publish(w.sub(fmt.Sprint("s", i), shared, seldom), 0)
+		}
+		time.Sleep(time.Minute)
+		w.receiver.set(always(time.Millisecond, ok))
+		w.publish(w.sub("s0", shared, seldom), 0)
+		w.publish(w.sub("new", shared, seldom), 0)
+		time.Sleep(time.Second)
+		if n := w.journal.OpenOf(lane("new")); n != 0 {
+			t.Error("one that came later was not tried")
+		}
+		time.Sleep(10 * time.Minute)
+		wantStates(t, w, map[delivery.State]int{delivery.Succeeded: 7})
+	})
+}
