@@ -35,14 +35,15 @@ func (x *entry) carries() bool { return x.parcel != nil && x.parcel.carrier == x
 func (x *entry) travels() bool { return x.parcel != nil && x.parcel.carrier != x }
 
 // gathers reports whether the lane waits for company, and sets the alarm for when that is over. l.mu is held.
-func (l *lane) gathers(sub *subscription.Subscription, now time.Time) bool {
+func (l *lane) gathers(g gate, now time.Time) bool {
+	sub := g.sub
 	lead := l.next(sub)
 	if lead == nil {
 		return false
 	}
 	until, most := l.gathersUntil(sub, lead), l.company(lead, sub)
 	switch {
-	case !now.Before(until), l.health.Isolated(), lead.expired(now):
+	case !now.Before(until), g.isolated, lead.expired(now):
 		return false
 	case l.behind(now) && !l.reading:
 		return false // memory holds no more of it
@@ -104,7 +105,7 @@ func (l *lane) takeTogether(b *batch, g gate, now time.Time) {
 		}
 		l.pick(b, lead, true, visit{}, g, now)
 	}
-	if lead == nil || b.n == quantum || l.gathers(g.sub, now) {
+	if lead == nil || b.n == quantum || l.gathers(g, now) {
 		return
 	}
 	v, ok := l.mayStart(g, now)

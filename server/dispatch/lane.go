@@ -439,7 +439,7 @@ func (l *lane) kick(now time.Time) {
 	if l.running {
 		return
 	}
-	if l.full(g.sub) || l.next(g.sub) == nil || g.sub.Batching != nil && l.gathers(g.sub, now) {
+	if l.full(g.sub) || l.next(g.sub) == nil || g.sub.Batching != nil && l.gathers(g, now) {
 		if !l.reading {
 			l.goOn(now)
 		}

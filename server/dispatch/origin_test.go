@@ -483,3 +483,23 @@ func TestAHostIsLookedAtByWhoeverComesLater(t *testing.T) {
 		wantStates(t, w, map[delivery.State]int{delivery.Succeeded: 7})
 	})
 }
+
+// Who would gather company looks at the host all the same: what it has gathered is not kept while the host is down.
+func TestThoseThatGatherLookAtTheirHost(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		defer w.stop()
+		synctest.Wait()
+		w.receiver.set(always(time.Millisecond, unreachable))
+		for i := range 10 {
+			w.publishN(w.sub(fmt.Sprint("s", i), shared, batching(100, 10*time.Second)), 0, 3)
+		}
+		time.Sleep(2 * time.Minute)
+		if s := w.engine.Status(lane("s0")); s.HostDown.IsZero() {
+			t.Errorf("status %+v", s)
+		}
+		w.receiver.set(always(time.Millisecond, ok))
+		time.Sleep(time.Minute)
+		wantStates(t, w, map[delivery.State]int{delivery.Succeeded: 30})
+	})
+}
