@@ -420,7 +420,15 @@ func (l *lane) kick(now time.Time) {
 		l.lookOrigin(g.sub, now)
 		g = l.gate(now)
 	}
-	if g.hostDown && l.queueAtHost(now) {
+	if g.sub != nil {
+		l.lookPool(g.sub, now)
+	}
+	switch {
+	case !g.hostDown:
+	case l.crowded(): // a turn at the host would be lost on it
+		l.goOn(now)
+		l.queueUp(now)
+	case l.queueAtHost(now):
 		l.relieve(now)
 		g = l.gate(now)
 	}
@@ -434,7 +442,6 @@ func (l *lane) kick(now time.Time) {
 	if !g.isolated {
 		l.sweepAt = time.Time{}
 	}
-	l.lookPool(g.sub, now)
 	l.wantRead(g, now)
 	if l.running {
 		return

@@ -503,3 +503,40 @@ func TestThoseThatGatherLookAtTheirHost(t *testing.T) {
 		wantStates(t, w, map[delivery.State]int{delivery.Succeeded: 30})
 	})
 }
+
+// Whose plugin is busy with others has no turn at its host that it could not use, and does not ask for one again and again.
+func TestWhoWaitsForItsPluginAsksNotForItsHost(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, func(o *dispatch.Options) { o.Window = func(*subscription.Subscription) int { return 8 } })
+		synctest.Wait()
+		w.receiver.set(func(sub *subscription.Subscription, _ *delivery.Job) (time.Duration, *delivery.Result) {
+			if strings.HasPrefix(sub.ID, "s") {
+				return 15 * time.Second, timedOut()
+			}
+			return 10 * time.Minute, timedOut()
+		})
+		for i := range 5 {
+			for p := range 3 {
+				w.publishN(w.sub(fmt.Sprint("s", i), shared), uint16(p), 5)
+			}
+		}
+		time.Sleep(time.Minute)
+		for i := range 10 {
+			w.publish(w.sub(fmt.Sprint("hangs", i), most(16)), 0)
+		}
+		time.Sleep(time.Minute)
+		before, _ := w.journal.readCount()
+		time.Sleep(5 * time.Minute)
+		if after, _ := w.journal.readCount(); after-before > 5*5*60 {
+			t.Errorf("%d reads in five minutes in which nothing could start", after-before)
+		}
+		w.receiver.set(always(time.Millisecond, ok))
+		time.Sleep(10 * time.Minute)
+		for i := range 5 {
+			if n := w.journal.OpenOf(lane(fmt.Sprint("s", i))); n != 0 {
+				t.Errorf("%d of s%d are open", n, i)
+			}
+		}
+		_ = w.kill()
+	})
+}
