@@ -409,6 +409,7 @@ func (l *lane) kick(now time.Time) {
 		return
 	}
 	if !l.busy() {
+		l.goOn(now)
 		l.rest(now)
 		return
 	}

@@ -540,3 +540,30 @@ func TestWhoWaitsForItsPluginAsksNotForItsHost(t *testing.T) {
 		_ = w.kill()
 	})
 }
+
+// Those whose deliveries have all been cancelled are passed over at once.
+func TestWhoHasNothingLeftKeepsNobodyWaiting(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		synctest.Wait()
+		w.receiver.set(always(time.Millisecond, unreachable))
+		const lanes = 40
+		for i := range lanes {
+			w.publishN(w.sub(fmt.Sprint("s", i), shared), uint16(i%16), 5)
+		}
+		time.Sleep(time.Minute)
+		probe := w.engine.Status(lane("s39")).HostProbe
+		time.Sleep(time.Until(probe) - time.Second)
+		w.receiver.set(always(time.Millisecond, ok))
+		for i := range lanes - 1 {
+			if _, err := w.engine.CancelLane(t.Context(), lane(fmt.Sprint("s", i)), "asked for", nil); err != nil {
+				t.Error(err)
+			}
+		}
+		time.Sleep(1500 * time.Millisecond)
+		if n := len(w.attemptsTo("s39")); n == 0 {
+			t.Error("the one that is left has not looked half a second after the probe was due")
+		}
+		_ = w.kill()
+	})
+}
