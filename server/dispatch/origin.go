@@ -418,6 +418,9 @@ func (o *origin) add(l *lane) {
 	} else {
 		g.waiting = append(g.waiting, l)
 		l.atHost = len(g.waiting)
+		if g.flying == 0 || o.next != nil && o.next.key.Namespace == g.key {
+			o.next = l
+		}
 	}
 }
 
@@ -456,7 +459,8 @@ func (o *origin) remove(l *lane) {
 }
 
 // pick chooses who is next of those that wait, if any do: namespace after namespace, so that the many of one do not keep
-// others waiting, and of its lanes by lot, so that those do not which came first and hang, but none again before all others.
+// others waiting, and of its lanes the newest, so that those do not which came first and hang, but none again before all
+// others. One that comes has its turn next, unless its namespace has attempts in flight and another's turn it is.
 func (o *origin) pick() *lane {
 	if o.next != nil || len(o.waiting) == 0 {
 		return o.next
@@ -469,7 +473,7 @@ func (o *origin) pick() *lane {
 			l.atHost = -l.atHost
 		}
 	}
-	o.next = g.waiting[rand.IntN(len(g.waiting))]
+	o.next = g.waiting[len(g.waiting)-1]
 	return o.next
 }
 

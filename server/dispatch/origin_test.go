@@ -567,3 +567,55 @@ func TestWhoHasNothingLeftKeepsNobodyWaiting(t *testing.T) {
 		_ = w.kill()
 	})
 }
+
+// Newcomers that are well have their first delivery soon on a host that has answered nobody, although many that hang wait
+// before them for the few attempts that go there.
+func TestANewcomerIsNotQueuedBehindThoseThatHangOnItsHost(t *testing.T) {
+	for name, tt := range map[string]struct {
+		hanging, spaces int
+		// news are how many newcomers come at once, to a namespace of their own or not.
+		news  int
+		apart bool
+	}{
+		"a new host":                    {hanging: 50, spaces: 1, news: 1},
+		"a new host, many apart":        {hanging: 50, spaces: 1, news: 20, apart: true},
+		"a new host of many namespaces": {hanging: 100, spaces: 100, news: 1, apart: true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				w := newWorld(t)
+				synctest.Wait()
+				w.receiver.set(func(sub *subscription.Subscription, _ *delivery.Job) (time.Duration, *delivery.Result) {
+					if strings.HasPrefix(sub.ID, "hangs") {
+						return 15 * time.Second, timedOut()
+					}
+					return 50 * time.Millisecond, ok()
+				})
+				for i := range tt.hanging {
+					w.publishN(w.sub(fmt.Sprint("hangs", i), shared, inNamespace(fmt.Sprint("ns", i%tt.spaces))), uint16(i%16), 5)
+				}
+				time.Sleep(5 * time.Second)
+				space := "ns0"
+				if tt.apart {
+					space = "apart"
+				}
+				for i := range tt.news {
+					w.publish(w.sub(fmt.Sprint("new", i), shared, inNamespace(space)), 0)
+				}
+				time.Sleep(9 * time.Second)
+				n := 0
+				var longest time.Duration
+				for _, s := range w.receiver.starts() {
+					if strings.HasPrefix(s.sub, "new") {
+						n++
+						longest = max(longest, s.at.Sub(s.accept))
+					}
+				}
+				if n != tt.news || longest > 1500*time.Millisecond {
+					t.Errorf("%d of %d were tried, after up to %v", n, tt.news, longest)
+				}
+				_ = w.kill()
+			})
+		})
+	}
+}
