@@ -461,12 +461,22 @@ func (o *origin) remove(l *lane) {
 // pick chooses who is next of those that wait, if any do: namespace after namespace, so that the many of one do not keep
 // others waiting, and of its lanes the newest, so that those do not which came first and hang, but none again before all
 // others. One that comes has its turn next, unless its namespace has attempts in flight and another's turn it is.
+//
+// Those for whom the host is not down do not wait behind others' probe. It is down for fewer than health.Witnesses, or for all.
 func (o *origin) pick() *lane {
-	if o.next != nil || len(o.waiting) == 0 {
+	if len(o.waiting) == 0 || o.next != nil && !o.health.Down(o.next.key.Namespace) {
 		return o.next
 	}
-	o.turn = (o.turn + 1) % len(o.waiting)
-	g := o.waiting[o.turn]
+	var g *guests
+	for range min(len(o.waiting), health.Witnesses) {
+		o.turn = (o.turn + 1) % len(o.waiting)
+		if g = o.waiting[o.turn]; !o.health.Down(g.key) {
+			break
+		}
+	}
+	if o.next != nil && o.health.Down(g.key) {
+		return o.next
+	}
 	if len(g.waiting) == 0 {
 		g.waiting, g.again = g.again, nil
 		for _, l := range g.waiting {

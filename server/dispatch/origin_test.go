@@ -619,3 +619,43 @@ func TestANewcomerIsNotQueuedBehindThoseThatHangOnItsHost(t *testing.T) {
 		})
 	}
 }
+
+// While a host is down for one namespace, whose lanes wait for its probe, the lanes of another do not wait behind them, also
+// where one of that hangs, too.
+func TestThoseOfOneNamespaceDoNotWaitBehindAnothersProbe(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		synctest.Wait()
+		w.receiver.set(func(sub *subscription.Subscription, _ *delivery.Job) (time.Duration, *delivery.Result) {
+			if strings.HasPrefix(sub.ID, "hangs") {
+				return 15 * time.Second, timedOut()
+			}
+			return 50 * time.Millisecond, ok()
+		})
+		for i := range 50 {
+			w.publishN(w.sub(fmt.Sprint("hangs", i), shared), uint16(i%16), 50)
+		}
+		time.Sleep(5 * time.Minute)
+		for i := range 10 {
+			time.Sleep(9 * time.Second)
+			apart := inNamespace(fmt.Sprint("apart", i))
+			w.publish(w.sub(fmt.Sprint("hangs-too", i), shared, apart), 0)
+			time.Sleep(time.Second)
+			w.publish(w.sub(fmt.Sprint("new", i), shared, apart), 0)
+		}
+		time.Sleep(30 * time.Second)
+		n := 0
+		for _, s := range w.receiver.starts() {
+			if strings.HasPrefix(s.sub, "new") {
+				n++
+				if wait := s.at.Sub(s.accept); wait > 3*time.Second {
+					t.Errorf("%s waited for %v", s.sub, wait)
+				}
+			}
+		}
+		if n != 10 {
+			t.Errorf("%d of 10 were tried", n)
+		}
+		_ = w.kill()
+	})
+}
