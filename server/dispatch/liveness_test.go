@@ -59,6 +59,7 @@ func newTown(t *testing.T, rnd *rand.Rand) *town {
 		}
 	})
 	synctest.Wait()
+	delays := rand.New(rand.NewPCG(rnd.Uint64(), 2))
 	m.receiver.set(func(sub *subscription.Subscription, job *delivery.Job) (time.Duration, *delivery.Result) {
 		m.mu.Lock()
 		defer m.mu.Unlock()
@@ -68,7 +69,7 @@ func newTown(t *testing.T, rnd *rand.Rand) *town {
 				return sick(sub, job)
 			}
 		}
-		return time.Duration(1+m.rnd.IntN(50)) * time.Millisecond, ok()
+		return time.Duration(1+delays.IntN(50)) * time.Millisecond, ok()
 	})
 	for i := range 1 + rnd.IntN(4) {
 		m.hosts = append(m.hosts, fmt.Sprint("host", i))
@@ -141,7 +142,7 @@ func (m *town) illness() answer {
 		}
 	}
 	r := rand.New(rand.NewPCG(m.rnd.Uint64(), 1))
-	return func(*subscription.Subscription, *delivery.Job) (time.Duration, *delivery.Result) {
+	return func(*subscription.Subscription, *delivery.Job) (time.Duration, *delivery.Result) { // m.mu is held
 		switch r.IntN(16) {
 		case 0:
 			return 15 * time.Second, timedOut()
