@@ -35,9 +35,10 @@ func (x *entry) carries() bool { return x.parcel != nil && x.parcel.carrier == x
 func (x *entry) travels() bool { return x.parcel != nil && x.parcel.carrier != x }
 
 // gathers reports whether the lane waits for company, and sets the alarm for when that is over. l.mu is held.
-func (l *lane) gathers(sub *subscription.Subscription, now time.Time) bool {
+func (l *lane) gathers(g gate, now time.Time) bool {
+	sub := g.sub
 	lead := l.next(sub)
-	if lead == nil || lead.expired(now) || l.health.Isolated() || l.behind(now) && !l.reading { // memory holds no more of it
+	if lead == nil || lead.expired(now) || g.isolated || l.behind(now) && !l.reading { // memory holds no more of it
 		return false
 	}
 	repeats := l.withRepeats(lead, sub)
@@ -155,7 +156,7 @@ func (l *lane) takeTogether(b *batch, g gate, now time.Time) {
 		}
 		l.pick(b, lead, true, visit{}, g, now)
 	}
-	if lead == nil || b.n == quantum || l.gathers(g.sub, now) {
+	if lead == nil || b.n == quantum || l.gathers(g, now) {
 		return
 	}
 	v, ok := l.mayStart(g, now)

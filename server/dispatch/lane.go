@@ -409,6 +409,7 @@ func (l *lane) kick(now time.Time) {
 		return
 	}
 	if !l.busy() {
+		l.goOn(now)
 		l.rest(now)
 		return
 	}
@@ -421,7 +422,15 @@ func (l *lane) kick(now time.Time) {
 		l.lookOrigin(g.sub, now)
 		g = l.gate(now)
 	}
-	if g.hostDown && l.queueAtHost(now) {
+	if g.sub != nil {
+		l.lookPool(g.sub, now)
+	}
+	switch {
+	case !g.hostDown:
+	case l.crowded(): // a turn at the host would be lost on it
+		l.goOn(now)
+		l.queueUp(now)
+	case l.queueAtHost(now):
 		l.relieve(now)
 		g = l.gate(now)
 	}
@@ -435,12 +444,11 @@ func (l *lane) kick(now time.Time) {
 	if !g.isolated {
 		l.sweepAt = time.Time{}
 	}
-	l.lookPool(g.sub, now)
 	l.wantRead(g, now)
 	if l.running {
 		return
 	}
-	if l.full(g.sub) || l.next(g.sub) == nil || g.sub.Batching != nil && l.gathers(g.sub, now) {
+	if l.full(g.sub) || l.next(g.sub) == nil || g.sub.Batching != nil && l.gathers(g, now) {
 		if !l.reading {
 			l.goOn(now)
 		}

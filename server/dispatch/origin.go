@@ -174,7 +174,8 @@ func (l *lane) queueAtHost(now time.Time) bool {
 	}
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	if o.calm.Load() || o.mayEnter(l, now) != health.Stay {
+	switch e := o.mayEnter(l, now); {
+	case o.calm.Load(), e == health.Enter, e == health.Probe && o.called == l:
 		return true
 	}
 	l.guest = true
@@ -184,7 +185,7 @@ func (l *lane) queueAtHost(now time.Time) bool {
 	if l.atHost == 0 {
 		o.add(l)
 	}
-	o.serve(now)
+	o.serve(l, now)
 	return o.called == l
 }
 
@@ -198,7 +199,7 @@ func (l *lane) goOn(now time.Time) {
 	defer o.mu.Unlock()
 	l.guest = false
 	o.remove(l)
-	o.serve(now)
+	o.serve(nil, now)
 }
 
 // hostState is since when the lane's host is down for it, and when the next probe may start; zero when it is not. l.mu is
@@ -261,6 +262,7 @@ func (l *lane) openHost(now time.Time) {
 	l.guest = true
 	o.remove(l)
 	o.call(l, now)
+	l.e.alarms.set(l, now)
 }
 
 // visit lets an attempt in, if it may start. l.mu is held.
@@ -286,7 +288,7 @@ func (l *lane) visit(now time.Time) (visit, bool) {
 	o.flying++
 	l.guest = false
 	o.remove(l)
-	o.serve(now)
+	o.serve(nil, now)
 	return v, true
 }
 
@@ -313,7 +315,7 @@ func (v *visit) returned(ns delivery.NamespaceKey, now time.Time) {
 		o.health.Returned(v.era)
 	}
 	o.left(ns)
-	o.serve(now)
+	o.serve(nil, now)
 }
 
 // ended tells the host how an attempt ended, and reports whether it is down since.
@@ -358,7 +360,7 @@ func (v *visit) ended(key delivery.LaneKey, r *delivery.Result, started, now tim
 		}
 	}
 	o.calm.Store(o.health.Calm() && len(o.waiting) == 0 && o.called == nil)
-	o.serve(now)
+	o.serve(nil, now)
 	return down
 }
 
@@ -416,6 +418,9 @@ func (o *origin) add(l *lane) {
 	} else {
 		g.waiting = append(g.waiting, l)
 		l.atHost = len(g.waiting)
+		if g.flying == 0 || o.next != nil && o.next.key.Namespace == g.key {
+			o.next = l
+		}
 	}
 }
 
@@ -454,25 +459,37 @@ func (o *origin) remove(l *lane) {
 }
 
 // pick chooses who is next of those that wait, if any do: namespace after namespace, so that the many of one do not keep
-// others waiting, and of its lanes by lot, so that those do not which came first and hang, but none again before all others.
+// others waiting, and of its lanes the newest, so that those do not which came first and hang, but none again before all
+// others. One that comes has its turn next, unless its namespace has attempts in flight and another's turn it is.
+//
+// Those for whom the host is not down do not wait behind others' probe. It is down for fewer than health.Witnesses, or for all.
 func (o *origin) pick() *lane {
-	if o.next != nil || len(o.waiting) == 0 {
+	if len(o.waiting) == 0 || o.next != nil && !o.health.Down(o.next.key.Namespace) {
 		return o.next
 	}
-	o.turn = (o.turn + 1) % len(o.waiting)
-	g := o.waiting[o.turn]
+	var g *guests
+	for range min(len(o.waiting), health.Witnesses) {
+		o.turn = (o.turn + 1) % len(o.waiting)
+		if g = o.waiting[o.turn]; !o.health.Down(g.key) {
+			break
+		}
+	}
+	if o.next != nil && o.health.Down(g.key) {
+		return o.next
+	}
 	if len(g.waiting) == 0 {
 		g.waiting, g.again = g.again, nil
 		for _, l := range g.waiting {
 			l.atHost = -l.atHost
 		}
 	}
-	o.next = g.waiting[rand.IntN(len(g.waiting))]
+	o.next = g.waiting[len(g.waiting)-1]
 	return o.next
 }
 
-// serve calls the next lane when it may start, and sees to it that it has its alarm.
-func (o *origin) serve(now time.Time) {
+// serve calls the next lane when it may start, and sees to it that it has its alarm. The one that looks itself, if any, needs
+// none: woken once more, it would ask for its turn at once again where it had nothing to start.
+func (o *origin) serve(looks *lane, now time.Time) {
 	if o.called != nil && !now.Before(o.calledUntil) {
 		o.called = nil
 	}
@@ -483,7 +500,9 @@ func (o *origin) serve(now time.Time) {
 		l.e.alarms.set(l, o.calledUntil)
 	case o.admit(l, now) != health.Stay:
 		o.remove(l)
-		o.call(l, now)
+		if o.call(l, now); l != looks {
+			l.e.alarms.set(l, now)
+		}
 	case !o.health.Down(l.key.Namespace):
 		l.e.alarms.set(l, o.health.NextEntry(o.flying))
 	default:
@@ -496,7 +515,6 @@ func (o *origin) serve(now time.Time) {
 // call gives a lane that does not wait any more its turn.
 func (o *origin) call(l *lane, now time.Time) {
 	o.called, o.calledUntil, l.looked = l, now.Add(turnFor), true
-	l.e.alarms.set(l, now)
 	if next := o.pick(); next != nil {
 		next.e.alarms.set(next, o.calledUntil)
 	}

@@ -459,3 +459,203 @@ func (w *world) recent(sub string) bool {
 	}
 	return false
 }
+
+// A host is looked at again although nobody waited for it when that was due, because nothing was due to anybody.
+func TestAHostIsLookedAtByWhoeverComesLater(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		defer w.stop()
+		synctest.Wait()
+		w.receiver.set(always(time.Millisecond, unreachable))
+		seldom := func(s *subscription.Subscription) { s.Schedule = []time.Duration{5 * time.Minute} }
+		for i := range 5 {
+			w.publish(w.sub(fmt.Sprint("s", i), shared, seldom), 0)
+		}
+		time.Sleep(time.Minute)
+		w.receiver.set(always(time.Millisecond, ok))
+		w.publish(w.sub("s0", shared, seldom), 0)
+		w.publish(w.sub("new", shared, seldom), 0)
+		time.Sleep(time.Second)
+		if n := w.journal.OpenOf(lane("new")); n != 0 {
+			t.Error("one that came later was not tried")
+		}
+		time.Sleep(10 * time.Minute)
+		wantStates(t, w, map[delivery.State]int{delivery.Succeeded: 7})
+	})
+}
+
+// Who would gather company looks at the host all the same: what it has gathered is not kept while the host is down.
+func TestThoseThatGatherLookAtTheirHost(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		defer w.stop()
+		synctest.Wait()
+		w.receiver.set(always(time.Millisecond, unreachable))
+		for i := range 10 {
+			w.publishN(w.sub(fmt.Sprint("s", i), shared, batching(100, 10*time.Second)), 0, 3)
+		}
+		time.Sleep(2 * time.Minute)
+		if s := w.engine.Status(lane("s0")); s.HostDown.IsZero() {
+			t.Errorf("status %+v", s)
+		}
+		w.receiver.set(always(time.Millisecond, ok))
+		time.Sleep(time.Minute)
+		wantStates(t, w, map[delivery.State]int{delivery.Succeeded: 30})
+	})
+}
+
+// Whose plugin is busy with others has no turn at its host that it could not use, and does not ask for one again and again.
+func TestWhoWaitsForItsPluginAsksNotForItsHost(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, func(o *dispatch.Options) { o.Window = func(*subscription.Subscription) int { return 8 } })
+		synctest.Wait()
+		w.receiver.set(func(sub *subscription.Subscription, _ *delivery.Job) (time.Duration, *delivery.Result) {
+			if strings.HasPrefix(sub.ID, "s") {
+				return 15 * time.Second, timedOut()
+			}
+			return 10 * time.Minute, timedOut()
+		})
+		for i := range 5 {
+			for p := range 3 {
+				w.publishN(w.sub(fmt.Sprint("s", i), shared), uint16(p), 5)
+			}
+		}
+		time.Sleep(time.Minute)
+		for i := range 10 {
+			w.publish(w.sub(fmt.Sprint("hangs", i), most(16)), 0)
+		}
+		time.Sleep(time.Minute)
+		before, _ := w.journal.readCount()
+		time.Sleep(5 * time.Minute)
+		if after, _ := w.journal.readCount(); after-before > 5*5*60 {
+			t.Errorf("%d reads in five minutes in which nothing could start", after-before)
+		}
+		w.receiver.set(always(time.Millisecond, ok))
+		time.Sleep(10 * time.Minute)
+		for i := range 5 {
+			if n := w.journal.OpenOf(lane(fmt.Sprint("s", i))); n != 0 {
+				t.Errorf("%d of s%d are open", n, i)
+			}
+		}
+		_ = w.kill()
+	})
+}
+
+// Those whose deliveries have all been cancelled are passed over at once.
+func TestWhoHasNothingLeftKeepsNobodyWaiting(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		synctest.Wait()
+		w.receiver.set(always(time.Millisecond, unreachable))
+		const lanes = 40
+		for i := range lanes {
+			w.publishN(w.sub(fmt.Sprint("s", i), shared), uint16(i%16), 5)
+		}
+		time.Sleep(time.Minute)
+		probe := w.engine.Status(lane("s39")).HostProbe
+		time.Sleep(time.Until(probe) - time.Second)
+		w.receiver.set(always(time.Millisecond, ok))
+		for i := range lanes - 1 {
+			if _, err := w.engine.CancelLane(t.Context(), lane(fmt.Sprint("s", i)), "asked for", nil); err != nil {
+				t.Error(err)
+			}
+		}
+		time.Sleep(1500 * time.Millisecond)
+		if n := len(w.attemptsTo("s39")); n == 0 {
+			t.Error("the one that is left has not looked half a second after the probe was due")
+		}
+		_ = w.kill()
+	})
+}
+
+// Newcomers that are well have their first delivery soon on a host that has answered nobody, although many that hang wait
+// before them for the few attempts that go there.
+func TestANewcomerIsNotQueuedBehindThoseThatHangOnItsHost(t *testing.T) {
+	for name, tt := range map[string]struct {
+		hanging, spaces int
+		// news are how many newcomers come at once, to a namespace of their own or not.
+		news  int
+		apart bool
+	}{
+		"a new host":                    {hanging: 50, spaces: 1, news: 1},
+		"a new host, many apart":        {hanging: 50, spaces: 1, news: 20, apart: true},
+		"a new host of many namespaces": {hanging: 100, spaces: 100, news: 1, apart: true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				w := newWorld(t)
+				synctest.Wait()
+				w.receiver.set(func(sub *subscription.Subscription, _ *delivery.Job) (time.Duration, *delivery.Result) {
+					if strings.HasPrefix(sub.ID, "hangs") {
+						return 15 * time.Second, timedOut()
+					}
+					return 50 * time.Millisecond, ok()
+				})
+				for i := range tt.hanging {
+					w.publishN(w.sub(fmt.Sprint("hangs", i), shared, inNamespace(fmt.Sprint("ns", i%tt.spaces))), uint16(i%16), 5)
+				}
+				time.Sleep(5 * time.Second)
+				space := "ns0"
+				if tt.apart {
+					space = "apart"
+				}
+				for i := range tt.news {
+					w.publish(w.sub(fmt.Sprint("new", i), shared, inNamespace(space)), 0)
+				}
+				time.Sleep(9 * time.Second)
+				n := 0
+				var longest time.Duration
+				for _, s := range w.receiver.starts() {
+					if strings.HasPrefix(s.sub, "new") {
+						n++
+						longest = max(longest, s.at.Sub(s.accept))
+					}
+				}
+				if n != tt.news || longest > 1500*time.Millisecond {
+					t.Errorf("%d of %d were tried, after up to %v", n, tt.news, longest)
+				}
+				_ = w.kill()
+			})
+		})
+	}
+}
+
+// While a host is down for one namespace, whose lanes wait for its probe, the lanes of another do not wait behind them, also
+// where one of that hangs, too.
+func TestThoseOfOneNamespaceDoNotWaitBehindAnothersProbe(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		synctest.Wait()
+		w.receiver.set(func(sub *subscription.Subscription, _ *delivery.Job) (time.Duration, *delivery.Result) {
+			if strings.HasPrefix(sub.ID, "hangs") {
+				return 15 * time.Second, timedOut()
+			}
+			return 50 * time.Millisecond, ok()
+		})
+		for i := range 50 {
+			w.publishN(w.sub(fmt.Sprint("hangs", i), shared), uint16(i%16), 50)
+		}
+		time.Sleep(5 * time.Minute)
+		for i := range 10 {
+			time.Sleep(9 * time.Second)
+			apart := inNamespace(fmt.Sprint("apart", i))
+			w.publish(w.sub(fmt.Sprint("hangs-too", i), shared, apart), 0)
+			time.Sleep(time.Second)
+			w.publish(w.sub(fmt.Sprint("new", i), shared, apart), 0)
+		}
+		time.Sleep(30 * time.Second)
+		n := 0
+		for _, s := range w.receiver.starts() {
+			if strings.HasPrefix(s.sub, "new") {
+				n++
+				if wait := s.at.Sub(s.accept); wait > 3*time.Second {
+					t.Errorf("%s waited for %v", s.sub, wait)
+				}
+			}
+		}
+		if n != 10 {
+			t.Errorf("%d of 10 were tried", n)
+		}
+		_ = w.kill()
+	})
+}

@@ -17,8 +17,8 @@ const (
 	known = 64
 	// mostTrips bounds the wait for a probe, 32 s: there is one for all.
 	mostTrips = 4
-	// witnesses is how many namespaces must have seen a host fail before one that has not believes it.
-	witnesses = 3
+	// Witnesses is how many namespaces must have seen a host fail before one that has not believes it.
+	Witnesses = 3
 	// company is how many lanes must have.
 	company = 2
 )
@@ -42,7 +42,7 @@ type Origin struct {
 	answered instant // when it last answered anybody
 	// lanes and spaces are who has seen it fail since, as many as matter.
 	lanes  [company]delivery.LaneKey
-	spaces [witnesses]delivery.NamespaceKey
+	spaces [Witnesses]delivery.NamespaceKey
 	run    uint8 // failures since
 	// risen: it was down, and has earned so many answers since.
 	risen  bool
@@ -97,7 +97,7 @@ func (o *Origin) room() int {
 
 // Down reports whether it is down for a namespace.
 func (o *Origin) Down(space delivery.NamespaceKey) bool {
-	return o.breaker.open() && (o.spaces[witnesses-1] != 0 || slices.Contains(o.spaces[:], space))
+	return o.breaker.open() && (o.spaces[Witnesses-1] != 0 || slices.Contains(o.spaces[:], space))
 }
 
 // Calm reports whether nothing is held against it, and any number may come.
@@ -185,7 +185,7 @@ func (o *Origin) Ended(m *Meeting, now time.Time) (down, up bool) {
 
 func (o *Origin) answers(now instant) (up bool) {
 	o.answered = now
-	o.run, o.lanes, o.spaces = 0, [company]delivery.LaneKey{}, [witnesses]delivery.NamespaceKey{}
+	o.run, o.lanes, o.spaces = 0, [company]delivery.LaneKey{}, [Witnesses]delivery.NamespaceKey{}
 	if o.breaker.open() {
 		o.breaker = breaker{era: o.breaker.era, trips: o.breaker.trips, shut: now}
 		o.risen, o.earned = true, 0
