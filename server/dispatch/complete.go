@@ -86,7 +86,11 @@ func (l *lane) learn(x *entry, r *delivery.Result, step delivery.Step, took time
 	}, now)
 	l.reclass()
 	if first && l.health.Latency() != 0 {
-		l.e.slots.tried(l.tenant, l.health.Answers())
+		answered := l.health.Answers()
+		if l.e.slots.tried(l.tenant, answered); answered && l.pool != nil {
+			l.pool.last.due.Store(0)
+			l.pool.freed(now)
+		}
 	}
 	switch {
 	case step.Disable:

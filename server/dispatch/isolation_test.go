@@ -218,6 +218,50 @@ func TestANewcomerDoesNotWaitAmongThoseThatHang(t *testing.T) {
 	}
 }
 
+// The same holds where a plugin takes few attempts at once.
+func TestANewcomerOfASmallPlugin(t *testing.T) {
+	for _, spaces := range []int{1, 5} {
+		t.Run(fmt.Sprint(spaces), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				w := newWorld(t, func(o *dispatch.Options) {
+					o.Window = func(*subscription.Subscription) int { return 256 }
+				})
+				synctest.Wait()
+				w.receiver.set(func(sub *subscription.Subscription, _ *delivery.Job) (time.Duration, *delivery.Result) {
+					if strings.HasPrefix(sub.ID, "hangs") {
+						return 15 * time.Second, timedOut()
+					}
+					return 2 * time.Millisecond, ok()
+				})
+				lasting := func(s *subscription.Subscription) { s.MaxAge, s.MaxAttempts = 100*time.Hour, 100 }
+				for i := range 600 {
+					w.publish(w.sub(fmt.Sprint("hangs", i), lasting, inNamespace(fmt.Sprint("sick", i%spaces))), uint16(i%16))
+				}
+				for second := range 45 {
+					time.Sleep(time.Second)
+					for _, space := range []string{"sick0", "well"} {
+						w.publish(w.sub(fmt.Sprint("new", second, space), lasting, inNamespace(space)), uint16(second%16))
+					}
+				}
+				time.Sleep(time.Second)
+				well := 0
+				for _, s := range w.receiver.starts() {
+					if strings.HasPrefix(s.sub, "new") {
+						well++
+						if wait := s.at.Sub(s.accept); wait > time.Second {
+							t.Errorf("%s had its first attempt after %v", s.sub, wait)
+						}
+					}
+				}
+				if well != 2*45 {
+					t.Errorf("%d of %d newcomers were tried", well, 2*45)
+				}
+				_ = w.kill()
+			})
+		})
+	}
+}
+
 // New receivers that are well and far away are not kept waiting by the pace that is for those that hang.
 func TestManyNewReceiversThatAreFarAway(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

@@ -49,11 +49,11 @@ type lane struct {
 	disabling bool // Disable is at work
 
 	health    health.Health
-	standing  standing // of the health, as slots and budget know it
-	retrying  int      // attempts among flying that are repeats
-	born      int64    // when its subscription was created, in nanoseconds since 1970
-	target    uint32   // rises when the target changes: ends of older attempts say nothing about it
-	pool      *pool    // of its plugin; nil where that has no bound of its own
+	standing  standing     // of the health, as slots and budget know it
+	retrying  int          // attempts among flying that are repeats
+	born      atomic.Int64 // when its subscription was created, in nanoseconds since 1970
+	target    uint32       // rises when the target changes: ends of older attempts say nothing about it
+	pool      *pool        // of its plugin; nil where that has no bound of its own
 	poolAt    time.Time
 	pacer     *pacer // nil: its subscription has no max_rate
 	gathering gathering
@@ -418,7 +418,7 @@ func (l *lane) kick(now time.Time) {
 	l.relieve(now)
 	g := l.gate(now)
 	if g.sub != nil && g.sub != l.originOf {
-		l.born = g.sub.Proto.GetCreateTime().AsTime().UnixNano()
+		l.born.Store(g.sub.Proto.GetCreateTime().AsTime().UnixNano())
 		l.lookOrigin(g.sub, now)
 		g = l.gate(now)
 	}
@@ -427,7 +427,7 @@ func (l *lane) kick(now time.Time) {
 	}
 	switch {
 	case !g.hostDown:
-	case l.crowded(): // a turn at the host would be lost on it
+	case l.crowded(now): // a turn at the host would be lost on it
 		l.goOn(now)
 		l.queueUp(now)
 	case l.queueAtHost(now):
@@ -454,7 +454,7 @@ func (l *lane) kick(now time.Time) {
 		}
 		return
 	}
-	if l.crowded() {
+	if l.crowded(now) {
 		l.goOn(now)
 		l.queueUp(now)
 		return

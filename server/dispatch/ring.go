@@ -56,8 +56,8 @@ func (r *ring) push(l *lane) {
 
 func (r *round) push(l *lane, st standing) {
 	s := &l.tenant.spaces[st]
-	l.seats[st].born = l.born
-	s.seat.born = max(s.seat.born, l.born)
+	l.seats[st].born = l.born.Load()
+	s.seat.born = max(s.seat.born, l.seats[st].born)
 	s.lanes.add(&l.seats[st])
 	r.spaces.add(&s.seat)
 	r.n.Add(1)
@@ -306,10 +306,10 @@ func (l *lane) mayStart(g gate, now time.Time) (v visit, ok bool) {
 	if l.full(g.sub) || !l.e.slots.acquire(l, g.sub.AttemptTimeout, now) {
 		return v, false
 	}
-	if !l.crowded() {
+	if !l.crowded(now) {
 		v, ok = l.visit(now)
 	}
-	if ok && !l.allow(g.sub, now) {
+	if ok && (l.pool != nil && !l.pool.enter(l, g.sub.AttemptTimeout, now) || !l.allow(g.sub, now)) {
 		v.returned(l.key.Namespace, now)
 		ok = false
 	}
@@ -389,6 +389,7 @@ func (l *lane) returned(x *entry) {
 	x.square(0)
 	if x.target == l.target {
 		l.health.Returned(x.mark)
+		l.e.slots.regain(l.standing, l.tenant)
 	}
 }
 

@@ -114,14 +114,20 @@ func (s *slots) start(l *lane, hang time.Duration, now time.Time) bool {
 	}
 	every := hang / time.Duration(part8(s.total, 1))
 	if s.nearlyTaken() && !s.last.start(now, 0, every) || l.tenant.nearlyFull(s) && !l.tenant.last.start(now, 0, every) {
-		s.regain(st)
+		s.paces[st].due.Add(-int64(s.every))
 		return false
 	}
 	return true
 }
 
 // regain gives a start back that has cost nothing.
-func (s *slots) regain(st standing) { s.paces[st].due.Add(-int64(s.every)) }
+func (s *slots) regain(st standing, t *tenant) {
+	s.paces[st].due.Add(-int64(s.every))
+	if st == unknown {
+		s.last.due.Store(0)
+		t.last.due.Store(0)
+	}
+}
 
 // tried learns from a lane's first attempt that has ended. One that was answered gives its start back.
 func (s *slots) tried(t *tenant, answered bool) {
@@ -131,9 +137,7 @@ func (s *slots) tried(t *tenant, answered bool) {
 		return
 	}
 	s.trust.Store(min(trust+1, part8(s.total, 1)))
-	s.regain(unknown)
-	s.last.due.Store(0)
-	t.last.due.Store(0)
+	s.regain(unknown, t)
 }
 
 // tenant is a namespace with lanes.
@@ -212,7 +216,7 @@ func (s *slots) acquire(l *lane, hang time.Duration, now time.Time) bool {
 
 // returned gives a slot back that was not used.
 func (s *slots) returned(l *lane) {
-	s.regain(l.standing)
+	s.regain(l.standing, l.tenant)
 	s.count(l, -1)
 	s.used.Add(-1)
 }
