@@ -147,7 +147,7 @@ type Options struct {
 	// Slots bounds the attempts in flight over all lanes; 0 means 4096.
 	Slots int
 	// Starts is how many attempts may start in a second, at about even intervals, for lanes that hang or are slow, and how
-	// many for those that were never answered, but for attempts that are; 0 means 350 for each processor that Go uses.
+	// many for those that were never answered, but for attempts that are; 0 means 700 for each processor that Go uses.
 	Starts int
 	// Window is how many attempts the plugin of a subscription's transport takes at once; 0 is no bound but Slots. It
 	// must be fast. Nil: none has one.
@@ -222,7 +222,7 @@ type Engine struct {
 const (
 	defaultSlots = 4096
 	// startsEach is the default of Options.Starts for each processor. New connections cost it some tenths of a millisecond each.
-	startsEach         = 350
+	startsEach         = 700
 	defaultWindowBytes = 64 << 20
 	defaultStatsBytes  = 16 << 20
 	// disablesAtOnce bounds the calls of Options.Disable.
