@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"slices"
+	"sync"
 	"testing"
 	"time"
 
@@ -473,23 +474,36 @@ func TestReplayOverPowerLosses(t *testing.T) {
 			t.Parallel()
 			rng := rand.New(rand.NewPCG(uint64(seed), 5))
 			fs := vfs.NewCrashableMem()
+			var mu sync.Mutex // of what committers and the test share
 			var crash *vfs.MemFS
-			left := 0
+			left, lot := 0, rand.New(rand.NewPCG(uint64(seed), 6))
+			crashed := func() bool {
+				mu.Lock()
+				defer mu.Unlock()
+				return crash != nil
+			}
+			arm := func(commits int) {
+				mu.Lock()
+				defer mu.Unlock()
+				crash, left = nil, commits
+			}
 			b := newBench(t, func(o *Options) {
 				o.fs, o.Partitions = fs, 2
 				o.refuse = func(uint16) bool {
+					mu.Lock()
+					defer mu.Unlock()
 					if left--; left == 0 {
-						crash = fs.CrashClone(vfs.CrashCloneCfg{UnsyncedDataPercent: rng.IntN(101), RNG: rng})
+						crash = fs.CrashClone(vfs.CrashCloneCfg{UnsyncedDataPercent: lot.IntN(101), RNG: lot})
 					}
-					return left > 0 && rng.IntN(10) == 0
+					return left > 0 && lot.IntN(10) == 0
 				}
 			})
-			left = -1
+			arm(-1)
 			b.kill(60)
 			r := b.replay("r", ReplaySpec{})
 			for range 5 {
-				crash, left = nil, 2+rng.IntN(12)
-				for p, fails := 0, 0; p < 2 && crash == nil && fails < 50; {
+				arm(2 + rng.IntN(12))
+				for p, fails := 0, 0; p < 2 && !crashed() && fails < 50; {
 					a, err := b.AdvanceReplay(context.Background(), r, uint16(p), deadTo(0), 1+rng.IntN(9))
 					if err != nil {
 						fails++
@@ -498,12 +512,12 @@ func TestReplayOverPowerLosses(t *testing.T) {
 						p++
 					}
 				}
-				left = -1
 				b.close()
 				if crash != nil {
 					fs = crash
 					b.opts.fs = fs
 				}
+				arm(-1)
 				b.open()
 			}
 			b.advance(r, deadTo(0), 7)
