@@ -197,7 +197,7 @@ func (f *fixture) unary(t testing.TB) {
 func TestQueueMovesOnAtAnUpgrade(t *testing.T) {
 	f := start(t, nil, version("1"))
 	f.unary(t)
-	sub := newSub(t, 1, map[string]any{"delay": "1s"})
+	sub := newSub(t, 1, map[string]any{"delay": "4s"})
 	sub.MaxInFlight = 5000
 	s := newSink()
 	load(f, sub, s, 4096+500)
