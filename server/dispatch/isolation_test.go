@@ -157,12 +157,7 @@ func TestANewcomerDoesNotWaitAmongThoseThatHang(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				w := newWorld(t, func(o *dispatch.Options) { o.Slots = n.slots })
 				synctest.Wait()
-				w.receiver.set(func(sub *subscription.Subscription, _ *delivery.Job) (time.Duration, *delivery.Result) {
-					if strings.HasPrefix(sub.ID, "hangs") {
-						return 15 * time.Second, timedOut()
-					}
-					return 2 * time.Millisecond, ok()
-				})
+				w.receiver.set(hanging(2 * time.Millisecond))
 				lasting := func(s *subscription.Subscription) { s.MaxAge, s.MaxAttempts, s.MaxInFlight = 100*time.Hour, 100, 16 }
 				var hanging []*subscription.Subscription
 				wells := 0
@@ -227,12 +222,7 @@ func TestANewcomerOfASmallPlugin(t *testing.T) {
 					o.Window = func(*subscription.Subscription) int { return 256 }
 				})
 				synctest.Wait()
-				w.receiver.set(func(sub *subscription.Subscription, _ *delivery.Job) (time.Duration, *delivery.Result) {
-					if strings.HasPrefix(sub.ID, "hangs") {
-						return 15 * time.Second, timedOut()
-					}
-					return 2 * time.Millisecond, ok()
-				})
+				w.receiver.set(hanging(2 * time.Millisecond))
 				lasting := func(s *subscription.Subscription) { s.MaxAge, s.MaxAttempts = 100*time.Hour, 100 }
 				for i := range 600 {
 					w.publish(w.sub(fmt.Sprint("hangs", i), lasting, inNamespace(fmt.Sprint("sick", i%spaces))), uint16(i%16))
@@ -357,12 +347,7 @@ func TestRestartBesideReceiversThatHang(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
 		synctest.Wait()
-		w.receiver.set(func(sub *subscription.Subscription, _ *delivery.Job) (time.Duration, *delivery.Result) {
-			if strings.HasPrefix(sub.ID, "hangs") {
-				return 15 * time.Second, timedOut()
-			}
-			return time.Millisecond, ok()
-		})
+		w.receiver.set(hanging(time.Millisecond))
 		lasting := func(s *subscription.Subscription) { s.MaxAge, s.MaxAttempts, s.MaxInFlight = 100*time.Hour, 100, 16 }
 		const hanging = 2000
 		for i := range hanging {
@@ -414,12 +399,7 @@ func TestHangingReceiversOfASmallPlugin(t *testing.T) {
 			}
 		})
 		synctest.Wait()
-		w.receiver.set(func(sub *subscription.Subscription, _ *delivery.Job) (time.Duration, *delivery.Result) {
-			if strings.HasPrefix(sub.ID, "hangs") {
-				return 15 * time.Second, timedOut()
-			}
-			return 2 * time.Millisecond, ok()
-		})
+		w.receiver.set(hanging(2 * time.Millisecond))
 		lasting := func(s *subscription.Subscription) { s.MaxAge, s.MaxAttempts, s.MaxInFlight = 100*time.Hour, 100, 16 }
 		var others []*subscription.Subscription
 		for i := range 20 {

@@ -1,6 +1,7 @@
 package dispatch
 
 import (
+	"container/list"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -64,12 +65,12 @@ type lane struct {
 	series    *series
 
 	// Places in queues of the engine.
-	queued     [standings]atomic.Bool // on the ring, among those of a standing
-	poolQueued atomic.Bool            // in the queue of a pool
-	seats      [standings]seat[*lane] // ring.mu
-	hungry     bool                   // budget.mu, and so the next one
-	hungryAs   standing
-	alarm      alarm // alarms.mu
+	queued   [standings]atomic.Bool       // on the ring, among those of a standing
+	inPool   atomic.Pointer[list.Element] // its place in the queue of a pool, a waiter; nil: it has none
+	seats    [standings]seat[*lane]       // ring.mu
+	hungry   bool                         // budget.mu, and so the next one
+	hungryAs standing
+	alarm    alarm // alarms.mu
 	// Its place among those of its namespace that wait at the origin, counted from 1, below 0 of those that wait again; 0: it
 	// does not. looked: it has been called there. Both origin.mu.
 	atHost int

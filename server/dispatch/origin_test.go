@@ -136,12 +136,7 @@ func TestATenantClosesNoHostForOthers(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				w := newWorld(t)
 				synctest.Wait()
-				w.receiver.set(func(sub *subscription.Subscription, _ *delivery.Job) (time.Duration, *delivery.Result) {
-					if strings.HasPrefix(sub.ID, "hangs") {
-						return 15 * time.Second, timedOut()
-					}
-					return time.Millisecond, ok()
-				})
+				w.receiver.set(hanging(time.Millisecond))
 				well := w.sub("well", shared, inNamespace("other"))
 				w.publish(well, 0)
 				time.Sleep(time.Second)
@@ -180,12 +175,7 @@ func TestOneThatIsWellIsFoundOnAHostWhereManyHang(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
 		synctest.Wait()
-		w.receiver.set(func(sub *subscription.Subscription, _ *delivery.Job) (time.Duration, *delivery.Result) {
-			if strings.HasPrefix(sub.ID, "hangs") {
-				return 15 * time.Second, timedOut()
-			}
-			return time.Millisecond, ok()
-		})
+		w.receiver.set(hanging(time.Millisecond))
 		for i := range 50 {
 			w.publishN(w.sub(fmt.Sprint("hangs", i), shared), uint16(i%16), 50)
 		}
@@ -585,12 +575,7 @@ func TestANewcomerIsNotQueuedBehindThoseThatHangOnItsHost(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				w := newWorld(t)
 				synctest.Wait()
-				w.receiver.set(func(sub *subscription.Subscription, _ *delivery.Job) (time.Duration, *delivery.Result) {
-					if strings.HasPrefix(sub.ID, "hangs") {
-						return 15 * time.Second, timedOut()
-					}
-					return 50 * time.Millisecond, ok()
-				})
+				w.receiver.set(hanging(50 * time.Millisecond))
 				for i := range tt.hanging {
 					w.publishN(w.sub(fmt.Sprint("hangs", i), shared, inNamespace(fmt.Sprint("ns", i%tt.spaces))), uint16(i%16), 5)
 				}
@@ -626,12 +611,7 @@ func TestThoseOfOneNamespaceDoNotWaitBehindAnothersProbe(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
 		synctest.Wait()
-		w.receiver.set(func(sub *subscription.Subscription, _ *delivery.Job) (time.Duration, *delivery.Result) {
-			if strings.HasPrefix(sub.ID, "hangs") {
-				return 15 * time.Second, timedOut()
-			}
-			return 50 * time.Millisecond, ok()
-		})
+		w.receiver.set(hanging(50 * time.Millisecond))
 		for i := range 50 {
 			w.publishN(w.sub(fmt.Sprint("hangs", i), shared), uint16(i%16), 50)
 		}

@@ -1,7 +1,7 @@
 package dispatch
 
 import (
-	"slices"
+	"container/list"
 	"sync"
 	"time"
 
@@ -25,10 +25,33 @@ type pool struct {
 	mu sync.Mutex
 	// waiting are lanes that found what those of their standing may hold taken. Of those on trial the last one is the next, which
 	// is the youngest, unless it has been added first.
-	waiting [standings][]*lane
+	waiting [standings]list.List
 	// called is whose trial the next one of the last eighth is, until a time.
 	called      *lane
 	calledUntil time.Time
+}
+
+// waiter is a lane's place in the queue of a pool.
+type waiter struct {
+	lane *lane
+	pool *pool
+	as   standing
+}
+
+func waiterAt(e *list.Element) waiter { return e.Value.(waiter) } //nolint:forcetypeassert // nothing else is put in
+
+// next is the place of the lane that is next of a standing; nil when none waits. p.mu is held.
+func (p *pool) next(st standing) *list.Element {
+	if st == unknown {
+		return p.waiting[st].Back()
+	}
+	return p.waiting[st].Front()
+}
+
+// youngest reports whether no lane waits for a trial that is younger. p.mu is held.
+func (p *pool) youngest(l *lane) bool {
+	e := p.next(unknown)
+	return e == nil || waiterAt(e).lane.born.Load() <= l.born.Load()
 }
 
 // wait puts a lane in the queue of its standing, whose mutex is held, if it stands in none, and says when it is to ask again.
@@ -36,14 +59,14 @@ func (p *pool) wait(l *lane, now time.Time) time.Time {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	q := &p.waiting[l.standing]
-	if l.poolQueued.CompareAndSwap(false, true) {
-		at := len(*q)
-		if l.standing == unknown && at > 0 && l.born.Load() < (*q)[at-1].born.Load() {
-			at = 0
+	if l.inPool.Load() == nil {
+		put := q.PushBack
+		if l.standing == unknown && !p.youngest(l) {
+			put = q.PushFront
 		}
-		*q = slices.Insert(*q, at, l)
+		l.inPool.Store(put(waiter{l, p, l.standing}))
 	}
-	if n := len(*q); l.standing == unknown && n > 0 && (*q)[n-1] == l && p.nearlyTaken() && !p.taken(unknown) {
+	if l.standing == unknown && p.next(unknown) == l.inPool.Load() && p.nearlyTaken() && !p.taken(unknown) {
 		return now.Add(min(slowAfter, max(p.last.wait(now, 0), time.Millisecond)))
 	}
 	return now.Add(slowAfter) // who was woken before may have made no use of it
@@ -60,25 +83,20 @@ func (p *pool) trial(l *lane, now time.Time) bool {
 		return p.called == l
 	}
 	p.called = nil
-	q := p.waiting[unknown]
-	if len(q) == 0 || q[len(q)-1].born.Load() <= l.born.Load() {
+	if p.youngest(l) {
 		return true
 	}
-	p.called, p.calledUntil = p.pop(unknown, len(q)-1), now.Add(turnFor)
+	p.called, p.calledUntil = p.leave(p.next(unknown)), now.Add(turnFor)
 	l.e.alarms.set(p.called, now)
 	return false
 }
 
-// pop takes one of those that wait out. p.mu is held.
-func (p *pool) pop(st standing, at int) *lane {
-	l := p.waiting[st][at]
-	if at == 0 {
-		p.waiting[st][0], p.waiting[st] = nil, p.waiting[st][1:]
-	} else {
-		p.waiting[st] = slices.Delete(p.waiting[st], at, at+1)
-	}
-	l.poolQueued.Store(false)
-	return l
+// leave takes one of those that wait out. p.mu is held.
+func (p *pool) leave(e *list.Element) *lane {
+	w := waiterAt(e)
+	p.waiting[w.as].Remove(e)
+	w.lane.inPool.Store(nil)
+	return w.lane
 }
 
 // enter takes what a lane needs to start, beside a place. l.mu is held.
@@ -94,10 +112,8 @@ func (p *pool) enter(l *lane, hang time.Duration, now time.Time) bool {
 	if p.called == l {
 		p.called = nil
 	}
-	if l.poolQueued.Load() {
-		if at := slices.Index(p.waiting[unknown], l); at >= 0 {
-			p.pop(unknown, at)
-		}
+	if e := l.inPool.Load(); e != nil && waiterAt(e).pool == p {
+		p.leave(e)
 	}
 	return true
 }
@@ -107,21 +123,20 @@ func (p *pool) freed(now time.Time) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for st := range standings {
-		if n := len(p.waiting[st]); n > 0 && !p.taken(st) {
-			next, wait := 0, time.Duration(0)
-			if st == unknown {
-				if next = n - 1; p.nearlyTaken() {
-					wait = p.last.wait(now, 0)
-				}
-			}
-			l := p.waiting[st][next]
-			l.e.alarms.set(l, now.Add(wait))
-			if wait > 0 {
-				continue
-			}
-			if p.pop(st, next); st == unknown {
-				p.called, p.calledUntil = l, now.Add(turnFor)
-			}
+		e := p.next(st)
+		if e == nil || p.taken(st) {
+			continue
+		}
+		l, wait := waiterAt(e).lane, time.Duration(0)
+		if st == unknown && p.nearlyTaken() {
+			wait = p.last.wait(now, 0)
+		}
+		l.e.alarms.set(l, now.Add(wait))
+		if wait > 0 {
+			continue
+		}
+		if p.leave(e); st == unknown {
+			p.called, p.calledUntil = l, now.Add(turnFor)
 		}
 	}
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -218,6 +219,16 @@ func unspent() *delivery.Result { return &delivery.Result{Cause: delivery.CauseU
 func always(delay time.Duration, result func() *delivery.Result) func(*subscription.Subscription, *delivery.Job) (time.Duration, *delivery.Result) {
 	return func(*subscription.Subscription, *delivery.Job) (time.Duration, *delivery.Result) {
 		return delay, result()
+	}
+}
+
+// hanging has the receivers whose subscriptions are called hangs… hang for 15 s, and the others answer after a delay.
+func hanging(delay time.Duration) func(*subscription.Subscription, *delivery.Job) (time.Duration, *delivery.Result) {
+	return func(sub *subscription.Subscription, _ *delivery.Job) (time.Duration, *delivery.Result) {
+		if strings.HasPrefix(sub.ID, "hangs") {
+			return 15 * time.Second, timedOut()
+		}
+		return delay, ok()
 	}
 }
 
