@@ -438,6 +438,7 @@ func (l *lane) kick(now time.Time) {
 	if !g.open() {
 		if !g.hostDown {
 			l.goOn(now)
+			l.shutsAlone()
 		}
 		l.kickClosed(g, now)
 		return

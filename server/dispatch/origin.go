@@ -48,6 +48,8 @@ type origin struct {
 	flying, busy int
 	called       *lane
 	calledUntil  time.Time
+	// shut are the lanes whose own breakers opened for want of a connection while it was not known to be down.
+	shut map[*lane]struct{}
 }
 
 // guests are the lanes of one namespace at an origin.
@@ -133,6 +135,7 @@ func (l *lane) leaveOrigin(now time.Time) {
 		l.goOn(now)
 		o.mu.Lock()
 		l.looked = false
+		delete(o.shut, l)
 		o.mu.Unlock()
 		l.e.origins.leave(o)
 		l.origin = nil
@@ -242,6 +245,21 @@ func (l *lane) relieve(now time.Time) {
 		l.relieved = laterOf(l.relieved, shut)
 		l.health.Relieve(now)
 	}
+}
+
+// shutsAlone has a lane that is closed by its own breaker be told when its host is down: it is looked for together from then
+// on, and waits no longer than that takes. l.mu is held.
+func (l *lane) shutsAlone() {
+	o := l.origin
+	if o == nil || !l.health.Unconnected() {
+		return
+	}
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.shut == nil {
+		o.shut = make(map[*lane]struct{})
+	}
+	o.shut[l] = struct{}{}
 }
 
 // openHost has the lane's host be looked at now, by this lane, if it is down. l.mu is held.
@@ -358,6 +376,10 @@ func (v *visit) ended(key delivery.LaneKey, r *delivery.Result, started, now tim
 				l.e.alarms.set(l, now)
 			}
 		}
+		for l := range o.shut {
+			l.e.alarms.set(l, now)
+		}
+		o.shut = nil
 	}
 	o.calm.Store(o.health.Calm() && len(o.waiting) == 0 && o.called == nil)
 	o.serve(nil, now)

@@ -639,3 +639,29 @@ func TestThoseOfOneNamespaceDoNotWaitBehindAnothersProbe(t *testing.T) {
 		_ = w.kill()
 	})
 }
+
+// A receiver that has been failing for so long that its own breaker looks again in minutes only does not wait for that once
+// others share what is found out about its host.
+func TestALaneThatFailedAloneComesBackWithItsHost(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		defer w.stop()
+		synctest.Wait()
+		w.receiver.set(always(time.Millisecond, unreachable))
+		alone := w.sub("alone", shared)
+		ids := w.publishN(alone, 1, 5)
+		time.Sleep(6 * time.Hour)
+		for until := time.Now().Add(time.Hour); time.Until(w.engine.Status(laneOf(alone)).NextProbe) < 5*time.Minute; {
+			if time.Now().After(until) {
+				t.Fatal("its own breaker looks again within 5 minutes every time")
+			}
+			time.Sleep(10 * time.Second)
+		}
+		others := w.sub("others", shared)
+		ids = append(ids, w.publishN(others, 2, 20)...)
+		time.Sleep(30 * time.Second)
+		w.receiver.set(always(20*time.Millisecond, ok))
+		time.Sleep(45 * time.Second)
+		wantStates(t, w, map[delivery.State]int{delivery.Succeeded: len(ids)})
+	})
+}
