@@ -241,10 +241,14 @@ func (p *partition) readJoined(r pebble.Reader, lane LaneKey, at *place) (head e
 		}
 		return eventHead{id: a.id, eventType: a.eventType, accept: a.made.Time(), again: a}, a.target, nil
 	}
-	if head, err = p.readHead(r, at.day, lane.Namespace, at.row.Seq); err != nil {
+	day, err := p.home(r, lane.Namespace, at.row.Seq) // a sweep keeps an event before its deliveries
+	if err != nil {
 		return head, target, err
 	}
-	err = p.targets(r, at.day, lane.Namespace, at.row.Seq, &head, func(list *targetList) { target = list.target(lane.Subscription) })
+	if head, err = p.readHead(r, day, lane.Namespace, at.row.Seq); err != nil {
+		return head, target, err
+	}
+	err = p.targets(r, day, lane.Namespace, at.row.Seq, &head, func(list *targetList) { target = list.target(lane.Subscription) })
 	return head, target, err
 }
 

@@ -133,15 +133,18 @@ func (m *model) createReplay() *modelReplay {
 // stepReplay makes one step.
 func (m *model) stepReplay(r *modelReplay) {
 	p := uint16(m.rng.IntN(2))
-	commits := !r.done[p]
 	m.visible()
+	at, err := m.b.partitions[p].cursor(m.b.db, r.Namespace, r.Key) // it may have got there just before a crash
+	if err != nil {
+		m.fail("%v", err)
+	}
 	a, err := m.b.AdvanceReplay(context.Background(), r.Replay, p, r.picker(), 1+m.rng.IntN(4))
 	m.say("step of %s in %d: %+v %v", r.ID, p, a, err)
 	if err != nil {
 		m.fail("%v", err)
 	}
 	before := r.made
-	if m.learn(r); commits {
+	if m.learn(r); !at.done {
 		m.firm()
 	}
 	if a.Created != r.made-before {
