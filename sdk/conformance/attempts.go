@@ -290,7 +290,7 @@ func (a *attempts) waitFor(p *pending, limit time.Duration) (*pluginv1.AttemptRe
 	case <-p.answer:
 		return p.result, p.err
 	case <-timer.C:
-		return nil, fmt.Errorf("an attempt was not answered within %v", limit.Round(time.Millisecond))
+		return nil, latef("an attempt was not answered within %v", limit.Round(time.Millisecond))
 	case <-a.ctx.Done():
 		return nil, context.Cause(a.ctx)
 	}
@@ -347,7 +347,7 @@ func (a *attempts) drain(grace, limit time.Duration) error {
 		select {
 		case <-changed:
 		case <-timer.C:
-			return fmt.Errorf("the stream did not end within %v of a drain with a grace of %v", limit, grace)
+			return latef("the stream did not end within %v of a drain with a grace of %v", limit, grace)
 		case <-a.ctx.Done():
 			return context.Cause(a.ctx)
 		}

@@ -86,7 +86,7 @@ func describeStable(t *trial) error {
 				return fmt.Errorf("describe to a host of minor %d: %w", minor, err)
 			}
 			if took := time.Since(began); took > describeLimit {
-				return fmt.Errorf("it took %v", took.Round(time.Millisecond))
+				return latef("it took %v", took.Round(time.Millisecond))
 			}
 			if first == nil {
 				first = desc

@@ -23,6 +23,9 @@ import (
 	"sync"
 	"time"
 
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
 	pluginv1 "github.com/grapnel/grapnel/proto/grapnel/plugin/v1"
 )
 
@@ -108,6 +111,9 @@ func Cases() []Case {
 // with every result as it comes, one at a time. A plugin that fails is no error: the report says so. An
 // error means that the suite could not run: the fixture names what the plugin does not have, or ctx has ended; the
 // report then has the cases that came to an end before.
+//
+// Cases run several at a time. One in which something did not come in time is run once more after the others, alone: a busy
+// machine may have been to blame, and what comes of that counts.
 func Run(ctx context.Context, o Options, each func(Result)) (*Report, error) {
 	chosen, err := o.Cases()
 	if err != nil {
@@ -130,6 +136,15 @@ func Run(ctx context.Context, o Options, each func(Result)) (*Report, error) {
 	report.Notes = s.notes(chosen)
 	ran := make([]bool, len(chosen))
 	var mu sync.Mutex // serialises each
+	var again []int
+	ended := func(i int, r Result) {
+		mu.Lock()
+		defer mu.Unlock()
+		report.Results[i], ran[i] = r, true
+		if each != nil {
+			each(r)
+		}
+	}
 	work := make(chan int, len(chosen))
 	for i := range chosen {
 		work <- i
@@ -139,20 +154,26 @@ func Run(ctx context.Context, o Options, each func(Result)) (*Report, error) {
 	for range s.workers {
 		workers.Go(func() {
 			for i := range work {
-				r := s.run(ctx, chosen[i], blocked)
-				if ctx.Err() != nil {
+				r, late := s.run(ctx, chosen[i], blocked)
+				switch {
+				case ctx.Err() != nil:
 					return // what it says is of the interruption, not of the plugin
+				case late:
+					mu.Lock()
+					again = append(again, i)
+					mu.Unlock()
+				default:
+					ended(i, r)
 				}
-				report.Results[i], ran[i] = r, true
-				mu.Lock()
-				if each != nil {
-					each(r)
-				}
-				mu.Unlock()
 			}
 		})
 	}
 	workers.Wait()
+	for _, i := range again {
+		if r, _ := s.run(ctx, chosen[i], blocked); ctx.Err() == nil {
+			ended(i, r)
+		}
+	}
 	report.Duration = time.Since(began)
 	if ctx.Err() != nil {
 		done := report.Results[:0]
@@ -337,8 +358,8 @@ func (s *suite) prepare(ctx context.Context) string {
 }
 
 // run runs one case. blocked is why the plugin does not come up, when it does not: then only the case
-// that promises just that is of use.
-func (s *suite) run(ctx context.Context, c Case, blocked string) (r Result) {
+// that promises just that is of use. late: it failed because something did not come in time.
+func (s *suite) run(ctx context.Context, c Case, blocked string) (r Result, late bool) {
 	r = Result{Case: c, Outcome: Passed, Reproduce: fmt.Sprintf("grapnel plugin test --only %s -- %s", c.ID, s.reproduce)}
 	began := time.Now()
 	limit := cmp.Or(c.limit, caseLimit)
@@ -362,8 +383,9 @@ func (s *suite) run(ctx context.Context, c Case, blocked string) (r Result) {
 		r.Outcome, r.Detail = Skipped, skip.reason
 	case err != nil:
 		r.Outcome, r.Detail = Failed, err.Error()
+		late = isLate(err)
 	}
-	return r
+	return r, late
 }
 
 // skipError says that a case does not apply.
@@ -372,6 +394,16 @@ type skipError struct{ reason string }
 func (e skipError) Error() string { return e.reason }
 
 func skipf(format string, args ...any) error { return skipError{fmt.Sprintf(format, args...)} }
+
+// lateError says that something did not come in time.
+type lateError struct{ error }
+
+func latef(format string, args ...any) error { return lateError{fmt.Errorf(format, args...)} }
+
+func isLate(err error) bool {
+	var late lateError
+	return errors.As(err, &late) || errors.Is(err, context.DeadlineExceeded) || status.Code(err) == codes.DeadlineExceeded
+}
 
 // shellWords quotes what a shell would take apart.
 func shellWords(words []string) string {

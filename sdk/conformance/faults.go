@@ -98,7 +98,7 @@ func onTime(timeout time.Duration, f func() error) error {
 			return nil
 		}
 	}
-	return fmt.Errorf("an attempt with a timeout of %v was answered after %v", timeout, took.Round(time.Millisecond))
+	return latef("an attempt with a timeout of %v was answered after %v", timeout, took.Round(time.Millisecond))
 }
 
 func timesOut(t *trial) error {

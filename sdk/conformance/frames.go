@@ -93,7 +93,7 @@ func (ses *session) sendBytes(method string, b []byte) error {
 	for stream.RecvMsg(&pluginv1.AttemptResponse{}) == nil {
 	}
 	if ctx.Err() != nil {
-		return fmt.Errorf("%s: a stream with bytes that are no message is not ended within %v", method, callLimit)
+		return latef("%s: a stream with bytes that are no message is not ended within %v", method, callLimit)
 	}
 	return nil
 }

@@ -192,7 +192,7 @@ func (p *process) handshake(ctx context.Context) ([]string, error) {
 		}
 		return nil, fmt.Errorf("the process ended before the handshake line%s", p.lastWords())
 	case <-timer.C:
-		return nil, fmt.Errorf("no handshake line on standard output within %v%s", startLimit, p.lastWords())
+		return nil, latef("no handshake line on standard output within %v%s", startLimit, p.lastWords())
 	case <-ctx.Done():
 		return nil, ctx.Err()
 	}

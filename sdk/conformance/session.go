@@ -379,7 +379,7 @@ func (c *control) beat(ctx context.Context, limit time.Duration) (*pluginv1.Hear
 	case hb := <-answer:
 		return hb, nil
 	case <-timer.C:
-		return nil, fmt.Errorf("heartbeat %d was not answered within %v", n, limit)
+		return nil, latef("heartbeat %d was not answered within %v", n, limit)
 	case <-c.ended:
 		c.mu.Lock()
 		defer c.mu.Unlock()

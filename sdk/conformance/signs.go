@@ -72,7 +72,7 @@ func (ses *session) signBatch(contents []*pluginv1.Content, items ...*pluginv1.S
 		case r = <-next:
 		case <-timer.C:
 			s.stream = nil
-			return results, excess, fmt.Errorf("%d of %d items were not answered within %v", open, len(items), callLimit)
+			return results, excess, latef("%d of %d items were not answered within %v", open, len(items), callLimit)
 		}
 		if r.err != nil {
 			s.stream = nil
