@@ -27,7 +27,7 @@ import (
 	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
 )
 
-var killedStarts = flag.Int("killed-starts", 6, "first starts that TestKilledFirstStart kills")
+var killedStarts = flag.Int("killed-starts", 3, "first starts that TestKilledFirstStart kills")
 
 // running is a `grapnel server` process.
 type running struct {

@@ -394,6 +394,9 @@ func TestDisablingIsAnnounced(t *testing.T) {
 func TestMaxRateHoldsInEverySecond(t *testing.T) {
 	for _, limit := range []float64{0.5, 1, 2.5, 3, 7, 10, 11, 33.3, 100, 999, 5000} {
 		t.Run(fmt.Sprint(limit), func(t *testing.T) {
+			if testing.Short() && limit > 100 {
+				t.Skip("takes long")
+			}
 			synctest.Test(t, func(t *testing.T) {
 				rnd := rand.New(rand.NewPCG(uint64(limit*10), 1))
 				w := newWorld(t)

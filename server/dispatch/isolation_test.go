@@ -42,7 +42,7 @@ func TestHangingReceiversAreNotFelt(t *testing.T) {
 		"with little memory, well once": {hanging: 500, healthy: 200, backlog: 40, wellUntil: 3 * time.Second, options: small},
 	} {
 		t.Run(name, func(t *testing.T) {
-			if testing.Short() && n.hanging+n.healthy > 1200 {
+			if testing.Short() && n.hanging+n.healthy > 700 {
 				t.Skip("takes long")
 			}
 			synctest.Test(t, func(t *testing.T) { n.run(t) })

@@ -73,6 +73,9 @@ func TestFanoutToHangingLanesStaysInBounds(t *testing.T) {
 }
 
 func TestManyLanesTakeTurnsForRoom(t *testing.T) {
+	if testing.Short() {
+		t.Skip("takes long")
+	}
 	synctest.Test(t, func(t *testing.T) {
 		const limit, lanes, each = 1 << 20, 4000, 10
 		registry := prometheus.NewRegistry()

@@ -64,6 +64,7 @@ func (e *Etcd) Restart() error {
 	cfg.ListenClientUrls, cfg.AdvertiseClientUrls = socket("client"), socket("client")
 	cfg.ListenPeerUrls, cfg.AdvertisePeerUrls = socket("peer"), socket("peer")
 	cfg.InitialCluster = cfg.InitialClusterFromName(cfg.Name)
+	cfg.EnableGRPCGateway = false
 	cfg.TickMs, cfg.ElectionMs = 10, 100
 	cfg.SnapshotCount = 1000
 	cfg.UnsafeNoFsync = true
