@@ -237,7 +237,7 @@ func (s *Server) checkJournal(ctx context.Context, aside Options, about aboutBac
 		return fmt.Errorf("open the backup's journal: %w", err)
 	}
 	id := j.ID()
-	if err := j.Close(); err != nil {
+	if err := errors.Join(j.ForgetWatches(), j.Close()); err != nil {
 		return err
 	}
 	if id != about.Journal {

@@ -68,6 +68,7 @@ func (c *commit) send(s *sending) (*place, error) {
 		c.putTimer(lane, at.row, &at.progress)
 	}
 	c.open(lane, 1, s.job)
+	c.changed(lane, own, &at.standing)
 	return at, nil
 }
 

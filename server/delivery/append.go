@@ -300,7 +300,7 @@ func (c *commit) target(pub *Publication) {
 	today := dayOf(e.Seq)
 	start, deferred := startOf(e)
 	row := Row{Kind: FIFO, Seq: e.Seq, Epoch: 1}
-	order := orderKeyOf(e.OrderingKey)
+	order, watched := orderKeyOf(e.OrderingKey), c.p.j.watches.watched(e.Namespace)
 	if deferred {
 		row.Kind, row.Due = Timer, InstantOf(start)
 	}
@@ -310,8 +310,13 @@ func (c *commit) target(pub *Publication) {
 		age := maxAge(t.MaxAge, e.TTL)
 		pr := progress{epoch: 1, maxAttempts: max(t.MaxAttempts, 1), expire: InstantOf(start.Add(age)), order: t.order(order)}
 		if !t.Skip {
+			due := Instant(0) // of one that waits for its turn
 			if pr.order == 0 || c.queueUp(t, lane, row, &pr, age) {
 				c.putRow(lane, row, &pr)
+				due = row.Due
+			}
+			if watched {
+				c.changed(lane, e.Seq, &standing{progress: pr, state: Pending, due: due})
 			}
 			continue
 		}

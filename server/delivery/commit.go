@@ -38,6 +38,7 @@ type effects struct {
 	outcomes  []outcome
 	steps     []step
 	opened    []openChange
+	news      []news // of namespaces that are watched
 	answers   []answer
 	settled   uint64
 	duplicate uint64
@@ -90,6 +91,7 @@ func (p *partition) prepare(w work) *commit {
 	c.publish(w.appends)
 	c.endTurns()
 	c.firm = c.firm || len(c.stored) > 0
+	c.putNews()
 	if c.memory != nil {
 		p.value = encodeMemory(p.value[:0], c.memory)
 		c.set(appendTag(p.key[:0], p.number, tagPartition), p.value)
@@ -169,6 +171,7 @@ func (p *partition) apply(c *commit) {
 	}
 	p.j.counts.apply(c)
 	p.j.metrics.applied(c)
+	p.j.watches.applied(c)
 	p.tell(c)
 	for i := range c.outcomes {
 		*c.outcomes[i].to = c.outcomes[i].AppendResult
@@ -329,6 +332,7 @@ func (c *commit) putStanding(day dayKey, lane LaneKey, seq uint64, s *standing) 
 	p.key = appendDeliveryKey(p.key[:0], p.number, day, lane, seq)
 	p.value = encodeStanding(p.value[:0], s)
 	c.set(p.key, p.value)
+	c.changed(lane, seq, s)
 }
 
 func (c *commit) open(lane LaneKey, by int64, job uint64) {

@@ -130,7 +130,7 @@ func (j *Journal) Check(known highwater.State, acceptLoss bool) error {
 		return &LossError{j.dir, err}
 	}
 	j.log.Error("started with less than was acknowledged, as was asked for", "err", err)
-	return nil
+	return j.ForgetWatches()
 }
 
 // Marks is what is known to be durable now, to be kept in another place too. Without Options.HighWater it has no

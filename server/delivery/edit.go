@@ -383,12 +383,12 @@ func (j *Journal) DropNamespace(ctx context.Context, ns NamespaceKey) error {
 		}
 	}
 	j.counts.drop(ns)
-	return nil
+	return j.watches.dropped(ctx, ns)
 }
 
 func (c *commit) dropNamespace(ns NamespaceKey) error {
 	p := c.p
-	for _, tag := range []byte{tagFIFO, tagTimer, tagTurn, tagBlocked, tagFailing, tagJob, tagCursor} {
+	for _, tag := range []byte{tagFIFO, tagTimer, tagTurn, tagBlocked, tagFailing, tagJob, tagCursor, tagNews, tagWatched} {
 		c.deletePrefix(appendSpace(nil, p.number, tag, ns))
 	}
 	if err := p.eachDay(p.j.db, 0, func(day dayKey) error {

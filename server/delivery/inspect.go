@@ -54,7 +54,7 @@ func Inspect(ctx context.Context, dir string, report func(Damage)) (sum Inspecti
 		report(d)
 	}
 	for _, p := range j.partitions {
-		for _, tag := range []byte{tagFIFO, tagTimer, tagTurn, tagBlocked, tagRecord, tagFailing, tagJob, tagCursor, tagCommit, tagPartition} {
+		for _, tag := range []byte{tagFIFO, tagTimer, tagTurn, tagBlocked, tagRecord, tagFailing, tagJob, tagCursor, tagNews, tagWatched, tagCommit, tagPartition} {
 			prefix := appendTag(nil, p.number, tag)
 			err := j.scan(j.db, prefix, prefixEnd(prefix), func(key, value []byte) error {
 				if reason := p.inspect(key, value, &sum); reason != nil {
@@ -104,6 +104,16 @@ func (p *partition) inspect(key, value []byte, sum *Inspection) error {
 		return err
 	case tagCursor:
 		_, err := decodeCursor(value)
+		return err
+	case tagNews:
+		ns, commit, ok := splitNews(key)
+		if !ok {
+			return errBadKey
+		}
+		_, err := p.decodeNews(ns, commit, value, 0)
+		return err
+	case tagWatched:
+		_, err := decodeRecorded(value)
 		return err
 	case tagCommit:
 		_, err := decodeCommitMark(value)

@@ -140,6 +140,7 @@ type Journal struct {
 	follower   Follower
 	started    atomic.Bool
 	syncs      syncs
+	watches    *watches
 	marks      *highwater.File // nil when nothing is to be remembered
 	logNumber  atomic.Uint64   // of the write-ahead log that is written to
 	still      sync.RWMutex    // read-locked to write, locked while the log is copied
@@ -211,11 +212,13 @@ func newJournal(o *Options) *Journal {
 	if o.Fatal == nil {
 		o.Fatal = func(string) { os.Exit(exitBroken) }
 	}
-	return &Journal{
+	j := &Journal{
 		dir: o.Dir, log: o.Logger.With("component", "journal"), now: o.now, fatal: o.Fatal, refuse: o.refuse,
 		metrics: newMetrics(), counts: newCounters(), stop: make(chan struct{}),
 		syncs: syncs{dirty: make(chan struct{}, 1)},
 	}
+	j.watches = newWatches(j)
+	return j
 }
 
 // load reads or makes the meta record and finds where each partition stands.
@@ -235,7 +238,7 @@ func (j *Journal) load(o Options) error {
 		}
 		j.partitions = append(j.partitions, p)
 	}
-	return nil
+	return j.watches.load()
 }
 
 // meta reads the meta record, and writes one into an empty database.
@@ -284,6 +287,8 @@ func (j *Journal) Start(f Follower) {
 		j.freeTurns(snapshot)
 	})
 	j.background.Go(j.syncLoop)
+	j.background.Go(j.watches.tellAll)
+	j.background.Go(j.watches.trimAll)
 	if j.marks != nil {
 		j.background.Go(j.keepMarks)
 	}

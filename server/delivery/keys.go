@@ -28,6 +28,8 @@ import (
 //	f | ns lane                 since when the target has been failing
 //	j | ns job                  replay: what it is to do, and how it ended; in the namespace's own partition
 //	c | ns job                  where a replay that goes on stands in this partition
+//	u | ns commit part          changes of deliveries that a commit has made, of a namespace that is watched
+//	v | ns                      since which commit those are there
 //	w                           the newest commit
 //	p                           journal id, and what the partition remembers of itself
 //
@@ -46,6 +48,8 @@ const (
 	tagFailing   = 'f'
 	tagJob       = 'j'
 	tagCursor    = 'c'
+	tagNews      = 'u'
+	tagWatched   = 'v'
 	tagCommit    = 'w'
 	tagPartition = 'p'
 

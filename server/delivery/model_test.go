@@ -30,7 +30,7 @@ var (
 func TestJournalFollowsItsModel(t *testing.T) {
 	seeds := *modelSeeds
 	if testing.Short() {
-		seeds = min(seeds, 20)
+		seeds = min(seeds, 6)
 	}
 	for seed := range seeds {
 		t.Run(fmt.Sprint(*modelFirst+seed), func(t *testing.T) {
@@ -140,6 +140,7 @@ type model struct {
 	nextID        int
 	replays       []*modelReplay
 	nextReplay    int
+	watching      *modelWatch
 	learns        *modelReplay // what it has done before a crash is to be seen
 	lastSweep     time.Time    // of this process
 
@@ -200,6 +201,7 @@ func (m *model) run(steps int) {
 		{12, m.edit},
 		{8, m.readSome},
 		{12, m.replay},
+		{8, m.watch},
 		{2, m.cancelLane},
 		{2, m.unblock},
 		{1, m.drop},
@@ -755,6 +757,10 @@ func (m *model) dropped(ns NamespaceKey) {
 	m.events = slices.DeleteFunc(m.events, func(e *modelEvent) bool { return e.Namespace == ns })
 	maps.DeleteFunc(m.deliveries, func(k modelKey, _ *modelDelivery) bool { return k.ns == ns })
 	m.replays = slices.DeleteFunc(m.replays, func(r *modelReplay) bool { return r.Namespace == ns })
+	if v := m.watching; v != nil && v.space == ns {
+		m.hangUp()
+		m.watching = nil
+	}
 	m.step++
 	m.firm()
 }
@@ -926,6 +932,7 @@ func (m *model) restart() {
 	if n := m.b.EventBytes(); n != 0 {
 		m.fail("%d bytes are held by nobody", n)
 	}
+	m.hangUp()
 	if err := m.b.Close(); err != nil {
 		m.fail("close: %v", err)
 	}
@@ -954,6 +961,7 @@ func (m *model) lose() {
 		m.fail("before the crash: %s", diff)
 	}
 	percent := []int{0, 30, 70, 100}[m.rng.IntN(4)]
+	m.noteWatch()
 	clone := m.fsNow().CrashClone(vfs.CrashCloneCfg{UnsyncedDataPercent: percent, RNG: m.rng})
 	m.afterCrash(clone)
 	m.say("power lost, %d%% kept", percent)
@@ -972,6 +980,9 @@ func (m *model) lose() {
 func (m *model) fsNow() *vfs.MemFS { return m.b.opts.fs.(*vfs.MemFS) }
 
 func (m *model) afterCrash(clone *vfs.MemFS) {
+	if v := m.watching; v != nil {
+		v.w = nil // what it knew when the disk was copied
+	}
 	if err := m.b.Close(); err != nil {
 		m.fail("close: %v", err)
 	}
@@ -1000,6 +1011,7 @@ func (m *model) loseMeanwhile() {
 	}
 	m.b.flush()
 	m.firm()
+	m.noteWatch()
 	m.clone.Store(nil)
 	m.crash.Store(int32(1 + m.rng.IntN(9)))
 	ns, replay := NamespaceKey(0), m.anyReplay()
@@ -1216,6 +1228,7 @@ func (m *model) check(everything bool) {
 		if diff := m.matches(m.observe(), m.step); diff != "" {
 			m.fail("%s", diff)
 		}
+		m.checkWatch()
 		for ns := acme; ns < acme+modelSpaces; ns++ {
 			m.checkLists(ns, Query{})
 			for sub := range SubscriptionKey(modelLanes) {

@@ -320,14 +320,18 @@ func (c *commit) passOn(lane LaneKey, key OrderKey, next *successor, gap int) {
 	pr.gap += gap
 	pr.expire = max(pr.expire, max(now, next.due)+Instant(min(next.age, 1<<60)))
 	row := Row{Kind: FIFO, Seq: next.seq, Epoch: pr.epoch}
+	st := standing{state: Pending}
 	switch {
 	case next.recorded:
 		row.Kind, row.Due = Timer, max(now, 1)
-		st := next.standing
-		st.progress, st.due = pr, row.Due
-		c.putStanding(next.day, lane, next.seq, &st)
+		st = next.standing
 	case next.due > now, next.origin != 0: // what is sent again has its row at the time that its record says
 		row.Kind, row.Due = Timer, next.due
+	}
+	if st.progress, st.due = pr, row.Due; next.recorded {
+		c.putStanding(next.day, lane, next.seq, &st)
+	} else {
+		c.changed(lane, next.seq, &st)
 	}
 	c.putTimer(lane, row, &pr)
 }
@@ -380,6 +384,8 @@ func (c *commit) cancelWaiting(lane LaneKey, at *place, reason string) error {
 		if next.recorded {
 			next.standing.gap = next.gap
 			c.putStanding(next.day, lane, next.seq, &next.standing)
+		} else {
+			c.changed(lane, next.seq, &standing{progress: next.progress, state: Pending})
 		}
 	}
 	c.endCancelled(lane, at, reason)

@@ -19,8 +19,13 @@ type syncs struct {
 	// written counts buffered commits, synced those that are known to be durable.
 	written, synced atomic.Uint64
 	dirty           chan struct{}
+	// told is called when more has become durable; it must be fast.
+	told func()
+	// awaited: somebody waits for more.
+	awaited atomic.Bool
 
 	mu      sync.Mutex
+	more    chan struct{} // closed when more has become durable; nil while nobody waits
 	running map[time.Time]int
 }
 
@@ -69,10 +74,43 @@ func (s *syncs) buffered() {
 func (s *syncs) done(n uint64) {
 	for {
 		old := s.synced.Load()
-		if old >= n || s.synced.CompareAndSwap(old, n) {
+		if old >= n {
 			return
 		}
+		if s.synced.CompareAndSwap(old, n) {
+			break
+		}
 	}
+	s.told()
+	if s.awaited.Load() {
+		s.mu.Lock()
+		s.awaited.Store(false)
+		close(s.more)
+		s.more = nil
+		s.mu.Unlock()
+	}
+}
+
+// wait returns when the first n buffered commits are durable.
+func (s *syncs) wait(ctx context.Context, n uint64) error {
+	for s.synced.Load() < n {
+		s.mu.Lock()
+		if s.more == nil {
+			s.more = make(chan struct{})
+		}
+		more := s.more
+		s.awaited.Store(true)
+		s.mu.Unlock()
+		if s.synced.Load() >= n {
+			return nil // whoever waits, too, is told with the next
+		}
+		select {
+		case <-more:
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
+	return nil
 }
 
 // SyncAge is how long the oldest sync of the journal that is under way has been; 0 when there is none. A disk that

@@ -1,0 +1,282 @@
+package delivery
+
+import (
+	"cmp"
+	"context"
+	"fmt"
+	"slices"
+	"sync"
+
+	"github.com/cockroachdb/pebble/v2"
+)
+
+// WatchQuery says which changes a Watch is to tell.
+type WatchQuery struct {
+	Namespace NamespaceKey
+	// Subscription narrows it to one; 0 means all.
+	Subscription SubscriptionKey
+	// States narrows it to deliveries that stand in one of them since the change; nil means all.
+	States []State
+	// After is where an earlier Watcher of the namespace was; the zero Position is now.
+	After Position
+}
+
+// Watcher tells what becomes of the deliveries of a namespace: each change once it is durable, those of one delivery in their
+// order. It holds at most 1,024 changes in memory; one that is read too slowly for that goes on from the disk, as long as
+// the changes are kept there, and gets ErrExpired when they are not. It is for one goroutine, and is to be closed.
+type Watcher struct {
+	j     *Journal
+	space *watchedSpace
+	query WatchQuery
+	line  uint64
+	pos   Position // of what Next has returned
+	read  []*Change
+
+	up   bool // it is told
+	wake chan struct{}
+
+	mu     sync.Mutex
+	ahead  []*Change
+	behind bool // more was to be told than it holds: it is told no more
+}
+
+// Watch begins to tell changes, from query.After on. ErrExpired says that changes since then are not kept, or are another
+// journal's; ErrTooManyWatched, that too many namespaces are watched.
+func (j *Journal) Watch(ctx context.Context, query WatchQuery) (*Watcher, error) {
+	leave, err := j.enter()
+	if err != nil {
+		return nil, err
+	}
+	defer leave()
+	s, err := j.watches.begin(ctx, query.Namespace)
+	if err != nil {
+		return nil, fmt.Errorf("watch namespace %016x: %w", uint64(query.Namespace), err)
+	}
+	w := &Watcher{j: j, space: s, query: query, line: s.line, wake: make(chan struct{}, 1), pos: query.After.clone()}
+	if w.pos.line == 0 {
+		w.pos = Position{line: s.line, at: make([]seenTo, len(j.partitions))}
+		for i, p := range j.partitions {
+			p.visible.RLock()
+			w.pos.reach(uint16(i), p.index)
+			p.visible.RUnlock()
+		}
+		return w, nil
+	}
+	if err := w.kept(); err != nil {
+		j.watches.end(s)
+		return nil, err
+	}
+	return w, nil
+}
+
+// kept reports whether all changes since the position are there.
+func (w *Watcher) kept() error {
+	if w.pos.line != w.line || len(w.pos.at) != len(w.space.logs) {
+		return ErrExpired
+	}
+	for i, at := range w.pos.at {
+		if at.commit < w.space.logs[i].low() {
+			return ErrExpired
+		}
+	}
+	return nil
+}
+
+// Close ends the watch.
+func (w *Watcher) Close() {
+	w.space.remove(w)
+	w.j.watches.end(w.space)
+}
+
+// Position is behind what Next has returned, and all that has happened meanwhile and was not wanted.
+func (w *Watcher) Position() Position {
+	w.space.mu.Lock()
+	defer w.space.mu.Unlock()
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.up && !w.behind && len(w.ahead) == 0 && len(w.read) == 0 {
+		for i, c := range w.space.told {
+			if c > w.pos.at[i].commit {
+				w.pos.reach(uint16(i), c)
+			}
+		}
+	}
+	return w.pos.clone()
+}
+
+// Next waits for the next change. It returns an error when ctx has ended, the journal is closed (ErrClosed), or changes
+// that have not been told are not kept any more (ErrExpired).
+func (w *Watcher) Next(ctx context.Context) (*Change, error) {
+	for {
+		if ch := w.take(); ch != nil {
+			return ch, nil
+		}
+		if !w.up {
+			if err := w.catchUp(ctx); err != nil {
+				return nil, err
+			}
+			continue
+		}
+		select {
+		case <-w.wake:
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
+		case <-w.j.stop:
+			return nil, ErrClosed
+		}
+	}
+}
+
+// take is the next change that is in memory, read before told.
+func (w *Watcher) take() *Change {
+	for len(w.read) > 0 {
+		ch := w.read[0]
+		w.read = w.read[1:]
+		if w.pos.seen(ch.at) {
+			continue
+		}
+		if w.pos.pass(ch.at); w.wants(ch) {
+			return ch
+		}
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for len(w.ahead) > 0 {
+		ch := w.ahead[0]
+		w.ahead[0], w.ahead = nil, w.ahead[1:]
+		if !w.pos.seen(ch.at) {
+			w.pos.pass(ch.at)
+			return ch
+		}
+	}
+	w.ahead = nil
+	if w.behind {
+		w.up, w.behind = false, false
+	}
+	return nil
+}
+
+func (w *Watcher) wants(ch *Change) bool {
+	return (w.query.Subscription == 0 || w.query.Subscription == ch.ID.Subscription) && w.wantsState(ch.State)
+}
+
+func (w *Watcher) wantsState(s State) bool {
+	return w.query.States == nil || slices.Contains(w.query.States, s)
+}
+
+// offer tells a change. space.mu is held.
+func (w *Watcher) offer(ch *Change) {
+	if !w.wantsState(ch.State) {
+		return
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	switch {
+	case w.behind:
+	case len(w.ahead) >= maxTold:
+		w.behind = true
+	default:
+		w.ahead = append(w.ahead, ch)
+	}
+	w.signal()
+}
+
+// putOff has the watch read what it was to be told. space.mu is held.
+func (w *Watcher) putOff() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.behind = true
+	w.signal()
+}
+
+func (w *Watcher) signal() {
+	select {
+	case w.wake <- struct{}{}:
+	default:
+	}
+}
+
+// chunk is how many bytes of changes are read at once.
+const chunk = 256 << 10
+
+// catchUp reads the next changes that are on disk. When little is left there it is told what comes, and reads that little.
+func (w *Watcher) catchUp(ctx context.Context) error {
+	w.halt()
+	more, err := w.readSome(ctx)
+	if err != nil || more {
+		return err
+	}
+	w.space.add(w)
+	more, err = w.readSome(ctx)
+	if err == nil && !more {
+		w.up = true
+		return nil
+	}
+	w.halt()
+	return err
+}
+
+// halt has the watch be told no more.
+func (w *Watcher) halt() {
+	w.space.remove(w)
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.ahead, w.behind = nil, false
+}
+
+// readSome reads changes behind the position, which are durable when it returns. more: it has not read all.
+func (w *Watcher) readSome(ctx context.Context) (more bool, err error) {
+	leave, err := w.j.enter()
+	if err != nil {
+		return false, err
+	}
+	defer leave()
+	if err := w.kept(); err != nil {
+		return false, err
+	}
+	r := w.j.db.NewSnapshot()
+	defer r.Close()
+	if err := w.j.syncs.wait(ctx, w.j.syncs.written.Load()); err != nil {
+		return false, err
+	}
+	ahead := w.pos.clone()
+	for _, ch := range w.read {
+		ahead.pass(ch.at)
+	}
+	left := chunk
+	for _, p := range w.j.partitions {
+		if left <= 0 {
+			return true, nil
+		}
+		from := appendNewsKey(nil, p.number, w.query.Namespace, ahead.at[p.number].commit+1, 0)
+		err := w.j.iterate(r, from, prefixEnd(appendSpace(nil, p.number, tagNews, w.query.Namespace)), func(it *pebble.Iterator) error {
+			for ok := it.First(); ok; ok = it.Next() {
+				if left <= 0 {
+					more = true
+					return nil
+				}
+				_, commit, ok := splitNews(it.Key())
+				value, err := it.ValueAndErr()
+				if err != nil || !ok {
+					return w.j.corrupt(it.Key(), cmp.Or(err, errBadKey))
+				}
+				skip := uint32(0)
+				if seen := ahead.at[p.number]; commit == seen.commit+1 {
+					skip = seen.n
+				}
+				changes, err := p.decodeNews(w.query.Namespace, commit, value, skip)
+				if err != nil {
+					return w.j.corrupt(it.Key(), err)
+				}
+				left -= len(value)
+				w.read = append(w.read, changes...)
+			}
+			return nil
+		})
+		if err != nil {
+			return false, err
+		}
+	}
+	// Trimmed while it was read?
+	return more, w.kept()
+}

@@ -1,0 +1,553 @@
+package delivery
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"maps"
+	"math/rand/v2"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/cockroachdb/pebble/v2"
+	"golang.org/x/sync/errgroup"
+)
+
+const (
+	// newsKept is how long changes are kept for those who come back, and how long they are recorded when nobody watches any
+	// more.
+	newsKept = 10 * time.Minute
+	// mostNews bounds what is kept of a namespace in a partition, in bytes; allNews of all namespaces in it.
+	mostNews, allNews = 4 << 20, 64 << 20
+	// maxWatched bounds the namespaces that are watched at a time, or have been lately.
+	maxWatched = 4096
+	// trimEvery is how often it is looked what of that is old or too much.
+	trimEvery = 5 * time.Second
+	// maxUntold bounds what waits to be told to those who watch, in bytes: beyond, they read it from the disk.
+	maxUntold = 32 << 20
+	// maxTold bounds the changes that wait in memory for one who watches.
+	maxTold = 1024
+)
+
+// Errors of Watch.
+var (
+	// ErrExpired says that changes since a position are not kept any more.
+	ErrExpired = errors.New("changes since then are not kept any more")
+	// ErrTooManyWatched says that too many namespaces are watched.
+	ErrTooManyWatched = fmt.Errorf("more than %d namespaces are watched, or have been within %v", maxWatched, newsKept)
+)
+
+// watches knows which namespaces are watched, and by whom. Of those, and of no others, each commit records what it has
+// changed (see change.go), so that a watch can go on where it was, also after a crash. Once that is durable it is told to
+// those who are up to date; the others read it.
+type watches struct {
+	j *Journal
+	// turn is had by who begins or ends to record.
+	turn   chan struct{}
+	spaces atomic.Pointer[map[NamespaceKey]*watchedSpace]
+
+	mu     sync.Mutex
+	untold []untold
+	bytes  int64 // of untold
+	// waiting: there is something untold.
+	waiting atomic.Bool
+	wake    chan struct{}
+}
+
+// watchedSpace is a namespace whose changes are recorded.
+type watchedSpace struct {
+	key  NamespaceKey
+	line uint64
+	logs []newsLog // by partition
+
+	// All three turn. until is, since nobody watches, when the record ends; broken: it has gaps, and begins anew.
+	watches int
+	until   time.Time
+	broken  bool
+
+	mu    sync.Mutex
+	told  []Commit                                  // by partition: the last with changes that was told
+	up    map[*Watcher]struct{}                     // those that are told, whatever is changed
+	upFor map[SubscriptionKey]map[*Watcher]struct{} // those that are told of one subscription
+}
+
+// newsLog is what of a namespace's changes lies in a partition.
+type newsLog struct {
+	mu    sync.Mutex
+	floor Commit // no changes up to here are kept
+	last  Commit // with changes
+	bytes int64
+	marks []newsMark // rising
+}
+
+type newsMark struct {
+	at    time.Time
+	last  Commit
+	bytes int64 // since the mark before
+}
+
+// untold are the changes of a commit. They are durable once so many buffered commits are.
+type untold struct {
+	p      *partition
+	commit Commit
+	ticket uint64
+	news   []news
+}
+
+func newWatches(j *Journal) *watches {
+	w := &watches{j: j, turn: make(chan struct{}, 1), wake: make(chan struct{}, 1)}
+	w.spaces.Store(&map[NamespaceKey]*watchedSpace{})
+	j.syncs.told = func() {
+		if w.waiting.Load() {
+			w.signal()
+		}
+	}
+	return w
+}
+
+func (w *watches) signal() {
+	select {
+	case w.wake <- struct{}{}:
+	default:
+	}
+}
+
+// watched reports whether the changes of a namespace are to be recorded.
+func (w *watches) watched(ns NamespaceKey) bool { return (*w.spaces.Load())[ns] != nil }
+
+// load finds what was recorded before the start, and goes on with it for those who come back.
+func (w *watches) load() error {
+	spaces := make(map[NamespaceKey]*watchedSpace)
+	for _, p := range w.j.partitions {
+		prefix := appendTag(nil, p.number, tagWatched)
+		if err := w.j.scan(w.j.db, prefix, prefixEnd(prefix), func(key, value []byte) error {
+			rec, err := decodeRecorded(value)
+			if err != nil || len(key) != bodyOffset+8 {
+				return w.j.corrupt(key, errors.Join(err, errBadKey))
+			}
+			ns := NamespaceKey(binary.BigEndian.Uint64(key[bodyOffset:]))
+			s := spaces[ns]
+			if s == nil {
+				s = w.newSpace(ns, rec.line)
+				s.until = time.Now().Add(newsKept)
+				spaces[ns] = s
+			}
+			if rec.line == s.line {
+				s.logs[p.number] = newsLog{floor: rec.floor, last: p.index, marks: []newsMark{{at: time.Now(), last: p.index}}}
+			}
+			return nil
+		}); err != nil {
+			return err
+		}
+	}
+	w.spaces.Store(&spaces)
+	return nil
+}
+
+// ForgetWatches has those who watched the journal begin anew: it has gone back to an earlier state, whose commits are to come
+// again and be others. Call it before Start.
+func (j *Journal) ForgetWatches() error {
+	b := j.db.NewBatch()
+	defer b.Close()
+	for _, p := range j.partitions {
+		for _, tag := range []byte{tagNews, tagWatched} {
+			prefix := appendTag(nil, p.number, tag)
+			if err := b.DeleteRange(prefix, prefixEnd(prefix), nil); err != nil {
+				return fmt.Errorf("forget who watched journal %s: %w", j.dir, err)
+			}
+		}
+	}
+	if err := b.Commit(pebble.Sync); err != nil {
+		return fmt.Errorf("forget who watched journal %s: %w", j.dir, err)
+	}
+	j.watches.spaces.Store(&map[NamespaceKey]*watchedSpace{})
+	return nil
+}
+
+// nothing is the floor of a log that records nothing.
+const nothing = ^Commit(0)
+
+func (w *watches) newSpace(ns NamespaceKey, line uint64) *watchedSpace {
+	s := &watchedSpace{key: ns, line: line, logs: make([]newsLog, len(w.j.partitions)), told: make([]Commit, len(w.j.partitions)), up: make(map[*Watcher]struct{}),
+		upFor: make(map[SubscriptionKey]map[*Watcher]struct{})}
+	for i := range s.logs {
+		s.logs[i].floor = nothing
+	}
+	return s
+}
+
+// take has the turn to begin or to end a record.
+func (w *watches) take(ctx context.Context) (release func(), err error) {
+	select {
+	case w.turn <- struct{}{}:
+		return func() { <-w.turn }, nil
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	}
+}
+
+// begin has the changes of a namespace be recorded for one more who watches.
+func (w *watches) begin(ctx context.Context, ns NamespaceKey) (*watchedSpace, error) {
+	release, err := w.take(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer release()
+	old := *w.spaces.Load()
+	if s := old[ns]; s != nil {
+		if s.broken {
+			if err := w.record(ctx, s); err != nil {
+				return nil, err
+			}
+		}
+		s.watches++
+		return s, nil
+	}
+	if len(old) >= maxWatched {
+		return nil, ErrTooManyWatched
+	}
+	s := w.newSpace(ns, 0)
+	spaces := maps.Clone(old)
+	spaces[ns] = s
+	w.spaces.Store(&spaces)
+	if err := w.record(ctx, s); err != nil {
+		return nil, err
+	}
+	s.watches++
+	return s, nil
+}
+
+// record begins to record anew, which each partition notes.
+func (w *watches) record(ctx context.Context, s *watchedSpace) error {
+	s.line, s.broken, s.until = rand.Uint64()|1, true, time.Now()
+	var all errgroup.Group
+	for _, p := range w.j.partitions {
+		all.Go(func() error {
+			return p.do(ctx, func(c *commit) error {
+				// All of this commit has been prepared since the namespace is watched.
+				log := &s.logs[p.number]
+				log.mu.Lock()
+				log.floor, log.last = c.index-1, max(log.last, c.index-1)
+				log.mu.Unlock()
+				c.putRecorded(s, c.index-1)
+				c.firm = true
+				return nil
+			})
+		})
+	}
+	err := all.Wait()
+	s.broken = err != nil
+	return err
+}
+
+// end is begin's counterpart.
+func (w *watches) end(s *watchedSpace) {
+	w.turn <- struct{}{} // who holds it hands a deadline down
+	defer func() { <-w.turn }()
+	if s.watches--; s.watches == 0 {
+		s.until = time.Now().Add(newsKept)
+	}
+}
+
+// dropped has nobody go on with the record of a namespace that has been erased.
+func (w *watches) dropped(ctx context.Context, ns NamespaceKey) error {
+	release, err := w.take(ctx)
+	if err != nil {
+		return err
+	}
+	defer release()
+	if s := (*w.spaces.Load())[ns]; s != nil {
+		s.broken = true
+	}
+	return nil
+}
+
+// recorded is a v record.
+type recorded struct {
+	line  uint64
+	floor Commit
+}
+
+func (c *commit) putRecorded(s *watchedSpace, floor Commit) {
+	p := c.p
+	p.key = appendSpace(p.key[:0], p.number, tagWatched, s.key)
+	w := newRecord(p.value[:0])
+	w.uint(s.line)
+	w.uint(uint64(floor))
+	p.value = w
+	c.set(p.key, p.value)
+}
+
+func decodeRecorded(value []byte) (r recorded, err error) {
+	d := readRecord(value)
+	r.line, r.floor = d.uint(), Commit(d.uint())
+	return r, d.err
+}
+
+// applied takes the changes of a commit that has become visible. It is called by committers, one commit of a partition
+// after the other.
+func (w *watches) applied(c *commit) {
+	if len(c.news) == 0 {
+		return
+	}
+	size := int64(0)
+	spaces := *w.spaces.Load()
+	for i := range c.news {
+		n := &c.news[i]
+		size += n.size()
+		if s := spaces[n.ns]; s != nil {
+			log := &s.logs[c.p.number]
+			log.mu.Lock()
+			log.last = c.index
+			log.bytes += n.size()
+			log.mu.Unlock()
+		}
+	}
+	w.mu.Lock()
+	w.waiting.Store(true)
+	w.untold = append(w.untold, untold{c.p, c.index, w.j.syncs.written.Load(), c.news})
+	if c.firm { // and all that was written before it
+		w.untold[len(w.untold)-1].ticket = 0
+	}
+	w.bytes += size
+	late := w.bytes > maxUntold
+	var lost []untold
+	if late {
+		lost, w.untold, w.bytes = w.untold, nil, 0
+	}
+	w.mu.Unlock()
+	for i := range lost {
+		for k := range lost[i].news {
+			if s := spaces[lost[i].news[k].ns]; s != nil {
+				s.putOff()
+			}
+		}
+	}
+	w.signal()
+}
+
+// tellAll tells those who are up to date what has become durable.
+func (w *watches) tellAll() {
+	for {
+		select {
+		case <-w.j.stop:
+			return
+		case <-w.wake:
+		}
+		synced := w.j.syncs.synced.Load()
+		w.mu.Lock()
+		n := 0
+		for n < len(w.untold) && w.untold[n].ticket <= synced {
+			for i := range w.untold[n].news {
+				w.bytes -= w.untold[n].news[i].size()
+			}
+			n++
+		}
+		told := w.untold[:n:n]
+		if w.untold = w.untold[n:]; len(w.untold) == 0 {
+			w.untold = nil
+			w.waiting.Store(false)
+		}
+		w.mu.Unlock()
+		spaces := *w.spaces.Load()
+		for i := range told {
+			u := &told[i]
+			for k := range u.news {
+				if s := spaces[u.news[k].ns]; s != nil {
+					s.tell(u.p, u.commit, &u.news[k])
+				}
+			}
+		}
+	}
+}
+
+// tell gives changes to those who are up to date and want them.
+func (s *watchedSpace) tell(p *partition, commit Commit, n *news) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.told[p.number] = commit
+	if len(s.up) == 0 && len(s.upFor) == 0 {
+		return
+	}
+	for i := range n.parts {
+		part := &n.parts[i]
+		changes, err := p.decodeChanges(s.key, changeAt{partition: p.number, commit: commit, n: part.first}, part.count, i == len(n.parts)-1, part.body, 0)
+		if err != nil {
+			p.j.die("changes that were just made: " + err.Error())
+		}
+		for _, ch := range changes {
+			for w := range s.up {
+				w.offer(ch)
+			}
+			for w := range s.upFor[ch.ID.Subscription] {
+				w.offer(ch)
+			}
+		}
+	}
+}
+
+// add has a watch be told from now on.
+func (s *watchedSpace) add(w *Watcher) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if w.query.Subscription == 0 {
+		s.up[w] = struct{}{}
+		return
+	}
+	group := s.upFor[w.query.Subscription]
+	if group == nil {
+		group = make(map[*Watcher]struct{})
+		s.upFor[w.query.Subscription] = group
+	}
+	group[w] = struct{}{}
+}
+
+func (s *watchedSpace) remove(w *Watcher) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.drop(w)
+}
+
+// drop is remove with mu held.
+func (s *watchedSpace) drop(w *Watcher) {
+	delete(s.up, w)
+	if group := s.upFor[w.query.Subscription]; group != nil {
+		if delete(group, w); len(group) == 0 {
+			delete(s.upFor, w.query.Subscription)
+		}
+	}
+}
+
+// putOff has all who are up to date read from the disk what they were to be told.
+func (s *watchedSpace) putOff() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for w := range s.up {
+		w.putOff()
+	}
+	for _, group := range s.upFor {
+		for w := range group {
+			w.putOff()
+		}
+	}
+}
+
+// trimAll gives up changes that are old, or too many, and ends records that nobody needs.
+func (w *watches) trimAll() {
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	go func() {
+		select {
+		case <-w.j.stop:
+			cancel()
+		case <-ctx.Done():
+		}
+	}()
+	tick := time.NewTicker(trimEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+		if err := w.trim(ctx, time.Now()); err != nil && ctx.Err() == nil && !errors.Is(err, ErrClosed) {
+			w.j.log.Warn("changes that are watched are not trimmed", "err", err)
+		}
+	}
+}
+
+func (w *watches) trim(ctx context.Context, now time.Time) error {
+	spaces := *w.spaces.Load()
+	most := min(int64(mostNews), allNews/int64(max(len(spaces), 1)))
+	for _, s := range spaces {
+		if ended, err := w.giveUp(ctx, s, now); err != nil || ended {
+			if err != nil {
+				return err
+			}
+			continue
+		}
+		for _, p := range w.j.partitions {
+			floor, due := s.logs[p.number].trim(now, most)
+			if !due {
+				continue
+			}
+			if err := p.do(ctx, func(c *commit) error {
+				if (*w.spaces.Load())[s.key] != s {
+					return nil
+				}
+				c.deleteSpan(appendSpace(nil, p.number, tagNews, s.key), appendNewsKey(nil, p.number, s.key, floor+1, 0))
+				c.putRecorded(s, floor)
+				return nil
+			}); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// giveUp ends the record of a namespace that nobody has watched for a while.
+func (w *watches) giveUp(ctx context.Context, s *watchedSpace, now time.Time) (bool, error) {
+	release, err := w.take(ctx)
+	if err != nil {
+		return false, err
+	}
+	defer release()
+	if s.watches > 0 || now.Before(s.until) {
+		return false, nil
+	}
+	old := *w.spaces.Load()
+	spaces := maps.Clone(old)
+	delete(spaces, s.key)
+	w.spaces.Store(&spaces)
+	for _, p := range w.j.partitions {
+		if err := p.do(ctx, func(c *commit) error {
+			c.deletePrefix(appendSpace(nil, p.number, tagNews, s.key))
+			c.delete(appendSpace(nil, p.number, tagWatched, s.key))
+			return nil
+		}); err != nil {
+			s.broken = true
+			w.spaces.Store(&old) // to be tried again
+			return false, err
+		}
+	}
+	return true, nil
+}
+
+// trim moves the floor, and reports whether enough lies below it to be erased.
+func (l *newsLog) trim(now time.Time, most int64) (floor Commit, due bool) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.floor == nothing {
+		return 0, false
+	}
+	marked := int64(0)
+	for _, m := range l.marks {
+		marked += m.bytes
+	}
+	if n := len(l.marks); n == 0 && l.last > l.floor || n > 0 && l.last > l.marks[n-1].last {
+		l.marks = append(l.marks, newsMark{now, l.last, l.bytes - marked})
+	}
+	n, left := 0, l.bytes
+	for n < len(l.marks) && (now.Sub(l.marks[n].at) > newsKept || left > most) {
+		left -= l.marks[n].bytes
+		n++
+	}
+	if n == 0 || l.bytes-left < most/4 && now.Sub(l.marks[0].at) < newsKept+newsKept/8 {
+		return 0, false
+	}
+	l.floor, l.bytes = l.marks[n-1].last, left
+	l.marks = slices.Delete(l.marks, 0, n)
+	return l.floor, true
+}
+
+// low is the floor of a log.
+func (l *newsLog) low() Commit {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.floor
+}
