@@ -141,6 +141,8 @@ type Options struct {
 	MaxWatches int
 	// FirstFrame is how long a publish stream may take to send its first frame. Default 10 s.
 	FirstFrame time.Duration
+	// WatchPatience is how long one who watches may take no message although there are some. Default 10 s.
+	WatchPatience time.Duration
 	// ConnectionAge is the age from which on a connection takes nothing new; half of it later it is cut. Default 30 min.
 	ConnectionAge time.Duration
 
@@ -187,6 +189,9 @@ func New(o Options) *Server {
 	}
 	if o.FirstFrame <= 0 {
 		o.FirstFrame = 10 * time.Second
+	}
+	if o.WatchPatience <= 0 {
+		o.WatchPatience = 10 * time.Second
 	}
 	if o.ConnectionAge <= 0 {
 		o.ConnectionAge = 30 * time.Minute

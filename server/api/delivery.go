@@ -293,7 +293,6 @@ func storedStates(names []string) []delivery.State {
 
 func deliveryFields(ns string) []filter.Field[shownDelivery] {
 	type field = filter.Field[shownDelivery]
-	now := time.Now()
 	return []field{
 		{
 			Name: "state", Text: func(d shownDelivery) string { return stateText(d.Delivery, d.inFlight) },
@@ -322,7 +321,7 @@ func deliveryFields(ns string) []filter.Field[shownDelivery] {
 		{
 			Name: "scheduled", Values: []string{"true", "false"},
 			Text: func(d shownDelivery) string {
-				return strconv.FormatBool(!d.State.Final() && !d.inFlight && d.NextAttempt.After(now))
+				return strconv.FormatBool(!d.State.Final() && !d.inFlight && d.NextAttempt.After(time.Now()))
 			},
 		},
 		{Name: "attempt_count", Int: func(d shownDelivery) int64 { return int64(d.Attempts) }},

@@ -829,6 +829,136 @@ func (x *ListDeliveriesResponse) GetNextPageToken() string {
 	return ""
 }
 
+// WatchDeliveriesRequest says what to tell.
+type WatchDeliveriesRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// namespaces/{namespace}
+	Parent string `protobuf:"bytes,1,opt,name=parent,proto3" json:"parent,omitempty"`
+	// As in ListDeliveriesRequest, about the delivery as it is since the change. A delivery is never IN_FLIGHT here: it stays
+	// PENDING or SCHEDULED until its attempt has ended.
+	Filter string `protobuf:"bytes,2,opt,name=filter,proto3" json:"filter,omitempty"`
+	// From an earlier message, of a watch of the same namespace with whatever filter. Empty begins now.
+	ResumeToken string `protobuf:"bytes,3,opt,name=resume_token,json=resumeToken,proto3" json:"resume_token,omitempty"`
+	// The longest silence: a message without a delivery ends it. 1s to 60s, 15s by default.
+	Heartbeat     *durationpb.Duration `protobuf:"bytes,4,opt,name=heartbeat,proto3" json:"heartbeat,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WatchDeliveriesRequest) Reset() {
+	*x = WatchDeliveriesRequest{}
+	mi := &file_grapnel_v1_delivery_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WatchDeliveriesRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WatchDeliveriesRequest) ProtoMessage() {}
+
+func (x *WatchDeliveriesRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_grapnel_v1_delivery_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WatchDeliveriesRequest.ProtoReflect.Descriptor instead.
+func (*WatchDeliveriesRequest) Descriptor() ([]byte, []int) {
+	return file_grapnel_v1_delivery_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *WatchDeliveriesRequest) GetParent() string {
+	if x != nil {
+		return x.Parent
+	}
+	return ""
+}
+
+func (x *WatchDeliveriesRequest) GetFilter() string {
+	if x != nil {
+		return x.Filter
+	}
+	return ""
+}
+
+func (x *WatchDeliveriesRequest) GetResumeToken() string {
+	if x != nil {
+		return x.ResumeToken
+	}
+	return ""
+}
+
+func (x *WatchDeliveriesRequest) GetHeartbeat() *durationpb.Duration {
+	if x != nil {
+		return x.Heartbeat
+	}
+	return nil
+}
+
+// WatchDeliveriesResponse is a change, or a heartbeat.
+type WatchDeliveriesResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The delivery right after the change; last_attempt is the one that has just ended, if that was the change. Unset in a
+	// heartbeat. Only state_reason may be younger: why it waits now.
+	Delivery *Delivery `protobuf:"bytes,1,opt,name=delivery,proto3" json:"delivery,omitempty"`
+	// Goes on behind this message.
+	ResumeToken   string `protobuf:"bytes,2,opt,name=resume_token,json=resumeToken,proto3" json:"resume_token,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WatchDeliveriesResponse) Reset() {
+	*x = WatchDeliveriesResponse{}
+	mi := &file_grapnel_v1_delivery_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WatchDeliveriesResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WatchDeliveriesResponse) ProtoMessage() {}
+
+func (x *WatchDeliveriesResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_grapnel_v1_delivery_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WatchDeliveriesResponse.ProtoReflect.Descriptor instead.
+func (*WatchDeliveriesResponse) Descriptor() ([]byte, []int) {
+	return file_grapnel_v1_delivery_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *WatchDeliveriesResponse) GetDelivery() *Delivery {
+	if x != nil {
+		return x.Delivery
+	}
+	return nil
+}
+
+func (x *WatchDeliveriesResponse) GetResumeToken() string {
+	if x != nil {
+		return x.ResumeToken
+	}
+	return ""
+}
+
 // ListAttemptsRequest names one delivery.
 type ListAttemptsRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -846,7 +976,7 @@ type ListAttemptsRequest struct {
 
 func (x *ListAttemptsRequest) Reset() {
 	*x = ListAttemptsRequest{}
-	mi := &file_grapnel_v1_delivery_proto_msgTypes[6]
+	mi := &file_grapnel_v1_delivery_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -858,7 +988,7 @@ func (x *ListAttemptsRequest) String() string {
 func (*ListAttemptsRequest) ProtoMessage() {}
 
 func (x *ListAttemptsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_delivery_proto_msgTypes[6]
+	mi := &file_grapnel_v1_delivery_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -871,7 +1001,7 @@ func (x *ListAttemptsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAttemptsRequest.ProtoReflect.Descriptor instead.
 func (*ListAttemptsRequest) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_delivery_proto_rawDescGZIP(), []int{6}
+	return file_grapnel_v1_delivery_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *ListAttemptsRequest) GetParent() string {
@@ -915,7 +1045,7 @@ type ListAttemptsResponse struct {
 
 func (x *ListAttemptsResponse) Reset() {
 	*x = ListAttemptsResponse{}
-	mi := &file_grapnel_v1_delivery_proto_msgTypes[7]
+	mi := &file_grapnel_v1_delivery_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -927,7 +1057,7 @@ func (x *ListAttemptsResponse) String() string {
 func (*ListAttemptsResponse) ProtoMessage() {}
 
 func (x *ListAttemptsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_delivery_proto_msgTypes[7]
+	mi := &file_grapnel_v1_delivery_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -940,7 +1070,7 @@ func (x *ListAttemptsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAttemptsResponse.ProtoReflect.Descriptor instead.
 func (*ListAttemptsResponse) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_delivery_proto_rawDescGZIP(), []int{7}
+	return file_grapnel_v1_delivery_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *ListAttemptsResponse) GetAttempts() []*Attempt {
@@ -973,7 +1103,7 @@ type RetryDeliveryRequest struct {
 
 func (x *RetryDeliveryRequest) Reset() {
 	*x = RetryDeliveryRequest{}
-	mi := &file_grapnel_v1_delivery_proto_msgTypes[8]
+	mi := &file_grapnel_v1_delivery_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -985,7 +1115,7 @@ func (x *RetryDeliveryRequest) String() string {
 func (*RetryDeliveryRequest) ProtoMessage() {}
 
 func (x *RetryDeliveryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_delivery_proto_msgTypes[8]
+	mi := &file_grapnel_v1_delivery_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -998,7 +1128,7 @@ func (x *RetryDeliveryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RetryDeliveryRequest.ProtoReflect.Descriptor instead.
 func (*RetryDeliveryRequest) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_delivery_proto_rawDescGZIP(), []int{8}
+	return file_grapnel_v1_delivery_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *RetryDeliveryRequest) GetName() string {
@@ -1036,7 +1166,7 @@ type RetryDeliveryResponse struct {
 
 func (x *RetryDeliveryResponse) Reset() {
 	*x = RetryDeliveryResponse{}
-	mi := &file_grapnel_v1_delivery_proto_msgTypes[9]
+	mi := &file_grapnel_v1_delivery_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1048,7 +1178,7 @@ func (x *RetryDeliveryResponse) String() string {
 func (*RetryDeliveryResponse) ProtoMessage() {}
 
 func (x *RetryDeliveryResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_delivery_proto_msgTypes[9]
+	mi := &file_grapnel_v1_delivery_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1061,7 +1191,7 @@ func (x *RetryDeliveryResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RetryDeliveryResponse.ProtoReflect.Descriptor instead.
 func (*RetryDeliveryResponse) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_delivery_proto_rawDescGZIP(), []int{9}
+	return file_grapnel_v1_delivery_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *RetryDeliveryResponse) GetDelivery() *Delivery {
@@ -1089,7 +1219,7 @@ type CancelDeliveryRequest struct {
 
 func (x *CancelDeliveryRequest) Reset() {
 	*x = CancelDeliveryRequest{}
-	mi := &file_grapnel_v1_delivery_proto_msgTypes[10]
+	mi := &file_grapnel_v1_delivery_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1101,7 +1231,7 @@ func (x *CancelDeliveryRequest) String() string {
 func (*CancelDeliveryRequest) ProtoMessage() {}
 
 func (x *CancelDeliveryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_delivery_proto_msgTypes[10]
+	mi := &file_grapnel_v1_delivery_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1114,7 +1244,7 @@ func (x *CancelDeliveryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelDeliveryRequest.ProtoReflect.Descriptor instead.
 func (*CancelDeliveryRequest) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_delivery_proto_rawDescGZIP(), []int{10}
+	return file_grapnel_v1_delivery_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *CancelDeliveryRequest) GetName() string {
@@ -1135,7 +1265,7 @@ type CancelDeliveryResponse struct {
 
 func (x *CancelDeliveryResponse) Reset() {
 	*x = CancelDeliveryResponse{}
-	mi := &file_grapnel_v1_delivery_proto_msgTypes[11]
+	mi := &file_grapnel_v1_delivery_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1147,7 +1277,7 @@ func (x *CancelDeliveryResponse) String() string {
 func (*CancelDeliveryResponse) ProtoMessage() {}
 
 func (x *CancelDeliveryResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_delivery_proto_msgTypes[11]
+	mi := &file_grapnel_v1_delivery_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1160,7 +1290,7 @@ func (x *CancelDeliveryResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelDeliveryResponse.ProtoReflect.Descriptor instead.
 func (*CancelDeliveryResponse) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_delivery_proto_rawDescGZIP(), []int{11}
+	return file_grapnel_v1_delivery_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *CancelDeliveryResponse) GetDelivery() *Delivery {
@@ -1266,7 +1396,16 @@ const file_grapnel_v1_delivery_proto_rawDesc = "" +
 	"\n" +
 	"deliveries\x18\x01 \x03(\v2\x14.grapnel.v1.DeliveryR\n" +
 	"deliveries\x12&\n" +
-	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\xad\x02\n" +
+	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\xb5\x02\n" +
+	"\x16WatchDeliveriesRequest\x12\x81\x01\n" +
+	"\x06parent\x18\x01 \x01(\tBi\xbaHf\xba\x01c\n" +
+	"\x0enamespace_name\x12\x1emust look like namespaces/NAME\x1a1this.matches('^namespaces/[a-z][a-z0-9-]{0,62}$')R\x06parent\x12 \n" +
+	"\x06filter\x18\x02 \x01(\tB\b\xbaH\x05r\x03\x18\x80\x10R\x06filter\x12,\n" +
+	"\fresume_token\x18\x03 \x01(\tB\t\xbaH\x06r\x04\x18\x80\x80\bR\vresumeToken\x12G\n" +
+	"\theartbeat\x18\x04 \x01(\v2\x19.google.protobuf.DurationB\x0e\xbaH\v\xaa\x01\b\"\x02\b<2\x02\b\x01R\theartbeat\"n\n" +
+	"\x17WatchDeliveriesResponse\x120\n" +
+	"\bdelivery\x18\x01 \x01(\v2\x14.grapnel.v1.DeliveryR\bdelivery\x12!\n" +
+	"\fresume_token\x18\x02 \x01(\tR\vresumeToken\"\xad\x02\n" +
 	"\x13ListAttemptsRequest\x12\xa9\x01\n" +
 	"\x06parent\x18\x01 \x01(\tB\x90\x01\xbaH\x8c\x01\xba\x01\x88\x01\n" +
 	"\rdelivery_name\x12,must look like namespaces/NAME/deliveries/ID\x1aIthis.matches('^namespaces/[a-z][a-z0-9-]{0,62}/deliveries/[0-9a-v]{29}$')R\x06parent\x12$\n" +
@@ -1290,11 +1429,12 @@ const file_grapnel_v1_delivery_proto_rawDesc = "" +
 	"\x04name\x18\x01 \x01(\tB\x90\x01\xbaH\x8c\x01\xba\x01\x88\x01\n" +
 	"\rdelivery_name\x12,must look like namespaces/NAME/deliveries/ID\x1aIthis.matches('^namespaces/[a-z][a-z0-9-]{0,62}/deliveries/[0-9a-v]{29}$')R\x04name\"J\n" +
 	"\x16CancelDeliveryResponse\x120\n" +
-	"\bdelivery\x18\x01 \x01(\v2\x14.grapnel.v1.DeliveryR\bdelivery2\xd2\x03\n" +
+	"\bdelivery\x18\x01 \x01(\v2\x14.grapnel.v1.DeliveryR\bdelivery2\xb5\x04\n" +
 	"\x0fDeliveryService\x12S\n" +
 	"\vGetDelivery\x12\x1e.grapnel.v1.GetDeliveryRequest\x1a\x1f.grapnel.v1.GetDeliveryResponse\"\x03\x90\x02\x01\x12\\\n" +
 	"\x0eListDeliveries\x12!.grapnel.v1.ListDeliveriesRequest\x1a\".grapnel.v1.ListDeliveriesResponse\"\x03\x90\x02\x01\x12V\n" +
-	"\fListAttempts\x12\x1f.grapnel.v1.ListAttemptsRequest\x1a .grapnel.v1.ListAttemptsResponse\"\x03\x90\x02\x01\x12V\n" +
+	"\fListAttempts\x12\x1f.grapnel.v1.ListAttemptsRequest\x1a .grapnel.v1.ListAttemptsResponse\"\x03\x90\x02\x01\x12a\n" +
+	"\x0fWatchDeliveries\x12\".grapnel.v1.WatchDeliveriesRequest\x1a#.grapnel.v1.WatchDeliveriesResponse\"\x03\x90\x02\x010\x01\x12V\n" +
 	"\rRetryDelivery\x12 .grapnel.v1.RetryDeliveryRequest\x1a!.grapnel.v1.RetryDeliveryResponse\"\x00\x12\\\n" +
 	"\x0eCancelDelivery\x12!.grapnel.v1.CancelDeliveryRequest\x1a\".grapnel.v1.CancelDeliveryResponse\"\x03\x90\x02\x02B7Z5github.com/grapnel/grapnel/proto/grapnel/v1;grapnelv1b\x06proto3"
 
@@ -1311,62 +1451,68 @@ func file_grapnel_v1_delivery_proto_rawDescGZIP() []byte {
 }
 
 var file_grapnel_v1_delivery_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_grapnel_v1_delivery_proto_msgTypes = make([]protoimpl.MessageInfo, 14)
+var file_grapnel_v1_delivery_proto_msgTypes = make([]protoimpl.MessageInfo, 16)
 var file_grapnel_v1_delivery_proto_goTypes = []any{
-	(Delivery_State)(0),            // 0: grapnel.v1.Delivery.State
-	(Delivery_Trigger)(0),          // 1: grapnel.v1.Delivery.Trigger
-	(Attempt_Outcome)(0),           // 2: grapnel.v1.Attempt.Outcome
-	(*Delivery)(nil),               // 3: grapnel.v1.Delivery
-	(*Attempt)(nil),                // 4: grapnel.v1.Attempt
-	(*GetDeliveryRequest)(nil),     // 5: grapnel.v1.GetDeliveryRequest
-	(*GetDeliveryResponse)(nil),    // 6: grapnel.v1.GetDeliveryResponse
-	(*ListDeliveriesRequest)(nil),  // 7: grapnel.v1.ListDeliveriesRequest
-	(*ListDeliveriesResponse)(nil), // 8: grapnel.v1.ListDeliveriesResponse
-	(*ListAttemptsRequest)(nil),    // 9: grapnel.v1.ListAttemptsRequest
-	(*ListAttemptsResponse)(nil),   // 10: grapnel.v1.ListAttemptsResponse
-	(*RetryDeliveryRequest)(nil),   // 11: grapnel.v1.RetryDeliveryRequest
-	(*RetryDeliveryResponse)(nil),  // 12: grapnel.v1.RetryDeliveryResponse
-	(*CancelDeliveryRequest)(nil),  // 13: grapnel.v1.CancelDeliveryRequest
-	(*CancelDeliveryResponse)(nil), // 14: grapnel.v1.CancelDeliveryResponse
-	nil,                            // 15: grapnel.v1.Attempt.ResponseHeadersEntry
-	nil,                            // 16: grapnel.v1.Attempt.RequestHeadersEntry
-	(*timestamppb.Timestamp)(nil),  // 17: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),    // 18: google.protobuf.Duration
+	(Delivery_State)(0),             // 0: grapnel.v1.Delivery.State
+	(Delivery_Trigger)(0),           // 1: grapnel.v1.Delivery.Trigger
+	(Attempt_Outcome)(0),            // 2: grapnel.v1.Attempt.Outcome
+	(*Delivery)(nil),                // 3: grapnel.v1.Delivery
+	(*Attempt)(nil),                 // 4: grapnel.v1.Attempt
+	(*GetDeliveryRequest)(nil),      // 5: grapnel.v1.GetDeliveryRequest
+	(*GetDeliveryResponse)(nil),     // 6: grapnel.v1.GetDeliveryResponse
+	(*ListDeliveriesRequest)(nil),   // 7: grapnel.v1.ListDeliveriesRequest
+	(*ListDeliveriesResponse)(nil),  // 8: grapnel.v1.ListDeliveriesResponse
+	(*WatchDeliveriesRequest)(nil),  // 9: grapnel.v1.WatchDeliveriesRequest
+	(*WatchDeliveriesResponse)(nil), // 10: grapnel.v1.WatchDeliveriesResponse
+	(*ListAttemptsRequest)(nil),     // 11: grapnel.v1.ListAttemptsRequest
+	(*ListAttemptsResponse)(nil),    // 12: grapnel.v1.ListAttemptsResponse
+	(*RetryDeliveryRequest)(nil),    // 13: grapnel.v1.RetryDeliveryRequest
+	(*RetryDeliveryResponse)(nil),   // 14: grapnel.v1.RetryDeliveryResponse
+	(*CancelDeliveryRequest)(nil),   // 15: grapnel.v1.CancelDeliveryRequest
+	(*CancelDeliveryResponse)(nil),  // 16: grapnel.v1.CancelDeliveryResponse
+	nil,                             // 17: grapnel.v1.Attempt.ResponseHeadersEntry
+	nil,                             // 18: grapnel.v1.Attempt.RequestHeadersEntry
+	(*timestamppb.Timestamp)(nil),   // 19: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),     // 20: google.protobuf.Duration
 }
 var file_grapnel_v1_delivery_proto_depIdxs = []int32{
 	0,  // 0: grapnel.v1.Delivery.state:type_name -> grapnel.v1.Delivery.State
 	1,  // 1: grapnel.v1.Delivery.trigger:type_name -> grapnel.v1.Delivery.Trigger
-	17, // 2: grapnel.v1.Delivery.next_attempt_time:type_name -> google.protobuf.Timestamp
-	17, // 3: grapnel.v1.Delivery.expire_time:type_name -> google.protobuf.Timestamp
+	19, // 2: grapnel.v1.Delivery.next_attempt_time:type_name -> google.protobuf.Timestamp
+	19, // 3: grapnel.v1.Delivery.expire_time:type_name -> google.protobuf.Timestamp
 	4,  // 4: grapnel.v1.Delivery.last_attempt:type_name -> grapnel.v1.Attempt
-	17, // 5: grapnel.v1.Delivery.create_time:type_name -> google.protobuf.Timestamp
-	17, // 6: grapnel.v1.Delivery.complete_time:type_name -> google.protobuf.Timestamp
-	17, // 7: grapnel.v1.Attempt.start_time:type_name -> google.protobuf.Timestamp
-	18, // 8: grapnel.v1.Attempt.duration:type_name -> google.protobuf.Duration
+	19, // 5: grapnel.v1.Delivery.create_time:type_name -> google.protobuf.Timestamp
+	19, // 6: grapnel.v1.Delivery.complete_time:type_name -> google.protobuf.Timestamp
+	19, // 7: grapnel.v1.Attempt.start_time:type_name -> google.protobuf.Timestamp
+	20, // 8: grapnel.v1.Attempt.duration:type_name -> google.protobuf.Duration
 	2,  // 9: grapnel.v1.Attempt.outcome:type_name -> grapnel.v1.Attempt.Outcome
-	18, // 10: grapnel.v1.Attempt.retry_after:type_name -> google.protobuf.Duration
-	15, // 11: grapnel.v1.Attempt.response_headers:type_name -> grapnel.v1.Attempt.ResponseHeadersEntry
-	16, // 12: grapnel.v1.Attempt.request_headers:type_name -> grapnel.v1.Attempt.RequestHeadersEntry
+	20, // 10: grapnel.v1.Attempt.retry_after:type_name -> google.protobuf.Duration
+	17, // 11: grapnel.v1.Attempt.response_headers:type_name -> grapnel.v1.Attempt.ResponseHeadersEntry
+	18, // 12: grapnel.v1.Attempt.request_headers:type_name -> grapnel.v1.Attempt.RequestHeadersEntry
 	3,  // 13: grapnel.v1.GetDeliveryResponse.delivery:type_name -> grapnel.v1.Delivery
 	3,  // 14: grapnel.v1.ListDeliveriesResponse.deliveries:type_name -> grapnel.v1.Delivery
-	4,  // 15: grapnel.v1.ListAttemptsResponse.attempts:type_name -> grapnel.v1.Attempt
-	3,  // 16: grapnel.v1.RetryDeliveryResponse.delivery:type_name -> grapnel.v1.Delivery
-	3,  // 17: grapnel.v1.CancelDeliveryResponse.delivery:type_name -> grapnel.v1.Delivery
-	5,  // 18: grapnel.v1.DeliveryService.GetDelivery:input_type -> grapnel.v1.GetDeliveryRequest
-	7,  // 19: grapnel.v1.DeliveryService.ListDeliveries:input_type -> grapnel.v1.ListDeliveriesRequest
-	9,  // 20: grapnel.v1.DeliveryService.ListAttempts:input_type -> grapnel.v1.ListAttemptsRequest
-	11, // 21: grapnel.v1.DeliveryService.RetryDelivery:input_type -> grapnel.v1.RetryDeliveryRequest
-	13, // 22: grapnel.v1.DeliveryService.CancelDelivery:input_type -> grapnel.v1.CancelDeliveryRequest
-	6,  // 23: grapnel.v1.DeliveryService.GetDelivery:output_type -> grapnel.v1.GetDeliveryResponse
-	8,  // 24: grapnel.v1.DeliveryService.ListDeliveries:output_type -> grapnel.v1.ListDeliveriesResponse
-	10, // 25: grapnel.v1.DeliveryService.ListAttempts:output_type -> grapnel.v1.ListAttemptsResponse
-	12, // 26: grapnel.v1.DeliveryService.RetryDelivery:output_type -> grapnel.v1.RetryDeliveryResponse
-	14, // 27: grapnel.v1.DeliveryService.CancelDelivery:output_type -> grapnel.v1.CancelDeliveryResponse
-	23, // [23:28] is the sub-list for method output_type
-	18, // [18:23] is the sub-list for method input_type
-	18, // [18:18] is the sub-list for extension type_name
-	18, // [18:18] is the sub-list for extension extendee
-	0,  // [0:18] is the sub-list for field type_name
+	20, // 15: grapnel.v1.WatchDeliveriesRequest.heartbeat:type_name -> google.protobuf.Duration
+	3,  // 16: grapnel.v1.WatchDeliveriesResponse.delivery:type_name -> grapnel.v1.Delivery
+	4,  // 17: grapnel.v1.ListAttemptsResponse.attempts:type_name -> grapnel.v1.Attempt
+	3,  // 18: grapnel.v1.RetryDeliveryResponse.delivery:type_name -> grapnel.v1.Delivery
+	3,  // 19: grapnel.v1.CancelDeliveryResponse.delivery:type_name -> grapnel.v1.Delivery
+	5,  // 20: grapnel.v1.DeliveryService.GetDelivery:input_type -> grapnel.v1.GetDeliveryRequest
+	7,  // 21: grapnel.v1.DeliveryService.ListDeliveries:input_type -> grapnel.v1.ListDeliveriesRequest
+	11, // 22: grapnel.v1.DeliveryService.ListAttempts:input_type -> grapnel.v1.ListAttemptsRequest
+	9,  // 23: grapnel.v1.DeliveryService.WatchDeliveries:input_type -> grapnel.v1.WatchDeliveriesRequest
+	13, // 24: grapnel.v1.DeliveryService.RetryDelivery:input_type -> grapnel.v1.RetryDeliveryRequest
+	15, // 25: grapnel.v1.DeliveryService.CancelDelivery:input_type -> grapnel.v1.CancelDeliveryRequest
+	6,  // 26: grapnel.v1.DeliveryService.GetDelivery:output_type -> grapnel.v1.GetDeliveryResponse
+	8,  // 27: grapnel.v1.DeliveryService.ListDeliveries:output_type -> grapnel.v1.ListDeliveriesResponse
+	12, // 28: grapnel.v1.DeliveryService.ListAttempts:output_type -> grapnel.v1.ListAttemptsResponse
+	10, // 29: grapnel.v1.DeliveryService.WatchDeliveries:output_type -> grapnel.v1.WatchDeliveriesResponse
+	14, // 30: grapnel.v1.DeliveryService.RetryDelivery:output_type -> grapnel.v1.RetryDeliveryResponse
+	16, // 31: grapnel.v1.DeliveryService.CancelDelivery:output_type -> grapnel.v1.CancelDeliveryResponse
+	26, // [26:32] is the sub-list for method output_type
+	20, // [20:26] is the sub-list for method input_type
+	20, // [20:20] is the sub-list for extension type_name
+	20, // [20:20] is the sub-list for extension extendee
+	0,  // [0:20] is the sub-list for field type_name
 }
 
 func init() { file_grapnel_v1_delivery_proto_init() }
@@ -1374,14 +1520,14 @@ func file_grapnel_v1_delivery_proto_init() {
 	if File_grapnel_v1_delivery_proto != nil {
 		return
 	}
-	file_grapnel_v1_delivery_proto_msgTypes[8].OneofWrappers = []any{}
+	file_grapnel_v1_delivery_proto_msgTypes[10].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_grapnel_v1_delivery_proto_rawDesc), len(file_grapnel_v1_delivery_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   14,
+			NumMessages:   16,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

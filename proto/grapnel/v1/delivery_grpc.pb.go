@@ -19,11 +19,12 @@ import (
 const _ = grpc.SupportPackageIsVersion9
 
 const (
-	DeliveryService_GetDelivery_FullMethodName    = "/grapnel.v1.DeliveryService/GetDelivery"
-	DeliveryService_ListDeliveries_FullMethodName = "/grapnel.v1.DeliveryService/ListDeliveries"
-	DeliveryService_ListAttempts_FullMethodName   = "/grapnel.v1.DeliveryService/ListAttempts"
-	DeliveryService_RetryDelivery_FullMethodName  = "/grapnel.v1.DeliveryService/RetryDelivery"
-	DeliveryService_CancelDelivery_FullMethodName = "/grapnel.v1.DeliveryService/CancelDelivery"
+	DeliveryService_GetDelivery_FullMethodName     = "/grapnel.v1.DeliveryService/GetDelivery"
+	DeliveryService_ListDeliveries_FullMethodName  = "/grapnel.v1.DeliveryService/ListDeliveries"
+	DeliveryService_ListAttempts_FullMethodName    = "/grapnel.v1.DeliveryService/ListAttempts"
+	DeliveryService_WatchDeliveries_FullMethodName = "/grapnel.v1.DeliveryService/WatchDeliveries"
+	DeliveryService_RetryDelivery_FullMethodName   = "/grapnel.v1.DeliveryService/RetryDelivery"
+	DeliveryService_CancelDelivery_FullMethodName  = "/grapnel.v1.DeliveryService/CancelDelivery"
 )
 
 // DeliveryServiceClient is the client API for DeliveryService service.
@@ -38,6 +39,13 @@ type DeliveryServiceClient interface {
 	ListDeliveries(ctx context.Context, in *ListDeliveriesRequest, opts ...grpc.CallOption) (*ListDeliveriesResponse, error)
 	// ListAttempts reads the attempts of one delivery, first to last.
 	ListAttempts(ctx context.Context, in *ListAttemptsRequest, opts ...grpc.CallOption) (*ListAttemptsResponse, error)
+	// WatchDeliveries tells what becomes of the deliveries of a namespace, as it happens: one message for each change once it
+	// is durable, which takes up to 100 ms, those of one delivery in their order and others roughly. The first message is a
+	// heartbeat, from which on nothing is left out. After a stream has ended, another one goes on from the resume_token of
+	// the last message that was read, also over restarts of the server, for at least ten minutes or as much as 4 MiB of
+	// changes in a partition are; later it ends with OUT_OF_RANGE, RESUME_TOKEN_EXPIRED. Who does not read for 10 s is cut
+	// off with ABORTED, SLOW_CONSUMER.
+	WatchDeliveries(ctx context.Context, in *WatchDeliveriesRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[WatchDeliveriesResponse], error)
 	// RetryDelivery makes a delivery due now.
 	RetryDelivery(ctx context.Context, in *RetryDeliveryRequest, opts ...grpc.CallOption) (*RetryDeliveryResponse, error)
 	// CancelDelivery stops a delivery for good.
@@ -82,6 +90,25 @@ func (c *deliveryServiceClient) ListAttempts(ctx context.Context, in *ListAttemp
 	return out, nil
 }
 
+func (c *deliveryServiceClient) WatchDeliveries(ctx context.Context, in *WatchDeliveriesRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[WatchDeliveriesResponse], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &DeliveryService_ServiceDesc.Streams[0], DeliveryService_WatchDeliveries_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[WatchDeliveriesRequest, WatchDeliveriesResponse]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type DeliveryService_WatchDeliveriesClient = grpc.ServerStreamingClient[WatchDeliveriesResponse]
+
 func (c *deliveryServiceClient) RetryDelivery(ctx context.Context, in *RetryDeliveryRequest, opts ...grpc.CallOption) (*RetryDeliveryResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(RetryDeliveryResponse)
@@ -114,6 +141,13 @@ type DeliveryServiceServer interface {
 	ListDeliveries(context.Context, *ListDeliveriesRequest) (*ListDeliveriesResponse, error)
 	// ListAttempts reads the attempts of one delivery, first to last.
 	ListAttempts(context.Context, *ListAttemptsRequest) (*ListAttemptsResponse, error)
+	// WatchDeliveries tells what becomes of the deliveries of a namespace, as it happens: one message for each change once it
+	// is durable, which takes up to 100 ms, those of one delivery in their order and others roughly. The first message is a
+	// heartbeat, from which on nothing is left out. After a stream has ended, another one goes on from the resume_token of
+	// the last message that was read, also over restarts of the server, for at least ten minutes or as much as 4 MiB of
+	// changes in a partition are; later it ends with OUT_OF_RANGE, RESUME_TOKEN_EXPIRED. Who does not read for 10 s is cut
+	// off with ABORTED, SLOW_CONSUMER.
+	WatchDeliveries(*WatchDeliveriesRequest, grpc.ServerStreamingServer[WatchDeliveriesResponse]) error
 	// RetryDelivery makes a delivery due now.
 	RetryDelivery(context.Context, *RetryDeliveryRequest) (*RetryDeliveryResponse, error)
 	// CancelDelivery stops a delivery for good.
@@ -136,6 +170,9 @@ func (UnimplementedDeliveryServiceServer) ListDeliveries(context.Context, *ListD
 }
 func (UnimplementedDeliveryServiceServer) ListAttempts(context.Context, *ListAttemptsRequest) (*ListAttemptsResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method ListAttempts not implemented")
+}
+func (UnimplementedDeliveryServiceServer) WatchDeliveries(*WatchDeliveriesRequest, grpc.ServerStreamingServer[WatchDeliveriesResponse]) error {
+	return status.Error(codes.Unimplemented, "method WatchDeliveries not implemented")
 }
 func (UnimplementedDeliveryServiceServer) RetryDelivery(context.Context, *RetryDeliveryRequest) (*RetryDeliveryResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method RetryDelivery not implemented")
@@ -218,6 +255,17 @@ func _DeliveryService_ListAttempts_Handler(srv interface{}, ctx context.Context,
 	return interceptor(ctx, in, info, handler)
 }
 
+func _DeliveryService_WatchDeliveries_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(WatchDeliveriesRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(DeliveryServiceServer).WatchDeliveries(m, &grpc.GenericServerStream[WatchDeliveriesRequest, WatchDeliveriesResponse]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type DeliveryService_WatchDeliveriesServer = grpc.ServerStreamingServer[WatchDeliveriesResponse]
+
 func _DeliveryService_RetryDelivery_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(RetryDeliveryRequest)
 	if err := dec(in); err != nil {
@@ -282,6 +330,12 @@ var DeliveryService_ServiceDesc = grpc.ServiceDesc{
 			Handler:    _DeliveryService_CancelDelivery_Handler,
 		},
 	},
-	Streams:  []grpc.StreamDesc{},
+	Streams: []grpc.StreamDesc{
+		{
+			StreamName:    "WatchDeliveries",
+			Handler:       _DeliveryService_WatchDeliveries_Handler,
+			ServerStreams: true,
+		},
+	},
 	Metadata: "grapnel/v1/delivery.proto",
 }
