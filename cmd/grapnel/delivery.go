@@ -16,7 +16,7 @@ import (
 
 func newDeliveryCommand(c *cli) *cobra.Command {
 	cmd := group("delivery", "Events on their way, and how that went",
-		newDeliveryGet(c), newDeliveryList(c), newDeliveryAttempts(c), newDeliveryRetry(c), newDeliveryCancel(c))
+		newDeliveryGet(c), newDeliveryList(c), newDeliveryTail(c), newDeliveryAttempts(c), newDeliveryRetry(c), newDeliveryCancel(c))
 	cmd.Aliases = []string{"deliveries"}
 	return c.connectFlags(cmd, true)
 }

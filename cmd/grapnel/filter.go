@@ -20,12 +20,18 @@ type listFlags struct {
 }
 
 func (f *listFlags) register(cmd *cobra.Command, fields string) {
+	f.registerTerms(cmd, fields)
 	flags := cmd.Flags()
-	flags.StringVar(&f.filter, "filter", "", "`expression` over "+fields)
-	flags.StringSliceVar(&f.types, "type", nil, "only of these event `types`; order.* stands for all that begin so")
 	flags.StringVar(&f.since, "since", "", "only from this `time` on: RFC 3339, or how long ago, such as 2h")
 	flags.StringVar(&f.until, "until", "", "only from before this `time`: RFC 3339, or how long ago, such as 2h")
 	countVar(flags, &f.limit, "limit", 100, 0, 0, "show at most this many; 0 shows all")
+}
+
+// registerTerms leaves out what is of lists only.
+func (f *listFlags) registerTerms(cmd *cobra.Command, fields string) {
+	flags := cmd.Flags()
+	flags.StringVar(&f.filter, "filter", "", "`expression` over "+fields)
+	flags.StringSliceVar(&f.types, "type", nil, "only of these event `types`; order.* stands for all that begin so")
 }
 
 // terms are the flags as terms of a filter over the fields of that name.
@@ -128,14 +134,21 @@ type deliveryFlags struct {
 }
 
 func (f *deliveryFlags) register(cmd *cobra.Command, c *cli) {
-	f.listFlags.register(cmd, "state, subscription, subscription_uid, event, event_uid, event_type, trigger, replay_job, create_time, next_attempt_time, scheduled, attempt_count, "+
-		"last_attempt.outcome, last_attempt.response_code")
+	f.listFlags.register(cmd, deliveryFields)
+	f.registerOwn(cmd, c)
+	cmd.Flags().BoolVar(&f.scheduled, "scheduled", false, "only those that are open and not to be attempted before a time still to come")
+}
+
+const deliveryFields = "state, subscription, subscription_uid, event, event_uid, event_type, trigger, replay_job, create_time, next_attempt_time, scheduled, " +
+	"attempt_count, last_attempt.outcome, last_attempt.response_code"
+
+// registerOwn leaves out what is of lists only.
+func (f *deliveryFlags) registerOwn(cmd *cobra.Command, c *cli) {
 	flags := cmd.Flags()
 	flags.StringSliceVar(&f.states, "state", nil, "only in these `states`; open and failed stand for several")
 	flags.StringVar(&f.subscription, "subscription", "", "only of this subscription")
 	flags.StringVar(&f.event, "event", "", "only of this event")
 	flags.StringSliceVar(&f.outcomes, "outcome", nil, "only whose last attempt had one of these `outcomes`")
-	flags.BoolVar(&f.scheduled, "scheduled", false, "only those that are open and not to be attempted before a time still to come")
 	countVar(flags, &f.code, "code", 0, 0, 999, "only whose last attempt got this response code")
 	must(cmd.RegisterFlagCompletionFunc("state", fixed(slices.Sorted(maps.Keys(deliveryStates()))...)))
 	must(cmd.RegisterFlagCompletionFunc("outcome", fixed(slices.Sorted(maps.Keys(attemptOutcomes()))...)))

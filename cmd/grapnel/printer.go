@@ -121,6 +121,17 @@ func (c *cli) exact(b []byte) error {
 	return err
 }
 
+// styled writes what was put together of cleaned parts and of what steers the terminal, which is our own.
+func (c *cli) styled(text string) error {
+	to := c.stdout
+	if p, ok := to.(*printer); ok {
+		p.flush()
+		to = p.to
+	}
+	_, err := io.WriteString(to, text)
+	return err
+}
+
 // isTerminal reports whether a stream of this command is one that a person looks at.
 func isTerminal(stream any) bool {
 	if p, ok := stream.(*printer); ok {

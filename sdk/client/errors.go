@@ -51,6 +51,10 @@ var (
 	ErrOwnershipRefused = reasonError("OWNERSHIP_REFUSED")
 	// ErrMessageTooLarge: the request or the answer is larger than a message may be, 4 MiB.
 	ErrMessageTooLarge = reasonError("MESSAGE_TOO_LARGE")
+	// ErrResumeTokenExpired: what has changed since the token is not kept any more; list what there is, and watch anew.
+	ErrResumeTokenExpired = reasonError("RESUME_TOKEN_EXPIRED")
+	// ErrSlowConsumer: who watches has not read for a while; a watch of this package goes on by itself.
+	ErrSlowConsumer = reasonError("SLOW_CONSUMER")
 	// ErrUnauthenticated: credentials are missing or wrong.
 	ErrUnauthenticated = codeError(codes.Unauthenticated)
 	// ErrPermissionDenied: the credentials do not allow the call.

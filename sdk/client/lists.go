@@ -17,6 +17,8 @@ type listSettings struct {
 	deleted  bool
 	bodies   bool
 	at       string
+	resume   string
+	watching func(token string)
 }
 
 // Filter keeps what matches an expression such as `state = EXHAUSTED AND event_type = "order.*"`.

@@ -96,7 +96,7 @@ func (s deliveryService) WatchDeliveries(r *grapnelv1.WatchDeliveriesRequest, st
 func (s *Server) watchQuery(ns string, space delivery.NamespaceKey, f *filter.Filter[shownDelivery]) (delivery.WatchQuery, error) {
 	q := delivery.WatchQuery{Namespace: space}
 	if values, known := f.OneOf("state"); known {
-		if slices.Contains(values, "IN_FLIGHT") {
+		if !slices.ContainsFunc(values, func(v string) bool { return v != "IN_FLIGHT" }) && len(values) > 0 {
 			return q, filterError("a watch does not tell when attempts begin, so that no delivery is IN_FLIGHT in it; say PENDING or SCHEDULED", 0, nil)
 		}
 		q.States = storedStates(values)

@@ -1,0 +1,144 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
+	"github.com/grapnel/grapnel/sdk/client"
+)
+
+func newDeliveryTail(c *cli) *cobra.Command {
+	var f deliveryFlags
+	var token string
+	var count int
+	cmd := &cobra.Command{
+		Use: "tail", Short: "Show what becomes of deliveries as it happens", Args: cobra.NoArgs,
+		Long: `Shows a line for each change of a delivery: made, attempted, waiting, ended. It goes on after a connection that broke and a
+server that was restarted, and shows each change once. It ends when it is interrupted, and says on standard error how another
+one goes on where this one was.`,
+		Example: `  grapnel delivery tail -n acme
+  grapnel delivery tail -n acme --subscription orders --state failed,scheduled
+  grapnel delivery tail -n acme --filter 'last_attempt.response_code >= 500' -o json`,
+	}
+	flags := cmd.Flags()
+	f.registerTerms(cmd, deliveryFields)
+	f.registerOwn(cmd, c)
+	flags.StringVar(&token, "resume", "", "go on behind this `token` of an earlier one")
+	countVar(flags, &count, "count", 0, 0, 0, "end after this many changes; 0 goes on")
+	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
+		ns, err := c.namespaceID()
+		if err != nil {
+			return err
+		}
+		expression, err := f.filter(c, time.Now())
+		if err != nil {
+			return err
+		}
+		return c.with(cmd, func(ctx context.Context, cl *client.Client) error {
+			last := token
+			watch := cl.WatchDeliveries(ctx, ns, client.Filter(expression), client.ResumeFrom(token), client.Watching(func(t string) {
+				if last == "" && !c.forPrograms() {
+					fmt.Fprintln(c.stderr, "watching namespaces/"+ns)
+				}
+				last = t
+			}))
+			n := 0
+			for ch, err := range watch {
+				if err != nil {
+					if last != "" && errors.Is(err, context.Canceled) {
+						fmt.Fprintf(c.stderr, "to go on from here: --resume %s\n", last)
+					}
+					return err
+				}
+				if err := c.tailed(ch.Delivery); err != nil {
+					return err
+				}
+				if last = ch.ResumeToken; count > 0 {
+					if n++; n == count {
+						return nil
+					}
+				}
+			}
+			return nil
+		})
+	}
+	return cmd
+}
+
+// tailed shows one change: a line for people, or what --output asks for.
+func (c *cli) tailed(d *grapnelv1.Delivery) error {
+	if c.forPrograms() {
+		text, err := c.encode(d, false)
+		if err != nil {
+			return err
+		}
+		if c.output == formatYAML {
+			text = append([]byte("---\n"), text...)
+		}
+		_, err = c.stdout.Write(text)
+		return err
+	}
+	state := fmt.Sprintf("%-9s", enumText(d.GetState()))
+	fields := []string{
+		changedAt(d).Local().Format("15:04:05.000"), "", clean(lastSegment(d.GetSubscription())), clean(d.GetEventType()), clean(eventID(d.GetEvent())), happened(d),
+	}
+	if c.output == formatWide {
+		fields = append(fields, lastSegment(d.GetName()))
+	}
+	fields[1] = c.coloured(d.GetState(), state)
+	return c.styled(strings.TrimRight(strings.Join(fields, "  "), " ") + "\n")
+}
+
+// changedAt is when what a change shows has happened, as far as the delivery tells.
+func changedAt(d *grapnelv1.Delivery) time.Time {
+	var at *timestamppb.Timestamp
+	switch a := d.GetLastAttempt(); {
+	case d.GetCompleteTime() != nil:
+		at = d.GetCompleteTime()
+	case a != nil:
+		return a.GetStartTime().AsTime().Add(a.GetDuration().AsDuration())
+	default:
+		at = d.GetCreateTime()
+	}
+	return at.AsTime()
+}
+
+// happened says what has led to a state, and what comes next.
+func happened(d *grapnelv1.Delivery) string {
+	var parts []string
+	if a := d.GetLastAttempt(); a != nil {
+		parts = append(parts, fmt.Sprintf("attempt %d: %s in %s", a.GetNumber(), cmp.Or(outcomeText(a), "no answer"), roundDuration(a.GetDuration().AsDuration())))
+		if a.GetError() != "" {
+			parts = append(parts, clean(a.GetError()))
+		}
+	}
+	if d.GetNextAttemptTime() != nil && d.GetState() == grapnelv1.Delivery_STATE_SCHEDULED {
+		parts = append(parts, "next at "+d.GetNextAttemptTime().AsTime().Local().Format("15:04:05"))
+	}
+	if d.GetStateReason() != "" {
+		parts = append(parts, clean(d.GetStateReason()))
+	}
+	return strings.Join(parts, ", ")
+}
+
+// colours of states, for terminals whose owners have not said no to them (no-color.org).
+var stateColours = map[grapnelv1.Delivery_State]string{
+	grapnelv1.Delivery_STATE_SUCCEEDED: "32", grapnelv1.Delivery_STATE_SCHEDULED: "33", grapnelv1.Delivery_STATE_EXHAUSTED: "31",
+	grapnelv1.Delivery_STATE_REJECTED: "31", grapnelv1.Delivery_STATE_CANCELLED: "90", grapnelv1.Delivery_STATE_SKIPPED: "90",
+}
+
+func (c *cli) coloured(state grapnelv1.Delivery_State, text string) string {
+	colour := stateColours[state]
+	if no, _ := c.lookupEnv("NO_COLOR"); colour == "" || no != "" || !isTerminal(c.stdout) {
+		return text
+	}
+	return "\x1b[" + colour + "m" + text + "\x1b[0m"
+}
