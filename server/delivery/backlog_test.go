@@ -15,6 +15,9 @@ var backlogEvents = flag.Int("backlog.events", 20_000, "waiting deliveries of th
 
 // Waiting deliveries cost disk, not memory, and a journal that was not closed is open again at once.
 func TestBacklogStaysOnDisk(t *testing.T) {
+	if testing.Short() {
+		t.Skip("takes long")
+	}
 	dir := t.TempDir()
 	o := Options{Dir: filepath.Join(dir, "a"), MinFreeBytes: -1}
 	j, err := Open(o)

@@ -30,7 +30,7 @@ var (
 func TestJournalFollowsItsModel(t *testing.T) {
 	seeds := *modelSeeds
 	if testing.Short() {
-		seeds = min(seeds, 6)
+		seeds = min(seeds, 2)
 	}
 	for seed := range seeds {
 		t.Run(fmt.Sprint(*modelFirst+seed), func(t *testing.T) {

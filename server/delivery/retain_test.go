@@ -239,6 +239,9 @@ func TestRetainErasesIDsOfPastDays(t *testing.T) {
 
 // Each namespace has its own retention; what is to stay stays, also between two that go.
 func TestRetentionIsByNamespace(t *testing.T) {
+	if testing.Short() {
+		t.Skip("takes long")
+	}
 	for _, n := range []int{3, 800} { // erased one by one, and by range
 		b := newBench(t, onePartition)
 		for ns := range NamespaceKey(5) {

@@ -96,6 +96,9 @@ func wantRatio(t *testing.T, what string, got, want float64) {
 }
 
 func TestSharesUnderContention(t *testing.T) {
+	if testing.Short() {
+		t.Skip("takes long")
+	}
 	for name, tt := range map[string]struct {
 		a, b crowd
 		// time and attempts that b gets for each of a.
@@ -141,6 +144,9 @@ func TestSharesUnderContention(t *testing.T) {
 
 // Within a namespace subscriptions share alike.
 func TestLanesShareByCost(t *testing.T) {
+	if testing.Short() {
+		t.Skip("takes long")
+	}
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t, func(o *dispatch.Options) { o.Slots = 16 })
 		synctest.Wait()

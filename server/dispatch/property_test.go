@@ -20,6 +20,9 @@ import (
 // late. The fake journal fails the test when a delivery is settled twice, the receiver when one is attempted twice at once.
 // In the end everything must have ended, each lane and partition in order.
 func TestEngineLosesAndDoublesNothing(t *testing.T) {
+	if testing.Short() {
+		t.Skip("takes long")
+	}
 	seeds := uint64(60)
 	if testing.Short() {
 		seeds = 10

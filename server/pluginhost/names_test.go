@@ -100,6 +100,9 @@ func TestNamesOfBuiltinPluginsAreTheirs(t *testing.T) {
 
 // TestNamesGoByTheList: which of two plugins has a name does not depend on who comes up first.
 func TestNamesGoByTheList(t *testing.T) {
+	if testing.Short() {
+		t.Skip("takes long")
+	}
 	for round := range 2 {
 		for name, specs := range map[string][]Spec{
 			"by what they say": {named("acme/line", "line"), named("acme/ppl", "line", "other")},

@@ -240,6 +240,9 @@ func TestCrashLoopFailsAndRecovers(t *testing.T) {
 // TestKillingIsNoFailure kills a process more often than a plugin may crash: it is not the plugin's doing, so the plugin
 // is not left alone.
 func TestKillingIsNoFailure(t *testing.T) {
+	if testing.Short() {
+		t.Skip("takes long")
+	}
 	f := start(t, func(tm *timing) {
 		tm.backoffMin, tm.backoffMax, tm.failedRetry = time.Millisecond, 5*time.Millisecond, time.Hour
 	}, self("plugin-all")).ready(t)

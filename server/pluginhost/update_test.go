@@ -143,6 +143,9 @@ func TestUpdateReconciles(t *testing.T) {
 
 // TestHotUpgrade replaces a plugin again and again while hundreds of attempts are open. Each is made once.
 func TestHotUpgrade(t *testing.T) {
+	if testing.Short() {
+		t.Skip("takes long")
+	}
 	for name, specs := range map[string]func(v string) []Spec{
 		"signer and transport": func(v string) []Spec { return []Spec{version(v)} },
 		"transport alone": func(v string) []Spec {

@@ -140,6 +140,9 @@ func mortal(t *testing.T) *fixture {
 }
 
 func TestPoisonIsQuarantinedAndSparesItsNeighbours(t *testing.T) {
+	if testing.Short() {
+		t.Skip("takes long")
+	}
 	for _, kind := range []string{"exit", "fault"} {
 		t.Run(kind, func(t *testing.T) {
 			f := mortal(t)

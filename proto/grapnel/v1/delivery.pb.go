@@ -1396,16 +1396,16 @@ const file_grapnel_v1_delivery_proto_rawDesc = "" +
 	"\n" +
 	"deliveries\x18\x01 \x03(\v2\x14.grapnel.v1.DeliveryR\n" +
 	"deliveries\x12&\n" +
-	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\xb5\x02\n" +
+	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\xb8\x02\n" +
 	"\x16WatchDeliveriesRequest\x12\x81\x01\n" +
 	"\x06parent\x18\x01 \x01(\tBi\xbaHf\xba\x01c\n" +
 	"\x0enamespace_name\x12\x1emust look like namespaces/NAME\x1a1this.matches('^namespaces/[a-z][a-z0-9-]{0,62}$')R\x06parent\x12 \n" +
-	"\x06filter\x18\x02 \x01(\tB\b\xbaH\x05r\x03\x18\x80\x10R\x06filter\x12,\n" +
-	"\fresume_token\x18\x03 \x01(\tB\t\xbaH\x06r\x04\x18\x80\x80\bR\vresumeToken\x12G\n" +
-	"\theartbeat\x18\x04 \x01(\v2\x19.google.protobuf.DurationB\x0e\xbaH\v\xaa\x01\b\"\x02\b<2\x02\b\x01R\theartbeat\"n\n" +
+	"\x06filter\x18\x02 \x01(\tB\b\xbaH\x05r\x03\x18\x80\x10R\x06filter\x12/\n" +
+	"\fresume_token\x18\x03 \x01(\tB\f\xbaH\x06r\x04\x18\x80\x80\b\x80\x01\x01R\vresumeToken\x12G\n" +
+	"\theartbeat\x18\x04 \x01(\v2\x19.google.protobuf.DurationB\x0e\xbaH\v\xaa\x01\b\"\x02\b<2\x02\b\x01R\theartbeat\"s\n" +
 	"\x17WatchDeliveriesResponse\x120\n" +
-	"\bdelivery\x18\x01 \x01(\v2\x14.grapnel.v1.DeliveryR\bdelivery\x12!\n" +
-	"\fresume_token\x18\x02 \x01(\tR\vresumeToken\"\xad\x02\n" +
+	"\bdelivery\x18\x01 \x01(\v2\x14.grapnel.v1.DeliveryR\bdelivery\x12&\n" +
+	"\fresume_token\x18\x02 \x01(\tB\x03\x80\x01\x01R\vresumeToken\"\xad\x02\n" +
 	"\x13ListAttemptsRequest\x12\xa9\x01\n" +
 	"\x06parent\x18\x01 \x01(\tB\x90\x01\xbaH\x8c\x01\xba\x01\x88\x01\n" +
 	"\rdelivery_name\x12,must look like namespaces/NAME/deliveries/ID\x1aIthis.matches('^namespaces/[a-z][a-z0-9-]{0,62}/deliveries/[0-9a-v]{29}$')R\x06parent\x12$\n" +
@@ -1429,12 +1429,12 @@ const file_grapnel_v1_delivery_proto_rawDesc = "" +
 	"\x04name\x18\x01 \x01(\tB\x90\x01\xbaH\x8c\x01\xba\x01\x88\x01\n" +
 	"\rdelivery_name\x12,must look like namespaces/NAME/deliveries/ID\x1aIthis.matches('^namespaces/[a-z][a-z0-9-]{0,62}/deliveries/[0-9a-v]{29}$')R\x04name\"J\n" +
 	"\x16CancelDeliveryResponse\x120\n" +
-	"\bdelivery\x18\x01 \x01(\v2\x14.grapnel.v1.DeliveryR\bdelivery2\xb5\x04\n" +
+	"\bdelivery\x18\x01 \x01(\v2\x14.grapnel.v1.DeliveryR\bdelivery2\xb2\x04\n" +
 	"\x0fDeliveryService\x12S\n" +
 	"\vGetDelivery\x12\x1e.grapnel.v1.GetDeliveryRequest\x1a\x1f.grapnel.v1.GetDeliveryResponse\"\x03\x90\x02\x01\x12\\\n" +
 	"\x0eListDeliveries\x12!.grapnel.v1.ListDeliveriesRequest\x1a\".grapnel.v1.ListDeliveriesResponse\"\x03\x90\x02\x01\x12V\n" +
-	"\fListAttempts\x12\x1f.grapnel.v1.ListAttemptsRequest\x1a .grapnel.v1.ListAttemptsResponse\"\x03\x90\x02\x01\x12a\n" +
-	"\x0fWatchDeliveries\x12\".grapnel.v1.WatchDeliveriesRequest\x1a#.grapnel.v1.WatchDeliveriesResponse\"\x03\x90\x02\x010\x01\x12V\n" +
+	"\fListAttempts\x12\x1f.grapnel.v1.ListAttemptsRequest\x1a .grapnel.v1.ListAttemptsResponse\"\x03\x90\x02\x01\x12^\n" +
+	"\x0fWatchDeliveries\x12\".grapnel.v1.WatchDeliveriesRequest\x1a#.grapnel.v1.WatchDeliveriesResponse\"\x000\x01\x12V\n" +
 	"\rRetryDelivery\x12 .grapnel.v1.RetryDeliveryRequest\x1a!.grapnel.v1.RetryDeliveryResponse\"\x00\x12\\\n" +
 	"\x0eCancelDelivery\x12!.grapnel.v1.CancelDeliveryRequest\x1a\".grapnel.v1.CancelDeliveryResponse\"\x03\x90\x02\x02B7Z5github.com/grapnel/grapnel/proto/grapnel/v1;grapnelv1b\x06proto3"
 
