@@ -54,6 +54,7 @@ type options struct {
 	replayKilled  int
 	replayRate    float64
 	orderKeys     int
+	watchers      int
 	only          string
 	limit         time.Duration
 	mostMemory    float64
@@ -99,13 +100,14 @@ func main() {
 	flag.IntVar(&o.subscriptions, "subscriptions", 100_000, "subscriptions of one namespace in the lanes run; 0 leaves it out")
 	flag.IntVar(&o.namespaces, "namespaces", 100_000, "namespaces with one subscription each in the lanes run; 0 leaves it out")
 	flag.IntVar(&o.sweepRows, "sweep-rows", 1_000_000, "deliveries for the lanes run's sweep to erase")
-
+	flag.IntVar(&o.orderKeys, "order-keys", 10_000, "ordering keys of the order run")
+	flag.IntVar(&o.watchers, "watchers", 1000, "who watch in the watch run")
 	flag.IntVar(&o.replayed, "replayed", 1_000_000, "events of the replay run")
 	flag.Float64Var(&o.replayRate, "replay-rate", 5000, "deliveries a second of the replay run")
 	flag.IntVar(&o.replayKilled, "replay-killed", 100_000, "events of the replay over three kills; 0 leaves it out")
 	flag.DurationVar(&o.limit, "limit", 10*time.Minute, "longest time of one run of fanout, lanes, hanging, backlog and memory")
 	flag.Float64Var(&o.mostMemory, "most-memory", 6144, "`MiB` of the server at which such a run is ended")
-	flag.StringVar(&o.only, "only", "", "run one `part`: start, throughput, latency, neighbour, backlog, or one that takes\nlonger and is only run when named: fanout, lanes, hanging, neighbours, recovery, memory, transports,\nhostile, replay")
+	flag.StringVar(&o.only, "only", "", "run one `part`: start, throughput, latency, neighbour, backlog, or one that takes\nlonger and is only run when named: fanout, lanes, hanging, neighbours, recovery, memory, transports,\nhostile, replay, order, watch")
 	flag.StringVar(&o.profile, "profile", "", "`directory` for CPU profiles of the server during the batch runs")
 	flag.Parse()
 
@@ -151,6 +153,7 @@ func run(ctx context.Context, o options) error {
 		{"hanging", b.hanging, true}, {"neighbours", b.neighbours, true}, {"recovery", b.recovery, true}, {"memory", b.memory, true}, {"transports", b.transports, true},
 		{"replay", b.replay, true},
 		{"order", b.order, true},
+		{"watch", b.watch, true},
 		{"hostile", b.hostile, true},
 	}
 	var errs error

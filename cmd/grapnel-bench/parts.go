@@ -103,6 +103,12 @@ func (b *bench) one(ctx context.Context, grapnel, name string, fanout, n int, se
 
 // oneTo is one with given subscriptions, each of which gets all events.
 func (b *bench) oneTo(ctx context.Context, grapnel, name string, subs []*grapnelv1.Subscription, n int, send publisher) (throughput, error) {
+	return b.oneBeside(ctx, grapnel, name, subs, len(subs), n, send, nil)
+}
+
+// oneBeside is oneTo where each event goes to so many of the subscriptions, and with something that begin has begun beside.
+func (b *bench) oneBeside(ctx context.Context, grapnel, name string, subs []*grapnelv1.Subscription, fanout, n int, send publisher,
+	begin func(context.Context, *serverProcess) error) (throughput, error) {
 	var t throughput
 	if err := b.sink.reset(); err != nil {
 		return t, err
@@ -112,12 +118,16 @@ func (b *bench) oneTo(ctx context.Context, grapnel, name string, subs []*grapnel
 		return t, err
 	}
 	defer p.kill()
-	fanout := len(subs)
 	if err := p.prepare(ctx, namespace); err != nil {
 		return t, err
 	}
-	if _, err := p.subscribeTo(ctx, namespace, fanout, func(i int) *grapnelv1.Subscription { return subs[i] }); err != nil {
+	if _, err := p.subscribeTo(ctx, namespace, len(subs), func(i int) *grapnelv1.Subscription { return subs[i] }); err != nil {
 		return t, err
+	}
+	if begin != nil {
+		if err := begin(ctx, p); err != nil {
+			return t, err
+		}
 	}
 	pids := p.pids()
 	pids["sink"], pids["self"] = []int{b.sink.cmd.Process.Pid}, []int{selfPid()}

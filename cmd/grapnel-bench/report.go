@@ -29,6 +29,7 @@ type report struct {
 	Hostile    *hostileReport    `json:"hostile,omitempty"`
 	Replay     *replayReport     `json:"replay,omitempty"`
 	Order      *orderReport      `json:"order,omitempty"`
+	Watch      *watchReport      `json:"watch,omitempty"`
 
 	runs map[string][]throughput
 }
@@ -180,6 +181,9 @@ func (r *report) print(out io.Writer) {
 	}
 	if r.Transports != nil {
 		r.Transports.print(out)
+	}
+	if r.Watch != nil {
+		r.Watch.print(out)
 	}
 	if r.Order != nil {
 		r.Order.print(out)

@@ -48,35 +48,83 @@ func newStatsCommand(c *cli) *cobra.Command {
 		Use: "stats", Short: "Counters over the last minutes, of a namespace or of everything", Args: cobra.NoArgs,
 		Example: "  grapnel stats\n  grapnel stats -n acme --window 1h --top 10",
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			parent := "namespaces/-"
-			if c.namespace != "" {
-				var err error
-				if parent, err = c.parent(); err != nil {
-					return err
-				}
+			parent, err := c.statsParent()
+			if err != nil {
+				return err
 			}
 			return c.with(cmd, func(ctx context.Context, cl *client.Client) error {
-				r, err := cl.AdminService().GetStats(ctx, &grapnelv1.GetStatsRequest{
-					Parent: parent, Window: durationpb.New(window), TopSubscriptions: top,
-				})
-				if err != nil {
-					return err
-				}
-				if c.forPrograms() {
-					return show(c, r, nil)
-				}
-				t := newTable(c, statsColumns())
-				for _, s := range append([]*grapnelv1.Stats{r.GetTotal()}, r.GetSubscriptions()...) {
-					if err := t.row(s); err != nil {
-						return err
-					}
-				}
-				return t.flush()
+				return c.showStats(ctx, cl, parent, window, top)
 			})
 		},
 	}
 	spanVar(cmd.Flags(), &window, "window", 5*time.Minute, time.Minute, 24*time.Hour, "looking back, 1m to 24h")
 	countVar(cmd.Flags(), &top, "top", 0, 0, 100, "also this many subscriptions, most failures first")
+	return c.connectFlags(cmd, true)
+}
+
+// statsParent is the namespace, or all of them where none is given.
+func (c *cli) statsParent() (string, error) {
+	if c.namespace == "" {
+		return "namespaces/-", nil
+	}
+	return c.parent()
+}
+
+func (c *cli) showStats(ctx context.Context, cl *client.Client, parent string, window time.Duration, top int32) error {
+	r, err := cl.AdminService().GetStats(ctx, &grapnelv1.GetStatsRequest{
+		Parent: parent, Window: durationpb.New(window), TopSubscriptions: top,
+	})
+	if err != nil {
+		return err
+	}
+	if c.forPrograms() {
+		return show(c, r, nil)
+	}
+	t := newTable(c, statsColumns())
+	for _, s := range append([]*grapnelv1.Stats{r.GetTotal()}, r.GetSubscriptions()...) {
+		if err := t.row(s); err != nil {
+			return err
+		}
+	}
+	return t.flush()
+}
+
+func newTopCommand(c *cli) *cobra.Command {
+	var interval time.Duration
+	var top int32
+	cmd := &cobra.Command{
+		Use: "top", Short: "The counters of the last minute, kept up to date on a terminal", Args: cobra.NoArgs,
+		Long: `Shows the counters of the last minute, of a namespace or of everything, and the subscriptions with most failures. On a terminal it
+goes on until it is interrupted; elsewhere it ends when it has shown them once.`,
+		Example: "  grapnel top\n  grapnel top -n acme --interval 5s",
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			parent, err := c.statsParent()
+			if err != nil {
+				return err
+			}
+			return c.with(cmd, func(ctx context.Context, cl *client.Client) error {
+				for live := isTerminal(c.stdout) && !c.forPrograms(); ; {
+					if live {
+						if err := c.styled("\x1b[H\x1b[2J"); err != nil { // home, and nothing on the screen
+							return err
+						}
+					}
+					err := c.showStats(ctx, cl, parent, time.Minute, top)
+					if err != nil || !live {
+						return err
+					}
+					c.said("%s, every %s", time.Now().Format(time.TimeOnly), interval)
+					select {
+					case <-ctx.Done():
+						return context.Cause(ctx)
+					case <-time.After(interval):
+					}
+				}
+			})
+		},
+	}
+	spanVar(cmd.Flags(), &interval, "interval", 2*time.Second, time.Second, time.Hour, "how often, 1s to 1h")
+	countVar(cmd.Flags(), &top, "top", 20, 0, 100, "this many subscriptions")
 	return c.connectFlags(cmd, true)
 }
 

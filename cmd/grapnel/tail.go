@@ -45,7 +45,7 @@ one goes on where this one was.`,
 		return c.with(cmd, func(ctx context.Context, cl *client.Client) error {
 			last := token
 			watch := cl.WatchDeliveries(ctx, ns, client.Filter(expression), client.ResumeFrom(token), client.Watching(func(t string) {
-				if last == "" && !c.forPrograms() {
+				if last == token {
 					fmt.Fprintln(c.stderr, "watching namespaces/"+ns)
 				}
 				last = t

@@ -37,6 +37,8 @@ type attempts struct {
 	client pluginv1.TransportServiceClient
 	// credits granted with the welcome.
 	credits int
+	// grace stands in for answerGrace where that is longer.
+	grace time.Duration
 
 	sending sync.Mutex // serialises sends
 
@@ -237,7 +239,7 @@ func (a *attempts) submit(contents []*pluginv1.Content, list ...*pluginv1.Attemp
 			at.Seq = a.ses.nextSeq()
 			sent[i] = &pending{
 				seq: at.GetSeq(), sent: time.Now(), answer: make(chan struct{}),
-				limit: time.Duration(at.GetTimeoutMs())*time.Millisecond + answerGrace,
+				limit: time.Duration(at.GetTimeoutMs())*time.Millisecond + max(a.grace, answerGrace),
 			}
 			a.waiting[at.GetSeq()] = sent[i]
 		}

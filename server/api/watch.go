@@ -8,6 +8,7 @@ import (
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/protobuf/types/known/durationpb"
 
 	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
 	"github.com/grapnel/grapnel/server/api/filter"
@@ -28,6 +29,53 @@ var (
 
 // WatchDeliveries tells what becomes of a namespace's deliveries.
 func (s deliveryService) WatchDeliveries(r *grapnelv1.WatchDeliveriesRequest, stream grpc.ServerStreamingServer[grapnelv1.WatchDeliveriesResponse]) error {
+	return watch(s.Server, r, stream, func(ns string, ch *delivery.Change, d *delivery.Delivery, token string) (*grapnelv1.WatchDeliveriesResponse, error) {
+		m := &grapnelv1.WatchDeliveriesResponse{ResumeToken: token}
+		if ch != nil {
+			m.Delivery, m.AttemptEnded = s.deliveryProto(ns, d, false), ch.Attempted
+		}
+		return m, nil
+	})
+}
+
+// WatchAttempts tells of the attempts at a namespace's deliveries as they end.
+func (s deliveryService) WatchAttempts(r *grapnelv1.WatchAttemptsRequest, stream grpc.ServerStreamingServer[grapnelv1.WatchAttemptsResponse]) error {
+	return watch(s.Server, r, stream, func(ns string, ch *delivery.Change, d *delivery.Delivery, token string) (*grapnelv1.WatchAttemptsResponse, error) {
+		m := &grapnelv1.WatchAttemptsResponse{ResumeToken: token}
+		switch {
+		case ch == nil:
+			return m, nil
+		case !ch.Attempted || d.Last == nil:
+			return nil, nil
+		}
+		last := d.Last
+		if r.GetIncludeBodies() {
+			attempts, err := s.Journal.Attempts(d.Namespace, d.ID)
+			if err != nil && !errors.Is(err, delivery.ErrNotFound) {
+				return nil, err
+			}
+			if i := slices.IndexFunc(attempts, func(a delivery.Attempt) bool { return a.Number == last.Number }); i >= 0 {
+				last = &attempts[i]
+			}
+		}
+		m.Attempt, m.Delivery = s.attemptProto(last, r.GetIncludeBodies()), s.deliveryProto(ns, d, false)
+		m.Delivery.LastAttempt = nil
+		return m, nil
+	})
+}
+
+// watchRequest is what requests to watch have in common.
+type watchRequest interface {
+	GetParent() string
+	GetFilter() string
+	GetResumeToken() string
+	GetHeartbeat() *durationpb.Duration
+}
+
+// watch sends what message makes of the changes of a namespace's deliveries, nothing where that is nil. It is asked for a
+// heartbeat by a change that is nil.
+func watch[M any](s *Server, r watchRequest, stream grpc.ServerStreamingServer[M],
+	message func(ns string, ch *delivery.Change, d *delivery.Delivery, token string) (*M, error)) error {
 	ns, space, err := s.existingNamespace("parent", r.GetParent())
 	if err != nil {
 		return err
@@ -41,7 +89,7 @@ func (s deliveryService) WatchDeliveries(r *grapnelv1.WatchDeliveriesRequest, st
 		return err
 	}
 	if q.After, err = delivery.ParsePosition(r.GetResumeToken()); err != nil {
-		return invalid(Violation{"resume_token", "must be from a message of WatchDeliveries, as it came", "resume_token"})
+		return invalid(Violation{"resume_token", "must be from a message of a watch, as it came", "resume_token"})
 	}
 	if !s.edge.streamsOf.enter(ns) {
 		return s.edge.streamsOf.refusal(ns, "streams")
@@ -58,37 +106,42 @@ func (s deliveryService) WatchDeliveries(r *grapnelv1.WatchDeliveriesRequest, st
 	}
 	ctx, end := s.watchContext(stream.Context())
 	defer end()
-	out := s.sendTo(stream)
+	out := sendTo(stream, s.WatchPatience)
 	defer out.close()
-	if err := out.send(ctx, &grapnelv1.WatchDeliveriesResponse{ResumeToken: w.Position().String()}); err != nil {
-		return err
-	}
-	quiet := time.Now()
-	for {
-		ch, err := nextChange(ctx, w, quiet.Add(heartbeat))
-		if err != nil {
-			return watchError(err)
-		}
-		m := &grapnelv1.WatchDeliveriesResponse{}
-		if ch != nil {
-			d, err := ch.Delivery()
-			switch {
-			case errors.Is(err, delivery.ErrNotFound): // erased meanwhile
-				continue
-			case err != nil:
+	var quiet time.Time
+	for first := true; ; first = false {
+		var ch *delivery.Change
+		if !first { // it begins with a heartbeat
+			if ch, err = nextChange(ctx, w, quiet); err != nil {
 				return watchError(err)
-			case !f.Match(shownDelivery{d, false}):
-				continue
 			}
-			m.Delivery = s.deliveryProto(ns, d, false)
-		} else if now, _, err := s.existingNamespace("parent", r.GetParent()); err != nil || now != ns {
+		}
+		var d *delivery.Delivery
+		if ch == nil {
+			if _, now, err := s.existingNamespace("parent", r.GetParent()); err != nil {
+				return err
+			} else if now != space { // deleted, and made anew
+				return notFound(r.GetParent(), "namespace")
+			}
+		} else if d, err = ch.Delivery(); errors.Is(err, delivery.ErrNotFound) { // erased meanwhile
+			continue
+		} else if err != nil {
+			return watchError(err)
+		} else if !f.Match(shownDelivery{d, false}) {
+			continue
+		}
+		token := w.Position().String()
+		m, err := message(ns, ch, d, token)
+		if err != nil {
 			return err
 		}
-		m.ResumeToken = w.Position().String()
-		if err := out.send(ctx, m); err != nil {
+		if m == nil {
+			continue
+		}
+		if err := out.send(ctx, m, token); err != nil {
 			return err
 		}
-		quiet = time.Now()
+		quiet = time.Now().Add(heartbeat)
 	}
 }
 
@@ -96,7 +149,7 @@ func (s deliveryService) WatchDeliveries(r *grapnelv1.WatchDeliveriesRequest, st
 func (s *Server) watchQuery(ns string, space delivery.NamespaceKey, f *filter.Filter[shownDelivery]) (delivery.WatchQuery, error) {
 	q := delivery.WatchQuery{Namespace: space}
 	if values, known := f.OneOf("state"); known {
-		if !slices.ContainsFunc(values, func(v string) bool { return v != "IN_FLIGHT" }) && len(values) > 0 {
+		if len(values) > 0 && !slices.ContainsFunc(values, func(v string) bool { return v != "IN_FLIGHT" }) {
 			return q, filterError("a watch does not tell when attempts begin, so that no delivery is IN_FLIGHT in it; say PENDING or SCHEDULED", 0, nil)
 		}
 		q.States = storedStates(values)
@@ -149,15 +202,15 @@ func watchError(err error) error {
 }
 
 // outbox sends messages to one who watches, and notices when nobody reads them.
-type outbox struct {
-	messages chan *grapnelv1.WatchDeliveriesResponse
+type outbox[M any] struct {
+	messages chan *M
 	failed   chan error
 	patience time.Duration
 	last     string // token of the last message that was taken on
 }
 
-func (s *Server) sendTo(stream grpc.ServerStreamingServer[grapnelv1.WatchDeliveriesResponse]) *outbox {
-	o := &outbox{messages: make(chan *grapnelv1.WatchDeliveriesResponse, watchAhead), failed: make(chan error, 1), patience: s.WatchPatience}
+func sendTo[M any](stream grpc.ServerStreamingServer[M], patience time.Duration) *outbox[M] {
+	o := &outbox[M]{messages: make(chan *M, watchAhead), failed: make(chan error, 1), patience: patience}
 	go func() {
 		for m := range o.messages {
 			if err := stream.Send(m); err != nil {
@@ -170,12 +223,12 @@ func (s *Server) sendTo(stream grpc.ServerStreamingServer[grapnelv1.WatchDeliver
 }
 
 // close has the sender end when it has sent what it can.
-func (o *outbox) close() { close(o.messages) }
+func (o *outbox[M]) close() { close(o.messages) }
 
-func (o *outbox) send(ctx context.Context, m *grapnelv1.WatchDeliveriesResponse) error {
+func (o *outbox[M]) send(ctx context.Context, m *M, token string) error {
 	select {
 	case o.messages <- m:
-		o.last = m.GetResumeToken()
+		o.last = token
 		return nil
 	default:
 	}
@@ -183,7 +236,7 @@ func (o *outbox) send(ctx context.Context, m *grapnelv1.WatchDeliveriesResponse)
 	defer late.Stop()
 	select {
 	case o.messages <- m:
-		o.last = m.GetResumeToken()
+		o.last = token
 		return nil
 	case err := <-o.failed:
 		return err

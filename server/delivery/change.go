@@ -14,6 +14,8 @@ type Change struct {
 	// ID is the delivery's, State where it stands since: never InFlight, which the journal does not know.
 	ID    ID
 	State State
+	// Attempted: an attempt has ended, and that is the change. Else it was made, or somebody has changed it.
+	Attempted bool
 
 	at       changeAt
 	p        *partition
@@ -67,10 +69,13 @@ func (p *partition) changed(ch *Change) (*Delivery, error) {
 
 // Changes of a namespace lie in rows by commit, a part of maxNews bytes each:
 //
-//	u | ns commit part: count, then for each change: lane, seq, length, standing
+//	u | ns commit part: where it begins, count, whether it is the last; for each change: lane, seq, flags, length, standing
 //
 // which are written in the commit that makes them, while the namespace is watched (see watches).
 const maxNews = 64 << 10
+
+// changeHead is what comes before the standing.
+const changeHead = 8 + 8 + 1 + 4
 
 // news are the changes of one namespace in a commit.
 type news struct {
@@ -111,7 +116,7 @@ func (c *commit) changed(lane LaneKey, seq uint64, st *standing) {
 	}
 	part := &n.parts[len(n.parts)-1]
 	part.count++
-	part.body = appendU64(appendU64(part.body, uint64(lane.Subscription)), seq)
+	part.body = append(appendU64(appendU64(part.body, uint64(lane.Subscription)), seq), boolByte(st.attempted))
 	size := len(part.body)
 	part.body = encodeStanding(append(part.body, 0, 0, 0, 0), st)
 	binary.BigEndian.PutUint32(part.body[size:], uint32(len(part.body)-size-4))
@@ -154,13 +159,14 @@ func (p *partition) decodeNews(ns NamespaceKey, commit Commit, value []byte, ski
 }
 
 func (p *partition) decodeChanges(ns NamespaceKey, at changeAt, count uint32, final bool, body []byte, skip uint32) ([]*Change, error) {
-	changes := make([]*Change, 0, min(int(count), len(body)/20))
+	changes := make([]*Change, 0, min(int(count), len(body)/changeHead))
 	for i := range count {
-		if len(body) < 20 {
+		if len(body) < changeHead {
 			return nil, errTruncated
 		}
-		sub, seq, size := SubscriptionKey(binary.BigEndian.Uint64(body)), binary.BigEndian.Uint64(body[8:]), binary.BigEndian.Uint32(body[16:])
-		body = body[20:]
+		sub, seq := SubscriptionKey(binary.BigEndian.Uint64(body)), binary.BigEndian.Uint64(body[8:])
+		attempted, size := body[16] == 1, binary.BigEndian.Uint32(body[17:])
+		body = body[changeHead:]
 		if uint64(size) > uint64(len(body)) {
 			return nil, errTruncated
 		}
@@ -170,7 +176,7 @@ func (p *partition) decodeChanges(ns NamespaceKey, at changeAt, count uint32, fi
 				return nil, err
 			}
 			ch := &Change{
-				ID: ID{seq, p.number, sub}, State: st.state, p: p, lane: LaneKey{ns, sub}, standing: st,
+				ID: ID{seq, p.number, sub}, State: st.state, Attempted: attempted, p: p, lane: LaneKey{ns, sub}, standing: st,
 				at: changeAt{at.partition, at.commit, n, final && i == count-1},
 			}
 			changes = append(changes, ch)

@@ -292,6 +292,9 @@ func (d *decoder) progress(p *progress) {
 
 // standing is the record of a delivery that is not PENDING.
 type standing struct {
+	// attempted: the last attempt has ended in the commit that is being prepared. It is not on record.
+	attempted bool
+
 	progress
 	state    State
 	reason   string

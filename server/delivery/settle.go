@@ -134,7 +134,7 @@ func (c *commit) settleRow(day dayKey, lane LaneKey, row Row, pr progress, s *se
 		return err
 	}
 	st := standing{progress: pr, state: s.step.State, reason: s.step.Reason, last: last}
-	st.manual = false
+	st.manual, st.attempted = false, s.attempt != nil
 	c.dropRow(lane, row)
 	c.settled++
 	if s.step.State == Scheduled {
@@ -240,6 +240,7 @@ func (c *commit) settleStale(day dayKey, lane LaneKey, s *settle) error {
 	if st.last, err = c.history(day, lane, s.job.ID.Seq, &st.progress, &own); err != nil {
 		return err
 	}
+	st.attempted = true
 	if !at.open {
 		c.putStanding(at.day, lane, s.job.ID.Seq, &st)
 		return nil
@@ -270,7 +271,7 @@ func (c *commit) settleOpen(lane LaneKey, at *place, s *settle) error {
 	if st.last, err = c.history(at.day, lane, at.row.Seq, &st.progress, s); err != nil {
 		return err
 	}
-	st.manual = false
+	st.manual, st.attempted = false, true
 	c.dropBlocked(lane, at.order, at.row.Seq)
 	c.settleEnd(at.day, lane, at.row.Seq, &st, nil)
 	c.settled++

@@ -5,6 +5,7 @@
 package dirlock
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"strings"
@@ -51,7 +52,7 @@ func Take(path string) (*Lock, error) {
 }
 
 // Release gives the lock back.
-func (l *Lock) Release() error { return l.file.Close() }
+func (l *Lock) Release() error { return errors.Join(unlock(l.file), l.file.Close()) }
 
 // note writes who holds the lock, if that can be: the disk may be full.
 func note(file *os.File) {

@@ -12,3 +12,5 @@ const noFollow = 0
 
 // lock is not known here.
 func lock(*os.File) (held bool, err error) { return false, errors.ErrUnsupported }
+
+func unlock(*os.File) error { return nil }

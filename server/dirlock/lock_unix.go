@@ -24,3 +24,7 @@ func lock(file *os.File) (held bool, err error) {
 		}
 	}
 }
+
+// unlock gives it back although a child may still have the descriptor, which it inherits for the moment until it runs its own
+// program.
+func unlock(file *os.File) error { return syscall.Flock(int(file.Fd()), syscall.LOCK_UN) }

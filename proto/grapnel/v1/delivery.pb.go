@@ -906,11 +906,12 @@ func (x *WatchDeliveriesRequest) GetHeartbeat() *durationpb.Duration {
 // WatchDeliveriesResponse is a change, or a heartbeat.
 type WatchDeliveriesResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// The delivery right after the change; last_attempt is the one that has just ended, if that was the change. Unset in a
-	// heartbeat. Only state_reason may be younger: why it waits now.
+	// The delivery right after the change; unset in a heartbeat. Only state_reason may be younger: why it waits now.
 	Delivery *Delivery `protobuf:"bytes,1,opt,name=delivery,proto3" json:"delivery,omitempty"`
 	// Goes on behind this message.
-	ResumeToken   string `protobuf:"bytes,2,opt,name=resume_token,json=resumeToken,proto3" json:"resume_token,omitempty"`
+	ResumeToken string `protobuf:"bytes,2,opt,name=resume_token,json=resumeToken,proto3" json:"resume_token,omitempty"`
+	// The change is that last_attempt has ended. Else the delivery was made, or somebody has changed it.
+	AttemptEnded  bool `protobuf:"varint,3,opt,name=attempt_ended,json=attemptEnded,proto3" json:"attempt_ended,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -959,6 +960,159 @@ func (x *WatchDeliveriesResponse) GetResumeToken() string {
 	return ""
 }
 
+func (x *WatchDeliveriesResponse) GetAttemptEnded() bool {
+	if x != nil {
+		return x.AttemptEnded
+	}
+	return false
+}
+
+// WatchAttemptsRequest says what to tell.
+type WatchAttemptsRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// namespaces/{namespace}
+	Parent string `protobuf:"bytes,1,opt,name=parent,proto3" json:"parent,omitempty"`
+	// As in WatchDeliveriesRequest: about the delivery as it is since the attempt.
+	Filter string `protobuf:"bytes,2,opt,name=filter,proto3" json:"filter,omitempty"`
+	// From an earlier message of WatchAttempts or WatchDeliveries of the same namespace. Empty begins now.
+	ResumeToken string `protobuf:"bytes,3,opt,name=resume_token,json=resumeToken,proto3" json:"resume_token,omitempty"`
+	// The longest silence: a message without an attempt ends it. 1s to 60s, 15s by default.
+	Heartbeat *durationpb.Duration `protobuf:"bytes,4,opt,name=heartbeat,proto3" json:"heartbeat,omitempty"`
+	// True fills bodies and headers of attempts that did not succeed, which needs the permission events.payload.
+	IncludeBodies bool `protobuf:"varint,5,opt,name=include_bodies,json=includeBodies,proto3" json:"include_bodies,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WatchAttemptsRequest) Reset() {
+	*x = WatchAttemptsRequest{}
+	mi := &file_grapnel_v1_delivery_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WatchAttemptsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WatchAttemptsRequest) ProtoMessage() {}
+
+func (x *WatchAttemptsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_grapnel_v1_delivery_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WatchAttemptsRequest.ProtoReflect.Descriptor instead.
+func (*WatchAttemptsRequest) Descriptor() ([]byte, []int) {
+	return file_grapnel_v1_delivery_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *WatchAttemptsRequest) GetParent() string {
+	if x != nil {
+		return x.Parent
+	}
+	return ""
+}
+
+func (x *WatchAttemptsRequest) GetFilter() string {
+	if x != nil {
+		return x.Filter
+	}
+	return ""
+}
+
+func (x *WatchAttemptsRequest) GetResumeToken() string {
+	if x != nil {
+		return x.ResumeToken
+	}
+	return ""
+}
+
+func (x *WatchAttemptsRequest) GetHeartbeat() *durationpb.Duration {
+	if x != nil {
+		return x.Heartbeat
+	}
+	return nil
+}
+
+func (x *WatchAttemptsRequest) GetIncludeBodies() bool {
+	if x != nil {
+		return x.IncludeBodies
+	}
+	return false
+}
+
+// WatchAttemptsResponse is an attempt that has ended, or a heartbeat.
+type WatchAttemptsResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The attempt. Unset in a heartbeat.
+	Attempt *Attempt `protobuf:"bytes,1,opt,name=attempt,proto3" json:"attempt,omitempty"`
+	// The delivery right after it, without last_attempt.
+	Delivery *Delivery `protobuf:"bytes,2,opt,name=delivery,proto3" json:"delivery,omitempty"`
+	// Goes on behind this message.
+	ResumeToken   string `protobuf:"bytes,3,opt,name=resume_token,json=resumeToken,proto3" json:"resume_token,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WatchAttemptsResponse) Reset() {
+	*x = WatchAttemptsResponse{}
+	mi := &file_grapnel_v1_delivery_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WatchAttemptsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WatchAttemptsResponse) ProtoMessage() {}
+
+func (x *WatchAttemptsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_grapnel_v1_delivery_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WatchAttemptsResponse.ProtoReflect.Descriptor instead.
+func (*WatchAttemptsResponse) Descriptor() ([]byte, []int) {
+	return file_grapnel_v1_delivery_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *WatchAttemptsResponse) GetAttempt() *Attempt {
+	if x != nil {
+		return x.Attempt
+	}
+	return nil
+}
+
+func (x *WatchAttemptsResponse) GetDelivery() *Delivery {
+	if x != nil {
+		return x.Delivery
+	}
+	return nil
+}
+
+func (x *WatchAttemptsResponse) GetResumeToken() string {
+	if x != nil {
+		return x.ResumeToken
+	}
+	return ""
+}
+
 // ListAttemptsRequest names one delivery.
 type ListAttemptsRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -976,7 +1130,7 @@ type ListAttemptsRequest struct {
 
 func (x *ListAttemptsRequest) Reset() {
 	*x = ListAttemptsRequest{}
-	mi := &file_grapnel_v1_delivery_proto_msgTypes[8]
+	mi := &file_grapnel_v1_delivery_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -988,7 +1142,7 @@ func (x *ListAttemptsRequest) String() string {
 func (*ListAttemptsRequest) ProtoMessage() {}
 
 func (x *ListAttemptsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_delivery_proto_msgTypes[8]
+	mi := &file_grapnel_v1_delivery_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1001,7 +1155,7 @@ func (x *ListAttemptsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAttemptsRequest.ProtoReflect.Descriptor instead.
 func (*ListAttemptsRequest) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_delivery_proto_rawDescGZIP(), []int{8}
+	return file_grapnel_v1_delivery_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *ListAttemptsRequest) GetParent() string {
@@ -1045,7 +1199,7 @@ type ListAttemptsResponse struct {
 
 func (x *ListAttemptsResponse) Reset() {
 	*x = ListAttemptsResponse{}
-	mi := &file_grapnel_v1_delivery_proto_msgTypes[9]
+	mi := &file_grapnel_v1_delivery_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1057,7 +1211,7 @@ func (x *ListAttemptsResponse) String() string {
 func (*ListAttemptsResponse) ProtoMessage() {}
 
 func (x *ListAttemptsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_delivery_proto_msgTypes[9]
+	mi := &file_grapnel_v1_delivery_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1070,7 +1224,7 @@ func (x *ListAttemptsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAttemptsResponse.ProtoReflect.Descriptor instead.
 func (*ListAttemptsResponse) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_delivery_proto_rawDescGZIP(), []int{9}
+	return file_grapnel_v1_delivery_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *ListAttemptsResponse) GetAttempts() []*Attempt {
@@ -1103,7 +1257,7 @@ type RetryDeliveryRequest struct {
 
 func (x *RetryDeliveryRequest) Reset() {
 	*x = RetryDeliveryRequest{}
-	mi := &file_grapnel_v1_delivery_proto_msgTypes[10]
+	mi := &file_grapnel_v1_delivery_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1115,7 +1269,7 @@ func (x *RetryDeliveryRequest) String() string {
 func (*RetryDeliveryRequest) ProtoMessage() {}
 
 func (x *RetryDeliveryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_delivery_proto_msgTypes[10]
+	mi := &file_grapnel_v1_delivery_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1128,7 +1282,7 @@ func (x *RetryDeliveryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RetryDeliveryRequest.ProtoReflect.Descriptor instead.
 func (*RetryDeliveryRequest) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_delivery_proto_rawDescGZIP(), []int{10}
+	return file_grapnel_v1_delivery_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *RetryDeliveryRequest) GetName() string {
@@ -1166,7 +1320,7 @@ type RetryDeliveryResponse struct {
 
 func (x *RetryDeliveryResponse) Reset() {
 	*x = RetryDeliveryResponse{}
-	mi := &file_grapnel_v1_delivery_proto_msgTypes[11]
+	mi := &file_grapnel_v1_delivery_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1178,7 +1332,7 @@ func (x *RetryDeliveryResponse) String() string {
 func (*RetryDeliveryResponse) ProtoMessage() {}
 
 func (x *RetryDeliveryResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_delivery_proto_msgTypes[11]
+	mi := &file_grapnel_v1_delivery_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1191,7 +1345,7 @@ func (x *RetryDeliveryResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RetryDeliveryResponse.ProtoReflect.Descriptor instead.
 func (*RetryDeliveryResponse) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_delivery_proto_rawDescGZIP(), []int{11}
+	return file_grapnel_v1_delivery_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *RetryDeliveryResponse) GetDelivery() *Delivery {
@@ -1219,7 +1373,7 @@ type CancelDeliveryRequest struct {
 
 func (x *CancelDeliveryRequest) Reset() {
 	*x = CancelDeliveryRequest{}
-	mi := &file_grapnel_v1_delivery_proto_msgTypes[12]
+	mi := &file_grapnel_v1_delivery_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1231,7 +1385,7 @@ func (x *CancelDeliveryRequest) String() string {
 func (*CancelDeliveryRequest) ProtoMessage() {}
 
 func (x *CancelDeliveryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_delivery_proto_msgTypes[12]
+	mi := &file_grapnel_v1_delivery_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1244,7 +1398,7 @@ func (x *CancelDeliveryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelDeliveryRequest.ProtoReflect.Descriptor instead.
 func (*CancelDeliveryRequest) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_delivery_proto_rawDescGZIP(), []int{12}
+	return file_grapnel_v1_delivery_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *CancelDeliveryRequest) GetName() string {
@@ -1265,7 +1419,7 @@ type CancelDeliveryResponse struct {
 
 func (x *CancelDeliveryResponse) Reset() {
 	*x = CancelDeliveryResponse{}
-	mi := &file_grapnel_v1_delivery_proto_msgTypes[13]
+	mi := &file_grapnel_v1_delivery_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1277,7 +1431,7 @@ func (x *CancelDeliveryResponse) String() string {
 func (*CancelDeliveryResponse) ProtoMessage() {}
 
 func (x *CancelDeliveryResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_delivery_proto_msgTypes[13]
+	mi := &file_grapnel_v1_delivery_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1290,7 +1444,7 @@ func (x *CancelDeliveryResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelDeliveryResponse.ProtoReflect.Descriptor instead.
 func (*CancelDeliveryResponse) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_delivery_proto_rawDescGZIP(), []int{13}
+	return file_grapnel_v1_delivery_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *CancelDeliveryResponse) GetDelivery() *Delivery {
@@ -1402,10 +1556,22 @@ const file_grapnel_v1_delivery_proto_rawDesc = "" +
 	"\x0enamespace_name\x12\x1emust look like namespaces/NAME\x1a1this.matches('^namespaces/[a-z][a-z0-9-]{0,62}$')R\x06parent\x12 \n" +
 	"\x06filter\x18\x02 \x01(\tB\b\xbaH\x05r\x03\x18\x80\x10R\x06filter\x12/\n" +
 	"\fresume_token\x18\x03 \x01(\tB\f\xbaH\x06r\x04\x18\x80\x80\b\x80\x01\x01R\vresumeToken\x12G\n" +
-	"\theartbeat\x18\x04 \x01(\v2\x19.google.protobuf.DurationB\x0e\xbaH\v\xaa\x01\b\"\x02\b<2\x02\b\x01R\theartbeat\"s\n" +
+	"\theartbeat\x18\x04 \x01(\v2\x19.google.protobuf.DurationB\x0e\xbaH\v\xaa\x01\b\"\x02\b<2\x02\b\x01R\theartbeat\"\x98\x01\n" +
 	"\x17WatchDeliveriesResponse\x120\n" +
 	"\bdelivery\x18\x01 \x01(\v2\x14.grapnel.v1.DeliveryR\bdelivery\x12&\n" +
-	"\fresume_token\x18\x02 \x01(\tB\x03\x80\x01\x01R\vresumeToken\"\xad\x02\n" +
+	"\fresume_token\x18\x02 \x01(\tB\x03\x80\x01\x01R\vresumeToken\x12#\n" +
+	"\rattempt_ended\x18\x03 \x01(\bR\fattemptEnded\"\xdd\x02\n" +
+	"\x14WatchAttemptsRequest\x12\x81\x01\n" +
+	"\x06parent\x18\x01 \x01(\tBi\xbaHf\xba\x01c\n" +
+	"\x0enamespace_name\x12\x1emust look like namespaces/NAME\x1a1this.matches('^namespaces/[a-z][a-z0-9-]{0,62}$')R\x06parent\x12 \n" +
+	"\x06filter\x18\x02 \x01(\tB\b\xbaH\x05r\x03\x18\x80\x10R\x06filter\x12/\n" +
+	"\fresume_token\x18\x03 \x01(\tB\f\xbaH\x06r\x04\x18\x80\x80\b\x80\x01\x01R\vresumeToken\x12G\n" +
+	"\theartbeat\x18\x04 \x01(\v2\x19.google.protobuf.DurationB\x0e\xbaH\v\xaa\x01\b\"\x02\b<2\x02\b\x01R\theartbeat\x12%\n" +
+	"\x0einclude_bodies\x18\x05 \x01(\bR\rincludeBodies\"\xa0\x01\n" +
+	"\x15WatchAttemptsResponse\x12-\n" +
+	"\aattempt\x18\x01 \x01(\v2\x13.grapnel.v1.AttemptR\aattempt\x120\n" +
+	"\bdelivery\x18\x02 \x01(\v2\x14.grapnel.v1.DeliveryR\bdelivery\x12&\n" +
+	"\fresume_token\x18\x03 \x01(\tB\x03\x80\x01\x01R\vresumeToken\"\xad\x02\n" +
 	"\x13ListAttemptsRequest\x12\xa9\x01\n" +
 	"\x06parent\x18\x01 \x01(\tB\x90\x01\xbaH\x8c\x01\xba\x01\x88\x01\n" +
 	"\rdelivery_name\x12,must look like namespaces/NAME/deliveries/ID\x1aIthis.matches('^namespaces/[a-z][a-z0-9-]{0,62}/deliveries/[0-9a-v]{29}$')R\x06parent\x12$\n" +
@@ -1429,12 +1595,13 @@ const file_grapnel_v1_delivery_proto_rawDesc = "" +
 	"\x04name\x18\x01 \x01(\tB\x90\x01\xbaH\x8c\x01\xba\x01\x88\x01\n" +
 	"\rdelivery_name\x12,must look like namespaces/NAME/deliveries/ID\x1aIthis.matches('^namespaces/[a-z][a-z0-9-]{0,62}/deliveries/[0-9a-v]{29}$')R\x04name\"J\n" +
 	"\x16CancelDeliveryResponse\x120\n" +
-	"\bdelivery\x18\x01 \x01(\v2\x14.grapnel.v1.DeliveryR\bdelivery2\xb2\x04\n" +
+	"\bdelivery\x18\x01 \x01(\v2\x14.grapnel.v1.DeliveryR\bdelivery2\x8c\x05\n" +
 	"\x0fDeliveryService\x12S\n" +
 	"\vGetDelivery\x12\x1e.grapnel.v1.GetDeliveryRequest\x1a\x1f.grapnel.v1.GetDeliveryResponse\"\x03\x90\x02\x01\x12\\\n" +
 	"\x0eListDeliveries\x12!.grapnel.v1.ListDeliveriesRequest\x1a\".grapnel.v1.ListDeliveriesResponse\"\x03\x90\x02\x01\x12V\n" +
 	"\fListAttempts\x12\x1f.grapnel.v1.ListAttemptsRequest\x1a .grapnel.v1.ListAttemptsResponse\"\x03\x90\x02\x01\x12^\n" +
-	"\x0fWatchDeliveries\x12\".grapnel.v1.WatchDeliveriesRequest\x1a#.grapnel.v1.WatchDeliveriesResponse\"\x000\x01\x12V\n" +
+	"\x0fWatchDeliveries\x12\".grapnel.v1.WatchDeliveriesRequest\x1a#.grapnel.v1.WatchDeliveriesResponse\"\x000\x01\x12X\n" +
+	"\rWatchAttempts\x12 .grapnel.v1.WatchAttemptsRequest\x1a!.grapnel.v1.WatchAttemptsResponse\"\x000\x01\x12V\n" +
 	"\rRetryDelivery\x12 .grapnel.v1.RetryDeliveryRequest\x1a!.grapnel.v1.RetryDeliveryResponse\"\x00\x12\\\n" +
 	"\x0eCancelDelivery\x12!.grapnel.v1.CancelDeliveryRequest\x1a\".grapnel.v1.CancelDeliveryResponse\"\x03\x90\x02\x02B7Z5github.com/grapnel/grapnel/proto/grapnel/v1;grapnelv1b\x06proto3"
 
@@ -1451,7 +1618,7 @@ func file_grapnel_v1_delivery_proto_rawDescGZIP() []byte {
 }
 
 var file_grapnel_v1_delivery_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_grapnel_v1_delivery_proto_msgTypes = make([]protoimpl.MessageInfo, 16)
+var file_grapnel_v1_delivery_proto_msgTypes = make([]protoimpl.MessageInfo, 18)
 var file_grapnel_v1_delivery_proto_goTypes = []any{
 	(Delivery_State)(0),             // 0: grapnel.v1.Delivery.State
 	(Delivery_Trigger)(0),           // 1: grapnel.v1.Delivery.Trigger
@@ -1464,55 +1631,62 @@ var file_grapnel_v1_delivery_proto_goTypes = []any{
 	(*ListDeliveriesResponse)(nil),  // 8: grapnel.v1.ListDeliveriesResponse
 	(*WatchDeliveriesRequest)(nil),  // 9: grapnel.v1.WatchDeliveriesRequest
 	(*WatchDeliveriesResponse)(nil), // 10: grapnel.v1.WatchDeliveriesResponse
-	(*ListAttemptsRequest)(nil),     // 11: grapnel.v1.ListAttemptsRequest
-	(*ListAttemptsResponse)(nil),    // 12: grapnel.v1.ListAttemptsResponse
-	(*RetryDeliveryRequest)(nil),    // 13: grapnel.v1.RetryDeliveryRequest
-	(*RetryDeliveryResponse)(nil),   // 14: grapnel.v1.RetryDeliveryResponse
-	(*CancelDeliveryRequest)(nil),   // 15: grapnel.v1.CancelDeliveryRequest
-	(*CancelDeliveryResponse)(nil),  // 16: grapnel.v1.CancelDeliveryResponse
-	nil,                             // 17: grapnel.v1.Attempt.ResponseHeadersEntry
-	nil,                             // 18: grapnel.v1.Attempt.RequestHeadersEntry
-	(*timestamppb.Timestamp)(nil),   // 19: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),     // 20: google.protobuf.Duration
+	(*WatchAttemptsRequest)(nil),    // 11: grapnel.v1.WatchAttemptsRequest
+	(*WatchAttemptsResponse)(nil),   // 12: grapnel.v1.WatchAttemptsResponse
+	(*ListAttemptsRequest)(nil),     // 13: grapnel.v1.ListAttemptsRequest
+	(*ListAttemptsResponse)(nil),    // 14: grapnel.v1.ListAttemptsResponse
+	(*RetryDeliveryRequest)(nil),    // 15: grapnel.v1.RetryDeliveryRequest
+	(*RetryDeliveryResponse)(nil),   // 16: grapnel.v1.RetryDeliveryResponse
+	(*CancelDeliveryRequest)(nil),   // 17: grapnel.v1.CancelDeliveryRequest
+	(*CancelDeliveryResponse)(nil),  // 18: grapnel.v1.CancelDeliveryResponse
+	nil,                             // 19: grapnel.v1.Attempt.ResponseHeadersEntry
+	nil,                             // 20: grapnel.v1.Attempt.RequestHeadersEntry
+	(*timestamppb.Timestamp)(nil),   // 21: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),     // 22: google.protobuf.Duration
 }
 var file_grapnel_v1_delivery_proto_depIdxs = []int32{
 	0,  // 0: grapnel.v1.Delivery.state:type_name -> grapnel.v1.Delivery.State
 	1,  // 1: grapnel.v1.Delivery.trigger:type_name -> grapnel.v1.Delivery.Trigger
-	19, // 2: grapnel.v1.Delivery.next_attempt_time:type_name -> google.protobuf.Timestamp
-	19, // 3: grapnel.v1.Delivery.expire_time:type_name -> google.protobuf.Timestamp
+	21, // 2: grapnel.v1.Delivery.next_attempt_time:type_name -> google.protobuf.Timestamp
+	21, // 3: grapnel.v1.Delivery.expire_time:type_name -> google.protobuf.Timestamp
 	4,  // 4: grapnel.v1.Delivery.last_attempt:type_name -> grapnel.v1.Attempt
-	19, // 5: grapnel.v1.Delivery.create_time:type_name -> google.protobuf.Timestamp
-	19, // 6: grapnel.v1.Delivery.complete_time:type_name -> google.protobuf.Timestamp
-	19, // 7: grapnel.v1.Attempt.start_time:type_name -> google.protobuf.Timestamp
-	20, // 8: grapnel.v1.Attempt.duration:type_name -> google.protobuf.Duration
+	21, // 5: grapnel.v1.Delivery.create_time:type_name -> google.protobuf.Timestamp
+	21, // 6: grapnel.v1.Delivery.complete_time:type_name -> google.protobuf.Timestamp
+	21, // 7: grapnel.v1.Attempt.start_time:type_name -> google.protobuf.Timestamp
+	22, // 8: grapnel.v1.Attempt.duration:type_name -> google.protobuf.Duration
 	2,  // 9: grapnel.v1.Attempt.outcome:type_name -> grapnel.v1.Attempt.Outcome
-	20, // 10: grapnel.v1.Attempt.retry_after:type_name -> google.protobuf.Duration
-	17, // 11: grapnel.v1.Attempt.response_headers:type_name -> grapnel.v1.Attempt.ResponseHeadersEntry
-	18, // 12: grapnel.v1.Attempt.request_headers:type_name -> grapnel.v1.Attempt.RequestHeadersEntry
+	22, // 10: grapnel.v1.Attempt.retry_after:type_name -> google.protobuf.Duration
+	19, // 11: grapnel.v1.Attempt.response_headers:type_name -> grapnel.v1.Attempt.ResponseHeadersEntry
+	20, // 12: grapnel.v1.Attempt.request_headers:type_name -> grapnel.v1.Attempt.RequestHeadersEntry
 	3,  // 13: grapnel.v1.GetDeliveryResponse.delivery:type_name -> grapnel.v1.Delivery
 	3,  // 14: grapnel.v1.ListDeliveriesResponse.deliveries:type_name -> grapnel.v1.Delivery
-	20, // 15: grapnel.v1.WatchDeliveriesRequest.heartbeat:type_name -> google.protobuf.Duration
+	22, // 15: grapnel.v1.WatchDeliveriesRequest.heartbeat:type_name -> google.protobuf.Duration
 	3,  // 16: grapnel.v1.WatchDeliveriesResponse.delivery:type_name -> grapnel.v1.Delivery
-	4,  // 17: grapnel.v1.ListAttemptsResponse.attempts:type_name -> grapnel.v1.Attempt
-	3,  // 18: grapnel.v1.RetryDeliveryResponse.delivery:type_name -> grapnel.v1.Delivery
-	3,  // 19: grapnel.v1.CancelDeliveryResponse.delivery:type_name -> grapnel.v1.Delivery
-	5,  // 20: grapnel.v1.DeliveryService.GetDelivery:input_type -> grapnel.v1.GetDeliveryRequest
-	7,  // 21: grapnel.v1.DeliveryService.ListDeliveries:input_type -> grapnel.v1.ListDeliveriesRequest
-	11, // 22: grapnel.v1.DeliveryService.ListAttempts:input_type -> grapnel.v1.ListAttemptsRequest
-	9,  // 23: grapnel.v1.DeliveryService.WatchDeliveries:input_type -> grapnel.v1.WatchDeliveriesRequest
-	13, // 24: grapnel.v1.DeliveryService.RetryDelivery:input_type -> grapnel.v1.RetryDeliveryRequest
-	15, // 25: grapnel.v1.DeliveryService.CancelDelivery:input_type -> grapnel.v1.CancelDeliveryRequest
-	6,  // 26: grapnel.v1.DeliveryService.GetDelivery:output_type -> grapnel.v1.GetDeliveryResponse
-	8,  // 27: grapnel.v1.DeliveryService.ListDeliveries:output_type -> grapnel.v1.ListDeliveriesResponse
-	12, // 28: grapnel.v1.DeliveryService.ListAttempts:output_type -> grapnel.v1.ListAttemptsResponse
-	10, // 29: grapnel.v1.DeliveryService.WatchDeliveries:output_type -> grapnel.v1.WatchDeliveriesResponse
-	14, // 30: grapnel.v1.DeliveryService.RetryDelivery:output_type -> grapnel.v1.RetryDeliveryResponse
-	16, // 31: grapnel.v1.DeliveryService.CancelDelivery:output_type -> grapnel.v1.CancelDeliveryResponse
-	26, // [26:32] is the sub-list for method output_type
-	20, // [20:26] is the sub-list for method input_type
-	20, // [20:20] is the sub-list for extension type_name
-	20, // [20:20] is the sub-list for extension extendee
-	0,  // [0:20] is the sub-list for field type_name
+	22, // 17: grapnel.v1.WatchAttemptsRequest.heartbeat:type_name -> google.protobuf.Duration
+	4,  // 18: grapnel.v1.WatchAttemptsResponse.attempt:type_name -> grapnel.v1.Attempt
+	3,  // 19: grapnel.v1.WatchAttemptsResponse.delivery:type_name -> grapnel.v1.Delivery
+	4,  // 20: grapnel.v1.ListAttemptsResponse.attempts:type_name -> grapnel.v1.Attempt
+	3,  // 21: grapnel.v1.RetryDeliveryResponse.delivery:type_name -> grapnel.v1.Delivery
+	3,  // 22: grapnel.v1.CancelDeliveryResponse.delivery:type_name -> grapnel.v1.Delivery
+	5,  // 23: grapnel.v1.DeliveryService.GetDelivery:input_type -> grapnel.v1.GetDeliveryRequest
+	7,  // 24: grapnel.v1.DeliveryService.ListDeliveries:input_type -> grapnel.v1.ListDeliveriesRequest
+	13, // 25: grapnel.v1.DeliveryService.ListAttempts:input_type -> grapnel.v1.ListAttemptsRequest
+	9,  // 26: grapnel.v1.DeliveryService.WatchDeliveries:input_type -> grapnel.v1.WatchDeliveriesRequest
+	11, // 27: grapnel.v1.DeliveryService.WatchAttempts:input_type -> grapnel.v1.WatchAttemptsRequest
+	15, // 28: grapnel.v1.DeliveryService.RetryDelivery:input_type -> grapnel.v1.RetryDeliveryRequest
+	17, // 29: grapnel.v1.DeliveryService.CancelDelivery:input_type -> grapnel.v1.CancelDeliveryRequest
+	6,  // 30: grapnel.v1.DeliveryService.GetDelivery:output_type -> grapnel.v1.GetDeliveryResponse
+	8,  // 31: grapnel.v1.DeliveryService.ListDeliveries:output_type -> grapnel.v1.ListDeliveriesResponse
+	14, // 32: grapnel.v1.DeliveryService.ListAttempts:output_type -> grapnel.v1.ListAttemptsResponse
+	10, // 33: grapnel.v1.DeliveryService.WatchDeliveries:output_type -> grapnel.v1.WatchDeliveriesResponse
+	12, // 34: grapnel.v1.DeliveryService.WatchAttempts:output_type -> grapnel.v1.WatchAttemptsResponse
+	16, // 35: grapnel.v1.DeliveryService.RetryDelivery:output_type -> grapnel.v1.RetryDeliveryResponse
+	18, // 36: grapnel.v1.DeliveryService.CancelDelivery:output_type -> grapnel.v1.CancelDeliveryResponse
+	30, // [30:37] is the sub-list for method output_type
+	23, // [23:30] is the sub-list for method input_type
+	23, // [23:23] is the sub-list for extension type_name
+	23, // [23:23] is the sub-list for extension extendee
+	0,  // [0:23] is the sub-list for field type_name
 }
 
 func init() { file_grapnel_v1_delivery_proto_init() }
@@ -1520,14 +1694,14 @@ func file_grapnel_v1_delivery_proto_init() {
 	if File_grapnel_v1_delivery_proto != nil {
 		return
 	}
-	file_grapnel_v1_delivery_proto_msgTypes[10].OneofWrappers = []any{}
+	file_grapnel_v1_delivery_proto_msgTypes[12].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_grapnel_v1_delivery_proto_rawDesc), len(file_grapnel_v1_delivery_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   16,
+			NumMessages:   18,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

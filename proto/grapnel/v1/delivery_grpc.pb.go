@@ -23,6 +23,7 @@ const (
 	DeliveryService_ListDeliveries_FullMethodName  = "/grapnel.v1.DeliveryService/ListDeliveries"
 	DeliveryService_ListAttempts_FullMethodName    = "/grapnel.v1.DeliveryService/ListAttempts"
 	DeliveryService_WatchDeliveries_FullMethodName = "/grapnel.v1.DeliveryService/WatchDeliveries"
+	DeliveryService_WatchAttempts_FullMethodName   = "/grapnel.v1.DeliveryService/WatchAttempts"
 	DeliveryService_RetryDelivery_FullMethodName   = "/grapnel.v1.DeliveryService/RetryDelivery"
 	DeliveryService_CancelDelivery_FullMethodName  = "/grapnel.v1.DeliveryService/CancelDelivery"
 )
@@ -46,6 +47,8 @@ type DeliveryServiceClient interface {
 	// changes in a partition are; later it ends with OUT_OF_RANGE, RESUME_TOKEN_EXPIRED. Who does not read for 10 s is cut
 	// off with ABORTED, SLOW_CONSUMER.
 	WatchDeliveries(ctx context.Context, in *WatchDeliveriesRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[WatchDeliveriesResponse], error)
+	// WatchAttempts tells of attempts as they end, as WatchDeliveries tells of deliveries.
+	WatchAttempts(ctx context.Context, in *WatchAttemptsRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[WatchAttemptsResponse], error)
 	// RetryDelivery makes a delivery due now.
 	RetryDelivery(ctx context.Context, in *RetryDeliveryRequest, opts ...grpc.CallOption) (*RetryDeliveryResponse, error)
 	// CancelDelivery stops a delivery for good.
@@ -109,6 +112,25 @@ func (c *deliveryServiceClient) WatchDeliveries(ctx context.Context, in *WatchDe
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type DeliveryService_WatchDeliveriesClient = grpc.ServerStreamingClient[WatchDeliveriesResponse]
 
+func (c *deliveryServiceClient) WatchAttempts(ctx context.Context, in *WatchAttemptsRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[WatchAttemptsResponse], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &DeliveryService_ServiceDesc.Streams[1], DeliveryService_WatchAttempts_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[WatchAttemptsRequest, WatchAttemptsResponse]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type DeliveryService_WatchAttemptsClient = grpc.ServerStreamingClient[WatchAttemptsResponse]
+
 func (c *deliveryServiceClient) RetryDelivery(ctx context.Context, in *RetryDeliveryRequest, opts ...grpc.CallOption) (*RetryDeliveryResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(RetryDeliveryResponse)
@@ -148,6 +170,8 @@ type DeliveryServiceServer interface {
 	// changes in a partition are; later it ends with OUT_OF_RANGE, RESUME_TOKEN_EXPIRED. Who does not read for 10 s is cut
 	// off with ABORTED, SLOW_CONSUMER.
 	WatchDeliveries(*WatchDeliveriesRequest, grpc.ServerStreamingServer[WatchDeliveriesResponse]) error
+	// WatchAttempts tells of attempts as they end, as WatchDeliveries tells of deliveries.
+	WatchAttempts(*WatchAttemptsRequest, grpc.ServerStreamingServer[WatchAttemptsResponse]) error
 	// RetryDelivery makes a delivery due now.
 	RetryDelivery(context.Context, *RetryDeliveryRequest) (*RetryDeliveryResponse, error)
 	// CancelDelivery stops a delivery for good.
@@ -173,6 +197,9 @@ func (UnimplementedDeliveryServiceServer) ListAttempts(context.Context, *ListAtt
 }
 func (UnimplementedDeliveryServiceServer) WatchDeliveries(*WatchDeliveriesRequest, grpc.ServerStreamingServer[WatchDeliveriesResponse]) error {
 	return status.Error(codes.Unimplemented, "method WatchDeliveries not implemented")
+}
+func (UnimplementedDeliveryServiceServer) WatchAttempts(*WatchAttemptsRequest, grpc.ServerStreamingServer[WatchAttemptsResponse]) error {
+	return status.Error(codes.Unimplemented, "method WatchAttempts not implemented")
 }
 func (UnimplementedDeliveryServiceServer) RetryDelivery(context.Context, *RetryDeliveryRequest) (*RetryDeliveryResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method RetryDelivery not implemented")
@@ -266,6 +293,17 @@ func _DeliveryService_WatchDeliveries_Handler(srv interface{}, stream grpc.Serve
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type DeliveryService_WatchDeliveriesServer = grpc.ServerStreamingServer[WatchDeliveriesResponse]
 
+func _DeliveryService_WatchAttempts_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(WatchAttemptsRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(DeliveryServiceServer).WatchAttempts(m, &grpc.GenericServerStream[WatchAttemptsRequest, WatchAttemptsResponse]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type DeliveryService_WatchAttemptsServer = grpc.ServerStreamingServer[WatchAttemptsResponse]
+
 func _DeliveryService_RetryDelivery_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(RetryDeliveryRequest)
 	if err := dec(in); err != nil {
@@ -334,6 +372,11 @@ var DeliveryService_ServiceDesc = grpc.ServiceDesc{
 		{
 			StreamName:    "WatchDeliveries",
 			Handler:       _DeliveryService_WatchDeliveries_Handler,
+			ServerStreams: true,
+		},
+		{
+			StreamName:    "WatchAttempts",
+			Handler:       _DeliveryService_WatchAttempts_Handler,
 			ServerStreams: true,
 		},
 	},
