@@ -195,7 +195,7 @@ func watchError(err error) error {
 			code: codes.OutOfRange, reason: grapnelv1.ErrorReason_ERROR_REASON_RESUME_TOKEN_EXPIRED,
 			message: "what has changed since the resume_token is not kept any more: list what there is, and begin without a token",
 		}
-	case errors.Is(err, delivery.ErrTooManyWatched):
+	case errors.Is(err, delivery.ErrTooManyWatched), errors.Is(err, delivery.ErrTooManyWide):
 		return rateLimited("watches", err.Error(), time.Minute)
 	}
 	return err

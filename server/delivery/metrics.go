@@ -55,6 +55,16 @@ func (m *metrics) register(r prometheus.Registerer, j *Journal) error {
 			defer leave()
 			return float64(j.db.Metrics().DiskSpaceUsage())
 		}),
+		gauge("watches", "Watches of deliveries and attempts that are open.", func() float64 {
+			n := int64(0)
+			for _, s := range *j.watches.spaces.Load() {
+				n += s.watches.Load()
+			}
+			return float64(n)
+		}),
+		gauge("watched_namespaces", "Namespaces whose changes are recorded, for those who watch or have until lately.", func() float64 {
+			return float64(len(*j.watches.spaces.Load()))
+		}),
 		gauge("disk_full", "1 while publishes are refused for want of space.", func() float64 {
 			if j.space.low() {
 				return 1

@@ -21,6 +21,11 @@ type WatchQuery struct {
 	After Position
 }
 
+// wide: most of what happens is wanted.
+func (q *WatchQuery) wide() bool {
+	return q.Subscription == 0 && (q.States == nil || slices.Contains(q.States, Pending) || slices.Contains(q.States, Succeeded))
+}
+
 // Watcher tells what becomes of the deliveries of a namespace: each change once it is durable, those of one delivery in their
 // order. It holds at most 1,024 changes in memory; one that is read too slowly for that goes on from the disk, as long as
 // the changes are kept there, and gets ErrExpired when they are not. It is for one goroutine, and is to be closed.
@@ -53,6 +58,10 @@ func (j *Journal) Watch(ctx context.Context, query WatchQuery) (*Watcher, error)
 		return nil, fmt.Errorf("watch namespace %016x: %w", uint64(query.Namespace), err)
 	}
 	w := &Watcher{j: j, space: s, query: query, line: s.line, wake: make(chan struct{}, 1), pos: query.After.clone()}
+	if query.wide() && s.wide.Add(1) > maxWide {
+		w.Close()
+		return nil, ErrTooManyWide
+	}
 	if w.pos.line == 0 {
 		w.pos = Position{line: s.line, at: make([]seenTo, len(j.partitions))}
 		for i, p := range j.partitions {
@@ -63,7 +72,7 @@ func (j *Journal) Watch(ctx context.Context, query WatchQuery) (*Watcher, error)
 		return w, nil
 	}
 	if err := w.kept(); err != nil {
-		j.watches.end(s)
+		w.Close()
 		return nil, err
 	}
 	return w, nil
@@ -84,8 +93,11 @@ func (w *Watcher) kept() error {
 
 // Close ends the watch.
 func (w *Watcher) Close() {
-	w.space.remove(w)
-	w.j.watches.end(w.space)
+	w.halt()
+	if w.query.wide() {
+		w.space.wide.Add(-1)
+	}
+	w.space.end()
 }
 
 // Position is behind what Next has returned, and all that has happened meanwhile and was not wanted.
@@ -144,6 +156,7 @@ func (w *Watcher) take() *Change {
 	for len(w.ahead) > 0 {
 		ch := w.ahead[0]
 		w.ahead[0], w.ahead = nil, w.ahead[1:]
+		w.j.watches.told.Add(-1)
 		if !w.pos.seen(ch.at) {
 			w.pos.pass(ch.at)
 			return ch
@@ -173,10 +186,11 @@ func (w *Watcher) offer(ch *Change) {
 	defer w.mu.Unlock()
 	switch {
 	case w.behind:
-	case len(w.ahead) >= maxTold:
+	case len(w.ahead) >= maxTold || w.j.watches.told.Load() >= allTold:
 		w.behind = true
 	default:
 		w.ahead = append(w.ahead, ch)
+		w.j.watches.told.Add(1)
 	}
 	w.signal()
 }
@@ -221,6 +235,7 @@ func (w *Watcher) halt() {
 	w.space.remove(w)
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	w.j.watches.told.Add(-int64(len(w.ahead)))
 	w.ahead, w.behind = nil, false
 }
 

@@ -30,6 +30,10 @@ const (
 	maxUntold = 32 << 20
 	// maxTold bounds the changes that wait in memory for one who watches.
 	maxTold = 1024
+	// allTold bounds them over all who watch.
+	allTold = 1 << 18
+	// maxWide bounds those who watch everything in a namespace, of whom each costs something at every change.
+	maxWide = 100
 )
 
 // Errors of Watch.
@@ -38,6 +42,8 @@ var (
 	ErrExpired = errors.New("changes since then are not kept any more")
 	// ErrTooManyWatched says that too many namespaces are watched.
 	ErrTooManyWatched = fmt.Errorf("more than %d namespaces are watched, or have been within %v", maxWatched, newsKept)
+	// ErrTooManyWide says that too many watch everything in a namespace.
+	ErrTooManyWide = fmt.Errorf("%d watch all deliveries of the namespace, which is all there may be: watch those of one subscription, or those in other states than PENDING and SUCCEEDED", maxWide)
 )
 
 // watches knows which namespaces are watched, and by whom. Of those, and of no others, each commit records what it has
@@ -55,6 +61,8 @@ type watches struct {
 	// waiting: there is something untold.
 	waiting atomic.Bool
 	wake    chan struct{}
+
+	told atomic.Int64 // changes that wait in memory for those who watch
 }
 
 // watchedSpace is a namespace whose changes are recorded.
@@ -63,15 +71,14 @@ type watchedSpace struct {
 	line uint64
 	logs []newsLog // by partition
 
-	// All three turn. until is, since nobody watches, when the record ends; broken: it has gaps, and begins anew.
-	watches int
-	until   time.Time
-	broken  bool
+	// watches rises only with the turn. until is, since nobody watches, when the record ends, in nanoseconds since 1970.
+	watches, wide, until atomic.Int64
+	broken               bool // turn; it has gaps, and begins anew
 
 	mu    sync.Mutex
-	told  []Commit                                  // by partition: the last with changes that was told
-	up    map[*Watcher]struct{}                     // those that are told, whatever is changed
-	upFor map[SubscriptionKey]map[*Watcher]struct{} // those that are told of one subscription
+	told  []Commit                       // by partition: the last with changes that was told
+	up    [Skipped + 1][]*Watcher        // who is told of all subscriptions, by the states that they want
+	upFor map[SubscriptionKey][]*Watcher // who is told of one
 }
 
 // newsLog is what of a namespace's changes lies in a partition.
@@ -132,7 +139,7 @@ func (w *watches) load() error {
 			s := spaces[ns]
 			if s == nil {
 				s = w.newSpace(ns, rec.line)
-				s.until = time.Now().Add(newsKept)
+				s.stayFor(newsKept)
 				spaces[ns] = s
 			}
 			if rec.line == s.line {
@@ -171,8 +178,10 @@ func (j *Journal) ForgetWatches() error {
 const nothing = ^Commit(0)
 
 func (w *watches) newSpace(ns NamespaceKey, line uint64) *watchedSpace {
-	s := &watchedSpace{key: ns, line: line, logs: make([]newsLog, len(w.j.partitions)), told: make([]Commit, len(w.j.partitions)), up: make(map[*Watcher]struct{}),
-		upFor: make(map[SubscriptionKey]map[*Watcher]struct{})}
+	s := &watchedSpace{
+		key: ns, line: line, logs: make([]newsLog, len(w.j.partitions)), told: make([]Commit, len(w.j.partitions)),
+		upFor: make(map[SubscriptionKey][]*Watcher),
+	}
 	for i := range s.logs {
 		s.logs[i].floor = nothing
 	}
@@ -203,7 +212,7 @@ func (w *watches) begin(ctx context.Context, ns NamespaceKey) (*watchedSpace, er
 				return nil, err
 			}
 		}
-		s.watches++
+		s.watches.Add(1)
 		return s, nil
 	}
 	if len(old) >= maxWatched {
@@ -216,13 +225,13 @@ func (w *watches) begin(ctx context.Context, ns NamespaceKey) (*watchedSpace, er
 	if err := w.record(ctx, s); err != nil {
 		return nil, err
 	}
-	s.watches++
+	s.watches.Add(1)
 	return s, nil
 }
 
 // record begins to record anew, which each partition notes.
 func (w *watches) record(ctx context.Context, s *watchedSpace) error {
-	s.line, s.broken, s.until = rand.Uint64()|1, true, time.Now()
+	s.line, s.broken = rand.Uint64()|1, true
 	var all errgroup.Group
 	for _, p := range w.j.partitions {
 		all.Go(func() error {
@@ -244,13 +253,13 @@ func (w *watches) record(ctx context.Context, s *watchedSpace) error {
 }
 
 // end is begin's counterpart.
-func (w *watches) end(s *watchedSpace) {
-	w.turn <- struct{}{} // who holds it hands a deadline down
-	defer func() { <-w.turn }()
-	if s.watches--; s.watches == 0 {
-		s.until = time.Now().Add(newsKept)
-	}
+func (s *watchedSpace) end() {
+	s.stayFor(newsKept)
+	s.watches.Add(-1)
 }
+
+// stayFor has the record go on for a while when nobody watches any more.
+func (s *watchedSpace) stayFor(d time.Duration) { s.until.Store(time.Now().Add(d).UnixNano()) }
 
 // dropped has nobody go on with the record of a namespace that has been erased.
 func (w *watches) dropped(ctx context.Context, ns NamespaceKey) error {
@@ -369,7 +378,7 @@ func (s *watchedSpace) tell(p *partition, commit Commit, n *news) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.told[p.number] = commit
-	if len(s.up) == 0 && len(s.upFor) == 0 {
+	if !s.anyUp() {
 		return
 	}
 	for i := range n.parts {
@@ -379,45 +388,54 @@ func (s *watchedSpace) tell(p *partition, commit Commit, n *news) {
 			p.j.die("changes that were just made: " + err.Error())
 		}
 		for _, ch := range changes {
-			for w := range s.up {
-				w.offer(ch)
+			if int(ch.State) < len(s.up) {
+				for _, w := range s.up[ch.State] {
+					w.offer(ch)
+				}
 			}
-			for w := range s.upFor[ch.ID.Subscription] {
+			for _, w := range s.upFor[ch.ID.Subscription] {
 				w.offer(ch)
 			}
 		}
 	}
+}
+
+func (s *watchedSpace) anyUp() bool {
+	return len(s.upFor) > 0 || slices.ContainsFunc(s.up[:], func(group []*Watcher) bool { return len(group) > 0 })
 }
 
 // add has a watch be told from now on.
 func (s *watchedSpace) add(w *Watcher) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if w.query.Subscription == 0 {
-		s.up[w] = struct{}{}
+	if sub := w.query.Subscription; sub != 0 {
+		s.upFor[sub] = append(s.upFor[sub], w)
 		return
 	}
-	group := s.upFor[w.query.Subscription]
-	if group == nil {
-		group = make(map[*Watcher]struct{})
-		s.upFor[w.query.Subscription] = group
+	for state := range s.up {
+		if w.wantsState(State(state)) {
+			s.up[state] = append(s.up[state], w)
+		}
 	}
-	group[w] = struct{}{}
 }
 
 func (s *watchedSpace) remove(w *Watcher) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.drop(w)
-}
-
-// drop is remove with mu held.
-func (s *watchedSpace) drop(w *Watcher) {
-	delete(s.up, w)
-	if group := s.upFor[w.query.Subscription]; group != nil {
-		if delete(group, w); len(group) == 0 {
-			delete(s.upFor, w.query.Subscription)
+	without := func(all []*Watcher) []*Watcher {
+		if i := slices.Index(all, w); i >= 0 {
+			return slices.Delete(all, i, i+1)
 		}
+		return all
+	}
+	if sub := w.query.Subscription; sub != 0 {
+		if s.upFor[sub] = without(s.upFor[sub]); len(s.upFor[sub]) == 0 {
+			delete(s.upFor, sub)
+		}
+		return
+	}
+	for state := range s.up {
+		s.up[state] = without(s.up[state])
 	}
 }
 
@@ -425,11 +443,13 @@ func (s *watchedSpace) drop(w *Watcher) {
 func (s *watchedSpace) putOff() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for w := range s.up {
-		w.putOff()
+	for _, group := range s.up {
+		for _, w := range group {
+			w.putOff()
+		}
 	}
 	for _, group := range s.upFor {
-		for w := range group {
+		for _, w := range group {
 			w.putOff()
 		}
 	}
@@ -497,7 +517,7 @@ func (w *watches) giveUp(ctx context.Context, s *watchedSpace, now time.Time) (b
 		return false, err
 	}
 	defer release()
-	if s.watches > 0 || now.Before(s.until) {
+	if s.watches.Load() > 0 || now.UnixNano() < s.until.Load() {
 		return false, nil
 	}
 	old := *w.spaces.Load()
