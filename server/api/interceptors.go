@@ -82,8 +82,10 @@ type edge struct {
 	// watches is of what keeps clients alive and tells them what there is: health and reflection. It is apart, so
 	// that what clients do and what clients need to do it do not take each other's room.
 	watches limiter
-	// callsOf and streamsOf are by namespace.
-	callsOf, streamsOf shares
+	// tails are the watches of deliveries and attempts, apart from publish streams.
+	tails limiter
+	// callsOf, streamsOf and tailsOf are by namespace.
+	callsOf, streamsOf, tailsOf shares
 }
 
 func newEdge(s *Server) *edge {
@@ -94,7 +96,8 @@ func newEdge(s *Server) *edge {
 		unaries: limiter{most: int64(s.MaxCalls)},
 		streams: limiter{most: int64(s.MaxCalls)},
 		watches: limiter{most: int64(s.MaxWatches)},
-		callsOf: shares{most: s.MaxCallsPerNamespace}, streamsOf: shares{most: s.MaxCallsPerNamespace},
+		tails:   limiter{most: int64(s.MaxCalls)},
+		callsOf: shares{most: s.MaxCallsPerNamespace}, streamsOf: shares{most: s.MaxCallsPerNamespace}, tailsOf: shares{most: s.MaxCallsPerNamespace},
 	}
 }
 
@@ -182,8 +185,11 @@ func (e *edge) serveStream(srv any, stream grpc.ServerStream, method string, han
 		}
 	}()
 	streams := &e.streams
-	if !ours(method) {
+	switch {
+	case !ours(method):
 		streams = &e.watches
+	case method == grapnelv1.DeliveryService_WatchDeliveries_FullMethodName, method == grapnelv1.DeliveryService_WatchAttempts_FullMethodName:
+		streams = &e.tails
 	}
 	if !streams.enter() {
 		return streams.refusal()

@@ -6,6 +6,7 @@ import (
 	"slices"
 	"time"
 
+	"github.com/google/uuid"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/protobuf/types/known/durationpb"
@@ -84,17 +85,17 @@ func watch[M any](s *Server, r watchRequest, stream grpc.ServerStreamingServer[M
 	if err != nil {
 		return err
 	}
-	q, err := s.watchQuery(ns, space, f)
+	q, err := watchQuery(space, f)
 	if err != nil {
 		return err
 	}
 	if q.After, err = delivery.ParsePosition(r.GetResumeToken()); err != nil {
 		return invalid(Violation{"resume_token", "must be from a message of a watch, as it came", "resume_token"})
 	}
-	if !s.edge.streamsOf.enter(ns) {
-		return s.edge.streamsOf.refusal(ns, "streams")
+	if !s.edge.tailsOf.enter(ns) {
+		return s.edge.tailsOf.refusal(ns, "watches")
 	}
-	defer s.edge.streamsOf.leave(ns)
+	defer s.edge.tailsOf.leave(ns)
 	w, err := s.Journal.Watch(stream.Context(), q)
 	if err != nil {
 		return watchError(err)
@@ -127,18 +128,26 @@ func watch[M any](s *Server, r watchRequest, stream grpc.ServerStreamingServer[M
 			continue
 		} else if err != nil {
 			return watchError(err)
-		} else if !f.Match(shownDelivery{d, false}) {
-			continue
 		}
 		token := w.Position().String()
-		m, err := message(ns, ch, d, token)
-		if err != nil {
-			return err
+		var m *M
+		if ch == nil || f.Match(shownDelivery{d, false}) {
+			if m, err = message(ns, ch, d, token); err != nil {
+				return err
+			}
 		}
 		if m == nil {
-			continue
+			if ctx.Err() != nil {
+				return context.Cause(ctx)
+			}
+			if time.Now().Before(quiet) {
+				continue
+			}
+			if m, err = message(ns, nil, nil, token); err != nil { // much is told, but not what is wanted
+				return err
+			}
 		}
-		if err := out.send(ctx, m, token); err != nil {
+		if err := out.send(ctx, m); err != nil {
 			return err
 		}
 		quiet = time.Now().Add(heartbeat)
@@ -146,7 +155,7 @@ func watch[M any](s *Server, r watchRequest, stream grpc.ServerStreamingServer[M
 }
 
 // watchQuery is what the journal can use of a filter.
-func (s *Server) watchQuery(ns string, space delivery.NamespaceKey, f *filter.Filter[shownDelivery]) (delivery.WatchQuery, error) {
+func watchQuery(space delivery.NamespaceKey, f *filter.Filter[shownDelivery]) (delivery.WatchQuery, error) {
 	q := delivery.WatchQuery{Namespace: space}
 	if values, known := f.OneOf("state"); known {
 		if len(values) > 0 && !slices.ContainsFunc(values, func(v string) bool { return v != "IN_FLIGHT" }) {
@@ -154,9 +163,12 @@ func (s *Server) watchQuery(ns string, space delivery.NamespaceKey, f *filter.Fi
 		}
 		q.States = storedStates(values)
 	}
-	list := delivery.Query{Namespace: space}
-	s.narrow(&list, ns, f) // where nothing can pass, nothing does
-	q.Subscription = list.Subscription
+	// By uid only: the name may be another subscription's while the watch goes on.
+	if values, known := f.OneOf("subscription_uid"); known && len(values) == 1 {
+		if u, err := uuid.Parse(values[0]); err == nil {
+			q.Subscription = delivery.UID(u).SubscriptionKey()
+		}
+	}
 	return q, nil
 }
 
@@ -206,7 +218,6 @@ type outbox[M any] struct {
 	messages chan *M
 	failed   chan error
 	patience time.Duration
-	last     string // token of the last message that was taken on
 }
 
 func sendTo[M any](stream grpc.ServerStreamingServer[M], patience time.Duration) *outbox[M] {
@@ -225,10 +236,9 @@ func sendTo[M any](stream grpc.ServerStreamingServer[M], patience time.Duration)
 // close has the sender end when it has sent what it can.
 func (o *outbox[M]) close() { close(o.messages) }
 
-func (o *outbox[M]) send(ctx context.Context, m *M, token string) error {
+func (o *outbox[M]) send(ctx context.Context, m *M) error {
 	select {
 	case o.messages <- m:
-		o.last = token
 		return nil
 	default:
 	}
@@ -236,7 +246,6 @@ func (o *outbox[M]) send(ctx context.Context, m *M, token string) error {
 	defer late.Stop()
 	select {
 	case o.messages <- m:
-		o.last = token
 		return nil
 	case err := <-o.failed:
 		return err
@@ -245,8 +254,7 @@ func (o *outbox[M]) send(ctx context.Context, m *M, token string) error {
 	case <-late.C:
 		return &Error{
 			code: codes.Aborted, reason: grapnelv1.ErrorReason_ERROR_REASON_SLOW_CONSUMER,
-			message:  "nothing has been read for " + o.patience.String() + "; go on from the last resume_token that you have read",
-			metadata: map[string]string{"resume_token": o.last},
+			message: "nothing has been read for " + o.patience.String() + "; go on from the last resume_token that you have read",
 		}
 	}
 }

@@ -196,7 +196,7 @@ func TestWatchOfOneWhoDoesNotRead(t *testing.T) {
 		}
 	}
 	r := refused(t, err, codes.Aborted, "SLOW_CONSUMER")
-	if r.metadata["resume_token"] == "" || len(seen) == 0 || len(seen) >= events {
+	if len(seen) == 0 || len(seen) >= events {
 		t.Errorf("%d seen, then %+v", len(seen), r)
 	}
 	var again watching

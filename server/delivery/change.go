@@ -52,7 +52,7 @@ func (ch *Change) Delivery() (*Delivery, error) {
 
 // changed joins a change with its event, wherever that lies by now.
 func (p *partition) changed(ch *Change) (*Delivery, error) {
-	r, _ := p.snapshot()
+	r := p.j.db.NewSnapshot() // and not between two commits, one of which may be waiting for the disk
 	defer r.Close()
 	at := &place{standing: ch.standing, row: Row{Seq: ch.ID.Seq}}
 	day, err := p.homeOf(r, ch.lane, ch.ID.Seq, at.origin != 0)

@@ -151,6 +151,7 @@ func (p *partition) apply(c *commit) {
 		p.write(c)
 		p.index, p.appliedSeq = c.index, c.lastSeq
 		p.visible.Unlock()
+		p.shown.Store(uint64(c.index))
 	}
 	_ = c.batch.Close()
 	p.lastSeq = c.lastSeq

@@ -38,9 +38,11 @@ type partition struct {
 	// appliedSeq is the newest sequence as of index.
 	appliedSeq uint64
 	// swept is memory.swept for readers; ahead is memory.ahead, which only load changes.
-	swept  atomic.Pointer[sweptDays]
-	ahead  aheadSpan
-	keyed  atomic.Bool // memory.keyed for readers
+	swept atomic.Pointer[sweptDays]
+	ahead aheadSpan
+	keyed atomic.Bool // memory.keyed for readers
+	// shown is index a moment later, for those who may not wait for a disk.
+	shown  atomic.Uint64
 	events eventTable
 	ids    idFilter
 	// retention belongs to the one sweep that runs.
@@ -116,6 +118,7 @@ func (p *partition) load() error {
 		return err
 	}
 	p.index, p.appliedSeq, p.lastSeq, p.lastEdit = mark.index, mark.lastSeq, mark.lastSeq, mark.index
+	p.shown.Store(uint64(p.index))
 	p.memory.journal = p.j.id
 	swept := p.memory.swept
 	p.swept.Store(&swept)

@@ -85,8 +85,10 @@ func (s *syncs) done(n uint64) {
 	if s.awaited.Load() {
 		s.mu.Lock()
 		s.awaited.Store(false)
-		close(s.more)
-		s.more = nil
+		if s.more != nil { // else another one has just told them
+			close(s.more)
+			s.more = nil
+		}
 		s.mu.Unlock()
 	}
 }

@@ -35,7 +35,9 @@ type Watcher struct {
 	query WatchQuery
 	line  uint64
 	pos   Position // of what Next has returned
-	read  []*Change
+	// read are changes from the disk that are wanted, readTo is behind all that were read with them; zero when there are none.
+	read   []*Change
+	readTo Position
 
 	up   bool // it is told
 	wake chan struct{}
@@ -65,18 +67,30 @@ func (j *Journal) Watch(ctx context.Context, query WatchQuery) (*Watcher, error)
 	if w.pos.line == 0 {
 		w.pos = Position{line: s.line, at: make([]seenTo, len(j.partitions))}
 		for i, p := range j.partitions {
-			p.visible.RLock()
-			w.pos.reach(uint16(i), p.index)
-			p.visible.RUnlock()
+			w.pos.reach(uint16(i), p.shownIndex())
+		}
+		// A loss of power must not take back what a position names.
+		if err := j.syncs.wait(ctx, j.syncs.written.Load()); err != nil {
+			w.Close()
+			return nil, err
 		}
 		return w, nil
 	}
-	if err := w.kept(); err != nil {
+	err = w.kept()
+	for i := range w.pos.at {
+		if err == nil && w.pos.at[i].commit > j.partitions[i].shownIndex() { // of a journal that has gone on otherwise, or made up
+			err = ErrExpired
+		}
+	}
+	if err != nil {
 		w.Close()
 		return nil, err
 	}
 	return w, nil
 }
+
+// shownIndex is the newest commit that is visible, and durable if it is firm.
+func (p *partition) shownIndex() Commit { return Commit(p.shown.Load()) }
 
 // kept reports whether all changes since the position are there.
 func (w *Watcher) kept() error {
@@ -106,6 +120,9 @@ func (w *Watcher) Position() Position {
 	defer w.space.mu.Unlock()
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	if len(w.read) == 0 && w.readTo.line != 0 {
+		w.pos, w.readTo = w.readTo, Position{}
+	}
 	if w.up && !w.behind && len(w.ahead) == 0 && len(w.read) == 0 {
 		for i, c := range w.space.told {
 			if c > w.pos.at[i].commit {
@@ -122,6 +139,9 @@ func (w *Watcher) Next(ctx context.Context) (*Change, error) {
 	for {
 		if ch := w.take(); ch != nil {
 			return ch, nil
+		}
+		if ctx.Err() != nil {
+			return nil, context.Cause(ctx)
 		}
 		if !w.up {
 			if err := w.catchUp(ctx); err != nil {
@@ -144,12 +164,13 @@ func (w *Watcher) take() *Change {
 	for len(w.read) > 0 {
 		ch := w.read[0]
 		w.read = w.read[1:]
-		if w.pos.seen(ch.at) {
-			continue
-		}
-		if w.pos.pass(ch.at); w.wants(ch) {
+		if !w.pos.seen(ch.at) {
+			w.pos.pass(ch.at)
 			return ch
 		}
+	}
+	if w.readTo.line != 0 {
+		w.pos, w.readTo = w.readTo, Position{}
 	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -211,7 +232,7 @@ func (w *Watcher) signal() {
 }
 
 // chunk is how many bytes of changes are read at once.
-const chunk = 256 << 10
+const chunk = 64 << 10
 
 // catchUp reads the next changes that are on disk. When little is left there it is told what comes, and reads that little.
 func (w *Watcher) catchUp(ctx context.Context) error {
@@ -249,15 +270,21 @@ func (w *Watcher) readSome(ctx context.Context) (more bool, err error) {
 	if err := w.kept(); err != nil {
 		return false, err
 	}
-	r := w.j.db.NewSnapshot()
-	defer r.Close()
+	// What is visible by now is durable after the wait; what comes later is told.
+	upTo := make([]Commit, len(w.j.partitions))
+	for i, p := range w.j.partitions {
+		upTo[i] = p.shownIndex()
+	}
 	if err := w.j.syncs.wait(ctx, w.j.syncs.written.Load()); err != nil {
 		return false, err
 	}
-	ahead := w.pos.clone()
-	for _, ch := range w.read {
-		ahead.pass(ch.at)
+	r := w.j.db.NewSnapshot()
+	defer r.Close()
+	ahead := w.readTo
+	if ahead.line == 0 {
+		ahead = w.pos.clone()
 	}
+	w.readTo = ahead // its places are shared, and move
 	left := chunk
 	for _, p := range w.j.partitions {
 		if left <= 0 {
@@ -275,6 +302,9 @@ func (w *Watcher) readSome(ctx context.Context) (more bool, err error) {
 				if err != nil || !ok {
 					return w.j.corrupt(it.Key(), cmp.Or(err, errBadKey))
 				}
+				if commit > upTo[p.number] {
+					return nil
+				}
 				skip := uint32(0)
 				if seen := ahead.at[p.number]; commit == seen.commit+1 {
 					skip = seen.n
@@ -283,8 +313,14 @@ func (w *Watcher) readSome(ctx context.Context) (more bool, err error) {
 				if err != nil {
 					return w.j.corrupt(it.Key(), err)
 				}
-				left -= len(value)
-				w.read = append(w.read, changes...)
+				if len(changes) > 0 { // else it is the beginning of a commit, whose end is wanted
+					left -= len(value)
+				}
+				for _, ch := range changes {
+					if ahead.pass(ch.at); w.wants(ch) {
+						w.read = append(w.read, ch)
+					}
+				}
 			}
 			return nil
 		})

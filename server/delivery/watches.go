@@ -43,7 +43,7 @@ var (
 	// ErrTooManyWatched says that too many namespaces are watched.
 	ErrTooManyWatched = fmt.Errorf("more than %d namespaces are watched, or have been within %v", maxWatched, newsKept)
 	// ErrTooManyWide says that too many watch everything in a namespace.
-	ErrTooManyWide = fmt.Errorf("%d watch all deliveries of the namespace, which is all there may be: watch those of one subscription, or those in other states than PENDING and SUCCEEDED", maxWide)
+	ErrTooManyWide = fmt.Errorf("%d watch all deliveries of the namespace, which is all there may be: watch those of one subscription_uid, or those in other states than PENDING and SUCCEEDED", maxWide)
 )
 
 // watches knows which namespaces are watched, and by whom. Of those, and of no others, each commit records what it has
@@ -73,7 +73,7 @@ type watchedSpace struct {
 
 	// watches rises only with the turn. until is, since nobody watches, when the record ends, in nanoseconds since 1970.
 	watches, wide, until atomic.Int64
-	broken               bool // turn; it has gaps, and begins anew
+	broken               atomic.Bool // it has gaps, and begins anew
 
 	mu    sync.Mutex
 	told  []Commit                       // by partition: the last with changes that was told
@@ -142,12 +142,27 @@ func (w *watches) load() error {
 				s.stayFor(newsKept)
 				spaces[ns] = s
 			}
-			if rec.line == s.line {
-				s.logs[p.number] = newsLog{floor: rec.floor, last: p.index, marks: []newsMark{{at: time.Now(), last: p.index}}}
+			if rec.line != s.line {
+				return nil
 			}
-			return nil
+			log := &s.logs[p.number]
+			log.floor, log.last = rec.floor, rec.floor
+			rows := appendSpace(nil, p.number, tagNews, ns)
+			return w.j.lastKey(w.j.db, rows, prefixEnd(rows), func(key []byte) error {
+				if _, commit, ok := splitNews(key); ok && commit > log.last {
+					log.last, log.marks = commit, []newsMark{{at: time.Now(), last: commit}}
+				}
+				return nil
+			})
 		}); err != nil {
 			return err
+		}
+	}
+	for _, s := range spaces { // a crash while it began, or ended
+		for i := range s.logs {
+			if s.logs[i].floor == nothing {
+				s.broken.Store(true)
+			}
 		}
 	}
 	w.spaces.Store(&spaces)
@@ -207,7 +222,7 @@ func (w *watches) begin(ctx context.Context, ns NamespaceKey) (*watchedSpace, er
 	defer release()
 	old := *w.spaces.Load()
 	if s := old[ns]; s != nil {
-		if s.broken {
+		if s.broken.Load() {
 			if err := w.record(ctx, s); err != nil {
 				return nil, err
 			}
@@ -231,7 +246,8 @@ func (w *watches) begin(ctx context.Context, ns NamespaceKey) (*watchedSpace, er
 
 // record begins to record anew, which each partition notes.
 func (w *watches) record(ctx context.Context, s *watchedSpace) error {
-	s.line, s.broken = rand.Uint64()|1, true
+	s.line = rand.Uint64() | 1
+	s.broken.Store(true)
 	var all errgroup.Group
 	for _, p := range w.j.partitions {
 		all.Go(func() error {
@@ -248,7 +264,7 @@ func (w *watches) record(ctx context.Context, s *watchedSpace) error {
 		})
 	}
 	err := all.Wait()
-	s.broken = err != nil
+	s.broken.Store(err != nil)
 	return err
 }
 
@@ -269,7 +285,7 @@ func (w *watches) dropped(ctx context.Context, ns NamespaceKey) error {
 	}
 	defer release()
 	if s := (*w.spaces.Load())[ns]; s != nil {
-		s.broken = true
+		s.broken.Store(true)
 	}
 	return nil
 }
@@ -484,6 +500,9 @@ func (w *watches) trim(ctx context.Context, now time.Time) error {
 	spaces := *w.spaces.Load()
 	most := min(int64(mostNews), allNews/int64(max(len(spaces), 1)))
 	for _, s := range spaces {
+		if s.broken.Load() && s.watches.Load() > 0 { // its namespace is gone
+			continue
+		}
 		if ended, err := w.giveUp(ctx, s, now); err != nil || ended {
 			if err != nil {
 				return err
@@ -496,7 +515,7 @@ func (w *watches) trim(ctx context.Context, now time.Time) error {
 				continue
 			}
 			if err := p.do(ctx, func(c *commit) error {
-				if (*w.spaces.Load())[s.key] != s {
+				if (*w.spaces.Load())[s.key] != s || s.broken.Load() {
 					return nil
 				}
 				c.deleteSpan(appendSpace(nil, p.number, tagNews, s.key), appendNewsKey(nil, p.number, s.key, floor+1, 0))
@@ -520,19 +539,26 @@ func (w *watches) giveUp(ctx context.Context, s *watchedSpace, now time.Time) (b
 	if s.watches.Load() > 0 || now.UnixNano() < s.until.Load() {
 		return false, nil
 	}
-	old := *w.spaces.Load()
-	spaces := maps.Clone(old)
+	// First that nobody goes on with it, for good, while it is still recorded.
+	s.broken.Store(true)
+	for _, p := range w.j.partitions {
+		if err := p.do(ctx, func(c *commit) error {
+			c.firm = true
+			c.delete(appendSpace(nil, p.number, tagWatched, s.key))
+			return nil
+		}); err != nil {
+			return false, err
+		}
+	}
+	spaces := maps.Clone(*w.spaces.Load())
 	delete(spaces, s.key)
 	w.spaces.Store(&spaces)
 	for _, p := range w.j.partitions {
 		if err := p.do(ctx, func(c *commit) error {
 			c.deletePrefix(appendSpace(nil, p.number, tagNews, s.key))
-			c.delete(appendSpace(nil, p.number, tagWatched, s.key))
 			return nil
 		}); err != nil {
-			s.broken = true
-			w.spaces.Store(&old) // to be tried again
-			return false, err
+			return true, err
 		}
 	}
 	return true, nil

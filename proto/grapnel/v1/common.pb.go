@@ -80,7 +80,7 @@ const (
 	ErrorReason_ERROR_REASON_UNREADABLE_MESSAGE ErrorReason = 25
 	// OUT_OF_RANGE: what has changed since the resume token is not kept any more. Begin without a token, and list what there is.
 	ErrorReason_ERROR_REASON_RESUME_TOKEN_EXPIRED ErrorReason = 26
-	// ABORTED: the caller of a watch has not read for a while. Go on from the resume_token in the metadata.
+	// ABORTED: the caller of a watch has not read for a while. Go on from the last resume_token that was read.
 	ErrorReason_ERROR_REASON_SLOW_CONSUMER ErrorReason = 27
 )
 

@@ -43,9 +43,9 @@ type DeliveryServiceClient interface {
 	// WatchDeliveries tells what becomes of the deliveries of a namespace, as it happens: one message for each change once it
 	// is durable, which takes up to 100 ms, those of one delivery in their order and others roughly. The first message is a
 	// heartbeat, from which on nothing is left out. After a stream has ended, another one goes on from the resume_token of
-	// the last message that was read, also over restarts of the server, for at least ten minutes or as much as 4 MiB of
-	// changes in a partition are; later it ends with OUT_OF_RANGE, RESUME_TOKEN_EXPIRED. Who does not read for 10 s is cut
-	// off with ABORTED, SLOW_CONSUMER.
+	// the last message that was read, also over restarts of the server, for ten minutes, or as long as it takes until the
+	// changes kept in a partition are 4 MiB, or less where more than 16 namespaces are watched; later it ends with
+	// OUT_OF_RANGE, RESUME_TOKEN_EXPIRED. Who takes no message for 10 s while some wait is cut off with ABORTED, SLOW_CONSUMER.
 	WatchDeliveries(ctx context.Context, in *WatchDeliveriesRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[WatchDeliveriesResponse], error)
 	// WatchAttempts tells of attempts as they end, as WatchDeliveries tells of deliveries.
 	WatchAttempts(ctx context.Context, in *WatchAttemptsRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[WatchAttemptsResponse], error)
@@ -166,9 +166,9 @@ type DeliveryServiceServer interface {
 	// WatchDeliveries tells what becomes of the deliveries of a namespace, as it happens: one message for each change once it
 	// is durable, which takes up to 100 ms, those of one delivery in their order and others roughly. The first message is a
 	// heartbeat, from which on nothing is left out. After a stream has ended, another one goes on from the resume_token of
-	// the last message that was read, also over restarts of the server, for at least ten minutes or as much as 4 MiB of
-	// changes in a partition are; later it ends with OUT_OF_RANGE, RESUME_TOKEN_EXPIRED. Who does not read for 10 s is cut
-	// off with ABORTED, SLOW_CONSUMER.
+	// the last message that was read, also over restarts of the server, for ten minutes, or as long as it takes until the
+	// changes kept in a partition are 4 MiB, or less where more than 16 namespaces are watched; later it ends with
+	// OUT_OF_RANGE, RESUME_TOKEN_EXPIRED. Who takes no message for 10 s while some wait is cut off with ABORTED, SLOW_CONSUMER.
 	WatchDeliveries(*WatchDeliveriesRequest, grpc.ServerStreamingServer[WatchDeliveriesResponse]) error
 	// WatchAttempts tells of attempts as they end, as WatchDeliveries tells of deliveries.
 	WatchAttempts(*WatchAttemptsRequest, grpc.ServerStreamingServer[WatchAttemptsResponse]) error
