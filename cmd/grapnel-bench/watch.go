@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"sync"
 	"sync/atomic"
 
@@ -41,12 +42,12 @@ const quiet = 500
 // half of them for a subscription of their own and half for failures; and one who sees everything.
 func (b *bench) watch(ctx context.Context) error {
 	r := &watchReport{Watchers: b.watchers}
-	for name, filters := range map[string]func(i int) string{
-		fmt.Sprintf("%d who wait", b.watchers): func(i int) string {
+	for name, filters := range map[string]func(i int, uids []string) string{
+		fmt.Sprintf("%d who wait", b.watchers): func(i int, uids []string) string {
 			if i%2 == 0 {
 				return "state = EXHAUSTED"
 			}
-			return fmt.Sprintf("subscription = s%d", 1+i/2%quiet)
+			return fmt.Sprintf("subscription_uid = %q", uids[i/2%len(uids)])
 		},
 		"one who sees all": nil,
 	} {
@@ -66,7 +67,11 @@ func (b *bench) watch(ctx context.Context) error {
 				if filters == nil {
 					return watchAll(ctx, p, 1, func(int) string { return "" }, &told)
 				}
-				return watchAll(ctx, p, b.watchers, filters, &told)
+				uids, err := quietUIDs(ctx, p)
+				if err != nil {
+					return err
+				}
+				return watchAll(ctx, p, b.watchers, func(i int) string { return filters(i, uids) }, &told)
 			})
 			if err != nil {
 				return err
@@ -86,6 +91,23 @@ func (b *bench) whileWatched(ctx context.Context, name string, subs []*grapnelv1
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	return b.oneBeside(ctx, b.grapnel, name, subs, 1, b.events, batch, begin)
+}
+
+// quietUIDs are the subscriptions that get no events.
+func quietUIDs(ctx context.Context, p *serverProcess) ([]string, error) {
+	page, err := grapnelv1.NewSubscriptionServiceClient(p.conn).ListSubscriptions(ctx, &grapnelv1.ListSubscriptionsRequest{
+		Parent: "namespaces/" + namespace, PageSize: 1000,
+	})
+	if err != nil {
+		return nil, err
+	}
+	var uids []string
+	for _, s := range page.GetSubscriptions() {
+		if slices.Contains(s.GetEventTypes(), "quiet.*") {
+			uids = append(uids, s.GetUid())
+		}
+	}
+	return uids, nil
 }
 
 // watchAll opens watches, and returns when all of them stand. They go on until ctx ends.

@@ -28,7 +28,7 @@ import (
 // forwarding brings a namespace's events to a program on this machine, which the server need not reach.
 type forwarding struct {
 	c                 *cli
-	to, secret        string
+	to, shown, secret string
 	types             []string
 	condition         string
 	count             int
@@ -75,6 +75,7 @@ func (l *forwarding) prepare() error {
 	if err != nil || to.Host == "" || to.Scheme != "http" && to.Scheme != "https" {
 		return usagef("--forward %q: want the URL of a program that listens, such as http://127.0.0.1:3000", clean(l.to))
 	}
+	l.shown = to.Redacted()
 	secret, err := l.c.readValue(l.secret)
 	if err != nil {
 		return fmt.Errorf("read --secret: %w", err)
@@ -105,6 +106,7 @@ func (l *forwarding) prepare() error {
 // run makes the subscription, which is disabled: the server records what it matches and sends nothing.
 func (l *forwarding) run(ctx context.Context, cl *client.Client) error {
 	l.temporary = "listen-" + strings.ToLower(rand.Text()[:10])
+	defer l.clear(ctx, cl)
 	made, err := cl.SubscriptionService().CreateSubscription(ctx, &grapnelv1.CreateSubscriptionRequest{
 		Parent: l.parent, SubscriptionId: l.temporary, RequestId: client.NewID(),
 		Subscription: &grapnelv1.Subscription{
@@ -116,14 +118,6 @@ func (l *forwarding) run(ctx context.Context, cl *client.Client) error {
 	if err != nil {
 		return err
 	}
-	name := made.GetSubscription().GetName()
-	defer func() {
-		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
-		defer cancel()
-		if _, err := cl.SubscriptionService().DeleteSubscription(ctx, &grapnelv1.DeleteSubscriptionRequest{Name: name, AllowMissing: true}); err != nil {
-			fmt.Fprintf(l.c.stderr, "the temporary subscription %s is left: %v\n", name, err)
-		}
-	}()
 	begun := false
 	watch := cl.WatchDeliveries(ctx, strings.TrimPrefix(l.parent, "namespaces/"),
 		client.Filter(fmt.Sprintf("state = SKIPPED AND subscription_uid = %q", made.GetSubscription().GetUid())), client.Watching(func(string) {
@@ -133,7 +127,7 @@ func (l *forwarding) run(ctx context.Context, cl *client.Client) error {
 				if l.own {
 					with = l.secret
 				}
-				l.c.said("forwarding %s to %s, signed with %s", l.parent, l.to, with)
+				l.c.said("forwarding %s to %s, signed with %s", l.parent, l.shown, with)
 			}
 		}))
 	n, failed := 0, 0
@@ -158,9 +152,34 @@ func (l *forwarding) run(ctx context.Context, cl *client.Client) error {
 	return nil
 }
 
+// clear deletes the temporary subscription, also one that was made although nobody heard of it.
+func (l *forwarding) clear(ctx context.Context, cl *client.Client) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
+	defer cancel()
+	name := l.parent + "/subscriptions/" + l.temporary
+	if _, err := cl.SubscriptionService().DeleteSubscription(ctx, &grapnelv1.DeleteSubscriptionRequest{Name: name, AllowMissing: true}); err != nil {
+		fmt.Fprintf(l.c.stderr, "the temporary subscription %s may be left: %v\n", name, err)
+	}
+}
+
+// event reads the event of a delivery, as soon as the server is there.
+func (l *forwarding) event(ctx context.Context, cl *client.Client, d *grapnelv1.Delivery) (*grapnelv1.Event, error) {
+	for {
+		r, err := cl.EventService().GetEvent(ctx, &grapnelv1.GetEventRequest{Name: l.parent + "/events/" + d.GetEventUid(), IncludePayload: true})
+		if !errors.Is(err, client.ErrUnavailable) {
+			return r.GetEvent(), err
+		}
+		select {
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
+		case <-time.After(time.Second):
+		}
+	}
+}
+
 // forward posts the event of a delivery, and reports whether it was taken.
 func (l *forwarding) forward(ctx context.Context, cl *client.Client, d *grapnelv1.Delivery) (bool, error) {
-	r, err := cl.EventService().GetEvent(ctx, &grapnelv1.GetEventRequest{Name: l.parent + "/events/" + d.GetEventUid(), IncludePayload: true})
+	e, err := l.event(ctx, cl, d)
 	if errors.Is(err, client.ErrNotFound) {
 		l.tell(d, "is no longer retained", 0)
 		return false, nil
@@ -169,7 +188,7 @@ func (l *forwarding) forward(ctx context.Context, cl *client.Client, d *grapnelv
 		return false, err
 	}
 	began := time.Now()
-	status, err := l.post(ctx, r.GetEvent())
+	status, err := l.post(ctx, e)
 	took := time.Since(began)
 	switch {
 	case ctx.Err() != nil:

@@ -43,9 +43,10 @@ one goes on where this one was.`,
 			return err
 		}
 		return c.with(cmd, func(ctx context.Context, cl *client.Client) error {
-			last := token
+			last, standing := token, false
 			watch := cl.WatchDeliveries(ctx, ns, client.Filter(expression), client.ResumeFrom(token), client.Watching(func(t string) {
-				if last == token {
+				if !standing {
+					standing = true
 					fmt.Fprintln(c.stderr, "watching namespaces/"+ns)
 				}
 				last = t
@@ -53,7 +54,7 @@ one goes on where this one was.`,
 			n := 0
 			for ch, err := range watch {
 				if err != nil {
-					if last != "" && errors.Is(err, context.Canceled) {
+					if last != "" && !errors.Is(err, client.ErrResumeTokenExpired) && !errors.Is(err, client.ErrInvalidField) {
 						fmt.Fprintf(c.stderr, "to go on from here: --resume %s\n", last)
 					}
 					return err
@@ -91,7 +92,7 @@ func (c *cli) tailed(d *grapnelv1.Delivery) error {
 		changedAt(d).Local().Format("15:04:05.000"), "", clean(lastSegment(d.GetSubscription())), clean(d.GetEventType()), clean(eventID(d.GetEvent())), happened(d),
 	}
 	if c.output == formatWide {
-		fields = append(fields, lastSegment(d.GetName()))
+		fields = append(fields, clean(lastSegment(d.GetName())))
 	}
 	fields[1] = c.coloured(d.GetState(), state)
 	return c.styled(strings.TrimRight(strings.Join(fields, "  "), " ") + "\n")

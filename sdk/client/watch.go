@@ -21,11 +21,14 @@ type DeliveryChange struct {
 // ResumeFrom has a watch go on behind what an earlier one has told, of this process or another.
 func ResumeFrom(token string) ListOption { return func(s *listSettings) { s.resume = token } }
 
-// Watching has f called with a resume token whenever a watch stands: from then on nothing is left out.
+// Watching has f called with a resume token whenever a watch stands, from when on nothing is left out, and with each heartbeat.
 func Watching(f func(token string)) ListOption { return func(s *listSettings) { s.watching = f } }
 
 // silence is after how long without a message, not even a heartbeat, a watch takes its stream for dead.
 const silence = time.Minute
+
+// mostLost is how often a watch goes on without getting any further, unless no server is there.
+const mostLost = 5
 
 // WatchDeliveries tells what becomes of a namespace's deliveries, each change once, those of a delivery in order; Filter,
 // ResumeFrom and Watching have a say. It goes on after a connection that broke, a server that was restarted and a loop that
@@ -37,15 +40,16 @@ func (c *Client) WatchDeliveries(ctx context.Context, namespace string, opts ...
 	return func(yield func(DeliveryChange, error) bool) {
 		r := &grapnelv1.WatchDeliveriesRequest{Parent: namespaceName(namespace), Filter: s.filter, ResumeToken: s.resume}
 		for try := 1; ; try++ {
-			more, err := c.watchOnce(ctx, r, &s, func(ch DeliveryChange) bool {
+			token := r.ResumeToken
+			more, err := c.watchOnce(ctx, r, &s, func(ch DeliveryChange) bool { return yield(ch, nil) })
+			if r.ResumeToken != token {
 				try = 0
-				return yield(ch, nil)
-			})
+			}
 			if !more {
 				return
 			}
 			e := FromError(err)
-			if ctx.Err() != nil || r.ResumeToken == "" || !lostWatch(e) || !sleep(ctx, max(backoff(max(try, 1)), e.RetryAfter)) {
+			if ctx.Err() != nil || r.ResumeToken == "" || !lostWatch(e) || try > mostLost && e.Code != codes.Unavailable || !sleep(ctx, max(backoff(max(try, 1)), e.RetryAfter)) {
 				if ctx.Err() != nil { // the caller's wish before all
 					yield(DeliveryChange{}, context.Cause(ctx))
 					return
@@ -80,13 +84,13 @@ func (c *Client) watchOnce(ctx context.Context, r *grapnelv1.WatchDeliveriesRequ
 	if err != nil {
 		return true, err
 	}
-	for first := true; ; first = false {
+	for {
 		m, err := stream.Recv()
 		if err != nil {
 			return true, err
 		}
 		r.ResumeToken = m.GetResumeToken()
-		if first && s.watching != nil {
+		if m.GetDelivery() == nil && s.watching != nil {
 			s.watching(r.ResumeToken)
 		}
 		if m.GetDelivery() != nil {
