@@ -69,13 +69,14 @@ func (p *partition) changed(ch *Change) (*Delivery, error) {
 
 // Changes of a namespace lie in rows by commit, a part of maxNews bytes each:
 //
-//	u | ns commit part: where it begins, count, whether it is the last; for each change: lane, seq, flags, length, standing
+//	u | ns commit part: where it begins, count, whether it is the last; for each change: lane, seq, flags, state,
+//		length, standing
 //
 // which are written in the commit that makes them, while the namespace is watched (see watches).
 const maxNews = 64 << 10
 
 // changeHead is what comes before the standing.
-const changeHead = 8 + 8 + 1 + 4
+const changeHead = 8 + 8 + 1 + 1 + 4
 
 // news are the changes of one namespace in a commit.
 type news struct {
@@ -116,7 +117,7 @@ func (c *commit) changed(lane LaneKey, seq uint64, st *standing) {
 	}
 	part := &n.parts[len(n.parts)-1]
 	part.count++
-	part.body = append(appendU64(appendU64(part.body, uint64(lane.Subscription)), seq), boolByte(st.attempted))
+	part.body = append(appendU64(appendU64(part.body, uint64(lane.Subscription)), seq), boolByte(st.attempted), byte(st.state))
 	size := len(part.body)
 	part.body = encodeStanding(append(part.body, 0, 0, 0, 0), st)
 	binary.BigEndian.PutUint32(part.body[size:], uint32(len(part.body)-size-4))
@@ -148,29 +149,33 @@ func boolByte(b bool) byte {
 	return 0
 }
 
-// decodeNews reads the changes of a row, from the skip-th of the commit's on.
-func (p *partition) decodeNews(ns NamespaceKey, commit Commit, value []byte, skip uint32) ([]*Change, error) {
+// wanting tells which changes are wanted; nil: all.
+type wanting func(sub SubscriptionKey, state State) bool
+
+// decodeNews reads the changes of a row that are wanted, from the skip-th of the commit's on, and says where the row ends.
+func (p *partition) decodeNews(ns NamespaceKey, commit Commit, value []byte, skip uint32, want wanting) (changes []*Change, end changeAt, err error) {
 	d := readRecord(value)
 	first, count, final := uint32(d.uint()), uint32(d.uint()), d.byte() == 1
 	if d.err != nil {
-		return nil, d.err
+		return nil, end, d.err
 	}
-	return p.decodeChanges(ns, changeAt{partition: p.number, commit: commit, n: first}, count, final, d.b, skip)
+	changes, err = p.decodeChanges(ns, changeAt{partition: p.number, commit: commit, n: first}, count, final, d.b, skip, want)
+	return changes, changeAt{p.number, commit, first + count - 1, final}, err
 }
 
-func (p *partition) decodeChanges(ns NamespaceKey, at changeAt, count uint32, final bool, body []byte, skip uint32) ([]*Change, error) {
-	changes := make([]*Change, 0, min(int(count), len(body)/changeHead))
+func (p *partition) decodeChanges(ns NamespaceKey, at changeAt, count uint32, final bool, body []byte, skip uint32, want wanting) ([]*Change, error) {
+	var changes []*Change
 	for i := range count {
 		if len(body) < changeHead {
 			return nil, errTruncated
 		}
 		sub, seq := SubscriptionKey(binary.BigEndian.Uint64(body)), binary.BigEndian.Uint64(body[8:])
-		attempted, size := body[16] == 1, binary.BigEndian.Uint32(body[17:])
+		attempted, state, size := body[16] == 1, State(body[17]), binary.BigEndian.Uint32(body[18:])
 		body = body[changeHead:]
 		if uint64(size) > uint64(len(body)) {
 			return nil, errTruncated
 		}
-		if n := at.n + i; n >= skip {
+		if n := at.n + i; n >= skip && (want == nil || want(sub, state)) {
 			st, err := decodeStanding(body[:size])
 			if err != nil {
 				return nil, err

@@ -110,7 +110,7 @@ func (p *partition) inspect(key, value []byte, sum *Inspection) error {
 		if !ok {
 			return errBadKey
 		}
-		_, err := p.decodeNews(ns, commit, value, 0)
+		_, _, err := p.decodeNews(ns, commit, value, 0, nil)
 		return err
 	case tagWatched:
 		_, err := decodeRecorded(value)

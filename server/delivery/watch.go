@@ -190,8 +190,8 @@ func (w *Watcher) take() *Change {
 	return nil
 }
 
-func (w *Watcher) wants(ch *Change) bool {
-	return (w.query.Subscription == 0 || w.query.Subscription == ch.ID.Subscription) && w.wantsState(ch.State)
+func (w *Watcher) wants(sub SubscriptionKey, state State) bool {
+	return (w.query.Subscription == 0 || w.query.Subscription == sub) && w.wantsState(state)
 }
 
 func (w *Watcher) wantsState(s State) bool {
@@ -309,18 +309,15 @@ func (w *Watcher) readSome(ctx context.Context) (more bool, err error) {
 				if seen := ahead.at[p.number]; commit == seen.commit+1 {
 					skip = seen.n
 				}
-				changes, err := p.decodeNews(w.query.Namespace, commit, value, skip)
+				changes, end, err := p.decodeNews(w.query.Namespace, commit, value, skip, w.wants)
 				if err != nil {
 					return w.j.corrupt(it.Key(), err)
 				}
-				if len(changes) > 0 { // else it is the beginning of a commit, whose end is wanted
+				if !ahead.seen(end) { // else it is the beginning of a commit, whose end is wanted
 					left -= len(value)
+					ahead.pass(end)
 				}
-				for _, ch := range changes {
-					if ahead.pass(ch.at); w.wants(ch) {
-						w.read = append(w.read, ch)
-					}
-				}
+				w.read = append(w.read, changes...)
 			}
 			return nil
 		})

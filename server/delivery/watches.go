@@ -399,7 +399,7 @@ func (s *watchedSpace) tell(p *partition, commit Commit, n *news) {
 	}
 	for i := range n.parts {
 		part := &n.parts[i]
-		changes, err := p.decodeChanges(s.key, changeAt{partition: p.number, commit: commit, n: part.first}, part.count, i == len(n.parts)-1, part.body, 0)
+		changes, err := p.decodeChanges(s.key, changeAt{partition: p.number, commit: commit, n: part.first}, part.count, i == len(n.parts)-1, part.body, 0, s.wanted)
 		if err != nil {
 			p.j.die("changes that were just made: " + err.Error())
 		}
@@ -414,6 +414,11 @@ func (s *watchedSpace) tell(p *partition, commit Commit, n *news) {
 			}
 		}
 	}
+}
+
+// wanted reports whether somebody who is told wants a change. mu is held.
+func (s *watchedSpace) wanted(sub SubscriptionKey, state State) bool {
+	return int(state) < len(s.up) && len(s.up[state]) > 0 || len(s.upFor[sub]) > 0
 }
 
 func (s *watchedSpace) anyUp() bool {
