@@ -48,7 +48,8 @@ type Watcher struct {
 }
 
 // Watch begins to tell changes, from query.After on. ErrExpired says that changes since then are not kept, or are another
-// journal's; ErrTooManyWatched, that too many namespaces are watched.
+// journal's; ErrTooManyWatched, that too many namespaces are watched; ErrTooManyWide, that too many watch most of what happens
+// in this one.
 func (j *Journal) Watch(ctx context.Context, query WatchQuery) (*Watcher, error) {
 	leave, err := j.enter()
 	if err != nil {

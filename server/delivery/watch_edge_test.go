@@ -183,8 +183,8 @@ func TestWatchedPositionOutlivesPower(t *testing.T) {
 // gateFS holds syncs of the log.
 type gateFS struct {
 	vfs.FS
-	delay atomic.Int64
-	shut  atomic.Pointer[chan struct{}]
+	shut atomic.Pointer[chan struct{}]
+	held chan struct{} // has one for a sync that is held
 }
 
 type gateFile struct {
@@ -207,10 +207,11 @@ func (f *gateFS) ReuseForWrite(from, to string, c vfs.DiskWriteCategory) (vfs.Fi
 	return f.wrap(to, file, err)
 }
 func (f *gateFile) wait() {
-	if d := f.fs.delay.Load(); d > 0 {
-		time.Sleep(time.Duration(d))
-	}
 	if c := f.fs.shut.Load(); c != nil {
+		select {
+		case f.fs.held <- struct{}{}:
+		default:
+		}
 		<-*c
 	}
 }
@@ -224,7 +225,7 @@ func (f *gateFile) SyncTo(n int64) (bool, error) {
 // Nothing is told while its sync is under way.
 func TestWatchTellsWhatIsDurable(t *testing.T) {
 	mem := vfs.NewCrashableMem()
-	fs := &gateFS{FS: mem}
+	fs := &gateFS{FS: mem, held: make(chan struct{}, 1)}
 	b := newBench(t, onePartition, func(o *Options) { o.fs = fs })
 	w := watchOf(t, b.Journal, WatchQuery{Namespace: acme})
 	p := w.Position()
@@ -233,7 +234,7 @@ func TestWatchTellsWhatIsDurable(t *testing.T) {
 	fs.shut.Store(&c)
 	appended := make(chan struct{})
 	go func() { b.Append(context.Background(), []Publication{publication("e1", 1)}); close(appended) }()
-	time.Sleep(300 * time.Millisecond)
+	<-fs.held
 	select {
 	case <-appended:
 		t.Fatal("not held")
@@ -262,7 +263,8 @@ func TestWatchTellsWhatIsDurable(t *testing.T) {
 
 // Two committers may end their syncs at once while somebody waits for them.
 func TestSyncsEndAtOnce(t *testing.T) {
-	s := &syncs{dirty: make(chan struct{}, 1), told: func() {}}
+	ending := make(chan struct{})
+	s := &syncs{dirty: make(chan struct{}, 1), told: func() { ending <- struct{}{} }}
 	go func() { _ = s.wait(t.Context(), 5) }()
 	waitFor(t, s.awaited.Load)
 	s.mu.Lock()
@@ -276,7 +278,7 @@ func TestSyncsEndAtOnce(t *testing.T) {
 			}()
 			s.done(n + 1)
 		})
-		time.Sleep(50 * time.Millisecond)
+		<-ending
 	}
 	s.mu.Unlock()
 	wg.Wait()
