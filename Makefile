@@ -10,7 +10,7 @@ MEDDLE_CYCLES ?= 200
 ORDER_CYCLES ?= 100
 STORM ?= 60s
 
-.PHONY: help build test race bench limits lint generate baseline protos cross deps ci languages check demo kill storm fuzz clean
+.PHONY: help build test race bench limits lint generate baseline protos cross deps ci suite check demo kill storm fuzz clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -79,10 +79,10 @@ ci: lint ## lint, a short race run of what runs in one process, and last the REA
 	go test -race -short ./plugins/http/... ./sdk/client ./sdk/plugin $$(go list ./server/... | grep -v '/server$$')
 	GOFLAGS=-timeout=20m go test ./... # a package that starts servers takes its time beside another on a small machine
 
-languages: ## every case of the plugin suite on the examples in other languages
-	go test ./sdk/conformance -run OtherLanguages -count=1 -languages.all
+suite: ## every case of the plugin suite: on the examples in other languages, and on a plugin with one fault at a time
+	go test ./sdk/conformance -run 'OtherLanguages|EachFault' -count=1 -timeout 30m -languages.all -faults.each
 
-check: cross lint protos race test languages ## all of it: also the builds for other systems, the protos, and everything under the race detector
+check: cross lint protos race test suite ## all of it: also the builds for other systems, the protos, and everything under the race detector
 
 demo: ## see what it does
 	go run ./cmd/grapnel demo

@@ -214,9 +214,9 @@ func TestCancelAndDeadline(t *testing.T) {
 		})
 		inst := c.instance(t, srv.URL, nil)
 		start := time.Now()
-		_, err := inst.Attempt(within(t, 100*time.Millisecond), event())
+		_, err := inst.Attempt(within(t, 500*time.Millisecond), event())
 		f := wantFailure(t, err, plugin.CodeTimeout, plugin.Sent)
-		if took := time.Since(start); took < 90*time.Millisecond || took > 5*time.Second || f.Source != plugin.SourceEndpoint {
+		if took := time.Since(start); took < 490*time.Millisecond || took > 15*time.Second || f.Source != plugin.SourceEndpoint {
 			t.Errorf("deadline: %+v after %v", f, took)
 		}
 		<-arrived
@@ -224,8 +224,9 @@ func TestCancelAndDeadline(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
 		go func() { <-arrived; cancel() }()
 		_, err = inst.Attempt(ctx, event())
-		if f := wantFailure(t, err, plugin.CodeCancelled, plugin.Sent); f.Source == plugin.SourceEndpoint {
-			t.Errorf("a cancelled attempt is held against the receiver: %+v", f)
+		// It arrived, which the one who wrote it may not know yet when it is cancelled.
+		if f := wantFailureCode(t, err, plugin.CodeCancelled); f.Source == plugin.SourceEndpoint || f.WireState == plugin.NotSent {
+			t.Errorf("a cancelled attempt is held against the receiver, or taken for one that was not sent: %+v", f)
 		}
 	})
 }

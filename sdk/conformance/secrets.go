@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"time"
 
 	"google.golang.org/protobuf/proto"
 
@@ -24,6 +25,7 @@ func secretCases() []Case {
 	const g = GroupConfig
 	return []Case{
 		{ID: "CF-24", Group: g, Title: "a secret that it makes is taken, and is another one each time", run: generatedSecrets,
+			limit:    5 * time.Minute, // a score of kinds that make RSA keys
 			Protects: "secrets made for tenants work, and nobody shares one"},
 		{ID: "CF-25", Group: g, Title: "a malformed secret is refused with the pointer /value and no value", run: malformedSecrets,
 			Protects: "a bad key is refused when it is stored, not at the first delivery"},
@@ -85,24 +87,39 @@ func (ses *session) makeSecret(k *pluginv1.Kind, slot, algorithm string) (*plugi
 // madeSecrets are values that cases share, since some take a second to make.
 type madeSecrets struct {
 	mu   sync.Mutex // guards made
-	made map[string]func() (*pluginv1.PrepareSecretResponse, error)
+	made map[string]*madeSecret
 }
 
-// sharedSecret is makeSecret, done once in a run.
+type madeSecret struct {
+	mu   sync.Mutex // held while it is made, which callLimit bounds
+	resp *pluginv1.PrepareSecretResponse
+}
+
+// sharedSecret is makeSecret, done once in a run. What fails for one case is tried again for the next, which has time of
+// its own.
 func (ses *session) sharedSecret(k *pluginv1.Kind, slot, algorithm string) (*pluginv1.PrepareSecretResponse, error) {
 	m := &ses.t.s.made
 	key := k.GetId() + "/" + slot + "/" + algorithm
 	m.mu.Lock()
 	if m.made == nil {
-		m.made = map[string]func() (*pluginv1.PrepareSecretResponse, error){}
+		m.made = map[string]*madeSecret{}
 	}
-	value := m.made[key]
-	if value == nil {
-		value = sync.OnceValues(func() (*pluginv1.PrepareSecretResponse, error) { return ses.makeSecret(k, slot, algorithm) })
-		m.made[key] = value
+	one := m.made[key]
+	if one == nil {
+		one = &madeSecret{}
+		m.made[key] = one
 	}
 	m.mu.Unlock()
-	return value()
+	one.mu.Lock()
+	defer one.mu.Unlock()
+	if one.resp != nil {
+		return one.resp, nil
+	}
+	resp, err := ses.makeSecret(k, slot, algorithm)
+	if err == nil {
+		one.resp = resp
+	}
+	return resp, err
 }
 
 func generatedSecrets(t *trial) error {
