@@ -165,7 +165,7 @@ func (l *lane) rest(now time.Time) {
 }
 
 // maxHealths bounds what is kept of lanes that are not failing.
-const maxHealths = 100_000
+const maxHealths = 32_768
 
 // busy reports whether something is open or under way.
 func (l *lane) busy() bool {

@@ -121,14 +121,20 @@ func (t *planTable) invalidate(h *Host, uid [16]byte) {
 	h.retire(pl)
 }
 
-// idle drops the plans that nobody has used since: what plugins hold follows who is served, and not who ever was.
-func (t *planTable) idle(h *Host, since time.Time) {
+// idle drops the plans that nobody has used for long, and of many those that were not used lately, the longest first: what
+// plugins hold follows who is served, and not who ever was.
+func (t *planTable) idle(h *Host, now time.Time) {
+	since := now.Add(-h.timing.idle).UnixNano()
+	if used := t.used(); len(used) > h.timing.many {
+		slices.Sort(used)
+		since = max(since, min(used[len(used)-h.timing.many], now.Add(-h.timing.lately).UnixNano()))
+	}
 	for i := range t.shards {
 		s := &t.shards[i]
 		var old []*plan
 		s.mu.Lock()
 		for uid, pl := range s.plans {
-			if pl.used.Load() < since.UnixNano() {
+			if pl.used.Load() < since {
 				delete(s.plans, uid)
 				old = append(old, pl)
 			}
@@ -138,6 +144,20 @@ func (t *planTable) idle(h *Host, since time.Time) {
 			h.retire(pl)
 		}
 	}
+}
+
+// used is when each plan last was.
+func (t *planTable) used() []int64 {
+	var all []int64
+	for i := range t.shards {
+		s := &t.shards[i]
+		s.mu.RLock()
+		for _, pl := range s.plans {
+			all = append(all, pl.used.Load())
+		}
+		s.mu.RUnlock()
+	}
+	return all
 }
 
 // drop removes pl if it is still the one.

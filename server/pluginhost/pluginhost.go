@@ -104,6 +104,8 @@ type timing struct {
 	drain       time.Duration // longest wait for attempts at a stop
 	retire      time.Duration // how long an instance that was replaced stays
 	idle        time.Duration // how long one stays that nobody uses; longer than any attempt
+	many        int           // where there are more plans than that,
+	lately      time.Duration // those go that were not used for so long, the longest first
 	fade        time.Duration // how long its secrets are still looked for then: longer than any attempt
 }
 
@@ -114,7 +116,7 @@ func defaultTiming() timing {
 		stable: time.Minute, failedRetry: 30 * time.Second,
 		park: 500 * time.Millisecond, grace: 5 * time.Second,
 		heartbeat: 5 * time.Second, sweep: 250 * time.Millisecond,
-		term: 5 * time.Second, dump: time.Second, drain: 65 * time.Second, retire: 2 * time.Second, idle: 10 * time.Minute, fade: 2 * time.Minute,
+		term: 5 * time.Second, dump: time.Second, drain: 65 * time.Second, retire: 2 * time.Second, idle: 10 * time.Minute, many: 32_768, lately: 10 * time.Second, fade: 2 * time.Minute,
 	}
 }
 
@@ -378,9 +380,9 @@ func (h *Host) sweep(ctx context.Context) {
 			}
 			last = now
 			h.swept.Store(now.UnixNano())
-			if now.Sub(idled) > h.timing.idle/10 {
+			if now.Sub(idled) > min(h.timing.idle/10, h.timing.lately) {
 				idled = now
-				h.plans.idle(h, now.Add(-h.timing.idle))
+				h.plans.idle(h, now)
 			}
 			h.releaseParked(now)
 			for _, p := range h.processes() {

@@ -318,6 +318,31 @@ func TestInstancesThatNobodyUses(t *testing.T) {
 	}
 }
 
+// TestOfManyInstancesThoseStayThatAreUsed: where there are more than so many, the others go, the longest unused first.
+func TestOfManyInstancesThoseStayThatAreUsed(t *testing.T) {
+	const many = 3
+	f := start(t, func(tm *timing) { tm.many, tm.lately, tm.retire, tm.fade = many, 0, 0, 0 }, self("plugin-all")).ready(t)
+	var subs []*subscription.Subscription
+	for i := range 2 * many {
+		sub := newSub(t, byte(i+1), nil)
+		subs = append(subs, sub)
+		if got := f.attempt(t, sub, newJob(0, "x")); got.Outcome != delivery.OutcomeSucceeded {
+			t.Fatalf("subscription %d: %+v", i, got)
+		}
+	}
+	eventually(t, "the first ones are gone", func() bool {
+		return !slices.ContainsFunc(subs[:many], func(s *subscription.Subscription) bool { return f.plans.get(s.UID) != nil })
+	})
+	for i, sub := range subs[many:] {
+		if f.plans.get(sub.UID) == nil {
+			t.Errorf("subscription %d is gone, which was used later than others", many+i)
+		}
+	}
+	if got := f.attempt(t, subs[0], newJob(0, "x")); got.Outcome != delivery.OutcomeSucceeded {
+		t.Errorf("one that is used again: %+v", got)
+	}
+}
+
 func TestDrainFinishesWhatIsAtHand(t *testing.T) {
 	f := start(t, nil, self("plugin-all")).ready(t)
 	sub := newSub(t, 1, map[string]any{"delay": "300ms"})
