@@ -84,6 +84,8 @@ type edge struct {
 	watches limiter
 	// tails are the watches of deliveries and attempts, apart from publish streams.
 	tails limiter
+	// tailBytes are the messages that wait to be sent to them.
+	tailBytes atomic.Int64
 	// callsOf, streamsOf and tailsOf are by namespace.
 	callsOf, streamsOf, tailsOf shares
 }

@@ -4,11 +4,13 @@ import (
 	"context"
 	"errors"
 	"slices"
+	"sync/atomic"
 	"time"
 
 	"github.com/google/uuid"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/durationpb"
 
 	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
@@ -20,6 +22,8 @@ const (
 	defaultHeartbeat = 15 * time.Second
 	// watchAhead is how many messages wait to be sent to one who watches, beside what flow control lets through.
 	watchAhead = 64
+	// watchAheadBytes is how much that may be, and allAheadBytes of all who watch.
+	watchAheadBytes, allAheadBytes = 256 << 10, 64 << 20
 )
 
 // Why a watch ends before its caller does.
@@ -107,7 +111,7 @@ func watch[M any](s *Server, r watchRequest, stream grpc.ServerStreamingServer[M
 	}
 	ctx, end := s.watchContext(stream.Context())
 	defer end()
-	out := sendTo(stream, s.WatchPatience)
+	out := sendTo(stream, s.WatchPatience, &s.edge.tailBytes)
 	defer out.close()
 	var quiet time.Time
 	for first := true; ; first = false {
@@ -215,46 +219,90 @@ func watchError(err error) error {
 
 // outbox sends messages to one who watches, and notices when nobody reads them.
 type outbox[M any] struct {
-	messages chan *M
+	messages chan waitingMessage[M]
 	failed   chan error
 	patience time.Duration
+	// queued are the bytes of what waits, and all those of all who watch.
+	queued atomic.Int64
+	all    *atomic.Int64
+	freed  chan struct{}
 }
 
-func sendTo[M any](stream grpc.ServerStreamingServer[M], patience time.Duration) *outbox[M] {
-	o := &outbox[M]{messages: make(chan *M, watchAhead), failed: make(chan error, 1), patience: patience}
+type waitingMessage[M any] struct {
+	message *M
+	size    int64
+}
+
+func sendTo[M any](stream grpc.ServerStreamingServer[M], patience time.Duration, all *atomic.Int64) *outbox[M] {
+	o := &outbox[M]{
+		messages: make(chan waitingMessage[M], watchAhead), failed: make(chan error, 1), patience: patience,
+		all: all, freed: make(chan struct{}, 1),
+	}
 	go func() {
 		for m := range o.messages {
-			if err := stream.Send(m); err != nil {
-				o.failed <- err
-				return
+			err := stream.Send(m.message)
+			o.add(-m.size)
+			select {
+			case o.freed <- struct{}{}:
+			default:
 			}
+			if err != nil {
+				o.failed <- err
+				break
+			}
+		}
+		for m := range o.messages { // nobody gets them
+			o.add(-m.size)
 		}
 	}()
 	return o
 }
 
+func (o *outbox[M]) add(size int64) {
+	o.queued.Add(size)
+	o.all.Add(size)
+}
+
 // close has the sender end when it has sent what it can.
 func (o *outbox[M]) close() { close(o.messages) }
 
+// fits reports whether a message may wait with the others. One alone may, whatever its size.
+func (o *outbox[M]) fits(size int64) bool {
+	queued := o.queued.Load() // below zero where something was sent before it was counted
+	return queued <= 0 || queued+size <= watchAheadBytes && o.all.Load()+size <= allAheadBytes
+}
+
 func (o *outbox[M]) send(ctx context.Context, m *M) error {
-	select {
-	case o.messages <- m:
-		return nil
-	default:
+	next := waitingMessage[M]{m, int64(proto.Size(any(m).(proto.Message)))}
+	if o.fits(next.size) {
+		select {
+		case o.messages <- next:
+			o.add(next.size)
+			return nil
+		default:
+		}
 	}
 	late := time.NewTimer(o.patience)
 	defer late.Stop()
-	select {
-	case o.messages <- m:
-		return nil
-	case err := <-o.failed:
-		return err
-	case <-ctx.Done():
-		return context.Cause(ctx)
-	case <-late.C:
-		return &Error{
-			code: codes.Aborted, reason: grapnelv1.ErrorReason_ERROR_REASON_SLOW_CONSUMER,
-			message: "nothing has been read for " + o.patience.String() + "; go on from the last resume_token that you have read",
+	for {
+		room := o.messages
+		if !o.fits(next.size) {
+			room = nil
+		}
+		select {
+		case room <- next:
+			o.add(next.size)
+			return nil
+		case <-o.freed:
+		case err := <-o.failed:
+			return err
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		case <-late.C:
+			return &Error{
+				code: codes.Aborted, reason: grapnelv1.ErrorReason_ERROR_REASON_SLOW_CONSUMER,
+				message: "nothing has been read for " + o.patience.String() + "; go on from the last resume_token that you have read",
+			}
 		}
 	}
 }

@@ -21,6 +21,7 @@ type Change struct {
 	p        *partition
 	lane     LaneKey
 	standing standing
+	size     int64 // in memory, about
 
 	once     sync.Once
 	delivery *Delivery
@@ -77,6 +78,9 @@ const maxNews = 64 << 10
 
 // changeHead is what comes before the standing.
 const changeHead = 8 + 8 + 1 + 1 + 4
+
+// changeSize is what a change takes in memory beside its standing: itself, and most deliveries that are read for it.
+const changeSize = 1 << 10
 
 // news are the changes of one namespace in a commit.
 type news struct {
@@ -182,7 +186,7 @@ func (p *partition) decodeChanges(ns NamespaceKey, at changeAt, count uint32, fi
 			}
 			ch := &Change{
 				ID: ID{seq, p.number, sub}, State: st.state, Attempted: attempted, p: p, lane: LaneKey{ns, sub}, standing: st,
-				at: changeAt{at.partition, at.commit, n, final && i == count-1},
+				at: changeAt{at.partition, at.commit, n, final && i == count-1}, size: int64(size) + changeSize,
 			}
 			changes = append(changes, ch)
 		}

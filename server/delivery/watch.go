@@ -178,7 +178,7 @@ func (w *Watcher) take() *Change {
 	for len(w.ahead) > 0 {
 		ch := w.ahead[0]
 		w.ahead[0], w.ahead = nil, w.ahead[1:]
-		w.j.watches.told.Add(-1)
+		w.j.watches.told.Add(-ch.size)
 		if !w.pos.seen(ch.at) {
 			w.pos.pass(ch.at)
 			return ch
@@ -212,7 +212,7 @@ func (w *Watcher) offer(ch *Change) {
 		w.behind = true
 	default:
 		w.ahead = append(w.ahead, ch)
-		w.j.watches.told.Add(1)
+		w.j.watches.told.Add(ch.size)
 	}
 	w.signal()
 }
@@ -257,7 +257,9 @@ func (w *Watcher) halt() {
 	w.space.remove(w)
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.j.watches.told.Add(-int64(len(w.ahead)))
+	for _, ch := range w.ahead {
+		w.j.watches.told.Add(-ch.size)
+	}
 	w.ahead, w.behind = nil, false
 }
 

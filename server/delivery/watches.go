@@ -30,8 +30,8 @@ const (
 	maxUntold = 32 << 20
 	// maxTold bounds the changes that wait in memory for one who watches.
 	maxTold = 1024
-	// allTold bounds them over all who watch.
-	allTold = 1 << 18
+	// allTold bounds them over all who watch, in bytes.
+	allTold = 64 << 20
 	// maxWide bounds those who watch everything in a namespace, of whom each costs something at every change.
 	maxWide = 100
 )
@@ -62,7 +62,7 @@ type watches struct {
 	waiting atomic.Bool
 	wake    chan struct{}
 
-	told atomic.Int64 // changes that wait in memory for those who watch
+	told atomic.Int64 // bytes of changes that wait in memory for those who watch; one that several wait for counts for each
 }
 
 // watchedSpace is a namespace whose changes are recorded.
