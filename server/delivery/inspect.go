@@ -233,7 +233,7 @@ func stopped(dir string) (*Journal, *pebble.Options) {
 }
 
 // Complete gives a journal that was salvaged without its first record, which says how it is laid out, that record anew, from the
-// high-water marks at a path. False: it has one.
+// high-water marks at a path. False: it has one. Those who watched it are to begin anew.
 func Complete(dir, marks string) (made bool, err error) {
 	j, po := stopped(dir)
 	po.ErrorIfNotExists = true
@@ -241,6 +241,9 @@ func Complete(dir, marks string) (made bool, err error) {
 		return false, fmt.Errorf("open journal %s: %w", dir, err)
 	}
 	defer func() { err = errors.Join(err, j.db.Close()) }()
+	if err := forgetWatches(j.db, maxPartitions); err != nil { // there may be gaps in what they were to be told
+		return false, err
+	}
 	if found, err := j.has(j.db, metaKey()); err != nil || found {
 		return false, err
 	}
@@ -295,6 +298,9 @@ func SetAside(dir, key string, out io.Writer) (err error) {
 	}
 	if err := json.NewEncoder(out).Encode(line); err != nil {
 		return fmt.Errorf("write the record: %w", err)
+	}
+	if tag := raw[tagOffset]; tag == tagNews || tag == tagWatched { // those who watch would pass over the gap
+		return forgetWatches(j.db, maxPartitions)
 	}
 	return j.db.Delete(raw, pebble.Sync)
 }

@@ -2,14 +2,18 @@ package delivery
 
 import (
 	"context"
+	"encoding/hex"
 	"errors"
 	"fmt"
+	"io"
+	"path/filepath"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
 
+	"github.com/cockroachdb/pebble/v2"
 	"github.com/cockroachdb/pebble/v2/vfs"
 )
 
@@ -121,15 +125,26 @@ func TestWatchOfAQuietPartitionAfterARestart(t *testing.T) {
 	v.Close()
 }
 
-// A record that was begun in some partitions only when the process ended is begun anew.
+// A record that was begun in some partitions only when the process ended, or that cannot be read, is begun anew.
 func TestWatchOfAHalfBegunRecord(t *testing.T) {
+	t.Run("begun in some partitions", func(t *testing.T) {
+		watchAnew(t, func(b *bench) error { return b.db.Delete(appendSpace(nil, 2, tagWatched, acme), nil) })
+	})
+	t.Run("damaged", func(t *testing.T) {
+		watchAnew(t, func(b *bench) error { return b.db.Set(appendSpace(nil, 0, tagWatched, acme), []byte{0xff}, nil) })
+	})
+}
+
+func watchAnew(t *testing.T, damage func(*bench) error) {
 	b := newBench(t)
-	w := watchOf(t, b.Journal, WatchQuery{Namespace: acme})
-	_ = w
-	if err := b.db.Delete(appendSpace(nil, 2, tagWatched, acme), nil); err != nil {
+	was := watchOf(t, b.Journal, WatchQuery{Namespace: acme}).Position()
+	if err := damage(b); err != nil {
 		t.Fatal(err)
 	}
 	b.reopen()
+	if _, err := b.Watch(t.Context(), WatchQuery{Namespace: acme, After: was}); !errors.Is(err, ErrExpired) {
+		t.Errorf("from where it was: %v, want ErrExpired", err)
+	}
 	for range 3 {
 		w, err := b.Watch(t.Context(), WatchQuery{Namespace: acme})
 		if err != nil {
@@ -140,6 +155,48 @@ func TestWatchOfAHalfBegunRecord(t *testing.T) {
 			t.Errorf("a new watch without a token: %v", err)
 		}
 		w.Close()
+	}
+}
+
+// What was taken out of a journal, or lost of it, is not passed over by those who watched.
+func TestWatchAfterRecordsWereTakenOut(t *testing.T) {
+	for name, mend := range map[string]func(dir string) error{
+		"set aside": func(dir string) error {
+			db, err := pebble.Open(dir, EngineOptions())
+			if err != nil {
+				return err
+			}
+			it, err := db.NewIter(nil)
+			if err != nil {
+				return err
+			}
+			var key string
+			for ok := it.First(); ok && key == ""; ok = it.Next() {
+				if len(it.Key()) > bodyOffset && it.Key()[tagOffset] == tagNews {
+					key = hex.EncodeToString(it.Key())
+				}
+			}
+			return errors.Join(it.Close(), db.Close(), SetAside(dir, key, io.Discard))
+		},
+		"salvaged": func(dir string) error {
+			_, err := Complete(dir, "")
+			return err
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := filepath.Join(t.TempDir(), "journal")
+			b := newBench(t, func(o *Options) { o.Dir, o.fs = dir, nil })
+			was := watchOf(t, b.Journal, WatchQuery{Namespace: acme}).Position()
+			b.append(publication("e1", 1))
+			b.close()
+			if err := mend(dir); err != nil {
+				t.Fatal(err)
+			}
+			b.open()
+			if _, err := b.Watch(t.Context(), WatchQuery{Namespace: acme, After: was}); !errors.Is(err, ErrExpired) {
+				t.Errorf("from where it was: %v, want ErrExpired", err)
+			}
+		})
 	}
 }
 

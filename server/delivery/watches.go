@@ -117,10 +117,15 @@ func (w *watches) load() error {
 		prefix := appendTag(nil, p.number, tagWatched)
 		if err := w.j.scan(w.j.db, prefix, prefixEnd(prefix), func(key, value []byte) error {
 			rec, err := decodeRecorded(value)
-			if err != nil || len(key) != bodyOffset+8 {
-				return w.j.corrupt(key, errors.Join(err, errBadKey))
+			if len(key) != bodyOffset+8 {
+				w.j.log.Warn("a record of who watches is left alone", "err", w.j.corrupt(key, errBadKey))
+				return nil
 			}
 			ns := NamespaceKey(binary.BigEndian.Uint64(key[bodyOffset:]))
+			if err != nil { // of no line: those who watched begin anew
+				w.j.log.Warn("those who watched a namespace have to begin anew", "err", w.j.corrupt(key, err))
+				rec = recorded{line: rand.Uint64() | 1}
+			}
 			s := spaces[ns]
 			if s == nil {
 				s = w.newSpace(ns, rec.line)
@@ -157,20 +162,27 @@ func (w *watches) load() error {
 // ForgetWatches has those who watched the journal begin anew: it has gone back to an earlier state, whose commits are to come
 // again and be others. Call it before Start.
 func (j *Journal) ForgetWatches() error {
-	b := j.db.NewBatch()
+	if err := forgetWatches(j.db, len(j.partitions)); err != nil {
+		return fmt.Errorf("journal %s: %w", j.dir, err)
+	}
+	j.watches.spaces.Store(&map[NamespaceKey]*watchedSpace{})
+	return nil
+}
+
+func forgetWatches(db *pebble.DB, partitions int) error {
+	b := db.NewBatch()
 	defer b.Close()
-	for _, p := range j.partitions {
+	for p := range partitions {
 		for _, tag := range []byte{tagNews, tagWatched} {
-			prefix := appendTag(nil, p.number, tag)
+			prefix := appendTag(nil, uint16(p), tag)
 			if err := b.DeleteRange(prefix, prefixEnd(prefix), nil); err != nil {
-				return fmt.Errorf("forget who watched journal %s: %w", j.dir, err)
+				return fmt.Errorf("forget who watched: %w", err)
 			}
 		}
 	}
 	if err := b.Commit(pebble.Sync); err != nil {
-		return fmt.Errorf("forget who watched journal %s: %w", j.dir, err)
+		return fmt.Errorf("forget who watched: %w", err)
 	}
-	j.watches.spaces.Store(&map[NamespaceKey]*watchedSpace{})
 	return nil
 }
 
