@@ -228,15 +228,20 @@ func TestResultsThatNeverCome(t *testing.T) {
 	sub.AttemptTimeout = 100 * time.Millisecond
 	sub.Proto.Signers[0].Plugin = "plugins/other-signer"
 	s := newSink()
-	jobs := load(f, sub, s, 10) // three are written, as many as it grants
-	s.wait(t, 3)
-	if r := s.of(jobs[0]); !r.Indeterminate || !strings.Contains(r.Error, "hangs") {
-		t.Errorf("got %+v", r)
+	jobs := load(f, sub, s, 10)
+	s.wait(t, 10)
+	hung := 0 // those that were written: three at a time, as many as it grants
+	for _, job := range jobs {
+		if r := s.of(job); r.Indeterminate && strings.Contains(r.Error, "hangs") {
+			hung++
+		}
+	}
+	if hung == 0 {
+		t.Errorf("the first is %+v, and none is told of a plugin that hangs", s.of(jobs[0]))
 	}
 	if f.counted(t, "grapnel_plugin_hangs_total") == 0 {
 		t.Error("no hang was counted")
 	}
-	s.wait(t, 10)
 }
 
 // TestHungPluginSaysWhere relies on what an operator needs: the stack of the code that hangs.
