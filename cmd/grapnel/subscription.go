@@ -18,7 +18,8 @@ import (
 func newSubscriptionCommand(c *cli) *cobra.Command {
 	cmd := group("subscription", "Who receives which events, where and how",
 		newSubscriptionCreate(c), newSubscriptionGet(c), newSubscriptionList(c), newSubscriptionUpdate(c),
-		newSubscriptionDelete(c), newSubscriptionPause(c), newSubscriptionDisable(c), newSubscriptionResume(c), newSubscriptionTest(c))
+		newSubscriptionDelete(c), newSubscriptionPause(c), newSubscriptionDisable(c), newSubscriptionResume(c), newSubscriptionTest(c),
+		newSubscriptionWatch(c))
 	cmd.Aliases = []string{"subscriptions", "sub"}
 	return c.connectFlags(cmd, true)
 }
@@ -253,6 +254,8 @@ func statusColumns(s *grapnelv1.SubscriptionStatus) []column[*grapnelv1.Subscrip
 	return all
 }
 
+const subscriptionTerms = "`expression` over state, event_type, uri, labels.KEY, signer, transport, secret, uid, display_name, create_time"
+
 func newSubscriptionList(c *cli) *cobra.Command {
 	var filter string
 	var all bool
@@ -275,7 +278,7 @@ func newSubscriptionList(c *cli) *cobra.Command {
 			})
 		},
 	}
-	cmd.Flags().StringVar(&filter, "filter", "", "`expression` over state, event_type, uri, labels.KEY, signer, transport, secret, uid, display_name, create_time")
+	cmd.Flags().StringVar(&filter, "filter", "", subscriptionTerms)
 	cmd.Flags().BoolVarP(&all, "all-namespaces", "A", false, "of all namespaces")
 	return cmd
 }

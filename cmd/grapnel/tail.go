@@ -5,10 +5,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"iter"
 	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
+	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
@@ -43,49 +45,108 @@ one goes on where this one was.`,
 			return err
 		}
 		return c.with(cmd, func(ctx context.Context, cl *client.Client) error {
-			last, standing := token, false
-			watch := cl.WatchDeliveries(ctx, ns, client.Filter(expression), client.ResumeFrom(token), client.Watching(func(t string) {
-				if !standing {
-					standing = true
-					fmt.Fprintln(c.stderr, "watching namespaces/"+ns)
-				}
-				last = t
-			}))
-			n := 0
-			for ch, err := range watch {
-				if err != nil {
-					if last != "" && !errors.Is(err, client.ErrResumeTokenExpired) && !errors.Is(err, client.ErrInvalidField) {
-						fmt.Fprintf(c.stderr, "to go on from here: --resume %s\n", last)
-					}
-					return err
-				}
-				if err := c.tailed(ch.Delivery); err != nil {
-					return err
-				}
-				if last = ch.ResumeToken; count > 0 {
-					if n++; n == count {
-						return nil
-					}
-				}
-			}
-			return nil
+			t := &tail{c: c, namespace: ns, token: token, count: count}
+			return showChanges(t, cl.WatchDeliveries(ctx, ns, t.options(expression)...), func(ch client.DeliveryChange) (string, error) {
+				return ch.ResumeToken, c.tailed(ch.Delivery)
+			})
 		})
 	}
 	return cmd
 }
 
+func newSubscriptionWatch(c *cli) *cobra.Command {
+	var filter, token string
+	var count int
+	cmd := &cobra.Command{
+		Use: "watch", Short: "Show which subscriptions are made, changed and deleted as it happens", Args: cobra.NoArgs,
+		Long: `Shows a line for each subscription that is made, changed or deleted. It goes on after a connection that broke and a server that
+was restarted. It ends when it is interrupted, and says on standard error how another one goes on where this one was.`,
+		Example: `  grapnel subscription watch -n acme
+  grapnel subscription watch -n acme --filter 'state = DISABLED' -o json`,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			ns, err := c.namespaceID()
+			if err != nil {
+				return err
+			}
+			return c.with(cmd, func(ctx context.Context, cl *client.Client) error {
+				t := &tail{c: c, namespace: ns, token: token, count: count}
+				return showChanges(t, cl.Subscriptions(ns).Watch(ctx, t.options(filter)...), func(ch client.SubscriptionChange) (string, error) {
+					return ch.ResumeToken, c.watchedSubscription(ch)
+				})
+			})
+		},
+	}
+	flags := cmd.Flags()
+	flags.StringVar(&filter, "filter", "", subscriptionTerms)
+	flags.StringVar(&token, "resume", "", "go on behind this `token` of an earlier one")
+	countVar(flags, &count, "count", 0, 0, 0, "end after this many changes; 0 goes on")
+	return cmd
+}
+
+// watchedSubscription shows one change: a line for people, or what --output asks for, which says of what was deleted that it was.
+func (c *cli) watchedSubscription(ch client.SubscriptionChange) error {
+	switch {
+	case c.output == formatName:
+		return c.document(ch.Subscription)
+	case c.forPrograms():
+		return c.document(&grapnelv1.WatchSubscriptionsResponse{Subscription: ch.Subscription, Deleted: ch.Deleted, ResumeToken: ch.ResumeToken})
+	}
+	s := ch.Subscription
+	what, at := enumText(s.GetState()), s.GetUpdateTime()
+	if ch.Deleted {
+		what, at = "DELETED", timestamppb.Now()
+	}
+	fields := []string{at.AsTime().Local().Format("15:04:05"), fmt.Sprintf("%-8s", what), clean(lastSegment(s.GetName())), clean(strings.Join(s.GetEventTypes(), ",")), clean(s.GetUri())}
+	if s.GetStateReason() != "" && !ch.Deleted {
+		fields = append(fields, clean(s.GetStateReason()))
+	}
+	return c.styled(strings.TrimRight(strings.Join(fields, "  "), " ") + "\n")
+}
+
+// tail is a command that shows changes until it has shown enough.
+type tail struct {
+	c         *cli
+	namespace string
+	token     string // where it begins, and is
+	count     int
+	standing  bool
+}
+
+// options have a watch say where it stands.
+func (t *tail) options(expression string) []client.ListOption {
+	return []client.ListOption{client.Filter(expression), client.ResumeFrom(t.token), client.Watching(func(token string) {
+		if !t.standing {
+			t.standing = true
+			fmt.Fprintln(t.c.stderr, "watching namespaces/"+t.namespace)
+		}
+		t.token = token
+	})}
+}
+
+// showChanges shows changes, of which show says how a watch goes on behind them.
+func showChanges[T any](t *tail, changes iter.Seq2[T, error], show func(T) (token string, err error)) error {
+	n := 0
+	for ch, err := range changes {
+		if err != nil {
+			if t.token != "" && !errors.Is(err, client.ErrResumeTokenExpired) && !errors.Is(err, client.ErrInvalidField) {
+				fmt.Fprintf(t.c.stderr, "to go on from here: --resume %s\n", t.token)
+			}
+			return err
+		}
+		if t.token, err = show(ch); err != nil {
+			return err
+		}
+		if n++; n == t.count {
+			return nil
+		}
+	}
+	return nil
+}
+
 // tailed shows one change: a line for people, or what --output asks for.
 func (c *cli) tailed(d *grapnelv1.Delivery) error {
 	if c.forPrograms() {
-		text, err := c.encode(d, false)
-		if err != nil {
-			return err
-		}
-		if c.output == formatYAML {
-			text = append([]byte("---\n"), text...)
-		}
-		_, err = c.stdout.Write(text)
-		return err
+		return c.document(d)
 	}
 	state := fmt.Sprintf("%-9s", enumText(d.GetState()))
 	fields := []string{
@@ -96,6 +157,19 @@ func (c *cli) tailed(d *grapnelv1.Delivery) error {
 	}
 	fields[1] = c.coloured(d.GetState(), state)
 	return c.styled(strings.TrimRight(strings.Join(fields, "  "), " ") + "\n")
+}
+
+// document writes one of many messages, as --output asks.
+func (c *cli) document(m proto.Message) error {
+	text, err := c.encode(m, false)
+	if err != nil {
+		return err
+	}
+	if c.output == formatYAML {
+		text = append([]byte("---\n"), text...)
+	}
+	_, err = c.stdout.Write(text)
+	return err
 }
 
 // changedAt is when what a change shows has happened, as far as the delivery tells.

@@ -37,24 +37,62 @@ const mostLost = 5
 // what is wrong with the request.
 func (c *Client) WatchDeliveries(ctx context.Context, namespace string, opts ...ListOption) iter.Seq2[DeliveryChange, error] {
 	s := listOptions(opts)
-	return func(yield func(DeliveryChange, error) bool) {
-		r := &grapnelv1.WatchDeliveriesRequest{Parent: namespaceName(namespace), Filter: s.filter, ResumeToken: s.resume}
+	r := &grapnelv1.WatchDeliveriesRequest{Parent: namespaceName(namespace), Filter: s.filter}
+	return watch(ctx, s, func(ctx context.Context, token string) (receiving[*grapnelv1.WatchDeliveriesResponse], error) {
+		r.ResumeToken = token
+		return c.DeliveryService().WatchDeliveries(ctx, r)
+	}, func(m *grapnelv1.WatchDeliveriesResponse) (DeliveryChange, bool) {
+		return DeliveryChange{m.GetDelivery(), m.GetResumeToken()}, m.GetDelivery() != nil
+	})
+}
+
+// SubscriptionChange is a subscription after it was made, changed or deleted.
+type SubscriptionChange struct {
+	// Subscription is as it was last when it is Deleted, with its name only where that is not known any more.
+	Subscription *grapnelv1.Subscription
+	Deleted      bool
+	// ResumeToken goes on behind this change: see ResumeFrom.
+	ResumeToken string
+}
+
+// Watch tells which subscriptions of the namespace are made, changed and deleted, in order, as WatchDeliveries tells what becomes
+// of deliveries. To one who was away ErrResumeTokenExpired comes sooner: see the RPC.
+func (s Subscriptions) Watch(ctx context.Context, opts ...ListOption) iter.Seq2[SubscriptionChange, error] {
+	set := listOptions(opts)
+	r := &grapnelv1.WatchSubscriptionsRequest{Parent: namespaceName(s.namespace), Filter: set.filter}
+	return watch(ctx, set, func(ctx context.Context, token string) (receiving[*grapnelv1.WatchSubscriptionsResponse], error) {
+		r.ResumeToken = token
+		return s.c.SubscriptionService().WatchSubscriptions(ctx, r)
+	}, func(m *grapnelv1.WatchSubscriptionsResponse) (SubscriptionChange, bool) {
+		return SubscriptionChange{m.GetSubscription(), m.GetDeleted(), m.GetResumeToken()}, m.GetSubscription() != nil
+	})
+}
+
+// receiving is a stream of a watch.
+type receiving[M any] interface{ Recv() (M, error) }
+
+// watch yields what change makes of the messages of streams, false for a heartbeat, each opened where the one before has ended.
+func watch[M interface{ GetResumeToken() string }, T any](ctx context.Context, s listSettings,
+	open func(ctx context.Context, token string) (receiving[M], error), change func(M) (T, bool)) iter.Seq2[T, error] {
+	return func(yield func(T, error) bool) {
+		w := watcher[M, T]{open: open, change: change, token: s.resume, watching: s.watching, tell: func(ch T) bool { return yield(ch, nil) }}
+		var none T
 		for try := 1; ; try++ {
-			token := r.ResumeToken
-			more, err := c.watchOnce(ctx, r, &s, func(ch DeliveryChange) bool { return yield(ch, nil) })
-			if r.ResumeToken != token {
+			token := w.token
+			more, err := w.once(ctx)
+			if w.token != token {
 				try = 0
 			}
 			if !more {
 				return
 			}
 			e := FromError(err)
-			if ctx.Err() != nil || r.ResumeToken == "" || !lostWatch(e) || try > mostLost && e.Code != codes.Unavailable || !sleep(ctx, max(backoff(max(try, 1)), e.RetryAfter)) {
+			if ctx.Err() != nil || w.token == "" || !lostWatch(e) || try > mostLost && e.Code != codes.Unavailable || !sleep(ctx, max(backoff(max(try, 1)), e.RetryAfter)) {
 				if ctx.Err() != nil { // the caller's wish before all
-					yield(DeliveryChange{}, context.Cause(ctx))
+					yield(none, context.Cause(ctx))
 					return
 				}
-				yield(DeliveryChange{}, e)
+				yield(none, e)
 				return
 			}
 		}
@@ -74,13 +112,21 @@ func lostWatch(e *Error) bool {
 	return false
 }
 
-// watchOnce is one stream. It reports false when the loop has had enough.
-func (c *Client) watchOnce(ctx context.Context, r *grapnelv1.WatchDeliveriesRequest, s *listSettings, tell func(DeliveryChange) bool) (more bool, err error) {
+type watcher[M interface{ GetResumeToken() string }, T any] struct {
+	open     func(ctx context.Context, token string) (receiving[M], error)
+	change   func(M) (T, bool)
+	token    string
+	watching func(token string)
+	tell     func(T) bool
+}
+
+// once is one stream. It reports false when the loop has had enough.
+func (w *watcher[M, T]) once(ctx context.Context) (more bool, err error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	dead := time.AfterFunc(silence, cancel)
 	defer dead.Stop()
-	stream, err := c.DeliveryService().WatchDeliveries(ctx, r)
+	stream, err := w.open(ctx, w.token)
 	if err != nil {
 		return true, err
 	}
@@ -89,13 +135,14 @@ func (c *Client) watchOnce(ctx context.Context, r *grapnelv1.WatchDeliveriesRequ
 		if err != nil {
 			return true, err
 		}
-		r.ResumeToken = m.GetResumeToken()
-		if m.GetDelivery() == nil && s.watching != nil {
-			s.watching(r.ResumeToken)
+		w.token = m.GetResumeToken()
+		ch, told := w.change(m)
+		if !told && w.watching != nil {
+			w.watching(w.token)
 		}
-		if m.GetDelivery() != nil {
+		if told {
 			dead.Stop() // the loop takes the time that it takes
-			if !tell(DeliveryChange{m.GetDelivery(), r.ResumeToken}) {
+			if !w.tell(ch) {
 				return false, nil
 			}
 		}

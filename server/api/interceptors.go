@@ -82,7 +82,7 @@ type edge struct {
 	// watches is of what keeps clients alive and tells them what there is: health and reflection. It is apart, so
 	// that what clients do and what clients need to do it do not take each other's room.
 	watches limiter
-	// tails are the watches of deliveries and attempts, apart from publish streams.
+	// tails are the watches of deliveries, attempts and subscriptions, apart from publish streams.
 	tails limiter
 	// tailBytes are the messages that wait to be sent to them.
 	tailBytes atomic.Int64
@@ -190,7 +190,8 @@ func (e *edge) serveStream(srv any, stream grpc.ServerStream, method string, han
 	switch {
 	case !ours(method):
 		streams = &e.watches
-	case method == grapnelv1.DeliveryService_WatchDeliveries_FullMethodName, method == grapnelv1.DeliveryService_WatchAttempts_FullMethodName:
+	case method == grapnelv1.DeliveryService_WatchDeliveries_FullMethodName, method == grapnelv1.DeliveryService_WatchAttempts_FullMethodName,
+		method == grapnelv1.SubscriptionService_WatchSubscriptions_FullMethodName:
 		streams = &e.tails
 	}
 	if !streams.enter() {

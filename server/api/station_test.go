@@ -26,6 +26,7 @@ import (
 // station is the API over a real journal and registry. Dispatch is the journal's edits and what the test
 // says is in flight.
 type station struct {
+	etcd *clientv3.Client
 	*world
 	conn       *grpc.ClientConn
 	grpc       *grpc.Server
@@ -107,7 +108,7 @@ func startStation(t *testing.T, change ...func(*api.Options)) *station {
 	}
 	t.Cleanup(func() { _ = client.Close() })
 	w := &world{engine: &fakeEngine{}, host: newFakePlugins(), log: &lockedBuffer{}, loseEtcd: etcd.Close}
-	st := &station{world: w, metrics: prometheus.NewRegistry()}
+	st := &station{world: w, etcd: client, metrics: prometheus.NewRegistry()}
 	logger := slog.New(slog.NewTextHandler(w.log, &slog.HandlerOptions{Level: slog.LevelDebug}))
 	ctx, stop := context.WithCancel(context.Background())
 	registry, err := subscription.Open(ctx, subscription.Options{Client: client, Logger: logger})
@@ -144,6 +145,18 @@ func startStation(t *testing.T, change ...func(*api.Options)) *station {
 	w.server = api.New(o)
 	st.serve(t)
 	return st
+}
+
+// compact has etcd forget its history.
+func (st *station) compact(t *testing.T) {
+	t.Helper()
+	head, err := st.etcd.Get(t.Context(), "none")
+	if err == nil {
+		_, err = st.etcd.Compact(t.Context(), head.Header.Revision)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
 }
 
 func (st *station) serve(t *testing.T) {

@@ -16,6 +16,7 @@ import (
 	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
 	"github.com/grapnel/grapnel/server/api/filter"
 	"github.com/grapnel/grapnel/server/delivery"
+	"github.com/grapnel/grapnel/server/subscription"
 )
 
 const (
@@ -94,7 +95,7 @@ func watch[M any](s *Server, r watchRequest, stream grpc.ServerStreamingServer[M
 		return err
 	}
 	if q.After, err = delivery.ParsePosition(r.GetResumeToken()); err != nil {
-		return invalid(Violation{"resume_token", "must be from a message of a watch, as it came", "resume_token"})
+		return notAToken()
 	}
 	if !s.edge.tailsOf.enter(ns) {
 		return s.edge.tailsOf.refusal(ns, "watches")
@@ -105,10 +106,7 @@ func watch[M any](s *Server, r watchRequest, stream grpc.ServerStreamingServer[M
 		return watchError(err)
 	}
 	defer w.Close()
-	heartbeat := defaultHeartbeat
-	if r.GetHeartbeat() != nil {
-		heartbeat = r.GetHeartbeat().AsDuration()
-	}
+	heartbeat := heartbeatOf(r)
 	ctx, end := s.watchContext(stream.Context())
 	defer end()
 	out := sendTo(stream, s.WatchPatience, &s.edge.tailBytes)
@@ -151,11 +149,22 @@ func watch[M any](s *Server, r watchRequest, stream grpc.ServerStreamingServer[M
 				return err
 			}
 		}
-		if err := out.send(ctx, m); err != nil {
+		if err := out.send(ctx, m, nil); err != nil {
 			return err
 		}
 		quiet = time.Now().Add(heartbeat)
 	}
+}
+
+func heartbeatOf(r watchRequest) time.Duration {
+	if r.GetHeartbeat() == nil {
+		return defaultHeartbeat
+	}
+	return r.GetHeartbeat().AsDuration()
+}
+
+func notAToken() *Error {
+	return invalid(Violation{"resume_token", "must be from a message of a watch, as it came", "resume_token"})
 }
 
 // watchQuery is what the journal can use of a filter.
@@ -206,7 +215,7 @@ func (s *Server) watchContext(stream context.Context) (ctx context.Context, end 
 
 func watchError(err error) error {
 	switch {
-	case errors.Is(err, delivery.ErrExpired):
+	case errors.Is(err, delivery.ErrExpired), errors.Is(err, subscription.ErrCompacted):
 		return &Error{
 			code: codes.OutOfRange, reason: grapnelv1.ErrorReason_ERROR_REASON_RESUME_TOKEN_EXPIRED,
 			message: "what has changed since the resume_token is not kept any more: list what there is, and begin without a token",
@@ -272,15 +281,28 @@ func (o *outbox[M]) fits(size int64) bool {
 	return queued <= 0 || queued+size <= watchAheadBytes && o.all.Load()+size <= allAheadBytes
 }
 
-func (o *outbox[M]) send(ctx context.Context, m *M) error {
+// offer reports whether there was room for the message.
+func (o *outbox[M]) offer(m waitingMessage[M]) bool {
+	if !o.fits(m.size) {
+		return false
+	}
+	select {
+	case o.messages <- m:
+		o.add(m.size)
+		return true
+	default:
+		return false
+	}
+}
+
+// send waits for room. meanwhile, if not nil, is called before it has to.
+func (o *outbox[M]) send(ctx context.Context, m *M, meanwhile func()) error {
 	next := waitingMessage[M]{m, int64(proto.Size(any(m).(proto.Message)))}
-	if o.fits(next.size) {
-		select {
-		case o.messages <- next:
-			o.add(next.size)
-			return nil
-		default:
-		}
+	if o.offer(next) {
+		return nil
+	}
+	if meanwhile != nil {
+		meanwhile()
 	}
 	late := time.NewTimer(o.patience)
 	defer late.Stop()

@@ -97,6 +97,11 @@ func (s *Space) follow(ctx context.Context) error {
 			}
 			spoken, owes = max(spoken, resp.Header.GetRevision()), time.Time{}
 			s.take(resp.Events)
+			if resp.IsProgressNotify() {
+				s.mu.Lock()
+				s.reached = max(s.reached, resp.Header.GetRevision())
+				s.mu.Unlock()
+			}
 		case sign := <-signs:
 			if sign.err != nil {
 				return sign.err
@@ -289,7 +294,7 @@ func (s *Space) advance(revision int64, changes []Change) {
 	s.apply(revision, changes)
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.revision = revision
+	s.revision, s.reached = revision, revision
 	if s.advanced != nil {
 		close(s.advanced)
 		s.advanced = nil

@@ -94,8 +94,8 @@ type Space struct {
 	mu sync.Mutex // guards what follows
 	// broken holds the watched keys whose stored value is damaged.
 	broken map[string]bool
-	// revision is what apply has taken in.
-	revision int64
+	// revision is what apply has taken in, and reached up to where nothing else was written.
+	revision, reached int64
 	// advanced is closed when revision rises; nil while nobody waits.
 	advanced chan struct{}
 }

@@ -1578,6 +1578,144 @@ func (x *ListSubscriptionsResponse) GetNextPageToken() string {
 	return ""
 }
 
+// WatchSubscriptionsRequest says what to tell.
+type WatchSubscriptionsRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// namespaces/{namespace}
+	Parent string `protobuf:"bytes,1,opt,name=parent,proto3" json:"parent,omitempty"`
+	// As in ListSubscriptionsRequest. A change is told of a subscription that matches after it or did before it.
+	Filter string `protobuf:"bytes,2,opt,name=filter,proto3" json:"filter,omitempty"`
+	// From an earlier message, of a watch of the same namespace's subscriptions with whatever filter. Empty begins now.
+	ResumeToken string `protobuf:"bytes,3,opt,name=resume_token,json=resumeToken,proto3" json:"resume_token,omitempty"`
+	// The longest silence: a message without a subscription ends it. 1s to 60s, 15s by default.
+	Heartbeat     *durationpb.Duration `protobuf:"bytes,4,opt,name=heartbeat,proto3" json:"heartbeat,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WatchSubscriptionsRequest) Reset() {
+	*x = WatchSubscriptionsRequest{}
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WatchSubscriptionsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WatchSubscriptionsRequest) ProtoMessage() {}
+
+func (x *WatchSubscriptionsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WatchSubscriptionsRequest.ProtoReflect.Descriptor instead.
+func (*WatchSubscriptionsRequest) Descriptor() ([]byte, []int) {
+	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *WatchSubscriptionsRequest) GetParent() string {
+	if x != nil {
+		return x.Parent
+	}
+	return ""
+}
+
+func (x *WatchSubscriptionsRequest) GetFilter() string {
+	if x != nil {
+		return x.Filter
+	}
+	return ""
+}
+
+func (x *WatchSubscriptionsRequest) GetResumeToken() string {
+	if x != nil {
+		return x.ResumeToken
+	}
+	return ""
+}
+
+func (x *WatchSubscriptionsRequest) GetHeartbeat() *durationpb.Duration {
+	if x != nil {
+		return x.Heartbeat
+	}
+	return nil
+}
+
+// WatchSubscriptionsResponse is a change, or a heartbeat.
+type WatchSubscriptionsResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The subscription as it is since the change; one that was deleted, as it was last, or only its name when
+	// that is not known any more. Unset in a heartbeat.
+	Subscription *Subscription `protobuf:"bytes,1,opt,name=subscription,proto3" json:"subscription,omitempty"`
+	// It was deleted.
+	Deleted bool `protobuf:"varint,2,opt,name=deleted,proto3" json:"deleted,omitempty"`
+	// Goes on behind this message.
+	ResumeToken   string `protobuf:"bytes,3,opt,name=resume_token,json=resumeToken,proto3" json:"resume_token,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WatchSubscriptionsResponse) Reset() {
+	*x = WatchSubscriptionsResponse{}
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WatchSubscriptionsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WatchSubscriptionsResponse) ProtoMessage() {}
+
+func (x *WatchSubscriptionsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WatchSubscriptionsResponse.ProtoReflect.Descriptor instead.
+func (*WatchSubscriptionsResponse) Descriptor() ([]byte, []int) {
+	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *WatchSubscriptionsResponse) GetSubscription() *Subscription {
+	if x != nil {
+		return x.Subscription
+	}
+	return nil
+}
+
+func (x *WatchSubscriptionsResponse) GetDeleted() bool {
+	if x != nil {
+		return x.Deleted
+	}
+	return false
+}
+
+func (x *WatchSubscriptionsResponse) GetResumeToken() string {
+	if x != nil {
+		return x.ResumeToken
+	}
+	return ""
+}
+
 // UpdateSubscriptionRequest carries the new content.
 type UpdateSubscriptionRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -1598,7 +1736,7 @@ type UpdateSubscriptionRequest struct {
 
 func (x *UpdateSubscriptionRequest) Reset() {
 	*x = UpdateSubscriptionRequest{}
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[12]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1610,7 +1748,7 @@ func (x *UpdateSubscriptionRequest) String() string {
 func (*UpdateSubscriptionRequest) ProtoMessage() {}
 
 func (x *UpdateSubscriptionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[12]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1623,7 +1761,7 @@ func (x *UpdateSubscriptionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateSubscriptionRequest.ProtoReflect.Descriptor instead.
 func (*UpdateSubscriptionRequest) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{12}
+	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *UpdateSubscriptionRequest) GetSubscription() *Subscription {
@@ -1667,7 +1805,7 @@ type UpdateSubscriptionResponse struct {
 
 func (x *UpdateSubscriptionResponse) Reset() {
 	*x = UpdateSubscriptionResponse{}
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[13]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1679,7 +1817,7 @@ func (x *UpdateSubscriptionResponse) String() string {
 func (*UpdateSubscriptionResponse) ProtoMessage() {}
 
 func (x *UpdateSubscriptionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[13]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1692,7 +1830,7 @@ func (x *UpdateSubscriptionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateSubscriptionResponse.ProtoReflect.Descriptor instead.
 func (*UpdateSubscriptionResponse) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{13}
+	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *UpdateSubscriptionResponse) GetSubscription() *Subscription {
@@ -1724,7 +1862,7 @@ type DeleteSubscriptionRequest struct {
 
 func (x *DeleteSubscriptionRequest) Reset() {
 	*x = DeleteSubscriptionRequest{}
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[14]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1736,7 +1874,7 @@ func (x *DeleteSubscriptionRequest) String() string {
 func (*DeleteSubscriptionRequest) ProtoMessage() {}
 
 func (x *DeleteSubscriptionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[14]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1749,7 +1887,7 @@ func (x *DeleteSubscriptionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteSubscriptionRequest.ProtoReflect.Descriptor instead.
 func (*DeleteSubscriptionRequest) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{14}
+	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *DeleteSubscriptionRequest) GetName() string {
@@ -1784,7 +1922,7 @@ type DeleteSubscriptionResponse struct {
 
 func (x *DeleteSubscriptionResponse) Reset() {
 	*x = DeleteSubscriptionResponse{}
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[15]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1796,7 +1934,7 @@ func (x *DeleteSubscriptionResponse) String() string {
 func (*DeleteSubscriptionResponse) ProtoMessage() {}
 
 func (x *DeleteSubscriptionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[15]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1809,7 +1947,7 @@ func (x *DeleteSubscriptionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteSubscriptionResponse.ProtoReflect.Descriptor instead.
 func (*DeleteSubscriptionResponse) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{15}
+	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *DeleteSubscriptionResponse) GetCancelledDeliveries() int32 {
@@ -1834,7 +1972,7 @@ type PauseSubscriptionRequest struct {
 
 func (x *PauseSubscriptionRequest) Reset() {
 	*x = PauseSubscriptionRequest{}
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[16]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1846,7 +1984,7 @@ func (x *PauseSubscriptionRequest) String() string {
 func (*PauseSubscriptionRequest) ProtoMessage() {}
 
 func (x *PauseSubscriptionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[16]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1859,7 +1997,7 @@ func (x *PauseSubscriptionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PauseSubscriptionRequest.ProtoReflect.Descriptor instead.
 func (*PauseSubscriptionRequest) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{16}
+	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *PauseSubscriptionRequest) GetName() string {
@@ -1894,7 +2032,7 @@ type PauseSubscriptionResponse struct {
 
 func (x *PauseSubscriptionResponse) Reset() {
 	*x = PauseSubscriptionResponse{}
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[17]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1906,7 +2044,7 @@ func (x *PauseSubscriptionResponse) String() string {
 func (*PauseSubscriptionResponse) ProtoMessage() {}
 
 func (x *PauseSubscriptionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[17]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1919,7 +2057,7 @@ func (x *PauseSubscriptionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PauseSubscriptionResponse.ProtoReflect.Descriptor instead.
 func (*PauseSubscriptionResponse) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{17}
+	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *PauseSubscriptionResponse) GetSubscription() *Subscription {
@@ -1944,7 +2082,7 @@ type DisableSubscriptionRequest struct {
 
 func (x *DisableSubscriptionRequest) Reset() {
 	*x = DisableSubscriptionRequest{}
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[18]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1956,7 +2094,7 @@ func (x *DisableSubscriptionRequest) String() string {
 func (*DisableSubscriptionRequest) ProtoMessage() {}
 
 func (x *DisableSubscriptionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[18]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1969,7 +2107,7 @@ func (x *DisableSubscriptionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DisableSubscriptionRequest.ProtoReflect.Descriptor instead.
 func (*DisableSubscriptionRequest) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{18}
+	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *DisableSubscriptionRequest) GetName() string {
@@ -2004,7 +2142,7 @@ type DisableSubscriptionResponse struct {
 
 func (x *DisableSubscriptionResponse) Reset() {
 	*x = DisableSubscriptionResponse{}
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[19]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2016,7 +2154,7 @@ func (x *DisableSubscriptionResponse) String() string {
 func (*DisableSubscriptionResponse) ProtoMessage() {}
 
 func (x *DisableSubscriptionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[19]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2029,7 +2167,7 @@ func (x *DisableSubscriptionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DisableSubscriptionResponse.ProtoReflect.Descriptor instead.
 func (*DisableSubscriptionResponse) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{19}
+	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *DisableSubscriptionResponse) GetSubscription() *Subscription {
@@ -2054,7 +2192,7 @@ type ResumeSubscriptionRequest struct {
 
 func (x *ResumeSubscriptionRequest) Reset() {
 	*x = ResumeSubscriptionRequest{}
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[20]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2066,7 +2204,7 @@ func (x *ResumeSubscriptionRequest) String() string {
 func (*ResumeSubscriptionRequest) ProtoMessage() {}
 
 func (x *ResumeSubscriptionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[20]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2079,7 +2217,7 @@ func (x *ResumeSubscriptionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResumeSubscriptionRequest.ProtoReflect.Descriptor instead.
 func (*ResumeSubscriptionRequest) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{20}
+	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *ResumeSubscriptionRequest) GetName() string {
@@ -2117,7 +2255,7 @@ type ResumeSubscriptionResponse struct {
 
 func (x *ResumeSubscriptionResponse) Reset() {
 	*x = ResumeSubscriptionResponse{}
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[21]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2129,7 +2267,7 @@ func (x *ResumeSubscriptionResponse) String() string {
 func (*ResumeSubscriptionResponse) ProtoMessage() {}
 
 func (x *ResumeSubscriptionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[21]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2142,7 +2280,7 @@ func (x *ResumeSubscriptionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResumeSubscriptionResponse.ProtoReflect.Descriptor instead.
 func (*ResumeSubscriptionResponse) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{21}
+	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *ResumeSubscriptionResponse) GetSubscription() *Subscription {
@@ -2172,7 +2310,7 @@ type TestSubscriptionRequest struct {
 
 func (x *TestSubscriptionRequest) Reset() {
 	*x = TestSubscriptionRequest{}
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[22]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2184,7 +2322,7 @@ func (x *TestSubscriptionRequest) String() string {
 func (*TestSubscriptionRequest) ProtoMessage() {}
 
 func (x *TestSubscriptionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[22]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2197,7 +2335,7 @@ func (x *TestSubscriptionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TestSubscriptionRequest.ProtoReflect.Descriptor instead.
 func (*TestSubscriptionRequest) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{22}
+	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *TestSubscriptionRequest) GetName() string {
@@ -2226,7 +2364,7 @@ type TestSubscriptionResponse struct {
 
 func (x *TestSubscriptionResponse) Reset() {
 	*x = TestSubscriptionResponse{}
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[23]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2238,7 +2376,7 @@ func (x *TestSubscriptionResponse) String() string {
 func (*TestSubscriptionResponse) ProtoMessage() {}
 
 func (x *TestSubscriptionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[23]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2251,7 +2389,7 @@ func (x *TestSubscriptionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TestSubscriptionResponse.ProtoReflect.Descriptor instead.
 func (*TestSubscriptionResponse) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{23}
+	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *TestSubscriptionResponse) GetAttempt() *Attempt {
@@ -2280,7 +2418,7 @@ type MatchSubscriptionsRequest struct {
 
 func (x *MatchSubscriptionsRequest) Reset() {
 	*x = MatchSubscriptionsRequest{}
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[24]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2292,7 +2430,7 @@ func (x *MatchSubscriptionsRequest) String() string {
 func (*MatchSubscriptionsRequest) ProtoMessage() {}
 
 func (x *MatchSubscriptionsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[24]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2305,7 +2443,7 @@ func (x *MatchSubscriptionsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MatchSubscriptionsRequest.ProtoReflect.Descriptor instead.
 func (*MatchSubscriptionsRequest) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{24}
+	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *MatchSubscriptionsRequest) GetParent() string {
@@ -2356,7 +2494,7 @@ type MatchSubscriptionsResponse struct {
 
 func (x *MatchSubscriptionsResponse) Reset() {
 	*x = MatchSubscriptionsResponse{}
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[25]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2368,7 +2506,7 @@ func (x *MatchSubscriptionsResponse) String() string {
 func (*MatchSubscriptionsResponse) ProtoMessage() {}
 
 func (x *MatchSubscriptionsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[25]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2381,7 +2519,7 @@ func (x *MatchSubscriptionsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MatchSubscriptionsResponse.ProtoReflect.Descriptor instead.
 func (*MatchSubscriptionsResponse) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{25}
+	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *MatchSubscriptionsResponse) GetMatches() []*SubscriptionMatch {
@@ -2556,7 +2694,17 @@ const file_grapnel_v1_subscription_proto_rawDesc = "" +
 	"\x06filter\x18\x04 \x01(\tB\b\xbaH\x05r\x03\x18\x80\x10R\x06filter\"\x83\x01\n" +
 	"\x19ListSubscriptionsResponse\x12>\n" +
 	"\rsubscriptions\x18\x01 \x03(\v2\x18.grapnel.v1.SubscriptionR\rsubscriptions\x12&\n" +
-	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\xe8\x01\n" +
+	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\xba\x02\n" +
+	"\x19WatchSubscriptionsRequest\x12\x81\x01\n" +
+	"\x06parent\x18\x01 \x01(\tBi\xbaHf\xba\x01c\n" +
+	"\x0enamespace_name\x12\x1emust look like namespaces/NAME\x1a1this.matches('^namespaces/[a-z][a-z0-9-]{0,62}$')R\x06parent\x12 \n" +
+	"\x06filter\x18\x02 \x01(\tB\b\xbaH\x05r\x03\x18\x80\x10R\x06filter\x12.\n" +
+	"\fresume_token\x18\x03 \x01(\tB\v\xbaH\x05r\x03\x18\x80\x02\x80\x01\x01R\vresumeToken\x12G\n" +
+	"\theartbeat\x18\x04 \x01(\v2\x19.google.protobuf.DurationB\x0e\xbaH\v\xaa\x01\b\"\x02\b<2\x02\b\x01R\theartbeat\"\x9c\x01\n" +
+	"\x1aWatchSubscriptionsResponse\x12<\n" +
+	"\fsubscription\x18\x01 \x01(\v2\x18.grapnel.v1.SubscriptionR\fsubscription\x12\x18\n" +
+	"\adeleted\x18\x02 \x01(\bR\adeleted\x12&\n" +
+	"\fresume_token\x18\x03 \x01(\tB\x03\x80\x01\x01R\vresumeToken\"\xe8\x01\n" +
 	"\x19UpdateSubscriptionRequest\x12D\n" +
 	"\fsubscription\x18\x01 \x01(\v2\x18.grapnel.v1.SubscriptionB\x06\xbaH\x03\xc8\x01\x01R\fsubscription\x12;\n" +
 	"\vupdate_mask\x18\x02 \x01(\v2\x1a.google.protobuf.FieldMaskR\n" +
@@ -2611,11 +2759,12 @@ const file_grapnel_v1_subscription_proto_rawDesc = "" +
 	"\rmatching_only\x18\x05 \x01(\bR\fmatchingOnly\"}\n" +
 	"\x1aMatchSubscriptionsResponse\x127\n" +
 	"\amatches\x18\x01 \x03(\v2\x1d.grapnel.v1.SubscriptionMatchR\amatches\x12&\n" +
-	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken2\x92\b\n" +
+	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken2\xfb\b\n" +
 	"\x13SubscriptionService\x12e\n" +
 	"\x12CreateSubscription\x12%.grapnel.v1.CreateSubscriptionRequest\x1a&.grapnel.v1.CreateSubscriptionResponse\"\x00\x12_\n" +
 	"\x0fGetSubscription\x12\".grapnel.v1.GetSubscriptionRequest\x1a#.grapnel.v1.GetSubscriptionResponse\"\x03\x90\x02\x01\x12e\n" +
-	"\x11ListSubscriptions\x12$.grapnel.v1.ListSubscriptionsRequest\x1a%.grapnel.v1.ListSubscriptionsResponse\"\x03\x90\x02\x01\x12e\n" +
+	"\x11ListSubscriptions\x12$.grapnel.v1.ListSubscriptionsRequest\x1a%.grapnel.v1.ListSubscriptionsResponse\"\x03\x90\x02\x01\x12g\n" +
+	"\x12WatchSubscriptions\x12%.grapnel.v1.WatchSubscriptionsRequest\x1a&.grapnel.v1.WatchSubscriptionsResponse\"\x000\x01\x12e\n" +
 	"\x12UpdateSubscription\x12%.grapnel.v1.UpdateSubscriptionRequest\x1a&.grapnel.v1.UpdateSubscriptionResponse\"\x00\x12e\n" +
 	"\x12DeleteSubscription\x12%.grapnel.v1.DeleteSubscriptionRequest\x1a&.grapnel.v1.DeleteSubscriptionResponse\"\x00\x12b\n" +
 	"\x11PauseSubscription\x12$.grapnel.v1.PauseSubscriptionRequest\x1a%.grapnel.v1.PauseSubscriptionResponse\"\x00\x12h\n" +
@@ -2637,7 +2786,7 @@ func file_grapnel_v1_subscription_proto_rawDescGZIP() []byte {
 }
 
 var file_grapnel_v1_subscription_proto_enumTypes = make([]protoimpl.EnumInfo, 6)
-var file_grapnel_v1_subscription_proto_msgTypes = make([]protoimpl.MessageInfo, 28)
+var file_grapnel_v1_subscription_proto_msgTypes = make([]protoimpl.MessageInfo, 30)
 var file_grapnel_v1_subscription_proto_goTypes = []any{
 	(Subscription_State)(0),             // 0: grapnel.v1.Subscription.State
 	(Subscription_OnExhausted)(0),       // 1: grapnel.v1.Subscription.OnExhausted
@@ -2657,106 +2806,112 @@ var file_grapnel_v1_subscription_proto_goTypes = []any{
 	(*SubscriptionStatus)(nil),          // 15: grapnel.v1.SubscriptionStatus
 	(*ListSubscriptionsRequest)(nil),    // 16: grapnel.v1.ListSubscriptionsRequest
 	(*ListSubscriptionsResponse)(nil),   // 17: grapnel.v1.ListSubscriptionsResponse
-	(*UpdateSubscriptionRequest)(nil),   // 18: grapnel.v1.UpdateSubscriptionRequest
-	(*UpdateSubscriptionResponse)(nil),  // 19: grapnel.v1.UpdateSubscriptionResponse
-	(*DeleteSubscriptionRequest)(nil),   // 20: grapnel.v1.DeleteSubscriptionRequest
-	(*DeleteSubscriptionResponse)(nil),  // 21: grapnel.v1.DeleteSubscriptionResponse
-	(*PauseSubscriptionRequest)(nil),    // 22: grapnel.v1.PauseSubscriptionRequest
-	(*PauseSubscriptionResponse)(nil),   // 23: grapnel.v1.PauseSubscriptionResponse
-	(*DisableSubscriptionRequest)(nil),  // 24: grapnel.v1.DisableSubscriptionRequest
-	(*DisableSubscriptionResponse)(nil), // 25: grapnel.v1.DisableSubscriptionResponse
-	(*ResumeSubscriptionRequest)(nil),   // 26: grapnel.v1.ResumeSubscriptionRequest
-	(*ResumeSubscriptionResponse)(nil),  // 27: grapnel.v1.ResumeSubscriptionResponse
-	(*TestSubscriptionRequest)(nil),     // 28: grapnel.v1.TestSubscriptionRequest
-	(*TestSubscriptionResponse)(nil),    // 29: grapnel.v1.TestSubscriptionResponse
-	(*MatchSubscriptionsRequest)(nil),   // 30: grapnel.v1.MatchSubscriptionsRequest
-	(*MatchSubscriptionsResponse)(nil),  // 31: grapnel.v1.MatchSubscriptionsResponse
-	nil,                                 // 32: grapnel.v1.Subscription.LabelsEntry
-	nil,                                 // 33: grapnel.v1.Subscription.HeadersEntry
-	(*PluginBinding)(nil),               // 34: grapnel.v1.PluginBinding
-	(*durationpb.Duration)(nil),         // 35: google.protobuf.Duration
-	(*timestamppb.Timestamp)(nil),       // 36: google.protobuf.Timestamp
-	(*fieldmaskpb.FieldMask)(nil),       // 37: google.protobuf.FieldMask
-	(*Event)(nil),                       // 38: grapnel.v1.Event
-	(*Attempt)(nil),                     // 39: grapnel.v1.Attempt
-	(*SubscriptionMatch)(nil),           // 40: grapnel.v1.SubscriptionMatch
+	(*WatchSubscriptionsRequest)(nil),   // 18: grapnel.v1.WatchSubscriptionsRequest
+	(*WatchSubscriptionsResponse)(nil),  // 19: grapnel.v1.WatchSubscriptionsResponse
+	(*UpdateSubscriptionRequest)(nil),   // 20: grapnel.v1.UpdateSubscriptionRequest
+	(*UpdateSubscriptionResponse)(nil),  // 21: grapnel.v1.UpdateSubscriptionResponse
+	(*DeleteSubscriptionRequest)(nil),   // 22: grapnel.v1.DeleteSubscriptionRequest
+	(*DeleteSubscriptionResponse)(nil),  // 23: grapnel.v1.DeleteSubscriptionResponse
+	(*PauseSubscriptionRequest)(nil),    // 24: grapnel.v1.PauseSubscriptionRequest
+	(*PauseSubscriptionResponse)(nil),   // 25: grapnel.v1.PauseSubscriptionResponse
+	(*DisableSubscriptionRequest)(nil),  // 26: grapnel.v1.DisableSubscriptionRequest
+	(*DisableSubscriptionResponse)(nil), // 27: grapnel.v1.DisableSubscriptionResponse
+	(*ResumeSubscriptionRequest)(nil),   // 28: grapnel.v1.ResumeSubscriptionRequest
+	(*ResumeSubscriptionResponse)(nil),  // 29: grapnel.v1.ResumeSubscriptionResponse
+	(*TestSubscriptionRequest)(nil),     // 30: grapnel.v1.TestSubscriptionRequest
+	(*TestSubscriptionResponse)(nil),    // 31: grapnel.v1.TestSubscriptionResponse
+	(*MatchSubscriptionsRequest)(nil),   // 32: grapnel.v1.MatchSubscriptionsRequest
+	(*MatchSubscriptionsResponse)(nil),  // 33: grapnel.v1.MatchSubscriptionsResponse
+	nil,                                 // 34: grapnel.v1.Subscription.LabelsEntry
+	nil,                                 // 35: grapnel.v1.Subscription.HeadersEntry
+	(*PluginBinding)(nil),               // 36: grapnel.v1.PluginBinding
+	(*durationpb.Duration)(nil),         // 37: google.protobuf.Duration
+	(*timestamppb.Timestamp)(nil),       // 38: google.protobuf.Timestamp
+	(*fieldmaskpb.FieldMask)(nil),       // 39: google.protobuf.FieldMask
+	(*Event)(nil),                       // 40: grapnel.v1.Event
+	(*Attempt)(nil),                     // 41: grapnel.v1.Attempt
+	(*SubscriptionMatch)(nil),           // 42: grapnel.v1.SubscriptionMatch
 }
 var file_grapnel_v1_subscription_proto_depIdxs = []int32{
-	32, // 0: grapnel.v1.Subscription.labels:type_name -> grapnel.v1.Subscription.LabelsEntry
-	33, // 1: grapnel.v1.Subscription.headers:type_name -> grapnel.v1.Subscription.HeadersEntry
-	34, // 2: grapnel.v1.Subscription.signers:type_name -> grapnel.v1.PluginBinding
-	34, // 3: grapnel.v1.Subscription.transport:type_name -> grapnel.v1.PluginBinding
-	35, // 4: grapnel.v1.Subscription.attempt_timeout:type_name -> google.protobuf.Duration
+	34, // 0: grapnel.v1.Subscription.labels:type_name -> grapnel.v1.Subscription.LabelsEntry
+	35, // 1: grapnel.v1.Subscription.headers:type_name -> grapnel.v1.Subscription.HeadersEntry
+	36, // 2: grapnel.v1.Subscription.signers:type_name -> grapnel.v1.PluginBinding
+	36, // 3: grapnel.v1.Subscription.transport:type_name -> grapnel.v1.PluginBinding
+	37, // 4: grapnel.v1.Subscription.attempt_timeout:type_name -> google.protobuf.Duration
 	9,  // 5: grapnel.v1.Subscription.retry_policy:type_name -> grapnel.v1.RetryPolicy
 	10, // 6: grapnel.v1.Subscription.failure_policy:type_name -> grapnel.v1.FailurePolicy
 	0,  // 7: grapnel.v1.Subscription.state:type_name -> grapnel.v1.Subscription.State
-	36, // 8: grapnel.v1.Subscription.create_time:type_name -> google.protobuf.Timestamp
-	36, // 9: grapnel.v1.Subscription.update_time:type_name -> google.protobuf.Timestamp
+	38, // 8: grapnel.v1.Subscription.create_time:type_name -> google.protobuf.Timestamp
+	38, // 9: grapnel.v1.Subscription.update_time:type_name -> google.protobuf.Timestamp
 	8,  // 10: grapnel.v1.Subscription.payload_shape:type_name -> grapnel.v1.PayloadShape
 	1,  // 11: grapnel.v1.Subscription.on_exhausted:type_name -> grapnel.v1.Subscription.OnExhausted
 	7,  // 12: grapnel.v1.Subscription.batching:type_name -> grapnel.v1.Batching
-	35, // 13: grapnel.v1.Batching.max_wait:type_name -> google.protobuf.Duration
+	37, // 13: grapnel.v1.Batching.max_wait:type_name -> google.protobuf.Duration
 	2,  // 14: grapnel.v1.Batching.format:type_name -> grapnel.v1.Batching.Format
 	3,  // 15: grapnel.v1.PayloadShape.format:type_name -> grapnel.v1.PayloadShape.Format
 	4,  // 16: grapnel.v1.PayloadShape.compression:type_name -> grapnel.v1.PayloadShape.Compression
-	35, // 17: grapnel.v1.RetryPolicy.initial_backoff:type_name -> google.protobuf.Duration
-	35, // 18: grapnel.v1.RetryPolicy.max_backoff:type_name -> google.protobuf.Duration
-	35, // 19: grapnel.v1.RetryPolicy.max_age:type_name -> google.protobuf.Duration
-	35, // 20: grapnel.v1.RetryPolicy.schedule:type_name -> google.protobuf.Duration
-	35, // 21: grapnel.v1.FailurePolicy.disable_after:type_name -> google.protobuf.Duration
+	37, // 17: grapnel.v1.RetryPolicy.initial_backoff:type_name -> google.protobuf.Duration
+	37, // 18: grapnel.v1.RetryPolicy.max_backoff:type_name -> google.protobuf.Duration
+	37, // 19: grapnel.v1.RetryPolicy.max_age:type_name -> google.protobuf.Duration
+	37, // 20: grapnel.v1.RetryPolicy.schedule:type_name -> google.protobuf.Duration
+	37, // 21: grapnel.v1.FailurePolicy.disable_after:type_name -> google.protobuf.Duration
 	6,  // 22: grapnel.v1.CreateSubscriptionRequest.subscription:type_name -> grapnel.v1.Subscription
 	0,  // 23: grapnel.v1.CreateSubscriptionRequest.initial_state:type_name -> grapnel.v1.Subscription.State
 	6,  // 24: grapnel.v1.CreateSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
 	6,  // 25: grapnel.v1.GetSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
 	15, // 26: grapnel.v1.GetSubscriptionResponse.status:type_name -> grapnel.v1.SubscriptionStatus
-	36, // 27: grapnel.v1.SubscriptionStatus.wait_until:type_name -> google.protobuf.Timestamp
-	36, // 28: grapnel.v1.SubscriptionStatus.failing_since:type_name -> google.protobuf.Timestamp
-	36, // 29: grapnel.v1.SubscriptionStatus.last_success_time:type_name -> google.protobuf.Timestamp
-	35, // 30: grapnel.v1.SubscriptionStatus.latency:type_name -> google.protobuf.Duration
-	35, // 31: grapnel.v1.SubscriptionStatus.oldest_due_age:type_name -> google.protobuf.Duration
-	36, // 32: grapnel.v1.SubscriptionStatus.last_condition_error_time:type_name -> google.protobuf.Timestamp
+	38, // 27: grapnel.v1.SubscriptionStatus.wait_until:type_name -> google.protobuf.Timestamp
+	38, // 28: grapnel.v1.SubscriptionStatus.failing_since:type_name -> google.protobuf.Timestamp
+	38, // 29: grapnel.v1.SubscriptionStatus.last_success_time:type_name -> google.protobuf.Timestamp
+	37, // 30: grapnel.v1.SubscriptionStatus.latency:type_name -> google.protobuf.Duration
+	37, // 31: grapnel.v1.SubscriptionStatus.oldest_due_age:type_name -> google.protobuf.Duration
+	38, // 32: grapnel.v1.SubscriptionStatus.last_condition_error_time:type_name -> google.protobuf.Timestamp
 	5,  // 33: grapnel.v1.SubscriptionStatus.breaker:type_name -> grapnel.v1.SubscriptionStatus.Breaker
-	36, // 34: grapnel.v1.SubscriptionStatus.breaker_since:type_name -> google.protobuf.Timestamp
-	36, // 35: grapnel.v1.SubscriptionStatus.next_probe_time:type_name -> google.protobuf.Timestamp
-	36, // 36: grapnel.v1.SubscriptionStatus.disable_time:type_name -> google.protobuf.Timestamp
-	36, // 37: grapnel.v1.SubscriptionStatus.host_down_since:type_name -> google.protobuf.Timestamp
-	36, // 38: grapnel.v1.SubscriptionStatus.host_probe_time:type_name -> google.protobuf.Timestamp
+	38, // 34: grapnel.v1.SubscriptionStatus.breaker_since:type_name -> google.protobuf.Timestamp
+	38, // 35: grapnel.v1.SubscriptionStatus.next_probe_time:type_name -> google.protobuf.Timestamp
+	38, // 36: grapnel.v1.SubscriptionStatus.disable_time:type_name -> google.protobuf.Timestamp
+	38, // 37: grapnel.v1.SubscriptionStatus.host_down_since:type_name -> google.protobuf.Timestamp
+	38, // 38: grapnel.v1.SubscriptionStatus.host_probe_time:type_name -> google.protobuf.Timestamp
 	6,  // 39: grapnel.v1.ListSubscriptionsResponse.subscriptions:type_name -> grapnel.v1.Subscription
-	6,  // 40: grapnel.v1.UpdateSubscriptionRequest.subscription:type_name -> grapnel.v1.Subscription
-	37, // 41: grapnel.v1.UpdateSubscriptionRequest.update_mask:type_name -> google.protobuf.FieldMask
-	6,  // 42: grapnel.v1.UpdateSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
-	6,  // 43: grapnel.v1.PauseSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
-	6,  // 44: grapnel.v1.DisableSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
-	6,  // 45: grapnel.v1.ResumeSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
-	38, // 46: grapnel.v1.TestSubscriptionRequest.event:type_name -> grapnel.v1.Event
-	39, // 47: grapnel.v1.TestSubscriptionResponse.attempt:type_name -> grapnel.v1.Attempt
-	38, // 48: grapnel.v1.MatchSubscriptionsRequest.event:type_name -> grapnel.v1.Event
-	40, // 49: grapnel.v1.MatchSubscriptionsResponse.matches:type_name -> grapnel.v1.SubscriptionMatch
-	11, // 50: grapnel.v1.SubscriptionService.CreateSubscription:input_type -> grapnel.v1.CreateSubscriptionRequest
-	13, // 51: grapnel.v1.SubscriptionService.GetSubscription:input_type -> grapnel.v1.GetSubscriptionRequest
-	16, // 52: grapnel.v1.SubscriptionService.ListSubscriptions:input_type -> grapnel.v1.ListSubscriptionsRequest
-	18, // 53: grapnel.v1.SubscriptionService.UpdateSubscription:input_type -> grapnel.v1.UpdateSubscriptionRequest
-	20, // 54: grapnel.v1.SubscriptionService.DeleteSubscription:input_type -> grapnel.v1.DeleteSubscriptionRequest
-	22, // 55: grapnel.v1.SubscriptionService.PauseSubscription:input_type -> grapnel.v1.PauseSubscriptionRequest
-	24, // 56: grapnel.v1.SubscriptionService.DisableSubscription:input_type -> grapnel.v1.DisableSubscriptionRequest
-	26, // 57: grapnel.v1.SubscriptionService.ResumeSubscription:input_type -> grapnel.v1.ResumeSubscriptionRequest
-	28, // 58: grapnel.v1.SubscriptionService.TestSubscription:input_type -> grapnel.v1.TestSubscriptionRequest
-	30, // 59: grapnel.v1.SubscriptionService.MatchSubscriptions:input_type -> grapnel.v1.MatchSubscriptionsRequest
-	12, // 60: grapnel.v1.SubscriptionService.CreateSubscription:output_type -> grapnel.v1.CreateSubscriptionResponse
-	14, // 61: grapnel.v1.SubscriptionService.GetSubscription:output_type -> grapnel.v1.GetSubscriptionResponse
-	17, // 62: grapnel.v1.SubscriptionService.ListSubscriptions:output_type -> grapnel.v1.ListSubscriptionsResponse
-	19, // 63: grapnel.v1.SubscriptionService.UpdateSubscription:output_type -> grapnel.v1.UpdateSubscriptionResponse
-	21, // 64: grapnel.v1.SubscriptionService.DeleteSubscription:output_type -> grapnel.v1.DeleteSubscriptionResponse
-	23, // 65: grapnel.v1.SubscriptionService.PauseSubscription:output_type -> grapnel.v1.PauseSubscriptionResponse
-	25, // 66: grapnel.v1.SubscriptionService.DisableSubscription:output_type -> grapnel.v1.DisableSubscriptionResponse
-	27, // 67: grapnel.v1.SubscriptionService.ResumeSubscription:output_type -> grapnel.v1.ResumeSubscriptionResponse
-	29, // 68: grapnel.v1.SubscriptionService.TestSubscription:output_type -> grapnel.v1.TestSubscriptionResponse
-	31, // 69: grapnel.v1.SubscriptionService.MatchSubscriptions:output_type -> grapnel.v1.MatchSubscriptionsResponse
-	60, // [60:70] is the sub-list for method output_type
-	50, // [50:60] is the sub-list for method input_type
-	50, // [50:50] is the sub-list for extension type_name
-	50, // [50:50] is the sub-list for extension extendee
-	0,  // [0:50] is the sub-list for field type_name
+	37, // 40: grapnel.v1.WatchSubscriptionsRequest.heartbeat:type_name -> google.protobuf.Duration
+	6,  // 41: grapnel.v1.WatchSubscriptionsResponse.subscription:type_name -> grapnel.v1.Subscription
+	6,  // 42: grapnel.v1.UpdateSubscriptionRequest.subscription:type_name -> grapnel.v1.Subscription
+	39, // 43: grapnel.v1.UpdateSubscriptionRequest.update_mask:type_name -> google.protobuf.FieldMask
+	6,  // 44: grapnel.v1.UpdateSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
+	6,  // 45: grapnel.v1.PauseSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
+	6,  // 46: grapnel.v1.DisableSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
+	6,  // 47: grapnel.v1.ResumeSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
+	40, // 48: grapnel.v1.TestSubscriptionRequest.event:type_name -> grapnel.v1.Event
+	41, // 49: grapnel.v1.TestSubscriptionResponse.attempt:type_name -> grapnel.v1.Attempt
+	40, // 50: grapnel.v1.MatchSubscriptionsRequest.event:type_name -> grapnel.v1.Event
+	42, // 51: grapnel.v1.MatchSubscriptionsResponse.matches:type_name -> grapnel.v1.SubscriptionMatch
+	11, // 52: grapnel.v1.SubscriptionService.CreateSubscription:input_type -> grapnel.v1.CreateSubscriptionRequest
+	13, // 53: grapnel.v1.SubscriptionService.GetSubscription:input_type -> grapnel.v1.GetSubscriptionRequest
+	16, // 54: grapnel.v1.SubscriptionService.ListSubscriptions:input_type -> grapnel.v1.ListSubscriptionsRequest
+	18, // 55: grapnel.v1.SubscriptionService.WatchSubscriptions:input_type -> grapnel.v1.WatchSubscriptionsRequest
+	20, // 56: grapnel.v1.SubscriptionService.UpdateSubscription:input_type -> grapnel.v1.UpdateSubscriptionRequest
+	22, // 57: grapnel.v1.SubscriptionService.DeleteSubscription:input_type -> grapnel.v1.DeleteSubscriptionRequest
+	24, // 58: grapnel.v1.SubscriptionService.PauseSubscription:input_type -> grapnel.v1.PauseSubscriptionRequest
+	26, // 59: grapnel.v1.SubscriptionService.DisableSubscription:input_type -> grapnel.v1.DisableSubscriptionRequest
+	28, // 60: grapnel.v1.SubscriptionService.ResumeSubscription:input_type -> grapnel.v1.ResumeSubscriptionRequest
+	30, // 61: grapnel.v1.SubscriptionService.TestSubscription:input_type -> grapnel.v1.TestSubscriptionRequest
+	32, // 62: grapnel.v1.SubscriptionService.MatchSubscriptions:input_type -> grapnel.v1.MatchSubscriptionsRequest
+	12, // 63: grapnel.v1.SubscriptionService.CreateSubscription:output_type -> grapnel.v1.CreateSubscriptionResponse
+	14, // 64: grapnel.v1.SubscriptionService.GetSubscription:output_type -> grapnel.v1.GetSubscriptionResponse
+	17, // 65: grapnel.v1.SubscriptionService.ListSubscriptions:output_type -> grapnel.v1.ListSubscriptionsResponse
+	19, // 66: grapnel.v1.SubscriptionService.WatchSubscriptions:output_type -> grapnel.v1.WatchSubscriptionsResponse
+	21, // 67: grapnel.v1.SubscriptionService.UpdateSubscription:output_type -> grapnel.v1.UpdateSubscriptionResponse
+	23, // 68: grapnel.v1.SubscriptionService.DeleteSubscription:output_type -> grapnel.v1.DeleteSubscriptionResponse
+	25, // 69: grapnel.v1.SubscriptionService.PauseSubscription:output_type -> grapnel.v1.PauseSubscriptionResponse
+	27, // 70: grapnel.v1.SubscriptionService.DisableSubscription:output_type -> grapnel.v1.DisableSubscriptionResponse
+	29, // 71: grapnel.v1.SubscriptionService.ResumeSubscription:output_type -> grapnel.v1.ResumeSubscriptionResponse
+	31, // 72: grapnel.v1.SubscriptionService.TestSubscription:output_type -> grapnel.v1.TestSubscriptionResponse
+	33, // 73: grapnel.v1.SubscriptionService.MatchSubscriptions:output_type -> grapnel.v1.MatchSubscriptionsResponse
+	63, // [63:74] is the sub-list for method output_type
+	52, // [52:63] is the sub-list for method input_type
+	52, // [52:52] is the sub-list for extension type_name
+	52, // [52:52] is the sub-list for extension extendee
+	0,  // [0:52] is the sub-list for field type_name
 }
 
 func init() { file_grapnel_v1_subscription_proto_init() }
@@ -2774,7 +2929,7 @@ func file_grapnel_v1_subscription_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_grapnel_v1_subscription_proto_rawDesc), len(file_grapnel_v1_subscription_proto_rawDesc)),
 			NumEnums:      6,
-			NumMessages:   28,
+			NumMessages:   30,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

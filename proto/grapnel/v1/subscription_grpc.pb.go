@@ -22,6 +22,7 @@ const (
 	SubscriptionService_CreateSubscription_FullMethodName  = "/grapnel.v1.SubscriptionService/CreateSubscription"
 	SubscriptionService_GetSubscription_FullMethodName     = "/grapnel.v1.SubscriptionService/GetSubscription"
 	SubscriptionService_ListSubscriptions_FullMethodName   = "/grapnel.v1.SubscriptionService/ListSubscriptions"
+	SubscriptionService_WatchSubscriptions_FullMethodName  = "/grapnel.v1.SubscriptionService/WatchSubscriptions"
 	SubscriptionService_UpdateSubscription_FullMethodName  = "/grapnel.v1.SubscriptionService/UpdateSubscription"
 	SubscriptionService_DeleteSubscription_FullMethodName  = "/grapnel.v1.SubscriptionService/DeleteSubscription"
 	SubscriptionService_PauseSubscription_FullMethodName   = "/grapnel.v1.SubscriptionService/PauseSubscription"
@@ -43,6 +44,13 @@ type SubscriptionServiceClient interface {
 	GetSubscription(ctx context.Context, in *GetSubscriptionRequest, opts ...grpc.CallOption) (*GetSubscriptionResponse, error)
 	// ListSubscriptions reads one page of subscriptions.
 	ListSubscriptions(ctx context.Context, in *ListSubscriptionsRequest, opts ...grpc.CallOption) (*ListSubscriptionsResponse, error)
+	// WatchSubscriptions tells which subscriptions of a namespace are made, changed and deleted, as it happens: one message for
+	// each in the order of changes, and perhaps fewer for changes that follow each other closely. The first message is a
+	// heartbeat, from which on nothing is left out. After a stream has ended, another one goes on from the resume_token of the
+	// last message that was read, for as long as etcd keeps its history, which is a thousand changes at least, to whatever; later
+	// it ends with OUT_OF_RANGE, RESUME_TOKEN_EXPIRED. Who takes no message for 10 s while some wait is cut off with ABORTED,
+	// SLOW_CONSUMER.
+	WatchSubscriptions(ctx context.Context, in *WatchSubscriptionsRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[WatchSubscriptionsResponse], error)
 	// UpdateSubscription changes the fields named by the update mask.
 	UpdateSubscription(ctx context.Context, in *UpdateSubscriptionRequest, opts ...grpc.CallOption) (*UpdateSubscriptionResponse, error)
 	// DeleteSubscription removes a subscription and cancels its open deliveries.
@@ -99,6 +107,25 @@ func (c *subscriptionServiceClient) ListSubscriptions(ctx context.Context, in *L
 	}
 	return out, nil
 }
+
+func (c *subscriptionServiceClient) WatchSubscriptions(ctx context.Context, in *WatchSubscriptionsRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[WatchSubscriptionsResponse], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &SubscriptionService_ServiceDesc.Streams[0], SubscriptionService_WatchSubscriptions_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[WatchSubscriptionsRequest, WatchSubscriptionsResponse]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type SubscriptionService_WatchSubscriptionsClient = grpc.ServerStreamingClient[WatchSubscriptionsResponse]
 
 func (c *subscriptionServiceClient) UpdateSubscription(ctx context.Context, in *UpdateSubscriptionRequest, opts ...grpc.CallOption) (*UpdateSubscriptionResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
@@ -182,6 +209,13 @@ type SubscriptionServiceServer interface {
 	GetSubscription(context.Context, *GetSubscriptionRequest) (*GetSubscriptionResponse, error)
 	// ListSubscriptions reads one page of subscriptions.
 	ListSubscriptions(context.Context, *ListSubscriptionsRequest) (*ListSubscriptionsResponse, error)
+	// WatchSubscriptions tells which subscriptions of a namespace are made, changed and deleted, as it happens: one message for
+	// each in the order of changes, and perhaps fewer for changes that follow each other closely. The first message is a
+	// heartbeat, from which on nothing is left out. After a stream has ended, another one goes on from the resume_token of the
+	// last message that was read, for as long as etcd keeps its history, which is a thousand changes at least, to whatever; later
+	// it ends with OUT_OF_RANGE, RESUME_TOKEN_EXPIRED. Who takes no message for 10 s while some wait is cut off with ABORTED,
+	// SLOW_CONSUMER.
+	WatchSubscriptions(*WatchSubscriptionsRequest, grpc.ServerStreamingServer[WatchSubscriptionsResponse]) error
 	// UpdateSubscription changes the fields named by the update mask.
 	UpdateSubscription(context.Context, *UpdateSubscriptionRequest) (*UpdateSubscriptionResponse, error)
 	// DeleteSubscription removes a subscription and cancels its open deliveries.
@@ -217,6 +251,9 @@ func (UnimplementedSubscriptionServiceServer) GetSubscription(context.Context, *
 }
 func (UnimplementedSubscriptionServiceServer) ListSubscriptions(context.Context, *ListSubscriptionsRequest) (*ListSubscriptionsResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method ListSubscriptions not implemented")
+}
+func (UnimplementedSubscriptionServiceServer) WatchSubscriptions(*WatchSubscriptionsRequest, grpc.ServerStreamingServer[WatchSubscriptionsResponse]) error {
+	return status.Error(codes.Unimplemented, "method WatchSubscriptions not implemented")
 }
 func (UnimplementedSubscriptionServiceServer) UpdateSubscription(context.Context, *UpdateSubscriptionRequest) (*UpdateSubscriptionResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method UpdateSubscription not implemented")
@@ -313,6 +350,17 @@ func _SubscriptionService_ListSubscriptions_Handler(srv interface{}, ctx context
 	}
 	return interceptor(ctx, in, info, handler)
 }
+
+func _SubscriptionService_WatchSubscriptions_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(WatchSubscriptionsRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(SubscriptionServiceServer).WatchSubscriptions(m, &grpc.GenericServerStream[WatchSubscriptionsRequest, WatchSubscriptionsResponse]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type SubscriptionService_WatchSubscriptionsServer = grpc.ServerStreamingServer[WatchSubscriptionsResponse]
 
 func _SubscriptionService_UpdateSubscription_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(UpdateSubscriptionRequest)
@@ -488,6 +536,12 @@ var SubscriptionService_ServiceDesc = grpc.ServiceDesc{
 			Handler:    _SubscriptionService_MatchSubscriptions_Handler,
 		},
 	},
-	Streams:  []grpc.StreamDesc{},
+	Streams: []grpc.StreamDesc{
+		{
+			StreamName:    "WatchSubscriptions",
+			Handler:       _SubscriptionService_WatchSubscriptions_Handler,
+			ServerStreams: true,
+		},
+	},
 	Metadata: "grapnel/v1/subscription.proto",
 }
