@@ -65,7 +65,10 @@ func (s *Snapshot) follow(known match, ns, eventType string) []*Subscription {
 
 // covers reports whether one of its globs covers a type.
 func (s *Subscription) covers(eventType string) bool {
-	return len(s.globs) == 0 || slices.ContainsFunc(s.globs, func(g string) bool { return globMatch(g, eventType) })
+	if len(s.globs) == 0 {
+		return !Operational(eventType)
+	}
+	return slices.ContainsFunc(s.globs, func(g string) bool { return globCovers(g, eventType) })
 }
 
 // cache remembers answers: the latest in young, and what was there before in old until young is full. What

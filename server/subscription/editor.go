@@ -96,6 +96,7 @@ func (e *editor) put(s *Subscription) *Subscription {
 	}
 	replaced, _ := e.names.Set(named{ns: t.id, id: s.ID, sub: s})
 	old := replaced.sub
+	t.listen(old, s)
 	if old == nil {
 		t.count++
 	} else {
@@ -121,9 +122,20 @@ func (e *editor) drop(ns, id string) *Subscription {
 	}
 	t := e.tenant(ns)
 	t.count--
+	t.listen(found.sub, nil)
 	e.unlink(found.sub, nil)
 	e.step(t, found.sub, nil)
 	return found.sub
+}
+
+// listen counts a subscription that has replaced another one; either may be nil.
+func (t *tenant) listen(old, now *Subscription) {
+	if old.listens() {
+		t.listeners--
+	}
+	if now.listens() {
+		t.listeners++
+	}
 }
 
 // unlink removes what of old does not go on in now.

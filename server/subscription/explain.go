@@ -23,7 +23,7 @@ type Verdict int
 const (
 	// Wanted: its globs cover the event's type and its condition holds.
 	Wanted Verdict = iota
-	// OtherType: none of its globs covers the event's type.
+	// OtherType: none of its globs covers the event's type, or it is operational and about the subscription itself.
 	OtherType
 	// ConditionFalse: its condition does not hold.
 	ConditionFalse
@@ -59,7 +59,10 @@ const (
 // and watches it, and counts no error. Any number of goroutines may ask, each with a Candidate of its own.
 func (s *Subscription) Explain(c *Candidate) Opinion {
 	if !s.covers(c.Type) {
-		return Opinion{Verdict: OtherType, Text: "its event_types cover " + s.globsText() + ", not " + quoted(c.Type)}
+		return Opinion{Verdict: OtherType, Text: s.otherType(c.Type)}
+	}
+	if s.about(c) {
+		return Opinion{Verdict: OtherType, Text: "the event is operational and about the subscription itself, which is not told of it"}
 	}
 	if s.condition == nil {
 		return Opinion{}
@@ -73,6 +76,17 @@ func (s *Subscription) Explain(c *Candidate) Opinion {
 		o.Verdict, o.Text = ConditionFalse, "its condition does not hold"
 	}
 	return o
+}
+
+func (s *Subscription) otherType(eventType string) string {
+	text := "it has no event_types"
+	if len(s.globs) > 0 {
+		text = "its event_types cover " + s.globsText() + ", not " + quoted(eventType)
+	}
+	if Operational(eventType) {
+		text += ": operational events want a type that begins with " + OperationalPrefix
+	}
+	return text
 }
 
 func (s *Subscription) globsText() string {

@@ -125,7 +125,7 @@ func backwards(s string) string {
 // find returns the subscriptions of a namespace whose globs cover a type, in the order of their IDs, each
 // once. Its cost goes by what it finds and by globs that share a beginning or an end with the type.
 func find(globs *btree.BTreeG[globAt], ns, eventType string) []*Subscription {
-	f := finder{globs: globs, ns: ns, eventType: eventType}
+	f := finder{globs: globs, ns: ns, eventType: eventType, operational: Operational(eventType)}
 	f.take(whole, eventType)
 	f.walk(ending, backwards(eventType))
 	// What is under the empty text is most, as a rule, and comes last.
@@ -136,7 +136,9 @@ func find(globs *btree.BTreeG[globAt], ns, eventType string) []*Subscription {
 type finder struct {
 	globs         *btree.BTreeG[globAt]
 	ns, eventType string
-	found, batch  []*Subscription
+	// operational: the type is.
+	operational  bool
+	found, batch []*Subscription
 }
 
 // walk takes what stands under each text that s begins with, the longest first.
@@ -150,6 +152,9 @@ func (f *finder) walk(kind globKind, s string) {
 			// What s begins with and sorts before text is something text begins with, too.
 			s = s[:sameBytes(s, text)]
 			continue
+		}
+		if kind == beginning && f.operational && !Operational(text) {
+			return // what covers everything else, which may be most, is not looked at
 		}
 		f.take(kind, text)
 		if text == "" {
@@ -175,7 +180,7 @@ func (f *finder) take(kind globKind, text string) {
 		if g.ns != f.ns || g.kind != kind || g.text != text {
 			return false
 		}
-		if g.covers(f.eventType) {
+		if (!f.operational || Operational(g.glob)) && g.covers(f.eventType) {
 			f.batch = append(f.batch, g.sub)
 		}
 		return true

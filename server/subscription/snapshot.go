@@ -50,6 +50,8 @@ type tenant struct {
 	namespace *Namespace
 	// count is how many subscriptions there are.
 	count int
+	// listeners is how many of them may want operational events.
+	listeners int
 	// version is that of the latest change of its subscriptions.
 	version uint64
 }
@@ -274,7 +276,7 @@ func (s *Snapshot) taken(key uint64) bool {
 }
 
 // Match returns the subscriptions that want the event, in the order of their IDs: those whose globs cover
-// its type and whose condition holds. Paused and disabled ones are among them; what becomes of those is
+// its type and whose condition holds, but for the one that an operational event is about. Paused and disabled ones are among them; what becomes of those is
 // for the caller to say. A condition that cannot be evaluated does not hold, and is counted and told in c. A namespace
 // that is absent or deleted matches nothing. The result is shared and must not be changed.
 func (s *Snapshot) Match(ns string, c *Candidate) []*Subscription {
@@ -283,12 +285,13 @@ func (s *Snapshot) Match(ns string, c *Candidate) []*Subscription {
 		return nil
 	}
 	m := s.byType(t, c.Type)
+	subs := others(m.subs, c)
 	if !m.conditional {
-		return m.subs
+		return subs
 	}
 	view := c.view()
 	var out []*Subscription
-	for _, sub := range m.subs {
+	for _, sub := range subs {
 		if sub.condition != nil {
 			holds, err := sub.condition.holds(view)
 			if err != nil {
@@ -336,7 +339,7 @@ func (s *Subscription) Wants(c *Candidate) bool {
 
 // Judge is Wants that counts nothing; err says why the condition cannot be evaluated.
 func (s *Subscription) Judge(c *Candidate) (wants bool, err error) {
-	if !s.covers(c.Type) {
+	if !s.covers(c.Type) || s.about(c) {
 		return false, nil
 	}
 	if s.condition == nil {

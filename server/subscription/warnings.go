@@ -25,7 +25,7 @@ func Warnings(p *grapnelv1.Subscription) []string {
 			warn("event_types: %q is one type with a blank or a comma in it; several are several entries", g)
 		}
 		for j, other := range p.GetEventTypes() {
-			if i != j && g != other && strings.Contains(other, "*") && globMatch(other, g) {
+			if i != j && g != other && strings.Contains(other, "*") && globCovers(other, g) {
 				warn("event_types: %q is already covered by %q", g, other)
 				break
 			}

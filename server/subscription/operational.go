@@ -1,0 +1,46 @@
+package subscription
+
+import (
+	"slices"
+	"strings"
+)
+
+// OperationalPrefix begins the types of operational events, which the server makes itself, and no others: publishers
+// are refused it. See docs/operational-events.md.
+const OperationalPrefix = "grapnel."
+
+// Operational reports whether events of a type are operational; of a glob, whether it may cover such types. A glob
+// covers none unless it begins with the prefix itself, so that those who want everything get what is published.
+func Operational(eventType string) bool { return strings.HasPrefix(eventType, OperationalPrefix) }
+
+// globCovers reports whether a glob covers a type.
+func globCovers(glob, eventType string) bool {
+	return (Operational(glob) || !Operational(eventType)) && globMatch(glob, eventType)
+}
+
+// listens reports whether the subscription may want operational events.
+func (s *Subscription) listens() bool { return s != nil && slices.ContainsFunc(s.globs, Operational) }
+
+// Listens reports whether a subscription of the namespace may want operational events. It does not go through them.
+func (s *Snapshot) Listens(ns string) bool {
+	t, ok := s.tenants.Get(ns)
+	return ok && t.namespace != nil && t.listeners > 0
+}
+
+// about reports whether an event is operational and about the subscription itself, which is told nothing of that: what
+// fails there would be told there, and fail.
+func (s *Subscription) about(c *Candidate) bool {
+	return Operational(c.Type) && c.Subject == s.Proto.GetName()
+}
+
+// others are the subscriptions but for the one that an operational event is about.
+func others(subs []*Subscription, c *Candidate) []*Subscription {
+	if !Operational(c.Type) {
+		return subs
+	}
+	at := slices.IndexFunc(subs, func(s *Subscription) bool { return s.about(c) })
+	if at < 0 {
+		return subs
+	}
+	return slices.Concat(subs[:at], subs[at+1:])
+}
