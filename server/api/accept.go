@@ -17,6 +17,7 @@ import (
 
 	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
 	"github.com/grapnel/grapnel/server/delivery"
+	"github.com/grapnel/grapnel/server/subscription"
 )
 
 // Bounds of an event, as in its proto.
@@ -76,6 +77,16 @@ func eventOf(ns string, e *grapnelv1.Event, now time.Time) (*delivery.Event, []V
 		ev.ContentType = standard
 	}
 	return ev, nil
+}
+
+// publishedOf is eventOf for an event that is to be stored: the types of operational events are the server's.
+func publishedOf(ns string, e *grapnelv1.Event, now time.Time) (*delivery.Event, []Violation) {
+	ev, faults := eventOf(ns, e, now)
+	if t := e.GetType(); subscription.Operational(t) {
+		faults = append(faults, Violation{"type", "must not begin with " + subscription.OperationalPrefix +
+			", as " + quote(t) + " does: those are the types of operational events, which the server makes itself; choose another beginning", "event_type_reserved"})
+	}
+	return ev, faults
 }
 
 // under puts the field that holds the event before the paths of its faults.

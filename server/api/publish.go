@@ -28,7 +28,7 @@ func (s publishService) Publish(ctx context.Context, r *grapnelv1.PublishRequest
 	if len(r.ProtoReflect().GetUnknown()) > 0 {
 		return nil, invalid(Violation{"", unknownField(r.ProtoReflect()), "unknown_field"})
 	}
-	ev, faults := eventOf(ns, r.GetEvent(), time.Now())
+	ev, faults := publishedOf(ns, r.GetEvent(), time.Now())
 	if r.GetEvent() != nil && r.GetEvent().GetId() == "" && isRepeat(ctx) {
 		faults = append(faults, repeatWithoutID())
 	}
@@ -124,7 +124,7 @@ func (s publishService) publishAll(ctx context.Context, ns string, events []*gra
 			results[k] = &grapnelv1.PublishResult{Error: bad.item()}
 			continue
 		}
-		ev, faults := eventOf(ns, e, now)
+		ev, faults := publishedOf(ns, e, now)
 		if repeat && e.GetId() == "" {
 			faults = append(faults, repeatWithoutID())
 		}

@@ -331,3 +331,40 @@ func TestBatchPublishFailsWhole(t *testing.T) {
 	st.ingest.Drain()
 	refused(t, batch("namespaces/acme", 2, 1), codes.Unavailable, "DRAINING")
 }
+
+// The types of operational events are the server's: nobody publishes them, and all may ask who would get them.
+func TestPublishRefusesOperationalTypes(t *testing.T) {
+	st := startStation(t)
+	st.namespace(t, "acme")
+	st.subscribe(t, "acme", "all", nil)
+	st.subscribe(t, "acme", "ops", func(s *grapnelv1.Subscription) { s.EventTypes = []string{"grapnel.**"} })
+	event := func(id, eventType string) *grapnelv1.Event { return &grapnelv1.Event{Id: id, Type: eventType} }
+	const says = `must not begin with grapnel., as "grapnel.delivery.exhausted" does`
+	_, err := st.publish.Publish(t.Context(), &grapnelv1.PublishRequest{Parent: "namespaces/acme", Event: event("a", "grapnel.delivery.exhausted")})
+	if r := refused(t, err, codes.InvalidArgument, "INVALID_FIELD"); !strings.Contains(r.fields["event.type"], says) {
+		t.Errorf("publish: %v", r.fields)
+	}
+	batch, err := st.publish.BatchPublish(t.Context(), &grapnelv1.BatchPublishRequest{
+		Parent: "namespaces/acme", Events: []*grapnelv1.Event{event("b", "grapnel.delivery.exhausted"), event("c", "grapnel"), event("d", "grapnels.x")},
+	})
+	if err != nil || batch.GetFailedCount() != 1 || !strings.Contains(batch.GetResults()[0].GetError().GetMessage(), says) {
+		t.Errorf("batch: %v, %v", batch, err)
+	}
+	found, err := grapnelv1.NewSubscriptionServiceClient(st.conn).MatchSubscriptions(t.Context(), &grapnelv1.MatchSubscriptionsRequest{
+		Parent: "namespaces/acme", Event: event("", "grapnel.delivery.exhausted"),
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	verdicts := map[string]grapnelv1.SubscriptionMatch_Verdict{}
+	for _, m := range found.GetMatches() {
+		verdicts[m.GetSubscription()] = m.GetVerdict()
+	}
+	want := map[string]grapnelv1.SubscriptionMatch_Verdict{
+		"namespaces/acme/subscriptions/all": grapnelv1.SubscriptionMatch_VERDICT_TYPE_DIFFERS,
+		"namespaces/acme/subscriptions/ops": grapnelv1.SubscriptionMatch_VERDICT_MATCHED,
+	}
+	if diff := cmp.Diff(want, verdicts); diff != "" {
+		t.Errorf("(-want +got):\n%s", diff)
+	}
+}

@@ -207,7 +207,7 @@ func (p *publishing) take(frame *grapnelv1.PublishStreamRequest) error {
 			" came after " + strconv.FormatUint(p.last, 10), "sequence"})
 	}
 	p.last = item.GetSequence()
-	ev, faults := eventOf(p.ns, item.GetEvent(), time.Now())
+	ev, faults := publishedOf(p.ns, item.GetEvent(), time.Now())
 	if item.GetEvent() != nil && item.GetEvent().GetId() == "" {
 		faults = append(faults, Violation{"id", "is required in a stream: what was not acknowledged is sent again with the same id", "required"})
 	}

@@ -37,7 +37,8 @@ const (
 	SubscriptionMatch_VERDICT_HELD SubscriptionMatch_Verdict = 2
 	// It matches, and is disabled, or its namespace is: recorded as SKIPPED.
 	SubscriptionMatch_VERDICT_SKIPPED SubscriptionMatch_Verdict = 3
-	// None of its event_types covers the event's type.
+	// None of its event_types covers the event's type; of an operational event also that it is about the subscription
+	// itself, which is not told of it.
 	SubscriptionMatch_VERDICT_TYPE_DIFFERS SubscriptionMatch_Verdict = 4
 	// Its condition does not hold.
 	SubscriptionMatch_VERDICT_CONDITION_FALSE SubscriptionMatch_Verdict = 5
@@ -118,7 +119,8 @@ type Event struct {
 	// CloudEvents source, a URI reference of up to 256 characters. Default: //grapnel/{namespace}
 	Source string `protobuf:"bytes,3,opt,name=source,proto3" json:"source,omitempty"`
 	// CloudEvents type, for example order.created, orders/create or s3:ObjectCreated:Put. Required. 1 to 128 characters, no
-	// control characters.
+	// control characters. Types that begin with grapnel. are those of operational events, which the server makes itself:
+	// nobody else publishes them (INVALID_FIELD).
 	Type string `protobuf:"bytes,4,opt,name=type,proto3" json:"type,omitempty"`
 	// CloudEvents subject.
 	Subject string `protobuf:"bytes,5,opt,name=subject,proto3" json:"subject,omitempty"`

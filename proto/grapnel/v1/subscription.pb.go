@@ -377,7 +377,8 @@ type Subscription struct {
 	Labels map[string]string `protobuf:"bytes,4,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	// Where to deliver; the scheme picks the default transport plugin.
 	Uri string `protobuf:"bytes,5,opt,name=uri,proto3" json:"uri,omitempty"`
-	// Event type globs; * matches any run of characters, every other character itself. Empty matches every type.
+	// Event type globs; * matches any run of characters, every other character itself. Empty matches every type. The types
+	// of operational events, which begin with grapnel., are matched by globs only that begin so themselves: grapnel.*.
 	EventTypes []string `protobuf:"bytes,6,rep,name=event_types,json=eventTypes,proto3" json:"event_types,omitempty"`
 	// CEL expression over the variable event; empty means true. At most 2048 characters.
 	// Numbers of event.data without fraction and exponent are int (uint above 2^63-1) and exact, all others double;
