@@ -61,6 +61,8 @@ func (x *entry) Complete(_ *delivery.Job, r delivery.Result) {
 	if v.Warn {
 		l.warn(x.sub)
 	}
+	l.tellHealth(x.sub, v, a, now)
+	e.tellEnd(x.sub, &x.Job, step, now)
 	// The slot is held until then: Stop waits for it before the journal may close.
 	e.journal.Settle(&x.Job, step, a, x)
 	e.release()
@@ -83,6 +85,7 @@ func (l *lane) learn(x *entry, r *delivery.Result, step delivery.Step, took time
 	v := l.health.Ended(&health.End{
 		Mark: x.mark, Signal: health.SignalOf(r), Started: x.at.time(), Took: took, Served: r.Duration, RetryAfter: r.RetryAfter,
 		Most: maxInFlight(x.sub), DisableAfter: x.sub.DisableAfter, Disables: step.Disable, Random: rand.Float64(),
+		Quiet: x.quiet(),
 	}, now)
 	l.reclass()
 	if first && l.health.Latency() != 0 {
@@ -94,9 +97,9 @@ func (l *lane) learn(x *entry, r *delivery.Result, step delivery.Step, took time
 	}
 	switch {
 	case step.Disable:
-		l.disableFor(x.sub, step.Reason)
+		l.disableFor(x.sub, step.Reason, x.quiet())
 	case v.Disable:
-		l.disableFor(x.sub, "failing without a success for "+x.sub.DisableAfter.String())
+		l.disableFor(x.sub, "failing without a success for "+x.sub.DisableAfter.String(), x.quiet())
 	}
 	return v
 }
@@ -120,8 +123,8 @@ func (l *lane) proceed(now time.Time) {
 	l.run(inlineTurns, nobodys)
 }
 
-// disableFor closes the lane at once and has the subscription disabled.
-func (l *lane) disableFor(sub *subscription.Subscription, reason string) {
+// disableFor closes the lane at once and has the subscription disabled, and tells of it unless quiet.
+func (l *lane) disableFor(sub *subscription.Subscription, reason string, quiet bool) {
 	e := l.e
 	if l.disabling || e.disable == nil {
 		return
@@ -137,6 +140,9 @@ func (l *lane) disableFor(sub *subscription.Subscription, reason string) {
 			e.log.Warn("subscription not disabled", l.attrs("subscription_id", sub.ID, "err", err)...)
 		}
 		now := e.now()
+		if err == nil && !quiet && e.tell != nil {
+			e.tell(Incident{Kind: Disabled, Subscription: sub, Time: now, Reason: reason})
+		}
 		l.mu.Lock()
 		defer l.mu.Unlock()
 		l.disabling = false
@@ -151,14 +157,16 @@ func (l *lane) disableFor(sub *subscription.Subscription, reason string) {
 func (e *Engine) expire(x *entry) {
 	l := x.lane
 	step := delivery.Step{State: delivery.Exhausted, Reason: reasonMaxAge, Block: l.blocksKeys()}
-	if sub := e.subs.Subscription(l.key); sub != nil && x.Letter == nil {
+	now, sub := e.now(), e.subs.Subscription(l.key)
+	if sub != nil && x.Letter == nil {
 		step.DeadLetter = e.subs.DeadLetter(sub)
 	}
 	l.mu.Lock()
-	l.countEnd(e.now(), step.State)
+	l.countEnd(now, step.State)
 	l.mu.Unlock()
 	e.metrics.ended(step.State)
 	e.metrics.keyBlocked(&x.Job, step)
+	e.tellEnd(sub, &x.Job, step, now)
 	e.journal.Settle(&x.Job, step, nil, x)
 }
 

@@ -161,6 +161,9 @@ type Options struct {
 	// Disable is called when a subscription's failure policy says so; nil means that nothing is ever
 	// disabled. The engine calls it again later when it fails.
 	Disable func(ctx context.Context, sub *subscription.Subscription, reason string) error
+	// Tell is told of incidents. It must neither block nor call the engine, since attempts go on behind it; nil is told
+	// nothing.
+	Tell func(Incident)
 	// WorkedOff is called when nothing is open any more for a subscription that is Deleted, some seconds after the
 	// last was cancelled. It may be nil, and is called again when that is true again.
 	WorkedOff func(lane delivery.LaneKey)
@@ -177,6 +180,7 @@ type Engine struct {
 	attempter Attempter
 	disable   func(ctx context.Context, sub *subscription.Subscription, reason string) error
 	workedOff func(lane delivery.LaneKey)
+	tell      func(Incident)
 	log       *slog.Logger
 	metrics   *metrics
 
@@ -247,7 +251,7 @@ func New(o Options) *Engine {
 		o.StatsBytes = defaultStatsBytes
 	}
 	e := &Engine{
-		journal: o.Journal, subs: o.Subscriptions, attempter: o.Attempter, disable: o.Disable, workedOff: o.WorkedOff,
+		journal: o.Journal, subs: o.Subscriptions, attempter: o.Attempter, disable: o.Disable, workedOff: o.WorkedOff, tell: o.Tell,
 		log:        o.Logger.With("component", "dispatch"),
 		slots:      slots{total: int64(o.Slots), every: time.Second / time.Duration(o.Starts)},
 		pools:      pools{window: o.Window},

@@ -59,6 +59,8 @@ type memoryJournal struct {
 
 	// attributes are those of events that are added.
 	attributes map[string]string
+	// eventType is that of the events that are published.
+	eventType string
 
 	settleEvery time.Duration
 	// late, if set, has effects wait for up to that long, and refuses a settling commit now and then.
@@ -180,7 +182,7 @@ func (f *memoryJournal) addKeyed(number uint16, size int, deliver time.Time, key
 	event := &delivery.Event{
 		Namespace: laneOf(subs[0]).Namespace, ID: fmt.Sprint(f.counter), Partition: number, Seq: seq,
 		AcceptTime: now, DeliverTime: deliver, Payload: make([]byte, size), UID: fmt.Sprint("uid", f.counter),
-		Attributes: f.attributes,
+		Attributes: f.attributes, Type: f.eventType,
 	}
 	var jobs []delivery.Job
 	var ids []delivery.ID

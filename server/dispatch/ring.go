@@ -6,7 +6,6 @@ import (
 	"time"
 
 	"github.com/grapnel/grapnel/server/delivery"
-	"github.com/grapnel/grapnel/server/dispatch/health"
 	"github.com/grapnel/grapnel/server/dispatch/window"
 	"github.com/grapnel/grapnel/server/subscription"
 )
@@ -379,7 +378,7 @@ func (l *lane) retarget() {
 		l.strays.push(x)
 	}
 	l.target++
-	l.health, l.retrying = health.Health{}, 0
+	l.health, l.retrying = l.health.Replaced(), 0
 	l.reclass()
 }
 

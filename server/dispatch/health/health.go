@@ -12,6 +12,8 @@
 //  3. While first attempts wait, repeats are a fifth of what starts; else, beyond that, they hold a fifth of the limit.
 //  4. What a plugin, or this machine, does wrong changes none of this.
 //  5. The zero Health knows nothing, as of a new receiver.
+//  6. That a receiver fails is told once a run of failures, when its breaker opens or after 5 minutes, and then once that it
+//     is well again; what follows from a quiet attempt is not told.
 //
 // Beside that it says how far a lane is trusted with what all lanes share: see Standing.
 package health
@@ -34,6 +36,8 @@ const (
 	maxRest   = time.Hour
 	firstPark = 100 * time.Millisecond
 	maxPark   = 5 * time.Second
+	// failingAfter is how long a receiver may fail without a success before that is told, unless its breaker opens first.
+	failingAfter = 5 * time.Minute
 	// keptFor is how long after the last attempt what was learnt is still worth something.
 	keptFor = time.Hour
 )
@@ -84,6 +88,8 @@ type Health struct {
 	hangs bool
 	// warned: that the subscription will be disabled has been said.
 	warned bool
+	// told: of this run of failures. owed: that it is over, or one before it that was ended by no success.
+	told, owed bool
 }
 
 // Closure is what closes a lane for a time.
@@ -313,6 +319,8 @@ type End struct {
 	// be disabled for this answer.
 	DisableAfter time.Duration
 	Disables     bool
+	// Quiet: nothing is told that follows from it.
+	Quiet bool
 	// Random is uniform in [0, 1).
 	Random float64
 }
@@ -323,6 +331,10 @@ type Verdict struct {
 	Noted bool
 	// Disable: it has been failing for as long as it may. Warn: for half of that, which is said once.
 	Disable, Warn bool
+	// Failing: its breaker is open, or it has been failing for 5 minutes, which is told once; Recovered: it has succeeded
+	// since. Since is when that run of failures began, zero where that is not known any more.
+	Failing, Recovered bool
+	Since              time.Time
 	// Opened: the breaker has opened. Probed: the probe has ended with a word about the receiver, and Shut: the breaker is
 	// closed again.
 	Opened, Probed, Shut bool
@@ -356,6 +368,7 @@ func (h *Health) Ended(e *End, now time.Time) Verdict {
 	was := h.failing
 	switch {
 	case e.Signal == Taken:
+		h.recover(e, n, &v)
 		h.failing, h.succeeded, h.warned = 0, n, false
 	case e.Disables:
 		return v
@@ -363,6 +376,9 @@ func (h *Health) Ended(e *End, now time.Time) Verdict {
 		h.failing = n
 	}
 	v.Noted = h.failing != was
+	if h.failing != 0 && !h.told && !e.Quiet && (h.breaker.open() || n.since(h.failing) >= failingAfter) {
+		h.told, v.Failing, v.Since = true, true, h.failing.time()
+	}
 	if h.failing != 0 && e.DisableAfter > 0 {
 		failed := n.since(h.failing)
 		v.Disable = failed >= e.DisableAfter
@@ -370,6 +386,16 @@ func (h *Health) Ended(e *End, now time.Time) Verdict {
 		h.warned = h.warned || v.Warn
 	}
 	return v
+}
+
+// recover tells that a run of failures is over which has been told, or was long enough before the server's start. What is
+// not told now, because the attempt is quiet, is told at the next success.
+func (h *Health) recover(e *End, now instant, v *Verdict) {
+	over := h.told || h.owed || h.failing != 0 && now.since(h.failing) >= failingAfter
+	h.told, h.owed = false, over && e.Quiet
+	if over && !e.Quiet {
+		v.Recovered, v.Since = true, h.failing.time()
+	}
 }
 
 // learn has the breaker and the limit follow an attempt that says something about the receiver as it is now.
@@ -456,7 +482,14 @@ func (h *Health) Relieve(now time.Time) {
 func (h *Health) Unconnected() bool { return h.breaker.open() && h.breaker.why == NoConnection }
 
 // Forgive forgets since when the receiver has been failing.
-func (h *Health) Forgive() { h.failing, h.warned = 0, false }
+func (h *Health) Forgive() {
+	h.owed = h.owed || h.told
+	h.failing, h.warned, h.told = 0, false, false
+}
+
+// Replaced is the Health of the receiver that takes this one's place: nothing is known of it but that it is still to be
+// told when it is well.
+func (h *Health) Replaced() Health { return Health{owed: h.owed || h.told} }
 
 // Failed sets since when the receiver has been failing, as it was noted before the server's start.
 func (h *Health) Failed(since time.Time) { h.failing = at(since) }

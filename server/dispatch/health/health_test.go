@@ -240,3 +240,70 @@ func BenchmarkHealth(b *testing.B) {
 		h.Standing()
 	}
 }
+
+// That a receiver fails is told once, when its breaker opens or after a while, and that it is well again once after that.
+// What quiet attempts find is told by the next one that is not.
+func TestFailingAndRecoveryAreTold(t *testing.T) {
+	l := newLane(1)
+	var told string
+	end := func(s health.Signal, quiet bool) {
+		m := l.h.Started(false, 1, l.now)
+		v := l.h.Ended(&health.End{Mark: m, Signal: s, Started: l.now, Took: time.Second, Most: 1, Random: 0.5, Quiet: quiet}, l.now)
+		if v.Failing {
+			told += "F"
+		}
+		if v.Recovered {
+			told += "R"
+		}
+		if v.Failing && !v.Since.Equal(l.h.FailingSince()) {
+			t.Errorf("failing since %v is told as %v", l.h.FailingSince(), v.Since)
+		}
+		l.now = l.now.Add(time.Second)
+		l.h.Open(l.now)
+	}
+	many := func(n int, s health.Signal, quiet bool) {
+		for range n {
+			end(s, quiet)
+		}
+		told += "|"
+	}
+	many(4, health.Unreachable, false)
+	many(1, health.Taken, false)
+	many(9, health.Unreachable, false) // the breaker opens at the fifth
+	many(2, health.Taken, false)
+	many(3, health.Failed, false)
+	l.now = l.now.Add(5 * time.Minute)
+	many(2, health.Failed, false)
+	many(1, health.Taken, false)
+	if want := "||F|R||F|R|"; told != want {
+		t.Errorf("told %s, want %s", told, want)
+	}
+
+	told = ""
+	many(9, health.Unreachable, true)
+	many(1, health.Unreachable, false)
+	many(1, health.Taken, true)
+	many(2, health.Taken, false)
+	if want := "|F||R|"; told != want {
+		t.Errorf("with quiet ones told %s, want %s", told, want)
+	}
+
+	told = ""
+	many(9, health.Unreachable, false)
+	l.h.Forgive()
+	many(9, health.Unreachable, false)
+	l.h = l.h.Replaced()
+	many(1, health.Taken, false)
+	many(1, health.Taken, false)
+	if want := "F|F|R||"; told != want {
+		t.Errorf("forgiven, replaced and well told %s, want %s", told, want)
+	}
+
+	told = ""
+	l.h = health.Health{}
+	l.h.Failed(l.now.Add(-time.Hour))
+	many(1, health.Taken, false)
+	if want := "R|"; told != want {
+		t.Errorf("failing for an hour before the start and well after it told %s, want %s", told, want)
+	}
+}
