@@ -36,15 +36,28 @@ type Registry interface {
 type Options struct {
 	Registry Registry
 	Journal  Journal
+	// Near is told that a namespace is near a quota, or at it, about once an hour for each of them while it is. It must not
+	// block. Nil is told nothing.
+	Near func(Near)
 	// Logger gets a line per refused event at Debug; nil discards.
 	Logger *slog.Logger
 	// Registerer takes the metrics; nil keeps none.
 	Registerer prometheus.Registerer
 }
 
+// Near is how far a namespace is from a quota.
+type Near struct {
+	Namespace *subscription.Namespace
+	// Quota is the field of grapnel.v1.Quota.
+	Quota string
+	// Used of Limit: open deliveries, or events a second over the last ten.
+	Used, Limit int64
+	Time        time.Time
+}
+
 // Result is what became of one event.
 type Result struct {
-	// Event is the stored one: for a duplicate the original. nil when refused.
+	// Event is the stored one: for a duplicate the original. nil when refused, or when Record has stored none.
 	Event *delivery.Event
 	// Duplicate is set when the same event was accepted before; nothing new was queued.
 	Duplicate bool
@@ -56,6 +69,7 @@ type Result struct {
 type Ingest struct {
 	registry Registry
 	journal  Journal
+	tellNear func(Near)
 	log      *slog.Logger
 	metrics  metrics
 	draining atomic.Bool
@@ -73,6 +87,7 @@ func New(o Options) *Ingest {
 	return &Ingest{
 		registry: o.Registry,
 		journal:  o.Journal,
+		tellNear: o.Near,
 		log:      o.Logger.With("component", "ingest"),
 		metrics:  newMetrics(o.Registerer),
 	}
@@ -169,6 +184,9 @@ func (i *Ingest) admit(namespace string, events []*delivery.Event, results []Res
 	var wait time.Duration
 	now := time.Now()
 	i.meters.use(ns.UID, now, func(m *meter) { granted, wait = m.take(now, left, limits.MaxPublishRate) })
+	if granted < left {
+		i.near(ns, rateQuota, int64(limits.MaxPublishRate), int64(limits.MaxPublishRate), now)
+	}
 	var candidate subscription.Candidate
 	admitted := make([]delivery.Publication, 0, min(granted, left))
 	for k, ev := range events {
@@ -183,7 +201,7 @@ func (i *Ingest) admit(namespace string, events []*delivery.Event, results []Res
 		if ev.ID == "" {
 			ev.ID = uuid.Must(uuid.NewV7()).String()
 		}
-		admitted = append(admitted, delivery.Publication{Event: ev, Targets: targets(snap, ns, &candidate, ev)})
+		admitted = append(admitted, delivery.Publication{Event: ev, Targets: targets(snap, ns, &candidate, ev, time.Time{})})
 	}
 	return ns, admitted
 }
@@ -198,8 +216,21 @@ func (i *Ingest) refusal(namespace string, ns *subscription.Namespace) error {
 	case ns.Deleted():
 		return ErrNamespaceDeleted
 	}
-	if limit := int64(ns.Quota().MaxOpenDeliveries); limit > 0 && i.journal.OpenIn(delivery.UID(ns.UID).NamespaceKey()) >= limit {
-		return &QuotaError{Namespace: namespace, Name: "max_open_deliveries", Limit: limit}
+	return i.full(ns, 0)
+}
+
+// full is the refusal of a namespace with as many open deliveries as it may have, and spare ones more.
+func (i *Ingest) full(ns *subscription.Namespace, spare int64) error {
+	limit := int64(ns.Quota().MaxOpenDeliveries)
+	if limit == 0 {
+		return nil
+	}
+	open := i.journal.OpenIn(delivery.UID(ns.UID).NamespaceKey())
+	if isNear(open, limit) {
+		i.near(ns, openQuota, open, limit, time.Now())
+	}
+	if open >= limit+spare {
+		return &QuotaError{Namespace: ns.ID, Name: openQuota, Limit: limit}
 	}
 	return nil
 }
@@ -225,7 +256,14 @@ func (i *Ingest) store(ctx context.Context, ns *subscription.Namespace, admitted
 		}
 	}
 	now := time.Now()
-	i.meters.use(ns.UID, now, func(m *meter) { m.add(now, accepted) })
+	var recent int64
+	i.meters.use(ns.UID, now, func(m *meter) { recent = m.add(now, accepted) })
+	if recent > 0 {
+		const seconds = int64(burst / time.Second)
+		if limit := int64(ns.Quota().MaxPublishRate); limit > 0 && isNear(recent, limit*seconds) {
+			i.near(ns, rateQuota, recent/seconds, limit, now)
+		}
+	}
 	i.tallies.add(ns.UID, now, accepted)
 	i.faults.add(ns.UID, now, faults)
 	i.metrics.conditions.Add(float64(faults))
@@ -246,8 +284,8 @@ func Candidate(ev *delivery.Event) subscription.Candidate {
 }
 
 // targets lists the subscriptions that match ev, in the snapshot's order, and notes in ev whose conditions could not be
-// evaluated.
-func targets(snap *subscription.Snapshot, ns *subscription.Namespace, c *subscription.Candidate, ev *delivery.Event) []delivery.Target {
+// evaluated. Those made after until are left out, unless that is zero.
+func targets(snap *subscription.Snapshot, ns *subscription.Namespace, c *subscription.Candidate, ev *delivery.Event, until time.Time) []delivery.Target {
 	*c = Candidate(ev)
 	subs := snap.Match(ns.ID, c)
 	ev.FaultCount = c.FaultCount
@@ -257,16 +295,19 @@ func targets(snap *subscription.Snapshot, ns *subscription.Namespace, c *subscri
 	if len(subs) == 0 {
 		return nil
 	}
-	out := make([]delivery.Target, len(subs))
-	for k, sub := range subs {
-		out[k] = delivery.Target{
+	out := make([]delivery.Target, 0, len(subs))
+	for _, sub := range subs {
+		if !until.IsZero() && sub.Proto.GetCreateTime().AsTime().After(until) {
+			continue
+		}
+		out = append(out, delivery.Target{
 			Subscription: sub.ID,
 			UID:          sub.UID,
 			MaxAttempts:  sub.MaxAttempts,
 			MaxAge:       sub.MaxAge,
 			Skip:         ns.Disabled() || sub.Proto.GetState() == grapnelv1.Subscription_STATE_DISABLED,
 			Ordered:      sub.Ordered,
-		}
+		})
 	}
 	return out
 }

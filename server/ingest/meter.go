@@ -77,6 +77,8 @@ type meter struct {
 	// perSecond[s%60] counts second s, if stamps[s%60] == s.
 	perSecond [60]int32
 	stamps    [60]int64
+	// near is when it was last told that a quota is near.
+	near map[string]time.Time
 }
 
 func newMeter() *meter { return &meter{tokens: math.Inf(1)} }
@@ -115,8 +117,8 @@ func (m *meter) idle(now time.Time) bool {
 	return now.Sub(m.used) > memory
 }
 
-// add counts n accepted events.
-func (m *meter) add(now time.Time, n int) {
+// add counts n accepted events, and returns how many there were in the burst before, once a second; else 0.
+func (m *meter) add(now time.Time, n int) (recent int64) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.used = now
@@ -124,19 +126,25 @@ func (m *meter) add(now time.Time, n int) {
 	k := s % 60
 	if m.stamps[k] != s {
 		m.stamps[k], m.perSecond[k] = s, 0
+		recent = m.within(now, int64(burst/time.Second))
 	}
 	m.perSecond[k] += int32(n)
+	return recent
+}
+
+// within counts the last seconds.
+func (m *meter) within(now time.Time, seconds int64) (sum int64) {
+	for k, s := range m.stamps {
+		if age := now.Unix() - s; age >= 0 && age < seconds {
+			sum += int64(m.perSecond[k])
+		}
+	}
+	return sum
 }
 
 // rate is events per second over the last minute.
 func (m *meter) rate(now time.Time) float64 {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	var sum int64
-	for k, s := range m.stamps {
-		if age := now.Unix() - s; age >= 0 && age < 60 {
-			sum += int64(m.perSecond[k])
-		}
-	}
-	return float64(sum) / 60
+	return float64(m.within(now, 60)) / 60
 }
