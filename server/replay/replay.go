@@ -40,6 +40,8 @@ const (
 	lookLatest = 2 * time.Second
 	// behindMost is how much a replay makes up for that has fallen behind its pace.
 	behindMost = 250 * time.Millisecond
+	// toldFor is how long after its end a replay may be told of: less than an event's id is remembered.
+	toldFor = 20 * time.Hour
 	// DefaultRate is how many deliveries a replay makes a second that does not say.
 	DefaultRate = 50
 )
@@ -82,6 +84,9 @@ type Options struct {
 	Registry Registry
 	// Select reads the filter of a replay of a namespace; one that was stored is known to be valid.
 	Select func(namespace string, spec *delivery.ReplaySpec) (*Selection, error)
+	// Ended is told of each replay that has ended, at least once: those that have within the last toldFor are told of
+	// again at a start. It must not block. Nil is told nothing.
+	Ended func(*delivery.Replay)
 	// Logger nil discards.
 	Logger *slog.Logger
 	// Registerer takes the metrics; nil means none.
@@ -96,6 +101,7 @@ type Runner struct {
 	journal  Journal
 	registry Registry
 	choose   func(string, *delivery.ReplaySpec) (*Selection, error)
+	tell     func(*delivery.Replay)
 	log      *slog.Logger
 	metrics  *metrics
 
@@ -131,7 +137,7 @@ func New(o Options) *Runner {
 		o.Logger = slog.New(slog.DiscardHandler)
 	}
 	r := &Runner{
-		journal: o.Journal, registry: o.Registry, choose: o.Select, log: o.Logger.With("component", "replay"),
+		journal: o.Journal, registry: o.Registry, choose: o.Select, tell: o.Ended, log: o.Logger.With("component", "replay"),
 		step: make(chan struct{}, 1), count: make(chan struct{}, 1), jobs: make(map[name]*job),
 	}
 	r.metrics = newMetrics(r, o.Registerer)
@@ -150,6 +156,8 @@ func (r *Runner) Run(ctx context.Context) error {
 	for _, one := range known {
 		if !one.State.Ended() {
 			r.begin(one)
+		} else {
+			r.ended(one) // the server may have ended before it could be told
 		}
 	}
 	r.mu.Unlock()
@@ -269,7 +277,18 @@ func (r *Runner) Cancel(ctx context.Context, ns delivery.NamespaceKey, key uint6
 			return nil, context.Cause(ctx)
 		}
 	}
-	return r.journal.EndReplay(ctx, ns, key, delivery.ReplayCancelled, "")
+	ended, err := r.journal.EndReplay(ctx, ns, key, delivery.ReplayCancelled, "")
+	if err == nil {
+		r.ended(ended)
+	}
+	return ended, err
+}
+
+// ended tells of a replay that has ended not long ago.
+func (r *Runner) ended(one *delivery.Replay) {
+	if r.tell != nil && time.Since(one.DoneTime) < toldFor {
+		r.tell(one)
+	}
 }
 
 // Count counts what a replay of a namespace would make now, and makes nothing. It takes as long as a look at all that it

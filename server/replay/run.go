@@ -16,9 +16,12 @@ func (r *Runner) run(ctx context.Context, j *job) {
 	state, reason := r.steps(ctx, j)
 	for state != 0 {
 		// Also when it has been cancelled in this very moment: it had come to its end.
-		_, err := r.journal.EndReplay(context.WithoutCancel(ctx), j.Namespace, j.Key, state, reason)
+		ended, err := r.journal.EndReplay(context.WithoutCancel(ctx), j.Namespace, j.Key, state, reason)
 		if err == nil || errors.Is(err, delivery.ErrNotFound) {
 			r.log.Info("replay ended", "replay_id", j.ID, "failed", state == delivery.ReplayFailed, "reason", reason)
+			if err == nil {
+				r.ended(ended)
+			}
 			return
 		}
 		r.log.Error("end of a replay not noted yet", "replay_id", j.ID, "err", err)
