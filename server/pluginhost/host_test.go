@@ -12,6 +12,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -251,6 +252,9 @@ func (s *secrets) get(name string) ([]SecretVersion, bool) {
 const keyName = "namespaces/acme/secrets/key"
 
 type fixture struct {
+	failing  sync.Mutex
+	failures []Failure
+
 	*Host
 	secrets *secrets
 	stop    func()
@@ -302,6 +306,20 @@ func self(args ...string) Spec {
 }
 
 // start runs a host for the length of the test.
+// fail is told of failures, and hears the second one.
+func (f *fixture) fail(of Failure) bool {
+	f.failing.Lock()
+	defer f.failing.Unlock()
+	f.failures = append(f.failures, of)
+	return len(f.failures) > 1
+}
+
+func (f *fixture) failed() []Failure {
+	f.failing.Lock()
+	defer f.failing.Unlock()
+	return slices.Clone(f.failures)
+}
+
 func start(t testing.TB, tune func(*timing), specs ...Spec) *fixture {
 	t.Helper()
 	f := &fixture{secrets: &secrets{}, logs: &lockedBuffer{}, metered: prometheus.NewRegistry()}
@@ -309,6 +327,7 @@ func start(t testing.TB, tune func(*timing), specs ...Spec) *fixture {
 	h, err := New(Options{
 		Plugins: specs, Dir: t.TempDir(), Secrets: f.secrets.get, UserAgent: "grapnel/test",
 		Registerer: f.metered,
+		Failed:     f.fail,
 		Logger:     slog.New(slog.NewTextHandler(io.MultiWriter(f.logs, t.Output()), nil)),
 	})
 	if err != nil {

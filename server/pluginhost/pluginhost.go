@@ -81,10 +81,24 @@ type Options struct {
 	UserAgent string
 	// Secrets returns the live versions of a secret by resource name, newest first. Required.
 	Secrets func(name string) ([]SecretVersion, bool)
+	// Failed is told of each plugin that has failed, at each of its crashes until it is heard, and then once until it has
+	// been well for five minutes. It must not block. Nil is told nothing.
+	Failed func(Failure) (heard bool)
 	// Logger defaults to one that discards.
 	Logger *slog.Logger
 	// Registerer is optional.
 	Registerer prometheus.Registerer
+}
+
+// Failure is of a plugin whose process has crashed again and again by its own doing.
+type Failure struct {
+	// Plugin is the name of what the process serves as, or that of its file, Version its version where that is known.
+	Plugin, Version string
+	// Crashes is how many there were within five minutes, Reason how the last one ended, without secrets.
+	Crashes int
+	Reason  string
+	// Time is now, RetryTime when it is started again.
+	Time, RetryTime time.Time
 }
 
 // timing is what tests shorten.

@@ -221,6 +221,16 @@ func TestCrashLoopFailsAndRecovers(t *testing.T) {
 		tm.park = 10 * time.Millisecond
 	}, self("plugin-crash", flag))
 	eventually(t, "the plugin has failed", func() bool { return f.processes()[0].failed() })
+	eventually(t, "it is told until it is heard", func() bool { return len(f.failed()) == 2 })
+	if got := f.failed()[0]; got.Crashes != failedAfter || got.Plugin == "" || !strings.Contains(got.Reason, "cannot find") || got.RetryTime.Sub(got.Time) != 100*time.Millisecond {
+		t.Errorf("told of %+v", got)
+	}
+	restarts := func() int32 { return f.Plugins()[0].GetInstances()[0].GetRestartCount() }
+	since := restarts()
+	eventually(t, "it has failed again", func() bool { return restarts() > since+1 })
+	if n := len(f.failed()); n != 2 {
+		t.Errorf("told %d times, the second was heard", n)
+	}
 	p := f.Plugins()[0]
 	if got := p.GetInstances()[0].GetLastError(); !strings.Contains(got, "cannot find") {
 		t.Errorf("last error %q lacks what the plugin wrote", got)

@@ -45,6 +45,7 @@ type supervisor struct {
 	crashes []crash   // of the last failedWithin
 	crashed time.Time // the latest
 	last    []string  // what it wrote before that
+	told    bool      // that it has failed, since it last had not
 }
 
 type state int
@@ -302,9 +303,18 @@ func (p *supervisor) ended(err error, short int) time.Duration {
 			own++
 		}
 	}
+	fails := own >= failedAfter && killed.error == nil
+	tells := fails && !p.told && p.host.above == nil && p.host.opts.Failed != nil
+	p.told = p.told && own >= failedAfter
+	failure := Failure{Plugin: p.name, Version: p.version, Crashes: own, Reason: p.lastErr, Time: now, RetryTime: now.Add(t.failedRetry)}
 	p.mu.Unlock()
+	if tells && p.host.opts.Failed(failure) {
+		p.mu.Lock()
+		p.told = true
+		p.mu.Unlock()
+	}
 	p.host.metrics.restarts.WithLabelValues(p.displayName()).Inc()
-	if own >= failedAfter && killed.error == nil {
+	if fails {
 		p.setState(failed)
 		p.log.Error("plugin failed", "crashes", own, "retry_in", t.failedRetry, "err", err)
 		return t.failedRetry
