@@ -14,9 +14,20 @@ import (
 // eraseRetry is how long the eraser waits after etcd refused it. Nothing is handed out meanwhile.
 const eraseRetry = 5 * time.Second
 
+// ExpiresSoon is how long before its end a version is told of as expiring.
+const ExpiresSoon = 6 * time.Hour
+
+// Expiring is a version that is about to go out of use.
+type Expiring struct {
+	// Namespace and ID are the segments of the secret's name.
+	Namespace, ID string
+	Version       int
+	ExpireTime    time.Time
+}
+
 // eraseExpired tells of versions as they expire and erases them from etcd, until ctx ends.
 func (s *Store) eraseExpired(ctx context.Context) {
-	told := make(map[string]time.Time)
+	told, soon := make(map[string]time.Time), make(map[Expiring]bool)
 	timer := time.NewTimer(0)
 	defer timer.Stop()
 	for {
@@ -28,6 +39,9 @@ func (s *Store) eraseExpired(ctx context.Context) {
 		}
 		now := time.Now()
 		due, next := s.dueAt(now)
+		if at := s.tellExpiring(now, soon); !at.IsZero() && (next.IsZero() || at.Before(next)) {
+			next = at
+		}
 		maps.DeleteFunc(told, func(name string, _ time.Time) bool { return due[name].IsZero() })
 		var names []string
 		for name, at := range due {
@@ -49,6 +63,30 @@ func (s *Store) eraseExpired(ctx context.Context) {
 			timer.Reset(time.Until(next))
 		}
 	}
+}
+
+// tellExpiring tells of versions that expire soon and are not among those told, which it keeps, and returns when the next
+// one will be to tell of.
+func (s *Store) tellExpiring(now time.Time, told map[Expiring]bool) (next time.Time) {
+	if s.tellSoon == nil {
+		return next
+	}
+	maps.DeleteFunc(told, func(e Expiring, _ bool) bool { return !e.ExpireTime.After(now) })
+	for _, sec := range s.all() {
+		for _, v := range sec.record.Versions {
+			e := Expiring{Namespace: sec.Namespace, ID: sec.ID, Version: int(v.Version), ExpireTime: unixTime(v.ExpireTime)}
+			tell := e.ExpireTime.Add(-ExpiresSoon)
+			switch {
+			case !e.ExpireTime.After(now), told[e]:
+			case !tell.After(now):
+				told[e] = true
+				s.tellSoon(e)
+			case next.IsZero() || tell.Before(next):
+				next = tell
+			}
+		}
+	}
+	return next
 }
 
 // dueAt returns the secrets with an expired version, by its time, and when the next one expires.

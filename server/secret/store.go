@@ -25,6 +25,9 @@ type Options struct {
 	Identity string
 	// Key is the key-encryption key, 32 bytes; see LoadOrCreateKey.
 	Key []byte
+	// Expiring is told of each version that goes out of use within ExpiresSoon, at least once, and again after a start. It must
+	// not block. Nil is told nothing.
+	Expiring func(Expiring)
 	// Logger defaults to none.
 	Logger *slog.Logger
 }
@@ -36,6 +39,7 @@ type Store struct {
 	prefix   string
 	keys     *keyring
 	log      *slog.Logger
+	tellSoon func(Expiring)
 	onChange []func(string)
 
 	// telling makes calls of onChange one at a time. It is never taken while mu is held.
@@ -65,6 +69,7 @@ func Open(ctx context.Context, o Options) (*Store, error) {
 	s := &Store{
 		prefix:   o.Prefix,
 		keys:     keys,
+		tellSoon: o.Expiring,
 		log:      o.Logger.With("component", "secret"),
 		expiring: make(chan struct{}, 1),
 		secrets:  make(map[string]*Secret),
