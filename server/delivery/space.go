@@ -51,6 +51,9 @@ type Space struct {
 	isLow atomic.Bool
 	free  atomic.Uint64
 
+	filling atomic.Pointer[func(free, watermark uint64) bool] // told that the disk fills up
+	fills   atomic.Bool                                       // and has been, since it last had room
+
 	mu    sync.Mutex // guards what follows, and the ballast file
 	holds bool       // there is a ballast file
 	told  bool       // that the disk is full, since it last had room
@@ -99,6 +102,11 @@ func newSpace(o Options, log *slog.Logger) *Space {
 	return NewSpace(SpaceOptions{Dir: o.Dir, MinFreeBytes: o.MinFreeBytes, BallastBytes: o.BallastBytes, Logger: log, fs: o.fs})
 }
 
+// OnFilling has f told that the free space, in bytes, is below twice the watermark: while what f stores is still taken, if
+// the disk does not fill within a second. f reports whether it was heard, and is told once a second until then. It must
+// not block.
+func (s *Space) OnFilling(f func(free, watermark uint64) (heard bool)) { s.filling.Store(&f) }
+
 // Err is ErrDiskFull while nothing new is to be taken, else nil.
 func (s *Space) Err() error {
 	if s.low() {
@@ -120,6 +128,7 @@ func (s *Space) check() {
 		return
 	}
 	s.free.Store(avail)
+	s.tellFilling(avail)
 	low := avail < s.minFree
 	if s.isLow.Load() {
 		low = avail < s.minFree+s.minFree/8
@@ -136,6 +145,20 @@ func (s *Space) check() {
 	}
 	if low && avail < exhausted && s.minFree > 0 {
 		s.full() // before a store runs into it that cannot try again
+	}
+}
+
+// tellFilling tells once that the disk fills up, until it has a quarter of the watermark more than that takes.
+func (s *Space) tellFilling(avail uint64) {
+	f := s.filling.Load()
+	switch {
+	case f == nil:
+	case avail < 2*s.minFree:
+		if !s.fills.Load() {
+			s.fills.Store((*f)(avail, s.minFree))
+		}
+	case avail >= 2*s.minFree+s.minFree/4:
+		s.fills.Store(false)
 	}
 }
 

@@ -96,3 +96,30 @@ func TestFullDiskIsToldOnce(t *testing.T) {
 		t.Errorf("the ends are told as %q", told)
 	}
 }
+
+// A disk that fills up is told of while there is still room for what is made of that, until it is heard, and once each time.
+func TestFillingDiskIsTold(t *testing.T) {
+	fs := vfs.NewMem()
+	room := func(mib uint64) { fs.TestingSetDiskUsage(vfs.DiskUsage{AvailBytes: mib << 20, TotalBytes: 20 << 30}) }
+	room(10_000)
+	s := NewSpace(SpaceOptions{MinFreeBytes: 1000 << 20, fs: fs})
+	told, heard := 0, false
+	s.OnFilling(func(free, watermark uint64) bool {
+		if told++; free != s.Free() || watermark != 1000<<20 || s.Err() != nil {
+			t.Errorf("told of %d of %d, refused %v", free, watermark, s.Err())
+		}
+		return heard
+	})
+	for _, step := range []struct {
+		mib   uint64
+		heard bool
+		want  int
+	}{{2000, true, 0}, {1999, false, 1}, {1800, true, 1}, {1500, true, 0}, {2100, true, 0}, {1900, true, 0}, {2250, true, 0}, {1999, true, 1}} {
+		told, heard = 0, step.heard
+		room(step.mib)
+		s.check()
+		if told != step.want {
+			t.Errorf("at %d MiB it was told %d times, want %d", step.mib, told, step.want)
+		}
+	}
+}
