@@ -70,7 +70,9 @@ func TestNearQuotasAreTold(t *testing.T) {
 		quota := &grapnelv1.Quota{MaxPublishRate: 10, MaxOpenDeliveries: 1000}
 		ops := &grapnelv1.Subscription{Name: acmeSubscriptions + "ops", EventTypes: []string{"grapnel.**"}}
 		var told []string
-		near := func(n ingest.Near) { told = append(told, fmt.Sprint(n.Namespace.ID, " ", n.Quota, " ", n.Used, "/", n.Limit)) }
+		near := func(n ingest.Near) {
+			told = append(told, fmt.Sprint(n.Namespace.ID, " ", n.Quota, " ", n.Used, "/", n.Limit))
+		}
 		journal := &shelf{}
 		in := ingest.New(ingest.Options{Registry: newTenants(t, quota, ops), Journal: journal, Near: near})
 		publish := func(seconds, each int) {

@@ -132,12 +132,17 @@ func (t *Teller) Listens(namespace delivery.NamespaceKey) bool {
 	return ns != nil && snapshot.Listens(ns.ID)
 }
 
-// TellSystem tells the namespace System. It never blocks.
-func (t *Teller) TellSystem(n Notice) {
-	if ns := t.registry.Snapshot().Namespace(System); ns != nil {
-		n.Namespace = delivery.UID(ns.UID).NamespaceKey()
+// TellSystem tells the namespace System, and reports whether anybody listens there. It never blocks.
+func (t *Teller) TellSystem(n Notice) (heard bool) {
+	ns := t.registry.Snapshot().Namespace(System)
+	if ns == nil {
+		return false
+	}
+	n.Namespace = delivery.UID(ns.UID).NamespaceKey()
+	if heard = t.Listens(n.Namespace); heard {
 		t.Tell(n)
 	}
+	return heard
 }
 
 // Tell has a notice told before long. It never blocks.
@@ -146,7 +151,7 @@ func (t *Teller) Tell(n Notice) {
 		return
 	}
 	bound(&n)
-	at := place{n.Namespace, n.Subject, n.Type.topic()}
+	at := place{n.Namespace, n.Subject, n.topic()}
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	s := t.slots[at]

@@ -185,7 +185,7 @@ func TestExhaustionIsCoalesced(t *testing.T) {
 		d.shelf.mu.Unlock()
 		want := map[string]int{
 			"delivery.exhausted subscriptions/orders 10000, 10 named": 3,
-			"delivery.exhausted subscriptions/users 3, 3 named": 1, "delivery.exhausted subscriptions/users 30, 10 named": 2,
+			"delivery.exhausted subscriptions/users 3, 3 named":       1, "delivery.exhausted subscriptions/users 30, 10 named": 2,
 		}
 		got := map[string]int{}
 		for _, line := range d.lines(t) {

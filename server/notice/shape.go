@@ -3,6 +3,7 @@ package notice
 import (
 	"crypto/sha256"
 	"encoding/json"
+	"strconv"
 	"strings"
 	"time"
 	"unicode/utf8"
@@ -34,12 +35,17 @@ const statePrefix = "grapnel.subscription."
 // isState reports whether of several only the last one counts.
 func (t Type) isState() bool { return strings.HasPrefix(string(t), statePrefix) }
 
-// topic is what types have in common of which one resource is told once in an Interval.
-func (t Type) topic() string {
-	if t.isState() {
+// topic is what notices have in common of which one resource is told once in an Interval.
+func (n *Notice) topic() string {
+	switch d := n.Data.(type) {
+	case *State:
 		return statePrefix
+	case *Quota:
+		return string(n.Type) + " " + d.Quota
+	case *Secret:
+		return string(n.Type) + " " + strconv.Itoa(d.Version)
 	}
-	return string(t)
+	return string(n.Type)
 }
 
 // State is how a subscription stands.
