@@ -43,7 +43,7 @@ func (s *Server) newPlugins(ctx context.Context) (*pluginhost.Host, error) {
 	return pluginhost.New(pluginhost.Options{
 		Plugins: specs, Dir: filepath.Join(o.DataDir, "sockets"), EgressAllow: o.EgressAllow,
 		EgressDeny: slices.Concat(ownListeners(s.public, s.admin), ownEtcd(ctx, o.EtcdEndpoints), o.EgressDeny), UserAgent: "grapnel/" + o.Version,
-		Secrets: s.secretVersions, Logger: o.Logger, Registerer: s.metrics,
+		Secrets: s.secretVersions, Failed: s.tellPlugin, Logger: o.Logger, Registerer: s.metrics,
 	})
 }
 

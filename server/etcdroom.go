@@ -38,6 +38,10 @@ type etcdRoom struct {
 	// rest is until when it is not tried again.
 	rest time.Time
 	full bool // told
+	// near is told that four fifths of the quota are used until it is heard, then once until seven tenths are; nil is told
+	// nothing.
+	near   func(used, quota int64) (heard bool)
+	nearly bool // told
 }
 
 func (c *configStore) size() int64 { return c.embedded.Server.Backend().Size() }
@@ -109,6 +113,12 @@ func (c *configStore) makeRoom(ctx context.Context, free func() uint64) {
 	r := &c.room
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	switch used := c.size(); {
+	case used < c.quota/10*7:
+		r.nearly = false
+	case used >= c.quota/5*4 && !r.nearly && r.near != nil:
+		r.nearly = r.near(used, c.quota)
+	}
 	if c.Err() == nil {
 		r.full = false
 		return

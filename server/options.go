@@ -58,6 +58,9 @@ type Options struct {
 	TLSCert, TLSKey string
 	// Insecure allows a public address without TLS and authentication.
 	Insecure bool
+	// MinFreeBytes is the free space on the disk below which nothing new is taken: for trials. Default 256 MiB, or a tenth of
+	// the disk where that is less.
+	MinFreeBytes int64
 	// NodeName is the last segment of nodes/{node}; default the host name.
 	NodeName string
 	// Grace bounds the wait for attempts in flight at the end; default 30 s, below zero none.
@@ -115,6 +118,9 @@ func (o *Options) fill() error {
 	}
 	if o.EtcdQuota < minEtcdQuota || o.EtcdQuota > maxEtcdQuota {
 		errs = append(errs, fmt.Errorf("etcd-quota: %d bytes given, %d to %d allowed", o.EtcdQuota, minEtcdQuota, maxEtcdQuota))
+	}
+	if o.MinFreeBytes < 0 {
+		errs = append(errs, fmt.Errorf("min-free-bytes: %d given; must not be negative", o.MinFreeBytes))
 	}
 	if o.MemoryBytes < 0 || o.WindowBytes < 0 || o.Slots < 0 {
 		errs = append(errs, errors.New("memory, window-bytes and slots: must not be negative"))

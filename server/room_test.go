@@ -39,7 +39,19 @@ func TestEtcdRecoversByDeletionAlone(t *testing.T) {
 		t.Fatalf("full after %d values, %v: alarm %v, refusal %v", n, err, c.alarmed(), c.Err())
 	}
 	before := c.size()
-	c.makeRoom(ctx, free)
+	near := 0
+	c.room.near = func(used, quota int64) (heard bool) {
+		if near++; used < quota/5*4 || quota != minEtcdQuota {
+			t.Errorf("%d of %d bytes is told as near", used, quota)
+		}
+		return near > 1
+	}
+	for range 3 {
+		c.makeRoom(ctx, free)
+	}
+	if near != 2 {
+		t.Errorf("told %d times that the quota is near, and the second was heard", near)
+	}
 	if c.Err() == nil || c.size() < before {
 		t.Errorf("nothing was deleted, and it is %d bytes instead of %d, refusal %v", c.size(), before, c.Err())
 	}

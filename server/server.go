@@ -35,6 +35,7 @@ import (
 	"github.com/grapnel/grapnel/server/dispatch"
 	"github.com/grapnel/grapnel/server/ingest"
 	"github.com/grapnel/grapnel/server/keyspace"
+	"github.com/grapnel/grapnel/server/notice"
 	"github.com/grapnel/grapnel/server/pluginhost"
 	"github.com/grapnel/grapnel/server/replay"
 	"github.com/grapnel/grapnel/server/secret"
@@ -60,6 +61,7 @@ type Server struct {
 	engine   *dispatch.Engine
 	ingest   *ingest.Ingest
 	replays  *replay.Runner
+	notices  *notice.Teller
 	api      *api.Server
 	health   *health
 	pageKey  []byte
@@ -167,6 +169,8 @@ func (s *Server) open(ctx context.Context, closers *stack) (err error) {
 	if err := s.openConfig(ctx); err != nil {
 		return err
 	}
+	s.ingest = ingest.New(ingest.Options{Registry: s.registry, Journal: s.journal, Near: s.tellNear, Logger: o.Logger, Registerer: s.metrics})
+	s.notices = notice.New(notice.Options{Registry: s.registry, Recorder: s.ingest, Logger: o.Logger, Registerer: s.metrics})
 	s.ending.at("read the plugin directory")
 	if s.plugins, err = s.newPlugins(ctx); err != nil {
 		return err
@@ -174,11 +178,10 @@ func (s *Server) open(ctx context.Context, closers *stack) (err error) {
 	s.engine = dispatch.New(dispatch.Options{
 		Journal: s.journal, Subscriptions: subscriptions{s.registry}, Attempter: s.plugins,
 		Slots: s.memory.slots, Window: s.plugins.Window, WindowBytes: s.memory.window,
-		Disable: s.disable, Logger: o.Logger, Registerer: s.metrics,
+		Disable: s.disable, Tell: s.tellIncident, Logger: o.Logger, Registerer: s.metrics,
 	})
-	s.ingest = ingest.New(ingest.Options{Registry: s.registry, Journal: s.journal, Logger: o.Logger, Registerer: s.metrics})
 	s.replays = replay.New(replay.Options{
-		Journal: s.journal, Registry: s.registry, Select: s.selectDeliveries, Logger: o.Logger, Registerer: s.metrics,
+		Journal: s.journal, Registry: s.registry, Select: s.selectDeliveries, Ended: s.tellReplay, Logger: o.Logger, Registerer: s.metrics,
 	})
 	s.api = api.New(api.Options{
 		Registry: s.registry, Secrets: s.secrets, Journal: s.journal, Ingest: s.ingest,
@@ -195,7 +198,10 @@ func (s *Server) open(ctx context.Context, closers *stack) (err error) {
 	s.registry.OnChange(func(changes []subscription.Change) {
 		s.plugins.Changed(changes)
 		s.engine.Changed(changes)
+		s.tellCrowded(changes)
 	})
+	s.space.OnFilling(s.tellFilling)
+	s.etcd.room.near = s.tellConfigStore
 	s.secrets.OnChange(s.plugins.SecretChanged)
 	s.journal.Start(s.engine)
 	return nil
@@ -246,7 +252,7 @@ func (s *Server) openStores(ctx context.Context, closers *stack) (err error) {
 	if err := checkPresence(o); err != nil {
 		return err
 	}
-	s.space = delivery.NewSpace(delivery.SpaceOptions{Dir: o.DataDir, Also: []string{journalDir(o), etcdDir(o)}, Logger: o.Logger})
+	s.space = delivery.NewSpace(delivery.SpaceOptions{Dir: o.DataDir, Also: []string{journalDir(o), etcdDir(o)}, MinFreeBytes: o.MinFreeBytes, Logger: o.Logger})
 	opening := "open the journal in " + journalDir(o)
 	s.ending.at(opening) // takes no context
 	if err := step(s.log, opening, s.openJournal); err != nil {
@@ -362,7 +368,7 @@ func (s *Server) openConfig(ctx context.Context) error {
 	}
 	id := s.journal.ID()
 	err = step(s.log, "read secrets and subscriptions from etcd", func() (err error) {
-		s.secrets, err = secret.Open(ctx, secret.Options{Client: s.etcd.client, Identity: id, Key: key, Logger: o.Logger})
+		s.secrets, err = secret.Open(ctx, secret.Options{Client: s.etcd.client, Identity: id, Key: key, Expiring: s.tellExpiring, Logger: o.Logger})
 		if err != nil {
 			return fmt.Errorf("open the secrets with key file %s: %w", keyFile(o), err)
 		}
@@ -425,6 +431,7 @@ func (s *Server) serve(ctx context.Context) error {
 	}
 	stores(s.secrets.Run, base, "secrets")
 	stores(s.registry.Run, base, "subscriptions")
+	stores(s.notices.Run, base, "operational events")
 	stores(s.sweep, base, "sweep")
 	stores(s.keepMarks, base, "notes of what was acknowledged")
 	stores(func(ctx context.Context) error { return s.etcd.keepRoom(ctx, s.space.Free) }, base, "room in etcd")
@@ -507,6 +514,12 @@ func (s *Server) stop(public *grpc.Server, stopServing func(context.Context)) er
 	end.at("end the attempts in flight")
 	if err := s.engine.Stop(end.grace); err != nil {
 		s.log.Warn("attempts abandoned; their deliveries are repeated after the next start", "err", err)
+	}
+	end.at("store the operational events that wait")
+	telling, cancel := context.WithTimeout(end.rest, tellingAtEnd)
+	defer cancel()
+	if err := s.notices.Stop(telling); err != nil {
+		s.log.Warn("operational events lost", "err", err)
 	}
 	end.at("end the calls")
 	end.calls(public)

@@ -59,6 +59,17 @@ stderr 'batch-events'
 `)
 }
 
+// TestOperationalEventsPage runs the commands of docs/operational-events.md as they are printed, but for their receiver.
+func TestOperationalEventsPage(t *testing.T) {
+	runPage(t, "operational-events", 7, `receiver
+serve
+exec sh -eux page.sh
+stdout 'grapnel\.delivery\.exhausted'
+! exec grapnel publish -n acme --type grapnel.mine --data x
+stderr 'event\.type: must not begin with grapnel\.'
+`)
+}
+
 // runPage runs a script in which page.sh is the commands of a page of docs, of which there are least or more. Receivers at
 // port 9001 are the script's.
 func runPage(t *testing.T, name string, least int, script string) {

@@ -47,7 +47,7 @@ func (f *subscriptionFlags) register(cmd *cobra.Command, c *cli) {
 	flags.StringVarP(&f.file, "file", "f", "", "content as YAML or JSON in a `file`, or - for standard input; flags go on top")
 	flags.StringVar(&f.displayName, "display-name", "", "name for people")
 	flags.StringVar(&f.uri, "uri", "", "where to deliver")
-	flags.StringSliceVar(&f.types, "type", nil, "event type `globs` such as order.*; none matches every type")
+	flags.StringSliceVar(&f.types, "type", nil, "event type `globs` such as order.*; none matches every type that is published; grapnel.* are operational events")
 	flags.StringVar(&f.condition, "condition", "", "CEL expression over event; empty is true")
 	flags.StringVar(&f.deadLetter, "dead-letter", "", "`subscription` that gets what ends here without success")
 	must(cmd.RegisterFlagCompletionFunc("dead-letter", completeSubscriptions(c)))
