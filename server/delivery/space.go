@@ -102,8 +102,8 @@ func newSpace(o Options, log *slog.Logger) *Space {
 	return NewSpace(SpaceOptions{Dir: o.Dir, MinFreeBytes: o.MinFreeBytes, BallastBytes: o.BallastBytes, Logger: log, fs: o.fs})
 }
 
-// OnFilling has f told that the free space, in bytes, is below twice the watermark: while what f stores is still taken, if
-// the disk does not fill within a second. f reports whether it was heard, and is told once a second until then. It must
+// OnFilling has f told that the free space, in bytes, is below twice the watermark, while what f stores is still taken: a
+// disk that fills within a second is not told of. f reports whether it was heard, and is told once a second until then. It must
 // not block.
 func (s *Space) OnFilling(f func(free, watermark uint64) (heard bool)) { s.filling.Store(&f) }
 
@@ -128,7 +128,6 @@ func (s *Space) check() {
 		return
 	}
 	s.free.Store(avail)
-	s.tellFilling(avail)
 	low := avail < s.minFree
 	if s.isLow.Load() {
 		low = avail < s.minFree+s.minFree/8
@@ -142,6 +141,9 @@ func (s *Space) check() {
 		s.told = false
 		s.mu.Unlock()
 		s.log.Info("the disk has room again", "dir", s.dirs[0], "free_bytes", avail)
+	}
+	if !low {
+		s.tellFilling(avail)
 	}
 	if low && avail < exhausted && s.minFree > 0 {
 		s.full() // before a store runs into it that cannot try again

@@ -114,7 +114,7 @@ func TestFillingDiskIsTold(t *testing.T) {
 		mib   uint64
 		heard bool
 		want  int
-	}{{2000, true, 0}, {1999, false, 1}, {1800, true, 1}, {1500, true, 0}, {2100, true, 0}, {1900, true, 0}, {2250, true, 0}, {1999, true, 1}} {
+	}{{2000, true, 0}, {1999, false, 1}, {1800, true, 1}, {1500, true, 0}, {2100, true, 0}, {1900, true, 0}, {2250, true, 0}, {900, true, 0}, {1200, true, 1}} {
 		told, heard = 0, step.heard
 		room(step.mib)
 		s.check()
