@@ -6,6 +6,7 @@ import (
 	"strconv"
 	"strings"
 	"time"
+	"unicode"
 	"unicode/utf8"
 
 	"github.com/grapnel/grapnel/server/delivery"
@@ -138,12 +139,18 @@ type Disk struct {
 const (
 	// maxNamed is how many deliveries one event names.
 	maxNamed = 10
-	// maxReason bounds a reason, in bytes.
+	// maxReason bounds a reason or a name, in bytes.
 	maxReason = 256
 )
 
-// bound cuts what others choose the size of.
+// bound cuts what others choose the size of. A subject is sent in a header.
 func bound(n *Notice) {
+	n.Subject = strings.Map(func(r rune) rune {
+		if unicode.IsControl(r) {
+			return '?'
+		}
+		return r
+	}, clip(n.Subject))
 	switch d := n.Data.(type) {
 	case *State:
 		d.Reason = clip(d.Reason)
