@@ -55,15 +55,18 @@ func of(r *servertest.Receiver, eventType string) (found []servertest.Request) {
 	return found
 }
 
-// await waits for an event of a type, and returns its data.
-func await(t *testing.T, r *servertest.Receiver, eventType string) map[string]any {
+// await waits for an event of a type about a resource, and returns its data.
+func await(t *testing.T, r *servertest.Receiver, eventType, subject string) map[string]any {
 	t.Helper()
-	var got []servertest.Request
-	servertest.Await(t, eventType, func() bool {
-		got = of(r, eventType)
-		return len(got) > 0
+	var q servertest.Request
+	servertest.Await(t, eventType+" about "+subject, func() bool {
+		got := of(r, eventType)
+		i := slices.IndexFunc(got, func(q servertest.Request) bool { return q.Header.Get("Ce-Subject") == subject })
+		if i >= 0 {
+			q = got[i]
+		}
+		return i >= 0
 	})
-	q := got[len(got)-1]
 	var data map[string]any
 	if err := json.Unmarshal(q.Body, &data); err != nil {
 		t.Fatalf("%s: %s: %v", eventType, q.Body, err)
@@ -73,8 +76,8 @@ func await(t *testing.T, r *servertest.Receiver, eventType string) map[string]an
 		t.Errorf("%s: headers %v", eventType, q.Header)
 	}
 	for _, name := range []string{"subscription", "replay_job", "resource", "secret", "plugin", "node"} {
-		if data[name] != nil && data[name] != q.Header.Get("Ce-Subject") {
-			t.Errorf("%s: subject %q, data %s", eventType, q.Header.Get("Ce-Subject"), q.Body)
+		if data[name] != nil && data[name] != subject {
+			t.Errorf("%s about %s: data %s", eventType, subject, q.Body)
 		}
 	}
 	return data
@@ -160,26 +163,30 @@ func TestOperationalEventsOccur(t *testing.T) {
 	x.Subscribe("acme", "users", left.URL, func(sub *grapnelv1.Subscription) { sub.EventTypes = []string{"user.*"} })
 	x.Publish("acme", "gone", "user.created", nil)
 
+	const orders = "namespaces/acme/subscriptions/orders"
 	for i := range 25 {
 		x.Publish("acme", fmt.Sprint("o-", i), "order.created", []byte(`{"secret":"of a tenant"}`))
 	}
-	if got := await(t, x.ops, "grapnel.subscription.failing"); got["reason"] != "breaker open" || got["last_outcome"] != "RETRYABLE" || got["last_response_code"] != 500.0 {
+	if got := await(t, x.ops, "grapnel.subscription.failing", orders); got["reason"] != "breaker open" || got["last_outcome"] != "RETRYABLE" || got["last_response_code"] != 500.0 {
 		t.Errorf("failing: %v", got)
 	}
 	answer.Store(204)
-	ended := await(t, x.ops, "grapnel.delivery.exhausted")
+	ended := await(t, x.ops, "grapnel.delivery.exhausted", orders)
 	first := ended["deliveries"].([]any)[0].(map[string]any)
+	servertest.Await(t, "all to end", func() bool {
+		return len(x.Deliveries("acme", "subscription = orders AND (state = EXHAUSTED OR state = SUCCEEDED)")) == 25
+	})
 	lost := x.Deliveries("acme", "state = EXHAUSTED AND subscription = orders")
 	if !slices.ContainsFunc(lost, func(d *grapnelv1.Delivery) bool { return d.GetName() == first["delivery"] }) || first["reason"] != "all 1 attempts failed" {
 		t.Errorf("exhausted: %v", ended)
 	}
 
 	x.run("again", &grapnelv1.ReplayJob{Subscription: "namespaces/acme/subscriptions/orders", MaxRate: 1000})
-	if got := await(t, x.ops, "grapnel.replay.done"); got["state"] != "SUCCEEDED" || got["created_count"] != float64(len(lost)) {
+	if got := await(t, x.ops, "grapnel.replay.done", "namespaces/acme/replayJobs/again"); got["state"] != "SUCCEEDED" || got["created_count"] != float64(len(lost)) {
 		t.Errorf("replay of %d: %v", len(lost), got)
 	}
 
-	if got := await(t, x.ops, "grapnel.subscription.disabled"); got["reason"] != "the target answered 410 Gone" {
+	if got := await(t, x.ops, "grapnel.subscription.disabled", "namespaces/acme/subscriptions/users"); got["reason"] != "the target answered 410 Gone" {
 		t.Errorf("disabled: %v", got)
 	}
 
@@ -188,7 +195,7 @@ func TestOperationalEventsOccur(t *testing.T) {
 	}); err != nil {
 		t.Fatal(err)
 	}
-	if got := await(t, x.ops, "grapnel.secret.expiring"); got["version"] != 1.0 {
+	if got := await(t, x.ops, "grapnel.secret.expiring", "namespaces/acme/secrets/key"); got["version"] != 1.0 {
 		t.Errorf("secret: %v", got)
 	}
 
@@ -198,18 +205,18 @@ func TestOperationalEventsOccur(t *testing.T) {
 		t.Fatal(err)
 	}
 	x.Subscribe("acme", "fifth", x.all.URL, func(sub *grapnelv1.Subscription) { sub.EventTypes = []string{"none"} })
-	if got := await(t, x.ops, "grapnel.quota.near"); got["quota"] != "max_subscriptions" || got["used"] != 5.0 || got["limit"] != 6.0 {
+	if got := await(t, x.ops, "grapnel.quota.near", "namespaces/acme"); got["quota"] != "max_subscriptions" || got["used"] != 5.0 || got["limit"] != 6.0 {
 		t.Errorf("quota: %v", got)
 	}
 
-	if got := await(t, x.system, "grapnel.plugin.failed"); got["plugin"] != "plugins/broken" || got["crash_count"] != 5.0 || !strings.Contains(got["reason"].(string), "3") {
+	if got := await(t, x.system, "grapnel.plugin.failed", "plugins/broken"); got["crash_count"] != 5.0 || !strings.Contains(got["reason"].(string), "3") {
 		t.Errorf("plugin: %v", got)
 	}
-	if got := await(t, x.system, "grapnel.disk.filling"); got["node"] != "nodes/test" || got["free_bytes"].(float64) < got["min_free_bytes"].(float64) {
+	if got := await(t, x.system, "grapnel.disk.filling", "nodes/test"); got["free_bytes"].(float64) < got["min_free_bytes"].(float64) {
 		t.Errorf("disk: %v", got)
 	}
 
-	await(t, x.ops, "grapnel.subscription.recovered")
+	await(t, x.ops, "grapnel.subscription.recovered", orders)
 
 	for _, q := range x.all.Requests() {
 		if strings.HasPrefix(q.Header.Get("Ce-Type"), "grapnel.") {
