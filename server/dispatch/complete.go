@@ -61,7 +61,7 @@ func (x *entry) Complete(_ *delivery.Job, r delivery.Result) {
 	if v.Warn {
 		l.warn(x.sub)
 	}
-	l.tellHealth(x.sub, v, a, now)
+	x.tellHealth(v, a, now)
 	e.tellEnd(x.sub, &x.Job, step, now)
 	// The slot is held until then: Stop waits for it before the journal may close.
 	e.journal.Settle(&x.Job, step, a, x)

@@ -340,7 +340,7 @@ func (x *entry) completeAll(r delivery.Result) {
 	if v.Warn {
 		l.warn(x.sub)
 	}
-	l.tellHealth(x.sub, v, &lesson.Attempt, now)
+	x.tellHealth(v, &lesson.Attempt, now)
 	for i := range ends {
 		e.tellEnd(x.sub, &ends[i].x.Job, ends[i].step, now)
 		e.journal.Settle(&ends[i].x.Job, ends[i].step, &ends[i].attempt, ends[i].x)

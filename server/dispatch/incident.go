@@ -63,8 +63,9 @@ func (x *entry) quiet() bool {
 }
 
 // tellHealth tells what an attempt says of the receiver. No lock is held.
-func (l *lane) tellHealth(sub *subscription.Subscription, v health.Verdict, a *delivery.Attempt, now time.Time) {
-	if l.e.tell == nil || !v.Failing && !v.Recovered && !v.Warn {
+func (x *entry) tellHealth(v health.Verdict, a *delivery.Attempt, now time.Time) {
+	l, sub := x.lane, x.sub
+	if l.e.tell == nil || !v.Failing && !v.Recovered && (!v.Warn || x.quiet()) {
 		return
 	}
 	in := Incident{Kind: Recovered, Subscription: sub, Time: now, FailingSince: v.Since}

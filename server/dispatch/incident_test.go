@@ -66,13 +66,19 @@ func TestIncidentsAreTold(t *testing.T) {
 						time.Sleep(10 * time.Minute)
 					}
 				}
-				round("grapnel.delivery.exhausted", 3)
+				round("grapnel.delivery.exhausted", 15)
 				if got := told.lines(); got != nil {
 					t.Errorf("of operational events was told %q", got)
 				}
+				w.receiver.set(always(time.Millisecond, ok))
+				round("order.created", 3)
+				if got := told.lines(); got != nil {
+					t.Errorf("when it is well after that was told %q", got)
+				}
+				w.receiver.set(always(time.Millisecond, func() *delivery.Result { return refused(500) }))
 				round("order.created", 15)
 				want := []string{
-					"failing orders: no success for some minutes", "given up orders: all 1 attempts failed",
+					"given up orders: all 1 attempts failed", "failing orders: no success for some minutes", "given up orders: all 1 attempts failed",
 					"failing orders: no success for half of the time after which the subscription is disabled", "given up orders: all 1 attempts failed",
 				}
 				if diff := cmp.Diff(want, told.lines()); diff != "" {

@@ -88,8 +88,9 @@ type Health struct {
 	hangs bool
 	// warned: that the subscription will be disabled has been said.
 	warned bool
-	// told: of this run of failures. owed: that it is over, or one before it that was ended by no success.
-	told, owed bool
+	// told: of this run of failures. owed: that it is over, or one before it that was ended by no success. before: it began
+	// before the server's start, and whether it was told is not known.
+	told, owed, before bool
 }
 
 // Closure is what closes a lane for a time.
@@ -391,8 +392,8 @@ func (h *Health) Ended(e *End, now time.Time) Verdict {
 // recover tells that a run of failures is over which has been told, or was long enough before the server's start. What is
 // not told now, because the attempt is quiet, is told at the next success.
 func (h *Health) recover(e *End, now instant, v *Verdict) {
-	over := h.told || h.owed || h.failing != 0 && now.since(h.failing) >= failingAfter
-	h.told, h.owed = false, over && e.Quiet
+	over := h.told || h.owed || h.before && now.since(h.failing) >= failingAfter
+	h.told, h.before, h.owed = false, false, over && e.Quiet
 	if over && !e.Quiet {
 		v.Recovered, v.Since = true, h.failing.time()
 	}
@@ -484,7 +485,7 @@ func (h *Health) Unconnected() bool { return h.breaker.open() && h.breaker.why =
 // Forgive forgets since when the receiver has been failing.
 func (h *Health) Forgive() {
 	h.owed = h.owed || h.told
-	h.failing, h.warned, h.told = 0, false, false
+	h.failing, h.warned, h.told, h.before = 0, false, false, false
 }
 
 // Replaced is the Health of the receiver that takes this one's place: nothing is known of it but that it is still to be
@@ -492,7 +493,7 @@ func (h *Health) Forgive() {
 func (h *Health) Replaced() Health { return Health{owed: h.owed || h.told} }
 
 // Failed sets since when the receiver has been failing, as it was noted before the server's start.
-func (h *Health) Failed(since time.Time) { h.failing = at(since) }
+func (h *Health) Failed(since time.Time) { h.failing, h.before = at(since), !since.IsZero() }
 
 // Worthless reports whether what is known is not worth keeping.
 func (h *Health) Worthless(now time.Time) bool {
