@@ -177,7 +177,7 @@ func (s *Server) newServerHealth(publish func(bool)) *health {
 		vital{name: "disk", quiet: true, grace: -1, ail: func() string { return textOf(s.space.Err()) }},
 		vital{name: "configuration", quiet: true, grace: -1, ail: func() string { return textOf(s.etcd.Err()) }},
 		vital{name: "damaged configuration", quiet: true, grace: -1, ail: func() string {
-			if broken := append(s.registry.Broken(), s.secrets.Broken()...); len(broken) > 0 {
+			if broken := slices.Concat(s.registry.Broken(), s.secrets.Broken(), s.types.Broken()); len(broken) > 0 {
 				return fmt.Sprintf("%d values in etcd cannot be used, such as that of %s", len(broken), broken[0])
 			}
 			return ""

@@ -1,7 +1,7 @@
 // Package server wires Grapnel together: it opens the stores, starts the parts bottom-up, serves, and
 // stops them top-down. It holds no rule of the domain.
 //
-// Start: data directory → room on the disk → journal → configuration store (etcd) → secrets and subscriptions → plugin host →
+// Start: data directory → room on the disk → journal → configuration store (etcd) → secrets, subscriptions and event types → plugin host →
 // dispatch → ingest → API. What is new is made aside and renamed, each wait is bounded, and a store that is not
 // the other's is refused. Stop runs the other way, in named steps that are each bounded: health says NOT_SERVING,
 // publishes are refused, dispatch takes no new work and waits for its attempts until the grace ends,
@@ -33,6 +33,7 @@ import (
 	"github.com/grapnel/grapnel/server/delivery"
 	"github.com/grapnel/grapnel/server/dirlock"
 	"github.com/grapnel/grapnel/server/dispatch"
+	"github.com/grapnel/grapnel/server/eventtype"
 	"github.com/grapnel/grapnel/server/ingest"
 	"github.com/grapnel/grapnel/server/keyspace"
 	"github.com/grapnel/grapnel/server/notice"
@@ -57,6 +58,7 @@ type Server struct {
 	secrets  *secret.Store
 	registry *subscription.Registry
 	journal  *delivery.Journal
+	types    *eventtype.Store
 	plugins  *pluginhost.Host
 	engine   *dispatch.Engine
 	ingest   *ingest.Ingest
@@ -169,7 +171,7 @@ func (s *Server) open(ctx context.Context, closers *stack) (err error) {
 	if err := s.openConfig(ctx); err != nil {
 		return err
 	}
-	s.ingest = ingest.New(ingest.Options{Registry: s.registry, Journal: s.journal, Near: s.tellNear, Logger: o.Logger, Registerer: s.metrics})
+	s.ingest = ingest.New(ingest.Options{Registry: s.registry, Journal: s.journal, EventTypes: s.types, Near: s.tellNear, Logger: o.Logger, Registerer: s.metrics})
 	s.notices = notice.New(notice.Options{Registry: s.registry, Recorder: s.ingest, Logger: o.Logger, Registerer: s.metrics})
 	s.ending.at("read the plugin directory")
 	if s.plugins, err = s.newPlugins(ctx); err != nil {
@@ -184,7 +186,7 @@ func (s *Server) open(ctx context.Context, closers *stack) (err error) {
 		Journal: s.journal, Registry: s.registry, Select: s.selectDeliveries, Ended: s.tellReplay, Logger: o.Logger, Registerer: s.metrics,
 	})
 	s.api = api.New(api.Options{
-		Registry: s.registry, Secrets: s.secrets, Journal: s.journal, Ingest: s.ingest,
+		Registry: s.registry, Secrets: s.secrets, EventTypes: s.types, Journal: s.journal, Ingest: s.ingest,
 		Engine: engine{s.engine, s.registry}, Plugins: plugins{s.plugins}, Replays: replays{s.replays},
 		Version: o.Version, Commit: o.Commit, NodeName: o.NodeName, Address: s.public.Addr().String(),
 		ClusterID: s.journal.ID(), Partitions: s.journal.Partitions(),
@@ -367,7 +369,7 @@ func (s *Server) openConfig(ctx context.Context) error {
 		return fmt.Errorf("derive the page key: %w", err)
 	}
 	id := s.journal.ID()
-	err = step(s.log, "read secrets and subscriptions from etcd", func() (err error) {
+	err = step(s.log, "read secrets, subscriptions and event types from etcd", func() (err error) {
 		s.secrets, err = secret.Open(ctx, secret.Options{Client: s.etcd.client, Identity: id, Key: key, Expiring: s.tellExpiring, Logger: o.Logger})
 		if err != nil {
 			return fmt.Errorf("open the secrets with key file %s: %w", keyFile(o), err)
@@ -375,6 +377,12 @@ func (s *Server) openConfig(ctx context.Context) error {
 		s.registry, err = subscription.Open(ctx, subscription.Options{Client: s.etcd.client, Identity: id, Logger: o.Logger})
 		if err != nil {
 			return fmt.Errorf("open the subscriptions: %w", err)
+		}
+		s.types, err = eventtype.Open(ctx, eventtype.Options{
+			Client: s.etcd.client, Identity: id, CacheBytes: max(4<<20, int(s.memory.heap/32)), Logger: o.Logger,
+		})
+		if err != nil {
+			return fmt.Errorf("open the event types: %w", err)
 		}
 		return nil
 	})
@@ -431,6 +439,7 @@ func (s *Server) serve(ctx context.Context) error {
 	}
 	stores(s.secrets.Run, base, "secrets")
 	stores(s.registry.Run, base, "subscriptions")
+	stores(s.types.Run, base, "event types")
 	stores(s.notices.Run, base, "operational events")
 	stores(s.sweep, base, "sweep")
 	stores(s.keepMarks, base, "notes of what was acknowledged")

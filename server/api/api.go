@@ -23,6 +23,7 @@ import (
 
 	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
 	"github.com/grapnel/grapnel/server/delivery"
+	"github.com/grapnel/grapnel/server/eventtype"
 	"github.com/grapnel/grapnel/server/ingest"
 	"github.com/grapnel/grapnel/server/secret"
 	"github.com/grapnel/grapnel/server/subscription"
@@ -104,15 +105,16 @@ type Diagnostic struct {
 	Warning bool
 }
 
-// Options of a Server. Registry, Secrets, Journal, Ingest, Engine, Plugins, Replays and Logger are required.
+// Options of a Server. Registry, Secrets, EventTypes, Journal, Ingest, Engine, Plugins, Replays and Logger are required.
 type Options struct {
-	Registry *subscription.Registry
-	Secrets  *secret.Store
-	Journal  *delivery.Journal
-	Ingest   *ingest.Ingest
-	Engine   Engine
-	Plugins  Plugins
-	Replays  Replays
+	Registry   *subscription.Registry
+	Secrets    *secret.Store
+	EventTypes *eventtype.Store
+	Journal    *delivery.Journal
+	Ingest     *ingest.Ingest
+	Engine     Engine
+	Plugins    Plugins
+	Replays    Replays
 
 	Version string
 	Commit  string
@@ -245,6 +247,10 @@ type (
 		grapnelv1.UnsafeSecretServiceServer
 		*Server
 	}
+	eventTypeService struct {
+		grapnelv1.UnsafeEventTypeServiceServer
+		*Server
+	}
 	pluginService struct {
 		grapnelv1.UnsafePluginServiceServer
 		*Server
@@ -266,6 +272,7 @@ func (s *Server) Register(g *grpc.Server) {
 	grapnelv1.RegisterNamespaceServiceServer(r, namespaceService{Server: s})
 	grapnelv1.RegisterSubscriptionServiceServer(r, subscriptionService{Server: s})
 	grapnelv1.RegisterSecretServiceServer(r, secretService{Server: s})
+	grapnelv1.RegisterEventTypeServiceServer(r, eventTypeService{Server: s})
 	grapnelv1.RegisterPluginServiceServer(r, pluginService{Server: s})
 	grapnelv1.RegisterAdminServiceServer(r, adminService{Server: s})
 	healthpb.RegisterHealthServer(r, s.health)

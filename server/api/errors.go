@@ -17,6 +17,7 @@ import (
 
 	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
 	"github.com/grapnel/grapnel/server/delivery"
+	"github.com/grapnel/grapnel/server/eventtype"
 	"github.com/grapnel/grapnel/server/ingest"
 	"github.com/grapnel/grapnel/server/secret"
 	"github.com/grapnel/grapnel/server/subscription"
@@ -155,6 +156,26 @@ func invalidAnd(unwritten int, faults ...Violation) *Error {
 		e.field = bad.GetFieldViolations()[0].GetField()
 		e.metadata = map[string]string{"field": e.field}
 	}
+	return e
+}
+
+// schemaMismatch refuses an event for what its payload breaks of its type's schema. at stands before the fields of the event:
+// "event." or nothing.
+func schemaMismatch(at string, bad *eventtype.MismatchError) *Error {
+	faults := make([]Violation, len(bad.Faults))
+	for i, f := range bad.Faults {
+		faults[i] = Violation{at + bad.Field + f.Pointer, f.Description, "schema." + f.Keyword}
+	}
+	e := invalidAnd(bad.More, faults...)
+	e.reason = grapnelv1.ErrorReason_ERROR_REASON_SCHEMA_MISMATCH
+	e.metadata["eventType"], e.metadata["schemaVersion"] = bad.Type, bad.Version
+	return e
+}
+
+// unregistered refuses an event for its type; at is as for schemaMismatch.
+func unregistered(at string, bad *ingest.UnregisteredError) *Error {
+	e := invalid(Violation{at + "type", bad.Error(), "event_type.registered"})
+	e.reason = grapnelv1.ErrorReason_ERROR_REASON_EVENT_TYPE_NOT_REGISTERED
 	return e
 }
 
@@ -458,7 +479,7 @@ func fromContext(err error, _ string) *Error {
 	return nil
 }
 
-// fromStore maps the errors of subscription and secret, which share their words.
+// fromStore maps the errors of subscription, secret and eventtype, which share their words.
 func fromStore(err error, resource string) *Error {
 	if e, ok := errors.AsType[*subscription.InvalidError](err); ok {
 		faults := make([]Violation, 0, len(e.Violations))
@@ -472,6 +493,12 @@ func fromStore(err error, resource string) *Error {
 	}
 	if e, ok := errors.AsType[*subscription.QuotaError](err); ok {
 		return quota(namespaceName(e.Namespace), e.Error())
+	}
+	if e, ok := errors.AsType[*eventtype.FullError](err); ok {
+		return quota(namespaceName(e.Namespace), e.Error())
+	}
+	if e, ok := errors.AsType[*eventtype.NoSampleError](err); ok {
+		return invalidState(resource, e.Error())
 	}
 	if e, ok := errors.AsType[*subscription.InUseError](err); ok {
 		return inUse(e.Name, e.Users)
@@ -531,6 +558,12 @@ func fromIngest(err error, resource string) *Error {
 	if e, ok := errors.AsType[*ingest.FieldError](err); ok {
 		return invalid(Violation{"event." + e.Field, e.Description, e.Rule})
 	}
+	if e, ok := errors.AsType[*eventtype.MismatchError](err); ok {
+		return schemaMismatch("event.", e)
+	}
+	if e, ok := errors.AsType[*ingest.UnregisteredError](err); ok {
+		return unregistered("event.", e)
+	}
 	if e, ok := errors.AsType[*ingest.RateError](err); ok {
 		return rateLimited(namespaceName(e.Namespace), e.Error(), e.RetryAfter)
 	}
@@ -572,7 +605,11 @@ func storeUnavailable() *Error {
 
 // noun is the word for a resource, out of its name.
 func noun(name string) string {
-	if t := strings.TrimPrefix(typeOf(name), "grapnel.v1."); t != "" {
+	switch t := strings.TrimPrefix(typeOf(name), "grapnel.v1."); t {
+	case "":
+	case "EventType":
+		return "event type"
+	default:
 		return strings.ToLower(t)
 	}
 	return "resource"

@@ -168,7 +168,8 @@ func takesRoom(method string) bool {
 	switch method {
 	case grapnelv1.NamespaceService_CreateNamespace_FullMethodName, grapnelv1.NamespaceService_UpdateNamespace_FullMethodName,
 		grapnelv1.SubscriptionService_CreateSubscription_FullMethodName, grapnelv1.SubscriptionService_UpdateSubscription_FullMethodName,
-		grapnelv1.SecretService_CreateSecret_FullMethodName, grapnelv1.SecretService_RotateSecret_FullMethodName:
+		grapnelv1.SecretService_CreateSecret_FullMethodName, grapnelv1.SecretService_RotateSecret_FullMethodName,
+		grapnelv1.EventTypeService_CreateEventType_FullMethodName, grapnelv1.EventTypeService_UpdateEventType_FullMethodName:
 		return true
 	}
 	return false

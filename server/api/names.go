@@ -18,6 +18,7 @@ const (
 	collectionEvents        = "events"
 	collectionDeliveries    = "deliveries"
 	collectionReplayJobs    = "replayJobs"
+	collectionEventTypes    = "eventTypes"
 )
 
 // allNamespaces is the wildcard of parents in reading calls.
@@ -27,6 +28,7 @@ func namespaceName(ns string) string        { return "namespaces/" + ns }
 func subscriptionName(ns, id string) string { return resourceName(ns, collectionSubscriptions, id) }
 func secretName(ns, id string) string       { return resourceName(ns, collectionSecrets, id) }
 func replayJobName(ns, id string) string    { return resourceName(ns, collectionReplayJobs, id) }
+func eventTypeName(ns, id string) string    { return resourceName(ns, collectionEventTypes, escapeID(id)) }
 func eventName(ns, id string) string        { return resourceName(ns, collectionEvents, escapeID(id)) }
 func pluginName(id string) string           { return "plugins/" + id }
 func nodeName(id string) string             { return "nodes/" + id }
@@ -71,6 +73,12 @@ func parseName(field, name, collection string) (ns, id string, err error) {
 	case collectionEvents:
 		id, ok := unescapeID(parts[3])
 		if !ok {
+			return "", "", invalid(badName(field, form+", with %XX for what is not a letter, digit or one of . _ ~ -", name))
+		}
+		return parts[1], id, nil
+	case collectionEventTypes:
+		id, ok := unescapeID(parts[3])
+		if !ok || !isEventType(id) {
 			return "", "", invalid(badName(field, form+", with %XX for what is not a letter, digit or one of . _ ~ -", name))
 		}
 		return parts[1], id, nil
@@ -209,7 +217,7 @@ func isResourceName(name string) bool {
 		switch parts[2] {
 		case collectionSubscriptions, collectionSecrets, collectionDeliveries, collectionReplayJobs:
 			return isResourceID(parts[3]) || parts[2] == collectionDeliveries && isToken(parts[3])
-		case collectionEvents:
+		case collectionEvents, collectionEventTypes:
 			_, ok := unescapeID(parts[3])
 			return ok
 		}
@@ -257,6 +265,8 @@ func typeOf(name string) string {
 		return "grapnel.v1.Secret"
 	case collectionEvents:
 		return "grapnel.v1.Event"
+	case collectionEventTypes:
+		return "grapnel.v1.EventType"
 	case collectionDeliveries:
 		return "grapnel.v1.Delivery"
 	case collectionReplayJobs:

@@ -13,6 +13,7 @@ import (
 
 	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
 	"github.com/grapnel/grapnel/server/delivery"
+	"github.com/grapnel/grapnel/server/eventtype"
 	"github.com/grapnel/grapnel/server/ingest"
 )
 
@@ -166,6 +167,12 @@ func publishResult(ns string, ev *delivery.Event, r ingest.Result) *grapnelv1.Pu
 	}
 	if bad, ok := errors.AsType[*ingest.FieldError](r.Err); ok {
 		return &grapnelv1.PublishResult{Error: invalid(Violation{bad.Field, bad.Description, bad.Rule}).item()}
+	}
+	if bad, ok := errors.AsType[*eventtype.MismatchError](r.Err); ok {
+		return &grapnelv1.PublishResult{Error: schemaMismatch("", bad).item()}
+	}
+	if bad, ok := errors.AsType[*ingest.UnregisteredError](r.Err); ok {
+		return &grapnelv1.PublishResult{Error: unregistered("", bad).item()}
 	}
 	return &grapnelv1.PublishResult{Error: toStatus(r.Err, publishedName(ns, ev, r.Err)).item()}
 }

@@ -25,6 +25,7 @@ import (
 	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
 	"github.com/grapnel/grapnel/server/api"
 	"github.com/grapnel/grapnel/server/delivery"
+	"github.com/grapnel/grapnel/server/eventtype"
 	"github.com/grapnel/grapnel/server/ingest"
 	"github.com/grapnel/grapnel/server/secret"
 	"github.com/grapnel/grapnel/server/subscription"
@@ -63,6 +64,10 @@ func startWorld(t *testing.T) *world {
 	if err != nil {
 		t.Fatal(err)
 	}
+	types, err := eventtype.Open(ctx, eventtype.Options{Client: client, Logger: logger})
+	if err != nil {
+		t.Fatal(err)
+	}
 	secrets, err := secret.Open(ctx, secret.Options{Client: client, Key: bytes.Repeat([]byte{7}, 32), Logger: logger})
 	if err != nil {
 		t.Fatal(err)
@@ -75,14 +80,15 @@ func startWorld(t *testing.T) *world {
 	var running sync.WaitGroup
 	running.Go(func() { _ = registry.Run(ctx) })
 	running.Go(func() { _ = secrets.Run(ctx) })
+	running.Go(func() { _ = types.Run(ctx) })
 	t.Cleanup(func() {
 		stop()
 		running.Wait()
 		_ = journal.Close()
 	})
 	w.server = api.New(api.Options{
-		Registry: registry, Secrets: secrets, Journal: journal,
-		Ingest: ingest.New(ingest.Options{Registry: registry, Journal: journal}),
+		Registry: registry, Secrets: secrets, EventTypes: types, Journal: journal,
+		Ingest: ingest.New(ingest.Options{Registry: registry, Journal: journal, EventTypes: types}),
 		Engine: w.engine, Plugins: w.host,
 		Version: "1.2.3", Commit: "abc", NodeName: "one", Address: "127.0.0.1:7070", ClusterID: "cluster", Partitions: 16,
 		Logger: logger,

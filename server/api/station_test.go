@@ -18,6 +18,7 @@ import (
 	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
 	"github.com/grapnel/grapnel/server/api"
 	"github.com/grapnel/grapnel/server/delivery"
+	"github.com/grapnel/grapnel/server/eventtype"
 	"github.com/grapnel/grapnel/server/ingest"
 	"github.com/grapnel/grapnel/server/secret"
 	"github.com/grapnel/grapnel/server/subscription"
@@ -33,6 +34,7 @@ type station struct {
 	publish    grapnelv1.PublishServiceClient
 	events     grapnelv1.EventServiceClient
 	deliveries grapnelv1.DeliveryServiceClient
+	types      grapnelv1.EventTypeServiceClient
 	journal    *delivery.Journal
 	registry   *subscription.Registry
 	ingest     *ingest.Ingest
@@ -115,6 +117,10 @@ func startStation(t *testing.T, change ...func(*api.Options)) *station {
 	if err != nil {
 		t.Fatal(err)
 	}
+	types, err := eventtype.Open(ctx, eventtype.Options{Client: client, Logger: logger})
+	if err != nil {
+		t.Fatal(err)
+	}
 	secrets, err := secret.Open(ctx, secret.Options{Client: client, Key: bytes.Repeat([]byte{7}, 32), Logger: logger})
 	if err != nil {
 		t.Fatal(err)
@@ -128,15 +134,16 @@ func startStation(t *testing.T, change ...func(*api.Options)) *station {
 	var running sync.WaitGroup
 	running.Go(func() { _ = registry.Run(ctx) })
 	running.Go(func() { _ = secrets.Run(ctx) })
+	running.Go(func() { _ = types.Run(ctx) })
 	t.Cleanup(func() {
 		stop()
 		running.Wait()
 		_ = st.journal.Close()
 	})
 	st.hooks = &hooks{fakeEngine: w.engine, journal: st.journal, inFlight: map[delivery.ID]bool{}}
-	st.ingest = ingest.New(ingest.Options{Registry: registry, Journal: st.journal, Logger: logger, Registerer: st.metrics})
+	st.ingest = ingest.New(ingest.Options{Registry: registry, Journal: st.journal, EventTypes: types, Logger: logger, Registerer: st.metrics})
 	o := api.Options{
-		Registry: registry, Secrets: secrets, Journal: st.journal, Ingest: st.ingest, Engine: st.hooks, Plugins: w.host,
+		Registry: registry, Secrets: secrets, EventTypes: types, Journal: st.journal, Ingest: st.ingest, Engine: st.hooks, Plugins: w.host,
 		Version: "1.2.3", NodeName: "one", Logger: logger, Registerer: st.metrics,
 	}
 	for _, c := range change {
@@ -186,6 +193,7 @@ func (st *station) serve(t *testing.T) {
 	st.publish = grapnelv1.NewPublishServiceClient(st.conn)
 	st.events = grapnelv1.NewEventServiceClient(st.conn)
 	st.deliveries = grapnelv1.NewDeliveryServiceClient(st.conn)
+	st.types = grapnelv1.NewEventTypeServiceClient(st.conn)
 }
 
 // takeJobs returns the deliveries that the journal has handed out so far, when there are n of them.

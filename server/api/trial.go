@@ -40,8 +40,11 @@ func (s subscriptionService) TestSubscription(ctx context.Context, r *grapnelv1.
 		return nil, invalidState(clusterName, "all dispatch is paused ("+d.Reason+"), and a test is an attempt; ResumeDispatch ends that")
 	}
 	event, err := testEvent(sub, r.GetEvent(), time.Now())
+	if err == nil && r.GetEvent().GetType() != "" && r.GetEvent().GetPayload() == nil {
+		err = s.fill(ctx, sub.Namespace, event, r.GetEvent().GetDataContentType() == "")
+	}
 	if err != nil {
-		return nil, err
+		return nil, toStatus(err, r.GetName())
 	}
 	attempt, err := s.Engine.Test(ctx, sub, event)
 	switch {
@@ -53,6 +56,22 @@ func (s subscriptionService) TestSubscription(ctx context.Context, r *grapnelv1.
 		return nil, toStatus(err, r.GetName())
 	}
 	return &grapnelv1.TestSubscriptionResponse{Attempt: s.attemptProto(&attempt, true)}, nil
+}
+
+// fill gives an event without a payload a sample of its type, where that is registered, and if it is untyped the content
+// type of one.
+func (s subscriptionService) fill(ctx context.Context, ns string, event *delivery.Event, untyped bool) (err error) {
+	t := s.EventTypes.In(ns).Get(event.Type)
+	if t == nil || t.Proto.GetExample() == "" && len(t.Proto.GetSchemas()) == 0 {
+		return nil
+	}
+	if event.Payload, _, err = t.Sample(ctx, event.Schema); err != nil {
+		return err
+	}
+	if untyped {
+		event.ContentType = "application/json"
+	}
+	return nil
 }
 
 // testEvent makes the event of a test: what the caller brings, or a sample. It is never stored, so nothing

@@ -28,6 +28,15 @@ type FieldError struct {
 
 func (e *FieldError) Error() string { return e.Field + ": " + e.Description }
 
+// UnregisteredError means that the namespace wants types of events registered, and this one is not.
+type UnregisteredError struct {
+	Namespace string
+}
+
+func (e *UnregisteredError) Error() string {
+	return "is not registered, which namespace " + e.Namespace + " wants of types (require_event_types): see EventTypeService.CreateEventType"
+}
+
 // RateError means that the namespace publishes faster than its quota.
 type RateError struct {
 	Namespace string

@@ -1,5 +1,5 @@
-// Package ingest owns what "accepted" means: an event is accepted when its namespace exists, its limits
-// allow it, it has been matched against the subscriptions of one snapshot, and the journal has stored it
+// Package ingest owns what "accepted" means: an event is accepted when its namespace exists, its limits and
+// the schema of its type allow it, it has been matched against the subscriptions of one snapshot, and the journal has stored it
 // with all its deliveries. Publishing, and whatever else makes events, goes through it.
 //
 // It keeps nothing on disk itself: rates are counted in memory and begin anew with the process.
@@ -7,6 +7,7 @@ package ingest
 
 import (
 	"context"
+	"errors"
 	"log/slog"
 	"sync/atomic"
 	"time"
@@ -16,6 +17,7 @@ import (
 
 	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
 	"github.com/grapnel/grapnel/server/delivery"
+	"github.com/grapnel/grapnel/server/eventtype"
 	"github.com/grapnel/grapnel/server/subscription"
 )
 
@@ -32,6 +34,14 @@ type Registry interface {
 	Snapshot() *subscription.Snapshot
 }
 
+// EventTypes is what ingest needs of *eventtype.Store.
+type EventTypes interface {
+	// In returns what a namespace has registered, nil when nothing; it is called once per Publish and must be cheap.
+	In(namespace string) *eventtype.Catalog
+	// Damaged reports whether a type is registered in a way that cannot be read. It is asked only about what In does not show.
+	Damaged(namespace, id string) bool
+}
+
 // Options of an Ingest. Registry and Journal are required.
 type Options struct {
 	Registry Registry
@@ -39,6 +49,8 @@ type Options struct {
 	// Near is told that a namespace is near a quota, or at it, about once an hour for each of them while it is. It must not
 	// block. Nil is told nothing.
 	Near func(Near)
+	// EventTypes are what payloads are checked against; nil checks nothing.
+	EventTypes EventTypes
 	// Logger gets a line per refused event at Debug; nil discards.
 	Logger *slog.Logger
 	// Registerer takes the metrics; nil keeps none.
@@ -70,6 +82,7 @@ type Ingest struct {
 	registry Registry
 	journal  Journal
 	tellNear func(Near)
+	types    EventTypes
 	log      *slog.Logger
 	metrics  metrics
 	draining atomic.Bool
@@ -88,6 +101,7 @@ func New(o Options) *Ingest {
 		registry: o.Registry,
 		journal:  o.Journal,
 		tellNear: o.Near,
+		types:    o.EventTypes,
 		log:      o.Logger.With("component", "ingest"),
 		metrics:  newMetrics(o.Registerer),
 	}
@@ -132,10 +146,10 @@ func (i *Ingest) counted(t *tallies, namespace string, window time.Duration) int
 // Publish accepts or refuses each event on its own; results[k] answers events[k]. It returns when the
 // accepted ones are durable. The events become the journal's: the caller must not change them or their
 // payloads any more. Events whose ID is empty get a new one. Errors of a Result: those of this package,
-// delivery.ErrEventConflict, ErrDiskFull, ErrClosed, or the context's.
+// *eventtype.MismatchError, delivery.ErrEventConflict, ErrDiskFull, ErrClosed, or the context's.
 func (i *Ingest) Publish(ctx context.Context, namespace string, events []*delivery.Event) []Result {
 	results := make([]Result, len(events))
-	ns, admitted := i.admit(namespace, events, results)
+	ns, admitted := i.admit(ctx, namespace, events, results)
 	if len(admitted) > 0 {
 		i.store(ctx, ns, admitted, results)
 	}
@@ -162,7 +176,7 @@ func (i *Ingest) logRefusals(ctx context.Context, namespace string, events []*de
 }
 
 // admit refuses by setting an Err, and returns the namespace and the rest, matched.
-func (i *Ingest) admit(namespace string, events []*delivery.Event, results []Result) (*subscription.Namespace, []delivery.Publication) {
+func (i *Ingest) admit(ctx context.Context, namespace string, events []*delivery.Event, results []Result) (*subscription.Namespace, []delivery.Publication) {
 	snap := i.registry.Snapshot()
 	ns := snap.Namespace(namespace)
 	if err := i.refusal(namespace, ns); err != nil {
@@ -172,11 +186,21 @@ func (i *Ingest) admit(namespace string, events []*delivery.Event, results []Res
 		return nil, nil
 	}
 	limits := ns.Quota()
+	var types *eventtype.Catalog
+	if i.types != nil {
+		types = i.types.In(namespace)
+	}
+	registered := types != nil || ns.Proto.GetRequireEventTypes()
 	left := 0
 	for k, ev := range events {
 		if size := len(ev.Payload); size > limits.MaxEventBytes {
 			results[k].Err = tooLarge(size, limits.MaxEventBytes)
 			continue
+		}
+		if registered {
+			if results[k].Err = i.checkType(ctx, ns, types, ev); results[k].Err != nil {
+				continue
+			}
 		}
 		left++
 	}
@@ -204,6 +228,29 @@ func (i *Ingest) admit(namespace string, events []*delivery.Event, results []Res
 		admitted = append(admitted, delivery.Publication{Event: ev, Targets: targets(snap, ns, &candidate, ev, time.Time{})})
 	}
 	return ns, admitted
+}
+
+// checkType refuses an event whose type is not registered, where it should be, or whose payload the type's schema does
+// not allow, where that is enforced.
+func (i *Ingest) checkType(ctx context.Context, ns *subscription.Namespace, types *eventtype.Catalog, ev *delivery.Event) error {
+	t := types.Get(ev.Type)
+	if t == nil {
+		if ns.Proto.GetRequireEventTypes() && (i.types == nil || !i.types.Damaged(ns.ID, ev.Type)) {
+			return &UnregisteredError{Namespace: ns.ID}
+		}
+		return nil
+	}
+	err := t.Check(ctx, ev.ContentType, ev.Schema, ev.Payload)
+	if err == nil {
+		return nil
+	}
+	if _, ok := errors.AsType[*eventtype.MismatchError](err); ok {
+		i.metrics.mismatches.Inc()
+		if !t.Rejects() {
+			return nil
+		}
+	}
+	return err // who gave up waiting for the schema's turn, too
 }
 
 // refusal is the reason to take no event at all, or nil.

@@ -7,13 +7,15 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/grapnel/grapnel/server/delivery"
+	"github.com/grapnel/grapnel/server/eventtype"
 )
 
 // metrics counts outcomes. The counters are looked up once.
 type metrics struct {
 	accepted, duplicate                prometheus.Counter
 	rate, quota, size, conflict, other prometheus.Counter
-	conditions                         prometheus.Counter
+	mismatch, unregistered             prometheus.Counter
+	conditions, mismatches             prometheus.Counter
 }
 
 func newMetrics(r prometheus.Registerer) metrics {
@@ -25,10 +27,15 @@ func newMetrics(r prometheus.Registerer) metrics {
 		Name: "grapnel_condition_errors_total",
 		Help: "Conditions of subscriptions that could not be evaluated for an accepted event, which then did not match.",
 	})
+	mismatches := prometheus.NewCounter(prometheus.CounterOpts{
+		Name: "grapnel_schema_mismatches_total",
+		Help: "Events that the schema of their type does not allow, refused or, where it only warns, accepted.",
+	})
 	if r != nil {
-		r.MustRegister(events, conditions)
+		r.MustRegister(events, conditions, mismatches)
 	}
 	return metrics{
+		mismatches: mismatches,
 		conditions: conditions,
 		accepted:   events.WithLabelValues("accepted"),
 		duplicate:  events.WithLabelValues("duplicate"),
@@ -37,6 +44,9 @@ func newMetrics(r prometheus.Registerer) metrics {
 		size:       events.WithLabelValues("too_large"),
 		conflict:   events.WithLabelValues("conflict"),
 		other:      events.WithLabelValues("refused"),
+
+		mismatch:     events.WithLabelValues("schema_mismatch"),
+		unregistered: events.WithLabelValues("type_not_registered"),
 	}
 }
 
@@ -66,6 +76,12 @@ func (m *metrics) refusal(err error) prometheus.Counter {
 	}
 	if _, ok := errors.AsType[*FieldError](err); ok {
 		return m.size
+	}
+	if _, ok := errors.AsType[*eventtype.MismatchError](err); ok {
+		return m.mismatch
+	}
+	if _, ok := errors.AsType[*UnregisteredError](err); ok {
+		return m.unregistered
 	}
 	if errors.Is(err, delivery.ErrEventConflict) {
 		return m.conflict

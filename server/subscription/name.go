@@ -42,6 +42,9 @@ func splitName(name string) (ns, kind, id string, ok bool) {
 // secretKey is where package secret keeps a secret.
 func secretKey(name string) string { return "secrets/" + name }
 
+// eventTypeKey is where package eventtype keeps an event type.
+func eventTypeKey(name string) string { return "eventtypes/" + name }
+
 // refKey exists while a subscription refers to a secret.
 func refKey(secretName, subName string) string { return "refs/" + secretName + "/" + subName }
 

@@ -22,17 +22,20 @@ const (
 	maxUsers = 10
 )
 
-// CreateNamespace adds a namespace. Of n, which may be nil, only labels, quota, weight, state and state_reason count; a state
+// CreateNamespace adds a namespace. Of n, which may be nil, only labels, quota, weight, require_event_types, state and state_reason count; a state
 // that is not set is ACTIVE. It returns ErrExists as long as one of that ID is not erased.
 func (r *Registry) CreateNamespace(ctx context.Context, id string, n *grapnelv1.Namespace) (*Namespace, error) {
 	if err := checkIDs("namespace_id", id); err != nil {
 		return nil, err
 	}
 	p := &grapnelv1.Namespace{
-		Name:        namespaceName(id),
-		Labels:      n.GetLabels(),
-		Quota:       proto.CloneOf(n.GetQuota()),
-		Weight:      n.GetWeight(),
+		Name:   namespaceName(id),
+		Labels: n.GetLabels(),
+		Quota:  proto.CloneOf(n.GetQuota()),
+		Weight: n.GetWeight(),
+
+		RequireEventTypes: n.GetRequireEventTypes(),
+
 		State:       cmp.Or(n.GetState(), grapnelv1.Namespace_STATE_ACTIVE),
 		StateReason: oneLine(n.GetStateReason()),
 		CreateTime:  timestamppb.Now(),
@@ -46,7 +49,7 @@ func (r *Registry) CreateNamespace(ctx context.Context, id string, n *grapnelv1.
 	})
 }
 
-// UpdateNamespace lets mutate change labels, quota and weight of a copy; whatever else it changes is put back.
+// UpdateNamespace lets mutate change labels, quota, weight and require_event_types of a copy; whatever else it changes is put back.
 // mutate may run several times. With an etag it returns an *EtagError unless that is current.
 func (r *Registry) UpdateNamespace(ctx context.Context, id, etag string, mutate func(*grapnelv1.Namespace) error) (*Namespace, error) {
 	if err := checkIDs("namespace.name", id); err != nil {
@@ -66,6 +69,7 @@ func (r *Registry) UpdateNamespace(ctx context.Context, id, etag string, mutate 
 		}
 		p := proto.CloneOf(n.Proto)
 		p.Labels, p.Quota, p.Weight = wanted.Labels, wanted.Quota, wanted.Weight
+		p.RequireEventTypes = wanted.RequireEventTypes
 		return p, nil, nil
 	})
 }
@@ -199,7 +203,7 @@ func (r *Registry) editNamespace(ctx context.Context, id string, plan func(keysp
 	return out, nil
 }
 
-// PurgeNamespace erases a deleted namespace with all its subscriptions and secrets, in batches, and leaves a
+// PurgeNamespace erases a deleted namespace with all its subscriptions, secrets and event types, in batches, and leaves a
 // tombstone from the first of them on; it can be repeated when it failed. The caller sees to it that
 // purge_time has come and that the journal holds nothing of the namespace any more.
 func (r *Registry) PurgeNamespace(ctx context.Context, id string) error {
@@ -207,7 +211,7 @@ func (r *Registry) PurgeNamespace(ctx context.Context, id string) error {
 		return err
 	}
 	name := namespaceName(id)
-	for _, prefix := range []string{name + "/", secretKey(name + "/"), "refs/" + name + "/", requestKey(id, "")} {
+	for _, prefix := range []string{name + "/", secretKey(name + "/"), eventTypeKey(name + "/"), "refs/" + name + "/", requestKey(id, "")} {
 		if err := r.purge(ctx, name, prefix); err != nil {
 			return err
 		}

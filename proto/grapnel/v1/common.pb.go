@@ -82,6 +82,11 @@ const (
 	ErrorReason_ERROR_REASON_RESUME_TOKEN_EXPIRED ErrorReason = 26
 	// ABORTED: the caller of a watch has not read for a while. Go on from the last resume_token that was read.
 	ErrorReason_ERROR_REASON_SLOW_CONSUMER ErrorReason = 27
+	// INVALID_ARGUMENT, with BadRequest: the payload is not what the schema of its event type allows. Each field ends in the
+	// JSON Pointer (RFC 6901) to what is wrong: event.payload/items/0/sku.
+	ErrorReason_ERROR_REASON_SCHEMA_MISMATCH ErrorReason = 28
+	// INVALID_ARGUMENT, with BadRequest: the namespace wants types of events registered, and this one is not.
+	ErrorReason_ERROR_REASON_EVENT_TYPE_NOT_REGISTERED ErrorReason = 29
 )
 
 // Enum value maps for ErrorReason.
@@ -113,34 +118,38 @@ var (
 		25: "ERROR_REASON_UNREADABLE_MESSAGE",
 		26: "ERROR_REASON_RESUME_TOKEN_EXPIRED",
 		27: "ERROR_REASON_SLOW_CONSUMER",
+		28: "ERROR_REASON_SCHEMA_MISMATCH",
+		29: "ERROR_REASON_EVENT_TYPE_NOT_REGISTERED",
 	}
 	ErrorReason_value = map[string]int32{
-		"ERROR_REASON_UNSPECIFIED":          0,
-		"ERROR_REASON_INVALID_FIELD":        1,
-		"ERROR_REASON_INVALID_FILTER":       2,
-		"ERROR_REASON_INVALID_PAGE_TOKEN":   3,
-		"ERROR_REASON_RESOURCE_NOT_FOUND":   4,
-		"ERROR_REASON_RESOURCE_EXISTS":      5,
-		"ERROR_REASON_EVENT_ID_CONFLICT":    6,
-		"ERROR_REASON_ETAG_MISMATCH":        7,
-		"ERROR_REASON_RESOURCE_IN_USE":      8,
-		"ERROR_REASON_INVALID_STATE":        9,
-		"ERROR_REASON_QUOTA_EXCEEDED":       10,
-		"ERROR_REASON_RATE_LIMITED":         11,
-		"ERROR_REASON_DRAINING":             12,
-		"ERROR_REASON_STORE_UNAVAILABLE":    13,
-		"ERROR_REASON_PLUGIN_UNAVAILABLE":   14,
-		"ERROR_REASON_UNAUTHENTICATED":      17,
-		"ERROR_REASON_PERMISSION_DENIED":    18,
-		"ERROR_REASON_STORE_FULL":           19,
-		"ERROR_REASON_INTERNAL":             20,
-		"ERROR_REASON_ABANDONED":            21,
-		"ERROR_REASON_UNKNOWN_METHOD":       22,
-		"ERROR_REASON_OWNERSHIP_REFUSED":    23,
-		"ERROR_REASON_MESSAGE_TOO_LARGE":    24,
-		"ERROR_REASON_UNREADABLE_MESSAGE":   25,
-		"ERROR_REASON_RESUME_TOKEN_EXPIRED": 26,
-		"ERROR_REASON_SLOW_CONSUMER":        27,
+		"ERROR_REASON_UNSPECIFIED":               0,
+		"ERROR_REASON_INVALID_FIELD":             1,
+		"ERROR_REASON_INVALID_FILTER":            2,
+		"ERROR_REASON_INVALID_PAGE_TOKEN":        3,
+		"ERROR_REASON_RESOURCE_NOT_FOUND":        4,
+		"ERROR_REASON_RESOURCE_EXISTS":           5,
+		"ERROR_REASON_EVENT_ID_CONFLICT":         6,
+		"ERROR_REASON_ETAG_MISMATCH":             7,
+		"ERROR_REASON_RESOURCE_IN_USE":           8,
+		"ERROR_REASON_INVALID_STATE":             9,
+		"ERROR_REASON_QUOTA_EXCEEDED":            10,
+		"ERROR_REASON_RATE_LIMITED":              11,
+		"ERROR_REASON_DRAINING":                  12,
+		"ERROR_REASON_STORE_UNAVAILABLE":         13,
+		"ERROR_REASON_PLUGIN_UNAVAILABLE":        14,
+		"ERROR_REASON_UNAUTHENTICATED":           17,
+		"ERROR_REASON_PERMISSION_DENIED":         18,
+		"ERROR_REASON_STORE_FULL":                19,
+		"ERROR_REASON_INTERNAL":                  20,
+		"ERROR_REASON_ABANDONED":                 21,
+		"ERROR_REASON_UNKNOWN_METHOD":            22,
+		"ERROR_REASON_OWNERSHIP_REFUSED":         23,
+		"ERROR_REASON_MESSAGE_TOO_LARGE":         24,
+		"ERROR_REASON_UNREADABLE_MESSAGE":        25,
+		"ERROR_REASON_RESUME_TOKEN_EXPIRED":      26,
+		"ERROR_REASON_SLOW_CONSUMER":             27,
+		"ERROR_REASON_SCHEMA_MISMATCH":           28,
+		"ERROR_REASON_EVENT_TYPE_NOT_REGISTERED": 29,
 	}
 )
 
@@ -351,7 +360,7 @@ const file_grapnel_v1_common_proto_rawDesc = "" +
 	"\x05field\x18\x04 \x01(\tR\x05field\x12\x1c\n" +
 	"\tretryable\x18\x05 \x01(\bR\tretryable\x12:\n" +
 	"\vretry_delay\x18\x06 \x01(\v2\x19.google.protobuf.DurationR\n" +
-	"retryDelay*\xf1\x06\n" +
+	"retryDelay*\xbf\a\n" +
 	"\vErrorReason\x12\x1c\n" +
 	"\x18ERROR_REASON_UNSPECIFIED\x10\x00\x12\x1e\n" +
 	"\x1aERROR_REASON_INVALID_FIELD\x10\x01\x12\x1f\n" +
@@ -379,7 +388,9 @@ const file_grapnel_v1_common_proto_rawDesc = "" +
 	"\x1eERROR_REASON_MESSAGE_TOO_LARGE\x10\x18\x12#\n" +
 	"\x1fERROR_REASON_UNREADABLE_MESSAGE\x10\x19\x12%\n" +
 	"!ERROR_REASON_RESUME_TOKEN_EXPIRED\x10\x1a\x12\x1e\n" +
-	"\x1aERROR_REASON_SLOW_CONSUMER\x10\x1bB7Z5github.com/grapnel/grapnel/proto/grapnel/v1;grapnelv1b\x06proto3"
+	"\x1aERROR_REASON_SLOW_CONSUMER\x10\x1b\x12 \n" +
+	"\x1cERROR_REASON_SCHEMA_MISMATCH\x10\x1c\x12*\n" +
+	"&ERROR_REASON_EVENT_TYPE_NOT_REGISTERED\x10\x1dB7Z5github.com/grapnel/grapnel/proto/grapnel/v1;grapnelv1b\x06proto3"
 
 var (
 	file_grapnel_v1_common_proto_rawDescOnce sync.Once

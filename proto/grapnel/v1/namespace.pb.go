@@ -120,9 +120,11 @@ type Namespace struct {
 	UndeletedStateReason string `protobuf:"bytes,14,opt,name=undeleted_state_reason,json=undeletedStateReason,proto3" json:"undeleted_state_reason,omitempty"`
 	// How much the namespace gets beside others where receivers, together, want more attempts at a time than the server makes:
 	// one of weight 3 three times the time of one of weight 1, whatever their attempts take. 1 to 100; 0 means the default, 1.
-	Weight        int32 `protobuf:"varint,15,opt,name=weight,proto3" json:"weight,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	Weight int32 `protobuf:"varint,15,opt,name=weight,proto3" json:"weight,omitempty"`
+	// Events whose type is not registered as an EventType are refused: INVALID_ARGUMENT, EVENT_TYPE_NOT_REGISTERED.
+	RequireEventTypes bool `protobuf:"varint,16,opt,name=require_event_types,json=requireEventTypes,proto3" json:"require_event_types,omitempty"`
+	unknownFields     protoimpl.UnknownFields
+	sizeCache         protoimpl.SizeCache
 }
 
 func (x *Namespace) Reset() {
@@ -258,6 +260,13 @@ func (x *Namespace) GetWeight() int32 {
 		return x.Weight
 	}
 	return 0
+}
+
+func (x *Namespace) GetRequireEventTypes() bool {
+	if x != nil {
+		return x.RequireEventTypes
+	}
+	return false
 }
 
 // Quota: what is zero is not limited, but for the two fields that have a default.
@@ -1422,7 +1431,7 @@ var File_grapnel_v1_namespace_proto protoreflect.FileDescriptor
 const file_grapnel_v1_namespace_proto_rawDesc = "" +
 	"\n" +
 	"\x1agrapnel/v1/namespace.proto\x12\n" +
-	"grapnel.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xf6\x06\n" +
+	"grapnel.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xa6\a\n" +
 	"\tNamespace\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12Q\n" +
 	"\x06labels\x18\x02 \x03(\v2!.grapnel.v1.Namespace.LabelsEntryB\x16\xbaH\x13\x9a\x01\x10\x10@\"\x06r\x04\x10\x01\x18?*\x04r\x02\x18?R\x06labels\x12'\n" +
@@ -1442,7 +1451,8 @@ const file_grapnel_v1_namespace_proto_rawDesc = "" +
 	"\x0feffective_quota\x18\f \x01(\v2\x11.grapnel.v1.QuotaR\x0eeffectiveQuota\x12D\n" +
 	"\x0fundeleted_state\x18\r \x01(\x0e2\x1b.grapnel.v1.Namespace.StateR\x0eundeletedState\x124\n" +
 	"\x16undeleted_state_reason\x18\x0e \x01(\tR\x14undeletedStateReason\x12!\n" +
-	"\x06weight\x18\x0f \x01(\x05B\t\xbaH\x06\x1a\x04\x18d(\x00R\x06weight\x1a9\n" +
+	"\x06weight\x18\x0f \x01(\x05B\t\xbaH\x06\x1a\x04\x18d(\x00R\x06weight\x12.\n" +
+	"\x13require_event_types\x18\x10 \x01(\bR\x11requireEventTypes\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"i\n" +

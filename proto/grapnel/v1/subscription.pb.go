@@ -2303,7 +2303,8 @@ type TestSubscriptionRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// namespaces/{namespace}/subscriptions/{subscription}
 	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
-	// Event to send; empty sends a sample of type grapnel.test.
+	// Event to send; empty sends a sample of type grapnel.test. One with a type that is registered as an EventType, and
+	// without a payload, is sent with a sample of that type.
 	Event         *Event `protobuf:"bytes,2,opt,name=event,proto3" json:"event,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
