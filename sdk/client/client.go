@@ -121,6 +121,11 @@ func (c *Client) SecretService() grapnelv1.SecretServiceClient {
 	return grapnelv1.NewSecretServiceClient(c.control)
 }
 
+// EventTypeService returns the generated client.
+func (c *Client) EventTypeService() grapnelv1.EventTypeServiceClient {
+	return grapnelv1.NewEventTypeServiceClient(c.control)
+}
+
 // EventService returns the generated client.
 func (c *Client) EventService() grapnelv1.EventServiceClient {
 	return grapnelv1.NewEventServiceClient(c.control)

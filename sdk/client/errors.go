@@ -29,6 +29,11 @@ var (
 	ErrEtagMismatch = reasonError("ETAG_MISMATCH")
 	// ErrInvalidField: the request is wrong; Error.Violations names every field.
 	ErrInvalidField = reasonError("INVALID_FIELD")
+	// ErrSchemaMismatch: an event's payload is not what the schema of its type allows; Error.Violations names each place,
+	// with a JSON Pointer behind event.payload.
+	ErrSchemaMismatch = reasonError("SCHEMA_MISMATCH")
+	// ErrEventTypeNotRegistered: the namespace wants types of events registered.
+	ErrEventTypeNotRegistered = reasonError("EVENT_TYPE_NOT_REGISTERED")
 	// ErrInvalidFilter: a list's filter did not parse or names an unknown field.
 	ErrInvalidFilter = reasonError("INVALID_FILTER")
 	// ErrInvalidPageToken: a page token is malformed or belongs to another query.

@@ -22,7 +22,7 @@ type listSettings struct {
 }
 
 // Filter keeps what matches an expression such as `state = EXHAUSTED AND event_type = "order.*"`.
-// Subscriptions, events and deliveries have it.
+// Subscriptions, event types, events and deliveries have it.
 func Filter(expression string) ListOption {
 	return func(s *listSettings) { s.filter = expression }
 }
@@ -35,7 +35,7 @@ func PageSize(n int) ListOption {
 // ShowDeleted also lists namespaces that wait to be erased.
 func ShowDeleted() ListOption { return func(s *listSettings) { s.deleted = true } }
 
-// IncludeBodies fills bodies and headers of attempts.
+// IncludeBodies fills bodies and headers of attempts, and schemas and examples of event types.
 func IncludeBodies() ListOption { return func(s *listSettings) { s.bodies = true } }
 
 // AtSubscription keeps what is about one subscription, by its full name; empty keeps all. Explain has it.

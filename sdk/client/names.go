@@ -24,7 +24,7 @@ func resourceName(namespace, collection, id string) (string, error) {
 		return "", badName(collection, id, prefix)
 	case strings.HasPrefix(id, prefix):
 		return id, nil
-	case collection == "events": // whose IDs are their publishers' and may look like anything
+	case collection == "events", collection == "eventTypes": // whose IDs are their publishers' and may look like anything
 		return prefix + EscapeID(id), nil
 	case !strings.HasPrefix(id, namespaces):
 		return prefix + id, nil
