@@ -1132,9 +1132,9 @@ const file_grapnel_v1_event_type_proto_rawDesc = "" +
 	"\x16SampleEventTypeRequest\x12\x92\x02\n" +
 	"\x04name\x18\x01 \x01(\tB\xfd\x01\xbaH\xf9\x01\xba\x01\xf5\x01\n" +
 	"\x0fevent_type_name\x12jmust look like namespaces/NAME/eventTypes/TYPE, with %XX for what is not a letter, digit or one of . _ ~ -\x1avthis.matches('^namespaces/[a-z][a-z0-9-]{0,62}/eventTypes/([A-Za-z0-9._~-]|%[0-9A-Fa-f]{2})+$') && this.size() <= 1700R\x04name\x12\"\n" +
-	"\aversion\x18\x02 \x01(\tB\b\xbaH\x05r\x03\x18\x80\x02R\aversion\"M\n" +
-	"\x17SampleEventTypeResponse\x12\x18\n" +
-	"\apayload\x18\x01 \x01(\tR\apayload\x12\x18\n" +
+	"\aversion\x18\x02 \x01(\tB\b\xbaH\x05r\x03\x18\x80\x02R\aversion\"R\n" +
+	"\x17SampleEventTypeResponse\x12\x1d\n" +
+	"\apayload\x18\x01 \x01(\tB\x03\x80\x01\x01R\apayload\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\tR\aversion2\xc3\x04\n" +
 	"\x10EventTypeService\x12\\\n" +
 	"\x0fCreateEventType\x12\".grapnel.v1.CreateEventTypeRequest\x1a#.grapnel.v1.CreateEventTypeResponse\"\x00\x12V\n" +
