@@ -371,6 +371,14 @@ func (c *cli) showContexts(all contexts) error {
 	return w.Flush()
 }
 
+// yesOnly is empty for no, which then is not shown.
+func yesOnly(b bool) string {
+	if b {
+		return "yes"
+	}
+	return ""
+}
+
 func yesNo(b bool) string {
 	if b {
 		return "yes"

@@ -48,6 +48,11 @@ func scripts(dir string) testscript.Params {
 			env.Values[stateKey{}] = &scriptState{}
 			env.Setenv("GRAPNEL_ADDR", "127.0.0.1:1") // nothing there, unless the script serves
 			env.Setenv("TMPDIR", filepath.Join(env.WorkDir, "tmp"))
+			files, err := filepath.Abs("testdata")
+			if err != nil {
+				return err
+			}
+			env.Setenv("FILES", files)
 			return os.Mkdir(filepath.Join(env.WorkDir, "tmp"), 0o700)
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){

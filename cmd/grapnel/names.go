@@ -8,6 +8,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
 	"github.com/grapnel/grapnel/sdk/client"
 	"github.com/grapnel/grapnel/server/delivery"
 )
@@ -23,6 +24,7 @@ const (
 	deliveries    collection = "deliveries"
 	replays       collection = "replayJobs"
 	plugins       collection = "plugins"
+	eventTypes    collection = "eventTypes"
 )
 
 // noun is what one of a collection is called.
@@ -32,6 +34,8 @@ func (of collection) noun() string {
 		return "delivery"
 	case replays:
 		return "replay job"
+	case eventTypes:
+		return "event type"
 	}
 	return strings.TrimSuffix(string(of), "s")
 }
@@ -48,7 +52,7 @@ func (c *cli) name(of collection, arg string) (string, error) {
 			return "", err
 		}
 		id := arg
-		if of == events {
+		if of == events || of == eventTypes {
 			id = client.EscapeID(arg)
 		}
 		return "namespaces/" + ns + "/" + string(of) + "/" + id, checkID("", of, arg)
@@ -66,7 +70,7 @@ func (c *cli) name(of collection, arg string) (string, error) {
 	return arg, checkID("", of, parts[3])
 }
 
-// eventID is the ID in the name of an event.
+// eventID is the ID in the name of an event or an event type.
 func eventID(name string) string {
 	escaped := lastSegment(name)
 	if id, err := url.PathUnescape(escaped); err == nil {
@@ -85,7 +89,7 @@ func checkID(flag string, of collection, id string) error {
 	switch {
 	case id == "":
 		return usagef("%s: an empty text is none", where)
-	case of == events:
+	case of == events, of == eventTypes:
 		return nil // the server knows best what publishers may choose
 	case of == deliveries:
 		if _, err := delivery.ParseID(id); err != nil {
@@ -138,6 +142,20 @@ func complete[T interface{ GetName() string }](c *cli, items func(context.Contex
 		}
 		defer func() { _ = connection.Close() }()
 		return someIDs(items(ctx, connection)), cobra.ShellCompDirectiveNoFileComp
+	}
+}
+
+// completeTypes offers registered event types.
+func completeTypes(c *cli) cobra.CompletionFunc {
+	escaped := complete(c, func(ctx context.Context, cl *client.Client) iter.Seq2[*grapnelv1.EventType, error] {
+		return cl.EventTypes(c.namespace).List(ctx)
+	})
+	return func(cmd *cobra.Command, args []string, typed string) ([]string, cobra.ShellCompDirective) {
+		ids, directive := escaped(cmd, args, typed)
+		for i, id := range ids {
+			ids[i] = eventID(id)
+		}
+		return ids, directive
 	}
 }
 

@@ -40,6 +40,7 @@ func namespaceColumns() []column[*grapnelv1.Namespace] {
 		{head: "RETENTION", value: func(n ns) string { return durationText(n.GetQuota().GetRetention()) }},
 		{head: "DEAD LETTERS", detail: true, value: func(n ns) string { return durationText(n.GetQuota().GetDeadLetterRetention()) }},
 		{head: "WEIGHT", detail: true, value: func(n ns) string { return number(cmp.Or(n.GetWeight(), 1)) }},
+		{head: "REQUIRES EVENT TYPES", detail: true, value: func(n ns) string { return yesOnly(n.GetRequireEventTypes()) }},
 		{head: "SUBSCRIPTIONS", detail: true, value: func(n ns) string { return number(n.GetUsage().GetSubscriptions()) }},
 		{head: "OPEN DELIVERIES", detail: true, value: func(n ns) string { return number(n.GetUsage().GetOpenDeliveries()) }},
 		{head: "OLDEST DUE", detail: true, value: func(n ns) string { return durationText(n.GetUsage().GetOldestDueAge()) }},
@@ -63,6 +64,7 @@ type namespaceFlags struct {
 	subscriptions, rate, bytes, openDeliveries int32
 	retention, deadLetters                     time.Duration
 	weight                                     int32
+	requireTypes                               bool
 }
 
 func (f *namespaceFlags) register(cmd *cobra.Command) {
@@ -75,6 +77,7 @@ func (f *namespaceFlags) register(cmd *cobra.Command) {
 	spanVar(flags, &f.retention, "retention", 0, 0, 0, "how long final deliveries are kept; 0 is the default, 72h")
 	spanVar(flags, &f.deadLetters, "dead-letter-retention", 0, 0, 0, "how long those without success are kept after their end; 0 is as long as --retention")
 	countVar(flags, &f.weight, "weight", 0, 0, 100, "share beside other namespaces where receivers want more attempts than the server makes at a time, 1 to 100; 0 is the default, 1")
+	flags.BoolVar(&f.requireTypes, "require-event-types", false, "refuse events whose type is not registered; see grapnel event-type")
 }
 
 // apply puts the flags that were given into n and returns the paths of what it set.
@@ -90,6 +93,10 @@ func (f *namespaceFlags) apply(cmd *cobra.Command, n *grapnelv1.Namespace) (path
 	if changed("weight") {
 		n.Weight = f.weight
 		paths = append(paths, "weight")
+	}
+	if changed("require-event-types") {
+		n.RequireEventTypes = f.requireTypes
+		paths = append(paths, "require_event_types")
 	}
 	for _, limit := range []struct {
 		flag, path string

@@ -141,7 +141,7 @@ func lastSegment(name string) string { return name[strings.LastIndexByte(name, '
 // enumText is an enum's value without its prefix, such as SUCCEEDED.
 func enumText(value fmt.Stringer) string {
 	text := value.String()
-	for _, prefix := range []string{"STATE_", "OUTCOME_", "KIND_", "HEALTH_", "ROLE_", "TRIGGER_", "VERDICT_"} {
+	for _, prefix := range []string{"STATE_", "OUTCOME_", "KIND_", "HEALTH_", "ROLE_", "TRIGGER_", "VERDICT_", "ENFORCEMENT_"} {
 		text = strings.TrimPrefix(text, prefix)
 	}
 	if text == "UNSPECIFIED" {

@@ -70,6 +70,21 @@ stderr 'event\.type: must not begin with grapnel\.'
 `)
 }
 
+// TestEventTypesPage runs the commands of docs/event-types.md as they are printed, but for their receiver.
+func TestEventTypesPage(t *testing.T) {
+	runPage(t, "event-types", 15, `receiver
+serve
+exec sh -eux page.sh
+stderr 'event\.payload/id: must be a string, not a number'
+stderr 'event\.payload/total: must be at least 0'
+stderr 'EVENT_TYPE_NOT_REGISTERED'
+stdout '^Deprecated: +yes: use order\.placed$'
+stdout '^\{"currency":"string","id":"o-1","total":0\}$'
+stdout '^namespaces/acme/eventTypes/shop\.invoice\.paid created$'
+stdout '^0 created, 0 changed, 1 unchanged, 0 not taken$'
+`)
+}
+
 // runPage runs a script in which page.sh is the commands of a page of docs, of which there are least or more. Receivers at
 // port 9001 are the script's.
 func runPage(t *testing.T, name string, least int, script string) {

@@ -43,7 +43,7 @@ error is one JSON object on standard error: {"error":{"code","reason","message",
 		}
 	}
 	add("run", newServerCommand(c), newDemoCommand(c), newReceiveCommand(c), newListenCommand(c), newBackupCommand(c), newRestoreCommand(c), newJournalCommand(c))
-	add("use", newPublishCommand(c), newNamespaceCommand(c), newSubscriptionCommand(c), newSecretCommand(c),
+	add("use", newPublishCommand(c), newNamespaceCommand(c), newSubscriptionCommand(c), newSecretCommand(c), newEventTypeCommand(c),
 		newEventCommand(c), newDeliveryCommand(c), newReplayCommand(c), newPluginCommand(c), newApplyCommand(c), newDispatchCommand(c), newContextCommand(c))
 	add("see", newStatsCommand(c), newTopCommand(c), newClusterCommand(c))
 	root.AddCommand(newVersionCommand(c), newDescriptorsCommand(c))
@@ -59,6 +59,7 @@ error is one JSON object on standard error: {"error":{"code","reason","message",
 	}
 	markRunning(c, root)
 	nameEnvironment(root)
+	completeTypeFlags(c, root)
 	return root
 }
 
@@ -75,6 +76,16 @@ func nameEnvironment(cmd *cobra.Command) {
 		for _, below := range cmd.Commands() {
 			nameEnvironment(below)
 		}
+	}
+}
+
+// completeTypeFlags has every --type of an event complete to the types that are registered.
+func completeTypeFlags(c *cli, cmd *cobra.Command) {
+	if cmd.Flags().Lookup("type") != nil {
+		must(cmd.RegisterFlagCompletionFunc("type", completeTypes(c)))
+	}
+	for _, below := range cmd.Commands() {
+		completeTypeFlags(c, below)
 	}
 }
 

@@ -454,7 +454,9 @@ func newSubscriptionTest(c *cli) *cobra.Command {
 				}
 				r.Event = &grapnelv1.Event{
 					Id: client.NewID(), Type: cmp.Or(eventType, "grapnel.test"),
-					DataContentType: cmp.Or(contentType, guessContentType(body)), Payload: &grapnelv1.Event_Data{Data: body},
+				}
+				if cmd.Flags().Changed("data") {
+					r.Event.DataContentType, r.Event.Payload = cmp.Or(contentType, guessContentType(body)), &grapnelv1.Event_Data{Data: body}
 				}
 			}
 			return c.with(cmd, func(ctx context.Context, cl *client.Client) error {
@@ -472,7 +474,7 @@ func newSubscriptionTest(c *cli) *cobra.Command {
 			})
 		},
 	}
-	cmd.Flags().StringVar(&eventType, "type", "", "type of the event to send; default grapnel.test")
+	cmd.Flags().StringVar(&eventType, "type", "", "type of the event to send; default grapnel.test. Without --data a registered type is sent as a sample")
 	cmd.Flags().StringVar(&data, "data", "", "body: text, `@file` or - for standard input")
 	cmd.Flags().StringVar(&contentType, "content-type", "", "media type of --data")
 	return cmd

@@ -34,7 +34,7 @@ type UnregisteredError struct {
 }
 
 func (e *UnregisteredError) Error() string {
-	return "is not registered, which namespace " + e.Namespace + " wants of types (require_event_types): see EventTypeService.CreateEventType"
+	return "must be an event type that is registered in namespace " + e.Namespace + " (its require_event_types)"
 }
 
 // RateError means that the namespace publishes faster than its quota.
