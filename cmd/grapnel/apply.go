@@ -26,7 +26,7 @@ const (
 	applyUnchanged = "unchanged"
 )
 
-// applied is one resource of a file, a namespace or a subscription.
+// applied is one resource of a file, a namespace, a subscription or an event type.
 type applied struct {
 	where string // file and number of the document, for errors
 	name  string
@@ -36,10 +36,11 @@ type applied struct {
 func newApplyCommand(c *cli) *cobra.Command {
 	var files []string
 	cmd := &cobra.Command{
-		Use: "apply -f FILE", Short: "Create or change namespaces and subscriptions as files say",
+		Use: "apply -f FILE", Short: "Create or change namespaces, subscriptions and event types as files say",
 		Long: `Reads resources from YAML, documents apart by ---, or from JSON, one object after another, and has the server's be as
 they say: what is absent is created, what is there gets the file's content whole. Applying the same again changes nothing.
-A resource says by its name what it is: namespaces/acme, namespaces/acme/subscriptions/orders. What get -o yaml and list
+A resource says by its name what it is: namespaces/acme, namespaces/acme/subscriptions/orders,
+namespaces/acme/eventTypes/order.created. What get -o yaml and list
 -o yaml print can be applied; what only the server says, the etag too, is left out of it. Secrets are not applied, as their
 keys have no place in such files.
 
@@ -190,10 +191,12 @@ func resourceOf(document []byte) (applied, error) {
 		a.m = &grapnelv1.Namespace{}
 	case len(parts) == 4 && parts[0] == "namespaces" && parts[2] == "subscriptions":
 		a.m = &grapnelv1.Subscription{}
+	case len(parts) == 4 && parts[0] == "namespaces" && parts[2] == "eventTypes":
+		a.m = &grapnelv1.EventType{}
 	case len(parts) == 4 && parts[0] == "namespaces" && parts[2] == "secrets":
 		return a, fmt.Errorf("%s: secrets are not applied; grapnel secret create makes one", named.Name)
 	default:
-		return a, fmt.Errorf("%q is the name of neither a namespace (namespaces/acme) nor a subscription (namespaces/acme/subscriptions/orders)", named.Name)
+		return a, fmt.Errorf("%q is the name of neither a namespace (namespaces/acme) nor a subscription (namespaces/acme/subscriptions/orders) nor an event type (namespaces/acme/eventTypes/order.created)", named.Name)
 	}
 	of := collection(parts[len(parts)-2])
 	if err := checkID("", of, parts[len(parts)-1]); err != nil {
@@ -237,6 +240,20 @@ func (a applied) apply(ctx context.Context, cl *client.Client) (result string, w
 		}
 		after, err := service.UpdateSubscription(ctx, &grapnelv1.UpdateSubscriptionRequest{Subscription: m, UpdateMask: all})
 		return difference(before.GetSubscription(), after.GetSubscription()), after.GetWarnings(), err
+	case *grapnelv1.EventType:
+		m.Etag = ""
+		service := cl.EventTypeService()
+		before, err := registeredType(ctx, cl, a.name)
+		if err != nil {
+			return "", nil, err
+		}
+		if before == nil {
+			parent, _, _ := strings.Cut(a.name, "/eventTypes/")
+			_, err := service.CreateEventType(ctx, &grapnelv1.CreateEventTypeRequest{Parent: parent, EventTypeId: eventID(a.name), EventType: m})
+			return applyCreated, nil, err
+		}
+		after, err := service.UpdateEventType(ctx, &grapnelv1.UpdateEventTypeRequest{EventType: m, UpdateMask: all})
+		return difference(before, after.GetEventType()), nil, err
 	}
 	return "", nil, fmt.Errorf("%s cannot be applied", a.name)
 }
