@@ -98,7 +98,7 @@ func (d *document) parse(text []byte, most int) error {
 func (p *parser) fault(what string) error { return &syntaxError{p.at, what} }
 
 func (p *parser) space() {
-	for p.at < len(p.text) {
+	for p.at < len(p.text) && p.text[p.at] <= ' ' {
 		switch p.text[p.at] {
 		case ' ', '\t', '\n', '\r':
 			p.at++
@@ -155,29 +155,31 @@ func (p *parser) digits() bool {
 	return p.at > from
 }
 
-func (p *parser) is(chars string) bool {
+func (p *parser) is(c byte) bool { return p.at < len(p.text) && p.text[p.at] == c }
+
+func (p *parser) isOne(chars string) bool {
 	return p.at < len(p.text) && strings.IndexByte(chars, p.text[p.at]) >= 0
 }
 
 func (p *parser) number() error {
 	i := p.add(kindNumber)
-	if p.is("-") {
+	if p.is('-') {
 		p.at++
 	}
-	zero := p.is("0")
+	zero := p.is('0')
 	from := p.at
 	if !p.digits() || zero && p.at > from+1 {
 		return p.fault("that is not a number")
 	}
-	if p.is(".") {
+	if p.is('.') {
 		p.at++
 		if !p.digits() {
 			return p.fault("that is not a number")
 		}
 	}
-	if p.is("eE") {
+	if p.isOne("eE") {
 		p.at++
-		if p.is("+-") {
+		if p.isOne("+-") {
 			p.at++
 		}
 		if !p.digits() {
@@ -194,6 +196,15 @@ func (p *parser) str() error {
 	n := &p.nodes[i]
 	ascii := true
 	for p.at < len(p.text) {
+		for p.at < len(p.text) { // most of it
+			if c := p.text[p.at]; c < ' ' || c == '"' || c == '\\' || c >= utf8.RuneSelf {
+				break
+			}
+			p.at++
+		}
+		if p.at == len(p.text) {
+			break
+		}
 		switch c := p.text[p.at]; {
 		case c == '"':
 			n.to, n.plain = uint32(p.at), ascii && !n.escaped //nolint:gosec // as in add
@@ -210,7 +221,7 @@ func (p *parser) str() error {
 		case c < ' ':
 			return p.fault("there is a control character in a string")
 		default:
-			ascii = ascii && c < utf8.RuneSelf
+			ascii = false
 			p.at++
 		}
 	}
@@ -219,12 +230,12 @@ func (p *parser) str() error {
 
 func (p *parser) escape() error {
 	p.at++
-	if !p.is(`"\/bfnrtu`) {
+	if !p.isOne(`"\/bfnrtu`) {
 		return p.fault("that is no escape")
 	}
 	if p.text[p.at] == 'u' {
 		for range 4 {
-			if p.at++; !p.is("0123456789abcdefABCDEF") {
+			if p.at++; !p.isOne("0123456789abcdefABCDEF") {
 				return p.fault("that is no escape")
 			}
 		}
@@ -257,7 +268,7 @@ func (p *parser) array() error {
 	if err != nil {
 		return err
 	}
-	if p.is("]") {
+	if p.is(']') {
 		return p.shut(i)
 	}
 	for {
@@ -267,9 +278,9 @@ func (p *parser) array() error {
 		p.nodes[i].count++
 		p.space()
 		switch {
-		case p.is("]"):
+		case p.is(']'):
 			return p.shut(i)
-		case !p.is(","):
+		case !p.is(','):
 			return p.fault("an array wants , or ]")
 		}
 		p.at++
@@ -282,17 +293,17 @@ func (p *parser) object() error {
 	if err != nil {
 		return err
 	}
-	if p.is("}") {
+	if p.is('}') {
 		return p.shut(i)
 	}
 	for {
-		if !p.is(`"`) {
+		if !p.is('"') {
 			return p.fault("an object wants a name in quotes")
 		}
 		if err := p.str(); err != nil {
 			return err
 		}
-		if p.space(); !p.is(":") {
+		if p.space(); !p.is(':') {
 			return p.fault("an object wants : behind a name")
 		}
 		p.at++
@@ -303,9 +314,9 @@ func (p *parser) object() error {
 		p.nodes[i].count++
 		p.space()
 		switch {
-		case p.is("}"):
+		case p.is('}'):
 			return p.shut(i)
-		case !p.is(","):
+		case !p.is(','):
 			return p.fault("an object wants , or }")
 		}
 		p.at++
