@@ -30,6 +30,50 @@ func TestMetricsAreDocumented(t *testing.T) {
 	}
 }
 
+// TestRulesAndDashboardAskForWhatThereIs: every metric that deploy names is one that the server has, and so is every label by
+// which it selects or groups, of those that are exported from the start.
+func TestRulesAndDashboardAskForWhatThereIs(t *testing.T) {
+	s := servertest.Start(t, servertest.Options{})
+	page, err := os.ReadFile("../docs/operations.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	labels := map[string]string{} // of each metric, as they are exported
+	for _, line := range regexp.MustCompile(`(?m)^(grapnel_\w+)(\{.*\})? `).FindAllStringSubmatch(metrics(t, s), -1) {
+		labels[line[1]] += line[2] + `,instance="x"`
+	}
+	for _, file := range []string{"../deploy/grafana/grapnel.json", "../deploy/prometheus/alerts.yml"} {
+		text, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		queries := regexp.MustCompile(`(?m)"?expr"?: (.*)$`).FindAllStringSubmatch(strings.ReplaceAll(string(text), `\"`, `"`), -1)
+		if len(queries) < 10 {
+			t.Errorf("%s has %d queries", file, len(queries))
+		}
+		for _, q := range queries {
+			names := regexp.MustCompile(`grapnel_\w+`).FindAllString(q[1], -1)
+			if len(names) == 0 {
+				t.Errorf("%s: %s asks for nothing of ours", file, q[1])
+			}
+			known := ""
+			for _, name := range names {
+				if labels[name] == "" && !strings.Contains(string(page), "`"+name+"`") {
+					t.Errorf("%s asks for %s, which there is not", file, name)
+				}
+				known += labels[name]
+			}
+			for _, by := range regexp.MustCompile(`by \(([^)]*)\)|[{,](\w+)(?:=|!=|=~)"`).FindAllStringSubmatch(q[1], -1) {
+				for _, label := range strings.FieldsFunc(by[1]+by[2], func(r rune) bool { return r == ',' || r == ' ' }) {
+					if known != "" && !strings.Contains(known, label+`="`) {
+						t.Errorf("%s: %s: none of its metrics has the label %s", file, q[1], label)
+					}
+				}
+			}
+		}
+	}
+}
+
 // metrics is what the server exports.
 func metrics(t *testing.T, s *servertest.Server) string {
 	t.Helper()

@@ -155,8 +155,8 @@ func (m *metrics) ended(s delivery.State) {
 
 // laneStates counts lanes when it is scraped.
 type laneStates struct {
-	e                              *Engine
-	lanes, breakers, limits, hosts *prometheus.Desc
+	e                                   *Engine
+	lanes, breakers, limits, hosts, due *prometheus.Desc
 }
 
 func newLaneStates(e *Engine) *laneStates {
@@ -165,6 +165,7 @@ func newLaneStates(e *Engine) *laneStates {
 		prometheus.NewDesc("grapnel_breakers", "Lanes with a breaker that is not closed, by its state.", []string{"state"}, nil),
 		prometheus.NewDesc("grapnel_limited_lanes", "Lanes that have something open and hold back from their subscription's max_in_flight for a sign of overload.", nil, nil),
 		prometheus.NewDesc("grapnel_hosts", "Hosts that lanes deliver to: up, or down for several lanes, with the breaker that they share open or half open.", []string{"state"}, nil),
+		prometheus.NewDesc("grapnel_oldest_due_age_seconds", "Age of the oldest delivery that is due and not done, of lanes that may start attempts (open) and of those that wait for their receiver (closed).", []string{"state"}, nil),
 	}
 }
 
@@ -174,12 +175,14 @@ func (s *laneStates) Describe(c chan<- *prometheus.Desc) {
 	c <- s.breakers
 	c <- s.limits
 	c <- s.hosts
+	c <- s.due
 }
 
 // Collect implements prometheus.Collector.
 func (s *laneStates) Collect(c chan<- prometheus.Metric) {
 	now := s.e.now()
 	var idle, busy, closed, open, half, limited float64
+	var late, held time.Duration
 	for _, l := range s.e.allLanes() {
 		l.mu.Lock()
 		switch {
@@ -187,8 +190,10 @@ func (s *laneStates) Collect(c chan<- prometheus.Metric) {
 			idle++
 		case l.gate(now).open():
 			busy++
+			late = max(late, l.oldestDue(now))
 		default:
 			closed++
+			held = max(held, l.oldestDue(now))
 		}
 		switch state, _, _, _ := l.health.Breaker(now); {
 		case state == health.BreakerOpen:
@@ -203,6 +208,8 @@ func (s *laneStates) Collect(c chan<- prometheus.Metric) {
 	for name, n := range map[string]float64{"idle": idle, "open": busy, "closed": closed} {
 		c <- prometheus.MustNewConstMetric(s.lanes, prometheus.GaugeValue, n, name)
 	}
+	c <- prometheus.MustNewConstMetric(s.due, prometheus.GaugeValue, late.Seconds(), "open")
+	c <- prometheus.MustNewConstMetric(s.due, prometheus.GaugeValue, held.Seconds(), "closed")
 	c <- prometheus.MustNewConstMetric(s.breakers, prometheus.GaugeValue, open, "open")
 	c <- prometheus.MustNewConstMetric(s.breakers, prometheus.GaugeValue, half, "half_open")
 	c <- prometheus.MustNewConstMetric(s.limits, prometheus.GaugeValue, limited)
