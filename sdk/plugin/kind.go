@@ -10,17 +10,28 @@ import (
 	pluginv1 "github.com/grapnel/grapnel/proto/grapnel/plugin/v1"
 )
 
-// Kind is one signer or transport that a plugin offers, made by Signer or Transport.
+// Kind is one signer, transport or transformer that a plugin offers, made by Signer, Transport or Transformer.
 type Kind struct {
 	id       string
 	options  kindOptions
-	signer   bool
+	role     role
 	schema   *schema
 	slots    []slot
 	example  []byte
 	err      error
 	assemble func(spec) (built, []Problem)
 }
+
+// role is what a kind is.
+type role uint8
+
+const (
+	transportRole role = iota
+	signerRole
+	transformerRole
+)
+
+func (r role) String() string { return [...]string{"transport", "signer", "transformer"}[r] }
 
 // spec is one instance as configured.
 type spec struct {
@@ -31,10 +42,11 @@ type spec struct {
 	shapeOnly bool
 }
 
-// built is one instance ready for use; one of the two is set.
+// built is one instance ready for use; one of the three is set.
 type built struct {
-	sign    SignFunc
-	attempt AttemptFunc
+	sign      SignFunc
+	attempt   AttemptFunc
+	transform TransformFunc
 	// emits are the headers that the config has chosen, for kinds with the option EmitsFrom.
 	emits []string
 }
@@ -107,7 +119,7 @@ func Batches() Option { return func(o *kindOptions) { o.batches = true } }
 // attempt that needs them, and given back by Target.OnClose. A fault in the declaration (a bad id, a field type that has no
 // JSON Schema) is reported by Serve.
 func Signer[C any](id string, build func(C, Target) (SignFunc, error), opts ...Option) Kind {
-	k := newKind[C](id, true, opts)
+	k := newKind[C](id, signerRole, opts)
 	check, err := checkOf[C](k.options.check)
 	k.err = errors.Join(k.err, err)
 	emits, err := emitsOf[C](k.options.emitsFrom)
@@ -131,7 +143,7 @@ func Signer[C any](id string, build func(C, Target) (SignFunc, error), opts ...O
 
 // Transport offers a transport. It is the same as Signer otherwise.
 func Transport[C any](id string, build func(C, Target) (AttemptFunc, error), opts ...Option) Kind {
-	k := newKind[C](id, false, opts)
+	k := newKind[C](id, transportRole, opts)
 	check, err := checkOf[C](k.options.check)
 	k.err = errors.Join(k.err, err)
 	schema, slots := k.schema, k.slots
@@ -146,8 +158,25 @@ func Transport[C any](id string, build func(C, Target) (AttemptFunc, error), opt
 	return k
 }
 
-func newKind[C any](id string, signer bool, opts []Option) Kind {
-	k := Kind{id: id, signer: signer}
+// Transformer offers a transformer. It is the same as Signer otherwise.
+func Transformer[C any](id string, build func(C, Target) (TransformFunc, error), opts ...Option) Kind {
+	k := newKind[C](id, transformerRole, opts)
+	check, err := checkOf[C](k.options.check)
+	k.err = errors.Join(k.err, err)
+	schema, slots := k.schema, k.slots
+	k.assemble = func(s spec) (built, []Problem) {
+		config, problems := decode[C](schema, slots, s, check)
+		if s.shapeOnly || hasErrors(problems) {
+			return built{}, problems
+		}
+		transform, err := build(config, s.target)
+		return built{transform: transform}, append(problems, buildProblem(err, transform == nil)...)
+	}
+	return k
+}
+
+func newKind[C any](id string, as role, opts []Option) Kind {
+	k := Kind{id: id, role: as}
 	for _, o := range opts {
 		o(&k.options)
 	}
@@ -259,11 +288,16 @@ func (k *Kind) describe() (*pluginv1.Kind, error) {
 			Algorithms: s.format.Algorithms, Format: s.format.Doc,
 		})
 	}
-	if k.signer {
+	switch k.role {
+	case transformerRole:
+		out.Traits = &pluginv1.Kind_Transformer{Transformer: &pluginv1.TransformerTraits{}}
+		return out, nil
+	case signerRole:
 		out.Traits = &pluginv1.Kind_Signer{Signer: &pluginv1.SignerTraits{
 			EmitsHeaders: k.options.emits, Deterministic: !k.options.random,
 		}}
 		return out, nil
+	default:
 	}
 	out.Traits = &pluginv1.Kind_Transport{Transport: &pluginv1.TransportTraits{
 		UriSchemes: k.options.schemes, MayAddHeaders: k.options.emits, MaxBodyBytes: uint32(k.options.maxBody),

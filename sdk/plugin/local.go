@@ -63,6 +63,11 @@ func (k Kind) Schemes() []string { return k.options.schemes }
 // Sign signs r. Only instances of signers do.
 func (l *Local) Sign(r *Request) error { return l.built.sign(r) }
 
+// Transform transforms e. Only instances of transformers do.
+func (l *Local) Transform(ctx context.Context, e *Event) (*Transformed, error) {
+	return l.built.transform(ctx, e)
+}
+
 // Attempt sends r. Only instances of transports do.
 func (l *Local) Attempt(ctx context.Context, r *Request) (*Response, error) {
 	return l.built.attempt(ctx, r)

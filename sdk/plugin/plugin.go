@@ -1,4 +1,4 @@
-// Package plugin is the kit that plugin authors write with: a signer or a transport is one function and
+// Package plugin is the kit that plugin authors write with: a signer, a transport or a transformer is one function and
 // one config struct, and Main makes a process of it that the Grapnel host can run.
 //
 //	func main() {
@@ -47,6 +47,7 @@ package plugin
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"strings"
 	"time"
@@ -63,6 +64,59 @@ type SignFunc func(r *Request) error
 // keep r after it returns, though strings and the body taken from r stay valid. A *Failure as error says
 // what went wrong; any other error counts as the plugin's own fault.
 type AttemptFunc func(ctx context.Context, r *Request) (*Response, error)
+
+// TransformFunc makes what requests carry out of an event, or says with Drop that nothing is to be sent. Any other error is
+// the plugin's own fault: the delivery is tried again. It runs once for each delivery, whose every attempt carries what it
+// returned. It ends when ctx does, and does no I/O: what takes longer than some milliseconds waits for its turn, so that all
+// of it together takes a quarter of the process's processors. It runs concurrently and must not keep e after it returns, though
+// strings and the data taken from e stay valid.
+type TransformFunc func(ctx context.Context, e *Event) (*Transformed, error)
+
+// Event is an event as it was published. Attributes and Data are shared and must not be changed.
+type Event struct {
+	// MessageID is the webhook-id of every request that carries the event.
+	MessageID string
+	// ID, Source, Type, Subject, Schema and Attributes are its attributes as a CloudEvent.
+	ID, Source, Type, Subject, Schema string
+	// Attributes are those beside the others.
+	Attributes map[string]string
+	// Time is when it happened, or, where the publisher did not say, when it was accepted.
+	Time time.Time
+	// ContentType is Data's; empty means JSON.
+	ContentType string
+	Data        []byte
+}
+
+// MaxTransformed is the largest body that a transformer may make.
+const MaxTransformed = 256 << 10
+
+// Transformed is what requests carry instead of an event's payload.
+type Transformed struct {
+	// Body is sent exactly as it is, MaxTransformed bytes at most.
+	Body []byte
+	// ContentType of Body; empty means application/json.
+	ContentType string
+	// Headers for the request, 32 and 8 KiB at most: not those that a subscription may not have, that a signer sets, or
+	// content-encoding.
+	Headers []Header
+}
+
+// Drop is the error of a TransformFunc that nothing is to be sent for: the delivery ends as SKIPPED. The reason is for people,
+// and holds no secret.
+func Drop(reason string) error { return &dropError{reason} }
+
+// DropReason is the reason of an error that is Drop's, or wraps one.
+func DropReason(err error) (reason string, dropped bool) {
+	var drop *dropError
+	if errors.As(err, &drop) {
+		return drop.reason, true
+	}
+	return "", false
+}
+
+type dropError struct{ reason string }
+
+func (e *dropError) Error() string { return "dropped: " + e.reason }
 
 // Header is one header field; the name is lower case.
 type Header struct {
@@ -213,6 +267,7 @@ const (
 	CodeEgress    = "egress"
 	CodeCancelled = "cancelled"
 	CodeSign      = "sign"
+	CodeTransform = "transform"
 	CodeConfig    = "config"
 	CodePanic     = "panic"
 	// CodeShortage goes with SourcePlugin and NotSent: this machine has no descriptor, socket or memory left for

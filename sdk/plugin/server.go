@@ -18,13 +18,14 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"github.com/grapnel/grapnel/internal/gate"
 	"github.com/grapnel/grapnel/internal/redact"
 	"github.com/grapnel/grapnel/internal/wire"
 	pluginv1 "github.com/grapnel/grapnel/proto/grapnel/plugin/v1"
 )
 
 const (
-	protocolMinor = 3
+	protocolMinor = 4
 	// window is how many attempts the plugin takes at once: as many as the host has slots, so that attempts that hang
 	// leave room for others.
 	window = 4096
@@ -39,6 +40,7 @@ type server struct {
 	pluginv1.UnimplementedPluginServiceServer
 	pluginv1.UnimplementedSignerServiceServer
 	pluginv1.UnimplementedTransportServiceServer
+	pluginv1.UnimplementedTransformerServiceServer
 
 	name      string
 	version   string
@@ -68,6 +70,8 @@ type server struct {
 	instances instances
 	lives     *lives
 	turns     turns
+	// long is for transformations that take long.
+	long *gate.Gate
 }
 
 // generation is the newest of an instance id, and how many of its refs are held.
@@ -85,6 +89,7 @@ type instance struct {
 	secrets [][]byte
 	life    *life
 	effort  effort // of a signer
+	strain  strain // of a transformer
 	// labels mark the goroutines that work for it.
 	labels context.Context //nolint:containedctx // pprof keeps labels in one
 	// overruns are attempts that were given up and go on all the same.
@@ -96,12 +101,12 @@ func newServer(name, version string, kinds []Kind) (*server, error) {
 		name: name, version: version, kinds: map[string]*Kind{}, newestOf: map[string]generation{},
 		logs: newLogSink(), egress: NewEgress(nil),
 		draining: make(chan struct{}), hostSeen: make(chan struct{}), hostGone: make(chan struct{}),
-		described: func() {}, turns: newTurns(),
+		described: func() {}, turns: newTurns(), long: gate.New(),
 	}
 	s.lives = newLives(func(stack []byte) { s.log().Error("panic in close", "stack", string(stack)) })
 	s.describe = &pluginv1.DescribeResponse{Name: name, Version: version, ProtocolMinor: protocolMinor}
 	var errs []error
-	signs, carries := false, false
+	roles := map[role]bool{}
 	for _, k := range kinds {
 		if k.err != nil {
 			errs = append(errs, k.err)
@@ -115,19 +120,22 @@ func newServer(name, version string, kinds []Kind) (*server, error) {
 		described, err := k.describe()
 		errs = append(errs, err)
 		s.describe.Kinds = append(s.describe.Kinds, described)
-		signs, carries = signs || k.signer, carries || !k.signer
+		roles[k.role] = true
 	}
 	if len(kinds) == 0 {
 		errs = append(errs, errors.New("a plugin offers at least one kind"))
 	}
-	if carries {
+	if roles[transportRole] {
 		s.describe.Capabilities = append(s.describe.Capabilities, "attempt.stream", "attempt.unary")
 	}
 	if slices.ContainsFunc(s.describe.Kinds, hasFormats) {
 		s.describe.Capabilities = append(s.describe.Capabilities, "secret.prepare")
 	}
-	if signs {
+	if roles[signerRole] {
 		s.describe.Capabilities = append(s.describe.Capabilities, "sign.stream")
+	}
+	if roles[transformerRole] {
+		s.describe.Capabilities = append(s.describe.Capabilities, "transform.stream")
 	}
 	return s, errors.Join(errs...)
 }
@@ -166,6 +174,7 @@ func (s *server) grpc(opts []grpc.ServerOption) *grpc.Server {
 	pluginv1.RegisterPluginServiceServer(g, s)
 	pluginv1.RegisterSignerServiceServer(g, s)
 	pluginv1.RegisterTransportServiceServer(g, s)
+	pluginv1.RegisterTransformerServiceServer(g, s)
 	return g
 }
 

@@ -21,11 +21,11 @@ import (
 // attempt, changed or not, or another with more in Request.MaxResponseBody. What it returns may be changed. A request
 // with OwnershipCheck set is base's to answer unless that is taken away.
 func Wrap[C any](id string, base Kind, build func(c C, t Target, send AttemptFunc) (AttemptFunc, error), opts ...Option) Kind {
-	k := newKind[C](id, false, opts)
+	k := newKind[C](id, transportRole, opts)
 	own, ownSlots := *k.schema, k.slots
 	k.err = errors.Join(k.err, base.err)
-	if base.signer {
-		k.err = errors.Join(k.err, fmt.Errorf("kind %q: Wrap takes a transport, and %q is a signer", id, base.id))
+	if base.role != transportRole {
+		k.err = errors.Join(k.err, fmt.Errorf("kind %q: Wrap takes a transport, and %q is a %s", id, base.id, base.role))
 	}
 	check, err := checkOf[C](k.options.check)
 	k.err = errors.Join(k.err, err)

@@ -74,6 +74,49 @@ func (c *Configured) Attempt(ctx context.Context, req plugin.Request, signers ..
 	}, nil
 }
 
+// Transform has the instance transform an event. The time it has is ctx's deadline. The error of an event that it drops is
+// plugin.Drop's, that of a transformer that could not a *plugin.Failure.
+func (c *Configured) Transform(ctx context.Context, e plugin.Event) (*plugin.Transformed, error) {
+	timeout := attemptTimeout
+	if deadline, ok := ctx.Deadline(); ok {
+		timeout = max(time.Until(deadline), time.Millisecond)
+	}
+	stream, err := pluginv1.NewTransformerServiceClient(c.h.conn).Transform(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("open transform stream: %w", err)
+	}
+	event := &pluginv1.Event{
+		MessageId: e.MessageID, Id: e.ID, Source: e.Source, Type: e.Type, Subject: e.Subject, DataSchema: e.Schema, Attributes: e.Attributes,
+		ContentType: e.ContentType, Data: e.Data,
+	}
+	if !e.Time.IsZero() {
+		event.Time = timestamppb.New(e.Time)
+	}
+	if err := stream.Send(&pluginv1.TransformRequest{
+		Events: []*pluginv1.Event{event},
+		Items:  []*pluginv1.TransformItem{{Seq: 1, InstanceRef: c.ref, TimeoutMs: uint32(timeout.Milliseconds())}},
+	}); err != nil {
+		return nil, fmt.Errorf("send: %w", err)
+	}
+	resp, err := stream.Recv()
+	if err == nil && len(resp.GetResults()) != 1 {
+		err = fmt.Errorf("%d results for one item", len(resp.GetResults()))
+	}
+	if err != nil {
+		return nil, fmt.Errorf("receive: %w", err)
+	}
+	_ = stream.CloseSend()
+	r := resp.GetResults()[0]
+	switch {
+	case r.GetDropped() != nil:
+		return nil, plugin.Drop(r.GetDropped().GetReason())
+	case r.GetTransformed() == nil:
+		return nil, failureOf(r.GetFailure(), "")
+	}
+	t := r.GetTransformed()
+	return &plugin.Transformed{Body: t.GetBody(), ContentType: t.GetContentType(), Headers: headersOf(t.GetHeaders())}, nil
+}
+
 // nonceOf is the request's, or one that is there as the host's always is, and the same in each test.
 func nonceOf(req *plugin.Request) []byte {
 	if len(req.Nonce) > 0 {

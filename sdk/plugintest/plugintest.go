@@ -40,6 +40,7 @@ const (
 // Harness serves kinds until the test ends. It is safe for concurrent use.
 type Harness struct {
 	t       testing.TB
+	conn    *grpc.ClientConn
 	plugin  pluginv1.PluginServiceClient
 	stream  attempts
 	signers signing
@@ -83,7 +84,7 @@ func New(t testing.TB, kinds ...plugin.Kind) *Harness {
 		t.Fatalf("connect: %v", err)
 	}
 	ctx, cancel := context.WithCancel(context.Background())
-	h := &Harness{t: t, plugin: pluginv1.NewPluginServiceClient(conn), kinds: map[string]*pluginv1.Kind{}}
+	h := &Harness{t: t, conn: conn, plugin: pluginv1.NewPluginServiceClient(conn), kinds: map[string]*pluginv1.Kind{}}
 	h.stream.init(ctx, pluginv1.NewTransportServiceClient(conn))
 	h.signers.init(ctx, pluginv1.NewSignerServiceClient(conn))
 	t.Cleanup(func() {

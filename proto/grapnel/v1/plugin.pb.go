@@ -35,6 +35,8 @@ const (
 	Plugin_ROLE_SIGNER Plugin_Role = 1
 	// Carries requests.
 	Plugin_ROLE_TRANSPORT Plugin_Role = 2
+	// Makes what requests carry.
+	Plugin_ROLE_TRANSFORMER Plugin_Role = 3
 )
 
 // Enum value maps for Plugin_Role.
@@ -43,11 +45,13 @@ var (
 		0: "ROLE_UNSPECIFIED",
 		1: "ROLE_SIGNER",
 		2: "ROLE_TRANSPORT",
+		3: "ROLE_TRANSFORMER",
 	}
 	Plugin_Role_value = map[string]int32{
 		"ROLE_UNSPECIFIED": 0,
 		"ROLE_SIGNER":      1,
 		"ROLE_TRANSPORT":   2,
+		"ROLE_TRANSFORMER": 3,
 	}
 )
 
@@ -847,7 +851,7 @@ var File_grapnel_v1_plugin_proto protoreflect.FileDescriptor
 const file_grapnel_v1_plugin_proto_rawDesc = "" +
 	"\n" +
 	"\x17grapnel/v1/plugin.proto\x12\n" +
-	"grapnel.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x84\x06\n" +
+	"grapnel.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x9a\x06\n" +
 	"\x06Plugin\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12-\n" +
 	"\x05roles\x18\x02 \x03(\x0e2\x17.grapnel.v1.Plugin.RoleR\x05roles\x12\x18\n" +
@@ -864,11 +868,12 @@ const file_grapnel_v1_plugin_proto_rawDesc = "" +
 	"\tinstances\x18\v \x03(\v2\x1a.grapnel.v1.PluginInstanceR\tinstances\x12\x18\n" +
 	"\abuiltin\x18\f \x01(\bR\abuiltin\x12\x1a\n" +
 	"\bprovider\x18\r \x01(\tR\bprovider\x12\x18\n" +
-	"\aheaders\x18\x0e \x03(\tR\aheaders\"A\n" +
+	"\aheaders\x18\x0e \x03(\tR\aheaders\"W\n" +
 	"\x04Role\x12\x14\n" +
 	"\x10ROLE_UNSPECIFIED\x10\x00\x12\x0f\n" +
 	"\vROLE_SIGNER\x10\x01\x12\x12\n" +
-	"\x0eROLE_TRANSPORT\x10\x02\"v\n" +
+	"\x0eROLE_TRANSPORT\x10\x02\x12\x14\n" +
+	"\x10ROLE_TRANSFORMER\x10\x03\"v\n" +
 	"\x06Health\x12\x16\n" +
 	"\x12HEALTH_UNSPECIFIED\x10\x00\x12\x12\n" +
 	"\x0eHEALTH_SERVING\x10\x01\x12\x13\n" +

@@ -439,7 +439,14 @@ type Subscription struct {
 	OnExhausted Subscription_OnExhausted `protobuf:"varint,24,opt,name=on_exhausted,json=onExhausted,proto3,enum=grapnel.v1.Subscription_OnExhausted" json:"on_exhausted,omitempty"`
 	// Several deliveries in one request; its transport must be one that takes them, as http does. Unset: each has a request
 	// of its own.
-	Batching      *Batching `protobuf:"bytes,27,opt,name=batching,proto3" json:"batching,omitempty"`
+	Batching *Batching `protobuf:"bytes,27,opt,name=batching,proto3" json:"batching,omitempty"`
+	// What makes body, content type and further headers of a request out of the event, or says that nothing is to be sent:
+	// the delivery ends then as SKIPPED, with the reason. It runs once for each delivery, and what it has made is stored
+	// before it is first sent: every attempt carries that, also after a change of the transformer, and so does every replay
+	// to this subscription. What it cannot do is tried again as the retry policy says, and never counts against the
+	// target. payload_shape.format must be RAW, payload_shape.content_type empty and batching unset. Unset: the payload is
+	// sent, in its shape.
+	Transformer   *PluginBinding `protobuf:"bytes,28,opt,name=transformer,proto3" json:"transformer,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -645,6 +652,13 @@ func (x *Subscription) GetOnExhausted() Subscription_OnExhausted {
 func (x *Subscription) GetBatching() *Batching {
 	if x != nil {
 		return x.Batching
+	}
+	return nil
+}
+
+func (x *Subscription) GetTransformer() *PluginBinding {
+	if x != nil {
+		return x.Transformer
 	}
 	return nil
 }
@@ -2359,7 +2373,9 @@ type TestSubscriptionResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// What happened, with headers and the start of the response body. A target that fails is not an
 	// error of the call: look at outcome.
-	Attempt       *Attempt `protobuf:"bytes,1,opt,name=attempt,proto3" json:"attempt,omitempty"`
+	Attempt *Attempt `protobuf:"bytes,1,opt,name=attempt,proto3" json:"attempt,omitempty"`
+	// What the subscription's transformer made of the event; unset without one, and where it failed.
+	Transformed   *TransformedEvent `protobuf:"bytes,2,opt,name=transformed,proto3" json:"transformed,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2401,6 +2417,95 @@ func (x *TestSubscriptionResponse) GetAttempt() *Attempt {
 	return nil
 }
 
+func (x *TestSubscriptionResponse) GetTransformed() *TransformedEvent {
+	if x != nil {
+		return x.Transformed
+	}
+	return nil
+}
+
+// TransformedEvent is what a transformer made of an event.
+type TransformedEvent struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// What was sent, but for compression, 256 KiB at most.
+	Body []byte `protobuf:"bytes,1,opt,name=body,proto3" json:"body,omitempty"`
+	// Its media type.
+	ContentType string `protobuf:"bytes,2,opt,name=content_type,json=contentType,proto3" json:"content_type,omitempty"`
+	// Headers that the transformer added.
+	Headers map[string]string `protobuf:"bytes,3,rep,name=headers,proto3" json:"headers,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	// True: nothing was sent, since the transformer dropped the event. There is no attempt then.
+	Dropped bool `protobuf:"varint,4,opt,name=dropped,proto3" json:"dropped,omitempty"`
+	// Why it was dropped.
+	DropReason    string `protobuf:"bytes,5,opt,name=drop_reason,json=dropReason,proto3" json:"drop_reason,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TransformedEvent) Reset() {
+	*x = TransformedEvent{}
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[26]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TransformedEvent) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TransformedEvent) ProtoMessage() {}
+
+func (x *TransformedEvent) ProtoReflect() protoreflect.Message {
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[26]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TransformedEvent.ProtoReflect.Descriptor instead.
+func (*TransformedEvent) Descriptor() ([]byte, []int) {
+	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{26}
+}
+
+func (x *TransformedEvent) GetBody() []byte {
+	if x != nil {
+		return x.Body
+	}
+	return nil
+}
+
+func (x *TransformedEvent) GetContentType() string {
+	if x != nil {
+		return x.ContentType
+	}
+	return ""
+}
+
+func (x *TransformedEvent) GetHeaders() map[string]string {
+	if x != nil {
+		return x.Headers
+	}
+	return nil
+}
+
+func (x *TransformedEvent) GetDropped() bool {
+	if x != nil {
+		return x.Dropped
+	}
+	return false
+}
+
+func (x *TransformedEvent) GetDropReason() string {
+	if x != nil {
+		return x.DropReason
+	}
+	return ""
+}
+
 // MatchSubscriptionsRequest brings an event to try.
 type MatchSubscriptionsRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -2420,7 +2525,7 @@ type MatchSubscriptionsRequest struct {
 
 func (x *MatchSubscriptionsRequest) Reset() {
 	*x = MatchSubscriptionsRequest{}
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[26]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2432,7 +2537,7 @@ func (x *MatchSubscriptionsRequest) String() string {
 func (*MatchSubscriptionsRequest) ProtoMessage() {}
 
 func (x *MatchSubscriptionsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[26]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2445,7 +2550,7 @@ func (x *MatchSubscriptionsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MatchSubscriptionsRequest.ProtoReflect.Descriptor instead.
 func (*MatchSubscriptionsRequest) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{26}
+	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *MatchSubscriptionsRequest) GetParent() string {
@@ -2496,7 +2601,7 @@ type MatchSubscriptionsResponse struct {
 
 func (x *MatchSubscriptionsResponse) Reset() {
 	*x = MatchSubscriptionsResponse{}
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[27]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2508,7 +2613,7 @@ func (x *MatchSubscriptionsResponse) String() string {
 func (*MatchSubscriptionsResponse) ProtoMessage() {}
 
 func (x *MatchSubscriptionsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_subscription_proto_msgTypes[27]
+	mi := &file_grapnel_v1_subscription_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2521,7 +2626,7 @@ func (x *MatchSubscriptionsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MatchSubscriptionsResponse.ProtoReflect.Descriptor instead.
 func (*MatchSubscriptionsResponse) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{27}
+	return file_grapnel_v1_subscription_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *MatchSubscriptionsResponse) GetMatches() []*SubscriptionMatch {
@@ -2543,7 +2648,7 @@ var File_grapnel_v1_subscription_proto protoreflect.FileDescriptor
 const file_grapnel_v1_subscription_proto_rawDesc = "" +
 	"\n" +
 	"\x1dgrapnel/v1/subscription.proto\x12\n" +
-	"grapnel.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17grapnel/v1/common.proto\x1a\x19grapnel/v1/delivery.proto\x1a\x16grapnel/v1/event.proto\"\x8e\x0f\n" +
+	"grapnel.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17grapnel/v1/common.proto\x1a\x19grapnel/v1/delivery.proto\x1a\x16grapnel/v1/event.proto\"\xcb\x0f\n" +
 	"\fSubscription\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x10\n" +
 	"\x03uid\x18\x02 \x01(\tR\x03uid\x12*\n" +
@@ -2577,7 +2682,8 @@ const file_grapnel_v1_subscription_proto_rawDesc = "" +
 	"\x11subscription_name\x121must look like namespaces/NAME/subscriptions/NAME\x1aWthis.matches('^(namespaces/[a-z][a-z0-9-]{0,62}/subscriptions/[a-z][a-z0-9-]{0,62})?$')R\n" +
 	"deadLetter\x12Q\n" +
 	"\fon_exhausted\x18\x18 \x01(\x0e2$.grapnel.v1.Subscription.OnExhaustedB\b\xbaH\x05\x82\x01\x02\x10\x01R\vonExhausted\x120\n" +
-	"\bbatching\x18\x1b \x01(\v2\x14.grapnel.v1.BatchingR\bbatching\x1a9\n" +
+	"\bbatching\x18\x1b \x01(\v2\x14.grapnel.v1.BatchingR\bbatching\x12;\n" +
+	"\vtransformer\x18\x1c \x01(\v2\x19.grapnel.v1.PluginBindingR\vtransformer\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\x1a:\n" +
@@ -2748,9 +2854,20 @@ const file_grapnel_v1_subscription_proto_rawDesc = "" +
 	"\x17TestSubscriptionRequest\x12\xb9\x01\n" +
 	"\x04name\x18\x01 \x01(\tB\xa4\x01\xbaH\xa0\x01\xba\x01\x9c\x01\n" +
 	"\x11subscription_name\x121must look like namespaces/NAME/subscriptions/NAME\x1aTthis.matches('^namespaces/[a-z][a-z0-9-]{0,62}/subscriptions/[a-z][a-z0-9-]{0,62}$')R\x04name\x12'\n" +
-	"\x05event\x18\x02 \x01(\v2\x11.grapnel.v1.EventR\x05event\"I\n" +
+	"\x05event\x18\x02 \x01(\v2\x11.grapnel.v1.EventR\x05event\"\x89\x01\n" +
 	"\x18TestSubscriptionResponse\x12-\n" +
-	"\aattempt\x18\x01 \x01(\v2\x13.grapnel.v1.AttemptR\aattempt\"\xba\x02\n" +
+	"\aattempt\x18\x01 \x01(\v2\x13.grapnel.v1.AttemptR\aattempt\x12>\n" +
+	"\vtransformed\x18\x02 \x01(\v2\x1c.grapnel.v1.TransformedEventR\vtransformed\"\x85\x02\n" +
+	"\x10TransformedEvent\x12\x12\n" +
+	"\x04body\x18\x01 \x01(\fR\x04body\x12!\n" +
+	"\fcontent_type\x18\x02 \x01(\tR\vcontentType\x12C\n" +
+	"\aheaders\x18\x03 \x03(\v2).grapnel.v1.TransformedEvent.HeadersEntryR\aheaders\x12\x18\n" +
+	"\adropped\x18\x04 \x01(\bR\adropped\x12\x1f\n" +
+	"\vdrop_reason\x18\x05 \x01(\tR\n" +
+	"dropReason\x1a:\n" +
+	"\fHeadersEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xba\x02\n" +
 	"\x19MatchSubscriptionsRequest\x12\x81\x01\n" +
 	"\x06parent\x18\x01 \x01(\tBi\xbaHf\xba\x01c\n" +
 	"\x0enamespace_name\x12\x1emust look like namespaces/NAME\x1a1this.matches('^namespaces/[a-z][a-z0-9-]{0,62}$')R\x06parent\x12/\n" +
@@ -2788,7 +2905,7 @@ func file_grapnel_v1_subscription_proto_rawDescGZIP() []byte {
 }
 
 var file_grapnel_v1_subscription_proto_enumTypes = make([]protoimpl.EnumInfo, 6)
-var file_grapnel_v1_subscription_proto_msgTypes = make([]protoimpl.MessageInfo, 30)
+var file_grapnel_v1_subscription_proto_msgTypes = make([]protoimpl.MessageInfo, 32)
 var file_grapnel_v1_subscription_proto_goTypes = []any{
 	(Subscription_State)(0),             // 0: grapnel.v1.Subscription.State
 	(Subscription_OnExhausted)(0),       // 1: grapnel.v1.Subscription.OnExhausted
@@ -2822,98 +2939,103 @@ var file_grapnel_v1_subscription_proto_goTypes = []any{
 	(*ResumeSubscriptionResponse)(nil),  // 29: grapnel.v1.ResumeSubscriptionResponse
 	(*TestSubscriptionRequest)(nil),     // 30: grapnel.v1.TestSubscriptionRequest
 	(*TestSubscriptionResponse)(nil),    // 31: grapnel.v1.TestSubscriptionResponse
-	(*MatchSubscriptionsRequest)(nil),   // 32: grapnel.v1.MatchSubscriptionsRequest
-	(*MatchSubscriptionsResponse)(nil),  // 33: grapnel.v1.MatchSubscriptionsResponse
-	nil,                                 // 34: grapnel.v1.Subscription.LabelsEntry
-	nil,                                 // 35: grapnel.v1.Subscription.HeadersEntry
-	(*PluginBinding)(nil),               // 36: grapnel.v1.PluginBinding
-	(*durationpb.Duration)(nil),         // 37: google.protobuf.Duration
-	(*timestamppb.Timestamp)(nil),       // 38: google.protobuf.Timestamp
-	(*fieldmaskpb.FieldMask)(nil),       // 39: google.protobuf.FieldMask
-	(*Event)(nil),                       // 40: grapnel.v1.Event
-	(*Attempt)(nil),                     // 41: grapnel.v1.Attempt
-	(*SubscriptionMatch)(nil),           // 42: grapnel.v1.SubscriptionMatch
+	(*TransformedEvent)(nil),            // 32: grapnel.v1.TransformedEvent
+	(*MatchSubscriptionsRequest)(nil),   // 33: grapnel.v1.MatchSubscriptionsRequest
+	(*MatchSubscriptionsResponse)(nil),  // 34: grapnel.v1.MatchSubscriptionsResponse
+	nil,                                 // 35: grapnel.v1.Subscription.LabelsEntry
+	nil,                                 // 36: grapnel.v1.Subscription.HeadersEntry
+	nil,                                 // 37: grapnel.v1.TransformedEvent.HeadersEntry
+	(*PluginBinding)(nil),               // 38: grapnel.v1.PluginBinding
+	(*durationpb.Duration)(nil),         // 39: google.protobuf.Duration
+	(*timestamppb.Timestamp)(nil),       // 40: google.protobuf.Timestamp
+	(*fieldmaskpb.FieldMask)(nil),       // 41: google.protobuf.FieldMask
+	(*Event)(nil),                       // 42: grapnel.v1.Event
+	(*Attempt)(nil),                     // 43: grapnel.v1.Attempt
+	(*SubscriptionMatch)(nil),           // 44: grapnel.v1.SubscriptionMatch
 }
 var file_grapnel_v1_subscription_proto_depIdxs = []int32{
-	34, // 0: grapnel.v1.Subscription.labels:type_name -> grapnel.v1.Subscription.LabelsEntry
-	35, // 1: grapnel.v1.Subscription.headers:type_name -> grapnel.v1.Subscription.HeadersEntry
-	36, // 2: grapnel.v1.Subscription.signers:type_name -> grapnel.v1.PluginBinding
-	36, // 3: grapnel.v1.Subscription.transport:type_name -> grapnel.v1.PluginBinding
-	37, // 4: grapnel.v1.Subscription.attempt_timeout:type_name -> google.protobuf.Duration
+	35, // 0: grapnel.v1.Subscription.labels:type_name -> grapnel.v1.Subscription.LabelsEntry
+	36, // 1: grapnel.v1.Subscription.headers:type_name -> grapnel.v1.Subscription.HeadersEntry
+	38, // 2: grapnel.v1.Subscription.signers:type_name -> grapnel.v1.PluginBinding
+	38, // 3: grapnel.v1.Subscription.transport:type_name -> grapnel.v1.PluginBinding
+	39, // 4: grapnel.v1.Subscription.attempt_timeout:type_name -> google.protobuf.Duration
 	9,  // 5: grapnel.v1.Subscription.retry_policy:type_name -> grapnel.v1.RetryPolicy
 	10, // 6: grapnel.v1.Subscription.failure_policy:type_name -> grapnel.v1.FailurePolicy
 	0,  // 7: grapnel.v1.Subscription.state:type_name -> grapnel.v1.Subscription.State
-	38, // 8: grapnel.v1.Subscription.create_time:type_name -> google.protobuf.Timestamp
-	38, // 9: grapnel.v1.Subscription.update_time:type_name -> google.protobuf.Timestamp
+	40, // 8: grapnel.v1.Subscription.create_time:type_name -> google.protobuf.Timestamp
+	40, // 9: grapnel.v1.Subscription.update_time:type_name -> google.protobuf.Timestamp
 	8,  // 10: grapnel.v1.Subscription.payload_shape:type_name -> grapnel.v1.PayloadShape
 	1,  // 11: grapnel.v1.Subscription.on_exhausted:type_name -> grapnel.v1.Subscription.OnExhausted
 	7,  // 12: grapnel.v1.Subscription.batching:type_name -> grapnel.v1.Batching
-	37, // 13: grapnel.v1.Batching.max_wait:type_name -> google.protobuf.Duration
-	2,  // 14: grapnel.v1.Batching.format:type_name -> grapnel.v1.Batching.Format
-	3,  // 15: grapnel.v1.PayloadShape.format:type_name -> grapnel.v1.PayloadShape.Format
-	4,  // 16: grapnel.v1.PayloadShape.compression:type_name -> grapnel.v1.PayloadShape.Compression
-	37, // 17: grapnel.v1.RetryPolicy.initial_backoff:type_name -> google.protobuf.Duration
-	37, // 18: grapnel.v1.RetryPolicy.max_backoff:type_name -> google.protobuf.Duration
-	37, // 19: grapnel.v1.RetryPolicy.max_age:type_name -> google.protobuf.Duration
-	37, // 20: grapnel.v1.RetryPolicy.schedule:type_name -> google.protobuf.Duration
-	37, // 21: grapnel.v1.FailurePolicy.disable_after:type_name -> google.protobuf.Duration
-	6,  // 22: grapnel.v1.CreateSubscriptionRequest.subscription:type_name -> grapnel.v1.Subscription
-	0,  // 23: grapnel.v1.CreateSubscriptionRequest.initial_state:type_name -> grapnel.v1.Subscription.State
-	6,  // 24: grapnel.v1.CreateSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
-	6,  // 25: grapnel.v1.GetSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
-	15, // 26: grapnel.v1.GetSubscriptionResponse.status:type_name -> grapnel.v1.SubscriptionStatus
-	38, // 27: grapnel.v1.SubscriptionStatus.wait_until:type_name -> google.protobuf.Timestamp
-	38, // 28: grapnel.v1.SubscriptionStatus.failing_since:type_name -> google.protobuf.Timestamp
-	38, // 29: grapnel.v1.SubscriptionStatus.last_success_time:type_name -> google.protobuf.Timestamp
-	37, // 30: grapnel.v1.SubscriptionStatus.latency:type_name -> google.protobuf.Duration
-	37, // 31: grapnel.v1.SubscriptionStatus.oldest_due_age:type_name -> google.protobuf.Duration
-	38, // 32: grapnel.v1.SubscriptionStatus.last_condition_error_time:type_name -> google.protobuf.Timestamp
-	5,  // 33: grapnel.v1.SubscriptionStatus.breaker:type_name -> grapnel.v1.SubscriptionStatus.Breaker
-	38, // 34: grapnel.v1.SubscriptionStatus.breaker_since:type_name -> google.protobuf.Timestamp
-	38, // 35: grapnel.v1.SubscriptionStatus.next_probe_time:type_name -> google.protobuf.Timestamp
-	38, // 36: grapnel.v1.SubscriptionStatus.disable_time:type_name -> google.protobuf.Timestamp
-	38, // 37: grapnel.v1.SubscriptionStatus.host_down_since:type_name -> google.protobuf.Timestamp
-	38, // 38: grapnel.v1.SubscriptionStatus.host_probe_time:type_name -> google.protobuf.Timestamp
-	6,  // 39: grapnel.v1.ListSubscriptionsResponse.subscriptions:type_name -> grapnel.v1.Subscription
-	37, // 40: grapnel.v1.WatchSubscriptionsRequest.heartbeat:type_name -> google.protobuf.Duration
-	6,  // 41: grapnel.v1.WatchSubscriptionsResponse.subscription:type_name -> grapnel.v1.Subscription
-	6,  // 42: grapnel.v1.UpdateSubscriptionRequest.subscription:type_name -> grapnel.v1.Subscription
-	39, // 43: grapnel.v1.UpdateSubscriptionRequest.update_mask:type_name -> google.protobuf.FieldMask
-	6,  // 44: grapnel.v1.UpdateSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
-	6,  // 45: grapnel.v1.PauseSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
-	6,  // 46: grapnel.v1.DisableSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
-	6,  // 47: grapnel.v1.ResumeSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
-	40, // 48: grapnel.v1.TestSubscriptionRequest.event:type_name -> grapnel.v1.Event
-	41, // 49: grapnel.v1.TestSubscriptionResponse.attempt:type_name -> grapnel.v1.Attempt
-	40, // 50: grapnel.v1.MatchSubscriptionsRequest.event:type_name -> grapnel.v1.Event
-	42, // 51: grapnel.v1.MatchSubscriptionsResponse.matches:type_name -> grapnel.v1.SubscriptionMatch
-	11, // 52: grapnel.v1.SubscriptionService.CreateSubscription:input_type -> grapnel.v1.CreateSubscriptionRequest
-	13, // 53: grapnel.v1.SubscriptionService.GetSubscription:input_type -> grapnel.v1.GetSubscriptionRequest
-	16, // 54: grapnel.v1.SubscriptionService.ListSubscriptions:input_type -> grapnel.v1.ListSubscriptionsRequest
-	18, // 55: grapnel.v1.SubscriptionService.WatchSubscriptions:input_type -> grapnel.v1.WatchSubscriptionsRequest
-	20, // 56: grapnel.v1.SubscriptionService.UpdateSubscription:input_type -> grapnel.v1.UpdateSubscriptionRequest
-	22, // 57: grapnel.v1.SubscriptionService.DeleteSubscription:input_type -> grapnel.v1.DeleteSubscriptionRequest
-	24, // 58: grapnel.v1.SubscriptionService.PauseSubscription:input_type -> grapnel.v1.PauseSubscriptionRequest
-	26, // 59: grapnel.v1.SubscriptionService.DisableSubscription:input_type -> grapnel.v1.DisableSubscriptionRequest
-	28, // 60: grapnel.v1.SubscriptionService.ResumeSubscription:input_type -> grapnel.v1.ResumeSubscriptionRequest
-	30, // 61: grapnel.v1.SubscriptionService.TestSubscription:input_type -> grapnel.v1.TestSubscriptionRequest
-	32, // 62: grapnel.v1.SubscriptionService.MatchSubscriptions:input_type -> grapnel.v1.MatchSubscriptionsRequest
-	12, // 63: grapnel.v1.SubscriptionService.CreateSubscription:output_type -> grapnel.v1.CreateSubscriptionResponse
-	14, // 64: grapnel.v1.SubscriptionService.GetSubscription:output_type -> grapnel.v1.GetSubscriptionResponse
-	17, // 65: grapnel.v1.SubscriptionService.ListSubscriptions:output_type -> grapnel.v1.ListSubscriptionsResponse
-	19, // 66: grapnel.v1.SubscriptionService.WatchSubscriptions:output_type -> grapnel.v1.WatchSubscriptionsResponse
-	21, // 67: grapnel.v1.SubscriptionService.UpdateSubscription:output_type -> grapnel.v1.UpdateSubscriptionResponse
-	23, // 68: grapnel.v1.SubscriptionService.DeleteSubscription:output_type -> grapnel.v1.DeleteSubscriptionResponse
-	25, // 69: grapnel.v1.SubscriptionService.PauseSubscription:output_type -> grapnel.v1.PauseSubscriptionResponse
-	27, // 70: grapnel.v1.SubscriptionService.DisableSubscription:output_type -> grapnel.v1.DisableSubscriptionResponse
-	29, // 71: grapnel.v1.SubscriptionService.ResumeSubscription:output_type -> grapnel.v1.ResumeSubscriptionResponse
-	31, // 72: grapnel.v1.SubscriptionService.TestSubscription:output_type -> grapnel.v1.TestSubscriptionResponse
-	33, // 73: grapnel.v1.SubscriptionService.MatchSubscriptions:output_type -> grapnel.v1.MatchSubscriptionsResponse
-	63, // [63:74] is the sub-list for method output_type
-	52, // [52:63] is the sub-list for method input_type
-	52, // [52:52] is the sub-list for extension type_name
-	52, // [52:52] is the sub-list for extension extendee
-	0,  // [0:52] is the sub-list for field type_name
+	38, // 13: grapnel.v1.Subscription.transformer:type_name -> grapnel.v1.PluginBinding
+	39, // 14: grapnel.v1.Batching.max_wait:type_name -> google.protobuf.Duration
+	2,  // 15: grapnel.v1.Batching.format:type_name -> grapnel.v1.Batching.Format
+	3,  // 16: grapnel.v1.PayloadShape.format:type_name -> grapnel.v1.PayloadShape.Format
+	4,  // 17: grapnel.v1.PayloadShape.compression:type_name -> grapnel.v1.PayloadShape.Compression
+	39, // 18: grapnel.v1.RetryPolicy.initial_backoff:type_name -> google.protobuf.Duration
+	39, // 19: grapnel.v1.RetryPolicy.max_backoff:type_name -> google.protobuf.Duration
+	39, // 20: grapnel.v1.RetryPolicy.max_age:type_name -> google.protobuf.Duration
+	39, // 21: grapnel.v1.RetryPolicy.schedule:type_name -> google.protobuf.Duration
+	39, // 22: grapnel.v1.FailurePolicy.disable_after:type_name -> google.protobuf.Duration
+	6,  // 23: grapnel.v1.CreateSubscriptionRequest.subscription:type_name -> grapnel.v1.Subscription
+	0,  // 24: grapnel.v1.CreateSubscriptionRequest.initial_state:type_name -> grapnel.v1.Subscription.State
+	6,  // 25: grapnel.v1.CreateSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
+	6,  // 26: grapnel.v1.GetSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
+	15, // 27: grapnel.v1.GetSubscriptionResponse.status:type_name -> grapnel.v1.SubscriptionStatus
+	40, // 28: grapnel.v1.SubscriptionStatus.wait_until:type_name -> google.protobuf.Timestamp
+	40, // 29: grapnel.v1.SubscriptionStatus.failing_since:type_name -> google.protobuf.Timestamp
+	40, // 30: grapnel.v1.SubscriptionStatus.last_success_time:type_name -> google.protobuf.Timestamp
+	39, // 31: grapnel.v1.SubscriptionStatus.latency:type_name -> google.protobuf.Duration
+	39, // 32: grapnel.v1.SubscriptionStatus.oldest_due_age:type_name -> google.protobuf.Duration
+	40, // 33: grapnel.v1.SubscriptionStatus.last_condition_error_time:type_name -> google.protobuf.Timestamp
+	5,  // 34: grapnel.v1.SubscriptionStatus.breaker:type_name -> grapnel.v1.SubscriptionStatus.Breaker
+	40, // 35: grapnel.v1.SubscriptionStatus.breaker_since:type_name -> google.protobuf.Timestamp
+	40, // 36: grapnel.v1.SubscriptionStatus.next_probe_time:type_name -> google.protobuf.Timestamp
+	40, // 37: grapnel.v1.SubscriptionStatus.disable_time:type_name -> google.protobuf.Timestamp
+	40, // 38: grapnel.v1.SubscriptionStatus.host_down_since:type_name -> google.protobuf.Timestamp
+	40, // 39: grapnel.v1.SubscriptionStatus.host_probe_time:type_name -> google.protobuf.Timestamp
+	6,  // 40: grapnel.v1.ListSubscriptionsResponse.subscriptions:type_name -> grapnel.v1.Subscription
+	39, // 41: grapnel.v1.WatchSubscriptionsRequest.heartbeat:type_name -> google.protobuf.Duration
+	6,  // 42: grapnel.v1.WatchSubscriptionsResponse.subscription:type_name -> grapnel.v1.Subscription
+	6,  // 43: grapnel.v1.UpdateSubscriptionRequest.subscription:type_name -> grapnel.v1.Subscription
+	41, // 44: grapnel.v1.UpdateSubscriptionRequest.update_mask:type_name -> google.protobuf.FieldMask
+	6,  // 45: grapnel.v1.UpdateSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
+	6,  // 46: grapnel.v1.PauseSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
+	6,  // 47: grapnel.v1.DisableSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
+	6,  // 48: grapnel.v1.ResumeSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
+	42, // 49: grapnel.v1.TestSubscriptionRequest.event:type_name -> grapnel.v1.Event
+	43, // 50: grapnel.v1.TestSubscriptionResponse.attempt:type_name -> grapnel.v1.Attempt
+	32, // 51: grapnel.v1.TestSubscriptionResponse.transformed:type_name -> grapnel.v1.TransformedEvent
+	37, // 52: grapnel.v1.TransformedEvent.headers:type_name -> grapnel.v1.TransformedEvent.HeadersEntry
+	42, // 53: grapnel.v1.MatchSubscriptionsRequest.event:type_name -> grapnel.v1.Event
+	44, // 54: grapnel.v1.MatchSubscriptionsResponse.matches:type_name -> grapnel.v1.SubscriptionMatch
+	11, // 55: grapnel.v1.SubscriptionService.CreateSubscription:input_type -> grapnel.v1.CreateSubscriptionRequest
+	13, // 56: grapnel.v1.SubscriptionService.GetSubscription:input_type -> grapnel.v1.GetSubscriptionRequest
+	16, // 57: grapnel.v1.SubscriptionService.ListSubscriptions:input_type -> grapnel.v1.ListSubscriptionsRequest
+	18, // 58: grapnel.v1.SubscriptionService.WatchSubscriptions:input_type -> grapnel.v1.WatchSubscriptionsRequest
+	20, // 59: grapnel.v1.SubscriptionService.UpdateSubscription:input_type -> grapnel.v1.UpdateSubscriptionRequest
+	22, // 60: grapnel.v1.SubscriptionService.DeleteSubscription:input_type -> grapnel.v1.DeleteSubscriptionRequest
+	24, // 61: grapnel.v1.SubscriptionService.PauseSubscription:input_type -> grapnel.v1.PauseSubscriptionRequest
+	26, // 62: grapnel.v1.SubscriptionService.DisableSubscription:input_type -> grapnel.v1.DisableSubscriptionRequest
+	28, // 63: grapnel.v1.SubscriptionService.ResumeSubscription:input_type -> grapnel.v1.ResumeSubscriptionRequest
+	30, // 64: grapnel.v1.SubscriptionService.TestSubscription:input_type -> grapnel.v1.TestSubscriptionRequest
+	33, // 65: grapnel.v1.SubscriptionService.MatchSubscriptions:input_type -> grapnel.v1.MatchSubscriptionsRequest
+	12, // 66: grapnel.v1.SubscriptionService.CreateSubscription:output_type -> grapnel.v1.CreateSubscriptionResponse
+	14, // 67: grapnel.v1.SubscriptionService.GetSubscription:output_type -> grapnel.v1.GetSubscriptionResponse
+	17, // 68: grapnel.v1.SubscriptionService.ListSubscriptions:output_type -> grapnel.v1.ListSubscriptionsResponse
+	19, // 69: grapnel.v1.SubscriptionService.WatchSubscriptions:output_type -> grapnel.v1.WatchSubscriptionsResponse
+	21, // 70: grapnel.v1.SubscriptionService.UpdateSubscription:output_type -> grapnel.v1.UpdateSubscriptionResponse
+	23, // 71: grapnel.v1.SubscriptionService.DeleteSubscription:output_type -> grapnel.v1.DeleteSubscriptionResponse
+	25, // 72: grapnel.v1.SubscriptionService.PauseSubscription:output_type -> grapnel.v1.PauseSubscriptionResponse
+	27, // 73: grapnel.v1.SubscriptionService.DisableSubscription:output_type -> grapnel.v1.DisableSubscriptionResponse
+	29, // 74: grapnel.v1.SubscriptionService.ResumeSubscription:output_type -> grapnel.v1.ResumeSubscriptionResponse
+	31, // 75: grapnel.v1.SubscriptionService.TestSubscription:output_type -> grapnel.v1.TestSubscriptionResponse
+	34, // 76: grapnel.v1.SubscriptionService.MatchSubscriptions:output_type -> grapnel.v1.MatchSubscriptionsResponse
+	66, // [66:77] is the sub-list for method output_type
+	55, // [55:66] is the sub-list for method input_type
+	55, // [55:55] is the sub-list for extension type_name
+	55, // [55:55] is the sub-list for extension extendee
+	0,  // [0:55] is the sub-list for field type_name
 }
 
 func init() { file_grapnel_v1_subscription_proto_init() }
@@ -2931,7 +3053,7 @@ func file_grapnel_v1_subscription_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_grapnel_v1_subscription_proto_rawDesc), len(file_grapnel_v1_subscription_proto_rawDesc)),
 			NumEnums:      6,
-			NumMessages:   30,
+			NumMessages:   32,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

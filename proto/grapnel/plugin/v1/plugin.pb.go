@@ -78,7 +78,7 @@ func (x Diagnostic_Severity) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Diagnostic_Severity.Descriptor instead.
 func (Diagnostic_Severity) EnumDescriptor() ([]byte, []int) {
-	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{6, 0}
+	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{7, 0}
 }
 
 // Source says whose fault it is.
@@ -139,7 +139,7 @@ func (x Failure_Source) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Failure_Source.Descriptor instead.
 func (Failure_Source) EnumDescriptor() ([]byte, []int) {
-	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{40, 0}
+	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{48, 0}
 }
 
 // WireState says what may have reached the receiver.
@@ -196,7 +196,7 @@ func (x Failure_WireState) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Failure_WireState.Descriptor instead.
 func (Failure_WireState) EnumDescriptor() ([]byte, []int) {
-	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{40, 1}
+	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{48, 1}
 }
 
 // DescribeRequest introduces the host.
@@ -263,7 +263,7 @@ type DescribeResponse struct {
 	Version string `protobuf:"bytes,2,opt,name=version,proto3" json:"version,omitempty"`
 	// Newest protocol minor the plugin knows.
 	ProtocolMinor uint32 `protobuf:"varint,3,opt,name=protocol_minor,json=protocolMinor,proto3" json:"protocol_minor,omitempty"`
-	// "attempt.stream", "attempt.unary", "sign.stream", "secret.prepare".
+	// "attempt.stream", "attempt.unary", "sign.stream", "transform.stream", "secret.prepare".
 	Capabilities []string `protobuf:"bytes,4,rep,name=capabilities,proto3" json:"capabilities,omitempty"`
 	// What it offers, at least one.
 	Kinds         []*Kind `protobuf:"bytes,5,rep,name=kinds,proto3" json:"kinds,omitempty"`
@@ -336,17 +336,18 @@ func (x *DescribeResponse) GetKinds() []*Kind {
 	return nil
 }
 
-// Kind is one signer or transport that a plugin offers.
+// Kind is one signer, transport or transformer that a plugin offers.
 type Kind struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// What a binding names as plugins/{id}: ^[a-z][a-z0-9-]{0,62}$.
 	Id string `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
-	// Signer or transport.
+	// Signer, transport or transformer.
 	//
 	// Types that are valid to be assigned to Traits:
 	//
 	//	*Kind_Signer
 	//	*Kind_Transport
+	//	*Kind_Transformer
 	Traits isKind_Traits `protobuf_oneof:"traits"`
 	// JSON Schema (draft 2020-12) of Instance.config_json; empty means no settings.
 	ConfigSchema string `protobuf:"bytes,4,opt,name=config_schema,json=configSchema,proto3" json:"config_schema,omitempty"`
@@ -422,6 +423,15 @@ func (x *Kind) GetTransport() *TransportTraits {
 	return nil
 }
 
+func (x *Kind) GetTransformer() *TransformerTraits {
+	if x != nil {
+		if x, ok := x.Traits.(*Kind_Transformer); ok {
+			return x.Transformer
+		}
+	}
+	return nil
+}
+
 func (x *Kind) GetConfigSchema() string {
 	if x != nil {
 		return x.ConfigSchema
@@ -464,9 +474,16 @@ type Kind_Transport struct {
 	Transport *TransportTraits `protobuf:"bytes,3,opt,name=transport,proto3,oneof"`
 }
 
+type Kind_Transformer struct {
+	// Makes what requests carry.
+	Transformer *TransformerTraits `protobuf:"bytes,8,opt,name=transformer,proto3,oneof"`
+}
+
 func (*Kind_Signer) isKind_Traits() {}
 
 func (*Kind_Transport) isKind_Traits() {}
+
+func (*Kind_Transformer) isKind_Traits() {}
 
 // SecretSlot is a secret that a kind takes.
 type SecretSlot struct {
@@ -697,6 +714,43 @@ func (x *TransportTraits) GetBatches() bool {
 	return false
 }
 
+// TransformerTraits describes a transformer.
+type TransformerTraits struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TransformerTraits) Reset() {
+	*x = TransformerTraits{}
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TransformerTraits) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TransformerTraits) ProtoMessage() {}
+
+func (x *TransformerTraits) ProtoReflect() protoreflect.Message {
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TransformerTraits.ProtoReflect.Descriptor instead.
+func (*TransformerTraits) Descriptor() ([]byte, []int) {
+	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{6}
+}
+
 // Diagnostic is one complaint about a config.
 type Diagnostic struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -715,7 +769,7 @@ type Diagnostic struct {
 
 func (x *Diagnostic) Reset() {
 	*x = Diagnostic{}
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[6]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -727,7 +781,7 @@ func (x *Diagnostic) String() string {
 func (*Diagnostic) ProtoMessage() {}
 
 func (x *Diagnostic) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[6]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -740,7 +794,7 @@ func (x *Diagnostic) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Diagnostic.ProtoReflect.Descriptor instead.
 func (*Diagnostic) Descriptor() ([]byte, []int) {
-	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{6}
+	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *Diagnostic) GetSeverity() Diagnostic_Severity {
@@ -786,7 +840,7 @@ type SecretVersion struct {
 
 func (x *SecretVersion) Reset() {
 	*x = SecretVersion{}
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[7]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -798,7 +852,7 @@ func (x *SecretVersion) String() string {
 func (*SecretVersion) ProtoMessage() {}
 
 func (x *SecretVersion) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[7]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -811,7 +865,7 @@ func (x *SecretVersion) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SecretVersion.ProtoReflect.Descriptor instead.
 func (*SecretVersion) Descriptor() ([]byte, []int) {
-	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{7}
+	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *SecretVersion) GetVersion() int32 {
@@ -846,7 +900,7 @@ type SecretVersions struct {
 
 func (x *SecretVersions) Reset() {
 	*x = SecretVersions{}
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[8]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -858,7 +912,7 @@ func (x *SecretVersions) String() string {
 func (*SecretVersions) ProtoMessage() {}
 
 func (x *SecretVersions) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[8]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -871,7 +925,7 @@ func (x *SecretVersions) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SecretVersions.ProtoReflect.Descriptor instead.
 func (*SecretVersions) Descriptor() ([]byte, []int) {
-	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{8}
+	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *SecretVersions) GetVersions() []*SecretVersion {
@@ -894,7 +948,7 @@ type Header struct {
 
 func (x *Header) Reset() {
 	*x = Header{}
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[9]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -906,7 +960,7 @@ func (x *Header) String() string {
 func (*Header) ProtoMessage() {}
 
 func (x *Header) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[9]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -919,7 +973,7 @@ func (x *Header) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Header.ProtoReflect.Descriptor instead.
 func (*Header) Descriptor() ([]byte, []int) {
-	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{9}
+	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Header) GetName() string {
@@ -952,7 +1006,7 @@ type Target struct {
 
 func (x *Target) Reset() {
 	*x = Target{}
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[10]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -964,7 +1018,7 @@ func (x *Target) String() string {
 func (*Target) ProtoMessage() {}
 
 func (x *Target) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[10]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -977,7 +1031,7 @@ func (x *Target) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Target.ProtoReflect.Descriptor instead.
 func (*Target) Descriptor() ([]byte, []int) {
-	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{10}
+	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *Target) GetMethod() string {
@@ -1028,7 +1082,7 @@ type Instance struct {
 
 func (x *Instance) Reset() {
 	*x = Instance{}
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[11]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1040,7 +1094,7 @@ func (x *Instance) String() string {
 func (*Instance) ProtoMessage() {}
 
 func (x *Instance) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[11]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1053,7 +1107,7 @@ func (x *Instance) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Instance.ProtoReflect.Descriptor instead.
 func (*Instance) Descriptor() ([]byte, []int) {
-	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{11}
+	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Instance) GetId() string {
@@ -1130,7 +1184,7 @@ type ValidateRequest struct {
 
 func (x *ValidateRequest) Reset() {
 	*x = ValidateRequest{}
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[12]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1142,7 +1196,7 @@ func (x *ValidateRequest) String() string {
 func (*ValidateRequest) ProtoMessage() {}
 
 func (x *ValidateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[12]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1155,7 +1209,7 @@ func (x *ValidateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ValidateRequest.ProtoReflect.Descriptor instead.
 func (*ValidateRequest) Descriptor() ([]byte, []int) {
-	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{12}
+	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *ValidateRequest) GetInstance() *Instance {
@@ -1179,7 +1233,7 @@ type ValidateResponse struct {
 
 func (x *ValidateResponse) Reset() {
 	*x = ValidateResponse{}
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[13]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1191,7 +1245,7 @@ func (x *ValidateResponse) String() string {
 func (*ValidateResponse) ProtoMessage() {}
 
 func (x *ValidateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[13]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1204,7 +1258,7 @@ func (x *ValidateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ValidateResponse.ProtoReflect.Descriptor instead.
 func (*ValidateResponse) Descriptor() ([]byte, []int) {
-	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{13}
+	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *ValidateResponse) GetDiagnostics() []*Diagnostic {
@@ -1238,7 +1292,7 @@ type PrepareSecretRequest struct {
 
 func (x *PrepareSecretRequest) Reset() {
 	*x = PrepareSecretRequest{}
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[14]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1250,7 +1304,7 @@ func (x *PrepareSecretRequest) String() string {
 func (*PrepareSecretRequest) ProtoMessage() {}
 
 func (x *PrepareSecretRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[14]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1263,7 +1317,7 @@ func (x *PrepareSecretRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareSecretRequest.ProtoReflect.Descriptor instead.
 func (*PrepareSecretRequest) Descriptor() ([]byte, []int) {
-	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{14}
+	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *PrepareSecretRequest) GetKind() string {
@@ -1315,7 +1369,7 @@ type PrepareSecretResponse struct {
 
 func (x *PrepareSecretResponse) Reset() {
 	*x = PrepareSecretResponse{}
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[15]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1327,7 +1381,7 @@ func (x *PrepareSecretResponse) String() string {
 func (*PrepareSecretResponse) ProtoMessage() {}
 
 func (x *PrepareSecretResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[15]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1340,7 +1394,7 @@ func (x *PrepareSecretResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareSecretResponse.ProtoReflect.Descriptor instead.
 func (*PrepareSecretResponse) Descriptor() ([]byte, []int) {
-	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{15}
+	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *PrepareSecretResponse) GetDiagnostics() []*Diagnostic {
@@ -1401,7 +1455,7 @@ type HostSettings struct {
 
 func (x *HostSettings) Reset() {
 	*x = HostSettings{}
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[16]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1413,7 +1467,7 @@ func (x *HostSettings) String() string {
 func (*HostSettings) ProtoMessage() {}
 
 func (x *HostSettings) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[16]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1426,7 +1480,7 @@ func (x *HostSettings) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HostSettings.ProtoReflect.Descriptor instead.
 func (*HostSettings) Descriptor() ([]byte, []int) {
-	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{16}
+	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *HostSettings) GetEgressAllow() []string {
@@ -1463,7 +1517,7 @@ type ConfigureRequest struct {
 
 func (x *ConfigureRequest) Reset() {
 	*x = ConfigureRequest{}
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[17]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1475,7 +1529,7 @@ func (x *ConfigureRequest) String() string {
 func (*ConfigureRequest) ProtoMessage() {}
 
 func (x *ConfigureRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[17]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1488,7 +1542,7 @@ func (x *ConfigureRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConfigureRequest.ProtoReflect.Descriptor instead.
 func (*ConfigureRequest) Descriptor() ([]byte, []int) {
-	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{17}
+	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *ConfigureRequest) GetInstances() []*Instance {
@@ -1516,7 +1570,7 @@ type ConfigureResponse struct {
 
 func (x *ConfigureResponse) Reset() {
 	*x = ConfigureResponse{}
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[18]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1528,7 +1582,7 @@ func (x *ConfigureResponse) String() string {
 func (*ConfigureResponse) ProtoMessage() {}
 
 func (x *ConfigureResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[18]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1541,7 +1595,7 @@ func (x *ConfigureResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConfigureResponse.ProtoReflect.Descriptor instead.
 func (*ConfigureResponse) Descriptor() ([]byte, []int) {
-	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{18}
+	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *ConfigureResponse) GetStatuses() []*InstanceStatus {
@@ -1564,7 +1618,7 @@ type InstanceStatus struct {
 
 func (x *InstanceStatus) Reset() {
 	*x = InstanceStatus{}
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[19]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1576,7 +1630,7 @@ func (x *InstanceStatus) String() string {
 func (*InstanceStatus) ProtoMessage() {}
 
 func (x *InstanceStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[19]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1589,7 +1643,7 @@ func (x *InstanceStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InstanceStatus.ProtoReflect.Descriptor instead.
 func (*InstanceStatus) Descriptor() ([]byte, []int) {
-	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{19}
+	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *InstanceStatus) GetRef() uint32 {
@@ -1617,7 +1671,7 @@ type RemoveRequest struct {
 
 func (x *RemoveRequest) Reset() {
 	*x = RemoveRequest{}
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[20]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1629,7 +1683,7 @@ func (x *RemoveRequest) String() string {
 func (*RemoveRequest) ProtoMessage() {}
 
 func (x *RemoveRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[20]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1642,7 +1696,7 @@ func (x *RemoveRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveRequest.ProtoReflect.Descriptor instead.
 func (*RemoveRequest) Descriptor() ([]byte, []int) {
-	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{20}
+	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *RemoveRequest) GetRefs() []uint32 {
@@ -1661,7 +1715,7 @@ type RemoveResponse struct {
 
 func (x *RemoveResponse) Reset() {
 	*x = RemoveResponse{}
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[21]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1673,7 +1727,7 @@ func (x *RemoveResponse) String() string {
 func (*RemoveResponse) ProtoMessage() {}
 
 func (x *RemoveResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[21]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1686,7 +1740,7 @@ func (x *RemoveResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveResponse.ProtoReflect.Descriptor instead.
 func (*RemoveResponse) Descriptor() ([]byte, []int) {
-	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{21}
+	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{22}
 }
 
 // Content is what all items of one event share; sent once per batch.
@@ -1708,7 +1762,7 @@ type Content struct {
 
 func (x *Content) Reset() {
 	*x = Content{}
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[22]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1720,7 +1774,7 @@ func (x *Content) String() string {
 func (*Content) ProtoMessage() {}
 
 func (x *Content) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[22]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1733,7 +1787,7 @@ func (x *Content) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Content.ProtoReflect.Descriptor instead.
 func (*Content) Descriptor() ([]byte, []int) {
-	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{22}
+	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *Content) GetMessageId() string {
@@ -1777,7 +1831,7 @@ type SignRequest struct {
 
 func (x *SignRequest) Reset() {
 	*x = SignRequest{}
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[23]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1789,7 +1843,7 @@ func (x *SignRequest) String() string {
 func (*SignRequest) ProtoMessage() {}
 
 func (x *SignRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[23]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1802,7 +1856,7 @@ func (x *SignRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignRequest.ProtoReflect.Descriptor instead.
 func (*SignRequest) Descriptor() ([]byte, []int) {
-	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{23}
+	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *SignRequest) GetContents() []*Content {
@@ -1842,7 +1896,7 @@ type SignItem struct {
 
 func (x *SignItem) Reset() {
 	*x = SignItem{}
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[24]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1854,7 +1908,7 @@ func (x *SignItem) String() string {
 func (*SignItem) ProtoMessage() {}
 
 func (x *SignItem) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[24]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1867,7 +1921,7 @@ func (x *SignItem) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignItem.ProtoReflect.Descriptor instead.
 func (*SignItem) Descriptor() ([]byte, []int) {
-	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{24}
+	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *SignItem) GetSeq() uint64 {
@@ -1930,7 +1984,7 @@ type SignResponse struct {
 
 func (x *SignResponse) Reset() {
 	*x = SignResponse{}
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[25]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1942,7 +1996,7 @@ func (x *SignResponse) String() string {
 func (*SignResponse) ProtoMessage() {}
 
 func (x *SignResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[25]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1955,7 +2009,7 @@ func (x *SignResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignResponse.ProtoReflect.Descriptor instead.
 func (*SignResponse) Descriptor() ([]byte, []int) {
-	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{25}
+	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *SignResponse) GetResults() []*SignResult {
@@ -1982,7 +2036,7 @@ type SignResult struct {
 
 func (x *SignResult) Reset() {
 	*x = SignResult{}
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[26]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1994,7 +2048,7 @@ func (x *SignResult) String() string {
 func (*SignResult) ProtoMessage() {}
 
 func (x *SignResult) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[26]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2007,7 +2061,7 @@ func (x *SignResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignResult.ProtoReflect.Descriptor instead.
 func (*SignResult) Descriptor() ([]byte, []int) {
-	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{26}
+	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *SignResult) GetSeq() uint64 {
@@ -2038,6 +2092,531 @@ func (x *SignResult) GetFailure() *Failure {
 	return nil
 }
 
+// TransformRequest is a batch, of 64 items at most.
+type TransformRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// One copy per batch.
+	Events []*Event `protobuf:"bytes,1,rep,name=events,proto3" json:"events,omitempty"`
+	// To be transformed.
+	Items         []*TransformItem `protobuf:"bytes,2,rep,name=items,proto3" json:"items,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TransformRequest) Reset() {
+	*x = TransformRequest{}
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[28]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TransformRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TransformRequest) ProtoMessage() {}
+
+func (x *TransformRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[28]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TransformRequest.ProtoReflect.Descriptor instead.
+func (*TransformRequest) Descriptor() ([]byte, []int) {
+	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{28}
+}
+
+func (x *TransformRequest) GetEvents() []*Event {
+	if x != nil {
+		return x.Events
+	}
+	return nil
+}
+
+func (x *TransformRequest) GetItems() []*TransformItem {
+	if x != nil {
+		return x.Items
+	}
+	return nil
+}
+
+// Event is an event as it was published.
+type Event struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// webhook-id of every request that carries it.
+	MessageId string `protobuf:"bytes,1,opt,name=message_id,json=messageId,proto3" json:"message_id,omitempty"`
+	// CloudEvents id.
+	Id string `protobuf:"bytes,2,opt,name=id,proto3" json:"id,omitempty"`
+	// CloudEvents source.
+	Source string `protobuf:"bytes,3,opt,name=source,proto3" json:"source,omitempty"`
+	// CloudEvents type.
+	Type string `protobuf:"bytes,4,opt,name=type,proto3" json:"type,omitempty"`
+	// CloudEvents subject; may be empty.
+	Subject string `protobuf:"bytes,5,opt,name=subject,proto3" json:"subject,omitempty"`
+	// When it happened, or, where the publisher did not say, when it was accepted.
+	Time *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=time,proto3" json:"time,omitempty"`
+	// Media type of data; empty means JSON.
+	ContentType string `protobuf:"bytes,7,opt,name=content_type,json=contentType,proto3" json:"content_type,omitempty"`
+	// CloudEvents dataschema; may be empty.
+	DataSchema string `protobuf:"bytes,8,opt,name=data_schema,json=dataSchema,proto3" json:"data_schema,omitempty"`
+	// Further attributes, of a dead letter also what it says of the delivery that ended.
+	Attributes map[string]string `protobuf:"bytes,9,rep,name=attributes,proto3" json:"attributes,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	// The payload, byte for byte.
+	Data          []byte `protobuf:"bytes,10,opt,name=data,proto3" json:"data,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Event) Reset() {
+	*x = Event{}
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[29]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Event) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Event) ProtoMessage() {}
+
+func (x *Event) ProtoReflect() protoreflect.Message {
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[29]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Event.ProtoReflect.Descriptor instead.
+func (*Event) Descriptor() ([]byte, []int) {
+	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{29}
+}
+
+func (x *Event) GetMessageId() string {
+	if x != nil {
+		return x.MessageId
+	}
+	return ""
+}
+
+func (x *Event) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *Event) GetSource() string {
+	if x != nil {
+		return x.Source
+	}
+	return ""
+}
+
+func (x *Event) GetType() string {
+	if x != nil {
+		return x.Type
+	}
+	return ""
+}
+
+func (x *Event) GetSubject() string {
+	if x != nil {
+		return x.Subject
+	}
+	return ""
+}
+
+func (x *Event) GetTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Time
+	}
+	return nil
+}
+
+func (x *Event) GetContentType() string {
+	if x != nil {
+		return x.ContentType
+	}
+	return ""
+}
+
+func (x *Event) GetDataSchema() string {
+	if x != nil {
+		return x.DataSchema
+	}
+	return ""
+}
+
+func (x *Event) GetAttributes() map[string]string {
+	if x != nil {
+		return x.Attributes
+	}
+	return nil
+}
+
+func (x *Event) GetData() []byte {
+	if x != nil {
+		return x.Data
+	}
+	return nil
+}
+
+// TransformItem is one event for one instance.
+type TransformItem struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Unique in the stream.
+	Seq uint64 `protobuf:"varint,1,opt,name=seq,proto3" json:"seq,omitempty"`
+	// Instance.ref of the transformer.
+	InstanceRef uint32 `protobuf:"varint,2,opt,name=instance_ref,json=instanceRef,proto3" json:"instance_ref,omitempty"`
+	// Index into events.
+	Event uint32 `protobuf:"varint,3,opt,name=event,proto3" json:"event,omitempty"`
+	// From receipt. Whole milliseconds.
+	TimeoutMs     uint32 `protobuf:"varint,4,opt,name=timeout_ms,json=timeoutMs,proto3" json:"timeout_ms,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TransformItem) Reset() {
+	*x = TransformItem{}
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[30]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TransformItem) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TransformItem) ProtoMessage() {}
+
+func (x *TransformItem) ProtoReflect() protoreflect.Message {
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[30]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TransformItem.ProtoReflect.Descriptor instead.
+func (*TransformItem) Descriptor() ([]byte, []int) {
+	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{30}
+}
+
+func (x *TransformItem) GetSeq() uint64 {
+	if x != nil {
+		return x.Seq
+	}
+	return 0
+}
+
+func (x *TransformItem) GetInstanceRef() uint32 {
+	if x != nil {
+		return x.InstanceRef
+	}
+	return 0
+}
+
+func (x *TransformItem) GetEvent() uint32 {
+	if x != nil {
+		return x.Event
+	}
+	return 0
+}
+
+func (x *TransformItem) GetTimeoutMs() uint32 {
+	if x != nil {
+		return x.TimeoutMs
+	}
+	return 0
+}
+
+// TransformResponse is a batch of results.
+type TransformResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The results.
+	Results       []*TransformResult `protobuf:"bytes,1,rep,name=results,proto3" json:"results,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TransformResponse) Reset() {
+	*x = TransformResponse{}
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[31]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TransformResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TransformResponse) ProtoMessage() {}
+
+func (x *TransformResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[31]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TransformResponse.ProtoReflect.Descriptor instead.
+func (*TransformResponse) Descriptor() ([]byte, []int) {
+	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{31}
+}
+
+func (x *TransformResponse) GetResults() []*TransformResult {
+	if x != nil {
+		return x.Results
+	}
+	return nil
+}
+
+// TransformResult is what became of one item.
+type TransformResult struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// From the item.
+	Seq uint64 `protobuf:"varint,1,opt,name=seq,proto3" json:"seq,omitempty"`
+	// What happened. Unset is read as a failure of the plugin.
+	//
+	// Types that are valid to be assigned to Outcome:
+	//
+	//	*TransformResult_Transformed
+	//	*TransformResult_Dropped
+	//	*TransformResult_Failure
+	Outcome       isTransformResult_Outcome `protobuf_oneof:"outcome"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TransformResult) Reset() {
+	*x = TransformResult{}
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[32]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TransformResult) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TransformResult) ProtoMessage() {}
+
+func (x *TransformResult) ProtoReflect() protoreflect.Message {
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[32]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TransformResult.ProtoReflect.Descriptor instead.
+func (*TransformResult) Descriptor() ([]byte, []int) {
+	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{32}
+}
+
+func (x *TransformResult) GetSeq() uint64 {
+	if x != nil {
+		return x.Seq
+	}
+	return 0
+}
+
+func (x *TransformResult) GetOutcome() isTransformResult_Outcome {
+	if x != nil {
+		return x.Outcome
+	}
+	return nil
+}
+
+func (x *TransformResult) GetTransformed() *Transformed {
+	if x != nil {
+		if x, ok := x.Outcome.(*TransformResult_Transformed); ok {
+			return x.Transformed
+		}
+	}
+	return nil
+}
+
+func (x *TransformResult) GetDropped() *Dropped {
+	if x != nil {
+		if x, ok := x.Outcome.(*TransformResult_Dropped); ok {
+			return x.Dropped
+		}
+	}
+	return nil
+}
+
+func (x *TransformResult) GetFailure() *Failure {
+	if x != nil {
+		if x, ok := x.Outcome.(*TransformResult_Failure); ok {
+			return x.Failure
+		}
+	}
+	return nil
+}
+
+type isTransformResult_Outcome interface {
+	isTransformResult_Outcome()
+}
+
+type TransformResult_Transformed struct {
+	// What is to be sent.
+	Transformed *Transformed `protobuf:"bytes,2,opt,name=transformed,proto3,oneof"`
+}
+
+type TransformResult_Dropped struct {
+	// Nothing is to be sent.
+	Dropped *Dropped `protobuf:"bytes,3,opt,name=dropped,proto3,oneof"`
+}
+
+type TransformResult_Failure struct {
+	// It could not be done.
+	Failure *Failure `protobuf:"bytes,4,opt,name=failure,proto3,oneof"`
+}
+
+func (*TransformResult_Transformed) isTransformResult_Outcome() {}
+
+func (*TransformResult_Dropped) isTransformResult_Outcome() {}
+
+func (*TransformResult_Failure) isTransformResult_Outcome() {}
+
+// Transformed is what requests carry instead of the event's payload.
+type Transformed struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Sent exactly as it is, 256 KiB at most.
+	Body []byte `protobuf:"bytes,1,opt,name=body,proto3" json:"body,omitempty"`
+	// Media type of body; empty means application/json.
+	ContentType string `protobuf:"bytes,2,opt,name=content_type,json=contentType,proto3" json:"content_type,omitempty"`
+	// Headers for the request, lower case, 32 and 8 KiB at most: not those that a subscription may not have, that a signer sets,
+	// or content-encoding.
+	Headers       []*Header `protobuf:"bytes,3,rep,name=headers,proto3" json:"headers,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Transformed) Reset() {
+	*x = Transformed{}
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[33]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Transformed) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Transformed) ProtoMessage() {}
+
+func (x *Transformed) ProtoReflect() protoreflect.Message {
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[33]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Transformed.ProtoReflect.Descriptor instead.
+func (*Transformed) Descriptor() ([]byte, []int) {
+	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{33}
+}
+
+func (x *Transformed) GetBody() []byte {
+	if x != nil {
+		return x.Body
+	}
+	return nil
+}
+
+func (x *Transformed) GetContentType() string {
+	if x != nil {
+		return x.ContentType
+	}
+	return ""
+}
+
+func (x *Transformed) GetHeaders() []*Header {
+	if x != nil {
+		return x.Headers
+	}
+	return nil
+}
+
+// Dropped ends a delivery without an attempt.
+type Dropped struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Why, for people. Never a secret.
+	Reason        string `protobuf:"bytes,1,opt,name=reason,proto3" json:"reason,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Dropped) Reset() {
+	*x = Dropped{}
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[34]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Dropped) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Dropped) ProtoMessage() {}
+
+func (x *Dropped) ProtoReflect() protoreflect.Message {
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[34]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Dropped.ProtoReflect.Descriptor instead.
+func (*Dropped) Descriptor() ([]byte, []int) {
+	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{34}
+}
+
+func (x *Dropped) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
 // AttemptRequest is one frame from the host.
 type AttemptRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -2056,7 +2635,7 @@ type AttemptRequest struct {
 
 func (x *AttemptRequest) Reset() {
 	*x = AttemptRequest{}
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[27]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2068,7 +2647,7 @@ func (x *AttemptRequest) String() string {
 func (*AttemptRequest) ProtoMessage() {}
 
 func (x *AttemptRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[27]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2081,7 +2660,7 @@ func (x *AttemptRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttemptRequest.ProtoReflect.Descriptor instead.
 func (*AttemptRequest) Descriptor() ([]byte, []int) {
-	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{27}
+	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *AttemptRequest) GetFrame() isAttemptRequest_Frame {
@@ -2170,7 +2749,7 @@ type Hello struct {
 
 func (x *Hello) Reset() {
 	*x = Hello{}
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[28]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2182,7 +2761,7 @@ func (x *Hello) String() string {
 func (*Hello) ProtoMessage() {}
 
 func (x *Hello) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[28]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2195,7 +2774,7 @@ func (x *Hello) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Hello.ProtoReflect.Descriptor instead.
 func (*Hello) Descriptor() ([]byte, []int) {
-	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{28}
+	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *Hello) GetMaxResponseBody() uint32 {
@@ -2218,7 +2797,7 @@ type AttemptBatch struct {
 
 func (x *AttemptBatch) Reset() {
 	*x = AttemptBatch{}
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[29]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2230,7 +2809,7 @@ func (x *AttemptBatch) String() string {
 func (*AttemptBatch) ProtoMessage() {}
 
 func (x *AttemptBatch) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[29]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2243,7 +2822,7 @@ func (x *AttemptBatch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttemptBatch.ProtoReflect.Descriptor instead.
 func (*AttemptBatch) Descriptor() ([]byte, []int) {
-	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{29}
+	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *AttemptBatch) GetContents() []*Content {
@@ -2299,7 +2878,7 @@ type Attempt struct {
 
 func (x *Attempt) Reset() {
 	*x = Attempt{}
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[30]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2311,7 +2890,7 @@ func (x *Attempt) String() string {
 func (*Attempt) ProtoMessage() {}
 
 func (x *Attempt) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[30]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2324,7 +2903,7 @@ func (x *Attempt) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Attempt.ProtoReflect.Descriptor instead.
 func (*Attempt) Descriptor() ([]byte, []int) {
-	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{30}
+	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *Attempt) GetSeq() uint64 {
@@ -2429,7 +3008,7 @@ type Cancel struct {
 
 func (x *Cancel) Reset() {
 	*x = Cancel{}
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[31]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2441,7 +3020,7 @@ func (x *Cancel) String() string {
 func (*Cancel) ProtoMessage() {}
 
 func (x *Cancel) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[31]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2454,7 +3033,7 @@ func (x *Cancel) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Cancel.ProtoReflect.Descriptor instead.
 func (*Cancel) Descriptor() ([]byte, []int) {
-	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{31}
+	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *Cancel) GetSeqs() []uint64 {
@@ -2475,7 +3054,7 @@ type Drain struct {
 
 func (x *Drain) Reset() {
 	*x = Drain{}
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[32]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2487,7 +3066,7 @@ func (x *Drain) String() string {
 func (*Drain) ProtoMessage() {}
 
 func (x *Drain) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[32]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2500,7 +3079,7 @@ func (x *Drain) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Drain.ProtoReflect.Descriptor instead.
 func (*Drain) Descriptor() ([]byte, []int) {
-	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{32}
+	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *Drain) GetGrace() *durationpb.Duration {
@@ -2528,7 +3107,7 @@ type AttemptResponse struct {
 
 func (x *AttemptResponse) Reset() {
 	*x = AttemptResponse{}
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[33]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2540,7 +3119,7 @@ func (x *AttemptResponse) String() string {
 func (*AttemptResponse) ProtoMessage() {}
 
 func (x *AttemptResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[33]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2553,7 +3132,7 @@ func (x *AttemptResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttemptResponse.ProtoReflect.Descriptor instead.
 func (*AttemptResponse) Descriptor() ([]byte, []int) {
-	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{33}
+	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *AttemptResponse) GetFrame() isAttemptResponse_Frame {
@@ -2642,7 +3221,7 @@ type Welcome struct {
 
 func (x *Welcome) Reset() {
 	*x = Welcome{}
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[34]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2654,7 +3233,7 @@ func (x *Welcome) String() string {
 func (*Welcome) ProtoMessage() {}
 
 func (x *Welcome) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[34]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2667,7 +3246,7 @@ func (x *Welcome) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Welcome.ProtoReflect.Descriptor instead.
 func (*Welcome) Descriptor() ([]byte, []int) {
-	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{34}
+	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *Welcome) GetCredits() uint32 {
@@ -2688,7 +3267,7 @@ type Credit struct {
 
 func (x *Credit) Reset() {
 	*x = Credit{}
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[35]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2700,7 +3279,7 @@ func (x *Credit) String() string {
 func (*Credit) ProtoMessage() {}
 
 func (x *Credit) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[35]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2713,7 +3292,7 @@ func (x *Credit) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Credit.ProtoReflect.Descriptor instead.
 func (*Credit) Descriptor() ([]byte, []int) {
-	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{35}
+	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *Credit) GetAdd() uint32 {
@@ -2734,7 +3313,7 @@ type Drained struct {
 
 func (x *Drained) Reset() {
 	*x = Drained{}
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[36]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2746,7 +3325,7 @@ func (x *Drained) String() string {
 func (*Drained) ProtoMessage() {}
 
 func (x *Drained) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[36]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2759,7 +3338,7 @@ func (x *Drained) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Drained.ProtoReflect.Descriptor instead.
 func (*Drained) Descriptor() ([]byte, []int) {
-	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{36}
+	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *Drained) GetReturned() []uint64 {
@@ -2780,7 +3359,7 @@ type AttemptResults struct {
 
 func (x *AttemptResults) Reset() {
 	*x = AttemptResults{}
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[37]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2792,7 +3371,7 @@ func (x *AttemptResults) String() string {
 func (*AttemptResults) ProtoMessage() {}
 
 func (x *AttemptResults) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[37]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2805,7 +3384,7 @@ func (x *AttemptResults) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttemptResults.ProtoReflect.Descriptor instead.
 func (*AttemptResults) Descriptor() ([]byte, []int) {
-	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{37}
+	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *AttemptResults) GetResults() []*AttemptResult {
@@ -2839,7 +3418,7 @@ type AttemptResult struct {
 
 func (x *AttemptResult) Reset() {
 	*x = AttemptResult{}
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[38]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2851,7 +3430,7 @@ func (x *AttemptResult) String() string {
 func (*AttemptResult) ProtoMessage() {}
 
 func (x *AttemptResult) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[38]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2864,7 +3443,7 @@ func (x *AttemptResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttemptResult.ProtoReflect.Descriptor instead.
 func (*AttemptResult) Descriptor() ([]byte, []int) {
-	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{38}
+	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *AttemptResult) GetSeq() uint64 {
@@ -2958,7 +3537,7 @@ type Response struct {
 
 func (x *Response) Reset() {
 	*x = Response{}
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[39]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2970,7 +3549,7 @@ func (x *Response) String() string {
 func (*Response) ProtoMessage() {}
 
 func (x *Response) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[39]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2983,7 +3562,7 @@ func (x *Response) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Response.ProtoReflect.Descriptor instead.
 func (*Response) Descriptor() ([]byte, []int) {
-	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{39}
+	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *Response) GetStatus() uint32 {
@@ -3027,7 +3606,7 @@ type Failure struct {
 	// Whose fault it is.
 	Source Failure_Source `protobuf:"varint,1,opt,name=source,proto3,enum=grapnel.plugin.v1.Failure_Source" json:"source,omitempty"`
 	// Stable, for machines: "dns", "connect", "tls", "timeout", "reset", "protocol", "egress",
-	// "cancelled", "sign", "config", "panic", "shortage" (with SOURCE_PLUGIN and NOT_SENT: this machine has no
+	// "cancelled", "sign", "transform", "config", "panic", "shortage" (with SOURCE_PLUGIN and NOT_SENT: this machine has no
 	// descriptor, socket or memory left).
 	Code string `protobuf:"bytes,2,opt,name=code,proto3" json:"code,omitempty"`
 	// For people. Never a secret, an internal address or a receiver's banner.
@@ -3040,7 +3619,7 @@ type Failure struct {
 
 func (x *Failure) Reset() {
 	*x = Failure{}
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[40]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3052,7 +3631,7 @@ func (x *Failure) String() string {
 func (*Failure) ProtoMessage() {}
 
 func (x *Failure) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[40]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3065,7 +3644,7 @@ func (x *Failure) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Failure.ProtoReflect.Descriptor instead.
 func (*Failure) Descriptor() ([]byte, []int) {
-	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{40}
+	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *Failure) GetSource() Failure_Source {
@@ -3111,7 +3690,7 @@ type AttemptOneRequest struct {
 
 func (x *AttemptOneRequest) Reset() {
 	*x = AttemptOneRequest{}
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[41]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3123,7 +3702,7 @@ func (x *AttemptOneRequest) String() string {
 func (*AttemptOneRequest) ProtoMessage() {}
 
 func (x *AttemptOneRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[41]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3136,7 +3715,7 @@ func (x *AttemptOneRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttemptOneRequest.ProtoReflect.Descriptor instead.
 func (*AttemptOneRequest) Descriptor() ([]byte, []int) {
-	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{41}
+	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *AttemptOneRequest) GetAttempt() *Attempt {
@@ -3171,7 +3750,7 @@ type AttemptOneResponse struct {
 
 func (x *AttemptOneResponse) Reset() {
 	*x = AttemptOneResponse{}
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[42]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3183,7 +3762,7 @@ func (x *AttemptOneResponse) String() string {
 func (*AttemptOneResponse) ProtoMessage() {}
 
 func (x *AttemptOneResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[42]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3196,7 +3775,7 @@ func (x *AttemptOneResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttemptOneResponse.ProtoReflect.Descriptor instead.
 func (*AttemptOneResponse) Descriptor() ([]byte, []int) {
-	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{42}
+	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *AttemptOneResponse) GetResult() *AttemptResult {
@@ -3223,7 +3802,7 @@ type ControlRequest struct {
 
 func (x *ControlRequest) Reset() {
 	*x = ControlRequest{}
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[43]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3235,7 +3814,7 @@ func (x *ControlRequest) String() string {
 func (*ControlRequest) ProtoMessage() {}
 
 func (x *ControlRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[43]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3248,7 +3827,7 @@ func (x *ControlRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ControlRequest.ProtoReflect.Descriptor instead.
 func (*ControlRequest) Descriptor() ([]byte, []int) {
-	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{43}
+	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *ControlRequest) GetFrame() isControlRequest_Frame {
@@ -3326,7 +3905,7 @@ type ControlResponse struct {
 
 func (x *ControlResponse) Reset() {
 	*x = ControlResponse{}
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[44]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3338,7 +3917,7 @@ func (x *ControlResponse) String() string {
 func (*ControlResponse) ProtoMessage() {}
 
 func (x *ControlResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[44]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3351,7 +3930,7 @@ func (x *ControlResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ControlResponse.ProtoReflect.Descriptor instead.
 func (*ControlResponse) Descriptor() ([]byte, []int) {
-	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{44}
+	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *ControlResponse) GetFrame() isControlResponse_Frame {
@@ -3410,7 +3989,7 @@ type Heartbeat struct {
 
 func (x *Heartbeat) Reset() {
 	*x = Heartbeat{}
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[45]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3422,7 +4001,7 @@ func (x *Heartbeat) String() string {
 func (*Heartbeat) ProtoMessage() {}
 
 func (x *Heartbeat) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[45]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3435,7 +4014,7 @@ func (x *Heartbeat) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Heartbeat.ProtoReflect.Descriptor instead.
 func (*Heartbeat) Descriptor() ([]byte, []int) {
-	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{45}
+	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *Heartbeat) GetNumber() uint64 {
@@ -3463,7 +4042,7 @@ type SetLogLevel struct {
 
 func (x *SetLogLevel) Reset() {
 	*x = SetLogLevel{}
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[46]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3475,7 +4054,7 @@ func (x *SetLogLevel) String() string {
 func (*SetLogLevel) ProtoMessage() {}
 
 func (x *SetLogLevel) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[46]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3488,7 +4067,7 @@ func (x *SetLogLevel) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetLogLevel.ProtoReflect.Descriptor instead.
 func (*SetLogLevel) Descriptor() ([]byte, []int) {
-	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{46}
+	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *SetLogLevel) GetLevel() string {
@@ -3511,7 +4090,7 @@ type LogBatch struct {
 
 func (x *LogBatch) Reset() {
 	*x = LogBatch{}
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[47]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3523,7 +4102,7 @@ func (x *LogBatch) String() string {
 func (*LogBatch) ProtoMessage() {}
 
 func (x *LogBatch) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[47]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3536,7 +4115,7 @@ func (x *LogBatch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogBatch.ProtoReflect.Descriptor instead.
 func (*LogBatch) Descriptor() ([]byte, []int) {
-	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{47}
+	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *LogBatch) GetRecords() []*LogRecord {
@@ -3570,7 +4149,7 @@ type LogRecord struct {
 
 func (x *LogRecord) Reset() {
 	*x = LogRecord{}
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[48]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3582,7 +4161,7 @@ func (x *LogRecord) String() string {
 func (*LogRecord) ProtoMessage() {}
 
 func (x *LogRecord) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[48]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3595,7 +4174,7 @@ func (x *LogRecord) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogRecord.ProtoReflect.Descriptor instead.
 func (*LogRecord) Descriptor() ([]byte, []int) {
-	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{48}
+	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *LogRecord) GetTime() *timestamppb.Timestamp {
@@ -3639,11 +4218,12 @@ const file_grapnel_plugin_v1_plugin_proto_rawDesc = "" +
 	"\aversion\x18\x02 \x01(\tR\aversion\x12%\n" +
 	"\x0eprotocol_minor\x18\x03 \x01(\rR\rprotocolMinor\x12\"\n" +
 	"\fcapabilities\x18\x04 \x03(\tR\fcapabilities\x12-\n" +
-	"\x05kinds\x18\x05 \x03(\v2\x17.grapnel.plugin.v1.KindR\x05kinds\"\xcf\x02\n" +
+	"\x05kinds\x18\x05 \x03(\v2\x17.grapnel.plugin.v1.KindR\x05kinds\"\x99\x03\n" +
 	"\x04Kind\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x129\n" +
 	"\x06signer\x18\x02 \x01(\v2\x1f.grapnel.plugin.v1.SignerTraitsH\x00R\x06signer\x12B\n" +
-	"\ttransport\x18\x03 \x01(\v2\".grapnel.plugin.v1.TransportTraitsH\x00R\ttransport\x12#\n" +
+	"\ttransport\x18\x03 \x01(\v2\".grapnel.plugin.v1.TransportTraitsH\x00R\ttransport\x12H\n" +
+	"\vtransformer\x18\b \x01(\v2$.grapnel.plugin.v1.TransformerTraitsH\x00R\vtransformer\x12#\n" +
 	"\rconfig_schema\x18\x04 \x01(\tR\fconfigSchema\x12 \n" +
 	"\vdescription\x18\x05 \x01(\tR\vdescription\x12%\n" +
 	"\x0econfig_example\x18\x06 \x01(\tR\rconfigExample\x12@\n" +
@@ -3668,7 +4248,8 @@ const file_grapnel_plugin_v1_plugin_proto_rawDesc = "" +
 	"\x0fmay_add_headers\x18\x02 \x03(\tR\rmayAddHeaders\x12$\n" +
 	"\x0emax_body_bytes\x18\x03 \x01(\rR\fmaxBodyBytes\x12'\n" +
 	"\x0fownership_check\x18\x04 \x01(\bR\x0eownershipCheck\x12\x18\n" +
-	"\abatches\x18\x05 \x01(\bR\abatches\"\xe8\x01\n" +
+	"\abatches\x18\x05 \x01(\bR\abatches\"\x13\n" +
+	"\x11TransformerTraits\"\xe8\x01\n" +
 	"\n" +
 	"Diagnostic\x12B\n" +
 	"\bseverity\x18\x01 \x01(\x0e2&.grapnel.plugin.v1.Diagnostic.SeverityR\bseverity\x12\x12\n" +
@@ -3769,7 +4350,49 @@ const file_grapnel_plugin_v1_plugin_proto_rawDesc = "" +
 	"\x03seq\x18\x01 \x01(\x04R\x03seq\x123\n" +
 	"\aheaders\x18\x02 \x03(\v2\x19.grapnel.plugin.v1.HeaderR\aheaders\x12\x10\n" +
 	"\x03uri\x18\x03 \x01(\tR\x03uri\x124\n" +
-	"\afailure\x18\x04 \x01(\v2\x1a.grapnel.plugin.v1.FailureR\afailure\"\xeb\x01\n" +
+	"\afailure\x18\x04 \x01(\v2\x1a.grapnel.plugin.v1.FailureR\afailure\"|\n" +
+	"\x10TransformRequest\x120\n" +
+	"\x06events\x18\x01 \x03(\v2\x18.grapnel.plugin.v1.EventR\x06events\x126\n" +
+	"\x05items\x18\x02 \x03(\v2 .grapnel.plugin.v1.TransformItemR\x05items\"\x8d\x03\n" +
+	"\x05Event\x12\x1d\n" +
+	"\n" +
+	"message_id\x18\x01 \x01(\tR\tmessageId\x12\x0e\n" +
+	"\x02id\x18\x02 \x01(\tR\x02id\x12\x16\n" +
+	"\x06source\x18\x03 \x01(\tR\x06source\x12\x12\n" +
+	"\x04type\x18\x04 \x01(\tR\x04type\x12\x18\n" +
+	"\asubject\x18\x05 \x01(\tR\asubject\x12.\n" +
+	"\x04time\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x12!\n" +
+	"\fcontent_type\x18\a \x01(\tR\vcontentType\x12\x1f\n" +
+	"\vdata_schema\x18\b \x01(\tR\n" +
+	"dataSchema\x12H\n" +
+	"\n" +
+	"attributes\x18\t \x03(\v2(.grapnel.plugin.v1.Event.AttributesEntryR\n" +
+	"attributes\x12\x12\n" +
+	"\x04data\x18\n" +
+	" \x01(\fR\x04data\x1a=\n" +
+	"\x0fAttributesEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"y\n" +
+	"\rTransformItem\x12\x10\n" +
+	"\x03seq\x18\x01 \x01(\x04R\x03seq\x12!\n" +
+	"\finstance_ref\x18\x02 \x01(\rR\vinstanceRef\x12\x14\n" +
+	"\x05event\x18\x03 \x01(\rR\x05event\x12\x1d\n" +
+	"\n" +
+	"timeout_ms\x18\x04 \x01(\rR\ttimeoutMs\"Q\n" +
+	"\x11TransformResponse\x12<\n" +
+	"\aresults\x18\x01 \x03(\v2\".grapnel.plugin.v1.TransformResultR\aresults\"\xe2\x01\n" +
+	"\x0fTransformResult\x12\x10\n" +
+	"\x03seq\x18\x01 \x01(\x04R\x03seq\x12B\n" +
+	"\vtransformed\x18\x02 \x01(\v2\x1e.grapnel.plugin.v1.TransformedH\x00R\vtransformed\x126\n" +
+	"\adropped\x18\x03 \x01(\v2\x1a.grapnel.plugin.v1.DroppedH\x00R\adropped\x126\n" +
+	"\afailure\x18\x04 \x01(\v2\x1a.grapnel.plugin.v1.FailureH\x00R\afailureB\t\n" +
+	"\aoutcome\"y\n" +
+	"\vTransformed\x12\x12\n" +
+	"\x04body\x18\x01 \x01(\fR\x04body\x12!\n" +
+	"\fcontent_type\x18\x02 \x01(\tR\vcontentType\x123\n" +
+	"\aheaders\x18\x03 \x03(\v2\x19.grapnel.plugin.v1.HeaderR\aheaders\"!\n" +
+	"\aDropped\x12\x16\n" +
+	"\x06reason\x18\x01 \x01(\tR\x06reason\"\xeb\x01\n" +
 	"\x0eAttemptRequest\x120\n" +
 	"\x05hello\x18\x01 \x01(\v2\x18.grapnel.plugin.v1.HelloH\x00R\x05hello\x127\n" +
 	"\x05batch\x18\x02 \x01(\v2\x1f.grapnel.plugin.v1.AttemptBatchH\x00R\x05batch\x123\n" +
@@ -3891,7 +4514,9 @@ const file_grapnel_plugin_v1_plugin_proto_rawDesc = "" +
 	"\x10TransportService\x12T\n" +
 	"\aAttempt\x12!.grapnel.plugin.v1.AttemptRequest\x1a\".grapnel.plugin.v1.AttemptResponse(\x010\x01\x12Y\n" +
 	"\n" +
-	"AttemptOne\x12$.grapnel.plugin.v1.AttemptOneRequest\x1a%.grapnel.plugin.v1.AttemptOneResponseB=Z;github.com/grapnel/grapnel/proto/grapnel/plugin/v1;pluginv1b\x06proto3"
+	"AttemptOne\x12$.grapnel.plugin.v1.AttemptOneRequest\x1a%.grapnel.plugin.v1.AttemptOneResponse2p\n" +
+	"\x12TransformerService\x12Z\n" +
+	"\tTransform\x12#.grapnel.plugin.v1.TransformRequest\x1a$.grapnel.plugin.v1.TransformResponse(\x010\x01B=Z;github.com/grapnel/grapnel/proto/grapnel/plugin/v1;pluginv1b\x06proto3"
 
 var (
 	file_grapnel_plugin_v1_plugin_proto_rawDescOnce sync.Once
@@ -3906,7 +4531,7 @@ func file_grapnel_plugin_v1_plugin_proto_rawDescGZIP() []byte {
 }
 
 var file_grapnel_plugin_v1_plugin_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_grapnel_plugin_v1_plugin_proto_msgTypes = make([]protoimpl.MessageInfo, 51)
+var file_grapnel_plugin_v1_plugin_proto_msgTypes = make([]protoimpl.MessageInfo, 60)
 var file_grapnel_plugin_v1_plugin_proto_goTypes = []any{
 	(Diagnostic_Severity)(0),      // 0: grapnel.plugin.v1.Diagnostic.Severity
 	(Failure_Source)(0),           // 1: grapnel.plugin.v1.Failure.Source
@@ -3917,134 +4542,155 @@ var file_grapnel_plugin_v1_plugin_proto_goTypes = []any{
 	(*SecretSlot)(nil),            // 6: grapnel.plugin.v1.SecretSlot
 	(*SignerTraits)(nil),          // 7: grapnel.plugin.v1.SignerTraits
 	(*TransportTraits)(nil),       // 8: grapnel.plugin.v1.TransportTraits
-	(*Diagnostic)(nil),            // 9: grapnel.plugin.v1.Diagnostic
-	(*SecretVersion)(nil),         // 10: grapnel.plugin.v1.SecretVersion
-	(*SecretVersions)(nil),        // 11: grapnel.plugin.v1.SecretVersions
-	(*Header)(nil),                // 12: grapnel.plugin.v1.Header
-	(*Target)(nil),                // 13: grapnel.plugin.v1.Target
-	(*Instance)(nil),              // 14: grapnel.plugin.v1.Instance
-	(*ValidateRequest)(nil),       // 15: grapnel.plugin.v1.ValidateRequest
-	(*ValidateResponse)(nil),      // 16: grapnel.plugin.v1.ValidateResponse
-	(*PrepareSecretRequest)(nil),  // 17: grapnel.plugin.v1.PrepareSecretRequest
-	(*PrepareSecretResponse)(nil), // 18: grapnel.plugin.v1.PrepareSecretResponse
-	(*HostSettings)(nil),          // 19: grapnel.plugin.v1.HostSettings
-	(*ConfigureRequest)(nil),      // 20: grapnel.plugin.v1.ConfigureRequest
-	(*ConfigureResponse)(nil),     // 21: grapnel.plugin.v1.ConfigureResponse
-	(*InstanceStatus)(nil),        // 22: grapnel.plugin.v1.InstanceStatus
-	(*RemoveRequest)(nil),         // 23: grapnel.plugin.v1.RemoveRequest
-	(*RemoveResponse)(nil),        // 24: grapnel.plugin.v1.RemoveResponse
-	(*Content)(nil),               // 25: grapnel.plugin.v1.Content
-	(*SignRequest)(nil),           // 26: grapnel.plugin.v1.SignRequest
-	(*SignItem)(nil),              // 27: grapnel.plugin.v1.SignItem
-	(*SignResponse)(nil),          // 28: grapnel.plugin.v1.SignResponse
-	(*SignResult)(nil),            // 29: grapnel.plugin.v1.SignResult
-	(*AttemptRequest)(nil),        // 30: grapnel.plugin.v1.AttemptRequest
-	(*Hello)(nil),                 // 31: grapnel.plugin.v1.Hello
-	(*AttemptBatch)(nil),          // 32: grapnel.plugin.v1.AttemptBatch
-	(*Attempt)(nil),               // 33: grapnel.plugin.v1.Attempt
-	(*Cancel)(nil),                // 34: grapnel.plugin.v1.Cancel
-	(*Drain)(nil),                 // 35: grapnel.plugin.v1.Drain
-	(*AttemptResponse)(nil),       // 36: grapnel.plugin.v1.AttemptResponse
-	(*Welcome)(nil),               // 37: grapnel.plugin.v1.Welcome
-	(*Credit)(nil),                // 38: grapnel.plugin.v1.Credit
-	(*Drained)(nil),               // 39: grapnel.plugin.v1.Drained
-	(*AttemptResults)(nil),        // 40: grapnel.plugin.v1.AttemptResults
-	(*AttemptResult)(nil),         // 41: grapnel.plugin.v1.AttemptResult
-	(*Response)(nil),              // 42: grapnel.plugin.v1.Response
-	(*Failure)(nil),               // 43: grapnel.plugin.v1.Failure
-	(*AttemptOneRequest)(nil),     // 44: grapnel.plugin.v1.AttemptOneRequest
-	(*AttemptOneResponse)(nil),    // 45: grapnel.plugin.v1.AttemptOneResponse
-	(*ControlRequest)(nil),        // 46: grapnel.plugin.v1.ControlRequest
-	(*ControlResponse)(nil),       // 47: grapnel.plugin.v1.ControlResponse
-	(*Heartbeat)(nil),             // 48: grapnel.plugin.v1.Heartbeat
-	(*SetLogLevel)(nil),           // 49: grapnel.plugin.v1.SetLogLevel
-	(*LogBatch)(nil),              // 50: grapnel.plugin.v1.LogBatch
-	(*LogRecord)(nil),             // 51: grapnel.plugin.v1.LogRecord
-	nil,                           // 52: grapnel.plugin.v1.Instance.SecretsEntry
-	nil,                           // 53: grapnel.plugin.v1.LogRecord.AttributesEntry
-	(*timestamppb.Timestamp)(nil), // 54: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),   // 55: google.protobuf.Duration
+	(*TransformerTraits)(nil),     // 9: grapnel.plugin.v1.TransformerTraits
+	(*Diagnostic)(nil),            // 10: grapnel.plugin.v1.Diagnostic
+	(*SecretVersion)(nil),         // 11: grapnel.plugin.v1.SecretVersion
+	(*SecretVersions)(nil),        // 12: grapnel.plugin.v1.SecretVersions
+	(*Header)(nil),                // 13: grapnel.plugin.v1.Header
+	(*Target)(nil),                // 14: grapnel.plugin.v1.Target
+	(*Instance)(nil),              // 15: grapnel.plugin.v1.Instance
+	(*ValidateRequest)(nil),       // 16: grapnel.plugin.v1.ValidateRequest
+	(*ValidateResponse)(nil),      // 17: grapnel.plugin.v1.ValidateResponse
+	(*PrepareSecretRequest)(nil),  // 18: grapnel.plugin.v1.PrepareSecretRequest
+	(*PrepareSecretResponse)(nil), // 19: grapnel.plugin.v1.PrepareSecretResponse
+	(*HostSettings)(nil),          // 20: grapnel.plugin.v1.HostSettings
+	(*ConfigureRequest)(nil),      // 21: grapnel.plugin.v1.ConfigureRequest
+	(*ConfigureResponse)(nil),     // 22: grapnel.plugin.v1.ConfigureResponse
+	(*InstanceStatus)(nil),        // 23: grapnel.plugin.v1.InstanceStatus
+	(*RemoveRequest)(nil),         // 24: grapnel.plugin.v1.RemoveRequest
+	(*RemoveResponse)(nil),        // 25: grapnel.plugin.v1.RemoveResponse
+	(*Content)(nil),               // 26: grapnel.plugin.v1.Content
+	(*SignRequest)(nil),           // 27: grapnel.plugin.v1.SignRequest
+	(*SignItem)(nil),              // 28: grapnel.plugin.v1.SignItem
+	(*SignResponse)(nil),          // 29: grapnel.plugin.v1.SignResponse
+	(*SignResult)(nil),            // 30: grapnel.plugin.v1.SignResult
+	(*TransformRequest)(nil),      // 31: grapnel.plugin.v1.TransformRequest
+	(*Event)(nil),                 // 32: grapnel.plugin.v1.Event
+	(*TransformItem)(nil),         // 33: grapnel.plugin.v1.TransformItem
+	(*TransformResponse)(nil),     // 34: grapnel.plugin.v1.TransformResponse
+	(*TransformResult)(nil),       // 35: grapnel.plugin.v1.TransformResult
+	(*Transformed)(nil),           // 36: grapnel.plugin.v1.Transformed
+	(*Dropped)(nil),               // 37: grapnel.plugin.v1.Dropped
+	(*AttemptRequest)(nil),        // 38: grapnel.plugin.v1.AttemptRequest
+	(*Hello)(nil),                 // 39: grapnel.plugin.v1.Hello
+	(*AttemptBatch)(nil),          // 40: grapnel.plugin.v1.AttemptBatch
+	(*Attempt)(nil),               // 41: grapnel.plugin.v1.Attempt
+	(*Cancel)(nil),                // 42: grapnel.plugin.v1.Cancel
+	(*Drain)(nil),                 // 43: grapnel.plugin.v1.Drain
+	(*AttemptResponse)(nil),       // 44: grapnel.plugin.v1.AttemptResponse
+	(*Welcome)(nil),               // 45: grapnel.plugin.v1.Welcome
+	(*Credit)(nil),                // 46: grapnel.plugin.v1.Credit
+	(*Drained)(nil),               // 47: grapnel.plugin.v1.Drained
+	(*AttemptResults)(nil),        // 48: grapnel.plugin.v1.AttemptResults
+	(*AttemptResult)(nil),         // 49: grapnel.plugin.v1.AttemptResult
+	(*Response)(nil),              // 50: grapnel.plugin.v1.Response
+	(*Failure)(nil),               // 51: grapnel.plugin.v1.Failure
+	(*AttemptOneRequest)(nil),     // 52: grapnel.plugin.v1.AttemptOneRequest
+	(*AttemptOneResponse)(nil),    // 53: grapnel.plugin.v1.AttemptOneResponse
+	(*ControlRequest)(nil),        // 54: grapnel.plugin.v1.ControlRequest
+	(*ControlResponse)(nil),       // 55: grapnel.plugin.v1.ControlResponse
+	(*Heartbeat)(nil),             // 56: grapnel.plugin.v1.Heartbeat
+	(*SetLogLevel)(nil),           // 57: grapnel.plugin.v1.SetLogLevel
+	(*LogBatch)(nil),              // 58: grapnel.plugin.v1.LogBatch
+	(*LogRecord)(nil),             // 59: grapnel.plugin.v1.LogRecord
+	nil,                           // 60: grapnel.plugin.v1.Instance.SecretsEntry
+	nil,                           // 61: grapnel.plugin.v1.Event.AttributesEntry
+	nil,                           // 62: grapnel.plugin.v1.LogRecord.AttributesEntry
+	(*timestamppb.Timestamp)(nil), // 63: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),   // 64: google.protobuf.Duration
 }
 var file_grapnel_plugin_v1_plugin_proto_depIdxs = []int32{
 	5,  // 0: grapnel.plugin.v1.DescribeResponse.kinds:type_name -> grapnel.plugin.v1.Kind
 	7,  // 1: grapnel.plugin.v1.Kind.signer:type_name -> grapnel.plugin.v1.SignerTraits
 	8,  // 2: grapnel.plugin.v1.Kind.transport:type_name -> grapnel.plugin.v1.TransportTraits
-	6,  // 3: grapnel.plugin.v1.Kind.secret_slots:type_name -> grapnel.plugin.v1.SecretSlot
-	0,  // 4: grapnel.plugin.v1.Diagnostic.severity:type_name -> grapnel.plugin.v1.Diagnostic.Severity
-	54, // 5: grapnel.plugin.v1.SecretVersion.expire_time:type_name -> google.protobuf.Timestamp
-	10, // 6: grapnel.plugin.v1.SecretVersions.versions:type_name -> grapnel.plugin.v1.SecretVersion
-	12, // 7: grapnel.plugin.v1.Target.headers:type_name -> grapnel.plugin.v1.Header
-	52, // 8: grapnel.plugin.v1.Instance.secrets:type_name -> grapnel.plugin.v1.Instance.SecretsEntry
-	13, // 9: grapnel.plugin.v1.Instance.target:type_name -> grapnel.plugin.v1.Target
-	14, // 10: grapnel.plugin.v1.ValidateRequest.instance:type_name -> grapnel.plugin.v1.Instance
-	9,  // 11: grapnel.plugin.v1.ValidateResponse.diagnostics:type_name -> grapnel.plugin.v1.Diagnostic
-	9,  // 12: grapnel.plugin.v1.PrepareSecretResponse.diagnostics:type_name -> grapnel.plugin.v1.Diagnostic
-	14, // 13: grapnel.plugin.v1.ConfigureRequest.instances:type_name -> grapnel.plugin.v1.Instance
-	19, // 14: grapnel.plugin.v1.ConfigureRequest.settings:type_name -> grapnel.plugin.v1.HostSettings
-	22, // 15: grapnel.plugin.v1.ConfigureResponse.statuses:type_name -> grapnel.plugin.v1.InstanceStatus
-	9,  // 16: grapnel.plugin.v1.InstanceStatus.diagnostics:type_name -> grapnel.plugin.v1.Diagnostic
-	12, // 17: grapnel.plugin.v1.Content.headers:type_name -> grapnel.plugin.v1.Header
-	25, // 18: grapnel.plugin.v1.SignRequest.contents:type_name -> grapnel.plugin.v1.Content
-	27, // 19: grapnel.plugin.v1.SignRequest.items:type_name -> grapnel.plugin.v1.SignItem
-	54, // 20: grapnel.plugin.v1.SignItem.created:type_name -> google.protobuf.Timestamp
-	12, // 21: grapnel.plugin.v1.SignItem.headers:type_name -> grapnel.plugin.v1.Header
-	29, // 22: grapnel.plugin.v1.SignResponse.results:type_name -> grapnel.plugin.v1.SignResult
-	12, // 23: grapnel.plugin.v1.SignResult.headers:type_name -> grapnel.plugin.v1.Header
-	43, // 24: grapnel.plugin.v1.SignResult.failure:type_name -> grapnel.plugin.v1.Failure
-	31, // 25: grapnel.plugin.v1.AttemptRequest.hello:type_name -> grapnel.plugin.v1.Hello
-	32, // 26: grapnel.plugin.v1.AttemptRequest.batch:type_name -> grapnel.plugin.v1.AttemptBatch
-	34, // 27: grapnel.plugin.v1.AttemptRequest.cancel:type_name -> grapnel.plugin.v1.Cancel
-	35, // 28: grapnel.plugin.v1.AttemptRequest.drain:type_name -> grapnel.plugin.v1.Drain
-	25, // 29: grapnel.plugin.v1.AttemptBatch.contents:type_name -> grapnel.plugin.v1.Content
-	33, // 30: grapnel.plugin.v1.AttemptBatch.attempts:type_name -> grapnel.plugin.v1.Attempt
-	12, // 31: grapnel.plugin.v1.Attempt.headers:type_name -> grapnel.plugin.v1.Header
-	55, // 32: grapnel.plugin.v1.Drain.grace:type_name -> google.protobuf.Duration
-	37, // 33: grapnel.plugin.v1.AttemptResponse.welcome:type_name -> grapnel.plugin.v1.Welcome
-	38, // 34: grapnel.plugin.v1.AttemptResponse.credit:type_name -> grapnel.plugin.v1.Credit
-	40, // 35: grapnel.plugin.v1.AttemptResponse.results:type_name -> grapnel.plugin.v1.AttemptResults
-	39, // 36: grapnel.plugin.v1.AttemptResponse.drained:type_name -> grapnel.plugin.v1.Drained
-	41, // 37: grapnel.plugin.v1.AttemptResults.results:type_name -> grapnel.plugin.v1.AttemptResult
-	42, // 38: grapnel.plugin.v1.AttemptResult.response:type_name -> grapnel.plugin.v1.Response
-	43, // 39: grapnel.plugin.v1.AttemptResult.failure:type_name -> grapnel.plugin.v1.Failure
-	12, // 40: grapnel.plugin.v1.AttemptResult.sent_headers:type_name -> grapnel.plugin.v1.Header
-	12, // 41: grapnel.plugin.v1.Response.headers:type_name -> grapnel.plugin.v1.Header
-	1,  // 42: grapnel.plugin.v1.Failure.source:type_name -> grapnel.plugin.v1.Failure.Source
-	2,  // 43: grapnel.plugin.v1.Failure.wire_state:type_name -> grapnel.plugin.v1.Failure.WireState
-	33, // 44: grapnel.plugin.v1.AttemptOneRequest.attempt:type_name -> grapnel.plugin.v1.Attempt
-	25, // 45: grapnel.plugin.v1.AttemptOneRequest.content:type_name -> grapnel.plugin.v1.Content
-	41, // 46: grapnel.plugin.v1.AttemptOneResponse.result:type_name -> grapnel.plugin.v1.AttemptResult
-	48, // 47: grapnel.plugin.v1.ControlRequest.heartbeat:type_name -> grapnel.plugin.v1.Heartbeat
-	35, // 48: grapnel.plugin.v1.ControlRequest.drain:type_name -> grapnel.plugin.v1.Drain
-	49, // 49: grapnel.plugin.v1.ControlRequest.set_log_level:type_name -> grapnel.plugin.v1.SetLogLevel
-	48, // 50: grapnel.plugin.v1.ControlResponse.heartbeat:type_name -> grapnel.plugin.v1.Heartbeat
-	50, // 51: grapnel.plugin.v1.ControlResponse.logs:type_name -> grapnel.plugin.v1.LogBatch
-	51, // 52: grapnel.plugin.v1.LogBatch.records:type_name -> grapnel.plugin.v1.LogRecord
-	54, // 53: grapnel.plugin.v1.LogRecord.time:type_name -> google.protobuf.Timestamp
-	53, // 54: grapnel.plugin.v1.LogRecord.attributes:type_name -> grapnel.plugin.v1.LogRecord.AttributesEntry
-	11, // 55: grapnel.plugin.v1.Instance.SecretsEntry.value:type_name -> grapnel.plugin.v1.SecretVersions
-	3,  // 56: grapnel.plugin.v1.PluginService.Describe:input_type -> grapnel.plugin.v1.DescribeRequest
-	15, // 57: grapnel.plugin.v1.PluginService.Validate:input_type -> grapnel.plugin.v1.ValidateRequest
-	20, // 58: grapnel.plugin.v1.PluginService.Configure:input_type -> grapnel.plugin.v1.ConfigureRequest
-	23, // 59: grapnel.plugin.v1.PluginService.Remove:input_type -> grapnel.plugin.v1.RemoveRequest
-	17, // 60: grapnel.plugin.v1.PluginService.PrepareSecret:input_type -> grapnel.plugin.v1.PrepareSecretRequest
-	46, // 61: grapnel.plugin.v1.PluginService.Control:input_type -> grapnel.plugin.v1.ControlRequest
-	26, // 62: grapnel.plugin.v1.SignerService.Sign:input_type -> grapnel.plugin.v1.SignRequest
-	30, // 63: grapnel.plugin.v1.TransportService.Attempt:input_type -> grapnel.plugin.v1.AttemptRequest
-	44, // 64: grapnel.plugin.v1.TransportService.AttemptOne:input_type -> grapnel.plugin.v1.AttemptOneRequest
-	4,  // 65: grapnel.plugin.v1.PluginService.Describe:output_type -> grapnel.plugin.v1.DescribeResponse
-	16, // 66: grapnel.plugin.v1.PluginService.Validate:output_type -> grapnel.plugin.v1.ValidateResponse
-	21, // 67: grapnel.plugin.v1.PluginService.Configure:output_type -> grapnel.plugin.v1.ConfigureResponse
-	24, // 68: grapnel.plugin.v1.PluginService.Remove:output_type -> grapnel.plugin.v1.RemoveResponse
-	18, // 69: grapnel.plugin.v1.PluginService.PrepareSecret:output_type -> grapnel.plugin.v1.PrepareSecretResponse
-	47, // 70: grapnel.plugin.v1.PluginService.Control:output_type -> grapnel.plugin.v1.ControlResponse
-	28, // 71: grapnel.plugin.v1.SignerService.Sign:output_type -> grapnel.plugin.v1.SignResponse
-	36, // 72: grapnel.plugin.v1.TransportService.Attempt:output_type -> grapnel.plugin.v1.AttemptResponse
-	45, // 73: grapnel.plugin.v1.TransportService.AttemptOne:output_type -> grapnel.plugin.v1.AttemptOneResponse
-	65, // [65:74] is the sub-list for method output_type
-	56, // [56:65] is the sub-list for method input_type
-	56, // [56:56] is the sub-list for extension type_name
-	56, // [56:56] is the sub-list for extension extendee
-	0,  // [0:56] is the sub-list for field type_name
+	9,  // 3: grapnel.plugin.v1.Kind.transformer:type_name -> grapnel.plugin.v1.TransformerTraits
+	6,  // 4: grapnel.plugin.v1.Kind.secret_slots:type_name -> grapnel.plugin.v1.SecretSlot
+	0,  // 5: grapnel.plugin.v1.Diagnostic.severity:type_name -> grapnel.plugin.v1.Diagnostic.Severity
+	63, // 6: grapnel.plugin.v1.SecretVersion.expire_time:type_name -> google.protobuf.Timestamp
+	11, // 7: grapnel.plugin.v1.SecretVersions.versions:type_name -> grapnel.plugin.v1.SecretVersion
+	13, // 8: grapnel.plugin.v1.Target.headers:type_name -> grapnel.plugin.v1.Header
+	60, // 9: grapnel.plugin.v1.Instance.secrets:type_name -> grapnel.plugin.v1.Instance.SecretsEntry
+	14, // 10: grapnel.plugin.v1.Instance.target:type_name -> grapnel.plugin.v1.Target
+	15, // 11: grapnel.plugin.v1.ValidateRequest.instance:type_name -> grapnel.plugin.v1.Instance
+	10, // 12: grapnel.plugin.v1.ValidateResponse.diagnostics:type_name -> grapnel.plugin.v1.Diagnostic
+	10, // 13: grapnel.plugin.v1.PrepareSecretResponse.diagnostics:type_name -> grapnel.plugin.v1.Diagnostic
+	15, // 14: grapnel.plugin.v1.ConfigureRequest.instances:type_name -> grapnel.plugin.v1.Instance
+	20, // 15: grapnel.plugin.v1.ConfigureRequest.settings:type_name -> grapnel.plugin.v1.HostSettings
+	23, // 16: grapnel.plugin.v1.ConfigureResponse.statuses:type_name -> grapnel.plugin.v1.InstanceStatus
+	10, // 17: grapnel.plugin.v1.InstanceStatus.diagnostics:type_name -> grapnel.plugin.v1.Diagnostic
+	13, // 18: grapnel.plugin.v1.Content.headers:type_name -> grapnel.plugin.v1.Header
+	26, // 19: grapnel.plugin.v1.SignRequest.contents:type_name -> grapnel.plugin.v1.Content
+	28, // 20: grapnel.plugin.v1.SignRequest.items:type_name -> grapnel.plugin.v1.SignItem
+	63, // 21: grapnel.plugin.v1.SignItem.created:type_name -> google.protobuf.Timestamp
+	13, // 22: grapnel.plugin.v1.SignItem.headers:type_name -> grapnel.plugin.v1.Header
+	30, // 23: grapnel.plugin.v1.SignResponse.results:type_name -> grapnel.plugin.v1.SignResult
+	13, // 24: grapnel.plugin.v1.SignResult.headers:type_name -> grapnel.plugin.v1.Header
+	51, // 25: grapnel.plugin.v1.SignResult.failure:type_name -> grapnel.plugin.v1.Failure
+	32, // 26: grapnel.plugin.v1.TransformRequest.events:type_name -> grapnel.plugin.v1.Event
+	33, // 27: grapnel.plugin.v1.TransformRequest.items:type_name -> grapnel.plugin.v1.TransformItem
+	63, // 28: grapnel.plugin.v1.Event.time:type_name -> google.protobuf.Timestamp
+	61, // 29: grapnel.plugin.v1.Event.attributes:type_name -> grapnel.plugin.v1.Event.AttributesEntry
+	35, // 30: grapnel.plugin.v1.TransformResponse.results:type_name -> grapnel.plugin.v1.TransformResult
+	36, // 31: grapnel.plugin.v1.TransformResult.transformed:type_name -> grapnel.plugin.v1.Transformed
+	37, // 32: grapnel.plugin.v1.TransformResult.dropped:type_name -> grapnel.plugin.v1.Dropped
+	51, // 33: grapnel.plugin.v1.TransformResult.failure:type_name -> grapnel.plugin.v1.Failure
+	13, // 34: grapnel.plugin.v1.Transformed.headers:type_name -> grapnel.plugin.v1.Header
+	39, // 35: grapnel.plugin.v1.AttemptRequest.hello:type_name -> grapnel.plugin.v1.Hello
+	40, // 36: grapnel.plugin.v1.AttemptRequest.batch:type_name -> grapnel.plugin.v1.AttemptBatch
+	42, // 37: grapnel.plugin.v1.AttemptRequest.cancel:type_name -> grapnel.plugin.v1.Cancel
+	43, // 38: grapnel.plugin.v1.AttemptRequest.drain:type_name -> grapnel.plugin.v1.Drain
+	26, // 39: grapnel.plugin.v1.AttemptBatch.contents:type_name -> grapnel.plugin.v1.Content
+	41, // 40: grapnel.plugin.v1.AttemptBatch.attempts:type_name -> grapnel.plugin.v1.Attempt
+	13, // 41: grapnel.plugin.v1.Attempt.headers:type_name -> grapnel.plugin.v1.Header
+	64, // 42: grapnel.plugin.v1.Drain.grace:type_name -> google.protobuf.Duration
+	45, // 43: grapnel.plugin.v1.AttemptResponse.welcome:type_name -> grapnel.plugin.v1.Welcome
+	46, // 44: grapnel.plugin.v1.AttemptResponse.credit:type_name -> grapnel.plugin.v1.Credit
+	48, // 45: grapnel.plugin.v1.AttemptResponse.results:type_name -> grapnel.plugin.v1.AttemptResults
+	47, // 46: grapnel.plugin.v1.AttemptResponse.drained:type_name -> grapnel.plugin.v1.Drained
+	49, // 47: grapnel.plugin.v1.AttemptResults.results:type_name -> grapnel.plugin.v1.AttemptResult
+	50, // 48: grapnel.plugin.v1.AttemptResult.response:type_name -> grapnel.plugin.v1.Response
+	51, // 49: grapnel.plugin.v1.AttemptResult.failure:type_name -> grapnel.plugin.v1.Failure
+	13, // 50: grapnel.plugin.v1.AttemptResult.sent_headers:type_name -> grapnel.plugin.v1.Header
+	13, // 51: grapnel.plugin.v1.Response.headers:type_name -> grapnel.plugin.v1.Header
+	1,  // 52: grapnel.plugin.v1.Failure.source:type_name -> grapnel.plugin.v1.Failure.Source
+	2,  // 53: grapnel.plugin.v1.Failure.wire_state:type_name -> grapnel.plugin.v1.Failure.WireState
+	41, // 54: grapnel.plugin.v1.AttemptOneRequest.attempt:type_name -> grapnel.plugin.v1.Attempt
+	26, // 55: grapnel.plugin.v1.AttemptOneRequest.content:type_name -> grapnel.plugin.v1.Content
+	49, // 56: grapnel.plugin.v1.AttemptOneResponse.result:type_name -> grapnel.plugin.v1.AttemptResult
+	56, // 57: grapnel.plugin.v1.ControlRequest.heartbeat:type_name -> grapnel.plugin.v1.Heartbeat
+	43, // 58: grapnel.plugin.v1.ControlRequest.drain:type_name -> grapnel.plugin.v1.Drain
+	57, // 59: grapnel.plugin.v1.ControlRequest.set_log_level:type_name -> grapnel.plugin.v1.SetLogLevel
+	56, // 60: grapnel.plugin.v1.ControlResponse.heartbeat:type_name -> grapnel.plugin.v1.Heartbeat
+	58, // 61: grapnel.plugin.v1.ControlResponse.logs:type_name -> grapnel.plugin.v1.LogBatch
+	59, // 62: grapnel.plugin.v1.LogBatch.records:type_name -> grapnel.plugin.v1.LogRecord
+	63, // 63: grapnel.plugin.v1.LogRecord.time:type_name -> google.protobuf.Timestamp
+	62, // 64: grapnel.plugin.v1.LogRecord.attributes:type_name -> grapnel.plugin.v1.LogRecord.AttributesEntry
+	12, // 65: grapnel.plugin.v1.Instance.SecretsEntry.value:type_name -> grapnel.plugin.v1.SecretVersions
+	3,  // 66: grapnel.plugin.v1.PluginService.Describe:input_type -> grapnel.plugin.v1.DescribeRequest
+	16, // 67: grapnel.plugin.v1.PluginService.Validate:input_type -> grapnel.plugin.v1.ValidateRequest
+	21, // 68: grapnel.plugin.v1.PluginService.Configure:input_type -> grapnel.plugin.v1.ConfigureRequest
+	24, // 69: grapnel.plugin.v1.PluginService.Remove:input_type -> grapnel.plugin.v1.RemoveRequest
+	18, // 70: grapnel.plugin.v1.PluginService.PrepareSecret:input_type -> grapnel.plugin.v1.PrepareSecretRequest
+	54, // 71: grapnel.plugin.v1.PluginService.Control:input_type -> grapnel.plugin.v1.ControlRequest
+	27, // 72: grapnel.plugin.v1.SignerService.Sign:input_type -> grapnel.plugin.v1.SignRequest
+	38, // 73: grapnel.plugin.v1.TransportService.Attempt:input_type -> grapnel.plugin.v1.AttemptRequest
+	52, // 74: grapnel.plugin.v1.TransportService.AttemptOne:input_type -> grapnel.plugin.v1.AttemptOneRequest
+	31, // 75: grapnel.plugin.v1.TransformerService.Transform:input_type -> grapnel.plugin.v1.TransformRequest
+	4,  // 76: grapnel.plugin.v1.PluginService.Describe:output_type -> grapnel.plugin.v1.DescribeResponse
+	17, // 77: grapnel.plugin.v1.PluginService.Validate:output_type -> grapnel.plugin.v1.ValidateResponse
+	22, // 78: grapnel.plugin.v1.PluginService.Configure:output_type -> grapnel.plugin.v1.ConfigureResponse
+	25, // 79: grapnel.plugin.v1.PluginService.Remove:output_type -> grapnel.plugin.v1.RemoveResponse
+	19, // 80: grapnel.plugin.v1.PluginService.PrepareSecret:output_type -> grapnel.plugin.v1.PrepareSecretResponse
+	55, // 81: grapnel.plugin.v1.PluginService.Control:output_type -> grapnel.plugin.v1.ControlResponse
+	29, // 82: grapnel.plugin.v1.SignerService.Sign:output_type -> grapnel.plugin.v1.SignResponse
+	44, // 83: grapnel.plugin.v1.TransportService.Attempt:output_type -> grapnel.plugin.v1.AttemptResponse
+	53, // 84: grapnel.plugin.v1.TransportService.AttemptOne:output_type -> grapnel.plugin.v1.AttemptOneResponse
+	34, // 85: grapnel.plugin.v1.TransformerService.Transform:output_type -> grapnel.plugin.v1.TransformResponse
+	76, // [76:86] is the sub-list for method output_type
+	66, // [66:76] is the sub-list for method input_type
+	66, // [66:66] is the sub-list for extension type_name
+	66, // [66:66] is the sub-list for extension extendee
+	0,  // [0:66] is the sub-list for field type_name
 }
 
 func init() { file_grapnel_plugin_v1_plugin_proto_init() }
@@ -4055,29 +4701,35 @@ func file_grapnel_plugin_v1_plugin_proto_init() {
 	file_grapnel_plugin_v1_plugin_proto_msgTypes[2].OneofWrappers = []any{
 		(*Kind_Signer)(nil),
 		(*Kind_Transport)(nil),
+		(*Kind_Transformer)(nil),
 	}
-	file_grapnel_plugin_v1_plugin_proto_msgTypes[27].OneofWrappers = []any{
+	file_grapnel_plugin_v1_plugin_proto_msgTypes[32].OneofWrappers = []any{
+		(*TransformResult_Transformed)(nil),
+		(*TransformResult_Dropped)(nil),
+		(*TransformResult_Failure)(nil),
+	}
+	file_grapnel_plugin_v1_plugin_proto_msgTypes[35].OneofWrappers = []any{
 		(*AttemptRequest_Hello)(nil),
 		(*AttemptRequest_Batch)(nil),
 		(*AttemptRequest_Cancel)(nil),
 		(*AttemptRequest_Drain)(nil),
 	}
-	file_grapnel_plugin_v1_plugin_proto_msgTypes[33].OneofWrappers = []any{
+	file_grapnel_plugin_v1_plugin_proto_msgTypes[41].OneofWrappers = []any{
 		(*AttemptResponse_Welcome)(nil),
 		(*AttemptResponse_Credit)(nil),
 		(*AttemptResponse_Results)(nil),
 		(*AttemptResponse_Drained)(nil),
 	}
-	file_grapnel_plugin_v1_plugin_proto_msgTypes[38].OneofWrappers = []any{
+	file_grapnel_plugin_v1_plugin_proto_msgTypes[46].OneofWrappers = []any{
 		(*AttemptResult_Response)(nil),
 		(*AttemptResult_Failure)(nil),
 	}
-	file_grapnel_plugin_v1_plugin_proto_msgTypes[43].OneofWrappers = []any{
+	file_grapnel_plugin_v1_plugin_proto_msgTypes[51].OneofWrappers = []any{
 		(*ControlRequest_Heartbeat)(nil),
 		(*ControlRequest_Drain)(nil),
 		(*ControlRequest_SetLogLevel)(nil),
 	}
-	file_grapnel_plugin_v1_plugin_proto_msgTypes[44].OneofWrappers = []any{
+	file_grapnel_plugin_v1_plugin_proto_msgTypes[52].OneofWrappers = []any{
 		(*ControlResponse_Heartbeat)(nil),
 		(*ControlResponse_Logs)(nil),
 	}
@@ -4087,9 +4739,9 @@ func file_grapnel_plugin_v1_plugin_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_grapnel_plugin_v1_plugin_proto_rawDesc), len(file_grapnel_plugin_v1_plugin_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   51,
+			NumMessages:   60,
 			NumExtensions: 0,
-			NumServices:   3,
+			NumServices:   4,
 		},
 		GoTypes:           file_grapnel_plugin_v1_plugin_proto_goTypes,
 		DependencyIndexes: file_grapnel_plugin_v1_plugin_proto_depIdxs,

@@ -582,3 +582,105 @@ var TransportService_ServiceDesc = grpc.ServiceDesc{
 	},
 	Metadata: "grapnel/plugin/v1/plugin.proto",
 }
+
+const (
+	TransformerService_Transform_FullMethodName = "/grapnel.plugin.v1.TransformerService/Transform"
+)
+
+// TransformerServiceClient is the client API for TransformerService service.
+//
+// For semantics around ctx use and closing/ending streaming RPCs, please refer to https://pkg.go.dev/google.golang.org/grpc/?tab=doc#ClientConn.NewStream.
+//
+// TransformerService is served by plugins that have a transformer kind.
+type TransformerServiceClient interface {
+	// Transform answers every item exactly once, in any order.
+	Transform(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[TransformRequest, TransformResponse], error)
+}
+
+type transformerServiceClient struct {
+	cc grpc.ClientConnInterface
+}
+
+func NewTransformerServiceClient(cc grpc.ClientConnInterface) TransformerServiceClient {
+	return &transformerServiceClient{cc}
+}
+
+func (c *transformerServiceClient) Transform(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[TransformRequest, TransformResponse], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &TransformerService_ServiceDesc.Streams[0], TransformerService_Transform_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[TransformRequest, TransformResponse]{ClientStream: stream}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type TransformerService_TransformClient = grpc.BidiStreamingClient[TransformRequest, TransformResponse]
+
+// TransformerServiceServer is the server API for TransformerService service.
+// All implementations must embed UnimplementedTransformerServiceServer
+// for forward compatibility.
+//
+// TransformerService is served by plugins that have a transformer kind.
+type TransformerServiceServer interface {
+	// Transform answers every item exactly once, in any order.
+	Transform(grpc.BidiStreamingServer[TransformRequest, TransformResponse]) error
+	mustEmbedUnimplementedTransformerServiceServer()
+}
+
+// UnimplementedTransformerServiceServer must be embedded to have
+// forward compatible implementations.
+//
+// NOTE: this should be embedded by value instead of pointer to avoid a nil
+// pointer dereference when methods are called.
+type UnimplementedTransformerServiceServer struct{}
+
+func (UnimplementedTransformerServiceServer) Transform(grpc.BidiStreamingServer[TransformRequest, TransformResponse]) error {
+	return status.Error(codes.Unimplemented, "method Transform not implemented")
+}
+func (UnimplementedTransformerServiceServer) mustEmbedUnimplementedTransformerServiceServer() {}
+func (UnimplementedTransformerServiceServer) testEmbeddedByValue()                            {}
+
+// UnsafeTransformerServiceServer may be embedded to opt out of forward compatibility for this service.
+// Use of this interface is not recommended, as added methods to TransformerServiceServer will
+// result in compilation errors.
+type UnsafeTransformerServiceServer interface {
+	mustEmbedUnimplementedTransformerServiceServer()
+}
+
+func RegisterTransformerServiceServer(s grpc.ServiceRegistrar, srv TransformerServiceServer) {
+	// If the following call panics, it indicates UnimplementedTransformerServiceServer was
+	// embedded by pointer and is nil.  This will cause panics if an
+	// unimplemented method is ever invoked, so we test this at initialization
+	// time to prevent it from happening at runtime later due to I/O.
+	if t, ok := srv.(interface{ testEmbeddedByValue() }); ok {
+		t.testEmbeddedByValue()
+	}
+	s.RegisterService(&TransformerService_ServiceDesc, srv)
+}
+
+func _TransformerService_Transform_Handler(srv interface{}, stream grpc.ServerStream) error {
+	return srv.(TransformerServiceServer).Transform(&grpc.GenericServerStream[TransformRequest, TransformResponse]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type TransformerService_TransformServer = grpc.BidiStreamingServer[TransformRequest, TransformResponse]
+
+// TransformerService_ServiceDesc is the grpc.ServiceDesc for TransformerService service.
+// It's only intended for direct use with grpc.RegisterService,
+// and not to be introspected or modified (even as a copy)
+var TransformerService_ServiceDesc = grpc.ServiceDesc{
+	ServiceName: "grapnel.plugin.v1.TransformerService",
+	HandlerType: (*TransformerServiceServer)(nil),
+	Methods:     []grpc.MethodDesc{},
+	Streams: []grpc.StreamDesc{
+		{
+			StreamName:    "Transform",
+			Handler:       _TransformerService_Transform_Handler,
+			ServerStreams: true,
+			ClientStreams: true,
+		},
+	},
+	Metadata: "grapnel/plugin/v1/plugin.proto",
+}

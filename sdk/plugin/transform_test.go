@@ -1,0 +1,110 @@
+package plugin_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"strconv"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/grapnel/grapnel/sdk/plugin"
+	"github.com/grapnel/grapnel/sdk/plugintest"
+)
+
+type transformConfig struct {
+	Do string `json:"do" required:"true"`
+}
+
+// puppet does what its config says.
+func puppet() plugin.Kind {
+	return plugin.Transformer("puppet", func(c transformConfig, _ plugin.Target) (plugin.TransformFunc, error) {
+		return func(ctx context.Context, e *plugin.Event) (*plugin.Transformed, error) {
+			switch c.Do {
+			case "drop":
+				return nil, plugin.Drop("of no interest")
+			case "throw":
+				return nil, errors.New("no such field")
+			case "panic":
+				panic("of the author")
+			case "nothing":
+				return nil, nil
+			case "large":
+				return &plugin.Transformed{Body: make([]byte, plugin.MaxTransformed+1)}, nil
+			case "loop":
+				for ctx.Err() == nil {
+					busy()
+				}
+				return nil, ctx.Err()
+			}
+			return &plugin.Transformed{
+				Body: bytes.ToUpper(e.Data), ContentType: "text/plain", Headers: []plugin.Header{{Name: "X-Type", Value: e.Type + e.Attributes["a"]}},
+			}, nil
+		}, nil
+	})
+}
+
+func busy() {
+	n := 0
+	for i := range 10000 {
+		n += i
+	}
+	_ = n
+}
+
+// TestTransform: what a transformer makes comes back, and each way of not making anything is told by its code.
+func TestTransform(t *testing.T) {
+	h := plugintest.New(t, puppet())
+	if h.Kind("puppet").GetTransformer() == nil {
+		t.Fatal("the kind has no traits of a transformer")
+	}
+	do := func(what string, timeout time.Duration) (*plugin.Transformed, error) {
+		ctx, cancel := context.WithTimeout(t.Context(), timeout)
+		defer cancel()
+		return h.Configure(plugintest.Instance{Kind: "puppet", Config: transformConfig{what}}).Transform(ctx, plugin.Event{
+			MessageID: "evt_1", Type: "order.created", Attributes: map[string]string{"a": "b"}, Data: []byte("abc"),
+		})
+	}
+	made, err := do("it", time.Minute)
+	if err != nil || string(made.Body) != "ABC" || made.ContentType != "text/plain" ||
+		len(made.Headers) != 1 || made.Headers[0] != (plugin.Header{Name: "x-type", Value: "order.createdb"}) {
+		t.Errorf("%+v, %v", made, err)
+	}
+	if reason, dropped := plugin.DropReason(second(do("drop", time.Minute))); !dropped || reason != "of no interest" {
+		t.Errorf("dropped %v, %q", dropped, reason)
+	}
+	for what, code := range map[string]string{"throw": "transform", "panic": "panic", "nothing": "transform", "large": "transform"} {
+		var f *plugin.Failure
+		if err := second(do(what, time.Minute)); !errors.As(err, &f) || f.Code != code || f.Source != plugin.SourcePlugin || f.WireState != plugin.NotSent {
+			t.Errorf("%s: %#v, want code %s", what, err, code)
+		}
+	}
+}
+
+func second(_ *plugin.Transformed, err error) error { return err }
+
+// TestTransformLoops: instances that compute for as long as they may hold up no other.
+func TestTransformLoops(t *testing.T) {
+	h := plugintest.New(t, puppet())
+	loops := h.Configure(plugintest.Instance{Kind: "puppet", Config: transformConfig{"loop"}})
+	other := h.Configure(plugintest.Instance{Kind: "puppet", Config: transformConfig{"it"}})
+	known, done := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	defer done()
+	if _, err := loops.Transform(known, plugin.Event{}); err == nil {
+		t.Fatal("a loop has an end")
+	}
+	looping, stop := context.WithTimeout(t.Context(), 10*time.Second)
+	defer stop()
+	var all sync.WaitGroup
+	for range 16 {
+		all.Go(func() { _, _ = loops.Transform(looping, plugin.Event{}) })
+	}
+	for i := range 100 {
+		if made, err := other.Transform(looping, plugin.Event{Data: []byte(strconv.Itoa(i))}); err != nil || string(made.Body) != strconv.Itoa(i) {
+			t.Fatalf("%d beside loops: %v", i, err)
+		}
+	}
+	stop()
+	all.Wait()
+}
