@@ -8,7 +8,7 @@
 //	   │            │ ▲
 //	   │            ▼ │
 //	   │        SCHEDULED ──▶ EXHAUSTED | REJECTED
-//	   └──────────┴─────────▶ CANCELLED            SKIPPED (at once, subscription disabled)
+//	   └──────────┴─────────▶ CANCELLED            SKIPPED (at once, subscription disabled; or dropped by its transformer)
 //
 // IN_FLIGHT exists in memory only: on disk the delivery keeps the state it would have to be resumed in.
 package delivery
@@ -200,6 +200,9 @@ type Job struct {
 // Lane is the queue that the job belongs to.
 func (j *Job) Lane() LaneKey { return LaneKey{j.Event.Namespace, j.ID.Subscription} }
 
+// Trial reports whether the job is of no delivery that the journal knows: one that is made up to try a subscription.
+func (j *Job) Trial() bool { return j.ID.Seq == 0 }
+
 // Row is the row that the job was made of.
 func (j *Job) Row() Row { return Row{Kind: j.Kind, Due: j.Due, Seq: j.ID.Seq, Epoch: j.Epoch} }
 
@@ -274,7 +277,24 @@ const (
 	// CauseCrowded means, of a batch of several, that nothing was tried because its transport carries no body of that
 	// size: its jobs are to be offered again in smaller batches. No attempt is spent, none is recorded.
 	CauseCrowded
+	// CauseDropped means that the subscription's transformer wants nothing to be sent; Error is its reason. No attempt is
+	// recorded.
+	CauseDropped
 )
+
+// Made is what a transformer has made of an event for a subscription: what requests carry instead of its payload. It is
+// shared and must not be changed.
+type Made struct {
+	// Body is MaxMade bytes at most.
+	Body []byte
+	// ContentType is Body's, never empty.
+	ContentType string
+	// Headers are added to those of the event.
+	Headers []Header
+}
+
+// MaxMade is the largest body that a transformer may make.
+const MaxMade = 256 << 10
 
 // Result is how an attempt ended: a value, not an error.
 type Result struct {
@@ -287,6 +307,8 @@ type Result struct {
 	// Refused are, of a batch that succeeded, the deliveries that its target has named as failed: by their places in it,
 	// with a text for people each.
 	Refused map[int]string
+	// Made is set of a trial, see Job.Trial.
+	Made *Made
 }
 
 // Guilt is what speaks for it that a plugin died of an attempt.

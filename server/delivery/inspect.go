@@ -185,6 +185,8 @@ func (p *partition) inspectRecord(key, value []byte, sum *Inspection) (err error
 		d := readRecord(value)
 		d.uint()
 		err = d.err
+	case kindMade:
+		_, err = decodeMade(value)
 	default:
 		err = errBadKey
 	}

@@ -260,7 +260,10 @@ func (c *commit) keepEvent(d dayKey, ns NamespaceKey, seq uint64) (bool, error) 
 	if err := c.copy(appendTargetsKey(nil, p.number, d, ns, seq), appendTargetsKey(nil, p.number, kept, ns, seq)); err != nil {
 		return true, err
 	}
-	if err := c.keepReplays(d, ns, seq); err != nil {
+	if err := c.keepAll(appendReplays(nil, p.number, d, ns, seq), appendReplays(nil, p.number, kept, ns, seq)); err != nil {
+		return true, err
+	}
+	if err := c.keepAll(appendMade(nil, p.number, d, ns, seq), appendMade(nil, p.number, kept, ns, seq)); err != nil {
 		return true, err
 	}
 	e, err := decodeEvent(record)
@@ -271,19 +274,17 @@ func (c *commit) keepEvent(d dayKey, ns NamespaceKey, seq uint64) (bool, error) 
 	return true, c.copy(appendIdentityKey(nil, p.number, d, ns, id), appendKeptIdentity(nil, p.number, ns, id, seq))
 }
 
-// keepReplays copies what says as which deliveries an event was sent again.
-func (c *commit) keepReplays(d dayKey, ns NamespaceKey, seq uint64) error {
-	p := c.p
-	prefix := appendReplays(nil, p.number, d, ns, seq)
+// keepAll copies the records of a prefix to another.
+func (c *commit) keepAll(prefix, to []byte) error {
 	var rest, values [][]byte
-	if err := p.j.scan(c.r, prefix, prefixEnd(prefix), func(key, value []byte) error {
+	if err := c.p.j.scan(c.r, prefix, prefixEnd(prefix), func(key, value []byte) error {
 		rest, values = append(rest, bytes.Clone(key[len(prefix):])), append(values, bytes.Clone(value))
 		return nil
 	}); err != nil {
 		return err
 	}
 	for i := range rest {
-		c.set(append(appendReplays(nil, p.number, kept, ns, seq), rest[i]...), values[i])
+		c.set(append(to[:len(to):len(to)], rest[i]...), values[i])
 	}
 	return nil
 }
@@ -468,6 +469,9 @@ func (c *commit) forgetIn(day dayKey, ns NamespaceKey, seq uint64, subs []Subscr
 		}
 	}
 	if err := c.deleteKeys(appendReplays(nil, p.number, day, ns, seq)); err != nil {
+		return err
+	}
+	if err := c.deleteKeys(appendMade(nil, p.number, day, ns, seq)); err != nil {
 		return err
 	}
 	c.delete(appendTargetsKey(nil, p.number, day, ns, seq))

@@ -22,6 +22,8 @@ import (
 //	r | day ns a lane seq n     failed attempt with its bodies; n is 4 bytes
 //	r | day ns z seq lane       the delivery has ended without success; when, and how
 //	r | day ns g own lane       a delivery made again, with a sequence of its own: of which event, why, for whom
+//	r | day ns x seq lane own   what a transformer has made of the event for a subscription, and of a dead letter, whose own
+//	                            is 0 otherwise
 //	r | day ns y seq own lane   the event is sent again as that delivery; the job that does so
 //	r | 0xffff ns …             kept: the same, of events that outlive their day because a delivery is open; i has
 //	                            the sequence behind it, since an id may come again after a day
@@ -61,6 +63,7 @@ const (
 	kindDead     = 'z'
 	kindAgain    = 'g'
 	kindReplay   = 'y'
+	kindMade     = 'x'
 
 	// maxPartitions keeps partition numbers away from the meta key.
 	maxPartitions = 4096
@@ -190,6 +193,15 @@ func appendReplayKey(b []byte, partition uint16, day dayKey, lane LaneKey, seq, 
 	return appendU64(appendU64(appendReplays(b, partition, day, lane.Namespace, seq), own), uint64(lane.Subscription))
 }
 
+// appendMade is the prefix of what transformers have made of an event.
+func appendMade(b []byte, partition uint16, day dayKey, ns NamespaceKey, seq uint64) []byte {
+	return appendU64(appendKind(b, partition, day, ns, kindMade), seq)
+}
+
+func appendMadeKey(b []byte, partition uint16, day dayKey, lane LaneKey, seq, own uint64) []byte {
+	return appendU64(appendU64(appendMade(b, partition, day, lane.Namespace, seq), uint64(lane.Subscription)), own)
+}
+
 func appendJobKey(b []byte, partition uint16, tag byte, ns NamespaceKey, job uint64) []byte {
 	return appendU64(appendSpace(b, partition, tag, ns), job)
 }
@@ -264,7 +276,7 @@ func splitRecord(key []byte) (day dayKey, ns NamespaceKey, kind byte, rest []byt
 // recordSeq reads the sequence of an r key that has one.
 func recordSeq(kind byte, rest []byte) (uint64, bool) {
 	switch {
-	case (kind == kindEvent || kind == kindTargets || kind == kindDead || kind == kindAgain || kind == kindReplay) && len(rest) >= 8:
+	case (kind == kindEvent || kind == kindTargets || kind == kindDead || kind == kindAgain || kind == kindReplay || kind == kindMade) && len(rest) >= 8:
 		return binary.BigEndian.Uint64(rest), true
 	case (kind == kindDelivery || kind == kindAttempt) && len(rest) >= 16:
 		return binary.BigEndian.Uint64(rest[8:]), true

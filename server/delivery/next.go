@@ -75,6 +75,9 @@ func Next(p Policy, job *Job, r Result, now time.Time, rnd float64) Step {
 	if r.Cause == CauseUnspent {
 		return Step{State: Pending}
 	}
+	if r.Cause == CauseDropped {
+		return Step{State: Skipped, Reason: reasonOr("dropped by the transformer", r.Error)}
+	}
 	if r.Outcome == OutcomeSucceeded {
 		return Step{State: Succeeded}
 	}
@@ -130,7 +133,7 @@ func convicted(job *Job, guilt Guilt) bool {
 // killed makes a suspect, but no one more suspect; any other end clears the delivery.
 func Watch(job *Job, r Result) int {
 	switch {
-	case r.Cause == CauseUnspent:
+	case r.Cause == CauseUnspent, r.Cause == CauseDropped:
 		return job.Suspicion
 	case !r.Indeterminate:
 		return 0

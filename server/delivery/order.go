@@ -341,6 +341,9 @@ func (c *commit) endTurn(lane LaneKey, seq uint64, ended *standing, next *succes
 	switch {
 	case ended.state == Succeeded:
 		c.passOn(lane, ended.order, next, 0)
+	case ended.state == Skipped: // dropped, which leaves no gap
+		c.firm = c.firm || next.seq != 0
+		c.passOn(lane, ended.order, next, ended.gap)
 	case blocks:
 		c.setTurn(lane, ended.order, turn{seq: seq, blocks: true, older: next.after.older})
 	default:

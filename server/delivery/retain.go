@@ -348,7 +348,7 @@ func (s *sweep) do(ctx context.Context, run func(*commit) error) error {
 
 // eraseBelow erases a namespace's records of a day below a sequence; the ids stay until the day goes.
 func (s *sweep) eraseBelow(ctx context.Context, d dayKey, f fate) error {
-	for _, kind := range []byte{kindEvent, kindTargets, kindDead, kindAgain, kindReplay} {
+	for _, kind := range []byte{kindEvent, kindTargets, kindDead, kindAgain, kindReplay, kindMade} {
 		prefix := appendKind(nil, s.p.number, d, f.ns, kind)
 		prefix = prefix[:len(prefix):len(prefix)]
 		if err := s.eraseSpan(ctx, appendU64(prefix, f.from), appendU64(prefix, f.below)); err != nil {

@@ -144,7 +144,7 @@ func (c *commit) settleRow(day dayKey, lane LaneKey, row Row, pr progress, s *se
 		c.putTimer(lane, Row{Timer, st.due, row.Seq, st.epoch}, &st.progress)
 		return nil
 	}
-	if turnEnds && st.state != Succeeded {
+	if turnEnds && st.state != Succeeded && st.state != Skipped {
 		st.reason = turnReason(st.reason, s.step.Block)
 	}
 	c.settleEnd(day, lane, row.Seq, &st, s.step.DeadLetter)
