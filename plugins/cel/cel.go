@@ -1,0 +1,111 @@
+// Package celplugin is the transformer "cel": a CEL expression that makes the body out of the event. (Its folder is named after
+// the kind; a package of that name would hide the library's.)
+package celplugin
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"strconv"
+
+	"cel.dev/cel-go/cel"
+	"cel.dev/cel-go/common/types"
+	"cel.dev/cel-go/common/types/ref"
+
+	"github.com/grapnel/grapnel/plugins/internal/script"
+	"github.com/grapnel/grapnel/sdk/plugin"
+)
+
+const (
+	// costLimit bounds one evaluation, beside its time: it counts what is made of texts, too.
+	costLimit = 5_000_000
+	// interruptEvery is how many steps of a comprehension go by before the time is looked at.
+	interruptEvery = 100
+)
+
+// Config is what a subscription says about its body.
+type Config struct {
+	Expression  string `json:"expression" required:"true" minLength:"1" maxLength:"65536" doc:"A CEL expression over event, with id, source, type, subject, time, attributes, data_content_type, data and webhook_id, as conditions have it. What it gives is the body; null, or drop(\"reason\"), sends nothing."`
+	Returns     string `json:"returns" default:"body" enum:"body,request" doc:"body: the expression gives the body. request: it gives {\"body\", \"content_type\", \"headers\"} or {\"drop\": REASON}."`
+	ContentType string `json:"content_type" default:"application/json" maxLength:"128" doc:"Media type of the body. A text is sent as it is when this is not JSON."`
+}
+
+// Kind is the transformer "cel".
+func Kind(guard *script.Guard) plugin.Kind {
+	return plugin.Transformer("cel", func(c Config, _ plugin.Target) (plugin.TransformFunc, error) {
+		program, err := compile(c.Expression)
+		if err != nil {
+			return nil, err
+		}
+		return func(ctx context.Context, e *plugin.Event) (made *plugin.Transformed, err error) {
+			err = guard.Do(ctx, func(ctx context.Context) error {
+				made, err = run(ctx, program, c, e)
+				return err
+			})
+			return made, err
+		}, nil
+	},
+		plugin.Doc("makes the body by a CEL expression over the event (https://cel.dev)"),
+		plugin.Example(Config{Expression: `{"text": "Order " + string(event.data.order) + " is " + event.type}`, Returns: script.Body, ContentType: "application/json"}),
+		plugin.Check(func(c Config, _ plugin.Target) []plugin.Problem {
+			if _, err := compile(c.Expression); err != nil {
+				return []plugin.Problem{{Pointer: "/config/expression", Code: "config.syntax", Summary: err.Error()}}
+			}
+			return nil
+		}))
+}
+
+func compile(expression string) (cel.Program, error) {
+	env, err := cel.NewEnv(
+		cel.Variable("event", cel.MapType(cel.StringType, cel.DynType)),
+		cel.CrossTypeNumericComparisons(true),
+		cel.DefaultUTCTimeZone(true),
+		cel.Function("drop", cel.Overload("drop_string", []*cel.Type{cel.StringType}, cel.DynType,
+			cel.UnaryBinding(func(reason ref.Val) ref.Val {
+				text, _ := reason.Value().(string)
+				return types.WrapErr(plugin.Drop(text))
+			}))),
+	)
+	if err != nil {
+		return nil, fmt.Errorf("make the environment: %w", err)
+	}
+	ast, issues := env.Compile(expression)
+	if issues.Err() != nil {
+		return nil, fmt.Errorf("the expression is not CEL: %w", issues.Err())
+	}
+	program, err := env.Program(ast, cel.CostLimit(costLimit), cel.InterruptCheckFrequency(interruptEvery))
+	if err != nil {
+		return nil, fmt.Errorf("the expression does not compile: %w", err)
+	}
+	return program, nil
+}
+
+func run(ctx context.Context, program cel.Program, c Config, e *plugin.Event) (*plugin.Transformed, error) {
+	given, _, err := program.ContextEval(ctx, map[string]any{"event": script.Event(e, number)})
+	if err != nil {
+		return nil, err
+	}
+	if given.Type() == types.NullType {
+		return nil, plugin.Drop("the expression has given null")
+	}
+	text, err := appendJSON(nil, given, 0)
+	if err != nil {
+		return nil, err
+	}
+	return script.Finish(text, c.Returns, c.ContentType)
+}
+
+// number is as conditions have it: int, or uint above 2^63-1, without fraction and exponent, else double.
+func number(n json.Number) any {
+	if i, err := strconv.ParseInt(n.String(), 10, 64); err == nil {
+		return i
+	}
+	if u, err := strconv.ParseUint(n.String(), 10, 64); err == nil {
+		return u
+	}
+	f, _ := n.Float64() // out of range it is infinite
+	return f
+}
+
+var errDeep = errors.New("the result is nested deeper than a thousand levels")
