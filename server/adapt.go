@@ -43,7 +43,7 @@ func (s *Server) newPlugins(ctx context.Context) (*pluginhost.Host, error) {
 	return pluginhost.New(pluginhost.Options{
 		Plugins: specs, Dir: filepath.Join(o.DataDir, "sockets"), EgressAllow: o.EgressAllow,
 		EgressDeny: slices.Concat(ownListeners(s.public, s.admin), ownEtcd(ctx, o.EtcdEndpoints), o.EgressDeny), UserAgent: "grapnel/" + o.Version,
-		Secrets: s.secretVersions, Failed: s.tellPlugin, Logger: o.Logger, Registerer: s.metrics,
+		Secrets: s.secretVersions, Bodies: s.journal, MadeBytes: s.memory.window, Failed: s.tellPlugin, Logger: o.Logger, Registerer: s.metrics,
 	})
 }
 
@@ -325,8 +325,8 @@ func (e engine) OldestDue(ns string) time.Duration {
 	return e.Engine.OldestDue(space)
 }
 
-func (e engine) Test(ctx context.Context, sub *subscription.Subscription, event *delivery.Event) (delivery.Attempt, error) {
-	a, err := e.Engine.Test(ctx, sub, event)
+func (e engine) Test(ctx context.Context, sub *subscription.Subscription, event *delivery.Event) (delivery.Result, error) {
+	r, err := e.Engine.Test(ctx, sub, event)
 	switch {
 	case errors.Is(err, dispatch.ErrTestLimit):
 		err = fmt.Errorf("%w: %w", api.ErrTestLimited, err)
@@ -335,7 +335,7 @@ func (e engine) Test(ctx context.Context, sub *subscription.Subscription, event 
 	case errors.Is(err, dispatch.ErrUnspent):
 		err = fmt.Errorf("%w: %w", api.ErrPluginUnavailable, err)
 	}
-	return a, err
+	return r, err
 }
 
 func (e engine) Running() int {

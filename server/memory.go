@@ -59,10 +59,11 @@ func (p memoryPlan) withFiles(most uint64) memoryPlan {
 	return p
 }
 
-// confinedShare is what part of the plugins' memory a confined process, of which there are two, is told of, and leastConfined the least that it
+// confinedShare is what part of the plugins' memory a confined process, of which there are three, is told of, and leastConfined the least that it
 // cannot have more than.
 const (
 	confinedShare = 8
+	confinedParts = 3
 	leastConfined = 512 << 20
 )
 
@@ -74,7 +75,7 @@ func (p memoryPlan) ofPart(confined bool) (soft uint64, limits pluginhost.Limits
 		soft /= confinedShare
 		limits.OpenFiles = uint64(p.slots) + 1024
 	} else {
-		soft -= soft / confinedShare * 2
+		soft -= soft / confinedShare * confinedParts
 	}
 	if soft > 0 {
 		soft = max(soft, 16<<20)

@@ -85,6 +85,28 @@ stdout '^0 created, 0 changed, 1 unchanged, 0 not taken$'
 `)
 }
 
+// TestTransformersPage runs the commands of docs/transformers.md as they are printed, but for their receiver.
+func TestTransformersPage(t *testing.T) {
+	runPage(t, "transformers", 15, `receiver
+serve
+exec sh -eux page.sh
+stderr 'sent as application/json: {"text":"Order 1001 is order.created"}'
+stdout 'SKIPPED.*dropped by the transformer: 12 is not large'
+stderr 'sent as application/json: {"order":1001}'
+stderr 'sent as application/json: {"large":true,"order":1001}'
+stderr 'Ada has paid 12'
+exec grapnel delivery list -n acme --filter 'event = a-1'
+stdout ' SUCCEEDED '
+exec grapnel subscription update orders -n acme --transformer ''
+exec grapnel subscription get orders -n acme
+! stdout '^Transformer: +[a-z]'
+! exec grapnel subscription update orders -n acme --transformer http
+stderr 'plugins/http is a transport, want a transformer, such as plugins/cel, plugins/javascript, plugins/jq, plugins/template'
+! exec grapnel subscription update chat -n acme --transformer-config '{"ready": "fax"}'
+stderr 'slack'
+`)
+}
+
 // runPage runs a script in which page.sh is the commands of a page of docs, of which there are least or more. Receivers at
 // port 9001 are the script's.
 func runPage(t *testing.T, name string, least int, script string) {

@@ -39,6 +39,7 @@ func subscriptionColumns() []column[*grapnelv1.Subscription] {
 		{head: "HEADERS", detail: true, value: func(s sub) string { return pairsText(s.GetHeaders()) }},
 		{head: "LABELS", detail: true, value: func(s sub) string { return pairsText(s.GetLabels()) }},
 		{head: "PAYLOAD", detail: true, value: func(s sub) string { return shapeText(s.GetPayloadShape()) }},
+		{head: "TRANSFORMER", detail: true, value: func(s sub) string { return bindingText(s.GetTransformer()) }},
 		{head: "BATCHING", detail: true, value: func(s sub) string { return batchingText(s.GetBatching()) }},
 		{head: "SIGNERS", detail: true, value: func(s sub) string { return bindingsText(s.GetSigners()) }},
 		{head: "TRANSPORT", detail: true, value: func(s sub) string { return bindingText(s.GetTransport()) }},
@@ -436,7 +437,8 @@ func newSubscriptionTest(c *cli) *cobra.Command {
 	var eventType, data, contentType string
 	cmd := &cobra.Command{
 		Use: "test ID", Short: "Make one attempt now and show it; nothing is stored or retried",
-		Long: "Makes one attempt now and shows it. Nothing is stored or retried. Exits with 1 when the receiver does not accept it.",
+		Long: "Makes one attempt now and shows it, with what the transformer made of the event where there is one. Nothing is stored or retried. " +
+			"Exits with 1 when the receiver does not accept it.",
 		Args: oneID, ValidArgsFunction: firstArg(completeSubscriptions(c)),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			name, err := c.name(subscriptions, args[0])
@@ -463,6 +465,12 @@ func newSubscriptionTest(c *cli) *cobra.Command {
 				answer, err := cl.SubscriptionService().TestSubscription(ctx, r)
 				if err != nil {
 					return err
+				}
+				if t := answer.GetTransformed(); t.GetDropped() {
+					c.said("the transformer drops the event: %s", cmp.Or(t.GetDropReason(), "no reason given"))
+					return nil
+				} else if t != nil {
+					c.said("sent as %s: %s", t.GetContentType(), t.GetBody())
 				}
 				if err := show(c, answer.GetAttempt(), attemptColumns()); err != nil {
 					return err

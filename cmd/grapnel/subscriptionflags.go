@@ -29,6 +29,8 @@ type subscriptionFlags struct {
 	gzip                                 bool
 	transport, transportConfig           string
 	transportSecrets                     []string
+	transformer, transformerConfig       string
+	transformerSecrets                   []string
 	attemptTimeout, maxAge, disableAfter time.Duration
 	initialBackoff, maxBackoff           time.Duration
 	multiplier, jitter, maxRate          float64
@@ -66,6 +68,9 @@ func (f *subscriptionFlags) register(cmd *cobra.Command, c *cli) {
 	flags.StringVar(&f.transport, "transport", "", "plugin that sends; default by the scheme of --uri")
 	flags.StringVar(&f.transportConfig, "transport-config", "", "its settings: JSON or `@file`")
 	flags.StringArrayVar(&f.transportSecrets, "transport-secret", nil, "secret for the transport as `slot=ID`")
+	flags.StringVar(&f.transformer, "transformer", "", "plugin that makes the body of the event: cel, jq, template, javascript or one of yours; empty is none")
+	flags.StringVar(&f.transformerConfig, "transformer-config", "", "its settings: JSON or `@file`")
+	flags.StringArrayVar(&f.transformerSecrets, "transformer-secret", nil, "secret for the transformer as `slot=ID`")
 	spanVar(flags, &f.attemptTimeout, "attempt-timeout", 0, 0, 0, "longest time one attempt may take; default 15s")
 	flags.StringSliceVar(&f.schedule, "schedule", nil, "`delays` before attempt 2, 3, … such as 5s,5m,1h")
 	spanVar(flags, &f.initialBackoff, "initial-backoff", 0, 0, 0, "first delay, instead of --schedule")
@@ -84,6 +89,7 @@ func (f *subscriptionFlags) register(cmd *cobra.Command, c *cli) {
 	must(cmd.RegisterFlagCompletionFunc("batch-format", fixed(batchFormats()...)))
 	must(cmd.RegisterFlagCompletionFunc("on-exhausted", fixed("skip", "block")))
 	must(cmd.RegisterFlagCompletionFunc("transport", completePlugins(c)))
+	must(cmd.RegisterFlagCompletionFunc("transformer", completePlugins(c)))
 	must(cmd.MarkFlagFilename("file", "yaml", "yml", "json"))
 }
 
@@ -111,7 +117,7 @@ func (f *subscriptionFlags) apply(cmd *cobra.Command, c *cli, parent string, s *
 		}
 		paths = []string{"*"}
 	}
-	for _, field := range slices.Concat(f.plain(s), f.shape(s), f.together(s), f.transportFields(c, parent, s), f.retry(cmd, s)) {
+	for _, field := range slices.Concat(f.plain(s), f.shape(s), f.together(s), f.transportFields(c, parent, s), f.transformerFields(c, parent, s), f.retry(cmd, s)) {
 		if !cmd.Flags().Changed(field.flag) {
 			continue
 		}
@@ -191,6 +197,31 @@ func (f *subscriptionFlags) transportFields(c *cli, parent string, s *grapnelv1.
 		}},
 		{"transport-secret", "transport.secrets", func() (err error) {
 			transport().Secrets, err = secretSlots("transport-secret", parent, f.transportSecrets)
+			return err
+		}},
+	}
+}
+
+// transformerFields: as transportFields; an empty name takes the transformer away.
+func (f *subscriptionFlags) transformerFields(c *cli, parent string, s *grapnelv1.Subscription) []field {
+	transformer := func() *grapnelv1.PluginBinding {
+		if s.Transformer == nil {
+			s.Transformer = &grapnelv1.PluginBinding{}
+		}
+		return s.Transformer
+	}
+	plugin := field{"transformer", "transformer.plugin", func() error { transformer().Plugin = pluginName(f.transformer); return nil }}
+	if f.transformer == "" {
+		plugin = field{"transformer", "transformer", func() error { s.Transformer = nil; return nil }}
+	}
+	return []field{
+		plugin,
+		{"transformer-config", "transformer.config", func() (err error) {
+			transformer().Config, err = c.readStruct("transformer-config", f.transformerConfig)
+			return err
+		}},
+		{"transformer-secret", "transformer.secrets", func() (err error) {
+			transformer().Secrets, err = secretSlots("transformer-secret", parent, f.transformerSecrets)
 			return err
 		}},
 	}

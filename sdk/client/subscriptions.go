@@ -104,7 +104,7 @@ func (s Subscriptions) Resume(ctx context.Context, id string) (*grapnelv1.Subscr
 }
 
 // Test sends one event now, once, and returns the attempt, whose Outcome says whether the target accepted it.
-// The zero Event sends a sample of type grapnel.test.
+// The zero Event sends a sample of type grapnel.test. The attempt is nil when the subscription's transformer drops the event.
 func (s Subscriptions) Test(ctx context.Context, id string, e Event) (*grapnelv1.Attempt, error) {
 	name, err := s.name(id)
 	if err != nil {

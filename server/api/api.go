@@ -46,8 +46,8 @@ type Engine interface {
 	WaitReason(id delivery.ID, lane delivery.LaneKey) string
 	// Status says how a lane goes, but for what the journal and the registry know.
 	Status(lane delivery.LaneKey) *grapnelv1.SubscriptionStatus
-	// Test makes one attempt and stores nothing.
-	Test(ctx context.Context, sub *subscription.Subscription, event *delivery.Event) (delivery.Attempt, error)
+	// Test makes one attempt and stores nothing. A result that was dropped has no attempt.
+	Test(ctx context.Context, sub *subscription.Subscription, event *delivery.Event) (delivery.Result, error)
 	// Stats are counters over the window; namespace "" is the whole server. Per-subscription rows carry the
 	// full subscription name.
 	Stats(namespace string, window time.Duration, top int) (total *grapnelv1.Stats, per []*grapnelv1.Stats)

@@ -95,6 +95,9 @@ func bindings(p *grapnelv1.Subscription) iter.Seq2[string, *grapnelv1.PluginBind
 				return
 			}
 		}
+		if p.GetTransformer() != nil && !yield("subscription.transformer", p.GetTransformer()) {
+			return
+		}
 		yield("subscription.transport", p.GetTransport())
 	}
 }
@@ -124,7 +127,7 @@ func (s *Server) defaultTransport(p *grapnelv1.Subscription) {
 // hears everything at once. It reports false when the faults concern what plugins would be asked about.
 func (s *Server) completeBindings(p *grapnelv1.Subscription, faults []Violation) bool {
 	for _, f := range faults {
-		for _, part := range []string{"subscription.uri", "subscription.headers", "subscription.signers", "subscription.transport"} {
+		for _, part := range []string{"subscription.uri", "subscription.headers", "subscription.signers", "subscription.transport", "subscription.transformer"} {
 			if strings.HasPrefix(f.Field, part) {
 				return false
 			}
@@ -132,6 +135,7 @@ func (s *Server) completeBindings(p *grapnelv1.Subscription, faults []Violation)
 	}
 	bare, err := subscription.New(&grapnelv1.Subscription{
 		Name: p.GetName(), Uri: p.GetUri(), Headers: p.GetHeaders(), Signers: p.GetSigners(), Transport: p.GetTransport(),
+		Transformer: p.GetTransformer(),
 	})
 	if err != nil {
 		return false
@@ -170,7 +174,8 @@ func (s *Server) missingSecrets(p *grapnelv1.Subscription) []missingSecret {
 // sameTarget reports whether two versions of a subscription look the same to plugins.
 func sameTarget(a, b *grapnelv1.Subscription) bool {
 	return a.GetUri() == b.GetUri() && maps.Equal(a.GetHeaders(), b.GetHeaders()) &&
-		slices.EqualFunc(a.GetSigners(), b.GetSigners(), equalBindings) && equalBindings(a.GetTransport(), b.GetTransport())
+		slices.EqualFunc(a.GetSigners(), b.GetSigners(), equalBindings) && equalBindings(a.GetTransport(), b.GetTransport()) &&
+		equalBindings(a.GetTransformer(), b.GetTransformer())
 }
 
 func equalBindings(a, b *grapnelv1.PluginBinding) bool { return proto.Equal(a, b) }

@@ -326,14 +326,14 @@ func (e *fakeEngine) Status(delivery.LaneKey) *grapnelv1.SubscriptionStatus {
 	return &grapnelv1.SubscriptionStatus{Open: false, WaitReason: "subscription paused"}
 }
 
-func (e *fakeEngine) Test(ctx context.Context, _ *subscription.Subscription, ev *delivery.Event) (delivery.Attempt, error) {
+func (e *fakeEngine) Test(ctx context.Context, _ *subscription.Subscription, ev *delivery.Event) (delivery.Result, error) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	e.tested = append(e.tested, ev)
 	if deadline, ok := ctx.Deadline(); ok {
 		e.patience = time.Until(deadline)
 	}
-	return e.attempt, e.testErr
+	return delivery.Result{Attempt: e.attempt}, e.testErr
 }
 
 func (e *fakeEngine) Stats(ns string, window time.Duration, top int) (*grapnelv1.Stats, []*grapnelv1.Stats) {

@@ -29,6 +29,7 @@ func subscriptionFields() []filter.Field[*grapnelv1.Subscription] {
 		{Name: "event_type", Texts: sub.GetEventTypes},
 		{Name: "uri", Text: sub.GetUri},
 		{Name: "labels", Map: sub.GetLabels},
+		{Name: "transformer", Texts: func(s sub) []string { return pluginsOf([]*grapnelv1.PluginBinding{s.GetTransformer()}) }, Canonical: fullPluginName},
 		{Name: "signer", Texts: func(s sub) []string { return pluginsOf(s.GetSigners()) }, Canonical: fullPluginName},
 		{Name: "transport", Text: func(s sub) string { return s.GetTransport().GetPlugin() }, Canonical: fullPluginName},
 		{Name: "secret", Texts: secretsOf},

@@ -25,7 +25,7 @@ var (
 // testEventType is the type of the event that TestSubscription sends when the caller brings none.
 const testEventType = "grapnel.test"
 
-// TestSubscription makes one attempt now. It is OK whatever the target does; paused and disabled
+// TestSubscription makes one attempt now, with what the transformer makes of the event where there is one. It is OK whatever the target does; paused and disabled
 // subscriptions can be tested too, also in a namespace that is, so that one can look before resuming; but not while
 // all dispatch is paused.
 func (s subscriptionService) TestSubscription(ctx context.Context, r *grapnelv1.TestSubscriptionRequest) (*grapnelv1.TestSubscriptionResponse, error) {
@@ -46,7 +46,7 @@ func (s subscriptionService) TestSubscription(ctx context.Context, r *grapnelv1.
 	if err != nil {
 		return nil, toStatus(err, r.GetName())
 	}
-	attempt, err := s.Engine.Test(ctx, sub, event)
+	result, err := s.Engine.Test(ctx, sub, event)
 	switch {
 	case errors.Is(err, ErrTestLimited):
 		return nil, rateLimited(r.GetName(), "one test a second is made of a subscription", time.Second)
@@ -55,7 +55,26 @@ func (s subscriptionService) TestSubscription(ctx context.Context, r *grapnelv1.
 	case err != nil:
 		return nil, toStatus(err, r.GetName())
 	}
-	return &grapnelv1.TestSubscriptionResponse{Attempt: s.attemptProto(&attempt, true)}, nil
+	out := &grapnelv1.TestSubscriptionResponse{Transformed: transformedProto(&result)}
+	if result.Cause != delivery.CauseDropped {
+		out.Attempt = s.attemptProto(&result.Attempt, true)
+	}
+	return out, nil
+}
+
+// transformedProto is what became of a trial's event; nil where no transformer has made anything of it.
+func transformedProto(r *delivery.Result) *grapnelv1.TransformedEvent {
+	switch {
+	case r.Cause == delivery.CauseDropped:
+		return &grapnelv1.TransformedEvent{Dropped: true, DropReason: r.Error}
+	case r.Made == nil:
+		return nil
+	}
+	out := &grapnelv1.TransformedEvent{Body: r.Made.Body, ContentType: r.Made.ContentType, Headers: map[string]string{}}
+	for _, h := range r.Made.Headers {
+		out.Headers[h.Name] = h.Value
+	}
+	return out
 }
 
 // fill gives an event without a payload a sample of its type, where that is registered, and if it is untyped the content

@@ -38,6 +38,10 @@ func (x *entry) Complete(_ *delivery.Job, r delivery.Result) {
 		l.mu.Unlock()
 		return
 	}
+	if r.Cause == delivery.CauseDropped {
+		x.dropped(&r, now)
+		return
+	}
 	took := now.Sub(x.at.time())
 	a := &r.Attempt
 	step, since := x.end(&r, now, took), x.since(now)
@@ -65,6 +69,26 @@ func (x *entry) Complete(_ *delivery.Job, r delivery.Result) {
 	e.tellEnd(x.sub, &x.Job, step, now)
 	// The slot is held until then: Stop waits for it before the journal may close.
 	e.journal.Settle(&x.Job, step, a, x)
+	e.release()
+
+	l.mu.Lock()
+	l.proceed(now)
+	l.mu.Unlock()
+}
+
+// dropped ends a delivery of which nothing is to be sent, which says nothing of the target. l.mu is held, and let go of.
+func (x *entry) dropped(r *delivery.Result, now time.Time) {
+	l := x.lane
+	e := l.e
+	step := delivery.Next(policy(x.sub), &x.Job, *r, now, 0)
+	l.land(x)
+	l.returned(x)
+	x.stage = window.Settling
+	l.countEnd(now, step.State)
+	l.mu.Unlock()
+
+	e.metrics.ended(step.State)
+	e.journal.Settle(&x.Job, step, nil, x)
 	e.release()
 
 	l.mu.Lock()

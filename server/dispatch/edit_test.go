@@ -152,12 +152,12 @@ func TestEngineTest(t *testing.T) {
 		defer w.stop()
 		sub := w.sub("orders", inState(grapnelv1.Subscription_STATE_PAUSED)) // a test is made all the same
 		event := &delivery.Event{ID: "sample"}
-		a, err := w.engine.Test(t.Context(), sub, event)
+		r, err := w.engine.Test(t.Context(), sub, event)
 		want := delivery.Attempt{
 			Number: 1, Manual: true, Outcome: delivery.OutcomeSucceeded, ResponseCode: 200,
 			Duration: 10 * time.Millisecond, Start: time.Now().Add(-10 * time.Millisecond),
 		}
-		if diff := cmp.Diff(want, a); diff != "" || err != nil {
+		if diff := cmp.Diff(want, r.Attempt); diff != "" || err != nil {
 			t.Errorf("%v, (-want +got):\n%s", err, diff)
 		}
 		if got := w.receiver.starts()[0].job.Event; got.UID == "" || event.UID != "" || got.Namespace != acme() {

@@ -49,18 +49,18 @@ func (t trial) Complete(_ *delivery.Job, r delivery.Result) {
 	}
 }
 
-// Test makes one attempt outside the lanes and returns it. Nothing is stored, repeated or counted. An
-// event without a UID gets one. It returns ErrTestLimit for a second test of a subscription within a
+// Test makes one attempt outside the lanes and returns how it ended; nothing was attempted when it was dropped. Nothing is
+// stored, repeated or counted. An event without a UID gets one. It returns ErrTestLimit for a second test of a subscription within a
 // second, ErrUnspent when the plugin is not ready, ErrStopped, and ctx's cause when it ends first; the
 // attempt may then still be made.
-func (e *Engine) Test(ctx context.Context, sub *subscription.Subscription, event *delivery.Event) (delivery.Attempt, error) {
+func (e *Engine) Test(ctx context.Context, sub *subscription.Subscription, event *delivery.Event) (delivery.Result, error) {
 	if e.stopping.Load() {
-		return delivery.Attempt{}, ErrStopped
+		return delivery.Result{}, ErrStopped
 	}
 	now := e.now()
 	key := laneOf(sub)
 	if !e.tests.allow(key, now) {
-		return delivery.Attempt{}, fmt.Errorf("test %s/%s: %w", sub.Namespace, sub.ID, ErrTestLimit)
+		return delivery.Result{}, fmt.Errorf("test %s/%s: %w", sub.Namespace, sub.ID, ErrTestLimit)
 	}
 	sample := *event
 	sample.Namespace = key.Namespace
@@ -78,22 +78,23 @@ func (e *Engine) Test(ctx context.Context, sub *subscription.Subscription, event
 	e.attempter.Attempt(sub, job, sink)
 	select {
 	case <-ctx.Done():
-		return delivery.Attempt{}, fmt.Errorf("test %s/%s: %w", sub.Namespace, sub.ID, context.Cause(ctx))
+		return delivery.Result{}, fmt.Errorf("test %s/%s: %w", sub.Namespace, sub.ID, context.Cause(ctx))
 	case <-e.work.Done():
-		return delivery.Attempt{}, ErrStopped
+		return delivery.Result{}, ErrStopped
 	case r := <-sink:
 		return tested(r, now, e.now())
 	}
 }
 
-func tested(r delivery.Result, started, ended time.Time) (delivery.Attempt, error) {
+func tested(r delivery.Result, started, ended time.Time) (delivery.Result, error) {
 	if r.Cause == delivery.CauseUnspent {
 		if r.Error == "" {
-			return delivery.Attempt{}, ErrUnspent
+			return delivery.Result{}, ErrUnspent
 		}
-		return delivery.Attempt{}, fmt.Errorf("%w: %s", ErrUnspent, r.Error)
+		return delivery.Result{}, fmt.Errorf("%w: %s", ErrUnspent, r.Error)
 	}
-	a := r.Of(0, 1).Attempt
+	one := r.Of(0, 1)
+	a := &one.Attempt
 	a.Number, a.Manual = 1, true
 	if a.Start.IsZero() {
 		a.Start = started
@@ -101,5 +102,5 @@ func tested(r delivery.Result, started, ended time.Time) (delivery.Attempt, erro
 	if a.Duration == 0 {
 		a.Duration = ended.Sub(started)
 	}
-	return a, nil
+	return one, nil
 }

@@ -46,8 +46,10 @@ type conn struct {
 
 	attempts *link // nil without a transport
 	signs    *link // nil without a signer
-	control  pluginv1.PluginService_ControlClient
-	stopping atomic.Bool
+	// transforms is nil without a transformer.
+	transforms *link
+	control    pluginv1.PluginService_ControlClient
+	stopping   atomic.Bool
 	// release is closed to end the control stream, by the goroutine that sends on it.
 	release chan struct{}
 	// drained is closed when the attempt stream has ended after a stop.
@@ -81,28 +83,27 @@ func (c *conn) fail(err error) {
 
 // openStreams starts what the described kinds need.
 func (c *conn) openStreams(desc *pluginv1.DescribeResponse) error {
-	var signs, carries bool
-	for _, k := range desc.GetKinds() {
-		signs = signs || k.GetSigner() != nil
-		carries = carries || k.GetTransport() != nil
+	roles := map[string]bool{}
+	for _, k := range c.kinds {
+		roles[k.Role()] = true
 	}
 	can := map[string]bool{}
 	for _, capability := range desc.GetCapabilities() {
 		can[capability] = true
 	}
 	late := time.AfterFunc(c.host.timing.call, c.cancel)
-	err := c.open(signs, carries, can)
+	err := c.open(roles, can)
 	if !late.Stop() && err != nil {
 		return fmt.Errorf("it does not open its streams, or grants no credits, within %v", c.host.timing.call)
 	}
 	return err
 }
 
-func (c *conn) open(signs, carries bool, can map[string]bool) error {
+func (c *conn) open(roles, can map[string]bool) error {
 	if err := c.openControl(); err != nil {
 		return err
 	}
-	if signs {
+	if roles["signer"] {
 		if !can["sign.stream"] {
 			return errors.New(`it offers a signer without the capability "sign.stream"`)
 		}
@@ -110,8 +111,16 @@ func (c *conn) open(signs, carries bool, can map[string]bool) error {
 			return err
 		}
 	}
+	if roles["transformer"] {
+		if !can["transform.stream"] {
+			return errors.New(`it offers a transformer without the capability "transform.stream"`)
+		}
+		if err := c.openTransforms(); err != nil {
+			return err
+		}
+	}
 	switch {
-	case !carries:
+	case !roles["transport"]:
 		close(c.drained)
 		return nil
 	case can["attempt.stream"]:
@@ -394,7 +403,7 @@ func (c *conn) retire(r retired) {
 
 // sweep is called now and then; spare says that the host itself has just been away, and accuses nobody.
 func (c *conn) sweep(now time.Time, spare bool) {
-	for _, l := range []*link{c.attempts, c.signs} {
+	for _, l := range []*link{c.attempts, c.signs, c.transforms} {
 		if n, longest := l.overdue(now); n > 0 && !spare {
 			c.fail(fmt.Errorf("%w: attempts without an answer long after their timeout: %d, the longest %v after it was written",
 				errHangs, n, longest.Round(time.Millisecond)))
@@ -437,6 +446,9 @@ func (c *conn) stop() {
 	if c.signs != nil {
 		c.signs.stop()
 	}
+	if c.transforms != nil {
+		c.transforms.stop()
+	}
 	if c.attempts != nil {
 		c.attempts.stop()
 	}
@@ -473,13 +485,13 @@ func (c *conn) end(why string) {
 	<-c.child.Exited()
 	c.cancel()
 	var written, queued []*pending
-	for _, l := range []*link{c.attempts, c.signs} {
+	for _, l := range []*link{c.attempts, c.signs, c.transforms} {
 		if l == nil {
 			continue
 		}
 		held, waited := l.kill()
-		if l == c.signs && c.stopping.Load() {
-			queued = append(queued, held...) // signing reaches nobody
+		if l != c.attempts && c.stopping.Load() {
+			queued = append(queued, held...) // signing and transforming reach nobody
 		} else {
 			written = append(written, held...)
 		}

@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -23,6 +24,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"google.golang.org/protobuf/types/known/structpb"
 
+	"github.com/grapnel/grapnel/plugins"
 	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
 	"github.com/grapnel/grapnel/sdk/plugin"
 	"github.com/grapnel/grapnel/server/delivery"
@@ -41,6 +43,11 @@ func TestMain(m *testing.M) {
 			plugin.Main("test/signer", "1.0.0", testSigner("standard-webhooks"))
 		case "plugin-signer2":
 			plugin.Main("test/signer2", "1.0.0", testSigner("other-signer"))
+		case "plugin-scripts":
+			if err := plugins.Serve("grapnel/scripts", "1.0.0"); err != nil {
+				log.Fatal(err)
+			}
+			os.Exit(0)
 		case "plugin-raw":
 			serveRaw(os.Args[2])
 		case "plugin-noisy":

@@ -187,7 +187,7 @@ func (p *supervisor) abandon(c *conn, err error) error {
 		c.child.Signal(true)
 		<-c.child.Exited()
 	}
-	for _, l := range []*link{c.attempts, c.signs} {
+	for _, l := range []*link{c.attempts, c.signs, c.transforms} {
 		if l != nil {
 			l.kill() // nothing has been planned for it
 		}

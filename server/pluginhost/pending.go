@@ -29,6 +29,9 @@ type pending struct {
 	// stage is how many remote signers have signed; setBy says which of them set each header.
 	stage int
 	setBy []int
+	// made is what the transformer has made, once that is stored; held is what it counts for in memory.
+	made *delivery.Made
+	held int64
 	// shaped is set once Content is what the plan wants.
 	shaped bool
 	// suspicion is the job's, or what its subscription is accused of.
@@ -87,6 +90,10 @@ func (h *Host) complete(p *pending, r delivery.Result) {
 	if p.Answer {
 		r.Batch, r.BatchSize = p.Content.ID(), max(1, len(p.jobs))
 	}
+	if job.Trial() {
+		r.Made = p.made
+	}
+	h.made.add(-p.held)
 	*p = pending{}
 	h.free.Put(p)
 	h.metrics.open.Add(-1)

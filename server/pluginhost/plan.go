@@ -35,14 +35,17 @@ type plan struct {
 	ref       uint32
 	// Signers sign in their configured order: remote ones first, each over its own process's stream, then
 	// local, those at the end of the list that live in the transport's process and sign in the same hop.
-	remote  []remoteSigner
-	local   []uint32
-	shape   wire.Shape
-	uri     string
-	timeout time.Duration
-	grace   time.Duration
-	maxBody int      // 0 is no limit
-	secrets []string // names
+	remote []hop
+	local  []uint32
+	// transformer makes, before all that, what is sent; nil without one. signed are headers that it may not set.
+	transformer *hop
+	signed      []string
+	shape       wire.Shape
+	uri         string
+	timeout     time.Duration
+	grace       time.Duration
+	maxBody     int      // 0 is no limit
+	secrets     []string // names
 	// own are the values of these secrets, which no record of the subscription shows. Other tenants' are not looked for
 	// there: what is taken out of a text that a receiver has a part in would tell it what they are.
 	own  redact.Set
@@ -52,7 +55,8 @@ type plan struct {
 	until   time.Time
 }
 
-type remoteSigner struct {
+// hop is an instance in a process that an attempt goes through before its transport's.
+type hop struct {
 	conn *conn
 	ref  uint32
 	id   string // its kind
@@ -266,6 +270,10 @@ const shapeAside = 32 << 10
 
 // shapeFirst makes the body that the plan wants, then submits.
 func (h *Host) shapeFirst(p *pending, pl *plan) {
+	if pl.shape.Made() && p.made == nil {
+		go h.transformFirst(p, pl) // it reads the disk
+		return
+	}
 	if len(p.event.Payload) > shapeAside || len(p.jobs) > 1 {
 		go h.shapeNow(p, pl)
 		return
@@ -274,9 +282,13 @@ func (h *Host) shapeFirst(p *pending, pl *plan) {
 }
 
 func (h *Host) shapeNow(p *pending, pl *plan) {
-	if p.Answer = pl.shape.Batched(); p.Answer {
+	p.Answer = pl.shape.Batched()
+	switch {
+	case p.Answer:
 		p.Content = h.shapes.Together(p.events(), pl.shape)
-	} else {
+	case pl.shape.Made():
+		p.Content = h.shapes.Made(p.event, p.made, pl.shape)
+	default:
 		p.Content = wire.ContentOf(p.event, h.shapes.Get(p.event, pl.shape))
 	}
 	p.shaped = true
@@ -363,7 +375,7 @@ func (h *Host) makePlan(s *planShard, uid [16]byte, m *making, sub *subscription
 
 // binding is one plugin binding of a subscription, resolved.
 type binding struct {
-	role   string // transport or signer
+	role   string // transport, signer or transformer
 	id     string // unique in the subscription
 	kind   *kind
 	conn   *conn
@@ -391,12 +403,20 @@ func (h *Host) configure(sub *subscription.Subscription) (*plan, error) {
 			here = i + 1
 		}
 	}
+	all := append(bindings, transport)
+	var transformer *binding
+	if pb := sub.Proto.GetTransformer(); pb != nil {
+		if transformer, err = h.resolve("transformer", check.TransformerID(pb), pb); err != nil {
+			return nil, err
+		}
+		all = append(all, transformer)
+	}
 	pl := h.newPlan(sub, transport)
 	if pl.shape.Batched() && !transport.kind.Proto.GetTransport().GetBatches() {
 		pl.refusal, pl.until = check.NoBatches(transport.kind.Kind), time.Now().Add(refusalAge)
 		return pl, nil
 	}
-	for i, b := range append(bindings, transport) {
+	for i, b := range all {
 		ref, err := h.configureOne(pl, sub, b)
 		var refused *refusedError
 		switch {
@@ -411,11 +431,16 @@ func (h *Host) configure(sub *subscription.Subscription) (*plan, error) {
 			return nil, err
 		case b == transport:
 			pl.ref = ref
+			continue
+		case b == transformer:
+			pl.transformer = &hop{conn: b.conn, ref: ref, id: b.kind.ID}
+			continue
 		case i >= here:
 			pl.local = append(pl.local, ref)
 		default:
-			pl.remote = append(pl.remote, remoteSigner{conn: b.conn, ref: ref, id: b.kind.ID})
+			pl.remote = append(pl.remote, hop{conn: b.conn, ref: ref, id: b.kind.ID})
 		}
+		pl.signed = append(pl.signed, b.kind.Emits()...)
 	}
 	return pl, nil
 }
@@ -439,7 +464,7 @@ func (h *Host) resolve(role, id string, pb *grapnelv1.PluginBinding) (*binding, 
 		return nil, fmt.Errorf("%w: %s", ErrUnavailable, id)
 	}
 	c := k.proc.conn.Load()
-	if c == nil || (role == "transport" && c.attempts == nil) || (role == "signer" && c.signs == nil) {
+	if c == nil || (role == "transport" && c.attempts == nil) || (role == "signer" && c.signs == nil) || (role == "transformer" && c.transforms == nil) {
 		return nil, fmt.Errorf("%w: %s", ErrUnavailable, id)
 	}
 	b := &binding{role: role, id: role, kind: k, conn: c, slots: pb.GetSecrets()}

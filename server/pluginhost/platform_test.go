@@ -298,7 +298,7 @@ func TestCheckOwnership(t *testing.T) {
 }
 
 func TestHostHoldsSignersApart(t *testing.T) {
-	p := &pending{plan: &plan{remote: []remoteSigner{{id: "one"}, {id: "two"}}}}
+	p := &pending{plan: &plan{remote: []hop{{id: "one"}, {id: "two"}}}}
 	if why := p.addSigned([]*pluginv1.Header{{Name: "X-One", Value: "1"}, {Name: "x-one", Value: "2"}}); why != "" {
 		t.Errorf("two values of one signer: %s", why)
 	}

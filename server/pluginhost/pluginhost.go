@@ -84,6 +84,11 @@ type Options struct {
 	// Failed is told of each plugin that has failed, at each of its crashes until it is heard, and then once until it has
 	// been well for five minutes. It must not block. Nil is told nothing.
 	Failed func(Failure) (heard bool)
+	// Bodies keeps what transformers make; nil keeps nothing.
+	Bodies Bodies
+	// MadeBytes bounds what transformers have made and attempts at hand carry; 0 means 32 MiB. Beyond it deliveries of
+	// subscriptions with a transformer wait.
+	MadeBytes int64
 	// Logger defaults to one that discards.
 	Logger *slog.Logger
 	// Registerer is optional.
@@ -99,6 +104,14 @@ type Failure struct {
 	Reason  string
 	// Time is now, RetryTime when it is started again.
 	Time, RetryTime time.Time
+}
+
+// Bodies is where what transformers have made is kept, before it is first sent.
+type Bodies interface {
+	// Made returns what was kept for a delivery; nil when nothing was.
+	Made(job *delivery.Job) (*delivery.Made, error)
+	// KeepMade keeps it durably, and returns what is kept: what was before, if anything was.
+	KeepMade(ctx context.Context, job *delivery.Job, made *delivery.Made) (*delivery.Made, error)
 }
 
 // timing is what tests shorten.
@@ -162,6 +175,7 @@ type Host struct {
 	free       sync.Pool   // of *pending: one per attempt is garbage enough to show
 	closed     atomic.Bool // no attempt is taken any more
 	closing    *closing    // shared with wards
+	made       *madeBytes  // shared with wards
 	ended      chan struct{}
 
 	updating sync.Mutex         // held through an Update
@@ -191,7 +205,7 @@ func newHost(opts Options, dirs *process.Dirs) (*Host, error) {
 	if opts.UserAgent == "" {
 		opts.UserAgent = "grapnel"
 	}
-	h := &Host{opts: opts, own: &ownImage{}, dirs: dirs, ended: make(chan struct{}), closing: &closing{over: make(chan struct{})}, log: opts.Logger.With("component", "pluginhost"), timing: defaultTiming(), metrics: newMetrics(opts.Registerer)}
+	h := &Host{opts: opts, own: &ownImage{}, dirs: dirs, ended: make(chan struct{}), closing: &closing{over: make(chan struct{})}, made: newMadeBytes(opts.MadeBytes), log: opts.Logger.With("component", "pluginhost"), timing: defaultTiming(), metrics: newMetrics(opts.Registerer)}
 	specs, err := identify(opts.Plugins)
 	if err != nil {
 		return nil, fmt.Errorf("pluginhost: %w", err)
@@ -440,6 +454,11 @@ func (h *Host) absence(sub *grapnelv1.Subscription) string {
 	}
 	for _, pb := range check.Signers(sub) {
 		if why := h.kinds.absent(check.SignerID(pb)); why != "" {
+			return why
+		}
+	}
+	if pb := sub.GetTransformer(); pb != nil {
+		if why := h.kinds.absent(check.TransformerID(pb)); why != "" {
 			return why
 		}
 	}

@@ -122,7 +122,7 @@ func (c *conn) failed(p *pending, f *pluginv1.Failure, r *wire.Result, now time.
 			return
 		}
 	}
-	if f.GetCode() == codeShortage && f.GetSource() == pluginv1.Failure_SOURCE_PLUGIN && f.GetWireState() == pluginv1.Failure_WIRE_STATE_NOT_SENT {
+	if f.GetCode() == codeShortage && f.GetSource() == pluginv1.Failure_SOURCE_PLUGIN && f.GetWireState() == pluginv1.Failure_WIRE_STATE_NOT_SENT && c.attempts != nil {
 		c.short()
 		c.host.unspent(p, shortWords)
 		return

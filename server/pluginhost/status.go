@@ -142,10 +142,14 @@ func (k disabledKind) status() *grapnelv1.Plugin {
 // describe adds what a kind's description says.
 func describe(out *grapnelv1.Plugin, k *check.Kind) {
 	out.Name, out.Description = "plugins/"+k.ID, k.Proto.GetDescription()
-	out.Roles = []grapnelv1.Plugin_Role{grapnelv1.Plugin_ROLE_TRANSPORT}
-	if k.Signer() {
-		out.Roles = []grapnelv1.Plugin_Role{grapnelv1.Plugin_ROLE_SIGNER}
+	role := grapnelv1.Plugin_ROLE_TRANSPORT
+	switch k.Role() {
+	case "signer":
+		role = grapnelv1.Plugin_ROLE_SIGNER
+	case "transformer":
+		role = grapnelv1.Plugin_ROLE_TRANSFORMER
 	}
+	out.Roles = []grapnelv1.Plugin_Role{role}
 	out.Headers = k.Emits()
 	out.ConfigSchema = structOf(k.Proto.GetConfigSchema())
 	out.ConfigExample = structOf(k.Proto.GetConfigExample())
@@ -198,7 +202,7 @@ func (p *supervisor) instance(now time.Time) *grapnelv1.PluginInstance {
 		return inst
 	}
 	inst.Pid = int32(c.child.Pid())
-	inst.InFlight = int32(c.attempts.outstanding() + c.signs.outstanding())
+	inst.InFlight = int32(c.attempts.outstanding() + c.signs.outstanding() + c.transforms.outstanding())
 	if p50, p99 := c.overhead.quantile(0.5, now), c.overhead.quantile(0.99, now); p99 > 0 {
 		inst.P50Latency, inst.P99Latency = durationpb.New(p50), durationpb.New(p99)
 	}

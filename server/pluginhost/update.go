@@ -172,7 +172,7 @@ func (h *Host) refuse(p *supervisor, err error) {
 func (c *conn) handOver() {
 	c.stopping.Store(true) // before the senders find that there is no more to send
 	c.host.plans.dropConn(c.host, c)
-	for _, l := range []*link{c.attempts, c.signs} {
+	for _, l := range []*link{c.attempts, c.signs, c.transforms} {
 		for _, p := range l.unqueue() {
 			c.host.plans.drop(c.host, p.plan)
 			c.host.restart(p)

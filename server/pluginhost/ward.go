@@ -90,6 +90,9 @@ func (h *Host) servedBy(sub *subscription.Subscription) ([]*supervisor, bool) {
 	for _, pb := range check.Signers(sub.Proto) {
 		ids = append(ids, check.SignerID(pb))
 	}
+	if pb := sub.Proto.GetTransformer(); pb != nil {
+		ids = append(ids, check.TransformerID(pb))
+	}
 	var procs []*supervisor
 	for _, id := range ids {
 		k := h.kinds.get(id)
@@ -195,7 +198,7 @@ func (h *Host) newWard(procs []*supervisor, cell bool) (*ward, error) {
 	if err != nil {
 		return nil, err
 	}
-	host.above, host.metrics, host.timing, host.own, host.closing = h, h.metrics, h.timing, h.own, h.closing
+	host.above, host.metrics, host.timing, host.own, host.closing, host.made = h, h.metrics, h.timing, h.own, h.closing, h.made
 	host.timing.park = max(host.timing.park, wardPark)
 	host.timing.backoffMax = min(host.timing.backoffMax, wardRetry)
 	host.timing.failedRetry = min(host.timing.failedRetry, wardRetry)

@@ -39,24 +39,30 @@ func (c *checker) contentType(field string, s *grapnelv1.PayloadShape) {
 		c.add(field, "content_type.format", "%q goes with FORMAT_RAW only: another format has a media type of its own", given)
 		return
 	}
+	if code, fault := mediaTypeFault(given); fault != "" {
+		c.add(field, code, "%s", fault)
+	}
+}
+
+// mediaTypeFault says why a text is no media type to be sent, with a code; empty when it is one.
+func mediaTypeFault(given string) (code, fault string) {
 	if len(given) > maxContentType {
-		c.add(field, "string.max_len", "has %d characters; want at most %d", len(given), maxContentType)
-		return
+		return "string.max_len", fmt.Sprintf("has %d characters; want at most %d", len(given), maxContentType)
 	}
 	for i := range len(given) {
 		if b := given[i]; b < ' ' || b >= 0x7f {
-			c.add(field, "content_type.characters", "holds a line break, another control character or a character outside ASCII at position %d; want a media type, such as application/xml", i)
-			return
+			return "content_type.characters", fmt.Sprintf("holds a line break, another control character or a character outside ASCII at position %d; want a media type, such as application/xml", i)
 		}
 	}
 	kind, _, err := mime.ParseMediaType(given)
 	major, minor, ok := strings.Cut(kind, "/")
 	switch {
 	case err != nil || !ok || !isToken(major) || !isToken(minor):
-		c.add(field, "content_type.syntax", "%q is not a media type; want one such as application/xml or text/csv; charset=utf-8", given)
+		return "content_type.syntax", fmt.Sprintf("%q is not a media type; want one such as application/xml or text/csv; charset=utf-8", given)
 	case given != strings.TrimSpace(given):
-		c.add(field, "content_type.syntax", "%q begins or ends with a blank, which is not kept on the way; leave it out", given)
+		return "content_type.syntax", fmt.Sprintf("%q begins or ends with a blank, which is not kept on the way; leave it out", given)
 	}
+	return "", ""
 }
 
 // choices lists the values of an enum but the one that means nothing was chosen.

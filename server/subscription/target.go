@@ -98,7 +98,10 @@ func (c *checker) uri(field, uri string) {
 	}
 }
 
-const maxHeaderValue = 4096
+const (
+	maxHeaderName  = 128
+	maxHeaderValue = 4096
+)
 
 // headers checks what is added to each request.
 func (c *checker) headers(field string, headers map[string]string) {
@@ -109,7 +112,7 @@ func (c *checker) headers(field string, headers map[string]string) {
 	for _, name := range sortedKeys(headers) {
 		at := fmt.Sprintf("%s[%q]", field, name)
 		value, lower := headers[name], strings.ToLower(name)
-		if !isToken(name) || len(name) > 128 {
+		if !isToken(name) || len(name) > maxHeaderName {
 			c.add(at, "headers.name", "%q is not a header name; want letters, digits and hyphens, such as X-Team", name)
 			continue
 		}

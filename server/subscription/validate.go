@@ -64,6 +64,7 @@ func validate(p *grapnelv1.Subscription, ns string, conds *conditions) (*conditi
 	}
 	c.transport(p)
 	c.binding("subscription.transport", p.Transport, ns)
+	c.transformer("subscription.transformer", p, ns)
 	c.duration("subscription.attempt_timeout", p.AttemptTimeout, time.Second, time.Minute)
 	c.number("subscription.max_rate", p.MaxRate, 0, 10000)
 	c.number("subscription.max_in_flight", float64(p.MaxInFlight), 1, 1000)

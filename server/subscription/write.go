@@ -471,6 +471,7 @@ func secretFields(p *grapnelv1.Subscription) map[string]string {
 		}
 	}
 	collect("subscription.transport", p.Transport)
+	collect("subscription.transformer", p.Transformer)
 	for i, s := range p.Signers {
 		collect(fmt.Sprintf("subscription.signers[%d]", i), s)
 	}

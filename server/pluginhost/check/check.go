@@ -54,7 +54,7 @@ type Bound struct {
 	Emits []string
 }
 
-// Bindings looks up what a subscription's bindings name, signers in order and the transport last, and holds them against
+// Bindings looks up what a subscription's bindings name, the transformer first, signers in order and the transport last, and holds them against
 // what their kinds say. transport is the id of the subscription's.
 func (ks Kinds) Bindings(sub *grapnelv1.Subscription, transport string) ([]Bound, []Diagnostic) {
 	var bound []Bound
@@ -62,6 +62,9 @@ func (ks Kinds) Bindings(sub *grapnelv1.Subscription, transport string) ([]Bound
 	add := func(field, role, id string, pb *grapnelv1.PluginBinding) {
 		k, found := ks.checkBinding(sub, field, role, id, pb)
 		bound, ds = append(bound, Bound{field, k, pb, k.Emits()}), append(ds, found...)
+	}
+	if pb := sub.GetTransformer(); pb != nil {
+		add("subscription.transformer", "transformer", TransformerID(pb), pb)
 	}
 	for i, pb := range Signers(sub) {
 		add(fmt.Sprintf("subscription.signers[%d]", i), "signer", SignerID(pb), pb)
@@ -75,11 +78,7 @@ func (ks Kinds) checkBinding(sub *grapnelv1.Subscription, field, role, id string
 	if k == nil {
 		return nil, []Diagnostic{ks.noSuchPlugin(sub, field, role, id, pb)}
 	}
-	if k.Signer() != (role == "signer") {
-		is := "transport"
-		if k.Signer() {
-			is = "signer"
-		}
+	if is := k.Role(); is != role {
 		return nil, []Diagnostic{{Field: field + ".plugin", Code: "plugin.wrong_role", Summary: fmt.Sprintf(
 			"plugins/%s is a %s, want a %s, such as %s", id, is, role, ks.named(role))}}
 	}
@@ -108,7 +107,7 @@ func (ks Kinds) noSuchPlugin(sub *grapnelv1.Subscription, field, role, id string
 func (ks Kinds) named(role string) string {
 	var names []string
 	for id, k := range ks {
-		if k.Signer() == (role == "signer") {
+		if k.Role() == role {
 			names = append(names, "plugins/"+id)
 		}
 	}
@@ -300,6 +299,11 @@ func SignerID(pb *grapnelv1.PluginBinding) string {
 		return id
 	}
 	return defaultSigner
+}
+
+// TransformerID is the kind that a transformer's binding names.
+func TransformerID(pb *grapnelv1.PluginBinding) string {
+	return strings.TrimPrefix(pb.GetPlugin(), "plugins/")
 }
 
 func keysOf(m map[string]string) []string { return slices.Sorted(maps.Keys(m)) }

@@ -12,15 +12,26 @@ import (
 	pluginv1 "github.com/grapnel/grapnel/proto/grapnel/plugin/v1"
 )
 
-// Kind is one signer or transport, as its plugin has described it. It is immutable.
+// Kind is one signer, transport or transformer, as its plugin has described it. It is immutable.
 type Kind struct {
 	ID     string
 	Proto  *pluginv1.Kind
 	schema *jsonschema.Schema // nil when the kind has no settings
 }
 
-// Signer reports whether it is one; otherwise it is a transport.
+// Signer reports whether it is one.
 func (k *Kind) Signer() bool { return k.Proto.GetSigner() != nil }
+
+// Role is "signer", "transport" or "transformer".
+func (k *Kind) Role() string {
+	switch {
+	case k.Signer():
+		return "signer"
+	case k.Proto.GetTransformer() != nil:
+		return "transformer"
+	}
+	return "transport"
+}
 
 // Emits are the headers that it sets, lower case; none of a nil Kind.
 func (k *Kind) Emits() []string {
@@ -69,8 +80,8 @@ func NewKind(pk *pluginv1.Kind) (*Kind, error) {
 	if !regexp.MustCompile(`^[a-z][a-z0-9-]{0,62}$`).MatchString(k.ID) {
 		return nil, fmt.Errorf("kind %.80q: the id must match ^[a-z][a-z0-9-]{0,62}$", k.ID)
 	}
-	if pk.GetSigner() == nil && pk.GetTransport() == nil {
-		return nil, fmt.Errorf("kind %q is neither signer nor transport", k.ID)
+	if pk.GetSigner() == nil && pk.GetTransport() == nil && pk.GetTransformer() == nil {
+		return nil, fmt.Errorf("kind %q is neither signer nor transport nor transformer", k.ID)
 	}
 	if err := bounded(pk); err != nil {
 		return nil, fmt.Errorf("kind %q: %w", k.ID, err)

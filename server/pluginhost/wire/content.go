@@ -27,6 +27,8 @@ type Shape struct {
 	contentType string
 	// batch is the form of several events; 0 for one.
 	batch grapnelv1.Batching_Format
+	// made is what a transformer has made.
+	made bool
 	// empty has neither body nor headers.
 	empty bool
 }
@@ -42,6 +44,9 @@ func ShapeOf(sub *grapnelv1.Subscription) Shape {
 		s.batch = cmp.Or(b.GetFormat(), grapnelv1.Batching_FORMAT_JSON_ARRAY)
 		return s
 	}
+	if s.made = sub.GetTransformer() != nil; s.made {
+		return s
+	}
 	switch ps.GetFormat() {
 	case grapnelv1.PayloadShape_FORMAT_STANDARD_WEBHOOKS, grapnelv1.PayloadShape_FORMAT_CLOUDEVENTS:
 		s.format = ps.GetFormat()
@@ -54,12 +59,16 @@ func ShapeOf(sub *grapnelv1.Subscription) Shape {
 // Batched reports whether the shape is that of several events.
 func (s Shape) Batched() bool { return s.batch != 0 }
 
+// Made reports whether the shape is that of what a transformer has made.
+func (s Shape) Made() bool { return s.made }
+
 // Shaped is an event in a shape; it does not change. A nil one stands for the payload as it is.
 type Shaped struct {
 	event *delivery.Event
 	shape Shape
 	body  []byte
 	plain int // size of the body of several before it was compressed
+	made  *delivery.Made
 }
 
 // Content is an event as it travels: once for all attempts of a batch that share it.
@@ -72,7 +81,7 @@ type Content struct {
 func ContentOf(ev *delivery.Event, shaped *Shaped) Content { return Content{ev, shaped} }
 
 func (c Content) equal(to Content) bool {
-	return c.event == to.event && (c.shaped == to.shaped || c.shaped != nil && to.shaped != nil && c.shaped.shape == to.shaped.shape)
+	return c.event == to.event && (c.shaped == to.shaped || c.shaped != nil && to.shaped != nil && !c.shaped.shape.made && c.shaped.shape == to.shaped.shape)
 }
 
 // Body is what is sent.
@@ -99,6 +108,13 @@ func (c Content) headers(yield func(name, value string) bool) {
 	}
 	switch {
 	case s.empty:
+	case s.made:
+		baseHeaders(c.event, c.shaped.made.ContentType, encoding, true, yield)
+		for _, h := range c.shaped.made.Headers {
+			if !yield(h.Name, h.Value) {
+				return
+			}
+		}
 	case s.batch != 0:
 		baseHeaders(c.event, mediaOf(s.batch), encoding, false, yield)
 	case s.format == grapnelv1.PayloadShape_FORMAT_CLOUDEVENTS:
@@ -186,6 +202,15 @@ func (s *Shapes) Get(ev *delivery.Event, want Shape) *Shaped {
 	w := weak.Make(made)
 	slot.Store(&w)
 	return made
+}
+
+// Made is an event as a transformer has made it.
+func (s *Shapes) Made(ev *delivery.Event, made *delivery.Made, want Shape) Content {
+	shaped := &Shaped{event: ev, shape: want, body: made.Body, made: made}
+	if want.gzip {
+		shaped.body = s.compress(made.Body)
+	}
+	return Content{ev, shaped}
 }
 
 func (s *Shapes) body(ev *delivery.Event, want Shape) []byte {

@@ -30,6 +30,29 @@ func (f *Batch) SignRequest() *pluginv1.SignRequest {
 	return req
 }
 
+// TransformRequest is a batch for transformers; each attempt's Ref names its own.
+func (f *Batch) TransformRequest() *pluginv1.TransformRequest {
+	req := &pluginv1.TransformRequest{Items: make([]*pluginv1.TransformItem, len(f.attempts))}
+	for _, c := range f.contents {
+		req.Events = append(req.Events, eventMessage(c.event))
+	}
+	for i, a := range f.attempts {
+		req.Items[i] = &pluginv1.TransformItem{Seq: a.Seq, InstanceRef: a.Ref, Event: f.index[i], TimeoutMs: uint32(a.Timeout.Milliseconds())}
+	}
+	return req
+}
+
+func eventMessage(ev *delivery.Event) *pluginv1.Event {
+	at := ev.Time
+	if at.IsZero() {
+		at = ev.AcceptTime
+	}
+	return &pluginv1.Event{
+		MessageId: ev.UID, Id: ev.ID, Source: ev.Source, Type: ev.Type, Subject: ev.Subject, Time: timestamppb.New(at),
+		ContentType: ev.ContentType, DataSchema: ev.Schema, Attributes: ev.Attributes, Data: ev.Payload,
+	}
+}
+
 // message is appendContent for messages off the hot path.
 func (c Content) message() *pluginv1.Content {
 	out := &pluginv1.Content{MessageId: c.event.UID, Body: c.Body(), EventType: c.event.Type}
