@@ -8,6 +8,7 @@ TOOL := go tool -modfile=tools/go.mod
 KILL_CYCLES ?= 500
 MEDDLE_CYCLES ?= 200
 ORDER_CYCLES ?= 100
+TRANSFORM_CYCLES ?= 20
 STORM ?= 60s
 
 .PHONY: help build test race bench limits lint generate baseline protos cross deps ci suite check demo kill storm fuzz clean
@@ -31,8 +32,8 @@ limits: build ## what large fan-outs, very many subscriptions, hanging receivers
 	for part in fanout lanes hanging memory; do bin/grapnel-bench -only "$$part"; done
 	bin/grapnel-bench -only backlog -backlog 1x10000000,10x1000000,100000x10 -limit 1h
 
-kill: ## kill -9 the server KILL_CYCLES times under load, MEDDLE_CYCLES times while others change and delete, and ORDER_CYCLES times with ordering keys; nothing may be lost or out of order
-	go test ./cmd/grapnel-bench -run TestKill -count=1 -timeout 4h -v -kill.cycles=$(KILL_CYCLES) -kill.meddle=$(MEDDLE_CYCLES) -kill.order=$(ORDER_CYCLES)
+kill: ## kill -9 the server KILL_CYCLES times under load, MEDDLE_CYCLES times while others change and delete, ORDER_CYCLES times with ordering keys, and TRANSFORM_CYCLES times with a transformer; nothing may be lost, out of order or otherwise
+	go test ./cmd/grapnel-bench -run TestKill -count=1 -timeout 4h -v -kill.cycles=$(KILL_CYCLES) -kill.meddle=$(MEDDLE_CYCLES) -kill.order=$(ORDER_CYCLES) -kill.transform=$(TRANSFORM_CYCLES)
 
 storm: ## kill -9 all plugins every 200 ms for STORM under load, and upgrade one 20 times; nothing may be lost or blamed
 	go test ./cmd/grapnel-bench -run 'TestStorm|TestUpgrade' -count=1 -timeout 1h -v -storm.duration=$(STORM) -upgrade.times=20
