@@ -113,7 +113,7 @@ func describeWellFormed(t *trial) error {
 		wrong("it offers no kind")
 	}
 	seen := map[string]bool{}
-	var signs, carries, formats bool
+	var signs, carries, transforms, formats bool
 	for _, k := range d.GetKinds() {
 		if !regexp.MustCompile(`^[a-z][a-z0-9-]{0,62}$`).MatchString(k.GetId()) {
 			wrong("kind %q: the id must match ^[a-z][a-z0-9-]{0,62}$", k.GetId())
@@ -123,6 +123,7 @@ func describeWellFormed(t *trial) error {
 		}
 		seen[k.GetId()] = true
 		signs, carries = signs || k.GetSigner() != nil, carries || k.GetTransport() != nil
+		transforms = transforms || k.GetTransformer() != nil
 		for _, complaint := range kindFaults(k) {
 			wrong("kind %q: %s", k.GetId(), complaint)
 		}
@@ -137,6 +138,9 @@ func describeWellFormed(t *trial) error {
 	if carries && !can("attempt.stream") && !can("attempt.unary") {
 		wrong(`it offers a transport without the capability "attempt.stream" or "attempt.unary"`)
 	}
+	if transforms && !can("transform.stream") {
+		wrong(`it offers a transformer without the capability "transform.stream"`)
+	}
 	if formats && !can("secret.prepare") {
 		wrong(`a secret slot has a format, but the capability "secret.prepare" is not there`)
 	}
@@ -145,8 +149,8 @@ func describeWellFormed(t *trial) error {
 
 func kindFaults(k *pluginv1.Kind) []string {
 	var faults []string
-	if k.GetSigner() == nil && k.GetTransport() == nil {
-		faults = append(faults, "it is neither signer nor transport")
+	if k.GetSigner() == nil && k.GetTransport() == nil && k.GetTransformer() == nil {
+		faults = append(faults, "it is neither signer nor transport nor transformer")
 	}
 	headers := slices.Concat(k.GetSigner().GetEmitsHeaders(), k.GetTransport().GetMayAddHeaders())
 	for _, h := range headers {

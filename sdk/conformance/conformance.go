@@ -195,7 +195,7 @@ func (s *suite) notes(chosen []Case) []string {
 	}
 	var notes []string
 	for _, u := range s.subjects {
-		if u.signer() || overHTTP(u) {
+		if !u.transport() || overHTTP(u) {
 			continue
 		}
 		why := fmt.Sprintf("its schemes (%s) are not http and do not end in +http", oneOf(u.kind.GetTransport().GetUriSchemes()))

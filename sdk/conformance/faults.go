@@ -326,7 +326,7 @@ func noSuchHost(t *trial) error {
 }
 
 func deliversToFixture(t *trial) error {
-	withURI := func(u *subject) bool { return !u.signer() && u.fixture.URI != "" }
+	withURI := func(u *subject) bool { return u.transport() && u.fixture.URI != "" }
 	if !slices.ContainsFunc(t.s.subjects, withURI) {
 		return skipf("the fixture names no URI")
 	}

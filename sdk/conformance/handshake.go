@@ -241,7 +241,7 @@ func (ses *session) load(n int) error {
 // offers reports whether there is a signer, or a transport.
 func (s *suite) offers(signer bool) bool {
 	for _, k := range s.described.GetKinds() {
-		if (k.GetSigner() != nil) == signer {
+		if signer && k.GetSigner() != nil || !signer && k.GetTransport() != nil {
 			return true
 		}
 	}

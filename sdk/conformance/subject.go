@@ -34,7 +34,9 @@ type subject struct {
 	excused bool
 }
 
-func (u *subject) signer() bool { return u.kind.GetSigner() != nil }
+func (u *subject) signer() bool      { return u.kind.GetSigner() != nil }
+func (u *subject) transport() bool   { return u.kind.GetTransport() != nil }
+func (u *subject) transformer() bool { return u.kind.GetTransformer() != nil }
 
 // subjectOf finds settings and secrets that the kind takes.
 func (ses *session) subjectOf(k *pluginv1.Kind) *subject {
@@ -116,7 +118,7 @@ func (ses *session) fill(u *subject, open []*pluginv1.SecretSlot) {
 	u.unusable = "it takes no instance: " + diagnosticsText(refused.diagnostics)
 	u.excused = !slices.ContainsFunc(refused.diagnostics, func(d *pluginv1.Diagnostic) bool {
 		secret := strings.HasPrefix(d.GetPointer(), "/secrets/")
-		target := strings.HasPrefix(d.GetPointer(), "/target") && !u.signer()
+		target := strings.HasPrefix(d.GetPointer(), "/target") && u.transport()
 		return !secret && !target
 	})
 }
@@ -174,7 +176,7 @@ func (ses *session) instance(u *subject, uri string) *pluginv1.Instance {
 		ConfigJson: bytes.Clone(u.config), Secrets: map[string]*pluginv1.SecretVersions{}, MaxInFlight: 256,
 		Target: &pluginv1.Target{Method: "POST", Uri: uri},
 	}
-	if uri == "" && u.signer() {
+	if uri == "" && !u.transport() {
 		in.Target.Uri = signerTarget
 	} else if uri == "" {
 		in.Target.Uri = u.uri
@@ -235,9 +237,9 @@ func (t *trial) none(what string, _ func(*subject) bool) error {
 func any1(*subject) bool              { return true }
 func usable(u *subject) bool          { return u.unusable == "" }
 func usableSigner(u *subject) bool    { return u.unusable == "" && u.signer() }
-func usableTransport(u *subject) bool { return u.unusable == "" && !u.signer() }
+func usableTransport(u *subject) bool { return u.unusable == "" && u.transport() }
 func overHTTP(u *subject) bool {
-	return u.unusable == "" && (u.fixture.Receiver != nil || strings.HasPrefix(u.uri, u.httpPrefix()+"http:"))
+	return usableTransport(u) && (u.fixture.Receiver != nil || strings.HasPrefix(u.uri, u.httpPrefix()+"http:"))
 }
 func overTLS(u *subject) bool {
 	return overHTTP(u) && u.fixture.Receiver == nil && slices.Contains(u.kind.GetTransport().GetUriSchemes(), u.httpPrefix()+"https")
