@@ -22,7 +22,7 @@ import (
 
 func newPluginCommand(c *cli) *cobra.Command {
 	cmd := group("plugin", "Signers and transports", newPluginList(c), newPluginGet(c), newPluginValidate(c),
-		plain(newPluginNew(c)), plain(newPluginTest(c)), plain(newPluginBench(c)), newPluginReceiver(c), plain(newPluginInstall(c)),
+		plain(newPluginNew(c)), plain(newPluginTest(c)), plain(newPluginBench(c)), plain(newPluginTry(c)), newPluginReceiver(c), plain(newPluginInstall(c)),
 		plain(newPluginEnable(c, true)), plain(newPluginEnable(c, false)), plain(newPluginRemove(c)), plain(newPluginVerify(c)),
 		newPluginServe(c))
 	cmd.Aliases = []string{"plugins"}

@@ -90,11 +90,18 @@ func TestTransformersPage(t *testing.T) {
 	runPage(t, "transformers", 15, `receiver
 serve
 exec sh -eux page.sh
-stderr 'sent as application/json: {"text":"Order 1001 is order.created"}'
-stdout 'SKIPPED.*dropped by the transformer: 12 is not large'
-stderr 'sent as application/json: {"order":1001}'
-stderr 'sent as application/json: {"large":true,"order":1001}'
-stderr 'Ada has paid 12'
+stdout 'sent as application/json: {"text":"Order 1001 is order.created"}'
+stdout 'dropped by the transformer: 12 is not large'
+stdout 'sent as application/json: {"order":1001}'
+stdout '^{"large":true,"order":1001}$'
+stdout 'Ada has paid 12'
+stdout '^{"text":"Ada"}$'
+exec grapnel plugin try jq --config '{"program": "drop(\"no\")"}'
+stderr '^dropped: no$'
+! exec grapnel plugin try http
+stderr 'plugins/http is a transport, want a transformer'
+! exec grapnel plugin try jq --config '{"program": "error(\"mine\")"}'
+stderr 'transform: error: mine'
 exec grapnel delivery list -n acme --filter 'event = a-1'
 stdout ' SUCCEEDED '
 exec grapnel subscription update orders -n acme --transformer ''

@@ -470,7 +470,7 @@ func newSubscriptionTest(c *cli) *cobra.Command {
 					c.said("the transformer drops the event: %s", cmp.Or(t.GetDropReason(), "no reason given"))
 					return nil
 				} else if t != nil {
-					c.said("sent as %s: %s", t.GetContentType(), t.GetBody())
+					c.said("sent as %s: %s", t.GetContentType(), string(t.GetBody()))
 				}
 				if err := show(c, answer.GetAttempt(), attemptColumns()); err != nil {
 					return err

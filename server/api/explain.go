@@ -322,6 +322,9 @@ func (s *Server) cause(d *delivery.Delivery, m *grapnelv1.Delivery) string {
 	case grapnelv1.Delivery_STATE_CANCELLED:
 		return "cancelled" + because(m.GetStateReason())
 	case grapnelv1.Delivery_STATE_SKIPPED:
+		if strings.HasPrefix(d.StateReason, delivery.ReasonDropped) {
+			return m.GetStateReason() + "; a replay has the transformer look again"
+		}
 		return "the subscription or its namespace was disabled when the event was accepted; a replay sends it"
 	}
 	switch due := m.GetNextAttemptTime().AsTime(); {

@@ -27,6 +27,9 @@ type Policy struct {
 	IgnoreGone bool
 }
 
+// ReasonDropped begins the reason of a delivery that ended as Skipped because its transformer wants nothing to be sent.
+const ReasonDropped = "dropped by the transformer"
+
 // Step is what follows an attempt.
 type Step struct {
 	State State
@@ -76,7 +79,7 @@ func Next(p Policy, job *Job, r Result, now time.Time, rnd float64) Step {
 		return Step{State: Pending}
 	}
 	if r.Cause == CauseDropped {
-		return Step{State: Skipped, Reason: reasonOr("dropped by the transformer", r.Error)}
+		return Step{State: Skipped, Reason: reasonOr(ReasonDropped, r.Error)}
 	}
 	if r.Outcome == OutcomeSucceeded {
 		return Step{State: Succeeded}

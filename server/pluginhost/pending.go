@@ -32,6 +32,8 @@ type pending struct {
 	// made is what the transformer has made, once that is stored; held is what it counts for in memory.
 	made *delivery.Made
 	held int64
+	// tried: what is made is all that is wanted.
+	tried bool
 	// shaped is set once Content is what the plan wants.
 	shaped bool
 	// suspicion is the job's, or what its subscription is accused of.
@@ -90,8 +92,8 @@ func (h *Host) complete(p *pending, r delivery.Result) {
 	if p.Answer {
 		r.Batch, r.BatchSize = p.Content.ID(), max(1, len(p.jobs))
 	}
-	if job.Trial() {
-		r.Made = p.made
+	if job.Trial() && p.made != nil && p.plan != nil {
+		r.Made = p.shownMade()
 	}
 	h.made.add(-p.held)
 	*p = pending{}

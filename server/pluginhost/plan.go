@@ -296,9 +296,9 @@ func (h *Host) shapeNow(p *pending, pl *plan) {
 }
 
 // restart has p begin anew, with whatever plan there is by then; it keeps its time and nonce. An ownership
-// check has no other plan than its own.
+// check, or a try, has no other plan than its own.
 func (h *Host) restart(p *pending) {
-	if p.Ownership {
+	if p.Ownership || p.tried {
 		h.unspent(p, "the plugin was restarted meanwhile")
 		return
 	}

@@ -169,6 +169,16 @@ func madeOf(t *pluginv1.Transformed) *delivery.Made {
 	return made
 }
 
+// shownMade is what was made as callers are shown it: without the subscription's secrets.
+func (p *pending) shownMade() *delivery.Made {
+	own := &p.plan.own
+	shown := &delivery.Made{Body: []byte(own.Clean(string(p.made.Body))), ContentType: p.made.ContentType}
+	for _, h := range p.made.Headers {
+		shown.Headers = append(shown.Headers, delivery.Header{Name: h.Name, Value: own.Clean(h.Value)})
+	}
+	return shown
+}
+
 // madeFault says why what was made cannot be sent; empty when it can.
 func (pl *plan) madeFault(made *delivery.Made) string {
 	if n := len(made.Body); n > delivery.MaxMade {
@@ -197,6 +207,10 @@ func (h *Host) keep(p *pending, made *delivery.Made) {
 		}
 	}
 	h.hold(p, made)
+	if p.tried {
+		h.complete(p, delivery.Result{Attempt: delivery.Attempt{Outcome: delivery.OutcomeSucceeded, Start: p.Created}})
+		return
+	}
 	p.Created = time.Time{} // the attempt begins now
 	h.submit(p, p.plan)
 }

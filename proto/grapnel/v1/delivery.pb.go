@@ -44,7 +44,7 @@ const (
 	Delivery_STATE_REJECTED Delivery_State = 6
 	// Cancelled by a caller, a deletion or a purge.
 	Delivery_STATE_CANCELLED Delivery_State = 7
-	// Matched while the subscription was disabled: recorded, never attempted, open to replay.
+	// Matched while the subscription was disabled, or dropped by its transformer: recorded, nothing was sent, open to replay.
 	Delivery_STATE_SKIPPED Delivery_State = 8
 )
 
