@@ -43,15 +43,15 @@ func appendJSON(b []byte, v ref.Val, deep int) ([]byte, error) {
 		}
 		return shut(b, '[', ']'), nil
 	case types.Timestamp, types.Duration:
-		text, ok := v.(ref.Val).ConvertToType(types.StringType).(types.String)
+		text, ok := v.ConvertToType(types.StringType).(types.String)
 		if !ok {
-			return nil, fmt.Errorf("a %s cannot be written as JSON", v.(ref.Val).Type().TypeName())
+			return nil, fmt.Errorf("a %s cannot be written as JSON", v.Type().TypeName())
 		}
 		return appendValue(b, string(text))
 	case types.Null:
 		return append(b, "null"...), nil
 	case types.Bool, types.Int, types.Uint, types.Double, types.String, types.Bytes:
-		return appendValue(b, v.(ref.Val).Value())
+		return appendValue(b, v.Value())
 	case *types.Err:
 		return nil, v
 	}
