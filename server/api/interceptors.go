@@ -84,6 +84,9 @@ type edge struct {
 	watches limiter
 	// tails are the watches of deliveries, attempts and subscriptions, apart from publish streams.
 	tails limiter
+	// histories are the watches of subscriptions among them, and historiesOf by namespace.
+	histories   limiter
+	historiesOf shares
 	// tailBytes are the messages that wait to be sent to them.
 	tailBytes atomic.Int64
 	// callsOf, streamsOf and tailsOf are by namespace.
@@ -99,6 +102,9 @@ func newEdge(s *Server) *edge {
 		streams: limiter{most: int64(s.MaxCalls)},
 		watches: limiter{most: int64(s.MaxWatches)},
 		tails:   limiter{most: int64(s.MaxCalls)},
+
+		histories: limiter{most: maxHistories}, historiesOf: shares{most: min(maxHistoriesOf, s.MaxCallsPerNamespace)},
+
 		callsOf: shares{most: s.MaxCallsPerNamespace}, streamsOf: shares{most: s.MaxCallsPerNamespace}, tailsOf: shares{most: s.MaxCallsPerNamespace},
 	}
 }

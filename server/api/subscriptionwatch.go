@@ -5,6 +5,7 @@ import (
 	"encoding/base64"
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"time"
 
 	"google.golang.org/grpc"
@@ -14,6 +15,10 @@ import (
 	"github.com/grapnel/grapnel/server/delivery"
 	"github.com/grapnel/grapnel/server/subscription"
 )
+
+// maxHistories bounds the watches of subscriptions, and maxHistoriesOf those of one namespace: etcd sends each of them its own
+// copy of what changes, and of what has since a resume token.
+const maxHistories, maxHistoriesOf = 256, 16
 
 // WatchSubscriptions tells what becomes of a namespace's subscriptions.
 func (s subscriptionService) WatchSubscriptions(r *grapnelv1.WatchSubscriptionsRequest, stream grpc.ServerStreamingServer[grapnelv1.WatchSubscriptionsResponse]) error {
@@ -31,10 +36,14 @@ func (s subscriptionService) WatchSubscriptions(r *grapnelv1.WatchSubscriptionsR
 			return err
 		}
 	}
-	if !s.edge.tailsOf.enter(ns) {
-		return s.edge.tailsOf.refusal(ns, "watches")
+	if !s.edge.historiesOf.enter(ns) {
+		return s.edge.historiesOf.refusal(ns, "watches of subscriptions")
 	}
-	defer s.edge.tailsOf.leave(ns)
+	defer s.edge.historiesOf.leave(ns)
+	if !s.edge.histories.enter() {
+		return rateLimited("watches", fmt.Sprintf("%d watches of subscriptions are open, which is all there may be", maxHistories), time.Minute)
+	}
+	defer s.edge.histories.leave()
 	ctx, end := s.watchContext(stream.Context())
 	defer end()
 	out := sendTo(stream, s.WatchPatience, &s.edge.tailBytes)
@@ -49,11 +58,17 @@ func (s subscriptionService) WatchSubscriptions(r *grapnelv1.WatchSubscriptionsR
 		}
 	}
 	defer func() { halt() }()
-	for {
+	same := func() error {
 		if _, now, err := s.existingNamespace("parent", r.GetParent()); err != nil {
 			return err
 		} else if now != space { // deleted, and made anew
 			return notFound(r.GetParent(), "namespace")
+		}
+		return nil
+	}
+	for {
+		if err := same(); err != nil {
+			return err
 		}
 		if err := out.send(ctx, &grapnelv1.WatchSubscriptionsResponse{ResumeToken: at.String()}, halt); err != nil {
 			return err
@@ -70,13 +85,23 @@ func (s subscriptionService) WatchSubscriptions(r *grapnelv1.WatchSubscriptionsR
 				break
 			}
 			to := w.Revision()
+			if err := s.Registry.Reach(ctx, changes[len(changes)-1]); err != nil {
+				return err
+			}
+			if err := same(); err != nil { // before anything of another one is told
+				return err
+			}
 			for i, ch := range changes {
+				changes[i] = subscription.Watched{}
 				if i == len(changes)-1 {
 					at.revision = to
-				} else if ch.Revision != changes[i+1].Revision {
-					at.revision = ch.Revision
+				} else if ch.Revision() != changes[i+1].Revision() {
+					at.revision = ch.Revision()
 				}
-				m := watchedMessage(f, ch)
+				m, err := s.watchedMessage(ctx, f, ch)
+				if err != nil {
+					return err
+				}
 				if m == nil {
 					continue
 				}
@@ -85,6 +110,9 @@ func (s subscriptionService) WatchSubscriptions(r *grapnelv1.WatchSubscriptionsR
 					return err
 				}
 				quiet = time.Now().Add(heartbeat)
+				if w == nil {
+					break // the rest is read again
+				}
 			}
 			if !time.Now().Before(quiet) {
 				break
@@ -92,9 +120,7 @@ func (s subscriptionService) WatchSubscriptions(r *grapnelv1.WatchSubscriptionsR
 		}
 		if w != nil {
 			at.revision = max(at.revision, w.Revision())
-			if err := w.Ask(); err != nil && ctx.Err() == nil {
-				halt() // and watch anew
-			}
+			w.Ask()
 		}
 	}
 }
@@ -111,20 +137,26 @@ func nextWatched(ctx context.Context, w *subscription.Watcher, until time.Time) 
 }
 
 // watchedMessage is nil where the filter wants none.
-func watchedMessage(f *filter.Filter[*grapnelv1.Subscription], ch subscription.Watched) *grapnelv1.WatchSubscriptionsResponse {
-	m := &grapnelv1.WatchSubscriptionsResponse{Subscription: ch.Now, Deleted: ch.Now == nil}
+func (s subscriptionService) watchedMessage(ctx context.Context, f *filter.Filter[*grapnelv1.Subscription], ch subscription.Watched) (*grapnelv1.WatchSubscriptionsResponse, error) {
+	now := ch.Now()
 	switch {
-	case ch.Now != nil && f.Match(ch.Now), ch.Before != nil && f.Match(ch.Before):
-	case ch.Now == nil && ch.Before == nil: // it may have been wanted
-	default:
-		return nil
+	case now != nil && f.Match(now):
+		return &grapnelv1.WatchSubscriptionsResponse{Subscription: now}, nil
+	case ch.Made(), now == nil && !ch.Deleted(): // which cannot be read
+		return nil, nil
 	}
-	if m.Deleted {
-		if m.Subscription = ch.Before; m.Subscription == nil {
-			m.Subscription = &grapnelv1.Subscription{Name: ch.Name}
-		}
+	before, err := ch.Before(ctx)
+	switch {
+	case err != nil:
+		return nil, err
+	case before != nil && !f.Match(before): // and where it is not known, it may have matched
+		return nil, nil
+	case now != nil:
+		return &grapnelv1.WatchSubscriptionsResponse{Subscription: now}, nil
+	case before == nil:
+		before = &grapnelv1.Subscription{Name: ch.Name()}
 	}
-	return m
+	return &grapnelv1.WatchSubscriptionsResponse{Subscription: before, Deleted: true}, nil
 }
 
 // historyToken is a place in the history of a namespace in etcd.

@@ -251,3 +251,31 @@ func TestWatchOfSubscriptionsThatNobodyReads(t *testing.T) {
 		t.Fatal(err)
 	}
 }
+
+// TestWatchOfAnErasedNamespaceTellsNothingOfTheNext that has its name.
+func TestWatchOfAnErasedNamespaceTellsNothingOfTheNext(t *testing.T) {
+	st := startStation(t)
+	st.namespace(t, "acme")
+	stream, token := st.watchSubscriptions(t, "", "")
+	if _, err := st.registry.DeleteNamespace(t.Context(), "acme", "", true); err != nil {
+		t.Fatal(err)
+	}
+	if err := st.registry.PurgeNamespace(t.Context(), "acme"); err != nil {
+		t.Fatal(err)
+	}
+	st.namespace(t, "acme")
+	st.subscribe(t, "acme", "secretive", nil)
+	var err error
+	for err == nil {
+		var m *grapnelv1.WatchSubscriptionsResponse
+		if m, err = stream.Recv(); m.GetSubscription() != nil {
+			t.Errorf("told %v", m)
+		}
+	}
+	refused(t, err, codes.NotFound, "RESOURCE_NOT_FOUND")
+	again, err := st.subscriptions.WatchSubscriptions(t.Context(), &grapnelv1.WatchSubscriptionsRequest{Parent: "namespaces/acme", ResumeToken: token})
+	if err == nil {
+		_, err = again.Recv()
+	}
+	refused(t, err, codes.OutOfRange, "RESUME_TOKEN_EXPIRED")
+}

@@ -2,6 +2,7 @@ package subscription
 
 import (
 	"context"
+	"errors"
 
 	"google.golang.org/protobuf/proto"
 
@@ -13,22 +14,42 @@ import (
 var ErrCompacted = keyspace.ErrCompacted
 
 // Watcher tells what becomes of the subscriptions of a namespace. It is for one goroutine, and is to be closed.
-type Watcher struct{ *keyspace.Watcher }
+type Watcher struct {
+	*keyspace.Watcher
+	r *Registry
+}
 
 // Watched is a change of one subscription.
 type Watched struct {
-	// Now is nil when it was deleted, Before when it was made; also when what it was is not known any more. The caller may
-	// change them.
-	Now, Before *grapnelv1.Subscription
-	// Name is its full name.
-	Name string
-	// Revision is etcd's; several changes may have the same one.
-	Revision int64
+	r    *Registry
+	seen keyspace.Seen
+}
+
+// Name is its full name, and Revision etcd's; several changes may have the same one.
+func (c Watched) Name() string    { return c.seen.Key }
+func (c Watched) Revision() int64 { return c.seen.Revision }
+
+// Deleted: it is there no longer. Made: it was not there before.
+func (c Watched) Deleted() bool { return c.seen.Deleted }
+func (c Watched) Made() bool    { return c.seen.Made }
+
+// Now is the subscription since the change, for the caller to keep; nil when it was deleted, or cannot be read.
+func (c Watched) Now() *grapnelv1.Subscription {
+	return shown(c.seen.Key, c.seen.Value, c.seen.Revision)
+}
+
+// Before is what it was, nil when it is not known any more. The error wraps ErrUnavailable, or is ctx's.
+func (c Watched) Before(ctx context.Context) (*grapnelv1.Subscription, error) {
+	value, err := c.r.space.Before(ctx, c.seen)
+	if broken := new(keyspace.BrokenError); errors.Is(err, ErrCompacted) || errors.As(err, &broken) {
+		return nil, nil
+	}
+	return shown(c.seen.Key, value, 0), err
 }
 
 // Watch tells what has changed and changes of the subscriptions of a namespace after a revision, until ctx ends.
 func (r *Registry) Watch(ctx context.Context, ns string, after int64) *Watcher {
-	return &Watcher{r.space.Watch(ctx, namespaceName(ns)+"/subscriptions/", after)}
+	return &Watcher{r.space.Watch(ctx, namespaceName(ns)+"/subscriptions/", after), r}
 }
 
 // Reached is the revision of etcd up to which the snapshot shows all that was written, and Head etcd's own. Its error wraps
@@ -37,27 +58,24 @@ func (r *Registry) Reached() int64                          { return r.space.Rea
 func (r *Registry) Head(ctx context.Context) (int64, error) { return r.space.Head(ctx) }
 
 // Next waits for changes, and returns those of one or several revisions, never of a part of one. It returns an error when
-// ctx ends, ErrCompacted, or one that wraps ErrUnavailable.
+// ctx ends, after which it may be called again, ErrCompacted, or one that wraps ErrUnavailable.
 func (w *Watcher) Next(ctx context.Context) ([]Watched, error) {
-	for {
-		seen, err := w.Watcher.Next(ctx)
-		if err != nil {
-			return nil, err
-		}
-		changes := make([]Watched, 0, len(seen))
-		for _, s := range seen {
-			c := Watched{Name: s.Key, Revision: s.Revision, Before: shown(s.Key, s.Before, 0)}
-			if !s.Deleted {
-				if c.Now = shown(s.Key, s.Value, s.Revision); c.Now == nil { // apply has said so
-					continue
-				}
-			}
-			changes = append(changes, c)
-		}
-		if len(changes) > 0 {
-			return changes, nil
-		}
+	seen, err := w.Watcher.Next(ctx)
+	if err != nil {
+		return nil, err
 	}
+	changes := make([]Watched, len(seen))
+	for i, s := range seen {
+		changes[i] = Watched{w.r, s}
+	}
+	return changes, nil
+}
+
+// Reach waits until the snapshot shows a change, for some seconds at the most: then the error wraps ErrUnavailable.
+func (r *Registry) Reach(ctx context.Context, c Watched) error {
+	ctx, cancel := r.space.Bound(ctx)
+	defer cancel()
+	return r.space.Wait(ctx, c.seen.Revision)
 }
 
 // shown is a stored subscription as callers see it; nil when there is none, or it cannot be read.

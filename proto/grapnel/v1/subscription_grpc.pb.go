@@ -49,7 +49,7 @@ type SubscriptionServiceClient interface {
 	// heartbeat, from which on nothing is left out. After a stream has ended, another one goes on from the resume_token of the
 	// last message that was read, for as long as etcd keeps its history, which is a thousand changes at least, to whatever; later
 	// it ends with OUT_OF_RANGE, RESUME_TOKEN_EXPIRED. Who takes no message for 10 s while some wait is cut off with ABORTED,
-	// SLOW_CONSUMER.
+	// SLOW_CONSUMER. A namespace may have 16 of these watches, and a server 256.
 	WatchSubscriptions(ctx context.Context, in *WatchSubscriptionsRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[WatchSubscriptionsResponse], error)
 	// UpdateSubscription changes the fields named by the update mask.
 	UpdateSubscription(ctx context.Context, in *UpdateSubscriptionRequest, opts ...grpc.CallOption) (*UpdateSubscriptionResponse, error)
@@ -214,7 +214,7 @@ type SubscriptionServiceServer interface {
 	// heartbeat, from which on nothing is left out. After a stream has ended, another one goes on from the resume_token of the
 	// last message that was read, for as long as etcd keeps its history, which is a thousand changes at least, to whatever; later
 	// it ends with OUT_OF_RANGE, RESUME_TOKEN_EXPIRED. Who takes no message for 10 s while some wait is cut off with ABORTED,
-	// SLOW_CONSUMER.
+	// SLOW_CONSUMER. A namespace may have 16 of these watches, and a server 256.
 	WatchSubscriptions(*WatchSubscriptionsRequest, grpc.ServerStreamingServer[WatchSubscriptionsResponse]) error
 	// UpdateSubscription changes the fields named by the update mask.
 	UpdateSubscription(context.Context, *UpdateSubscriptionRequest) (*UpdateSubscriptionResponse, error)
