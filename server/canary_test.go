@@ -183,9 +183,12 @@ func TestNobodySeesSecrets(t *testing.T) {
 				sub := &grapnelv1.Subscription{Uri: receiver.URL, EventTypes: []string{"order.*"}, RetryPolicy: &grapnelv1.RetryPolicy{MaxAttempts: 1}}
 				b := bound(slots...)
 				b.Config = config
-				if slices.Contains(p.GetRoles(), grapnelv1.Plugin_ROLE_SIGNER) {
+				switch {
+				case slices.Contains(p.GetRoles(), grapnelv1.Plugin_ROLE_SIGNER):
 					sub.Signers = []*grapnelv1.PluginBinding{b}
-				} else {
+				case slices.Contains(p.GetRoles(), grapnelv1.Plugin_ROLE_TRANSFORMER):
+					sub.Signers, sub.Transformer = []*grapnelv1.PluginBinding{{Plugin: "plugins/none"}}, b
+				default:
 					sub.Signers, sub.Transport = []*grapnelv1.PluginBinding{{Plugin: "plugins/none"}}, b
 					if scheme := p.GetUriSchemes()[0]; !strings.HasPrefix(scheme, "http") {
 						sub.Uri = scheme + "://127.0.0.1:1/subject" // nobody is there
