@@ -317,20 +317,48 @@ was accepted before is not looked at again.`,
 	return cmd
 }
 
+// eventTypeLoss is what a deletion takes away for good: the schemas, as no other place need have them.
+func eventTypeLoss(ctx context.Context, cl *client.Client, name string) (string, error) {
+	t, err := registeredType(ctx, cl, name)
+	switch n := len(t.GetSchemas()); {
+	case errors.Is(err, client.ErrPermissionDenied): // may delete, and not look
+		return "its schemas", nil
+	case err != nil || n == 0: // deleting says what is missing, or that it may be
+		return "", err
+	case n == 1:
+		return "its schema", nil
+	default:
+		return fmt.Sprintf("its schema in %d versions", n), nil
+	}
+}
+
 func newEventTypeDelete(c *cli) *cobra.Command {
 	r := &grapnelv1.DeleteEventTypeRequest{}
+	var yes bool
 	cmd := &cobra.Command{
 		Use: "delete TYPE", Short: "Remove a type; its events go on being published", Args: oneType, ValidArgsFunction: firstArg(completeTypes(c)),
-		Long: "Removes a type with its schemas. Its events go on being published, unless the namespace wants types registered.",
+		Long: `Removes a type with its schemas: where there are any, it asks, or wants --yes when there is no terminal to ask at. Its events
+go on being published, unless the namespace wants types registered.`,
 	}
 	cmd.Flags().StringVar(&r.Etag, "etag", "", "fail unless this is the current etag")
 	cmd.Flags().BoolVar(&r.AllowMissing, "allow-missing", false, "succeed when it is already gone")
+	yesFlag(cmd, &yes)
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
 		var err error
 		if _, _, r.Name, err = c.eventTypeName(args[0]); err != nil {
 			return err
 		}
 		return c.with(cmd, func(ctx context.Context, cl *client.Client) error {
+			loss := ""
+			if !yes {
+				var err error
+				if loss, err = eventTypeLoss(ctx, cl, r.GetName()); err != nil {
+					return err
+				}
+			}
+			if err := c.confirm(cmd.Context(), yes, r.GetName(), loss); err != nil {
+				return err
+			}
 			answer, err := cl.EventTypeService().DeleteEventType(ctx, r)
 			if err != nil {
 				return err
