@@ -6,7 +6,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"iter"
 	"maps"
+	"net/url"
 	"regexp"
 	"slices"
 	"strconv"
@@ -18,8 +20,17 @@ import (
 type description struct {
 	// version is the file's, fit for a name; 1 where it has none.
 	version string
-	types   []describedType
-	skipped []skipped
+	// all yields each webhook or message, made as it is asked for and kept by nobody else: schemas that refer to the same are
+	// copies of it. Where it cannot be taken the error says why, and of the type only where is set.
+	all iter.Seq2[describedType, error]
+}
+
+// empty reports whether there is no webhook and no message.
+func (d description) empty() bool {
+	for range d.all {
+		return false
+	}
+	return true
 }
 
 // describedType is one webhook or message.
@@ -31,9 +42,6 @@ type describedType struct {
 	schema, example string
 	notes           []string
 }
-
-// skipped is one that cannot be taken.
-type skipped struct{ where, why string }
 
 // object is a JSON object of a file.
 type object = map[string]any
@@ -48,29 +56,31 @@ func describedTypes(text []byte) (description, error) {
 	if !ok {
 		return description{}, errors.New("it is no object; want OpenAPI or AsyncAPI, in JSON or YAML")
 	}
-	f := apiFile{root: root, out: description{version: "1"}}
+	f, out := apiFile{root: root}, description{version: "1"}
 	if info, ok := root["info"].(object); ok {
 		if v := scalar(info["version"]); regexp.MustCompile(`^[A-Za-z0-9._~-]{1,64}$`).MatchString(v) {
-			f.out.version = v
+			out.version = v
 		}
 	}
 	openAPI, asyncAPI := scalar(root["openapi"]), scalar(root["asyncapi"])
 	switch {
 	case strings.HasPrefix(openAPI, "3.0"):
 		f.old = true
-		f.webhooks("x-webhooks")
+		out.all = f.each(func(r *reading) { r.webhooks("x-webhooks") })
 	case strings.HasPrefix(openAPI, "3."):
-		f.webhooks("webhooks")
-		f.webhooks("x-webhooks")
+		out.all = f.each(func(r *reading) {
+			r.webhooks("webhooks")
+			r.webhooks("x-webhooks")
+		})
 	case strings.HasPrefix(asyncAPI, "2."), strings.HasPrefix(asyncAPI, "3."):
 		f.draft7 = true
-		f.messages()
+		out.all = f.each((*reading).messages)
 	case openAPI != "" || asyncAPI != "":
-		return description{}, fmt.Errorf("it is of version %q; want OpenAPI 3.0 or 3.1, or AsyncAPI 2 or 3", openAPI+asyncAPI)
+		return description{}, fmt.Errorf("it is of version %q; want OpenAPI 3.0 or 3.1, or AsyncAPI 2 or 3", clipText(openAPI+asyncAPI, 100))
 	default:
 		return description{}, errors.New("it has neither openapi nor asyncapi; want OpenAPI 3.0 or 3.1, or AsyncAPI 2 or 3")
 	}
-	return f.out, nil
+	return out, nil
 }
 
 // treeOf reads JSON or YAML. Numbers of JSON stay as they are written.
@@ -111,20 +121,39 @@ func scalar(v any) string {
 	return ""
 }
 
-// apiFile is a file that is being read.
+// apiFile is a file. Immutable.
 type apiFile struct {
 	root object
 	// old: schemas are OpenAPI 3.0's own. draft7: they are of draft-07.
 	old, draft7 bool
-	out         description
-	// seen are the messages that have been taken, by what they are, and ids the types, by where they are.
+}
+
+// reading is one way through a file.
+type reading struct {
+	apiFile
+	yield func(describedType, error) bool
+	// stopped: no more is wanted.
+	stopped bool
+	// seen are the messages that have been met, by where they are, and ids where the types are that have been taken.
 	seen map[string]bool
 	ids  map[string]string
 }
 
-func (f *apiFile) skip(where, format string, args ...any) {
-	f.out.skipped = append(f.out.skipped, skipped{where, fmt.Sprintf(format, args...)})
+// each has walk go through the file for each that asks.
+func (f apiFile) each(walk func(*reading)) iter.Seq2[describedType, error] {
+	return func(yield func(describedType, error) bool) {
+		walk(&reading{apiFile: f, yield: yield, seen: map[string]bool{}, ids: map[string]string{}})
+	}
 }
+
+func (r *reading) skip(where, format string, args ...any) {
+	if !r.stopped {
+		r.stopped = !r.yield(describedType{where: where}, fmt.Errorf(format, args...))
+	}
+}
+
+// maxPointer is how long a JSON Pointer may be, since each message is known by one.
+const maxPointer = 1024
 
 // resolve follows $ref within the file, and returns where it ends, as a JSON Pointer.
 func (f *apiFile) resolve(v any, at string) (object, string, error) {
@@ -137,55 +166,55 @@ func (f *apiFile) resolve(v any, at string) (object, string, error) {
 		if !ok {
 			return o, at, nil
 		}
-		var err error
-		if v, err = f.find(ref); err != nil {
+		found, pointer, err := f.find(ref)
+		if err != nil {
 			return nil, at, err
 		}
-		at = strings.TrimPrefix(ref, "#")
+		v, at = found, pointer
 	}
 	return nil, at, errors.New("its $ref goes round in circles")
 }
 
-// find returns what a reference within the file means.
-func (f *apiFile) find(ref string) (any, error) {
-	pointer, local := strings.CutPrefix(ref, "#/")
+// find returns what a reference within the file means, and where that is as a JSON Pointer, however the reference spells it.
+func (f *apiFile) find(ref string) (any, string, error) {
+	fragment, local := strings.CutPrefix(ref, "#/")
 	if !local {
-		return nil, fmt.Errorf("it refers to %q, which is not within the file: bundle it into one, for nothing is fetched", clipText(ref, 100))
+		return nil, "", fmt.Errorf("it refers to %q, which is not within the file: bundle it into one, for nothing is fetched", clipText(ref, 100))
+	}
+	if len(ref) > maxPointer {
+		return nil, "", fmt.Errorf("it refers to %q, which is longer than %d bytes", clipText(ref, 100), maxPointer)
+	}
+	if decoded, err := url.PathUnescape(fragment); err == nil {
+		fragment = decoded
 	}
 	var v any = f.root
-	for token := range strings.SplitSeq(pointer, "/") {
+	var pointer strings.Builder
+	for token := range strings.SplitSeq(fragment, "/") {
 		token = unescapeToken(token)
+		found := false
 		switch here := v.(type) {
 		case object:
-			next, ok := here[token]
-			if !ok {
-				return nil, fmt.Errorf("it refers to %q, which the file does not have", clipText(ref, 100))
-			}
-			v = next
+			v, found = here[token]
 		case []any:
-			i, err := strconv.Atoi(token)
-			if err != nil || i < 0 || i >= len(here) {
-				return nil, fmt.Errorf("it refers to %q, which the file does not have", clipText(ref, 100))
+			if i, err := strconv.Atoi(token); err == nil && i >= 0 && i < len(here) && strconv.Itoa(i) == token {
+				v, found = here[i], true
 			}
-			v = here[i]
-		default:
-			return nil, fmt.Errorf("it refers to %q, which the file does not have", clipText(ref, 100))
 		}
+		if !found {
+			return nil, "", fmt.Errorf("it refers to %q, which the file does not have", clipText(ref, 100))
+		}
+		pointer.WriteString("/" + escapeToken(token))
 	}
-	return v, nil
+	return v, pointer.String(), nil
 }
 
 func unescapeToken(token string) string {
-	token = strings.NewReplacer("~1", "/", "~0", "~").Replace(token)
-	return percentDecoded(token)
+	return strings.NewReplacer("~1", "/", "~0", "~").Replace(token)
 }
 
-// percentDecoded reads %XX, as fragments of URIs have them.
-func percentDecoded(s string) string {
-	if !strings.Contains(s, "%") {
-		return s
-	}
-	return eventID("/" + s)
+// lastToken is the name of what a JSON Pointer points to.
+func lastToken(pointer string) string {
+	return unescapeToken(pointer[strings.LastIndexByte(pointer, '/')+1:])
 }
 
 func escapeToken(s string) string { return strings.NewReplacer("~", "~0", "/", "~1").Replace(s) }
@@ -198,16 +227,16 @@ func clipText(s string, most int) string {
 }
 
 // webhooks takes the path items under a member of the file.
-func (f *apiFile) webhooks(member string) {
-	all, ok := f.root[member].(object)
+func (r *reading) webhooks(member string) {
+	all, ok := r.root[member].(object)
 	if !ok {
 		return
 	}
 	for _, name := range slices.Sorted(maps.Keys(all)) {
 		where := member + "/" + name
-		item, _, err := f.resolve(all[name], "")
+		item, _, err := r.resolve(all[name], "")
 		if err != nil {
-			f.skip(where, "%v", err)
+			r.skip(where, "%w", err)
 			continue
 		}
 		operation := object(nil)
@@ -218,17 +247,17 @@ func (f *apiFile) webhooks(member string) {
 			}
 		}
 		if operation == nil {
-			f.skip(where, "it has no post")
+			r.skip(where, "it has no post")
 			continue
 		}
-		t := describedType{id: name, where: where, description: f.words(operation, item)}
+		t := describedType{id: name, where: where, description: purpose(operation, item)}
 		t.deprecated, _ = operation["deprecated"].(bool)
-		f.add(t, func(t *describedType) error { return f.body(t, operation["requestBody"]) })
+		r.add(t, func(t *describedType) error { return r.body(t, operation["requestBody"]) })
 	}
 }
 
-// words are what a thing is for.
-func (f *apiFile) words(of ...object) string {
+// purpose is in words what a thing is for.
+func purpose(of ...object) string {
 	for _, o := range of {
 		for _, member := range []string{"description", "summary", "title"} {
 			if text := strings.TrimSpace(scalar(o[member])); text != "" {
@@ -243,20 +272,20 @@ func (f *apiFile) words(of ...object) string {
 }
 
 // add takes a type, unless another one has its name.
-func (f *apiFile) add(t describedType, fill func(*describedType) error) {
-	if f.ids == nil {
-		f.ids = map[string]string{}
+func (r *reading) add(t describedType, fill func(*describedType) error) {
+	if r.stopped {
+		return
 	}
-	if other := f.ids[t.id]; other != "" {
-		f.skip(t.where, "%s is of the same name", other)
+	if other := r.ids[t.id]; other != "" {
+		r.skip(t.where, "%s is of the same name", clipText(other, 200))
 		return
 	}
 	if err := fill(&t); err != nil {
-		f.skip(t.where, "%v", err)
+		r.skip(t.where, "%w", err)
 		return
 	}
-	f.ids[t.id] = t.where
-	f.out.types = append(f.out.types, t)
+	r.ids[t.id] = t.where
+	r.stopped = !r.yield(t, nil)
 }
 
 // body takes schema and example of a request body.
@@ -281,7 +310,7 @@ func (f *apiFile) body(t *describedType, body any) error {
 		}
 	}
 	if media == "" {
-		return fmt.Errorf("its body is not JSON, but %s", strings.Join(slices.Sorted(maps.Keys(content)), ", "))
+		return fmt.Errorf("its body is not JSON, but %s", clipText(strings.Join(slices.Sorted(maps.Keys(content)), ", "), 200))
 	}
 	m, _, err := f.resolve(content[media], "")
 	if err != nil {
@@ -308,11 +337,45 @@ func (f *apiFile) body(t *describedType, body any) error {
 
 // exampleOf takes an example, if it is small enough.
 func (t *describedType) exampleOf(v any) {
-	if text, err := compactJSON(v); err == nil && len(text) <= 64<<10 {
-		t.example = text
-	} else {
-		t.notes = append(t.notes, "its example is left out: it has more than 64 KiB")
+	if leastSize(v, maxExample) <= maxExample {
+		if text, err := compactJSON(v); err == nil && len(text) <= maxExample {
+			t.example = text
+			return
+		}
 	}
+	t.notes = append(t.notes, "its example is left out: it has more than 64 KiB")
+}
+
+// maxExample and maxSchema are how many bytes of each a server takes.
+const (
+	maxExample = 64 << 10
+	maxSchema  = 256 << 10
+)
+
+// leastSize is how many bytes a value has as JSON at least; it looks no further than a bit beyond most.
+func leastSize(v any, most int) int {
+	size := 1 // what closes it, as each comma or what opens it is counted with what follows
+	switch v := v.(type) {
+	case string:
+		return len(v) + 2
+	case json.Number:
+		return len(v)
+	case []any:
+		for _, one := range v {
+			if size += 1 + leastSize(one, most-size); size > most {
+				break
+			}
+		}
+		return max(size, 2)
+	case object:
+		for name, one := range v {
+			if size += 1 + len(name) + 3 + leastSize(one, most-size); size > most {
+				break
+			}
+		}
+		return max(size, 2)
+	}
+	return len("null")
 }
 
 func compactJSON(v any) (string, error) {
@@ -324,14 +387,17 @@ func compactJSON(v any) (string, error) {
 }
 
 // messages takes the messages of channels, and those that no channel has.
-func (f *apiFile) messages() {
-	f.seen = map[string]bool{}
-	channels, _ := f.root["channels"].(object)
+func (r *reading) messages() {
+	channels, _ := r.root["channels"].(object)
 	for _, name := range slices.Sorted(maps.Keys(channels)) {
 		at := "/channels/" + escapeToken(name)
-		channel, at, err := f.resolve(channels[name], at)
+		channel, at, err := r.resolve(channels[name], at)
 		if err != nil {
-			f.skip("channels/"+name, "%v", err)
+			r.skip("channels/"+name, "%w", err)
+			continue
+		}
+		if len(at) > maxPointer {
+			r.skip("channels/"+clipText(name, 100), "its name is longer than %d bytes", maxPointer)
 			continue
 		}
 		for _, operation := range []string{"publish", "subscribe"} { // of AsyncAPI 2
@@ -340,42 +406,42 @@ func (f *apiFile) messages() {
 				continue
 			}
 			at := at + "/" + operation + "/message"
-			m, at, err := f.resolve(o["message"], at)
+			m, at, err := r.resolve(o["message"], at)
 			if alternatives, ok := m["oneOf"].([]any); err == nil && ok {
 				for i, one := range alternatives {
-					f.message(one, fmt.Sprintf("%s/oneOf/%d", at, i), "")
+					r.message(one, fmt.Sprintf("%s/oneOf/%d", at, i), "")
 				}
 				continue
 			}
-			f.message(o["message"], at, "")
+			r.message(o["message"], at, "")
 		}
-		f.messagesIn(channel["messages"], at+"/messages") // of AsyncAPI 3
+		r.messagesIn(channel["messages"], at+"/messages") // of AsyncAPI 3
 	}
-	components, _ := f.root["components"].(object)
-	f.messagesIn(components["messages"], "/components/messages")
+	components, _ := r.root["components"].(object)
+	r.messagesIn(components["messages"], "/components/messages")
 }
 
-func (f *apiFile) messagesIn(v any, at string) {
+func (r *reading) messagesIn(v any, at string) {
 	all, _ := v.(object)
 	for _, name := range slices.Sorted(maps.Keys(all)) {
-		f.message(all[name], at+"/"+escapeToken(name), name)
+		r.message(all[name], at+"/"+escapeToken(name), name)
 	}
 }
 
 // message takes one; key is what the file calls it where it has no name.
-func (f *apiFile) message(v any, at, key string) {
-	m, at, err := f.resolve(v, at)
+func (r *reading) message(v any, at, key string) {
+	m, at, err := r.resolve(v, at)
 	where := strings.TrimPrefix(at, "/")
 	if err != nil {
-		f.skip(where, "%v", err)
+		r.skip(where, "%w", err)
 		return
 	}
-	if f.seen[at] {
+	if r.seen[at] {
 		return
 	}
-	f.seen[at] = true
+	r.seen[at] = true
 	if key == "" || strings.HasPrefix(at, "/components/messages/") {
-		key = unescapeToken(at[strings.LastIndexByte(at, '/')+1:])
+		key = lastToken(at)
 	}
 	id := scalar(m["name"])
 	if id == "" {
@@ -384,12 +450,12 @@ func (f *apiFile) message(v any, at, key string) {
 	if id == "" {
 		id = key
 	}
-	t := describedType{id: id, where: where, description: f.words(m)}
+	t := describedType{id: id, where: where, description: purpose(m)}
 	t.deprecated, _ = m["deprecated"].(bool)
 	if !t.deprecated {
 		t.deprecated, _ = m["x-deprecated"].(bool)
 	}
-	f.add(t, func(t *describedType) error { return f.payload(t, m) })
+	r.add(t, func(t *describedType) error { return r.payload(t, m) })
 }
 
 // payload takes schema and example of a message.
@@ -418,15 +484,23 @@ func (f *apiFile) payload(t *describedType, m object) error {
 	return err
 }
 
-// bundle is a schema with all that it refers to within the file, under $defs.
+// bundle is a schema with all that it refers to within the file, under $defs; of 256 KiB at most, as nobody takes more.
 func (f *apiFile) bundle(v any) (string, error) {
-	b := bundler{file: f, names: map[string]string{}, defs: object{}, under: "$defs"}
+	b := bundler{file: f, names: map[string]string{}, same: map[string]int{}, defs: object{}, under: "$defs"}
 	if f.draft7 {
 		b.under = "definitions"
 	}
 	root, err := b.schema(v, 0)
 	if err != nil {
 		return "", err
+	}
+	for len(b.open) > 0 {
+		next := b.open[0]
+		b.open = b.open[1:]
+		b.at = next.pointer
+		if b.defs[next.name], err = b.schema(next.found, 0); err != nil {
+			return "", err
+		}
 	}
 	o, ok := root.(object)
 	if !ok {
@@ -441,22 +515,48 @@ func (f *apiFile) bundle(v any) (string, error) {
 	if len(b.defs) > 0 {
 		own, _ := o[b.under].(object)
 		for name, def := range own {
-			if b.defs[name] == nil {
+			if _, taken := b.defs[name]; !taken {
 				b.defs[name] = def
 			}
 		}
 		o[b.under] = b.defs
 	}
-	return compactJSON(o)
+	text, err := compactJSON(o)
+	if len(text) > maxSchema {
+		return "", fmt.Errorf("its schema with all that it refers to has %s; a server takes 256 KiB", several(len(text), "byte", "bytes"))
+	}
+	return text, err
 }
 
 // bundler copies one schema.
 type bundler struct {
 	file *apiFile
-	// names are those under which what is referred to is kept, by reference.
+	// names are those under which what is referred to is kept, by where it is in the file; same counts those that would be equal.
 	names map[string]string
+	same  map[string]int
 	defs  object
 	under string
+	// open are those whose place is taken in defs, and which are to be copied. at is where the one is that is being copied.
+	open []definition
+	at   string
+	size int
+}
+
+// definition is what a schema refers to.
+type definition struct {
+	name, pointer string
+	found         any
+}
+
+// take counts a piece of the copy, which has at least size bytes.
+func (b *bundler) take(size int) error {
+	if b.size += size; b.size <= maxSchema {
+		return nil
+	}
+	if b.at == "" {
+		return errors.New("its schema has more than the 256 KiB that a server takes")
+	}
+	return fmt.Errorf("its schema with all that it refers to has more than the 256 KiB that a server takes, which were reached in %q", clipText("#"+b.at, 100))
 }
 
 // maxSchemaNesting is deeper than a server takes.
@@ -466,31 +566,40 @@ const maxSchemaNesting = 100
 func (b *bundler) schema(v any, depth int) (any, error) {
 	o, ok := v.(object)
 	if !ok {
-		return v, nil // true, false, or what the server says is wrong
+		return v, b.take(leastSize(v, maxSchema)) // true, false, or what the server says is wrong
 	}
 	if depth > maxSchemaNesting {
 		return nil, errors.New("its schema is nested too deep")
 	}
+	if ref, ok := o["$ref"]; ok && b.file.old { // beside which OpenAPI 3.0 ignores all
+		o = object{"$ref": ref}
+	}
+	if err := b.take(len("{}")); err != nil {
+		return nil, err
+	}
 	out := object{}
 	for _, name := range slices.Sorted(maps.Keys(o)) {
+		_, flag := o[name].(bool)
+		switch {
+		case name == "discriminator" || name == "xml" || name == "externalDocs" || strings.HasPrefix(name, "x-"):
+			continue
+		case name == "example" && o["examples"] != nil:
+			continue
+		case b.file.old && flag && (name == "nullable" || name == "exclusiveMinimum" || name == "exclusiveMaximum"):
+			out[name] = o[name] // for modernise
+			continue
+		}
+		if err := b.take(len(name) + len(`"":`)); err != nil {
+			return nil, err
+		}
 		value, err := b.keyword(name, o[name], depth)
 		if err != nil {
 			return nil, err
 		}
-		switch {
-		case name == "$ref":
-			if b.file.old {
-				return object{"$ref": value}, nil // beside which OpenAPI 3.0 ignores all
-			}
-			out[name] = value
-		case name == "discriminator" || name == "xml" || name == "externalDocs" || strings.HasPrefix(name, "x-"):
-		case name == "example":
-			if out["examples"] == nil && o["examples"] == nil {
-				out["examples"] = []any{value}
-			}
-		default:
-			out[name] = value
+		if name == "example" {
+			name, value = "examples", []any{value}
 		}
+		out[name] = value
 	}
 	if b.file.old {
 		modernise(out)
@@ -504,9 +613,9 @@ func (b *bundler) keyword(name string, v any, depth int) (any, error) {
 	case "$ref":
 		ref, ok := v.(string)
 		if !ok {
-			return v, nil
+			break
 		}
-		return b.reference(ref, depth)
+		return b.reference(ref)
 	case "items", "additionalProperties", "additionalItems", "not", "if", "then", "else", "contains", "propertyNames",
 		"unevaluatedItems", "unevaluatedProperties", "allOf", "anyOf", "oneOf", "prefixItems":
 		if list, ok := v.([]any); ok {
@@ -523,46 +632,61 @@ func (b *bundler) keyword(name string, v any, depth int) (any, error) {
 	case "properties", "patternProperties", "$defs", "definitions", "dependentSchemas":
 		all, ok := v.(object)
 		if !ok {
-			return v, nil
+			break
 		}
 		out := object{}
-		for key, one := range all {
+		for _, key := range slices.Sorted(maps.Keys(all)) {
+			if err := b.take(len(key) + len(`"":`)); err != nil {
+				return nil, err
+			}
 			var err error
-			if out[key], err = b.schema(one, depth+1); err != nil {
+			if out[key], err = b.schema(all[key], depth+1); err != nil {
 				return nil, err
 			}
 		}
 		return out, nil
 	}
-	return v, nil
+	return v, b.take(leastSize(v, maxSchema))
 }
 
-// reference keeps what is referred to, once, and returns the reference to it.
-func (b *bundler) reference(ref string, depth int) (string, error) {
-	if name, ok := b.names[ref]; ok {
-		return "#/" + b.under + "/" + escapeToken(name), nil
-	}
-	found, err := b.file.find(ref)
+// reference has what is referred to be kept, once, and returns the reference to it.
+func (b *bundler) reference(ref string) (string, error) {
+	found, pointer, err := b.file.find(ref)
 	if err != nil {
 		return "", err
 	}
-	last := unescapeToken(ref[strings.LastIndexByte(ref, '/')+1:])
-	// In the reference the name stands in a URI.
-	name := strings.Map(func(r rune) rune {
+	name, known := b.names[pointer]
+	if !known {
+		name = b.name(lastToken(pointer))
+		b.names[pointer] = name
+		b.defs[name] = true // its place
+		b.open = append(b.open, definition{name, pointer, found})
+		if err := b.take(len(name) + len(`"":`)); err != nil {
+			return "", err
+		}
+	}
+	to := "#/" + b.under + "/" + name
+	return to, b.take(len(to) + len(`""`))
+}
+
+// name is one that no other has. As it stands in a URI in references, it has no characters that would be escaped there.
+func (b *bundler) name(last string) string {
+	base := strings.Map(func(r rune) rune {
 		if r < 0x80 && unreserved(byte(r)) {
 			return r
 		}
 		return '_'
 	}, last)
-	for i := 2; b.defs[name] != nil; i++ {
-		name = fmt.Sprintf("%s_%d", strings.TrimSuffix(name, fmt.Sprintf("_%d", i-1)), i)
+	name := base
+	for {
+		b.same[base]++
+		if n := b.same[base]; n > 1 {
+			name = fmt.Sprintf("%s_%d", base, n)
+		}
+		if _, taken := b.defs[name]; !taken {
+			return name
+		}
 	}
-	b.names[ref] = name
-	b.defs[name] = true // its place, for what refers back
-	if b.defs[name], err = b.schema(found, depth+1); err != nil {
-		return "", err
-	}
-	return "#/" + b.under + "/" + name, nil
 }
 
 // unreserved reports whether a byte needs no escape in a URI.

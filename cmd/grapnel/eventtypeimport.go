@@ -17,6 +17,9 @@ import (
 	"github.com/grapnel/grapnel/sdk/client"
 )
 
+// notTaken is what became of a type that could not be imported.
+const notTaken = "not taken"
+
 // maxVersions is how many schemas a type may have.
 const maxVersions = 16
 
@@ -57,7 +60,7 @@ type gets a line about what became of it; one that cannot be taken does not keep
 		if err != nil {
 			return usagef("%s: %w", args[0], err)
 		}
-		if len(described.types)+len(described.skipped) == 0 {
+		if described.empty() {
 			return usagef("%s has no webhooks and no messages", args[0])
 		}
 		m := importer{c: c, parent: parent, prefix: prefix, version: version, enforcement: of, dry: dry}
@@ -79,31 +82,33 @@ type importer struct {
 }
 
 func (m importer) run(ctx context.Context, cl *client.Client, described description) error {
-	counts := map[string]int{}
-	for i, d := range described.types {
+	counts, asked := map[string]int{}, false
+	for d, err := range described.all {
+		if err != nil {
+			counts[notTaken]++
+			m.tell(d.where, notTaken, err.Error())
+			continue
+		}
 		id := m.prefix + d.id
 		name := m.parent + "/eventTypes/" + client.EscapeID(id)
 		result, notes, err := m.take(ctx, cl, id, name, d)
 		var answer *client.Error
-		if errors.As(err, &answer) && (i == 0 && (unreached(answer) || answer.Code == codes.DeadlineExceeded || errors.Is(err, client.ErrNotFound)) || ctx.Err() != nil) {
+		if errors.As(err, &answer) && (!asked && (unreached(answer) || answer.Code == codes.DeadlineExceeded || errors.Is(err, client.ErrNotFound)) || ctx.Err() != nil) {
 			return err
 		}
+		asked = true
 		if err != nil {
-			described.skipped = append(described.skipped, skipped{d.where, err.Error()})
-			continue
+			name, result, notes, d.notes = d.where, notTaken, []string{err.Error()}, nil
 		}
 		counts[result]++
 		m.tell(name, result, strings.Join(append(notes, d.notes...), "; "))
-	}
-	for _, s := range described.skipped {
-		m.tell(s.where, "not taken", s.why)
 	}
 	would := ""
 	if m.dry {
 		would = "nothing is stored; it would be "
 	}
-	m.c.said("%s%d created, %d changed, %d unchanged, %d not taken", would, counts[applyCreated], counts[applyChanged], counts[applyUnchanged], len(described.skipped))
-	if len(described.skipped) > 0 {
+	m.c.said("%s%d created, %d changed, %d unchanged, %d not taken", would, counts[applyCreated], counts[applyChanged], counts[applyUnchanged], counts[notTaken])
+	if counts[notTaken] > 0 {
 		return quietError{}
 	}
 	return nil
@@ -117,7 +122,7 @@ func (m importer) tell(name, result, why string) {
 		if err == nil { // three texts always encode
 			fmt.Fprintf(m.c.stdout, "%s\n", line)
 		}
-	case result == "not taken":
+	case result == notTaken:
 		fmt.Fprintf(m.c.stderr, "%s: not taken: %s\n", clean(name), clean(why))
 	case why != "":
 		m.c.said("%s %s: %s", name, result, why)
