@@ -13,7 +13,6 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/fieldmaskpb"
-	"gopkg.in/yaml.v3"
 
 	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
 	"github.com/grapnel/grapnel/sdk/client"
@@ -160,9 +159,9 @@ func documentsOf(text []byte) ([]json.RawMessage, error) {
 		}
 		documents = nil
 	}
-	decoder := yaml.NewDecoder(bytes.NewReader(text))
+	stream := newYAMLStream(text)
 	for {
-		tree, err := readYAML(decoder)
+		tree, err := stream.next()
 		if errors.Is(err, io.EOF) {
 			return documents, nil
 		} else if err != nil {

@@ -185,3 +185,37 @@ func TestDescribedTypesAreMadeInTurn(t *testing.T) {
 		}
 	}
 }
+
+// What aliases stand for is bounded in bytes, over all documents: import and apply would write each of them out.
+func TestAliasesThatRepeatMuchAreRefused(t *testing.T) {
+	long := func(aliases int) string {
+		return "a: &a " + strings.Repeat("x", 20<<10) + "\nb: [" + strings.Repeat("*a,", aliases) + "]\n"
+	}
+	laughs := "a: &a [x,x,x,x,x,x,x,x,x]\n"
+	for c := 'b'; c < 'k'; c++ {
+		laughs += fmt.Sprintf("%c: &%[1]c [%s]\n", c, strings.Repeat(fmt.Sprintf("*%c,", c-1), 9))
+	}
+	for name, text := range map[string]string{"one": long(10_000), "nested": laughs, "keys": strings.Replace(long(10_000), "b: [", "b: [{*a : 1},", 1)} {
+		_, _, err := allOf("openapi: 3.1.0\n" + text)
+		if err == nil || !strings.Contains(err.Error(), "what aliases repeat has more than 32 MiB") {
+			t.Errorf("%s: import: %v", name, err)
+		}
+		if _, err := documentsOf([]byte(text)); err == nil || !strings.Contains(err.Error(), "what aliases repeat has more than 32 MiB") {
+			t.Errorf("%s: apply: %v", name, err)
+		}
+	}
+	stream := newYAMLStream([]byte(long(1000) + "---\n" + long(1000)))
+	if _, err := stream.next(); err != nil {
+		t.Error(err)
+	}
+	if _, err := stream.next(); err == nil || !strings.Contains(err.Error(), "with the alias *a, what aliases repeat") {
+		t.Error(err)
+	}
+	if _, err := documentsOf([]byte("a: &a [*a]\n")); err == nil || !strings.Contains(err.Error(), "contains itself") {
+		t.Error(err)
+	}
+	got, err := documentsOf([]byte("a: &a {x: &b [1, 2020-01-01], y: *b}\nb: {<<: *a, z: *b}\n"))
+	if want := `{"a":{"x":[1,"2020-01-01"],"y":[1,"2020-01-01"]},"b":{"x":[1,"2020-01-01"],"y":[1,"2020-01-01"],"z":[1,"2020-01-01"]}}`; err != nil || len(got) != 1 || string(got[0]) != want {
+		t.Errorf("%s %v", got, err)
+	}
+}

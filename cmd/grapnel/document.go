@@ -185,32 +185,68 @@ func jsonKind(value json.RawMessage) string {
 	return "a number"
 }
 
-// readYAML reads the next document of a YAML stream. What looks like a date stays the text that it is: no field of
-// the API takes YAML's own dates, which would be another text in a label.
-func readYAML(decoder *yaml.Decoder) (any, error) {
+// maxRepeated is how many bytes the aliases of a YAML stream may repeat: as many as the event types of a namespace may have.
+const maxRepeated = 32 << 20
+
+// valueBytes is what a value counts for beside its text.
+const valueBytes = 64
+
+// yamlStream reads the documents of a text in YAML. What aliases repeat is bounded over all of them: a few bytes of alias stand
+// for a text of any length.
+type yamlStream struct {
+	decoder  *yaml.Decoder
+	repeated int
+}
+
+func newYAMLStream(text []byte) *yamlStream {
+	return &yamlStream{decoder: yaml.NewDecoder(bytes.NewReader(text))}
+}
+
+// next reads the next document; io.EOF is the end. What looks like a date stays the text that it is: no field of the API takes
+// YAML's own dates, which would be another text in a label.
+func (s *yamlStream) next() (any, error) {
 	var document yaml.Node
-	if err := decoder.Decode(&document); err != nil {
+	if err := s.decoder.Decode(&document); err != nil {
 		return nil, err
 	}
-	asText(&document)
+	if _, err := s.look(&document, map[*yaml.Node]int{}); err != nil {
+		return nil, err
+	}
 	var tree any
 	err := document.Decode(&tree)
 	return tree, err
 }
 
-func asText(node *yaml.Node) {
+// look returns how many bytes a node has with all that its aliases repeat. anchored are the sizes of those with an anchor.
+func (s *yamlStream) look(node *yaml.Node, anchored map[*yaml.Node]int) (int, error) {
+	if node.Kind == yaml.AliasNode {
+		n := anchored[node.Alias] // none yet of one that contains itself, which is refused when it is decoded
+		if s.repeated += n; s.repeated > maxRepeated {
+			return 0, fmt.Errorf("line %d: with the alias *%s, what aliases repeat has more than %d MiB", node.Line, clipText(node.Value, 64), maxRepeated>>20)
+		}
+		return n, nil
+	}
 	if node.Kind == yaml.ScalarNode && node.ShortTag() == "!!timestamp" {
 		node.Tag = "!!str"
 	}
-	for _, n := range node.Content {
-		asText(n)
+	size := valueBytes + len(node.Value)
+	for _, child := range node.Content {
+		n, err := s.look(child, anchored)
+		if err != nil {
+			return 0, err
+		}
+		size += n
 	}
+	if node.Anchor != "" {
+		anchored[node] = size
+	}
+	return size, nil
 }
 
 // oneDocument reads the only document of a text in YAML.
 func oneDocument(text []byte) (any, error) {
-	decoder := yaml.NewDecoder(bytes.NewReader(text))
-	tree, err := readYAML(decoder)
+	stream := newYAMLStream(text)
+	tree, err := stream.next()
 	if errors.Is(err, io.EOF) {
 		return nil, nil
 	}
@@ -218,7 +254,7 @@ func oneDocument(text []byte) (any, error) {
 		return nil, err
 	}
 	for {
-		more, err := readYAML(decoder)
+		more, err := stream.next()
 		if errors.Is(err, io.EOF) {
 			return tree, nil
 		}
