@@ -18,30 +18,31 @@ import (
 // tellingAtEnd bounds how long a stop waits for operational events to be stored.
 const tellingAtEnd = time.Second
 
+// incidentTypes are the types of the operational events that are made of incidents.
+var incidentTypes = map[dispatch.IncidentKind]notice.Type{
+	dispatch.Failing:   notice.SubscriptionFailing,
+	dispatch.Recovered: notice.SubscriptionRecovered,
+	dispatch.Disabled:  notice.SubscriptionDisabled,
+	dispatch.GivenUp:   notice.DeliveryExhausted,
+}
+
 // tellIncident makes an operational event of what has happened in a lane.
 func (s *Server) tellIncident(in dispatch.Incident) {
 	sub := in.Subscription
-	ns := delivery.UID(sub.NamespaceUID).NamespaceKey()
-	if !s.notices.Listens(ns) {
+	ns, is := delivery.UID(sub.NamespaceUID).NamespaceKey(), incidentTypes[in.Kind]
+	if !s.notices.Listens(ns, is) {
 		return
 	}
-	n := notice.Notice{Namespace: ns, Subject: sub.Proto.GetName(), Time: time.Now()}
+	n := notice.Notice{Namespace: ns, Type: is, Subject: sub.Proto.GetName(), Time: time.Now()}
 	state := &notice.State{Subscription: n.Subject, Reason: in.Reason, FailingSince: in.FailingSince, DisableTime: in.DisableTime}
 	switch n.Data = state; in.Kind {
 	case dispatch.Failing:
-		n.Type = notice.SubscriptionFailing
 		state.LastOutcome, state.LastResponseCode = short(grapnelv1.Attempt_Outcome(in.Outcome).String(), "OUTCOME_"), in.ResponseCode
-	case dispatch.Recovered:
-		n.Type = notice.SubscriptionRecovered
-	case dispatch.Disabled:
-		n.Type = notice.SubscriptionDisabled
 	case dispatch.GivenUp:
-		n.Type, n.Data = notice.DeliveryExhausted, &notice.Exhausted{
+		n.Data = &notice.Exhausted{
 			Subscription: n.Subject, Count: 1, FirstTime: in.Time, LastTime: in.Time,
 			Deliveries: []notice.Ended{{ID: in.Delivery, State: short(grapnelv1.Delivery_State(in.State).String(), "STATE_"), Reason: in.Reason}},
 		}
-	default:
-		return
 	}
 	s.notices.Tell(n)
 }
@@ -71,14 +72,14 @@ func (s *Server) tellPlugin(f pluginhost.Failure) (heard bool) {
 	}})
 }
 
-func (s *Server) tellExpiring(e secret.Expiring) {
+func (s *Server) tellExpiring(e secret.Expiring) (done bool) {
 	ns := s.registry.Snapshot().Namespace(e.Namespace)
 	if ns == nil {
-		return
+		return false
 	}
-	name := "namespaces/" + e.Namespace + "/secrets/" + e.ID
-	s.notices.Tell(notice.Notice{
-		Namespace: delivery.UID(ns.UID).NamespaceKey(), Type: notice.SecretExpiring, Subject: name,
+	key, name := delivery.UID(ns.UID).NamespaceKey(), "namespaces/"+e.Namespace+"/secrets/"+e.ID
+	return !s.notices.Listens(key, notice.SecretExpiring) || s.notices.Tell(notice.Notice{
+		Namespace: key, Type: notice.SecretExpiring, Subject: name,
 		ID: fmt.Sprintf("secret-expiring-%s-%d-%d", e.ID, e.Version, e.ExpireTime.Unix()), Time: time.Now(),
 		Data: &notice.Secret{Secret: name, Version: e.Version, ExpireTime: e.ExpireTime},
 	})

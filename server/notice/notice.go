@@ -3,8 +3,8 @@
 // events otherwise, and stored as such.
 //
 // A Teller promises those who tell it something that they wait for nothing, and that nothing is made of it where no
-// subscription listens. It holds what is to be told in memory, bounded over all and for each namespace, and tells of one
-// resource at most once in Interval: of many deliveries it tells how many there were and the first of them, of a
+// subscription covers its type. It holds what is to be told in memory, bounded over all and for each namespace, with room
+// apart for what System is told of the server, and tells of one resource at most once in Interval: of many deliveries it tells how many there were and the first of them, of a
 // subscription whose state changes to and fro the last state. What finds no room, or is not stored, is counted and lost, and
 // so is what waits at a crash; an orderly stop stores it.
 //
@@ -36,7 +36,8 @@ const Interval = 10 * time.Second
 const (
 	// gatherFor is how long the first notice of a resource waits for more.
 	gatherFor = 100 * time.Millisecond
-	// maxSlots bounds the resources that are told of within an Interval, maxOfNamespace those of one namespace.
+	// maxSlots bounds the resources that are told of within an Interval, maxOfNamespace those of one namespace; beyond both
+	// there is room for as many of the server's own.
 	maxSlots       = 4096
 	maxOfNamespace = 256
 	// recordMost bounds the events of one call of Record, and recordFor how long it may take.
@@ -92,16 +93,23 @@ type Teller struct {
 
 	mu      sync.Mutex // guards what follows; a leaf
 	slots   map[place]*slot
-	of      map[delivery.NamespaceKey]int // slots of a namespace
-	next    time.Time                     // when the first slot is due; zero when there is none
+	of      map[share]int // slots of a share
+	next    time.Time     // when the first slot is due; zero when there is none
 	stopped bool
+}
+
+// share is whose the slots are of which there are maxOfNamespace: a namespace's, or the server's own, which tenants do not
+// fill, not even those of the namespace System.
+type share struct {
+	namespace delivery.NamespaceKey
+	server    bool
 }
 
 // place is what is told of at most once in an Interval.
 type place struct {
-	namespace delivery.NamespaceKey
-	subject   string
-	topic     string
+	share
+	subject string
+	topic   string
 }
 
 // slot is what is known of a place.
@@ -121,51 +129,56 @@ func New(o Options) *Teller {
 	return &Teller{
 		registry: o.Registry, recorder: o.Recorder, log: o.Logger.With("component", "notice"), metrics: newMetrics(o.Registerer),
 		wake: make(chan struct{}, 1), sending: make(chan struct{}, 1),
-		slots: make(map[place]*slot), of: make(map[delivery.NamespaceKey]int),
+		slots: make(map[place]*slot), of: make(map[share]int),
 	}
 }
 
-// Listens reports whether anything is made of a notice to a namespace: whether it is worth its making.
-func (t *Teller) Listens(namespace delivery.NamespaceKey) bool {
+// Listens reports whether anything is made of a notice of a type to a namespace: whether it is worth its making.
+func (t *Teller) Listens(namespace delivery.NamespaceKey, is Type) bool {
 	snapshot := t.registry.Snapshot()
 	ns := snapshot.NamespaceByKey(uint64(namespace))
-	return ns != nil && snapshot.Listens(ns.ID)
+	return ns != nil && snapshot.Covers(ns.ID, string(is))
 }
 
-// TellSystem tells the namespace System, and reports whether anybody listens there. It never blocks.
+// TellSystem tells the namespace System of what is the server's. It is heard if a subscription there covers the type, and
+// there was room; else it may be told again. It never blocks.
 func (t *Teller) TellSystem(n Notice) (heard bool) {
 	ns := t.registry.Snapshot().Namespace(System)
 	if ns == nil {
 		return false
 	}
 	n.Namespace = delivery.UID(ns.UID).NamespaceKey()
-	if heard = t.Listens(n.Namespace); heard {
-		t.Tell(n)
-	}
-	return heard
+	return t.tell(n, share{n.Namespace, true})
 }
 
-// Tell has a notice told before long. It never blocks.
-func (t *Teller) Tell(n Notice) {
-	if !t.Listens(n.Namespace) {
-		return
+// Tell has a notice told before long, alone or with others, and reports whether it is going to be: false where nobody
+// listens, and where there is no room. It never blocks.
+func (t *Teller) Tell(n Notice) (taken bool) { return t.tell(n, share{n.Namespace, false}) }
+
+func (t *Teller) tell(n Notice, of share) (taken bool) {
+	if !t.Listens(n.Namespace, n.Type) {
+		return false
 	}
 	bound(&n)
-	at := place{n.Namespace, n.Subject, n.topic()}
+	at := place{of, n.Subject, n.topic()}
+	most := maxSlots
+	if of.server {
+		most += maxOfNamespace
+	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	s := t.slots[at]
 	switch {
 	case t.stopped:
 		t.metrics.dropped(dropStopping, 1)
-		return
-	case s == nil && (len(t.slots) >= maxSlots || t.of[n.Namespace] >= maxOfNamespace):
+		return false
+	case s == nil && (len(t.slots) >= most || t.of[of] >= maxOfNamespace):
 		t.metrics.dropped(dropCrowded, 1)
-		return
+		return false
 	case s == nil:
 		s = &slot{waiting: &n, due: time.Now().Add(gatherFor)}
 		t.slots[at] = s
-		t.of[n.Namespace]++
+		t.of[of]++
 		if t.next.IsZero() || s.due.Before(t.next) {
 			t.next = s.due
 			select {
@@ -182,6 +195,7 @@ func (t *Teller) Tell(n Notice) {
 	if n.Type.isState() && n.Type == s.told {
 		s.waiting = nil // there and back again
 	}
+	return true
 }
 
 // Run tells what is due until ctx ends. Call it once.
@@ -243,8 +257,8 @@ func (t *Teller) take(now time.Time, all bool) map[delivery.NamespaceKey][]*Noti
 		if all && s.waiting != nil || !s.due.After(now) {
 			if s.waiting == nil {
 				delete(t.slots, at)
-				if t.of[at.namespace]--; t.of[at.namespace] == 0 {
-					delete(t.of, at.namespace)
+				if t.of[at.share]--; t.of[at.share] == 0 {
+					delete(t.of, at.share)
 				}
 				continue
 			}

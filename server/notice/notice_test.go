@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -119,6 +120,11 @@ func newDesk(t *testing.T, listening ...string) *desk {
 		}
 	}
 	return d
+}
+
+// disk tells System that a disk fills.
+func (d *desk) disk() (heard bool) {
+	return d.TellSystem(notice.Notice{Type: notice.DiskFilling, Subject: "nodes/a", Time: time.Now(), Data: &notice.Disk{Node: "nodes/a"}})
 }
 
 func (d *desk) state(id string, is notice.Type) {
@@ -294,12 +300,80 @@ func TestSystemIsTold(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		for _, listening := range [][]string{nil, {notice.System}} {
 			d := newDesk(t, listening...)
-			d.TellSystem(notice.Notice{Type: notice.DiskFilling, Subject: "nodes/a", Time: time.Now(), Data: &notice.Disk{Node: "nodes/a"}})
+			heard := d.disk()
 			time.Sleep(time.Minute)
-			if got := d.lines(t); len(got) != len(listening) {
-				t.Errorf("with namespaces %v it told %q", listening, got)
+			if got := d.lines(t); len(got) != len(listening) || heard != (len(got) > 0) {
+				t.Errorf("with namespaces %v it told %q; heard: %v", listening, got, heard)
 			}
 			d.end()
+		}
+	})
+}
+
+// Heard means that a subscription covers this type, not some other of the prefix: who comes later is told, then.
+func TestWhoWantsSomethingElseHearsNothing(t *testing.T) {
+	sub, err := subscription.New(&grapnelv1.Subscription{
+		Name: "namespaces/" + notice.System + "/subscriptions/quotas", Uri: "https://example.com", EventTypes: []string{"grapnel.quota.near"},
+		State: grapnelv1.Subscription_STATE_ACTIVE,
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ns := &subscription.Namespace{ID: notice.System, UID: uid(notice.System), Proto: &grapnelv1.Namespace{State: grapnelv1.Namespace_STATE_ACTIVE}}
+	d := desk{Teller: notice.New(notice.Options{
+		Registry: tenants{subscription.NewSnapshot(1, []*subscription.Namespace{ns}, []*subscription.Subscription{sub})}, Recorder: &shelf{},
+	})}
+	if d.disk() {
+		t.Error("grapnel.disk.filling was heard, which nobody covers")
+	}
+	if !d.TellSystem(notice.Notice{Type: notice.QuotaNear, Subject: "nodes/a", Time: time.Now(), Data: &notice.Quota{Resource: "nodes/a"}}) {
+		t.Error("grapnel.quota.near was not heard")
+	}
+}
+
+// Tenants, and the operator's own subscriptions, leave room for what the server tells of itself; who finds none is not told
+// that it was taken.
+func TestTenantsDoNotCrowdOutTheServer(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		others := []string{notice.System}
+		for i := range 16 {
+			others = append(others, fmt.Sprint("ns", i))
+		}
+		d := newDesk(t, others...)
+		defer d.end()
+		for _, ns := range others {
+			for i := range 256 {
+				d.exhausted(ns, fmt.Sprint("s", i), 1)
+			}
+		}
+		time.Sleep(time.Second) // all of it is told, and its places are still taken
+		d.lines(t)
+		late := notice.Notice{Namespace: key("acme"), Type: notice.DeliveryExhausted, Subject: "namespaces/acme/subscriptions/late", Time: time.Now(), Data: &notice.Exhausted{}}
+		if d.Tell(late) {
+			t.Error("a notice was taken for which there is no room")
+		}
+		heard := d.disk()
+		for i := range 300 {
+			name := fmt.Sprint("plugins/p", i)
+			if taken := d.TellSystem(notice.Notice{Type: notice.PluginFailed, Subject: name, Time: time.Now(), Data: &notice.Plugin{Plugin: name}}); taken != (i < 255) {
+				t.Fatalf("the %dth plugin: heard is %v", i+1, taken)
+			}
+		}
+		time.Sleep(time.Second)
+		if got := d.lines(t); !heard || len(got) != 256 || !slices.Contains(got, "disk.filling nodes/a") {
+			t.Errorf("heard: %v; %d told, want the disk and 255 plugins", heard, len(got))
+		}
+		time.Sleep(notice.Interval)
+		late.Time = time.Now()
+		if !d.Tell(late) {
+			t.Error("there is no room again after the interval")
+		}
+		late.Namespace = key("deaf")
+		if d.Tell(late) {
+			t.Error("what nobody listens to was taken")
+		}
+		if err := d.Stop(t.Context()); err != nil || d.disk() {
+			t.Errorf("stopped: %v; or heard after that", err)
 		}
 	})
 }

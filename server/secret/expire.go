@@ -14,6 +14,9 @@ import (
 // eraseRetry is how long the eraser waits after etcd refused it. Nothing is handed out meanwhile.
 const eraseRetry = 5 * time.Second
 
+// tellRetry is how long the eraser waits to tell again what was not done with.
+const tellRetry = 15 * time.Second
+
 // ExpiresSoon is how long before its end a version is told of as expiring.
 const ExpiresSoon = 6 * time.Hour
 
@@ -65,8 +68,8 @@ func (s *Store) eraseExpired(ctx context.Context) {
 	}
 }
 
-// tellExpiring tells of versions that expire soon and are not among those told, which it keeps, and returns when the next
-// one will be to tell of.
+// tellExpiring tells of versions that expire soon and are not among those told, which it keeps, and returns when there will
+// be one to tell of.
 func (s *Store) tellExpiring(now time.Time, told map[Expiring]bool) (next time.Time) {
 	if s.tellSoon == nil {
 		return next
@@ -75,13 +78,18 @@ func (s *Store) tellExpiring(now time.Time, told map[Expiring]bool) (next time.T
 	for _, sec := range s.all() {
 		for _, v := range sec.record.Versions {
 			e := Expiring{Namespace: sec.Namespace, ID: sec.ID, Version: int(v.Version), ExpireTime: unixTime(v.ExpireTime)}
+			if !e.ExpireTime.After(now) || told[e] {
+				continue
+			}
 			tell := e.ExpireTime.Add(-ExpiresSoon)
-			switch {
-			case !e.ExpireTime.After(now), told[e]:
-			case !tell.After(now):
-				told[e] = true
-				s.tellSoon(e)
-			case next.IsZero() || tell.Before(next):
+			if !tell.After(now) {
+				if s.tellSoon(e) {
+					told[e] = true
+					continue
+				}
+				tell = now.Add(tellRetry)
+			}
+			if next.IsZero() || tell.Before(next) {
 				next = tell
 			}
 		}

@@ -25,9 +25,9 @@ type Options struct {
 	Identity string
 	// Key is the key-encryption key, 32 bytes; see LoadOrCreateKey.
 	Key []byte
-	// Expiring is told of each version that goes out of use within ExpiresSoon, at least once, and again after a start. It must
-	// not block. Nil is told nothing.
-	Expiring func(Expiring)
+	// Expiring is told of each version that goes out of use within ExpiresSoon until it says that this is done, and again after
+	// a start. It must not block. Nil is told nothing.
+	Expiring func(Expiring) (done bool)
 	// Logger defaults to none.
 	Logger *slog.Logger
 }
@@ -39,7 +39,7 @@ type Store struct {
 	prefix   string
 	keys     *keyring
 	log      *slog.Logger
-	tellSoon func(Expiring)
+	tellSoon func(Expiring) (done bool)
 	onChange []func(string)
 
 	// telling makes calls of onChange one at a time. It is never taken while mu is held.

@@ -27,6 +27,16 @@ func (s *Snapshot) Listens(ns string) bool {
 	return ok && t.namespace != nil && t.listeners > 0
 }
 
+// Covers reports whether a subscription of the namespace covers an operational type, whatever its condition and its state.
+// It does not go through those that do not.
+func (s *Snapshot) Covers(ns, eventType string) bool {
+	if !Operational(eventType) || !s.Listens(ns) {
+		return false
+	}
+	t, _ := s.tenants.Get(ns)
+	return !t.namespace.Deleted() && len(s.byType(t, eventType).subs) > 0
+}
+
 // about reports whether an event is operational and about the subscription itself, which is told nothing of that: what
 // fails there would be told there, and fail.
 func (s *Subscription) about(c *Candidate) bool {

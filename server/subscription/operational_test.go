@@ -101,6 +101,27 @@ func TestListens(t *testing.T) {
 	}
 }
 
+// Who covers a type follows every change, too.
+func TestCovers(t *testing.T) {
+	quota := mustNew(t, "ops", globs("order.*", "grapnel.quota.*"))
+	snap := subscription.NewSnapshot(1, acme(), []*subscription.Subscription{mustNew(t, "all", globs()), quota})
+	for eventType, want := range map[string]bool{"grapnel.quota.near": true, "grapnel.disk.filling": false, "order.created": false, "": false} {
+		for range 2 { // the second comes from the cache
+			if got := snap.Covers("acme", eventType); got != want {
+				t.Errorf("covers %q: %v", eventType, got)
+			}
+		}
+	}
+	if snap.Covers("other", "grapnel.quota.near") {
+		t.Error("an absent namespace covers something")
+	}
+	changed := mustNew(t, "ops", func(p *grapnelv1.Subscription) { p.Uid, p.EventTypes = quota.Proto.Uid, []string{"grapnel.disk.*"} })
+	after := subscription.NewSnapshot(2, acme(), []*subscription.Subscription{quota, changed})
+	if after.Covers("acme", "grapnel.quota.near") || !after.Covers("acme", "grapnel.disk.filling") {
+		t.Error("what is covered does not follow a change")
+	}
+}
+
 // What nobody asked for is not looked through: many that want everything cost an operational event nothing.
 func BenchmarkMatchOperational(b *testing.B) {
 	subs := []*subscription.Subscription{mustNew(b, "ops", globs("grapnel.**"))}
