@@ -62,7 +62,7 @@ func (x *entry) Complete(_ *delivery.Job, r delivery.Result) {
 	if v.Noted {
 		l.note()
 	}
-	if v.Warn {
+	if v.Half {
 		l.warn(x.sub)
 	}
 	x.tellHealth(v, a, now)
@@ -121,9 +121,9 @@ func (l *lane) learn(x *entry, r *delivery.Result, step delivery.Step, took time
 	}
 	switch {
 	case step.Disable:
-		l.disableFor(x.sub, step.Reason, x.quiet())
+		l.disableFor(x.sub, step.Reason, !v.Loud && x.quiet())
 	case v.Disable:
-		l.disableFor(x.sub, "failing without a success for "+x.sub.DisableAfter.String(), x.quiet())
+		l.disableFor(x.sub, "failing without a success for "+x.sub.DisableAfter.String(), !v.Loud)
 	}
 	return v
 }

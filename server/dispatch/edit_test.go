@@ -2,6 +2,7 @@ package dispatch_test
 
 import (
 	"errors"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -160,7 +161,7 @@ func TestEngineTest(t *testing.T) {
 		if diff := cmp.Diff(want, r.Attempt); diff != "" || err != nil {
 			t.Errorf("%v, (-want +got):\n%s", err, diff)
 		}
-		if got := w.receiver.starts()[0].job.Event; got.UID == "" || event.UID != "" || got.Namespace != acme() {
+		if got := w.receiver.starts()[0].job.Event; !strings.HasPrefix(got.UID, "test_") || event.UID != "" || got.Namespace != acme() {
 			t.Errorf("sent %+v", got)
 		}
 		if _, err := w.engine.Test(t.Context(), sub, event); !errors.Is(err, dispatch.ErrTestLimit) {

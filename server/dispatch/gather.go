@@ -337,7 +337,7 @@ func (x *entry) completeAll(r delivery.Result) {
 	if v.Noted {
 		l.note()
 	}
-	if v.Warn {
+	if v.Half {
 		l.warn(x.sub)
 	}
 	x.tellHealth(v, &lesson.Attempt, now)

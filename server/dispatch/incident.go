@@ -17,7 +17,8 @@ const (
 	Failing IncidentKind = iota + 1
 	// Recovered: a receiver of which Failing was told has taken a delivery.
 	Recovered
-	// Disabled: the subscription has been disabled by its failure policy.
+	// Disabled: the subscription has been disabled by its failure policy, after a run of failures that were not all of
+	// operational events.
 	Disabled
 	// GivenUp: a delivery has ended without success, or is about to have.
 	GivenUp
@@ -65,7 +66,7 @@ func (x *entry) quiet() bool {
 // tellHealth tells what an attempt says of the receiver. No lock is held.
 func (x *entry) tellHealth(v health.Verdict, a *delivery.Attempt, now time.Time) {
 	l, sub := x.lane, x.sub
-	if l.e.tell == nil || !v.Failing && !v.Recovered && (!v.Warn || x.quiet()) {
+	if l.e.tell == nil || !v.Failing && !v.Recovered && !v.Warn {
 		return
 	}
 	in := Incident{Kind: Recovered, Subscription: sub, Time: now, FailingSince: v.Since}

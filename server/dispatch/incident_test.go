@@ -2,6 +2,8 @@ package dispatch_test
 
 import (
 	"fmt"
+	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -95,6 +97,49 @@ func TestIncidentsAreTold(t *testing.T) {
 				got := told.lines()
 				if len(got) != 2 || got[0] != "given up orders: "+gone || got[1] != "disabled orders: "+gone {
 					t.Errorf("when it is gone: %q", got)
+				}
+			})
+		})
+	}
+}
+
+// The warning that a quiet attempt comes upon is told by the next other one, and what disables a subscription is told whatever
+// the last attempt carried, unless all that failed was operational events.
+func TestIncidentsThatQuietAttemptsFind(t *testing.T) {
+	const (
+		order, quiet = "order.created", "grapnel.delivery.exhausted"
+		warned       = "failing orders: no success for half of the time after which the subscription is disabled"
+		disabled     = "disabled orders: failing without a success for 4h0m0s"
+	)
+	for _, tt := range []struct {
+		name string
+		run  []string // the types of what fails, ten rounds of ten minutes each
+		want []string
+	}{
+		{"the first hours are others'", []string{order, quiet, order}, []string{"failing orders: no success for some minutes", warned, disabled}},
+		{"the last hours are quiet", []string{order, quiet, quiet}, []string{"failing orders: no success for some minutes", disabled}},
+		{"all is quiet", []string{quiet, quiet, quiet}, nil},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				var told incidents
+				w := newWorld(t, func(o *dispatch.Options) { o.Tell = told.tell })
+				defer w.stop()
+				w.receiver.set(always(time.Millisecond, func() *delivery.Result { return refused(500) }))
+				sub := w.sub("orders", func(s *subscription.Subscription) { s.MaxAttempts, s.DisableAfter = 1, 4*time.Hour })
+				for _, eventType := range tt.run {
+					w.journal.eventType = eventType
+					for range 10 {
+						w.publish(sub, 0)
+						time.Sleep(10 * time.Minute)
+					}
+				}
+				got := slices.DeleteFunc(told.lines(), func(line string) bool { return strings.HasPrefix(line, "given up") })
+				if !slices.Equal(got, tt.want) {
+					t.Errorf("told %q, want %q", got, tt.want)
+				}
+				if len(w.wasDisabled()) != 1 {
+					t.Errorf("disabled %q", w.wasDisabled())
 				}
 			})
 		})

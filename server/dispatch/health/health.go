@@ -13,7 +13,7 @@
 //  4. What a plugin, or this machine, does wrong changes none of this.
 //  5. The zero Health knows nothing, as of a new receiver.
 //  6. That a receiver fails is told once a run of failures, when its breaker opens or after 5 minutes, and then once that it
-//     is well again; what follows from a quiet attempt is not told.
+//     is well again; what a quiet attempt finds, the next one tells that is not.
 //
 // Beside that it says how far a lane is trusted with what all lanes share: see Standing.
 package health
@@ -86,8 +86,9 @@ type Health struct {
 	answers, reached bool
 	// hangs: attempts have been in flight for too long, and nothing was answered meanwhile.
 	hangs bool
-	// warned: that the subscription will be disabled has been said.
-	warned bool
+	// halfway: half of the time has been found over after which the subscription is disabled. warned: by an attempt that was
+	// not quiet. loud: one of those that have failed was not, or that is not known, from before the server's start.
+	halfway, warned, loud bool
 	// told: of this run of failures. owed: that it is over, or one before it that was ended by no success. before: it began
 	// before the server's start, and whether it was told is not known.
 	told, owed, before bool
@@ -330,8 +331,9 @@ type End struct {
 type Verdict struct {
 	// Noted: since when the receiver has been failing has changed.
 	Noted bool
-	// Disable: it has been failing for as long as it may. Warn: for half of that, which is said once.
-	Disable, Warn bool
+	// Disable: it has been failing for as long as it may. Half: for half of that, which is found once; Warn: likewise, by an
+	// attempt that is not quiet. Loud: that what disables it is to be told, because not all attempts that failed were quiet.
+	Disable, Half, Warn, Loud bool
 	// Failing: its breaker is open, or it has been failing for 5 minutes, which is told once; Recovered: it has succeeded
 	// since. Since is when that run of failures began, zero where that is not known any more.
 	Failing, Recovered bool
@@ -367,10 +369,12 @@ func (h *Health) Ended(e *End, now time.Time) Verdict {
 		h.breaker.unclear(e.Mark.era, n, e.Random)
 	}
 	was := h.failing
+	h.loud = e.Signal != Taken && (h.loud || !e.Quiet)
+	v.Loud = h.loud
 	switch {
 	case e.Signal == Taken:
 		h.recover(e, n, &v)
-		h.failing, h.succeeded, h.warned = 0, n, false
+		h.failing, h.succeeded, h.halfway, h.warned = 0, n, false, false
 	case e.Disables:
 		return v
 	case h.failing == 0:
@@ -383,8 +387,9 @@ func (h *Health) Ended(e *End, now time.Time) Verdict {
 	if h.failing != 0 && e.DisableAfter > 0 {
 		failed := n.since(h.failing)
 		v.Disable = failed >= e.DisableAfter
-		v.Warn = !v.Disable && !h.warned && failed >= e.DisableAfter/2
-		h.warned = h.warned || v.Warn
+		half := !v.Disable && failed >= e.DisableAfter/2
+		v.Half, v.Warn = half && !h.halfway, half && !h.warned && !e.Quiet
+		h.halfway, h.warned = h.halfway || v.Half, h.warned || v.Warn
 	}
 	return v
 }
@@ -485,7 +490,7 @@ func (h *Health) Unconnected() bool { return h.breaker.open() && h.breaker.why =
 // Forgive forgets since when the receiver has been failing.
 func (h *Health) Forgive() {
 	h.owed = h.owed || h.told
-	h.failing, h.warned, h.told, h.before = 0, false, false, false
+	h.failing, h.halfway, h.warned, h.loud, h.told, h.before = 0, false, false, false, false, false
 }
 
 // Replaced is the Health of the receiver that takes this one's place: nothing is known of it but that it is still to be
@@ -493,7 +498,10 @@ func (h *Health) Forgive() {
 func (h *Health) Replaced() Health { return Health{owed: h.owed || h.told} }
 
 // Failed sets since when the receiver has been failing, as it was noted before the server's start.
-func (h *Health) Failed(since time.Time) { h.failing, h.before = at(since), !since.IsZero() }
+func (h *Health) Failed(since time.Time) {
+	h.failing, h.before = at(since), !since.IsZero()
+	h.loud = h.before
+}
 
 // Worthless reports whether what is known is not worth keeping.
 func (h *Health) Worthless(now time.Time) bool {

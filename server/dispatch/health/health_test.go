@@ -1,6 +1,7 @@
 package health_test
 
 import (
+	"fmt"
 	"testing"
 	"time"
 	"unsafe"
@@ -197,6 +198,68 @@ func TestDisablingIsWarnedOfOnce(t *testing.T) {
 	}
 	if warned != 2 || disabled != 1 {
 		t.Errorf("warned %d times, disabled %d times after another hour", warned, disabled)
+	}
+}
+
+// What a quiet attempt comes upon, that half of the time is over, is found at once and told by the next that is not quiet.
+func TestAWarningIsOwedUntilItIsTold(t *testing.T) {
+	l := newLane(1)
+	found, told := "", ""
+	for i := range 55 {
+		quiet := i >= 20 && i < 40
+		m := l.h.Started(false, 1, l.now)
+		v := l.h.Ended(&health.End{
+			Mark: m, Signal: health.Failed, Started: l.now, Took: time.Second, Most: 1, DisableAfter: time.Hour, Random: 0.5, Quiet: quiet,
+		}, l.now)
+		if v.Half {
+			found += fmt.Sprint(i, " ")
+		}
+		if v.Warn {
+			told += fmt.Sprint(i, " ")
+		}
+		l.now = l.now.Add(time.Minute)
+		l.h.Open(l.now)
+	}
+	if found != "30 " || told != "40 " {
+		t.Errorf("found after minutes %q and told after %q, want 30 and 40", found, told)
+	}
+}
+
+// What disables a subscription is loud unless all that has failed since the last success is quiet.
+func TestDisablingIsLoud(t *testing.T) {
+	for _, tt := range []struct {
+		run  string // f: failed, F: failed quietly, s, S: taken, g: the subscription is changed, r: restart amid failures
+		want bool
+	}{{"f", true}, {"F", false}, {"FFF", false}, {"fF", true}, {"FfF", true}, {"fsF", false}, {"fSF", false}, {"fgF", false}, {"rF", true}, {"rSF", false}} {
+		for _, disables := range []bool{false, true} { // by its answer, or because time is over
+			l := newLane(1)
+			var v health.Verdict
+			for i, c := range tt.run {
+				last := i == len(tt.run)-1
+				switch c {
+				case 'g':
+					l.h.Forgive()
+					continue
+				case 'r':
+					l.h.Failed(l.now.Add(-time.Minute))
+					continue
+				}
+				s := health.Failed
+				if c == 's' || c == 'S' {
+					s = health.Taken
+				}
+				m := l.h.Started(false, 1, l.now)
+				v = l.h.Ended(&health.End{
+					Mark: m, Signal: s, Started: l.now, Took: time.Second, Most: 1, DisableAfter: time.Nanosecond, Random: 0.5,
+					Quiet: c < 'a', Disables: last && disables,
+				}, l.now)
+				l.now = l.now.Add(time.Minute)
+				l.h.Open(l.now)
+			}
+			if v.Loud != tt.want {
+				t.Errorf("%s, disabled by the answer: %v: loud is %v", tt.run, disables, v.Loud)
+			}
+		}
 	}
 }
 
