@@ -72,7 +72,7 @@ func await(t *testing.T, r *servertest.Receiver, eventType, subject string) map[
 		t.Fatalf("%s: %s: %v", eventType, q.Body, err)
 	}
 	documented(t, eventType, data)
-	if q.Header.Get("Content-Type") != "application/json" || q.Header.Get("Webhook-Signature") == "" || q.Header.Get("Ce-Time") == "" {
+	if !strings.HasPrefix(q.Header.Get("Ce-Source"), "//grapnel/namespaces/") || q.Header.Get("Content-Type") != "application/json" || q.Header.Get("Webhook-Signature") == "" || q.Header.Get("Ce-Time") == "" {
 		t.Errorf("%s: headers %v", eventType, q.Header)
 	}
 	for _, name := range []string{"subscription", "replay_job", "resource", "secret", "plugin", "node"} {

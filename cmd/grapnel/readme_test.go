@@ -61,12 +61,14 @@ stderr 'batch-events'
 
 // TestOperationalEventsPage runs the commands of docs/operational-events.md as they are printed, but for their receiver.
 func TestOperationalEventsPage(t *testing.T) {
-	runPage(t, "operational-events", 7, `receiver
+	runPage(t, "operational-events", 8, `receiver
 serve
 exec sh -eux page.sh
 stdout 'grapnel\.delivery\.exhausted'
 ! exec grapnel publish -n acme --type grapnel.mine --data x
 stderr 'event\.type: must not begin with grapnel\.'
+! exec grapnel publish -n acme --type order.created --source //grapnel/namespaces/acme --data x
+stderr 'event\.source: must not begin with //grapnel/namespaces/'
 `)
 }
 

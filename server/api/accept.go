@@ -9,6 +9,7 @@ import (
 	"math"
 	"slices"
 	"strconv"
+	"strings"
 	"time"
 	"unicode/utf8"
 
@@ -79,12 +80,18 @@ func eventOf(ns string, e *grapnelv1.Event, now time.Time) (*delivery.Event, []V
 	return ev, nil
 }
 
-// publishedOf is eventOf for an event that is to be stored: the types of operational events are the server's.
+// publishedOf is eventOf for an event that is to be stored: the types of operational events, and their source, are the
+// server's.
 func publishedOf(ns string, e *grapnelv1.Event, now time.Time) (*delivery.Event, []Violation) {
 	ev, faults := eventOf(ns, e, now)
 	if t := e.GetType(); subscription.Operational(t) {
 		faults = append(faults, Violation{"type", "must not begin with " + subscription.OperationalPrefix +
 			", as " + quote(t) + " does: those are the types of operational events, which the server makes itself; choose another beginning", "event_type_reserved"})
+	}
+	if source := e.GetSource(); strings.HasPrefix(source, subscription.OperationalSource) {
+		faults = append(faults, Violation{"source", "must not begin with " + subscription.OperationalSource +
+			", as " + quote(source) + " does: that is the source of operational events, which the server makes itself; leave it empty for //grapnel/" +
+			ns + ", or choose another beginning", "event_source_reserved"})
 	}
 	return ev, faults
 }

@@ -332,8 +332,8 @@ func TestBatchPublishFailsWhole(t *testing.T) {
 	refused(t, batch("namespaces/acme", 2, 1), codes.Unavailable, "DRAINING")
 }
 
-// The types of operational events are the server's: nobody publishes them, and all may ask who would get them.
-func TestPublishRefusesOperationalTypes(t *testing.T) {
+// The types and the source of operational events are the server's: nobody publishes them, and all may ask who would get them.
+func TestPublishRefusesOperationalEvents(t *testing.T) {
 	st := startStation(t)
 	st.namespace(t, "acme")
 	st.subscribe(t, "acme", "all", nil)
@@ -348,6 +348,22 @@ func TestPublishRefusesOperationalTypes(t *testing.T) {
 		Parent: "namespaces/acme", Events: []*grapnelv1.Event{event("b", "grapnel.delivery.exhausted"), event("c", "grapnel"), event("d", "grapnels.x")},
 	})
 	if err != nil || batch.GetFailedCount() != 1 || !strings.Contains(batch.GetResults()[0].GetError().GetMessage(), says) {
+		t.Errorf("batch: %v, %v", batch, err)
+	}
+	const from = `must not begin with //grapnel/namespaces/, as "//grapnel/namespaces/acme" does`
+	sourced := func(id, source string) *grapnelv1.Event {
+		return &grapnelv1.Event{Id: id, Type: "order.created", Source: source}
+	}
+	_, err = st.publish.Publish(t.Context(), &grapnelv1.PublishRequest{Parent: "namespaces/acme", Event: sourced("secret-expiring-key-1-1", "//grapnel/namespaces/acme")})
+	if r := refused(t, err, codes.InvalidArgument, "INVALID_FIELD"); !strings.Contains(r.fields["event.source"], from) {
+		t.Errorf("publish: %v", r.fields)
+	}
+	batch, err = st.publish.BatchPublish(t.Context(), &grapnelv1.BatchPublishRequest{
+		Parent: "namespaces/acme", Events: []*grapnelv1.Event{
+			sourced("e", "//grapnel/namespaces/acme"), sourced("f", "//grapnel/acme"), sourced("g", "//grapnel/namespaces"), sourced("h", "//grapnel/other"),
+		},
+	})
+	if err != nil || batch.GetFailedCount() != 1 || !strings.Contains(batch.GetResults()[0].GetError().GetMessage(), from) {
 		t.Errorf("batch: %v, %v", batch, err)
 	}
 	found, err := grapnelv1.NewSubscriptionServiceClient(st.conn).MatchSubscriptions(t.Context(), &grapnelv1.MatchSubscriptionsRequest{

@@ -47,6 +47,11 @@ func TestTestSubscription(t *testing.T) {
 	if p := w.engine.patience; p < time.Minute || p > 75*time.Second {
 		t.Errorf("without a deadline a test has %v; the longest attempt_timeout is a minute", p)
 	}
+	if _, err := test(&grapnelv1.Event{Type: "grapnel.disk.filling", Source: "//grapnel/namespaces/grapnel-system"}); err != nil {
+		t.Error("who receives operational events cannot be tried with one:", err)
+	} else if own := w.engine.tested[2]; own.Type != "grapnel.disk.filling" || own.Source != "//grapnel/namespaces/grapnel-system" {
+		t.Errorf("operational event = %+v", own)
+	}
 	_, err = test(&grapnelv1.Event{Id: "not\tan id", Type: "order.created"})
 	refused(t, err, codes.InvalidArgument, "INVALID_FIELD").names(t, "event.id")
 

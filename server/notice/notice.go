@@ -310,7 +310,7 @@ func (n *Notice) event(ns string) (*delivery.Event, error) {
 		return nil, fmt.Errorf("write %s as JSON: %w", n.Type, err)
 	}
 	ev := &delivery.Event{
-		ID: n.ID, Source: "//grapnel/" + ns, Type: string(n.Type), Subject: n.Subject, Time: n.Time,
+		ID: n.ID, Source: subscription.OperationalSource + ns, Type: string(n.Type), Subject: n.Subject, Time: n.Time,
 		ContentType: "application/json", Payload: payload,
 		// What is told of a resource is told in order.
 		OrderingKey: strings.TrimPrefix(n.Subject, "namespaces/"+ns+"/"),

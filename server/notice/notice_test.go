@@ -170,7 +170,7 @@ func TestExhaustionIsCoalesced(t *testing.T) {
 		d.shelf.mu.Lock()
 		ev := d.events[0]
 		d.shelf.mu.Unlock()
-		if ev.Source != "//grapnel/acme" || ev.Subject != "namespaces/acme/subscriptions/orders" || ev.ContentType != "application/json" || ev.Time.IsZero() {
+		if ev.Source != "//grapnel/namespaces/acme" || ev.Subject != "namespaces/acme/subscriptions/orders" || ev.ContentType != "application/json" || ev.Time.IsZero() {
 			t.Errorf("the event is %+v", ev)
 		}
 		if got := d.lines(t); len(got) != 1 {

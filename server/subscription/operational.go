@@ -9,6 +9,10 @@ import (
 // are refused it. See docs/operational-events.md.
 const OperationalPrefix = "grapnel."
 
+// OperationalSource, with a namespace's ID behind it, is the source of operational events. Publishers are refused what begins
+// with it, so that no event of theirs is taken for one of these by its source and ID. Theirs is //grapnel/NAMESPACE by default.
+const OperationalSource = "//grapnel/namespaces/"
+
 // Operational reports whether events of a type are operational; of a glob, whether it may cover such types. A glob
 // covers none unless it begins with the prefix itself, so that those who want everything get what is published.
 func Operational(eventType string) bool { return strings.HasPrefix(eventType, OperationalPrefix) }

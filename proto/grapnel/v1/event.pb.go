@@ -116,7 +116,8 @@ type Event struct {
 	// Empty: the server makes one and the call is not idempotent. A client library that repeats such a call by its
 	// retry policy is refused for it (INVALID_FIELD, id), because whether the first try stored the event is not known.
 	Id string `protobuf:"bytes,2,opt,name=id,proto3" json:"id,omitempty"`
-	// CloudEvents source, a URI reference of up to 256 characters. Default: //grapnel/{namespace}
+	// CloudEvents source, a URI reference of up to 256 characters. Default: //grapnel/{namespace}. Those that begin with
+	// //grapnel/namespaces/ are those of operational events: nobody else publishes them (INVALID_FIELD).
 	Source string `protobuf:"bytes,3,opt,name=source,proto3" json:"source,omitempty"`
 	// CloudEvents type, for example order.created, orders/create or s3:ObjectCreated:Put. Required. 1 to 128 characters, no
 	// control characters. Types that begin with grapnel. are those of operational events, which the server makes itself:

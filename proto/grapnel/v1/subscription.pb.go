@@ -2318,7 +2318,8 @@ type TestSubscriptionRequest struct {
 	// namespaces/{namespace}/subscriptions/{subscription}
 	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
 	// Event to send; empty sends a sample of type grapnel.test. One with a type that is registered as an EventType, and
-	// without a payload, is sent with a sample of that type.
+	// without a payload, is sent with a sample of that type. It may have the type and the source of an operational event, to
+	// try who receives those. The message id (webhook-id) of a test begins with test_, that of no other event does.
 	Event         *Event `protobuf:"bytes,2,opt,name=event,proto3" json:"event,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
