@@ -99,7 +99,7 @@ func (t *Type) Rejects() bool {
 func (t *Type) Mismatches() (int64, *Mismatch) { return t.mismatches.Load(), t.last.Load() }
 
 // Check returns nil when the type's schema allows the payload, a *MismatchError when it does not, which is counted, and
-// ctx's error when that ended while the schema's turn to be compiled had not come. dataSchema is the event's data_schema.
+// ctx's error when that ended before the schema's turn to be compiled had come, or the payload was checked. dataSchema is the event's data_schema.
 // Types that are not Enforced allow everything.
 func (t *Type) Check(ctx context.Context, contentType, dataSchema string, payload []byte) error {
 	if !t.Enforced() {
@@ -125,7 +125,11 @@ func (t *Type) Check(ctx context.Context, contentType, dataSchema string, payloa
 			Description: "has a schema that this server cannot compile: " + c.err.Error(), Keyword: "compile",
 		}}})
 	}
-	if bad := c.schema.Check(payload); bad != nil {
+	bad, err := c.schema.Check(ctx, payload)
+	if err != nil {
+		return err
+	}
+	if bad != nil {
 		return t.mismatch(&MismatchError{Type: t.ID, Version: v.name, Field: "payload", Faults: bad.Faults, More: bad.More})
 	}
 	return nil
@@ -191,12 +195,16 @@ func (t *Type) Sample(ctx context.Context, dataSchema string) (payload []byte, o
 	case v == nil:
 		return nil, "", &NoSampleError{t.Proto.GetName(), "it has neither a schema nor an example"}
 	}
-	leave, err := t.store.programs.enter(ctx, t.Namespace)
+	leave, err := enter(ctx, t.store.programs.samples, t.Namespace)
 	if err != nil {
 		return nil, "", err
 	}
 	defer leave()
-	if payload, err = schema.Sample([]byte(v.text)); err != nil {
+	payload, err = schema.Sample(ctx, []byte(v.text))
+	switch {
+	case err != nil && ctx.Err() != nil:
+		return nil, "", err
+	case err != nil:
 		return nil, "", &NoSampleError{t.Proto.GetName(), clipped(err.Error(), 400)}
 	}
 	return payload, v.name, nil

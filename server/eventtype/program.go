@@ -22,7 +22,9 @@ type compiled struct {
 // first, roughly.
 type programs struct {
 	gate *gate.Gate
-	most int
+	// samples are made through a gate of their own: no event waits for them.
+	samples *gate.Gate
+	most    int
 
 	mu    sync.Mutex // guards what follows
 	size  int
@@ -31,12 +33,12 @@ type programs struct {
 }
 
 func newPrograms(most int) *programs {
-	return &programs{gate: gate.New(), most: most, kept: list.New(), place: make(map[*version]*list.Element)}
+	return &programs{gate: gate.New(), samples: gate.New(), most: most, kept: list.New(), place: make(map[*version]*list.Element)}
 }
 
 // enter waits for the turn of a namespace's work. Its error is ctx's.
-func (p *programs) enter(ctx context.Context, namespace string) (leave func(), err error) {
-	leave, entered := p.gate.Enter(ctx.Done(), 0, namespace)
+func enter(ctx context.Context, g *gate.Gate, namespace string) (leave func(), err error) {
+	leave, entered := g.Enter(ctx.Done(), 0, namespace)
 	if !entered {
 		return nil, context.Cause(ctx)
 	}
@@ -51,7 +53,7 @@ func (p *programs) get(ctx context.Context, v *version) (*compiled, error) {
 		}
 		return c, nil
 	}
-	leave, err := p.enter(ctx, v.namespace)
+	leave, err := enter(ctx, p.gate, v.namespace)
 	if err != nil {
 		return nil, err
 	}

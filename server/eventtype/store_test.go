@@ -353,3 +353,22 @@ func BenchmarkThousand(b *testing.B) {
 		}
 	})
 }
+
+// Samples, however many are asked for and given up, take no place that events need.
+func TestSamplesHoldNobodyUp(t *testing.T) {
+	s, _ := open(t, 0)
+	evil := create(t, s, "evil", enforced(`{"type":"string","minLength":1,"pattern":"((((^)*)*)*)*"}`))
+	create(t, s, "good", enforced(`{"type":"object"}`))
+	var all sync.WaitGroup
+	for range 3 {
+		all.Go(func() {
+			if _, _, err := evil.Sample(context.Background(), ""); !errors.As(err, new(*eventtype.NoSampleError)) {
+				t.Error(err)
+			}
+		})
+	}
+	if bad := check(t, s, "good", "", `{}`); bad != nil {
+		t.Error(bad)
+	}
+	all.Wait()
+}

@@ -265,7 +265,7 @@ func (t *Type) has(text string) bool {
 
 // compile takes a turn.
 func (s *Store) compile(ctx context.Context, ns, text string) error {
-	leave, err := s.programs.enter(ctx, ns)
+	leave, err := enter(ctx, s.programs.gate, ns)
 	if err != nil {
 		return err
 	}
@@ -280,7 +280,7 @@ func (s *Store) checkExample(ctx context.Context, ns string, p *grapnelv1.EventT
 	if v := s.made(ns, proto.CloneOf(p), 0).version(""); v != nil {
 		text = v.text
 	}
-	leave, err := s.programs.enter(ctx, ns)
+	leave, err := enter(ctx, s.programs.gate, ns)
 	if err != nil {
 		return err
 	}
@@ -289,7 +289,11 @@ func (s *Store) checkExample(ctx context.Context, ns string, p *grapnelv1.EventT
 	if err != nil {
 		return nil //nolint:nilerr // a stored one that this program does not take, as it was said of it before
 	}
-	if wrong := compiled.Check([]byte(p.GetExample())); wrong != nil {
+	wrong, err := compiled.Check(ctx, []byte(p.GetExample()))
+	if err != nil {
+		return err
+	}
+	if wrong != nil {
 		for _, f := range wrong.Faults {
 			add("event_type.example"+f.Pointer, "schema."+f.Keyword, "%s", f.Description)
 		}

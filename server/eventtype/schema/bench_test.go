@@ -79,8 +79,8 @@ func BenchmarkCheck(b *testing.B) {
 	b.SetBytes(int64(len(payload)))
 	b.ReportAllocs()
 	for b.Loop() {
-		if bad := s.Check(payload); bad != nil {
-			b.Fatal(bad)
+		if bad, err := s.Check(b.Context(), payload); bad != nil || err != nil {
+			b.Fatal(bad, err)
 		}
 	}
 }

@@ -2,10 +2,12 @@ package schema
 
 import (
 	"bytes"
+	"context"
 	"fmt"
 	"hash/maphash"
 	"strings"
 	"sync"
+	"unicode/utf8"
 )
 
 const (
@@ -15,13 +17,15 @@ const (
 	stepsPerByte = 16
 	// maxTold is how many faults are written down; the others are counted.
 	maxTold = 32
+	// lookEvery is how many steps are taken between two looks at whether somebody still waits.
+	lookEvery = 4096
 )
 
 // Mismatch is what a payload breaks of a schema.
 type Mismatch struct {
 	// Faults are the first 32.
 	Faults []Fault
-	// More is how many there are beside them.
+	// More is how many there are beside them, as far as the work that a check may take has let them be counted.
 	More int
 }
 
@@ -54,7 +58,10 @@ func (m *Mismatch) Error() string {
 // checker is one check of one document.
 type checker struct {
 	document
-	left int
+	// left are the steps that may still be taken. When look of them are, done is looked at; ended says that it was closed.
+	left, look int
+	done       <-chan struct{}
+	ended      bool
 	// telling: faults are written down, and looking goes on behind them; else the first ends it.
 	telling  bool
 	mismatch Mismatch
@@ -67,47 +74,92 @@ var checkers = sync.Pool{New: func() any { return new(checker) }} //nolint:goche
 const maxKept = 1 << 14
 
 // Check returns nil for a payload that the schema allows; else what is wrong. It keeps nothing of the payload. Of equal
-// names in one object each is checked. What it costs is bounded: see leastSteps.
-func (s *Schema) Check(payload []byte) *Mismatch {
+// names in one object each is checked. What it costs is bounded: see leastSteps. Its error is ctx's, when that has ended
+// before the work was done.
+func (s *Schema) Check(ctx context.Context, payload []byte) (*Mismatch, error) {
 	c, _ := checkers.Get().(*checker)
 	defer func() {
-		if c.text = nil; cap(c.nodes) <= maxKept {
+		c.mismatch = Mismatch{}
+		if c.text, c.done = nil, nil; cap(c.nodes) <= maxKept && cap(c.read) <= maxKept {
 			checkers.Put(c)
 		}
 	}()
 	if err := c.parse(payload, maxDepth); err != nil {
-		return &Mismatch{Faults: []Fault{{Description: "is not JSON: " + err.Error(), Keyword: "json"}}}
+		return &Mismatch{Faults: []Fault{{Description: "is not JSON: " + err.Error(), Keyword: "json"}}}, nil
 	}
-	steps := leastSteps + stepsPerByte*len(payload)
-	c.left, c.telling = steps, false
-	if c.check(0, s.root, nil) && c.left >= 0 {
-		return nil
+	c.done, c.ended, c.mismatch = ctx.Done(), false, Mismatch{}
+	fits := c.pass(s.root, false)
+	if !fits && c.left >= 0 {
+		c.pass(s.root, true)
 	}
-	if c.left >= 0 {
-		c.left, c.telling, c.mismatch = steps, true, Mismatch{}
-		c.check(0, s.root, nil)
-	}
-	if c.left < 0 {
-		c.mismatch = Mismatch{Faults: []Fault{{Description: "takes too much work to check against its schema", Keyword: "work"}}}
+	switch {
+	case c.ended:
+		return nil, context.Cause(ctx)
+	case fits:
+		return nil, nil //nolint:nilnil // nothing is wrong
+	case len(c.mismatch.Faults) == 0: // the steps did not suffice for one
+		c.mismatch.Faults = []Fault{{Description: "takes too much work to check against its schema", Keyword: "work"}}
 	}
 	found := c.mismatch
-	c.mismatch = Mismatch{}
-	return &found
+	return &found, nil
+}
+
+// pass checks the document once.
+func (c *checker) pass(root *rule, telling bool) bool {
+	c.left, c.telling = leastSteps+stepsPerByte*len(c.text), telling
+	c.look = c.left - lookEvery
+	return c.check(0, root, nil) && c.left >= 0
 }
 
 // spend takes steps; false when there are none left, and whatever follows is of no meaning.
 func (c *checker) spend(n int) bool {
 	c.left -= n
+	return c.left >= c.look || c.pause()
+}
+
+// pause looks whether somebody still waits; if not, no steps are left.
+func (c *checker) pause() bool {
+	c.look = max(0, c.left-lookEvery)
+	select {
+	case <-c.done:
+		c.ended, c.left = true, -1
+	default:
+	}
 	return c.left >= 0
 }
 
-// fault writes down what is wrong and returns false.
+// decimal reads a number, which takes steps for its digits.
+func (c *checker) decimal(i uint32) decimal {
+	raw := c.raw(i)
+	c.spend(len(raw) / 16)
+	return number(raw)
+}
+
+// chars is a string without its escapes, which takes steps for its length.
+func (c *checker) chars(i uint32) []byte {
+	s := c.string(i)
+	c.spend(len(s) / 32)
+	return s
+}
+
+// runes is how many characters a string has.
+func (c *checker) runes(i uint32) int {
+	if n := &c.nodes[i]; n.plain {
+		return int(n.to - n.from)
+	}
+	s := c.string(i)
+	c.spend(len(s) / 8)
+	return utf8.RuneCount(s)
+}
+
+// fault writes down what is wrong and returns false. Its args are made texts of only where it is written down.
 func (c *checker) fault(i uint32, keyword, format string, args ...any) bool {
 	if !c.telling || c.left < 0 {
 		return false
 	}
 	if len(c.mismatch.Faults) == maxTold {
 		c.mismatch.More++
+		c.spend(4)
 		return false
 	}
 	c.mismatch.Faults = append(c.mismatch.Faults, Fault{c.pointer(i), fmt.Sprintf(format, args...), keyword})
@@ -138,12 +190,16 @@ func (e *evaluated) add(i uint32) {
 	e.nodes[i] = true
 }
 
-func (e *evaluated) merge(other *evaluated) {
-	if e == nil || other == nil {
-		return
-	}
-	for i := range other.nodes {
-		e.add(i)
+// merge takes over what another has, which ends with that.
+func (c *checker) merge(e, other *evaluated) {
+	switch {
+	case e == nil || other == nil:
+	case e.nodes == nil:
+		e.nodes = other.nodes
+	case c.spend(4 * len(other.nodes)):
+		for i := range other.nodes {
+			e.add(i)
+		}
 	}
 }
 
@@ -164,8 +220,8 @@ func (c *checker) check(i uint32, r *rule, ev *evaluated) bool {
 	switch {
 	case r.never:
 		return c.fault(i, "false", "is not allowed")
-	case r.types != 0 && r.types&n.kind == 0 && (n.kind != kindNumber || r.types&kindInteger == 0 || !number(c.raw(i)).integer()):
-		return c.telling && c.fault(i, "type", "must be %s, not %s", kindsText(r.types), n.kind)
+	case r.types != 0 && r.types&n.kind == 0 && (n.kind != kindNumber || r.types&kindInteger == 0 || !c.decimal(i).integer()):
+		return c.telling && c.fault(i, "type", "must be %s, not %s", kinds(r.types), n.kind)
 	}
 	outer := ev
 	if r.tracks {
@@ -191,15 +247,18 @@ func (c *checker) check(i uint32, r *rule, ev *evaluated) bool {
 	ok = c.chain(i, r, ev) && ok
 	if r.tracks && (ok || c.telling) {
 		ok = c.unevaluated(i, r, ev) && ok
-		outer.merge(ev)
+		c.merge(outer, ev)
 	}
 	return ok
 }
 
-func kindsText(kinds kind) string {
+// kinds are several, for people.
+type kinds kind
+
+func (ks kinds) String() string {
 	var texts []string
 	for k := kindNull; k != 0; k <<= 1 {
-		if kinds&k != 0 {
+		if kind(ks)&k != 0 {
 			texts = append(texts, k.String())
 		}
 	}
@@ -209,13 +268,16 @@ func kindsText(kinds kind) string {
 // among looks for a value in an enum or a const.
 func (c *checker) among(i uint32, v *values, keyword string) bool {
 	if c.nodes[i].kind == kindString {
-		if v.strings[string(c.string(i))] {
+		if v.strings[string(c.chars(i))] {
 			return true
 		}
 	} else {
 		for _, other := range v.others {
 			if c.equal(i, other, 0) {
 				return true
+			}
+			if c.left < 0 {
+				return false
 			}
 		}
 	}
@@ -228,7 +290,7 @@ func (c *checker) among(i uint32, v *values, keyword string) bool {
 // equal compares a value with one of another document, or of this one.
 func (c *checker) equal(i uint32, d *document, j uint32) bool {
 	n, m := &c.nodes[i], &d.nodes[j]
-	if !c.spend(1+int(n.to-n.from)/32) || n.kind != m.kind || n.count != m.count {
+	if !c.spend(1+int(n.to-n.from)/16) || n.kind != m.kind || n.count != m.count {
 		return false
 	}
 	switch n.kind {
@@ -257,7 +319,7 @@ func (c *checker) equal(i uint32, d *document, j uint32) bool {
 
 // member returns the index of a member's value, 0 when there is none.
 func (c *checker) member(d *document, j uint32, name []byte) uint32 {
-	for b := j + 1; b < d.nodes[j].next && c.spend(1); b = d.nodes[b+1].next {
+	for b := j + 1; b < d.nodes[j].next && c.spend(1+len(name)/256); b = d.nodes[b+1].next {
 		if bytes.Equal(d.string(b), name) {
 			return b + 1
 		}
@@ -279,7 +341,7 @@ func (c *checker) object(i uint32, r *rule, ev *evaluated) bool {
 	var few uint64 // the first 64 of required that are there
 	var many map[int]bool
 	for key := i + 1; key < n.next; key = c.nodes[key+1].next {
-		name, value := c.string(key), key+1
+		name, value := c.chars(key), key+1
 		if p, known := r.properties[string(name)]; known {
 			switch {
 			case p.required < 0:
@@ -301,9 +363,12 @@ func (c *checker) object(i uint32, r *rule, ev *evaluated) bool {
 			return false
 		}
 	}
+	if !c.spend(len(r.required)) {
+		return false
+	}
 	for k, name := range r.required {
 		if k < 64 && few&(1<<k) == 0 || k >= 64 && !many[k] {
-			if ok = c.fault(i, "required", "lacks %s", quote(name)); !c.telling {
+			if ok = c.fault(i, "required", "lacks %s", quoted(name)); !c.telling {
 				return false
 			}
 		}
@@ -346,14 +411,20 @@ func (c *checker) field(r *rule, p property, key, value uint32, name []byte, ev 
 }
 
 func (c *checker) dependents(i uint32, r *rule, ev *evaluated) bool {
+	if !c.spend(len(r.dependents)) {
+		return false
+	}
 	ok := true
 	for _, d := range r.dependents {
 		if c.member(&c.document, i, []byte(d.name)) == 0 {
 			continue
 		}
+		if !c.spend(len(d.required)) {
+			return false
+		}
 		for _, name := range d.required {
 			if c.member(&c.document, i, []byte(name)) == 0 {
-				ok = c.fault(i, "dependentRequired", "has %s and so must have %s", quote(d.name), quote(name))
+				ok = c.fault(i, "dependentRequired", "has %s and so must have %s", quoted(d.name), quoted(name))
 			}
 		}
 		if d.rule != nil {
@@ -442,7 +513,7 @@ func (c *checker) unique(i uint32) bool {
 // hash is the same for values that are equal.
 func (c *checker) hash(seed maphash.Seed, i uint32) uint64 {
 	n := &c.nodes[i]
-	if !c.spend(1 + int(n.to-n.from)/32) {
+	if !c.spend(1 + int(n.to-n.from)/16) {
 		return 0
 	}
 	h := uint64(n.kind)
@@ -487,11 +558,11 @@ func (c *checker) str(i uint32, r *rule) bool {
 			return false
 		}
 		if !r.pattern.Match(c.string(i)) {
-			ok = c.fault(i, "pattern", "does not match %s", quote(r.pattern.text))
+			ok = c.fault(i, "pattern", "does not match %s", quoted(r.pattern.text))
 		}
 	}
 	if r.format != nil && (ok || c.telling) {
-		if !c.spend(length / 8) {
+		if !c.spend(8 + length/8) {
 			return false
 		}
 		if r.format(string(c.string(i))) != nil {
@@ -502,12 +573,15 @@ func (c *checker) str(i uint32, r *rule) bool {
 }
 
 func (c *checker) number(i uint32, r *rule) bool {
-	n := number(c.raw(i))
+	n := c.decimal(i)
 	ok := true
 	for k := range r.limits {
 		l := &r.limits[k]
 		switch {
 		case l.kind == multiple:
+			if !c.spend(n.divisionSteps(l.value)) {
+				return false
+			}
 			if is, divided := n.multipleOf(l.value); !divided {
 				ok = c.fault(i, "multipleOf", "has too many digits to be divided by %s", l.text)
 			} else if !is {
@@ -551,7 +625,7 @@ func (c *checker) chain(i uint32, r *rule, ev *evaluated) bool {
 		branch := ev.branch()
 		next := r.otherwise
 		if c.quiet(i, r.when, branch) {
-			ev.merge(branch)
+			c.merge(ev, branch)
 			next = r.then
 		}
 		if next != nil {
@@ -570,7 +644,7 @@ func (c *checker) alternatives(i uint32, list []*rule, keyword string, one bool,
 		if !c.quiet(i, sub, branch) {
 			continue
 		}
-		ev.merge(branch)
+		c.merge(ev, branch)
 		if held++; held > 1 && one || ev == nil && !one {
 			break
 		}
@@ -584,6 +658,9 @@ func (c *checker) alternatives(i uint32, list []*rule, keyword string, one bool,
 		return false
 	}
 	var likely []*rule
+	if !c.spend(len(list)) {
+		return false
+	}
 	for _, sub := range list {
 		if sub.takes(c.nodes[i].kind, maxChain) {
 			likely = append(likely, sub)

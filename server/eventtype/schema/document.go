@@ -52,13 +52,16 @@ func (k kind) String() string {
 type document struct {
 	text  []byte
 	nodes []node
+	// read are the strings with escapes, without them, that somebody has asked for.
+	read []byte
 }
 
 // node is one value.
 type node struct {
 	kind kind
-	// escaped strings hold a backslash; plain ones ASCII only and no backslash.
-	escaped, plain bool
+	// escaped strings hold a backslash; plain ones ASCII only and no backslash. Those that are apart were escaped, and stand
+	// in document.read.
+	escaped, plain, apart bool
 	// from and to are its text: of a string without its quotes.
 	from, to uint32
 	// next is the index behind it and all it holds; count is how many elements or members it has.
@@ -83,7 +86,7 @@ type parser struct {
 
 // parse reads text, which must stay as it is while d is in use, into d.
 func (d *document) parse(text []byte, most int) error {
-	d.text, d.nodes = text, d.nodes[:0]
+	d.text, d.nodes, d.read = text, d.nodes[:0], d.read[:0]
 	p := parser{document: d, most: most}
 	p.space()
 	if err := p.value(); err != nil {
@@ -324,28 +327,35 @@ func (p *parser) object() error {
 	}
 }
 
-// raw is the text of a value as it stands; of a string what is between its quotes.
+// raw is the text of a value that is no string, as it stands.
 func (d *document) raw(i uint32) []byte { return d.text[d.nodes[i].from:d.nodes[i].to] }
 
-// string is a string without its escapes. It may be part of the document's text.
+// string is a string without its escapes, which are read once: that changes the document. It may be part of its text.
 func (d *document) string(i uint32) []byte {
-	if !d.nodes[i].escaped {
-		return d.raw(i)
+	n := &d.nodes[i]
+	if n.escaped {
+		from := len(d.read)
+		d.read = unescape(d.read, d.text[n.from:n.to])
+		n.escaped, n.apart = false, true
+		n.from, n.to = uint32(from), uint32(len(d.read)) //nolint:gosec // no escape is shorter than what it stands for
 	}
-	return unescape(d.raw(i))
+	if n.apart {
+		return d.read[n.from:n.to]
+	}
+	return d.text[n.from:n.to]
 }
 
-// runes is how many characters a string has.
-func (d *document) runes(i uint32) int {
-	if n := &d.nodes[i]; n.plain {
-		return int(n.to - n.from)
+// settle reads all escapes, so that the document does not change any more.
+func (d *document) settle() {
+	for i := range d.nodes {
+		if d.nodes[i].escaped {
+			d.string(uint32(i)) //nolint:gosec // as in add
+		}
 	}
-	return utf8.RuneCount(d.string(i))
 }
 
-// unescape reads the escapes of a string that the parser has let through.
-func unescape(s []byte) []byte {
-	out := make([]byte, 0, len(s))
+// unescape appends a string that the parser has let through, without its escapes.
+func unescape(out, s []byte) []byte {
 	for i := 0; i < len(s); i++ {
 		if s[i] != '\\' {
 			out = append(out, s[i])

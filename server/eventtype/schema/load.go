@@ -97,6 +97,11 @@ func quote(s string) string {
 	return fmt.Sprintf("%q", s)
 }
 
+// quoted is what quote shows, of which a text is made only where somebody reads it.
+type quoted string
+
+func (q quoted) String() string { return quote(string(q)) }
+
 // compiledPattern is a regular expression and what a match of it costs.
 type compiledPattern struct {
 	*regexp.Regexp

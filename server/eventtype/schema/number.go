@@ -106,14 +106,44 @@ func (d decimal) cmp(e decimal) int {
 // longest is how many digits a number may have, its zeros included, to be divided.
 const longest = 400
 
+// alike are two numbers, times one power of ten, as integers, where those are small.
+func alike(d, e decimal) (n, m int64, ok bool) {
+	if d.isSmall && e.isSmall {
+		return d.small, e.small, true
+	}
+	if len(d.digits) == 0 {
+		return 0, 1, true
+	}
+	last := min(d.exponent-len(d.digits), e.exponent-len(e.digits))
+	if max(d.exponent, e.exponent)-last > 18 {
+		return 0, 0, false
+	}
+	return d.times(last), e.times(last), true
+}
+
+// times is the number, its sign left out, by 10^exponent, which must be an integer of at most 18 digits.
+func (d decimal) times(exponent int) (n int64) {
+	for k := range d.exponent - exponent {
+		if n *= 10; k < len(d.digits) {
+			n += int64(d.digits[k] - '0')
+		}
+	}
+	return n
+}
+
+// divisionSteps is about how many steps multipleOf takes.
+func (d decimal) divisionSteps(e decimal) int {
+	if _, _, ok := alike(d, e); ok {
+		return 1
+	}
+	return 200 + min(len(d.digits), longest) + min(max(d.exponent-e.exponent, e.exponent-d.exponent), 2*longest)
+}
+
 // multipleOf reports whether d is a whole multiple of e, which is above zero. divided is false for a number that is too
 // long to be asked.
 func (d decimal) multipleOf(e decimal) (is, divided bool) {
-	if d.isSmall && e.isSmall {
-		return d.small%e.small == 0, true
-	}
-	if len(d.digits) == 0 {
-		return true, true
+	if n, m, ok := alike(d, e); ok {
+		return n%m == 0, true
 	}
 	n, nx, ok := d.scaled()
 	m, mx, fine := e.scaled()

@@ -2,6 +2,7 @@ package schema
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -10,6 +11,7 @@ import (
 	"regexp/syntax"
 	"slices"
 	"strings"
+	"unicode/utf8"
 
 	"github.com/santhosh-tekuri/jsonschema/v6"
 )
@@ -24,6 +26,8 @@ const (
 	optionalValues = 1000
 	sampleDepth    = 32
 	sampleText     = 16 << 10
+	// sampleSteps are those that all tries may take together, each a schema looked at or a piece of a text made: some 100 ns.
+	sampleSteps = 500_000
 )
 
 // ErrNoSample is wrapped with why no payload could be made that a schema allows.
@@ -31,20 +35,25 @@ var ErrNoSample = errors.New("no sample can be made of the schema")
 
 // Sample makes a payload that a schema allows, in compact form and the same each time: of const, examples, default and
 // enum where there are such, else of types, formats, patterns and bounds, with everything in it that the schema names,
-// but for what would repeat itself. It is checked before it is returned. Errors: *Error, ErrNoSample.
-func Sample(text []byte) ([]byte, error) {
-	loaded, _, err := load(text)
+// but for what would repeat itself. It is checked before it is returned. What it costs is bounded, whatever the schema.
+// Errors: *Error, ErrNoSample, and ctx's when that has ended before.
+func Sample(ctx context.Context, text []byte) ([]byte, error) {
+	loaded, id, err := load(text)
 	if err != nil {
 		return nil, err
 	}
-	compiled, err := Compile(text)
+	compiled, err := build(loaded, id, len(text))
 	if err != nil {
 		return nil, err
 	}
-	why := errors.New("it is too large or refers to itself too deep")
+	why := errors.New("it is too large, takes too much work or refers to itself too deep")
+	left := sampleSteps
 	for try := range sampleTries {
-		m := sampler{try: try}
+		m := sampler{try: try, done: ctx.Done(), left: &left}
 		value, ok := m.value([]*jsonschema.Schema{loaded}, 0, 0)
+		if ctx.Err() != nil {
+			return nil, context.Cause(ctx)
+		}
 		if !ok {
 			continue
 		}
@@ -55,7 +64,10 @@ func Sample(text []byte) ([]byte, error) {
 			continue
 		}
 		sample := bytes.TrimSpace(b.Bytes())
-		bad := compiled.Check(sample)
+		bad, err := compiled.Check(ctx, sample)
+		if err != nil {
+			return nil, err
+		}
 		if bad == nil {
 			return sample, nil
 		}
@@ -71,8 +83,63 @@ type sampler struct {
 	// try says which alternatives are taken; from the second on, examples and defaults are passed over by turns.
 	try    int
 	values int
-	// open are the schemas of the values that are being made.
-	open []*jsonschema.Schema
+	// size is about how many bytes have been made.
+	size int
+	// open are the schemas of the values that are being made, and how often.
+	open map[*jsonschema.Schema]int
+	done <-chan struct{}
+	left *int
+}
+
+// spend takes steps; false when there are none left, or nobody waits any more.
+func (m *sampler) spend(n int) bool {
+	if *m.left -= 1 + n; *m.left < 0 {
+		return false
+	}
+	select {
+	case <-m.done:
+		*m.left = -1
+		return false
+	default:
+		return true
+	}
+}
+
+// fits takes room for a value that is there already; false when a sample has no room for it.
+func (m *sampler) fits(value any) bool {
+	if !m.spend(0) {
+		return false
+	}
+	m.size += 4
+	switch v := value.(type) {
+	case string:
+		m.size += len(v)
+	case json.Number:
+		m.size += len(v)
+	case []any:
+		for _, e := range v {
+			if !m.fits(e) {
+				return false
+			}
+		}
+	case map[string]any:
+		for name, e := range v {
+			if m.size += len(name); !m.fits(e) {
+				return false
+			}
+		}
+	}
+	return m.size <= MaxSample
+}
+
+// made is a value that is taken, where a sample has room for it.
+func (m *sampler) made(value any) (any, bool) {
+	before := m.size
+	if !m.fits(value) {
+		m.size = before
+		return nil, false
+	}
+	return value, true
 }
 
 // flatten is the schemas that a value has to fit together: what they refer to and consist of, alternatives chosen.
@@ -80,7 +147,7 @@ func (m *sampler) flatten(list []*jsonschema.Schema) []*jsonschema.Schema {
 	var out []*jsonschema.Schema
 	var add func(*jsonschema.Schema)
 	add = func(s *jsonschema.Schema) {
-		if s == nil || slices.Contains(out, s) || len(out) > 4*maxChain {
+		if s == nil || !m.spend(len(out)/16) || slices.Contains(out, s) || len(out) > 4*maxChain {
 			return
 		}
 		out = append(out, s)
@@ -108,7 +175,7 @@ func (m *sampler) flatten(list []*jsonschema.Schema) []*jsonschema.Schema {
 
 // value makes one value; vary tells elements of one list apart.
 func (m *sampler) value(list []*jsonschema.Schema, depth, vary int) (any, bool) {
-	if m.values++; m.values > sampleValues || depth > sampleDepth {
+	if m.values++; m.values > sampleValues || depth > sampleDepth || !m.spend(0) {
 		return nil, false
 	}
 	all := m.flatten(list)
@@ -117,39 +184,48 @@ func (m *sampler) value(list []*jsonschema.Schema, depth, vary int) (any, bool) 
 			return nil, false
 		}
 		if s.Const != nil {
-			return *s.Const, true
+			return m.made(*s.Const)
 		}
 	}
 	for _, s := range all {
 		switch {
 		case len(s.Examples) > 0 && m.try%4 < 2:
-			return s.Examples[vary%len(s.Examples)], true
+			return m.made(s.Examples[vary%len(s.Examples)])
 		case s.Default != nil && m.try%4 < 2:
-			return *s.Default, true
+			return m.made(*s.Default)
 		}
 	}
 	for _, s := range all {
 		if s.Enum != nil && len(s.Enum.Values) > 0 {
-			return s.Enum.Values[(m.try/4+vary)%len(s.Enum.Values)], true
+			return m.made(s.Enum.Values[(m.try/4+vary)%len(s.Enum.Values)])
 		}
 	}
-	m.open = append(m.open, all...)
-	defer func() { m.open = m.open[:len(m.open)-len(all)] }()
+	if m.open == nil {
+		m.open = make(map[*jsonschema.Schema]int)
+	}
+	for _, s := range all {
+		m.open[s]++
+	}
+	defer func() {
+		for _, s := range all {
+			m.open[s]--
+		}
+	}()
 	switch kindOf(all, depth) {
 	case kindObject:
 		return m.object(all, depth)
 	case kindArray:
 		return m.array(all, depth)
 	case kindString:
-		return text(all, vary)
+		return m.text(all, vary)
 	case kindInteger:
-		return numeral(all, true, vary)
+		return m.numeral(all, true, vary)
 	case kindNumber:
-		return numeral(all, false, vary)
+		return m.numeral(all, false, vary)
 	case kindBoolean:
-		return true, true
+		return m.made(true)
 	}
-	return nil, true
+	return m.made(nil)
 }
 
 // kindOf chooses the kind of a value.
@@ -195,7 +271,7 @@ func kindOf(all []*jsonschema.Schema, depth int) kind {
 
 // again reports whether a value of these schemas is being made already.
 func (m *sampler) again(list []*jsonschema.Schema) bool {
-	return slices.ContainsFunc(m.flatten(list), func(s *jsonschema.Schema) bool { return slices.Contains(m.open, s) })
+	return slices.ContainsFunc(m.flatten(list), func(s *jsonschema.Schema) bool { return m.open[s] > 0 })
 }
 
 func (m *sampler) object(all []*jsonschema.Schema, depth int) (any, bool) {
@@ -213,15 +289,18 @@ func (m *sampler) object(all []*jsonschema.Schema, depth int) (any, bool) {
 			least = max(least, *s.MinProperties)
 		}
 	}
-	for i := 1; len(named) < least && i <= sampleValues; i++ {
+	for i := 1; len(named) < least && i <= sampleValues && m.spend(4); i++ {
 		if name := fmt.Sprintf("property%d", i); named[name] == nil {
-			named[name], required[name] = others(all, name), true
+			named[name], required[name] = m.others(all, name), true
 		}
 	}
 	for name := range required {
 		if named[name] == nil {
-			named[name] = others(all, name)
+			named[name] = m.others(all, name)
 		}
+	}
+	if !m.spend(2 * len(named)) {
+		return nil, false
 	}
 	out := map[string]any{}
 	for _, name := range slices.Sorted(maps.Keys(named)) {
@@ -230,6 +309,7 @@ func (m *sampler) object(all []*jsonschema.Schema, depth int) (any, bool) {
 		}
 		value, ok := m.value(named[name], depth+1, 0)
 		if ok {
+			m.size += len(name)
 			out[name] = value
 		} else if required[name] {
 			return nil, false
@@ -239,9 +319,16 @@ func (m *sampler) object(all []*jsonschema.Schema, depth int) (any, bool) {
 }
 
 // others are the schemas for a property that is not named.
-func others(all []*jsonschema.Schema, name string) (out []*jsonschema.Schema) {
+func (m *sampler) others(all []*jsonschema.Schema, name string) (out []*jsonschema.Schema) {
 	for _, s := range all {
 		for pattern, sub := range s.PatternProperties {
+			weight := 1
+			if c, ok := pattern.(compiledPattern); ok {
+				weight = c.weight
+			}
+			if !m.spend(len(name) * weight / 4) {
+				return nil
+			}
 			if pattern.MatchString(name) {
 				out = append(out, sub)
 			}
@@ -289,6 +376,9 @@ func (m *sampler) array(all []*jsonschema.Schema, depth int) (any, bool) {
 		}
 	}
 	n := max(least, len(places), len(contains))
+	if !m.spend(n / 16) {
+		return nil, false
+	}
 	if n == 0 && !m.again(rest) {
 		n = 1
 	}
@@ -347,7 +437,7 @@ func sampleFormats(name string) string {
 }
 
 // text makes a string.
-func text(all []*jsonschema.Schema, vary int) (any, bool) {
+func (m *sampler) text(all []*jsonschema.Schema, vary int) (any, bool) {
 	least, most := 0, sampleText
 	made, expression := "", ""
 	for _, s := range all {
@@ -368,7 +458,7 @@ func text(all []*jsonschema.Schema, vary int) (any, bool) {
 	case least > sampleText:
 		return nil, false
 	case expression != "":
-		return matching(expression, least)
+		return m.matching(expression, least)
 	case made == "":
 		if made = "string"; vary > 0 {
 			made = fmt.Sprintf("string %d", vary+1)
@@ -378,11 +468,14 @@ func text(all []*jsonschema.Schema, vary int) (any, bool) {
 		}
 		made += strings.Repeat("x", max(0, least-len(made)))
 	}
-	return made, true
+	return m.made(made)
 }
 
 // matching makes a text that an expression matches, with at least so many characters where it can.
-func matching(expression string, least int) (any, bool) {
+func (m *sampler) matching(expression string, least int) (any, bool) {
+	if !m.spend(len(expression)) {
+		return nil, false
+	}
 	parsed, err := syntax.Parse(expression, syntax.Perl)
 	if err != nil {
 		return nil, false
@@ -390,23 +483,29 @@ func matching(expression string, least int) (any, bool) {
 	parsed = parsed.Simplify()
 	for _, more := range []int{0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024} {
 		var b strings.Builder
-		expand(&b, parsed, more)
-		if n := len([]rune(b.String())); n >= least || n > sampleText {
-			return b.String(), n <= sampleText
+		if !m.expand(&b, parsed, more) {
+			return nil, false
+		}
+		if utf8.RuneCountInString(b.String()) >= least {
+			return m.made(b.String())
 		}
 	}
 	return nil, false
 }
 
-// expand writes a text that an expression matches; more is how often what may be repeated is, beyond the least.
-func expand(b *strings.Builder, re *syntax.Regexp, more int) {
-	if b.Len() > sampleText {
-		return
+// expand writes a text that an expression matches; more is how often what may be repeated is, beyond the least. False: it
+// takes too much.
+func (m *sampler) expand(b *strings.Builder, re *syntax.Regexp, more int) bool {
+	if b.Len() > sampleText || !m.spend(len(re.Rune)/16) {
+		return false
 	}
-	times := func(n int) {
+	times := func(n int) bool {
 		for range n {
-			expand(b, re.Sub[0], more)
+			if !m.expand(b, re.Sub[0], more) {
+				return false
+			}
 		}
+		return true
 	}
 	switch re.Op {
 	case syntax.OpLiteral:
@@ -416,27 +515,30 @@ func expand(b *strings.Builder, re *syntax.Regexp, more int) {
 	case syntax.OpAnyChar, syntax.OpAnyCharNotNL:
 		b.WriteByte('x')
 	case syntax.OpCapture:
-		times(1)
+		return times(1)
 	case syntax.OpStar, syntax.OpQuest:
 		if re.Op == syntax.OpQuest {
 			more = min(more, 1)
 		}
-		times(more)
+		return times(more)
 	case syntax.OpPlus:
-		times(1 + more)
+		return times(1 + more)
 	case syntax.OpRepeat:
 		n := re.Min + more
 		if re.Max >= 0 {
 			n = min(n, re.Max)
 		}
-		times(n)
+		return times(n)
 	case syntax.OpConcat:
 		for _, sub := range re.Sub {
-			expand(b, sub, more)
+			if !m.expand(b, sub, more) {
+				return false
+			}
 		}
 	case syntax.OpAlternate:
-		expand(b, re.Sub[0], more)
+		return m.expand(b, re.Sub[0], more)
 	}
+	return true
 }
 
 // someRune is one of a class, a letter or digit if it has any.
@@ -460,7 +562,10 @@ func someRune(ranges []rune) rune {
 }
 
 // numeral makes a number: the least that is allowed, or zero.
-func numeral(all []*jsonschema.Schema, whole bool, vary int) (any, bool) {
+func (m *sampler) numeral(all []*jsonschema.Schema, whole bool, vary int) (any, bool) {
+	if !m.spend(100) {
+		return nil, false
+	}
 	var low, high, step *big.Rat
 	var lowOut, highOut bool
 	for _, s := range all {
@@ -513,7 +618,7 @@ func numeral(all []*jsonschema.Schema, whole bool, vary int) (any, bool) {
 		}
 	}
 	value = new(big.Rat).Add(value, times(big.NewRat(int64(vary), 1), cmpOr(step)))
-	return json.Number(decimalText(value)), true
+	return m.made(json.Number(decimalText(value)))
 }
 
 func cmpOr(step *big.Rat) *big.Rat {

@@ -63,6 +63,11 @@ func Compile(text []byte) (*Schema, error) {
 	if err != nil {
 		return nil, err
 	}
+	return build(loaded, id, len(text))
+}
+
+// build makes a schema of what the library has compiled of so many bytes.
+func build(loaded *jsonschema.Schema, id string, length int) (*Schema, error) {
 	b := builder{made: make(map[*jsonschema.Schema]*rule)}
 	root := b.rule(loaded)
 	if b.err != nil {
@@ -71,7 +76,7 @@ func Compile(text []byte) (*Schema, error) {
 	if err := b.bound(); err != nil {
 		return nil, err
 	}
-	return &Schema{ID: id, root: root, size: b.size + len(b.made)*ruleBytes + len(text)}, nil
+	return &Schema{ID: id, root: root, size: b.size + len(b.made)*ruleBytes + length}, nil
 }
 
 // ruleBytes is about what a rule takes beside its texts.

@@ -23,6 +23,15 @@ func compile(t testing.TB, text string) *schema.Schema {
 	return s
 }
 
+func check(t testing.TB, s *schema.Schema, payload string) *schema.Mismatch {
+	t.Helper()
+	bad, err := s.Check(t.Context(), []byte(payload))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return bad
+}
+
 // Each payload breaks its schema in one place.
 func TestFaultsPointIntoThePayload(t *testing.T) {
 	for _, c := range []struct{ schema, payload, pointer, keyword, text string }{
@@ -63,7 +72,7 @@ func TestFaultsPointIntoThePayload(t *testing.T) {
 		// Strangers' control characters do not get through, nor names without end.
 		{`{"additionalProperties":false}`, `{"\u001b[31m` + strings.Repeat("n", 1000) + `":1}`, "/\uFFFD[31m" + strings.Repeat("n", 59) + "…", "additionalProperties", ""},
 	} {
-		bad := compile(t, c.schema).Check([]byte(c.payload))
+		bad := check(t, compile(t, c.schema), c.payload)
 		switch {
 		case bad == nil:
 			t.Errorf("%s allows %s", c.schema, c.payload)
@@ -74,7 +83,7 @@ func TestFaultsPointIntoThePayload(t *testing.T) {
 }
 
 func TestPayloadsThatFit(t *testing.T) {
-	if bad := compile(t, orderSchema).Check(order()); bad != nil {
+	if bad := check(t, compile(t, orderSchema), string(order())); bad != nil {
 		t.Error(bad)
 	}
 	for _, c := range [][2]string{
@@ -89,7 +98,7 @@ func TestPayloadsThatFit(t *testing.T) {
 		{`{"format":"uri-template"}`, `"https://example.com/{/path}"`},
 		{`true`, ` null `},
 	} {
-		if bad := compile(t, c[0]).Check([]byte(c[1])); bad != nil {
+		if bad := check(t, compile(t, c[0]), c[1]); bad != nil {
 			t.Errorf("%s, %s: %v", c[0], c[1], bad)
 		}
 	}
@@ -155,12 +164,12 @@ func TestWorkIsBounded(t *testing.T) {
 		"expression":     {`{"items":{"pattern":"(a|a)*(x{900}|y{900})$"}}`, long},
 		"enum":           {`{"items":{"enum":[` + strings.Repeat(`[[]],`, 1000) + `[]]}}`, many},
 	} {
-		bad := compile(t, c[0]).Check([]byte(c[1]))
+		bad := check(t, compile(t, c[0]), c[1])
 		if bad == nil || len(bad.Faults) != 1 || bad.Faults[0].Keyword != "work" {
 			t.Errorf("%s: %.200v", name, bad)
 		}
 	}
-	if bad := compile(t, `{"items":{"type":"string"},"uniqueItems":true}`).Check([]byte("[" + strings.Repeat("1,", 5000) + "1]")); len(bad.Faults) != 32 || bad.More != 4970 {
+	if bad := check(t, compile(t, `{"items":{"type":"string"},"uniqueItems":true}`), "["+strings.Repeat("1,", 5000)+"1]"); len(bad.Faults) != 32 || bad.More != 4970 {
 		t.Errorf("%d told and %d more", len(bad.Faults), bad.More)
 	}
 }
@@ -198,7 +207,7 @@ func TestAgreesWithTheLibrary(t *testing.T) {
 				t.Fatal(err)
 			}
 			want := theirs.Validate(value)
-			got := ours.Check(payload)
+			got := check(t, ours, string(payload))
 			if (want == nil) != (got == nil) {
 				t.Fatalf("schema %s\npayload %s\ntheirs %v\nours %v", text, payload, want, got)
 			}
@@ -314,7 +323,7 @@ func FuzzCheck(f *testing.F) {
 		if err != nil {
 			return
 		}
-		if bad := s.Check(payload); bad == nil && !json.Valid(payload) {
+		if bad := check(t, s, string(payload)); bad == nil && !json.Valid(payload) {
 			t.Fatalf("%q is no JSON and allowed", payload)
 		}
 	})
@@ -340,7 +349,7 @@ func TestSamples(t *testing.T) {
 		{`{"type":["null","string"]}`, `"string"`},
 		{`{"minProperties":2,"additionalProperties":{"type":"integer"}}`, `{"property1":0,"property2":0}`},
 	} {
-		got, err := schema.Sample([]byte(c[0]))
+		got, err := schema.Sample(t.Context(), []byte(c[0]))
 		if err != nil {
 			t.Errorf("%s: %v", c[0], err)
 			continue
@@ -348,10 +357,10 @@ func TestSamples(t *testing.T) {
 		if c[1] != "" && string(got) != c[1] {
 			t.Errorf("%s: %s, want %s", c[0], got, c[1])
 		}
-		if bad := compile(t, c[0]).Check(got); bad != nil {
+		if bad := check(t, compile(t, c[0]), string(got)); bad != nil {
 			t.Errorf("%s: %s: %v", c[0], got, bad)
 		}
-		if again, _ := schema.Sample([]byte(c[0])); string(again) != string(got) {
+		if again, _ := schema.Sample(t.Context(), []byte(c[0])); string(again) != string(got) {
 			t.Errorf("%s: another one the second time", c[0])
 		}
 	}
@@ -362,7 +371,7 @@ func TestSamples(t *testing.T) {
 		`{"type":"object","required":["next"],"properties":{"next":{"$ref":"#"}}}`,
 		`{"type":"object","not":{"type":"object"}}`,
 	} {
-		if got, err := schema.Sample([]byte(text)); !errors.Is(err, schema.ErrNoSample) {
+		if got, err := schema.Sample(t.Context(), []byte(text)); !errors.Is(err, schema.ErrNoSample) {
 			t.Errorf("%s: %s, %v", text, got, err)
 		}
 	}
