@@ -85,10 +85,11 @@ func (p *programs) keep(v *version, c *compiled) {
 	v.compiled.Store(c)
 	p.size += c.cost()
 	p.place[v] = p.kept.PushBack(v)
-	for looked := 0; p.size > p.most && p.kept.Len() > 1; looked++ {
+	for looked := 0; p.size > p.most; looked++ {
 		oldest := p.kept.Front()
 		other, _ := oldest.Value.(*version)
-		if used := &other.compiled.Load().used; other == v || used.Load() && looked < p.kept.Len() {
+		// v itself goes when it alone is too much.
+		if used := &other.compiled.Load().used; p.kept.Len() > 1 && (other == v || used.Load() && looked < p.kept.Len()) {
 			used.Store(false)
 			p.kept.MoveToBack(oldest)
 			continue

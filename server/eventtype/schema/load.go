@@ -2,12 +2,15 @@ package schema
 
 import (
 	"bytes"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"math/big"
 	"net/url"
 	"regexp"
 	"regexp/syntax"
+	"slices"
+	"strconv"
 	"strings"
 
 	"github.com/santhosh-tekuri/jsonschema/v6"
@@ -40,12 +43,18 @@ func load(text []byte) (s *jsonschema.Schema, id string, err error) {
 	c.DefaultDraft(jsonschema.Draft2020)
 	c.AssertFormat()
 	c.UseLoader(outside{})
-	c.UseRegexpEngine(compilePattern)
-	if err := c.AddResource(base, doc); err != nil {
-		return nil, "", describe(err)
+	x := &expressions{made: make(map[string]expression)}
+	c.UseRegexpEngine(x.compile)
+	clamp(doc, false)
+	if err = c.AddResource(base, doc); err == nil {
+		s, err = c.Compile(base)
 	}
-	if s, err = c.Compile(base); err != nil {
-		return nil, "", describe(err)
+	if err != nil {
+		wrong := describe(err)
+		if x.refused != nil { // behind a long pattern nobody would see it
+			wrong.Description = "is no JSON Schema: " + x.refused.Error()
+		}
+		return nil, "", wrong
 	}
 	if object, ok := doc.(map[string]any); ok {
 		id, _ = object["$id"].(string)
@@ -53,8 +62,8 @@ func load(text []byte) (s *jsonschema.Schema, id string, err error) {
 	return s, id, nil
 }
 
-// precheck refuses what the library should not see: it recurses as deep as a text is nested, and writes a number's
-// exponent out.
+// precheck refuses what the library should not see: it recurses as deep as a text is nested, writes a number's exponent out,
+// gives each subschema a pointer text of its own, and looks for each in a list of all.
 func precheck(text []byte) error {
 	var d document
 	if err := d.parse(text, maxSchemaDepth); err != nil {
@@ -62,6 +71,9 @@ func precheck(text []byte) error {
 	}
 	if k := d.nodes[0].kind; k != kindObject && k != kindBoolean {
 		return &Error{Description: "is " + k.String() + "; a schema is an object, or true or false", Reason: "schema.json"}
+	}
+	if err := d.bounded(); err != nil {
+		return err
 	}
 	for i := range d.nodes {
 		if d.nodes[i].kind != kindNumber {
@@ -89,6 +101,184 @@ func precheck(text []byte) error {
 	return nil
 }
 
+// bounded refuses a schema that takes far more to compile than to read.
+func (d *document) bounded() error {
+	tooMuch := func(i uint32, format string, args ...any) error {
+		return &Error{Pointer: cut(d.pointer(i), 100), Description: fmt.Sprintf(format, args...), Reason: "schema.size"}
+	}
+	values, schemas, pointers := 0, 0, 0
+	var walk func(i uint32, pointer int) error
+	walk = func(i uint32, pointer int) error {
+		n := &d.nodes[i]
+		if values++; values > maxValues {
+			return tooMuch(0, "has more than %d values, those of objects and arrays counted", maxValues)
+		}
+		if n.kind == kindObject || n.kind == kindBoolean {
+			schemas++
+			pointers += pointer
+		}
+		switch {
+		case schemas > maxSchemas:
+			return tooMuch(0, "has more than %d objects and booleans", maxSchemas)
+		case pointers > maxPointers:
+			return tooMuch(i, "has names too long for so many schemas below them: the pointers to all take more than %d bytes", maxPointers)
+		}
+		for at := i + 1; at < n.next; at = d.nodes[at].next {
+			length := pointer + 5 // an index
+			if n.kind == kindObject {
+				name := d.string(at)
+				if len(name) > maxName {
+					return tooMuch(at, "is a name of %d bytes; at most %d are allowed", len(name), maxName)
+				}
+				length = pointer + 1 + len(name)
+				at++
+			}
+			if err := walk(at, length); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	if err := walk(0, 0); err != nil {
+		return err
+	}
+	return d.references()
+}
+
+// references bounds $ref to places where the library expects no schema, which has it look through the whole schema once
+// more and check what is there anew, and what has an $id, each of which it compares with all others.
+func (d *document) references() error {
+	named, draft7 := 0, false
+	var refs []string
+	for i := range uint32(len(d.nodes)) { //nolint:gosec // as in add
+		if d.nodes[i].kind != kindObject {
+			continue
+		}
+		for key := i + 1; key < d.nodes[i].next; key = d.nodes[key+1].next {
+			if d.nodes[key+1].kind != kindString {
+				continue
+			}
+			switch value := string(d.string(key + 1)); string(d.string(key)) {
+			case "$id", "id", "$anchor", "$dynamicAnchor":
+				if i > 0 {
+					named++
+				}
+			case "$schema":
+				draft7 = draft7 || strings.Contains(value, "draft-07")
+			case "$ref":
+				refs = append(refs, value)
+			}
+		}
+	}
+	if named > maxNamed {
+		return &Error{Description: fmt.Sprintf("has more than %d names by $id and $anchor", maxNamed), Reason: "schema.size"}
+	}
+	slices.Sort(refs)
+	elsewhere := 0
+	for _, ref := range slices.Compact(refs) {
+		if ordinary(ref, draft7) {
+			continue
+		}
+		size := len(d.text) // of what is below an $id, say
+		if named == 0 {
+			size = d.size(ref)
+		}
+		if elsewhere += 1024 + size; elsewhere > maxElsewhere {
+			return &Error{Description: "has too many $ref to schemas that are not right below its " + place(draft7) + ": put them there", Reason: "schema.size"}
+		}
+	}
+	return nil
+}
+
+// place is where schemas are that are referred to.
+func place(draft7 bool) string {
+	if draft7 {
+		return "definitions"
+	}
+	return "$defs"
+}
+
+// ordinary reports whether a reference goes to the root, an $id, an $anchor, or right below such a place.
+func ordinary(ref string, draft7 bool) bool {
+	_, to, _ := strings.Cut(ref, "#")
+	for _, p := range []string{"definitions", place(draft7)} {
+		if name, ok := strings.CutPrefix(to, "/"+p+"/"); ok {
+			return !strings.Contains(name, "/")
+		}
+	}
+	return !strings.ContainsAny(to, "/%")
+}
+
+// size is how long the text of what a reference is to is: the whole, where that is not a pointer from the root.
+func (d *document) size(ref string) int {
+	pointer, ok := strings.CutPrefix(ref, "#")
+	pointer, err := url.PathUnescape(pointer)
+	at := uint32(0)
+	for ok && err == nil && pointer != "" {
+		var token string
+		token, pointer, _ = strings.Cut(pointer[1:], "/")
+		if pointer != "" {
+			pointer = "/" + pointer
+		}
+		next := uint32(0)
+		switch token = strings.NewReplacer("~1", "/", "~0", "~").Replace(token); d.nodes[at].kind {
+		case kindObject:
+			for key := at + 1; key < d.nodes[at].next; key = d.nodes[key+1].next {
+				if string(d.string(key)) == token {
+					next = key + 1
+				}
+			}
+		case kindArray:
+			k, err := strconv.Atoi(token)
+			for e := at + 1; e < d.nodes[at].next && err == nil; e, k = d.nodes[e].next, k-1 {
+				if k == 0 {
+					next = e
+				}
+			}
+		}
+		if at = next; at == 0 {
+			break
+		}
+	}
+	return int(d.nodes[at].to - d.nodes[at].from)
+}
+
+// farBound stands for every length and count beyond it: no payload comes near.
+const farBound = "2147483647"
+
+// clamp makes lengths and counts that do not fit the library's int the longest: it takes their last bits. names says that
+// what v has are schemas by names of their own.
+func clamp(v any, names bool) {
+	switch v := v.(type) {
+	case []any:
+		for _, e := range v {
+			clamp(e, false)
+		}
+	case map[string]any:
+		for name, sub := range v {
+			if names {
+				clamp(sub, false)
+				continue
+			}
+			switch name {
+			case "const", "enum", "default", "examples":
+			case "properties", "patternProperties", "$defs", "definitions", "dependentSchemas", "dependencies":
+				clamp(sub, true)
+			case "minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties", "minContains", "maxContains":
+				text, ok := sub.(json.Number)
+				if !ok {
+					continue
+				}
+				if n := number([]byte(text)); !n.negative && n.exponent > len(farBound) && n.integer() {
+					v[name] = json.Number(farBound)
+				}
+			default:
+				clamp(sub, false)
+			}
+		}
+	}
+}
+
 // quote shows a bounded part of what was given.
 func quote(s string) string {
 	if len(s) > 80 {
@@ -105,40 +295,87 @@ func (q quoted) String() string { return quote(string(q)) }
 // compiledPattern is a regular expression and what a match of it costs.
 type compiledPattern struct {
 	*regexp.Regexp
-	// weight is about how many steps one byte of text takes.
+	// weight is about how many steps one byte of text takes, times four.
 	weight int
+	// size is about how many bytes of memory it takes.
+	size int
 }
 
-// compilePattern bounds expressions. Go's take time in proportion to the text (RE2), times the size of the program.
-func compilePattern(text string) (jsonschema.Regexp, error) {
+// expressions are those of one schema, each compiled once.
+type expressions struct {
+	made map[string]expression
+	// size is that of all their programs.
+	size int
+	// refused is why the first was that is no fault of its syntax.
+	refused error
+}
+
+type expression struct {
+	pattern compiledPattern
+	err     error
+}
+
+// compile is for the library, which asks twice for each.
+func (x *expressions) compile(text string) (jsonschema.Regexp, error) {
+	e, ok := x.made[text]
+	if !ok {
+		e.pattern, e.err = x.first(text)
+		x.made[text] = e
+		if _, wrong := errors.AsType[*syntax.Error](e.err); e.err != nil && !wrong && x.refused == nil {
+			x.refused = e.err
+		}
+	}
+	if e.err != nil {
+		return nil, e.err
+	}
+	return e.pattern, nil
+}
+
+// first bounds expressions. Go's take time in proportion to the text (RE2), times the size of the program.
+func (x *expressions) first(text string) (none compiledPattern, err error) {
 	if len(text) > maxPattern {
-		return nil, fmt.Errorf("a pattern of %d bytes; at most %d are allowed", len(text), maxPattern)
+		return none, fmt.Errorf("a pattern of %d bytes; at most %d are allowed", len(text), maxPattern)
 	}
 	parsed, err := syntax.Parse(text, syntax.Perl)
 	if err != nil {
-		return nil, err
+		return none, err
 	}
 	program, err := syntax.Compile(parsed.Simplify())
 	if err != nil {
-		return nil, err
+		return none, err
 	}
-	if n := len(program.Inst); n > maxProgram {
-		return nil, fmt.Errorf("a pattern that takes %d steps for each character; at most %d are allowed", n, maxProgram)
+	n := len(program.Inst)
+	if n > maxProgram {
+		return none, fmt.Errorf("a pattern that takes %d steps for each character; at most %d are allowed", n, maxProgram)
+	}
+	size := 512 + 2*len(text) + instBytes*n
+	for i := range program.Inst {
+		size += runeBytes * len(program.Inst[i].Rune)
+	}
+	if program.StartCond()&syntax.EmptyBeginText != 0 { // another program, where it can be matched in one pass
+		size *= 3
+	}
+	if x.size += size; x.size > maxPrograms {
+		return none, fmt.Errorf("the patterns of the schema take more than %d bytes of memory together", maxPrograms)
 	}
 	re, err := regexp.Compile(text)
 	if err != nil {
-		return nil, err
+		return none, err
 	}
-	return compiledPattern{re, 1 + len(program.Inst)/8}, nil
+	// In a long one many places may be looked at for each character.
+	return compiledPattern{re, 1 + n/8 + n*n/1024, size}, nil
 }
 
-// pattern takes an expression over from the library.
+// pattern takes an expression over from the library. Equal ones are one.
 func (b *builder) pattern(p jsonschema.Regexp) pattern {
 	c, ok := p.(compiledPattern)
 	if !ok { // the library compiles with nothing else
 		return pattern{Regexp: regexp.MustCompile(regexp.QuoteMeta(p.String())), text: p.String(), weight: 1}
 	}
-	b.size += 16 * (len(p.String()) + 8*c.weight)
+	if !b.counted[c.Regexp] {
+		b.counted[c.Regexp] = true
+		b.size += c.size
+	}
 	return pattern{Regexp: c.Regexp, text: p.String(), weight: c.weight}
 }
 

@@ -11,6 +11,7 @@ package schema
 import (
 	"encoding/json"
 	"fmt"
+	"regexp"
 	"slices"
 	"sort"
 	"strings"
@@ -24,6 +25,22 @@ const (
 	// maxPattern bounds a regular expression, and maxProgram what it compiles to.
 	maxPattern = 1024
 	maxProgram = 2000
+	// maxPrograms bounds the memory of all expressions of a schema, of which an instruction takes instBytes and a character
+	// in a class runeBytes, and maxSize that of a compiled schema.
+	maxPrograms = 2 << 20
+	instBytes   = 40
+	runeBytes   = 4
+	maxSize     = 6 << 20
+	// maxValues bounds the values of a schema, maxSchemas those that may be schemas, maxPointers the bytes of the pointers to
+	// these, and maxName those of a name.
+	maxValues   = 50_000
+	maxSchemas  = 5000
+	maxPointers = 1 << 20
+	maxName     = 1024
+	// maxNamed bounds what has an $id or $anchor, and maxElsewhere the bytes of what is referred to in unusual places, with
+	// a KiB counted for each.
+	maxNamed     = 500
+	maxElsewhere = 512 << 10
 	// maxChain is how many rules may stand one behind the other for one value, through $ref, allOf and the like.
 	maxChain = 64
 )
@@ -57,7 +74,7 @@ func (e *Error) Error() string {
 }
 
 // Compile takes a text as a schema: JSON Schema 2020-12, or draft-07 if its $schema says so. Its error is an *Error. It
-// takes about a millisecond for each 2 KiB, all bounds kept.
+// takes about a millisecond for each 2 KiB, all bounds kept. A schema that would take more than 6 MiB is refused.
 func Compile(text []byte) (*Schema, error) {
 	loaded, id, err := load(text)
 	if err != nil {
@@ -68,7 +85,7 @@ func Compile(text []byte) (*Schema, error) {
 
 // build makes a schema of what the library has compiled of so many bytes.
 func build(loaded *jsonschema.Schema, id string, length int) (*Schema, error) {
-	b := builder{made: make(map[*jsonschema.Schema]*rule)}
+	b := builder{made: make(map[*jsonschema.Schema]*rule), counted: make(map[*regexp.Regexp]bool), size: length}
 	root := b.rule(loaded)
 	if b.err != nil {
 		return nil, b.err
@@ -76,18 +93,28 @@ func build(loaded *jsonschema.Schema, id string, length int) (*Schema, error) {
 	if err := b.bound(); err != nil {
 		return nil, err
 	}
-	return &Schema{ID: id, root: root, size: b.size + len(b.made)*ruleBytes + length}, nil
+	b.size += len(b.all) * ruleBytes
+	if b.size > maxSize {
+		return nil, &Error{Reason: "schema.size",
+			Description: fmt.Sprintf("would take %d bytes of memory once compiled; at most %d are allowed", b.size, maxSize)}
+	}
+	return &Schema{ID: id, root: root, size: b.size}, nil
 }
 
-// ruleBytes is about what a rule takes beside its texts.
-const ruleBytes = 640
+// ruleBytes is about what a rule takes beside its texts, and nodeBytes a value in an enum.
+const (
+	ruleBytes = 640
+	nodeBytes = 24
+)
 
 // builder makes rules of what the library has compiled.
 type builder struct {
 	made map[*jsonschema.Schema]*rule
 	all  []*rule
-	size int
-	err  error
+	// counted are the expressions that size has.
+	counted map[*regexp.Regexp]bool
+	size    int
+	err     error
 }
 
 func (b *builder) fail(s *jsonschema.Schema, reason, format string, args ...any) {
@@ -107,6 +134,7 @@ func (b *builder) rule(s *jsonschema.Schema) *rule {
 	r := &rule{at: fragment(s.Location)}
 	b.made[s] = r
 	b.all = append(b.all, r)
+	b.size += len(r.at)
 	if s.Bool != nil {
 		r.never = !*s.Bool
 		return r
@@ -194,6 +222,9 @@ func (b *builder) values(list []any) *values {
 		}
 		d := &document{}
 		if err := d.parse(text, maxSchemaDepth); err == nil {
+			d.settle()
+			d.nodes = slices.Clone(d.nodes) // without what they grew by
+			b.size += nodeBytes*len(d.nodes) + 64
 			v.others = append(v.others, d)
 		}
 	}
@@ -223,6 +254,7 @@ func (b *builder) object(r *rule, s *jsonschema.Schema) {
 		b.size += len(name) + 48
 	}
 	for pattern, sub := range s.PatternProperties {
+		b.size += 64
 		r.patterns = append(r.patterns, patternRule{b.pattern(pattern), b.rule(sub)})
 	}
 	sort.Slice(r.patterns, func(i, j int) bool { return r.patterns[i].text < r.patterns[j].text })
@@ -231,13 +263,13 @@ func (b *builder) object(r *rule, s *jsonschema.Schema) {
 	for name, needs := range s.Dependencies {
 		switch d := needs.(type) {
 		case []string:
-			r.dependents = append(r.dependents, dependency{name: name, required: d})
+			r.dependents = append(r.dependents, b.dependency(name, d))
 		case *jsonschema.Schema:
 			r.dependents = append(r.dependents, dependency{name: name, rule: b.rule(d)})
 		}
 	}
 	for name, required := range s.DependentRequired {
-		r.dependents = append(r.dependents, dependency{name: name, required: required})
+		r.dependents = append(r.dependents, b.dependency(name, required))
 	}
 	for name, sub := range s.DependentSchemas {
 		r.dependents = append(r.dependents, dependency{name: name, rule: b.rule(sub)})
@@ -245,6 +277,15 @@ func (b *builder) object(r *rule, s *jsonschema.Schema) {
 	sort.SliceStable(r.dependents, func(i, j int) bool { return r.dependents[i].name < r.dependents[j].name })
 	r.ofObject = r.minProperties > 0 || r.maxProperties >= 0 || r.properties != nil || r.patterns != nil || r.additional != nil ||
 		r.names != nil || r.dependents != nil
+}
+
+// dependency is one of names.
+func (b *builder) dependency(name string, required []string) dependency {
+	b.size += len(name) + 48
+	for _, needed := range required {
+		b.size += len(needed) + 16
+	}
+	return dependency{name: name, required: required}
 }
 
 // boolOr is a keyword that is a boolean or a schema.
