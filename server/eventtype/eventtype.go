@@ -212,15 +212,24 @@ func (t *Type) Sample(ctx context.Context, dataSchema string) (payload []byte, o
 
 // decode reads a stored type.
 func decode(s *Store, key string, value []byte, revision int64) (*Type, error) {
-	p := &grapnelv1.EventType{}
-	if err := proto.Unmarshal(value, p); err != nil {
-		return nil, fmt.Errorf("read event type: %w", err)
-	}
-	ns, ok := namespaceIn(key)
-	if !ok || Name(ns, p.GetType()) != key {
-		return nil, fmt.Errorf("holds the event type %q", p.GetType())
+	ns, p, err := read(key, value)
+	if err != nil {
+		return nil, err
 	}
 	return s.made(ns, p, revision), nil
+}
+
+// read reads the message that is stored under a name.
+func read(name string, value []byte) (ns string, p *grapnelv1.EventType, err error) {
+	p = &grapnelv1.EventType{}
+	if err := proto.Unmarshal(value, p); err != nil {
+		return "", nil, fmt.Errorf("read event type: %w", err)
+	}
+	ns, ok := namespaceIn(name)
+	if !ok || Name(ns, p.GetType()) != name {
+		return "", nil, fmt.Errorf("holds the event type %q", p.GetType())
+	}
+	return ns, p, nil
 }
 
 // made is a type of its stored message.

@@ -3,6 +3,7 @@ package eventtype
 import (
 	"context"
 	"log/slog"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -43,6 +44,8 @@ type Store struct {
 	mu sync.Mutex // guards what follows
 	// writing is how many bytes are about to be added, by namespace.
 	writing map[string]int
+	// unread are the names of types whose stored values are whole and cannot be read all the same.
+	unread map[string]bool
 }
 
 // keyPrefix stands before the name of a type in its key, so that who wants all types reads nothing else, and those who
@@ -70,6 +73,7 @@ func Open(ctx context.Context, o Options) (*Store, error) {
 		next:     btree.NewMap[string, *Catalog](treeDegree),
 		types:    make(map[string]*btree.Map[string, *Type]),
 		writing:  make(map[string]int),
+		unread:   make(map[string]bool),
 	}
 	var err error
 	s.space, err = keyspace.Open(ctx, keyspace.Options{
@@ -92,14 +96,20 @@ func (s *Store) Run(ctx context.Context) error { return s.space.Run(ctx) }
 // Healthy reports whether etcd has been heard within the last seconds, and is the right one.
 func (s *Store) Healthy() bool { return s.space.Healthy() }
 
-// Broken lists the full names of types whose stored values are damaged, sorted. What was known of them before is still in
-// use.
+// Broken lists the full names of types whose stored values are damaged or cannot be read, sorted. What was known of them
+// before is still in use.
 func (s *Store) Broken() []string {
 	names := s.space.Broken()
 	for i, key := range names {
 		names[i] = strings.TrimPrefix(key, keyPrefix)
 	}
-	return names
+	s.mu.Lock()
+	for name := range s.unread {
+		names = append(names, name)
+	}
+	s.mu.Unlock()
+	slices.Sort(names)
+	return slices.Compact(names)
 }
 
 // In returns what a namespace has registered, nil when nothing. It never blocks.
@@ -117,12 +127,16 @@ func (s *Store) Damaged(ns, id string) bool {
 	if s.In(ns).Get(id) != nil {
 		return false
 	}
-	for _, key := range s.space.Broken() {
-		if key == keyPrefix+Name(ns, id) {
-			return true
-		}
+	return slices.Contains(s.Broken(), Name(ns, id))
+}
+
+// note keeps in mind whether the value of a name can be read.
+func (s *Store) note(name string, err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if delete(s.unread, name); err != nil {
+		s.unread[name] = true
 	}
-	return false
 }
 
 // apply takes stored changes into the next catalogs. A value that cannot be read is skipped: what was known before stays.
@@ -136,6 +150,7 @@ func (s *Store) apply(_ int64, stored []keyspace.Change) {
 		if ok && !c.Deleted {
 			t, err = decode(s, name, c.Value, c.Revision)
 		}
+		s.note(name, err)
 		if !ok || err != nil {
 			s.log.Error("stored value skipped", "key", s.prefix+c.Key, "revision", c.Revision, "err", err)
 			continue

@@ -11,9 +11,11 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	clientv3 "go.etcd.io/etcd/client/v3"
+	"google.golang.org/protobuf/proto"
 
 	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
 	"github.com/grapnel/grapnel/server/eventtype"
+	"github.com/grapnel/grapnel/server/keyspace"
 	"github.com/grapnel/grapnel/server/keyspace/keyspacetest"
 	"github.com/grapnel/grapnel/server/subscription"
 )
@@ -352,6 +354,40 @@ func BenchmarkThousand(b *testing.B) {
 			n++
 		}
 	})
+}
+
+// What is stored but cannot be read is damaged and not absent, whichever way it cannot be read, and may be created again.
+func TestUnreadableIsDamaged(t *testing.T) {
+	open(t, 0)
+	other, err := proto.Marshal(&grapnelv1.EventType{Type: "invoice"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for id, value := range map[string][]byte{"order": []byte("\xff\xff no message"), "payment": other} {
+		key := "eventtypes/" + eventtype.Name("acme", id)
+		if _, err := etcd.Client.Put(t.Context(), prefix(t)+key, string(keyspace.AddSum(key, value))); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s := reopen(t, 0)
+	if diff := cmp.Diff([]string{eventtype.Name("acme", "order"), eventtype.Name("acme", "payment")}, s.Broken()); diff != "" {
+		t.Error(diff)
+	}
+	for _, id := range []string{"order", "payment"} {
+		if !s.Damaged("acme", id) {
+			t.Errorf("%s is taken for absent", id)
+		}
+		if _, err := s.Update(t.Context(), "acme", id, "", func(*grapnelv1.EventType) error { return nil }, eventtype.UpdateOptions{AllowMissing: true}); err == nil || errors.Is(err, eventtype.ErrNotFound) {
+			t.Errorf("%s: %v", id, err)
+		}
+		create(t, s, id, enforced(`{"type":"object"}`))
+		if s.Damaged("acme", id) || s.In("acme").Get(id) == nil {
+			t.Errorf("%s is not created again", id)
+		}
+	}
+	if got := s.Broken(); len(got) > 0 {
+		t.Error(got)
+	}
 }
 
 // Samples, however many are asked for and given up, take no place that events need.

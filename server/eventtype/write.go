@@ -119,8 +119,13 @@ func (s *Store) planned(id string, items []keyspace.Item, plan plan) (wanted, st
 		return nil, nil, err
 	}
 	stored = &grapnelv1.EventType{}
-	if err := proto.Unmarshal(items[1].Value, stored); err != nil {
-		return nil, nil, fmt.Errorf("%s: read event type: %w", s.space.Key(items[1].Key), err)
+	if it := &items[1]; it.Revision != 0 && it.Err == nil {
+		_, found, err := read(it.Key[len(keyPrefix):], it.Value)
+		if err != nil { // as good as damaged
+			it.Err = fmt.Errorf("%s in etcd is damaged: %w; create it again, or restore etcd from a backup", s.space.Key(it.Key), err)
+		} else {
+			stored = found
+		}
 	}
 	if wanted, err = plan(items[1], stored); err != nil {
 		return nil, nil, err
