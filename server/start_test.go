@@ -17,6 +17,7 @@ import (
 	"time"
 
 	clientv3 "go.etcd.io/etcd/client/v3"
+	"golang.org/x/sys/unix"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
@@ -403,11 +404,29 @@ func TestEtcdThatWantsUsers(t *testing.T) {
 	}
 }
 
+// refusedAddr is an address where nobody listens, and nobody else can as long as the test runs.
+func refusedAddr(t *testing.T) string {
+	t.Helper()
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = unix.Close(fd) })
+	if err := unix.Bind(fd, &unix.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}}); err != nil {
+		t.Fatal(err)
+	}
+	at, err := unix.Getsockname(fd)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return fmt.Sprintf("127.0.0.1:%d", at.(*unix.SockaddrInet4).Port)
+}
+
 // TestEtcdThatCannotBeReached is waited for within bounds, and the cause is told where the client hides it.
 func TestEtcdThatCannotBeReached(t *testing.T) {
 	t.Parallel()
 	etcd := startEtcd(t)
-	nobody := freeAddr(t)
+	nobody := refusedAddr(t)
 	for endpoint, word := range map[string]string{
 		"https://" + etcd.addr: "does this port speak TLS?",
 		"http://" + nobody:     "refused",
