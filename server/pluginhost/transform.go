@@ -47,11 +47,17 @@ func (m *madeBytes) add(n int64) {
 	}
 }
 
-// hold counts what was made for p until p is completed.
+// hold has p carry what was made.
 func (h *Host) hold(p *pending, made *delivery.Made) {
 	p.made = made
-	p.held = int64(len(made.Body))
-	h.made.add(p.held)
+	h.count(p, made)
+}
+
+// count counts what was made for p, also while it waits to be kept, until p is completed.
+func (h *Host) count(p *pending, made *delivery.Made) {
+	size := int64(len(made.Body))
+	h.made.add(size - p.held)
+	p.held = size
 }
 
 // transformFirst finds what was kept for p, or has it made.
@@ -134,7 +140,9 @@ func (c *conn) transformed(resp *pluginv1.TransformResponse) error {
 	for i, p := range taken {
 		switch r := resp.GetResults()[i]; {
 		case r.GetTransformed() != nil:
-			go c.host.keep(p, madeOf(r.GetTransformed())) // it waits for the disk
+			made := madeOf(r.GetTransformed())
+			c.host.count(p, made)
+			go c.host.keep(p, made) // it waits for the disk
 		case r.GetDropped() != nil:
 			c.host.dropped(p, r.GetDropped().GetReason())
 		default:

@@ -35,6 +35,8 @@ type shelf struct {
 	kept  map[delivery.ID]*delivery.Made
 	reads int
 	fails error
+	// stalls, when set, is what KeepMade waits for, once it has said so to waits.
+	stalls, waits chan struct{}
 }
 
 func (s *shelf) Made(job *delivery.Job) (*delivery.Made, error) {
@@ -45,6 +47,10 @@ func (s *shelf) Made(job *delivery.Job) (*delivery.Made, error) {
 }
 
 func (s *shelf) KeepMade(_ context.Context, job *delivery.Job, made *delivery.Made) (*delivery.Made, error) {
+	if s.stalls != nil {
+		s.waits <- struct{}{}
+		<-s.stalls
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.fails != nil {
@@ -100,6 +106,27 @@ func TestMadeIsStoredBeforeItIsSent(t *testing.T) {
 	reads := bodies.reads
 	if r := f.attempt(t, newSub(t, 9, nil), newJob(9, "x")); r.Outcome != delivery.OutcomeSucceeded || bodies.reads != reads {
 		t.Errorf("without a transformer: %+v, %d reads", r, bodies.reads-reads)
+	}
+}
+
+// TestMadeIsBoundedWhileTheDiskStalls: what waits to be stored counts, so that it does not pile up.
+func TestMadeIsBoundedWhileTheDiskStalls(t *testing.T) {
+	bodies := &shelf{stalls: make(chan struct{}), waits: make(chan struct{}, 1)}
+	f := start(t, nil, self("plugin-all"), self("plugin-scripts")).ready(t)
+	f.opts.Bodies = bodies
+	f.made.limit = 5
+	sub := transformed(t, 1, "jq", map[string]any{"program": `{n: .data.n}`})
+	s := newSink()
+	first := newJob(1, "x")
+	f.Attempt(sub, first, s)
+	<-bodies.waits
+	if r := f.attempt(t, sub, newJob(2, "x")); r.Cause != delivery.CauseUnspent || !strings.Contains(r.Error, "no memory for what transformers make") {
+		t.Errorf("beside what waits for the disk: %+v", r)
+	}
+	close(bodies.stalls)
+	s.wait(t, 1)
+	if r := s.of(first); r.Outcome != delivery.OutcomeSucceeded || f.made.used.Load() != 0 {
+		t.Errorf("%+v, and %d bytes are held", r, f.made.used.Load())
 	}
 }
 
