@@ -60,7 +60,7 @@ func TestStatus(t *testing.T) {
 	eventually(t, "it is back", func() bool {
 		p, _ := f.Plugin("mem")
 		in = p.GetInstances()[0]
-		return in.GetRestartCount() == 1 && in.GetPid() != 0
+		return in.GetRestartCount() == 1 && in.GetHealth() != grapnelv1.Plugin_HEALTH_NOT_SERVING
 	})
 	if in.GetHealth() != grapnelv1.Plugin_HEALTH_DEGRADED || in.GetLastError() != "signal: killed" || time.Since(in.GetLastCrashTime().AsTime()) > time.Minute {
 		t.Errorf("after a crash: %v", in)
