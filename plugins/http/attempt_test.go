@@ -144,7 +144,7 @@ func TestKeepAliveReuse(t *testing.T) {
 func TestManyInFlightDoNotChurnConnections(t *testing.T) {
 	everyVersion(t, func(t *testing.T, c client) {
 		const width, rounds = 100, 5
-		var conns, inside atomic.Int32
+		var conns atomic.Int32
 		all := make(chan struct{}, width)
 		srv := c.serve(t, func(srv *httptest.Server) {
 			srv.Config.ConnState = func(_ net.Conn, s http.ConnState) {
@@ -153,7 +153,6 @@ func TestManyInFlightDoNotChurnConnections(t *testing.T) {
 				}
 			}
 		}, func(http.ResponseWriter, *http.Request) {
-			inside.Add(1)
 			all <- struct{}{}
 		})
 		inst := c.instance(t, srv.URL, nil)
@@ -166,10 +165,13 @@ func TestManyInFlightDoNotChurnConnections(t *testing.T) {
 					}
 				})
 			}
+			wg.Wait()
+			if len(all) != width {
+				t.Fatalf("%d requests arrived, want %d", len(all), width)
+			}
 			for range width {
 				<-all
 			}
-			wg.Wait()
 		}
 		// net/http may dial one that it does not need in the end.
 		if n := conns.Load(); n > 2*width {
