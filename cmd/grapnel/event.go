@@ -29,6 +29,7 @@ func eventColumns() []column[*grapnelv1.Event] {
 		{head: "SOURCE", detail: true, value: event.GetSource},
 		{head: "CONTENT TYPE", detail: true, value: event.GetDataContentType},
 		{head: "ATTRIBUTES", detail: true, value: func(e event) string { return pairsText(e.GetAttributes()) }},
+		{head: "HEADERS", detail: true, value: func(e event) string { return pairsText(e.GetHeaders()) }},
 		{head: "BYTES", value: func(e event) string { return number(e.GetSizeBytes()) }},
 		{head: "MATCHED", value: func(e event) string { return fmt.Sprint(e.GetMatchedSubscriptions()) }},
 		{head: "TIME", detail: true, value: func(e event) string { return timeText(e.GetTime()) }},

@@ -23,6 +23,7 @@ type publishFlags struct {
 	event       grapnelv1.Event
 	data        string
 	attributes  []string
+	headers     []string
 	deliverTime string
 	at          string
 	ttl         time.Duration
@@ -74,6 +75,7 @@ func (f *publishFlags) register(cmd *cobra.Command) {
 	f.describe(cmd)
 	flags := cmd.Flags()
 	flags.StringVar(&f.event.OrderingKey, "ordering-key", "", "ordered subscriptions get the events of a key one after another")
+	flags.StringArrayVarP(&f.headers, "header", "H", nil, "header as `name=value`, sent to subscriptions that allow it; repeat for more; not for secrets")
 	flags.StringVar(&f.deliverTime, "deliver-time", "", "first attempt not before this `time`, RFC 3339, or a delay such as 2h")
 	spanVar(flags, &f.ttl, "ttl", 0, 0, 0, "do not attempt it for longer than this")
 	flags.BoolVar(&f.lines, "jsonl", false, "read events from standard input, one JSON object a line")
@@ -98,7 +100,7 @@ func (f *publishFlags) describe(cmd *cobra.Command) {
 // check refuses flags that would have no say.
 func (f *publishFlags) check(cmd *cobra.Command) error {
 	if err := excludes(cmd, "jsonl", "each line of standard input is an event of its own", "data", "id", "ordering-key", "content-type", "data-schema",
-		"attribute", "time", "deliver-time", "ttl", "wait"); err != nil {
+		"attribute", "header", "time", "deliver-time", "ttl", "wait"); err != nil {
 		return err
 	}
 	return needs(cmd, "stream", "jsonl")
@@ -118,6 +120,11 @@ func (f *publishFlags) build(c *cli, now time.Time) (*grapnelv1.Event, error) {
 	e.DataContentType = cmp.Or(e.GetDataContentType(), guessContentType(body))
 	if len(f.attributes) > 0 {
 		if e.Attributes, err = parsePairs("attribute", f.attributes); err != nil {
+			return nil, err
+		}
+	}
+	if len(f.headers) > 0 {
+		if e.Headers, err = parsePairs("header", f.headers); err != nil {
 			return nil, err
 		}
 	}

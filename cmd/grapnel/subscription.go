@@ -37,6 +37,8 @@ func subscriptionColumns() []column[*grapnelv1.Subscription] {
 		{head: "URI", value: sub.GetUri},
 		{head: "DEAD LETTER", detail: true, value: func(s sub) string { return lastSegment(s.GetDeadLetter()) }},
 		{head: "HEADERS", detail: true, value: func(s sub) string { return pairsText(s.GetHeaders()) }},
+		{head: "HEADER TEMPLATES", detail: true, value: func(s sub) string { return pairsText(s.GetHeaderTemplates()) }},
+		{head: "EVENT HEADERS", detail: true, value: func(s sub) string { return strings.Join(s.GetAllowedEventHeaders(), ", ") }},
 		{head: "LABELS", detail: true, value: func(s sub) string { return pairsText(s.GetLabels()) }},
 		{head: "PAYLOAD", detail: true, value: func(s sub) string { return shapeText(s.GetPayloadShape()) }},
 		{head: "TRANSFORMER", detail: true, value: func(s sub) string { return bindingText(s.GetTransformer()) }},

@@ -24,6 +24,7 @@ type subscriptionFlags struct {
 	deadLetter                           string
 	name                                 func(id string) (string, error) // of a subscription
 	types, labels, headers               []string
+	headerTemplates, eventHeaders        []string
 	signers                              signerFlags
 	payload, contentType                 string
 	gzip                                 bool
@@ -56,6 +57,8 @@ func (f *subscriptionFlags) register(cmd *cobra.Command, c *cli) {
 	f.name = func(id string) (string, error) { return c.name(subscriptions, id) }
 	flags.StringArrayVarP(&f.labels, "label", "l", nil, "label as `name=value`; repeat for more")
 	flags.StringArrayVarP(&f.headers, "header", "H", nil, "static header as `name=value`; repeat for more; not for secrets")
+	flags.StringArrayVar(&f.headerTemplates, "header-template", nil, "header made of each event as `name=text`, such as x-tenant={event.attributes.tenant}; repeat for more")
+	flags.StringSliceVar(&f.eventHeaders, "allow-event-header", nil, "`names` of headers that events may bring themselves")
 	f.signers.register(cmd, c)
 	flags.StringVar(&f.payload, "payload", "", "`form` of the body: raw, the default, standard-webhooks or cloudevents")
 	flags.BoolVar(&f.gzip, "gzip", false, "compress the body; signatures cover the compressed bytes")
@@ -171,6 +174,8 @@ func (f *subscriptionFlags) plain(s *grapnelv1.Subscription) []field {
 		}},
 		{"label", "labels", pairs("label", f.labels, &s.Labels)},
 		{"header", "headers", pairs("header", f.headers, &s.Headers)},
+		{"header-template", "header_templates", pairs("header-template", f.headerTemplates, &s.HeaderTemplates)},
+		{"allow-event-header", "allowed_event_headers", func() error { s.AllowedEventHeaders = nonEmpty(f.eventHeaders); return nil }},
 		{"attempt-timeout", "attempt_timeout", func() error { s.AttemptTimeout = durationpb.New(f.attemptTimeout); return nil }},
 		{"max-in-flight", "max_in_flight", func() error { s.MaxInFlight = f.maxInFlight; return nil }},
 		{"max-rate", "max_rate", func() error { s.MaxRate = f.maxRate; return nil }},

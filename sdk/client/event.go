@@ -30,6 +30,9 @@ type Event struct {
 	DataSchema string
 	// Attributes are CloudEvents extension attributes, with names of a to z and 0 to 9.
 	Attributes map[string]string
+	// Headers are carried by requests to subscriptions that allow them, in allowed_event_headers: at most 16, of 4 KiB in sum,
+	// values of printable ASCII. Not for secrets.
+	Headers map[string]string
 	// Data is the body, sent byte for byte as it is here.
 	Data []byte
 	// DeliverTime delays the first attempt, 7 days at most; zero means at once.
@@ -55,6 +58,7 @@ func (e Event) proto() *grapnelv1.Event {
 		DataContentType: e.ContentType,
 		DataSchema:      e.DataSchema,
 		Attributes:      e.Attributes,
+		Headers:         e.Headers,
 		Payload:         &grapnelv1.Event_Data{Data: e.Data},
 		OrderingKey:     e.OrderingKey,
 	}

@@ -213,7 +213,7 @@ func (c *Client) Publisher(namespace string, o PublisherOptions) *Publisher {
 
 // Publish takes an event and returns at once, or waits for room, as WhenFull says. It never returns
 // nil: what goes wrong is in the result. The end of ctx stops waiting for room and sending again; an
-// event that was taken is sent at least once all the same. Data and Attributes must not be changed
+// event that was taken is sent at least once all the same. Data, Attributes and Headers must not be changed
 // until the result is done.
 func (p *Publisher) Publish(ctx context.Context, e Event) *Result {
 	return p.PublishProto(ctx, e.proto())

@@ -31,7 +31,9 @@ const (
 	maxAttributeName  = 20
 	maxAttributeValue = 256
 	maxOrderingKey    = 128 // bytes
-	// maxHeaderBlock bounds what the attributes of CloudEvents take together as HTTP headers. Servers refuse requests
+	maxHeaders        = 16
+	maxHeaderBytes    = 4 << 10
+	// maxHeaderBlock bounds what the attributes of CloudEvents, and headers, take together as HTTP headers. Servers refuse requests
 	// with too much of that, the strictest of those in wide use from 16 KiB on, of which some is for other headers.
 	maxHeaderBlock  = 12 << 10
 	maxDeliverAhead = 7 * 24 * time.Hour
@@ -52,6 +54,7 @@ func eventOf(ns string, e *grapnelv1.Event, now time.Time) (*delivery.Event, []V
 	var c checks
 	c.unknown(e)
 	c.attributesOf(e)
+	headers := c.headersOf(e)
 	ev := &delivery.Event{
 		ID:          e.GetId(),
 		Source:      e.GetSource(),
@@ -62,6 +65,7 @@ func eventOf(ns string, e *grapnelv1.Event, now time.Time) (*delivery.Event, []V
 		Schema:      e.GetDataSchema(),
 		Attributes:  e.GetAttributes(),
 		OrderingKey: e.GetOrderingKey(),
+		Headers:     headers,
 	}
 	c.times(e, ev, now)
 	standard := c.payload(e, ev)
@@ -155,7 +159,7 @@ func (c *checks) attributesOf(e *grapnelv1.Event) {
 	}
 	attributes := e.GetAttributes()
 	if n := headerBlock(e); n > maxHeaderBlock {
-		c.fault("attributes", "header_block", "take "+strconv.Itoa(n)+" bytes as HTTP headers, with id, source, type, subject and data_schema; at most "+
+		c.fault("attributes", "header_block", "take "+strconv.Itoa(n)+" bytes as HTTP headers, with id, source, type, subject, data_schema and headers; at most "+
 			strconv.Itoa(maxHeaderBlock)+" are allowed, and what is not ASCII takes three for each byte")
 	}
 	if len(attributes) > maxAttributes {
@@ -180,7 +184,51 @@ func headerBlock(e *grapnelv1.Event) int {
 	for name, value := range e.GetAttributes() {
 		n += around + len(name) + headerBytes(value)
 	}
+	for name, value := range e.GetHeaders() {
+		n += len(": \r\n") + len(name) + len(value)
+	}
 	return n
+}
+
+// headersOf are the event's headers, names in lower case, checked.
+func (c *checks) headersOf(e *grapnelv1.Event) map[string]string {
+	given := e.GetHeaders()
+	if len(given) == 0 {
+		return nil
+	}
+	if len(given) > maxHeaders {
+		c.fault("headers", "map.max_pairs", "has "+strconv.Itoa(len(given))+" entries; at most "+strconv.Itoa(maxHeaders)+" are allowed")
+		return nil
+	}
+	size := 0
+	headers := make(map[string]string, len(given))
+	for _, name := range slices.Sorted(maps.Keys(given)) {
+		field, lower, value := "headers["+quote(name)+"]", strings.ToLower(name), given[name]
+		size += len(name) + len(value)
+		fault := subscription.EventHeaderFault(name)
+		switch _, twice := headers[lower]; {
+		case fault != "":
+			c.fault(field, "header_name", fault)
+		case twice:
+			c.fault(field, "header_name", "is there twice; names do not depend on case")
+		case !isHeaderValue(value):
+			c.fault(field, "header_value", "must be printable ASCII without a blank at either end; what is not, and line breaks, cannot travel in a header")
+		}
+		headers[lower] = value
+	}
+	if size > maxHeaderBytes {
+		c.fault("headers", "header_block", "take "+strconv.Itoa(size)+" bytes, names and values; at most "+strconv.Itoa(maxHeaderBytes)+" are allowed")
+	}
+	return headers
+}
+
+func isHeaderValue(s string) bool {
+	for i := range len(s) {
+		if s[i] < ' ' || s[i] >= 0x7f {
+			return false
+		}
+	}
+	return s == strings.TrimSpace(s)
 }
 
 // headerBytes is how long s is in a header: what is not printable ASCII, blanks, quotes and percent signs take three.
@@ -322,7 +370,11 @@ func compactJSON(v any) ([]byte, error) {
 // it makes conflicts out of repeats sent across an upgrade.
 func contentHash(e *grapnelv1.Event, payload []byte) [16]byte {
 	b := make([]byte, 0, 512)
-	b = append(b, 1) // version of this form
+	form := byte(1)
+	if len(e.GetHeaders()) > 0 {
+		form = 2
+	}
+	b = append(b, form)
 	for _, s := range [...]string{e.GetSource(), e.GetType(), e.GetSubject(), e.GetDataContentType(), e.GetDataSchema()} {
 		b = appendString(b, s)
 	}
@@ -334,6 +386,13 @@ func contentHash(e *grapnelv1.Event, payload []byte) [16]byte {
 		for _, name := range slices.Sorted(maps.Keys(e.GetAttributes())) {
 			b = appendString(b, name)
 			b = appendString(b, e.GetAttributes()[name])
+		}
+	}
+	if form == 2 {
+		b = binary.AppendUvarint(b, uint64(len(e.GetHeaders())))
+		for _, name := range slices.Sorted(maps.Keys(e.GetHeaders())) {
+			b = appendString(b, strings.ToLower(name))
+			b = appendString(b, e.GetHeaders()[name])
 		}
 	}
 	// What is sent counts, not how it was given, but the default content type depends on that.

@@ -127,7 +127,7 @@ func (s *Server) defaultTransport(p *grapnelv1.Subscription) {
 // hears everything at once. It reports false when the faults concern what plugins would be asked about.
 func (s *Server) completeBindings(p *grapnelv1.Subscription, faults []Violation) bool {
 	for _, f := range faults {
-		for _, part := range []string{"subscription.uri", "subscription.headers", "subscription.signers", "subscription.transport", "subscription.transformer"} {
+		for _, part := range []string{"subscription.uri", "subscription.headers", "subscription.header_templates", "subscription.allowed_event_headers", "subscription.signers", "subscription.transport", "subscription.transformer"} {
 			if strings.HasPrefix(f.Field, part) {
 				return false
 			}
@@ -135,7 +135,7 @@ func (s *Server) completeBindings(p *grapnelv1.Subscription, faults []Violation)
 	}
 	bare, err := subscription.New(&grapnelv1.Subscription{
 		Name: p.GetName(), Uri: p.GetUri(), Headers: p.GetHeaders(), Signers: p.GetSigners(), Transport: p.GetTransport(),
-		Transformer: p.GetTransformer(),
+		Transformer: p.GetTransformer(), HeaderTemplates: p.GetHeaderTemplates(), AllowedEventHeaders: p.GetAllowedEventHeaders(),
 	})
 	if err != nil {
 		return false
@@ -174,6 +174,7 @@ func (s *Server) missingSecrets(p *grapnelv1.Subscription) []missingSecret {
 // sameTarget reports whether two versions of a subscription look the same to plugins.
 func sameTarget(a, b *grapnelv1.Subscription) bool {
 	return a.GetUri() == b.GetUri() && maps.Equal(a.GetHeaders(), b.GetHeaders()) &&
+		maps.Equal(a.GetHeaderTemplates(), b.GetHeaderTemplates()) && slices.Equal(a.GetAllowedEventHeaders(), b.GetAllowedEventHeaders()) &&
 		slices.EqualFunc(a.GetSigners(), b.GetSigners(), equalBindings) && equalBindings(a.GetTransport(), b.GetTransport()) &&
 		equalBindings(a.GetTransformer(), b.GetTransformer())
 }

@@ -168,7 +168,7 @@ func eventProto(ns string, ev *delivery.Event, payload bool) *grapnelv1.Event {
 		m.Ttl = durationpb.New(ev.TTL)
 	}
 	if payload {
-		m.Payload = &grapnelv1.Event_Data{Data: ev.Payload}
+		m.Payload, m.Headers = &grapnelv1.Event_Data{Data: ev.Payload}, ev.Headers
 	}
 	return m
 }

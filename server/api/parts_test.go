@@ -360,6 +360,19 @@ func TestContentHashIsStable(t *testing.T) {
 	if want := "e9f535ae640d8de8a0a83dbb4bb2b81f"; got != want {
 		t.Errorf("hash = %s, want %s", got, want)
 	}
+	seen := map[string]bool{got: true}
+	for _, headers := range []map[string]string{{"x-a": "1"}, {"x-a": "2"}, {"x-b": "1"}, {"x-a": "1", "x-b": "1"}} {
+		e.Headers = headers
+		hash := fmt.Sprintf("%x", contentHash(e, []byte("payload")))
+		if seen[hash] {
+			t.Errorf("headers %v make no difference", headers)
+		}
+		seen[hash] = true
+	}
+	e.Headers = map[string]string{"X-A": "1", "X-b": "1"}
+	if !seen[fmt.Sprintf("%x", contentHash(e, []byte("payload")))] {
+		t.Error("the case of a header's name makes a difference")
+	}
 }
 
 func TestErrorsToStatus(t *testing.T) {

@@ -31,6 +31,7 @@ func TestPublishStoresWhatWasSent(t *testing.T) {
 		Id: "A.b_c~d-1", Type: "order.created", Source: "//shop/eu", Subject: "order 7",
 		Time: timestamppb.New(when), DataContentType: "text/plain; charset=utf-8", DataSchema: "https://example.com/s",
 		Attributes: map[string]string{"tenant": "ü 1"}, Payload: &grapnelv1.Event_Data{Data: []byte("by\x00tes")},
+		Headers:     map[string]string{"x-request-id": "r 1", "x-empty": ""},
 		DeliverTime: timestamppb.New(later), Ttl: durationpb.New(time.Minute),
 	}
 	got, err := st.publish.Publish(t.Context(), &grapnelv1.PublishRequest{Parent: "namespaces/acme", Event: sent})
@@ -55,7 +56,7 @@ func TestPublishStoresWhatWasSent(t *testing.T) {
 		t.Error(diff)
 	}
 	read, err = st.events.GetEvent(t.Context(), &grapnelv1.GetEventRequest{Name: got.GetName()})
-	if err != nil || read.GetEvent().GetPayload() != nil || read.GetEvent().GetSizeBytes() != 6 {
+	if err != nil || read.GetEvent().GetPayload() != nil || read.GetEvent().GetHeaders() != nil || read.GetEvent().GetSizeBytes() != 6 {
 		t.Errorf("without include_payload: %v %v", read, err)
 	}
 }
@@ -102,6 +103,7 @@ func TestPublishTellsEveryFault(t *testing.T) {
 		DataContentType: "json", Time: &timestamppb.Timestamp{Nanos: -1},
 		Attributes:  map[string]string{"Upper": "x", "id": "x", "ok": "bell\a"},
 		OrderingKey: strings.Repeat("ö", 65),
+		Headers:     map[string]string{"Host": "h", "x-a": "1\r\nx-b: 2", "X-C": "1", "x-c": "2", "x d": "", "x-e": "é", "x-f": strings.Repeat("f", 4096)},
 		DeliverTime: timestamppb.New(time.Now().Add(8 * 24 * time.Hour)), Ttl: durationpb.New(time.Millisecond),
 		Payload: &grapnelv1.Event_Json{Json: structpb.NewNumberValue(0)},
 	}
@@ -109,7 +111,9 @@ func TestPublishTellsEveryFault(t *testing.T) {
 	_, err := st.publish.Publish(t.Context(), &grapnelv1.PublishRequest{Parent: "namespaces/acme", Event: bad})
 	r := refused(t, err, codes.InvalidArgument, "INVALID_FIELD")
 	r.names(t, "event.id", "event.type", "event.source", "event.subject", "event.data_schema", "event.data_content_type",
-		"event.time", `event.attributes["Upper"]`, `event.attributes["id"]`, `event.attributes["ok"]`, "event.ordering_key", "event.deliver_time", "event.ttl", "event.json")
+		"event.time", `event.attributes["Upper"]`, `event.attributes["id"]`, `event.attributes["ok"]`, "event.ordering_key",
+		`event.headers["Host"]`, `event.headers["x d"]`, `event.headers["x-a"]`, `event.headers["x-c"]`, `event.headers["x-e"]`, "event.headers",
+		"event.deliver_time", "event.ttl", "event.json")
 	if r.metadata["field"] != "event.id" || !strings.Contains(r.fields["event.deliver_time"], "7 days") {
 		t.Errorf("metadata %v, %v", r.metadata, r.fields)
 	}

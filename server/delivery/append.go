@@ -156,6 +156,11 @@ func checkPublication(pub *Publication) error {
 			return fmt.Errorf("%w: attribute is not UTF-8", ErrInvalidEvent)
 		}
 	}
+	for name, value := range e.Headers {
+		if !utf8.ValidString(name) || !utf8.ValidString(value) {
+			return fmt.Errorf("%w: header is not UTF-8", ErrInvalidEvent)
+		}
+	}
 	return checkTargets(pub.Targets)
 }
 

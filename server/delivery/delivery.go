@@ -117,6 +117,8 @@ type Event struct {
 	TTL time.Duration
 	// OrderingKey is empty, or what events have in common that ordered targets get one after another.
 	OrderingKey string
+	// Headers are what requests carry to those who let it through, names in lower case. They are shared as Attributes are.
+	Headers map[string]string
 	// ContentHash covers what the publisher sent; equal hashes make a repeated ID a duplicate.
 	ContentHash [16]byte
 

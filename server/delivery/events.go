@@ -7,7 +7,7 @@ import (
 	"sync/atomic"
 )
 
-// eventOverhead is what an event takes beside its payload and attributes.
+// eventOverhead is what an event takes beside its payload, attributes and headers.
 const eventOverhead = 400
 
 // eventTable holds the events of one partition that jobs in memory need: each once, however many jobs share it.
@@ -22,6 +22,9 @@ type eventTable struct {
 func (e *Event) size() int64 {
 	size := eventOverhead + len(e.Payload) + len(e.ID) + len(e.Source) + len(e.Type) + len(e.Subject) + len(e.Schema)
 	for name, value := range e.Attributes {
+		size += 32 + len(name) + len(value)
+	}
+	for name, value := range e.Headers {
 		size += 32 + len(name) + len(value)
 	}
 	for _, f := range e.Faults {
@@ -41,7 +44,7 @@ func (e *Event) With(attributes map[string]string) *Event {
 		Namespace: e.Namespace, ID: e.ID, Source: e.Source, Type: e.Type, Subject: e.Subject, Time: e.Time, ContentType: e.ContentType,
 		Schema: e.Schema, Attributes: all, Payload: e.Payload, DeliverTime: e.DeliverTime, TTL: e.TTL, ContentHash: e.ContentHash,
 		Partition: e.Partition, Seq: e.Seq, AcceptTime: e.AcceptTime, Matched: e.Matched, Skipped: e.Skipped, UID: e.UID,
-		Faults: e.Faults, FaultCount: e.FaultCount,
+		Faults: e.Faults, FaultCount: e.FaultCount, OrderingKey: e.OrderingKey, Headers: e.Headers,
 	}
 }
 

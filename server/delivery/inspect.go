@@ -320,6 +320,7 @@ type Exported struct {
 	Content    string             `json:"data_content_type,omitempty"`
 	Schema     string             `json:"data_schema,omitempty"`
 	Attributes map[string]string  `json:"attributes,omitempty"`
+	Headers    map[string]string  `json:"headers,omitempty"`
 	Ordering   string             `json:"ordering_key,omitempty"`
 	Payload    []byte             `json:"data_base64"`
 	Deliveries []ExportedDelivery `json:"deliveries,omitempty"`
@@ -388,7 +389,7 @@ func (p *partition) export(d dayKey, ns NamespaceKey, key, value []byte) (*Expor
 	p.place(e, ns, seq)
 	line := &Exported{
 		Namespace: fmt.Sprintf("%016x", uint64(ns)), ID: e.ID, UID: e.UID, Source: e.Source, Type: e.Type, Subject: e.Subject,
-		Time: e.Time.UTC(), AcceptTime: e.AcceptTime.UTC(), Content: e.ContentType, Schema: e.Schema, Attributes: e.Attributes, Ordering: e.OrderingKey, Payload: e.Payload,
+		Time: e.Time.UTC(), AcceptTime: e.AcceptTime.UTC(), Content: e.ContentType, Schema: e.Schema, Attributes: e.Attributes, Headers: e.Headers, Ordering: e.OrderingKey, Payload: e.Payload,
 	}
 	head, err := decodeHead(value)
 	if err != nil {

@@ -48,7 +48,7 @@ func encodeEvent(b []byte, e *Event, targets []Target) []byte {
 		w.text(value)
 	}
 	w.bytes(e.Payload)
-	if e.FaultCount > 0 || e.OrderingKey != "" {
+	if e.FaultCount > 0 || e.OrderingKey != "" || len(e.Headers) > 0 {
 		w.int(e.FaultCount)
 		w.int(len(e.Faults))
 		for _, f := range e.Faults {
@@ -57,6 +57,13 @@ func encodeEvent(b []byte, e *Event, targets []Target) []byte {
 		}
 		w.text(e.OrderingKey)
 	}
+	if len(e.Headers) > 0 {
+		w.int(len(e.Headers))
+		for name, value := range e.Headers {
+			w.text(name)
+			w.text(value)
+		}
+	}
 	return w
 }
 
@@ -64,6 +71,9 @@ func encodeEvent(b []byte, e *Event, targets []Target) []byte {
 func sizeOfEvent(e *Event) int {
 	size := 160 + len(e.ID) + len(e.Type) + len(e.Source) + len(e.Subject) + len(e.ContentType) + len(e.Schema) + len(e.Payload) + len(e.OrderingKey)
 	for name, value := range e.Attributes {
+		size += 8 + len(name) + len(value)
+	}
+	for name, value := range e.Headers {
 		size += 8 + len(name) + len(value)
 	}
 	for _, f := range e.Faults {
@@ -100,16 +110,7 @@ func decodeEvent(value []byte) (*Event, error) {
 	e.DeliverTime, e.TTL = d.time(), time.Duration(d.uint())
 	e.Matched, e.Skipped = d.int(), d.int()
 	copy(e.ContentHash[:], d.fixed(len(e.ContentHash)))
-	if n := d.int(); n > 0 && d.err == nil {
-		e.Attributes = make(map[string]string, min(n, 64))
-		for range n {
-			name, value := d.text(), d.text()
-			if d.err != nil {
-				break
-			}
-			e.Attributes[name] = value
-		}
-	}
+	e.Attributes = d.pairs()
 	e.Payload = slices.Clone(d.bytes())
 	if d.err == nil && len(d.b) > 0 {
 		e.FaultCount = d.int()
@@ -118,7 +119,27 @@ func decodeEvent(value []byte) (*Event, error) {
 		}
 		e.OrderingKey = d.text()
 	}
+	if d.err == nil && len(d.b) > 0 {
+		e.Headers = d.pairs()
+	}
 	return e, d.err
+}
+
+// pairs are names and values; nil where there are none.
+func (d *decoder) pairs() map[string]string {
+	n := d.int()
+	if n <= 0 || d.err != nil {
+		return nil
+	}
+	pairs := make(map[string]string, min(n, 64))
+	for range n {
+		name, value := d.text(), d.text()
+		if d.err != nil {
+			break
+		}
+		pairs[name] = value
+	}
+	return pairs
 }
 
 // decodeOrder reads an event's ordering key, and copies nothing else.

@@ -2,6 +2,7 @@ package delivery
 
 import (
 	"bytes"
+	"maps"
 	"reflect"
 	"runtime"
 	"testing"
@@ -155,18 +156,22 @@ func TestRecordsThatAreCutOff(t *testing.T) {
 // Of whatever event, its ordering key is the one that it has.
 func TestOrderIsReadAlone(t *testing.T) {
 	for name, change := range map[string]func(*Event){
-		"bare":   func(*Event) {},
-		"key":    func(e *Event) { e.OrderingKey = "k" },
-		"faults": func(e *Event) { e.FaultCount, e.Faults = 3, []Fault{{"a", "b"}, {"c", "d"}} },
+		"bare":    func(*Event) {},
+		"key":     func(e *Event) { e.OrderingKey = "k" },
+		"headers": func(e *Event) { e.Headers = map[string]string{"a": "b"} },
+		"faults":  func(e *Event) { e.FaultCount, e.Faults = 3, []Fault{{"a", "b"}, {"c", "d"}} },
 		"everything": func(e *Event) {
 			e.OrderingKey, e.Attributes, e.TTL = "key", map[string]string{"a": "b", "c": ""}, time.Hour
-			e.FaultCount, e.Faults, e.Payload = 1, []Fault{{"a", "b"}}, make([]byte, 5000)
+			e.FaultCount, e.Faults, e.Payload, e.Headers = 1, []Fault{{"a", "b"}}, make([]byte, 5000), map[string]string{"c": "d"}
 		},
 	} {
 		pub := publication("e", 1, 2)
 		change(pub.Event)
 		if got, err := decodeOrder(encodeEvent(nil, pub.Event, pub.Targets)); err != nil || got != orderKeyOf(pub.Event.OrderingKey) {
 			t.Errorf("%s: %x, %v", name, got, err)
+		}
+		if e, err := decodeEvent(encodeEvent(nil, pub.Event, pub.Targets)); err != nil || !maps.Equal(e.Headers, pub.Event.Headers) || e.OrderingKey != pub.Event.OrderingKey {
+			t.Errorf("%s: read as %+v, %v", name, e, err)
 		}
 	}
 }

@@ -59,7 +59,7 @@ func (x *entry) size() int64 {
 	if x.carries() {
 		return entryBytes + x.parcel.bytes
 	}
-	return entryBytes + eventBytes + int64(len(x.Event.Payload)) + attributeBytes*int64(len(x.Event.Attributes))
+	return entryBytes + eventBytes + int64(len(x.Event.Payload)) + attributeBytes*int64(len(x.Event.Attributes)+len(x.Event.Headers))
 }
 
 func (x *entry) before(y *entry) bool { return x.Row().Pos().Before(y.Row().Pos()) }

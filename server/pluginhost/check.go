@@ -119,6 +119,9 @@ func (h *Host) instanceOf(sub *grapnelv1.Subscription, k *check.Kind, pb *grapne
 		Id: "check", Kind: k.ID, Tenant: check.NamespaceOf(sub.GetName()), Target: targetOf(sub),
 		MaxInFlight: uint32(max(0, sub.GetMaxInFlight())), Secrets: map[string]*pluginv1.SecretVersions{},
 	}
+	for _, name := range eventHeadersOf(sub).names() { // plugins have a say in names; what follows them depends on the event
+		in.Target.Headers = append(in.Target.Headers, &pluginv1.Header{Name: name, Value: "-"})
+	}
 	if pb.GetConfig() != nil {
 		in.ConfigJson, _ = pb.GetConfig().MarshalJSON() // was valid a moment ago
 	}

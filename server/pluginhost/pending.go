@@ -26,7 +26,7 @@ type pending struct {
 	wire.Attempt
 	// due is when the plugin counts as hung: timeout and grace after sending.
 	due time.Time
-	// stage is how many remote signers have signed; setBy says which of them set each header.
+	// stage is how many remote signers have signed; setBy says which of them set each header, or setBySubscription.
 	stage int
 	setBy []int
 	// made is what the transformer has made, once that is stored; held is what it counts for in memory.
@@ -42,6 +42,9 @@ type pending struct {
 	resent    int
 	parkUntil time.Time
 }
+
+// setBySubscription stands for the stage of headers that a subscription makes of the event.
+const setBySubscription = -1
 
 func (h *Host) newPending(sub *subscription.Subscription, job *delivery.Job, sink delivery.Sink) *pending {
 	p, ok := h.free.Get().(*pending)
@@ -127,9 +130,13 @@ func (h *Host) tooLarge(p *pending, limit int) {
 		h.complete(p, delivery.Result{Cause: delivery.CauseCrowded})
 		return
 	}
+	h.unfit(p, fmt.Sprintf("body of %d bytes is larger than the transport carries, %d", len(p.Content.Body()), limit))
+}
+
+// unfit ends an attempt whose request is larger than may be, and stays so.
+func (h *Host) unfit(p *pending, why string) {
 	h.complete(p, delivery.Result{Cause: delivery.CausePolicy, Attempt: delivery.Attempt{
-		Outcome: delivery.OutcomePermanent, Start: time.Now(),
-		Error: fmt.Sprintf("body of %d bytes is larger than the transport carries, %d", len(p.Content.Body()), limit),
+		Outcome: delivery.OutcomePermanent, Start: time.Now(), Error: why,
 	}})
 }
 

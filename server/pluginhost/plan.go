@@ -41,11 +41,13 @@ type plan struct {
 	transformer *hop
 	signed      []string
 	shape       wire.Shape
-	uri         string
-	timeout     time.Duration
-	grace       time.Duration
-	maxBody     int      // 0 is no limit
-	secrets     []string // names
+	// headers are those that depend on the event; nil without any.
+	headers *eventHeaders
+	uri     string
+	timeout time.Duration
+	grace   time.Duration
+	maxBody int      // 0 is no limit
+	secrets []string // names
 	// own are the values of these secrets, which no record of the subscription shows. Other tenants' are not looked for
 	// there: what is taken out of a text that a receiver has a part in would tell it what they are.
 	own  redact.Set
@@ -240,6 +242,14 @@ func (h *Host) submit(p *pending, pl *plan) {
 	case len(p.jobs) > 1 && p.Content.Plain() > wire.MaxTogether:
 		go h.tooLarge(p, wire.MaxTogether)
 		return
+	}
+	if pl.headers != nil && p.stage == 0 && !p.Ownership {
+		headers, err := pl.headers.of(p.event, p.made)
+		if err != nil {
+			go h.unfit(p, err.Error())
+			return
+		}
+		p.Headers, p.setBy = headers, slices.Repeat([]int{setBySubscription}, len(headers))
 	}
 	p.plan, p.Timeout = pl, pl.timeout
 	if now := h.swept.Load(); pl.used.Load() < now {
@@ -449,7 +459,7 @@ func (h *Host) configure(sub *subscription.Subscription) (*plan, error) {
 func (h *Host) newPlan(sub *subscription.Subscription, transport *binding) *plan {
 	pl := &plan{
 		uid: sub.UID, revision: sub.Revision, transport: transport.conn, uri: sub.Proto.GetUri(),
-		timeout: sub.AttemptTimeout, grace: h.timing.grace, shape: wire.ShapeOf(sub.Proto),
+		timeout: sub.AttemptTimeout, grace: h.timing.grace, shape: wire.ShapeOf(sub.Proto), headers: eventHeadersOf(sub.Proto),
 		maxBody: int(transport.kind.Proto.GetTransport().GetMaxBodyBytes()),
 	}
 	if pl.timeout <= 0 {

@@ -89,7 +89,11 @@ func (p *pending) addSigned(headers []*pluginv1.Header) string {
 	for _, h := range headers {
 		name := strings.ToLower(h.GetName())
 		for i, have := range p.Headers {
-			if have.Name == name && p.setBy[i] != p.stage {
+			switch {
+			case have.Name != name || p.setBy[i] == p.stage:
+			case p.setBy[i] == setBySubscription:
+				return fmt.Sprintf("signer plugins/%s set the header %s, which the subscription makes of the event", p.plan.remote[p.stage].id, name)
+			default:
 				return fmt.Sprintf("signer plugins/%s set the header %s, which signer plugins/%s before it has set",
 					p.plan.remote[p.stage].id, name, p.plan.remote[p.setBy[i]].id)
 			}

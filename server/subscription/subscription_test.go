@@ -124,6 +124,37 @@ func TestNewNamesEveryFault(t *testing.T) {
 		{"condition field", func(p *sub) { p.Condition = "event.tipe == 'a'" }, [][3]string{{"subscription.condition", "cel.compile", "tipe"}}},
 		{"condition type", func(p *sub) { p.Condition = "event.type" }, [][3]string{{"subscription.condition", "cel.compile", "string; want a boolean"}}},
 		{"condition regexp", func(p *sub) { p.Condition = "event.type.matches('(')" }, [][3]string{{"subscription.condition", "cel.compile", "missing closing"}}},
+		{"headers of the event", func(p *sub) {
+			p.Headers = map[string]string{"X-A": "1"}
+			p.HeaderTemplates = map[string]string{
+				"x-a": "{event.id}", "x-b": "{event.subjekt}", "x-c": "{event.attributes.Tenant}", "x-d": "{event.type", "x-e": "}", "x-f": "plain {{text}}",
+				"x-g": "a\r\nb: {event.id}", "x-h": "{event.attributes.id}", "Cookie": "{event.id}", "content-encoding": "{event.id}", "bad name": "{event.id}",
+				"x-i": "{event.id} of {{{event.attributes.tenant}}}",
+			}
+			p.AllowedEventHeaders = []string{"X-I", "x-j", "X-J", "webhook-id", "content-length", ""}
+		}, [][3]string{
+			{`subscription.header_templates["Cookie"]`, "headers.name", "CreateSecret"},
+			{`subscription.header_templates["bad name"]`, "headers.name", "bad name"},
+			{`subscription.header_templates["content-encoding"]`, "headers.name", "compression"},
+			{`subscription.header_templates["x-a"]`, "headers.unique", "in headers already"},
+			{`subscription.header_templates["x-b"]`, "header_templates.syntax", "{event.subjekt} is not a placeholder; there are {event.id}"},
+			{`subscription.header_templates["x-c"]`, "header_templates.syntax", "lower-case letters and digits"},
+			{`subscription.header_templates["x-d"]`, "header_templates.syntax", "character 1 is never closed"},
+			{`subscription.header_templates["x-e"]`, "header_templates.syntax", "closes nothing"},
+			{`subscription.header_templates["x-f"]`, "header_templates.syntax", "no placeholder"},
+			{`subscription.header_templates["x-g"]`, "headers.value", "line break"},
+			{`subscription.header_templates["x-h"]`, "header_templates.syntax", "CloudEvents' own"},
+			{`subscription.allowed_event_headers[0]`, "headers.unique", "in header_templates already"},
+			{`subscription.allowed_event_headers[2]`, "headers.unique", "in allowed_event_headers already"},
+			{`subscription.allowed_event_headers[3]`, "headers.name", "signer"},
+			{`subscription.allowed_event_headers[4]`, "headers.name", "transport"},
+			{`subscription.allowed_event_headers[5]`, "headers.name", "not a header name"}}},
+		{"headers of several events", func(p *sub) {
+			p.Batching = &grapnelv1.Batching{}
+			p.HeaderTemplates, p.AllowedEventHeaders = map[string]string{"x-a": "{event.id}"}, []string{"x-b"}
+		}, [][3]string{
+			{"subscription.header_templates", "batching.headers", "batching"},
+			{"subscription.allowed_event_headers", "batching.headers", "batching"}}},
 		{"headers", func(p *sub) {
 			p.Headers = map[string]string{"Webhook-Id": "x", "X-A": "1", "x-a": "2", "bad name": "x", "X-B": "a\r\nb: c", "Authorization": "Bearer x", "X-S": "whsec_abc", "CE-Id": "1", "Host": "h"}
 		}, [][3]string{

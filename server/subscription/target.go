@@ -123,17 +123,25 @@ func (c *checker) headers(field string, headers map[string]string) {
 		if why := reserved(lower); why != "" {
 			c.add(at, "headers.reserved", "%q cannot be set here: %s", name, why)
 		}
-		switch {
-		case !isFieldValue(value):
-			c.add(at, "headers.value", "the value holds a line break or another control character; want one line of text")
-		case value != strings.TrimSpace(value):
-			c.add(at, "headers.value", "the value begins or ends with a blank, which is not kept on the way; leave it out")
-		case len(value) > maxHeaderValue:
-			c.add(at, "headers.value", "the value has %d bytes; want at most %d", len(value), maxHeaderValue)
-		case looksSecret(value):
-			c.add(at, "headers.secret", "this looks like a secret; store it with SecretService.CreateSecret and use it through a plugin's secrets")
-		}
+		c.headerValue(at, value)
 	}
+}
+
+// headerValue checks what a subscription says of a header's value, and reports whether that is right.
+func (c *checker) headerValue(at, value string) bool {
+	switch {
+	case !isFieldValue(value):
+		c.add(at, "headers.value", "the value holds a line break or another control character; want one line of text")
+	case value != strings.TrimSpace(value):
+		c.add(at, "headers.value", "the value begins or ends with a blank, which is not kept on the way; leave it out")
+	case len(value) > maxHeaderValue:
+		c.add(at, "headers.value", "the value has %d bytes; want at most %d", len(value), maxHeaderValue)
+	case looksSecret(value):
+		c.add(at, "headers.secret", "this looks like a secret; store it with SecretService.CreateSecret and use it through a plugin's secrets")
+	default:
+		return true
+	}
+	return false
 }
 
 // reserved says why a header, in lower case, may not be set by a subscription; empty means it may.

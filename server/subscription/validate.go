@@ -54,6 +54,7 @@ func validate(p *grapnelv1.Subscription, ns string, conds *conditions) (*conditi
 	c.globs("subscription.event_types", p.EventTypes)
 	cond := c.condition("subscription.condition", p.Condition)
 	c.headers("subscription.headers", p.Headers)
+	c.eventHeaders("subscription.header_templates", "subscription.allowed_event_headers", p)
 	c.shape("subscription.payload_shape", p)
 	c.batching("subscription.batching", p)
 	if len(p.Signers) > 8 {

@@ -171,8 +171,14 @@ type Event struct {
 	ConditionErrors []*ConditionError `protobuf:"bytes,22,rep,name=condition_errors,json=conditionErrors,proto3" json:"condition_errors,omitempty"`
 	// Output only: how many such subscriptions there were in all.
 	ConditionErrorCount int32 `protobuf:"varint,23,opt,name=condition_error_count,json=conditionErrorCount,proto3" json:"condition_error_count,omitempty"`
-	unknownFields       protoimpl.UnknownFields
-	sizeCache           protoimpl.SizeCache
+	// Headers that requests carry to subscriptions that name them in allowed_event_headers; others go without. At most 16, of
+	// 4 KiB in sum, names and values; names as HTTP has them, in any case, and values of printable ASCII without a blank at
+	// either end. Those that belong to the connection, the transport, the signers or the event's attributes, and those that
+	// hold credentials, are refused. They count for what attributes may take as HTTP headers, conditions and transformers do not
+	// see them, and they are read with include_payload only.
+	Headers       map[string]string `protobuf:"bytes,24,rep,name=headers,proto3" json:"headers,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Event) Reset() {
@@ -377,6 +383,13 @@ func (x *Event) GetConditionErrorCount() int32 {
 		return x.ConditionErrorCount
 	}
 	return 0
+}
+
+func (x *Event) GetHeaders() map[string]string {
+	if x != nil {
+		return x.Headers
+	}
+	return nil
 }
 
 type isEvent_Payload interface {
@@ -992,7 +1005,7 @@ type GetEventRequest struct {
 	// several events with an id the latest is meant. In an id, what is not a letter, digit or one of . _ ~ - is written
 	// as %XX, as in Event.name.
 	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
-	// True returns the payload too, which needs the permission events.payload.
+	// True returns the payload and headers too, which needs the permission events.payload.
 	IncludePayload bool `protobuf:"varint,2,opt,name=include_payload,json=includePayload,proto3" json:"include_payload,omitempty"`
 	unknownFields  protoimpl.UnknownFields
 	sizeCache      protoimpl.SizeCache
@@ -1579,7 +1592,7 @@ type PublishStreamRequest_Open struct {
 
 func (x *PublishStreamRequest_Open) Reset() {
 	*x = PublishStreamRequest_Open{}
-	mi := &file_grapnel_v1_event_proto_msgTypes[19]
+	mi := &file_grapnel_v1_event_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1591,7 +1604,7 @@ func (x *PublishStreamRequest_Open) String() string {
 func (*PublishStreamRequest_Open) ProtoMessage() {}
 
 func (x *PublishStreamRequest_Open) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_event_proto_msgTypes[19]
+	mi := &file_grapnel_v1_event_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1634,7 +1647,7 @@ type PublishStreamRequest_Item struct {
 
 func (x *PublishStreamRequest_Item) Reset() {
 	*x = PublishStreamRequest_Item{}
-	mi := &file_grapnel_v1_event_proto_msgTypes[20]
+	mi := &file_grapnel_v1_event_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1646,7 +1659,7 @@ func (x *PublishStreamRequest_Item) String() string {
 func (*PublishStreamRequest_Item) ProtoMessage() {}
 
 func (x *PublishStreamRequest_Item) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_event_proto_msgTypes[20]
+	mi := &file_grapnel_v1_event_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1689,7 +1702,7 @@ type PublishStreamResponse_Ack struct {
 
 func (x *PublishStreamResponse_Ack) Reset() {
 	*x = PublishStreamResponse_Ack{}
-	mi := &file_grapnel_v1_event_proto_msgTypes[21]
+	mi := &file_grapnel_v1_event_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1701,7 +1714,7 @@ func (x *PublishStreamResponse_Ack) String() string {
 func (*PublishStreamResponse_Ack) ProtoMessage() {}
 
 func (x *PublishStreamResponse_Ack) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_event_proto_msgTypes[21]
+	mi := &file_grapnel_v1_event_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1744,7 +1757,7 @@ type PublishStreamResponse_Window struct {
 
 func (x *PublishStreamResponse_Window) Reset() {
 	*x = PublishStreamResponse_Window{}
-	mi := &file_grapnel_v1_event_proto_msgTypes[22]
+	mi := &file_grapnel_v1_event_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1756,7 +1769,7 @@ func (x *PublishStreamResponse_Window) String() string {
 func (*PublishStreamResponse_Window) ProtoMessage() {}
 
 func (x *PublishStreamResponse_Window) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_event_proto_msgTypes[22]
+	mi := &file_grapnel_v1_event_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1791,7 +1804,7 @@ var File_grapnel_v1_event_proto protoreflect.FileDescriptor
 const file_grapnel_v1_event_proto_rawDesc = "" +
 	"\n" +
 	"\x16grapnel/v1/event.proto\x12\n" +
-	"grapnel.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17grapnel/v1/common.proto\x1a\x19grapnel/v1/delivery.proto\"\xb8\x0e\n" +
+	"grapnel.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17grapnel/v1/common.proto\x1a\x19grapnel/v1/delivery.proto\"\xbb\x0f\n" +
 	"\x05Event\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\xad\x01\n" +
 	"\x02id\x18\x02 \x01(\tB\x9c\x01\xbaH\x98\x01\xba\x01\x94\x01\n" +
@@ -1827,8 +1840,12 @@ const file_grapnel_v1_event_proto_rawDesc = "" +
 	"\x03uid\x18\x14 \x01(\tR\x03uid\x123\n" +
 	"\x15skipped_subscriptions\x18\x15 \x01(\x05R\x14skippedSubscriptions\x12E\n" +
 	"\x10condition_errors\x18\x16 \x03(\v2\x1a.grapnel.v1.ConditionErrorR\x0fconditionErrors\x122\n" +
-	"\x15condition_error_count\x18\x17 \x01(\x05R\x13conditionErrorCount\x1a=\n" +
+	"\x15condition_error_count\x18\x17 \x01(\x05R\x13conditionErrorCount\x12E\n" +
+	"\aheaders\x18\x18 \x03(\v2\x1e.grapnel.v1.Event.HeadersEntryB\v\xbaH\x05\x9a\x01\x02\x10\x10\x80\x01\x01R\aheaders\x1a=\n" +
 	"\x0fAttributesEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\x1a:\n" +
+	"\fHeadersEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01B\t\n" +
 	"\apayload\"O\n" +
@@ -1965,7 +1982,7 @@ func file_grapnel_v1_event_proto_rawDescGZIP() []byte {
 }
 
 var file_grapnel_v1_event_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_grapnel_v1_event_proto_msgTypes = make([]protoimpl.MessageInfo, 23)
+var file_grapnel_v1_event_proto_msgTypes = make([]protoimpl.MessageInfo, 24)
 var file_grapnel_v1_event_proto_goTypes = []any{
 	(SubscriptionMatch_Verdict)(0),       // 0: grapnel.v1.SubscriptionMatch.Verdict
 	(*Event)(nil),                        // 1: grapnel.v1.Event
@@ -1987,63 +2004,65 @@ var file_grapnel_v1_event_proto_goTypes = []any{
 	(*SubscriptionMatch)(nil),            // 17: grapnel.v1.SubscriptionMatch
 	(*ConditionValue)(nil),               // 18: grapnel.v1.ConditionValue
 	nil,                                  // 19: grapnel.v1.Event.AttributesEntry
-	(*PublishStreamRequest_Open)(nil),    // 20: grapnel.v1.PublishStreamRequest.Open
-	(*PublishStreamRequest_Item)(nil),    // 21: grapnel.v1.PublishStreamRequest.Item
-	(*PublishStreamResponse_Ack)(nil),    // 22: grapnel.v1.PublishStreamResponse.Ack
-	(*PublishStreamResponse_Window)(nil), // 23: grapnel.v1.PublishStreamResponse.Window
-	(*timestamppb.Timestamp)(nil),        // 24: google.protobuf.Timestamp
-	(*structpb.Value)(nil),               // 25: google.protobuf.Value
-	(*durationpb.Duration)(nil),          // 26: google.protobuf.Duration
-	(*ItemStatus)(nil),                   // 27: grapnel.v1.ItemStatus
-	(*Delivery)(nil),                     // 28: grapnel.v1.Delivery
-	(*Attempt)(nil),                      // 29: grapnel.v1.Attempt
+	nil,                                  // 20: grapnel.v1.Event.HeadersEntry
+	(*PublishStreamRequest_Open)(nil),    // 21: grapnel.v1.PublishStreamRequest.Open
+	(*PublishStreamRequest_Item)(nil),    // 22: grapnel.v1.PublishStreamRequest.Item
+	(*PublishStreamResponse_Ack)(nil),    // 23: grapnel.v1.PublishStreamResponse.Ack
+	(*PublishStreamResponse_Window)(nil), // 24: grapnel.v1.PublishStreamResponse.Window
+	(*timestamppb.Timestamp)(nil),        // 25: google.protobuf.Timestamp
+	(*structpb.Value)(nil),               // 26: google.protobuf.Value
+	(*durationpb.Duration)(nil),          // 27: google.protobuf.Duration
+	(*ItemStatus)(nil),                   // 28: grapnel.v1.ItemStatus
+	(*Delivery)(nil),                     // 29: grapnel.v1.Delivery
+	(*Attempt)(nil),                      // 30: grapnel.v1.Attempt
 }
 var file_grapnel_v1_event_proto_depIdxs = []int32{
-	24, // 0: grapnel.v1.Event.time:type_name -> google.protobuf.Timestamp
+	25, // 0: grapnel.v1.Event.time:type_name -> google.protobuf.Timestamp
 	19, // 1: grapnel.v1.Event.attributes:type_name -> grapnel.v1.Event.AttributesEntry
-	25, // 2: grapnel.v1.Event.json:type_name -> google.protobuf.Value
-	24, // 3: grapnel.v1.Event.deliver_time:type_name -> google.protobuf.Timestamp
-	26, // 4: grapnel.v1.Event.ttl:type_name -> google.protobuf.Duration
-	24, // 5: grapnel.v1.Event.accept_time:type_name -> google.protobuf.Timestamp
+	26, // 2: grapnel.v1.Event.json:type_name -> google.protobuf.Value
+	25, // 3: grapnel.v1.Event.deliver_time:type_name -> google.protobuf.Timestamp
+	27, // 4: grapnel.v1.Event.ttl:type_name -> google.protobuf.Duration
+	25, // 5: grapnel.v1.Event.accept_time:type_name -> google.protobuf.Timestamp
 	2,  // 6: grapnel.v1.Event.condition_errors:type_name -> grapnel.v1.ConditionError
-	1,  // 7: grapnel.v1.PublishRequest.event:type_name -> grapnel.v1.Event
-	24, // 8: grapnel.v1.PublishResponse.accept_time:type_name -> google.protobuf.Timestamp
-	1,  // 9: grapnel.v1.BatchPublishRequest.events:type_name -> grapnel.v1.Event
-	27, // 10: grapnel.v1.PublishResult.error:type_name -> grapnel.v1.ItemStatus
-	24, // 11: grapnel.v1.PublishResult.accept_time:type_name -> google.protobuf.Timestamp
-	6,  // 12: grapnel.v1.BatchPublishResponse.results:type_name -> grapnel.v1.PublishResult
-	20, // 13: grapnel.v1.PublishStreamRequest.open:type_name -> grapnel.v1.PublishStreamRequest.Open
-	21, // 14: grapnel.v1.PublishStreamRequest.item:type_name -> grapnel.v1.PublishStreamRequest.Item
-	22, // 15: grapnel.v1.PublishStreamResponse.acks:type_name -> grapnel.v1.PublishStreamResponse.Ack
-	23, // 16: grapnel.v1.PublishStreamResponse.window:type_name -> grapnel.v1.PublishStreamResponse.Window
-	1,  // 17: grapnel.v1.GetEventResponse.event:type_name -> grapnel.v1.Event
-	1,  // 18: grapnel.v1.ListEventsResponse.events:type_name -> grapnel.v1.Event
-	1,  // 19: grapnel.v1.ExplainEventResponse.event:type_name -> grapnel.v1.Event
-	16, // 20: grapnel.v1.ExplainEventResponse.accounts:type_name -> grapnel.v1.EventAccount
-	28, // 21: grapnel.v1.EventAccount.delivery:type_name -> grapnel.v1.Delivery
-	29, // 22: grapnel.v1.EventAccount.attempts:type_name -> grapnel.v1.Attempt
-	17, // 23: grapnel.v1.EventAccount.match:type_name -> grapnel.v1.SubscriptionMatch
-	0,  // 24: grapnel.v1.SubscriptionMatch.verdict:type_name -> grapnel.v1.SubscriptionMatch.Verdict
-	18, // 25: grapnel.v1.SubscriptionMatch.values:type_name -> grapnel.v1.ConditionValue
-	1,  // 26: grapnel.v1.PublishStreamRequest.Item.event:type_name -> grapnel.v1.Event
-	6,  // 27: grapnel.v1.PublishStreamResponse.Ack.result:type_name -> grapnel.v1.PublishResult
-	3,  // 28: grapnel.v1.PublishService.Publish:input_type -> grapnel.v1.PublishRequest
-	5,  // 29: grapnel.v1.PublishService.BatchPublish:input_type -> grapnel.v1.BatchPublishRequest
-	8,  // 30: grapnel.v1.PublishService.PublishStream:input_type -> grapnel.v1.PublishStreamRequest
-	10, // 31: grapnel.v1.EventService.GetEvent:input_type -> grapnel.v1.GetEventRequest
-	12, // 32: grapnel.v1.EventService.ListEvents:input_type -> grapnel.v1.ListEventsRequest
-	14, // 33: grapnel.v1.EventService.ExplainEvent:input_type -> grapnel.v1.ExplainEventRequest
-	4,  // 34: grapnel.v1.PublishService.Publish:output_type -> grapnel.v1.PublishResponse
-	7,  // 35: grapnel.v1.PublishService.BatchPublish:output_type -> grapnel.v1.BatchPublishResponse
-	9,  // 36: grapnel.v1.PublishService.PublishStream:output_type -> grapnel.v1.PublishStreamResponse
-	11, // 37: grapnel.v1.EventService.GetEvent:output_type -> grapnel.v1.GetEventResponse
-	13, // 38: grapnel.v1.EventService.ListEvents:output_type -> grapnel.v1.ListEventsResponse
-	15, // 39: grapnel.v1.EventService.ExplainEvent:output_type -> grapnel.v1.ExplainEventResponse
-	34, // [34:40] is the sub-list for method output_type
-	28, // [28:34] is the sub-list for method input_type
-	28, // [28:28] is the sub-list for extension type_name
-	28, // [28:28] is the sub-list for extension extendee
-	0,  // [0:28] is the sub-list for field type_name
+	20, // 7: grapnel.v1.Event.headers:type_name -> grapnel.v1.Event.HeadersEntry
+	1,  // 8: grapnel.v1.PublishRequest.event:type_name -> grapnel.v1.Event
+	25, // 9: grapnel.v1.PublishResponse.accept_time:type_name -> google.protobuf.Timestamp
+	1,  // 10: grapnel.v1.BatchPublishRequest.events:type_name -> grapnel.v1.Event
+	28, // 11: grapnel.v1.PublishResult.error:type_name -> grapnel.v1.ItemStatus
+	25, // 12: grapnel.v1.PublishResult.accept_time:type_name -> google.protobuf.Timestamp
+	6,  // 13: grapnel.v1.BatchPublishResponse.results:type_name -> grapnel.v1.PublishResult
+	21, // 14: grapnel.v1.PublishStreamRequest.open:type_name -> grapnel.v1.PublishStreamRequest.Open
+	22, // 15: grapnel.v1.PublishStreamRequest.item:type_name -> grapnel.v1.PublishStreamRequest.Item
+	23, // 16: grapnel.v1.PublishStreamResponse.acks:type_name -> grapnel.v1.PublishStreamResponse.Ack
+	24, // 17: grapnel.v1.PublishStreamResponse.window:type_name -> grapnel.v1.PublishStreamResponse.Window
+	1,  // 18: grapnel.v1.GetEventResponse.event:type_name -> grapnel.v1.Event
+	1,  // 19: grapnel.v1.ListEventsResponse.events:type_name -> grapnel.v1.Event
+	1,  // 20: grapnel.v1.ExplainEventResponse.event:type_name -> grapnel.v1.Event
+	16, // 21: grapnel.v1.ExplainEventResponse.accounts:type_name -> grapnel.v1.EventAccount
+	29, // 22: grapnel.v1.EventAccount.delivery:type_name -> grapnel.v1.Delivery
+	30, // 23: grapnel.v1.EventAccount.attempts:type_name -> grapnel.v1.Attempt
+	17, // 24: grapnel.v1.EventAccount.match:type_name -> grapnel.v1.SubscriptionMatch
+	0,  // 25: grapnel.v1.SubscriptionMatch.verdict:type_name -> grapnel.v1.SubscriptionMatch.Verdict
+	18, // 26: grapnel.v1.SubscriptionMatch.values:type_name -> grapnel.v1.ConditionValue
+	1,  // 27: grapnel.v1.PublishStreamRequest.Item.event:type_name -> grapnel.v1.Event
+	6,  // 28: grapnel.v1.PublishStreamResponse.Ack.result:type_name -> grapnel.v1.PublishResult
+	3,  // 29: grapnel.v1.PublishService.Publish:input_type -> grapnel.v1.PublishRequest
+	5,  // 30: grapnel.v1.PublishService.BatchPublish:input_type -> grapnel.v1.BatchPublishRequest
+	8,  // 31: grapnel.v1.PublishService.PublishStream:input_type -> grapnel.v1.PublishStreamRequest
+	10, // 32: grapnel.v1.EventService.GetEvent:input_type -> grapnel.v1.GetEventRequest
+	12, // 33: grapnel.v1.EventService.ListEvents:input_type -> grapnel.v1.ListEventsRequest
+	14, // 34: grapnel.v1.EventService.ExplainEvent:input_type -> grapnel.v1.ExplainEventRequest
+	4,  // 35: grapnel.v1.PublishService.Publish:output_type -> grapnel.v1.PublishResponse
+	7,  // 36: grapnel.v1.PublishService.BatchPublish:output_type -> grapnel.v1.BatchPublishResponse
+	9,  // 37: grapnel.v1.PublishService.PublishStream:output_type -> grapnel.v1.PublishStreamResponse
+	11, // 38: grapnel.v1.EventService.GetEvent:output_type -> grapnel.v1.GetEventResponse
+	13, // 39: grapnel.v1.EventService.ListEvents:output_type -> grapnel.v1.ListEventsResponse
+	15, // 40: grapnel.v1.EventService.ExplainEvent:output_type -> grapnel.v1.ExplainEventResponse
+	35, // [35:41] is the sub-list for method output_type
+	29, // [29:35] is the sub-list for method input_type
+	29, // [29:29] is the sub-list for extension type_name
+	29, // [29:29] is the sub-list for extension extendee
+	0,  // [0:29] is the sub-list for field type_name
 }
 
 func init() { file_grapnel_v1_event_proto_init() }
@@ -2068,7 +2087,7 @@ func file_grapnel_v1_event_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_grapnel_v1_event_proto_rawDesc), len(file_grapnel_v1_event_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   23,
+			NumMessages:   24,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

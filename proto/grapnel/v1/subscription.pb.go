@@ -446,9 +446,22 @@ type Subscription struct {
 	// to this subscription. What it cannot do is tried again as the retry policy says, and never counts against the
 	// target. payload_shape.format must be RAW, payload_shape.content_type empty and batching unset. Unset: the payload is
 	// sent, in its shape.
-	Transformer   *PluginBinding `protobuf:"bytes,28,opt,name=transformer,proto3" json:"transformer,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	Transformer *PluginBinding `protobuf:"bytes,28,opt,name=transformer,proto3" json:"transformer,omitempty"`
+	// Headers whose values are made of each event, by name; at most 32. A value is a text with placeholders, which are named as
+	// in conditions: {event.id}, {event.source}, {event.type}, {event.subject}, {event.time}, {event.data_content_type},
+	// {event.attributes.NAME}, and beside those {event.data_schema} and {event.ordering_key}; a literal brace is doubled. What
+	// takes a placeholder's place is percent-encoded as in the ce- headers, so that nothing in an event ends a header or begins
+	// another. An event that has nothing for one of a header's placeholders goes without that header. Signatures see what is
+	// sent. A header that the transformer sets is left to that. Not with batching, whose requests are of several events.
+	//
+	// No header may be named in two of headers, header_templates and allowed_event_headers. What header_templates and
+	// allowed_event_headers add to a request has 8 KiB at most, names and values; an event of which more is made is REJECTED.
+	HeaderTemplates map[string]string `protobuf:"bytes,29,rep,name=header_templates,json=headerTemplates,proto3" json:"header_templates,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	// Names of headers that events may bring themselves, in Event.headers; at most 32. Requests go without all others that
+	// events bring. As with header_templates, the transformer's go first, and there is no batching beside it.
+	AllowedEventHeaders []string `protobuf:"bytes,30,rep,name=allowed_event_headers,json=allowedEventHeaders,proto3" json:"allowed_event_headers,omitempty"`
+	unknownFields       protoimpl.UnknownFields
+	sizeCache           protoimpl.SizeCache
 }
 
 func (x *Subscription) Reset() {
@@ -659,6 +672,20 @@ func (x *Subscription) GetBatching() *Batching {
 func (x *Subscription) GetTransformer() *PluginBinding {
 	if x != nil {
 		return x.Transformer
+	}
+	return nil
+}
+
+func (x *Subscription) GetHeaderTemplates() map[string]string {
+	if x != nil {
+		return x.HeaderTemplates
+	}
+	return nil
+}
+
+func (x *Subscription) GetAllowedEventHeaders() []string {
+	if x != nil {
+		return x.AllowedEventHeaders
 	}
 	return nil
 }
@@ -2649,7 +2676,7 @@ var File_grapnel_v1_subscription_proto protoreflect.FileDescriptor
 const file_grapnel_v1_subscription_proto_rawDesc = "" +
 	"\n" +
 	"\x1dgrapnel/v1/subscription.proto\x12\n" +
-	"grapnel.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17grapnel/v1/common.proto\x1a\x19grapnel/v1/delivery.proto\x1a\x16grapnel/v1/event.proto\"\xcb\x0f\n" +
+	"grapnel.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17grapnel/v1/common.proto\x1a\x19grapnel/v1/delivery.proto\x1a\x16grapnel/v1/event.proto\"\xba\x11\n" +
 	"\fSubscription\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x10\n" +
 	"\x03uid\x18\x02 \x01(\tR\x03uid\x12*\n" +
@@ -2684,11 +2711,16 @@ const file_grapnel_v1_subscription_proto_rawDesc = "" +
 	"deadLetter\x12Q\n" +
 	"\fon_exhausted\x18\x18 \x01(\x0e2$.grapnel.v1.Subscription.OnExhaustedB\b\xbaH\x05\x82\x01\x02\x10\x01R\vonExhausted\x120\n" +
 	"\bbatching\x18\x1b \x01(\v2\x14.grapnel.v1.BatchingR\bbatching\x12;\n" +
-	"\vtransformer\x18\x1c \x01(\v2\x19.grapnel.v1.PluginBindingR\vtransformer\x1a9\n" +
+	"\vtransformer\x18\x1c \x01(\v2\x19.grapnel.v1.PluginBindingR\vtransformer\x12b\n" +
+	"\x10header_templates\x18\x1d \x03(\v2-.grapnel.v1.Subscription.HeaderTemplatesEntryB\b\xbaH\x05\x9a\x01\x02\x10 R\x0fheaderTemplates\x12E\n" +
+	"\x15allowed_event_headers\x18\x1e \x03(\tB\x11\xbaH\x0e\x92\x01\v\x10 \"\ar\x05\x10\x01\x18\x80\x01R\x13allowedEventHeaders\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\x1a:\n" +
 	"\fHeadersEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\x1aB\n" +
+	"\x14HeaderTemplatesEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"V\n" +
 	"\x05State\x12\x15\n" +
@@ -2906,7 +2938,7 @@ func file_grapnel_v1_subscription_proto_rawDescGZIP() []byte {
 }
 
 var file_grapnel_v1_subscription_proto_enumTypes = make([]protoimpl.EnumInfo, 6)
-var file_grapnel_v1_subscription_proto_msgTypes = make([]protoimpl.MessageInfo, 32)
+var file_grapnel_v1_subscription_proto_msgTypes = make([]protoimpl.MessageInfo, 33)
 var file_grapnel_v1_subscription_proto_goTypes = []any{
 	(Subscription_State)(0),             // 0: grapnel.v1.Subscription.State
 	(Subscription_OnExhausted)(0),       // 1: grapnel.v1.Subscription.OnExhausted
@@ -2945,98 +2977,100 @@ var file_grapnel_v1_subscription_proto_goTypes = []any{
 	(*MatchSubscriptionsResponse)(nil),  // 34: grapnel.v1.MatchSubscriptionsResponse
 	nil,                                 // 35: grapnel.v1.Subscription.LabelsEntry
 	nil,                                 // 36: grapnel.v1.Subscription.HeadersEntry
-	nil,                                 // 37: grapnel.v1.TransformedEvent.HeadersEntry
-	(*PluginBinding)(nil),               // 38: grapnel.v1.PluginBinding
-	(*durationpb.Duration)(nil),         // 39: google.protobuf.Duration
-	(*timestamppb.Timestamp)(nil),       // 40: google.protobuf.Timestamp
-	(*fieldmaskpb.FieldMask)(nil),       // 41: google.protobuf.FieldMask
-	(*Event)(nil),                       // 42: grapnel.v1.Event
-	(*Attempt)(nil),                     // 43: grapnel.v1.Attempt
-	(*SubscriptionMatch)(nil),           // 44: grapnel.v1.SubscriptionMatch
+	nil,                                 // 37: grapnel.v1.Subscription.HeaderTemplatesEntry
+	nil,                                 // 38: grapnel.v1.TransformedEvent.HeadersEntry
+	(*PluginBinding)(nil),               // 39: grapnel.v1.PluginBinding
+	(*durationpb.Duration)(nil),         // 40: google.protobuf.Duration
+	(*timestamppb.Timestamp)(nil),       // 41: google.protobuf.Timestamp
+	(*fieldmaskpb.FieldMask)(nil),       // 42: google.protobuf.FieldMask
+	(*Event)(nil),                       // 43: grapnel.v1.Event
+	(*Attempt)(nil),                     // 44: grapnel.v1.Attempt
+	(*SubscriptionMatch)(nil),           // 45: grapnel.v1.SubscriptionMatch
 }
 var file_grapnel_v1_subscription_proto_depIdxs = []int32{
 	35, // 0: grapnel.v1.Subscription.labels:type_name -> grapnel.v1.Subscription.LabelsEntry
 	36, // 1: grapnel.v1.Subscription.headers:type_name -> grapnel.v1.Subscription.HeadersEntry
-	38, // 2: grapnel.v1.Subscription.signers:type_name -> grapnel.v1.PluginBinding
-	38, // 3: grapnel.v1.Subscription.transport:type_name -> grapnel.v1.PluginBinding
-	39, // 4: grapnel.v1.Subscription.attempt_timeout:type_name -> google.protobuf.Duration
+	39, // 2: grapnel.v1.Subscription.signers:type_name -> grapnel.v1.PluginBinding
+	39, // 3: grapnel.v1.Subscription.transport:type_name -> grapnel.v1.PluginBinding
+	40, // 4: grapnel.v1.Subscription.attempt_timeout:type_name -> google.protobuf.Duration
 	9,  // 5: grapnel.v1.Subscription.retry_policy:type_name -> grapnel.v1.RetryPolicy
 	10, // 6: grapnel.v1.Subscription.failure_policy:type_name -> grapnel.v1.FailurePolicy
 	0,  // 7: grapnel.v1.Subscription.state:type_name -> grapnel.v1.Subscription.State
-	40, // 8: grapnel.v1.Subscription.create_time:type_name -> google.protobuf.Timestamp
-	40, // 9: grapnel.v1.Subscription.update_time:type_name -> google.protobuf.Timestamp
+	41, // 8: grapnel.v1.Subscription.create_time:type_name -> google.protobuf.Timestamp
+	41, // 9: grapnel.v1.Subscription.update_time:type_name -> google.protobuf.Timestamp
 	8,  // 10: grapnel.v1.Subscription.payload_shape:type_name -> grapnel.v1.PayloadShape
 	1,  // 11: grapnel.v1.Subscription.on_exhausted:type_name -> grapnel.v1.Subscription.OnExhausted
 	7,  // 12: grapnel.v1.Subscription.batching:type_name -> grapnel.v1.Batching
-	38, // 13: grapnel.v1.Subscription.transformer:type_name -> grapnel.v1.PluginBinding
-	39, // 14: grapnel.v1.Batching.max_wait:type_name -> google.protobuf.Duration
-	2,  // 15: grapnel.v1.Batching.format:type_name -> grapnel.v1.Batching.Format
-	3,  // 16: grapnel.v1.PayloadShape.format:type_name -> grapnel.v1.PayloadShape.Format
-	4,  // 17: grapnel.v1.PayloadShape.compression:type_name -> grapnel.v1.PayloadShape.Compression
-	39, // 18: grapnel.v1.RetryPolicy.initial_backoff:type_name -> google.protobuf.Duration
-	39, // 19: grapnel.v1.RetryPolicy.max_backoff:type_name -> google.protobuf.Duration
-	39, // 20: grapnel.v1.RetryPolicy.max_age:type_name -> google.protobuf.Duration
-	39, // 21: grapnel.v1.RetryPolicy.schedule:type_name -> google.protobuf.Duration
-	39, // 22: grapnel.v1.FailurePolicy.disable_after:type_name -> google.protobuf.Duration
-	6,  // 23: grapnel.v1.CreateSubscriptionRequest.subscription:type_name -> grapnel.v1.Subscription
-	0,  // 24: grapnel.v1.CreateSubscriptionRequest.initial_state:type_name -> grapnel.v1.Subscription.State
-	6,  // 25: grapnel.v1.CreateSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
-	6,  // 26: grapnel.v1.GetSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
-	15, // 27: grapnel.v1.GetSubscriptionResponse.status:type_name -> grapnel.v1.SubscriptionStatus
-	40, // 28: grapnel.v1.SubscriptionStatus.wait_until:type_name -> google.protobuf.Timestamp
-	40, // 29: grapnel.v1.SubscriptionStatus.failing_since:type_name -> google.protobuf.Timestamp
-	40, // 30: grapnel.v1.SubscriptionStatus.last_success_time:type_name -> google.protobuf.Timestamp
-	39, // 31: grapnel.v1.SubscriptionStatus.latency:type_name -> google.protobuf.Duration
-	39, // 32: grapnel.v1.SubscriptionStatus.oldest_due_age:type_name -> google.protobuf.Duration
-	40, // 33: grapnel.v1.SubscriptionStatus.last_condition_error_time:type_name -> google.protobuf.Timestamp
-	5,  // 34: grapnel.v1.SubscriptionStatus.breaker:type_name -> grapnel.v1.SubscriptionStatus.Breaker
-	40, // 35: grapnel.v1.SubscriptionStatus.breaker_since:type_name -> google.protobuf.Timestamp
-	40, // 36: grapnel.v1.SubscriptionStatus.next_probe_time:type_name -> google.protobuf.Timestamp
-	40, // 37: grapnel.v1.SubscriptionStatus.disable_time:type_name -> google.protobuf.Timestamp
-	40, // 38: grapnel.v1.SubscriptionStatus.host_down_since:type_name -> google.protobuf.Timestamp
-	40, // 39: grapnel.v1.SubscriptionStatus.host_probe_time:type_name -> google.protobuf.Timestamp
-	6,  // 40: grapnel.v1.ListSubscriptionsResponse.subscriptions:type_name -> grapnel.v1.Subscription
-	39, // 41: grapnel.v1.WatchSubscriptionsRequest.heartbeat:type_name -> google.protobuf.Duration
-	6,  // 42: grapnel.v1.WatchSubscriptionsResponse.subscription:type_name -> grapnel.v1.Subscription
-	6,  // 43: grapnel.v1.UpdateSubscriptionRequest.subscription:type_name -> grapnel.v1.Subscription
-	41, // 44: grapnel.v1.UpdateSubscriptionRequest.update_mask:type_name -> google.protobuf.FieldMask
-	6,  // 45: grapnel.v1.UpdateSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
-	6,  // 46: grapnel.v1.PauseSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
-	6,  // 47: grapnel.v1.DisableSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
-	6,  // 48: grapnel.v1.ResumeSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
-	42, // 49: grapnel.v1.TestSubscriptionRequest.event:type_name -> grapnel.v1.Event
-	43, // 50: grapnel.v1.TestSubscriptionResponse.attempt:type_name -> grapnel.v1.Attempt
-	32, // 51: grapnel.v1.TestSubscriptionResponse.transformed:type_name -> grapnel.v1.TransformedEvent
-	37, // 52: grapnel.v1.TransformedEvent.headers:type_name -> grapnel.v1.TransformedEvent.HeadersEntry
-	42, // 53: grapnel.v1.MatchSubscriptionsRequest.event:type_name -> grapnel.v1.Event
-	44, // 54: grapnel.v1.MatchSubscriptionsResponse.matches:type_name -> grapnel.v1.SubscriptionMatch
-	11, // 55: grapnel.v1.SubscriptionService.CreateSubscription:input_type -> grapnel.v1.CreateSubscriptionRequest
-	13, // 56: grapnel.v1.SubscriptionService.GetSubscription:input_type -> grapnel.v1.GetSubscriptionRequest
-	16, // 57: grapnel.v1.SubscriptionService.ListSubscriptions:input_type -> grapnel.v1.ListSubscriptionsRequest
-	18, // 58: grapnel.v1.SubscriptionService.WatchSubscriptions:input_type -> grapnel.v1.WatchSubscriptionsRequest
-	20, // 59: grapnel.v1.SubscriptionService.UpdateSubscription:input_type -> grapnel.v1.UpdateSubscriptionRequest
-	22, // 60: grapnel.v1.SubscriptionService.DeleteSubscription:input_type -> grapnel.v1.DeleteSubscriptionRequest
-	24, // 61: grapnel.v1.SubscriptionService.PauseSubscription:input_type -> grapnel.v1.PauseSubscriptionRequest
-	26, // 62: grapnel.v1.SubscriptionService.DisableSubscription:input_type -> grapnel.v1.DisableSubscriptionRequest
-	28, // 63: grapnel.v1.SubscriptionService.ResumeSubscription:input_type -> grapnel.v1.ResumeSubscriptionRequest
-	30, // 64: grapnel.v1.SubscriptionService.TestSubscription:input_type -> grapnel.v1.TestSubscriptionRequest
-	33, // 65: grapnel.v1.SubscriptionService.MatchSubscriptions:input_type -> grapnel.v1.MatchSubscriptionsRequest
-	12, // 66: grapnel.v1.SubscriptionService.CreateSubscription:output_type -> grapnel.v1.CreateSubscriptionResponse
-	14, // 67: grapnel.v1.SubscriptionService.GetSubscription:output_type -> grapnel.v1.GetSubscriptionResponse
-	17, // 68: grapnel.v1.SubscriptionService.ListSubscriptions:output_type -> grapnel.v1.ListSubscriptionsResponse
-	19, // 69: grapnel.v1.SubscriptionService.WatchSubscriptions:output_type -> grapnel.v1.WatchSubscriptionsResponse
-	21, // 70: grapnel.v1.SubscriptionService.UpdateSubscription:output_type -> grapnel.v1.UpdateSubscriptionResponse
-	23, // 71: grapnel.v1.SubscriptionService.DeleteSubscription:output_type -> grapnel.v1.DeleteSubscriptionResponse
-	25, // 72: grapnel.v1.SubscriptionService.PauseSubscription:output_type -> grapnel.v1.PauseSubscriptionResponse
-	27, // 73: grapnel.v1.SubscriptionService.DisableSubscription:output_type -> grapnel.v1.DisableSubscriptionResponse
-	29, // 74: grapnel.v1.SubscriptionService.ResumeSubscription:output_type -> grapnel.v1.ResumeSubscriptionResponse
-	31, // 75: grapnel.v1.SubscriptionService.TestSubscription:output_type -> grapnel.v1.TestSubscriptionResponse
-	34, // 76: grapnel.v1.SubscriptionService.MatchSubscriptions:output_type -> grapnel.v1.MatchSubscriptionsResponse
-	66, // [66:77] is the sub-list for method output_type
-	55, // [55:66] is the sub-list for method input_type
-	55, // [55:55] is the sub-list for extension type_name
-	55, // [55:55] is the sub-list for extension extendee
-	0,  // [0:55] is the sub-list for field type_name
+	39, // 13: grapnel.v1.Subscription.transformer:type_name -> grapnel.v1.PluginBinding
+	37, // 14: grapnel.v1.Subscription.header_templates:type_name -> grapnel.v1.Subscription.HeaderTemplatesEntry
+	40, // 15: grapnel.v1.Batching.max_wait:type_name -> google.protobuf.Duration
+	2,  // 16: grapnel.v1.Batching.format:type_name -> grapnel.v1.Batching.Format
+	3,  // 17: grapnel.v1.PayloadShape.format:type_name -> grapnel.v1.PayloadShape.Format
+	4,  // 18: grapnel.v1.PayloadShape.compression:type_name -> grapnel.v1.PayloadShape.Compression
+	40, // 19: grapnel.v1.RetryPolicy.initial_backoff:type_name -> google.protobuf.Duration
+	40, // 20: grapnel.v1.RetryPolicy.max_backoff:type_name -> google.protobuf.Duration
+	40, // 21: grapnel.v1.RetryPolicy.max_age:type_name -> google.protobuf.Duration
+	40, // 22: grapnel.v1.RetryPolicy.schedule:type_name -> google.protobuf.Duration
+	40, // 23: grapnel.v1.FailurePolicy.disable_after:type_name -> google.protobuf.Duration
+	6,  // 24: grapnel.v1.CreateSubscriptionRequest.subscription:type_name -> grapnel.v1.Subscription
+	0,  // 25: grapnel.v1.CreateSubscriptionRequest.initial_state:type_name -> grapnel.v1.Subscription.State
+	6,  // 26: grapnel.v1.CreateSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
+	6,  // 27: grapnel.v1.GetSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
+	15, // 28: grapnel.v1.GetSubscriptionResponse.status:type_name -> grapnel.v1.SubscriptionStatus
+	41, // 29: grapnel.v1.SubscriptionStatus.wait_until:type_name -> google.protobuf.Timestamp
+	41, // 30: grapnel.v1.SubscriptionStatus.failing_since:type_name -> google.protobuf.Timestamp
+	41, // 31: grapnel.v1.SubscriptionStatus.last_success_time:type_name -> google.protobuf.Timestamp
+	40, // 32: grapnel.v1.SubscriptionStatus.latency:type_name -> google.protobuf.Duration
+	40, // 33: grapnel.v1.SubscriptionStatus.oldest_due_age:type_name -> google.protobuf.Duration
+	41, // 34: grapnel.v1.SubscriptionStatus.last_condition_error_time:type_name -> google.protobuf.Timestamp
+	5,  // 35: grapnel.v1.SubscriptionStatus.breaker:type_name -> grapnel.v1.SubscriptionStatus.Breaker
+	41, // 36: grapnel.v1.SubscriptionStatus.breaker_since:type_name -> google.protobuf.Timestamp
+	41, // 37: grapnel.v1.SubscriptionStatus.next_probe_time:type_name -> google.protobuf.Timestamp
+	41, // 38: grapnel.v1.SubscriptionStatus.disable_time:type_name -> google.protobuf.Timestamp
+	41, // 39: grapnel.v1.SubscriptionStatus.host_down_since:type_name -> google.protobuf.Timestamp
+	41, // 40: grapnel.v1.SubscriptionStatus.host_probe_time:type_name -> google.protobuf.Timestamp
+	6,  // 41: grapnel.v1.ListSubscriptionsResponse.subscriptions:type_name -> grapnel.v1.Subscription
+	40, // 42: grapnel.v1.WatchSubscriptionsRequest.heartbeat:type_name -> google.protobuf.Duration
+	6,  // 43: grapnel.v1.WatchSubscriptionsResponse.subscription:type_name -> grapnel.v1.Subscription
+	6,  // 44: grapnel.v1.UpdateSubscriptionRequest.subscription:type_name -> grapnel.v1.Subscription
+	42, // 45: grapnel.v1.UpdateSubscriptionRequest.update_mask:type_name -> google.protobuf.FieldMask
+	6,  // 46: grapnel.v1.UpdateSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
+	6,  // 47: grapnel.v1.PauseSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
+	6,  // 48: grapnel.v1.DisableSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
+	6,  // 49: grapnel.v1.ResumeSubscriptionResponse.subscription:type_name -> grapnel.v1.Subscription
+	43, // 50: grapnel.v1.TestSubscriptionRequest.event:type_name -> grapnel.v1.Event
+	44, // 51: grapnel.v1.TestSubscriptionResponse.attempt:type_name -> grapnel.v1.Attempt
+	32, // 52: grapnel.v1.TestSubscriptionResponse.transformed:type_name -> grapnel.v1.TransformedEvent
+	38, // 53: grapnel.v1.TransformedEvent.headers:type_name -> grapnel.v1.TransformedEvent.HeadersEntry
+	43, // 54: grapnel.v1.MatchSubscriptionsRequest.event:type_name -> grapnel.v1.Event
+	45, // 55: grapnel.v1.MatchSubscriptionsResponse.matches:type_name -> grapnel.v1.SubscriptionMatch
+	11, // 56: grapnel.v1.SubscriptionService.CreateSubscription:input_type -> grapnel.v1.CreateSubscriptionRequest
+	13, // 57: grapnel.v1.SubscriptionService.GetSubscription:input_type -> grapnel.v1.GetSubscriptionRequest
+	16, // 58: grapnel.v1.SubscriptionService.ListSubscriptions:input_type -> grapnel.v1.ListSubscriptionsRequest
+	18, // 59: grapnel.v1.SubscriptionService.WatchSubscriptions:input_type -> grapnel.v1.WatchSubscriptionsRequest
+	20, // 60: grapnel.v1.SubscriptionService.UpdateSubscription:input_type -> grapnel.v1.UpdateSubscriptionRequest
+	22, // 61: grapnel.v1.SubscriptionService.DeleteSubscription:input_type -> grapnel.v1.DeleteSubscriptionRequest
+	24, // 62: grapnel.v1.SubscriptionService.PauseSubscription:input_type -> grapnel.v1.PauseSubscriptionRequest
+	26, // 63: grapnel.v1.SubscriptionService.DisableSubscription:input_type -> grapnel.v1.DisableSubscriptionRequest
+	28, // 64: grapnel.v1.SubscriptionService.ResumeSubscription:input_type -> grapnel.v1.ResumeSubscriptionRequest
+	30, // 65: grapnel.v1.SubscriptionService.TestSubscription:input_type -> grapnel.v1.TestSubscriptionRequest
+	33, // 66: grapnel.v1.SubscriptionService.MatchSubscriptions:input_type -> grapnel.v1.MatchSubscriptionsRequest
+	12, // 67: grapnel.v1.SubscriptionService.CreateSubscription:output_type -> grapnel.v1.CreateSubscriptionResponse
+	14, // 68: grapnel.v1.SubscriptionService.GetSubscription:output_type -> grapnel.v1.GetSubscriptionResponse
+	17, // 69: grapnel.v1.SubscriptionService.ListSubscriptions:output_type -> grapnel.v1.ListSubscriptionsResponse
+	19, // 70: grapnel.v1.SubscriptionService.WatchSubscriptions:output_type -> grapnel.v1.WatchSubscriptionsResponse
+	21, // 71: grapnel.v1.SubscriptionService.UpdateSubscription:output_type -> grapnel.v1.UpdateSubscriptionResponse
+	23, // 72: grapnel.v1.SubscriptionService.DeleteSubscription:output_type -> grapnel.v1.DeleteSubscriptionResponse
+	25, // 73: grapnel.v1.SubscriptionService.PauseSubscription:output_type -> grapnel.v1.PauseSubscriptionResponse
+	27, // 74: grapnel.v1.SubscriptionService.DisableSubscription:output_type -> grapnel.v1.DisableSubscriptionResponse
+	29, // 75: grapnel.v1.SubscriptionService.ResumeSubscription:output_type -> grapnel.v1.ResumeSubscriptionResponse
+	31, // 76: grapnel.v1.SubscriptionService.TestSubscription:output_type -> grapnel.v1.TestSubscriptionResponse
+	34, // 77: grapnel.v1.SubscriptionService.MatchSubscriptions:output_type -> grapnel.v1.MatchSubscriptionsResponse
+	67, // [67:78] is the sub-list for method output_type
+	56, // [56:67] is the sub-list for method input_type
+	56, // [56:56] is the sub-list for extension type_name
+	56, // [56:56] is the sub-list for extension extendee
+	0,  // [0:56] is the sub-list for field type_name
 }
 
 func init() { file_grapnel_v1_subscription_proto_init() }
@@ -3054,7 +3088,7 @@ func file_grapnel_v1_subscription_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_grapnel_v1_subscription_proto_rawDesc), len(file_grapnel_v1_subscription_proto_rawDesc)),
 			NumEnums:      6,
-			NumMessages:   32,
+			NumMessages:   33,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -190,12 +190,21 @@ func HeaderConflicts(sub *grapnelv1.Subscription, bound []Bound) []Diagnostic {
 			break
 		}
 	}
-	for _, name := range keysOf(sub.GetHeaders()) {
+	own := func(field, place, name string) {
 		// What a transport adds, a subscription may have otherwise.
 		if b, taken := setBy[strings.ToLower(name)]; taken && b.Kind.Signer() {
-			ds = append(ds, Diagnostic{Field: "subscription.headers." + name, Code: "plugin.header_conflict", Summary: fmt.Sprintf(
-				"the header %s is set by plugins/%s; take it out of headers", strings.ToLower(name), b.Kind.ID)})
+			ds = append(ds, Diagnostic{Field: field, Code: "plugin.header_conflict", Summary: fmt.Sprintf(
+				"the header %s is set by plugins/%s; take it out of %s", strings.ToLower(name), b.Kind.ID, place)})
 		}
+	}
+	for _, name := range keysOf(sub.GetHeaders()) {
+		own("subscription.headers."+name, "headers", name)
+	}
+	for _, name := range keysOf(sub.GetHeaderTemplates()) {
+		own("subscription.header_templates."+name, "header_templates", name)
+	}
+	for i, name := range sub.GetAllowedEventHeaders() {
+		own(fmt.Sprintf("subscription.allowed_event_headers[%d]", i), "allowed_event_headers", name)
 	}
 	return ds
 }

@@ -138,25 +138,25 @@ func baseHeaders(ev *delivery.Event, contentType, encoding string, attributes bo
 // attributeHeaders are the event's attributes in CloudEvents binary mode.
 func attributeHeaders(ev *delivery.Event, yield func(name, value string) bool) {
 	ok := yield("ce-specversion", "1.0") &&
-		yield("ce-id", ceText(ev.ID)) &&
-		yield("ce-source", ceText(ev.Source)) &&
-		yield("ce-type", ceText(ev.Type)) &&
+		yield("ce-id", HeaderText(ev.ID)) &&
+		yield("ce-source", HeaderText(ev.Source)) &&
+		yield("ce-type", HeaderText(ev.Type)) &&
 		(ev.Time.IsZero() || yield("ce-time", ev.Time.UTC().Format(time.RFC3339Nano))) &&
-		(ev.Subject == "" || yield("ce-subject", ceText(ev.Subject))) &&
-		(ev.Schema == "" || yield("ce-dataschema", ceText(ev.Schema)))
+		(ev.Subject == "" || yield("ce-subject", HeaderText(ev.Subject))) &&
+		(ev.Schema == "" || yield("ce-dataschema", HeaderText(ev.Schema)))
 	if !ok || len(ev.Attributes) == 0 {
 		return
 	}
 	for _, name := range slices.Sorted(maps.Keys(ev.Attributes)) {
-		if name != "traceparent" && !yield("ce-"+name, ceText(ev.Attributes[name])) {
+		if name != "traceparent" && !yield("ce-"+name, HeaderText(ev.Attributes[name])) {
 			return
 		}
 	}
 }
 
-// ceText is CloudEvents' percent-encoding of header values: space, double quote, percent, and all that
+// HeaderText is CloudEvents' percent-encoding of header values: space, double quote, percent, and all that
 // is not printable ASCII.
-func ceText(s string) string {
+func HeaderText(s string) string {
 	const hex = "0123456789ABCDEF"
 	plain := func(c byte) bool { return c > ' ' && c < 0x7f && c != '"' && c != '%' }
 	i := 0

@@ -1886,7 +1886,7 @@ type SignItem struct {
 	Created *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=created,proto3" json:"created,omitempty"`
 	// 16 random bytes, always there; signers draw none.
 	Nonce []byte `protobuf:"bytes,5,opt,name=nonce,proto3" json:"nonce,omitempty"`
-	// Headers set by earlier signers.
+	// What the subscription makes of this event, and headers set by earlier signers.
 	Headers []*Header `protobuf:"bytes,6,rep,name=headers,proto3" json:"headers,omitempty"`
 	// Target changed by an earlier signer; empty means the instance's.
 	Uri           string `protobuf:"bytes,7,opt,name=uri,proto3" json:"uri,omitempty"`
@@ -2858,7 +2858,7 @@ type Attempt struct {
 	Traceparent string `protobuf:"bytes,7,opt,name=traceparent,proto3" json:"traceparent,omitempty"`
 	// Signers of this process to run first, in order: Instance.ref.
 	SignHere []uint32 `protobuf:"varint,8,rep,packed,name=sign_here,json=signHere,proto3" json:"sign_here,omitempty"`
-	// What signers elsewhere have added.
+	// What the subscription makes of this event, and what signers elsewhere have added.
 	Headers []*Header `protobuf:"bytes,9,rep,name=headers,proto3" json:"headers,omitempty"`
 	// Target changed by a signer; empty means the instance's.
 	Uri string `protobuf:"bytes,10,opt,name=uri,proto3" json:"uri,omitempty"`
