@@ -84,8 +84,8 @@ func eventOf(ns string, e *grapnelv1.Event, now time.Time) (*delivery.Event, []V
 	return ev, nil
 }
 
-// publishedOf is eventOf for an event that is to be stored: the types of operational events, and their source, are the
-// server's.
+// publishedOf is eventOf for an event that is to be stored: the types of operational events, their source, and the
+// attributes of dead letters are the server's.
 func publishedOf(ns string, e *grapnelv1.Event, now time.Time) (*delivery.Event, []Violation) {
 	ev, faults := eventOf(ns, e, now)
 	if t := e.GetType(); subscription.Operational(t) {
@@ -97,7 +97,22 @@ func publishedOf(ns string, e *grapnelv1.Event, now time.Time) (*delivery.Event,
 			", as " + quote(source) + " does: that is the source of operational events, which the server makes itself; leave it empty for //grapnel/" +
 			ns + ", or choose another beginning", "event_source_reserved"})
 	}
+	if len(e.GetAttributes()) > 0 {
+		faults = append(faults, reservedAttributes(e.GetAttributes())...)
+	}
 	return ev, faults
+}
+
+// reservedAttributes are those that say of what a dead letter is one. Nobody else's events have them.
+func reservedAttributes(attributes map[string]string) (faults []Violation) {
+	for name := range attributes {
+		if strings.HasPrefix(name, delivery.LetterPrefix) {
+			faults = append(faults, Violation{"attributes[" + quote(name) + "]", "must not begin with " + delivery.LetterPrefix +
+				": those are the attributes of dead letters, which the server sets itself; choose another name", "attribute_reserved"})
+		}
+	}
+	slices.SortFunc(faults, func(a, b Violation) int { return strings.Compare(a.Field, b.Field) })
+	return faults
 }
 
 // under puts the field that holds the event before the paths of its faults.

@@ -337,7 +337,7 @@ func TestBatchPublishFailsWhole(t *testing.T) {
 }
 
 // The types and the source of operational events are the server's: nobody publishes them, and all may ask who would get them.
-func TestPublishRefusesOperationalEvents(t *testing.T) {
+func TestPublishRefusesWhatTheServerSaysItself(t *testing.T) {
 	st := startStation(t)
 	st.namespace(t, "acme")
 	st.subscribe(t, "acme", "all", nil)
@@ -370,6 +370,10 @@ func TestPublishRefusesOperationalEvents(t *testing.T) {
 	if err != nil || batch.GetFailedCount() != 1 || !strings.Contains(batch.GetResults()[0].GetError().GetMessage(), from) {
 		t.Errorf("batch: %v, %v", batch, err)
 	}
+	letter := event("i", "order.created")
+	letter.Attributes = map[string]string{"deadletterfrom": "orders", "deadletterx": "1", "xdeadletter": "1"}
+	_, err = st.publish.Publish(t.Context(), &grapnelv1.PublishRequest{Parent: "namespaces/acme", Event: letter})
+	refused(t, err, codes.InvalidArgument, "INVALID_FIELD").names(t, `event.attributes["deadletterfrom"]`, `event.attributes["deadletterx"]`)
 	found, err := grapnelv1.NewSubscriptionServiceClient(st.conn).MatchSubscriptions(t.Context(), &grapnelv1.MatchSubscriptionsRequest{
 		Parent: "namespaces/acme", Event: event("", "grapnel.delivery.exhausted"),
 	})

@@ -48,6 +48,9 @@ func (e *Event) With(attributes map[string]string) *Event {
 	}
 }
 
+// LetterPrefix is what the names of a letter's attributes begin with, and no publisher's.
+const LetterPrefix = "deadletter"
+
 // Attributes say in an event's attributes what a dead letter is of.
 func (l *Letter) Attributes() map[string]string {
 	a := map[string]string{

@@ -133,9 +133,10 @@ type Event struct {
 	// CloudEvents dataschema.
 	DataSchema string `protobuf:"bytes,8,opt,name=data_schema,json=dataSchema,proto3" json:"data_schema,omitempty"`
 	// CloudEvents extension attributes: ^[a-z0-9]{1,20}$, at most 32, values at most 256 printable
-	// characters. Names that CloudEvents itself uses (id, source, type, data ...) are refused. Together with id, source,
-	// type, subject and data_schema they may take 12 KiB as HTTP headers, in which other than ASCII characters take
-	// three bytes for each byte of UTF-8: receivers refuse requests with more.
+	// characters. Names that CloudEvents itself uses (id, source, type, data ...) are refused, and so are those that begin with
+	// deadletter, which the server gives dead letters. Together with id, source, type, subject and data_schema they may take
+	// 12 KiB as HTTP headers, in which other than ASCII characters take three bytes for each byte of UTF-8: receivers refuse
+	// requests with more.
 	Attributes map[string]string `protobuf:"bytes,9,rep,name=attributes,proto3" json:"attributes,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	// The body, exactly as it will be sent, 256 KiB at most unless the namespace allows more.
 	//
