@@ -60,6 +60,8 @@ var (
 	ErrResumeTokenExpired = reasonError("RESUME_TOKEN_EXPIRED")
 	// ErrSlowConsumer: who watches has not read for a while; a watch of this package goes on by itself.
 	ErrSlowConsumer = reasonError("SLOW_CONSUMER")
+	// ErrDataDamaged: what is stored of the resource cannot be read; it can be created again.
+	ErrDataDamaged = reasonError("DATA_DAMAGED")
 	// ErrUnauthenticated: credentials are missing or wrong.
 	ErrUnauthenticated = codeError(codes.Unauthenticated)
 	// ErrPermissionDenied: the credentials do not allow the call.

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -219,6 +220,35 @@ func notFound(name, what string) *Error {
 		message:  what + " " + name + " does not exist",
 		metadata: map[string]string{"resource": name},
 		details:  []protoadapt.MessageV1{&errdetails.ResourceInfo{ResourceType: typeOf(name), ResourceName: name}},
+	}
+}
+
+// absent says of a resource that is not known that it does not exist, or, when its name is among those that are broken, that
+// it cannot be read.
+func absent(name string, broken []string) *Error {
+	if slices.Contains(broken, name) {
+		return damaged(name, nil)
+	}
+	return notFound(name, noun(name))
+}
+
+// nameInKey is the name of a resource as the end of its key in etcd, or else other.
+func nameInKey(key, other string) string {
+	if i := strings.Index(key, "namespaces/"); i >= 0 {
+		return key[i:]
+	}
+	return other
+}
+
+// damaged says that what is stored of a resource cannot be read; the log has the cause.
+func damaged(name string, cause error) *Error {
+	return &Error{
+		code:     codes.DataLoss,
+		reason:   grapnelv1.ErrorReason_ERROR_REASON_DATA_DAMAGED,
+		message:  "what is stored of " + noun(name) + " " + name + " is damaged and cannot be read: create it again, or restore etcd from a backup",
+		metadata: map[string]string{"resource": name},
+		details:  []protoadapt.MessageV1{&errdetails.ResourceInfo{ResourceType: typeOf(name), ResourceName: name}},
+		cause:    cause,
 	}
 }
 
@@ -510,6 +540,12 @@ func fromStore(err error, resource string) *Error {
 			missing.metadata["field"] = e.Field
 		}
 		return missing
+	}
+	if e, ok := errors.AsType[*subscription.BrokenError](err); ok {
+		return damaged(nameInKey(e.Key, resource), err)
+	}
+	if errors.Is(err, eventtype.ErrDamaged) {
+		return damaged(resource, err)
 	}
 	switch {
 	case errors.Is(err, subscription.ErrNotFound):

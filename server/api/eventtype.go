@@ -62,7 +62,7 @@ func (s eventTypeService) find(name string) (*eventtype.Type, error) {
 	}
 	found := s.EventTypes.In(ns).Get(id)
 	if found == nil {
-		return nil, notFound(name, noun(name))
+		return nil, absent(name, s.EventTypes.Broken())
 	}
 	return found, nil
 }
@@ -96,7 +96,25 @@ func (s eventTypeService) ListEventTypes(_ context.Context, r *grapnelv1.ListEve
 			}
 			return t.Brief
 		})
-	return &grapnelv1.ListEventTypesResponse{EventTypes: page.items, NextPageToken: s.pages.seal(page.next, query...)}, nil
+	out := &grapnelv1.ListEventTypesResponse{EventTypes: page.items, NextPageToken: s.pages.seal(page.next, query...)}
+	if after == "" {
+		out.Unreachable = s.unreachable(ns)
+	}
+	return out, nil
+}
+
+// maxUnreachable bounds the names of resources that a list lacks.
+const maxUnreachable = 100
+
+// unreachable are the types of a namespace, or of all, that cannot be read and of which nothing is known.
+func (s eventTypeService) unreachable(ns string) (names []string) {
+	for _, name := range s.EventTypes.Broken() {
+		in, id, err := parseName("", name, collectionEventTypes)
+		if err == nil && (ns == "" || ns == in) && s.EventTypes.In(in).Get(id) == nil && len(names) < maxUnreachable {
+			names = append(names, name)
+		}
+	}
+	return names
 }
 
 // eventTypeFields are what a filter over event types may name.

@@ -9,9 +9,11 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/fieldmaskpb"
 
 	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
+	"github.com/grapnel/grapnel/server/eventtype"
 )
 
 const orderSchema = `{"type":"object","required":["id"],"properties":{"id":{"type":"string"},"items":{"type":"array","items":{"type":"object","required":["sku"]}}}}`
@@ -213,5 +215,46 @@ func TestTestsSendSamples(t *testing.T) {
 	}
 	if r := refused(t, test(&grapnelv1.Event{Type: "order.none"}), codes.FailedPrecondition, "INVALID_STATE"); !strings.Contains(r.message, "no sample of namespaces/acme/eventTypes/order.none") {
 		t.Error(slices.Collect(maps.Keys(r.fields)), r.message)
+	}
+}
+
+// What is registered and cannot be read is not said to be absent: a read says so, a list names it, and it can be created again.
+func TestDamagedEventTypeIsNotAbsent(t *testing.T) {
+	st := startStation(t)
+	st.namespace(t, "acme")
+	st.register(t, "order.paid", grapnelv1.EventType_ENFORCEMENT_OFF, orderSchema)
+	name := eventtype.Name("acme", "order.created")
+	if _, err := st.etcd.Put(t.Context(), "/grapnel/v1/eventtypes/"+name, "\xff\xff no message"); err != nil {
+		t.Fatal(err)
+	}
+	get := func() error {
+		_, err := st.types.GetEventType(t.Context(), &grapnelv1.GetEventTypeRequest{Name: name})
+		return err
+	}
+	eventually(t, func() bool { return status.Code(get()) == codes.DataLoss })
+	if r := refused(t, get(), codes.DataLoss, "DATA_DAMAGED"); r.resource != name || !strings.Contains(r.message, "create it again") {
+		t.Errorf("%+v", r)
+	}
+	_, err := st.types.UpdateEventType(t.Context(), &grapnelv1.UpdateEventTypeRequest{EventType: &grapnelv1.EventType{Name: name, Deprecated: true}})
+	refused(t, err, codes.DataLoss, "DATA_DAMAGED")
+	list := func(parent string) *grapnelv1.ListEventTypesResponse {
+		page, err := st.types.ListEventTypes(t.Context(), &grapnelv1.ListEventTypesRequest{Parent: parent})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return page
+	}
+	for _, parent := range []string{"namespaces/acme", "namespaces/-"} {
+		if page := list(parent); !slices.Equal(page.GetUnreachable(), []string{name}) || len(page.GetEventTypes()) != 1 {
+			t.Errorf("%s: %v", parent, page)
+		}
+	}
+	st.namespace(t, "other")
+	if page := list("namespaces/other"); len(page.GetUnreachable()) > 0 {
+		t.Errorf("another's: %v", page)
+	}
+	st.register(t, "order.created", grapnelv1.EventType_ENFORCEMENT_OFF, orderSchema)
+	if err := get(); err != nil || len(list("namespaces/acme").GetUnreachable()) > 0 {
+		t.Errorf("created again: %v", err)
 	}
 }

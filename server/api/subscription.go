@@ -124,7 +124,7 @@ func (s subscriptionService) find(name string) (*subscription.Subscription, erro
 	}
 	sub := s.Registry.Snapshot().Subscription(ns, id)
 	if sub == nil {
-		return nil, notFound(name, "subscription")
+		return nil, absent(name, s.Registry.Broken())
 	}
 	return sub, nil
 }

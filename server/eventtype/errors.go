@@ -15,6 +15,8 @@ var (
 	ErrNamespaceDeleted = keyspace.ErrNamespaceDeleted
 	// ErrUnavailable means that etcd could not be reached in time. The write may or may not have happened.
 	ErrUnavailable = keyspace.ErrUnavailable
+	// ErrDamaged means that a type is registered and what is stored of it cannot be read. Create registers it again.
+	ErrDamaged = errors.New("is damaged")
 	// errChanged has a write begin again: what is stored has changed since its new content was checked.
 	errChanged = errors.New("changed meanwhile")
 )

@@ -122,7 +122,7 @@ func (s *Store) planned(id string, items []keyspace.Item, plan plan) (wanted, st
 	if it := &items[1]; it.Revision != 0 && it.Err == nil {
 		_, found, err := read(it.Key[len(keyPrefix):], it.Value)
 		if err != nil { // as good as damaged
-			it.Err = fmt.Errorf("%s in etcd is damaged: %w; create it again, or restore etcd from a backup", s.space.Key(it.Key), err)
+			it.Err = fmt.Errorf("%s in etcd %w: %w; create it again, or restore etcd from a backup", s.space.Key(it.Key), ErrDamaged, err)
 		} else {
 			stored = found
 		}

@@ -87,6 +87,9 @@ const (
 	ErrorReason_ERROR_REASON_SCHEMA_MISMATCH ErrorReason = 28
 	// INVALID_ARGUMENT, with BadRequest: the namespace wants types of events registered, and this one is not.
 	ErrorReason_ERROR_REASON_EVENT_TYPE_NOT_REGISTERED ErrorReason = 29
+	// DATA_LOSS: what is stored of the resource is damaged. It is there, and cannot be read: create it again, or restore etcd
+	// from a backup.
+	ErrorReason_ERROR_REASON_DATA_DAMAGED ErrorReason = 30
 )
 
 // Enum value maps for ErrorReason.
@@ -120,6 +123,7 @@ var (
 		27: "ERROR_REASON_SLOW_CONSUMER",
 		28: "ERROR_REASON_SCHEMA_MISMATCH",
 		29: "ERROR_REASON_EVENT_TYPE_NOT_REGISTERED",
+		30: "ERROR_REASON_DATA_DAMAGED",
 	}
 	ErrorReason_value = map[string]int32{
 		"ERROR_REASON_UNSPECIFIED":               0,
@@ -150,6 +154,7 @@ var (
 		"ERROR_REASON_SLOW_CONSUMER":             27,
 		"ERROR_REASON_SCHEMA_MISMATCH":           28,
 		"ERROR_REASON_EVENT_TYPE_NOT_REGISTERED": 29,
+		"ERROR_REASON_DATA_DAMAGED":              30,
 	}
 )
 
@@ -360,7 +365,7 @@ const file_grapnel_v1_common_proto_rawDesc = "" +
 	"\x05field\x18\x04 \x01(\tR\x05field\x12\x1c\n" +
 	"\tretryable\x18\x05 \x01(\bR\tretryable\x12:\n" +
 	"\vretry_delay\x18\x06 \x01(\v2\x19.google.protobuf.DurationR\n" +
-	"retryDelay*\xbf\a\n" +
+	"retryDelay*\xde\a\n" +
 	"\vErrorReason\x12\x1c\n" +
 	"\x18ERROR_REASON_UNSPECIFIED\x10\x00\x12\x1e\n" +
 	"\x1aERROR_REASON_INVALID_FIELD\x10\x01\x12\x1f\n" +
@@ -390,7 +395,8 @@ const file_grapnel_v1_common_proto_rawDesc = "" +
 	"!ERROR_REASON_RESUME_TOKEN_EXPIRED\x10\x1a\x12\x1e\n" +
 	"\x1aERROR_REASON_SLOW_CONSUMER\x10\x1b\x12 \n" +
 	"\x1cERROR_REASON_SCHEMA_MISMATCH\x10\x1c\x12*\n" +
-	"&ERROR_REASON_EVENT_TYPE_NOT_REGISTERED\x10\x1dB7Z5github.com/grapnel/grapnel/proto/grapnel/v1;grapnelv1b\x06proto3"
+	"&ERROR_REASON_EVENT_TYPE_NOT_REGISTERED\x10\x1d\x12\x1d\n" +
+	"\x19ERROR_REASON_DATA_DAMAGED\x10\x1eB7Z5github.com/grapnel/grapnel/proto/grapnel/v1;grapnelv1b\x06proto3"
 
 var (
 	file_grapnel_v1_common_proto_rawDescOnce sync.Once

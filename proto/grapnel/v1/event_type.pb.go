@@ -660,6 +660,9 @@ type ListEventTypesResponse struct {
 	EventTypes []*EventType `protobuf:"bytes,1,rep,name=event_types,json=eventTypes,proto3" json:"event_types,omitempty"`
 	// Empty on the last page, and only there.
 	NextPageToken string `protobuf:"bytes,2,opt,name=next_page_token,json=nextPageToken,proto3" json:"next_page_token,omitempty"`
+	// Names of types that belong in the list and cannot be read, because what is stored of them is damaged; on the first page,
+	// the first 100, whatever the filter. They are in no page: see DATA_DAMAGED.
+	Unreachable   []string `protobuf:"bytes,3,rep,name=unreachable,proto3" json:"unreachable,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -706,6 +709,13 @@ func (x *ListEventTypesResponse) GetNextPageToken() string {
 		return x.NextPageToken
 	}
 	return ""
+}
+
+func (x *ListEventTypesResponse) GetUnreachable() []string {
+	if x != nil {
+		return x.Unreachable
+	}
+	return nil
 }
 
 // UpdateEventTypeRequest carries the new content.
@@ -1108,11 +1118,12 @@ const file_grapnel_v1_event_type_proto_rawDesc = "" +
 	"\n" +
 	"page_token\x18\x03 \x01(\tR\tpageToken\x12 \n" +
 	"\x06filter\x18\x04 \x01(\tB\b\xbaH\x05r\x03\x18\x80\x10R\x06filter\x12'\n" +
-	"\x0finclude_schemas\x18\x05 \x01(\bR\x0eincludeSchemas\"x\n" +
+	"\x0finclude_schemas\x18\x05 \x01(\bR\x0eincludeSchemas\"\x9a\x01\n" +
 	"\x16ListEventTypesResponse\x126\n" +
 	"\vevent_types\x18\x01 \x03(\v2\x15.grapnel.v1.EventTypeR\n" +
 	"eventTypes\x12&\n" +
-	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\xdd\x01\n" +
+	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\x12 \n" +
+	"\vunreachable\x18\x03 \x03(\tR\vunreachable\"\xdd\x01\n" +
 	"\x16UpdateEventTypeRequest\x12<\n" +
 	"\n" +
 	"event_type\x18\x01 \x01(\v2\x15.grapnel.v1.EventTypeB\x06\xbaH\x03\xc8\x01\x01R\teventType\x12;\n" +
