@@ -411,7 +411,7 @@ func (s *Server) deliveryProto(ns string, d *delivery.Delivery, inFlight bool) *
 	if d.Last != nil {
 		m.LastAttempt = s.attemptProto(d.Last, false)
 	}
-	if !d.State.Final() && !inFlight && !d.WaitsForKey {
+	if !d.State.Final() && !d.WaitsForKey {
 		m.StateReason = s.Engine.WaitReason(d.ID, laneOf(d))
 	}
 	return m

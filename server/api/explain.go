@@ -309,6 +309,9 @@ func (s *Server) cause(d *delivery.Delivery, m *grapnelv1.Delivery) string {
 	last := lastWords(d)
 	switch m.GetState() {
 	case grapnelv1.Delivery_STATE_IN_FLIGHT:
+		if m.GetStateReason() != "" {
+			return fmt.Sprintf("attempt %d has begun, and is %s", d.Attempts+1, m.GetStateReason())
+		}
 		return fmt.Sprintf("attempt %d is running", d.Attempts+1)
 	case grapnelv1.Delivery_STATE_SUCCEEDED:
 		return fmt.Sprintf("the target accepted attempt %d", d.Attempts) + last
@@ -318,6 +321,9 @@ func (s *Server) cause(d *delivery.Delivery, m *grapnelv1.Delivery) string {
 		}
 		return fmt.Sprintf("given up after %d attempts", d.Attempts) + last
 	case grapnelv1.Delivery_STATE_REJECTED:
+		if d.Last != nil && d.Last.Error != "" && strings.Contains(m.GetStateReason(), d.Last.Error) {
+			return "given up, since trying again is useless: " + m.GetStateReason()
+		}
 		return "given up, since trying again is useless" + last + because(m.GetStateReason())
 	case grapnelv1.Delivery_STATE_CANCELLED:
 		return "cancelled" + because(m.GetStateReason())

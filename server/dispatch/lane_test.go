@@ -90,6 +90,41 @@ func TestStatusSaysWhyNothingIsSent(t *testing.T) {
 	}
 }
 
+// A plugin that is not there is what a delivery waits for also while an attempt looks whether it is back.
+func TestParkedWhileAnAttemptLooks(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		defer w.stop()
+		absent := func() *delivery.Result {
+			r := unspent()
+			r.Error = "plugins/line is disabled"
+			return r
+		}
+		w.receiver.set(always(0, absent))
+		sub := w.sub("orders")
+		looking, behind := w.publish(sub, 0), w.publish(sub, 0)
+		synctest.Wait()
+		w.receiver.set(always(30*time.Second, absent))
+		time.Sleep(10 * time.Second)
+		if s := w.engine.Status(lane("orders")); s.Open || !s.Parked || s.InFlight == 0 {
+			t.Errorf("%+v", s)
+		}
+		if !w.engine.InFlight(looking, lane("orders")) {
+			t.Error("nobody looks")
+		}
+		for _, id := range []delivery.ID{looking, behind} {
+			if reason := w.engine.WaitReason(id, lane("orders")); reason != "parked: plugins/line is disabled" {
+				t.Errorf("%v waits because: %q", id, reason)
+			}
+		}
+		w.receiver.set(always(0, ok))
+		time.Sleep(2 * time.Minute)
+		if s := w.engine.Status(lane("orders")); !s.Open || s.Parked || s.Reason != "" {
+			t.Errorf("afterwards: %+v", s)
+		}
+	})
+}
+
 func TestANewTargetBeginsANewHealth(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)

@@ -15,6 +15,9 @@ type Status struct {
 	Open   bool
 	Reason string
 	Until  time.Time
+	// Parked: Reason is a plugin that was not ready when last an attempt went there. Until is when the next looks whether it is,
+	// and what is in flight does.
+	Parked bool
 	// FailingSince is when the run of failures without a success began; zero when there is none.
 	FailingSince time.Time
 	// Disable is when the subscription is disabled if nothing succeeds until then; zero when it is not failing, or never.
@@ -80,6 +83,8 @@ func (e *Engine) Status(key delivery.LaneKey) Status {
 		s.Reason = l.breakerWords(now)
 	case g.hostDown:
 		s.Reason = l.hostWords(now)
+	case g.open() && h.Parked():
+		s.Open, s.Reason = false, l.closed(health.ByPlugin)
 	case g.open() && l.stranger(now):
 		s.Open, s.Reason = false, closedStranger
 	case g.open() && g.isolated && !l.health.Isolated():
@@ -87,6 +92,7 @@ func (e *Engine) Status(key delivery.LaneKey) Status {
 	case g.open() && g.isolated:
 		s.Open, s.Reason = false, l.breakerWords(now)
 	}
+	s.Parked = h.Parked() && s.Reason == l.closed(health.ByPlugin)
 	return s
 }
 
@@ -119,13 +125,16 @@ func (l *lane) hostWords(now time.Time) string {
 	return "host down since " + since.UTC().Format(time.RFC3339) + " (" + l.origin.name.Host + ": 5 attempts in a row of several subscriptions found no connection or timed out)"
 }
 
-// WaitReason says why a delivery that is due is not tried: why its lane is closed, and until when. It is empty while
-// the delivery is in flight or its lane is open.
+// WaitReason says why a delivery that is due is not tried: why its lane is closed, and until when. It is empty while its lane is
+// open, or the delivery is in flight, unless that means that it waits for a plugin that was not ready before.
 func (e *Engine) WaitReason(id delivery.ID, key delivery.LaneKey) string {
-	if e.InFlight(id, key) {
+	s := e.Status(key)
+	switch {
+	case s.Parked:
+		return s.Reason
+	case e.InFlight(id, key):
 		return ""
 	}
-	s := e.Status(key)
 	if s.Reason == "" && e.heldBack(id, key) {
 		return closedBudget
 	}

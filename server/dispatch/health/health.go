@@ -261,7 +261,10 @@ func (h *Health) Closed(now time.Time) (Closure, time.Time) {
 	return Open, time.Time{}
 }
 
-// Waits is what a lane that is closed ByPlugin waits for, in words of the plugin's host; it may be empty.
+// Parked reports whether the plugin was not ready when last an attempt went there, also while another one looks whether it is.
+func (h *Health) Parked() bool { return h.park > 0 }
+
+// Waits is what a lane that is Parked waits for, in words of the plugin's host; it may be empty.
 func (h *Health) Waits() string { return h.waits }
 
 // Full reports whether a lane with so many attempts in flight, of which so many may be, has to wait for one of them to end:
