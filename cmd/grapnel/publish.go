@@ -6,7 +6,6 @@ import (
 	"encoding/json"
 	"fmt"
 	"iter"
-	"slices"
 	"time"
 	"unicode/utf8"
 
@@ -79,7 +78,7 @@ func (f *publishFlags) register(cmd *cobra.Command) {
 	flags.StringVar(&f.deliverTime, "deliver-time", "", "first attempt not before this `time`, RFC 3339, or a delay such as 2h")
 	spanVar(flags, &f.ttl, "ttl", 0, 0, 0, "do not attempt it for longer than this")
 	flags.BoolVar(&f.lines, "jsonl", false, "read events from standard input, one JSON object a line")
-	spanVar(flags, &f.wait, "wait", 0, 0, 0, "wait up to this long until its deliveries have ended, and show them; exits with 1 unless all succeeded")
+	spanVar(flags, &f.wait, "wait", 0, 0, 0, "wait up to this long until its deliveries have ended, which is watched, and show them; exits with 1 unless all succeeded")
 	flags.BoolVar(&f.stream, "stream", false, "with --jsonl: use one PublishStream instead of batches")
 }
 
@@ -204,28 +203,13 @@ func (f *publishFlags) publishOne(cmd *cobra.Command, c *cli, ns string) error {
 // watch waits until the deliveries of what was published have ended, and shows them as delivery list does. What --wait
 // bounds is the waiting, and not the last look: an answer that was cut short would show deliveries as not made.
 func (f *publishFlags) watch(ctx context.Context, c *cli, cl *client.Client, ns string, r *grapnelv1.PublishResponse) error {
-	over := time.NewTimer(f.wait)
-	defer over.Stop()
-	pause := time.NewTicker(200 * time.Millisecond)
-	defer pause.Stop()
-	var all []*grapnelv1.Delivery
-	for waiting := true; ; {
-		var err error
-		filter := client.Filter(fmt.Sprintf("event = %q", r.GetName()))
-		if all, err = collect(all[:0], cl.Deliveries(ctx, ns, filter, client.PageSize(1000))); err != nil {
-			return err
-		}
-		ended := len(all) >= int(r.GetMatchedSubscriptions()) && !slices.ContainsFunc(all, isOpen)
-		if ended || !waiting {
-			break
-		}
-		select {
-		case <-pause.C:
-		case <-over.C:
-			waiting = false
-		case <-ctx.Done():
-			return ctx.Err()
-		}
+	w := &ending{cl: cl, namespace: ns, filter: client.Filter(fmt.Sprintf("event = %q", r.GetName())), matched: int(r.GetMatchedSubscriptions())}
+	if err := w.wait(ctx, f.wait); err != nil {
+		return err
+	}
+	all, err := w.look(ctx)
+	if err != nil {
+		return err
 	}
 	t := newTable(c, deliveryColumns())
 	succeeded := 0
@@ -249,7 +233,85 @@ func (f *publishFlags) watch(ctx context.Context, c *cli, cl *client.Client, ns 
 	return nil
 }
 
-func isOpen(d *grapnelv1.Delivery) bool { return d.GetCompleteTime() == nil }
+// ending are the deliveries of one event, until they have ended.
+type ending struct {
+	cl        *client.Client
+	namespace string
+	filter    client.ListOption
+	matched   int
+	// looked: what there was when the watch began is known. ended says of each delivery that is known whether it has, and open
+	// is how many have not.
+	looked bool
+	ended  map[string]bool
+	open   int
+}
+
+// wait returns when all have ended, or after a time; an error is that of looking, or ctx's. Changes are watched: the watch stands
+// before the first look, so that no end falls in between. Where the server lets nobody watch, as when too many do, it looks five
+// times a second instead.
+func (w *ending) wait(ctx context.Context, most time.Duration) error {
+	waiting, cancel := context.WithTimeout(ctx, most)
+	defer cancel()
+	watching, enough := context.WithCancel(waiting)
+	defer enough()
+	var failed error
+	stands := client.Watching(func(string) {
+		_, failed = w.look(waiting)
+		if failed != nil || w.over() {
+			enough()
+		}
+	})
+	for ch, err := range w.cl.WatchDeliveries(watching, w.namespace, w.filter, stands) {
+		if err != nil {
+			break
+		}
+		if w.note(ch.Delivery); w.over() {
+			break
+		}
+	}
+	pause := time.NewTicker(200 * time.Millisecond)
+	defer pause.Stop()
+	for failed == nil && !w.over() && waiting.Err() == nil {
+		if _, failed = w.look(waiting); failed != nil || w.over() {
+			break
+		}
+		select {
+		case <-pause.C:
+		case <-waiting.Done():
+		}
+	}
+	if waiting.Err() != nil { // whatever a look that was cut short says
+		return ctx.Err()
+	}
+	return failed
+}
+
+// look lists what there is.
+func (w *ending) look(ctx context.Context) ([]*grapnelv1.Delivery, error) {
+	all, err := collect(nil, w.cl.Deliveries(ctx, w.namespace, w.filter, client.PageSize(1000)))
+	w.looked, w.ended, w.open = err == nil, make(map[string]bool, len(all)), 0
+	for _, d := range all {
+		w.note(d)
+	}
+	return all, err
+}
+
+// note takes in where a delivery stands.
+func (w *ending) note(d *grapnelv1.Delivery) {
+	if !w.looked {
+		return
+	}
+	ended, known := w.ended[d.GetName()]
+	if known && !ended {
+		w.open--
+	}
+	if w.ended[d.GetName()] = client.Ended(d); !client.Ended(d) {
+		w.open++
+	}
+}
+
+// over reports whether all that were matched are known, and all that are known have ended.
+func (w *ending) over() bool { return w.looked && w.open == 0 && len(w.ended) >= w.matched }
 
 // collect appends all items to a slice. On an error the slice holds what came before it.
 func collect[T any](to []T, items iter.Seq2[T, error]) ([]T, error) {
