@@ -8,6 +8,7 @@ import (
 	"runtime"
 	"runtime/debug"
 	"runtime/pprof"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -26,6 +27,12 @@ const (
 	maxStrain = 16
 	// transformWindow is how many wait without those that come next being left unread.
 	transformWindow = 256
+	// messageBytes is what results in one message may take before the next begins: 64 of the largest are more than a host reads.
+	messageBytes = 1 << 20
+	// maxMadeHeaders is what the headers of a result may take here; the host takes less.
+	maxMadeHeaders = 64 << 10
+	// maxReason is the most of an error or a reason, which scripts choose the size of; the host shows less.
+	maxReason = 4 << 10
 )
 
 // strain is how much an instance has tried patience of late: what it does runs in its turn while there is any.
@@ -166,15 +173,18 @@ func (t *transforming) inTurn(task *transformTask, inst *instance) {
 	t.done <- res
 }
 
-// send answers with what is ready and never waits for more. It takes what there is also when it can send no more.
+// send answers with what is ready, as much as a message holds, and never waits for more. It takes what there is also when it
+// can send no more.
 func (t *transforming) send(stream grpc.BidiStreamingServer[pluginv1.TransformRequest, pluginv1.TransformResponse]) (err error) {
 	for res := range t.done {
 		out := &pluginv1.TransformResponse{Results: []*pluginv1.TransformResult{res}}
-		for more := true; more && len(out.Results) < batchMax; {
+		size := len(res.GetTransformed().GetBody())
+		for more := true; more && len(out.Results) < batchMax && size < messageBytes; {
 			select {
 			case res, more = <-t.done:
 				if more {
 					out.Results = append(out.Results, res)
+					size += len(res.GetTransformed().GetBody())
 				}
 			default:
 				more = false
@@ -219,12 +229,20 @@ func (s *server) transform(ctx context.Context, task *transformTask) (out *plugi
 	switch {
 	case dropped:
 		return &pluginv1.TransformResult{Seq: task.item.GetSeq(), Outcome: &pluginv1.TransformResult_Dropped{
-			Dropped: &pluginv1.Dropped{Reason: valid(redact.Text(reason, inst.secrets))},
+			Dropped: &pluginv1.Dropped{Reason: clipped(redact.Text(reason, inst.secrets))},
 		}}
 	case err == nil && made == nil:
 		err = errors.New("the transformer returned neither a result nor an error")
 	case err == nil && len(made.Body) > MaxTransformed:
 		err = fmt.Errorf("the body has %d bytes; at most %d can be sent", len(made.Body), MaxTransformed)
+	case err == nil:
+		size := len(made.ContentType)
+		for _, h := range made.Headers {
+			size += len(h.Name) + len(h.Value)
+		}
+		if size > maxMadeHeaders {
+			err = fmt.Errorf("content type and headers have %d bytes; headers may have 8 KiB", size)
+		}
 	}
 	if err != nil {
 		return task.failed(transformFailure(ctx, err, inst.secrets))
@@ -235,15 +253,23 @@ func (s *server) transform(ctx context.Context, task *transformTask) (out *plugi
 }
 
 func transformFailure(ctx context.Context, err error, secrets [][]byte) failure {
-	f := failure{source: SourcePlugin, code: CodeTransform, message: valid(redact.Text(err.Error(), secrets)), wire: NotSent}
+	f := failure{source: SourcePlugin, code: CodeTransform, message: clipped(redact.Text(err.Error(), secrets)), wire: NotSent}
 	var given *Failure
 	switch {
 	case errors.As(err, &given) && given.Code != "":
-		f.code, f.message = given.Code, valid(redact.Text(given.Message, secrets))
+		f.code, f.message = given.Code, clipped(redact.Text(given.Message, secrets))
 	case errors.Is(context.Cause(ctx), context.DeadlineExceeded):
 		f.code = CodeTimeout
 	case ctx.Err() != nil:
 		f.code = CodeCancelled
 	}
 	return f
+}
+
+// clipped is as much of a text as is sent.
+func clipped(s string) string {
+	if len(s) > maxReason {
+		s = strings.ToValidUTF8(s[:maxReason], "") + "…"
+	}
+	return valid(s)
 }

@@ -4,11 +4,20 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"math"
+	"net"
 	"strconv"
+	"strings"
 	"sync"
 	"testing"
 	"time"
 
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/test/bufconn"
+	"google.golang.org/protobuf/proto"
+
+	pluginv1 "github.com/grapnel/grapnel/proto/grapnel/plugin/v1"
 	"github.com/grapnel/grapnel/sdk/plugin"
 	"github.com/grapnel/grapnel/sdk/plugintest"
 )
@@ -107,4 +116,65 @@ func TestTransformLoops(t *testing.T) {
 	}
 	stop()
 	all.Wait()
+}
+
+// TestLargeResults: what is ready together goes in as many messages as a host can read, errors and headers of any size too.
+func TestLargeResults(t *testing.T) {
+	const items = 64
+	var made sync.WaitGroup
+	made.Add(items)
+	server, stop, err := plugin.NewGRPCServer("test", "1", plugin.Transformer("large", func(transformConfig, plugin.Target) (plugin.TransformFunc, error) {
+		return func(_ context.Context, e *plugin.Event) (*plugin.Transformed, error) {
+			defer made.Done()
+			switch e.Type {
+			case "throw":
+				return nil, errors.New(strings.Repeat("ü", 8<<20))
+			case "drop":
+				return nil, plugin.Drop(strings.Repeat("x", 8<<20))
+			case "headers":
+				return &plugin.Transformed{Headers: []plugin.Header{{Name: "x-a", Value: strings.Repeat("x", 8<<20)}}}, nil
+			}
+			return &plugin.Transformed{Body: make([]byte, plugin.MaxTransformed)}, nil
+		}, nil
+	}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer stop()
+	listener := bufconn.Listen(1 << 20)
+	go func() { _ = server.Serve(listener) }()
+	conn, err := grpc.NewClient("passthrough:///plugin", grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(math.MaxInt32)),
+		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) { return listener.DialContext(ctx) }))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	if _, err := pluginv1.NewPluginServiceClient(conn).Configure(t.Context(), &pluginv1.ConfigureRequest{Instances: []*pluginv1.Instance{{Id: "a", Generation: 1, Ref: 1, Kind: "large", ConfigJson: []byte(`{"do":"it"}`)}}}); err != nil {
+		t.Fatal(err)
+	}
+	stream, err := pluginv1.NewTransformerServiceClient(conn).Transform(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	req := &pluginv1.TransformRequest{}
+	for _, kind := range []string{"body", "throw", "drop", "headers"} {
+		req.Events = append(req.Events, &pluginv1.Event{Type: kind})
+	}
+	for i := range items {
+		req.Items = append(req.Items, &pluginv1.TransformItem{Seq: uint64(i), InstanceRef: 1, Event: uint32(max(0, i-items+len(req.Events)))})
+	}
+	if err := stream.Send(req); err != nil {
+		t.Fatal(err)
+	}
+	made.Wait() // nothing has been read
+	for got := 0; got < items; {
+		resp, err := stream.Recv()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if size := proto.Size(resp); size > 2<<20 {
+			t.Errorf("a message with %d results has %d bytes", len(resp.GetResults()), size)
+		}
+		got += len(resp.GetResults())
+	}
 }
