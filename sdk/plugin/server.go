@@ -31,6 +31,8 @@ const (
 	window = 4096
 	// batchMax is the most results in one message.
 	batchMax = 64
+	// longBuild is how long a transformer in the making keeps others from being made.
+	longBuild = 500 * time.Millisecond
 	// receiveMax is far above the host's batches, so that one large body still passes.
 	receiveMax = 32 << 20
 )
@@ -70,8 +72,8 @@ type server struct {
 	instances instances
 	lives     *lives
 	turns     turns
-	// long is for transformations that take long.
-	long *gate.Gate
+	// long is for transformations that take long, making for transformers in the making.
+	long, making *gate.Gate
 }
 
 // generation is the newest of an instance id, and how many of its refs are held.
@@ -101,7 +103,7 @@ func newServer(name, version string, kinds []Kind) (*server, error) {
 		name: name, version: version, kinds: map[string]*Kind{}, newestOf: map[string]generation{},
 		logs: newLogSink(), egress: NewEgress(nil),
 		draining: make(chan struct{}), hostSeen: make(chan struct{}), hostGone: make(chan struct{}),
-		described: func() {}, turns: newTurns(), long: gate.New(),
+		described: func() {}, turns: newTurns(), long: gate.New(), making: gate.New(),
 	}
 	s.lives = newLives(func(stack []byte) { s.log().Error("panic in close", "stack", string(stack)) })
 	s.describe = &pluginv1.DescribeResponse{Name: name, Version: version, ProtocolMinor: protocolMinor}
@@ -205,11 +207,14 @@ func (s *server) Describe(context.Context, *pluginv1.DescribeRequest) (*pluginv1
 
 // Validate builds the instance and throws it away; without the secrets it needs, only its shape is
 // checked.
-func (s *server) Validate(_ context.Context, req *pluginv1.ValidateRequest) (*pluginv1.ValidateResponse, error) {
+func (s *server) Validate(ctx context.Context, req *pluginv1.ValidateRequest) (*pluginv1.ValidateResponse, error) {
 	s.mu.Lock()
 	egress, agent := s.egress, s.agent
 	s.mu.Unlock()
-	inst, diagnostics := s.build(req.GetInstance(), egress, agent, true)
+	inst, diagnostics, err := s.buildInTurn(ctx, req.GetInstance(), egress, agent, true)
+	if err != nil {
+		return nil, err
+	}
 	out := &pluginv1.ValidateResponse{Diagnostics: diagnostics}
 	if inst != nil {
 		out.EmitsHeaders = inst.built.emits
@@ -218,16 +223,43 @@ func (s *server) Validate(_ context.Context, req *pluginv1.ValidateRequest) (*pl
 	return out, nil
 }
 
-// Configure takes instances one by one; a bad one does not keep the others out.
-func (s *server) Configure(_ context.Context, req *pluginv1.ConfigureRequest) (*pluginv1.ConfigureResponse, error) {
+// Configure takes instances one by one; a bad one does not keep the others out, and one that is long in the making does not
+// hold up those of other calls.
+func (s *server) Configure(ctx context.Context, req *pluginv1.ConfigureRequest) (*pluginv1.ConfigureResponse, error) {
+	egress, agent, err := s.settings(req.GetSettings())
+	if err != nil {
+		return nil, err
+	}
+	out := &pluginv1.ConfigureResponse{}
+	for _, in := range req.GetInstances() {
+		st := &pluginv1.InstanceStatus{Ref: in.GetRef()}
+		out.Statuses = append(out.Statuses, st)
+		if st.Diagnostics = s.unwanted(in); st.Diagnostics != nil {
+			continue
+		}
+		inst, diagnostics, err := s.buildInTurn(ctx, in, egress, agent, false)
+		if err != nil {
+			return nil, err
+		}
+		if st.Diagnostics = diagnostics; inst != nil {
+			if unwanted := s.install(in, inst); unwanted != nil {
+				st.Diagnostics = unwanted
+			}
+		}
+	}
+	return out, nil
+}
+
+// settings takes what the host says holds for all instances, where it says something, and returns what does.
+func (s *server) settings(set *pluginv1.HostSettings) (*Egress, string, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if set := req.GetSettings(); set != nil {
+	if set != nil {
 		allow := make([]netip.Prefix, 0, len(set.GetEgressAllow()))
 		for _, text := range set.GetEgressAllow() {
 			p, err := netip.ParsePrefix(text)
 			if err != nil {
-				return nil, status.Errorf(codes.InvalidArgument, "settings.egress_allow: %v", err)
+				return nil, "", status.Errorf(codes.InvalidArgument, "settings.egress_allow: %v", err)
 			}
 			allow = append(allow, p)
 		}
@@ -235,39 +267,49 @@ func (s *server) Configure(_ context.Context, req *pluginv1.ConfigureRequest) (*
 		for _, text := range set.GetEgressDeny() {
 			r, err := ParseEgressRule(text)
 			if err != nil {
-				return nil, status.Errorf(codes.InvalidArgument, "settings.egress_deny: %v", err)
+				return nil, "", status.Errorf(codes.InvalidArgument, "settings.egress_deny: %v", err)
 			}
 			deny = append(deny, r)
 		}
 		s.egress, s.agent = NewEgress(allow).Deny(deny...), set.GetUserAgent()
 	}
-	out := &pluginv1.ConfigureResponse{}
-	for _, in := range req.GetInstances() {
-		st := &pluginv1.InstanceStatus{Ref: in.GetRef()}
-		out.Statuses = append(out.Statuses, st)
-		newest := s.newestOf[in.GetId()]
-		switch {
-		case in.GetGeneration() < newest.number:
-			st.Diagnostics = []*pluginv1.Diagnostic{refusal("config.stale",
-				fmt.Sprintf("generation %d is older than %d", in.GetGeneration(), newest.number))}
-			continue
-		case in.GetRef() >= maxRef:
-			st.Diagnostics = []*pluginv1.Diagnostic{refusal("config.ref", fmt.Sprintf("ref %d is not below %d", in.GetRef(), maxRef))}
-			continue
-		}
-		inst, diagnostics := s.build(in, s.egress, s.agent, false)
-		st.Diagnostics = diagnostics
-		if inst == nil {
-			continue
-		}
-		if before := s.instances.put(in.GetRef(), inst); before != nil {
-			before.life.retire()
-		} else {
-			newest.refs++
-		}
-		s.newestOf[in.GetId()] = generation{number: in.GetGeneration(), refs: newest.refs}
+	return s.egress, s.agent, nil
+}
+
+// unwanted says why an instance is not taken, whatever it is; nil when it is.
+func (s *server) unwanted(in *pluginv1.Instance) []*pluginv1.Diagnostic {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.refused(in)
+}
+
+// refused is unwanted, under the lock.
+func (s *server) refused(in *pluginv1.Instance) []*pluginv1.Diagnostic {
+	switch newest := s.newestOf[in.GetId()]; {
+	case in.GetGeneration() < newest.number:
+		return []*pluginv1.Diagnostic{refusal("config.stale", fmt.Sprintf("generation %d is older than %d", in.GetGeneration(), newest.number))}
+	case in.GetRef() >= maxRef:
+		return []*pluginv1.Diagnostic{refusal("config.ref", fmt.Sprintf("ref %d is not below %d", in.GetRef(), maxRef))}
 	}
-	return out, nil
+	return nil
+}
+
+// install has attempts find an instance, unless a newer one has come while it was made.
+func (s *server) install(in *pluginv1.Instance, inst *instance) []*pluginv1.Diagnostic {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if unwanted := s.refused(in); unwanted != nil {
+		inst.life.retire()
+		return unwanted
+	}
+	newest := s.newestOf[in.GetId()]
+	if before := s.instances.put(in.GetRef(), inst); before != nil {
+		before.life.retire()
+	} else {
+		newest.refs++
+	}
+	s.newestOf[in.GetId()] = generation{number: in.GetGeneration(), refs: newest.refs}
+	return nil
 }
 
 // Remove forgets instances. Attempts at work keep theirs, and the last of them closes it.
@@ -292,6 +334,23 @@ func (s *server) Remove(_ context.Context, req *pluginv1.RemoveRequest) (*plugin
 
 func refusal(code, summary string) *pluginv1.Diagnostic {
 	return &pluginv1.Diagnostic{Severity: pluginv1.Diagnostic_SEVERITY_ERROR, Code: code, Summary: summary}
+}
+
+// buildInTurn is build. What makes an instance of what a tenant has written may take long, and its turn comes as that of
+// transformations that do; the error says that it did not.
+func (s *server) buildInTurn(ctx context.Context, in *pluginv1.Instance, egress *Egress, agent string, validate bool) (inst *instance, diagnostics []*pluginv1.Diagnostic, err error) {
+	if k := s.kinds[in.GetKind()]; k != nil && k.role == transformerRole {
+		leave, entered := s.making.Enter(ctx.Done(), longBuild, in.GetTenant())
+		if !entered {
+			return nil, nil, status.FromContextError(ctx.Err()).Err()
+		}
+		defer leave()
+	}
+	if inst, diagnostics = s.build(in, egress, agent, validate); inst != nil && ctx.Err() != nil { // nobody would remove it
+		inst.life.retire()
+		return nil, nil, status.FromContextError(ctx.Err()).Err()
+	}
+	return inst, diagnostics, nil
 }
 
 // build makes an instance, or nil when a diagnostic is an error.

@@ -178,3 +178,24 @@ func TestLargeResults(t *testing.T) {
 		got += len(resp.GetResults())
 	}
 }
+
+// TestLongBuild: an instance that is long in the making holds up no other, of its kind or not.
+func TestLongBuild(t *testing.T) {
+	began, end := make(chan struct{}), make(chan struct{})
+	h := plugintest.New(t, plugin.Transformer("builds", func(c transformConfig, _ plugin.Target) (plugin.TransformFunc, error) {
+		if c.Do == "long" {
+			close(began)
+			<-end
+		}
+		return func(context.Context, *plugin.Event) (*plugin.Transformed, error) { return nil, plugin.Drop(c.Do) }, nil
+	}))
+	var long sync.WaitGroup
+	long.Go(func() { h.Configure(plugintest.Instance{Kind: "builds", Config: transformConfig{"long"}}) })
+	<-began
+	other := h.Configure(plugintest.Instance{Kind: "builds", Config: transformConfig{"short"}})
+	if reason, _ := plugin.DropReason(second(other.Transform(t.Context(), plugin.Event{}))); reason != "short" {
+		t.Errorf("dropped for %q", reason)
+	}
+	close(end)
+	long.Wait()
+}
