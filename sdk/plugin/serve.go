@@ -14,7 +14,8 @@ const (
 	// PluginSet is the name under which go-plugin dispenses the connection.
 	PluginSet = "grapnel"
 	// InstanceLabel is the label (runtime/pprof) of goroutines that work for an instance, and of those that they start:
-	// its value is the instance's id. The report of a panic bears it, which tells the host whose doing that was.
+	// its value is the instance's id. The report of a panic bears it, which tells the host whose doing that was. A transformer's
+	// context has it too, for goroutines that something else has started.
 	InstanceLabel = "grapnel.instance"
 )
 

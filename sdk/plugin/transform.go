@@ -201,6 +201,19 @@ func (task *transformTask) failed(f failure) *pluginv1.TransformResult {
 	return &pluginv1.TransformResult{Seq: task.item.GetSeq(), Outcome: &pluginv1.TransformResult_Failure{Failure: f.pb()}}
 }
 
+// labelled is a context that bears an instance's labels, too.
+type labelled struct {
+	context.Context                 //nolint:containedctx // this is one
+	labels          context.Context //nolint:containedctx // pprof keeps labels in one
+}
+
+func (l labelled) Value(key any) any {
+	if v := l.labels.Value(key); v != nil {
+		return v
+	}
+	return l.Context.Value(key)
+}
+
 // transform never panics.
 func (s *server) transform(ctx context.Context, task *transformTask) (out *pluginv1.TransformResult) {
 	inst := s.instances.get(task.item.GetInstanceRef())
@@ -224,7 +237,7 @@ func (s *server) transform(ctx context.Context, task *transformTask) (out *plugi
 	}
 	pprof.SetGoroutineLabels(inst.labels)
 	defer pprof.SetGoroutineLabels(context.Background())
-	made, err := inst.built.transform(ctx, task.event)
+	made, err := inst.built.transform(labelled{ctx, inst.labels}, task.event)
 	reason, dropped := DropReason(err)
 	switch {
 	case dropped:
