@@ -10,14 +10,21 @@ import (
 	"text/template"
 	"text/template/parse"
 	"time"
-	"unicode/utf8"
 
 	"github.com/grapnel/grapnel/plugins/internal/script"
 	"github.com/grapnel/grapnel/sdk/plugin"
 )
 
-// tick is a function that is called at the beginning of each template and each turn of a loop, so that both end in time.
-const tick = "tick__"
+// Functions that templates call without having said so: tick before whatever takes time, so that it ends in time, enter and
+// leave at the ends of each template, so that they do not call each other without end.
+const (
+	tick  = "tick__"
+	enter = "enter__"
+	leave = "leave__"
+)
+
+// maxCalls is how deep templates may call each other.
+const maxCalls = 100
 
 // maxPart is the most that a function makes.
 const maxPart = 8 << 20 // the largest payload, and escapes
@@ -26,30 +33,36 @@ var errPart = fmt.Errorf("a function has made more than %d bytes", maxPart)
 
 // read reads a template and has it tick.
 func read(text string) (*template.Template, error) {
-	t, err := template.New("template").Funcs(functions()).Parse(text)
+	none := &execution{ctx: context.Background()}
+	t, err := template.New("template").Funcs(none.functions()).Parse(text)
 	if err != nil {
 		return nil, err
 	}
-	ticking, err := template.New("tick").Funcs(functions()).Parse("{{" + tick + "}}")
+	calls, err := template.New("calls").Funcs(none.functions()).Parse("{{" + tick + "}}{{" + enter + "}}{{" + leave + "}}")
 	if err != nil {
 		return nil, err
 	}
-	node := ticking.Root.Nodes[0]
+	node := calls.Root.Nodes
 	for _, part := range t.Templates() {
 		if part.Tree != nil {
-			haveTick(part.Root, node)
-			part.Root.Nodes = append([]parse.Node{node}, part.Root.Nodes...)
+			haveTick(part.Root, node[0])
+			part.Root.Nodes = append(append([]parse.Node{node[1]}, part.Root.Nodes...), node[2])
 		}
 	}
 	return t, nil
 }
 
-// haveTick puts the node at the beginning of each loop's body.
+// haveTick puts the node before all that is more than text, and at the beginning of each loop's body.
 func haveTick(list *parse.ListNode, node parse.Node) {
 	if list == nil {
 		return
 	}
+	var nodes []parse.Node
 	for _, n := range list.Nodes {
+		if n.Type() != parse.NodeText {
+			nodes = append(nodes, node)
+		}
+		nodes = append(nodes, n)
 		switch n := n.(type) {
 		case *parse.RangeNode:
 			haveTick(n.List, node)
@@ -63,6 +76,7 @@ func haveTick(list *parse.ListNode, node parse.Node) {
 			haveTick(n.ElseList, node)
 		}
 	}
+	list.Nodes = nodes
 }
 
 // limited takes as much as a body may hold.
@@ -80,7 +94,7 @@ func execute(ctx context.Context, t *template.Template, dot any) ([]byte, error)
 	if err != nil {
 		return nil, err
 	}
-	own.Funcs(template.FuncMap{tick: func() (string, error) { return "", ctx.Err() }})
+	own.Funcs((&execution{ctx: ctx}).functions())
 	var out limited
 	if err := own.Execute(&out, dot); err != nil {
 		return nil, err
@@ -88,46 +102,163 @@ func execute(ctx context.Context, t *template.Template, dot any) ([]byte, error)
 	return out.Bytes(), nil
 }
 
-func functions() template.FuncMap {
+// execution is one of a template.
+type execution struct {
+	ctx   context.Context //nolint:containedctx // the execution's
+	depth int             // of the calls of templates
+}
+
+func (x *execution) functions() template.FuncMap {
 	return template.FuncMap{
-		tick:   func() string { return "" },
+		tick: func() (string, error) { return "", x.ctx.Err() },
+		enter: func() (string, error) {
+			if x.depth++; x.depth > maxCalls {
+				return "", fmt.Errorf("templates call each other more than %d deep", maxCalls)
+			}
+			return "", x.ctx.Err()
+		},
+		leave:  func() string { x.depth--; return "" },
 		"drop": func(reason string) (string, error) { return "", plugin.Drop(reason) },
 		"json": func(v any) (string, error) {
 			b, err := json.Marshal(v)
-			return part(string(b), err)
+			return x.part(string(b), err)
 		},
-		"pretty": func(v any) (string, error) {
-			var out bytes.Buffer
-			e := json.NewEncoder(&out)
-			e.SetEscapeHTML(false) // for people
-			e.SetIndent("", "  ")
-			err := e.Encode(v)
-			return part(strings.TrimSuffix(out.String(), "\n"), err)
-		},
-		"text":     func(v any) (string, error) { return part(textOf(v), nil) },
+		"pretty":   func(v any) (string, error) { return x.part(pretty(v)) },
+		"text":     func(v any) (string, error) { return x.part(textOf(v), nil) },
 		"default":  orElse,
-		"upper":    func(v any) (string, error) { return part(strings.ToUpper(textOf(v)), nil) },
-		"lower":    func(v any) (string, error) { return part(strings.ToLower(textOf(v)), nil) },
-		"trim":     func(v any) string { return strings.TrimSpace(textOf(v)) },
-		"truncate": truncate,
-		"join":     join,
-		"replace":  replace,
-		"date":     date,
+		"upper":    func(v any) (string, error) { return x.part(strings.ToUpper(textOf(v)), nil) },
+		"lower":    func(v any) (string, error) { return x.part(strings.ToLower(textOf(v)), nil) },
+		"trim":     func(v any) (string, error) { return x.part(strings.TrimSpace(textOf(v)), nil) },
+		"truncate": func(most int, v any) (string, error) { return x.part(truncate(most, v)) },
+		"join":     func(separator string, v any) (string, error) { return x.part(join(separator, v)) },
+		"replace":  func(from, to string, v any) (string, error) { return x.part(replace(from, to, v)) },
+		"date":     func(layout string, v any) (string, error) { return x.part(date(layout, v)) },
 		// Those of the library, bounded.
-		"printf":   func(format string, args ...any) (string, error) { return part(fmt.Sprintf(format, args...), nil) },
-		"print":    func(args ...any) (string, error) { return part(fmt.Sprint(args...), nil) },
-		"println":  func(args ...any) (string, error) { return part(fmt.Sprintln(args...), nil) },
-		"html":     func(args ...any) (string, error) { return part(template.HTMLEscaper(args...), nil) },
-		"js":       func(args ...any) (string, error) { return part(template.JSEscaper(args...), nil) },
-		"urlquery": func(args ...any) (string, error) { return part(template.URLQueryEscaper(args...), nil) },
+		"printf": func(format string, args ...any) (string, error) {
+			if err := x.room(widths(format), format, args); err != nil {
+				return "", err
+			}
+			return x.part(fmt.Sprintf(format, args...), nil)
+		},
+		"print":    x.of(fmt.Sprint),
+		"println":  x.of(fmt.Sprintln),
+		"html":     x.of(template.HTMLEscaper),
+		"js":       x.of(template.JSEscaper),
+		"urlquery": x.of(template.URLQueryEscaper),
 	}
 }
 
-func part(s string, err error) (string, error) {
-	if err == nil && len(s) > maxPart {
-		err = errPart
+// part is what a function has made, where that may go on.
+func (x *execution) part(s string, err error) (string, error) {
+	switch {
+	case err != nil:
+		return "", err
+	case len(s) > maxPart:
+		return "", errPart
 	}
-	return s, err
+	return s, x.ctx.Err()
+}
+
+// of is f for as much as there is room for.
+func (x *execution) of(f func(...any) string) func(...any) (string, error) {
+	return func(args ...any) (string, error) {
+		if err := x.room(0, "", args); err != nil {
+			return "", err
+		}
+		return x.part(f(args...), nil)
+	}
+}
+
+// room looks at what would be made of arguments, in a format that may name each of them several times, before it is.
+func (x *execution) room(size int, format string, args []any) error {
+	times := 1
+	if strings.Contains(format, "[") {
+		times = strings.Count(format, "%")
+	}
+	for _, a := range args {
+		switch a := a.(type) {
+		case string:
+			size += len(a) * times
+		case int, bool, nil, json.Number:
+			size += 20 * times
+		default:
+			size += len(fmt.Sprint(a)) * times
+		}
+		if size > maxPart {
+			return errPart
+		}
+		if err := x.ctx.Err(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// widths is how wide a format says that its parts are at least, in sum.
+func widths(format string) (sum int) {
+	n := 0
+	for _, c := range []byte(format) {
+		if c < '0' || c > '9' {
+			sum, n = sum+n, 0
+		} else if n < maxPart {
+			n = n*10 + int(c-'0')
+		}
+	}
+	return sum
+}
+
+// pretty is JSON for people, as json.MarshalIndent writes it but for signs of HTML, and in one line where that has blanks
+// before all: what the lines begin with grows with the square of how deep they are.
+func pretty(v any) (string, error) {
+	var compact bytes.Buffer
+	e := json.NewEncoder(&compact)
+	e.SetEscapeHTML(false)
+	if err := e.Encode(v); err != nil {
+		return "", err
+	}
+	var out bytes.Buffer
+	deep, text := 0, false
+	line := func() {
+		out.WriteByte('\n')
+		for range deep {
+			out.WriteString("  ")
+		}
+	}
+	in := bytes.TrimSpace(compact.Bytes())
+	for i := 0; i < len(in); i++ {
+		if out.Len() > min(16*len(in)+1<<10, maxPart-len(in)) {
+			return string(in), nil
+		}
+		c := in[i]
+		switch {
+		case text && c == '\\':
+			out.Write(in[i : i+2])
+			i++
+			continue
+		case c == '"':
+			text = !text
+		case text:
+		case (c == '[' || c == '{') && (in[i+1] == ']' || in[i+1] == '}'):
+			out.Write(in[i : i+2])
+			i++
+			continue
+		case c == ']' || c == '}':
+			deep--
+			line()
+		}
+		out.WriteByte(c)
+		switch {
+		case text:
+		case c == ':':
+			out.WriteByte(' ')
+		case c == '[' || c == '{':
+			deep++
+			line()
+		case c == ',':
+			line()
+		}
+	}
+	return out.String(), nil
 }
 
 // textOf is a text as it is, nothing as nothing, and all else as JSON.
@@ -159,10 +290,16 @@ func truncate(most int, v any) (string, error) {
 	if most < 1 {
 		return "", errors.New("truncate: want at least one character")
 	}
-	if utf8.RuneCountInString(s) <= most {
-		return s, nil
+	last, n := 0, 0 // where the last of as many begins
+	for i := range s {
+		if n++; n == most {
+			last = i
+		}
+		if n > most {
+			return s[:last] + "…", nil
+		}
 	}
-	return string([]rune(s)[:most-1]) + "…", nil
+	return s, nil
 }
 
 func join(separator string, v any) (string, error) {
@@ -195,5 +332,5 @@ func date(layout string, v any) (string, error) {
 	if err != nil {
 		return "", fmt.Errorf("date: %w", err)
 	}
-	return part(at.Format(layout), nil)
+	return at.Format(layout), nil
 }
