@@ -3,10 +3,12 @@
 package javascript
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"reflect"
 
 	"github.com/dlclark/regexp2/v2"
 	"github.com/dop251/goja"
@@ -17,8 +19,12 @@ import (
 	"github.com/grapnel/grapnel/sdk/plugin"
 )
 
-// maxCalls is how deep functions may call each other.
-const maxCalls = 1000
+const (
+	// maxCalls is how deep functions may call each other.
+	maxCalls = 1000
+	// maxText is the most JSON that is written of a result; a body may be one text in it, with escapes.
+	maxText = 2 * plugin.MaxTransformed
+)
 
 // Config is what a subscription says about its body.
 type Config struct {
@@ -37,7 +43,7 @@ func Kind(guard *script.Guard) plugin.Kind {
 			return nil, err
 		}
 		return func(ctx context.Context, e *plugin.Event) (made *plugin.Transformed, err error) {
-			event, err := json.Marshal(script.Event(e, func(n json.Number) any { return n }))
+			event, err := json.Marshal(script.Event(e, number))
 			if err != nil {
 				return nil, err
 			}
@@ -62,31 +68,10 @@ func Kind(guard *script.Guard) plugin.Kind {
 
 type program struct{ before, script, call *goja.Program }
 
-// before takes away what could take any amount of memory in one step, which nothing can stop half-way.
-const before = `"use strict";
-(function () {
-  const most = 1 << 20;
-  for (const name of ["ArrayBuffer", "SharedArrayBuffer", "DataView", "Int8Array", "Uint8Array", "Uint8ClampedArray", "Int16Array", "Uint16Array",
-    "Int32Array", "Uint32Array", "Float32Array", "Float64Array", "BigInt64Array", "BigUint64Array"]) delete globalThis[name];
-  const bound = function (of, name, size) {
-    const f = of[name];
-    if (f) Object.defineProperty(of, name, {configurable: true, writable: true, value: function (...args) {
-      if (!(size(this, args) <= most)) throw new RangeError(name + ": more than " + most);
-      return f.apply(this, args);
-    }});
-  };
-  bound(String.prototype, "repeat", (s, a) => String(s).length * a[0]);
-  for (const name of ["padStart", "padEnd"]) bound(String.prototype, name, (_, a) => a[0]);
-  for (const name of ["fill", "join", "map", "concat", "slice", "splice", "sort", "reverse", "toString"]) bound(Array.prototype, name, (s) => s.length);
-  bound(Array, "from", (_, a) => (a[0] && a[0].length) || 0);
-})();
-`
+// before has the constructors of functions of other kinds give way to that of Function.
+const before = `for (const f of [function* () {}, async () => {}]) delete Object.getPrototypeOf(f).constructor;`
 
-// call is what makes JSON of what the function gives; an empty text is nothing.
-const call = `(function (event) {
-  const given = transform(JSON.parse(event));
-  return given === undefined || given === null ? "" : JSON.stringify(given) || "";
-})`
+const call = `(event) => transform(event)`
 
 func compile(text string) (*program, error) {
 	tree, err := parser.ParseFile(nil, "script", text, 0)
@@ -98,11 +83,11 @@ func compile(text string) (*program, error) {
 	}
 	p := &program{}
 	for _, part := range []struct {
-		to     **goja.Program
-		text   string
-		strict bool
-	}{{&p.before, before, true}, {&p.script, text, false}, {&p.call, call, true}} {
-		if *part.to, err = goja.Compile("script", part.text, part.strict); err != nil {
+		to         **goja.Program
+		name, text string
+		strict     bool
+	}{{&p.before, "before", before, true}, {&p.script, "script", text, false}, {&p.call, "call", call, true}} {
+		if *part.to, err = goja.Compile(part.name, part.text, part.strict); err != nil {
 			return nil, fmt.Errorf("the script does not compile: %w", err)
 		}
 	}
@@ -138,14 +123,32 @@ func declares(tree *ast.Program, name string) bool {
 	return false
 }
 
-func (p *program) run(ctx context.Context, c Config, event string) (*plugin.Transformed, error) {
+func (p *program) run(ctx context.Context, c Config, event string) (made *plugin.Transformed, err error) {
 	vm := goja.New()
 	vm.SetMaxCallStackSize(maxCalls)
+	var dropped error
+	defer func() {
+		switch p := recover().(type) {
+		case nil:
+		case *goja.InterruptedError: // outside a call, such as in what makes a text of an error
+			made, err = nil, failure(p, dropped)
+		default:
+			panic(p)
+		}
+	}()
 	defer context.AfterFunc(ctx, func() { vm.Interrupt(context.Cause(ctx)) })()
+	parse, _ := goja.AssertFunction(vm.Get("JSON").ToObject(vm).Get("parse"))
+	input, err := parse(goja.Undefined(), vm.ToValue(event))
+	if err != nil {
+		return nil, failure(err, nil)
+	}
 	if _, err := vm.RunProgram(p.before); err != nil {
 		return nil, err
 	}
-	var dropped error
+	b, err := bound(ctx, vm)
+	if err != nil {
+		return nil, err
+	}
 	if err := vm.Set("drop", func(reason goja.FunctionCall) goja.Value {
 		text := ""
 		if a := reason.Argument(0); !goja.IsUndefined(a) {
@@ -165,15 +168,42 @@ func (p *program) run(ctx context.Context, c Config, event string) (*plugin.Tran
 		return nil, failure(err, dropped)
 	}
 	transform, _ := goja.AssertFunction(wrapper)
-	given, err := transform(goja.Undefined(), vm.ToValue(event))
+	given, err := transform(goja.Undefined(), input)
 	if err != nil {
 		return nil, failure(err, dropped)
 	}
-	text := given.String()
-	if text == "" {
+	if given, err = settled(given); err != nil {
+		return nil, failure(err, dropped)
+	}
+	if goja.IsUndefined(given) || goja.IsNull(given) {
 		return nil, plugin.Drop("the function has returned nothing")
 	}
-	return script.Finish([]byte(text), c.Returns, c.ContentType)
+	text, err := b.write(maxText, given, goja.Undefined(), goja.Undefined())
+	switch {
+	case err != nil:
+		return nil, failure(err, dropped)
+	case goja.IsUndefined(text): // of a function or a symbol
+		return nil, plugin.Drop("the function has returned nothing")
+	}
+	return script.Finish([]byte(text.String()), c.Returns, c.ContentType)
+}
+
+var promiseType = reflect.TypeFor[*goja.Promise]()
+
+// settled is what has become of a promise, and all else as it is. Nothing else goes on that one could wait for.
+func settled(given goja.Value) (goja.Value, error) {
+	o, ok := given.(*goja.Object)
+	if !ok || o.ExportType() != promiseType {
+		return given, nil
+	}
+	switch promise := o.Export().(*goja.Promise); promise.State() {
+	case goja.PromiseStateFulfilled:
+		return promise.Result(), nil
+	case goja.PromiseStateRejected:
+		return nil, fmt.Errorf("the function's promise was rejected: %s", promise.Result())
+	default:
+		return nil, errors.New("the function has returned a promise that nothing will keep")
+	}
 }
 
 // failure is what a script has thrown, with where it stands, or why it was stopped.
@@ -188,7 +218,17 @@ func failure(err, dropped error) error {
 	case errors.As(err, &stopped):
 		return errors.New("the script was stopped")
 	case errors.As(err, &thrown):
-		return errors.New(thrown.Error())
+		return errors.New(thrown.Value().String() + where(thrown.Stack()))
 	}
 	return err
+}
+
+// where is the place in the script at which something was thrown.
+func where(stack []goja.StackFrame) string {
+	for _, frame := range stack {
+		if at := frame.Position(); at.Line > 0 && frame.SrcName() == "script" {
+			return fmt.Sprintf(" at %s (line %d, column %d)", cmp.Or(frame.FuncName(), "the top"), at.Line, at.Column)
+		}
+	}
+	return ""
 }
