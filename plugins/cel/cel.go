@@ -8,10 +8,12 @@ import (
 	"errors"
 	"fmt"
 	"strconv"
+	"sync"
 
 	"cel.dev/cel-go/cel"
 	"cel.dev/cel-go/common/types"
 	"cel.dev/cel-go/common/types/ref"
+	"cel.dev/cel-go/interpreter"
 
 	"github.com/grapnel/grapnel/plugins/internal/script"
 	"github.com/grapnel/grapnel/sdk/plugin"
@@ -20,8 +22,8 @@ import (
 const (
 	// costLimit bounds one evaluation, beside its time: it counts what is made of texts, too.
 	costLimit = 5_000_000
-	// interruptEvery is how many steps of a comprehension go by before the time is looked at.
-	interruptEvery = 100
+	// maxPart is the largest text that an operator or a function makes: where types are not known, costLimit does not see it.
+	maxPart = 8 << 20
 )
 
 // Config is what a subscription says about its body.
@@ -56,8 +58,9 @@ func Kind(guard *script.Guard) plugin.Kind {
 		}))
 }
 
-func compile(expression string) (cel.Program, error) {
-	env, err := cel.NewEnv(
+// environment is what all expressions are compiled in.
+var environment = sync.OnceValues(func() (*cel.Env, error) {
+	return cel.NewEnv(
 		cel.Variable("event", cel.MapType(cel.StringType, cel.DynType)),
 		cel.CrossTypeNumericComparisons(true),
 		cel.DefaultUTCTimeZone(true),
@@ -67,6 +70,10 @@ func compile(expression string) (cel.Program, error) {
 				return types.WrapErr(plugin.Drop(text))
 			}))),
 	)
+})
+
+func compile(expression string) (cel.Program, error) {
+	env, err := environment()
 	if err != nil {
 		return nil, fmt.Errorf("make the environment: %w", err)
 	}
@@ -74,11 +81,32 @@ func compile(expression string) (cel.Program, error) {
 	if issues.Err() != nil {
 		return nil, fmt.Errorf("the expression is not CEL: %w", issues.Err())
 	}
-	program, err := env.Program(ast, cel.CostLimit(costLimit), cel.InterruptCheckFrequency(interruptEvery))
+	program, err := env.Program(ast, cel.CostLimit(costLimit), cel.InterruptCheckFrequency(1), cel.CustomDecorator(watch))
 	if err != nil {
 		return nil, fmt.Errorf("the expression does not compile: %w", err)
 	}
 	return program, nil
+}
+
+// call is a call that looks at the time before, for each may be as long as the event is large, and at what it has made.
+type call struct{ interpreter.InterpretableCall }
+
+func (c call) Eval(vars interpreter.Activation) ref.Val {
+	if over, found := vars.ResolveName("#interrupted"); found && over == true {
+		return errStopped
+	}
+	made := c.InterpretableCall.Eval(vars)
+	if text, ok := made.(types.String); ok && len(text) > maxPart {
+		return errPart
+	}
+	return made
+}
+
+func watch(i interpreter.Interpretable) (interpreter.Interpretable, error) {
+	if c, ok := i.(interpreter.InterpretableCall); ok {
+		return call{c}, nil
+	}
+	return i, nil
 }
 
 func run(ctx context.Context, program cel.Program, c Config, e *plugin.Event) (*plugin.Transformed, error) {
@@ -107,5 +135,10 @@ func number(n json.Number) any {
 	f, _ := n.Float64() // out of range it is infinite
 	return f
 }
+
+var (
+	errStopped = types.NewErr("the expression was stopped")
+	errPart    = types.NewErr("a text has more than %d bytes", maxPart)
+)
 
 var errDeep = errors.New("the result is nested deeper than a thousand levels")

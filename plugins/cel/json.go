@@ -1,6 +1,7 @@
 package celplugin
 
 import (
+	"bytes"
 	"encoding/json"
 	"fmt"
 	"slices"
@@ -74,7 +75,10 @@ func appendMap(b []byte, m traits.Mapper, deep int) ([]byte, error) {
 	}
 	slices.SortFunc(members, func(a, b member) int { return strings.Compare(a.name, b.name) })
 	b = append(b, '{')
-	for _, k := range members {
+	for i, k := range members {
+		if i > 0 && members[i-1].name == k.name {
+			return nil, fmt.Errorf("a map has two keys that are %.100q in JSON", k.name)
+		}
 		var err error
 		if b, err = appendValue(b, k.name); err != nil {
 			return nil, err
@@ -97,9 +101,11 @@ func shut(b []byte, begin, end byte) []byte {
 }
 
 func appendValue(b []byte, v any) ([]byte, error) {
-	text, err := json.Marshal(v)
-	if err != nil {
+	var text bytes.Buffer
+	e := json.NewEncoder(&text)
+	e.SetEscapeHTML(false) // six bytes for each <
+	if err := e.Encode(v); err != nil {
 		return nil, fmt.Errorf("write the result as JSON: %w", err)
 	}
-	return append(b, text...), nil
+	return append(b, bytes.TrimSuffix(text.Bytes(), []byte{'\n'})...), nil
 }

@@ -5,11 +5,20 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math/big"
 
 	"github.com/itchyny/gojq"
 
 	"github.com/grapnel/grapnel/plugins/internal/script"
 	"github.com/grapnel/grapnel/sdk/plugin"
+)
+
+const (
+	maxDeep = 10_000
+	// maxText is the most that is written of a result; a body may be one text in it, with escapes.
+	maxText = 2 * plugin.MaxTransformed
+	// maxShown is the largest value that an error or a reason shows.
+	maxShown = 1 << 10
 )
 
 // Config is what a subscription says about its body.
@@ -53,7 +62,7 @@ func compile(program string) (*gojq.Code, error) {
 		if len(args) == 0 {
 			return plugin.Drop("")
 		}
-		return plugin.Drop(fmt.Sprint(args[0]))
+		return plugin.Drop(textOf(args[0]))
 	}))
 	if err != nil {
 		return nil, fmt.Errorf("the program does not compile: %w", err)
@@ -76,6 +85,9 @@ func run(ctx context.Context, code *gojq.Code, c Config, e *plugin.Event) (*plug
 		}
 		return nil, errors.New("the program has more than one output; want one, such as an array of them: [ … ]")
 	}
+	if !fits(first, maxText) {
+		return nil, fmt.Errorf("the output is nested more than %d deep, or has more than the %d bytes that can be sent", maxDeep, plugin.MaxTransformed)
+	}
 	text, err := gojq.Marshal(first)
 	if err != nil {
 		return nil, fmt.Errorf("write the output: %w", err)
@@ -88,5 +100,52 @@ func failure(err error) error {
 	if halt := new(gojq.HaltError); errors.As(err, &halt) && halt.Value() == nil {
 		return plugin.Drop("the program has halted")
 	}
+	if with := gojq.ValueError(nil); errors.As(err, &with) && !fits(with.Value(), maxShown) {
+		return errors.New("the program has failed with a value that is too large to show")
+	}
 	return err
+}
+
+// textOf is a text as it is, nothing as nothing, and all else as JSON.
+func textOf(v any) string {
+	if text, ok := v.(string); ok || v == nil {
+		return text
+	}
+	if !fits(v, maxShown) {
+		return "a value that is too large to show"
+	}
+	text, err := gojq.Marshal(v)
+	if err != nil {
+		return err.Error()
+	}
+	return string(text)
+}
+
+// fits reports whether a value is written in no more than so many characters, escapes aside. A value that is there a thousand
+// times in another is one in memory, and a thousand when it is written.
+func fits(v any, most int) bool {
+	return count(v, &most, 0)
+}
+
+func count(v any, left *int, deep int) bool {
+	*left--
+	switch v := v.(type) {
+	case string:
+		*left -= len(v)
+	case *big.Int:
+		*left -= v.BitLen() / 4
+	case []any:
+		for _, e := range v {
+			if *left < 0 || !count(e, left, deep+1) {
+				return false
+			}
+		}
+	case map[string]any:
+		for name, e := range v {
+			if *left -= len(name); *left < 0 || !count(e, left, deep+1) {
+				return false
+			}
+		}
+	}
+	return *left >= 0 && deep <= maxDeep
 }
