@@ -200,6 +200,15 @@ func TestHostileScripts(t *testing.T) {
 // A config that cannot be run is refused with where it is wrong.
 func TestScriptsAreChecked(t *testing.T) {
 	h := scripts(t)
+	for _, in := range []plugintest.Instance{
+		{Kind: "jq", Config: settings{"program": strings.Repeat("1,", 10_000) + "1"}},
+		{Kind: "cel", Config: settings{"expression": "[" + strings.Repeat("1,", 10_000) + "1]"}},
+		{Kind: "javascript", Config: settings{"script": "function transform() {} " + strings.Repeat("(", 20_000)}},
+	} {
+		if found := h.Validate(in); len(found) != 1 || !strings.Contains(found[0].Summary, "want at most 16384") {
+			t.Errorf("%s of more than 16 KiB: %+v", in.Kind, found)
+		}
+	}
 	for pointer, in := range map[string]plugintest.Instance{
 		"/config/program":    {Kind: "jq", Config: settings{"program": "{"}},
 		"/config/expression": {Kind: "cel", Config: settings{"expression": "event.data +"}},

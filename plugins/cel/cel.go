@@ -28,15 +28,16 @@ const (
 
 // Config is what a subscription says about its body.
 type Config struct {
-	Expression  string `json:"expression" required:"true" minLength:"1" maxLength:"65536" doc:"A CEL expression over event, with id, source, type, subject, time, attributes, data_content_type, data and webhook_id, as conditions have it. What it gives is the body; null, or drop(\"reason\"), sends nothing."`
+	Expression  string `json:"expression" required:"true" minLength:"1" maxLength:"16384" doc:"A CEL expression over event, with id, source, type, subject, time, attributes, data_content_type, data and webhook_id, as conditions have it. What it gives is the body; null, or drop(\"reason\"), sends nothing."`
 	Returns     string `json:"returns" default:"body" enum:"body,request" doc:"body: the expression gives the body. request: it gives {\"body\", \"content_type\", \"headers\"} or {\"drop\": REASON}."`
 	ContentType string `json:"content_type" default:"application/json" maxLength:"128" doc:"Media type of the body. A text is sent as it is when this is not JSON."`
 }
 
 // Kind is the transformer "cel".
 func Kind(guard *script.Guard) plugin.Kind {
+	latest := new(script.Latest[cel.Program])
 	return plugin.Transformer("cel", func(c Config, _ plugin.Target) (plugin.TransformFunc, error) {
-		program, err := compile(c.Expression)
+		program, err := latest.Build(c.Expression, compile)
 		if err != nil {
 			return nil, err
 		}
@@ -51,7 +52,7 @@ func Kind(guard *script.Guard) plugin.Kind {
 		plugin.Doc("makes the body by a CEL expression over the event (https://cel.dev)"),
 		plugin.Example(Config{Expression: `{"text": "Order " + string(event.data.order) + " is " + event.type}`, Returns: script.Body, ContentType: "application/json"}),
 		plugin.Check(func(c Config, _ plugin.Target) []plugin.Problem {
-			if _, err := compile(c.Expression); err != nil {
+			if err := latest.Check(c.Expression, compile); err != nil {
 				return []plugin.Problem{{Pointer: "/config/expression", Code: "config.syntax", Summary: err.Error()}}
 			}
 			return nil

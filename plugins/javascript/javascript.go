@@ -28,7 +28,7 @@ const (
 
 // Config is what a subscription says about its body.
 type Config struct {
-	Script      string `json:"script" required:"true" minLength:"1" maxLength:"65536" doc:"JavaScript with a function transform(event), whose event has id, source, type, subject, time, attributes, data_content_type, data and webhook_id. What it returns is the body; nothing, or drop(\"reason\"), sends nothing."`
+	Script      string `json:"script" required:"true" minLength:"1" maxLength:"16384" doc:"JavaScript with a function transform(event), whose event has id, source, type, subject, time, attributes, data_content_type, data and webhook_id. What it returns is the body; nothing, or drop(\"reason\"), sends nothing."`
 	Returns     string `json:"returns" default:"body" enum:"body,request" doc:"body: the function returns the body. request: it returns {body, content_type, headers} or {drop: REASON}."`
 	ContentType string `json:"content_type" default:"application/json" maxLength:"128" doc:"Media type of the body. A text is sent as it is when this is not JSON."`
 }
@@ -37,8 +37,9 @@ type Config struct {
 // the whole process: an interrupt does not reach them.
 func Kind(guard *script.Guard) plugin.Kind {
 	regexp2.DefaultMatchTimeout = script.Time
+	latest := new(script.Latest[*program])
 	return plugin.Transformer("javascript", func(c Config, _ plugin.Target) (plugin.TransformFunc, error) {
-		p, err := compile(c.Script)
+		p, err := latest.Build(c.Script, compile)
 		if err != nil {
 			return nil, err
 		}
@@ -59,7 +60,7 @@ func Kind(guard *script.Guard) plugin.Kind {
 			Script: "function transform(event) {\n  return {text: `Order ${event.data.order} is ${event.type}`};\n}", Returns: script.Body, ContentType: "application/json",
 		}),
 		plugin.Check(func(c Config, _ plugin.Target) []plugin.Problem {
-			if _, err := compile(c.Script); err != nil {
+			if err := latest.Check(c.Script, compile); err != nil {
 				return []plugin.Problem{{Pointer: "/config/script", Code: "config.syntax", Summary: err.Error()}}
 			}
 			return nil

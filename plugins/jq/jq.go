@@ -23,15 +23,16 @@ const (
 
 // Config is what a subscription says about its body.
 type Config struct {
-	Program     string `json:"program" required:"true" minLength:"1" maxLength:"65536" doc:"A jq program. Its input is the event, with id, source, type, subject, time, attributes, data_content_type, data and webhook_id; its one output is the body. No output, or drop(\"reason\"), sends nothing."`
+	Program     string `json:"program" required:"true" minLength:"1" maxLength:"16384" doc:"A jq program. Its input is the event, with id, source, type, subject, time, attributes, data_content_type, data and webhook_id; its one output is the body. No output, or drop(\"reason\"), sends nothing."`
 	Returns     string `json:"returns" default:"body" enum:"body,request" doc:"body: the output is the body. request: it is {\"body\", \"content_type\", \"headers\"} or {\"drop\": REASON}."`
 	ContentType string `json:"content_type" default:"application/json" maxLength:"128" doc:"Media type of the body. A text is sent as it is when this is not JSON."`
 }
 
 // Kind is the transformer "jq".
 func Kind(guard *script.Guard) plugin.Kind {
+	latest := new(script.Latest[*gojq.Code])
 	return plugin.Transformer("jq", func(c Config, _ plugin.Target) (plugin.TransformFunc, error) {
-		code, err := compile(c.Program)
+		code, err := latest.Build(c.Program, compile)
 		if err != nil {
 			return nil, err
 		}
@@ -46,7 +47,7 @@ func Kind(guard *script.Guard) plugin.Kind {
 		plugin.Doc("makes the body by a jq program over the event (https://jqlang.org/manual)"),
 		plugin.Example(Config{Program: `{text: "Order \(.data.order) is \(.type)"}`, Returns: script.Body, ContentType: "application/json"}),
 		plugin.Check(func(c Config, _ plugin.Target) []plugin.Problem {
-			if _, err := compile(c.Program); err != nil {
+			if err := latest.Check(c.Program, compile); err != nil {
 				return []plugin.Problem{{Pointer: "/config/program", Code: "config.syntax", Summary: err.Error()}}
 			}
 			return nil
