@@ -84,6 +84,7 @@ func TestScripts(t *testing.T) {
 		{name: "template", kind: "template", config: settings{"template": `{"to": {{json .data.customer.name}}, "skus": [{{range $i, $e := .data.items}}{{if $i}},{{end}}{{json $e.sku}}{{end}}], "p": {{json .parameters.p}}}`, "parameters": settings{"p": "q"}},
 			event: order(), want: `{"to":"Ada \u003cada@example.com\u003e","skus":["a","b"],"p":"q"}`},
 		{name: "template text", kind: "template", config: settings{"template": `{{upper .type}} {{.data.order}} {{default "none" .data.nothing}}`, "content_type": "text/plain"}, event: order(), want: "ORDER.CREATED 1001 none", contentType: "text/plain"},
+		{name: "template numbers", kind: "template", config: settings{"template": `{{printf "%06d %.2f %s %v %x" .data.order .data.total .data.big .data.vip .data.order}}`, "content_type": "text/plain"}, event: order(), want: "001001 12.50 9007199254740993 true 3e9", contentType: "text/plain"},
 		{name: "template drop", kind: "template", config: settings{"template": `{{if .data.vip}}{{drop "vip"}}{{end}}{}`}, event: order(), drop: "vip"},
 		{name: "template no JSON", kind: "template", config: settings{"template": `{"a": {{.type}}}`}, event: order(), fail: "not JSON"},
 		{name: "pagerduty", kind: "template", config: settings{"ready": "pagerduty"}, event: order(), fail: "routing_key"},
@@ -210,12 +211,13 @@ func TestScriptsAreChecked(t *testing.T) {
 		}
 	}
 	for pointer, in := range map[string]plugintest.Instance{
-		"/config/program":    {Kind: "jq", Config: settings{"program": "{"}},
-		"/config/expression": {Kind: "cel", Config: settings{"expression": "event.data +"}},
-		"/config/script":     {Kind: "javascript", Config: settings{"script": "function other() {}"}},
-		"/config/template":   {Kind: "template", Config: settings{"template": "{{end}}"}},
-		"/config/title":      {Kind: "template", Config: settings{"ready": "slack", "title": "{{"}},
-		"/config/ready":      {Kind: "template", Config: settings{"ready": "slack", "template": "x"}},
+		"/config/program":      {Kind: "jq", Config: settings{"program": "{"}},
+		"/config/expression":   {Kind: "cel", Config: settings{"expression": "event.data +"}},
+		"/config/script":       {Kind: "javascript", Config: settings{"script": "function other() {}"}},
+		"/config/template":     {Kind: "template", Config: settings{"template": "{{end}}"}},
+		"/config/content_type": {Kind: "jq", Config: settings{"program": ".", "content_type": "text/plain\r\nx-a: b"}},
+		"/config/title":        {Kind: "template", Config: settings{"ready": "slack", "title": "{{"}},
+		"/config/ready":        {Kind: "template", Config: settings{"ready": "slack", "template": "x"}},
 	} {
 		found := h.Validate(in)
 		if len(found) != 1 || found[0].Pointer != pointer {

@@ -55,7 +55,7 @@ func Kind(guard *script.Guard) plugin.Kind {
 			if err := latest.Check(c.Expression, compile); err != nil {
 				return []plugin.Problem{{Pointer: "/config/expression", Code: "config.syntax", Summary: err.Error()}}
 			}
-			return nil
+			return script.CheckContentType(c.ContentType)
 		}))
 }
 

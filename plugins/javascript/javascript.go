@@ -63,7 +63,7 @@ func Kind(guard *script.Guard) plugin.Kind {
 			if err := latest.Check(c.Script, compile); err != nil {
 				return []plugin.Problem{{Pointer: "/config/script", Code: "config.syntax", Summary: err.Error()}}
 			}
-			return nil
+			return script.CheckContentType(c.ContentType)
 		}))
 }
 

@@ -50,7 +50,7 @@ func Kind(guard *script.Guard) plugin.Kind {
 			if err := latest.Check(c.Program, compile); err != nil {
 				return []plugin.Problem{{Pointer: "/config/program", Code: "config.syntax", Summary: err.Error()}}
 			}
-			return nil
+			return script.CheckContentType(c.ContentType)
 		}))
 }
 

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"math/big"
 	"strings"
 	"text/template"
 	"text/template/parse"
@@ -138,6 +139,11 @@ func (x *execution) functions() template.FuncMap {
 			if err := x.room(widths(format), format, args); err != nil {
 				return "", err
 			}
+			for i, a := range args {
+				if n, ok := a.(json.Number); ok {
+					args[i] = figure(n)
+				}
+			}
 			return x.part(fmt.Sprintf(format, args...), nil)
 		},
 		"print":    x.of(fmt.Sprint),
@@ -146,6 +152,25 @@ func (x *execution) functions() template.FuncMap {
 		"js":       x.of(template.JSEscaper),
 		"urlquery": x.of(template.URLQueryEscaper),
 	}
+}
+
+// figure is a number of the payload in printf: a number where the verb wants one, else its text.
+type figure json.Number
+
+func (n figure) Format(f fmt.State, verb rune) {
+	var v any = string(n)
+	switch verb {
+	case 'd', 'b', 'o', 'x', 'X':
+		if whole, ok := new(big.Int).SetString(string(n), 10); ok {
+			v = whole
+		}
+	case 'e', 'E', 'f', 'F', 'g', 'G':
+		if x, err := json.Number(n).Float64(); err == nil {
+			v = x
+		}
+	default:
+	}
+	fmt.Fprintf(f, fmt.FormatString(f, verb), v)
 }
 
 // part is what a function has made, where that may go on.

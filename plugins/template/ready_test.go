@@ -2,6 +2,7 @@ package templateplugin_test
 
 import (
 	"bytes"
+	"encoding/json"
 	"os"
 	"strings"
 	"testing"
@@ -45,6 +46,10 @@ func TestReadyMessages(t *testing.T) {
 			if err != nil {
 				t.Errorf("%s, %s: %v", name, what, err)
 				continue
+			}
+			var shown struct{ Text string }
+			if err := json.Unmarshal(made.Body, &shown); name == "slack" && (err != nil || strings.Contains(shown.Text, "<!")) {
+				t.Errorf("%s calls a channel: %q, %v", what, shown.Text, err)
 			}
 			body, err := jsonschema.UnmarshalJSON(bytes.NewReader(made.Body))
 			if err == nil {

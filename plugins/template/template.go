@@ -10,8 +10,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"mime"
-	"strings"
 	"text/template"
 
 	"github.com/grapnel/grapnel/plugins/internal/script"
@@ -53,7 +51,7 @@ func Kind(guard *script.Guard) plugin.Kind {
 			if _, problem := compile(c); problem != nil {
 				return []plugin.Problem{*problem}
 			}
-			return nil
+			return script.CheckContentType(c.ContentType)
 		}))
 }
 
@@ -77,7 +75,7 @@ func compile(c Config) (*templates, *plugin.Problem) {
 		}
 		body = string(text)
 	}
-	t := &templates{json: isJSON(c.ContentType)}
+	t := &templates{json: script.IsJSON(c.ContentType)}
 	for _, part := range []struct {
 		to       **template.Template
 		text, at string
@@ -88,11 +86,6 @@ func compile(c Config) (*templates, *plugin.Problem) {
 		}
 	}
 	return t, nil
-}
-
-func isJSON(contentType string) bool {
-	media, _, err := mime.ParseMediaType(contentType)
-	return err == nil && (media == "application/json" || strings.HasSuffix(media, "+json"))
 }
 
 func (t *templates) run(ctx context.Context, c Config, e *plugin.Event) (*plugin.Transformed, error) {

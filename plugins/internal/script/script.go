@@ -45,7 +45,7 @@ func Event(e *plugin.Event, number func(json.Number) any) map[string]any {
 }
 
 func data(e *plugin.Event, number func(json.Number) any) any {
-	if isJSON(e.ContentType) {
+	if IsJSON(e.ContentType) {
 		if v, err := decode(e.Data); err == nil {
 			return convert(v, number)
 		}
@@ -56,13 +56,24 @@ func data(e *plugin.Event, number func(json.Number) any) any {
 	return base64.StdEncoding.EncodeToString(e.Data)
 }
 
-// isJSON reports whether a media type, empty for none, is that of JSON.
-func isJSON(contentType string) bool {
+// IsJSON reports whether a media type, empty for none, is that of JSON.
+func IsJSON(contentType string) bool {
 	if contentType == "" {
 		return true
 	}
 	media, _, err := mime.ParseMediaType(contentType)
 	return err == nil && (media == "application/json" || media == "text/json" || strings.HasSuffix(media, "+json"))
+}
+
+// CheckContentType says what is wrong with the setting content_type of a transformer; nothing when it can be one, or is empty.
+func CheckContentType(contentType string) []plugin.Problem {
+	if contentType == "" {
+		return nil
+	}
+	if _, _, err := mime.ParseMediaType(contentType); err != nil || !strings.Contains(contentType, "/") {
+		return []plugin.Problem{{Pointer: "/config/content_type", Code: "config.content_type", Summary: fmt.Sprintf("%q is no media type; want one such as application/json or text/plain; charset=utf-8", contentType)}}
+	}
+	return nil
 }
 
 func decode(data []byte) (v any, err error) {
@@ -132,7 +143,7 @@ func Finish(given []byte, form, contentType string) (*plugin.Transformed, error)
 		}
 		given = r.Body
 	}
-	if !isJSON(out.ContentType) && len(given) > 0 && given[0] == '"' {
+	if !IsJSON(out.ContentType) && len(given) > 0 && given[0] == '"' {
 		var text string
 		if err := json.Unmarshal(given, &text); err != nil {
 			return nil, fmt.Errorf("read the body: %w", err)
