@@ -5,6 +5,7 @@ import (
 	"net/http"
 	"os"
 	"regexp"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -70,6 +71,27 @@ func TestRulesAndDashboardAskForWhatThereIs(t *testing.T) {
 					}
 				}
 			}
+		}
+	}
+}
+
+// TestPhasesOfAttempts: each phase that there was is told, by what happened where, and those that there were not are not.
+func TestPhasesOfAttempts(t *testing.T) {
+	s := servertest.Start(t, servertest.Options{})
+	receiver := servertest.NewReceiver(t, nil)
+	s.Namespace("acme")
+	s.Subscribe("acme", "plain", receiver.URL, nil)
+	s.Subscribe("acme", "made", receiver.URL, transformedBy(t, "jq", map[string]any{"program": "."}))
+	s.Publish("acme", "o-1", "order.created", []byte(`{"order":1001}`))
+	servertest.Await(t, "both deliveries", func() bool { return len(s.Deliveries("acme", "state = SUCCEEDED")) == 2 })
+	exported := metrics(t, s)
+	for phase, most := range map[string]int{"queue": 2, "transform": 1, "sign": 2, "dns": 0, "connect": 2, "tls": 0, "first_byte": 2, "body": 2} {
+		n, least := -1, min(most, 1)
+		if m := regexp.MustCompile(`(?m)^grapnel_attempt_phase_seconds_count\{phase="` + phase + `"\} (\d+)$`).FindStringSubmatch(exported); m != nil {
+			n, _ = strconv.Atoi(m[1])
+		}
+		if n < least || n > most {
+			t.Errorf("phase %s was noted %d times, want %d to %d", phase, n, least, most)
 		}
 	}
 }

@@ -11,6 +11,7 @@ import (
 	"github.com/grapnel/grapnel/plugins/http/internal/answer"
 	"github.com/grapnel/grapnel/plugins/http/internal/h1"
 	"github.com/grapnel/grapnel/plugins/http/internal/h2"
+	"github.com/grapnel/grapnel/plugins/internal/outbound"
 	"github.com/grapnel/grapnel/sdk/plugin"
 )
 
@@ -40,14 +41,16 @@ func newOrigin(p *pool, t *target) *origin {
 	o := &origin{pool: p, addr: t.addr()}
 	if t.Scheme != "https" {
 		encrypted := p.via != nil && p.via.tls != nil
-		o.h1 = h1.New(func(ctx context.Context) (net.Conn, bool, error) {
-			conn, err := p.dial(ctx, o.addr)
+		o.h1 = h1.New(func(ctx context.Context, t *answer.Timings) (net.Conn, bool, error) {
+			var steps outbound.Steps
+			conn, err := p.dial(outbound.Timed(ctx, &steps), o.addr)
+			t.Add(steps.DNS, steps.Connect, steps.TLS)
 			return conn, encrypted, err
 		})
 		return o
 	}
-	o.h1 = h1.New(func(ctx context.Context) (net.Conn, bool, error) {
-		conn, err := o.dialTLS(ctx)
+	o.h1 = h1.New(func(ctx context.Context, t *answer.Timings) (net.Conn, bool, error) {
+		conn, err := o.dialTLS(ctx, t)
 		if err != nil {
 			return nil, true, err
 		}
@@ -59,8 +62,8 @@ func newOrigin(p *pool, t *target) *origin {
 		return conn, true, nil
 	})
 	if p.settings.http2 {
-		o.h2 = h2.New(p.http2, o.addr, func() (*tls.Conn, error) {
-			conn, err := o.dialTLS(context.Background()) // bounded by the timeouts of the pool
+		o.h2 = h2.New(p.http2, o.addr, func(t *answer.Timings) (*tls.Conn, error) {
+			conn, err := o.dialTLS(context.Background(), t) // bounded by the timeouts of the pool
 			if err != nil {
 				return nil, err
 			}
@@ -76,8 +79,10 @@ func newOrigin(p *pool, t *target) *origin {
 }
 
 // dialTLS also notes whether the receiver wants a client certificate.
-func (o *origin) dialTLS(ctx context.Context) (*tls.Conn, error) {
-	conn, asked, err := o.pool.dialTLS(ctx, o.addr)
+func (o *origin) dialTLS(ctx context.Context, t *answer.Timings) (*tls.Conn, error) {
+	var steps outbound.Steps
+	conn, asked, err := o.pool.dialTLS(outbound.Timed(ctx, &steps), o.addr)
+	t.Add(steps.DNS, steps.Connect, steps.TLS)
 	if err == nil {
 		o.asked.Store(asked)
 	}
@@ -105,9 +110,11 @@ func (i *instance) send(ctx context.Context, t *target, r *plugin.Request, token
 				request.Body = r.Body
 			}
 			got, err = i.origin.h1.Do(ctx, &request)
+			timed(r, &request.Timings)
 		} else {
 			request := h2.Request{HTTP: i.httpRequest(t, s.fields), Body: r.Body, HeaderTimeout: i.headerTimeout, Wants: wants}
 			got, err = i.origin.h2.Do(ctx, &request)
+			timed(r, &request.Timings)
 		}
 		if !errors.Is(err, errHTTP2) && !errors.Is(err, h2.ErrHTTP1) {
 			break
@@ -117,6 +124,13 @@ func (i *instance) send(ctx context.Context, t *target, r *plugin.Request, token
 		return nil, i.origin.failure(ctx, err)
 	}
 	return response(got, i.allHeaders, r.Batch), nil
+}
+
+// timed notes how long a request took, of which an attempt may make several.
+func timed(r *plugin.Request, t *answer.Timings) {
+	to := &r.Timings
+	to.DNS, to.Connect, to.TLS = to.DNS+t.DNS, to.Connect+t.Connect, to.TLS+t.TLS
+	to.FirstByte, to.Body = to.FirstByte+t.FirstByte, to.Body+t.Body
 }
 
 // scratch is what an attempt writes into and gives back.

@@ -208,8 +208,11 @@ func (p *pool) origin(t *target) *origin {
 }
 
 // dial connects to host:port under the egress policy. With a proxy it is the proxy that is connected to, and the
-// policy is asked about both. Errors are of type *outbound.Error.
+// policy is asked about both. Errors are of type *outbound.Error. What it takes beside looking names up is the step Connect,
+// where the context is outbound.Timed.
 func (p *pool) dial(ctx context.Context, addr string) (net.Conn, error) {
+	began, steps := time.Now(), outbound.StepsOf(ctx)
+	defer func() { steps.Connect += time.Since(began) - steps.DNS }()
 	if p.via == nil {
 		return p.dialer.Dial(ctx, addr)
 	}
@@ -234,7 +237,9 @@ func (p *pool) dialTLS(ctx context.Context, addr string) (conn *tls.Conn, asked 
 	if p.settings.http2 {
 		raw = meter.New(raw, h2.Grant, p.gates.reading)
 	}
+	began := time.Now()
 	conn, err = outbound.Secure(handshake, raw, config, p.gates.shaking)
+	outbound.StepsOf(ctx).TLS += time.Since(began)
 	if err != nil {
 		if offer.Asked() {
 			err = &outbound.Error{Code: plugin.CodeTLS, Err: errors.Join(err, errAsked)}

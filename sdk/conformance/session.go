@@ -23,7 +23,7 @@ const (
 	// describeLimit is what the protocol allows for Describe.
 	describeLimit = 2 * time.Second
 	// hostMinor is the protocol minor that the suite speaks.
-	hostMinor = 3
+	hostMinor = 5
 	userAgent = "grapnel-conformance"
 	loopback4 = "127.0.0.0/8"
 	loopback6 = "::1/128"

@@ -39,6 +39,8 @@ type scratch struct {
 
 // run signs and sends, and never panics. It does not touch t afterwards.
 func (s *server) run(ctx context.Context, t *task, sc *scratch) (out result) {
+	var r *Request
+	var signing time.Duration
 	defer func() {
 		if p := recover(); p != nil {
 			s.log().Error("panic in attempt", "stack", string(debug.Stack()))
@@ -46,6 +48,9 @@ func (s *server) run(ctx context.Context, t *task, sc *scratch) (out result) {
 		}
 		out.seq = t.seq
 		out.total = time.Since(t.received)
+		if out.sign = signing; r != nil {
+			out.timings = r.Timings
+		}
 	}()
 	if ctx.Err() != nil {
 		return result{failure: failure{source: SourcePlugin, code: CodeCancelled, message: "cancelled before it began", wire: NotSent}}
@@ -61,7 +66,11 @@ func (s *server) run(ctx context.Context, t *task, sc *scratch) (out result) {
 	}
 	// What it dials is read by goroutines that outlive the attempt: they bear the label, too.
 	pprof.SetGoroutineLabels(inst.labels)
-	r := sc.prepare(t, inst)
+	r = sc.prepare(t, inst)
+	var began time.Time
+	if len(t.signHere) > 0 {
+		began = time.Now()
+	}
 	for _, ref := range t.signHere {
 		signer := s.instances.get(ref)
 		if signer == nil || signer.built.sign == nil || !signer.life.enter() {
@@ -70,6 +79,9 @@ func (s *server) run(ctx context.Context, t *task, sc *scratch) (out result) {
 		if err := sc.sign(ctx, s, signer, r); err != nil {
 			return result{failure: signFailure(err, signer.secrets)}
 		}
+	}
+	if !began.IsZero() {
+		signing = time.Since(began)
 	}
 	resp, err := inst.built.attempt(ctx, r)
 	sc.headers = r.Headers
@@ -273,6 +285,12 @@ func wireHeaders(in []Header) []*pluginv1.Header {
 func (r *result) pb() *pluginv1.AttemptResult {
 	out := &pluginv1.AttemptResult{
 		Seq: r.seq, TotalUs: r.total.Microseconds(), Peer: valid(r.peer), SentHeaders: wireHeaders(r.sent),
+	}
+	if t := &r.timings; r.sign != 0 || *t != (Timings{}) {
+		out.Timings = &pluginv1.Timings{
+			SignUs: micros(r.sign), DnsUs: micros(t.DNS), ConnectUs: micros(t.Connect), TlsUs: micros(t.TLS),
+			FirstByteUs: micros(t.FirstByte), BodyUs: micros(t.Body),
+		}
 	}
 	if r.response == nil {
 		out.Outcome = &pluginv1.AttemptResult_Failure{Failure: r.failure.pb()}

@@ -155,8 +155,21 @@ type Request struct {
 	// that the config asks for no check. Set only for kinds with the option OwnershipCheck.
 	OwnershipCheck bool
 
+	// Timings are for a transport to fill in, as far as it measures them.
+	Timings Timings
+
 	// base is how many headers were there before signers and transport added theirs.
 	base int
+}
+
+// Timings are the parts of the time that an attempt took at its transport, one after the other; zero is a part that it did
+// not have, or that nobody has measured. One that sends more than once adds up.
+type Timings struct {
+	// DNS, Connect and TLS are of a connection that was made for the attempt.
+	DNS, Connect, TLS time.Duration
+	// FirstByte is from when there was a connection to the first byte of the answer, or to the end of waiting for it; Body
+	// from then until all was read that is.
+	FirstByte, Body time.Duration
 }
 
 // Get returns the first value of the header, or "" when there is none. The name is compared without

@@ -25,7 +25,7 @@ import (
 )
 
 const (
-	protocolMinor = 4
+	protocolMinor = 5
 	// window is how many attempts the plugin takes at once: as many as the host has slots, so that attempts that hang
 	// leave room for others.
 	window = 4096

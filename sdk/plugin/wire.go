@@ -1,6 +1,7 @@
 package plugin
 
 import (
+	"math"
 	"slices"
 	"time"
 	"unsafe"
@@ -198,6 +199,9 @@ type result struct {
 	response *Response // nil when failed
 	failure  failure
 	sent     []Header
+	// sign is how long signers of this process took.
+	sign    time.Duration
+	timings Timings
 	// full keeps the response's headers whatever its status, batch those that name what was not taken.
 	full, batch bool
 }
@@ -249,7 +253,28 @@ func (r *result) append(b []byte) []byte {
 	b = wire.Shut(b, at)
 	b = wire.AppendUint(b, 4, uint64(r.total.Microseconds()))
 	b = wire.AppendText(b, 5, r.peer)
-	return appendHeaders(b, 6, r.sent)
+	b = appendHeaders(b, 6, r.sent)
+	return r.appendTimings(b)
+}
+
+// appendTimings leaves out what nobody has measured.
+func (r *result) appendTimings(b []byte) []byte {
+	if r.sign == 0 && r.timings == (Timings{}) {
+		return b
+	}
+	t := &r.timings
+	b, at := wire.Open(b, 7)
+	for i, d := range [...]time.Duration{r.sign, t.DNS, t.Connect, t.TLS, t.FirstByte, t.Body} {
+		if d > 0 {
+			b = wire.AppendUint(b, protowire.Number(i+1), uint64(micros(d)))
+		}
+	}
+	return wire.Shut(b, at)
+}
+
+// micros is a duration on the wire.
+func micros(d time.Duration) uint32 {
+	return uint32(min(max(d.Microseconds(), 0), math.MaxUint32)) //nolint:gosec // bounded
 }
 
 func (r *Response) append(b []byte, full, batch bool) []byte {

@@ -199,6 +199,20 @@ type Job struct {
 	Gap   int
 }
 
+// Ready is since when an attempt could have been made, as far as the job knows; zero of one that had to wait for the turn of
+// its ordering key.
+func (j *Job) Ready() time.Time {
+	switch {
+	case j.Kind == Timer:
+		return j.Due.Time()
+	case j.Order != 0:
+		return time.Time{}
+	case j.ID.Seq == j.Event.Seq:
+		return j.Event.AcceptTime
+	}
+	return j.ID.Time()
+}
+
 // Lane is the queue that the job belongs to.
 func (j *Job) Lane() LaneKey { return LaneKey{j.Event.Namespace, j.ID.Subscription} }
 

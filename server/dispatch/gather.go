@@ -112,13 +112,10 @@ func (l *lane) patience(x *entry, most time.Duration) time.Time {
 // due is since when x could have been made. Nobody notes since when it has had the turn of its ordering key: that is taken for
 // when it came to memory.
 func (x *entry) due() time.Time {
-	switch {
-	case x.Kind == delivery.Timer:
-		return x.Due.Time()
-	case x.Order != 0:
-		return x.at.time()
+	if since := x.Ready(); !since.IsZero() {
+		return since
 	}
-	return x.ID.Time()
+	return x.at.time()
 }
 
 // behind reports whether more is due than there is in memory.

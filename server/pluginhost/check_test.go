@@ -116,7 +116,7 @@ func TestPluginStatus(t *testing.T) {
 	}
 	p, ok := f.Plugin("mem")
 	in := p.GetInstances()[0]
-	if !ok || p.GetVersion() != "1.0.0" || p.GetProtocolVersion() != "1.4" || p.GetHealth() != grapnelv1.Plugin_HEALTH_SERVING ||
+	if !ok || p.GetVersion() != "1.0.0" || p.GetProtocolVersion() != "1.5" || p.GetHealth() != grapnelv1.Plugin_HEALTH_SERVING ||
 		!p.GetBuiltin() || len(in.GetChecksum()) != 64 || in.GetStartTime() == nil || in.GetP99Latency() == nil ||
 		p.GetConfigSchema().GetFields()["properties"] == nil || p.GetConfigExample() == nil || len(p.GetSecretSlots()) != 1 ||
 		p.GetDescription() == "" || len(p.GetUriSchemes()) != 1 || p.GetRoles()[0] != grapnelv1.Plugin_ROLE_TRANSPORT {

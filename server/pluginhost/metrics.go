@@ -19,6 +19,7 @@ type metrics struct {
 	hangs         prometheus.Counter
 	shortages     prometheus.Counter
 	upgrades      *prometheus.CounterVec
+	phases        *phases
 }
 
 func newMetrics(reg prometheus.Registerer) *metrics {
@@ -26,6 +27,7 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 		return prometheus.NewCounter(prometheus.CounterOpts{Namespace: "grapnel", Subsystem: "plugin", Name: name, Help: help})
 	}
 	m := &metrics{
+		phases: newPhases(),
 		restarts: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Namespace: "grapnel", Subsystem: "plugin", Name: "restarts_total", Help: "Ends of plugin processes that were not asked for.",
 		}, []string{"plugin"}),
@@ -42,7 +44,7 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 		open := prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 			Namespace: "grapnel", Subsystem: "plugin", Name: "open_attempts", Help: "Attempts in the plugin host's hands.",
 		}, func() float64 { return float64(m.open.Load()) })
-		reg.MustRegister(m.restarts, m.unspent, m.indeterminate, m.faults, m.hangs, m.shortages, m.upgrades, open)
+		reg.MustRegister(m.restarts, m.unspent, m.indeterminate, m.faults, m.hangs, m.shortages, m.upgrades, m.phases, open)
 	}
 	return m
 }

@@ -24,8 +24,9 @@ type pending struct {
 
 	// Attempt is what is written of it.
 	wire.Attempt
-	// due is when the plugin counts as hung: timeout and grace after sending.
-	due time.Time
+	// first and written are when it was first and last written to a plugin, due when that counts as hung: timeout and grace
+	// later.
+	first, written, due time.Time
 	// stage is how many remote signers have signed; setBy says which of them set each header, or setBySubscription.
 	stage int
 	setBy []int
@@ -76,8 +77,11 @@ func (p *pending) events() []*delivery.Event {
 	return events
 }
 
-// stamp sets what every part of one attempt shares; a resent one keeps it.
+// stamp notes that p is written, and sets what every part of one attempt shares; a resent one keeps that.
 func (p *pending) stamp(now time.Time) {
+	if p.written = now; p.first.IsZero() {
+		p.first = now
+	}
 	if p.Created.IsZero() {
 		p.Created = now
 		hi, lo := rand.Uint64(), rand.Uint64()

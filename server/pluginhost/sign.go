@@ -65,10 +65,12 @@ func (c *conn) signed(resp *pluginv1.SignResponse) error {
 	if len(taken) > 0 {
 		c.answered.Store(true)
 	}
+	now := time.Now()
 	for i, p := range taken {
+		c.host.metrics.phases.observe(phaseSign, now.Sub(p.written))
 		r := resp.GetResults()[i]
 		if r.GetFailure() != nil {
-			c.failed(p, r.GetFailure(), &wire.Result{}, time.Now())
+			c.failed(p, r.GetFailure(), &wire.Result{}, now)
 			continue
 		}
 		if why := p.addSigned(r.GetHeaders()); why != "" {

@@ -137,7 +137,9 @@ func (c *conn) transformed(resp *pluginv1.TransformResponse) error {
 	if len(taken) > 0 {
 		c.answered.Store(true)
 	}
+	now := time.Now()
 	for i, p := range taken {
+		c.host.metrics.phases.observe(phaseTransform, now.Sub(p.written))
 		switch r := resp.GetResults()[i]; {
 		case r.GetTransformed() != nil:
 			made := madeOf(r.GetTransformed())
@@ -146,7 +148,7 @@ func (c *conn) transformed(resp *pluginv1.TransformResponse) error {
 		case r.GetDropped() != nil:
 			c.host.dropped(p, r.GetDropped().GetReason())
 		default:
-			c.failed(p, transformerFailure(r.GetFailure()), &wire.Result{}, time.Now())
+			c.failed(p, transformerFailure(r.GetFailure()), &wire.Result{}, now)
 		}
 	}
 	return err

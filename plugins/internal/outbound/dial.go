@@ -24,6 +24,24 @@ const (
 // that the URI itself names is refused for good.
 var ErrNowhere = errors.New("the host name does not exist, or egress policy forbids every address it has")
 
+// Steps are how long the parts of making a connection took, for whom the context was made that it is made under.
+type Steps struct{ DNS, Connect, TLS time.Duration }
+
+type stepsKey struct{}
+
+// Timed has what is dialled under the context noted in s, which is not to be read before that has ended.
+func Timed(ctx context.Context, s *Steps) context.Context {
+	return context.WithValue(ctx, stepsKey{}, s)
+}
+
+// StepsOf is where to note; never nil.
+func StepsOf(ctx context.Context) *Steps {
+	if s, ok := ctx.Value(stepsKey{}).(*Steps); ok {
+		return s
+	}
+	return &Steps{}
+}
+
 // Dialer connects under an egress policy. The zero value denies everything.
 type Dialer struct {
 	Egress *plugin.Egress
@@ -72,7 +90,9 @@ func (d Dialer) Allowed(ctx context.Context, addr string) ([]netip.AddrPort, err
 	if resolver == nil {
 		resolver = net.DefaultResolver
 	}
+	asked := time.Now()
 	found, err := resolver.LookupNetIP(ctx, "ip", host)
+	StepsOf(ctx).DNS += time.Since(asked)
 	var dns *net.DNSError
 	switch {
 	case err != nil && exhausted(err):

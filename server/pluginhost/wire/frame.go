@@ -4,6 +4,7 @@
 package wire
 
 import (
+	"math"
 	"math/rand/v2"
 	"strings"
 	"time"
@@ -224,7 +225,26 @@ type Result struct {
 	Peer  string
 	// Sent are the headers that signers and transport have added.
 	Sent []delivery.Header
+	// Timings are parts of Total, by what the plugin says.
+	Timings Timings
 }
+
+// Part of an attempt's time that a plugin may tell, in the order in which they follow one another.
+type Part int
+
+// Parts of an attempt's time.
+const (
+	Sign Part = iota
+	DNS
+	Connect
+	TLS
+	FirstByte
+	Body
+	Parts
+)
+
+// Timings are how long each Part took, in microseconds; 0 is one that was not, or was not told.
+type Timings [Parts]uint32
 
 // Parse implements wire.Reader.
 func (f *Response) Parse(b []byte) error {
@@ -267,6 +287,13 @@ func (f *Response) parseResult(r *Result, b []byte) error {
 			r.Peer = f.peer
 		case 6:
 			return appendParsed(&r.Sent, v)
+		case 7:
+			return wire.Fields(v, func(num protowire.Number, _ []byte, x uint64) error {
+				if num >= 1 && num <= protowire.Number(Parts) {
+					r.Timings[num-1] = uint32(min(x, math.MaxUint32)) //nolint:gosec // bounded
+				}
+				return nil
+			})
 		}
 		return nil
 	})

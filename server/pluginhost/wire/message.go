@@ -94,6 +94,8 @@ func ResultOf(in *pluginv1.AttemptResult) Result {
 		Total: time.Duration(in.GetTotalUs()) * time.Microsecond,
 	}
 	r.Peer = r.Peer[:min(len(r.Peer), maxPeer)]
+	t := in.GetTimings()
+	r.Timings = Timings{t.GetSignUs(), t.GetDnsUs(), t.GetConnectUs(), t.GetTlsUs(), t.GetFirstByteUs(), t.GetBodyUs()}
 	if resp := in.GetResponse(); resp != nil {
 		r.Answered, r.Status, r.Headers = true, int(resp.GetStatus()), headersOf(resp.GetHeaders())
 		r.Body, r.Truncated = resp.GetBody(), resp.GetBodyTruncated()

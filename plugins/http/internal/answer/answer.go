@@ -49,6 +49,22 @@ type Answer struct {
 	Note string
 }
 
+// Timings are the parts of the time that a request took; zero is a part that it did not have, or that nobody has measured.
+// A request that goes out twice has the sum.
+type Timings struct {
+	// DNS, Connect and TLS are of a connection that was made for it.
+	DNS, Connect, TLS time.Duration
+	// FirstByte is from when there was a connection to the first byte of an answer, Body from then to the end of what is read.
+	FirstByte, Body time.Duration
+}
+
+// Add adds the time that it took to connect.
+func (t *Timings) Add(dns, connect, tls time.Duration) {
+	t.DNS += dns
+	t.Connect += connect
+	t.TLS += tls
+}
+
 // Error is a request without an answer.
 type Error struct {
 	Sent Sent

@@ -20,8 +20,9 @@ type exchange struct {
 	reused  bool
 
 	sent answer.Sent
-	// heard says that a byte of an answer came.
+	// heard says that a byte of an answer came, heardAt when.
 	heard    bool
+	heardAt  time.Time
 	reusable bool
 	deadline time.Time
 	headerBy time.Time
@@ -276,7 +277,7 @@ func (x *exchange) peekStatus() (int, error) {
 	reader := x.conn.reader
 	start, err := reader.Peek(len(line))
 	if len(start) > 0 && !x.heard {
-		x.heard = true
+		x.heard, x.heardAt = true, time.Now()
 		if start[0] == '\r' || start[0] == '\n' { // what an earlier response had too much
 			_, _ = reader.Discard(1)
 			if len(start) > 1 && start[0] == '\r' && start[1] == '\n' {

@@ -48,9 +48,9 @@ const (
 // ErrHeaderTooLarge is a header, or a row of interim responses, beyond answer.MaxHeader.
 var ErrHeaderTooLarge = errors.New("the response's header is larger than 64 KiB")
 
-// Dial connects. secure says that the connection decrypts, whoever is at its other end: bytes may then wait inside it.
+// Dial connects, and adds to t how long that took. secure says that the connection decrypts, whoever is at its other end: bytes may then wait inside it.
 // The connection, or a method NetConn of it, leads to a socket.
-type Dial func(ctx context.Context) (conn net.Conn, secure bool, err error)
+type Dial func(ctx context.Context, t *answer.Timings) (conn net.Conn, secure bool, err error)
 
 // Origin sends requests to one server and keeps its idle connections. Safe for concurrent use.
 type Origin struct {
@@ -73,20 +73,23 @@ type Request struct {
 	// HeaderTimeout is how long the response's header may take from now on; zero means as long as the context.
 	HeaderTimeout time.Duration
 	Wants         answer.Wants
+	// Timings is set by Do, whatever it returns.
+	Timings answer.Timings
 }
 
 // Do sends r and reads its answer on the caller's goroutine; a large one is written by another, which has ended when Do
 // returns. ctx must have a deadline. Errors are those of the dialler, as they are, and *answer.Error.
 func (o *Origin) Do(ctx context.Context, r *Request) (*answer.Answer, error) {
 	for stale := 0; ; {
-		c := o.take(time.Now())
+		now := time.Now()
+		c := o.take(now)
 		if c == nil {
 			var err error
-			if c, err = o.connect(ctx); err != nil {
+			if c, now, err = o.connect(ctx, r); err != nil {
 				return nil, err
 			}
 		}
-		got, x, err := o.exchange(ctx, r, c)
+		got, x, err := o.exchange(ctx, r, c, now)
 		switch {
 		case !x.reused, err == nil && (got.Status != http.StatusRequestTimeout || x.reusable), ctx.Err() != nil, err != nil && isTimeout(err):
 			return got, x.failed(err)
@@ -102,22 +105,29 @@ func (o *Origin) Do(ctx context.Context, r *Request) (*answer.Answer, error) {
 
 // again sends a request once more, on a connection of its own; without one, what came of the first time stands.
 func (o *Origin) again(ctx context.Context, r *Request, got *answer.Answer, first error) (*answer.Answer, error) {
-	c, err := o.connect(ctx)
+	c, now, err := o.connect(ctx, r)
 	if err != nil {
 		return got, first
 	}
-	got, x, err := o.exchange(ctx, r, c)
+	got, x, err := o.exchange(ctx, r, c, now)
 	x.sent = answer.All // perhaps the first time
 	return got, x.failed(err)
 }
 
 // exchange sends r on c, which is an idle connection or closed afterwards.
-func (o *Origin) exchange(ctx context.Context, r *Request, c *conn) (*answer.Answer, *exchange, error) {
+func (o *Origin) exchange(ctx context.Context, r *Request, c *conn, now time.Time) (*answer.Answer, *exchange, error) {
 	x := &exchange{conn: c, request: r, reused: !c.fresh}
 	c.fresh = false
 	got, err := x.do(ctx)
+	over := time.Now()
+	if x.heardAt.IsZero() {
+		r.Timings.FirstByte += over.Sub(now)
+	} else {
+		r.Timings.FirstByte += x.heardAt.Sub(now)
+		r.Timings.Body += over.Sub(x.heardAt)
+	}
 	if x.reusable {
-		o.put(c)
+		o.put(c, over)
 	} else {
 		_ = c.Close()
 	}
@@ -133,7 +143,10 @@ func (x *exchange) failed(err error) error {
 }
 
 // Adopt takes a connection that has carried nothing yet.
-func (o *Origin) Adopt(raw net.Conn, secure bool) { o.put(newConn(raw, secure, time.Now())) }
+func (o *Origin) Adopt(raw net.Conn, secure bool) {
+	now := time.Now()
+	o.put(newConn(raw, secure, now), now)
+}
 
 // Drop closes idle connections, for tests.
 func (o *Origin) Drop() {
@@ -169,8 +182,8 @@ func (o *Origin) take(now time.Time) *conn {
 }
 
 // put takes a connection back.
-func (o *Origin) put(c *conn) {
-	c.idleSince = time.Now()
+func (o *Origin) put(c *conn, now time.Time) {
+	c.idleSince = now
 	if c.idleSince.Sub(c.made) > maxAge {
 		_ = c.Close()
 		return
@@ -209,13 +222,14 @@ func (o *Origin) sweep() {
 	}
 }
 
-func (o *Origin) connect(ctx context.Context) (*conn, error) {
+// connect also says when it had connected.
+func (o *Origin) connect(ctx context.Context, r *Request) (*conn, time.Time, error) {
 	made := time.Now()
-	raw, secure, err := o.dial(ctx)
+	raw, secure, err := o.dial(ctx, &r.Timings)
 	if err != nil {
-		return nil, err
+		return nil, made, err
 	}
-	return newConn(raw, secure, made), nil
+	return newConn(raw, secure, made), time.Now(), nil
 }
 
 // socketOf is the socket below TLS.

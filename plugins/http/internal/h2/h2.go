@@ -65,9 +65,9 @@ var (
 	ErrHTTP1 = errors.New("the receiver speaks HTTP/1.1")
 )
 
-// Dial connects and does the TLS handshake, in which the server chooses HTTP/2; with ErrHTTP1 it did not. It bounds its
-// own time.
-type Dial func() (*tls.Conn, error)
+// Dial connects and does the TLS handshake, in which the server chooses HTTP/2; with ErrHTTP1 it did not. It adds to t how
+// long that took, and bounds its own time.
+type Dial func(t *answer.Timings) (*tls.Conn, error)
 
 // Transport holds what connections have in common.
 type Transport struct{ of *http.Transport }
@@ -127,11 +127,12 @@ type conn struct {
 	taken bool
 }
 
-// flight is one dial. conn and err are set before done is closed.
+// flight is one dial. What is behind done is set before that is closed.
 type flight struct {
-	done chan struct{}
-	conn *conn
-	err  error
+	done    chan struct{}
+	conn    *conn
+	err     error
+	timings answer.Timings
 }
 
 // Request is one request.
@@ -142,6 +143,8 @@ type Request struct {
 	// HeaderTimeout is how long the response's header may take from now on; zero means as long as the context.
 	HeaderTimeout time.Duration
 	Wants         answer.Wants
+	// Timings is set by Do, whatever it returns. Requests that wait for one connection share how long that took.
+	Timings answer.Timings
 }
 
 // Do sends r. ctx must have a deadline. Errors are those of the dialler, as they are, and *answer.Error.
@@ -149,7 +152,7 @@ func (o *Origin) Do(ctx context.Context, r *Request) (*answer.Answer, error) {
 	again := false // it has been on a connection that ended
 	barren := 0
 	for try := 1; ; try++ {
-		c, err := o.reserve(ctx)
+		c, err := o.reserve(ctx, &r.Timings)
 		if err != nil {
 			return nil, err
 		}
@@ -208,7 +211,7 @@ func wait(ctx context.Context, try int) bool {
 }
 
 // reserve returns a connection with room for a request, dialling where there is none.
-func (o *Origin) reserve(ctx context.Context) (*conn, error) {
+func (o *Origin) reserve(ctx context.Context, t *answer.Timings) (*conn, error) {
 	for without := 0; ; {
 		c, f := o.join()
 		if c != nil {
@@ -219,6 +222,7 @@ func (o *Origin) reserve(ctx context.Context) (*conn, error) {
 		case <-ctx.Done():
 			return nil, &answer.Error{Err: ctx.Err()}
 		}
+		t.Add(f.timings.DNS, f.timings.Connect, f.timings.TLS)
 		if f.err != nil {
 			return nil, f.err
 		}
@@ -291,7 +295,7 @@ func (o *Origin) join() (*conn, *flight) {
 }
 
 func (o *Origin) fly(f *flight) {
-	raw, err := o.dial()
+	raw, err := o.dial(&f.timings)
 	var c *conn
 	if err == nil {
 		c, err = o.begin(raw)
@@ -432,7 +436,10 @@ func (e *exchange) do(ctx context.Context) (*answer.Answer, error) {
 		defer b.Close() //nolint:errcheck // the bytes are the caller's from then on
 		req.Body = b
 	}
+	began := time.Now()
 	resp, err := e.conn.RoundTrip(req)
+	headed := time.Now()
+	r.Timings.FirstByte += headed.Sub(began)
 	switch {
 	case err == nil:
 	case e.interim.Load() > answer.MaxInterim:
@@ -459,6 +466,7 @@ func (e *exchange) do(ctx context.Context) (*answer.Answer, error) {
 	}
 	a := &answer.Answer{Status: resp.StatusCode, Header: resp.Header, Peer: e.conn.peer}
 	a.Body, a.Truncated, _ = answer.Read(resp, r.Wants)
+	r.Timings.Body += time.Since(headed)
 	return a, nil
 }
 

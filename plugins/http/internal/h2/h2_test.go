@@ -29,7 +29,7 @@ func TestConnectionsAge(t *testing.T) {
 	roots := x509.NewCertPool()
 	roots.AddCert(srv.Certificate())
 	var dials atomic.Int32
-	o := New(NewTransport(), srv.Listener.Addr().String(), func() (*tls.Conn, error) {
+	o := New(NewTransport(), srv.Listener.Addr().String(), func(*answer.Timings) (*tls.Conn, error) {
 		dials.Add(1)
 		return tls.Dial("tcp", srv.Listener.Addr().String(), &tls.Config{RootCAs: roots, NextProtos: []string{"h2"}})
 	})

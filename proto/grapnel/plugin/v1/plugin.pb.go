@@ -139,7 +139,7 @@ func (x Failure_Source) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Failure_Source.Descriptor instead.
 func (Failure_Source) EnumDescriptor() ([]byte, []int) {
-	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{48, 0}
+	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{49, 0}
 }
 
 // WireState says what may have reached the receiver.
@@ -196,7 +196,7 @@ func (x Failure_WireState) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Failure_WireState.Descriptor instead.
 func (Failure_WireState) EnumDescriptor() ([]byte, []int) {
-	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{48, 1}
+	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{49, 1}
 }
 
 // DescribeRequest introduces the host.
@@ -3411,7 +3411,9 @@ type AttemptResult struct {
 	// host:port connected to, when known.
 	Peer string `protobuf:"bytes,5,opt,name=peer,proto3" json:"peer,omitempty"`
 	// Headers that signers and transport added, credentials left out; only when it did not succeed.
-	SentHeaders   []*Header `protobuf:"bytes,6,rep,name=sent_headers,json=sentHeaders,proto3" json:"sent_headers,omitempty"`
+	SentHeaders []*Header `protobuf:"bytes,6,rep,name=sent_headers,json=sentHeaders,proto3" json:"sent_headers,omitempty"`
+	// How long its parts took, as far as the plugin has measured them; for metrics and traces.
+	Timings       *Timings `protobuf:"bytes,7,opt,name=timings,proto3" json:"timings,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -3499,6 +3501,13 @@ func (x *AttemptResult) GetSentHeaders() []*Header {
 	return nil
 }
 
+func (x *AttemptResult) GetTimings() *Timings {
+	if x != nil {
+		return x.Timings
+	}
+	return nil
+}
+
 type isAttemptResult_Outcome interface {
 	isAttemptResult_Outcome()
 }
@@ -3516,6 +3525,98 @@ type AttemptResult_Failure struct {
 func (*AttemptResult_Response) isAttemptResult_Outcome() {}
 
 func (*AttemptResult_Failure) isAttemptResult_Outcome() {}
+
+// Timings are the parts of an attempt's time, one after the other, in microseconds. 0 is a part that it did not have, or that
+// nobody has measured; of a part that it had several times it is the sum.
+type Timings struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Signers of this process.
+	SignUs uint32 `protobuf:"varint,1,opt,name=sign_us,json=signUs,proto3" json:"sign_us,omitempty"`
+	// Looking up the name, for a connection that was made for the attempt.
+	DnsUs uint32 `protobuf:"varint,2,opt,name=dns_us,json=dnsUs,proto3" json:"dns_us,omitempty"`
+	// Connecting, with what it takes to get through a proxy.
+	ConnectUs uint32 `protobuf:"varint,3,opt,name=connect_us,json=connectUs,proto3" json:"connect_us,omitempty"`
+	// The TLS handshake with the receiver.
+	TlsUs uint32 `protobuf:"varint,4,opt,name=tls_us,json=tlsUs,proto3" json:"tls_us,omitempty"`
+	// From when there was a connection to the first byte of an answer, or to the end of waiting for it.
+	FirstByteUs uint32 `protobuf:"varint,5,opt,name=first_byte_us,json=firstByteUs,proto3" json:"first_byte_us,omitempty"`
+	// From then until all of the answer was read that is.
+	BodyUs        uint32 `protobuf:"varint,6,opt,name=body_us,json=bodyUs,proto3" json:"body_us,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Timings) Reset() {
+	*x = Timings{}
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[47]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Timings) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Timings) ProtoMessage() {}
+
+func (x *Timings) ProtoReflect() protoreflect.Message {
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[47]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Timings.ProtoReflect.Descriptor instead.
+func (*Timings) Descriptor() ([]byte, []int) {
+	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{47}
+}
+
+func (x *Timings) GetSignUs() uint32 {
+	if x != nil {
+		return x.SignUs
+	}
+	return 0
+}
+
+func (x *Timings) GetDnsUs() uint32 {
+	if x != nil {
+		return x.DnsUs
+	}
+	return 0
+}
+
+func (x *Timings) GetConnectUs() uint32 {
+	if x != nil {
+		return x.ConnectUs
+	}
+	return 0
+}
+
+func (x *Timings) GetTlsUs() uint32 {
+	if x != nil {
+		return x.TlsUs
+	}
+	return 0
+}
+
+func (x *Timings) GetFirstByteUs() uint32 {
+	if x != nil {
+		return x.FirstByteUs
+	}
+	return 0
+}
+
+func (x *Timings) GetBodyUs() uint32 {
+	if x != nil {
+		return x.BodyUs
+	}
+	return 0
+}
 
 // Response is a receiver's answer. For transports other than HTTP the status is mapped onto HTTP's.
 type Response struct {
@@ -3537,7 +3638,7 @@ type Response struct {
 
 func (x *Response) Reset() {
 	*x = Response{}
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[47]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3549,7 +3650,7 @@ func (x *Response) String() string {
 func (*Response) ProtoMessage() {}
 
 func (x *Response) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[47]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3562,7 +3663,7 @@ func (x *Response) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Response.ProtoReflect.Descriptor instead.
 func (*Response) Descriptor() ([]byte, []int) {
-	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{47}
+	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *Response) GetStatus() uint32 {
@@ -3619,7 +3720,7 @@ type Failure struct {
 
 func (x *Failure) Reset() {
 	*x = Failure{}
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[48]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3631,7 +3732,7 @@ func (x *Failure) String() string {
 func (*Failure) ProtoMessage() {}
 
 func (x *Failure) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[48]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3644,7 +3745,7 @@ func (x *Failure) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Failure.ProtoReflect.Descriptor instead.
 func (*Failure) Descriptor() ([]byte, []int) {
-	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{48}
+	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *Failure) GetSource() Failure_Source {
@@ -3690,7 +3791,7 @@ type AttemptOneRequest struct {
 
 func (x *AttemptOneRequest) Reset() {
 	*x = AttemptOneRequest{}
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[49]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3702,7 +3803,7 @@ func (x *AttemptOneRequest) String() string {
 func (*AttemptOneRequest) ProtoMessage() {}
 
 func (x *AttemptOneRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[49]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3715,7 +3816,7 @@ func (x *AttemptOneRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttemptOneRequest.ProtoReflect.Descriptor instead.
 func (*AttemptOneRequest) Descriptor() ([]byte, []int) {
-	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{49}
+	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *AttemptOneRequest) GetAttempt() *Attempt {
@@ -3750,7 +3851,7 @@ type AttemptOneResponse struct {
 
 func (x *AttemptOneResponse) Reset() {
 	*x = AttemptOneResponse{}
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[50]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3762,7 +3863,7 @@ func (x *AttemptOneResponse) String() string {
 func (*AttemptOneResponse) ProtoMessage() {}
 
 func (x *AttemptOneResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[50]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3775,7 +3876,7 @@ func (x *AttemptOneResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttemptOneResponse.ProtoReflect.Descriptor instead.
 func (*AttemptOneResponse) Descriptor() ([]byte, []int) {
-	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{50}
+	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *AttemptOneResponse) GetResult() *AttemptResult {
@@ -3802,7 +3903,7 @@ type ControlRequest struct {
 
 func (x *ControlRequest) Reset() {
 	*x = ControlRequest{}
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[51]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3814,7 +3915,7 @@ func (x *ControlRequest) String() string {
 func (*ControlRequest) ProtoMessage() {}
 
 func (x *ControlRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[51]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3827,7 +3928,7 @@ func (x *ControlRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ControlRequest.ProtoReflect.Descriptor instead.
 func (*ControlRequest) Descriptor() ([]byte, []int) {
-	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{51}
+	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *ControlRequest) GetFrame() isControlRequest_Frame {
@@ -3905,7 +4006,7 @@ type ControlResponse struct {
 
 func (x *ControlResponse) Reset() {
 	*x = ControlResponse{}
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[52]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3917,7 +4018,7 @@ func (x *ControlResponse) String() string {
 func (*ControlResponse) ProtoMessage() {}
 
 func (x *ControlResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[52]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3930,7 +4031,7 @@ func (x *ControlResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ControlResponse.ProtoReflect.Descriptor instead.
 func (*ControlResponse) Descriptor() ([]byte, []int) {
-	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{52}
+	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *ControlResponse) GetFrame() isControlResponse_Frame {
@@ -3989,7 +4090,7 @@ type Heartbeat struct {
 
 func (x *Heartbeat) Reset() {
 	*x = Heartbeat{}
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[53]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4001,7 +4102,7 @@ func (x *Heartbeat) String() string {
 func (*Heartbeat) ProtoMessage() {}
 
 func (x *Heartbeat) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[53]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4014,7 +4115,7 @@ func (x *Heartbeat) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Heartbeat.ProtoReflect.Descriptor instead.
 func (*Heartbeat) Descriptor() ([]byte, []int) {
-	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{53}
+	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *Heartbeat) GetNumber() uint64 {
@@ -4042,7 +4143,7 @@ type SetLogLevel struct {
 
 func (x *SetLogLevel) Reset() {
 	*x = SetLogLevel{}
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[54]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4054,7 +4155,7 @@ func (x *SetLogLevel) String() string {
 func (*SetLogLevel) ProtoMessage() {}
 
 func (x *SetLogLevel) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[54]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4067,7 +4168,7 @@ func (x *SetLogLevel) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetLogLevel.ProtoReflect.Descriptor instead.
 func (*SetLogLevel) Descriptor() ([]byte, []int) {
-	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{54}
+	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *SetLogLevel) GetLevel() string {
@@ -4090,7 +4191,7 @@ type LogBatch struct {
 
 func (x *LogBatch) Reset() {
 	*x = LogBatch{}
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[55]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4102,7 +4203,7 @@ func (x *LogBatch) String() string {
 func (*LogBatch) ProtoMessage() {}
 
 func (x *LogBatch) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[55]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4115,7 +4216,7 @@ func (x *LogBatch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogBatch.ProtoReflect.Descriptor instead.
 func (*LogBatch) Descriptor() ([]byte, []int) {
-	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{55}
+	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *LogBatch) GetRecords() []*LogRecord {
@@ -4149,7 +4250,7 @@ type LogRecord struct {
 
 func (x *LogRecord) Reset() {
 	*x = LogRecord{}
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[56]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4161,7 +4262,7 @@ func (x *LogRecord) String() string {
 func (*LogRecord) ProtoMessage() {}
 
 func (x *LogRecord) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[56]
+	mi := &file_grapnel_plugin_v1_plugin_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4174,7 +4275,7 @@ func (x *LogRecord) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogRecord.ProtoReflect.Descriptor instead.
 func (*LogRecord) Descriptor() ([]byte, []int) {
-	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{56}
+	return file_grapnel_plugin_v1_plugin_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *LogRecord) GetTime() *timestamppb.Timestamp {
@@ -4437,15 +4538,24 @@ const file_grapnel_plugin_v1_plugin_proto_rawDesc = "" +
 	"\aDrained\x12\x1a\n" +
 	"\breturned\x18\x01 \x03(\x04R\breturned\"L\n" +
 	"\x0eAttemptResults\x12:\n" +
-	"\aresults\x18\x01 \x03(\v2 .grapnel.plugin.v1.AttemptResultR\aresults\"\x8c\x02\n" +
+	"\aresults\x18\x01 \x03(\v2 .grapnel.plugin.v1.AttemptResultR\aresults\"\xc2\x02\n" +
 	"\rAttemptResult\x12\x10\n" +
 	"\x03seq\x18\x01 \x01(\x04R\x03seq\x129\n" +
 	"\bresponse\x18\x02 \x01(\v2\x1b.grapnel.plugin.v1.ResponseH\x00R\bresponse\x126\n" +
 	"\afailure\x18\x03 \x01(\v2\x1a.grapnel.plugin.v1.FailureH\x00R\afailure\x12\x19\n" +
 	"\btotal_us\x18\x04 \x01(\x03R\atotalUs\x12\x12\n" +
 	"\x04peer\x18\x05 \x01(\tR\x04peer\x12<\n" +
-	"\fsent_headers\x18\x06 \x03(\v2\x19.grapnel.plugin.v1.HeaderR\vsentHeadersB\t\n" +
-	"\aoutcome\"\xa6\x01\n" +
+	"\fsent_headers\x18\x06 \x03(\v2\x19.grapnel.plugin.v1.HeaderR\vsentHeaders\x124\n" +
+	"\atimings\x18\a \x01(\v2\x1a.grapnel.plugin.v1.TimingsR\atimingsB\t\n" +
+	"\aoutcome\"\xac\x01\n" +
+	"\aTimings\x12\x17\n" +
+	"\asign_us\x18\x01 \x01(\rR\x06signUs\x12\x15\n" +
+	"\x06dns_us\x18\x02 \x01(\rR\x05dnsUs\x12\x1d\n" +
+	"\n" +
+	"connect_us\x18\x03 \x01(\rR\tconnectUs\x12\x15\n" +
+	"\x06tls_us\x18\x04 \x01(\rR\x05tlsUs\x12\"\n" +
+	"\rfirst_byte_us\x18\x05 \x01(\rR\vfirstByteUs\x12\x17\n" +
+	"\abody_us\x18\x06 \x01(\rR\x06bodyUs\"\xa6\x01\n" +
 	"\bResponse\x12\x16\n" +
 	"\x06status\x18\x01 \x01(\rR\x06status\x123\n" +
 	"\aheaders\x18\x02 \x03(\v2\x19.grapnel.plugin.v1.HeaderR\aheaders\x12\x12\n" +
@@ -4531,7 +4641,7 @@ func file_grapnel_plugin_v1_plugin_proto_rawDescGZIP() []byte {
 }
 
 var file_grapnel_plugin_v1_plugin_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_grapnel_plugin_v1_plugin_proto_msgTypes = make([]protoimpl.MessageInfo, 60)
+var file_grapnel_plugin_v1_plugin_proto_msgTypes = make([]protoimpl.MessageInfo, 61)
 var file_grapnel_plugin_v1_plugin_proto_goTypes = []any{
 	(Diagnostic_Severity)(0),      // 0: grapnel.plugin.v1.Diagnostic.Severity
 	(Failure_Source)(0),           // 1: grapnel.plugin.v1.Failure.Source
@@ -4583,21 +4693,22 @@ var file_grapnel_plugin_v1_plugin_proto_goTypes = []any{
 	(*Drained)(nil),               // 47: grapnel.plugin.v1.Drained
 	(*AttemptResults)(nil),        // 48: grapnel.plugin.v1.AttemptResults
 	(*AttemptResult)(nil),         // 49: grapnel.plugin.v1.AttemptResult
-	(*Response)(nil),              // 50: grapnel.plugin.v1.Response
-	(*Failure)(nil),               // 51: grapnel.plugin.v1.Failure
-	(*AttemptOneRequest)(nil),     // 52: grapnel.plugin.v1.AttemptOneRequest
-	(*AttemptOneResponse)(nil),    // 53: grapnel.plugin.v1.AttemptOneResponse
-	(*ControlRequest)(nil),        // 54: grapnel.plugin.v1.ControlRequest
-	(*ControlResponse)(nil),       // 55: grapnel.plugin.v1.ControlResponse
-	(*Heartbeat)(nil),             // 56: grapnel.plugin.v1.Heartbeat
-	(*SetLogLevel)(nil),           // 57: grapnel.plugin.v1.SetLogLevel
-	(*LogBatch)(nil),              // 58: grapnel.plugin.v1.LogBatch
-	(*LogRecord)(nil),             // 59: grapnel.plugin.v1.LogRecord
-	nil,                           // 60: grapnel.plugin.v1.Instance.SecretsEntry
-	nil,                           // 61: grapnel.plugin.v1.Event.AttributesEntry
-	nil,                           // 62: grapnel.plugin.v1.LogRecord.AttributesEntry
-	(*timestamppb.Timestamp)(nil), // 63: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),   // 64: google.protobuf.Duration
+	(*Timings)(nil),               // 50: grapnel.plugin.v1.Timings
+	(*Response)(nil),              // 51: grapnel.plugin.v1.Response
+	(*Failure)(nil),               // 52: grapnel.plugin.v1.Failure
+	(*AttemptOneRequest)(nil),     // 53: grapnel.plugin.v1.AttemptOneRequest
+	(*AttemptOneResponse)(nil),    // 54: grapnel.plugin.v1.AttemptOneResponse
+	(*ControlRequest)(nil),        // 55: grapnel.plugin.v1.ControlRequest
+	(*ControlResponse)(nil),       // 56: grapnel.plugin.v1.ControlResponse
+	(*Heartbeat)(nil),             // 57: grapnel.plugin.v1.Heartbeat
+	(*SetLogLevel)(nil),           // 58: grapnel.plugin.v1.SetLogLevel
+	(*LogBatch)(nil),              // 59: grapnel.plugin.v1.LogBatch
+	(*LogRecord)(nil),             // 60: grapnel.plugin.v1.LogRecord
+	nil,                           // 61: grapnel.plugin.v1.Instance.SecretsEntry
+	nil,                           // 62: grapnel.plugin.v1.Event.AttributesEntry
+	nil,                           // 63: grapnel.plugin.v1.LogRecord.AttributesEntry
+	(*timestamppb.Timestamp)(nil), // 64: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),   // 65: google.protobuf.Duration
 }
 var file_grapnel_plugin_v1_plugin_proto_depIdxs = []int32{
 	5,  // 0: grapnel.plugin.v1.DescribeResponse.kinds:type_name -> grapnel.plugin.v1.Kind
@@ -4606,10 +4717,10 @@ var file_grapnel_plugin_v1_plugin_proto_depIdxs = []int32{
 	9,  // 3: grapnel.plugin.v1.Kind.transformer:type_name -> grapnel.plugin.v1.TransformerTraits
 	6,  // 4: grapnel.plugin.v1.Kind.secret_slots:type_name -> grapnel.plugin.v1.SecretSlot
 	0,  // 5: grapnel.plugin.v1.Diagnostic.severity:type_name -> grapnel.plugin.v1.Diagnostic.Severity
-	63, // 6: grapnel.plugin.v1.SecretVersion.expire_time:type_name -> google.protobuf.Timestamp
+	64, // 6: grapnel.plugin.v1.SecretVersion.expire_time:type_name -> google.protobuf.Timestamp
 	11, // 7: grapnel.plugin.v1.SecretVersions.versions:type_name -> grapnel.plugin.v1.SecretVersion
 	13, // 8: grapnel.plugin.v1.Target.headers:type_name -> grapnel.plugin.v1.Header
-	60, // 9: grapnel.plugin.v1.Instance.secrets:type_name -> grapnel.plugin.v1.Instance.SecretsEntry
+	61, // 9: grapnel.plugin.v1.Instance.secrets:type_name -> grapnel.plugin.v1.Instance.SecretsEntry
 	14, // 10: grapnel.plugin.v1.Instance.target:type_name -> grapnel.plugin.v1.Target
 	15, // 11: grapnel.plugin.v1.ValidateRequest.instance:type_name -> grapnel.plugin.v1.Instance
 	10, // 12: grapnel.plugin.v1.ValidateResponse.diagnostics:type_name -> grapnel.plugin.v1.Diagnostic
@@ -4621,19 +4732,19 @@ var file_grapnel_plugin_v1_plugin_proto_depIdxs = []int32{
 	13, // 18: grapnel.plugin.v1.Content.headers:type_name -> grapnel.plugin.v1.Header
 	26, // 19: grapnel.plugin.v1.SignRequest.contents:type_name -> grapnel.plugin.v1.Content
 	28, // 20: grapnel.plugin.v1.SignRequest.items:type_name -> grapnel.plugin.v1.SignItem
-	63, // 21: grapnel.plugin.v1.SignItem.created:type_name -> google.protobuf.Timestamp
+	64, // 21: grapnel.plugin.v1.SignItem.created:type_name -> google.protobuf.Timestamp
 	13, // 22: grapnel.plugin.v1.SignItem.headers:type_name -> grapnel.plugin.v1.Header
 	30, // 23: grapnel.plugin.v1.SignResponse.results:type_name -> grapnel.plugin.v1.SignResult
 	13, // 24: grapnel.plugin.v1.SignResult.headers:type_name -> grapnel.plugin.v1.Header
-	51, // 25: grapnel.plugin.v1.SignResult.failure:type_name -> grapnel.plugin.v1.Failure
+	52, // 25: grapnel.plugin.v1.SignResult.failure:type_name -> grapnel.plugin.v1.Failure
 	32, // 26: grapnel.plugin.v1.TransformRequest.events:type_name -> grapnel.plugin.v1.Event
 	33, // 27: grapnel.plugin.v1.TransformRequest.items:type_name -> grapnel.plugin.v1.TransformItem
-	63, // 28: grapnel.plugin.v1.Event.time:type_name -> google.protobuf.Timestamp
-	61, // 29: grapnel.plugin.v1.Event.attributes:type_name -> grapnel.plugin.v1.Event.AttributesEntry
+	64, // 28: grapnel.plugin.v1.Event.time:type_name -> google.protobuf.Timestamp
+	62, // 29: grapnel.plugin.v1.Event.attributes:type_name -> grapnel.plugin.v1.Event.AttributesEntry
 	35, // 30: grapnel.plugin.v1.TransformResponse.results:type_name -> grapnel.plugin.v1.TransformResult
 	36, // 31: grapnel.plugin.v1.TransformResult.transformed:type_name -> grapnel.plugin.v1.Transformed
 	37, // 32: grapnel.plugin.v1.TransformResult.dropped:type_name -> grapnel.plugin.v1.Dropped
-	51, // 33: grapnel.plugin.v1.TransformResult.failure:type_name -> grapnel.plugin.v1.Failure
+	52, // 33: grapnel.plugin.v1.TransformResult.failure:type_name -> grapnel.plugin.v1.Failure
 	13, // 34: grapnel.plugin.v1.Transformed.headers:type_name -> grapnel.plugin.v1.Header
 	39, // 35: grapnel.plugin.v1.AttemptRequest.hello:type_name -> grapnel.plugin.v1.Hello
 	40, // 36: grapnel.plugin.v1.AttemptRequest.batch:type_name -> grapnel.plugin.v1.AttemptBatch
@@ -4642,55 +4753,56 @@ var file_grapnel_plugin_v1_plugin_proto_depIdxs = []int32{
 	26, // 39: grapnel.plugin.v1.AttemptBatch.contents:type_name -> grapnel.plugin.v1.Content
 	41, // 40: grapnel.plugin.v1.AttemptBatch.attempts:type_name -> grapnel.plugin.v1.Attempt
 	13, // 41: grapnel.plugin.v1.Attempt.headers:type_name -> grapnel.plugin.v1.Header
-	64, // 42: grapnel.plugin.v1.Drain.grace:type_name -> google.protobuf.Duration
+	65, // 42: grapnel.plugin.v1.Drain.grace:type_name -> google.protobuf.Duration
 	45, // 43: grapnel.plugin.v1.AttemptResponse.welcome:type_name -> grapnel.plugin.v1.Welcome
 	46, // 44: grapnel.plugin.v1.AttemptResponse.credit:type_name -> grapnel.plugin.v1.Credit
 	48, // 45: grapnel.plugin.v1.AttemptResponse.results:type_name -> grapnel.plugin.v1.AttemptResults
 	47, // 46: grapnel.plugin.v1.AttemptResponse.drained:type_name -> grapnel.plugin.v1.Drained
 	49, // 47: grapnel.plugin.v1.AttemptResults.results:type_name -> grapnel.plugin.v1.AttemptResult
-	50, // 48: grapnel.plugin.v1.AttemptResult.response:type_name -> grapnel.plugin.v1.Response
-	51, // 49: grapnel.plugin.v1.AttemptResult.failure:type_name -> grapnel.plugin.v1.Failure
+	51, // 48: grapnel.plugin.v1.AttemptResult.response:type_name -> grapnel.plugin.v1.Response
+	52, // 49: grapnel.plugin.v1.AttemptResult.failure:type_name -> grapnel.plugin.v1.Failure
 	13, // 50: grapnel.plugin.v1.AttemptResult.sent_headers:type_name -> grapnel.plugin.v1.Header
-	13, // 51: grapnel.plugin.v1.Response.headers:type_name -> grapnel.plugin.v1.Header
-	1,  // 52: grapnel.plugin.v1.Failure.source:type_name -> grapnel.plugin.v1.Failure.Source
-	2,  // 53: grapnel.plugin.v1.Failure.wire_state:type_name -> grapnel.plugin.v1.Failure.WireState
-	41, // 54: grapnel.plugin.v1.AttemptOneRequest.attempt:type_name -> grapnel.plugin.v1.Attempt
-	26, // 55: grapnel.plugin.v1.AttemptOneRequest.content:type_name -> grapnel.plugin.v1.Content
-	49, // 56: grapnel.plugin.v1.AttemptOneResponse.result:type_name -> grapnel.plugin.v1.AttemptResult
-	56, // 57: grapnel.plugin.v1.ControlRequest.heartbeat:type_name -> grapnel.plugin.v1.Heartbeat
-	43, // 58: grapnel.plugin.v1.ControlRequest.drain:type_name -> grapnel.plugin.v1.Drain
-	57, // 59: grapnel.plugin.v1.ControlRequest.set_log_level:type_name -> grapnel.plugin.v1.SetLogLevel
-	56, // 60: grapnel.plugin.v1.ControlResponse.heartbeat:type_name -> grapnel.plugin.v1.Heartbeat
-	58, // 61: grapnel.plugin.v1.ControlResponse.logs:type_name -> grapnel.plugin.v1.LogBatch
-	59, // 62: grapnel.plugin.v1.LogBatch.records:type_name -> grapnel.plugin.v1.LogRecord
-	63, // 63: grapnel.plugin.v1.LogRecord.time:type_name -> google.protobuf.Timestamp
-	62, // 64: grapnel.plugin.v1.LogRecord.attributes:type_name -> grapnel.plugin.v1.LogRecord.AttributesEntry
-	12, // 65: grapnel.plugin.v1.Instance.SecretsEntry.value:type_name -> grapnel.plugin.v1.SecretVersions
-	3,  // 66: grapnel.plugin.v1.PluginService.Describe:input_type -> grapnel.plugin.v1.DescribeRequest
-	16, // 67: grapnel.plugin.v1.PluginService.Validate:input_type -> grapnel.plugin.v1.ValidateRequest
-	21, // 68: grapnel.plugin.v1.PluginService.Configure:input_type -> grapnel.plugin.v1.ConfigureRequest
-	24, // 69: grapnel.plugin.v1.PluginService.Remove:input_type -> grapnel.plugin.v1.RemoveRequest
-	18, // 70: grapnel.plugin.v1.PluginService.PrepareSecret:input_type -> grapnel.plugin.v1.PrepareSecretRequest
-	54, // 71: grapnel.plugin.v1.PluginService.Control:input_type -> grapnel.plugin.v1.ControlRequest
-	27, // 72: grapnel.plugin.v1.SignerService.Sign:input_type -> grapnel.plugin.v1.SignRequest
-	38, // 73: grapnel.plugin.v1.TransportService.Attempt:input_type -> grapnel.plugin.v1.AttemptRequest
-	52, // 74: grapnel.plugin.v1.TransportService.AttemptOne:input_type -> grapnel.plugin.v1.AttemptOneRequest
-	31, // 75: grapnel.plugin.v1.TransformerService.Transform:input_type -> grapnel.plugin.v1.TransformRequest
-	4,  // 76: grapnel.plugin.v1.PluginService.Describe:output_type -> grapnel.plugin.v1.DescribeResponse
-	17, // 77: grapnel.plugin.v1.PluginService.Validate:output_type -> grapnel.plugin.v1.ValidateResponse
-	22, // 78: grapnel.plugin.v1.PluginService.Configure:output_type -> grapnel.plugin.v1.ConfigureResponse
-	25, // 79: grapnel.plugin.v1.PluginService.Remove:output_type -> grapnel.plugin.v1.RemoveResponse
-	19, // 80: grapnel.plugin.v1.PluginService.PrepareSecret:output_type -> grapnel.plugin.v1.PrepareSecretResponse
-	55, // 81: grapnel.plugin.v1.PluginService.Control:output_type -> grapnel.plugin.v1.ControlResponse
-	29, // 82: grapnel.plugin.v1.SignerService.Sign:output_type -> grapnel.plugin.v1.SignResponse
-	44, // 83: grapnel.plugin.v1.TransportService.Attempt:output_type -> grapnel.plugin.v1.AttemptResponse
-	53, // 84: grapnel.plugin.v1.TransportService.AttemptOne:output_type -> grapnel.plugin.v1.AttemptOneResponse
-	34, // 85: grapnel.plugin.v1.TransformerService.Transform:output_type -> grapnel.plugin.v1.TransformResponse
-	76, // [76:86] is the sub-list for method output_type
-	66, // [66:76] is the sub-list for method input_type
-	66, // [66:66] is the sub-list for extension type_name
-	66, // [66:66] is the sub-list for extension extendee
-	0,  // [0:66] is the sub-list for field type_name
+	50, // 51: grapnel.plugin.v1.AttemptResult.timings:type_name -> grapnel.plugin.v1.Timings
+	13, // 52: grapnel.plugin.v1.Response.headers:type_name -> grapnel.plugin.v1.Header
+	1,  // 53: grapnel.plugin.v1.Failure.source:type_name -> grapnel.plugin.v1.Failure.Source
+	2,  // 54: grapnel.plugin.v1.Failure.wire_state:type_name -> grapnel.plugin.v1.Failure.WireState
+	41, // 55: grapnel.plugin.v1.AttemptOneRequest.attempt:type_name -> grapnel.plugin.v1.Attempt
+	26, // 56: grapnel.plugin.v1.AttemptOneRequest.content:type_name -> grapnel.plugin.v1.Content
+	49, // 57: grapnel.plugin.v1.AttemptOneResponse.result:type_name -> grapnel.plugin.v1.AttemptResult
+	57, // 58: grapnel.plugin.v1.ControlRequest.heartbeat:type_name -> grapnel.plugin.v1.Heartbeat
+	43, // 59: grapnel.plugin.v1.ControlRequest.drain:type_name -> grapnel.plugin.v1.Drain
+	58, // 60: grapnel.plugin.v1.ControlRequest.set_log_level:type_name -> grapnel.plugin.v1.SetLogLevel
+	57, // 61: grapnel.plugin.v1.ControlResponse.heartbeat:type_name -> grapnel.plugin.v1.Heartbeat
+	59, // 62: grapnel.plugin.v1.ControlResponse.logs:type_name -> grapnel.plugin.v1.LogBatch
+	60, // 63: grapnel.plugin.v1.LogBatch.records:type_name -> grapnel.plugin.v1.LogRecord
+	64, // 64: grapnel.plugin.v1.LogRecord.time:type_name -> google.protobuf.Timestamp
+	63, // 65: grapnel.plugin.v1.LogRecord.attributes:type_name -> grapnel.plugin.v1.LogRecord.AttributesEntry
+	12, // 66: grapnel.plugin.v1.Instance.SecretsEntry.value:type_name -> grapnel.plugin.v1.SecretVersions
+	3,  // 67: grapnel.plugin.v1.PluginService.Describe:input_type -> grapnel.plugin.v1.DescribeRequest
+	16, // 68: grapnel.plugin.v1.PluginService.Validate:input_type -> grapnel.plugin.v1.ValidateRequest
+	21, // 69: grapnel.plugin.v1.PluginService.Configure:input_type -> grapnel.plugin.v1.ConfigureRequest
+	24, // 70: grapnel.plugin.v1.PluginService.Remove:input_type -> grapnel.plugin.v1.RemoveRequest
+	18, // 71: grapnel.plugin.v1.PluginService.PrepareSecret:input_type -> grapnel.plugin.v1.PrepareSecretRequest
+	55, // 72: grapnel.plugin.v1.PluginService.Control:input_type -> grapnel.plugin.v1.ControlRequest
+	27, // 73: grapnel.plugin.v1.SignerService.Sign:input_type -> grapnel.plugin.v1.SignRequest
+	38, // 74: grapnel.plugin.v1.TransportService.Attempt:input_type -> grapnel.plugin.v1.AttemptRequest
+	53, // 75: grapnel.plugin.v1.TransportService.AttemptOne:input_type -> grapnel.plugin.v1.AttemptOneRequest
+	31, // 76: grapnel.plugin.v1.TransformerService.Transform:input_type -> grapnel.plugin.v1.TransformRequest
+	4,  // 77: grapnel.plugin.v1.PluginService.Describe:output_type -> grapnel.plugin.v1.DescribeResponse
+	17, // 78: grapnel.plugin.v1.PluginService.Validate:output_type -> grapnel.plugin.v1.ValidateResponse
+	22, // 79: grapnel.plugin.v1.PluginService.Configure:output_type -> grapnel.plugin.v1.ConfigureResponse
+	25, // 80: grapnel.plugin.v1.PluginService.Remove:output_type -> grapnel.plugin.v1.RemoveResponse
+	19, // 81: grapnel.plugin.v1.PluginService.PrepareSecret:output_type -> grapnel.plugin.v1.PrepareSecretResponse
+	56, // 82: grapnel.plugin.v1.PluginService.Control:output_type -> grapnel.plugin.v1.ControlResponse
+	29, // 83: grapnel.plugin.v1.SignerService.Sign:output_type -> grapnel.plugin.v1.SignResponse
+	44, // 84: grapnel.plugin.v1.TransportService.Attempt:output_type -> grapnel.plugin.v1.AttemptResponse
+	54, // 85: grapnel.plugin.v1.TransportService.AttemptOne:output_type -> grapnel.plugin.v1.AttemptOneResponse
+	34, // 86: grapnel.plugin.v1.TransformerService.Transform:output_type -> grapnel.plugin.v1.TransformResponse
+	77, // [77:87] is the sub-list for method output_type
+	67, // [67:77] is the sub-list for method input_type
+	67, // [67:67] is the sub-list for extension type_name
+	67, // [67:67] is the sub-list for extension extendee
+	0,  // [0:67] is the sub-list for field type_name
 }
 
 func init() { file_grapnel_plugin_v1_plugin_proto_init() }
@@ -4724,12 +4836,12 @@ func file_grapnel_plugin_v1_plugin_proto_init() {
 		(*AttemptResult_Response)(nil),
 		(*AttemptResult_Failure)(nil),
 	}
-	file_grapnel_plugin_v1_plugin_proto_msgTypes[51].OneofWrappers = []any{
+	file_grapnel_plugin_v1_plugin_proto_msgTypes[52].OneofWrappers = []any{
 		(*ControlRequest_Heartbeat)(nil),
 		(*ControlRequest_Drain)(nil),
 		(*ControlRequest_SetLogLevel)(nil),
 	}
-	file_grapnel_plugin_v1_plugin_proto_msgTypes[52].OneofWrappers = []any{
+	file_grapnel_plugin_v1_plugin_proto_msgTypes[53].OneofWrappers = []any{
 		(*ControlResponse_Heartbeat)(nil),
 		(*ControlResponse_Logs)(nil),
 	}
@@ -4739,7 +4851,7 @@ func file_grapnel_plugin_v1_plugin_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_grapnel_plugin_v1_plugin_proto_rawDesc), len(file_grapnel_plugin_v1_plugin_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   60,
+			NumMessages:   61,
 			NumExtensions: 0,
 			NumServices:   4,
 		},
