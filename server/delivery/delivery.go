@@ -73,6 +73,27 @@ const (
 	OutcomeInterrupted Outcome = 7
 )
 
+// String is the outcome's name in metrics and traces.
+func (o Outcome) String() string {
+	switch o {
+	case OutcomeSucceeded:
+		return "succeeded"
+	case OutcomeRetryable:
+		return "retryable"
+	case OutcomePermanent:
+		return "permanent"
+	case OutcomeTimedOut:
+		return "timed_out"
+	case OutcomeUnreachable:
+		return "unreachable"
+	case OutcomePluginError:
+		return "plugin_error"
+	case OutcomeInterrupted:
+		return "interrupted"
+	}
+	return "unknown"
+}
+
 // UID is the server-made UUID of a namespace or a subscription.
 type UID [16]byte
 
@@ -119,6 +140,8 @@ type Event struct {
 	OrderingKey string
 	// Headers are what requests carry to those who let it through, names in lower case. They are shared as Attributes are.
 	Headers map[string]string
+	// Trace is nil, or where it stands in a trace that is recorded. It is shared and must not be changed.
+	Trace *Trace
 	// ContentHash covers what the publisher sent; equal hashes make a repeated ID a duplicate.
 	ContentHash [16]byte
 

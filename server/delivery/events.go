@@ -30,6 +30,9 @@ func (e *Event) size() int64 {
 	for _, f := range e.Faults {
 		size += 32 + len(f.Subscription) + len(f.Text)
 	}
+	if e.Trace != nil {
+		size += 64 + len(e.Trace.State)
+	}
 	return int64(size)
 }
 
@@ -44,7 +47,7 @@ func (e *Event) With(attributes map[string]string) *Event {
 		Namespace: e.Namespace, ID: e.ID, Source: e.Source, Type: e.Type, Subject: e.Subject, Time: e.Time, ContentType: e.ContentType,
 		Schema: e.Schema, Attributes: all, Payload: e.Payload, DeliverTime: e.DeliverTime, TTL: e.TTL, ContentHash: e.ContentHash,
 		Partition: e.Partition, Seq: e.Seq, AcceptTime: e.AcceptTime, Matched: e.Matched, Skipped: e.Skipped, UID: e.UID,
-		Faults: e.Faults, FaultCount: e.FaultCount, OrderingKey: e.OrderingKey, Headers: e.Headers,
+		Faults: e.Faults, FaultCount: e.FaultCount, OrderingKey: e.OrderingKey, Headers: e.Headers, Trace: e.Trace,
 	}
 }
 

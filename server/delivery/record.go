@@ -48,7 +48,7 @@ func encodeEvent(b []byte, e *Event, targets []Target) []byte {
 		w.text(value)
 	}
 	w.bytes(e.Payload)
-	if e.FaultCount > 0 || e.OrderingKey != "" || len(e.Headers) > 0 {
+	if e.FaultCount > 0 || e.OrderingKey != "" || len(e.Headers) > 0 || e.Trace != nil {
 		w.int(e.FaultCount)
 		w.int(len(e.Faults))
 		for _, f := range e.Faults {
@@ -57,12 +57,17 @@ func encodeEvent(b []byte, e *Event, targets []Target) []byte {
 		}
 		w.text(e.OrderingKey)
 	}
-	if len(e.Headers) > 0 {
+	if len(e.Headers) > 0 || e.Trace != nil {
 		w.int(len(e.Headers))
 		for name, value := range e.Headers {
 			w.text(name)
 			w.text(value)
 		}
+	}
+	if e.Trace != nil {
+		w = append(w, e.Trace.ID[:]...)
+		w = append(w, e.Trace.Span[:]...)
+		w.text(e.Trace.State)
 	}
 	return w
 }
@@ -78,6 +83,9 @@ func sizeOfEvent(e *Event) int {
 	}
 	for _, f := range e.Faults {
 		size += 16 + len(f.Subscription) + len(f.Text)
+	}
+	if e.Trace != nil {
+		size += 32 + len(e.Trace.State)
 	}
 	return size
 }
@@ -121,6 +129,12 @@ func decodeEvent(value []byte) (*Event, error) {
 	}
 	if d.err == nil && len(d.b) > 0 {
 		e.Headers = d.pairs()
+	}
+	if d.err == nil && len(d.b) > 0 {
+		e.Trace = &Trace{}
+		copy(e.Trace.ID[:], d.fixed(len(e.Trace.ID)))
+		copy(e.Trace.Span[:], d.fixed(len(e.Trace.Span)))
+		e.Trace.State = d.text()
 	}
 	return e, d.err
 }

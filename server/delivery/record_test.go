@@ -160,13 +160,18 @@ func TestOrderIsReadAlone(t *testing.T) {
 		"key":     func(e *Event) { e.OrderingKey = "k" },
 		"headers": func(e *Event) { e.Headers = map[string]string{"a": "b"} },
 		"faults":  func(e *Event) { e.FaultCount, e.Faults = 3, []Fault{{"a", "b"}, {"c", "d"}} },
+		"trace":   func(e *Event) { e.Trace = &Trace{ID: [16]byte{1}, Span: [8]byte{2}, State: "a=b"} },
 		"everything": func(e *Event) {
+			e.Trace = &Trace{ID: [16]byte{1}, Span: [8]byte{2}}
 			e.OrderingKey, e.Attributes, e.TTL = "key", map[string]string{"a": "b", "c": ""}, time.Hour
 			e.FaultCount, e.Faults, e.Payload, e.Headers = 1, []Fault{{"a", "b"}}, make([]byte, 5000), map[string]string{"c": "d"}
 		},
 	} {
 		pub := publication("e", 1, 2)
 		change(pub.Event)
+		if e, err := decodeEvent(encodeEvent(nil, pub.Event, pub.Targets)); err != nil || !reflect.DeepEqual(e.Trace, pub.Event.Trace) {
+			t.Errorf("%s: the trace %v is read as %v, %v", name, pub.Event.Trace, e.Trace, err)
+		}
 		if got, err := decodeOrder(encodeEvent(nil, pub.Event, pub.Targets)); err != nil || got != orderKeyOf(pub.Event.OrderingKey) {
 			t.Errorf("%s: %x, %v", name, got, err)
 		}
