@@ -1,6 +1,7 @@
 package grpcplugin
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"strings"
@@ -129,6 +130,9 @@ func (i *instance) metadata(r *plugin.Request) metadata.MD {
 	}
 	if trace != "" {
 		md["traceparent"] = []string{trace}
+	}
+	if state := cmp.Or(r.Get("tracestate"), r.Tracestate); state != "" {
+		md["tracestate"] = []string{state}
 	}
 	if i.bearer != "" {
 		md["authorization"] = []string{i.bearer}

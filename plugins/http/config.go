@@ -101,7 +101,7 @@ func kind(p *pools) plugin.Kind {
 		plugin.Schemes("http", "https"),
 		// authorization is not among them: it is added only where auth is configured, and signers that set
 		// it (jwt, sigv4) are welcome everywhere else. Where both want it, the attempt is refused.
-		plugin.Emits("user-agent", "traceparent", "accept-encoding", originHeader),
+		plugin.Emits("user-agent", "traceparent", "tracestate", "accept-encoding", originHeader),
 		plugin.Example(map[string]any{"method": "PUT", "header_timeout": "10s", "http2": false}),
 		plugin.OwnershipCheck(), plugin.Batches(),
 		plugin.Check(check))

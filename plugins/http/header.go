@@ -87,7 +87,7 @@ func (i *instance) fields(dst []plugin.Header, r *plugin.Request, token string) 
 	if token != "" {
 		dst = append(dst, plugin.Header{Name: i.auth.header, Value: "Bearer " + token})
 	}
-	agent, trace := i.agent == "", r.Traceparent == ""
+	agent, trace, state := i.agent == "", r.Traceparent == "", r.Tracestate == ""
 	for _, h := range r.Headers {
 		if err := checkHeader(h.Name, h.Value); err != nil {
 			return dst, err
@@ -100,6 +100,8 @@ func (i *instance) fields(dst []plugin.Header, r *plugin.Request, token string) 
 			agent = true
 		case "traceparent":
 			trace = true
+		case "tracestate":
+			state = true
 		}
 		dst = append(dst, h)
 	}
@@ -111,6 +113,12 @@ func (i *instance) fields(dst []plugin.Header, r *plugin.Request, token string) 
 			return dst, err
 		}
 		dst = append(dst, plugin.Header{Name: "traceparent", Value: r.Traceparent})
+	}
+	if !state {
+		if err := checkHeader("tracestate", r.Tracestate); err != nil {
+			return dst, err
+		}
+		dst = append(dst, plugin.Header{Name: "tracestate", Value: r.Tracestate})
 	}
 	size := 0
 	for _, h := range dst {

@@ -128,6 +128,9 @@ func (i *instance) message(r *plugin.Request) (*nats.Msg, error) {
 	if r.Traceparent != "" && r.Get("traceparent") == "" {
 		m.Header["traceparent"] = []string{r.Traceparent}
 	}
+	if r.Tracestate != "" && r.Get("tracestate") == "" {
+		m.Header["tracestate"] = []string{r.Tracestate}
+	}
 	// A stream knows ids across its subjects. With the message id alone, a second subscription that has the
 	// same event stored under another subject would be told that it is there already, and nothing stored.
 	m.Header[nats.MsgIdHdr] = []string{r.MessageID + "/" + subject}

@@ -118,7 +118,7 @@ func (sc *scratch) prepare(t *task, inst *instance) *Request {
 	*r = Request{
 		MessageID: t.content.messageID, EventType: t.content.eventType, Created: time.Unix(0, t.created), Nonce: t.nonce,
 		Method: inst.target.Method, URL: inst.target.URL, Body: t.content.body,
-		AttemptNumber: int(t.number), Traceparent: t.traceparent, MaxResponseBody: t.maxBody,
+		AttemptNumber: int(t.number), Traceparent: t.traceparent, Tracestate: t.tracestate, MaxResponseBody: t.maxBody,
 		Headers: append(sc.headers[:0], t.content.headers...), OwnershipCheck: t.ownership,
 		Batch: t.maxAnswer > 0,
 	}
@@ -223,7 +223,7 @@ func (s *server) AttemptOne(ctx context.Context, req *pluginv1.AttemptOneRequest
 			timeout: time.Duration(a.GetTimeoutMs()) * time.Millisecond, created: a.GetCreatedUnixNano(),
 			traceparent: a.GetTraceparent(), signHere: a.GetSignHere(), headers: headersOf(a.GetHeaders()),
 			uri: a.GetUri(), nonce: a.GetNonce(), ownership: a.GetOwnershipCheck(),
-			maxAnswer: a.GetMaxResponseBody(),
+			maxAnswer: a.GetMaxResponseBody(), tracestate: a.GetTracestate(),
 		},
 		content: content{
 			messageID: c.GetMessageId(), body: c.GetBody(), headers: headersOf(c.GetHeaders()), eventType: c.GetEventType(),
@@ -232,6 +232,7 @@ func (s *server) AttemptOne(ctx context.Context, req *pluginv1.AttemptOneRequest
 	}
 	s.inFlight.Add(1)
 	defer s.inFlight.Add(-1)
+	ctx = withTrace(ctx, t.traceparent, t.tracestate)
 	return &pluginv1.AttemptOneResponse{Result: s.runOne(ctx, t).pb()}, nil
 }
 

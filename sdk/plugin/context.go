@@ -12,6 +12,8 @@ import (
 // attempt. The stream's watch calls expire; whoever asks Err after the deadline need not wait for that.
 type attemptContext struct {
 	deadline time.Time // zero: none
+	// of is the attempt, nil for none.
+	of *attempt
 
 	mu   sync.Mutex // guards what follows
 	err  error
@@ -23,8 +25,33 @@ type attemptContext struct {
 // Deadline implements context.Context.
 func (c *attemptContext) Deadline() (time.Time, bool) { return c.deadline, !c.deadline.IsZero() }
 
-// Value implements context.Context: there are none.
-func (c *attemptContext) Value(any) any { return nil }
+// Value implements context.Context: there is none but the trace.
+func (c *attemptContext) Value(key any) any {
+	if _, ok := key.(traceKey); ok && c.of != nil {
+		return [2]string{c.of.traceparent, c.of.tracestate}
+	}
+	return nil
+}
+
+// traceKey is the key of a context's traceparent and tracestate.
+type traceKey struct{}
+
+func withTrace(ctx context.Context, parent, state string) context.Context {
+	if parent == "" {
+		return ctx
+	}
+	return context.WithValue(ctx, traceKey{}, [2]string{parent, state})
+}
+
+// TraceContext is the traceparent and tracestate (W3C Trace Context) of what is done under a context that an AttemptFunc or a
+// TransformFunc was given, for a plugin that makes spans of its own; empty where there is none. With OpenTelemetry:
+//
+//	parent, state := plugin.TraceContext(ctx)
+//	ctx = propagation.TraceContext{}.Extract(ctx, propagation.MapCarrier{"traceparent": parent, "tracestate": state})
+func TraceContext(ctx context.Context) (traceparent, tracestate string) {
+	trace, _ := ctx.Value(traceKey{}).([2]string)
+	return trace[0], trace[1]
+}
 
 // Err implements context.Context.
 func (c *attemptContext) Err() error {

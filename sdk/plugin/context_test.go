@@ -99,3 +99,19 @@ func TestInstanceWithManyOverrunsTakesNoMore(t *testing.T) {
 		t.Errorf("%+v", r)
 	}
 }
+
+func TestTraceContext(t *testing.T) {
+	attempted := &attemptContext{of: &attempt{traceparent: "00-p", tracestate: "a=b"}}
+	derived, cancel := context.WithCancel(attempted)
+	defer cancel()
+	for name, ctx := range map[string]context.Context{"attempt": attempted, "derived": derived, "call": withTrace(t.Context(), "00-p", "a=b")} {
+		if parent, state := TraceContext(ctx); parent != "00-p" || state != "a=b" {
+			t.Errorf("%s: traceparent %q and tracestate %q", name, parent, state)
+		}
+	}
+	for name, ctx := range map[string]context.Context{"none": t.Context(), "of none": withTrace(t.Context(), "", ""), "empty": &attemptContext{}} {
+		if parent, state := TraceContext(ctx); parent != "" || state != "" {
+			t.Errorf("%s: traceparent %q and tracestate %q", name, parent, state)
+		}
+	}
+}

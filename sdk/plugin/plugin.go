@@ -142,8 +142,8 @@ type Request struct {
 	Body    []byte
 	// AttemptNumber is 1 for the first.
 	AttemptNumber int
-	// Traceparent is the W3C trace context to send, or empty.
-	Traceparent string
+	// Traceparent is the W3C trace context to send, or empty; Tracestate what goes with it. Signers do not sign it.
+	Traceparent, Tracestate string
 	// MaxResponseBody is how much of a response's body the host keeps.
 	MaxResponseBody int
 	// Batch says that Body holds several events. The answer may name those that were not taken, in its body or in headers

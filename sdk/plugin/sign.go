@@ -96,7 +96,7 @@ func (s *server) signItem(ctx context.Context, contents []content, item *pluginv
 	t := &task{
 		attempt: attempt{
 			created: item.GetCreated().AsTime().UnixNano(), nonce: item.GetNonce(), headers: headersOf(item.GetHeaders()),
-			uri: item.GetUri(),
+			uri: item.GetUri(), traceparent: item.GetTraceparent(), tracestate: item.GetTracestate(),
 		},
 		content: contents[item.GetContent()], received: time.Now(),
 	}

@@ -146,6 +146,7 @@ func (a *attemptStream) accept(f *requestFrame) error {
 		t := &tasks[i]
 		t.attempt, t.received, t.maxBody = f.attempts[i], now, a.maxBody
 		t.content = f.contents[t.attempt.content]
+		t.ctx.of = &t.attempt
 		if t.maxAnswer > 0 {
 			t.maxBody = int(t.maxAnswer)
 		}

@@ -235,6 +235,7 @@ func (s *server) transform(ctx context.Context, task *transformTask) (out *plugi
 		ctx, cancel = context.WithDeadline(ctx, task.received.Add(time.Duration(ms)*time.Millisecond))
 		defer cancel()
 	}
+	ctx = withTrace(ctx, task.item.GetTraceparent(), task.item.GetTracestate())
 	pprof.SetGoroutineLabels(inst.labels)
 	defer pprof.SetGoroutineLabels(context.Background())
 	made, err := inst.built.transform(labelled{ctx, inst.labels}, task.event)

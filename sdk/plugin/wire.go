@@ -37,6 +37,7 @@ type attempt struct {
 	timeout     time.Duration
 	created     int64
 	traceparent string
+	tracestate  string
 	signHere    []uint32
 	headers     []Header
 	uri         string
@@ -148,6 +149,8 @@ func parseAttempt(b []byte) (attempt, error) {
 			a.ownership = x != 0
 		case 13:
 			a.maxAnswer = uint32(x)
+		case 14:
+			a.tracestate = text(v)
 		}
 		return nil
 	})

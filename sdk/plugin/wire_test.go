@@ -22,7 +22,7 @@ func TestRequestFrameReadsWhatProtobufWrites(t *testing.T) {
 		Attempts: []*pluginv1.Attempt{{
 			Seq: 1 << 60, Content: 1, InstanceRef: 7, AttemptNumber: 3, TimeoutMs: 1500, CreatedUnixNano: 12345,
 			Traceparent: "00-x", SignHere: []uint32{4, 500}, Headers: []*pluginv1.Header{{Name: "h", Value: "v"}},
-			Uri: "https://x", Nonce: []byte("n"),
+			Uri: "https://x", Nonce: []byte("n"), Tracestate: "a=b",
 		}, {Seq: 2}},
 	}}}
 	b, err := proto.Marshal(msg)
@@ -41,7 +41,7 @@ func TestRequestFrameReadsWhatProtobufWrites(t *testing.T) {
 	clear(b) // what was read does not refer to the message
 	want := attempt{
 		seq: 1 << 60, content: 1, ref: 7, number: 3, timeout: 1500 * time.Millisecond, created: 12345, traceparent: "00-x",
-		signHere: []uint32{4, 500}, headers: []Header{{Name: "h", Value: "v"}}, uri: "https://x", nonce: []byte("n"),
+		signHere: []uint32{4, 500}, headers: []Header{{Name: "h", Value: "v"}}, uri: "https://x", nonce: []byte("n"), tracestate: "a=b",
 	}
 	if diff := cmp.Diff(want, f.attempts[0], cmp.AllowUnexported(attempt{})); diff != "" {
 		t.Errorf("attempt (-want +got):\n%s", diff)

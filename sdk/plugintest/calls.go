@@ -52,7 +52,7 @@ func (c *Configured) Attempt(ctx context.Context, req plugin.Request, signers ..
 	}
 	a := &pluginv1.Attempt{
 		InstanceRef: c.ref, AttemptNumber: uint32(cmp.Or(req.AttemptNumber, 1)), TimeoutMs: uint32(timeout.Milliseconds()),
-		CreatedUnixNano: created.UnixNano(), Traceparent: req.Traceparent, Nonce: nonceOf(&req), Uri: req.URL, OwnershipCheck: req.OwnershipCheck,
+		CreatedUnixNano: created.UnixNano(), Traceparent: req.Traceparent, Tracestate: req.Tracestate, Nonce: nonceOf(&req), Uri: req.URL, OwnershipCheck: req.OwnershipCheck,
 	}
 	if req.Batch {
 		a.MaxResponseBody = uint32(cmp.Or(req.MaxResponseBody, MaxResponseBody))

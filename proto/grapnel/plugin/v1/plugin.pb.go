@@ -1889,7 +1889,11 @@ type SignItem struct {
 	// What the subscription makes of this event, and headers set by earlier signers.
 	Headers []*Header `protobuf:"bytes,6,rep,name=headers,proto3" json:"headers,omitempty"`
 	// Target changed by an earlier signer; empty means the instance's.
-	Uri           string `protobuf:"bytes,7,opt,name=uri,proto3" json:"uri,omitempty"`
+	Uri string `protobuf:"bytes,7,opt,name=uri,proto3" json:"uri,omitempty"`
+	// W3C trace context to make spans in, of an event that is traced; else empty. Not to be signed.
+	Traceparent string `protobuf:"bytes,8,opt,name=traceparent,proto3" json:"traceparent,omitempty"`
+	// What goes with it.
+	Tracestate    string `protobuf:"bytes,9,opt,name=tracestate,proto3" json:"tracestate,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1969,6 +1973,20 @@ func (x *SignItem) GetHeaders() []*Header {
 func (x *SignItem) GetUri() string {
 	if x != nil {
 		return x.Uri
+	}
+	return ""
+}
+
+func (x *SignItem) GetTraceparent() string {
+	if x != nil {
+		return x.Traceparent
+	}
+	return ""
+}
+
+func (x *SignItem) GetTracestate() string {
+	if x != nil {
+		return x.Tracestate
 	}
 	return ""
 }
@@ -2284,7 +2302,11 @@ type TransformItem struct {
 	// Index into events.
 	Event uint32 `protobuf:"varint,3,opt,name=event,proto3" json:"event,omitempty"`
 	// From receipt. Whole milliseconds.
-	TimeoutMs     uint32 `protobuf:"varint,4,opt,name=timeout_ms,json=timeoutMs,proto3" json:"timeout_ms,omitempty"`
+	TimeoutMs uint32 `protobuf:"varint,4,opt,name=timeout_ms,json=timeoutMs,proto3" json:"timeout_ms,omitempty"`
+	// W3C trace context to make spans in, of an event that is traced; else empty.
+	Traceparent string `protobuf:"bytes,5,opt,name=traceparent,proto3" json:"traceparent,omitempty"`
+	// What goes with it.
+	Tracestate    string `protobuf:"bytes,6,opt,name=tracestate,proto3" json:"tracestate,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2345,6 +2367,20 @@ func (x *TransformItem) GetTimeoutMs() uint32 {
 		return x.TimeoutMs
 	}
 	return 0
+}
+
+func (x *TransformItem) GetTraceparent() string {
+	if x != nil {
+		return x.Traceparent
+	}
+	return ""
+}
+
+func (x *TransformItem) GetTracestate() string {
+	if x != nil {
+		return x.Tracestate
+	}
+	return ""
 }
 
 // TransformResponse is a batch of results.
@@ -2872,8 +2908,10 @@ type Attempt struct {
 	// as long as the attempt may take, and its headers webhook-failed-ids are handed back. Sent only to transports with the
 	// trait batches.
 	MaxResponseBody uint32 `protobuf:"varint,13,opt,name=max_response_body,json=maxResponseBody,proto3" json:"max_response_body,omitempty"`
-	unknownFields   protoimpl.UnknownFields
-	sizeCache       protoimpl.SizeCache
+	// W3C tracestate that goes with traceparent; sent as it is when not empty.
+	Tracestate    string `protobuf:"bytes,14,opt,name=tracestate,proto3" json:"tracestate,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Attempt) Reset() {
@@ -2995,6 +3033,13 @@ func (x *Attempt) GetMaxResponseBody() uint32 {
 		return x.MaxResponseBody
 	}
 	return 0
+}
+
+func (x *Attempt) GetTracestate() string {
+	if x != nil {
+		return x.Tracestate
+	}
+	return ""
 }
 
 // Cancel names attempts.
@@ -4435,7 +4480,7 @@ const file_grapnel_plugin_v1_plugin_proto_rawDesc = "" +
 	"event_type\x18\x04 \x01(\tR\teventType\"x\n" +
 	"\vSignRequest\x126\n" +
 	"\bcontents\x18\x01 \x03(\v2\x1a.grapnel.plugin.v1.ContentR\bcontents\x121\n" +
-	"\x05items\x18\x02 \x03(\v2\x1b.grapnel.plugin.v1.SignItemR\x05items\"\xec\x01\n" +
+	"\x05items\x18\x02 \x03(\v2\x1b.grapnel.plugin.v1.SignItemR\x05items\"\xae\x02\n" +
 	"\bSignItem\x12\x10\n" +
 	"\x03seq\x18\x01 \x01(\x04R\x03seq\x12!\n" +
 	"\finstance_ref\x18\x02 \x01(\rR\vinstanceRef\x12\x18\n" +
@@ -4443,7 +4488,11 @@ const file_grapnel_plugin_v1_plugin_proto_rawDesc = "" +
 	"\acreated\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\acreated\x12\x14\n" +
 	"\x05nonce\x18\x05 \x01(\fR\x05nonce\x123\n" +
 	"\aheaders\x18\x06 \x03(\v2\x19.grapnel.plugin.v1.HeaderR\aheaders\x12\x10\n" +
-	"\x03uri\x18\a \x01(\tR\x03uri\"G\n" +
+	"\x03uri\x18\a \x01(\tR\x03uri\x12 \n" +
+	"\vtraceparent\x18\b \x01(\tR\vtraceparent\x12\x1e\n" +
+	"\n" +
+	"tracestate\x18\t \x01(\tR\n" +
+	"tracestate\"G\n" +
 	"\fSignResponse\x127\n" +
 	"\aresults\x18\x01 \x03(\v2\x1d.grapnel.plugin.v1.SignResultR\aresults\"\x9b\x01\n" +
 	"\n" +
@@ -4473,13 +4522,17 @@ const file_grapnel_plugin_v1_plugin_proto_rawDesc = "" +
 	" \x01(\fR\x04data\x1a=\n" +
 	"\x0fAttributesEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"y\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xbb\x01\n" +
 	"\rTransformItem\x12\x10\n" +
 	"\x03seq\x18\x01 \x01(\x04R\x03seq\x12!\n" +
 	"\finstance_ref\x18\x02 \x01(\rR\vinstanceRef\x12\x14\n" +
 	"\x05event\x18\x03 \x01(\rR\x05event\x12\x1d\n" +
 	"\n" +
-	"timeout_ms\x18\x04 \x01(\rR\ttimeoutMs\"Q\n" +
+	"timeout_ms\x18\x04 \x01(\rR\ttimeoutMs\x12 \n" +
+	"\vtraceparent\x18\x05 \x01(\tR\vtraceparent\x12\x1e\n" +
+	"\n" +
+	"tracestate\x18\x06 \x01(\tR\n" +
+	"tracestate\"Q\n" +
 	"\x11TransformResponse\x12<\n" +
 	"\aresults\x18\x01 \x03(\v2\".grapnel.plugin.v1.TransformResultR\aresults\"\xe2\x01\n" +
 	"\x0fTransformResult\x12\x10\n" +
@@ -4504,7 +4557,7 @@ const file_grapnel_plugin_v1_plugin_proto_rawDesc = "" +
 	"\x11max_response_body\x18\x01 \x01(\rR\x0fmaxResponseBody\"~\n" +
 	"\fAttemptBatch\x126\n" +
 	"\bcontents\x18\x01 \x03(\v2\x1a.grapnel.plugin.v1.ContentR\bcontents\x126\n" +
-	"\battempts\x18\x02 \x03(\v2\x1a.grapnel.plugin.v1.AttemptR\battempts\"\xbb\x03\n" +
+	"\battempts\x18\x02 \x03(\v2\x1a.grapnel.plugin.v1.AttemptR\battempts\"\xdb\x03\n" +
 	"\aAttempt\x12\x10\n" +
 	"\x03seq\x18\x01 \x01(\x04R\x03seq\x12\x18\n" +
 	"\acontent\x18\x02 \x01(\rR\acontent\x12!\n" +
@@ -4520,7 +4573,10 @@ const file_grapnel_plugin_v1_plugin_proto_rawDesc = "" +
 	" \x01(\tR\x03uri\x12\x14\n" +
 	"\x05nonce\x18\v \x01(\fR\x05nonce\x12'\n" +
 	"\x0fownership_check\x18\f \x01(\bR\x0eownershipCheck\x12*\n" +
-	"\x11max_response_body\x18\r \x01(\rR\x0fmaxResponseBody\"\x1c\n" +
+	"\x11max_response_body\x18\r \x01(\rR\x0fmaxResponseBody\x12\x1e\n" +
+	"\n" +
+	"tracestate\x18\x0e \x01(\tR\n" +
+	"tracestate\"\x1c\n" +
 	"\x06Cancel\x12\x12\n" +
 	"\x04seqs\x18\x01 \x03(\x04R\x04seqs\"8\n" +
 	"\x05Drain\x12/\n" +
