@@ -53,7 +53,7 @@ func (x *entry) Complete(_ *delivery.Job, r delivery.Result) {
 	l.mu.Unlock()
 
 	e.trace(x, a, step)
-	e.metrics.settled(a.Outcome, step.State, since)
+	e.metrics.settled(x.Event, a.Outcome, step.State, since)
 	e.metrics.keyBlocked(&x.Job, step)
 	e.metrics.learnt(v)
 	if down {

@@ -324,7 +324,7 @@ func (x *entry) completeAll(r delivery.Result) {
 	for i := range ends {
 		end := &ends[i]
 		e.trace(end.x, &end.attempt, end.step)
-		e.metrics.settled(end.attempt.Outcome, end.step.State, end.x.since(now))
+		e.metrics.settled(end.x.Event, end.attempt.Outcome, end.step.State, end.x.since(now))
 		e.metrics.keyBlocked(&end.x.Job, end.step)
 	}
 	e.metrics.learnt(v)

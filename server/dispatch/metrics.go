@@ -23,26 +23,6 @@ type metrics struct {
 	blocked    prometheus.Counter
 }
 
-func outcomeName(o delivery.Outcome) string {
-	switch o {
-	case delivery.OutcomeSucceeded:
-		return "succeeded"
-	case delivery.OutcomeRetryable:
-		return "retryable"
-	case delivery.OutcomePermanent:
-		return "permanent"
-	case delivery.OutcomeTimedOut:
-		return "timed_out"
-	case delivery.OutcomeUnreachable:
-		return "unreachable"
-	case delivery.OutcomePluginError:
-		return "plugin_error"
-	case delivery.OutcomeInterrupted:
-		return "interrupted"
-	}
-	return "unknown"
-}
-
 func stateName(s delivery.State) string {
 	switch s {
 	case delivery.Scheduled:
@@ -65,7 +45,7 @@ func newMetrics(e *Engine, r prometheus.Registerer) *metrics {
 		Name: "grapnel_attempts_total", Help: "Attempts that ended, by outcome.",
 	}, []string{"outcome"})
 	for o := range m.attempts {
-		m.attempts[o] = attempts.WithLabelValues(outcomeName(delivery.Outcome(o)))
+		m.attempts[o] = attempts.WithLabelValues(delivery.Outcome(o).String())
 	}
 	deliveries := prometheus.NewCounterVec(prometheus.CounterOpts{
 		Name: "grapnel_deliveries_total", Help: "Deliveries settled, by the state they were settled to.",
@@ -115,15 +95,25 @@ func newMetrics(e *Engine, r prometheus.Registerer) *metrics {
 	return m
 }
 
-func (m *metrics) settled(o delivery.Outcome, s delivery.State, since time.Duration) {
+// settled counts an attempt at an event.
+func (m *metrics) settled(ev *delivery.Event, o delivery.Outcome, s delivery.State, since time.Duration) {
 	if int(o) >= len(m.attempts) {
 		o = 0
 	}
 	m.attempts[o].Inc()
 	m.ended(s)
 	if s == delivery.Succeeded {
-		m.latency.Observe(since.Seconds())
+		m.delivered(ev, since)
 	}
+}
+
+// delivered notes how long a delivery took, and where its event is sampled, the trace as an example.
+func (m *metrics) delivered(ev *delivery.Event, since time.Duration) {
+	if ev.Trace == nil {
+		m.latency.Observe(since.Seconds())
+		return
+	}
+	m.latency.(prometheus.ExemplarObserver).ObserveWithExemplar(since.Seconds(), prometheus.Labels{"trace_id": ev.Trace.String()})
 }
 
 func (m *metrics) learnt(v health.Verdict) {
