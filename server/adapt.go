@@ -43,7 +43,7 @@ func (s *Server) newPlugins(ctx context.Context) (*pluginhost.Host, error) {
 	return pluginhost.New(pluginhost.Options{
 		Plugins: specs, Dir: filepath.Join(o.DataDir, "sockets"), EgressAllow: o.EgressAllow,
 		EgressDeny: slices.Concat(ownListeners(s.public, s.admin), ownEtcd(ctx, o.EtcdEndpoints), o.EgressDeny), UserAgent: "grapnel/" + o.Version,
-		Secrets: s.secretVersions, Bodies: s.journal, MadeBytes: s.memory.window, Failed: s.tellPlugin, Logger: o.Logger, Registerer: s.metrics,
+		Secrets: s.secretVersions, Tracer: s.tracer, Bodies: s.journal, MadeBytes: s.memory.window, Failed: s.tellPlugin, Logger: o.Logger, Registerer: s.metrics,
 	})
 }
 

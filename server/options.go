@@ -72,6 +72,8 @@ type Options struct {
 	// any it is started once, as it is.
 	BuiltinParts    []BuiltinPart
 	Version, Commit string
+	// Tracing sends traces as the environment's OTEL_* variables say; see package tracing. Without it they are not looked at.
+	Tracing bool
 	// Logger, default none.
 	Logger *slog.Logger
 	// Abandon, when closed, ends the wait for attempts in flight, and has a stop that has begun end within a second.

@@ -41,6 +41,7 @@ import (
 	"github.com/grapnel/grapnel/server/replay"
 	"github.com/grapnel/grapnel/server/secret"
 	"github.com/grapnel/grapnel/server/subscription"
+	"github.com/grapnel/grapnel/server/tracing"
 )
 
 // Server is one Grapnel node. Build it with New; Run it once.
@@ -64,6 +65,7 @@ type Server struct {
 	ingest   *ingest.Ingest
 	replays  *replay.Runner
 	notices  *notice.Teller
+	tracer   *tracing.Tracer // nil where there are no traces
 	api      *api.Server
 	health   *health
 	pageKey  []byte
@@ -162,6 +164,10 @@ func (s *Server) open(ctx context.Context, closers *stack) (err error) {
 		return fmt.Errorf("listen for administration: %w", err)
 	}
 	closers.push("stop listening for administration", s.admin.Close)
+	if err := s.openTracer(ctx); err != nil {
+		return err
+	}
+	closers.push("send the last traces", s.closeTracer)
 	s.planMemory()
 	closers.push("stop pacing the garbage collector", s.memory.apply())
 	if err := s.openStores(ctx, closers); err != nil {
@@ -171,7 +177,9 @@ func (s *Server) open(ctx context.Context, closers *stack) (err error) {
 	if err := s.openConfig(ctx); err != nil {
 		return err
 	}
-	s.ingest = ingest.New(ingest.Options{Registry: s.registry, Journal: s.journal, EventTypes: s.types, Near: s.tellNear, Logger: o.Logger, Registerer: s.metrics})
+	s.ingest = ingest.New(ingest.Options{
+		Registry: s.registry, Journal: s.journal, EventTypes: s.types, Near: s.tellNear, Tracer: s.tracer, Logger: o.Logger, Registerer: s.metrics,
+	})
 	s.notices = notice.New(notice.Options{Registry: s.registry, Recorder: s.ingest, Logger: o.Logger, Registerer: s.metrics})
 	s.ending.at("read the plugin directory")
 	if s.plugins, err = s.newPlugins(ctx); err != nil {
@@ -192,7 +200,7 @@ func (s *Server) open(ctx context.Context, closers *stack) (err error) {
 		ClusterID: s.journal.ID(), Partitions: s.journal.Partitions(),
 		MaxCalls: o.MaxCalls, MaxCallsPerNamespace: o.MaxCallsPerNamespace, MaxWatches: o.MaxWatches,
 		MaxCallsPerConnection: o.MaxCallsPerConnection, MaxStreamsPerConnection: o.MaxStreamsPerConnection,
-		PageKey: s.pageKey, Room: s.hasRoom, Logger: o.Logger, Registerer: s.metrics,
+		PageKey: s.pageKey, Room: s.hasRoom, Tracer: s.tracer, Logger: o.Logger, Registerer: s.metrics,
 	})
 	s.health = s.newServerHealth(func(serving bool) {
 		s.api.SetServing(grapnelv1.PublishService_ServiceDesc.ServiceName, serving)
@@ -206,6 +214,29 @@ func (s *Server) open(ctx context.Context, closers *stack) (err error) {
 	s.etcd.room.near = s.tellConfigStore
 	s.secrets.OnChange(s.plugins.SecretChanged)
 	s.journal.Start(s.engine)
+	return nil
+}
+
+// tracesPatience is how long a stop waits for the collector of traces.
+const tracesPatience = time.Second
+
+// openTracer makes the tracer, where the environment asks for one.
+func (s *Server) openTracer(ctx context.Context) (err error) {
+	if !s.options.Tracing {
+		return nil
+	}
+	o := s.options
+	s.tracer, err = tracing.Open(ctx, tracing.Options{Version: o.Version, NodeName: o.NodeName, Logger: o.Logger, Registerer: s.metrics})
+	return err
+}
+
+// closeTracer sends what waits. What the collector does not take by then is lost, which is no fault of the stop.
+func (s *Server) closeTracer() error {
+	ctx, cancel := context.WithTimeout(s.ending.rest, tracesPatience)
+	defer cancel()
+	if err := s.tracer.Close(ctx); err != nil {
+		s.log.Warn("traces lost", "err", err)
+	}
 	return nil
 }
 

@@ -72,6 +72,23 @@ stderr 'event\.source: must not begin with //grapnel/namespaces/'
 `)
 }
 
+// TestTracingPage runs the commands of docs/tracing.md as they are printed, but for their receiver, beside a collector that takes
+// nothing.
+func TestTracingPage(t *testing.T) {
+	runPage(t, "tracing", 3, `receiver
+env OTEL_EXPORTER_OTLP_ENDPOINT=http://127.0.0.1:1
+env OTEL_TRACES_SAMPLER=parentbased_always_off
+serve
+exec sh -eux page.sh
+exec grapnel delivery list -n acme
+stdout ' SUCCEEDED '
+stop
+env OTEL_TRACES_SAMPLER=sometimes
+! exec grapnel server --data-dir other --listen 127.0.0.1:0 --admin-listen 127.0.0.1:0
+stderr 'OTEL_TRACES_SAMPLER: "sometimes" given; always_on'
+`)
+}
+
 // TestEventTypesPage runs the commands of docs/event-types.md as they are printed, but for their receiver.
 func TestEventTypesPage(t *testing.T) {
 	runPage(t, "event-types", 15, `receiver

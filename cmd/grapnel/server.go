@@ -245,7 +245,7 @@ func newLogger(w io.Writer, level, format string) (*slog.Logger, error) {
 
 // runServer runs a server until ctx ends, and prints the ready line in between.
 func runServer(ctx context.Context, c *cli, o server.Options) error {
-	o.BuiltinParts = builtinParts()
+	o.BuiltinParts, o.Tracing = builtinParts(), true
 	s, err := server.New(o)
 	if err != nil {
 		return usageError{err}

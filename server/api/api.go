@@ -27,6 +27,7 @@ import (
 	"github.com/grapnel/grapnel/server/ingest"
 	"github.com/grapnel/grapnel/server/secret"
 	"github.com/grapnel/grapnel/server/subscription"
+	"github.com/grapnel/grapnel/server/tracing"
 )
 
 // Engine is what the edge needs of dispatch.
@@ -131,6 +132,8 @@ type Options struct {
 	// Room is asked before anything is added to the configuration or changed in it; deletions do not ask. Its error
 	// refuses the call: delivery.ErrDiskFull or ErrConfigFull. Nil always has room. It is called often.
 	Room func() error
+	// Tracer reads the trace context of callers; nil reads none.
+	Tracer *tracing.Tracer
 	// MaxCalls bounds the unary calls and, apart, the publish streams in progress. Default 4096.
 	MaxCalls int
 	// MaxCallsPerNamespace bounds the same of one namespace; default half of MaxCalls, so that nobody takes all.

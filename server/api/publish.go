@@ -36,7 +36,7 @@ func (s publishService) Publish(ctx context.Context, r *grapnelv1.PublishRequest
 	if len(faults) > 0 {
 		return nil, invalid(under("event", faults)...)
 	}
-	result := s.Ingest.Publish(ctx, ns, []*delivery.Event{ev})[0]
+	result := s.Ingest.Publish(s.Tracer.Caller(ctx), ns, []*delivery.Event{ev})[0]
 	if result.Err != nil {
 		return nil, toStatus(result.Err, publishedName(ns, ev, result.Err))
 	}
@@ -139,7 +139,7 @@ func (s publishService) publishAll(ctx context.Context, ns string, events []*gra
 	if len(accepted) == 0 {
 		return results, nil
 	}
-	for i, r := range s.Ingest.Publish(ctx, ns, accepted) {
+	for i, r := range s.Ingest.Publish(s.Tracer.Caller(ctx), ns, accepted) {
 		if r.Err != nil && ofNamespace(r.Err) {
 			return nil, r.Err
 		}

@@ -19,6 +19,7 @@ import (
 	"github.com/grapnel/grapnel/server/delivery"
 	"github.com/grapnel/grapnel/server/eventtype"
 	"github.com/grapnel/grapnel/server/subscription"
+	"github.com/grapnel/grapnel/server/tracing"
 )
 
 // Journal is what ingest needs of *delivery.Journal.
@@ -51,6 +52,8 @@ type Options struct {
 	Near func(Near)
 	// EventTypes are what payloads are checked against; nil checks nothing.
 	EventTypes EventTypes
+	// Tracer decides which events are sampled, and makes the spans of their publication; nil samples none.
+	Tracer *tracing.Tracer
 	// Logger gets a line per refused event at Debug; nil discards.
 	Logger *slog.Logger
 	// Registerer takes the metrics; nil keeps none.
@@ -83,6 +86,7 @@ type Ingest struct {
 	journal  Journal
 	tellNear func(Near)
 	types    EventTypes
+	tracer   *tracing.Tracer
 	log      *slog.Logger
 	metrics  metrics
 	draining atomic.Bool
@@ -102,6 +106,7 @@ func New(o Options) *Ingest {
 		journal:  o.Journal,
 		tellNear: o.Near,
 		types:    o.EventTypes,
+		tracer:   o.Tracer,
 		log:      o.Logger.With("component", "ingest"),
 		metrics:  newMetrics(o.Registerer),
 	}
@@ -149,9 +154,20 @@ func (i *Ingest) counted(t *tallies, namespace string, window time.Duration) int
 // *eventtype.MismatchError, delivery.ErrEventConflict, ErrDiskFull, ErrClosed, or the context's.
 func (i *Ingest) Publish(ctx context.Context, namespace string, events []*delivery.Event) []Result {
 	results := make([]Result, len(events))
+	traced := i.tracer.Publish(ctx, namespace, events)
 	ns, admitted := i.admit(ctx, namespace, events, results)
 	if len(admitted) > 0 {
+		taken := traced.Append()
 		i.store(ctx, ns, admitted, results)
+		taken()
+	}
+	if traced != nil {
+		traced.End(func(k int) (uid string, duplicate, refused bool) {
+			if ev := results[k].Event; ev != nil {
+				uid = ev.UID
+			}
+			return uid, results[k].Duplicate, results[k].Err != nil
+		})
 	}
 	i.metrics.count(results)
 	if i.log.Enabled(ctx, slog.LevelDebug) {

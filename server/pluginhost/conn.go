@@ -160,6 +160,7 @@ func (c *conn) openAttempts() error {
 		defer batch.Reset()
 		return stream.SendMsg(&batch)
 	})
+	c.attempts.last = true
 	c.workers.Go(func() { c.sendAttempts(stream) })
 	c.workers.Go(func() { c.receiveAttempts(stream) })
 	return nil
@@ -283,6 +284,7 @@ func (c *conn) openUnary() {
 		}
 		return nil
 	})
+	c.attempts.last = true
 	c.workers.Go(func() {
 		defer close(c.drained)
 		_ = c.attempts.run() // send never fails

@@ -23,6 +23,8 @@ var errProtocol = errors.New("protocol fault")
 type link struct {
 	// send writes a batch; it is called by the sender only.
 	send func(batch []*pending) error
+	// last says that what is written is on its way to its receiver; it is set before the first.
+	last bool
 
 	mu      sync.Mutex // guards what follows
 	more    sync.Cond
@@ -196,6 +198,9 @@ func (l *link) next(batch []*pending) ([]*pending, bool) {
 		l.open++
 		p.Seq = l.count<<slotBits | uint64(slot)
 		p.stamp(now)
+		if l.last {
+			p.traced.Sent(now)
+		}
 		p.due = now.Add(p.plan.timeout + p.plan.grace)
 		l.slots[slot] = p
 		batch = append(batch, p)

@@ -8,6 +8,7 @@ import (
 	"github.com/grapnel/grapnel/server/delivery"
 	"github.com/grapnel/grapnel/server/pluginhost/wire"
 	"github.com/grapnel/grapnel/server/subscription"
+	"github.com/grapnel/grapnel/server/tracing"
 )
 
 // pending is one attempt in the host's hands. Its owner is, in turn, the caller, the plan that is being
@@ -27,6 +28,10 @@ type pending struct {
 	// first and written are when it was first and last written to a plugin, due when that counts as hung: timeout and grace
 	// later.
 	first, written, due time.Time
+	// traced is nil of events that are not sampled.
+	traced *tracing.Attempt
+	// told is what the transport says of its time.
+	told wire.Timings
 	// stage is how many remote signers have signed; setBy says which of them set each header, or setBySubscription.
 	stage int
 	setBy []int
@@ -101,6 +106,9 @@ func (h *Host) complete(p *pending, r delivery.Result) {
 	}
 	if job.Trial() && p.made != nil && p.plan != nil {
 		r.Made = p.shownMade()
+	}
+	if p.traced != nil {
+		h.endTrace(p, &r)
 	}
 	h.made.add(-p.held)
 	*p = pending{}

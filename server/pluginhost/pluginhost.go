@@ -46,6 +46,7 @@ import (
 	"github.com/grapnel/grapnel/server/pluginhost/process"
 	"github.com/grapnel/grapnel/server/pluginhost/wire"
 	"github.com/grapnel/grapnel/server/subscription"
+	"github.com/grapnel/grapnel/server/tracing"
 )
 
 var (
@@ -84,6 +85,8 @@ type Options struct {
 	// Failed is told of each plugin that has failed, at each of its crashes until it is heard, and then once until it has
 	// been well for five minutes. It must not block. Nil is told nothing.
 	Failed func(Failure) (heard bool)
+	// Tracer makes the spans of attempts at events that are sampled; nil makes none.
+	Tracer *tracing.Tracer
 	// Bodies keeps what transformers make; nil keeps nothing.
 	Bodies Bodies
 	// MadeBytes bounds what transformers have made and attempts at hand carry; 0 means 32 MiB. Beyond it deliveries of
@@ -341,6 +344,7 @@ func (h *Host) Pids() map[string]int {
 func (h *Host) Attempt(sub *subscription.Subscription, job *delivery.Job, sink delivery.Sink) {
 	h.metrics.open.Add(1)
 	p := h.newPending(sub, job, sink)
+	h.trace(p)
 	if h.closed.Load() {
 		go h.unspent(p, "the server is stopping") // never on the caller's own stack
 		return
@@ -354,6 +358,7 @@ func (h *Host) AttemptBatch(sub *subscription.Subscription, jobs []*delivery.Job
 	h.metrics.open.Add(1)
 	p := h.newPending(sub, jobs[0], sink)
 	p.jobs = jobs
+	h.trace(p)
 	if h.closed.Load() {
 		go h.unspent(p, "the server is stopping") // never on the caller's own stack
 		return

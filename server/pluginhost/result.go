@@ -24,6 +24,7 @@ const (
 func (c *conn) settle(p *pending, r *wire.Result, now time.Time) {
 	c.overhead.observe(now.Sub(p.Created)-r.Total, now)
 	c.host.metrics.phases.answered(p, r, now)
+	p.told = r.Timings
 	if !c.answered.Load() { // mostly set: a write would cost its cache line
 		c.answered.Store(true)
 	}

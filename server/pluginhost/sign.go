@@ -11,6 +11,7 @@ import (
 	pluginv1 "github.com/grapnel/grapnel/proto/grapnel/plugin/v1"
 	"github.com/grapnel/grapnel/server/delivery"
 	"github.com/grapnel/grapnel/server/pluginhost/wire"
+	"github.com/grapnel/grapnel/server/tracing"
 )
 
 const signWindow = 1024
@@ -68,6 +69,9 @@ func (c *conn) signed(resp *pluginv1.SignResponse) error {
 	now := time.Now()
 	for i, p := range taken {
 		c.host.metrics.phases.observe(phaseSign, now.Sub(p.written))
+		if p.traced != nil {
+			p.traced.Hop(tracing.Step{Name: "sign", Plugin: p.plan.remote[p.stage].id, From: p.written, Took: now.Sub(p.written)})
+		}
 		r := resp.GetResults()[i]
 		if r.GetFailure() != nil {
 			c.failed(p, r.GetFailure(), &wire.Result{}, now)

@@ -13,6 +13,7 @@ import (
 	"github.com/grapnel/grapnel/server/delivery"
 	"github.com/grapnel/grapnel/server/pluginhost/wire"
 	"github.com/grapnel/grapnel/server/subscription"
+	"github.com/grapnel/grapnel/server/tracing"
 )
 
 // What is sent of a subscription with a transformer is made once for each delivery, kept, and only then sent:
@@ -140,6 +141,9 @@ func (c *conn) transformed(resp *pluginv1.TransformResponse) error {
 	now := time.Now()
 	for i, p := range taken {
 		c.host.metrics.phases.observe(phaseTransform, now.Sub(p.written))
+		if p.traced != nil && p.plan.transformer != nil {
+			p.traced.Hop(tracing.Step{Name: "transform", Plugin: p.plan.transformer.id, From: p.written, Took: now.Sub(p.written)})
+		}
 		switch r := resp.GetResults()[i]; {
 		case r.GetTransformed() != nil:
 			made := madeOf(r.GetTransformed())

@@ -148,7 +148,10 @@ func attributeHeaders(ev *delivery.Event, yield func(name, value string) bool) {
 		return
 	}
 	for _, name := range slices.Sorted(maps.Keys(ev.Attributes)) {
-		if name != "traceparent" && !yield("ce-"+name, HeaderText(ev.Attributes[name])) {
+		if name == "traceparent" || name == "tracestate" && givenState(ev) != "" { // they go by their own names
+			continue
+		}
+		if !yield("ce-"+name, HeaderText(ev.Attributes[name])) {
 			return
 		}
 	}

@@ -41,6 +41,9 @@ type Attempt struct {
 	Ownership bool
 	// Answer has as much of the answer handed back as several events need that travel together.
 	Answer bool
+	// Trace is set where the event is sampled. Unsampled says that it is not, although others are.
+	Trace     *Trace
+	Unsampled bool
 	// Content is what is carried.
 	Content Content
 }
@@ -127,7 +130,8 @@ func (a *Attempt) append(b []byte, content uint32) []byte {
 	}
 	b = protowire.AppendTag(b, 7, protowire.BytesType)
 	b = append(b, traceparentLen)
-	b = appendTraceparent(b, a.Content.event)
+	b = a.appendTraceparent(b)
+	b = wire.AppendText(b, 14, a.tracestate())
 	if len(a.SignHere) > 0 {
 		at := 0
 		b, at = wire.Open(b, 8)
@@ -144,36 +148,53 @@ func (a *Attempt) append(b []byte, content uint32) []byte {
 
 const traceparentLen = 55
 
-// appendTraceparent writes the trace context of an attempt: the event's trace, or one that follows from
-// its id, and a span of its own.
-func appendTraceparent(b []byte, ev *delivery.Event) []byte {
-	b = append(b, "00-"...)
-	given := ev.Attributes["traceparent"]
-	flags := "01"
-	if validTraceparent(given) {
-		b = append(b, given[3:35]...)
-		flags = given[53:55]
-	} else {
-		hi, lo := hash128(ev.UID)
-		b = appendHex(appendHex(b, hi), lo)
-	}
-	b = append(b, '-')
-	b = appendHex(b, rand.Uint64()|1)
-	b = append(b, '-')
-	return append(b, flags...)
+// Trace is what is told of the trace of an event that is sampled.
+type Trace struct {
+	// Receiver is the place of the attempt, Plugin that of all that is done for it.
+	Receiver, Plugin delivery.Traceparent
+	// State is the tracestate of both.
+	State string
 }
 
-func validTraceparent(s string) bool {
-	if len(s) != traceparentLen || s[:3] != "00-" || s[35] != '-' || s[52] != '-' {
-		return false
+// appendTraceparent writes the trace context of an attempt: its own, where its event is sampled. Else it is the one that the
+// publisher gave, or one that follows from the event's id, so that attempts at it can be told to belong together.
+func (a *Attempt) appendTraceparent(b []byte) []byte {
+	if a.Trace != nil {
+		return a.Trace.Receiver.Append(b)
 	}
-	for i := 3; i < len(s); i++ {
-		c := s[i]
-		if i != 35 && i != 52 && !('0' <= c && c <= '9' || 'a' <= c && c <= 'f') {
-			return false
-		}
+	ev := a.Content.event
+	if given, ok := delivery.ParseTraceparent(ev.Attributes["traceparent"]); ok {
+		return given.Append(b)
 	}
-	return s[3:35] != strings.Repeat("0", 32) && s[36:52] != strings.Repeat("0", 16)
+	b = append(b, "00-"...)
+	hi, lo := hash128(ev.UID)
+	b = appendHex(appendHex(b, hi), lo)
+	b = append(b, '-')
+	b = appendHex(b, rand.Uint64()|1)
+	if a.Unsampled {
+		return append(b, "-00"...)
+	}
+	return append(b, "-01"...)
+}
+
+// tracestate is what goes with the traceparent.
+func (a *Attempt) tracestate() string {
+	if a.Trace != nil {
+		return a.Trace.State
+	}
+	return givenState(a.Content.event)
+}
+
+// givenState is the publisher's tracestate, where it goes with a traceparent and can be a header as it is; else it is empty.
+func givenState(ev *delivery.Event) string {
+	state := ev.Attributes["tracestate"]
+	if state == "" || strings.ContainsFunc(state, func(r rune) bool { return r < ' ' || r > '~' }) {
+		return ""
+	}
+	if _, ok := delivery.ParseTraceparent(ev.Attributes["traceparent"]); !ok {
+		return ""
+	}
+	return state
 }
 
 // hash128 is FNV-1a twice from two starts; all it has to be is stable and spread.

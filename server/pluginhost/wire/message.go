@@ -26,6 +26,7 @@ func (f *Batch) SignRequest() *pluginv1.SignRequest {
 			Seq: a.Seq, InstanceRef: a.Ref, Content: f.index[i],
 			Created: timestamppb.New(a.Created), Nonce: a.Nonce[:], Headers: headers(a.Headers), Uri: a.URI,
 		}
+		req.Items[i].Traceparent, req.Items[i].Tracestate = a.Trace.forPlugin()
 	}
 	return req
 }
@@ -38,8 +39,17 @@ func (f *Batch) TransformRequest() *pluginv1.TransformRequest {
 	}
 	for i, a := range f.attempts {
 		req.Items[i] = &pluginv1.TransformItem{Seq: a.Seq, InstanceRef: a.Ref, Event: f.index[i], TimeoutMs: uint32(a.Timeout.Milliseconds())}
+		req.Items[i].Traceparent, req.Items[i].Tracestate = a.Trace.forPlugin()
 	}
 	return req
+}
+
+// forPlugin is what signers and transformers are told; nothing of an event that is not sampled.
+func (t *Trace) forPlugin() (parent, state string) {
+	if t == nil {
+		return "", ""
+	}
+	return string(t.Plugin.Append(nil)), t.State
 }
 
 func eventMessage(ev *delivery.Event) *pluginv1.Event {
@@ -78,7 +88,8 @@ func (a *Attempt) One() *pluginv1.AttemptOneRequest {
 		OwnershipCheck: a.Ownership, Nonce: a.Nonce[:],
 	}
 	if !a.Ownership {
-		out.Traceparent = string(appendTraceparent(nil, a.Content.event))
+		out.Traceparent = string(a.appendTraceparent(nil))
+		out.Tracestate = a.tracestate()
 	}
 	one := &pluginv1.AttemptOneRequest{Attempt: out, Content: a.Content.message(), MaxResponseBody: MaxResponse}
 	if a.Answer {
