@@ -54,7 +54,7 @@ or ends in +http or +https. For others, receiver says how to get to them; see do
 	f := cmd.Flags()
 	f.SetInterspersed(false) // what follows COMMAND is its own
 	f.BoolVar(&t.list, "list", false, "list the cases and what they protect, and run none")
-	f.StringSliceVar(&t.options.Only, "only", nil, "run these `cases` or groups only: handshake, config, signer, transport, flow, soak")
+	f.StringSliceVar(&t.options.Only, "only", nil, "run these `cases` or groups only: handshake, config, signer, transport, transformer, flow, soak")
 	f.BoolVar(&t.options.Soak, "soak", false, "also run the cases that take minutes")
 	f.StringVar(&t.fixture, "fixture", "", "what the suite needs to know of the plugin: a JSON `file`")
 	f.StringVar(&t.junit, "junit", "", "also write the report as JUnit XML to this `file`")

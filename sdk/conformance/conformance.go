@@ -31,12 +31,13 @@ import (
 
 // Groups of cases, in the order of a report.
 const (
-	GroupHandshake = "handshake"
-	GroupConfig    = "config"
-	GroupSigner    = "signer"
-	GroupTransport = "transport"
-	GroupFlow      = "flow"
-	GroupSoak      = "soak"
+	GroupHandshake   = "handshake"
+	GroupConfig      = "config"
+	GroupSigner      = "signer"
+	GroupTransport   = "transport"
+	GroupTransformer = "transformer"
+	GroupFlow        = "flow"
+	GroupSoak        = "soak"
 )
 
 const (
@@ -104,7 +105,7 @@ type Result struct {
 
 // Cases are all there are, in the order of a report.
 func Cases() []Case {
-	return slices.Concat(handshakeCases(), configCases(), secretCases(), signerCases(), transportCases(), flowCases(), soakCases())
+	return slices.Concat(handshakeCases(), configCases(), secretCases(), signerCases(), transportCases(), transformerCases(), flowCases(), soakCases())
 }
 
 // Run runs the cases and returns what came of them, in the order of Cases. each, when not nil, is called
@@ -350,7 +351,7 @@ func (s *suite) prepare(ctx context.Context) string {
 	for _, k := range s.described.GetKinds() {
 		s.subjects = append(s.subjects, ses.subjectOf(k))
 	}
-	if s.offers(false) {
+	if s.offers(carrying) {
 		_, err := ses.openAttempts()
 		s.noWelcome = err != nil
 	}

@@ -46,6 +46,18 @@ func self(args ...string) []string { return append([]string{os.Args[0]}, args...
 func rawFixture() *conformance.Fixture {
 	return &conformance.Fixture{Kinds: map[string]conformance.KindFixture{
 		"raw-mem": {URI: "raw-mem://anything"},
+		"raw-transform": {
+			Events: []conformance.EventFixture{
+				{Name: "an order", Type: "order.created", Data: []byte(`{"order": 1001}`), Want: &conformance.WantFixture{
+					JSON:        []byte(`{"label":"x","type":"order.created","data":{"order":1001}}`),
+					ContentType: "application/vnd.raw+json", Headers: map[string]string{"x-raw-label": "x"},
+				}},
+				{Name: "nothing", Want: &conformance.WantFixture{Dropped: "nothing in it"}},
+				{Name: "no JSON", DataBase64: []byte("a=b"), Want: &conformance.WantFixture{Failure: "no JSON"}},
+				{Name: "as text", Config: []byte(`{"label":"y"}`), Data: []byte(`1`), Want: &conformance.WantFixture{Text: `{"label":"y","type":"conformance.test","data":1}`}},
+			},
+			Slow: &conformance.SlowFixture{Config: []byte(`{"label":"slow"}`)},
+		},
 		"raw-sign": {Vectors: []conformance.Vector{{
 			Name: "one", MessageID: "evt_vector", Created: time.Unix(1614265330, 0), Body: "{}",
 			Secrets: map[string]string{"key": "whsec_AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA="},
@@ -98,7 +110,12 @@ func TestPluginWithoutAFaultPasses(t *testing.T) {
 
 func TestBundledPluginPasses(t *testing.T) {
 	t.Parallel()
-	report := run(t, conformance.Options{Command: self("plugin-bundled")})
+	report := run(t, conformance.Options{Command: self("plugin-bundled"), Fixture: &conformance.Fixture{Kinds: map[string]conformance.KindFixture{
+		"javascript": {Slow: &conformance.SlowFixture{Config: []byte(`{"script": "function transform(event) { for (;;); }"}`)}},
+		"jq": {Events: []conformance.EventFixture{{Type: "order.created", Data: []byte(`{"order": 1001}`), Want: &conformance.WantFixture{
+			JSON: []byte(`{"text": "Order 1001 is order.created"}`),
+		}}}},
+	}}})
 	if ids, reasons := failures(report); len(ids) > 0 {
 		t.Errorf("failed:%s", reasons)
 	}

@@ -30,6 +30,51 @@ type KindFixture struct {
 	Headers map[string]string `json:"headers,omitempty"`
 	// Vectors are signatures known to be right.
 	Vectors []Vector `json:"vectors,omitempty"`
+	// Events for a transformer, with what it makes of them. The first is what other cases send, too.
+	Events []EventFixture `json:"events,omitempty"`
+	// Slow is what takes a transformer long; nil leaves untested that it holds up nobody else.
+	Slow *SlowFixture `json:"slow,omitempty"`
+}
+
+// EventFixture is an event. What is left out has a value of the suite's, or none where an event need not have it.
+type EventFixture struct {
+	// Name for people.
+	Name string `json:"name,omitempty"`
+	// Config replaces the kind's.
+	Config json.RawMessage `json:"config,omitempty"`
+	// ID, and what follows, are the event's attributes.
+	ID          string            `json:"id,omitempty"`
+	Source      string            `json:"source,omitempty"`
+	Type        string            `json:"type,omitempty"`
+	Subject     string            `json:"subject,omitempty"`
+	Time        time.Time         `json:"time,omitzero"`
+	ContentType string            `json:"content_type,omitempty"`
+	DataSchema  string            `json:"data_schema,omitempty"`
+	Attributes  map[string]string `json:"attributes,omitempty"`
+	// Data is the payload as JSON, byte for byte as it stands here, or DataBase64 where it is none.
+	Data       json.RawMessage `json:"data,omitempty"`
+	DataBase64 []byte          `json:"data_base64,omitempty"`
+	// Want is what must come of it; nil does not look.
+	Want *WantFixture `json:"want,omitempty"`
+}
+
+// WantFixture is what must come of an event: the body as Text or as JSON, which may be written otherwise, with the
+// content type and the headers, by lower-case name; or part of the reason that it is Dropped for; or part of what the
+// Failure says. What is left out is not looked at.
+type WantFixture struct {
+	Text        string            `json:"text,omitempty"`
+	JSON        json.RawMessage   `json:"json,omitempty"`
+	ContentType string            `json:"content_type,omitempty"`
+	Headers     map[string]string `json:"headers,omitempty"`
+	Dropped     string            `json:"dropped,omitempty"`
+	Failure     string            `json:"failure,omitempty"`
+}
+
+// SlowFixture is a config with which, or an event of which, a transformer computes for a second or more, or until its
+// time is over. What is left out is as in other cases.
+type SlowFixture struct {
+	Config json.RawMessage `json:"config,omitempty"`
+	Event  *EventFixture   `json:"event,omitempty"`
 }
 
 // ReceiverFixture leads a transport to the receivers that the suite plays, which speak HTTP/1.1 on loopback. In URI and

@@ -225,7 +225,7 @@ func TestFixtureAboutWhatThereIsNotIsAnError(t *testing.T) {
 		}},
 	}, nil)
 	for _, want := range []string{
-		`the fixture is about kind "raw-sing", and the plugin has raw-sign, raw-http, raw-mem`,
+		`the fixture is about kind "raw-sing", and the plugin has raw-sign, raw-http, raw-mem, raw-transform`,
 		`the fixture fills secret slot "kye" of raw-sign, which has key`, `the fixture's receiver of raw-mem has no uri`,
 	} {
 		if err == nil || !strings.Contains(err.Error(), want) {

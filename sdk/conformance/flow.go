@@ -95,7 +95,7 @@ func (t *trial) flowHTTP(handle func(*exchange)) (*carrier, error) {
 
 // streaming skips the case for plugins that take attempts one by one.
 func (t *trial) streaming() error {
-	if t.s.offers(false) && !t.s.can("attempt.stream") {
+	if t.s.offers(carrying) && !t.s.can("attempt.stream") {
 		return skipf(`it takes attempts one by one: it does not have the capability "attempt.stream"`)
 	}
 	return nil
@@ -118,7 +118,7 @@ func welcomes(t *trial) error {
 	if err := t.streaming(); err != nil {
 		return err
 	}
-	if !t.s.offers(false) {
+	if !t.s.offers(carrying) {
 		return t.noTransport("http")
 	}
 	ses, err := t.session()

@@ -30,11 +30,14 @@ func malformedFrames(t *trial) error {
 		return err
 	}
 	var methods []string // not Control, whose end would tell the plugin to go
-	if t.s.offers(false) && t.s.can("attempt.stream") {
+	if t.s.offers(carrying) && t.s.can("attempt.stream") {
 		methods = append(methods, "/grapnel.plugin.v1.TransportService/Attempt")
 	}
-	if t.s.offers(true) {
+	if t.s.offers(signs) {
 		methods = append(methods, "/grapnel.plugin.v1.SignerService/Sign")
+	}
+	if t.s.offers(transforming) {
+		methods = append(methods, "/grapnel.plugin.v1.TransformerService/Transform")
 	}
 	for _, method := range methods {
 		if err := ses.sendBytes(method, []byte{0x0a, 0xff, 0xff, 0xff, 0xff, 0x7f, 1, 2, 3}); err != nil {
@@ -231,7 +234,7 @@ func heartbeats(t *trial) error {
 }
 
 func attemptOne(t *trial) error {
-	if t.s.offers(false) && !t.s.can("attempt.unary") {
+	if t.s.offers(carrying) && !t.s.can("attempt.unary") {
 		return skipf(`it does not have the capability "attempt.unary"`)
 	}
 	c, err := t.flow(answer200)

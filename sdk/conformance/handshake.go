@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -202,7 +203,7 @@ func deafHost(t *trial) error {
 // load has the plugin do n pieces of work of whatever kind it offers; how they end does not matter, that
 // they end does. Sent to no instance, an attempt costs little.
 func (ses *session) load(n int) error {
-	if ses.t.s.offers(false) && !ses.t.s.noWelcome {
+	if ses.t.s.offers(carrying) && !ses.t.s.noWelcome {
 		a, err := ses.sharedAttempts()
 		if err != nil {
 			return err
@@ -223,7 +224,18 @@ func (ses *session) load(n int) error {
 			}
 		}
 	}
-	if !ses.t.s.offers(true) {
+	if ses.t.s.offers(transforming) {
+		for range n / batchMax {
+			items := make([]*pluginv1.TransformItem, batchMax)
+			for i := range items {
+				items[i] = newTransform(1<<20, 0)
+			}
+			if _, err := ses.transformBatch([]*pluginv1.Event{newEvent("evt_load", []byte(`{}`))}, items...); err != nil {
+				return err
+			}
+		}
+	}
+	if !ses.t.s.offers(signs) {
 		return nil
 	}
 	for range n / batchMax {
@@ -238,15 +250,14 @@ func (ses *session) load(n int) error {
 	return nil
 }
 
-// offers reports whether there is a signer, or a transport.
-func (s *suite) offers(signer bool) bool {
-	for _, k := range s.described.GetKinds() {
-		if signer && k.GetSigner() != nil || !signer && k.GetTransport() != nil {
-			return true
-		}
-	}
-	return false
+// offers reports whether there is a kind of that role.
+func (s *suite) offers(role func(*pluginv1.Kind) bool) bool {
+	return slices.ContainsFunc(s.described.GetKinds(), role)
 }
+
+func signs(k *pluginv1.Kind) bool        { return k.GetSigner() != nil }
+func carrying(k *pluginv1.Kind) bool     { return k.GetTransport() != nil }
+func transforming(k *pluginv1.Kind) bool { return k.GetTransformer() != nil }
 
 func ignoresSignals(t *trial) error {
 	ses, err := t.session()

@@ -28,7 +28,7 @@ func (c oneResult) Complete(_ *delivery.Job, r delivery.Result) { c <- r }
 func TestServerTakesThePluginTheSuitePasses(t *testing.T) {
 	t.Parallel()
 	for _, mode := range []string{"", "unary"} {
-		if h := deliver(t, true, mode); h.Get("X-Raw-Signature") == "" || h.Get("Webhook-Id") != "evt_1" {
+		if h := deliver(t, true, mode); h.Get("X-Raw-Signature") == "" || h.Get("Webhook-Id") != "evt_1" || h.Get("X-Raw-Label") != "x" {
 			t.Errorf("mode %q: headers %v", mode, h)
 		}
 	}
@@ -81,7 +81,7 @@ func deliver(t *testing.T, signed bool, args ...string) http.Header {
 	host.Attempt(&subscription.Subscription{
 		Proto: &grapnelv1.Subscription{
 			Name: "namespaces/n/subscriptions/s", Uri: srv.URL, Transport: &grapnelv1.PluginBinding{Plugin: "plugins/raw-http", Config: config},
-			Signers: signers,
+			Signers: signers, Transformer: &grapnelv1.PluginBinding{Plugin: "plugins/raw-transform", Config: config},
 		},
 		Namespace: "n", ID: "s", UID: [16]byte{1}, Revision: 1, AttemptTimeout: 10 * time.Second, MaxInFlight: 8, MaxAttempts: 1,
 	}, &delivery.Job{MaxAttempts: 1, Event: &delivery.Event{ID: "1", Source: "/t", Type: "t", Payload: []byte("{}"), UID: "evt_1"}}, done)

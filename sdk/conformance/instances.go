@@ -35,7 +35,7 @@ func (ses *session) known(u *subject, ref uint32) (bool, error) {
 		return results[0].GetFailure().GetSource() != pluginv1.Failure_SOURCE_CONFIG, nil
 	}
 	if u.transformer() {
-		res, err := ses.transformOne(newEvent("evt_known", []byte(`{"known":true}`)), ref)
+		res, err := ses.transformOne(ref, newEvent("evt_known", []byte(`{"known":true}`)))
 		return res.GetFailure().GetSource() != pluginv1.Failure_SOURCE_CONFIG, err
 	}
 	a, err := ses.sharedAttempts()

@@ -13,6 +13,7 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"fmt"
+	"maps"
 	"net"
 	"os"
 	"os/exec"
@@ -38,6 +39,7 @@ type raw struct {
 	pluginv1.UnimplementedPluginServiceServer
 	pluginv1.UnimplementedSignerServiceServer
 	pluginv1.UnimplementedTransportServiceServer
+	pluginv1.UnimplementedTransformerServiceServer
 	faults []string
 	began  time.Time
 	pool   *rawPool
@@ -105,6 +107,7 @@ func serveRaw(faults string) {
 	pluginv1.RegisterPluginServiceServer(g, r)
 	pluginv1.RegisterSignerServiceServer(g, r)
 	pluginv1.RegisterTransportServiceServer(g, r)
+	pluginv1.RegisterTransformerServiceServer(g, r)
 	if r.is("banner") {
 		fmt.Println("Welcome to the raw plugin!")
 	}
@@ -127,18 +130,21 @@ func (r *raw) Describe(context.Context, *pluginv1.DescribeRequest) (*pluginv1.De
 		Name: "key", Required: true, Format: "whsec_ and base64, or ed_ and base64 of a seed", Algorithms: []string{"hmac-sha256", "ed25519"},
 	}
 	d := &pluginv1.DescribeResponse{
-		Name: "raw", Version: "1.2.3", ProtocolMinor: 2, Capabilities: []string{"attempt.stream", "attempt.unary", "sign.stream", "secret.prepare"},
+		Name: "raw", Version: "1.2.3", ProtocolMinor: 4,
+		Capabilities: []string{"attempt.stream", "attempt.unary", "sign.stream", "transform.stream", "secret.prepare"},
 		Kinds: []*pluginv1.Kind{
 			{Id: "raw-sign", ConfigSchema: rawSchema, ConfigExample: rawExample, SecretSlots: []*pluginv1.SecretSlot{slot},
 				Traits: &pluginv1.Kind_Signer{Signer: &pluginv1.SignerTraits{EmitsHeaders: []string{"x-raw-signature"}, Deterministic: true}}},
 			{Id: "raw-http", ConfigSchema: rawSchema, ConfigExample: rawExample,
 				Traits: &pluginv1.Kind_Transport{Transport: &pluginv1.TransportTraits{UriSchemes: []string{"http", "https"}, MayAddHeaders: []string{"user-agent"}, Batches: true}}},
 			{Id: "raw-mem", Traits: &pluginv1.Kind_Transport{Transport: &pluginv1.TransportTraits{UriSchemes: []string{"raw-mem"}}}},
+			{Id: "raw-transform", ConfigSchema: rawSchema, ConfigExample: rawExample, SecretSlots: []*pluginv1.SecretSlot{{Name: "token"}},
+				Traits: &pluginv1.Kind_Transformer{Transformer: &pluginv1.TransformerTraits{}}},
 		},
 	}
 	carrier := d.GetKinds()[1]
 	if r.is("unary") {
-		d.Capabilities = []string{"attempt.unary", "sign.stream", "secret.prepare"}
+		d.Capabilities = slices.Delete(d.GetCapabilities(), 0, 1)
 	}
 	if r.is("describe-changes") {
 		r.mu.Lock()
@@ -164,11 +170,14 @@ func diagnostic(code, pointer, summary string) *pluginv1.Diagnostic {
 
 // check is all that can be wrong with an instance.
 func (r *raw) check(in *pluginv1.Instance, shapeOnly bool) []*pluginv1.Diagnostic {
-	if !slices.Contains([]string{"raw-sign", "raw-http", "raw-mem"}, in.GetKind()) {
+	if !slices.Contains([]string{"raw-sign", "raw-http", "raw-mem", "raw-transform"}, in.GetKind()) {
 		return []*pluginv1.Diagnostic{diagnostic("config.unknown_kind", "", "there is no such kind")}
 	}
 	ds := r.checkConfig(in)
 	for slot, versions := range in.GetSecrets() {
+		if in.GetKind() == "raw-transform" && slot == "token" {
+			continue
+		}
 		if in.GetKind() != "raw-sign" || slot != "key" {
 			ds = append(ds, diagnostic("secret.unknown_slot", "/secrets/"+slot, "there is no such slot"))
 			continue
@@ -359,9 +368,11 @@ func (r *raw) Control(s grpc.BidiStreamingServer[pluginv1.ControlRequest, plugin
 			<-s.Context().Done()
 			return nil
 		}
-		if req.GetDrain() != nil && r.is("drain-stops-signing") {
+		if req.GetDrain() != nil {
 			r.mu.Lock()
-			clear(r.instances)
+			maps.DeleteFunc(r.instances, func(_ uint32, i *rawInstance) bool {
+				return r.is("drain-stops-signing") && i.pb.GetKind() == "raw-sign" || r.is("drain-stops-transforming") && i.pb.GetKind() == "raw-transform"
+			})
 			r.mu.Unlock()
 		}
 		if hb := req.GetHeartbeat(); hb != nil {

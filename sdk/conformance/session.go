@@ -64,11 +64,12 @@ type session struct {
 	plugin  pluginv1.PluginServiceClient
 	control *control
 
-	mu       sync.Mutex // guards what follows
-	refs     uint32
-	seqs     uint64
-	sign     *signing
-	attempts *attempts
+	mu         sync.Mutex // guards what follows
+	refs       uint32
+	seqs       uint64
+	sign       *signing
+	attempts   *attempts
+	transforms *transforms
 }
 
 // launch starts the plugin without talking to it.

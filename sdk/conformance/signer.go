@@ -50,7 +50,7 @@ func signerCases() []Case {
 
 // eachSigner runs f with a process and a configured instance of every signer that want picks.
 func (t *trial) eachSigner(want func(*subject) bool, f func(*session, *subject, uint32) error) error {
-	if !t.s.offers(true) {
+	if !t.s.offers(signs) {
 		return skipf("it offers no signer")
 	}
 	ses, err := t.session()

@@ -26,6 +26,8 @@ func soakCases() []Case {
 			Protects: "a leak ends the process in the middle of the night"},
 		{ID: "SO-03", Group: g, Title: "20,000 instances that come and go leave memory where it was", run: soakInstances, soak: true,
 			Protects: "subscriptions are changed all the time"},
+		{ID: "SO-04", Group: g, Title: "100,000 transformations leave memory, descriptors and threads where they were", run: soakTransformer, soak: true,
+			Protects: "a leak ends the process in the middle of the night"},
 	}
 }
 
@@ -112,6 +114,28 @@ func soakSigner(t *trial) error {
 					return err
 				}
 			}
+			return nil
+		})
+	})
+}
+
+func soakTransformer(t *trial) error {
+	return t.eachTransformer(func(ses *session, u *subject, ref uint32) error {
+		tr, err := ses.sharedTransforms()
+		if err != nil {
+			return err
+		}
+		return ses.steady(100, func() error {
+			for range soakAttempts / 100 / batchMax {
+				items := make([]*pluginv1.TransformItem, batchMax)
+				for i := range items {
+					items[i] = newTransform(ref, 0)
+				}
+				if _, err := ses.transformBatch([]*pluginv1.Event{u.event("evt_soak")}, items...); err != nil {
+					return err
+				}
+			}
+			tr.forget()
 			return nil
 		})
 	})

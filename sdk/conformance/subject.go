@@ -238,6 +238,9 @@ func any1(*subject) bool              { return true }
 func usable(u *subject) bool          { return u.unusable == "" }
 func usableSigner(u *subject) bool    { return u.unusable == "" && u.signer() }
 func usableTransport(u *subject) bool { return u.unusable == "" && u.transport() }
+func usableTransformer(u *subject) bool {
+	return u.unusable == "" && u.transformer()
+}
 func overHTTP(u *subject) bool {
 	return usableTransport(u) && (u.fixture.Receiver != nil || strings.HasPrefix(u.uri, u.httpPrefix()+"http:"))
 }

@@ -120,7 +120,7 @@ func (t *trial) eachReceiving(want func(*subject) bool, handle func(*exchange), 
 }
 
 func (t *trial) noTransport(scheme string) error {
-	if !t.s.offers(false) {
+	if !t.s.offers(carrying) {
 		return skipf("it offers no transport")
 	}
 	return t.none("transport for the scheme "+scheme, nil)
