@@ -1,4 +1,4 @@
-// Grapnel's plugin protocol for JavaScript: a signer or a transport is one function.
+// Grapnel's plugin protocol for JavaScript: a signer, a transport or a transformer is one function.
 //
 // It needs @grpc/grpc-js, @grpc/proto-loader and the file plugin.proto beside it, which is
 // grapnel.plugin.v1. Copy both into your project; they change only with the protocol.
@@ -12,8 +12,9 @@
 //
 // The outer function is called once for each configured instance, and when a config is only checked; the inner one
 // for each request. A signer is pure and synchronous: it takes the time from request.created and randomness from
-// request.nonce. A transport returns a promise of { status, headers, body, peer }. What an instance holds it gives
-// back in a function that it hands to target.onClose: it is called when the instance is removed and its last
+// request.nonce. A transport returns a promise of { status, headers, body, peer }. A transformer is given an Event and
+// returns { body, contentType, headers }, or a promise of it, or throws Drop where nothing is to be sent; what it computes
+// without awaiting anything holds up all others. What an instance holds it gives back in a function that it hands to target.onClose: it is called when the instance is removed and its last
 // attempt has ended, at once when it was built for a check alone, or when the process ends.
 import dns from "node:dns";
 import fs from "node:fs";
@@ -27,8 +28,9 @@ import grpc from "@grpc/grpc-js";
 import loader from "@grpc/proto-loader";
 
 const MAGIC_COOKIE = ["GRAPNEL_PLUGIN", "b6f1c1a2-6b1e-4a57-9c0f-5d8f0e6a7c31"];
-const PROTOCOL_MINOR = 2;
+const PROTOCOL_MINOR = 4;
 const MAX_MESSAGE = 32 << 20;
+const MAX_TRANSFORMED = 256 << 10;
 const GRACE = 4000; // milliseconds for work at hand once the host is gone
 
 // Problem is a complaint about a config, for people. pointer is an RFC 6901 pointer such as /config/url.
@@ -45,6 +47,20 @@ export class Failure extends Error {
   constructor(source, code, message, wire = "maybe_sent") {
     super(message);
     Object.assign(this, { source, code, wire });
+  }
+}
+
+// Drop is thrown by a transformer where nothing is to be sent; the reason is for people, and shown to them.
+export class Drop extends Error {}
+
+// Event is what a transformer makes something of, as it was published: messageId, id, source, type, subject, time
+// (seconds), contentType, dataSchema, attributes (by name), data (Buffer), timeout (milliseconds that are left), signal
+// (AbortSignal).
+export class Event {
+  constructor(fields) { Object.assign(this, fields); }
+  // json is the payload, which may be none: then it throws, which fails the transformation.
+  json() {
+    try { return JSON.parse(this.data.toString()); } catch { throw new Error("the payload is not JSON"); }
   }
 }
 
@@ -149,7 +165,7 @@ function close(closers) {
   }
 }
 
-// Plugin is a plugin process. Register kinds with signer and transport, then call main.
+// Plugin is a plugin process. Register kinds with signer, transport and transformer, then call main.
 export class Plugin {
   #kinds = new Map();
   #instances = new Map();
@@ -169,6 +185,9 @@ export class Plugin {
 
   // transport registers a transport. options as for signer, with schemes, and adds for headers.
   transport(id, options, build) { this.#register(id, "transport", options, build); }
+
+  // transformer registers a transformer. options as for signer, without emits.
+  transformer(id, options, build) { this.#register(id, "transformer", options, build); }
 
   #register(id, role, options, build) {
     if (!/^[a-z][a-z0-9-]{0,62}$/.test(id)) throw new Error(`kind ${id}: the id must match ^[a-z][a-z0-9-]{0,62}$`);
@@ -199,6 +218,7 @@ export class Plugin {
     server.addService(api.TransportService.service, {
       AttemptOne: (call, done) => this.#attemptOne(call.request).then((r) => done(null, r), (e) => done({ code: grpc.status.INTERNAL, message: String(e) })),
     });
+    server.addService(api.TransformerService.service, { Transform: (call) => this.#transform(call) });
     this.#server = server;
     server.bindAsync("unix:" + socket, grpc.ServerCredentials.createInsecure(), (err) => {
       if (err) throw err;
@@ -223,6 +243,7 @@ export class Plugin {
     const capabilities = [];
     if (kinds.some((k) => k.role === "signer")) capabilities.push("sign.stream");
     if (kinds.some((k) => k.role === "transport")) capabilities.push("attempt.unary");
+    if (kinds.some((k) => k.role === "transformer")) capabilities.push("transform.stream");
     if (kinds.some((k) => k.secrets.some((s) => s.format))) capabilities.push("secret.prepare");
     return { name: this.name, version: this.version, protocol_minor: PROTOCOL_MINOR, capabilities, kinds: kinds.map(describeKind) };
   }
@@ -365,6 +386,48 @@ export class Plugin {
     call.on("end", () => call.end());
   }
 
+  // #transform begins each item in a turn of its own, so that heartbeats come between them, and answers as they end.
+  #transform(call) {
+    let open = 0, over = false;
+    const end = () => { if (over && open === 0) call.end(); };
+    call.on("data", ({ events, items }) => {
+      const until = items.map((item) => Date.now() + (item.timeout_ms || 15000));
+      open += items.length;
+      items.forEach((item, i) => setImmediate(async () => {
+        const result = await this.#transformItem(item, events[item.event], until[i]);
+        if (!call.cancelled) call.write({ results: [result] });
+        open--;
+        end();
+      }));
+    });
+    call.on("end", () => { over = true; end(); });
+    call.on("error", () => {});
+  }
+
+  async #transformItem(item, e, until) {
+    const instance = this.#instances.get(item.instance_ref);
+    if (!instance) return { seq: item.seq, failure: failure(stale(item.instance_ref), []) };
+    if (!e) return { seq: item.seq, failure: failure(new Failure("plugin", "protocol", "no such event", "not_sent"), []) };
+    try {
+      const timeout = until - Date.now();
+      const late = () => new Failure("plugin", "timeout", "the transformation took too long", "not_sent");
+      if (timeout <= 0) throw late();
+      const event = new Event({
+        messageId: e.message_id, id: e.id, source: e.source, type: e.type, subject: e.subject, contentType: e.content_type, dataSchema: e.data_schema,
+        time: Number(e.time?.seconds ?? 0) + (e.time?.nanos ?? 0) / 1e9, attributes: e.attributes, data: e.data, timeout, signal: AbortSignal.timeout(timeout),
+      });
+      const made = await inTime(instance.use(event), timeout, late);
+      if (made?.body === undefined) throw new Error("the transformer has returned no body");
+      const body = Buffer.from(made.body);
+      if (body.length > MAX_TRANSFORMED) throw new Error(`the body has ${body.length} bytes; at most ${MAX_TRANSFORMED} can be sent`);
+      return { seq: item.seq, transformed: { body, content_type: made.contentType ?? "application/json", headers: fields(made.headers ?? []) } };
+    } catch (problem) {
+      if (problem instanceof Drop) return { seq: item.seq, dropped: { reason: redact(problem.message || "no reason was given", instance.values) } };
+      const code = problem instanceof Failure ? problem.code : "transform";
+      return { seq: item.seq, failure: failure(new Failure("plugin", code, problem?.message || String(problem), "not_sent"), instance.values) };
+    }
+  }
+
   async #attemptOne({ attempt: a, content, max_response_body: most }) {
     const began = process.hrtime.bigint();
     const result = { seq: a.seq };
@@ -427,11 +490,13 @@ function describeKind(k) {
     $schema: "https://json-schema.org/draft/2020-12/schema", type: "object", additionalProperties: false, properties,
     required: Object.keys(k.config).filter((name) => k.config[name].required),
   };
-  const traits = k.role === "signer"
-    ? { signer: { emits_headers: k.emits.map((h) => h.toLowerCase()), deterministic: k.deterministic } }
-    : { transport: { uri_schemes: k.schemes, may_add_headers: k.adds.map((h) => h.toLowerCase()) } };
+  const traits = {
+    signer: { emits_headers: k.emits.map((h) => h.toLowerCase()), deterministic: k.deterministic },
+    transport: { uri_schemes: k.schemes, may_add_headers: k.adds.map((h) => h.toLowerCase()) },
+    transformer: {},
+  };
   return {
-    id: k.id, description: k.doc, config_schema: JSON.stringify(schema), config_example: JSON.stringify(k.example), ...traits,
+    id: k.id, description: k.doc, config_schema: JSON.stringify(schema), config_example: JSON.stringify(k.example), [k.role]: traits[k.role],
     secret_slots: k.secrets.map((s) => ({ name: s.name, description: s.doc, required: s.required, format: s.format, algorithms: s.algorithms })),
   };
 }
@@ -479,12 +544,10 @@ function newRequest(instance, content, { headers, ...rest }) {
   return request;
 }
 
-// inTime lets an attempt that overstays its time cost itself, not the process.
-async function inTime(answer, milliseconds) {
+// inTime lets what overstays its time cost itself, not the process.
+async function inTime(answer, milliseconds, problem = () => new Failure("endpoint", "timeout", "no answer in time")) {
   let timer;
-  const late = new Promise((_, reject) => {
-    timer = setTimeout(() => reject(new Failure("endpoint", "timeout", "no answer in time")), milliseconds);
-  });
+  const late = new Promise((_, reject) => { timer = setTimeout(() => reject(problem()), milliseconds); });
   try { return await Promise.race([answer, late]); } finally { clearTimeout(timer); }
 }
 

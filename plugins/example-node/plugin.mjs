@@ -2,7 +2,7 @@ import crypto from "node:crypto";
 import http from "node:http";
 import tls from "node:tls";
 
-import { Failure, Plugin, Problem } from "./grapnel-plugin.mjs";
+import { Drop, Failure, Plugin, Problem } from "./grapnel-plugin.mjs";
 
 const plugin = new Plugin("example/node", "0.1.0");
 
@@ -103,5 +103,21 @@ function exchange(options, request) {
     sent.end(request.body);
   });
 }
+
+// A pseudonym, the same for the same value, stands in the place of what names a person.
+plugin.transformer("node-pseudonym", {
+  config: { fields: { type: "string", doc: "Fields whose values are replaced, with commas between.", default: "email" } },
+  secrets: [key],
+  doc: "Puts a pseudonym, the same for the same value, in the place of what names a person",
+  example: { fields: "email,phone" },
+}, ({ config, secrets }) => {
+  const hidden = new Set(config.fields.split(","));
+  const pseudonym = (value) => crypto.createHmac("sha256", secrets.key[0]).update(JSON.stringify(value)).digest("hex").slice(0, 32);
+  return (event) => {
+    const data = event.json();
+    if (data === null) throw new Drop("the payload is null");
+    return { body: JSON.stringify(data, (name, value) => (hidden.has(name) && value !== null ? pseudonym(value) : value)) };
+  };
+});
 
 plugin.main();

@@ -1,4 +1,4 @@
-"""Grapnel's plugin protocol for Python: a signer or a transport is one function.
+"""Grapnel's plugin protocol for Python: a signer, a transport or a transformer is one function.
 
 It needs grpcio and protobuf (Debian: python3-grpcio, python3-protobuf) and the file plugin.binpb beside it,
 which is the compiled grapnel.plugin.v1. Copy both into your project; they change only with the protocol.
@@ -15,12 +15,15 @@ which is the compiled grapnel.plugin.v1. Copy both into your project; they chang
 
 The function above is called once for each configured instance, and when a config is only checked; what it returns is
 called for each request, on several threads. A signer is pure: it takes the time from request.created and randomness
-from request.nonce. What an instance holds it gives back in a function that it hands to target.on_close.
+from request.nonce. A transformer is given an Event and returns Transformed, or raises Drop where nothing is to be sent; one that computes
+for long holds up the others, which share one interpreter. What an instance holds it gives back in a function that it hands to target.on_close.
 """
 
+import heapq
 import ipaddress
 import json
 import os
+import queue
 import re
 import signal
 import socket
@@ -36,11 +39,13 @@ import grpc
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
 MAGIC_COOKIE = ("GRAPNEL_PLUGIN", "b6f1c1a2-6b1e-4a57-9c0f-5d8f0e6a7c31")
-PROTOCOL_MINOR = 2
+PROTOCOL_MINOR = 4
 _KIND_ID = re.compile(r"^[a-z][a-z0-9-]{0,62}$")
 _MAX_MESSAGE = 32 << 20
 _GRACE = 4.0
-_WINDOW = 256  # attempts that a host sends at once over AttemptOne
+_WINDOW = 256  # attempts that a host sends at once over AttemptOne; it has half as many transformations unanswered
+_BATCH = 64
+_MAX_TRANSFORMED = 256 << 10
 
 
 class Problem(Exception):
@@ -58,6 +63,10 @@ class Failure(Exception):
     def __init__(self, source, code, message, wire="maybe_sent"):
         super().__init__(message)
         self.source, self.code, self.message, self.wire = source, code, message, wire
+
+
+class Drop(Exception):
+    """Raised by a transformer where nothing is to be sent; the reason is for people, and shown to them."""
 
 
 class Field:
@@ -129,6 +138,29 @@ class Response:
 
     def __init__(self, status, headers=(), body=b"", peer=""):
         self.status, self.headers, self.body, self.peer = status, list(headers), body, peer
+
+
+class Event:
+    """What a transformer makes something of, as it was published: data is bytes, time is in seconds, attributes are str
+    by name. timeout is how many seconds are left."""
+
+    def __init__(self, message_id, id, source, type, subject, time, content_type, data_schema, attributes, data, timeout):
+        self.message_id, self.id, self.source, self.type, self.subject, self.time = message_id, id, source, type, subject, time
+        self.content_type, self.data_schema, self.attributes, self.data, self.timeout = content_type, data_schema, attributes, data, timeout
+
+    def json(self):
+        """The payload, which may be none: then it raises ValueError, which fails the transformation."""
+        try:
+            return json.loads(self.data)
+        except (ValueError, RecursionError):
+            raise ValueError("the payload is not JSON") from None
+
+
+class Transformed:
+    """What is sent instead of the payload: body is bytes or str, 256 KiB at most; headers are pairs of name and value."""
+
+    def __init__(self, body, content_type="application/json", headers=()):
+        self.body, self.content_type, self.headers = body, content_type, list(headers)
 
 
 class Target:
@@ -208,6 +240,8 @@ class _Kind:
         if self.role == "signer":
             kind.signer.emits_headers.extend(self.emits)
             kind.signer.deterministic = self.deterministic
+        elif self.role == "transformer":
+            kind.transformer.SetInParent()
         else:
             kind.transport.uri_schemes.extend(self.schemes)
             kind.transport.may_add_headers.extend(self.emits)
@@ -268,7 +302,7 @@ class _Instance:
 
 
 class Plugin:
-    """A plugin process. Register kinds with signer and transport, then call main."""
+    """A plugin process. Register kinds with signer, transport and transformer, then call main."""
 
     def __init__(self, name, version):
         self.name, self.version, self.kinds = name, version, {}
@@ -278,6 +312,7 @@ class Plugin:
         self._egress, self._agent = Egress(), "grapnel"
         self._in_flight = 0
         self._attempts = futures.ThreadPoolExecutor(max_workers=_WINDOW)
+        self._transforms = futures.ThreadPoolExecutor(max_workers=_WINDOW)
         self._host_seen, self._host_gone = threading.Event(), threading.Event()
 
     def signer(self, id, emits, config=(), secrets=(), doc="", example=None, deterministic=True):
@@ -285,6 +320,9 @@ class Plugin:
 
     def transport(self, id, schemes=(), config=(), secrets=(), adds=(), doc="", example=None):
         return self._register(id, "transport", config, secrets, adds, schemes, doc, example, True)
+
+    def transformer(self, id, config=(), secrets=(), doc="", example=None):
+        return self._register(id, "transformer", config, secrets, (), (), doc, example, True)
 
     def _register(self, id, role, config, secrets, emits, schemes, doc, example, deterministic):
         def add(build):
@@ -346,13 +384,17 @@ class Plugin:
             grpc.method_handlers_generic_handler(base + "TransportService", {
                 "AttemptOne": unary(self._attempt_one, "AttemptOneRequest", "AttemptOneResponse"),
             }),
+            grpc.method_handlers_generic_handler(base + "TransformerService", {
+                "Transform": stream(self._transform, "TransformRequest", "TransformResponse"),
+            }),
         )
 
     # PluginService
 
     def _describe(self, request, context):
         roles = {k.role for k in self.kinds.values()}
-        capabilities = (["sign.stream"] if "signer" in roles else []) + (["attempt.unary"] if "transport" in roles else [])
+        names = {"signer": "sign.stream", "transport": "attempt.unary", "transformer": "transform.stream"}
+        capabilities = [name for role, name in names.items() if role in roles]
         if any(s.format for k in self.kinds.values() for s in k.slots):
             capabilities.append("secret.prepare")
         return self._pb["DescribeResponse"](name=self.name, version=self.version, protocol_minor=PROTOCOL_MINOR,
@@ -480,7 +522,7 @@ class Plugin:
         return [self._pb["Diagnostic"](severity=2 if p.warning else 1, code=p.code, pointer=p.pointer,
                                        summary=_redact(p.summary, values)) for p in problems]
 
-    # SignerService and TransportService
+    # SignerService, TransportService and TransformerService
 
     def _sign(self, requests, context):
         for request in requests:
@@ -576,6 +618,86 @@ class Plugin:
         r.headers.extend((h.name.lower(), h.value) for h in headers)
         return r
 
+    def _transform(self, requests, context):
+        """Reads on one thread, works on others, and answers here: what is ready, and what has had its time."""
+        done = queue.SimpleQueue()  # results; None when the host sends no more
+        context.add_callback(lambda: done.put(None))
+
+        def read():
+            try:
+                for request in requests:
+                    now = time.monotonic()
+                    for item in request.items:
+                        done.put((item, now + (item.timeout_ms or 15000) / 1000))  # before its result can come
+                        event = request.events[item.event] if item.event < len(request.events) else None
+                        self._transforms.submit(work, item, event, now + (item.timeout_ms or 15000) / 1000)
+            except Exception:
+                pass  # the call is over
+            finally:
+                done.put(None)
+
+        def work(item, event, until):
+            left = until - time.monotonic()
+            if left > 0:
+                done.put(self._transform_item(item, event, left))
+
+        threading.Thread(target=read, daemon=True).start()
+        deadlines, waiting, more = [], {}, True
+        while more or waiting:
+            while deadlines and deadlines[0][1] not in waiting:
+                heapq.heappop(deadlines)
+            news = []
+            try:
+                news.append(done.get(timeout=max(0.001, deadlines[0][0] - time.monotonic()) if deadlines else None))
+                while len(news) < _BATCH:
+                    news.append(done.get_nowait())
+            except queue.Empty:
+                pass
+            out = self._pb["TransformResponse"]()
+            for one in news:
+                if one is None:
+                    more = False
+                elif isinstance(one, tuple):
+                    item, until = one
+                    waiting[item.seq] = item
+                    heapq.heappush(deadlines, (until, item.seq))
+                elif waiting.pop(one.seq, None) is not None:
+                    out.results.append(one)
+            now = time.monotonic()
+            while deadlines and deadlines[0][0] <= now:
+                _, seq = heapq.heappop(deadlines)
+                if waiting.pop(seq, None) is not None:
+                    self._fail(out.results.add(seq=seq).failure, Failure("plugin", "timeout", "the transformation took too long", "not_sent"), [])
+            if out.results:
+                yield out
+            if not context.is_active():
+                return
+
+    def _transform_item(self, item, e, left):
+        out = self._pb["TransformResult"](seq=item.seq)
+        instance = self._instances.get(item.instance_ref)
+        if instance is None:
+            self._fail(out.failure, _stale(item.instance_ref), [])
+            return out
+        if e is None:
+            self._fail(out.failure, Failure("plugin", "protocol", "no such event", "not_sent"), [])
+            return out
+        event = Event(e.message_id, e.id, e.source, e.type, e.subject, e.time.seconds + e.time.nanos / 1e9, e.content_type, e.data_schema,
+                      dict(e.attributes), e.data, left)
+        try:
+            made = instance.use(event)
+            body = made.body.encode() if isinstance(made.body, str) else bytes(made.body)
+            if len(body) > _MAX_TRANSFORMED:
+                raise ValueError(f"the body has {len(body)} bytes; at most {_MAX_TRANSFORMED} can be sent")
+            out.transformed.body, out.transformed.content_type = body, made.content_type
+            for name, value in made.headers:
+                out.transformed.headers.add(name=name.lower(), value=str(value))
+        except Drop as d:
+            out.dropped.reason = _redact(str(d) or "no reason was given", instance.values)
+        except Exception as problem:
+            self._fail(out.failure, _transform_failure(problem), instance.values)
+        return out
+
     def _fail(self, failure, f, values):
         failure.source = {"endpoint": 1, "plugin": 2, "policy": 3, "config": 4}[f.source]
         failure.wire_state = {"not_sent": 1, "maybe_sent": 2, "sent": 3}[f.wire]
@@ -596,6 +718,13 @@ def _stale(ref):
 
 def _sign_failure(e):
     return Failure("plugin", "sign", str(e) or type(e).__name__, "not_sent")
+
+
+def _transform_failure(e):
+    if isinstance(e, Failure):
+        return Failure("plugin", e.code, e.message, "not_sent")
+    text = str(e) if isinstance(e, ValueError) and str(e) else f"{type(e).__name__}: {e}"
+    return Failure("plugin", "transform", text, "not_sent")
 
 
 def _values(instance):

@@ -1,4 +1,4 @@
-# Grapnel's plugin protocol for Ruby: a signer or a transport is one block.
+# Grapnel's plugin protocol for Ruby: a signer, a transport or a transformer is one block.
 #
 # It needs the gems grpc and google-protobuf (Debian: ruby-grpc, ruby-google-protobuf) and the file plugin.binpb beside it,
 # which is the compiled grapnel.plugin.v1. Copy both into your project; they change only with the protocol.
@@ -13,7 +13,8 @@
 #
 # The block is called once for each configured instance, and when a config is only checked; what it returns is called for
 # each request, on several threads. A signer is pure: it takes the time from request.created and randomness from
-# request.nonce. What an instance holds it gives back in a block that it hands to target.on_close.
+# request.nonce. A transformer is given an Event and returns Transformed, or raises Drop where nothing is to be sent; one that
+# computes for long holds up the others, which share one interpreter. What an instance holds it gives back in a block that it hands to target.on_close.
 require "google/protobuf"
 require "google/protobuf/well_known_types"
 require "grpc"
@@ -24,10 +25,11 @@ require "timeout"
 
 module Grapnel
   MAGIC_COOKIE = ["GRAPNEL_PLUGIN", "b6f1c1a2-6b1e-4a57-9c0f-5d8f0e6a7c31"].freeze
-  PROTOCOL_MINOR = 2
+  PROTOCOL_MINOR = 4
   MAX_MESSAGE = 32 << 20
   GRACE = 4.0 # seconds for work at hand once the host is gone
   WINDOW = 256 # attempts that a host sends at once over AttemptOne
+  MAX_TRANSFORMED = 256 << 10
   PACKAGE = "grapnel.plugin.v1".freeze
 
   # POOL has the messages of grapnel.plugin.v1, made at start: no generated code to keep in step.
@@ -48,7 +50,7 @@ module Grapnel
     MESSAGES[message.name] = message.name.end_with?("Entry") ? nil : message.msgclass # entries of maps have none
     message.each { |field| learn(field.subtype) if field.type == :message }
   end
-  %w[Describe Validate Configure Remove PrepareSecret Control Sign AttemptOne].each do |call|
+  %w[Describe Validate Configure Remove PrepareSecret Control Sign AttemptOne Transform].each do |call|
     %w[Request Response].each { |half| learn(POOL.lookup("#{PACKAGE}.#{call}#{half}")) }
   end
 
@@ -75,6 +77,9 @@ module Grapnel
       @source, @code, @wire = source, code, wire
     end
   end
+
+  # Drop is raised by a transformer where nothing is to be sent; the reason is for people, and shown to them.
+  class Drop < StandardError; end
 
   # Field is one setting of a kind: a String, Integer, Float or :bool.
   class Field
@@ -145,6 +150,26 @@ module Grapnel
 
   # Response is the receiver's answer; transports other than HTTP map theirs onto HTTP's status codes.
   Response = Struct.new(:status, :headers, :body, :peer)
+
+  # Event is what a transformer makes something of, as it was published: data are bytes, time is in seconds, attributes are
+  # by name; deadline is by Grapnel.now.
+  Event = Struct.new(:message_id, :id, :source, :type, :subject, :time, :content_type, :data_schema, :attributes, :data, :deadline,
+                     keyword_init: true) do
+    # json is the payload, which may be none: then it raises, which fails the transformation.
+    def json
+      JSON.parse(data.dup.force_encoding(Encoding::UTF_8))
+    rescue JSON::ParserError, EncodingError
+      raise ArgumentError, "the payload is not JSON"
+    end
+  end
+
+  # Transformed is what is sent instead of the payload: a body of 256 KiB at most, its media type, and headers as
+  # [name, value].
+  Transformed = Struct.new(:body, :content_type, :headers) do
+    def initialize(body, content_type: "application/json", headers: [])
+      super(body, content_type, headers)
+    end
+  end
 
   # Target is where an instance's requests go. egress says which addresses may be connected to.
   class Target
@@ -233,10 +258,10 @@ module Grapnel
           PB["SecretSlot"].new(name: s.name, description: s.doc, required: s.required, format: s.format, algorithms: s.algorithms)
         end
       )
-      if role == :signer
-        kind.signer = PB["SignerTraits"].new(emits_headers: emits, deterministic: deterministic)
-      else
-        kind.transport = PB["TransportTraits"].new(uri_schemes: schemes, may_add_headers: emits)
+      case role
+      when :signer then kind.signer = PB["SignerTraits"].new(emits_headers: emits, deterministic: deterministic)
+      when :transport then kind.transport = PB["TransportTraits"].new(uri_schemes: schemes, may_add_headers: emits)
+      else kind.transformer = PB["TransformerTraits"].new
       end
       kind
     end
@@ -297,7 +322,70 @@ module Grapnel
     end
   end
 
-  # Plugin is a plugin process. Register kinds with signer and transport, then call main.
+  # Transforming is one call of Transform: a thread reads, each item has one of its own, and whoever asks for answers gets
+  # what is ready, and a failure for what has had its time, whose thread ends with it.
+  class Transforming
+    def initialize(&transform)
+      @transform, @lock, @changed = transform, Mutex.new, ConditionVariable.new
+      @ready, @waiting, @over = [], {}, false # waiting: the item's deadline and thread by its number
+    end
+
+    def read(requests)
+      Thread.new do
+        requests.each { |request| request.items.each { |item| start(item, request.events[item.event]) } }
+      rescue StandardError
+        nil # the call is over
+      ensure
+        @lock.synchronize { @over = true and @changed.signal }
+      end
+    end
+
+    # answers gives results to the block, until the host sends no more and all are answered.
+    def answers
+      while (results = take)
+        yield results unless results.empty?
+      end
+    end
+
+    private
+
+    def start(item, event)
+      deadline = Grapnel.now + (item.timeout_ms.positive? ? item.timeout_ms / 1000.0 : 15.0)
+      @lock.synchronize do
+        @waiting[item.seq] = [deadline, Thread.new { done(item.seq, @transform.call(item, event, deadline)) }]
+        @changed.signal # its time may be over before others'
+      end
+    end
+
+    def done(seq, result)
+      @lock.synchronize do
+        @ready << result if @waiting.delete(seq)
+        @changed.signal
+      end
+    end
+
+    def take
+      @lock.synchronize do
+        loop do
+          now = Grapnel.now
+          @waiting.select { |_, (deadline, _)| deadline <= now }.each do |seq, (_, thread)|
+            @waiting.delete(seq)
+            thread.kill
+            @ready << PB["TransformResult"].new(seq: seq, failure: PB["Failure"].new(
+              source: :SOURCE_PLUGIN, wire_state: :WIRE_STATE_NOT_SENT, code: "timeout", message: "the transformation took too long"
+            ))
+          end
+          return @ready.shift(64) unless @ready.empty?
+          return if @over && @waiting.empty?
+
+          first = @waiting.each_value.map(&:first).min
+          @changed.wait(@lock, first && [first - now, 0.001].max)
+        end
+      end
+    end
+  end
+
+  # Plugin is a plugin process. Register kinds with signer, transport and transformer, then call main.
   class Plugin
     def initialize(name, version)
       @name, @version, @kinds = name, version, {}
@@ -314,6 +402,11 @@ module Grapnel
     def transport(id, schemes: [], config: [], secrets: [], adds: [], doc: "", example: {}, &build)
       register(id: id, role: :transport, config: config, secrets: secrets, emits: adds.map(&:downcase), schemes: schemes, doc: doc,
                example: example, deterministic: true, build: build)
+    end
+
+    def transformer(id, config: [], secrets: [], doc: "", example: {}, &build)
+      register(id: id, role: :transformer, config: config, secrets: secrets, emits: [], schemes: [], doc: doc, example: example,
+               deterministic: true, build: build)
     end
 
     # main serves until the host is gone, then exits the process.
@@ -339,13 +432,14 @@ module Grapnel
       finish
     end
 
-    # The calls of the three services; each gives the answer to a message, or to a stream of them.
+    # The calls of the four services; each gives the answer to a message, or to a stream of them.
 
     def describe(_request, _call)
       roles = @kinds.values.map(&:role)
       capabilities = []
       capabilities << "sign.stream" if roles.include?(:signer)
       capabilities << "attempt.unary" if roles.include?(:transport)
+      capabilities << "transform.stream" if roles.include?(:transformer)
       capabilities << "secret.prepare" if @kinds.values.any? { |k| k.secrets.any? { |s| !s.format.empty? } }
       PB["DescribeResponse"].new(name: @name, version: @version, protocol_minor: PROTOCOL_MINOR, capabilities: capabilities,
                                  kinds: @kinds.values.map(&:describe))
@@ -441,6 +535,12 @@ module Grapnel
       end
     end
 
+    def transform(requests, _call)
+      work = Transforming.new { |item, event, deadline| transform_item(item, event, deadline) }
+      work.read(requests)
+      Enumerator.new { |out| work.answers { |results| out << PB["TransformResponse"].new(results: results) } }
+    end
+
     def attempt_one(request, _call)
       began = Grapnel.now
       result = PB["AttemptResult"].new(seq: request.attempt.seq)
@@ -472,7 +572,8 @@ module Grapnel
     def services
       calls = {
         "PluginService" => [%w[Describe], %w[Validate], %w[Configure], %w[Remove], %w[PrepareSecret], %w[Control stream]],
-        "SignerService" => [%w[Sign stream]], "TransportService" => [%w[AttemptOne]]
+        "SignerService" => [%w[Sign stream]], "TransportService" => [%w[AttemptOne]],
+        "TransformerService" => [%w[Transform stream]]
       }
       calls.map do |service, methods|
         plugin = self
@@ -576,6 +677,36 @@ module Grapnel
       result
     rescue Failure => e
       result.failure = failure(e, values)
+      result
+    end
+
+    def transform_item(item, event, deadline)
+      result = PB["TransformResult"].new(seq: item.seq)
+      values = []
+      instance = @instances[item.instance_ref] or raise stale(item.instance_ref)
+      raise Failure.new(:plugin, "protocol", "no such event", :not_sent) unless event
+
+      values = instance.values
+      at = event.time ? event.time.seconds + event.time.nanos / 1e9 : 0.0
+      made = instance.use(Event.new(
+        message_id: event.message_id, id: event.id, source: event.source, type: event.type, subject: event.subject, time: at, content_type: event.content_type,
+        data_schema: event.data_schema, attributes: event.attributes.to_h, data: event.data, deadline: deadline
+      ))
+      body = made.body.b
+      raise ArgumentError, "the body has #{body.bytesize} bytes; at most #{MAX_TRANSFORMED} can be sent" if body.bytesize > MAX_TRANSFORMED
+
+      result.transformed = PB["Transformed"].new(body: body, content_type: made.content_type, headers: Grapnel.fields(made.headers))
+      result
+    rescue Drop => e # its message is its class where none was given
+      result.dropped = PB["Dropped"].new(reason: Grapnel.redact(e.message, values))
+      result
+    rescue Failure => e
+      source = e.source == :config ? :config : :plugin
+      result.failure = failure(Failure.new(source, e.code, e.message, :not_sent), values)
+      result
+    rescue StandardError, SystemStackError => e
+      text = e.is_a?(ArgumentError) ? e.message : "#{e.class}: #{e.message}"
+      result.failure = failure(Failure.new(:plugin, "transform", text, :not_sent), values)
       result
     end
 

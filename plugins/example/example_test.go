@@ -33,6 +33,29 @@ func TestSigner(t *testing.T) {
 	}
 }
 
+func TestPseudonym(t *testing.T) {
+	in := plugintest.New(t, Pseudonym()).Configure(plugintest.Instance{
+		Kind: "example-pseudonym", Config: map[string]any{"fields": []string{"email"}}, Secrets: map[string][]string{"key": {"key"}},
+	})
+	made, err := in.Transform(t.Context(), plugin.Event{Data: []byte(`{"id":9007199254740993,"to":[{"email":"ada@example.com","name":"Ada"}],"from":{"email":"ada@example.com"}}`)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	mac := hmac.New(sha256.New, []byte("key"))
+	mac.Write([]byte(`"ada@example.com"`))
+	ada := hex.EncodeToString(mac.Sum(nil))[:32]
+	want := `{"from":{"email":"` + ada + `"},"id":9007199254740993,"to":[{"email":"` + ada + `","name":"Ada"}]}`
+	if string(made.Body) != want {
+		t.Errorf("%s, want %s", made.Body, want)
+	}
+	if _, err := in.Transform(t.Context(), plugin.Event{Data: []byte("null")}); err == nil || err.Error() != "dropped: the payload is null" {
+		t.Errorf("%v, want it dropped", err)
+	}
+	if _, err := in.Transform(t.Context(), plugin.Event{Data: []byte("email=ada")}); err == nil || !strings.Contains(err.Error(), "not JSON") {
+		t.Errorf("%v, want it to fail", err)
+	}
+}
+
 func TestSpool(t *testing.T) {
 	dir := t.TempDir()
 	h := plugintest.New(t, Signer(), Spool())
