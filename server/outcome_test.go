@@ -1,6 +1,7 @@
 package server_test
 
 import (
+	"bytes"
 	"net/http"
 	"os"
 	"os/exec"
@@ -260,5 +261,62 @@ func TestThirdPartyPlugin(t *testing.T) {
 	files, err := filepath.Glob(filepath.Join(spool, "*"))
 	if err != nil || len(files) != 1 {
 		t.Errorf("spool holds %v, %v", files, err)
+	}
+	transformerGone(t, s, dir)
+}
+
+// transformerGone takes a plugin away while deliveries of a subscription with its transformer are open: what it has made is
+// sent on every attempt, and what it has not made waits and says so, until it is back. The payload is never sent.
+func transformerGone(t *testing.T, s *servertest.Server, dir string) {
+	t.Helper()
+	var status atomic.Int32
+	status.Store(http.StatusServiceUnavailable)
+	rcv := servertest.NewReceiver(t, func(servertest.Request) int { return int(status.Load()) })
+	if _, err := grapnelv1.NewSecretServiceClient(s.Conn).CreateSecret(t.Context(), &grapnelv1.CreateSecretRequest{
+		Parent: "namespaces/acme", SecretId: "pseudonyms", Plugin: "plugins/example-pseudonym", Value: "0123456789abcdef",
+	}); err != nil {
+		t.Fatal(err)
+	}
+	by := transformedBy(t, "example-pseudonym", map[string]any{"fields": []any{"email"}}) // which retries at once
+	s.Subscribe("acme", "hidden", rcv.URL, func(sub *grapnelv1.Subscription) {
+		by(sub)
+		sub.Transformer.Secrets = map[string]string{"key": "namespaces/acme/secrets/pseudonyms"}
+		sub.EventTypes, sub.RetryPolicy.MaxAttempts = []string{"user.*"}, 100
+	})
+	of := func(event string) (found *grapnelv1.Delivery) {
+		for _, d := range s.Deliveries("acme", "subscription=namespaces/acme/subscriptions/hidden") {
+			if strings.HasSuffix(d.GetEvent(), event) {
+				found = d
+			}
+		}
+		return found
+	}
+	s.Publish("acme", "u-1", "user.created", []byte(`{"email":"ada@example.com"}`))
+	servertest.Await(t, "what the transformer has made", func() bool { return len(rcv.Requests()) > 0 })
+	away := filepath.Join(t.TempDir(), "example")
+	if err := os.Rename(filepath.Join(dir, "example"), away); err != nil {
+		t.Fatal(err)
+	}
+	servertest.Await(t, "the plugin to be gone", func() bool {
+		_, err := grapnelv1.NewPluginServiceClient(s.Conn).GetPlugin(t.Context(), &grapnelv1.GetPluginRequest{Name: "plugins/example-pseudonym"})
+		return err != nil
+	})
+	s.Publish("acme", "u-2", "user.created", []byte(`{"email":"bea@example.com"}`))
+	before := len(rcv.Requests())
+	servertest.Await(t, "attempts without the plugin", func() bool { return len(rcv.Requests()) > before+1 })
+	status.Store(http.StatusOK)
+	servertest.Await(t, "the delivery of what was made", func() bool { return of("u-1").GetState() == grapnelv1.Delivery_STATE_SUCCEEDED })
+	servertest.Await(t, "the delivery of what was not made to say that it waits", func() bool {
+		return strings.Contains(of("u-2").GetStateReason(), "plugins/example-pseudonym")
+	})
+	if err := os.Rename(away, filepath.Join(dir, "example")); err != nil {
+		t.Fatal(err)
+	}
+	servertest.Await(t, "the other delivery", func() bool { return of("u-2").GetState() == grapnelv1.Delivery_STATE_SUCCEEDED })
+	all := rcv.Requests()
+	for i, r := range all {
+		if last := i == len(all)-1; strings.Contains(string(r.Body), "@") || bytes.Equal(r.Body, all[0].Body) == last {
+			t.Errorf("request %d of %d: %s", i+1, len(all), r.Body)
+		}
 	}
 }

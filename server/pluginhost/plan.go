@@ -37,7 +37,8 @@ type plan struct {
 	// local, those at the end of the list that live in the transport's process and sign in the same hop.
 	remote []hop
 	local  []uint32
-	// transformer makes, before all that, what is sent; nil without one. signed are headers that it may not set.
+	// transformer makes, before all that, what is sent; nil without one, and where its process is not there: then only what
+	// it has made before can be sent. signed are headers that it may not set.
 	transformer *hop
 	signed      []string
 	shape       wire.Shape
@@ -416,10 +417,13 @@ func (h *Host) configure(sub *subscription.Subscription) (*plan, error) {
 	all := append(bindings, transport)
 	var transformer *binding
 	if pb := sub.Proto.GetTransformer(); pb != nil {
-		if transformer, err = h.resolve("transformer", check.TransformerID(pb), pb); err != nil {
+		transformer, err = h.resolve("transformer", check.TransformerID(pb), pb)
+		switch {
+		case err == nil:
+			all = append(all, transformer)
+		case !errors.Is(err, ErrUnavailable):
 			return nil, err
 		}
-		all = append(all, transformer)
 	}
 	pl := h.newPlan(sub, transport)
 	if pl.shape.Batched() && !transport.kind.Proto.GetTransport().GetBatches() {

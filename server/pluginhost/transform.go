@@ -11,6 +11,7 @@ import (
 	"github.com/grapnel/grapnel/internal/redact"
 	pluginv1 "github.com/grapnel/grapnel/proto/grapnel/plugin/v1"
 	"github.com/grapnel/grapnel/server/delivery"
+	"github.com/grapnel/grapnel/server/pluginhost/check"
 	"github.com/grapnel/grapnel/server/pluginhost/wire"
 	"github.com/grapnel/grapnel/server/subscription"
 	"github.com/grapnel/grapnel/server/tracing"
@@ -21,6 +22,7 @@ import (
 //	transformFirst ── kept before ────────────────────▶ shaped, signed, sent
 //	      └─────────▶ transforms ──▶ transformed ──▶ keep ────────▲
 //
+// Where the transformer is not there, what was kept is sent all the same, and the rest waits; the payload is never sent.
 // A transformer's failures are the plugin's: attempts that say nothing of the receiver.
 
 const (
@@ -80,11 +82,31 @@ func (h *Host) transformFirst(p *pending, pl *plan) {
 			return
 		}
 	}
+	if pl.transformer == nil {
+		h.awaitTransformer(p, pl)
+		return
+	}
 	p.plan, p.Timeout = pl, pl.timeout
 	p.Ref = pl.transformer.ref
 	if pl.transformer.conn.transforms.enqueue(p) != accepted { // the process is gone, or going
 		h.plans.drop(h, pl)
 		h.restart(p)
+	}
+}
+
+// awaitTransformer has p wait for the process that its plan was made without, unless it has come up meanwhile.
+func (h *Host) awaitTransformer(p *pending, pl *plan) {
+	pb := p.sub.Proto.GetTransformer()
+	id := check.TransformerID(pb)
+	_, err := h.resolve("transformer", id, pb)
+	switch {
+	case err == nil:
+		h.plans.drop(h, pl)
+		h.restart(p)
+	case h.above != nil && h.above.kinds.absent(id) != "": // a ward is not to be held up by those who wait
+		h.unspent(p, h.absence(p.sub.Proto))
+	default:
+		h.park(p)
 	}
 }
 

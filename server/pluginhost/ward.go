@@ -84,13 +84,14 @@ func (h *Host) admit(p *pending) bool {
 	return len(placed) > 0
 }
 
-// servedBy are the processes that attempts of a subscription go through, if all are there.
+// servedBy are the processes that attempts of a subscription go through, if all are there: but for a transformer's, without
+// which what it has made before is sent.
 func (h *Host) servedBy(sub *subscription.Subscription) ([]*supervisor, bool) {
 	ids := []string{transportID(&h.kinds, sub.Proto)}
 	for _, pb := range check.Signers(sub.Proto) {
 		ids = append(ids, check.SignerID(pb))
 	}
-	if pb := sub.Proto.GetTransformer(); pb != nil {
+	if pb := sub.Proto.GetTransformer(); pb != nil && h.kinds.absent(check.TransformerID(pb)) == "" {
 		ids = append(ids, check.TransformerID(pb))
 	}
 	var procs []*supervisor
