@@ -50,8 +50,8 @@ func TestPluginGuide(t *testing.T) {
 			g.run(t, s.commands)
 		})
 	}
-	if len(sections) != 4 {
-		t.Fatalf("the page has %d sections with commands, want 4", len(sections))
+	if len(sections) != 5 {
+		t.Fatalf("the page has %d sections with commands, want 5", len(sections))
 	}
 }
 
@@ -62,6 +62,9 @@ func needsLanguage(t *testing.T, title string) {
 	case "Python":
 		err := exec.Command("/usr/bin/python3", "-c", "import grpc, google.protobuf").Run()
 		required.Tool(t, "python", err, "install python3-grpcio and python3-protobuf")
+	case "Ruby":
+		err := exec.Command("ruby", "-e", "require 'grpc'; require 'google/protobuf'").Run()
+		required.Tool(t, "ruby", err, "install ruby-grpc and ruby-google-protobuf")
 	case "JavaScript":
 		if !required.Named("node") {
 			t.Skip("npm install fetches packages: set GRAPNEL_REQUIRE=node")

@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"runtime/debug"
+	"slices"
 	"strings"
 	"text/template"
 
@@ -28,7 +29,7 @@ var scaffold embed.FS
 type project struct {
 	// Name is the plugin's, and its only kind's.
 	Name string
-	// Kind is signer or transport.
+	// Kind is signer, transport or transformer.
 	Kind string
 	// SDK is the directory of a checkout to build against; empty takes the released module of Version.
 	SDK string
@@ -37,6 +38,12 @@ type project struct {
 
 	language, dir string
 }
+
+// scaffoldKinds and scaffoldLanguages are what a plugin can be started with.
+var (
+	scaffoldKinds     = []string{"signer", "transport", "transformer"}
+	scaffoldLanguages = []string{"go", "python", "node", "ruby"}
+)
 
 func newPluginNew(c *cli) *cobra.Command {
 	p := &project{}
@@ -47,7 +54,8 @@ func newPluginNew(c *cli) *cobra.Command {
 names the plugin and its kind. A plugin in Go builds against the SDK of this grapnel's version, or with --sdk against
 a checkout, which a grapnel that was built from one needs.`,
 		Example: `  grapnel plugin new --kind signer --sdk ~/src/grapnel acme-sign
-  grapnel plugin new --kind transport --lang python acme-post`,
+  grapnel plugin new --kind transport --lang python acme-post
+  grapnel plugin new --kind transformer --lang ruby acme-shape`,
 		Args: exactly("DIR"),
 		RunE: func(_ *cobra.Command, args []string) error {
 			if err := p.check(args[0]); err != nil {
@@ -56,16 +64,19 @@ a checkout, which a grapnel that was built from one needs.`,
 			if err := p.write(); err != nil {
 				return err
 			}
-			c.said("%s is there. Next:\n\n%s", p.dir, p.next())
+			c.said("%s is there. Next:\n", p.dir)
+			for line := range strings.Lines(p.next()) {
+				c.said("%s", strings.TrimSuffix(line, "\n"))
+			}
 			return nil
 		},
 	}
 	f := cmd.Flags()
-	f.StringVar(&p.Kind, "kind", "signer", "signer or transport")
-	f.StringVar(&p.language, "lang", "go", "go, python or node")
+	f.StringVar(&p.Kind, "kind", "signer", "signer, transport or transformer")
+	f.StringVar(&p.language, "lang", "go", "go, python, node or ruby")
 	f.StringVar(&p.SDK, "sdk", "", "build a Go plugin against this `checkout` of Grapnel")
-	must(cmd.RegisterFlagCompletionFunc("kind", fixed("signer", "transport")))
-	must(cmd.RegisterFlagCompletionFunc("lang", fixed("go", "python", "node")))
+	must(cmd.RegisterFlagCompletionFunc("kind", fixed(scaffoldKinds...)))
+	must(cmd.RegisterFlagCompletionFunc("lang", fixed(scaffoldLanguages...)))
 	return cmd
 }
 
@@ -75,10 +86,10 @@ func (p *project) check(dir string) (err error) {
 	}
 	p.Name = filepath.Base(p.dir)
 	switch {
-	case p.Kind != "signer" && p.Kind != "transport":
-		return usagef("--kind %s: must be signer or transport", p.Kind)
-	case p.language != "go" && p.language != "python" && p.language != "node":
-		return usagef("--lang %s: must be go, python or node", p.language)
+	case !slices.Contains(scaffoldKinds, p.Kind):
+		return usagef("--kind %s: must be signer, transport or transformer", p.Kind)
+	case !slices.Contains(scaffoldLanguages, p.language):
+		return usagef("--lang %s: must be go, python, node or ruby", p.language)
 	case p.SDK != "" && p.language != "go":
 		return usagef("--sdk is for Go plugins; one in %s carries what it needs", p.language)
 	case !regexp.MustCompile(`^[a-z][a-z0-9-]{0,40}$`).MatchString(p.Name):
@@ -174,6 +185,7 @@ func (p *project) next() string {
 		"go":     "go mod tidy && go test . && go build -o plugin .",
 		"python": "apt-get install python3-grpcio python3-protobuf",
 		"node":   "npm install",
+		"ruby":   "apt-get install ruby-grpc ruby-google-protobuf",
 	}[p.language]
 	what := "."
 	if p.language == "go" {
@@ -182,6 +194,5 @@ func (p *project) next() string {
 	return fmt.Sprintf(`  cd %s
   %s
   grapnel plugin test ./plugin
-  grapnel plugin install --plugin-dir ../plugins %s
-`, p.dir, build, what)
+  grapnel plugin install --plugin-dir ../plugins %s`, p.dir, build, what)
 }
