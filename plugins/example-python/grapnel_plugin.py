@@ -15,8 +15,9 @@ which is the compiled grapnel.plugin.v1. Copy both into your project; they chang
 
 The function above is called once for each configured instance, and when a config is only checked; what it returns is
 called for each request, on several threads. A signer is pure: it takes the time from request.created and randomness
-from request.nonce. A transformer is given an Event and returns Transformed, or raises Drop where nothing is to be sent; one that computes
-for long holds up the others, which share one interpreter. What an instance holds it gives back in a function that it hands to target.on_close.
+from request.nonce. A transformer is given an Event and returns Transformed, or raises Drop where nothing is to be sent; one
+that computes for long holds up the others, which share one interpreter. What an instance holds it gives back in a function
+that it hands to target.on_close.
 """
 
 import heapq

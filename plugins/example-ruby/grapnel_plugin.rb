@@ -14,7 +14,8 @@
 # The block is called once for each configured instance, and when a config is only checked; what it returns is called for
 # each request, on several threads. A signer is pure: it takes the time from request.created and randomness from
 # request.nonce. A transformer is given an Event and returns Transformed, or raises Drop where nothing is to be sent; one that
-# computes for long holds up the others, which share one interpreter. What an instance holds it gives back in a block that it hands to target.on_close.
+# computes for long holds up the others, which share one interpreter. What an instance holds it gives back in a block that it
+# hands to target.on_close.
 require "google/protobuf"
 require "google/protobuf/well_known_types"
 require "grpc"
