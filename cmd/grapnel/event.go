@@ -13,7 +13,7 @@ import (
 )
 
 func newEventCommand(c *cli) *cobra.Command {
-	cmd := group("event", "Events that were accepted", newEventGet(c), newEventList(c), newEventExplain(c), newEventMatch(c))
+	cmd := group("event", "Events that were accepted", newEventGet(c), newEventList(c), newEventExplain(c), newEventMatch(c), newEventPurge(c))
 	cmd.Aliases = []string{"events"}
 	return c.connectFlags(cmd, true)
 }
@@ -36,6 +36,7 @@ func eventColumns() []column[*grapnelv1.Event] {
 		{head: "ACCEPTED", value: func(e event) string { return timeText(e.GetAcceptTime()) }},
 		{head: "DELIVER TIME", detail: true, value: func(e event) string { return timeText(e.GetDeliverTime()) }},
 		{head: "TTL", detail: true, value: func(e event) string { return durationText(e.GetTtl()) }},
+		{head: "PURGED", detail: true, value: func(e event) string { return timeText(e.GetPurgeTime()) }},
 		{head: "PAYLOAD", detail: true, value: payloadText},
 	}
 }
@@ -100,6 +101,41 @@ func newEventGet(c *cli) *cobra.Command {
 	}
 	cmd.Flags().BoolVar(&payload, "payload", false, "show the payload too")
 	cmd.Flags().BoolVar(&raw, "raw", false, "print the payload only, byte for byte; on a terminal, what it can show")
+	return cmd
+}
+
+func newEventPurge(c *cli) *cobra.Command {
+	var yes bool
+	cmd := &cobra.Command{
+		Use: "purge ID", Short: "Take away what an event carries, and keep its history", Args: oneID,
+		Long: `Takes away what an event carries, named by its id or by the webhook-id that receivers see: its payload, subject and
+attributes, what transformers have made of it, and what is kept of requests and answers. Its open deliveries are cancelled,
+and nothing of it can be sent again. Of what has become of it nothing is lost but words that may quote it.
+
+grapnel erasure does it for all events of a person, and sees to it that no file of the server holds them any more.`,
+		Example: "  grapnel event purge order-1001 -n acme --yes",
+		RunE: func(cmd *cobra.Command, args []string) error {
+			name, err := c.name(events, args[0])
+			if err != nil {
+				return err
+			}
+			if err := c.confirm(cmd.Context(), yes, "the payload of "+name, "what it carries, for good"); err != nil {
+				return err
+			}
+			return c.with(cmd, func(ctx context.Context, cl *client.Client) error {
+				r, err := cl.EventService().PurgeEventPayload(ctx, &grapnelv1.PurgeEventPayloadRequest{Name: name})
+				if err != nil {
+					return err
+				}
+				if c.forPrograms() {
+					return show[*grapnelv1.PurgeEventPayloadResponse](c, r, nil)
+				}
+				c.said("purged %s; %s cancelled", name, several(int(r.GetCancelledDeliveries()), "delivery", "deliveries"))
+				return nil
+			})
+		},
+	}
+	yesFlag(cmd, &yes)
 	return cmd
 }
 

@@ -71,6 +71,9 @@ func eventLine(e *grapnelv1.Event) string {
 	if key := e.GetOrderingKey(); key != "" {
 		words = append(words, "ordering key "+key)
 	}
+	if e.GetPayloadPurged() {
+		words = append(words, "payload purged "+timeText(e.GetPurgeTime()))
+	}
 	words = append(words, "webhook-id "+e.GetUid(), several(int(e.GetMatchedSubscriptions()), "subscription", "subscriptions")+" matched")
 	return strings.Join(words, ", ")
 }

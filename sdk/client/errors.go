@@ -42,6 +42,8 @@ var (
 	ErrInUse = reasonError("RESOURCE_IN_USE")
 	// ErrInvalidState: the resource is not in a state that allows the call.
 	ErrInvalidState = reasonError("INVALID_STATE")
+	// ErrPayloadPurged: the payload of the event has been purged, and nothing of it can be sent again.
+	ErrPayloadPurged = reasonError("PAYLOAD_PURGED")
 	// ErrQuotaExceeded: a limit of the namespace is reached; waiting does not help.
 	ErrQuotaExceeded = reasonError("QUOTA_EXCEEDED")
 	// ErrRateLimited: too fast; Error.RetryAfter says how long to wait.

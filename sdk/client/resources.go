@@ -162,6 +162,18 @@ func (c *Client) DeleteSecret(ctx context.Context, namespace, secret string) err
 	return err
 }
 
+// PurgeEvent takes away what an event carries, given as in GetEvent, and keeps its history: payload, subject and
+// attributes, what was made of it, and what is kept of requests and answers. It returns how many open deliveries it has
+// cancelled. It may be repeated.
+func (c *Client) PurgeEvent(ctx context.Context, namespace, event string) (cancelled int, err error) {
+	name, err := resourceName(namespace, "events", event)
+	if err != nil {
+		return 0, err
+	}
+	r, err := c.EventService().PurgeEventPayload(ctx, &grapnelv1.PurgeEventPayloadRequest{Name: name})
+	return int(r.GetCancelledDeliveries()), err
+}
+
 // GetEvent reads an event with its payload, by its ID, its uid (the webhook-id that receivers see), or its
 // full name.
 func (c *Client) GetEvent(ctx context.Context, namespace, event string) (*grapnelv1.Event, error) {

@@ -323,6 +323,13 @@ func invalidState(name, message string) *Error {
 	}
 }
 
+// payloadPurged says that nothing of the event can be sent again.
+func payloadPurged(name string) *Error {
+	e := invalidState(name, "the payload of its event has been purged, and cannot be sent again")
+	e.reason = grapnelv1.ErrorReason_ERROR_REASON_PAYLOAD_PURGED
+	return e
+}
+
 // quota says that a limit is reached which waiting a little does not lift.
 func quota(subject, description string) *Error {
 	return &Error{
@@ -574,6 +581,8 @@ func fromDelivery(err error, resource string) *Error {
 		return eventConflict(resource)
 	case errors.Is(err, delivery.ErrFinal):
 		return invalidState(resource, "the delivery has ended already and cannot be cancelled")
+	case errors.Is(err, delivery.ErrPurged):
+		return payloadPurged(resource)
 	case errors.Is(err, delivery.ErrInvalidState):
 		return invalidState(resource, "the delivery is not in a state that allows this call")
 	case errors.Is(err, delivery.ErrDiskFull):

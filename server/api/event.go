@@ -22,6 +22,19 @@ func (s eventService) GetEvent(_ context.Context, r *grapnelv1.GetEventRequest) 
 	return &grapnelv1.GetEventResponse{Event: eventProto(ns, ev, r.GetIncludePayload())}, nil
 }
 
+// PurgeEventPayload takes away what an event carries.
+func (s eventService) PurgeEventPayload(ctx context.Context, r *grapnelv1.PurgeEventPayloadRequest) (*grapnelv1.PurgeEventPayloadResponse, error) {
+	_, ev, err := s.event(r.GetName())
+	if err != nil {
+		return nil, err
+	}
+	done, err := s.Journal.PurgeEvent(ctx, ev.Namespace, ev.Partition, ev.Seq)
+	if err != nil {
+		return nil, toStatus(err, r.GetName())
+	}
+	return &grapnelv1.PurgeEventPayloadResponse{CancelledDeliveries: clampInt32(done.Cancelled)}, nil
+}
+
 // event reads an event by its name, of which the last segment is its id or its uid.
 func (s *Server) event(name string) (ns string, ev *delivery.Event, err error) {
 	ns, id, err := parseName("name", name, collectionEvents)
@@ -164,10 +177,13 @@ func eventProto(ns string, ev *delivery.Event, payload bool) *grapnelv1.Event {
 	for _, f := range ev.Faults {
 		m.ConditionErrors = append(m.ConditionErrors, &grapnelv1.ConditionError{Subscription: subscriptionName(ns, f.Subscription), Error: f.Text})
 	}
+	if ev.Purged != nil {
+		m.PayloadPurged, m.PurgeTime, m.SizeBytes = true, stamp(ev.Purged.Time), int32(ev.Purged.Bytes)
+	}
 	if ev.TTL > 0 {
 		m.Ttl = durationpb.New(ev.TTL)
 	}
-	if payload {
+	if payload && ev.Purged == nil {
 		m.Payload, m.Headers = &grapnelv1.Event_Data{Data: ev.Payload}, ev.Headers
 	}
 	return m

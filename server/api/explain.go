@@ -286,6 +286,11 @@ func (x *explanation) notDelivered(ctx context.Context, after string) (next stri
 
 // hindsight says why a subscription that would match the event as it is now has nothing of it.
 func (x *explanation) hindsight(sub *subscription.Subscription, m *grapnelv1.SubscriptionMatch) *grapnelv1.SubscriptionMatch {
+	if x.event.Purged != nil && m.GetVerdict() != grapnelv1.SubscriptionMatch_VERDICT_TYPE_DIFFERS {
+		m.Verdict, m.Values = grapnelv1.SubscriptionMatch_VERDICT_CONDITION_ERROR, nil
+		m.Reason = "the event's payload was purged " + clock(x.event.Purged.Time) + ": whether the subscription would match cannot be told any more"
+		return m
+	}
 	if !matches(m.GetVerdict()) {
 		return m
 	}

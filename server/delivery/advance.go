@@ -187,9 +187,9 @@ func (c *commit) sendSelected(r *Replay, pick *Picker, s *selected) (made bool, 
 	return err == nil, passGone(err)
 }
 
-// passGone takes it for no error that an event is retained no longer.
+// passGone takes it for no error that an event is retained no longer, or its payload is not.
 func passGone(err error) error {
-	if errors.Is(err, ErrNotFound) || errors.Is(err, errEventGone) {
+	if errors.Is(err, ErrNotFound) || errors.Is(err, errEventGone) || errors.Is(err, ErrPurged) {
 		return nil
 	}
 	return err
@@ -307,6 +307,10 @@ func (p *partition) lookAtEvent(r pebble.Reader, pick *Picker, seq uint64, step 
 	e, err := p.readEvent(r, lane.Namespace, seq)
 	if err != nil {
 		return nil, passGone(err)
+	}
+	if e.Purged != nil { // whether the subscription wants it can no longer be told
+		step.counts.Skipped++
+		return nil, nil
 	}
 	step.bytes += len(e.Payload)
 	to, verdict := pick.Event(e)

@@ -24,7 +24,7 @@ type sending struct {
 }
 
 // send adds a delivery of an event that is on record, and returns its place. ErrNotFound says that the event is there
-// no longer; nothing has been added then.
+// no longer, ErrPurged that its payload is not; nothing has been added then.
 func (c *commit) send(s *sending) (*place, error) {
 	p := c.p
 	from, err := p.home(c.r, s.ns, s.origin)
@@ -34,6 +34,9 @@ func (c *commit) send(s *sending) (*place, error) {
 	head, err := p.readHead(c.r, from, s.ns, s.origin)
 	if err != nil {
 		return nil, err
+	}
+	if head.purged {
+		return nil, ErrPurged
 	}
 	day, err := c.holdEvent(from, s.ns, s.origin)
 	if err != nil {
@@ -127,7 +130,9 @@ func (c *commit) deadLetter(lane LaneKey, seq uint64, st *standing, to *DeadLett
 	if st.origin != 0 {
 		origin = st.origin
 	}
-	if _, err := c.send(&sending{ns: lane.Namespace, origin: origin, to: to.To, trigger: ByDeadLetter, letter: letter}); err != nil {
+	if _, err := c.send(&sending{ns: lane.Namespace, origin: origin, to: to.To, trigger: ByDeadLetter, letter: letter}); errors.Is(err, ErrPurged) {
+		return
+	} else if err != nil {
 		c.p.j.log.Error("dead letter not made", "delivery_id", ID{seq, c.p.number, lane.Subscription}.String(), "err", err)
 		return
 	}
@@ -136,7 +141,7 @@ func (c *commit) deadLetter(lane LaneKey, seq uint64, st *standing, to *DeadLett
 }
 
 // Resend makes a new delivery of a delivery's event to a subscription, durably, whatever became of the delivery. It is
-// due now. ErrNotFound says that there is no such delivery, ErrInvalidState that its event is no longer retained, or
+// due now. ErrNotFound says that there is no such delivery, ErrPurged that the payload of its event has been purged, ErrInvalidState that its event is no longer retained, or
 // that ifAttempts is not negative and not the number of attempts that have ended.
 func (j *Journal) Resend(ctx context.Context, lane LaneKey, id ID, to Target, ifAttempts int) (*Delivery, error) {
 	leave, err := j.enter()

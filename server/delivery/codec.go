@@ -48,6 +48,8 @@ func (e *encoder) time(t time.Time) {
 type decoder struct {
 	b   []byte
 	err error
+	// purged: the event that is read has no payload any more.
+	purged bool
 }
 
 func readRecord(value []byte) *decoder {

@@ -157,6 +157,8 @@ type Event struct {
 	// publisher of the event.
 	Faults     []Fault
 	FaultCount int
+	// Purged is set when its payload has been purged; see PurgeEvent.
+	Purged *Purged
 
 	refs int32 // jobs and readers that hold it, 0 outside of its table, which guards it
 }

@@ -78,7 +78,7 @@ func (c *commit) dropOpen(lane LaneKey, at *place) {
 
 // Retry makes a delivery due now, durably, with one attempt more when its attempts are used up and a day more
 // when its time is. A delivery of the FIFO is due anyway and stays as it is, and so is one that waits for the turn of its
-// ordering key; where another one has that, a delivery that comes back waits for it. ErrInvalidState says that it has
+// ordering key; where another one has that, a delivery that comes back waits for it. ErrPurged says that the payload of its event has been purged, ErrInvalidState that it has
 // succeeded, or that ifAttempts is not negative and not the number of attempts that have ended.
 func (j *Journal) Retry(ctx context.Context, lane LaneKey, id ID, ifAttempts int) (*Delivery, error) {
 	return j.edit(ctx, lane, id, func(c *commit, at *place) error {
@@ -102,6 +102,9 @@ func (c *commit) retry(lane LaneKey, at *place) error {
 
 // reopen schedules a delivery, which may have ended, for now.
 func (c *commit) reopen(lane LaneKey, at *place) error {
+	if purged, err := c.p.purgedOf(c.r, lane.Namespace, at.eventSeq()); err != nil || purged {
+		return cmp.Or(err, ErrPurged)
+	}
 	var t turn
 	seq, others := at.row.Seq, false
 	if at.open {

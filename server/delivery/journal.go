@@ -34,6 +34,8 @@ var (
 	ErrFinal = errors.New("delivery is final")
 	// ErrInvalidState says that the delivery is not in a state that allows the change.
 	ErrInvalidState = errors.New("delivery's state does not allow this")
+	// ErrPurged says that the payload of the event has been purged.
+	ErrPurged = errors.New("the event's payload has been purged")
 	// ErrInvalidCursor says that a cursor was not made by the journal.
 	ErrInvalidCursor = errors.New("cursor is not valid")
 	// ErrStranger says that what was noted of a journal is about another one.

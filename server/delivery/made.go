@@ -2,7 +2,6 @@ package delivery
 
 import (
 	"context"
-	"errors"
 	"fmt"
 )
 
@@ -45,7 +44,7 @@ func (j *Journal) Made(job *Job) (*Made, error) {
 
 // KeepMade keeps what a transformer has made for a delivery, durably, and returns what is kept: what was kept before where
 // that is the case, so that all that is ever sent is the same. ErrDiskFull says that there is no room, ErrNotFound that
-// the event is there no longer. When ctx ends first it may have been kept all the same.
+// the event is there no longer, ErrPurged that its payload is not. When ctx ends first it may have been kept all the same.
 func (j *Journal) KeepMade(ctx context.Context, job *Job, made *Made) (*Made, error) {
 	leave, err := j.enter()
 	if err != nil {
@@ -83,8 +82,10 @@ func (j *Journal) KeepMade(ctx context.Context, job *Job, made *Made) (*Made, er
 			kept <- before
 			return nil
 		}
-		if there, err := j.has(c.r, appendEventKey(nil, p.number, day, ns, seq)); err != nil || !there {
-			return errors.Join(err, absent(there))
+		if head, err := p.readHead(c.r, day, ns, seq); err != nil {
+			return err
+		} else if head.purged {
+			return ErrPurged
 		}
 		p.value = encodeMade(p.value[:0], made)
 		c.set(at, p.value)
@@ -96,13 +97,6 @@ func (j *Journal) KeepMade(ctx context.Context, job *Job, made *Made) (*Made, er
 		return nil, err
 	}
 	return <-kept, nil
-}
-
-func absent(there bool) error {
-	if there {
-		return nil
-	}
-	return ErrNotFound
 }
 
 func encodeMade(b []byte, m *Made) []byte {

@@ -16,6 +16,7 @@ type eventHead struct {
 	// within are the targets, unless they lie apart.
 	within targetList
 	apart  bool
+	purged bool
 	// again is set of a delivery that was made again; accept is then when it was.
 	again *again
 }
@@ -30,6 +31,11 @@ func encodeEvent(b []byte, e *Event, targets []Target) []byte {
 		w.int(sizeOfTargets(targets))
 		w = encodeTargets(w, targets)
 	}
+	return appendEvent(w, e)
+}
+
+// appendEvent adds what comes behind the targets.
+func appendEvent(w encoder, e *Event) []byte {
 	w.text(e.ID)
 	w.text(e.Type)
 	w.text(e.Source)
@@ -48,7 +54,7 @@ func encodeEvent(b []byte, e *Event, targets []Target) []byte {
 		w.text(value)
 	}
 	w.bytes(e.Payload)
-	if e.FaultCount > 0 || e.OrderingKey != "" || len(e.Headers) > 0 || e.Trace != nil {
+	if e.FaultCount > 0 || e.OrderingKey != "" || len(e.Headers) > 0 || e.Trace != nil || e.Purged != nil {
 		w.int(e.FaultCount)
 		w.int(len(e.Faults))
 		for _, f := range e.Faults {
@@ -56,6 +62,10 @@ func encodeEvent(b []byte, e *Event, targets []Target) []byte {
 			w.text(f.Text)
 		}
 		w.text(e.OrderingKey)
+	}
+	if e.Purged != nil { // and so has neither headers nor a trace
+		e.Purged.append(&w)
+		return w
 	}
 	if len(e.Headers) > 0 || e.Trace != nil {
 		w.int(len(e.Headers))
@@ -95,6 +105,7 @@ func decodeEvent(value []byte) (*Event, error) {
 	d := readRecord(value)
 	e := &Event{AcceptTime: d.time()}
 	d.targets()
+	purged := d.purged
 	// All text in one allocation: the head of the record as a string, cut up.
 	head := d.b
 	text := ""
@@ -126,6 +137,10 @@ func decodeEvent(value []byte) (*Event, error) {
 			e.Faults = append(e.Faults, Fault{d.text(), d.text()})
 		}
 		e.OrderingKey = d.text()
+	}
+	if purged {
+		e.Purged = d.readPurged()
+		return e, d.err
 	}
 	if d.err == nil && len(d.b) > 0 {
 		e.Headers = d.pairs()
@@ -199,7 +214,7 @@ func decodeHead(value []byte) (h eventHead, err error) {
 	d := readRecord(value)
 	h.accept = d.time()
 	within, apart := d.targets()
-	h.id, h.eventType, h.apart = d.text(), d.text(), apart
+	h.id, h.eventType, h.apart, h.purged = d.text(), d.text(), apart, d.purged
 	if d.err == nil && within != nil {
 		h.within, d.err = decodeTargets(slices.Clone(within))
 	}

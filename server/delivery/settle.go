@@ -229,6 +229,13 @@ func (c *commit) settleStale(day dayKey, lane LaneKey, s *settle) error {
 	own.attempt = new(Attempt)
 	*own.attempt = *s.attempt
 	own.attempt.Number = 0
+	purged, err := c.p.purgedOf(c.r, lane.Namespace, at.eventSeq())
+	if err != nil {
+		return err
+	}
+	if purged {
+		own.attempt.strip()
+	}
 	if at.open && s.step.State == Succeeded {
 		return c.settleOpen(lane, at, &own)
 	}

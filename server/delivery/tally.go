@@ -51,8 +51,8 @@ func (t *tally) makes(p *partition, r pebble.Reader, pick *Picker, lane LaneKey,
 	if err != nil {
 		return false, err
 	}
-	if there, err := p.j.has(r, appendEventKey(nil, p.number, day, lane.Namespace, origin)); err != nil || !there || pick.Again {
-		return there, err
+	if head, err := p.readHead(r, day, lane.Namespace, origin); err != nil || head.purged || pick.Again {
+		return err == nil && !head.purged, passGone(err)
 	}
 	if at.origin == 0 { // the others that were made with the event have come right before it
 		first := pick.To == 0 || t.sent != origin

@@ -15,6 +15,8 @@ const (
 	targetsNone = iota
 	targetsWithin
 	targetsApart
+	// targetsPurged is beside the place: the event's payload has been purged.
+	targetsPurged = 0x80
 )
 
 func targetsPlace(targets []Target) byte {
@@ -152,7 +154,9 @@ func (t *targetList) clone() targetList {
 
 // targets reads the targets that an event's record holds, lent; nil where there are none or they lie apart.
 func (d *decoder) targets() (within []byte, apart bool) {
-	switch d.byte() {
+	place := d.byte()
+	d.purged = place&targetsPurged != 0
+	switch place &^ targetsPurged {
 	case targetsNone:
 	case targetsWithin:
 		return d.bytes(), false

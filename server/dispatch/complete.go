@@ -181,8 +181,11 @@ func (l *lane) disableFor(sub *subscription.Subscription, reason string, quiet b
 func (e *Engine) expire(x *entry) {
 	l := x.lane
 	step := delivery.Step{State: delivery.Exhausted, Reason: reasonMaxAge, Block: l.blocksKeys()}
+	if x.Event.Purged != nil { // a purge was cut short
+		step = delivery.Step{State: delivery.Cancelled, Reason: delivery.ReasonPurged}
+	}
 	now, sub := e.now(), e.subs.Subscription(l.key)
-	if sub != nil && x.Letter == nil {
+	if sub != nil && x.Letter == nil && step.State == delivery.Exhausted {
 		step.DeadLetter = e.subs.DeadLetter(sub)
 	}
 	l.mu.Lock()

@@ -67,7 +67,10 @@ func (x *entry) before(y *entry) bool { return x.Row().Pos().Before(y.Row().Pos(
 // repeats reports whether it has been tried before, and nobody has asked for another attempt.
 func (x *entry) repeats() bool { return x.Attempts > 0 && !x.Manual }
 
-func (x *entry) expired(now time.Time) bool { return !x.Expire.IsZero() && now.After(x.Expire) }
+// expired reports whether it is to end without another attempt: its time is over, or its payload is purged.
+func (x *entry) expired(now time.Time) bool {
+	return !x.Expire.IsZero() && now.After(x.Expire) || x.Event.Purged != nil
+}
 
 // queue is a list of entries linked by prev and next.
 type queue struct {

@@ -90,6 +90,8 @@ const (
 	// DATA_LOSS: what is stored of the resource is damaged. It is there, and cannot be read: create it again, or restore etcd
 	// from a backup.
 	ErrorReason_ERROR_REASON_DATA_DAMAGED ErrorReason = 30
+	// FAILED_PRECONDITION: the payload of the event has been purged, so that nothing of it can be sent again.
+	ErrorReason_ERROR_REASON_PAYLOAD_PURGED ErrorReason = 31
 )
 
 // Enum value maps for ErrorReason.
@@ -124,6 +126,7 @@ var (
 		28: "ERROR_REASON_SCHEMA_MISMATCH",
 		29: "ERROR_REASON_EVENT_TYPE_NOT_REGISTERED",
 		30: "ERROR_REASON_DATA_DAMAGED",
+		31: "ERROR_REASON_PAYLOAD_PURGED",
 	}
 	ErrorReason_value = map[string]int32{
 		"ERROR_REASON_UNSPECIFIED":               0,
@@ -155,6 +158,7 @@ var (
 		"ERROR_REASON_SCHEMA_MISMATCH":           28,
 		"ERROR_REASON_EVENT_TYPE_NOT_REGISTERED": 29,
 		"ERROR_REASON_DATA_DAMAGED":              30,
+		"ERROR_REASON_PAYLOAD_PURGED":            31,
 	}
 )
 
@@ -365,7 +369,7 @@ const file_grapnel_v1_common_proto_rawDesc = "" +
 	"\x05field\x18\x04 \x01(\tR\x05field\x12\x1c\n" +
 	"\tretryable\x18\x05 \x01(\bR\tretryable\x12:\n" +
 	"\vretry_delay\x18\x06 \x01(\v2\x19.google.protobuf.DurationR\n" +
-	"retryDelay*\xde\a\n" +
+	"retryDelay*\xff\a\n" +
 	"\vErrorReason\x12\x1c\n" +
 	"\x18ERROR_REASON_UNSPECIFIED\x10\x00\x12\x1e\n" +
 	"\x1aERROR_REASON_INVALID_FIELD\x10\x01\x12\x1f\n" +
@@ -396,7 +400,8 @@ const file_grapnel_v1_common_proto_rawDesc = "" +
 	"\x1aERROR_REASON_SLOW_CONSUMER\x10\x1b\x12 \n" +
 	"\x1cERROR_REASON_SCHEMA_MISMATCH\x10\x1c\x12*\n" +
 	"&ERROR_REASON_EVENT_TYPE_NOT_REGISTERED\x10\x1d\x12\x1d\n" +
-	"\x19ERROR_REASON_DATA_DAMAGED\x10\x1eB7Z5github.com/grapnel/grapnel/proto/grapnel/v1;grapnelv1b\x06proto3"
+	"\x19ERROR_REASON_DATA_DAMAGED\x10\x1e\x12\x1f\n" +
+	"\x1bERROR_REASON_PAYLOAD_PURGED\x10\x1fB7Z5github.com/grapnel/grapnel/proto/grapnel/v1;grapnelv1b\x06proto3"
 
 var (
 	file_grapnel_v1_common_proto_rawDescOnce sync.Once

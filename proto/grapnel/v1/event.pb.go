@@ -101,7 +101,7 @@ func (x SubscriptionMatch_Verdict) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use SubscriptionMatch_Verdict.Descriptor instead.
 func (SubscriptionMatch_Verdict) EnumDescriptor() ([]byte, []int) {
-	return file_grapnel_v1_event_proto_rawDescGZIP(), []int{16, 0}
+	return file_grapnel_v1_event_proto_rawDescGZIP(), []int{18, 0}
 }
 
 // Event is a CloudEvents 1.0 event in flat form.
@@ -157,9 +157,10 @@ type Event struct {
 	Ttl *durationpb.Duration `protobuf:"bytes,15,opt,name=ttl,proto3" json:"ttl,omitempty"`
 	// Output only.
 	AcceptTime *timestamppb.Timestamp `protobuf:"bytes,16,opt,name=accept_time,json=acceptTime,proto3" json:"accept_time,omitempty"`
-	// Output only: payload bytes.
+	// Output only: payload bytes, as they were when it was accepted.
 	SizeBytes int32 `protobuf:"varint,17,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"`
-	// Output only: true when the payload is no longer kept.
+	// Output only: true when the payload is no longer kept, nor are subject and attributes, after PurgeEventPayload or an
+	// Erasure.
 	PayloadPurged bool `protobuf:"varint,18,opt,name=payload_purged,json=payloadPurged,proto3" json:"payload_purged,omitempty"`
 	// Output only: subscriptions it matched: it was queued for them, or skipped by those that were disabled.
 	MatchedSubscriptions int32 `protobuf:"varint,19,opt,name=matched_subscriptions,json=matchedSubscriptions,proto3" json:"matched_subscriptions,omitempty"`
@@ -177,7 +178,9 @@ type Event struct {
 	// either end. Those that belong to the connection, the transport, the signers or the event's attributes, and those that
 	// hold credentials, are refused. They count for what attributes may take as HTTP headers, conditions and transformers do not
 	// see them, and they are read with include_payload only.
-	Headers       map[string]string `protobuf:"bytes,24,rep,name=headers,proto3" json:"headers,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	Headers map[string]string `protobuf:"bytes,24,rep,name=headers,proto3" json:"headers,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	// Output only: when the payload was purged.
+	PurgeTime     *timestamppb.Timestamp `protobuf:"bytes,25,opt,name=purge_time,json=purgeTime,proto3" json:"purge_time,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -389,6 +392,13 @@ func (x *Event) GetConditionErrorCount() int32 {
 func (x *Event) GetHeaders() map[string]string {
 	if x != nil {
 		return x.Headers
+	}
+	return nil
+}
+
+func (x *Event) GetPurgeTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.PurgeTime
 	}
 	return nil
 }
@@ -1102,6 +1112,98 @@ func (x *GetEventResponse) GetEvent() *Event {
 	return nil
 }
 
+// PurgeEventPayloadRequest names one event.
+type PurgeEventPayloadRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// namespaces/{namespace}/events/{event}, as in GetEventRequest.
+	Name          string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PurgeEventPayloadRequest) Reset() {
+	*x = PurgeEventPayloadRequest{}
+	mi := &file_grapnel_v1_event_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PurgeEventPayloadRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PurgeEventPayloadRequest) ProtoMessage() {}
+
+func (x *PurgeEventPayloadRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_grapnel_v1_event_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PurgeEventPayloadRequest.ProtoReflect.Descriptor instead.
+func (*PurgeEventPayloadRequest) Descriptor() ([]byte, []int) {
+	return file_grapnel_v1_event_proto_rawDescGZIP(), []int{11}
+}
+
+func (x *PurgeEventPayloadRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+// PurgeEventPayloadResponse is the result of PurgeEventPayload.
+type PurgeEventPayloadResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Deliveries that were open, or blocked their ordering key, and were cancelled by this call.
+	CancelledDeliveries int32 `protobuf:"varint,1,opt,name=cancelled_deliveries,json=cancelledDeliveries,proto3" json:"cancelled_deliveries,omitempty"`
+	unknownFields       protoimpl.UnknownFields
+	sizeCache           protoimpl.SizeCache
+}
+
+func (x *PurgeEventPayloadResponse) Reset() {
+	*x = PurgeEventPayloadResponse{}
+	mi := &file_grapnel_v1_event_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PurgeEventPayloadResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PurgeEventPayloadResponse) ProtoMessage() {}
+
+func (x *PurgeEventPayloadResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_grapnel_v1_event_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PurgeEventPayloadResponse.ProtoReflect.Descriptor instead.
+func (*PurgeEventPayloadResponse) Descriptor() ([]byte, []int) {
+	return file_grapnel_v1_event_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *PurgeEventPayloadResponse) GetCancelledDeliveries() int32 {
+	if x != nil {
+		return x.CancelledDeliveries
+	}
+	return 0
+}
+
 // ListEventsRequest asks for a page.
 type ListEventsRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -1120,7 +1222,7 @@ type ListEventsRequest struct {
 
 func (x *ListEventsRequest) Reset() {
 	*x = ListEventsRequest{}
-	mi := &file_grapnel_v1_event_proto_msgTypes[11]
+	mi := &file_grapnel_v1_event_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1132,7 +1234,7 @@ func (x *ListEventsRequest) String() string {
 func (*ListEventsRequest) ProtoMessage() {}
 
 func (x *ListEventsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_event_proto_msgTypes[11]
+	mi := &file_grapnel_v1_event_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1145,7 +1247,7 @@ func (x *ListEventsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListEventsRequest.ProtoReflect.Descriptor instead.
 func (*ListEventsRequest) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_event_proto_rawDescGZIP(), []int{11}
+	return file_grapnel_v1_event_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *ListEventsRequest) GetParent() string {
@@ -1190,7 +1292,7 @@ type ListEventsResponse struct {
 
 func (x *ListEventsResponse) Reset() {
 	*x = ListEventsResponse{}
-	mi := &file_grapnel_v1_event_proto_msgTypes[12]
+	mi := &file_grapnel_v1_event_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1202,7 +1304,7 @@ func (x *ListEventsResponse) String() string {
 func (*ListEventsResponse) ProtoMessage() {}
 
 func (x *ListEventsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_event_proto_msgTypes[12]
+	mi := &file_grapnel_v1_event_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1215,7 +1317,7 @@ func (x *ListEventsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListEventsResponse.ProtoReflect.Descriptor instead.
 func (*ListEventsResponse) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_event_proto_rawDescGZIP(), []int{12}
+	return file_grapnel_v1_event_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *ListEventsResponse) GetEvents() []*Event {
@@ -1249,7 +1351,7 @@ type ExplainEventRequest struct {
 
 func (x *ExplainEventRequest) Reset() {
 	*x = ExplainEventRequest{}
-	mi := &file_grapnel_v1_event_proto_msgTypes[13]
+	mi := &file_grapnel_v1_event_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1261,7 +1363,7 @@ func (x *ExplainEventRequest) String() string {
 func (*ExplainEventRequest) ProtoMessage() {}
 
 func (x *ExplainEventRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_event_proto_msgTypes[13]
+	mi := &file_grapnel_v1_event_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1274,7 +1376,7 @@ func (x *ExplainEventRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainEventRequest.ProtoReflect.Descriptor instead.
 func (*ExplainEventRequest) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_event_proto_rawDescGZIP(), []int{13}
+	return file_grapnel_v1_event_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *ExplainEventRequest) GetName() string {
@@ -1321,7 +1423,7 @@ type ExplainEventResponse struct {
 
 func (x *ExplainEventResponse) Reset() {
 	*x = ExplainEventResponse{}
-	mi := &file_grapnel_v1_event_proto_msgTypes[14]
+	mi := &file_grapnel_v1_event_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1333,7 +1435,7 @@ func (x *ExplainEventResponse) String() string {
 func (*ExplainEventResponse) ProtoMessage() {}
 
 func (x *ExplainEventResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_event_proto_msgTypes[14]
+	mi := &file_grapnel_v1_event_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1346,7 +1448,7 @@ func (x *ExplainEventResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainEventResponse.ProtoReflect.Descriptor instead.
 func (*ExplainEventResponse) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_event_proto_rawDescGZIP(), []int{14}
+	return file_grapnel_v1_event_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *ExplainEventResponse) GetEvent() *Event {
@@ -1389,7 +1491,7 @@ type EventAccount struct {
 
 func (x *EventAccount) Reset() {
 	*x = EventAccount{}
-	mi := &file_grapnel_v1_event_proto_msgTypes[15]
+	mi := &file_grapnel_v1_event_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1401,7 +1503,7 @@ func (x *EventAccount) String() string {
 func (*EventAccount) ProtoMessage() {}
 
 func (x *EventAccount) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_event_proto_msgTypes[15]
+	mi := &file_grapnel_v1_event_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1414,7 +1516,7 @@ func (x *EventAccount) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EventAccount.ProtoReflect.Descriptor instead.
 func (*EventAccount) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_event_proto_rawDescGZIP(), []int{15}
+	return file_grapnel_v1_event_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *EventAccount) GetSubscription() string {
@@ -1469,7 +1571,7 @@ type SubscriptionMatch struct {
 
 func (x *SubscriptionMatch) Reset() {
 	*x = SubscriptionMatch{}
-	mi := &file_grapnel_v1_event_proto_msgTypes[16]
+	mi := &file_grapnel_v1_event_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1481,7 +1583,7 @@ func (x *SubscriptionMatch) String() string {
 func (*SubscriptionMatch) ProtoMessage() {}
 
 func (x *SubscriptionMatch) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_event_proto_msgTypes[16]
+	mi := &file_grapnel_v1_event_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1494,7 +1596,7 @@ func (x *SubscriptionMatch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SubscriptionMatch.ProtoReflect.Descriptor instead.
 func (*SubscriptionMatch) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_event_proto_rawDescGZIP(), []int{16}
+	return file_grapnel_v1_event_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *SubscriptionMatch) GetSubscription() string {
@@ -1538,7 +1640,7 @@ type ConditionValue struct {
 
 func (x *ConditionValue) Reset() {
 	*x = ConditionValue{}
-	mi := &file_grapnel_v1_event_proto_msgTypes[17]
+	mi := &file_grapnel_v1_event_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1550,7 +1652,7 @@ func (x *ConditionValue) String() string {
 func (*ConditionValue) ProtoMessage() {}
 
 func (x *ConditionValue) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_event_proto_msgTypes[17]
+	mi := &file_grapnel_v1_event_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1563,7 +1665,7 @@ func (x *ConditionValue) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConditionValue.ProtoReflect.Descriptor instead.
 func (*ConditionValue) Descriptor() ([]byte, []int) {
-	return file_grapnel_v1_event_proto_rawDescGZIP(), []int{17}
+	return file_grapnel_v1_event_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *ConditionValue) GetExpression() string {
@@ -1593,7 +1695,7 @@ type PublishStreamRequest_Open struct {
 
 func (x *PublishStreamRequest_Open) Reset() {
 	*x = PublishStreamRequest_Open{}
-	mi := &file_grapnel_v1_event_proto_msgTypes[20]
+	mi := &file_grapnel_v1_event_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1605,7 +1707,7 @@ func (x *PublishStreamRequest_Open) String() string {
 func (*PublishStreamRequest_Open) ProtoMessage() {}
 
 func (x *PublishStreamRequest_Open) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_event_proto_msgTypes[20]
+	mi := &file_grapnel_v1_event_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1648,7 +1750,7 @@ type PublishStreamRequest_Item struct {
 
 func (x *PublishStreamRequest_Item) Reset() {
 	*x = PublishStreamRequest_Item{}
-	mi := &file_grapnel_v1_event_proto_msgTypes[21]
+	mi := &file_grapnel_v1_event_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1660,7 +1762,7 @@ func (x *PublishStreamRequest_Item) String() string {
 func (*PublishStreamRequest_Item) ProtoMessage() {}
 
 func (x *PublishStreamRequest_Item) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_event_proto_msgTypes[21]
+	mi := &file_grapnel_v1_event_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1703,7 +1805,7 @@ type PublishStreamResponse_Ack struct {
 
 func (x *PublishStreamResponse_Ack) Reset() {
 	*x = PublishStreamResponse_Ack{}
-	mi := &file_grapnel_v1_event_proto_msgTypes[22]
+	mi := &file_grapnel_v1_event_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1715,7 +1817,7 @@ func (x *PublishStreamResponse_Ack) String() string {
 func (*PublishStreamResponse_Ack) ProtoMessage() {}
 
 func (x *PublishStreamResponse_Ack) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_event_proto_msgTypes[22]
+	mi := &file_grapnel_v1_event_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1758,7 +1860,7 @@ type PublishStreamResponse_Window struct {
 
 func (x *PublishStreamResponse_Window) Reset() {
 	*x = PublishStreamResponse_Window{}
-	mi := &file_grapnel_v1_event_proto_msgTypes[23]
+	mi := &file_grapnel_v1_event_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1770,7 +1872,7 @@ func (x *PublishStreamResponse_Window) String() string {
 func (*PublishStreamResponse_Window) ProtoMessage() {}
 
 func (x *PublishStreamResponse_Window) ProtoReflect() protoreflect.Message {
-	mi := &file_grapnel_v1_event_proto_msgTypes[23]
+	mi := &file_grapnel_v1_event_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1805,7 +1907,7 @@ var File_grapnel_v1_event_proto protoreflect.FileDescriptor
 const file_grapnel_v1_event_proto_rawDesc = "" +
 	"\n" +
 	"\x16grapnel/v1/event.proto\x12\n" +
-	"grapnel.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17grapnel/v1/common.proto\x1a\x19grapnel/v1/delivery.proto\"\xbb\x0f\n" +
+	"grapnel.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17grapnel/v1/common.proto\x1a\x19grapnel/v1/delivery.proto\"\xf6\x0f\n" +
 	"\x05Event\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\xad\x01\n" +
 	"\x02id\x18\x02 \x01(\tB\x9c\x01\xbaH\x98\x01\xba\x01\x94\x01\n" +
@@ -1842,7 +1944,9 @@ const file_grapnel_v1_event_proto_rawDesc = "" +
 	"\x15skipped_subscriptions\x18\x15 \x01(\x05R\x14skippedSubscriptions\x12E\n" +
 	"\x10condition_errors\x18\x16 \x03(\v2\x1a.grapnel.v1.ConditionErrorR\x0fconditionErrors\x122\n" +
 	"\x15condition_error_count\x18\x17 \x01(\x05R\x13conditionErrorCount\x12E\n" +
-	"\aheaders\x18\x18 \x03(\v2\x1e.grapnel.v1.Event.HeadersEntryB\v\xbaH\x05\x9a\x01\x02\x10\x10\x80\x01\x01R\aheaders\x1a=\n" +
+	"\aheaders\x18\x18 \x03(\v2\x1e.grapnel.v1.Event.HeadersEntryB\v\xbaH\x05\x9a\x01\x02\x10\x10\x80\x01\x01R\aheaders\x129\n" +
+	"\n" +
+	"purge_time\x18\x19 \x01(\v2\x1a.google.protobuf.TimestampR\tpurgeTime\x1a=\n" +
 	"\x0fAttributesEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\x1a:\n" +
@@ -1910,7 +2014,13 @@ const file_grapnel_v1_event_proto_rawDesc = "" +
 	"event_name\x12dmust look like namespaces/NAME/events/ID, with %XX for what is not a letter, digit or one of . _ ~ -\x1arthis.matches('^namespaces/[a-z][a-z0-9-]{0,62}/events/([A-Za-z0-9._~-]|%[0-9A-Fa-f]{2})+$') && this.size() <= 1700R\x04name\x12'\n" +
 	"\x0finclude_payload\x18\x02 \x01(\bR\x0eincludePayload\";\n" +
 	"\x10GetEventResponse\x12'\n" +
-	"\x05event\x18\x01 \x01(\v2\x11.grapnel.v1.EventR\x05event\"\xfe\x01\n" +
+	"\x05event\x18\x01 \x01(\v2\x11.grapnel.v1.EventR\x05event\"\xa0\x02\n" +
+	"\x18PurgeEventPayloadRequest\x12\x83\x02\n" +
+	"\x04name\x18\x01 \x01(\tB\xee\x01\xbaH\xea\x01\xba\x01\xe6\x01\n" +
+	"\n" +
+	"event_name\x12dmust look like namespaces/NAME/events/ID, with %XX for what is not a letter, digit or one of . _ ~ -\x1arthis.matches('^namespaces/[a-z][a-z0-9-]{0,62}/events/([A-Za-z0-9._~-]|%[0-9A-Fa-f]{2})+$') && this.size() <= 1700R\x04name\"N\n" +
+	"\x19PurgeEventPayloadResponse\x121\n" +
+	"\x14cancelled_deliveries\x18\x01 \x01(\x05R\x13cancelledDeliveries\"\xfe\x01\n" +
 	"\x11ListEventsRequest\x12\x81\x01\n" +
 	"\x06parent\x18\x01 \x01(\tBi\xbaHf\xba\x01c\n" +
 	"\x0enamespace_name\x12\x1emust look like namespaces/NAME\x1a1this.matches('^namespaces/[a-z][a-z0-9-]{0,62}$')R\x06parent\x12$\n" +
@@ -1963,12 +2073,13 @@ const file_grapnel_v1_event_proto_rawDesc = "" +
 	"\x0ePublishService\x12D\n" +
 	"\aPublish\x12\x1a.grapnel.v1.PublishRequest\x1a\x1b.grapnel.v1.PublishResponse\"\x00\x12S\n" +
 	"\fBatchPublish\x12\x1f.grapnel.v1.BatchPublishRequest\x1a .grapnel.v1.BatchPublishResponse\"\x00\x12Z\n" +
-	"\rPublishStream\x12 .grapnel.v1.PublishStreamRequest\x1a!.grapnel.v1.PublishStreamResponse\"\x00(\x010\x012\x84\x02\n" +
+	"\rPublishStream\x12 .grapnel.v1.PublishStreamRequest\x1a!.grapnel.v1.PublishStreamResponse\"\x00(\x010\x012\xeb\x02\n" +
 	"\fEventService\x12J\n" +
 	"\bGetEvent\x12\x1b.grapnel.v1.GetEventRequest\x1a\x1c.grapnel.v1.GetEventResponse\"\x03\x90\x02\x01\x12P\n" +
 	"\n" +
 	"ListEvents\x12\x1d.grapnel.v1.ListEventsRequest\x1a\x1e.grapnel.v1.ListEventsResponse\"\x03\x90\x02\x01\x12V\n" +
-	"\fExplainEvent\x12\x1f.grapnel.v1.ExplainEventRequest\x1a .grapnel.v1.ExplainEventResponse\"\x03\x90\x02\x01B7Z5github.com/grapnel/grapnel/proto/grapnel/v1;grapnelv1b\x06proto3"
+	"\fExplainEvent\x12\x1f.grapnel.v1.ExplainEventRequest\x1a .grapnel.v1.ExplainEventResponse\"\x03\x90\x02\x01\x12e\n" +
+	"\x11PurgeEventPayload\x12$.grapnel.v1.PurgeEventPayloadRequest\x1a%.grapnel.v1.PurgeEventPayloadResponse\"\x03\x90\x02\x02B7Z5github.com/grapnel/grapnel/proto/grapnel/v1;grapnelv1b\x06proto3"
 
 var (
 	file_grapnel_v1_event_proto_rawDescOnce sync.Once
@@ -1983,7 +2094,7 @@ func file_grapnel_v1_event_proto_rawDescGZIP() []byte {
 }
 
 var file_grapnel_v1_event_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_grapnel_v1_event_proto_msgTypes = make([]protoimpl.MessageInfo, 24)
+var file_grapnel_v1_event_proto_msgTypes = make([]protoimpl.MessageInfo, 26)
 var file_grapnel_v1_event_proto_goTypes = []any{
 	(SubscriptionMatch_Verdict)(0),       // 0: grapnel.v1.SubscriptionMatch.Verdict
 	(*Event)(nil),                        // 1: grapnel.v1.Event
@@ -1997,73 +2108,78 @@ var file_grapnel_v1_event_proto_goTypes = []any{
 	(*PublishStreamResponse)(nil),        // 9: grapnel.v1.PublishStreamResponse
 	(*GetEventRequest)(nil),              // 10: grapnel.v1.GetEventRequest
 	(*GetEventResponse)(nil),             // 11: grapnel.v1.GetEventResponse
-	(*ListEventsRequest)(nil),            // 12: grapnel.v1.ListEventsRequest
-	(*ListEventsResponse)(nil),           // 13: grapnel.v1.ListEventsResponse
-	(*ExplainEventRequest)(nil),          // 14: grapnel.v1.ExplainEventRequest
-	(*ExplainEventResponse)(nil),         // 15: grapnel.v1.ExplainEventResponse
-	(*EventAccount)(nil),                 // 16: grapnel.v1.EventAccount
-	(*SubscriptionMatch)(nil),            // 17: grapnel.v1.SubscriptionMatch
-	(*ConditionValue)(nil),               // 18: grapnel.v1.ConditionValue
-	nil,                                  // 19: grapnel.v1.Event.AttributesEntry
-	nil,                                  // 20: grapnel.v1.Event.HeadersEntry
-	(*PublishStreamRequest_Open)(nil),    // 21: grapnel.v1.PublishStreamRequest.Open
-	(*PublishStreamRequest_Item)(nil),    // 22: grapnel.v1.PublishStreamRequest.Item
-	(*PublishStreamResponse_Ack)(nil),    // 23: grapnel.v1.PublishStreamResponse.Ack
-	(*PublishStreamResponse_Window)(nil), // 24: grapnel.v1.PublishStreamResponse.Window
-	(*timestamppb.Timestamp)(nil),        // 25: google.protobuf.Timestamp
-	(*structpb.Value)(nil),               // 26: google.protobuf.Value
-	(*durationpb.Duration)(nil),          // 27: google.protobuf.Duration
-	(*ItemStatus)(nil),                   // 28: grapnel.v1.ItemStatus
-	(*Delivery)(nil),                     // 29: grapnel.v1.Delivery
-	(*Attempt)(nil),                      // 30: grapnel.v1.Attempt
+	(*PurgeEventPayloadRequest)(nil),     // 12: grapnel.v1.PurgeEventPayloadRequest
+	(*PurgeEventPayloadResponse)(nil),    // 13: grapnel.v1.PurgeEventPayloadResponse
+	(*ListEventsRequest)(nil),            // 14: grapnel.v1.ListEventsRequest
+	(*ListEventsResponse)(nil),           // 15: grapnel.v1.ListEventsResponse
+	(*ExplainEventRequest)(nil),          // 16: grapnel.v1.ExplainEventRequest
+	(*ExplainEventResponse)(nil),         // 17: grapnel.v1.ExplainEventResponse
+	(*EventAccount)(nil),                 // 18: grapnel.v1.EventAccount
+	(*SubscriptionMatch)(nil),            // 19: grapnel.v1.SubscriptionMatch
+	(*ConditionValue)(nil),               // 20: grapnel.v1.ConditionValue
+	nil,                                  // 21: grapnel.v1.Event.AttributesEntry
+	nil,                                  // 22: grapnel.v1.Event.HeadersEntry
+	(*PublishStreamRequest_Open)(nil),    // 23: grapnel.v1.PublishStreamRequest.Open
+	(*PublishStreamRequest_Item)(nil),    // 24: grapnel.v1.PublishStreamRequest.Item
+	(*PublishStreamResponse_Ack)(nil),    // 25: grapnel.v1.PublishStreamResponse.Ack
+	(*PublishStreamResponse_Window)(nil), // 26: grapnel.v1.PublishStreamResponse.Window
+	(*timestamppb.Timestamp)(nil),        // 27: google.protobuf.Timestamp
+	(*structpb.Value)(nil),               // 28: google.protobuf.Value
+	(*durationpb.Duration)(nil),          // 29: google.protobuf.Duration
+	(*ItemStatus)(nil),                   // 30: grapnel.v1.ItemStatus
+	(*Delivery)(nil),                     // 31: grapnel.v1.Delivery
+	(*Attempt)(nil),                      // 32: grapnel.v1.Attempt
 }
 var file_grapnel_v1_event_proto_depIdxs = []int32{
-	25, // 0: grapnel.v1.Event.time:type_name -> google.protobuf.Timestamp
-	19, // 1: grapnel.v1.Event.attributes:type_name -> grapnel.v1.Event.AttributesEntry
-	26, // 2: grapnel.v1.Event.json:type_name -> google.protobuf.Value
-	25, // 3: grapnel.v1.Event.deliver_time:type_name -> google.protobuf.Timestamp
-	27, // 4: grapnel.v1.Event.ttl:type_name -> google.protobuf.Duration
-	25, // 5: grapnel.v1.Event.accept_time:type_name -> google.protobuf.Timestamp
+	27, // 0: grapnel.v1.Event.time:type_name -> google.protobuf.Timestamp
+	21, // 1: grapnel.v1.Event.attributes:type_name -> grapnel.v1.Event.AttributesEntry
+	28, // 2: grapnel.v1.Event.json:type_name -> google.protobuf.Value
+	27, // 3: grapnel.v1.Event.deliver_time:type_name -> google.protobuf.Timestamp
+	29, // 4: grapnel.v1.Event.ttl:type_name -> google.protobuf.Duration
+	27, // 5: grapnel.v1.Event.accept_time:type_name -> google.protobuf.Timestamp
 	2,  // 6: grapnel.v1.Event.condition_errors:type_name -> grapnel.v1.ConditionError
-	20, // 7: grapnel.v1.Event.headers:type_name -> grapnel.v1.Event.HeadersEntry
-	1,  // 8: grapnel.v1.PublishRequest.event:type_name -> grapnel.v1.Event
-	25, // 9: grapnel.v1.PublishResponse.accept_time:type_name -> google.protobuf.Timestamp
-	1,  // 10: grapnel.v1.BatchPublishRequest.events:type_name -> grapnel.v1.Event
-	28, // 11: grapnel.v1.PublishResult.error:type_name -> grapnel.v1.ItemStatus
-	25, // 12: grapnel.v1.PublishResult.accept_time:type_name -> google.protobuf.Timestamp
-	6,  // 13: grapnel.v1.BatchPublishResponse.results:type_name -> grapnel.v1.PublishResult
-	21, // 14: grapnel.v1.PublishStreamRequest.open:type_name -> grapnel.v1.PublishStreamRequest.Open
-	22, // 15: grapnel.v1.PublishStreamRequest.item:type_name -> grapnel.v1.PublishStreamRequest.Item
-	23, // 16: grapnel.v1.PublishStreamResponse.acks:type_name -> grapnel.v1.PublishStreamResponse.Ack
-	24, // 17: grapnel.v1.PublishStreamResponse.window:type_name -> grapnel.v1.PublishStreamResponse.Window
-	1,  // 18: grapnel.v1.GetEventResponse.event:type_name -> grapnel.v1.Event
-	1,  // 19: grapnel.v1.ListEventsResponse.events:type_name -> grapnel.v1.Event
-	1,  // 20: grapnel.v1.ExplainEventResponse.event:type_name -> grapnel.v1.Event
-	16, // 21: grapnel.v1.ExplainEventResponse.accounts:type_name -> grapnel.v1.EventAccount
-	29, // 22: grapnel.v1.EventAccount.delivery:type_name -> grapnel.v1.Delivery
-	30, // 23: grapnel.v1.EventAccount.attempts:type_name -> grapnel.v1.Attempt
-	17, // 24: grapnel.v1.EventAccount.match:type_name -> grapnel.v1.SubscriptionMatch
-	0,  // 25: grapnel.v1.SubscriptionMatch.verdict:type_name -> grapnel.v1.SubscriptionMatch.Verdict
-	18, // 26: grapnel.v1.SubscriptionMatch.values:type_name -> grapnel.v1.ConditionValue
-	1,  // 27: grapnel.v1.PublishStreamRequest.Item.event:type_name -> grapnel.v1.Event
-	6,  // 28: grapnel.v1.PublishStreamResponse.Ack.result:type_name -> grapnel.v1.PublishResult
-	3,  // 29: grapnel.v1.PublishService.Publish:input_type -> grapnel.v1.PublishRequest
-	5,  // 30: grapnel.v1.PublishService.BatchPublish:input_type -> grapnel.v1.BatchPublishRequest
-	8,  // 31: grapnel.v1.PublishService.PublishStream:input_type -> grapnel.v1.PublishStreamRequest
-	10, // 32: grapnel.v1.EventService.GetEvent:input_type -> grapnel.v1.GetEventRequest
-	12, // 33: grapnel.v1.EventService.ListEvents:input_type -> grapnel.v1.ListEventsRequest
-	14, // 34: grapnel.v1.EventService.ExplainEvent:input_type -> grapnel.v1.ExplainEventRequest
-	4,  // 35: grapnel.v1.PublishService.Publish:output_type -> grapnel.v1.PublishResponse
-	7,  // 36: grapnel.v1.PublishService.BatchPublish:output_type -> grapnel.v1.BatchPublishResponse
-	9,  // 37: grapnel.v1.PublishService.PublishStream:output_type -> grapnel.v1.PublishStreamResponse
-	11, // 38: grapnel.v1.EventService.GetEvent:output_type -> grapnel.v1.GetEventResponse
-	13, // 39: grapnel.v1.EventService.ListEvents:output_type -> grapnel.v1.ListEventsResponse
-	15, // 40: grapnel.v1.EventService.ExplainEvent:output_type -> grapnel.v1.ExplainEventResponse
-	35, // [35:41] is the sub-list for method output_type
-	29, // [29:35] is the sub-list for method input_type
-	29, // [29:29] is the sub-list for extension type_name
-	29, // [29:29] is the sub-list for extension extendee
-	0,  // [0:29] is the sub-list for field type_name
+	22, // 7: grapnel.v1.Event.headers:type_name -> grapnel.v1.Event.HeadersEntry
+	27, // 8: grapnel.v1.Event.purge_time:type_name -> google.protobuf.Timestamp
+	1,  // 9: grapnel.v1.PublishRequest.event:type_name -> grapnel.v1.Event
+	27, // 10: grapnel.v1.PublishResponse.accept_time:type_name -> google.protobuf.Timestamp
+	1,  // 11: grapnel.v1.BatchPublishRequest.events:type_name -> grapnel.v1.Event
+	30, // 12: grapnel.v1.PublishResult.error:type_name -> grapnel.v1.ItemStatus
+	27, // 13: grapnel.v1.PublishResult.accept_time:type_name -> google.protobuf.Timestamp
+	6,  // 14: grapnel.v1.BatchPublishResponse.results:type_name -> grapnel.v1.PublishResult
+	23, // 15: grapnel.v1.PublishStreamRequest.open:type_name -> grapnel.v1.PublishStreamRequest.Open
+	24, // 16: grapnel.v1.PublishStreamRequest.item:type_name -> grapnel.v1.PublishStreamRequest.Item
+	25, // 17: grapnel.v1.PublishStreamResponse.acks:type_name -> grapnel.v1.PublishStreamResponse.Ack
+	26, // 18: grapnel.v1.PublishStreamResponse.window:type_name -> grapnel.v1.PublishStreamResponse.Window
+	1,  // 19: grapnel.v1.GetEventResponse.event:type_name -> grapnel.v1.Event
+	1,  // 20: grapnel.v1.ListEventsResponse.events:type_name -> grapnel.v1.Event
+	1,  // 21: grapnel.v1.ExplainEventResponse.event:type_name -> grapnel.v1.Event
+	18, // 22: grapnel.v1.ExplainEventResponse.accounts:type_name -> grapnel.v1.EventAccount
+	31, // 23: grapnel.v1.EventAccount.delivery:type_name -> grapnel.v1.Delivery
+	32, // 24: grapnel.v1.EventAccount.attempts:type_name -> grapnel.v1.Attempt
+	19, // 25: grapnel.v1.EventAccount.match:type_name -> grapnel.v1.SubscriptionMatch
+	0,  // 26: grapnel.v1.SubscriptionMatch.verdict:type_name -> grapnel.v1.SubscriptionMatch.Verdict
+	20, // 27: grapnel.v1.SubscriptionMatch.values:type_name -> grapnel.v1.ConditionValue
+	1,  // 28: grapnel.v1.PublishStreamRequest.Item.event:type_name -> grapnel.v1.Event
+	6,  // 29: grapnel.v1.PublishStreamResponse.Ack.result:type_name -> grapnel.v1.PublishResult
+	3,  // 30: grapnel.v1.PublishService.Publish:input_type -> grapnel.v1.PublishRequest
+	5,  // 31: grapnel.v1.PublishService.BatchPublish:input_type -> grapnel.v1.BatchPublishRequest
+	8,  // 32: grapnel.v1.PublishService.PublishStream:input_type -> grapnel.v1.PublishStreamRequest
+	10, // 33: grapnel.v1.EventService.GetEvent:input_type -> grapnel.v1.GetEventRequest
+	14, // 34: grapnel.v1.EventService.ListEvents:input_type -> grapnel.v1.ListEventsRequest
+	16, // 35: grapnel.v1.EventService.ExplainEvent:input_type -> grapnel.v1.ExplainEventRequest
+	12, // 36: grapnel.v1.EventService.PurgeEventPayload:input_type -> grapnel.v1.PurgeEventPayloadRequest
+	4,  // 37: grapnel.v1.PublishService.Publish:output_type -> grapnel.v1.PublishResponse
+	7,  // 38: grapnel.v1.PublishService.BatchPublish:output_type -> grapnel.v1.BatchPublishResponse
+	9,  // 39: grapnel.v1.PublishService.PublishStream:output_type -> grapnel.v1.PublishStreamResponse
+	11, // 40: grapnel.v1.EventService.GetEvent:output_type -> grapnel.v1.GetEventResponse
+	15, // 41: grapnel.v1.EventService.ListEvents:output_type -> grapnel.v1.ListEventsResponse
+	17, // 42: grapnel.v1.EventService.ExplainEvent:output_type -> grapnel.v1.ExplainEventResponse
+	13, // 43: grapnel.v1.EventService.PurgeEventPayload:output_type -> grapnel.v1.PurgeEventPayloadResponse
+	37, // [37:44] is the sub-list for method output_type
+	30, // [30:37] is the sub-list for method input_type
+	30, // [30:30] is the sub-list for extension type_name
+	30, // [30:30] is the sub-list for extension extendee
+	0,  // [0:30] is the sub-list for field type_name
 }
 
 func init() { file_grapnel_v1_event_proto_init() }
@@ -2088,7 +2204,7 @@ func file_grapnel_v1_event_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_grapnel_v1_event_proto_rawDesc), len(file_grapnel_v1_event_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   24,
+			NumMessages:   26,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

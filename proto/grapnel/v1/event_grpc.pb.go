@@ -202,16 +202,17 @@ var PublishService_ServiceDesc = grpc.ServiceDesc{
 }
 
 const (
-	EventService_GetEvent_FullMethodName     = "/grapnel.v1.EventService/GetEvent"
-	EventService_ListEvents_FullMethodName   = "/grapnel.v1.EventService/ListEvents"
-	EventService_ExplainEvent_FullMethodName = "/grapnel.v1.EventService/ExplainEvent"
+	EventService_GetEvent_FullMethodName          = "/grapnel.v1.EventService/GetEvent"
+	EventService_ListEvents_FullMethodName        = "/grapnel.v1.EventService/ListEvents"
+	EventService_ExplainEvent_FullMethodName      = "/grapnel.v1.EventService/ExplainEvent"
+	EventService_PurgeEventPayload_FullMethodName = "/grapnel.v1.EventService/PurgeEventPayload"
 )
 
 // EventServiceClient is the client API for EventService service.
 //
 // For semantics around ctx use and closing/ending streaming RPCs, please refer to https://pkg.go.dev/google.golang.org/grpc/?tab=doc#ClientConn.NewStream.
 //
-// EventService reads accepted events.
+// EventService reads accepted events, and purges what they carry.
 type EventServiceClient interface {
 	// GetEvent reads one event.
 	GetEvent(ctx context.Context, in *GetEventRequest, opts ...grpc.CallOption) (*GetEventResponse, error)
@@ -220,6 +221,11 @@ type EventServiceClient interface {
 	// ExplainEvent tells what has become of an event: its deliveries, with their attempts and what they wait for, and why
 	// other subscriptions of the namespace have none.
 	ExplainEvent(ctx context.Context, in *ExplainEventRequest, opts ...grpc.CallOption) (*ExplainEventResponse, error)
+	// PurgeEventPayload takes away what an event carries, and keeps its history: its payload, subject and attributes, what
+	// transformers have made of it, and what is kept of requests and answers. Its open deliveries are CANCELLED. An event that
+	// has been purged before is left as it is. Afterwards nothing of it is sent again: PAYLOAD_PURGED. Its bytes are gone from
+	// the server's files once those have been written anew, which an Erasure waits for and proves.
+	PurgeEventPayload(ctx context.Context, in *PurgeEventPayloadRequest, opts ...grpc.CallOption) (*PurgeEventPayloadResponse, error)
 }
 
 type eventServiceClient struct {
@@ -260,11 +266,21 @@ func (c *eventServiceClient) ExplainEvent(ctx context.Context, in *ExplainEventR
 	return out, nil
 }
 
+func (c *eventServiceClient) PurgeEventPayload(ctx context.Context, in *PurgeEventPayloadRequest, opts ...grpc.CallOption) (*PurgeEventPayloadResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(PurgeEventPayloadResponse)
+	err := c.cc.Invoke(ctx, EventService_PurgeEventPayload_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // EventServiceServer is the server API for EventService service.
 // All implementations must embed UnimplementedEventServiceServer
 // for forward compatibility.
 //
-// EventService reads accepted events.
+// EventService reads accepted events, and purges what they carry.
 type EventServiceServer interface {
 	// GetEvent reads one event.
 	GetEvent(context.Context, *GetEventRequest) (*GetEventResponse, error)
@@ -273,6 +289,11 @@ type EventServiceServer interface {
 	// ExplainEvent tells what has become of an event: its deliveries, with their attempts and what they wait for, and why
 	// other subscriptions of the namespace have none.
 	ExplainEvent(context.Context, *ExplainEventRequest) (*ExplainEventResponse, error)
+	// PurgeEventPayload takes away what an event carries, and keeps its history: its payload, subject and attributes, what
+	// transformers have made of it, and what is kept of requests and answers. Its open deliveries are CANCELLED. An event that
+	// has been purged before is left as it is. Afterwards nothing of it is sent again: PAYLOAD_PURGED. Its bytes are gone from
+	// the server's files once those have been written anew, which an Erasure waits for and proves.
+	PurgeEventPayload(context.Context, *PurgeEventPayloadRequest) (*PurgeEventPayloadResponse, error)
 	mustEmbedUnimplementedEventServiceServer()
 }
 
@@ -291,6 +312,9 @@ func (UnimplementedEventServiceServer) ListEvents(context.Context, *ListEventsRe
 }
 func (UnimplementedEventServiceServer) ExplainEvent(context.Context, *ExplainEventRequest) (*ExplainEventResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method ExplainEvent not implemented")
+}
+func (UnimplementedEventServiceServer) PurgeEventPayload(context.Context, *PurgeEventPayloadRequest) (*PurgeEventPayloadResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method PurgeEventPayload not implemented")
 }
 func (UnimplementedEventServiceServer) mustEmbedUnimplementedEventServiceServer() {}
 func (UnimplementedEventServiceServer) testEmbeddedByValue()                      {}
@@ -367,6 +391,24 @@ func _EventService_ExplainEvent_Handler(srv interface{}, ctx context.Context, de
 	return interceptor(ctx, in, info, handler)
 }
 
+func _EventService_PurgeEventPayload_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(PurgeEventPayloadRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(EventServiceServer).PurgeEventPayload(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: EventService_PurgeEventPayload_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(EventServiceServer).PurgeEventPayload(ctx, req.(*PurgeEventPayloadRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // EventService_ServiceDesc is the grpc.ServiceDesc for EventService service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -385,6 +427,10 @@ var EventService_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "ExplainEvent",
 			Handler:    _EventService_ExplainEvent_Handler,
+		},
+		{
+			MethodName: "PurgeEventPayload",
+			Handler:    _EventService_PurgeEventPayload_Handler,
 		},
 	},
 	Streams:  []grpc.StreamDesc{},
