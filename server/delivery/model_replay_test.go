@@ -237,6 +237,9 @@ func (m *model) learnMade(r *modelReplay) {
 
 // mayHaveSent reports whether there is what a replay selects for what it has sent.
 func (m *model) mayHaveSent(r *modelReplay, k sentTo) bool {
+	if k.event.purged {
+		return false
+	}
 	if r.kind == replayOfMissing {
 		return !slices.ContainsFunc(k.event.deliveries, func(d *modelDelivery) bool {
 			return d.key.Subscription == k.to && (d.again || d.now().state != Skipped)
@@ -269,7 +272,7 @@ func (m *model) learnReopened(r *modelReplay) {
 // complete reports what a replay has left out that was to be sent since it was made.
 func (m *model) complete(r *modelReplay) {
 	for _, e := range m.events {
-		if e.Namespace != r.Namespace || e.gone || e.wasAhead || e.since > r.since || e.Seq >= seqAt(r.Spec.Until) {
+		if e.Namespace != r.Namespace || e.gone || e.purged || e.wasAhead || e.since > r.since || e.Seq >= seqAt(r.Spec.Until) {
 			continue
 		}
 		had := false

@@ -120,6 +120,7 @@ type modelEvent struct {
 	wasAhead   bool // of the clock, at some start: retention has another measure for it
 	mayGo      bool // a sweep has taken it for too old
 	idMayGo    bool // and its id
+	purged     bool // of its payload
 	kept       bool // a sweep has found it open
 	gone       bool
 }
@@ -204,6 +205,7 @@ func (m *model) run(steps int) {
 		{8, m.watch},
 		{2, m.cancelLane},
 		{2, m.unblock},
+		{3, m.purge},
 		{1, m.drop},
 		{5, m.sweep},
 		{4, m.refused},
@@ -620,6 +622,12 @@ func (m *model) cancel(d *modelDelivery) {
 	case d.gone || err != nil || s.state.Final() && !s.blocks:
 		m.fail("cancel of %+v: %v", s, err)
 	}
+	m.cancels(d)
+}
+
+// cancels is what becomes of a delivery that is open, or blocks its key, when it is cancelled.
+func (m *model) cancels(d *modelDelivery) {
+	s := *d.now()
 	if d.open() && !s.waits {
 		m.tell("edited", d.key, d.row())
 	}
@@ -634,6 +642,49 @@ func (m *model) cancel(d *modelDelivery) {
 		m.also(next, n)
 	}
 	m.firm()
+}
+
+// purge takes the payload of an event away.
+func (m *model) purge() {
+	if len(m.events) == 0 {
+		return
+	}
+	e := m.events[m.rng.IntN(len(m.events))]
+	if m.rng.IntN(3) == 0 {
+		m.queueSome(e.Partition) // in one round with it, perhaps
+	}
+	m.visible()
+	n, err := m.b.PurgeEvent(context.Background(), e.Namespace, e.Partition, e.Seq)
+	m.say("purge %s of %d: %+v %v", e.UID, e.Namespace, n, err)
+	if e.gone {
+		if !errors.Is(err, ErrNotFound) {
+			m.fail("purge of %s, which is gone: %v", e.UID, err)
+		}
+		return
+	}
+	m.purged(e, n, err)
+}
+
+func (m *model) purged(e *modelEvent, n PurgeCounts, err error) {
+	want := PurgeCounts{Events: 1, Bytes: int64(len(e.Payload))}
+	all := slices.Clone(e.deliveries)
+	slices.SortFunc(all, func(a, b *modelDelivery) int { // those that were made again last
+		return cmp.Or(cmp.Compare(a.key.Seq, b.key.Seq), cmp.Compare(a.key.Subscription, b.key.Subscription))
+	})
+	for _, d := range all {
+		if d.stays() {
+			want.Cancelled++
+			m.cancels(d)
+		}
+	}
+	if e.purged {
+		want = PurgeCounts{}
+	}
+	if e.purged = true; err != nil || n != want {
+		m.fail("purge of %s: %+v, %v; want %+v", e.UID, n, err, want)
+	}
+	m.firm()
+	m.visible()
 }
 
 // unblock lets go of the keys of a lane that deliveries block.
@@ -668,9 +719,10 @@ func (m *model) retry(d *modelDelivery) {
 	s, row, open := *d.now(), d.row(), d.open()
 	switch {
 	case d.gone && errors.Is(err, ErrNotFound), !d.gone && s.state == Succeeded && errors.Is(err, ErrInvalidState),
+		!d.gone && d.event.purged && !d.event.gone && errors.Is(err, ErrPurged),
 		d.event.gone && s.state.Final() && errors.Is(err, ErrInvalidState):
 		return
-	case d.gone || err != nil || s.state == Succeeded:
+	case d.gone || err != nil || s.state == Succeeded || d.event.purged && !d.event.gone:
 		m.fail("retry of %+v: %v", s, err)
 	case open && (s.waits || row.Kind == FIFO):
 		return
@@ -1452,7 +1504,11 @@ func (m *model) checkEvent(e *modelEvent) {
 		}
 	}
 	got, err := m.b.Event(e.Namespace, e.ID)
-	if want == nil && !errors.Is(err, ErrNotFound) || want != nil && (err != nil || got.UID != want.UID || string(got.Payload) != string(want.Payload)) {
+	payload := ""
+	if want != nil && !want.purged {
+		payload = string(want.Payload)
+	}
+	if want == nil && !errors.Is(err, ErrNotFound) || want != nil && (err != nil || got.UID != want.UID || string(got.Payload) != payload || want.purged != (got.Purged != nil)) {
 		m.fail("event %s: %+v, %v; want %+v", e.ID, got, err, want)
 	}
 	got, err = m.b.EventByUID(e.Namespace, e.UID)
