@@ -248,6 +248,11 @@ func (s *Server) selectDeliveries(ns string, spec *delivery.ReplaySpec) (*replay
 	return &replay.Selection{None: found.None, States: q.States, Subscription: q.Subscription, Since: q.Since, Until: q.Until, Match: found.Match}, nil
 }
 
+// selectErased reads what an erasure selects as the API does.
+func (s *Server) selectErased(spec *delivery.ReplaySpec) (delivery.Selects, error) {
+	return api.SelectErased(s.registry, spec)
+}
+
 // engine is dispatch as the API sees it.
 type engine struct {
 	*dispatch.Engine

@@ -95,6 +95,20 @@ func (s *Server) serveBackup(w http.ResponseWriter, r *http.Request) {
 	s.log.Info("a backup was taken", "bytes", size, "copied_in", copied, "took", time.Since(began), "secret_key", withKey)
 }
 
+// beingCopied reports whether a backup is being taken, which has files of the journal that the journal may have done with. What
+// a crash has left of one is removed.
+func (s *Server) beingCopied() bool {
+	if !s.backups.TryLock() {
+		return true
+	}
+	defer s.backups.Unlock()
+	if err := os.RemoveAll(backupDir(s.options)); err != nil {
+		s.log.Error("what is left of a backup could not be removed", "err", err)
+		return true
+	}
+	return false
+}
+
 // patientWriter gives up on a reader that stands still, and when the disk needs what the backup holds.
 type patientWriter struct {
 	w        io.Writer

@@ -191,7 +191,7 @@ func (s *Server) open(ctx context.Context, closers *stack) (err error) {
 		Disable: s.disable, Tell: s.tellIncident, Logger: o.Logger, Registerer: s.metrics,
 	})
 	s.replays = replay.New(replay.Options{
-		Journal: s.journal, Registry: s.registry, Select: s.selectDeliveries, Ended: s.tellReplay, Logger: o.Logger, Registerer: s.metrics,
+		Journal: s.journal, Registry: s.registry, Select: s.selectDeliveries, Erases: s.selectErased, Copied: s.beingCopied, Ended: s.tellReplay, Logger: o.Logger, Registerer: s.metrics,
 	})
 	s.api = api.New(api.Options{
 		Registry: s.registry, Secrets: s.secrets, EventTypes: s.types, Journal: s.journal, Ingest: s.ingest,

@@ -23,6 +23,7 @@ const (
 	events        collection = "events"
 	deliveries    collection = "deliveries"
 	replays       collection = "replayJobs"
+	erasures      collection = "erasures"
 	plugins       collection = "plugins"
 	eventTypes    collection = "eventTypes"
 )

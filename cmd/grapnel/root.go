@@ -44,7 +44,7 @@ error is one JSON object on standard error: {"error":{"code","reason","message",
 	}
 	add("run", newServerCommand(c), newDemoCommand(c), newReceiveCommand(c), newListenCommand(c), newBackupCommand(c), newRestoreCommand(c), newJournalCommand(c))
 	add("use", newPublishCommand(c), newNamespaceCommand(c), newSubscriptionCommand(c), newSecretCommand(c), newEventTypeCommand(c),
-		newEventCommand(c), newDeliveryCommand(c), newReplayCommand(c), newPluginCommand(c), newApplyCommand(c), newDispatchCommand(c), newContextCommand(c))
+		newEventCommand(c), newDeliveryCommand(c), newReplayCommand(c), newErasureCommand(c), newPluginCommand(c), newApplyCommand(c), newDispatchCommand(c), newContextCommand(c))
 	add("see", newStatsCommand(c), newTopCommand(c), newClusterCommand(c))
 	root.AddCommand(newVersionCommand(c), newDescriptorsCommand(c))
 	root.SetHelpCommand(newHelpCommand(root))

@@ -57,13 +57,15 @@ type Engine interface {
 	Running() int
 }
 
-// Replays is what the edge needs of the runner of replays.
+// Replays is what the edge needs of the runner of replays and erasures.
 type Replays interface {
 	// Create stores a replay and begins it, and returns the one that is there already with its id and content. Errors:
 	// those of delivery.Journal.CreateReplay, ErrStopping.
 	Create(ctx context.Context, r *delivery.Replay) (*delivery.Replay, error)
 	// Count counts what a replay would make now.
 	Count(ctx context.Context, r *delivery.Replay) (delivery.ReplayCounts, error)
+	// CountErasure counts what an erasure would purge now.
+	CountErasure(ctx context.Context, r *delivery.Replay) (*delivery.Replay, error)
 	// WaitReason says what one that goes on waits for.
 	WaitReason(ns delivery.NamespaceKey, key uint64) string
 	// Wait returns when one has ended, when the server is about to, or when ctx ends.
@@ -238,6 +240,10 @@ type (
 		grapnelv1.UnsafeReplayServiceServer
 		*Server
 	}
+	erasureService struct {
+		grapnelv1.UnsafeErasureServiceServer
+		*Server
+	}
 	namespaceService struct {
 		grapnelv1.UnsafeNamespaceServiceServer
 		*Server
@@ -272,6 +278,7 @@ func (s *Server) Register(g *grpc.Server) {
 	grapnelv1.RegisterEventServiceServer(r, eventService{Server: s})
 	grapnelv1.RegisterDeliveryServiceServer(r, deliveryService{Server: s})
 	grapnelv1.RegisterReplayServiceServer(r, replayService{Server: s})
+	grapnelv1.RegisterErasureServiceServer(r, erasureService{Server: s})
 	grapnelv1.RegisterNamespaceServiceServer(r, namespaceService{Server: s})
 	grapnelv1.RegisterSubscriptionServiceServer(r, subscriptionService{Server: s})
 	grapnelv1.RegisterSecretServiceServer(r, secretService{Server: s})

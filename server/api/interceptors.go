@@ -148,7 +148,7 @@ func (e *edge) serveUnary(ctx context.Context, req any, method string, handler g
 		switch method {
 		case grapnelv1.SubscriptionService_TestSubscription_FullMethodName:
 			deadline = testDeadline
-		case grapnelv1.ReplayService_WaitReplayJob_FullMethodName:
+		case grapnelv1.ReplayService_WaitReplayJob_FullMethodName, grapnelv1.ErasureService_WaitErasure_FullMethodName:
 			deadline = waitDeadline
 		}
 		var cancel context.CancelFunc

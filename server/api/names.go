@@ -18,6 +18,7 @@ const (
 	collectionEvents        = "events"
 	collectionDeliveries    = "deliveries"
 	collectionReplayJobs    = "replayJobs"
+	collectionErasures      = "erasures"
 	collectionEventTypes    = "eventTypes"
 )
 
@@ -28,6 +29,7 @@ func namespaceName(ns string) string        { return "namespaces/" + ns }
 func subscriptionName(ns, id string) string { return resourceName(ns, collectionSubscriptions, id) }
 func secretName(ns, id string) string       { return resourceName(ns, collectionSecrets, id) }
 func replayJobName(ns, id string) string    { return resourceName(ns, collectionReplayJobs, id) }
+func erasureName(ns, id string) string      { return resourceName(ns, collectionErasures, id) }
 func eventTypeName(ns, id string) string    { return resourceName(ns, collectionEventTypes, escapeID(id)) }
 func eventName(ns, id string) string        { return resourceName(ns, collectionEvents, escapeID(id)) }
 func pluginName(id string) string           { return "plugins/" + id }
@@ -215,7 +217,7 @@ func isResourceName(name string) bool {
 			return false
 		}
 		switch parts[2] {
-		case collectionSubscriptions, collectionSecrets, collectionDeliveries, collectionReplayJobs:
+		case collectionSubscriptions, collectionSecrets, collectionDeliveries, collectionReplayJobs, collectionErasures:
 			return isResourceID(parts[3]) || parts[2] == collectionDeliveries && isToken(parts[3])
 		case collectionEvents, collectionEventTypes:
 			_, ok := unescapeID(parts[3])
@@ -271,6 +273,8 @@ func typeOf(name string) string {
 		return "grapnel.v1.Delivery"
 	case collectionReplayJobs:
 		return "grapnel.v1.ReplayJob"
+	case collectionErasures:
+		return "grapnel.v1.Erasure"
 	case "plugins":
 		return "grapnel.v1.Plugin"
 	case "nodes":

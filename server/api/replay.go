@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
@@ -210,12 +211,17 @@ func (s replayService) replay(name string) (ns string, job *delivery.Replay, err
 }
 
 func (s replayService) replayByID(space delivery.NamespaceKey, id string) (*delivery.Replay, error) {
+	return s.jobByID(space, id, false)
+}
+
+// jobByID reads a replay, or an erasure.
+func (s *Server) jobByID(space delivery.NamespaceKey, id string, erase bool) (*delivery.Replay, error) {
 	all, err := s.Journal.Replays(space)
 	if err != nil {
 		return nil, err
 	}
 	for _, job := range all {
-		if job.ID == id {
+		if job.ID == id && job.Spec.Erase == erase {
 			return s.Journal.Replay(space, job.Key) // with its counts
 		}
 	}
@@ -228,40 +234,52 @@ func (s replayService) ListReplayJobs(_ context.Context, r *grapnelv1.ListReplay
 	if err != nil {
 		return nil, err
 	}
-	size, err := pageSize(r.GetPageSize())
-	if err != nil {
-		return nil, err
-	}
 	f, err := parseFilter(r.GetFilter(), replayFields(ns))
 	if err != nil {
 		return nil, err
 	}
 	query := []string{"ListReplayJobs", r.GetParent(), r.GetFilter()}
-	after, err := s.pages.open(r.GetPageToken(), query...)
+	page, err := listJobs(s.Server, space, false, r.GetPageSize(), r.GetPageToken(), query, f.Match, func(job *delivery.Replay) *grapnelv1.ReplayJob {
+		return s.replayProto(ns, job)
+	})
 	if err != nil {
-		return nil, err
+		return nil, toStatus(err, r.GetParent())
+	}
+	return &grapnelv1.ListReplayJobsResponse{ReplayJobs: page.items, NextPageToken: page.next}, nil
+}
+
+// listJobs reads one page of replays, or of erasures, newest first.
+func listJobs[M proto.Message](s *Server, space delivery.NamespaceKey, erase bool, wanted int32, token string, query []string, match func(*delivery.Replay) bool, show func(*delivery.Replay) M) (page pageOf[M], err error) {
+	size, err := pageSize(wanted)
+	if err != nil {
+		return page, err
+	}
+	after, err := s.pages.open(token, query...)
+	if err != nil {
+		return page, err
 	}
 	before := uint64(math.MaxUint64)
 	if after != "" {
 		if before, err = strconv.ParseUint(after, 10, 64); err != nil {
-			return nil, pageTokenError("the page token does not fit this call; begin at the first page")
+			return page, pageTokenError("the page token does not fit this call; begin at the first page")
 		}
 	}
 	all, err := s.Journal.Replays(space)
 	if err != nil {
-		return nil, toStatus(err, r.GetParent())
+		return page, err
 	}
 	slices.Reverse(all)
-	page := takePage(slices.Values(all), size,
-		func(job *delivery.Replay) bool { return job.Key < before && f.Match(job) },
+	page = takePage(slices.Values(all), size,
+		func(job *delivery.Replay) bool { return job.Spec.Erase == erase && job.Key < before && match(job) },
 		func(job *delivery.Replay) string { return strconv.FormatUint(job.Key, 10) },
-		func(job *delivery.Replay) *grapnelv1.ReplayJob {
+		func(job *delivery.Replay) M {
 			if full, err := s.Journal.Replay(space, job.Key); err == nil {
 				job = full
 			}
-			return s.replayProto(ns, job)
+			return show(job)
 		})
-	return &grapnelv1.ListReplayJobsResponse{ReplayJobs: page.items, NextPageToken: s.pages.seal(page.next, query...)}, nil
+	page.next = s.pages.seal(page.next, query...)
+	return page, nil
 }
 
 // WaitReplayJob returns when the job has ended or the timeout is over.
@@ -270,32 +288,38 @@ func (s replayService) WaitReplayJob(ctx context.Context, r *grapnelv1.WaitRepla
 	if err != nil {
 		return nil, err
 	}
+	if job, err = s.waitJob(ctx, job, r.GetTimeout()); err != nil {
+		return nil, toStatus(err, r.GetName())
+	}
+	return &grapnelv1.WaitReplayJobResponse{ReplayJob: s.replayProto(ns, job)}, nil
+}
+
+// waitJob returns a job when it has ended or the timeout is over.
+func (s *Server) waitJob(ctx context.Context, job *delivery.Replay, most *durationpb.Duration) (*delivery.Replay, error) {
 	timeout := defaultWait
-	if r.GetTimeout() != nil {
-		timeout = min(max(r.GetTimeout().AsDuration(), 0), maxWait)
+	if most != nil {
+		timeout = min(max(most.AsDuration(), 0), maxWait)
 	}
 	if deadline, ok := ctx.Deadline(); ok {
 		timeout = min(timeout, time.Until(deadline)-answerTime)
 	}
-	if !job.State.Ended() && timeout > 0 {
-		bounded, cancel := context.WithTimeout(ctx, timeout)
-		defer cancel()
-		go func() {
-			select {
-			case <-s.draining:
-				cancel()
-			case <-bounded.Done():
-			}
-		}()
-		s.Replays.Wait(bounded, job.Namespace, job.Key)
-		if err := ctx.Err(); err != nil {
-			return nil, toStatus(err, r.GetName())
-		}
-		if job, err = s.Journal.Replay(job.Namespace, job.Key); err != nil {
-			return nil, toStatus(err, r.GetName())
-		}
+	if job.State.Ended() || timeout <= 0 {
+		return job, nil
 	}
-	return &grapnelv1.WaitReplayJobResponse{ReplayJob: s.replayProto(ns, job)}, nil
+	bounded, cancel := context.WithTimeout(ctx, timeout)
+	defer cancel()
+	go func() {
+		select {
+		case <-s.draining:
+			cancel()
+		case <-bounded.Done():
+		}
+	}()
+	s.Replays.Wait(bounded, job.Namespace, job.Key)
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
+	return s.Journal.Replay(job.Namespace, job.Key)
 }
 
 // CancelReplayJob stops a job.

@@ -391,7 +391,7 @@ func (j *Journal) DropNamespace(ctx context.Context, ns NamespaceKey) error {
 
 func (c *commit) dropNamespace(ns NamespaceKey) error {
 	p := c.p
-	for _, tag := range []byte{tagFIFO, tagTimer, tagTurn, tagBlocked, tagFailing, tagJob, tagCursor, tagNews, tagWatched} {
+	for _, tag := range []byte{tagFIFO, tagTimer, tagTurn, tagBlocked, tagFailing, tagJob, tagErasure, tagCursor, tagNews, tagWatched} {
 		c.deletePrefix(appendSpace(nil, p.number, tag, ns))
 	}
 	if err := p.eachDay(p.j.db, 0, func(day dayKey) error {

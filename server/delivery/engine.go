@@ -33,7 +33,7 @@ const (
 // event id that is usually not there.
 func (j *Journal) pebbleOptions(o Options) *pebble.Options {
 	po := &pebble.Options{
-		FS:                          vfs.OnDiskFull(o.fs, j.space.full),
+		FS:                          vfs.OnDiskFull(reusedLogs{o.fs, j}, j.space.full),
 		FormatMajorVersion:          pebble.FormatNewest,
 		CacheSize:                   o.CacheBytes,
 		MemTableSize:                uint64(o.MemTableBytes),

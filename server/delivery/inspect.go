@@ -54,7 +54,7 @@ func Inspect(ctx context.Context, dir string, report func(Damage)) (sum Inspecti
 		report(d)
 	}
 	for _, p := range j.partitions {
-		for _, tag := range []byte{tagFIFO, tagTimer, tagTurn, tagBlocked, tagRecord, tagFailing, tagJob, tagCursor, tagNews, tagWatched, tagCommit, tagPartition} {
+		for _, tag := range []byte{tagFIFO, tagTimer, tagTurn, tagBlocked, tagRecord, tagFailing, tagJob, tagErasure, tagCursor, tagNews, tagWatched, tagCommit, tagPartition} {
 			prefix := appendTag(nil, p.number, tag)
 			err := j.scan(j.db, prefix, prefixEnd(prefix), func(key, value []byte) error {
 				if reason := p.inspect(key, value, &sum); reason != nil {
@@ -99,8 +99,8 @@ func (p *partition) inspect(key, value []byte, sum *Inspection) error {
 		d := readRecord(value)
 		d.time()
 		return d.err
-	case tagJob:
-		_, err := decodeReplay(value)
+	case tagJob, tagErasure:
+		_, err := decodeReplay(value, key[tagOffset] == tagErasure)
 		return err
 	case tagCursor:
 		_, err := decodeCursor(value)

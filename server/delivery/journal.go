@@ -127,6 +127,7 @@ const (
 // concurrently.
 type Journal struct {
 	dir        string
+	fs         vfs.FS
 	id         [idBytes]byte
 	db         *pebble.DB
 	log        *slog.Logger
@@ -155,7 +156,9 @@ type Journal struct {
 	gate   sync.RWMutex
 	closed bool
 
-	retaining sync.Mutex // one sweep at a time
+	retaining sync.Mutex  // one sweep at a time
+	reusing   sync.Mutex  // held while a log is begun on top of another, or emptied
+	fresh     atomic.Bool // logs are begun on top of no other
 }
 
 // Open opens the journal in Options.Dir, or makes one, and replays what a crash left in its log. It refuses a
@@ -215,7 +218,7 @@ func newJournal(o *Options) *Journal {
 		o.Fatal = func(string) { os.Exit(exitBroken) }
 	}
 	j := &Journal{
-		dir: o.Dir, log: o.Logger.With("component", "journal"), now: o.now, fatal: o.Fatal, refuse: o.refuse,
+		dir: o.Dir, fs: o.fs, log: o.Logger.With("component", "journal"), now: o.now, fatal: o.Fatal, refuse: o.refuse,
 		metrics: newMetrics(), counts: newCounters(), stop: make(chan struct{}),
 		syncs: syncs{dirty: make(chan struct{}, 1)},
 	}

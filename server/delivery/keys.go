@@ -29,7 +29,8 @@ import (
 //	                            the sequence behind it, since an id may come again after a day
 //	f | ns lane                 since when the target has been failing
 //	j | ns job                  replay: what it is to do, and how it ended; in the namespace's own partition
-//	c | ns job                  where a replay that goes on stands in this partition
+//	e | ns job                  erasure: the same
+//	c | ns job                  where a replay or an erasure that goes on stands in this partition
 //	u | ns commit part          changes of deliveries that a commit has made, of a namespace that is watched
 //	v | ns                      since which commit those are there
 //	w                           the newest commit
@@ -49,6 +50,7 @@ const (
 	tagRecord    = 'r'
 	tagFailing   = 'f'
 	tagJob       = 'j'
+	tagErasure   = 'e'
 	tagCursor    = 'c'
 	tagNews      = 'u'
 	tagWatched   = 'v'
@@ -206,7 +208,7 @@ func appendJobKey(b []byte, partition uint16, tag byte, ns NamespaceKey, job uin
 	return appendU64(appendSpace(b, partition, tag, ns), job)
 }
 
-// splitJob reads a j or c key.
+// splitJob reads a j, e or c key.
 func splitJob(key []byte) (ns NamespaceKey, job uint64, ok bool) {
 	if len(key) != laneEnd {
 		return 0, 0, false

@@ -44,6 +44,17 @@ func (n *PurgeCounts) add(o PurgeCounts) {
 	n.Cancelled += o.Cancelled
 }
 
+func (n *PurgeCounts) append(w *encoder) {
+	for _, v := range [...]int64{n.Events, n.Bytes, n.Cancelled} {
+		w.uint(uint64(max(v, 0)))
+	}
+}
+
+func (d *decoder) purgeCounts() PurgeCounts {
+	c := d.counts()
+	return PurgeCounts{c.Scanned, c.Created, c.Skipped}
+}
+
 // ReasonPurged is why deliveries end as Cancelled whose event's payload has been purged.
 const ReasonPurged = "the payload of its event was purged"
 
@@ -151,7 +162,7 @@ func (p *partition) purge(ctx context.Context, ns NamespaceKey, seqs []uint64, n
 	})
 }
 
-// eachRecord visits the copies of a record that there are: in kept, and in its day, where a sweep that was cut short may have
+// eachCopy visits the copies of a record that there are: in kept, and in its day, where a sweep that was cut short may have
 // left it.
 func (c *commit) eachCopy(seq uint64, key func(dayKey) []byte, visit func(key, value []byte) error) (found bool, err error) {
 	for _, day := range [...]dayKey{kept, dayOf(seq)} {
@@ -306,6 +317,11 @@ func (c *commit) purgeDeliveries(all []rowAt) (n PurgeCounts, unread []error) {
 // purgeDelivery ends a delivery, if it is open, and takes what is kept of its requests and answers away.
 func (c *commit) purgeDelivery(lane LaneKey, seq uint64) (cancelled bool, err error) {
 	p := c.p
+	for _, day := range [...]dayKey{kept, dayOf(seq)} {
+		if err := c.purgeAttempts(appendAttempts(nil, p.number, day, lane, seq)); err != nil {
+			return false, err
+		}
+	}
 	if _, err := c.eachCopy(seq, func(day dayKey) []byte { return appendDeliveryKey(nil, p.number, day, lane, seq) }, func(key, value []byte) error {
 		st, err := decodeStanding(value)
 		if err != nil {
@@ -317,11 +333,6 @@ func (c *commit) purgeDelivery(lane LaneKey, seq uint64) (cancelled bool, err er
 		return nil
 	}); err != nil {
 		return false, err
-	}
-	for _, day := range [...]dayKey{kept, dayOf(seq)} {
-		if err := c.purgeAttempts(appendAttempts(nil, p.number, day, lane, seq)); err != nil {
-			return false, err
-		}
 	}
 	at, err := p.find(c.r, lane, seq)
 	if err != nil || at == nil {

@@ -29,6 +29,10 @@ func (s ReplayState) Ended() bool { return s >= ReplaySucceeded }
 
 // ReplaySpec is what a replay is to do.
 type ReplaySpec struct {
+	// Erase makes it an erasure: it purges the events that Filter and Condition select, of those accepted from Since to Until,
+	// and has no use for the rest. It is stored apart from replays and lives as they do.
+	Erase     bool
+	Condition string
 	// Subscription is the last segment of the name of the one to deliver to, UID its UID; without them every delivery that
 	// is selected goes to its own again.
 	Subscription string
@@ -47,7 +51,7 @@ type ReplaySpec struct {
 // ReplayCounts says how far a replay has come.
 type ReplayCounts struct {
 	// Scanned are the deliveries, or events, that it has looked at, Created those made or opened again, Skipped those that
-	// it selected and could not make.
+	// it selected and could not make; of an erasure those that could not be read.
 	Scanned, Created, Skipped int64
 }
 
@@ -57,7 +61,7 @@ func (c *ReplayCounts) add(o ReplayCounts) {
 	c.Skipped += o.Skipped
 }
 
-// Replay is a job that sends again what is on record. A journal keeps it until it is erased.
+// Replay is a job that sends again what is on record, or one that erases. A journal keeps it until it is erased itself.
 type Replay struct {
 	// Key names the replay within its namespace for the journal, ID for people. Keys rise with the time of creation.
 	Key       uint64
@@ -71,6 +75,9 @@ type Replay struct {
 	Reason               string
 	CreateTime, DoneTime time.Time
 	Counts               ReplayCounts
+	// Purged is what an erasure has purged, and Proof that nothing of it is left on disk; zero before that is known.
+	Purged PurgeCounts
+	Proof  Proof
 	// Progress is about how much of what there is to look at it has looked at, from 0 to 1.
 	Progress float64
 }
@@ -90,6 +97,14 @@ const (
 	maxReplayText = 4096
 )
 
+// tag is of the keys that keep replays, or erasures.
+func (s *ReplaySpec) tag() byte {
+	if s.Erase {
+		return tagErasure
+	}
+	return tagJob
+}
+
 // replayHome is the partition that keeps the replays of a namespace.
 func (j *Journal) replayHome(ns NamespaceKey) *partition {
 	return j.partitions[uint64(ns)*0x9e3779b97f4a7c15>>32%uint64(len(j.partitions))]
@@ -104,7 +119,7 @@ func (j *Journal) CreateReplay(ctx context.Context, r *Replay, running int) (*Re
 		return nil, err
 	}
 	defer leave()
-	if n := len(r.ID) + len(r.Spec.Filter) + len(r.Spec.Subscription); n > maxReplayText {
+	if n := len(r.ID) + len(r.Spec.Filter) + len(r.Spec.Subscription); n > maxReplayText || len(r.Spec.Condition) > maxReplayText {
 		return nil, fmt.Errorf("replay %s: %d bytes of text, at most %d are possible", r.ID, n, maxReplayText)
 	}
 	p := j.replayHome(r.Namespace)
@@ -114,8 +129,12 @@ func (j *Journal) CreateReplay(ctx context.Context, r *Replay, running int) (*Re
 		if err != nil {
 			return err
 		}
-		going := 0
+		going, kept := 0, 0
 		for _, k := range known {
+			if k.Spec.Erase != r.Spec.Erase {
+				continue
+			}
+			kept++
 			if k.ID == r.ID {
 				if k.ContentHash != r.ContentHash {
 					return ErrReplayExists
@@ -130,10 +149,10 @@ func (j *Journal) CreateReplay(ctx context.Context, r *Replay, running int) (*Re
 		if going >= running {
 			return ErrTooManyReplays
 		}
-		surplus := len(known) - maxReplays + 1
+		surplus := kept - maxReplays + 1
 		for _, k := range known {
-			if surplus > 0 && k.State.Ended() {
-				c.delete(appendJobKey(nil, p.number, tagJob, k.Namespace, k.Key))
+			if surplus > 0 && k.State.Ended() && k.Spec.Erase == r.Spec.Erase {
+				c.delete(appendJobKey(nil, p.number, k.Spec.tag(), k.Namespace, k.Key))
 				surplus--
 			}
 		}
@@ -155,7 +174,7 @@ func (j *Journal) CreateReplay(ctx context.Context, r *Replay, running int) (*Re
 
 func (c *commit) putReplay(r *Replay) {
 	p := c.p
-	p.key = appendJobKey(p.key[:0], p.number, tagJob, r.Namespace, r.Key)
+	p.key = appendJobKey(p.key[:0], p.number, r.Spec.tag(), r.Namespace, r.Key)
 	p.value = encodeReplay(p.value[:0], r)
 	c.set(p.key, p.value)
 	c.firm = true
@@ -164,12 +183,21 @@ func (c *commit) putReplay(r *Replay) {
 // EndReplay notes, durably, how a replay has ended, with what it has counted, and forgets where it stood. One that has
 // ended before stays as it is; ErrNotFound says that it is there no longer.
 func (j *Journal) EndReplay(ctx context.Context, ns NamespaceKey, key uint64, state ReplayState, reason string) (*Replay, error) {
+	return j.endReplay(ctx, ns, key, state, reason, Proof{})
+}
+
+// EndErasure is EndReplay for an erasure that has come to its end, with the proof that it has.
+func (j *Journal) EndErasure(ctx context.Context, ns NamespaceKey, key uint64, proof Proof) (*Replay, error) {
+	return j.endReplay(ctx, ns, key, ReplaySucceeded, "", proof)
+}
+
+func (j *Journal) endReplay(ctx context.Context, ns NamespaceKey, key uint64, state ReplayState, reason string, proof Proof) (*Replay, error) {
 	leave, err := j.enter()
 	if err != nil {
 		return nil, err
 	}
 	defer leave()
-	counts, err := j.replayCounts(ns, key)
+	counts, purged, err := j.replayCounts(ns, key)
 	if err != nil {
 		return nil, err
 	}
@@ -184,6 +212,7 @@ func (j *Journal) EndReplay(ctx context.Context, ns NamespaceKey, key uint64, st
 			return nil
 		}
 		r.State, r.Reason, r.DoneTime, r.Counts = state, validText(reason[:min(len(reason), maxReason)]), c.at, counts
+		r.Purged, r.Proof = purged, proof
 		c.putReplay(r)
 		return nil
 	})
@@ -268,21 +297,23 @@ func (j *Journal) Replay(ns NamespaceKey, key uint64) (*Replay, error) {
 			return nil, err
 		}
 		r.Counts.add(at.ReplayCounts)
+		r.Purged.add(at.purged)
 		r.Progress += at.progress(until) / float64(len(j.partitions))
 	}
 	return r, nil
 }
 
 // replayCounts sums up what a replay has counted in the partitions.
-func (j *Journal) replayCounts(ns NamespaceKey, key uint64) (sum ReplayCounts, err error) {
+func (j *Journal) replayCounts(ns NamespaceKey, key uint64) (sum ReplayCounts, purged PurgeCounts, err error) {
 	for _, p := range j.partitions {
 		at, err := p.cursor(j.db, ns, key)
 		if err != nil {
-			return sum, err
+			return sum, purged, err
 		}
 		sum.add(at.ReplayCounts)
+		purged.add(at.purged)
 	}
-	return sum, nil
+	return sum, purged, nil
 }
 
 // EraseReplays erases replays that have ended before a time, by namespace, and what is left of where those stood that
@@ -303,7 +334,7 @@ func (j *Journal) EraseReplays(ctx context.Context, before func(NamespaceKey) ti
 		}), eraseAtOnce) {
 			if err := p.do(ctx, func(c *commit) error {
 				for _, r := range some {
-					c.delete(appendJobKey(nil, p.number, tagJob, r.Namespace, r.Key))
+					c.delete(appendJobKey(nil, p.number, r.Spec.tag(), r.Namespace, r.Key))
 				}
 				return nil
 			}); err != nil {
@@ -349,35 +380,45 @@ func (j *Journal) ReplayOpen(ns NamespaceKey, key uint64) int64 {
 
 // replays reads those of a namespace that this partition keeps, or of all with 0, oldest first within a namespace.
 func (p *partition) replays(r pebble.Reader, ns NamespaceKey) (all []*Replay, err error) {
-	prefix := appendTag(nil, p.number, tagJob)
-	if ns != 0 {
-		prefix = appendSpace(nil, p.number, tagJob, ns)
+	for _, tag := range [...]byte{tagJob, tagErasure} {
+		prefix := appendTag(nil, p.number, tag)
+		if ns != 0 {
+			prefix = appendSpace(nil, p.number, tag, ns)
+		}
+		if err := p.j.scan(r, prefix, prefixEnd(prefix), func(key, value []byte) error {
+			job, err := decodeReplay(value, tag == tagErasure)
+			if err != nil {
+				return p.j.corrupt(key, err)
+			}
+			space, name, ok := splitJob(key)
+			if !ok {
+				return p.j.corrupt(key, errBadKey)
+			}
+			job.Namespace, job.Key = space, name
+			all = append(all, job)
+			return nil
+		}); err != nil {
+			return all, err
+		}
 	}
-	err = p.j.scan(r, prefix, prefixEnd(prefix), func(key, value []byte) error {
-		job, err := decodeReplay(value)
-		if err != nil {
-			return p.j.corrupt(key, err)
-		}
-		space, name, ok := splitJob(key)
-		if !ok {
-			return p.j.corrupt(key, errBadKey)
-		}
-		job.Namespace, job.Key = space, name
-		all = append(all, job)
-		return nil
+	slices.SortFunc(all, func(a, b *Replay) int {
+		return cmp.Or(cmp.Compare(a.Namespace, b.Namespace), cmp.Compare(a.Key, b.Key))
 	})
-	return all, err
+	return all, nil
 }
 
 func (p *partition) replay(r pebble.Reader, ns NamespaceKey, key uint64) (job *Replay, err error) {
-	found, err := p.j.get(r, appendJobKey(nil, p.number, tagJob, ns, key), func(value []byte) (err error) {
-		job, err = decodeReplay(value)
-		return err
-	})
-	if err != nil {
-		return nil, err
+	for _, tag := range [...]byte{tagJob, tagErasure} { // no two of a namespace have one key
+		if found, err := p.j.get(r, appendJobKey(nil, p.number, tag, ns, key), func(value []byte) (err error) {
+			job, err = decodeReplay(value, tag == tagErasure)
+			return err
+		}); err != nil {
+			return nil, err
+		} else if found {
+			break
+		}
 	}
-	if !found {
+	if job == nil {
 		return nil, ErrNotFound
 	}
 	job.Namespace, job.Key = ns, key
@@ -398,6 +439,8 @@ type cursor struct {
 	sub        SubscriptionKey
 	done       bool
 	ReplayCounts
+	// purged is what an erasure has purged.
+	purged PurgeCounts
 }
 
 // progress is how much of the sequences below a bound the replay has looked at.
@@ -438,6 +481,9 @@ func encodeCursor(b []byte, at *cursor) []byte {
 	for _, n := range [...]int64{at.Scanned, at.Created, at.Skipped} {
 		w.uint(uint64(max(n, 0)))
 	}
+	if at.purged != (PurgeCounts{}) {
+		at.purged.append(&w)
+	}
 	return w
 }
 
@@ -446,6 +492,9 @@ func decodeCursor(value []byte) (at cursor, err error) {
 	at.step, at.high, at.first, at.seq = d.uint(), d.uint(), d.uint(), d.uint()
 	at.sub, at.done = SubscriptionKey(d.uint()), d.byte() == 1
 	at.ReplayCounts = d.counts()
+	if d.err == nil && len(d.b) > 0 {
+		at.purged = d.purgeCounts()
+	}
 	return at, d.err
 }
 
@@ -485,10 +534,16 @@ func encodeReplay(b []byte, r *Replay) []byte {
 	}
 	w.byte(flags)
 	w.uint(math.Float64bits(s.MaxRate))
+	if s.Erase {
+		w.text(s.Condition)
+		r.Purged.append(&w)
+		w.time(r.Proof.Time)
+		w.uint(uint64(max(r.Proof.Bytes, 0)))
+	}
 	return w
 }
 
-func decodeReplay(value []byte) (*Replay, error) {
+func decodeReplay(value []byte, erase bool) (*Replay, error) {
 	d := readRecord(value)
 	r := &Replay{ID: d.text()}
 	copy(r.ContentHash[:], d.fixed(len(r.ContentHash)))
@@ -501,5 +556,9 @@ func decodeReplay(value []byte) (*Replay, error) {
 	flags := d.byte()
 	s.Missing, s.Retry = flags&replayMissing != 0, flags&replayRetry != 0
 	s.MaxRate = math.Float64frombits(d.uint())
+	if s.Erase = erase; erase {
+		s.Condition, r.Purged = d.text(), d.purgeCounts()
+		r.Proof = Proof{Time: d.time(), Bytes: int64(min(d.uint(), math.MaxInt64))} //nolint:gosec // bounded by the line itself
+	}
 	return r, d.err
 }

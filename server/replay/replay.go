@@ -1,6 +1,7 @@
-// Package replay runs the journal's replays: which go on at once, how fast, to whom, and when one has come to its end. What
-// a replay has done is in the journal, in the same commits as the deliveries it has made, so that a Runner holds nothing
-// that a crash could lose.
+// Package replay runs the journal's replays, and its erasures: which go on at once, how fast, to whom, and when one has come
+// to its end. What a replay has done is in the journal, in the same commits as the deliveries it has made, so that a Runner
+// holds nothing that a crash could lose. So it is with an erasure, which ends when no file of the journal holds any more what
+// it has purged.
 //
 // It makes room for live traffic: steps of all replays are made one after the other, each a small commit, at their
 // replay's pace and with a rest between; and a replay that has openAhead deliveries open waits for their receivers.
@@ -59,6 +60,10 @@ type Journal interface {
 	AdvanceReplay(ctx context.Context, r *delivery.Replay, partition uint16, pick *delivery.Picker, limit int) (delivery.Advance, error)
 	CountReplay(ctx context.Context, pick *delivery.Picker, turn func(look func() error) error) (delivery.ReplayCounts, error)
 	OpenIn(ns delivery.NamespaceKey) int64
+	AdvanceErasure(ctx context.Context, r *delivery.Replay, partition uint16, selects delivery.Selects) (delivery.Advance, error)
+	CountErasure(ctx context.Context, r *delivery.Replay, selects delivery.Selects, turn func(look func() error) error) (*delivery.Replay, error)
+	Scrub(ctx context.Context, r *delivery.Replay, selects delivery.Selects) (delivery.Proof, error)
+	EndErasure(ctx context.Context, ns delivery.NamespaceKey, key uint64, proof delivery.Proof) (*delivery.Replay, error)
 }
 
 // Registry is what a Runner needs of *subscription.Registry.
@@ -84,6 +89,10 @@ type Options struct {
 	Registry Registry
 	// Select reads the filter of a replay of a namespace; one that was stored is known to be valid.
 	Select func(namespace string, spec *delivery.ReplaySpec) (*Selection, error)
+	// Erases reads what an erasure selects; one that was stored is known to be valid. Required where there are erasures.
+	Erases func(spec *delivery.ReplaySpec) (delivery.Selects, error)
+	// Copied reports whether a copy of the journal is on disk, or about to be, that may hold what has been purged. Nil: never.
+	Copied func() bool
 	// Ended is told of each replay that has ended, at least once: those that have within the last toldFor are told of
 	// again at a start. It must not block. Nil is told nothing.
 	Ended func(*delivery.Replay)
@@ -101,12 +110,16 @@ type Runner struct {
 	journal  Journal
 	registry Registry
 	choose   func(string, *delivery.ReplaySpec) (*Selection, error)
+	erases   func(*delivery.ReplaySpec) (delivery.Selects, error)
+	copied   func() bool
 	tell     func(*delivery.Replay)
 	log      *slog.Logger
 	metrics  *metrics
 
 	// step lets one replay at a time make a step, of all namespaces in turn, and count one count at a time look.
 	step, count chan struct{}
+	// scrub lets one erasure at a time have files looked through.
+	scrub chan struct{}
 
 	mu      sync.Mutex
 	jobs    map[name]*job
@@ -124,6 +137,7 @@ type job struct {
 	*delivery.Replay
 	cancel context.CancelFunc
 	begun  bool // it is noted that it runs
+	proof  delivery.Proof
 	// done is closed when the replay has ended, or the server is about to.
 	done chan struct{}
 
@@ -136,9 +150,12 @@ func New(o Options) *Runner {
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)
 	}
+	if o.Copied == nil {
+		o.Copied = func() bool { return false }
+	}
 	r := &Runner{
-		journal: o.Journal, registry: o.Registry, choose: o.Select, tell: o.Ended, log: o.Logger.With("component", "replay"),
-		step: make(chan struct{}, 1), count: make(chan struct{}, 1), jobs: make(map[name]*job),
+		erases: o.Erases, copied: o.Copied, journal: o.Journal, registry: o.Registry, choose: o.Select, tell: o.Ended, log: o.Logger.With("component", "replay"),
+		step: make(chan struct{}, 1), count: make(chan struct{}, 1), scrub: make(chan struct{}, 1), jobs: make(map[name]*job),
 	}
 	r.metrics = newMetrics(r, o.Registerer)
 	return r
@@ -286,7 +303,7 @@ func (r *Runner) Cancel(ctx context.Context, ns delivery.NamespaceKey, key uint6
 
 // ended tells of a replay that has ended not long ago.
 func (r *Runner) ended(one *delivery.Replay) {
-	if r.tell != nil && time.Since(one.DoneTime) < toldFor {
+	if r.tell != nil && !one.Spec.Erase && time.Since(one.DoneTime) < toldFor {
 		r.tell(one)
 	}
 }
@@ -301,7 +318,21 @@ func (r *Runner) Count(ctx context.Context, one *delivery.Replay) (delivery.Repl
 	if pick == nil {
 		return delivery.ReplayCounts{}, nil
 	}
-	return r.journal.CountReplay(ctx, pick, func(look func() error) error {
+	return r.journal.CountReplay(ctx, pick, r.turn(ctx))
+}
+
+// CountErasure counts what an erasure of a namespace would purge now, and purges nothing.
+func (r *Runner) CountErasure(ctx context.Context, one *delivery.Replay) (*delivery.Replay, error) {
+	selects, err := r.erases(&one.Spec)
+	if err != nil {
+		return nil, err
+	}
+	return r.journal.CountErasure(ctx, one, selects, r.turn(ctx))
+}
+
+// turn has counts look one at a time, with rests.
+func (r *Runner) turn(ctx context.Context) func(look func() error) error {
+	return func(look func() error) error {
 		select {
 		case r.count <- struct{}{}:
 		case <-ctx.Done():
@@ -314,7 +345,7 @@ func (r *Runner) Count(ctx context.Context, one *delivery.Replay) (delivery.Repl
 			err = context.Cause(ctx)
 		}
 		return err
-	})
+	}
 }
 
 // held is why a replay cannot go on, for now or for good; nothing holds it without a reason.

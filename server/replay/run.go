@@ -13,10 +13,14 @@ import (
 
 // run makes the steps of a replay until it has ended, or ctx.
 func (r *Runner) run(ctx context.Context, j *job) {
-	state, reason := r.steps(ctx, j)
+	steps := r.steps
+	if j.Spec.Erase {
+		steps = r.erase
+	}
+	state, reason := steps(ctx, j)
 	for state != 0 {
 		// Also when it has been cancelled in this very moment: it had come to its end.
-		ended, err := r.journal.EndReplay(context.WithoutCancel(ctx), j.Namespace, j.Key, state, reason)
+		ended, err := r.end(context.WithoutCancel(ctx), j, state, reason)
 		if err == nil || errors.Is(err, delivery.ErrNotFound) {
 			r.log.Info("replay ended", "replay_id", j.ID, "failed", state == delivery.ReplayFailed, "reason", reason)
 			if err == nil {
@@ -30,6 +34,13 @@ func (r *Runner) run(ctx context.Context, j *job) {
 			return
 		}
 	}
+}
+
+func (r *Runner) end(ctx context.Context, j *job, state delivery.ReplayState, reason string) (*delivery.Replay, error) {
+	if j.Spec.Erase && state == delivery.ReplaySucceeded {
+		return r.journal.EndErasure(ctx, j.Namespace, j.Key, j.proof)
+	}
+	return r.journal.EndReplay(ctx, j.Namespace, j.Key, state, reason)
 }
 
 // steps goes on until the replay has ended, with how; 0 says that ctx has.
@@ -104,13 +115,20 @@ func (r *Runner) advance(ctx context.Context, j *job, partition uint16, pick *de
 	}
 	// Whoever cancels, or stops, waits for a step that has begun.
 	ctx = context.WithoutCancel(ctx)
-	if !j.begun {
-		if err := r.journal.StartReplay(ctx, j.Namespace, j.Key); err != nil {
-			return delivery.Advance{}, err
-		}
-		j.begun = true
+	if err := r.note(ctx, j); err != nil {
+		return delivery.Advance{}, err
 	}
 	return r.journal.AdvanceReplay(ctx, j.Replay, partition, pick, limit)
+}
+
+// note notes that a replay runs.
+func (r *Runner) note(ctx context.Context, j *job) error {
+	if j.begun {
+		return nil
+	}
+	err := r.journal.StartReplay(ctx, j.Namespace, j.Key)
+	j.begun = err == nil
+	return err
 }
 
 // room bounds a step by how many deliveries of the replay are open.

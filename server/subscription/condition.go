@@ -304,3 +304,16 @@ func eventField(t *types.Type, get func(*eventView) (any, error), set func(*even
 		},
 	}
 }
+
+// Condition compiles a condition apart from subscriptions, and returns what holds it against events. One for which it cannot
+// be evaluated does not match. The error says where the text is wrong.
+func (r *Registry) Condition(text string) (func(*Candidate) bool, error) {
+	c := r.conditions.condition(text)
+	if err := c.compile(); err != nil {
+		return nil, err
+	}
+	return func(e *Candidate) bool {
+		holds, err := c.holds(e.view())
+		return holds && err == nil
+	}, nil
+}

@@ -1,0 +1,235 @@
+package delivery
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/cockroachdb/pebble/v2"
+	"github.com/cockroachdb/pebble/v2/sstable"
+	"github.com/cockroachdb/pebble/v2/vfs"
+)
+
+// erasure stores an erasure of acme.
+func (b *bench) erasure(id string) *Replay {
+	b.t.Helper()
+	r, err := b.CreateReplay(context.Background(), &Replay{Namespace: acme, ID: id, Spec: ReplaySpec{
+		Erase: true, Filter: "it is kept with the job", Until: b.clock.now().Add(time.Millisecond),
+	}}, 3)
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	return r
+}
+
+func quotesCanary(e *Event) bool { return e.Subject == canary }
+
+func (b *bench) erase(r *Replay) {
+	b.t.Helper()
+	for p := range uint16(b.Partitions()) {
+		for done := false; !done; {
+			a, err := b.AdvanceErasure(context.Background(), r, p, quotesCanary)
+			if err != nil {
+				b.t.Fatal(err)
+			}
+			done = a.Done
+		}
+	}
+}
+
+// filesWith are the files of a directory, and what is below it, that hold a text: as they are, and tables also entry by entry,
+// with all versions that there are.
+func filesWith(t *testing.T, dir, text string) (found []string) {
+	t.Helper()
+	if err := filepath.WalkDir(dir, func(path string, f os.DirEntry, err error) error {
+		if errors.Is(err, os.ErrNotExist) { // the engine's files come and go
+			return nil
+		}
+		if err != nil || f.IsDir() {
+			return err
+		}
+		raw, err := os.ReadFile(path)
+		if errors.Is(err, os.ErrNotExist) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		holds := bytes.Contains(raw, []byte(text))
+		if strings.HasSuffix(path, ".sst") {
+			holds = tableWith(t, path, text) || holds
+		}
+		if holds {
+			found = append(found, filepath.Base(path))
+		}
+		return nil
+	}); err != nil {
+		t.Fatal(err)
+	}
+	return found
+}
+
+func tableWith(t *testing.T, path, text string) bool {
+	t.Helper()
+	f, err := vfs.Default.Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	readable, err := sstable.NewSimpleReadable(f)
+	if err != nil {
+		t.Fatal(err)
+	}
+	reader, err := sstable.NewReader(t.Context(), readable, new(pebble.Options).MakeReaderOptions())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer reader.Close()
+	it, err := reader.NewIter(sstable.NoTransforms, nil, nil, sstable.AssertNoBlobHandles)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer it.Close()
+	for kv := it.First(); kv != nil; kv = it.Next() {
+		value, _, err := kv.Value(nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if bytes.Contains(value, []byte(text)) || bytes.Contains(kv.K.UserKey, []byte(text)) {
+			return true
+		}
+	}
+	return false
+}
+
+func onDisk(t *testing.T) (dir string, change func(*Options)) {
+	dir = filepath.Join(t.TempDir(), "journal")
+	return dir, func(o *Options) { o.fs, o.Dir, o.MemTableBytes, o.MinFreeBytes = vfs.Default, dir, 256<<10, -1 }
+}
+
+// After an erasure no file of the journal holds anything of what it was to erase: no table, with all versions that it has, no
+// log, and none that is kept to be written over. What was not selected is all there.
+func TestErasureLeavesNothingOnDisk(t *testing.T) {
+	dir, change := onDisk(t)
+	b := newBench(t, change)
+	w := watchOf(t, b.Journal, WatchQuery{Namespace: acme})
+	to := Target{Subscription: "sub-7", UID: uid(7), MaxAttempts: 2, MaxAge: time.Hour}
+	for round := range 4 {
+		for i := range 40 {
+			pub := publication(fmt.Sprintf("other-%d-%d", round, i), 1)
+			pub.Event.Payload = bytes.Repeat([]byte("all right "), 400)
+			b.append(carrying(fmt.Sprintf("e-%d-%d", round, i), 1, 2, 3), pub)
+		}
+		for i, job := range b.jobs() {
+			if job.Event.Subject != canary {
+				continue
+			}
+			switch i % 5 {
+			case 0:
+				b.keepMade(&job, canary)
+				b.settle(job, Step{State: Scheduled, Due: b.clock.now().Add(time.Minute)}, quoting(1, OutcomeRetryable, b.clock.now()))
+			case 1:
+				b.settle(job, Step{State: Rejected, Reason: "permanent failure: " + canary, DeadLetter: &DeadLetter{From: "sub-2", To: to}}, quoting(1, OutcomePermanent, b.clock.now()))
+			case 2:
+				b.settle(job, Step{State: Succeeded}, quoting(1, OutcomeSucceeded, b.clock.now()))
+			case 3:
+				b.settle(job, Step{State: Exhausted, Reason: "permanent failure: " + canary}, quoting(1, OutcomeRetryable, b.clock.now()))
+			}
+		}
+		b.flush()
+		b.clock.add(time.Hour)
+	}
+	if n := len(filesWith(t, dir, canary)); n < 3 {
+		t.Fatalf("%d files hold it before", n)
+	}
+	r := b.erasure("person-1")
+	old := b.db.NewSnapshot() // somebody reads what is old
+	b.erase(r)
+	if _, err := b.Scrub(t.Context(), r, quotesCanary); !errors.Is(err, ErrStale) {
+		t.Errorf("while it is read: %v", err)
+	}
+	if err := old.Close(); err != nil {
+		t.Fatal(err)
+	}
+	var proof Proof
+	waitFor(t, func() bool {
+		var err error
+		if proof, err = b.Scrub(t.Context(), r, quotesCanary); err != nil && !errors.Is(err, ErrStale) {
+			t.Fatal(err)
+		}
+		return err == nil
+	})
+	if found := filesWith(t, dir, canary); len(found) > 0 {
+		t.Errorf("still held by %q", found)
+	}
+	w.Close()
+	ended, err := b.EndErasure(t.Context(), acme, r.Key, proof)
+	if err != nil || ended.State != ReplaySucceeded || ended.Purged.Events != 160 || ended.Purged.Bytes == 0 || ended.Purged.Cancelled == 0 ||
+		ended.Counts.Scanned != 320 || ended.Proof.Bytes == 0 || ended.Proof.Time.IsZero() {
+		t.Errorf("%+v, %v", ended, err)
+	}
+	b.append(publication("after", 1))
+	b.reopen() // the logs that were emptied are no loss
+	if found := filesWith(t, dir, canary); len(found) > 0 {
+		t.Errorf("after a restart held by %q", found)
+	}
+	all, err := b.Replays(acme)
+	if err != nil || len(all) != 1 || all[0].Purged != ended.Purged || !all[0].Proof.Time.Equal(proof.Time) || !all[0].Spec.Erase {
+		t.Errorf("%+v, %v", all, err)
+	}
+	for round := range 4 {
+		if e, err := b.Event(acme, fmt.Sprintf("other-%d-7", round)); err != nil || len(e.Payload) != 4000 || e.Purged != nil {
+			t.Errorf("%+v, %v", e, err)
+		}
+	}
+	if n := len(b.backlog(1)); n != 161 { // and nothing of what was purged
+		t.Errorf("%d wait", n)
+	}
+}
+
+// Power that is lost at any commit of an erasure costs nothing: it goes on where it was, purges what was half purged, and
+// counts each event once.
+func TestErasureGoesOnAfterACrash(t *testing.T) {
+	for at := range 6 {
+		fs := vfs.NewCrashableMem()
+		commits, clone := 0, (*vfs.MemFS)(nil)
+		counting := false
+		b := newBench(t, onePartition, func(o *Options) {
+			o.fs = fs
+			o.refuse = func(uint16) bool {
+				if counting {
+					if commits++; commits == at+2 {
+						clone = fs.CrashClone(vfs.CrashCloneCfg{})
+					}
+				}
+				return false
+			}
+		})
+		for i := range 100 {
+			b.append(carrying(fmt.Sprint("e", i), 1, 2), publication(fmt.Sprint("other", i), 1))
+		}
+		r := b.erasure("person-1")
+		counting = true
+		b.erase(r)
+		counting = false
+		if clone == nil {
+			t.Fatalf("%d commits", commits)
+		}
+		after := newBench(t, onePartition, func(o *Options) { o.fs = clone })
+		after.erase(r)
+		if found := after.quoted(); len(found) > 0 {
+			t.Errorf("%d: quoted by %q", at, found)
+		}
+		if got, err := after.Replay(acme, r.Key); err != nil || got.Purged.Events != 100 || got.Purged.Cancelled != 200 || got.Counts.Scanned != 200 {
+			t.Errorf("%d: %+v, %v", at, got, err)
+		}
+		if _, err := after.Scrub(t.Context(), r, quotesCanary); err != nil {
+			t.Errorf("%d: %v", at, err)
+		}
+	}
+}

@@ -1,0 +1,518 @@
+package delivery
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io/fs"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/cockroachdb/pebble/v2"
+	"github.com/cockroachdb/pebble/v2/sstable"
+	"github.com/cockroachdb/pebble/v2/vfs"
+)
+
+// What is purged is still in the journal's files: in tables, until a compaction drops the versions before; in the
+// write-ahead log; in logs that are kept to be written over. A scrub looks for it in every table, has those ranges compacted
+// in which it finds any, and looks again, until there is none, and the files that had any are gone.
+
+const (
+	// scrubRest is how long a scrub rests for the time that a table has taken, and scrubRestMost the longest.
+	scrubRest     = 1
+	scrubRestMost = 20 * time.Millisecond
+	// maxStale bounds the keys that one look remembers, and touchAtOnce those that are written anew in one commit.
+	maxStale    = 1 << 14
+	touchAtOnce = 256
+)
+
+// ErrStale says that files still hold what has been purged: somebody reads them, or a compaction is under way.
+var ErrStale = errors.New("files with what was purged are still in use")
+
+// Scrub sees to it that no file of the journal holds anything of what an erasure, which has come to its end in all
+// partitions, selects, nor of what became of it. ErrStale says that it is to be tried again after a while.
+func (j *Journal) Scrub(ctx context.Context, r *Replay, selects Selects) (Proof, error) {
+	leave, err := j.enter()
+	if err != nil {
+		return Proof{}, err
+	}
+	defer leave()
+	s := &scrub{j: j, job: r, selects: selects, clean: make(map[uint64]bool)}
+	if err := s.begin(); err != nil {
+		return Proof{}, err
+	}
+	for round := 0; ; round++ {
+		if err := s.flush(ctx); err != nil {
+			return Proof{}, err
+		}
+		stale, err := s.look(ctx)
+		if err != nil {
+			return Proof{}, err
+		}
+		if len(stale) == 0 {
+			break
+		}
+		if round == maxRounds {
+			return Proof{}, ErrStale
+		}
+		if round > 0 { // the versions lie together in a table that nothing has been added to
+			if err := s.touch(ctx, stale); err != nil {
+				return Proof{}, err
+			}
+		}
+		if err := s.compact(ctx, stale); err != nil {
+			return Proof{}, err
+		}
+	}
+	if err := s.emptyLogs(ctx); err != nil {
+		return Proof{}, err
+	}
+	for began := time.Now(); ; {
+		left, err := s.left()
+		switch {
+		case err != nil:
+			return Proof{}, err
+		case !left:
+			return Proof{Time: j.now(), Bytes: s.bytes}, nil
+		case time.Since(began) > leaveFor:
+			return Proof{}, ErrStale
+		}
+		if err := sleep(ctx, settleLook); err != nil {
+			return Proof{}, err
+		}
+	}
+}
+
+const (
+	// maxRounds is how often a scrub compacts before it gives those some time who read what is old.
+	maxRounds = 4
+	// leaveFor is how long the engine may take to remove files that it has done with.
+	leaveFor = 2 * time.Second
+)
+
+// scrub is one Scrub.
+type scrub struct {
+	j       *Journal
+	job     *Replay
+	selects Selects
+	// high bounds what the erasure has looked at, by partition; purged tells of deliveries.
+	low, high []uint64
+	purged    []func(LaneKey, uint64) (bool, error)
+	// clean are tables that hold nothing, dirty those that do, or are no part of the journal any more.
+	clean, dirty map[uint64]bool
+	bytes        int64
+}
+
+func (s *scrub) begin() error {
+	for _, p := range s.j.partitions {
+		at, err := p.cursor(s.j.db, s.job.Namespace, s.job.Key)
+		if err != nil {
+			return err
+		}
+		low, high := s.job.erasedRange(&at)
+		s.low, s.high = append(s.low, low), append(s.high, high)
+		s.purged = append(s.purged, p.purgedDeliveries(s.j.db, s.job.Namespace))
+	}
+	onDisk, err := s.tablesOnDisk()
+	if err != nil {
+		return err
+	}
+	live, err := s.tables()
+	if err != nil {
+		return err
+	}
+	s.dirty = make(map[uint64]bool)
+	for _, n := range onDisk {
+		if !slices.ContainsFunc(live, func(t table) bool { return t.number == n }) {
+			s.dirty[n] = true
+		}
+	}
+	return nil
+}
+
+// flush has all that is in memory in tables.
+func (s *scrub) flush(ctx context.Context) error {
+	flushed, err := s.j.db.AsyncFlush()
+	if err != nil {
+		return fmt.Errorf("flush what was purged: %w", err)
+	}
+	select {
+	case <-flushed:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
+// table is one that the journal consists of.
+type table struct {
+	number uint64
+	size   uint64
+}
+
+func (s *scrub) tables() (all []table, err error) {
+	levels, err := s.j.db.SSTables()
+	if err != nil {
+		return nil, fmt.Errorf("list the tables: %w", err)
+	}
+	for _, level := range levels {
+		for i := range level {
+			all = append(all, table{uint64(level[i].BackingSSTNum), level[i].Size})
+		}
+	}
+	return all, nil
+}
+
+// tablesOnDisk are the numbers of the tables in the journal's directory.
+func (s *scrub) tablesOnDisk() (numbers []uint64, err error) {
+	names, err := s.j.fs.List(s.j.dir)
+	if err != nil {
+		return nil, fmt.Errorf("list the journal's files: %w", err)
+	}
+	for _, name := range names {
+		base, ok := strings.CutSuffix(name, ".sst")
+		if n, err := strconv.ParseUint(base, 10, 64); ok && err == nil {
+			numbers = append(numbers, n)
+		}
+	}
+	return numbers, nil
+}
+
+// look looks through all tables that it has not found clean before, until there are no others.
+func (s *scrub) look(ctx context.Context) (stale [][]byte, err error) {
+	for {
+		all, err := s.tables()
+		if err != nil {
+			return nil, err
+		}
+		again := false
+		for _, t := range all {
+			if s.clean[t.number] {
+				continue
+			}
+			began := time.Now()
+			keys, err := s.lookInto(ctx, t)
+			if errors.Is(err, fs.ErrNotExist) { // compacted meanwhile, into others
+				again = true
+				continue
+			}
+			if err != nil {
+				return nil, err
+			}
+			if len(keys) > 0 {
+				s.dirty[t.number] = true
+				stale = append(stale, keys...)
+			} else {
+				s.clean[t.number] = true
+				delete(s.dirty, t.number) // it was being written
+			}
+			if err := sleep(ctx, min(scrubRest*time.Since(began), scrubRestMost)); err != nil {
+				return nil, err
+			}
+		}
+		if len(stale) > 0 || !again {
+			return stale, nil
+		}
+	}
+}
+
+// lookInto looks through a table for what is purged, and names the keys.
+func (s *scrub) lookInto(ctx context.Context, t table) (stale [][]byte, err error) {
+	path := s.j.fs.PathJoin(s.j.dir, fmt.Sprintf("%06d.sst", t.number))
+	f, err := s.j.fs.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	readable, err := sstable.NewSimpleReadable(f)
+	if err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	reader, err := sstable.NewReader(ctx, readable, new(pebble.Options).MakeReaderOptions())
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("read table %s: %w", path, err), f.Close())
+	}
+	defer func() { err = errors.Join(err, reader.Close()) }()
+	it, err := reader.NewIter(sstable.NoTransforms, nil, nil, sstable.AssertNoBlobHandles)
+	if err != nil {
+		return nil, fmt.Errorf("read table %s: %w", path, err)
+	}
+	defer func() { err = errors.Join(err, it.Close()) }()
+	s.bytes += int64(t.size)
+	for kv, n := it.First(), 0; kv != nil; n++ {
+		if n%1024 == 0 && ctx.Err() != nil {
+			return nil, context.Cause(ctx)
+		}
+		key := kv.K.UserKey
+		skip, ours := s.skip(key)
+		if !ours {
+			if skip == nil {
+				break
+			}
+			kv = from(it.SeekGE, skip)
+			continue
+		}
+		if kind := kv.Kind(); kind == pebble.InternalKeyKindSet || kind == pebble.InternalKeyKindSetWithDelete {
+			value, _, err := kv.Value(nil)
+			if err != nil {
+				return nil, fmt.Errorf("read table %s: %w", path, err)
+			}
+			found, err := s.holds(key, value)
+			if err != nil {
+				return nil, err
+			}
+			if found && len(stale) < maxStale {
+				stale = append(stale, bytes.Clone(key))
+			}
+		}
+		kv = it.Next()
+	}
+	if err := it.Error(); err != nil {
+		return nil, fmt.Errorf("read table %s: %w", path, err)
+	}
+	return stale, nil
+}
+
+// from is a seek to a key without its flags, for whose type Pebble has no public name.
+func from[T, F any](seek func([]byte, F) T, key []byte) T {
+	var flags F
+	return seek(key, flags)
+}
+
+// skip says of a key that is none of the namespace's where the next may be; nil at the end.
+func (s *scrub) skip(key []byte) (next []byte, ours bool) {
+	if len(key) < bodyOffset {
+		return append(bytes.Clone(key), 0), false
+	}
+	partition, tag := binary.BigEndian.Uint16(key), key[tagOffset]
+	if int(partition) >= len(s.j.partitions) {
+		return nil, false
+	}
+	at := bodyOffset
+	switch tag {
+	case tagRecord:
+		at += 2
+	case tagFIFO, tagTimer, tagBlocked, tagNews:
+	default:
+		return prefixEnd(key[:bodyOffset]), false
+	}
+	if len(key) < at+8 {
+		return append(bytes.Clone(key), 0), false
+	}
+	switch ns := NamespaceKey(binary.BigEndian.Uint64(key[at:])); {
+	case ns == s.job.Namespace:
+		return nil, true
+	case ns < s.job.Namespace:
+		return appendU64(bytes.Clone(key[:at]), uint64(s.job.Namespace)), false
+	}
+	return prefixEnd(key[:at]), false
+}
+
+// holds reports whether a record holds anything of what the erasure selects. What cannot be read is passed over: the erasure
+// has counted it.
+func (s *scrub) holds(key, value []byte) (bool, error) {
+	p := s.j.partitions[binary.BigEndian.Uint16(key)]
+	purged := s.purged[p.number]
+	switch key[tagOffset] {
+	case tagRecord:
+		return s.recordHolds(p, key, value)
+	case tagNews:
+		after, err := stripNews(s.job.Namespace, value, purged)
+		return after != nil, p.passOver(wrapped(p.j.corrupt(key, err), err))
+	case tagBlocked:
+		lane, _, seq, ok := splitBlocked(key)
+		w, err := decodeBlocked(value)
+		if !ok || err != nil || !(&standing{progress: w.progress}).strip() {
+			return false, nil
+		}
+		return purged(lane, seq)
+	}
+	lane, row, ok := splitRow(key)
+	pr, err := decodeProgress(value)
+	if !ok || err != nil || !(&standing{progress: pr}).strip() {
+		return false, nil
+	}
+	return purged(lane, row.Seq)
+}
+
+func wrapped(with, err error) error {
+	if err == nil {
+		return nil
+	}
+	return with
+}
+
+// recordHolds is holds for an r key.
+func (s *scrub) recordHolds(p *partition, key, value []byte) (bool, error) {
+	_, ns, kind, rest, ok := splitRecord(key)
+	seq, hasSeq := recordSeq(kind, rest)
+	if !ok || !hasSeq {
+		return false, nil
+	}
+	switch kind {
+	case kindEvent:
+		if seq < s.low[p.number] || seq >= s.high[p.number] {
+			return false, nil
+		}
+		e, err := decodeEvent(value)
+		if err != nil || e.Purged != nil {
+			return false, nil
+		}
+		p.place(e, ns, seq)
+		return s.selects(e), nil
+	case kindMade:
+		return p.purgedOf(s.j.db, ns, seq)
+	case kindDelivery:
+		if st, err := decodeStanding(value); err != nil || !st.strip() {
+			return false, nil
+		}
+	case kindAttempt:
+		if a, err := decodeAttempt(value); err == nil && !a.strip() {
+			return false, nil
+		}
+	default:
+		return false, nil
+	}
+	return s.purged[p.number](LaneKey{ns, SubscriptionKey(binary.BigEndian.Uint64(rest))}, seq)
+}
+
+// touch writes the records of some keys anew, so that a compaction meets the tables that hold what they were before.
+func (s *scrub) touch(ctx context.Context, keys [][]byte) error {
+	for some := range slices.Chunk(keys, touchAtOnce) {
+		byPartition := make(map[uint16][][]byte)
+		for _, key := range some {
+			n := binary.BigEndian.Uint16(key)
+			byPartition[n] = append(byPartition[n], key)
+		}
+		for n, keys := range byPartition {
+			if err := s.j.partitions[n].do(ctx, func(c *commit) error {
+				for _, key := range keys {
+					if err := c.touch(key); err != nil {
+						return err
+					}
+				}
+				return nil
+			}); err != nil {
+				return err
+			}
+		}
+	}
+	return s.flush(ctx)
+}
+
+// touch writes a record as it is, or erases it once more. Open rows are written once only; those that hold anything are gone.
+func (c *commit) touch(key []byte) error {
+	var value []byte
+	found, err := c.p.j.get(c.r, key, func(v []byte) error {
+		value = bytes.Clone(v)
+		return nil
+	})
+	switch {
+	case err != nil:
+		return err
+	case !found:
+		c.delete(key)
+	case key[tagOffset] == tagRecord || key[tagOffset] == tagNews:
+		c.set(key, value)
+	}
+	return nil
+}
+
+// compact has the ranges compacted in which keys lie.
+func (s *scrub) compact(ctx context.Context, keys [][]byte) error {
+	var spans []span
+	for _, key := range keys {
+		prefix := key[:bodyOffset+8]
+		if key[tagOffset] == tagRecord {
+			prefix = key[:bodyOffset+2+8]
+		}
+		spans = append(spans, span{bytes.Clone(prefix), prefixEnd(prefix)})
+	}
+	slices.SortFunc(spans, func(a, b span) int { return bytes.Compare(a.start, b.start) })
+	spans = slices.CompactFunc(spans, func(a, b span) bool { return bytes.Equal(a.start, b.start) })
+	for _, at := range spans {
+		began := time.Now()
+		if err := s.j.db.Compact(ctx, at.start, at.end, false); err != nil {
+			return fmt.Errorf("compact what was purged: %w", err)
+		}
+		if err := sleep(ctx, min(scrubRest*time.Since(began), time.Second)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// left reports whether files are on disk that held what was purged.
+func (s *scrub) left() (bool, error) {
+	onDisk, err := s.tablesOnDisk()
+	if err != nil {
+		return false, err
+	}
+	return slices.ContainsFunc(onDisk, func(n uint64) bool { return s.dirty[n] }), nil
+}
+
+// emptyLogs has no log hold what was written before. The engine keeps logs that it has done with, to write the next over
+// them: they are emptied.
+func (s *scrub) emptyLogs(ctx context.Context) error {
+	// No log that is begun from here on has anything of an older one at its end.
+	s.j.fresh.Store(true)
+	defer s.j.fresh.Store(false)
+	last := s.j.logNumber.Load()
+	if err := s.flush(ctx); err != nil { // all up to it are in tables from here on
+		return err
+	}
+	s.j.reusing.Lock()
+	defer s.j.reusing.Unlock()
+	names, err := s.j.fs.List(s.j.dir)
+	if err != nil {
+		return fmt.Errorf("list the journal's files: %w", err)
+	}
+	for _, name := range names {
+		base, ok := strings.CutSuffix(name, ".log")
+		n, err := strconv.ParseUint(base, 10, 64)
+		if !ok || err != nil || n > last {
+			continue
+		}
+		f, err := s.j.fs.Create(s.j.fs.PathJoin(s.j.dir, name), vfs.WriteCategoryUnspecified)
+		if err == nil {
+			err = f.Close()
+		}
+		if err != nil {
+			return fmt.Errorf("empty log %s: %w", name, err)
+		}
+	}
+	dir, err := s.j.fs.OpenDir(s.j.dir)
+	if err == nil {
+		err = errors.Join(dir.Sync(), dir.Close())
+	}
+	if err != nil {
+		return fmt.Errorf("empty the logs: %w", err)
+	}
+	return nil
+}
+
+// reusedLogs is a file system on which no log is emptied while it is about to be written over, and none is written over while
+// logs are to be fresh.
+type reusedLogs struct {
+	vfs.FS
+	j *Journal
+}
+
+// ReuseForWrite is FS's.
+func (r reusedLogs) ReuseForWrite(from, to string, category vfs.DiskWriteCategory) (vfs.File, error) {
+	r.j.reusing.Lock()
+	defer r.j.reusing.Unlock()
+	if r.j.fresh.Load() {
+		if err := r.FS.Remove(from); err != nil {
+			return nil, err
+		}
+		return r.FS.Create(to, category)
+	}
+	return r.FS.ReuseForWrite(from, to, category)
+}
+
+// Unwrap returns the file system below.
+func (r reusedLogs) Unwrap() vfs.FS { return r.FS }
