@@ -215,10 +215,20 @@ type Backup struct {
 	Time             time.Time
 	// SecretKey says that the key of the secrets is in it.
 	SecretKey bool
+	// Erasures had been completed before it was made, the newest first, 200 at the most: what they have purged is not in it.
+	// What others have purged since may be.
+	Erasures []Erased
+}
+
+// Erased is an erasure that has succeeded.
+type Erased struct {
+	// Name is namespaces/{namespace}/erasures/{erasure}.
+	Name      string    `json:"name"`
+	Completed time.Time `json:"completed"`
 }
 
 func (a aboutBackup) public() Backup {
-	return Backup{Journal: a.Journal, Version: a.Version, Time: a.Time, SecretKey: a.SecretKey}
+	return Backup{Journal: a.Journal, Version: a.Version, Time: a.Time, SecretKey: a.SecretKey, Erasures: a.Erasures}
 }
 
 // CheckBackup reads a backup to its end, and returns an error when it is cut off, damaged, or none.

@@ -9,10 +9,13 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"time"
 
 	clientv3 "go.etcd.io/etcd/client/v3"
+
+	"github.com/grapnel/grapnel/server/delivery"
 )
 
 // A backup is the journal at one moment, and the configuration at one a little later: so what a delivery needs is there,
@@ -41,6 +44,8 @@ type aboutBackup struct {
 	Keys int `json:"keys"`
 	// SecretKey says that the key of the secrets is in it.
 	SecretKey bool `json:"secret_key"`
+	// Erasures had been completed.
+	Erasures []Erased `json:"erasures,omitempty"`
 }
 
 // configKey is a line of a backup's configuration: a key of etcd, without our prefix.
@@ -136,13 +141,17 @@ func (s *Server) copyStores(ctx context.Context, dir string, withKey bool) error
 	if err := s.journal.Flush(ctx); err != nil {
 		return fmt.Errorf("flush the journal: %w", err)
 	}
+	erasures, err := s.erasures() // before the copy, which is then without what they have purged
+	if err != nil {
+		return err
+	}
 	marks, err := s.journal.Checkpoint(filepath.Join(dir, archivedJournal))
 	if err != nil {
 		return err
 	}
 	about := aboutBackup{
 		Format: archiveFormat, Journal: s.journal.ID(), Partitions: s.journal.Partitions(), Version: s.options.Version,
-		Time: time.Now().UTC().Truncate(time.Second), SecretKey: withKey,
+		Time: time.Now().UTC().Truncate(time.Second), SecretKey: withKey, Erasures: erasures,
 	}
 	if about.Keys, err = s.copyConfig(ctx, filepath.Join(dir, archivedConfig)); err != nil {
 		return fmt.Errorf("copy the configuration: %w", err)
@@ -164,6 +173,26 @@ func (s *Server) copyStores(ctx context.Context, dir string, withKey bool) error
 		os.WriteFile(filepath.Join(dir, archivedMarks), marks.Encode(), 0o600),
 		os.WriteFile(filepath.Join(dir, archivedAbout), append(text, '\n'), 0o600),
 	)
+}
+
+// maxErased bounds what a backup says of erasures, of which there may be hundreds in each namespace.
+const maxErased = 200
+
+// erasures lists those that have succeeded, the newest first.
+func (s *Server) erasures() (all []Erased, err error) {
+	jobs, err := s.journal.Replays(0)
+	if err != nil {
+		return nil, err
+	}
+	snapshot := s.registry.Snapshot()
+	for _, job := range jobs {
+		ns := snapshot.NamespaceByKey(uint64(job.Namespace))
+		if ns != nil && job.Spec.Erase && job.State == delivery.ReplaySucceeded {
+			all = append(all, Erased{"namespaces/" + ns.ID + "/erasures/" + job.ID, job.DoneTime.UTC().Truncate(time.Second)})
+		}
+	}
+	slices.SortStableFunc(all, func(a, b Erased) int { return b.Completed.Compare(a.Completed) })
+	return all[:min(len(all), maxErased)], nil
 }
 
 // copyConfig writes all keys of ours at one revision, in order.

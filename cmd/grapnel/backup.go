@@ -185,6 +185,11 @@ func (c *cli) restore(ctx context.Context, o server.RestoreOptions) error {
 	}
 	c.said("%s: journal %s as of %s: %d events, %d deliveries, %d of them open; %d keys of configuration",
 		o.DataDir, r.Journal, r.Time.Format(time.RFC3339), r.Events, r.Deliveries, r.Open, r.Keys)
+	last := "none had been completed"
+	if len(r.Erasures) > 0 {
+		last = fmt.Sprintf("the last that it knows is %s of %s", r.Erasures[0].Name, r.Erasures[0].Completed.Format(time.RFC3339))
+	}
+	c.said("what erasures have purged since then is in it again, and they are to be run again: %s", last)
 	if r.KeyWanted {
 		fmt.Fprintf(c.stderr, "there are secrets, and the key is not in the backup: put it into %s, mode 0600, before a server is started\n",
 			filepath.Join(o.DataDir, "secret.key"))

@@ -43,6 +43,25 @@ await ' SUCCEEDED ' grapnel delivery list -n acme --filter 'trigger = DEAD_LETTE
 `)
 }
 
+// TestErasurePage runs the commands of docs/erasure.md as they are printed.
+func TestErasurePage(t *testing.T) {
+	runPage(t, "erasure", 10, `serve
+exec sh -eux page.sh
+stdout '^purged namespaces/acme/events/o-1; 1 delivery cancelled$'
+stdout 'payload purged 20'
+stdout '^2 events would be purged; looked at 3$'
+stdout '^namespaces/acme/erasures/gdpr-1001 is SUCCEEDED: 2 events purged of 3, 2 deliveries cancelled$'
+stdout '^Verified: +20'
+stdout '^gdpr-1001 +SUCCEEDED '
+! exec grapnel event get o-1 -n acme --raw
+stderr 'no longer kept'
+! exec grapnel erasure create -n acme
+stderr '--filter is required'
+! exec grapnel erasure create -n acme --filter 'subject = a'
+stderr '--yes does it'
+`)
+}
+
 // TestBatchingPage runs the commands of docs/batching.md as they are printed, but for their receiver.
 func TestBatchingPage(t *testing.T) {
 	runPage(t, "batching", 10, `receiver
