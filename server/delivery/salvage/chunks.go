@@ -61,6 +61,7 @@ type chunk struct {
 	data   []byte
 	synced int64  // -1: it does not say
 	closes bool   // it is the mark at the end of a closed log
+	former bool   // it is one of the log that the file was before
 	reason string // why it is none
 }
 
@@ -108,11 +109,12 @@ func (c chunks) at(off int) chunk {
 	}
 	if !c.manifest {
 		number := binary.LittleEndian.Uint32(block[manifestHeader:])
-		if number == c.number+1 && sum == 0 && size == 0 && first == 5 {
+		if number == c.number+1 && sum == 0 && size == 0 && kind == 5 {
 			return chunk{closes: true, size: header}
 		}
 		if number != c.number {
-			return chunk{reason: fmt.Sprintf("the chunk is of log %06d", number)}
+			former := number < c.number && header+size <= len(block) && maskedChecksum(block[6:header+size]) == sum
+			return chunk{former: former, reason: fmt.Sprintf("the chunk is of log %06d", number)}
 		}
 	}
 	if header+size > len(block) {
@@ -159,8 +161,10 @@ func (c chunks) padding(off int) bool {
 }
 
 // resume finds the first chunk at or after off, len(b) if there is none. Between damaged bytes it may begin
-// anywhere.
+// anywhere. The mark at the end has no checksum, and records of a former log may hold the same bytes: behind a chunk of
+// one it is none.
 func (c chunks) resume(off int) int {
+	former := false
 	for ; off+c.header() <= len(c.b); off++ {
 		if off = c.next(off); off+c.header() > len(c.b) {
 			break
@@ -168,9 +172,11 @@ func (c chunks) resume(off int) int {
 		if kind := c.b[off+6]; kind == 0 || kind > 12 {
 			continue
 		}
-		if found := c.at(off); found.reason == "" {
+		found := c.at(off)
+		if found.reason == "" && !(found.closes && former) {
 			return off
 		}
+		former = former || found.former
 	}
 	return len(c.b)
 }

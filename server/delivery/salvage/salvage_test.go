@@ -8,6 +8,7 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"hash/crc32"
 	"io/fs"
 	"maps"
 	"math/rand/v2"
@@ -632,5 +633,37 @@ func TestRefusals(t *testing.T) {
 	}
 	if left, _ := os.ReadDir(filepath.Dir(to)); len(left) > 0 {
 		t.Errorf("left behind: %v", left)
+	}
+}
+
+// A log is written over an older one, whose records are behind its end then. One of them may hold the bytes of the mark at
+// the end of a closed log, which has no checksum.
+func TestWhatTheLogWasBeforeIsNoDamage(t *testing.T) {
+	_, dir := killed(t, 1)
+	logs := neededLogs(t, dir)
+	l := logs[len(logs)-1]
+	b, err := os.ReadFile(l.Path)
+	check(t, err)
+	const block, room = 32 << 10, 200
+	b = b[:l.End]
+	if left := block - len(b)%block; left < room {
+		b = append(b, make([]byte, left)...)
+	}
+	b = append(b, "the end of a record"...)
+	var number uint32
+	_, err = fmt.Sscanf(filepath.Base(l.Path), "%06d.log", &number)
+	check(t, err)
+	mark := binary.LittleEndian.AppendUint32([]byte{0, 0, 0, 0, 0, 0, 5}, number+1)
+	for range 2 {
+		chunk := append(binary.LittleEndian.AppendUint32([]byte{5}, number-1), mark...)
+		sum := crc32.Checksum(chunk, crc32.MakeTable(crc32.Castagnoli))
+		b = binary.LittleEndian.AppendUint32(b, (sum>>15|sum<<17)+0xa282ead8)
+		b = append(binary.LittleEndian.AppendUint16(b, uint16(len(mark))), chunk...)
+	}
+	check(t, os.WriteFile(l.Path, b, 0o600))
+	report, err := salvage.Check(t.Context(), dir)
+	check(t, err)
+	if report.Damaged() {
+		t.Errorf("damaged:\n%s", text(t, report))
 	}
 }
