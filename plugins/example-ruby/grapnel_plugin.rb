@@ -196,7 +196,8 @@ module Grapnel
     end
   end
 
-  # Egress: public addresses are open on ports 80, 443, 8080 and 8443; the server's allow list on every port.
+  # Egress: public addresses are open on ports 80, 443, 8080 and 8443; the server's allow list on every port, its deny list
+  # never.
   class Egress
     SPECIAL = %w[
       0.0.0.0/8 10.0.0.0/8 100.64.0.0/10 127.0.0.0/8 169.254.0.0/16 172.16.0.0/12 192.0.0.0/24 192.0.2.0/24 192.88.99.0/24
@@ -204,12 +205,20 @@ module Grapnel
       100::/64 2001::/23 2001:db8::/32 2002::/16 3fff::/20 5f00::/16 fc00::/7 fe80::/10 fec0::/10 ff00::/8
     ].map { |range| IPAddr.new(range) }.freeze
 
-    def initialize(allow = []) = @allow = allow.map { |range| IPAddr.new(range) }
+    def initialize(allow = [], deny = [])
+      @allow = allow.map { |range| IPAddr.new(range) }
+      @deny = deny.map do |rule| # [range, port or 0]
+        address, bits, port = rule.match(%r{\A([^/]*)/(\d+)(?::(\d+))?\z}).captures
+        [IPAddr.new("#{address}/#{bits}"), port.to_i]
+      end
+    end
 
     def allows?(address, port)
       ip = IPAddr.new(address.split("%").first)
       ip = ip.native if ip.ipv4_mapped?
       within = ->(list) { list.any? { |range| range.family == ip.family && range.include?(ip) } }
+      return false if within.(@deny.filter_map { |range, only| range if [0, port].include?(only) })
+
       within.(@allow) || ([80, 443, 8080, 8443].include?(port) && !within.(SPECIAL))
     end
 
@@ -455,7 +464,7 @@ module Grapnel
     def configure(request, _call)
       @lock.synchronize do
         if (set = request.settings)
-          @egress, @agent = Egress.new(set.egress_allow.to_a), set.user_agent
+          @egress, @agent = Egress.new(set.egress_allow.to_a, set.egress_deny.to_a), set.user_agent
         end
         statuses = request.instances.map do |given|
           newest, refs = @newest.fetch(given.id, [0, []])

@@ -345,7 +345,7 @@ func (s *suite) prepare(ctx context.Context) string {
 	if s.described, err = ses.describe(ctx); err != nil {
 		return err.Error()
 	}
-	if err := ses.settle(loopback4, loopback6); err != nil {
+	if err := ses.settle(loopbackOpen()); err != nil {
 		return err.Error()
 	}
 	for _, k := range s.described.GetKinds() {

@@ -170,13 +170,24 @@ func headerBomb(t *trial) error {
 	})
 }
 
-// egressDenied asks for loopback by its address and by name while the settings do not open it.
+// egressDenied asks for loopback by its address and by name while the settings do not open it, and while they close what they
+// open.
 func egressDenied(t *trial) error {
-	direct := func(u *subject) bool { return overHTTP(u) && !u.bridged() }
 	if !slices.ContainsFunc(t.s.subjects, direct) {
 		return t.noTransport("http")
 	}
-	ses, err := t.sessionWith(launch{})
+	if err := t.egressDeniedBy("egress_allow is empty", &pluginv1.HostSettings{}); err != nil {
+		return err
+	}
+	both := []string{loopback4, loopback6}
+	return t.egressDeniedBy("egress_deny has its range", &pluginv1.HostSettings{EgressAllow: both, EgressDeny: both})
+}
+
+// direct: what it connects to is the receiver.
+func direct(u *subject) bool { return overHTTP(u) && !u.bridged() }
+
+func (t *trial) egressDeniedBy(why string, set *pluginv1.HostSettings) error {
+	ses, err := t.sessionWith(launch{}, set)
 	if err != nil {
 		return err
 	}
@@ -203,7 +214,7 @@ func egressDenied(t *trial) error {
 				return err
 			}
 			if _, accepted := k.seen(); accepted > 0 {
-				return fmt.Errorf("%s: a connection was made, and egress_allow is empty", host)
+				return fmt.Errorf("%s: a connection was made, and %s", host, why)
 			}
 			f, err := mustFail(res)
 			if err != nil {

@@ -43,7 +43,7 @@ func faults() [][]fault {
 			{"drops-retry-after", "TR-09"}, {"refused-maybe-sent", "TR-10"}, {"reset-own-fault", "TR-11"}, {"reset-not-sent", "TR-12"},
 		}, {
 			{"retries", "TR-13"}, {"late-timeout", "TR-14"}, {"late-body", "TR-15"}, {"garbage-own-fault", "TR-16"},
-			{"unbounded-header", "TR-17"}, {"no-egress", "TR-18"}, {"no-verify", "TR-19"}, {"no-keep-alive", "TR-20"},
+			{"unbounded-header", "TR-17"}, {"no-egress", "TR-18"}, {"no-deny", "TR-18"}, {"no-verify", "TR-19"}, {"no-keep-alive", "TR-20"},
 			{"signs-otherwise-here", "TR-21"}, {"dns-own-fault", "TR-22"}, {"mem-fails", "TR-23"}, {"short-answer", "TR-24"},
 		}, {
 			{"answers-twice", "FL-02"}, {"small-window", "FL-03"}, {"few-workers", "FL-04"}, {"cancel-strict", "FL-05"},

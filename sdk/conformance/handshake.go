@@ -61,7 +61,7 @@ func comesUp(t *trial) error {
 	if _, err := ses.describe(t.ctx); err != nil {
 		return err
 	}
-	return ses.settle(loopback4, loopback6)
+	return ses.settle(loopbackOpen())
 }
 
 func lineFields(t *trial) error {
@@ -159,7 +159,7 @@ func startedByHand(t *trial) error {
 }
 
 func bareStart(t *trial) error {
-	ses, err := t.sessionWith(launch{cwd: "/"}, loopback4)
+	ses, err := t.sessionWith(launch{cwd: "/"}, &pluginv1.HostSettings{EgressAllow: []string{loopback4}})
 	if err != nil {
 		return err
 	}
@@ -185,7 +185,7 @@ func quickStart(t *trial) error {
 
 // deafHost gives the plugin more to do than a pipe holds lines about.
 func deafHost(t *trial) error {
-	ses, err := t.sessionWith(launch{deafAfterLine: true}, loopback4, loopback6)
+	ses, err := t.sessionWith(launch{deafAfterLine: true}, loopbackOpen())
 	if err != nil {
 		return err
 	}

@@ -44,12 +44,12 @@ type raw struct {
 	began  time.Time
 	pool   *rawPool
 
-	mu        sync.RWMutex // guards what follows
-	instances map[uint32]*rawInstance
-	egress    []string
-	describes int
-	settled   int
-	leaked    [][]byte
+	mu           sync.RWMutex // guards what follows
+	instances    map[uint32]*rawInstance
+	egress, deny []string
+	describes    int
+	settled      int
+	leaked       [][]byte
 }
 
 type rawInstance struct {
@@ -298,7 +298,7 @@ func (r *raw) forget(in *pluginv1.Instance) {
 func (r *raw) Configure(_ context.Context, req *pluginv1.ConfigureRequest) (*pluginv1.ConfigureResponse, error) {
 	if set := req.GetSettings(); set != nil {
 		r.mu.Lock()
-		r.egress = set.GetEgressAllow()
+		r.egress, r.deny = set.GetEgressAllow(), set.GetEgressDeny()
 		r.mu.Unlock()
 	}
 	out := &pluginv1.ConfigureResponse{}

@@ -14,6 +14,7 @@ import (
 	"net/http"
 	"net/netip"
 	"net/url"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -110,12 +111,13 @@ func (r *raw) allowed(addr netip.Addr) bool {
 	}
 	r.mu.RLock()
 	defer r.mu.RUnlock()
-	for _, text := range r.egress {
-		if p, err := netip.ParsePrefix(text); err == nil && p.Contains(addr) {
-			return true
-		}
+	within := func(ranges []string) bool {
+		return slices.ContainsFunc(ranges, func(text string) bool {
+			p, err := netip.ParsePrefix(text)
+			return err == nil && p.Contains(addr)
+		})
 	}
-	return false
+	return within(r.egress) && (r.is("no-deny") || !within(r.deny))
 }
 
 // attempt is one attempt of either transport.

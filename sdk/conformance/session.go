@@ -132,9 +132,15 @@ func (ses *session) openCompanions() {
 
 // session starts the plugin and brings it to where attempts can come: Configure with the settings, then
 // Control. Loopback is open to it.
-func (t *trial) session() (*session, error) { return t.sessionWith(launch{}, loopback4, loopback6) }
+func (t *trial) session() (*session, error) {
+	return t.sessionWith(launch{}, loopbackOpen())
+}
 
-func (t *trial) sessionWith(l launch, allow ...string) (*session, error) {
+func loopbackOpen() *pluginv1.HostSettings {
+	return &pluginv1.HostSettings{EgressAllow: []string{loopback4, loopback6}}
+}
+
+func (t *trial) sessionWith(l launch, set *pluginv1.HostSettings) (*session, error) {
 	ses, err := t.start(l)
 	if err != nil {
 		return nil, err
@@ -142,19 +148,18 @@ func (t *trial) sessionWith(l launch, allow ...string) (*session, error) {
 	if _, err := ses.describe(t.ctx); err != nil {
 		return nil, err
 	}
-	if err := ses.settle(allow...); err != nil {
+	if err := ses.settle(set); err != nil {
 		return nil, err
 	}
 	return ses, ses.openControl()
 }
 
-// settle is the first Configure: settings, and no instance.
-func (ses *session) settle(allow ...string) error {
+// settle is the first Configure: settings, to which it adds the user agent, and no instance.
+func (ses *session) settle(set *pluginv1.HostSettings) error {
+	set.UserAgent = userAgent
 	ctx, cancel := context.WithTimeout(ses.t.ctx, callLimit)
 	defer cancel()
-	_, err := ses.plugin.Configure(ctx, &pluginv1.ConfigureRequest{
-		Settings: &pluginv1.HostSettings{EgressAllow: allow, UserAgent: userAgent},
-	})
+	_, err := ses.plugin.Configure(ctx, &pluginv1.ConfigureRequest{Settings: set})
 	if err != nil {
 		return fmt.Errorf("configure with settings alone: %w", err)
 	}
