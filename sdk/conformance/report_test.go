@@ -19,7 +19,7 @@ func TestCasesAreNamedOnce(t *testing.T) {
 	seen := map[string]bool{}
 	groups := map[string]string{
 		conformance.GroupHandshake: "HS", conformance.GroupConfig: "CF", conformance.GroupSigner: "SG",
-		conformance.GroupTransport: "TR", conformance.GroupFlow: "FL", conformance.GroupSoak: "SO",
+		conformance.GroupTransport: "TR", conformance.GroupTransformer: "TF", conformance.GroupFlow: "FL", conformance.GroupSoak: "SO",
 	}
 	for _, c := range conformance.Cases() {
 		if seen[c.ID] || !regexp.MustCompile(`^[A-Z]{2}-[0-9]{2}$`).MatchString(c.ID) || !strings.HasPrefix(c.ID, groups[c.Group]+"-") {
