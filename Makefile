@@ -76,12 +76,12 @@ cross: ## other systems compile
 deps: ## node packages for the tests that use them: official verifiers, the node examples
 	for d in server/testdata/verifiers plugins/example-node docs/clients/node; do npm ci --prefix "$$d" --silent; done
 
-ci: lint ## lint, a short race run of what runs in one process, the plugin guide in all languages, and last the README's test command
+ci: lint ## lint, a short race run of what runs in one process, and last the README's test command
 	go test -race -short ./plugins/http/... ./sdk/client ./sdk/plugin $$(go list ./server/... | grep -v '/server$$')
-	go test ./cmd/grapnel -run PluginGuide -languages.all -timeout 20m
 	GOFLAGS=-timeout=20m go test ./... # a package that starts servers takes its time beside another on a small machine
 
-suite: ## every case of the plugin suite: on the examples in other languages, and on a plugin with one fault at a time
+suite: ## the plugin guide in all languages, and every case of the suite: on the examples in them, and on a plugin with one fault at a time
+	go test ./cmd/grapnel -run PluginGuide -count=1 -timeout 20m -languages.all
 	go test ./sdk/conformance -run 'OtherLanguages|EachFault' -count=1 -timeout 30m -languages.all -faults.each
 
 check: cross lint protos race test suite ## all of it: also the builds for other systems, the protos, and everything under the race detector

@@ -25,7 +25,7 @@ var allLanguages = flag.Bool("languages.all", false, "the guide's pages in Pytho
 
 // TestPluginGuide runs the commands of docs/plugins.md as they are printed: every kind in every language, from
 // nothing to a webhook that verifies. Only the server's ports, the receiver's and the path of the checkout differ.
-// It is in Go unless all languages are asked for, as CI does.
+// It is in Go unless all languages are asked for, as `make check` does.
 func TestPluginGuide(t *testing.T) {
 	if testing.Short() || runtime.GOOS == "windows" {
 		t.Skip("builds plugins and runs the suite on them; needs bash")
