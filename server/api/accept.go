@@ -405,7 +405,8 @@ func contentHash(e *grapnelv1.Event, payload []byte) [16]byte {
 	}
 	if form == 2 {
 		b = binary.AppendUvarint(b, uint64(len(e.GetHeaders())))
-		for _, name := range slices.Sorted(maps.Keys(e.GetHeaders())) {
+		names := slices.SortedFunc(maps.Keys(e.GetHeaders()), func(a, b string) int { return strings.Compare(strings.ToLower(a), strings.ToLower(b)) })
+		for _, name := range names {
 			b = appendString(b, strings.ToLower(name))
 			b = appendString(b, e.GetHeaders()[name])
 		}

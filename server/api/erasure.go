@@ -57,10 +57,6 @@ func (s erasureService) CreateErasure(ctx context.Context, r *grapnelv1.CreateEr
 			return &grapnelv1.CreateErasureResponse{Erasure: s.erasureProto(ns, known)}, nil
 		}
 	}
-	// By the clock that events are accepted by, and with all that was accepted in this very millisecond.
-	if now := s.Journal.Now().Truncate(time.Millisecond).Add(time.Millisecond); job.Spec.Until.IsZero() || job.Spec.Until.After(now) {
-		job.Spec.Until = now
-	}
 	if r.GetValidateOnly() {
 		counted, err := s.Replays.CountErasure(ctx, job)
 		if err != nil {
@@ -234,9 +230,17 @@ func erasureFields() []filter.Field[*delivery.Replay] {
 	return slices.DeleteFunc(replayFields(""), func(f filter.Field[*delivery.Replay]) bool { return f.Name == "subscription" })
 }
 
+// erasedUntil is when the job was made at the latest.
+func erasedUntil(r *delivery.Replay) time.Time {
+	if until := r.Spec.Until; !until.IsZero() && (r.CreateTime.IsZero() || until.Before(r.CreateTime)) {
+		return until
+	}
+	return r.CreateTime
+}
+
 func (s erasureService) erasureProto(ns string, r *delivery.Replay) *grapnelv1.Erasure {
 	m := &grapnelv1.Erasure{
-		Name: erasureName(ns, r.ID), StartTime: stamp(r.Spec.Since), EndTime: stamp(r.Spec.Until), Filter: r.Spec.Filter, Condition: r.Spec.Condition,
+		Name: erasureName(ns, r.ID), StartTime: stamp(r.Spec.Since), EndTime: stamp(erasedUntil(r)), Filter: r.Spec.Filter, Condition: r.Spec.Condition,
 		State: grapnelv1.Erasure_State(r.State), ScannedCount: r.Counts.Scanned, ErasedCount: r.Purged.Events, ErasedBytes: r.Purged.Bytes,
 		CancelledCount: r.Purged.Cancelled, UnreadCount: r.Counts.Skipped, CreateTime: stamp(r.CreateTime), CompleteTime: stamp(r.DoneTime),
 		VerifyTime: stamp(r.Proof.Time), VerifiedBytes: r.Proof.Bytes, Progress: r.Progress,

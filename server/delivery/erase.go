@@ -19,9 +19,29 @@ const (
 // Selects says whether an erasure is to purge an event. It is called in no particular goroutine and must not block.
 type Selects func(*Event) bool
 
+// BeginErasure notes in all partitions that an erasure begins: it looks at nothing that is accepted afterwards, and at all that
+// was before, whatever clock gave its sequence. It may be called again.
+func (j *Journal) BeginErasure(ctx context.Context, r *Replay) error {
+	leave, err := j.enter()
+	if err != nil {
+		return err
+	}
+	defer leave()
+	for _, p := range j.partitions {
+		at, err := p.cursor(j.db, r.Namespace, r.Key)
+		if err == nil && !at.begun() {
+			_, err = p.beginCursor(ctx, r)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // AdvanceErasure makes one step of an erasure in one partition: it looks on, in the order of sequences, until some events
 // are selected or it has looked at enough, and purges those. What a crash has left half purged is purged again. It looks at
-// nothing that was accepted after its first step in the partition, or not before its Until.
+// nothing that was accepted after BeginErasure, or not before its Until.
 func (j *Journal) AdvanceErasure(ctx context.Context, r *Replay, partition uint16, selects Selects) (Advance, error) {
 	leave, err := j.enter()
 	if err != nil {
@@ -118,7 +138,7 @@ func (j *Journal) CountErasure(ctx context.Context, r *Replay, selects Selects, 
 	sum := *r
 	for _, p := range j.partitions {
 		p.visible.RLock()
-		at := cursor{high: p.appliedSeq + 1}
+		at := cursor{high: max(p.appliedSeq, p.ahead.high) + 1}
 		p.visible.RUnlock()
 		for !at.done {
 			if err := turn(func() error {

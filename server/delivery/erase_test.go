@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -20,7 +21,7 @@ import (
 func (b *bench) erasure(id string) *Replay {
 	b.t.Helper()
 	r, err := b.CreateReplay(context.Background(), &Replay{Namespace: acme, ID: id, Spec: ReplaySpec{
-		Erase: true, Filter: "it is kept with the job", Until: b.clock.now().Add(time.Millisecond),
+		Erase: true, Filter: "it is kept with the job",
 	}}, 3)
 	if err != nil {
 		b.t.Fatal(err)
@@ -32,6 +33,9 @@ func quotesCanary(e *Event) bool { return e.Subject == canary }
 
 func (b *bench) erase(r *Replay) {
 	b.t.Helper()
+	if err := b.BeginErasure(context.Background(), r); err != nil {
+		b.t.Fatal(err)
+	}
 	for p := range uint16(b.Partitions()) {
 		for done := false; !done; {
 			a, err := b.AdvanceErasure(context.Background(), r, p, quotesCanary)
@@ -232,4 +236,100 @@ func TestErasureGoesOnAfterACrash(t *testing.T) {
 			t.Errorf("%d: %v", at, err)
 		}
 	}
+}
+
+// TestErasureReachesWhatAWrongClockHasAhead: what was accepted while the clock was ahead, and after it was set right, was
+// accepted before the erasure.
+func TestErasureReachesWhatAWrongClockHasAhead(t *testing.T) {
+	for _, ahead := range []time.Duration{2 * time.Hour, 48 * time.Hour} {
+		b := newBench(t, onePartition)
+		b.append(publication("before", 1))
+		b.clock.add(ahead)
+		b.append(carrying("ahead", 1))
+		b.clock.add(-ahead)
+		b.reopen()
+		b.append(carrying("now", 1))
+		b.clock.add(time.Minute)
+		r := b.erasure("person")
+		b.erase(r)
+		if _, err := b.Scrub(t.Context(), r, quotesCanary); err != nil {
+			t.Errorf("%v: %v", ahead, err)
+		}
+		for _, id := range []string{"ahead", "now"} {
+			if e, err := b.Event(acme, id); err != nil || e.Purged == nil {
+				t.Errorf("%v: %s is not purged: %+v %v", ahead, id, e, err)
+			}
+		}
+	}
+}
+
+// TestErasureNamesWhatItCannotRead: one event whose deliveries cannot be told is counted as unread, and the others are purged
+// as a whole.
+func TestErasureNamesWhatItCannotRead(t *testing.T) {
+	b := newBench(t, onePartition)
+	var many []int
+	for i := range 40 {
+		many = append(many, i+1)
+	}
+	b.append(carrying("many", many...), carrying("few", 1))
+	b.flush()
+	e, err := b.Event(acme, "many")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := b.db.Set(appendTargetsKey(nil, 0, dayOf(e.Seq), acme, e.Seq), []byte{1, 2}, pebble.Sync); err != nil {
+		t.Fatal(err)
+	}
+	r := b.erasure("person")
+	b.erase(r)
+	got, err := b.Replay(acme, r.Key)
+	if err != nil || got.Counts.Skipped != 1 || got.Purged.Events != 1 {
+		t.Errorf("purged %+v, %+v, %v", got.Purged, got.Counts, err)
+	}
+	if few, err := b.Event(acme, "few"); err != nil || few.Purged == nil || !few.Purged.done {
+		t.Errorf("the other one: %+v, %v", few, err)
+	}
+	if _, err := b.PurgeEvent(t.Context(), acme, e.Partition, e.Seq); err == nil {
+		t.Error("an event whose deliveries cannot be read was purged")
+	}
+}
+
+// TestCopiesWhileLogsAreEmptied: a copy of the journal has all that was acknowledged, also when logs are emptied meanwhile.
+func TestCopiesWhileLogsAreEmptied(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "journal")
+	b := newBench(t, func(o *Options) {
+		o.fs, o.Dir, o.MinFreeBytes, o.HighWater, o.Partitions = vfs.Default, dir, -1, dir+".highwater", 4
+	})
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	var busy sync.WaitGroup
+	busy.Go(func() {
+		for i := 0; ctx.Err() == nil; i++ {
+			b.Append(ctx, []Publication{publication(fmt.Sprint("e", i), 1)})
+		}
+	})
+	busy.Go(func() {
+		for ctx.Err() == nil {
+			if err := (&scrub{j: b.Journal}).emptyLogs(ctx); err != nil && ctx.Err() == nil {
+				t.Error(err)
+				return
+			}
+		}
+	})
+	for i := range 10 {
+		to := filepath.Join(dir, fmt.Sprint("copy", i))
+		marks, err := b.Checkpoint(to)
+		if err != nil {
+			t.Fatal(err)
+		}
+		c, err := Open(Options{Dir: to, MinFreeBytes: -1, BallastBytes: -1})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := errors.Join(c.Check(marks, false), c.Close()); err != nil {
+			t.Errorf("copy %d: %v", i, err)
+		}
+	}
+	cancel()
+	busy.Wait()
 }

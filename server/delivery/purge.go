@@ -130,7 +130,8 @@ func (p *partition) purge(ctx context.Context, ns NamespaceKey, seqs []uint64, n
 	if len(seqs) == 0 {
 		return nil, ErrNotFound
 	}
-	all, whole, err := p.toPurge(ns, seqs)
+	ctx = context.WithoutCancel(ctx) // what has no payload is not left with deliveries that are open
+	all, unread, err := p.toPurge(ns, seqs)
 	if err != nil {
 		return nil, err
 	}
@@ -145,7 +146,7 @@ func (p *partition) purge(ctx context.Context, ns NamespaceKey, seqs []uint64, n
 		}
 		unread = append(unread, <-aside...)
 	}
-	if len(unread) > 0 || !whole {
+	if len(unread) > 0 {
 		return unread, nil
 	}
 	if err := p.purgeNews(ctx, ns, func(_ LaneKey, seq uint64) (bool, error) {
@@ -260,20 +261,21 @@ func (c *commit) purgeDone(ns NamespaceKey, seqs []uint64) (n PurgeCounts, err e
 	return n, nil
 }
 
-// toPurge lists the deliveries of events that have been purged themselves; whole says that all could be listed.
-func (p *partition) toPurge(ns NamespaceKey, seqs []uint64) (all []rowAt, whole bool, err error) {
+// toPurge lists the deliveries of events that have been purged themselves, and names the events of which they cannot be read.
+// Those that are gone meanwhile have none.
+func (p *partition) toPurge(ns NamespaceKey, seqs []uint64) (all []rowAt, unread []error, err error) {
 	r, _ := p.snapshot()
 	defer func() { err = errors.Join(err, r.Close()) }()
-	whole = true
 	for _, seq := range seqs {
-		if err := p.deliveriesOf(r, ns, seq, func(lane LaneKey, own uint64) { all = append(all, rowAt{lane, own}) }); err != nil {
-			if err := p.passOver(passGone(err)); err != nil {
-				return nil, false, err
-			}
-			whole = false
+		err := passGone(p.deliveriesOf(r, ns, seq, func(lane LaneKey, own uint64) { all = append(all, rowAt{lane, own}) }))
+		if fatal := p.passOver(err); fatal != nil {
+			return nil, nil, fatal
+		}
+		if err != nil {
+			unread = append(unread, fmt.Errorf("purge deliveries of event %d of partition %d: %w", seq, p.number, err))
 		}
 	}
-	return all, whole, nil
+	return all, unread, nil
 }
 
 // deliveriesOf visits the deliveries of an event, those that were made again, too.

@@ -46,6 +46,9 @@ func (j *Journal) Scrub(ctx context.Context, r *Replay, selects Selects) (Proof,
 		return Proof{}, err
 	}
 	for round := 0; ; round++ {
+		if j.space.low() { // to compact takes room before it gives any
+			return Proof{}, ErrDiskFull
+		}
 		if err := s.flush(ctx); err != nil {
 			return Proof{}, err
 		}
@@ -206,6 +209,9 @@ func (s *scrub) look(ctx context.Context) (stale [][]byte, err error) {
 			if len(keys) > 0 {
 				s.dirty[t.number] = true
 				stale = append(stale, keys...)
+				if len(stale) >= maxStale { // the rest is found by the next look
+					return stale, nil
+				}
 			} else {
 				s.clean[t.number] = true
 				delete(s.dirty, t.number) // it was being written
@@ -464,6 +470,8 @@ func (s *scrub) emptyLogs(ctx context.Context) error {
 	if err := s.flush(ctx); err != nil { // all up to it are in tables from here on
 		return err
 	}
+	s.j.still.RLock() // a copy that is being made has listed its logs, and not yet copied them
+	defer s.j.still.RUnlock()
 	s.j.reusing.Lock()
 	defer s.j.reusing.Unlock()
 	names, err := s.j.fs.List(s.j.dir)

@@ -315,6 +315,8 @@ func (h *Host) restart(p *pending) {
 	}
 	p.plan, p.stage, p.Headers, p.setBy, p.URI = nil, 0, nil, nil, ""
 	p.Content, p.shaped, p.Answer = wire.ContentOf(p.event, nil), false, false
+	p.told = wire.Timings{}
+	p.traced.Sent(time.Time{})
 	h.prepare(p)
 }
 

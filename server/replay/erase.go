@@ -19,6 +19,19 @@ func (r *Runner) erase(ctx context.Context, j *job) (delivery.ReplayState, strin
 		return delivery.ReplayFailed, "what it selects cannot be read: " + err.Error()
 	}
 	wait := waiting{j: j}
+	for {
+		err := r.journal.BeginErasure(context.WithoutCancel(ctx), j.Replay)
+		if err == nil {
+			break
+		}
+		failed, reason := r.failure(j, err)
+		if failed {
+			return delivery.ReplayFailed, reason
+		}
+		if !wait.on(ctx, reason, lookLatest) {
+			return 0, ""
+		}
+	}
 	for partition := 0; partition < r.journal.Partitions(); {
 		if reason := r.without(j.Namespace); reason != "" {
 			return delivery.ReplayFailed, reason

@@ -19,6 +19,7 @@ package tracing
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -95,10 +96,8 @@ func (t *Tracer) Close(ctx context.Context) error {
 }
 
 func newTraceID() (id trace.TraceID) {
-	hi, lo := rand.Uint64(), rand.Uint64()|1
-	for i := range 8 {
-		id[i], id[8+i] = byte(hi>>(8*i)), byte(lo>>(8*i))
-	}
+	binary.BigEndian.PutUint64(id[:8], rand.Uint64()|1) // never zeros; the ratio samplers go by the other half
+	binary.BigEndian.PutUint64(id[8:], rand.Uint64())
 	return id
 }
 
