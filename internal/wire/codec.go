@@ -12,6 +12,9 @@ import (
 	"google.golang.org/grpc/mem"
 )
 
+// ProtocolMinor is the newest minor version of the plugin protocol that both ends know: PROTOCOL.md.
+const ProtocolMinor = 5
+
 // Writer is a message that writes itself.
 type Writer interface {
 	// SizeHint is about how many bytes Append adds; fewer costs a copy.

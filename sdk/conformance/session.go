@@ -14,6 +14,7 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/protobuf/types/known/emptypb"
 
+	"github.com/grapnel/grapnel/internal/wire"
 	pluginv1 "github.com/grapnel/grapnel/proto/grapnel/plugin/v1"
 )
 
@@ -23,7 +24,7 @@ const (
 	// describeLimit is what the protocol allows for Describe.
 	describeLimit = 2 * time.Second
 	// hostMinor is the protocol minor that the suite speaks.
-	hostMinor = 5
+	hostMinor = wire.ProtocolMinor
 	userAgent = "grapnel-conformance"
 	loopback4 = "127.0.0.0/8"
 	loopback6 = "::1/128"

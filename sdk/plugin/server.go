@@ -25,7 +25,6 @@ import (
 )
 
 const (
-	protocolMinor = 5
 	// window is how many attempts the plugin takes at once: as many as the host has slots, so that attempts that hang
 	// leave room for others.
 	window = 4096
@@ -106,7 +105,7 @@ func newServer(name, version string, kinds []Kind) (*server, error) {
 		described: func() {}, turns: newTurns(), long: gate.New(), making: gate.New(),
 	}
 	s.lives = newLives(func(stack []byte) { s.log().Error("panic in close", "stack", string(stack)) })
-	s.describe = &pluginv1.DescribeResponse{Name: name, Version: version, ProtocolMinor: protocolMinor}
+	s.describe = &pluginv1.DescribeResponse{Name: name, Version: version, ProtocolMinor: wire.ProtocolMinor}
 	var errs []error
 	roles := map[role]bool{}
 	for _, k := range kinds {

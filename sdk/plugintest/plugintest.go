@@ -24,6 +24,7 @@ import (
 	"google.golang.org/grpc/test/bufconn"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
+	"github.com/grapnel/grapnel/internal/wire"
 	pluginv1 "github.com/grapnel/grapnel/proto/grapnel/plugin/v1"
 	"github.com/grapnel/grapnel/sdk/plugin"
 )
@@ -94,7 +95,7 @@ func New(t testing.TB, kinds ...plugin.Kind) *Harness {
 		serving.Wait()
 		h.stream.readers.Wait()
 	})
-	desc, err := h.plugin.Describe(ctx, &pluginv1.DescribeRequest{HostVersion: "plugintest", HostProtocolMinor: 1})
+	desc, err := h.plugin.Describe(ctx, &pluginv1.DescribeRequest{HostVersion: "plugintest", HostProtocolMinor: wire.ProtocolMinor})
 	if err != nil {
 		t.Fatalf("describe: %v", err)
 	}

@@ -15,6 +15,7 @@ import (
 	"github.com/hashicorp/go-plugin/runner"
 	"google.golang.org/grpc"
 
+	"github.com/grapnel/grapnel/internal/wire"
 	pluginv1 "github.com/grapnel/grapnel/proto/grapnel/plugin/v1"
 	"github.com/grapnel/grapnel/sdk/plugin"
 	"github.com/grapnel/grapnel/server/pluginhost/check"
@@ -123,7 +124,7 @@ func (p *supervisor) open(c *conn) error {
 	c.plugin = pluginv1.NewPluginServiceClient(c.grpc)
 	ctx, cancel := context.WithTimeoutCause(c.ctx, p.host.timing.call, fmt.Errorf("no answer within %v", p.host.timing.call))
 	defer cancel()
-	desc, err := c.plugin.Describe(ctx, &pluginv1.DescribeRequest{HostVersion: p.host.opts.UserAgent, HostProtocolMinor: 1})
+	desc, err := c.plugin.Describe(ctx, &pluginv1.DescribeRequest{HostVersion: p.host.opts.UserAgent, HostProtocolMinor: wire.ProtocolMinor})
 	if err != nil {
 		return fmt.Errorf("describe: %w", c.callError(ctx, err))
 	}

@@ -3,6 +3,7 @@ package pluginhost
 import (
 	"net/url"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/grapnel/grapnel/server/delivery"
@@ -37,7 +38,7 @@ func (h *Host) endTrace(p *pending, r *delivery.Result) {
 	}
 	if p.plan != nil {
 		if u, err := url.Parse(p.plan.uri); err == nil {
-			e.Host = u.Hostname()
+			e.Host = strings.ToValidUTF8(u.Hostname(), "?")
 			e.Port, _ = strconv.Atoi(u.Port())
 		}
 	}

@@ -176,8 +176,12 @@ func (a *Attempt) first(e *Ended, now time.Time) trace.SpanContext {
 	sent := t.emit(within, id, request)
 	at := a.sent
 	for _, step := range e.Steps {
-		t.emit(sent, id, &span{name: step.Name, from: at, to: at.Add(step.Took)})
-		at = at.Add(step.Took)
+		to := at.Add(step.Took)
+		if to.After(now) { // what a plugin tells may be more than there was
+			to = now
+		}
+		t.emit(sent, id, &span{name: step.Name, from: at, to: to})
+		at = to
 	}
 	return sent
 }

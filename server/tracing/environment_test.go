@@ -1,8 +1,11 @@
 package tracing
 
 import (
+	"fmt"
 	"strings"
 	"testing"
+
+	sdktrace "go.opentelemetry.io/otel/sdk/trace"
 )
 
 // Nothing is traced unless the environment asks for it, and what it says that makes no sense is refused by the variable's name,
@@ -31,6 +34,13 @@ func TestEnvironment(t *testing.T) {
 		{"OTEL_TRACES_EXPORTER=otlp OTEL_EXPORTER_OTLP_TRACES_HEADERS=a=b,geheim", false, "OTEL_EXPORTER_OTLP_TRACES_HEADERS: header 2"},
 		{"OTEL_TRACES_EXPORTER=otlp OTEL_EXPORTER_OTLP_HEADERS=a=geheim%zz", false, "OTEL_EXPORTER_OTLP_HEADERS: header 1"},
 		{"OTEL_TRACES_EXPORTER=otlp OTEL_EXPORTER_OTLP_TIMEOUT=10s", false, "OTEL_EXPORTER_OTLP_TIMEOUT"},
+		{"OTEL_TRACES_EXPORTER=otlp OTEL_EXPORTER_OTLP_TRACES_HEADERS=a=b OTEL_EXPORTER_OTLP_HEADERS=Authorization:geheim", false, "OTEL_EXPORTER_OTLP_HEADERS: header 1"},
+		{"OTEL_TRACES_EXPORTER=otlp OTEL_EXPORTER_OTLP_CERTIFICATE=/does/not/exist.pem", false, "OTEL_EXPORTER_OTLP_CERTIFICATE"},
+		{"OTEL_TRACES_EXPORTER=otlp OTEL_EXPORTER_OTLP_COMPRESSION=zstd", false, "OTEL_EXPORTER_OTLP_COMPRESSION"},
+		{"OTEL_TRACES_EXPORTER=otlp OTEL_EXPORTER_OTLP_COMPRESSION=gzip OTEL_EXPORTER_OTLP_INSECURE=true", true, ""},
+		{"OTEL_TRACES_EXPORTER=otlp OTEL_BSP_MAX_QUEUE_SIZE=-1", false, "OTEL_BSP_MAX_QUEUE_SIZE"},
+		{"OTEL_TRACES_EXPORTER=otlp OTEL_BSP_SCHEDULE_DELAY=0", false, "OTEL_BSP_SCHEDULE_DELAY"},
+		{"OTEL_TRACES_EXPORTER=otlp OTEL_BSP_MAX_EXPORT_BATCH_SIZE=many", false, "OTEL_BSP_MAX_EXPORT_BATCH_SIZE"},
 	} {
 		t.Run(tt.env, func(t *testing.T) {
 			for pair := range strings.FieldsSeq(tt.env) {
@@ -48,5 +58,25 @@ func TestEnvironment(t *testing.T) {
 			}
 			_ = tracer.Close(t.Context())
 		})
+	}
+}
+
+// What no publisher has decided about is sampled by its part, however small.
+func TestSmallPartsAreSampled(t *testing.T) {
+	const ids = 200_000
+	for _, part := range []float64{0.001, 0.01, 0.5} {
+		sampler, err := samplerOf("traceidratio", fmt.Sprint(part))
+		if err != nil {
+			t.Fatal(err)
+		}
+		sampled := 0.0
+		for range ids {
+			if sampler.ShouldSample(sdktrace.SamplingParameters{TraceID: newTraceID()}).Decision == sdktrace.RecordAndSample {
+				sampled++
+			}
+		}
+		if want := part * ids; sampled < want*0.5 || sampled > want*1.5 {
+			t.Errorf("%v of %d sampled at %v, want about %v", sampled, ids, part, want)
+		}
 	}
 }

@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"net/url"
 	"sync/atomic"
+	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	sdktrace "go.opentelemetry.io/otel/sdk/trace"
@@ -25,8 +26,9 @@ type sender struct {
 	// over ends what is being sent.
 	over context.Context //nolint:containedctx // its own life
 	end  context.CancelFunc
-	// failing is set while nothing is taken.
+	// failing is set while nothing is taken; told is when the log last said anything of it. The SDK exports one batch at a time.
 	failing atomic.Bool
+	told    time.Time
 
 	recorded, exported, failed prometheus.Counter
 }
@@ -59,16 +61,26 @@ func (s *sender) ExportSpans(ctx context.Context, spans []sdktrace.ReadOnlySpan)
 	err := s.SpanExporter.ExportSpans(ctx, spans)
 	if err == nil {
 		s.exported.Add(float64(len(spans)))
-		if s.failing.Swap(false) {
+		if s.failing.Swap(false) && s.due() {
 			s.log.Info("traces are taken again")
 		}
 		return nil
 	}
 	s.failed.Add(float64(len(spans)))
-	if !s.failing.Swap(true) {
+	if !s.failing.Swap(true) && s.due() {
 		s.log.Warn("the collector does not take traces; what is recorded until it does is lost", "err", s.said(err))
 	}
 	return nil
+}
+
+// due keeps a collector that takes some and refuses some from filling the log: it has a line a minute.
+func (s *sender) due() bool {
+	now := time.Now()
+	if now.Sub(s.told) < time.Minute && !s.told.IsZero() {
+		return false
+	}
+	s.told = now
+	return true
 }
 
 // said is what may be logged of an error: without the URL, and without what the environment has as headers.

@@ -88,6 +88,7 @@ func (t *Tracer) Close(ctx context.Context) error {
 	if t == nil {
 		return nil
 	}
+	defer t.sender.end()
 	defer context.AfterFunc(ctx, t.sender.end)()
 	if err := t.processor.Shutdown(ctx); err != nil {
 		return fmt.Errorf("send the last traces: %w", err)
