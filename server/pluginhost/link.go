@@ -26,9 +26,12 @@ type link struct {
 	// last says that what is written is on its way to its receiver; it is set before the first.
 	last bool
 
-	mu      sync.Mutex // guards what follows
-	more    sync.Cond
-	idle    bool // the sender waits on more
+	mu   sync.Mutex // guards what follows
+	more sync.Cond
+	idle bool // the sender waits on more
+	// sent is up to where send has done with what was given to it; flushed tells that it has risen.
+	sent    uint64
+	flushed sync.Cond
 	queue   []*pending
 	head    int
 	slots   []*pending
@@ -99,7 +102,7 @@ const (
 
 func newLink(window int, send func([]*pending) error) *link {
 	l := &link{send: send}
-	l.more.L = &l.mu
+	l.more.L, l.flushed.L = &l.mu, &l.mu
 	l.widen(window)
 	return l
 }
@@ -157,11 +160,21 @@ func (l *link) run() error {
 		if batch, alive = l.next(batch[:0]); !alive {
 			return nil
 		}
-		if err := l.send(batch); err != nil {
+		err := l.send(batch)
+		l.flush()
+		if err != nil {
 			return err
 		}
 		clear(batch)
 	}
+}
+
+// flush notes that the sender has done with all that was given to it.
+func (l *link) flush() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.sent = l.count
+	l.flushed.Broadcast()
 }
 
 // next waits for work and a free slot. What it returns counts as written.
@@ -217,7 +230,8 @@ func (l *link) next(batch []*pending) ([]*pending, bool) {
 
 func (l *link) waiting() int { return len(l.queue) - l.head }
 
-// take removes the attempts that seqs answer, in their order. An unknown seq is a protocol fault.
+// take removes the attempts that seqs answer, in their order. An unknown seq is a protocol fault. One that was guessed waits
+// until the attempt has been sent: the sender reads it.
 func (l *link) take(seqs []uint64, to []*pending) ([]*pending, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -226,7 +240,14 @@ func (l *link) take(seqs []uint64, to []*pending) ([]*pending, error) {
 	}
 	for _, seq := range seqs {
 		slot := seq & (maxWindow - 1)
-		if slot >= uint64(len(l.slots)) || l.slots[slot] == nil || l.slots[slot].Seq != seq {
+		known := func() bool { return slot < uint64(len(l.slots)) && l.slots[slot] != nil && l.slots[slot].Seq == seq }
+		for known() && seq>>slotBits > l.sent {
+			l.flushed.Wait()
+		}
+		if l.dead {
+			return to, nil
+		}
+		if !known() {
 			return to, fmt.Errorf("%w: an answer to %d, which is unknown or answered", errProtocol, seq)
 		}
 		to = append(to, l.slots[slot])
@@ -257,6 +278,7 @@ func (l *link) kill() (written, queued []*pending) {
 	}
 	l.dead = true
 	l.more.Broadcast()
+	l.flushed.Broadcast()
 	for _, p := range l.slots {
 		if p != nil {
 			written = append(written, p)
