@@ -9,6 +9,7 @@ import (
 	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"syscall"
@@ -58,6 +59,8 @@ func (a *api) subscribe(uri string) {
 		Parent: "namespaces/acme", SubscriptionId: "one", Subscription: &grapnelv1.Subscription{
 			Uri: uri, AttemptTimeout: durationpb.New(time.Minute), MaxInFlight: 8,
 			Signers: []*grapnelv1.PluginBinding{{Secrets: map[string]string{"key": "namespaces/acme/secrets/key"}}},
+			// However often it was refused, it is tried again soon.
+			RetryPolicy: &grapnelv1.RetryPolicy{Schedule: slices.Repeat([]*durationpb.Duration{durationpb.New(5 * time.Second)}, 20)},
 		},
 	})
 	if err != nil {

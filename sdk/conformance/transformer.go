@@ -29,7 +29,7 @@ const (
 	// transformWindow is how many items the server has unanswered at a time.
 	transformWindow = 128
 	// stuckTimeout is what items are given that are to be under way for a while.
-	stuckTimeout = 3 * time.Second
+	stuckTimeout = 6 * time.Second
 	// hungAfter is how long after an item's time the server takes the process for hung.
 	hungAfter = 5 * time.Second
 )
