@@ -4,12 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"iter"
 	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
-	"google.golang.org/protobuf/types/known/timestamppb"
 
 	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
 	"github.com/grapnel/grapnel/sdk/client"
@@ -55,18 +53,8 @@ type erasureFlags struct {
 // job is what the flags ask for.
 func (f *erasureFlags) job(now time.Time) (*grapnelv1.Erasure, error) {
 	j := &grapnelv1.Erasure{Condition: f.condition}
-	for _, bound := range []struct {
-		flag, text string
-		to         **timestamppb.Timestamp
-	}{{"since", f.since, &j.StartTime}, {"until", f.until, &j.EndTime}} {
-		if bound.text == "" {
-			continue
-		}
-		at, err := parsePast(bound.text, now)
-		if err != nil {
-			return nil, usagef("--%s: %w", bound.flag, err)
-		}
-		*bound.to = timestamppb.New(at)
+	if err := f.span(now, &j.StartTime, &j.EndTime); err != nil {
+		return nil, err
 	}
 	selecting := f.listFlags
 	selecting.since, selecting.until = "", ""
@@ -217,28 +205,7 @@ func newErasureCancel(c *cli) *cobra.Command {
 }
 
 func (c *cli) erasureVerb(use, short string, run func(ctx context.Context, cl *client.Client, ns, name string) error) *cobra.Command {
-	cmd := &cobra.Command{
-		Use: use, Short: short, Args: oneID,
-		RunE: func(cmd *cobra.Command, args []string) error {
-			name, err := c.name(erasures, args[0])
-			if err != nil {
-				return err
-			}
-			return c.with(cmd, func(ctx context.Context, cl *client.Client) error {
-				return run(ctx, cl, strings.Split(name, "/")[1], name)
-			})
-		},
-	}
-	cmd.ValidArgsFunction = firstArg(func(cmd *cobra.Command, args []string, typed string) ([]string, cobra.ShellCompDirective) {
-		ns, err := c.namespaceID()
-		if err != nil {
-			return nil, cobra.ShellCompDirectiveNoFileComp
-		}
-		return complete(c, func(ctx context.Context, cl *client.Client) iter.Seq2[*grapnelv1.Erasure, error] {
-			return cl.Erasures(ctx, ns)
-		})(cmd, args, typed)
-	})
-	return cmd
+	return jobVerb(c, erasures, (*client.Client).Erasures, use, short, run)
 }
 
 func newErasureList(c *cli) *cobra.Command {

@@ -5,12 +5,10 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"iter"
 	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
-	"google.golang.org/protobuf/types/known/timestamppb"
 
 	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
 	"github.com/grapnel/grapnel/sdk/client"
@@ -70,18 +68,8 @@ func (f *replayFlags) job(c *cli, now time.Time) (*grapnelv1.ReplayJob, error) {
 	if f.since == "" {
 		return nil, usagef("--since is required: from when on, such as 6h or 2026-01-31T12:00:00Z")
 	}
-	for _, bound := range []struct {
-		flag, text string
-		to         **timestamppb.Timestamp
-	}{{"since", f.since, &j.StartTime}, {"until", f.until, &j.EndTime}} {
-		if bound.text == "" {
-			continue
-		}
-		at, err := parsePast(bound.text, now)
-		if err != nil {
-			return nil, usagef("--%s: %w", bound.flag, err)
-		}
-		*bound.to = timestamppb.New(at)
+	if err := f.span(now, &j.StartTime, &j.EndTime); err != nil {
+		return nil, err
 	}
 	if f.to != "" {
 		name, err := c.name(subscriptions, f.to)
@@ -211,28 +199,7 @@ func newReplayCancel(c *cli) *cobra.Command {
 }
 
 func (c *cli) replayVerb(use, short string, run func(ctx context.Context, cl *client.Client, ns, name string) error) *cobra.Command {
-	cmd := &cobra.Command{
-		Use: use, Short: short, Args: oneID,
-		RunE: func(cmd *cobra.Command, args []string) error {
-			name, err := c.name(replays, args[0])
-			if err != nil {
-				return err
-			}
-			return c.with(cmd, func(ctx context.Context, cl *client.Client) error {
-				return run(ctx, cl, strings.Split(name, "/")[1], name)
-			})
-		},
-	}
-	cmd.ValidArgsFunction = firstArg(func(cmd *cobra.Command, args []string, typed string) ([]string, cobra.ShellCompDirective) {
-		ns, err := c.namespaceID()
-		if err != nil {
-			return nil, cobra.ShellCompDirectiveNoFileComp
-		}
-		return complete(c, func(ctx context.Context, cl *client.Client) iter.Seq2[*grapnelv1.ReplayJob, error] {
-			return cl.Replays(ctx, ns)
-		})(cmd, args, typed)
-	})
-	return cmd
+	return jobVerb(c, replays, (*client.Client).Replays, use, short, run)
 }
 
 func newReplayList(c *cli) *cobra.Command {
