@@ -58,10 +58,11 @@ generate: ## regenerate what is made of the protos
 baseline: ## promise the protos as they are: with a release, or when a rule has become wider in a way that only people see
 	$(TOOL) buf build --path proto/grapnel --exclude-path proto/grapnel/store --exclude-source-info -o proto/baseline.binpb
 
-lint: ## gofmt, vet, staticcheck
+lint: ## gofmt, vet, staticcheck, import directions
 	test -z "$$(git ls-files '*.go' | xargs gofmt -l | tee /dev/stderr)"
 	go vet ./...
 	$(TOOL) staticcheck ./...
+	go test .
 
 protos: generate ## buf lint, format and breaking; generated code is up to date
 	$(TOOL) buf lint
