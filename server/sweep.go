@@ -87,11 +87,15 @@ func (s *Server) purge(ctx context.Context, n *subscription.Namespace) error {
 func retention(snapshot *subscription.Snapshot) delivery.Retention {
 	quota := new(subscription.Namespace).Quota()
 	standard := quota.Retention
-	shortest := standard
+	shortest, parts := standard, make(map[delivery.NamespaceKey]delivery.Parts)
 	for n := range snapshot.Namespaces("") {
-		shortest = min(shortest, n.Quota().Retention)
+		q := n.Quota()
+		shortest = min(shortest, q.Retention)
+		if q.PayloadRetention < q.Retention || q.AttemptRetention < q.Retention {
+			parts[delivery.UID(n.UID).NamespaceKey()] = delivery.Parts{Payloads: q.PayloadRetention, Attempts: q.AttemptRetention}
+		}
 	}
-	return delivery.Retention{Shortest: shortest, Of: func(ns delivery.NamespaceKey) time.Duration {
+	return delivery.Retention{Shortest: shortest, Parts: parts, Of: func(ns delivery.NamespaceKey) time.Duration {
 		if n := snapshot.NamespaceByKey(uint64(ns)); n != nil {
 			return n.Quota().Retention
 		}

@@ -39,6 +39,8 @@ func namespaceColumns() []column[*grapnelv1.Namespace] {
 		{head: "MAX OPEN DELIVERIES", detail: true, value: func(n ns) string { return number(n.GetQuota().GetMaxOpenDeliveries()) }},
 		{head: "RETENTION", value: func(n ns) string { return durationText(n.GetQuota().GetRetention()) }},
 		{head: "DEAD LETTERS", detail: true, value: func(n ns) string { return durationText(n.GetQuota().GetDeadLetterRetention()) }},
+		{head: "PAYLOADS", detail: true, value: func(n ns) string { return durationText(n.GetQuota().GetPayloadRetention()) }},
+		{head: "ATTEMPTS", detail: true, value: func(n ns) string { return durationText(n.GetQuota().GetAttemptRetention()) }},
 		{head: "WEIGHT", detail: true, value: func(n ns) string { return number(cmp.Or(n.GetWeight(), 1)) }},
 		{head: "REQUIRES EVENT TYPES", detail: true, value: func(n ns) string { return yesOnly(n.GetRequireEventTypes()) }},
 		{head: "SUBSCRIPTIONS", detail: true, value: func(n ns) string { return number(n.GetUsage().GetSubscriptions()) }},
@@ -62,7 +64,7 @@ func completeNamespaces(c *cli) cobra.CompletionFunc {
 type namespaceFlags struct {
 	labels                                     []string
 	subscriptions, rate, bytes, openDeliveries int32
-	retention, deadLetters                     time.Duration
+	retention, deadLetters, payloads, attempts time.Duration
 	weight                                     int32
 	requireTypes                               bool
 }
@@ -76,6 +78,8 @@ func (f *namespaceFlags) register(cmd *cobra.Command) {
 	countVar(flags, &f.openDeliveries, "max-open-deliveries", 0, 0, 0, "most open deliveries; 0 is no limit")
 	spanVar(flags, &f.retention, "retention", 0, 0, 0, "how long final deliveries are kept; 0 is the default, 72h")
 	spanVar(flags, &f.deadLetters, "dead-letter-retention", 0, 0, 0, "how long those without success are kept after their end; 0 is as long as --retention")
+	spanVar(flags, &f.payloads, "payload-retention", 0, 0, 0, "how long events keep what they carry of which no delivery is open; 0 is as long as --retention")
+	spanVar(flags, &f.attempts, "attempt-retention", 0, 0, 0, "how long failed attempts of such deliveries are kept; 0 is as long as --retention")
 	countVar(flags, &f.weight, "weight", 0, 0, 100, "share beside other namespaces where receivers want more attempts than the server makes at a time, 1 to 100; 0 is the default, 1")
 	flags.BoolVar(&f.requireTypes, "require-event-types", false, "refuse events whose type is not registered; see grapnel event-type")
 }
@@ -106,16 +110,10 @@ func (f *namespaceFlags) apply(cmd *cobra.Command, n *grapnelv1.Namespace) (path
 		{"max-publish-rate", "max_publish_rate", func() { n.Quota.MaxPublishRate = f.rate }},
 		{"max-event-bytes", "max_event_bytes", func() { n.Quota.MaxEventBytes = f.bytes }},
 		{"max-open-deliveries", "max_open_deliveries", func() { n.Quota.MaxOpenDeliveries = f.openDeliveries }},
-		{"retention", "retention", func() {
-			if f.retention != 0 {
-				n.Quota.Retention = durationpb.New(f.retention)
-			}
-		}},
-		{"dead-letter-retention", "dead_letter_retention", func() {
-			if f.deadLetters != 0 {
-				n.Quota.DeadLetterRetention = durationpb.New(f.deadLetters)
-			}
-		}},
+		{"retention", "retention", func() { n.Quota.Retention = span(f.retention) }},
+		{"dead-letter-retention", "dead_letter_retention", func() { n.Quota.DeadLetterRetention = span(f.deadLetters) }},
+		{"payload-retention", "payload_retention", func() { n.Quota.PayloadRetention = span(f.payloads) }},
+		{"attempt-retention", "attempt_retention", func() { n.Quota.AttemptRetention = span(f.attempts) }},
 	} {
 		if changed(limit.flag) {
 			limit.set()
@@ -123,6 +121,14 @@ func (f *namespaceFlags) apply(cmd *cobra.Command, n *grapnelv1.Namespace) (path
 		}
 	}
 	return paths, nil
+}
+
+// span is a time that was given; none is no limit of its own.
+func span(d time.Duration) *durationpb.Duration {
+	if d == 0 {
+		return nil
+	}
+	return durationpb.New(d)
 }
 
 func newNamespaceCreate(c *cli) *cobra.Command {

@@ -53,10 +53,12 @@ func testCreateNamespace(t *testing.T, w *world) {
 		NamespaceId: "Bad_Name",
 		Namespace: &grapnelv1.Namespace{Weight: 101, Quota: &grapnelv1.Quota{
 			MaxSubscriptions: -1, MaxEventBytes: 2 << 20, Retention: durationpb.New(time.Minute),
+			PayloadRetention: durationpb.New(-time.Hour), AttemptRetention: durationpb.New(91 * 24 * time.Hour),
 		}},
 	})
 	r := refused(t, err, codes.InvalidArgument, "INVALID_FIELD")
-	r.names(t, "namespace_id", "namespace.quota.max_subscriptions", "namespace.quota.max_event_bytes", "namespace.quota.retention", "namespace.weight")
+	r.names(t, "namespace_id", "namespace.quota.max_subscriptions", "namespace.quota.max_event_bytes", "namespace.quota.retention",
+		"namespace.quota.payload_retention", "namespace.quota.attempt_retention", "namespace.weight")
 	if why := r.fields["namespace.weight"]; !strings.Contains(why, "0") || !strings.Contains(why, "100") {
 		t.Errorf("namespace.weight: %q", why)
 	}

@@ -98,7 +98,7 @@ func (j *Journal) AdvanceErasure(ctx context.Context, r *Replay, partition uint1
 
 // eraseEvents purges events, and says how many could not be read as a whole.
 func (p *partition) eraseEvents(ctx context.Context, r *Replay, seqs []uint64) (unread int64, err error) {
-	aside, err := p.purge(ctx, r.Namespace, seqs, func(c *commit, n PurgeCounts) error {
+	aside, err := p.purge(ctx, r.Namespace, seqs, nil, func(c *commit, n PurgeCounts) error {
 		now, err := p.cursor(c.r, r.Namespace, r.Key)
 		if err == nil && now.begun() {
 			now.purged.add(n)

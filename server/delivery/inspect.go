@@ -187,6 +187,8 @@ func (p *partition) inspectRecord(key, value []byte, sum *Inspection) (err error
 		err = d.err
 	case kindMade:
 		_, err = decodeMade(value)
+	case kindSwept:
+		_, err = decodeSwept(value)
 	default:
 		err = errBadKey
 	}

@@ -119,9 +119,10 @@ func (s *sweep) keepReplayed(r pebble.Reader, d dayKey, f fate, add func(rowAt) 
 	})
 }
 
-// deadSince is when deliveries of a namespace ended that stay although they are dead; 0 when none does.
+// deadSince is when deliveries of a namespace ended that stay although they are dead; 0 when none does. They keep no part
+// longer than others.
 func (s *sweep) deadSince(ns NamespaceKey) Instant {
-	if s.keep.Dead == nil {
+	if s.keep.Dead == nil || s.part != whole {
 		return 0
 	}
 	if keep := s.keep.Dead(ns); keep > 0 {
@@ -418,34 +419,8 @@ func (c *commit) forget(s *sweep, row rowAt) error {
 	if err != nil {
 		return err
 	}
-	var subs []SubscriptionKey
-	if err := p.targets(c.r, kept, ns, seq, &head, func(list *targetList) { subs = append(subs, list.keys()...) }); err != nil {
-		return err
-	}
-	for _, sub := range subs {
-		lane := LaneKey{ns, sub}
-		at, err := p.find(c.r, lane, seq)
-		if err != nil {
-			return err
-		}
-		if stays, err := s.stays(c.r, lane, at); err != nil || stays {
-			return err
-		}
-	}
-	replayed := false
-	if err := p.eachReplay(c.r, kept, ns, seq, func(lane LaneKey, own, _ uint64) error {
-		at, err := p.find(c.r, lane, own)
-		if err != nil {
-			return err
-		}
-		if replayed, err = s.stays(c.r, lane, at); err == nil && replayed {
-			err = errStopped
-		}
-		return err
-	}); replayed || err != nil {
-		if replayed {
-			err = nil
-		}
+	subs, stays, err := s.anyStays(c.r, ns, seq, &head)
+	if err != nil || stays {
 		return err
 	}
 	c.delete(appendKeptIdentity(nil, p.number, ns, identityOf(e.Source, e.ID, e.OrderingKey), seq))
@@ -458,6 +433,36 @@ func (c *commit) forget(s *sweep, row rowAt) error {
 		return err
 	}
 	return c.forgetIn(dayOf(seq), ns, seq, subs)
+}
+
+// anyStays reports whether one of the deliveries of a kept event is to stay, and to whom it went.
+func (s *sweep) anyStays(r pebble.Reader, ns NamespaceKey, seq uint64, head *eventHead) (subs []SubscriptionKey, stays bool, err error) {
+	p := s.p
+	if err := p.targets(r, kept, ns, seq, head, func(list *targetList) { subs = append(subs, list.keys()...) }); err != nil {
+		return nil, false, err
+	}
+	one := func(lane LaneKey, own uint64) error {
+		at, err := p.find(r, lane, own)
+		if err != nil {
+			return err
+		}
+		if stays, err = s.stays(r, lane, at); err == nil && stays {
+			err = errStopped
+		}
+		return err
+	}
+	for _, sub := range subs {
+		if err = one(LaneKey{ns, sub}, seq); err != nil {
+			break
+		}
+	}
+	if err == nil {
+		err = p.eachReplay(r, kept, ns, seq, func(lane LaneKey, own, _ uint64) error { return one(lane, own) })
+	}
+	if stays {
+		err = nil
+	}
+	return subs, stays, err
 }
 
 // forgetIn erases the records of an event in a day, but for its identity.

@@ -25,6 +25,7 @@ import (
 //	r | day ns x seq lane own   what a transformer has made of the event for a subscription, and of a dead letter, whose own
 //	                            is 0 otherwise
 //	r | day ns y seq own lane   the event is sent again as that delivery; the job that does so
+//	r | day ns s part           up to which sequence a part of what lies in the day has been erased before the rest
 //	r | 0xffff ns …             kept: the same, of events that outlive their day because a delivery is open; i has
 //	                            the sequence behind it, since an id may come again after a day
 //	f | ns lane                 since when the target has been failing
@@ -66,6 +67,7 @@ const (
 	kindAgain    = 'g'
 	kindReplay   = 'y'
 	kindMade     = 'x'
+	kindSwept    = 's'
 
 	// maxPartitions keeps partition numbers away from the meta key.
 	maxPartitions = 4096
@@ -202,6 +204,10 @@ func appendMade(b []byte, partition uint16, day dayKey, ns NamespaceKey, seq uin
 
 func appendMadeKey(b []byte, partition uint16, day dayKey, lane LaneKey, seq, own uint64) []byte {
 	return appendU64(appendU64(appendMade(b, partition, day, lane.Namespace, seq), uint64(lane.Subscription)), own)
+}
+
+func appendSweptKey(b []byte, partition uint16, day dayKey, ns NamespaceKey, some part) []byte {
+	return append(appendKind(b, partition, day, ns, kindSwept), byte(some))
 }
 
 func appendJobKey(b []byte, partition uint16, tag byte, ns NamespaceKey, job uint64) []byte {

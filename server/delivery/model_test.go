@@ -121,6 +121,8 @@ type modelEvent struct {
 	mayGo      bool // a sweep has taken it for too old
 	idMayGo    bool // and its id
 	purged     bool // of its payload
+	// mayBePurged: it has been older than its namespace keeps payloads
+	mayBePurged bool
 	kept       bool // a sweep has found it open
 	gone       bool
 }
@@ -137,6 +139,7 @@ type model struct {
 	deliveries    map[modelKey]*modelDelivery
 	held          map[modelKey]Job
 	keep          map[NamespaceKey]time.Duration
+	parts         map[NamespaceKey]Parts
 	want          []told // what the follower is to be told of the current step
 	nextID        int
 	replays       []*modelReplay
@@ -153,7 +156,7 @@ type model struct {
 func newModel(t *testing.T, seed uint64) *model {
 	m := &model{
 		t: t, fs: vfs.NewCrashableMem(), rng: rand.New(rand.NewPCG(seed, 11)),
-		deliveries: map[modelKey]*modelDelivery{}, held: map[modelKey]Job{}, keep: map[NamespaceKey]time.Duration{},
+		deliveries: map[modelKey]*modelDelivery{}, held: map[modelKey]Job{}, keep: map[NamespaceKey]time.Duration{}, parts: map[NamespaceKey]Parts{},
 	}
 	m.b = &bench{t: t, clock: newClock()}
 	m.b.opts = Options{Dir: "journal", Partitions: 2, CacheBytes: 16 << 20, BallastBytes: -1, fs: m.fs, now: m.b.clock.now, refuse: m.log}
@@ -820,7 +823,7 @@ func (m *model) dropped(ns NamespaceKey) {
 // sweep erases; what may have gone is looked at.
 func (m *model) sweep() {
 	keep := m.retention()
-	m.say("sweep %v", m.keep)
+	m.say("sweep %v, parts %v", m.keep, m.parts)
 	m.old()
 	if err := m.b.Retain(context.Background(), keep); err != nil {
 		m.fail("sweep: %v", err)
@@ -841,7 +844,12 @@ func (m *model) retention() Retention {
 		if d := m.keep[ns]; d > 0 && (keep.Shortest == 0 || d < keep.Shortest) {
 			keep.Shortest = d
 		}
+		if m.rng.IntN(3) == 0 {
+			spans := []time.Duration{0, 0, time.Hour, 50 * time.Hour}
+			m.parts[ns] = Parts{Payloads: spans[m.rng.IntN(4)], Attempts: spans[m.rng.IntN(4)]}
+		}
 	}
+	keep.Parts = maps.Clone(m.parts)
 	return keep
 }
 
@@ -850,6 +858,9 @@ func (m *model) old() {
 	now := m.b.clock.now()
 	for _, e := range m.events {
 		keep := m.keep[e.Namespace]
+		if d := m.parts[e.Namespace].of(payloads, keep); d > 0 && (e.wasAhead || now.Sub(seqTime(e.Seq)) >= d) {
+			e.mayBePurged = true
+		}
 		if keep <= 0 || !e.wasAhead && now.Sub(seqTime(e.Seq)) < keep {
 			continue
 		}
@@ -888,6 +899,12 @@ func (m *model) swept() {
 		}
 	}
 	for _, e := range m.events {
+		if got, err := m.b.EventByUID(e.Namespace, e.UID); err == nil && got.Purged != nil && !e.purged {
+			if !e.mayBePurged || e.open() {
+				m.fail("the payload of %s has gone, which is open (%v) or too young", e.ID, e.open())
+			}
+			e.purged = true
+		}
 		if !e.mayGo || e.gone {
 			continue
 		}
@@ -917,6 +934,12 @@ func (m *model) overdue() {
 		keep := m.keep[e.Namespace]
 		if keep > 0 && !e.wasAhead && !e.kept && !e.gone && !e.open() && now.Sub(m.lastSweep) > 3*time.Hour && now.Sub(seqTime(e.Seq)) > max(keep, dedupWindow)+25*time.Hour {
 			m.fail("%s of %v, with %d deliveries, should have gone", e.ID, seqTime(e.Seq), len(e.deliveries))
+		}
+	}
+	for _, e := range m.events {
+		keep := m.parts[e.Namespace].of(payloads, m.keep[e.Namespace])
+		if keep > 0 && !e.wasAhead && !e.gone && !e.purged && !e.open() && now.Sub(m.lastSweep) > 3*time.Hour && now.Sub(seqTime(e.Seq)) > max(keep, dedupWindow)+25*time.Hour {
+			m.fail("the payload of %s of %v, with %d deliveries, should have gone", e.ID, seqTime(e.Seq), len(e.deliveries))
 		}
 	}
 	m.lastSweep = now

@@ -97,7 +97,7 @@ func (j *Journal) PurgeEvent(ctx context.Context, ns NamespaceKey, partition uin
 		return PurgeCounts{}, nil
 	}
 	var sum PurgeCounts
-	unread, err := p.purge(ctx, ns, []uint64{seq}, func(_ *commit, n PurgeCounts) error {
+	unread, err := p.purge(ctx, ns, []uint64{seq}, nil, func(_ *commit, n PurgeCounts) error {
 		sum.add(n)
 		return nil
 	})
@@ -107,13 +107,23 @@ func (j *Journal) PurgeEvent(ctx context.Context, ns NamespaceKey, partition uin
 	return sum, errors.Join(unread...)
 }
 
-// purge purges events of a namespace. note is told in each commit what that has done, and may add to it. What cannot be
-// read is passed over, and named.
-func (p *partition) purge(ctx context.Context, ns NamespaceKey, seqs []uint64, note func(*commit, PurgeCounts) error) (unread []error, err error) {
+// purge purges events of a namespace, of which may, unless it is nil, is asked in the commit that begins it. note is told in
+// each commit what that has done, and may add to it. What cannot be read is passed over, and named. ErrNotFound: there was
+// none to purge.
+func (p *partition) purge(ctx context.Context, ns NamespaceKey, seqs []uint64, may func(c *commit, seq uint64) (bool, error),
+	note func(*commit, PurgeCounts) error,
+) (unread []error, err error) {
 	passed := make(chan []uint64, 1)
 	if err := p.do(ctx, func(c *commit) error {
 		var some []uint64
 		for _, seq := range seqs {
+			if may != nil {
+				if ok, err := may(c, seq); err != nil {
+					return err
+				} else if !ok {
+					continue
+				}
+			}
 			switch found, err := c.purgeEvent(ns, seq); {
 			case err != nil:
 				return err
@@ -191,20 +201,7 @@ func (c *commit) eachCopy(seq uint64, key func(dayKey) []byte, visit func(key, v
 func (c *commit) purgeEvent(ns NamespaceKey, seq uint64) (bool, error) {
 	p := c.p
 	found, err := c.eachCopy(seq, func(day dayKey) []byte { return appendEventKey(nil, p.number, day, ns, seq) }, func(key, value []byte) error {
-		e, err := decodeEvent(value)
-		if err != nil {
-			return p.j.corrupt(key, err)
-		}
-		if e.Purged != nil {
-			return nil
-		}
-		e.Purged = &Purged{Time: c.at, Bytes: len(e.Payload)}
-		e.Payload, e.Subject, e.Attributes, e.Headers, e.Trace = nil, "", nil, nil, nil
-		for i := range e.Faults {
-			e.Faults[i].Text = "its payload was purged"
-		}
-		c.set(key, withoutPayload(value, e))
-		return nil
+		return c.purgeRecord(key, value, false)
 	})
 	if err != nil || !found {
 		return found, err
@@ -216,6 +213,24 @@ func (c *commit) purgeEvent(ns NamespaceKey, seq uint64) (bool, error) {
 		}
 	}
 	return true, nil
+}
+
+// purgeRecord takes what an event carries out of its record; done says that its deliveries have been purged, too.
+func (c *commit) purgeRecord(key, value []byte, done bool) error {
+	e, err := decodeEvent(value)
+	if err != nil {
+		return c.p.j.corrupt(key, err)
+	}
+	if e.Purged != nil {
+		return nil
+	}
+	e.Purged = &Purged{Time: c.at, Bytes: len(e.Payload), done: done}
+	e.Payload, e.Subject, e.Attributes, e.Headers, e.Trace = nil, "", nil, nil, nil
+	for i := range e.Faults {
+		e.Faults[i].Text = "its payload was purged"
+	}
+	c.set(key, withoutPayload(value, e))
+	return nil
 }
 
 // withoutPayload is the record of an event as it is now, with the targets of the record that it was read from.
@@ -325,14 +340,7 @@ func (c *commit) purgeDelivery(lane LaneKey, seq uint64) (cancelled bool, err er
 		}
 	}
 	if _, err := c.eachCopy(seq, func(day dayKey) []byte { return appendDeliveryKey(nil, p.number, day, lane, seq) }, func(key, value []byte) error {
-		st, err := decodeStanding(value)
-		if err != nil {
-			return p.j.corrupt(key, err)
-		}
-		if st.strip() {
-			c.set(key, encodeStanding(nil, &st))
-		}
-		return nil
+		return c.stripRecord(kindDelivery, key, value)
 	}); err != nil {
 		return false, err
 	}
@@ -356,23 +364,49 @@ func (c *commit) purgeDelivery(lane LaneKey, seq uint64) (cancelled bool, err er
 func (c *commit) purgeAttempts(prefix []byte) error {
 	var keys, values [][]byte // an iterator is not to be disturbed
 	if err := c.p.j.scan(c.r, prefix, prefixEnd(prefix), func(key, value []byte) error {
-		a, err := decodeAttempt(value)
-		switch {
-		case err != nil:
-			keys, values = append(keys, bytes.Clone(key)), append(values, nil)
-		case a.strip():
-			keys, values = append(keys, bytes.Clone(key)), append(values, encodeAttempt(nil, a))
+		if quotes(kindAttempt, value) {
+			keys, values = append(keys, bytes.Clone(key)), append(values, bytes.Clone(value))
 		}
 		return nil
 	}); err != nil {
 		return err
 	}
 	for i, key := range keys {
-		if values[i] == nil { // nobody can tell what it says
-			c.delete(key)
-		} else {
-			c.set(key, values[i])
+		if err := c.stripRecord(kindAttempt, key, values[i]); err != nil {
+			return err
 		}
+	}
+	return nil
+}
+
+// quotes reports whether the record of a delivery or an attempt may quote its event; of an attempt that cannot be read nobody
+// can tell what it says.
+func quotes(kind byte, value []byte) bool {
+	if kind == kindAttempt {
+		a, err := decodeAttempt(value)
+		return err != nil || a.strip()
+	}
+	st, err := decodeStanding(value)
+	return err == nil && st.strip()
+}
+
+// stripRecord takes out of the record of a delivery or an attempt what may quote its event.
+func (c *commit) stripRecord(kind byte, key, value []byte) error {
+	if kind == kindAttempt {
+		a, err := decodeAttempt(value)
+		if err != nil {
+			c.delete(key)
+		} else if a.strip() {
+			c.set(key, encodeAttempt(nil, a))
+		}
+		return nil
+	}
+	st, err := decodeStanding(value)
+	if err != nil {
+		return c.p.j.corrupt(key, err)
+	}
+	if st.strip() {
+		c.set(key, encodeStanding(nil, &st))
 	}
 	return nil
 }

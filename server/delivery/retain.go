@@ -10,6 +10,8 @@ import (
 	"math"
 	"slices"
 	"time"
+
+	"github.com/cockroachdb/pebble/v2"
 )
 
 const (
@@ -25,8 +27,10 @@ const (
 	walkBelow = 2 * day
 	// lookAgain is how long a day is not looked at again whose records are all younger than their retention.
 	lookAgain = time.Hour
-	// tidyEvery is how often kept events are looked through for those that have ended since.
-	tidyEvery = 6 * time.Hour
+	// tidyEvery is how often kept events are looked through for those that have ended since, and tidyPartsEvery for
+	// those of whom only parts are to go.
+	tidyEvery      = 6 * time.Hour
+	tidyPartsEvery = time.Hour
 )
 
 // Retention says how long records of what has ended are kept.
@@ -38,12 +42,23 @@ type Retention struct {
 	Dead func(NamespaceKey) time.Duration
 	// Shortest is a lower bound of what Of returns; zero when it is not known. Younger days are not looked at.
 	Shortest time.Duration
+	// Parts are the namespaces of which some things go before the rest.
+	Parts map[NamespaceKey]Parts
+}
+
+// Parts says how long parts of what has ended are kept. Zero or less, and what is no less than the whole, is as long as the
+// whole.
+type Parts struct {
+	// Payloads are what events carry, and what transformers have made of it: they go as PurgeEvent has them go, also where
+	// something ended without success. Attempts are those that have failed.
+	Payloads, Attempts time.Duration
 }
 
 // Retain erases, in one sweep, what is older than its namespace's retention: events, deliveries that have ended,
 // attempts and ids. What is open stays whole, however old, with its event. A retention of two days or more is
 // kept by the day, and so up to a day longer; a shorter one by the sweep; an event id stays known for a day in any
-// case. A sweep costs what it erases, what is open of it, and a look at each day and namespace that is due.
+// case. A sweep costs what it erases, what is open of it, and a look at each day and namespace that is due. Parts that go
+// earlier go by the same rules; of an event that has outlived them because something was open an hour after that has ended.
 func (j *Journal) Retain(ctx context.Context, keep Retention) error {
 	leave, err := j.enter()
 	if err != nil {
@@ -69,10 +84,12 @@ func (j *Journal) Retain(ctx context.Context, keep Retention) error {
 type retention struct {
 	// quiet says until when a day need not be looked at.
 	quiet map[dayKey]time.Time
-	// tidied is when kept was last looked through.
-	tidied time.Time
+	// tidied is when kept was last looked through, and tidiedParts when for parts.
+	tidied, tidiedParts time.Time
 	// below is how far days have been erased that go hour by hour.
 	below map[spaceDay]uint64
+	// quietParts is quiet for parts.
+	quietParts map[partDay]time.Time
 }
 
 type spaceDay struct {
@@ -108,6 +125,8 @@ type sweep struct {
 	p    *partition
 	keep Retention
 	now  time.Time
+	// part is what goes now; none is all.
+	part part
 	// ranges are what was erased by one, in the order of keys or not.
 	ranges []span
 }
@@ -122,9 +141,12 @@ func (s *sweep) run(ctx context.Context) error {
 		return err
 	}
 	for _, d := range due {
-		if err := s.erase(ctx, d.day, d.fates); err != nil {
+		if err := s.erase(ctx, d.day, d.fates, s.eraseRuns); err != nil {
 			return err
 		}
+	}
+	if err := s.runParts(ctx); err != nil {
+		return err
 	}
 	if s.now.Sub(p.retention.tidied) >= tidyEvery {
 		if err := s.tidy(ctx); err != nil {
@@ -213,8 +235,8 @@ func (s *sweep) below(d dayKey, keep time.Duration) uint64 {
 	return 0
 }
 
-// erase moves what is open of the given namespaces in a day to kept, then erases their records.
-func (s *sweep) erase(ctx context.Context, d dayKey, fates []fate) error {
+// erase moves what is open of the given namespaces in a day to kept, then has their records erased.
+func (s *sweep) erase(ctx context.Context, d dayKey, fates []fate, run func(context.Context, dayKey, []fate) error) error {
 	p := s.p
 	if err := p.do(ctx, func(c *commit) error {
 		c.sweeping = &sweeping{d, fates}
@@ -229,7 +251,7 @@ func (s *sweep) erase(ctx context.Context, d dayKey, fates []fate) error {
 	}
 	err := s.keepOpen(ctx, d, fates)
 	if err == nil {
-		err = s.eraseRuns(ctx, d, fates)
+		err = run(ctx, d, fates)
 	}
 	// Also when ctx has ended: a day that is not being erased need not move anything.
 	done := p.do(context.WithoutCancel(ctx), func(c *commit) error {
@@ -356,38 +378,60 @@ func (s *sweep) eraseBelow(ctx context.Context, d dayKey, f fate) error {
 		}
 	}
 	for _, kind := range []byte{kindDelivery, kindAttempt} {
-		prefix := appendKind(nil, s.p.number, d, f.ns, kind)
-		var keys [][]byte
-		// From lane to lane: what stays costs a seek for each.
-		err := s.p.j.hop(s.p.j.db, prefix, prefixEnd(prefix), func(key []byte) ([]byte, error) {
-			seq, ok := recordSeq(kind, key[recordPrefix:])
-			if !ok {
-				return nil, s.p.j.corrupt(key, errBadKey)
-			}
-			lane := key[: recordPrefix+8 : recordPrefix+8]
-			switch {
-			case seq < f.from:
-				return appendU64(lane, f.from), nil
-			case seq >= f.below:
-				return prefixEnd(lane), nil
-			}
-			keys = append(keys, bytes.Clone(key))
-			next := append(bytes.Clone(key), 0)
-			if len(keys) < eraseByKey {
-				return next, nil
-			}
-			some := keys
-			keys = nil
-			return next, s.eraseKeys(ctx, some)
-		})
-		if err == nil {
-			err = s.eraseKeys(ctx, keys)
-		}
-		if err != nil {
+		if err := s.eraseKind(ctx, d, f, kind); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+// eraseKind erases records of a namespace's day that have the lane before the sequence.
+func (s *sweep) eraseKind(ctx context.Context, d dayKey, f fate, kind byte) error {
+	return s.someOf(d, f, kind, func(_, _ []byte) (bool, error) { return true, nil }, func(keys [][]byte) error { return s.eraseKeys(ctx, keys) })
+}
+
+// someOf has those records of a kind, which has the lane before the sequence, changed that are wanted, some at a time. It goes
+// from lane to lane: what stays costs a seek for each.
+func (s *sweep) someOf(d dayKey, f fate, kind byte, wanted func(key, value []byte) (bool, error), change func(keys [][]byte) error) error {
+	prefix := appendKind(nil, s.p.number, d, f.ns, kind)
+	var keys [][]byte
+	if err := s.p.j.iterate(s.p.j.db, prefix, prefixEnd(prefix), func(it *pebble.Iterator) error {
+		for ok := it.First(); ok; {
+			seq, known := recordSeq(kind, it.Key()[recordPrefix:])
+			if !known {
+				return s.p.j.corrupt(it.Key(), errBadKey)
+			}
+			lane := bytes.Clone(it.Key()[:recordPrefix+8])
+			if seq < f.from {
+				ok = it.SeekGE(appendU64(lane, f.from))
+				continue
+			}
+			if seq >= f.below {
+				ok = it.SeekGE(prefixEnd(lane))
+				continue
+			}
+			value, err := it.ValueAndErr()
+			if err != nil {
+				return err
+			}
+			if want, err := wanted(it.Key(), value); err != nil {
+				return err
+			} else if want {
+				keys = append(keys, bytes.Clone(it.Key()))
+			}
+			if len(keys) == eraseByKey {
+				if err := change(keys); err != nil {
+					return err
+				}
+				keys = nil
+			}
+			ok = it.Next()
+		}
+		return nil
+	}); err != nil {
+		return err
+	}
+	return change(keys)
 }
 
 const (

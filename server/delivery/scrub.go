@@ -371,12 +371,8 @@ func (s *scrub) recordHolds(p *partition, key, value []byte) (bool, error) {
 		return s.selects(e), nil
 	case kindMade:
 		return p.purgedOf(s.j.db, ns, seq)
-	case kindDelivery:
-		if st, err := decodeStanding(value); err != nil || !st.strip() {
-			return false, nil
-		}
-	case kindAttempt:
-		if a, err := decodeAttempt(value); err == nil && !a.strip() {
+	case kindDelivery, kindAttempt:
+		if !quotes(kind, value) {
 			return false, nil
 		}
 	default:

@@ -161,6 +161,9 @@ type Quota struct {
 	Retention     time.Duration
 	// DeadLetterRetention is how long what ended without success stays after its end; at least Retention.
 	DeadLetterRetention time.Duration
+	// PayloadRetention and AttemptRetention are how long payloads and failed attempts of what has ended are kept; at most
+	// Retention.
+	PayloadRetention, AttemptRetention time.Duration
 }
 
 // Quota returns the limits in force; stored ones that are out of bounds are brought within them.
@@ -175,6 +178,8 @@ func (n *Namespace) Quota() Quota {
 		Retention:         retention,
 
 		DeadLetterRetention: clamp(q.GetDeadLetterRetention().AsDuration(), retention, 90*24*time.Hour),
+		PayloadRetention:    clamp(positive(q.GetPayloadRetention().AsDuration(), retention), time.Hour, retention),
+		AttemptRetention:    clamp(positive(q.GetAttemptRetention().AsDuration(), retention), time.Hour, retention),
 	}
 }
 
@@ -188,6 +193,8 @@ func (q Quota) Proto() *grapnelv1.Quota {
 		Retention:         durationpb.New(q.Retention),
 
 		DeadLetterRetention: durationpb.New(q.DeadLetterRetention),
+		PayloadRetention:    durationpb.New(q.PayloadRetention),
+		AttemptRetention:    durationpb.New(q.AttemptRetention),
 	}
 }
 

@@ -264,9 +264,30 @@ func TestWarnings(t *testing.T) {
 
 func TestQuotaDefaults(t *testing.T) {
 	n := &subscription.Namespace{Proto: &grapnelv1.Namespace{Quota: &grapnelv1.Quota{MaxPublishRate: 5}}}
-	want := subscription.Quota{MaxPublishRate: 5, MaxEventBytes: 262144, Retention: 72 * time.Hour, DeadLetterRetention: 72 * time.Hour}
+	standard := 72 * time.Hour
+	want := subscription.Quota{
+		MaxPublishRate: 5, MaxEventBytes: 262144, Retention: standard, DeadLetterRetention: standard, PayloadRetention: standard, AttemptRetention: standard,
+	}
 	if diff := cmp.Diff(want, n.Quota()); diff != "" {
 		t.Errorf("(-want +got):\n%s", diff)
+	}
+}
+
+// Dead letters are kept at least as long as the rest, parts at most.
+func TestQuotaBringsRetentionsIntoOrder(t *testing.T) {
+	for _, tt := range []struct{ all, dead, payloads, attempts, wantDead, wantPayloads, wantAttempts time.Duration }{
+		{48, 24, 72, 1, 48, 48, 1},
+		{48, 96, 24, 0, 96, 24, 48},
+	} {
+		n := &subscription.Namespace{Proto: &grapnelv1.Namespace{Quota: &grapnelv1.Quota{
+			Retention: durationpb.New(tt.all * time.Hour), DeadLetterRetention: durationpb.New(tt.dead * time.Hour),
+			PayloadRetention: durationpb.New(tt.payloads * time.Hour), AttemptRetention: durationpb.New(tt.attempts * time.Hour),
+		}}}
+		q := n.Quota()
+		got := [...]time.Duration{q.DeadLetterRetention / time.Hour, q.PayloadRetention / time.Hour, q.AttemptRetention / time.Hour}
+		if want := [...]time.Duration{tt.wantDead, tt.wantPayloads, tt.wantAttempts}; got != want {
+			t.Errorf("%+v: %v hours, want %v", tt, got, want)
+		}
 	}
 }
 

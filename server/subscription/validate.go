@@ -260,11 +260,16 @@ func (c *checker) quota(field string, q *grapnelv1.Quota) {
 	c.number(field+".max_publish_rate", float64(q.GetMaxPublishRate()), 0, most)
 	c.number(field+".max_event_bytes", float64(q.GetMaxEventBytes()), 0, 1<<20)
 	c.number(field+".max_open_deliveries", float64(q.GetMaxOpenDeliveries()), 0, most)
-	if r := q.GetRetention(); r != nil {
-		c.duration(field+".retention", r, time.Hour, 90*24*time.Hour)
-	}
-	if r := q.GetDeadLetterRetention(); r != nil {
-		c.duration(field+".dead_letter_retention", r, time.Hour, 90*24*time.Hour)
+	for _, r := range []struct {
+		name string
+		d    *durationpb.Duration
+	}{
+		{"retention", q.GetRetention()}, {"dead_letter_retention", q.GetDeadLetterRetention()},
+		{"payload_retention", q.GetPayloadRetention()}, {"attempt_retention", q.GetAttemptRetention()},
+	} {
+		if r.d != nil {
+			c.duration(field+"."+r.name, r.d, time.Hour, 90*24*time.Hour)
+		}
 	}
 }
 

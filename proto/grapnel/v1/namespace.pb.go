@@ -281,13 +281,20 @@ type Quota struct {
 	MaxEventBytes int32 `protobuf:"varint,3,opt,name=max_event_bytes,json=maxEventBytes,proto3" json:"max_event_bytes,omitempty"`
 	// Open deliveries; publishing fails with QUOTA_EXCEEDED above it; 0 is no limit.
 	MaxOpenDeliveries int32 `protobuf:"varint,4,opt,name=max_open_deliveries,json=maxOpenDeliveries,proto3" json:"max_open_deliveries,omitempty"` // 5 is kept for a limit to come.
-	// How long final deliveries and payloads are kept, 1h to 90 days; default 3 days.
+	// How long events and final deliveries are kept, with all that is theirs, 1h to 90 days; default 3 days.
 	Retention *durationpb.Duration `protobuf:"bytes,6,opt,name=retention,proto3" json:"retention,omitempty"`
 	// How long deliveries that ended without success are kept after their end, with their events, 1h to 90 days; default
 	// and at least as long as retention.
 	DeadLetterRetention *durationpb.Duration `protobuf:"bytes,7,opt,name=dead_letter_retention,json=deadLetterRetention,proto3" json:"dead_letter_retention,omitempty"`
-	unknownFields       protoimpl.UnknownFields
-	sizeCache           protoimpl.SizeCache
+	// How long events of which no delivery is open keep what they carry, 1h to 90 days; default and at most retention. Then it
+	// is purged as PurgeEventPayload does, and nothing of it can be sent again, whether it was delivered or not: the event and
+	// its deliveries stay, with their times, states and causes. An event that was delivered later keeps it up to an hour longer;
+	// from two days on it goes by the day.
+	PayloadRetention *durationpb.Duration `protobuf:"bytes,8,opt,name=payload_retention,json=payloadRetention,proto3" json:"payload_retention,omitempty"`
+	// The same of failed attempts, with what is kept of requests and answers: a delivery shows how many there were, and the last.
+	AttemptRetention *durationpb.Duration `protobuf:"bytes,9,opt,name=attempt_retention,json=attemptRetention,proto3" json:"attempt_retention,omitempty"`
+	unknownFields    protoimpl.UnknownFields
+	sizeCache        protoimpl.SizeCache
 }
 
 func (x *Quota) Reset() {
@@ -358,6 +365,20 @@ func (x *Quota) GetRetention() *durationpb.Duration {
 func (x *Quota) GetDeadLetterRetention() *durationpb.Duration {
 	if x != nil {
 		return x.DeadLetterRetention
+	}
+	return nil
+}
+
+func (x *Quota) GetPayloadRetention() *durationpb.Duration {
+	if x != nil {
+		return x.PayloadRetention
+	}
+	return nil
+}
+
+func (x *Quota) GetAttemptRetention() *durationpb.Duration {
+	if x != nil {
+		return x.AttemptRetention
 	}
 	return nil
 }
@@ -1461,14 +1482,16 @@ const file_grapnel_v1_namespace_proto_rawDesc = "" +
 	"\fSTATE_ACTIVE\x10\x01\x12\x10\n" +
 	"\fSTATE_PAUSED\x10\x02\x12\x11\n" +
 	"\rSTATE_DELETED\x10\x03\x12\x12\n" +
-	"\x0eSTATE_DISABLED\x10\x04\"\x8e\x03\n" +
+	"\x0eSTATE_DISABLED\x10\x04\"\xc6\x04\n" +
 	"\x05Quota\x124\n" +
 	"\x11max_subscriptions\x18\x01 \x01(\x05B\a\xbaH\x04\x1a\x02(\x00R\x10maxSubscriptions\x121\n" +
 	"\x10max_publish_rate\x18\x02 \x01(\x05B\a\xbaH\x04\x1a\x02(\x00R\x0emaxPublishRate\x123\n" +
 	"\x0fmax_event_bytes\x18\x03 \x01(\x05B\v\xbaH\b\x1a\x06\x18\x80\x80@(\x00R\rmaxEventBytes\x127\n" +
 	"\x13max_open_deliveries\x18\x04 \x01(\x05B\a\xbaH\x04\x1a\x02(\x00R\x11maxOpenDeliveries\x12K\n" +
 	"\tretention\x18\x06 \x01(\v2\x19.google.protobuf.DurationB\x12\xbaH\x0f\xaa\x01\f\"\x05\b\x80\xce\xda\x032\x03\b\x90\x1cR\tretention\x12a\n" +
-	"\x15dead_letter_retention\x18\a \x01(\v2\x19.google.protobuf.DurationB\x12\xbaH\x0f\xaa\x01\f\"\x05\b\x80\xce\xda\x032\x03\b\x90\x1cR\x13deadLetterRetention\"\xba\x01\n" +
+	"\x15dead_letter_retention\x18\a \x01(\v2\x19.google.protobuf.DurationB\x12\xbaH\x0f\xaa\x01\f\"\x05\b\x80\xce\xda\x032\x03\b\x90\x1cR\x13deadLetterRetention\x12Z\n" +
+	"\x11payload_retention\x18\b \x01(\v2\x19.google.protobuf.DurationB\x12\xbaH\x0f\xaa\x01\f\"\x05\b\x80\xce\xda\x032\x03\b\x90\x1cR\x10payloadRetention\x12Z\n" +
+	"\x11attempt_retention\x18\t \x01(\v2\x19.google.protobuf.DurationB\x12\xbaH\x0f\xaa\x01\f\"\x05\b\x80\xce\xda\x032\x03\b\x90\x1cR\x10attemptRetention\"\xba\x01\n" +
 	"\x05Usage\x12$\n" +
 	"\rsubscriptions\x18\x01 \x01(\x05R\rsubscriptions\x12'\n" +
 	"\x0fopen_deliveries\x18\x02 \x01(\x05R\x0eopenDeliveries\x12!\n" +
@@ -1604,43 +1627,45 @@ var file_grapnel_v1_namespace_proto_depIdxs = []int32{
 	0,  // 8: grapnel.v1.Namespace.undeleted_state:type_name -> grapnel.v1.Namespace.State
 	24, // 9: grapnel.v1.Quota.retention:type_name -> google.protobuf.Duration
 	24, // 10: grapnel.v1.Quota.dead_letter_retention:type_name -> google.protobuf.Duration
-	24, // 11: grapnel.v1.Usage.oldest_due_age:type_name -> google.protobuf.Duration
-	1,  // 12: grapnel.v1.CreateNamespaceRequest.namespace:type_name -> grapnel.v1.Namespace
-	0,  // 13: grapnel.v1.CreateNamespaceRequest.initial_state:type_name -> grapnel.v1.Namespace.State
-	1,  // 14: grapnel.v1.CreateNamespaceResponse.namespace:type_name -> grapnel.v1.Namespace
-	1,  // 15: grapnel.v1.GetNamespaceResponse.namespace:type_name -> grapnel.v1.Namespace
-	1,  // 16: grapnel.v1.ListNamespacesResponse.namespaces:type_name -> grapnel.v1.Namespace
-	1,  // 17: grapnel.v1.UpdateNamespaceRequest.namespace:type_name -> grapnel.v1.Namespace
-	25, // 18: grapnel.v1.UpdateNamespaceRequest.update_mask:type_name -> google.protobuf.FieldMask
-	1,  // 19: grapnel.v1.UpdateNamespaceResponse.namespace:type_name -> grapnel.v1.Namespace
-	1,  // 20: grapnel.v1.PauseNamespaceResponse.namespace:type_name -> grapnel.v1.Namespace
-	1,  // 21: grapnel.v1.DisableNamespaceResponse.namespace:type_name -> grapnel.v1.Namespace
-	1,  // 22: grapnel.v1.ResumeNamespaceResponse.namespace:type_name -> grapnel.v1.Namespace
-	1,  // 23: grapnel.v1.DeleteNamespaceResponse.namespace:type_name -> grapnel.v1.Namespace
-	1,  // 24: grapnel.v1.UndeleteNamespaceResponse.namespace:type_name -> grapnel.v1.Namespace
-	4,  // 25: grapnel.v1.NamespaceService.CreateNamespace:input_type -> grapnel.v1.CreateNamespaceRequest
-	6,  // 26: grapnel.v1.NamespaceService.GetNamespace:input_type -> grapnel.v1.GetNamespaceRequest
-	8,  // 27: grapnel.v1.NamespaceService.ListNamespaces:input_type -> grapnel.v1.ListNamespacesRequest
-	10, // 28: grapnel.v1.NamespaceService.UpdateNamespace:input_type -> grapnel.v1.UpdateNamespaceRequest
-	12, // 29: grapnel.v1.NamespaceService.PauseNamespace:input_type -> grapnel.v1.PauseNamespaceRequest
-	14, // 30: grapnel.v1.NamespaceService.DisableNamespace:input_type -> grapnel.v1.DisableNamespaceRequest
-	16, // 31: grapnel.v1.NamespaceService.ResumeNamespace:input_type -> grapnel.v1.ResumeNamespaceRequest
-	18, // 32: grapnel.v1.NamespaceService.DeleteNamespace:input_type -> grapnel.v1.DeleteNamespaceRequest
-	20, // 33: grapnel.v1.NamespaceService.UndeleteNamespace:input_type -> grapnel.v1.UndeleteNamespaceRequest
-	5,  // 34: grapnel.v1.NamespaceService.CreateNamespace:output_type -> grapnel.v1.CreateNamespaceResponse
-	7,  // 35: grapnel.v1.NamespaceService.GetNamespace:output_type -> grapnel.v1.GetNamespaceResponse
-	9,  // 36: grapnel.v1.NamespaceService.ListNamespaces:output_type -> grapnel.v1.ListNamespacesResponse
-	11, // 37: grapnel.v1.NamespaceService.UpdateNamespace:output_type -> grapnel.v1.UpdateNamespaceResponse
-	13, // 38: grapnel.v1.NamespaceService.PauseNamespace:output_type -> grapnel.v1.PauseNamespaceResponse
-	15, // 39: grapnel.v1.NamespaceService.DisableNamespace:output_type -> grapnel.v1.DisableNamespaceResponse
-	17, // 40: grapnel.v1.NamespaceService.ResumeNamespace:output_type -> grapnel.v1.ResumeNamespaceResponse
-	19, // 41: grapnel.v1.NamespaceService.DeleteNamespace:output_type -> grapnel.v1.DeleteNamespaceResponse
-	21, // 42: grapnel.v1.NamespaceService.UndeleteNamespace:output_type -> grapnel.v1.UndeleteNamespaceResponse
-	34, // [34:43] is the sub-list for method output_type
-	25, // [25:34] is the sub-list for method input_type
-	25, // [25:25] is the sub-list for extension type_name
-	25, // [25:25] is the sub-list for extension extendee
-	0,  // [0:25] is the sub-list for field type_name
+	24, // 11: grapnel.v1.Quota.payload_retention:type_name -> google.protobuf.Duration
+	24, // 12: grapnel.v1.Quota.attempt_retention:type_name -> google.protobuf.Duration
+	24, // 13: grapnel.v1.Usage.oldest_due_age:type_name -> google.protobuf.Duration
+	1,  // 14: grapnel.v1.CreateNamespaceRequest.namespace:type_name -> grapnel.v1.Namespace
+	0,  // 15: grapnel.v1.CreateNamespaceRequest.initial_state:type_name -> grapnel.v1.Namespace.State
+	1,  // 16: grapnel.v1.CreateNamespaceResponse.namespace:type_name -> grapnel.v1.Namespace
+	1,  // 17: grapnel.v1.GetNamespaceResponse.namespace:type_name -> grapnel.v1.Namespace
+	1,  // 18: grapnel.v1.ListNamespacesResponse.namespaces:type_name -> grapnel.v1.Namespace
+	1,  // 19: grapnel.v1.UpdateNamespaceRequest.namespace:type_name -> grapnel.v1.Namespace
+	25, // 20: grapnel.v1.UpdateNamespaceRequest.update_mask:type_name -> google.protobuf.FieldMask
+	1,  // 21: grapnel.v1.UpdateNamespaceResponse.namespace:type_name -> grapnel.v1.Namespace
+	1,  // 22: grapnel.v1.PauseNamespaceResponse.namespace:type_name -> grapnel.v1.Namespace
+	1,  // 23: grapnel.v1.DisableNamespaceResponse.namespace:type_name -> grapnel.v1.Namespace
+	1,  // 24: grapnel.v1.ResumeNamespaceResponse.namespace:type_name -> grapnel.v1.Namespace
+	1,  // 25: grapnel.v1.DeleteNamespaceResponse.namespace:type_name -> grapnel.v1.Namespace
+	1,  // 26: grapnel.v1.UndeleteNamespaceResponse.namespace:type_name -> grapnel.v1.Namespace
+	4,  // 27: grapnel.v1.NamespaceService.CreateNamespace:input_type -> grapnel.v1.CreateNamespaceRequest
+	6,  // 28: grapnel.v1.NamespaceService.GetNamespace:input_type -> grapnel.v1.GetNamespaceRequest
+	8,  // 29: grapnel.v1.NamespaceService.ListNamespaces:input_type -> grapnel.v1.ListNamespacesRequest
+	10, // 30: grapnel.v1.NamespaceService.UpdateNamespace:input_type -> grapnel.v1.UpdateNamespaceRequest
+	12, // 31: grapnel.v1.NamespaceService.PauseNamespace:input_type -> grapnel.v1.PauseNamespaceRequest
+	14, // 32: grapnel.v1.NamespaceService.DisableNamespace:input_type -> grapnel.v1.DisableNamespaceRequest
+	16, // 33: grapnel.v1.NamespaceService.ResumeNamespace:input_type -> grapnel.v1.ResumeNamespaceRequest
+	18, // 34: grapnel.v1.NamespaceService.DeleteNamespace:input_type -> grapnel.v1.DeleteNamespaceRequest
+	20, // 35: grapnel.v1.NamespaceService.UndeleteNamespace:input_type -> grapnel.v1.UndeleteNamespaceRequest
+	5,  // 36: grapnel.v1.NamespaceService.CreateNamespace:output_type -> grapnel.v1.CreateNamespaceResponse
+	7,  // 37: grapnel.v1.NamespaceService.GetNamespace:output_type -> grapnel.v1.GetNamespaceResponse
+	9,  // 38: grapnel.v1.NamespaceService.ListNamespaces:output_type -> grapnel.v1.ListNamespacesResponse
+	11, // 39: grapnel.v1.NamespaceService.UpdateNamespace:output_type -> grapnel.v1.UpdateNamespaceResponse
+	13, // 40: grapnel.v1.NamespaceService.PauseNamespace:output_type -> grapnel.v1.PauseNamespaceResponse
+	15, // 41: grapnel.v1.NamespaceService.DisableNamespace:output_type -> grapnel.v1.DisableNamespaceResponse
+	17, // 42: grapnel.v1.NamespaceService.ResumeNamespace:output_type -> grapnel.v1.ResumeNamespaceResponse
+	19, // 43: grapnel.v1.NamespaceService.DeleteNamespace:output_type -> grapnel.v1.DeleteNamespaceResponse
+	21, // 44: grapnel.v1.NamespaceService.UndeleteNamespace:output_type -> grapnel.v1.UndeleteNamespaceResponse
+	36, // [36:45] is the sub-list for method output_type
+	27, // [27:36] is the sub-list for method input_type
+	27, // [27:27] is the sub-list for extension type_name
+	27, // [27:27] is the sub-list for extension extendee
+	0,  // [0:27] is the sub-list for field type_name
 }
 
 func init() { file_grapnel_v1_namespace_proto_init() }
