@@ -47,7 +47,7 @@ type standsAt struct {
 	max      int
 	due      Instant
 	epoch    uint32 // while open
-	history  string // outcomes, first to last
+	history  string // outcomes, first to last, a digit each
 	waits    bool   // for the turn of its ordering key
 	blocks   bool   // it has failed and keeps its turn
 	gap      int
@@ -76,6 +76,7 @@ type modelDelivery struct {
 	gone     bool
 	// again: a replay has made it; made is when. replay has made or reopened it.
 	again, wasAhead, mayGo bool
+	attemptsMayGo          bool // it had ended, and was older than its namespace keeps attempts
 	made                   Instant
 	replay                 uint64
 }
@@ -123,8 +124,8 @@ type modelEvent struct {
 	purged     bool // of its payload
 	// mayBePurged: it has been older than its namespace keeps payloads
 	mayBePurged bool
-	kept       bool // a sweep has found it open
-	gone       bool
+	kept        bool // a sweep has found it open
+	gone        bool
 }
 
 type model struct {
@@ -534,7 +535,7 @@ func (m *model) settled(key modelKey, job *Job, step Step, a *Attempt) {
 	count := func() {
 		if a != nil {
 			s.attempts++
-			s.history += fmt.Sprint(a.Outcome)
+			s.history += string('0' + rune(a.Outcome))
 		}
 	}
 	row := d.row()
@@ -870,6 +871,9 @@ func (m *model) old() {
 	}
 	for _, d := range m.deliveries {
 		keep := m.keep[d.key.ns]
+		if parts := m.parts[d.key.ns].of(attempts, keep); parts > 0 && (d.wasAhead || now.Sub(seqTime(d.key.Seq)) >= parts) && !d.stays() {
+			d.attemptsMayGo = true
+		}
 		d.mayGo = d.mayGo || d.again && keep > 0 && (d.wasAhead || now.Sub(seqTime(d.key.Seq)) >= keep)
 	}
 }
@@ -1234,11 +1238,20 @@ func (m *model) look(d *modelDelivery) (standsAt, bool) {
 	if s.waits != strings.HasPrefix(got.StateReason, "waits for its ordering key: ") {
 		m.fail("%v: %+v", d.key, got)
 	}
+	missing := got.Attempts
+	if len(attempts) > 0 {
+		missing = attempts[0].Number - 1
+	}
+	if known := d.now().history; missing > 0 && d.attemptsMayGo {
+		s.history = known[:min(missing, len(known))]
+	} else {
+		missing = 0
+	}
 	for i, a := range attempts {
-		if a.Number != i+1 {
-			m.fail("attempt %d of %v has the number %d", i+1, d.key, a.Number)
+		if a.Number != missing+i+1 {
+			m.fail("attempt %d of %v has the number %d", missing+i+1, d.key, a.Number)
 		}
-		s.history += fmt.Sprint(a.Outcome)
+		s.history += string('0' + rune(a.Outcome))
 	}
 	if got.EventID != d.event.ID || got.SubscriptionUID.SubscriptionKey() != d.key.Subscription || got.EventUID != d.event.UID ||
 		got.State.Final() == got.CompleteTime.IsZero() || len(attempts) > 0 && (got.Last == nil || got.Last.Number != got.Attempts) {
@@ -1496,6 +1509,7 @@ func (m *model) checkLists(ns NamespaceKey, q Query) {
 		if key.ns == ns && !d.gone && (q.Subscription == 0 || q.Subscription == key.Subscription) &&
 			(len(q.States) == 0 || slices.Contains(q.States, d.now().state)) &&
 			(q.EventID == "" || q.EventID == d.event.ID) && (q.EventUID == "" || q.EventUID == d.event.UID) &&
+			(q.EventID+q.EventUID == "" || !d.event.gone) && // what was made again may outlive its event, by which it is not found then
 			(q.Since.IsZero() || key.Seq >= seqAt(q.Since) && key.Seq < seqAt(q.Until)) {
 			want = append(want, key.ID)
 		}

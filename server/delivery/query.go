@@ -11,10 +11,9 @@ import (
 type Query struct {
 	Namespace    NamespaceKey
 	Subscription SubscriptionKey
-	EventID      string
-	// EventUID is a webhook-id.
-	EventUID string
-	States   []State
+	// EventID is of events that are retained; EventUID, a webhook-id, too. A delivery that was made again may be retained longer.
+	EventID, EventUID string
+	States            []State
 	// Since is inclusive and Until exclusive, by creation time.
 	Since, Until time.Time
 	// Match is applied last; nil matches all.
