@@ -13,7 +13,7 @@ type Subscriptions struct {
 	namespace string
 }
 
-// Subscriptions returns those of a namespace; "-" lists all namespaces.
+// Subscriptions returns those of a namespace; "-" lists and watches those of all.
 func (c *Client) Subscriptions(namespace string) Subscriptions { return Subscriptions{c, namespace} }
 
 // Create adds a subscription; an empty id has the server pick one. What the server's warnings say, such as

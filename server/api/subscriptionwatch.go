@@ -1,6 +1,7 @@
 package api
 
 import (
+	"cmp"
 	"context"
 	"encoding/base64"
 	"encoding/binary"
@@ -20,9 +21,9 @@ import (
 // copy of what changes, and of what has since a resume token.
 const maxHistories, maxHistoriesOf = 256, 16
 
-// WatchSubscriptions tells what becomes of a namespace's subscriptions.
+// WatchSubscriptions tells what becomes of a namespace's subscriptions, or of all.
 func (s subscriptionService) WatchSubscriptions(r *grapnelv1.WatchSubscriptionsRequest, stream grpc.ServerStreamingServer[grapnelv1.WatchSubscriptionsResponse]) error {
-	ns, space, err := s.existingNamespace("parent", r.GetParent())
+	ns, space, err := s.watchedParent(r.GetParent())
 	if err != nil {
 		return err
 	}
@@ -37,7 +38,7 @@ func (s subscriptionService) WatchSubscriptions(r *grapnelv1.WatchSubscriptionsR
 		}
 	}
 	if !s.edge.historiesOf.enter(ns) {
-		return s.edge.historiesOf.refusal(ns, "watches of subscriptions")
+		return s.edge.historiesOf.refusal(cmp.Or(ns, allNamespaces), "watches of subscriptions")
 	}
 	defer s.edge.historiesOf.leave(ns)
 	if !s.edge.histories.enter() {
@@ -59,7 +60,7 @@ func (s subscriptionService) WatchSubscriptions(r *grapnelv1.WatchSubscriptionsR
 	}
 	defer func() { halt() }()
 	same := func() error {
-		if _, now, err := s.existingNamespace("parent", r.GetParent()); err != nil {
+		if _, now, err := s.watchedParent(r.GetParent()); err != nil {
 			return err
 		} else if now != space { // deleted, and made anew
 			return notFound(r.GetParent(), "namespace")
@@ -125,6 +126,14 @@ func (s subscriptionService) WatchSubscriptions(r *grapnelv1.WatchSubscriptionsR
 	}
 }
 
+// watchedParent is existingNamespace that also takes namespaces/-, of which all is zero.
+func (s *Server) watchedParent(name string) (ns string, space delivery.NamespaceKey, err error) {
+	if ns, err = parseParent("parent", name); err != nil || ns == "" {
+		return ns, 0, err
+	}
+	return s.existingNamespace("parent", name)
+}
+
 // nextWatched is nil when nothing changes until then.
 func nextWatched(ctx context.Context, w *subscription.Watcher, until time.Time) ([]subscription.Watched, error) {
 	waiting, cancel := context.WithDeadline(ctx, until)
@@ -159,7 +168,7 @@ func (s subscriptionService) watchedMessage(ctx context.Context, f *filter.Filte
 	return &grapnelv1.WatchSubscriptionsResponse{Subscription: before, Deleted: true}, nil
 }
 
-// historyToken is a place in the history of a namespace in etcd.
+// historyToken is a place in the history of a namespace in etcd, or of all.
 type historyToken struct {
 	cluster  uint64
 	space    delivery.NamespaceKey

@@ -23,10 +23,15 @@ type watchingSubscriptions = grpc.ServerStreamingClient[grapnelv1.WatchSubscript
 // watchSubscriptions opens a watch and reads the heartbeat that it begins with.
 func (st *station) watchSubscriptions(t *testing.T, filter, token string) (watchingSubscriptions, string) {
 	t.Helper()
+	return st.watchSubscriptionsOf(t, "acme", filter, token)
+}
+
+func (st *station) watchSubscriptionsOf(t *testing.T, ns, filter, token string) (watchingSubscriptions, string) {
+	t.Helper()
 	ctx, cancel := context.WithCancel(t.Context())
 	t.Cleanup(cancel)
 	stream, err := st.subscriptions.WatchSubscriptions(ctx, &grapnelv1.WatchSubscriptionsRequest{
-		Parent: "namespaces/acme", Filter: filter, ResumeToken: token, Heartbeat: durationpb.New(time.Second),
+		Parent: "namespaces/" + ns, Filter: filter, ResumeToken: token, Heartbeat: durationpb.New(time.Second),
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -115,6 +120,43 @@ func TestWatchSubscriptions(t *testing.T) {
 	expect(again, "before blue")
 	from, _ := st.watchSubscriptions(t, "", last)
 	expect(from, "before blue")
+}
+
+// A watch of all namespaces tells of each, of those that come meanwhile, too, and of nothing but subscriptions; its tokens are no
+// others'.
+func TestWatchSubscriptionsOfAll(t *testing.T) {
+	st := startStation(t)
+	st.namespace(t, "acme")
+	all, begin := st.watchSubscriptionsOf(t, "-", "", "")
+	blue, _ := st.watchSubscriptionsOf(t, "-", "display_name = blue", "")
+	expect := func(stream watchingSubscriptions, want ...string) {
+		t.Helper()
+		for _, want := range want {
+			if what, _ := toldOf(t, stream); what != want {
+				t.Errorf("told %q, want %q", what, want)
+			}
+		}
+	}
+	st.subscribe(t, "acme", "orders", nil)
+	st.namespace(t, "later")
+	const later = "namespaces/later/subscriptions/orders"
+	made := st.subscribe(t, "later", "orders", nil)
+	st.rename(t, "orders", "blue")
+	if _, err := st.subscriptions.DeleteSubscription(t.Context(), &grapnelv1.DeleteSubscriptionRequest{Name: made.GetName()}); err != nil {
+		t.Fatal(err)
+	}
+	want := []string{"orders ", later + " ", "orders blue", later + " deleted"}
+	expect(all, want...)
+	expect(blue, "orders blue")
+	again, token := st.watchSubscriptionsOf(t, "-", "", begin)
+	expect(again, want...)
+	for _, tt := range []struct{ ns, token string }{{"acme", token}, {"-", func() string { _, token := st.watchSubscriptions(t, "", ""); return token }()}} {
+		stream, err := st.subscriptions.WatchSubscriptions(t.Context(), &grapnelv1.WatchSubscriptionsRequest{Parent: "namespaces/" + tt.ns, ResumeToken: tt.token})
+		if err == nil {
+			_, err = stream.Recv()
+		}
+		refused(t, err, codes.OutOfRange, "RESUME_TOKEN_EXPIRED")
+	}
 }
 
 // A watch shows what Get shows.

@@ -13,7 +13,7 @@ import (
 // ErrCompacted says that etcd does not keep what has changed since a revision any more.
 var ErrCompacted = keyspace.ErrCompacted
 
-// Watcher tells what becomes of the subscriptions of a namespace. It is for one goroutine, and is to be closed.
+// Watcher tells what becomes of the subscriptions of a namespace, or of all. It is for one goroutine, and is to be closed.
 type Watcher struct {
 	*keyspace.Watcher
 	r *Registry
@@ -47,9 +47,14 @@ func (c Watched) Before(ctx context.Context) (*grapnelv1.Subscription, error) {
 	return shown(c.seen.Key, value, 0), err
 }
 
-// Watch tells what has changed and changes of the subscriptions of a namespace after a revision, until ctx ends.
+// Watch tells what has changed and changes of the subscriptions of a namespace after a revision, until ctx ends; "" means all
+// namespaces.
 func (r *Registry) Watch(ctx context.Context, ns string, after int64) *Watcher {
-	return &Watcher{r.space.Watch(ctx, namespaceName(ns)+"/subscriptions/", after), r}
+	prefix := namespaceName("")
+	if ns != "" {
+		prefix = namespaceName(ns) + "/subscriptions/"
+	}
+	return &Watcher{r.space.Watch(ctx, prefix, after), r}
 }
 
 // Reached is the revision of etcd up to which the snapshot shows all that was written, and Head etcd's own. Its error wraps
@@ -60,15 +65,21 @@ func (r *Registry) Head(ctx context.Context) (int64, error) { return r.space.Hea
 // Next waits for changes, and returns those of one or several revisions, never of a part of one. It returns an error when
 // ctx ends, after which it may be called again, ErrCompacted, or one that wraps ErrUnavailable.
 func (w *Watcher) Next(ctx context.Context) ([]Watched, error) {
-	seen, err := w.Watcher.Next(ctx)
-	if err != nil {
-		return nil, err
+	for {
+		seen, err := w.Watcher.Next(ctx)
+		if err != nil {
+			return nil, err
+		}
+		changes := make([]Watched, 0, len(seen))
+		for _, s := range seen {
+			if _, kind, _, ok := splitName(s.Key); ok && kind == "subscriptions" { // and not a namespace itself
+				changes = append(changes, Watched{w.r, s})
+			}
+		}
+		if len(changes) > 0 {
+			return changes, nil
+		}
 	}
-	changes := make([]Watched, len(seen))
-	for i, s := range seen {
-		changes[i] = Watched{w.r, s}
-	}
-	return changes, nil
 }
 
 // Reach waits until the snapshot shows a change, for some seconds at the most: then the error wraps ErrUnavailable.

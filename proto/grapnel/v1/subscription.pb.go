@@ -1623,11 +1623,12 @@ func (x *ListSubscriptionsResponse) GetNextPageToken() string {
 // WatchSubscriptionsRequest says what to tell.
 type WatchSubscriptionsRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// namespaces/{namespace}
+	// namespaces/{namespace}, or namespaces/- for all that the caller may see. What comes and goes with a namespace is told only
+	// when its subscriptions are erased: watch beside ListNamespaces.
 	Parent string `protobuf:"bytes,1,opt,name=parent,proto3" json:"parent,omitempty"`
 	// As in ListSubscriptionsRequest. A change is told of a subscription that matches after it or did before it.
 	Filter string `protobuf:"bytes,2,opt,name=filter,proto3" json:"filter,omitempty"`
-	// From an earlier message, of a watch of the same namespace's subscriptions with whatever filter. Empty begins now.
+	// From an earlier message, of a watch with the same parent and with whatever filter. Empty begins now.
 	ResumeToken string `protobuf:"bytes,3,opt,name=resume_token,json=resumeToken,proto3" json:"resume_token,omitempty"`
 	// The longest silence: a message without a subscription ends it. 1s to 60s, 15s by default.
 	Heartbeat     *durationpb.Duration `protobuf:"bytes,4,opt,name=heartbeat,proto3" json:"heartbeat,omitempty"`
@@ -2835,10 +2836,10 @@ const file_grapnel_v1_subscription_proto_rawDesc = "" +
 	"\x06filter\x18\x04 \x01(\tB\b\xbaH\x05r\x03\x18\x80\x10R\x06filter\"\x83\x01\n" +
 	"\x19ListSubscriptionsResponse\x12>\n" +
 	"\rsubscriptions\x18\x01 \x03(\v2\x18.grapnel.v1.SubscriptionR\rsubscriptions\x12&\n" +
-	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\xba\x02\n" +
-	"\x19WatchSubscriptionsRequest\x12\x81\x01\n" +
-	"\x06parent\x18\x01 \x01(\tBi\xbaHf\xba\x01c\n" +
-	"\x0enamespace_name\x12\x1emust look like namespaces/NAME\x1a1this.matches('^namespaces/[a-z][a-z0-9-]{0,62}$')R\x06parent\x12 \n" +
+	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\xdc\x02\n" +
+	"\x19WatchSubscriptionsRequest\x12\xa3\x01\n" +
+	"\x06parent\x18\x01 \x01(\tB\x8a\x01\xbaH\x86\x01\xba\x01\x82\x01\n" +
+	"\x10namespace_or_all\x127must look like namespaces/NAME, or namespaces/- for all\x1a5this.matches('^namespaces/(-|[a-z][a-z0-9-]{0,62})$')R\x06parent\x12 \n" +
 	"\x06filter\x18\x02 \x01(\tB\b\xbaH\x05r\x03\x18\x80\x10R\x06filter\x12.\n" +
 	"\fresume_token\x18\x03 \x01(\tB\v\xbaH\x05r\x03\x18\x80\x02\x80\x01\x01R\vresumeToken\x12G\n" +
 	"\theartbeat\x18\x04 \x01(\v2\x19.google.protobuf.DurationB\x0e\xbaH\v\xaa\x01\b\"\x02\b<2\x02\b\x01R\theartbeat\"\x9c\x01\n" +

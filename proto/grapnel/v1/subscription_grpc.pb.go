@@ -44,12 +44,12 @@ type SubscriptionServiceClient interface {
 	GetSubscription(ctx context.Context, in *GetSubscriptionRequest, opts ...grpc.CallOption) (*GetSubscriptionResponse, error)
 	// ListSubscriptions reads one page of subscriptions.
 	ListSubscriptions(ctx context.Context, in *ListSubscriptionsRequest, opts ...grpc.CallOption) (*ListSubscriptionsResponse, error)
-	// WatchSubscriptions tells which subscriptions of a namespace are made, changed and deleted, as it happens: one message for
+	// WatchSubscriptions tells which subscriptions of a namespace, or of all, are made, changed and deleted, as it happens: one message for
 	// each in the order of changes, and perhaps fewer for changes that follow each other closely. The first message is a
 	// heartbeat, from which on nothing is left out. After a stream has ended, another one goes on from the resume_token of the
 	// last message that was read, for as long as etcd keeps its history, which is a thousand changes at least, to whatever; later
 	// it ends with OUT_OF_RANGE, RESUME_TOKEN_EXPIRED. Who takes no message for 10 s while some wait is cut off with ABORTED,
-	// SLOW_CONSUMER. A namespace may have 16 of these watches, and a server 256.
+	// SLOW_CONSUMER. A namespace may have 16 of these watches, all together too, and a server 256.
 	WatchSubscriptions(ctx context.Context, in *WatchSubscriptionsRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[WatchSubscriptionsResponse], error)
 	// UpdateSubscription changes the fields named by the update mask.
 	UpdateSubscription(ctx context.Context, in *UpdateSubscriptionRequest, opts ...grpc.CallOption) (*UpdateSubscriptionResponse, error)
@@ -209,12 +209,12 @@ type SubscriptionServiceServer interface {
 	GetSubscription(context.Context, *GetSubscriptionRequest) (*GetSubscriptionResponse, error)
 	// ListSubscriptions reads one page of subscriptions.
 	ListSubscriptions(context.Context, *ListSubscriptionsRequest) (*ListSubscriptionsResponse, error)
-	// WatchSubscriptions tells which subscriptions of a namespace are made, changed and deleted, as it happens: one message for
+	// WatchSubscriptions tells which subscriptions of a namespace, or of all, are made, changed and deleted, as it happens: one message for
 	// each in the order of changes, and perhaps fewer for changes that follow each other closely. The first message is a
 	// heartbeat, from which on nothing is left out. After a stream has ended, another one goes on from the resume_token of the
 	// last message that was read, for as long as etcd keeps its history, which is a thousand changes at least, to whatever; later
 	// it ends with OUT_OF_RANGE, RESUME_TOKEN_EXPIRED. Who takes no message for 10 s while some wait is cut off with ABORTED,
-	// SLOW_CONSUMER. A namespace may have 16 of these watches, and a server 256.
+	// SLOW_CONSUMER. A namespace may have 16 of these watches, all together too, and a server 256.
 	WatchSubscriptions(*WatchSubscriptionsRequest, grpc.ServerStreamingServer[WatchSubscriptionsResponse]) error
 	// UpdateSubscription changes the fields named by the update mask.
 	UpdateSubscription(context.Context, *UpdateSubscriptionRequest) (*UpdateSubscriptionResponse, error)
