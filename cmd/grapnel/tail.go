@@ -57,34 +57,41 @@ one goes on where this one was.`,
 func newSubscriptionWatch(c *cli) *cobra.Command {
 	var filter, token string
 	var count int
+	var all bool
 	cmd := &cobra.Command{
 		Use: "watch", Short: "Show which subscriptions are made, changed and deleted as it happens", Args: cobra.NoArgs,
 		Long: `Shows a line for each subscription that is made, changed or deleted. It goes on after a connection that broke and a server that
 was restarted. It ends when it is interrupted, and says on standard error how another one goes on where this one was.`,
 		Example: `  grapnel subscription watch -n acme
+  grapnel subscription watch --all-namespaces
   grapnel subscription watch -n acme --filter 'state = DISABLED' -o json`,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			ns, err := c.namespaceID()
-			if err != nil {
-				return err
+			ns := "-"
+			if !all {
+				var err error
+				if ns, err = c.namespaceID(); err != nil {
+					return err
+				}
 			}
 			return c.with(cmd, func(ctx context.Context, cl *client.Client) error {
 				t := &tail{c: c, namespace: ns, token: token, count: count}
 				return showChanges(t, cl.Subscriptions(ns).Watch(ctx, t.options(filter)...), func(ch client.SubscriptionChange) (string, error) {
-					return ch.ResumeToken, c.watchedSubscription(ch)
+					return ch.ResumeToken, c.watchedSubscription(ch, all)
 				})
 			})
 		},
 	}
 	flags := cmd.Flags()
 	flags.StringVar(&filter, "filter", "", subscriptionTerms)
+	flags.BoolVarP(&all, "all-namespaces", "A", false, "of all namespaces")
 	flags.StringVar(&token, "resume", "", "go on behind this `token` of an earlier one")
 	countVar(flags, &count, "count", 0, 0, 0, "end after this many changes; 0 goes on")
 	return cmd
 }
 
-// watchedSubscription shows one change: a line for people, or what --output asks for, which says of what was deleted that it was.
-func (c *cli) watchedSubscription(ch client.SubscriptionChange) error {
+// watchedSubscription shows one change: a line for people, with the whole name where IDs may repeat, or what --output asks for, which
+// says of what was deleted that it was.
+func (c *cli) watchedSubscription(ch client.SubscriptionChange, whole bool) error {
 	switch {
 	case c.output == formatName:
 		return c.document(ch.Subscription)
@@ -92,11 +99,14 @@ func (c *cli) watchedSubscription(ch client.SubscriptionChange) error {
 		return c.document(&grapnelv1.WatchSubscriptionsResponse{Subscription: ch.Subscription, Deleted: ch.Deleted, ResumeToken: ch.ResumeToken})
 	}
 	s := ch.Subscription
-	what, at := enumText(s.GetState()), s.GetUpdateTime()
+	what, at, name := enumText(s.GetState()), s.GetUpdateTime(), lastSegment(s.GetName())
+	if whole {
+		name = s.GetName()
+	}
 	if ch.Deleted {
 		what, at = "DELETED", timestamppb.Now()
 	}
-	fields := []string{at.AsTime().Local().Format("15:04:05"), fmt.Sprintf("%-8s", what), clean(lastSegment(s.GetName())), clean(strings.Join(s.GetEventTypes(), ",")), clean(s.GetUri())}
+	fields := []string{at.AsTime().Local().Format("15:04:05"), fmt.Sprintf("%-8s", what), clean(name), clean(strings.Join(s.GetEventTypes(), ",")), clean(s.GetUri())}
 	if s.GetStateReason() != "" && !ch.Deleted {
 		fields = append(fields, clean(s.GetStateReason()))
 	}
