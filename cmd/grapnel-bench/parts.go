@@ -50,9 +50,9 @@ func (b *bench) start(ctx context.Context) error {
 }
 
 // throughput runs the raw bound and then each way of publishing, fan-out 1 and 10; with another binary to compare with,
-// each run is followed at once by the same with that one.
+// each run is made with both, one after the other, and in every second round the other way round.
 func (b *bench) throughput(ctx context.Context) error {
-	for range b.repeat {
+	for round := range b.repeat {
 		raw, err := b.rawBound(ctx, b.events)
 		if err != nil {
 			return err
@@ -71,22 +71,27 @@ func (b *bench) throughput(ctx context.Context) error {
 			if r.fanout > 1 {
 				n = b.events10
 			}
-			t, err := b.one(ctx, b.grapnel, r.name, r.fanout, n, r.send)
-			if err != nil {
-				return fmt.Errorf("%s: %w", r.name, err)
+			type side struct{ grapnel, name string }
+			sides := []side{{b.grapnel, r.name}}
+			if b.against != "" {
+				sides = append(sides, side{b.against, r.name + ", other"})
 			}
-			t.Ratio = t.PerSecond / raw.PerSecond
-			b.report.add(t)
-			if b.against == "" {
-				continue
+			if round%2 == 1 { // what comes second may meet another machine
+				slices.Reverse(sides)
 			}
-			other, err := b.one(ctx, b.against, r.name+", other", r.fanout, n, r.send)
-			if err != nil {
-				return fmt.Errorf("%s with %s: %w", r.name, b.against, err)
+			got := make(map[string]throughput)
+			for _, s := range sides {
+				t, err := b.one(ctx, s.grapnel, s.name, r.fanout, n, r.send)
+				if err != nil {
+					return fmt.Errorf("%s with %s: %w", s.name, s.grapnel, err)
+				}
+				t.Ratio = t.PerSecond / raw.PerSecond
+				b.report.add(t)
+				got[s.name] = t
 			}
-			other.Ratio = other.PerSecond / raw.PerSecond
-			b.report.add(other)
-			b.report.pair(t, other)
+			if b.against != "" {
+				b.report.pair(got[r.name], got[r.name+", other"])
+			}
 		}
 	}
 	return nil
