@@ -110,7 +110,7 @@ func decodeSwept(value []byte) (uint64, error) {
 }
 
 // dueParts finds the days and namespaces of which the part is to go. It costs a look at each namespace that keeps it for a
-// shorter time, in each day.
+// shorter time and has anything in a day.
 func (s *sweep) dueParts(ctx context.Context) (due []dueDay, err error) {
 	p := s.p
 	keep, shortest := make(map[NamespaceKey]time.Duration), time.Duration(math.MaxInt64)
@@ -142,19 +142,22 @@ func (s *sweep) dueParts(ctx context.Context) (due []dueDay, err error) {
 			return nil
 		}
 		d := dueDay{day: day}
-		for _, ns := range spaces {
+		if err := s.eachOf(snapshot, day, spaces, func(ns NamespaceKey) error {
 			f := fate{ns: ns, below: s.below(day, keep[ns])}
 			if f.below == 0 {
-				continue
+				return nil
 			}
+			var err error
 			if f.from, err = p.sweptTo(snapshot, day, ns, s.part); err != nil {
 				return err
 			}
-			if any, err := s.any(snapshot, day, f); err != nil {
+			if any, err := s.any(snapshot, day, f); err != nil || !any {
 				return err
-			} else if any {
-				d.fates = append(d.fates, f)
 			}
+			d.fates = append(d.fates, f)
+			return nil
+		}); err != nil {
+			return err
 		}
 		if len(d.fates) > 0 {
 			due = append(due, d)
@@ -166,6 +169,30 @@ func (s *sweep) dueParts(ctx context.Context) (due []dueDay, err error) {
 	maps.DeleteFunc(p.retention.quietParts, func(at partDay, _ time.Time) bool { return at.part == s.part })
 	maps.Copy(p.retention.quietParts, seen)
 	return due, err
+}
+
+// eachOf visits those of some namespaces that have anything in a day. It costs a seek for each that is in both, and no more than
+// one for each of the fewer.
+func (s *sweep) eachOf(r pebble.Reader, d dayKey, spaces []NamespaceKey, visit func(NamespaceKey) error) error {
+	p := s.p
+	first, last := appendDaySpace(nil, p.number, d, spaces[0]), appendDaySpace(nil, p.number, d, spaces[len(spaces)-1])
+	return p.j.hop(r, first, prefixEnd(last), func(key []byte) ([]byte, error) {
+		_, ns, _, _, ok := splitRecord(key)
+		if !ok {
+			return nil, p.j.corrupt(key, errBadKey)
+		}
+		i, found := slices.BinarySearch(spaces, ns)
+		if found {
+			if err := visit(ns); err != nil {
+				return nil, err
+			}
+			i++
+		}
+		if i == len(spaces) {
+			return prefixEnd(last), nil
+		}
+		return appendDaySpace(nil, p.number, d, spaces[i]), nil
+	})
 }
 
 // any reports whether there are events, or deliveries that were made again, in what is to go.
@@ -193,29 +220,15 @@ func (s *sweep) purgePayloads(ctx context.Context, d dayKey, f fate) error {
 		return err
 	}
 	for _, kind := range []byte{kindDelivery, kindAttempt} {
-		if err := s.someOf(d, f, kind, func(_, value []byte) (bool, error) { return quotes(kind, value), nil }, func(keys [][]byte) error {
+		if err := s.someOf(ctx, d, f, kind, func(_, value []byte) (bool, error) { return quotes(kind, value), nil }, func(keys [][]byte) error {
 			return s.rewrite(ctx, keys, func(c *commit, key, value []byte) error { return c.stripRecord(kind, key, value) })
 		}); err != nil {
 			return err
 		}
 	}
-	prefix = appendKind(nil, p.number, d, f.ns, kindEvent)
-	prefix = prefix[:len(prefix):len(prefix)]
-	var keys [][]byte
-	purge := func() error {
-		some := keys
-		keys = nil
-		return s.rewrite(ctx, some, func(c *commit, key, value []byte) error { return c.purgeRecord(key, value, true) })
-	}
-	if err := p.j.scan(p.j.db, appendU64(prefix, f.from), appendU64(prefix, f.below), func(key, _ []byte) error {
-		if keys = append(keys, bytes.Clone(key)); len(keys) < eraseAtOnce {
-			return nil
-		}
-		return purge()
-	}); err != nil {
-		return err
-	}
-	return purge()
+	return s.someOf(ctx, d, f, kindEvent, func(_, _ []byte) (bool, error) { return true, nil }, func(keys [][]byte) error {
+		return s.rewrite(ctx, keys, func(c *commit, key, value []byte) error { return c.purgeRecord(key, value, true) })
+	})
 }
 
 // rewrite has records written anew as they are in the commit that does it, some at a time. What cannot be read is passed over.
@@ -276,65 +289,61 @@ func (s *sweep) outlived(seq uint64, keep time.Duration) bool {
 
 func (s *sweep) tidyPayloads(ctx context.Context, ns NamespaceKey, keep time.Duration) error {
 	p := s.p
-	var some []uint64
-	purge := func() error {
-		batch := some
-		some = nil
-		if len(batch) == 0 {
-			return nil
-		}
-		unread, err := p.purge(ctx, ns, batch, func(c *commit, seq uint64) (bool, error) {
-			head, err := p.readHead(c.r, kept, ns, seq)
-			if errors.Is(err, ErrNotFound) {
-				return false, nil
-			}
-			if err == nil {
-				_, stays, failed := s.anyStays(c.r, ns, seq, &head)
-				return !stays && failed == nil, p.passOver(failed)
-			}
-			return false, p.passOver(err)
-		}, func(*commit, PurgeCounts) error { return nil })
-		for _, err := range unread {
-			if err := p.passOver(err); err != nil {
-				return err
-			}
-		}
-		if errors.Is(err, ErrNotFound) {
-			err = nil
-		}
-		if err != nil {
-			return err
-		}
-		return sleep(ctx, restMost)
-	}
-	prefix := appendKind(nil, p.number, kept, ns, kindEvent)
-	if err := p.j.scan(p.j.db, prefix, prefixEnd(prefix), func(key, value []byte) error {
-		seq, ok := recordSeq(kindEvent, key[recordPrefix:])
-		if !ok {
-			return p.j.corrupt(key, errBadKey)
+	return s.someOf(ctx, kept, fate{ns: ns, below: math.MaxUint64}, kindEvent, func(key, value []byte) (bool, error) {
+		seq, _ := recordSeq(kindEvent, key[recordPrefix:])
+		if !s.outlived(seq, keep) {
+			return false, nil
 		}
 		head, err := decodeHead(value)
 		if err != nil {
-			return p.passOver(p.j.corrupt(key, err))
+			return false, p.passOver(p.j.corrupt(key, err))
 		}
-		if head.purged || !s.outlived(seq, keep) {
-			return nil
+		return !head.purged, nil
+	}, func(keys [][]byte) error {
+		for some := range slices.Chunk(keys, tidyBatch) {
+			if err := s.purgeKept(ctx, ns, some); err != nil {
+				return err
+			}
 		}
-		if some = append(some, seq); len(some) < tidyBatch {
-			return nil
+		return nil
+	})
+}
+
+// purgeKept purges those of some kept events of which nothing is to stay.
+func (s *sweep) purgeKept(ctx context.Context, ns NamespaceKey, keys [][]byte) error {
+	p := s.p
+	seqs := make([]uint64, len(keys))
+	for i, key := range keys {
+		seqs[i], _ = recordSeq(kindEvent, key[recordPrefix:])
+	}
+	unread, err := p.purge(ctx, ns, seqs, func(c *commit, seq uint64) (bool, error) {
+		head, err := p.readHead(c.r, kept, ns, seq)
+		if errors.Is(err, ErrNotFound) {
+			return false, nil
 		}
-		return purge()
-	}); err != nil {
+		stays := true
+		if err == nil {
+			_, stays, err = s.anyStays(c.r, ns, seq, &head)
+		}
+		return err == nil && !stays, p.passOver(err)
+	}, func(*commit, PurgeCounts) error { return nil })
+	if errors.Is(err, ErrNotFound) {
+		return nil
+	}
+	for _, one := range unread {
+		err = errors.Join(err, p.passOver(one))
+	}
+	if err != nil {
 		return err
 	}
-	return purge()
+	return sleep(ctx, restMost)
 }
 
 func (s *sweep) tidyAttempts(ctx context.Context, ns NamespaceKey, keep time.Duration) error {
 	p := s.p
 	var last rowAt
 	goes := false
-	return s.someOf(kept, fate{ns: ns, below: math.MaxUint64}, kindAttempt, func(key, _ []byte) (bool, error) {
+	return s.someOf(ctx, kept, fate{ns: ns, below: math.MaxUint64}, kindAttempt, func(key, _ []byte) (bool, error) {
 		seq, _ := recordSeq(kindAttempt, key[recordPrefix:])
 		lane := LaneKey{ns, SubscriptionKey(binary.BigEndian.Uint64(key[recordPrefix:]))}
 		at := rowAt{lane, seq}

@@ -385,53 +385,71 @@ func (s *sweep) eraseBelow(ctx context.Context, d dayKey, f fate) error {
 	return nil
 }
 
-// eraseKind erases records of a namespace's day that have the lane before the sequence.
+// eraseKind erases records of a kind, one by one.
 func (s *sweep) eraseKind(ctx context.Context, d dayKey, f fate, kind byte) error {
-	return s.someOf(d, f, kind, func(_, _ []byte) (bool, error) { return true, nil }, func(keys [][]byte) error { return s.eraseKeys(ctx, keys) })
+	return s.someOf(ctx, d, f, kind, func(_, _ []byte) (bool, error) { return true, nil }, func(keys [][]byte) error { return s.eraseKeys(ctx, keys) })
 }
 
-// someOf has those records of a kind, which has the lane before the sequence, changed that are wanted, some at a time. It goes
-// from lane to lane: what stays costs a seek for each.
-func (s *sweep) someOf(d dayKey, f fate, kind byte, wanted func(key, value []byte) (bool, error), change func(keys [][]byte) error) error {
+// lookAtOnce is how many records a sweep looks at before it rests.
+const lookAtOnce = 16 << 10
+
+// someOf has those records of a kind changed that are wanted, some at a time, between which nothing is held open. Where the lane
+// comes before the sequence it goes from lane to lane: what stays costs a seek for each.
+func (s *sweep) someOf(ctx context.Context, d dayKey, f fate, kind byte, wanted func(key, value []byte) (bool, error), change func(keys [][]byte) error) error {
 	prefix := appendKind(nil, s.p.number, d, f.ns, kind)
-	var keys [][]byte
-	if err := s.p.j.iterate(s.p.j.db, prefix, prefixEnd(prefix), func(it *pebble.Iterator) error {
-		for ok := it.First(); ok; {
-			seq, known := recordSeq(kind, it.Key()[recordPrefix:])
-			if !known {
-				return s.p.j.corrupt(it.Key(), errBadKey)
-			}
-			lane := bytes.Clone(it.Key()[:recordPrefix+8])
-			if seq < f.from {
-				ok = it.SeekGE(appendU64(lane, f.from))
-				continue
-			}
-			if seq >= f.below {
-				ok = it.SeekGE(prefixEnd(lane))
-				continue
-			}
-			value, err := it.ValueAndErr()
-			if err != nil {
-				return err
-			}
-			if want, err := wanted(it.Key(), value); err != nil {
-				return err
-			} else if want {
-				keys = append(keys, bytes.Clone(it.Key()))
-			}
-			if len(keys) == eraseByKey {
-				if err := change(keys); err != nil {
+	group := recordPrefix
+	if kind == kindDelivery || kind == kindAttempt {
+		group += 8
+	}
+	for from, end := prefix, prefixEnd(prefix); from != nil; {
+		var keys [][]byte
+		var next []byte
+		begin, looked := time.Now(), 0
+		if err := s.p.j.iterate(s.p.j.db, from, end, func(it *pebble.Iterator) error {
+			for ok := it.First(); ok; {
+				key := it.Key()
+				seq, known := recordSeq(kind, key[recordPrefix:])
+				if !known {
+					return s.p.j.corrupt(key, errBadKey)
+				}
+				switch {
+				case seq < f.from:
+					ok = it.SeekGE(appendU64(bytes.Clone(key[:group]), f.from))
+					continue
+				case seq >= f.below:
+					ok = it.SeekGE(prefixEnd(key[:group]))
+					continue
+				}
+				if looked++; looked > lookAtOnce || len(keys) == eraseByKey {
+					next = bytes.Clone(key)
+					return nil
+				}
+				value, err := it.ValueAndErr()
+				if err != nil {
 					return err
 				}
-				keys = nil
+				if want, err := wanted(key, value); err != nil {
+					return err
+				} else if want {
+					keys = append(keys, bytes.Clone(key))
+				}
+				ok = it.Next()
 			}
-			ok = it.Next()
+			return nil
+		}); err != nil {
+			return err
 		}
-		return nil
-	}); err != nil {
-		return err
+		if next != nil {
+			if err := sleep(ctx, min(restFor*time.Since(begin), restMost)); err != nil {
+				return err
+			}
+		}
+		if err := change(keys); err != nil {
+			return err
+		}
+		from = next
 	}
-	return change(keys)
+	return nil
 }
 
 const (
