@@ -61,6 +61,12 @@ func (e *CorruptError) Error() string {
 // Unwrap returns the reason.
 func (e *CorruptError) Unwrap() error { return e.Reason }
 
+// Damaged reports whether an error says that a part of the journal is damaged, which another try does not change.
+func Damaged(err error) bool {
+	var corrupt *CorruptError
+	return errors.As(err, &corrupt) || pebble.IsCorruptionError(err)
+}
+
 // Options of a Journal. Dir is required.
 type Options struct {
 	// Dir is the journal's own directory; it is made when missing.

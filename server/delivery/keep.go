@@ -181,8 +181,7 @@ func (c *commit) keepSome(rows []rowAt) (n int, err error) {
 
 // passOver logs an error of a record that cannot be read, so that the rest is not held up by it; others it returns.
 func (p *partition) passOver(err error) error {
-	var corrupt *CorruptError
-	if !errors.As(err, &corrupt) && !pebble.IsCorruptionError(err) {
+	if !Damaged(err) {
 		return err
 	}
 	p.j.log.Error("retention passes over a record", "partition", p.number, "err", err)

@@ -2,14 +2,10 @@ package replay
 
 import (
 	"context"
-	"errors"
 	"time"
 
 	"github.com/grapnel/grapnel/server/delivery"
 )
-
-// scrubLatest is how long an erasure waits at most before files are looked through again.
-const scrubLatest = time.Minute
 
 // erase makes the steps of an erasure in all partitions, and then has the files written anew that held what it has purged,
 // until nothing is left; 0 says that ctx has ended.
@@ -24,12 +20,8 @@ func (r *Runner) erase(ctx context.Context, j *job) (delivery.ReplayState, strin
 		if err == nil {
 			break
 		}
-		failed, reason := r.failure(j, err)
-		if failed {
-			return delivery.ReplayFailed, reason
-		}
-		if !wait.on(ctx, reason, lookLatest) {
-			return 0, ""
+		if state, reason, ok := r.again(ctx, &wait, err, lookLatest); !ok {
+			return state, reason
 		}
 	}
 	for partition := 0; partition < r.journal.Partitions(); {
@@ -42,12 +34,8 @@ func (r *Runner) erase(ctx context.Context, j *job) (delivery.ReplayState, strin
 		case ctx.Err() != nil:
 			return 0, ""
 		case err != nil:
-			failed, reason := r.failure(j, err)
-			if failed {
-				return delivery.ReplayFailed, reason
-			}
-			if !wait.on(ctx, reason, lookLatest) {
-				return 0, ""
+			if state, reason, ok := r.again(ctx, &wait, err, lookLatest); !ok {
+				return state, reason
 			}
 			continue
 		case made.Done:
@@ -95,18 +83,8 @@ func (r *Runner) prove(ctx context.Context, j *job, selects delivery.Selects) (d
 			j.proof = proof
 			break
 		}
-		reason := "files that hold what it has purged are still in use"
-		if !errors.Is(err, delivery.ErrStale) {
-			if ctx.Err() != nil {
-				return 0, ""
-			}
-			var failed bool
-			if failed, reason = r.failure(j, err); failed {
-				return delivery.ReplayFailed, reason
-			}
-		}
-		if !wait.on(ctx, reason, scrubLatest) {
-			return 0, ""
+		if state, reason, ok := r.again(ctx, &wait, err, faultLatest); !ok {
+			return state, reason
 		}
 	}
 	// One that has begun since has what is there now.
@@ -128,22 +106,4 @@ func (r *Runner) look(ctx context.Context, j *job, selects delivery.Selects) (de
 	}
 	j.waits("files are being looked through, and written anew")
 	return r.journal.Scrub(ctx, j.Replay, selects)
-}
-
-// waiting is how long an erasure waits that cannot go on: each time twice as long.
-type waiting struct {
-	j    *job
-	next time.Duration
-}
-
-// on reports false when ctx ends first.
-func (w *waiting) on(ctx context.Context, reason string, most time.Duration) bool {
-	w.next = min(max(2*w.next, lookAgain), most)
-	w.j.waits(reason)
-	return sleep(ctx, w.next)
-}
-
-func (w *waiting) over() {
-	w.next = 0
-	w.j.waits("")
 }

@@ -36,9 +36,11 @@ const (
 	// restFor is how long a replay rests for the time that a step has taken, and restMost the longest.
 	restFor  = 1
 	restMost = 20 * time.Millisecond
-	// lookAgain is how long a replay waits that cannot go on, at first; each time twice as long, up to lookLatest.
-	lookAgain  = 100 * time.Millisecond
-	lookLatest = 2 * time.Second
+	// lookAgain is how long a replay waits that cannot go on, at first; each time twice as long, up to lookLatest,
+	// or faultLatest after a fault of which nobody knows when it passes.
+	lookAgain   = 100 * time.Millisecond
+	lookLatest  = 2 * time.Second
+	faultLatest = time.Minute
 	// behindMost is how much a replay makes up for that has fallen behind its pace.
 	behindMost = 250 * time.Millisecond
 	// toldFor is how long after its end a replay may be told of: less than an event's id is remembered.

@@ -49,13 +49,7 @@ func (r *Runner) steps(ctx context.Context, j *job) (delivery.ReplayState, strin
 	for i := range left {
 		left[i] = uint16(i)
 	}
-	pace, wait := pace{rate: j.Spec.MaxRate}, lookAgain
-	again := func(reason string) bool {
-		j.waits(reason)
-		ok := sleep(ctx, wait)
-		wait = min(2*wait, lookLatest)
-		return ok
-	}
+	pace, wait := pace{rate: j.Spec.MaxRate}, waiting{j: j}
 	for at := 0; len(left) > 0; {
 		pick, held := r.picker(j.Replay)
 		switch {
@@ -71,26 +65,21 @@ func (r *Runner) steps(ctx context.Context, j *job) (delivery.ReplayState, strin
 			limit, held.reason = r.room(j, limit)
 		}
 		if held.reason != "" {
-			if !again(held.reason) {
+			if !wait.on(ctx, held.reason, lookLatest) {
 				return 0, ""
 			}
 			continue
 		}
-		j.waits("")
 		at %= len(left)
 		began := time.Now()
 		made, err := r.advance(ctx, j, left[at], pick, limit)
 		if err != nil {
-			failed, reason := r.failure(j, err)
-			if failed {
-				return delivery.ReplayFailed, reason
-			}
-			if !again(reason) {
-				return 0, ""
+			if state, reason, ok := r.again(ctx, &wait, err, lookLatest); !ok {
+				return state, reason
 			}
 			continue
 		}
-		wait = lookAgain
+		wait.over()
 		if made.Done {
 			left = append(left[:at], left[at+1:]...)
 		} else {
@@ -153,20 +142,51 @@ func (r *Runner) room(j *job, limit int) (int, string) {
 	return int(min(int64(limit), openAhead-open)), ""
 }
 
-// failure tells a fault that ends a replay from one that may pass, with the words for it.
-func (r *Runner) failure(j *job, err error) (ends bool, reason string) {
-	switch {
-	case errors.Is(err, context.Canceled):
-		return false, ""
-	case errors.Is(err, delivery.ErrNotFound):
-		return true, "it was erased"
-	case errors.Is(err, delivery.ErrDiskFull):
-		return false, "the journal's disk is full"
-	case errors.Is(err, delivery.ErrRefused), errors.Is(err, delivery.ErrClosed):
-		return false, "the journal refuses"
+// again tells a fault that ends a job, with the state, from one that may pass, after which it waits, up to most where it is
+// known how it passes, before the next try. The state 0 says that ctx has ended.
+func (r *Runner) again(ctx context.Context, wait *waiting, err error, most time.Duration) (state delivery.ReplayState, reason string, ok bool) {
+	if ctx.Err() != nil {
+		return 0, "", false
 	}
-	r.log.Error("replay failed", "replay_id", j.ID, "err", err)
-	return true, "the journal could not be read; the server's log says why"
+	if reason := r.without(wait.j.Namespace); reason != "" {
+		return delivery.ReplayFailed, reason, false
+	}
+	switch {
+	case errors.Is(err, delivery.ErrNotFound):
+		return delivery.ReplayFailed, "it was erased", false
+	case delivery.Damaged(err):
+		r.log.Error("replay failed", "replay_id", wait.j.ID, "err", err)
+		return delivery.ReplayFailed, "the journal is damaged; the server's log says where", false
+	case errors.Is(err, delivery.ErrDiskFull):
+		reason = "the journal's disk is full"
+	case errors.Is(err, delivery.ErrRefused), errors.Is(err, delivery.ErrClosed):
+		reason = "the journal refuses"
+	case errors.Is(err, delivery.ErrStale):
+		reason = "files that hold what it has purged are still in use"
+	default:
+		r.log.Warn("replay waits, and tries again", "replay_id", wait.j.ID, "err", err)
+		reason, most = "the journal could not be read or written, and is tried again; the server's log says why", faultLatest
+	}
+	return 0, "", wait.on(ctx, reason, most)
+}
+
+// waiting is how long a job waits that cannot go on: each time twice as long.
+type waiting struct {
+	j    *job
+	next time.Duration
+}
+
+// on reports false when ctx ends first.
+func (w *waiting) on(ctx context.Context, reason string, most time.Duration) bool {
+	w.next = min(max(2*w.next, lookAgain), most)
+	w.j.waits(reason)
+	return sleep(ctx, w.next)
+}
+
+// over notes that the job goes on.
+func (w *waiting) over() {
+	w.next = 0
+	w.j.waits("")
 }
 
 func (j *job) waits(reason string) {
