@@ -3,8 +3,10 @@ package server_test
 import (
 	"context"
 	"encoding/hex"
+	"encoding/json"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -13,6 +15,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	collectorpb "go.opentelemetry.io/proto/otlp/collector/trace/v1"
 	tracepb "go.opentelemetry.io/proto/otlp/trace/v1"
@@ -20,6 +23,7 @@ import (
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/protobuf/encoding/prototext"
 	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/durationpb"
 
 	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
 	"github.com/grapnel/grapnel/server"
@@ -321,13 +325,27 @@ func TestSamplingIsDecidedAtPublish(t *testing.T) {
 	}
 }
 
-// A request with several events belongs to the trace of the first, and those of the others lead there.
+// A request with several events belongs to the trace of the first, and those of the others lead there. Each delivery has its
+// own outcome.
 func TestTracesOfABatch(t *testing.T) {
 	c := newCollector(t)
 	s := servertest.Start(t, traced(t, c.grpc, "grpc"))
-	receiver := servertest.NewReceiver(t, nil)
+	var requests, together atomic.Int32
+	receiver := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		var events []struct{ ID string }
+		if err := json.NewDecoder(r.Body).Decode(&events); err != nil {
+			t.Error(err)
+		}
+		if requests.Add(1); len(events) == 2 && together.Add(1) == 1 { // the second is to come again
+			w.Header().Set("Webhook-Failed-Ids", events[1].ID)
+		}
+	}))
+	t.Cleanup(receiver.Close)
 	s.Namespace("acme")
-	s.Subscribe("acme", "shop", receiver.URL, batchesOf(2, grapnelv1.Batching_FORMAT_JSON_ARRAY))
+	s.Subscribe("acme", "shop", receiver.URL, func(sub *grapnelv1.Subscription) {
+		batchesOf(2, grapnelv1.Batching_FORMAT_JSON_ARRAY)(sub)
+		sub.Batching.MaxWait = durationpb.New(time.Second)
+	})
 	traces := []string{strings.Repeat("1", 32), strings.Repeat("2", 32)}
 	var events []*grapnelv1.Event
 	for i, trace := range traces {
@@ -341,22 +359,33 @@ func TestTracesOfABatch(t *testing.T) {
 	}
 	servertest.Await(t, "the deliveries", func() bool { return len(s.Deliveries("acme", "state = SUCCEEDED")) == 2 })
 	s.Stop()
+	if together.Load() != 1 || requests.Load() != 2 {
+		t.Fatalf("%d requests, and %d with both", requests.Load(), together.Load())
+	}
 	var attempt, linked []byte
+	outcomes := map[string]int{}
 	for _, trace := range traces {
 		by := c.of(trace)
-		if len(by["publish"]) != 1 || len(by["deliver"]) != 1 {
+		if len(by["publish"]) != 1 {
 			t.Errorf("trace %s has the spans %v", trace, by)
-			continue
 		}
-		if of := by["attempt"]; len(of) == 1 {
-			attempt = of[0].GetSpanId()
+		for _, of := range by["attempt"] {
+			if len(by["deliver"]) == 1 {
+				attempt = of.GetSpanId()
+			}
 		}
-		if links := by["deliver"][0].GetLinks(); len(links) == 1 {
-			linked = links[0].GetSpanId()
+		for _, of := range by["deliver"] {
+			if links := of.GetLinks(); len(links) == 1 {
+				linked = links[0].GetSpanId()
+			}
+			outcomes[attributeOf(of, "grapnel.outcome")+" "+attributeOf(of, "error.type")+" "+of.GetStatus().GetCode().String()]++
 		}
 	}
-	if len(receiver.Requests()) == 1 && (attempt == nil || string(attempt) != string(linked)) {
+	if attempt == nil || string(attempt) != string(linked) {
 		t.Errorf("the request is %x, and what leads there %x", attempt, linked)
+	}
+	if want := map[string]int{"succeeded  STATUS_CODE_UNSET": 2, "retryable retryable STATUS_CODE_ERROR": 1}; !maps.Equal(outcomes, want) {
+		t.Errorf("the deliveries ended as %v, want %v", outcomes, want)
 	}
 }
 

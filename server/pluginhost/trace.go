@@ -36,6 +36,10 @@ func (h *Host) endTrace(p *pending, r *delivery.Result) {
 	if r.Cause == delivery.CauseDropped {
 		e.Outcome, e.Failed, e.Dropped = "dropped", false, true
 	}
+	if len(r.Refused) > 0 {
+		n := len(p.jobs)
+		e.Own = func(place int) delivery.Outcome { return r.Of(place, n).Outcome }
+	}
 	if p.plan != nil {
 		if u, err := url.Parse(p.plan.uri); err == nil {
 			e.Host = strings.ToValidUTF8(u.Hostname(), "?")

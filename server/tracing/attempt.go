@@ -15,8 +15,9 @@ import (
 type Attempt struct {
 	tracer *Tracer
 	begun  time.Time
-	// jobs are those whose events are sampled. The request belongs to the trace of the first.
-	jobs []*delivery.Job
+	// jobs are those whose events are sampled, places theirs in the request. It belongs to the trace of the first.
+	jobs   []*delivery.Job
+	places []int
 	// deliver and attempt are the ids of its spans.
 	deliver, attempt trace.SpanID
 	hops             []Step
@@ -41,15 +42,16 @@ func (t *Tracer) Attempt(job *delivery.Job, jobs []*delivery.Job) *Attempt {
 		jobs = []*delivery.Job{job}
 	}
 	var sampled []*delivery.Job
-	for _, j := range jobs {
+	var places []int
+	for i, j := range jobs {
 		if j.Event.Trace != nil {
-			sampled = append(sampled, j)
+			sampled, places = append(sampled, j), append(places, i)
 		}
 	}
 	if len(sampled) == 0 {
 		return nil
 	}
-	return &Attempt{tracer: t, begun: time.Now(), jobs: sampled, deliver: newSpanID(), attempt: newSpanID()}
+	return &Attempt{tracer: t, begun: time.Now(), jobs: sampled, places: places, deliver: newSpanID(), attempt: newSpanID()}
 }
 
 // Context is what receivers (of the attempt) and plugins (within the delivery) are told: traceparent and tracestate.
@@ -79,9 +81,11 @@ type Ended struct {
 	Port                          int
 	// First is when it was first given to a plugin; zero when it was not.
 	First time.Time
-	// Outcome names it, Failed says that it was no success, Dropped that there was nothing to send.
+	// Outcome names that of the request, Failed says that it was no success, Dropped that there was nothing to send.
 	Outcome         string
 	Failed, Dropped bool
+	// Own is the outcome of a delivery by its place in the request, where they differ; nil: they do not.
+	Own func(place int) delivery.Outcome
 	// Status is that of the answer; 0 without one.
 	Status int
 	// Steps are what the transport says that its time was spent on, in their order.
@@ -100,7 +104,7 @@ func (a *Attempt) End(e Ended) {
 			request = a.first(&e, now)
 			continue
 		}
-		s := a.delivery(job, &e, now)
+		s := a.delivery(i, &e, now)
 		s.links = []sdktrace.Link{{SpanContext: request}}
 		a.tracer.emit(publicationOf(job.Event.Trace), job.Event.Trace.ID, s)
 	}
@@ -115,14 +119,20 @@ func publicationOf(of *delivery.Trace) trace.SpanContext {
 	return trace.NewSpanContext(c)
 }
 
-func (a *Attempt) delivery(job *delivery.Job, e *Ended, now time.Time) *span {
+// delivery is the span of the i'th job.
+func (a *Attempt) delivery(i int, e *Ended, now time.Time) *span {
+	job, outcome, failed := a.jobs[i], e.Outcome, e.Failed
+	if e.Own != nil {
+		own := e.Own(a.places[i])
+		outcome, failed = own.String(), own != delivery.OutcomeSucceeded
+	}
 	s := &span{name: "deliver", from: a.since(job), to: now, attributes: []attribute.KeyValue{
 		attribute.String("grapnel.namespace", e.Namespace), attribute.String("grapnel.subscription", e.Subscription),
 		attribute.String("grapnel.delivery", job.ID.String()), attribute.Int("grapnel.attempt", job.Attempts+1),
-		attribute.String("grapnel.outcome", e.Outcome),
+		attribute.String("grapnel.outcome", outcome),
 	}}
-	if e.Failed {
-		s.failed = e.Outcome
+	if failed {
+		s.failed = outcome
 	}
 	return s
 }
@@ -144,7 +154,7 @@ func (a *Attempt) since(job *delivery.Job) time.Time {
 func (a *Attempt) first(e *Ended, now time.Time) trace.SpanContext {
 	t, job := a.tracer, a.jobs[0]
 	id := job.Event.Trace.ID
-	s := a.delivery(job, e, now)
+	s := a.delivery(0, e, now)
 	s.id = a.deliver
 	within := t.emit(publicationOf(job.Event.Trace), id, s)
 	until := e.First
