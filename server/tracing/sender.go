@@ -5,6 +5,8 @@ import (
 	"errors"
 	"log/slog"
 	"net/url"
+	"regexp"
+	"strconv"
 	"sync/atomic"
 	"time"
 
@@ -29,6 +31,8 @@ type sender struct {
 	// failing is set while nothing is taken; told is when the log last said anything of it. The SDK exports one batch at a time.
 	failing atomic.Bool
 	told    time.Time
+	// partly is what the exporters make of an answer that takes some spans: a type of their own that nobody else may name.
+	partly *regexp.Regexp
 
 	recorded, exported, failed prometheus.Counter
 }
@@ -42,6 +46,7 @@ func newSender(to sdktrace.SpanExporter, secrets []string, o Options) *sender {
 	}
 	s := &sender{
 		SpanExporter: to, log: o.Logger.With("component", "tracing"),
+		partly:   regexp.MustCompile(`(?s)OTLP partial success: .*\((-?\d+) spans rejected\)`),
 		recorded: spans.WithLabelValues("recorded"), exported: spans.WithLabelValues("exported"), failed: spans.WithLabelValues("failed"),
 	}
 	s.over, s.end = context.WithCancel(context.Background())
@@ -59,18 +64,37 @@ func (s *sender) ExportSpans(ctx context.Context, spans []sdktrace.ReadOnlySpan)
 	defer cancel()
 	defer context.AfterFunc(s.over, cancel)()
 	err := s.SpanExporter.ExportSpans(ctx, spans)
-	if err == nil {
-		s.exported.Add(float64(len(spans)))
-		if s.failing.Swap(false) && s.due() {
-			s.log.Info("traces are taken again")
+	lost, answered := s.rejected(err, len(spans))
+	s.exported.Add(float64(len(spans) - lost))
+	s.failed.Add(float64(lost))
+	switch {
+	case !answered:
+		if !s.failing.Swap(true) && s.due() {
+			s.log.Warn("the collector does not take traces; what is recorded until it does is lost", "err", s.said(err))
 		}
-		return nil
-	}
-	s.failed.Add(float64(len(spans)))
-	if !s.failing.Swap(true) && s.due() {
-		s.log.Warn("the collector does not take traces; what is recorded until it does is lost", "err", s.said(err))
+	case s.failing.Swap(false) && s.due():
+		s.log.Info("traces are taken again")
+	case err != nil && s.due():
+		s.log.Warn("the collector has something to say about traces, of which it may have left some out", "rejected", lost, "err", s.said(err))
 	}
 	return nil
+}
+
+// rejected is how many of n spans the collector has not taken, and whether it has answered at all: also an answer that takes
+// some, or all and says something, is an error of the exporters.
+func (s *sender) rejected(err error, n int) (lost int, answered bool) {
+	if err == nil {
+		return 0, true
+	}
+	said := s.partly.FindStringSubmatch(err.Error())
+	if said == nil {
+		return n, false
+	}
+	lost, err = strconv.Atoi(said[1])
+	if err != nil { // of more digits than there may be spans
+		return n, true
+	}
+	return min(max(lost, 0), n), true
 }
 
 // due keeps a collector that takes some and refuses some from filling the log: it has a line a minute.
