@@ -157,16 +157,16 @@ func (i *Ingest) Publish(ctx context.Context, namespace string, events []*delive
 	traced := i.tracer.Publish(ctx, namespace, events)
 	ns, admitted := i.admit(ctx, namespace, events, results)
 	if len(admitted) > 0 {
-		taken := traced.Append()
+		taken := traced.Append(func(k int) bool { return results[k].Err == nil })
 		i.store(ctx, ns, admitted, results)
 		taken()
 	}
 	if traced != nil {
-		traced.End(func(k int) (uid string, duplicate, refused bool) {
-			if ev := results[k].Event; ev != nil {
-				uid = ev.UID
+		traced.End(func(k int) tracing.Published {
+			if err := results[k].Err; err != nil {
+				return tracing.Published{Refused: outcomeOf(err)}
 			}
-			return uid, results[k].Duplicate, results[k].Err != nil
+			return tracing.Published{UID: results[k].Event.UID, Duplicate: results[k].Duplicate}
 		})
 	}
 	i.metrics.count(results)

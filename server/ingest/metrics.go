@@ -12,10 +12,9 @@ import (
 
 // metrics counts outcomes. The counters are looked up once.
 type metrics struct {
-	accepted, duplicate                prometheus.Counter
-	rate, quota, size, conflict, other prometheus.Counter
-	mismatch, unregistered             prometheus.Counter
-	conditions, mismatches             prometheus.Counter
+	accepted, duplicate    prometheus.Counter
+	refused                map[string]prometheus.Counter // by outcomeOf
+	conditions, mismatches prometheus.Counter
 }
 
 func newMetrics(r prometheus.Registerer) metrics {
@@ -34,20 +33,17 @@ func newMetrics(r prometheus.Registerer) metrics {
 	if r != nil {
 		r.MustRegister(events, conditions, mismatches)
 	}
-	return metrics{
+	m := metrics{
 		mismatches: mismatches,
 		conditions: conditions,
 		accepted:   events.WithLabelValues("accepted"),
 		duplicate:  events.WithLabelValues("duplicate"),
-		rate:       events.WithLabelValues("rate_limited"),
-		quota:      events.WithLabelValues("quota_exceeded"),
-		size:       events.WithLabelValues("too_large"),
-		conflict:   events.WithLabelValues("conflict"),
-		other:      events.WithLabelValues("refused"),
-
-		mismatch:     events.WithLabelValues("schema_mismatch"),
-		unregistered: events.WithLabelValues("type_not_registered"),
+		refused:    make(map[string]prometheus.Counter),
 	}
+	for _, outcome := range []string{outcomeRate, outcomeQuota, outcomeSize, outcomeMismatch, outcomeUnregistered, outcomeConflict, outcomeOther} {
+		m.refused[outcome] = events.WithLabelValues(outcome)
+	}
+	return m
 }
 
 func (m *metrics) count(results []Result) {
@@ -55,7 +51,7 @@ func (m *metrics) count(results []Result) {
 	for k := range results {
 		switch r := &results[k]; {
 		case r.Err != nil:
-			m.refusal(r.Err).Inc()
+			m.refused[outcomeOf(r.Err)].Inc()
 		case r.Duplicate:
 			m.duplicate.Inc()
 		default:
@@ -67,26 +63,37 @@ func (m *metrics) count(results []Result) {
 	}
 }
 
-func (m *metrics) refusal(err error) prometheus.Counter {
+// Outcomes of events that are refused, as metrics and spans name them.
+const (
+	outcomeRate         = "rate_limited"
+	outcomeQuota        = "quota_exceeded"
+	outcomeSize         = "too_large"
+	outcomeMismatch     = "schema_mismatch"
+	outcomeUnregistered = "type_not_registered"
+	outcomeConflict     = "conflict"
+	outcomeOther        = "refused"
+)
+
+func outcomeOf(err error) string {
 	if _, ok := errors.AsType[*RateError](err); ok {
-		return m.rate
+		return outcomeRate
 	}
 	if _, ok := errors.AsType[*QuotaError](err); ok {
-		return m.quota
+		return outcomeQuota
 	}
 	if _, ok := errors.AsType[*FieldError](err); ok {
-		return m.size
+		return outcomeSize
 	}
 	if _, ok := errors.AsType[*eventtype.MismatchError](err); ok {
-		return m.mismatch
+		return outcomeMismatch
 	}
 	if _, ok := errors.AsType[*UnregisteredError](err); ok {
-		return m.unregistered
+		return outcomeUnregistered
 	}
 	if errors.Is(err, delivery.ErrEventConflict) {
-		return m.conflict
+		return outcomeConflict
 	}
-	return m.other
+	return outcomeOther
 }
 
 func tooLarge(size, most int) error {

@@ -36,8 +36,8 @@ func BenchmarkSampled(b *testing.B) {
 	for b.Loop() {
 		events := []*delivery.Event{{UID: "evt_1"}}
 		p := tracer.Publish(b.Context(), "acme", events)
-		p.Append()()
-		p.End(func(int) (string, bool, bool) { return "evt_1", false, false })
+		p.Append(func(int) bool { return true })()
+		p.End(func(int) Published { return Published{UID: "evt_1"} })
 		a := tracer.Attempt(&delivery.Job{ID: delivery.ID{Seq: 1}, Event: events[0]}, nil)
 		a.Sent(p.start)
 		a.End(Ended{Namespace: "acme", Subscription: "shop", Host: "example.com", First: p.start, Outcome: "succeeded", Status: 200, Steps: []Step{{Name: "sign"}, {Name: "first_byte"}, {Name: "body"}}})

@@ -62,7 +62,7 @@ type Publishing struct {
 	tracer    *Tracer
 	namespace string
 	start     time.Time
-	// appendFrom and appendTo are zero when nothing was appended.
+	// appendFrom and appendTo are those of the events that were appended.
 	appendFrom, appendTo time.Time
 	events               []publishedEvent
 }
@@ -71,6 +71,8 @@ type publishedEvent struct {
 	place  int
 	event  *delivery.Event
 	parent trace.SpanContext
+	// appended: it was given to the journal.
+	appended bool
 }
 
 // Publish decides which of the events are sampled and sets their Trace. It returns nil when none is.
@@ -103,44 +105,57 @@ func (t *Tracer) Publish(ctx context.Context, namespace string, events []*delive
 			p = &Publishing{tracer: t, namespace: namespace, start: time.Now()}
 		}
 		ev.Trace = &delivery.Trace{ID: id, Span: newSpanID(), State: decision.Tracestate.String()}
-		p.events = append(p.events, publishedEvent{k, ev, parent})
+		p.events = append(p.events, publishedEvent{place: k, event: ev, parent: parent})
 	}
 	return p
 }
 
-// Append notes that the events are given to the journal; what it returns is called once that has taken them.
-func (p *Publishing) Append() (taken func()) {
+// Append notes that those events are given to the journal that are admitted, by their places; what it returns is called once
+// that has taken them.
+func (p *Publishing) Append(admitted func(place int) bool) (taken func()) {
 	if p == nil {
 		return func() {}
+	}
+	for i := range p.events {
+		p.events[i].appended = admitted(p.events[i].place)
 	}
 	p.appendFrom = time.Now()
 	return func() { p.appendTo = time.Now() }
 }
 
-// End makes the spans. outcome says what has become of an event by its place: of one that was refused or was there before,
-// uid is the empty text or that of the one that was.
-func (p *Publishing) End(outcome func(place int) (uid string, duplicate, refused bool)) {
+// Published is what has become of an event.
+type Published struct {
+	// UID is that of the stored one: of a duplicate the one that was there before. Empty of one that was refused.
+	UID       string
+	Duplicate bool
+	// Refused names why it was, by a word of ours; empty when it was not.
+	Refused string
+}
+
+// End makes the spans; outcome says what has become of an event by its place. One that was refused is an operation that has
+// failed, as OpenTelemetry has it: its span is an error, with why, and is as much decided on by the sampler as any other.
+func (p *Publishing) End(outcome func(place int) Published) {
 	if p == nil {
 		return
 	}
 	now := time.Now()
 	for _, e := range p.events {
-		uid, duplicate, refused := outcome(e.place)
+		became := outcome(e.place)
 		s := span{
 			name: "publish", kind: trace.SpanKindServer, from: p.start, to: now, id: e.event.Trace.Span,
 			attributes: []attribute.KeyValue{
 				attribute.String("grapnel.namespace", p.namespace), attribute.String("grapnel.event.type", e.event.Type),
-				attribute.String("grapnel.event.uid", uid),
 			},
+			failed: became.Refused,
 		}
-		if duplicate {
+		if became.UID != "" {
+			s.attributes = append(s.attributes, attribute.String("grapnel.event.uid", became.UID))
+		}
+		if became.Duplicate {
 			s.attributes = append(s.attributes, attribute.Bool("grapnel.event.duplicate", true))
 		}
-		if refused {
-			s.failed = "refused"
-		}
 		within := p.tracer.emit(e.parent, e.event.Trace.ID, &s)
-		if !p.appendTo.IsZero() {
+		if e.appended {
 			p.tracer.emit(within, e.event.Trace.ID, &span{name: "append", from: p.appendFrom, to: p.appendTo})
 		}
 	}

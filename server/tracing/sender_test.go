@@ -97,7 +97,7 @@ func TestPartialSuccessIsCounted(t *testing.T) {
 				for i := range events {
 					events[i] = &delivery.Event{Type: "order.created"}
 				}
-				tracer.Publish(t.Context(), "acme", events).End(func(int) (string, bool, bool) { return "evt_1", false, false })
+				tracer.Publish(t.Context(), "acme", events).End(func(int) Published { return Published{UID: "evt_1"} })
 				if err := tracer.Close(t.Context()); err != nil {
 					t.Fatal(err)
 				}
