@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -90,6 +91,12 @@ func tableWith(t *testing.T, path, text string) bool {
 		t.Fatal(err)
 	}
 	reader, err := sstable.NewReader(t.Context(), readable, new(pebble.Options).MakeReaderOptions())
+	if pebble.IsCorruptionError(err) { // it is being written
+		if err := f.Close(); err != nil {
+			t.Fatal(err)
+		}
+		return false
+	}
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -333,3 +340,48 @@ func TestCopiesWhileLogsAreEmptied(t *testing.T) {
 	cancel()
 	busy.Wait()
 }
+
+// TestScrubWaitsForFilesThatNobodyNeeds: a table that a compaction has taken the place of before it was looked through is still
+// a file that holds what was purged.
+func TestScrubWaitsForFilesThatNobodyNeeds(t *testing.T) {
+	dir, change := onDisk(t)
+	b := newBench(t, onePartition, change)
+	b.append(carrying("e", 1))
+	if err := b.db.Flush(); err != nil {
+		t.Fatal(err)
+	}
+	r := b.erasure("person")
+	b.erase(r)
+	s := &scrub{j: b.Journal, job: r, selects: quotesCanary, clean: make(map[uint64]bool)}
+	if err := errors.Join(s.begin(), s.flush(t.Context())); err != nil {
+		t.Fatal(err)
+	}
+	reads, err := b.db.NewIter(nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := b.db.Compact(t.Context(), []byte{0}, []byte{0xff}, false); err != nil {
+		t.Fatal(err)
+	}
+	if stale, err := s.look(t.Context()); err != nil || len(stale) > 0 || !slices.ContainsFunc(filesWith(t, dir, canary), isTable) {
+		t.Fatalf("%d keys, %v, and %q hold it", len(stale), err, filesWith(t, dir, canary))
+	}
+	if left, err := s.left(t.Context()); err != nil || !left {
+		t.Errorf("none is left: %v, and %q hold it", err, filesWith(t, dir, canary))
+	}
+	if err := reads.Close(); err != nil {
+		t.Fatal(err)
+	}
+	waitFor(t, func() bool {
+		left, err := s.left(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		return !left
+	})
+	if found := filesWith(t, dir, canary); slices.ContainsFunc(found, isTable) {
+		t.Errorf("%q hold it", found)
+	}
+}
+
+func isTable(file string) bool { return strings.HasSuffix(file, ".sst") }

@@ -75,7 +75,7 @@ func (j *Journal) Scrub(ctx context.Context, r *Replay, selects Selects) (Proof,
 		return Proof{}, err
 	}
 	for began := time.Now(); ; {
-		left, err := s.left()
+		left, err := s.left(ctx)
 		switch {
 		case err != nil:
 			return Proof{}, err
@@ -105,9 +105,10 @@ type scrub struct {
 	// high bounds what the erasure has looked at, by partition; purged tells of deliveries.
 	low, high []uint64
 	purged    []func(LaneKey, uint64) (bool, error)
-	// clean are tables that hold nothing, dirty those that do, or are no part of the journal any more.
-	clean, dirty map[uint64]bool
-	bytes        int64
+	// clean are tables that hold nothing. gone are those whose files were there at the last look although they were no part of
+	// the journal, or not yet.
+	clean, gone map[uint64]bool
+	bytes       int64
 }
 
 func (s *scrub) begin() error {
@@ -119,20 +120,6 @@ func (s *scrub) begin() error {
 		low, high := s.job.erasedRange(&at)
 		s.low, s.high = append(s.low, low), append(s.high, high)
 		s.purged = append(s.purged, p.purgedDeliveries(s.j.db, s.job.Namespace))
-	}
-	onDisk, err := s.tablesOnDisk()
-	if err != nil {
-		return err
-	}
-	live, err := s.tables()
-	if err != nil {
-		return err
-	}
-	s.dirty = make(map[uint64]bool)
-	for _, n := range onDisk {
-		if !slices.ContainsFunc(live, func(t table) bool { return t.number == n }) {
-			s.dirty[n] = true
-		}
 	}
 	return nil
 }
@@ -185,12 +172,23 @@ func (s *scrub) tablesOnDisk() (numbers []uint64, err error) {
 	return numbers, nil
 }
 
-// look looks through all tables that it has not found clean before, until there are no others.
+// look looks through all tables that it has not found clean before, until there are no others. What is written after it has
+// listed them is made of these; what was there then and is none of them is to be gone at the end.
 func (s *scrub) look(ctx context.Context) (stale [][]byte, err error) {
 	for {
 		all, err := s.tables()
 		if err != nil {
 			return nil, err
+		}
+		onDisk, err := s.tablesOnDisk() // after the others: one that was dropped in between is among those
+		if err != nil {
+			return nil, err
+		}
+		s.gone = make(map[uint64]bool)
+		for _, n := range onDisk {
+			if !s.clean[n] && !slices.ContainsFunc(all, func(t table) bool { return t.number == n }) {
+				s.gone[n] = true
+			}
 		}
 		again := false
 		for _, t := range all {
@@ -207,14 +205,12 @@ func (s *scrub) look(ctx context.Context) (stale [][]byte, err error) {
 				return nil, err
 			}
 			if len(keys) > 0 {
-				s.dirty[t.number] = true
 				stale = append(stale, keys...)
 				if len(stale) >= maxStale { // the rest is found by the next look
 					return stale, nil
 				}
 			} else {
 				s.clean[t.number] = true
-				delete(s.dirty, t.number) // it was being written
 			}
 			if err := sleep(ctx, min(scrubRest*time.Since(began), scrubRestMost)); err != nil {
 				return nil, err
@@ -447,13 +443,27 @@ func (s *scrub) compact(ctx context.Context, keys [][]byte) error {
 	return nil
 }
 
-// left reports whether files are on disk that held what was purged.
-func (s *scrub) left() (bool, error) {
+// left reports whether files are on disk that may hold what was purged.
+func (s *scrub) left(ctx context.Context) (bool, error) {
+	all, err := s.tables()
+	if err != nil {
+		return false, err
+	}
+	for _, t := range all {
+		if !s.gone[t.number] || s.clean[t.number] { // else it was being written
+			continue
+		}
+		keys, err := s.lookInto(ctx, t)
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return false, err
+		}
+		s.clean[t.number] = err == nil && len(keys) == 0
+	}
 	onDisk, err := s.tablesOnDisk()
 	if err != nil {
 		return false, err
 	}
-	return slices.ContainsFunc(onDisk, func(n uint64) bool { return s.dirty[n] }), nil
+	return slices.ContainsFunc(onDisk, func(n uint64) bool { return s.gone[n] && !s.clean[n] }), nil
 }
 
 // emptyLogs has no log hold what was written before. The engine keeps logs that it has done with, to write the next over
