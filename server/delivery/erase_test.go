@@ -3,6 +3,7 @@ package delivery
 import (
 	"bytes"
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"os"
@@ -382,6 +383,43 @@ func TestScrubWaitsForFilesThatNobodyNeeds(t *testing.T) {
 	if found := filesWith(t, dir, canary); slices.ContainsFunc(found, isTable) {
 		t.Errorf("%q hold it", found)
 	}
+}
+
+// TestScrubRestsWithinALargeTable: also where all there is lies in one table, others have their turn.
+func TestScrubRestsWithinALargeTable(t *testing.T) {
+	b := newBench(t, onePartition, func(o *Options) { o.MemTableBytes = 64 << 20 })
+	for i := range 16 {
+		pub := publication(fmt.Sprint("e", i), 1)
+		pub.Event.Payload = incompressible(512<<10)
+		b.append(pub)
+	}
+	s := &scrub{j: b.Journal, job: b.erasure("person"), selects: quotesCanary, clean: make(map[uint64]bool)}
+	if err := errors.Join(s.begin(), s.flush(t.Context()), b.db.Compact(t.Context(), []byte{0}, []byte{0xff}, false)); err != nil {
+		t.Fatal(err)
+	}
+	all, err := s.tables()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, at := range all {
+		before := s.rests
+		if _, err := s.lookInto(t.Context(), at); err != nil {
+			t.Fatal(err)
+		}
+		if n := s.rests - before; n < int(at.size>>20) {
+			t.Errorf("%d rests in a table of %d bytes", n, at.size)
+		}
+	}
+	if s.bytes < 8<<20 {
+		t.Errorf("%d bytes were looked through", s.bytes)
+	}
+}
+
+// incompressible are bytes that a table holds as they are.
+func incompressible(n int) []byte {
+	b := make([]byte, n)
+	_, _ = rand.Read(b) // never fails
+	return b
 }
 
 func isTable(file string) bool { return strings.HasSuffix(file, ".sst") }

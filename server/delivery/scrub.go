@@ -22,9 +22,11 @@ import (
 // in which it finds any, and looks again, until there is none, and the files that had any are gone.
 
 const (
-	// scrubRest is how long a scrub rests for the time that a table has taken, and scrubRestMost the longest.
-	scrubRest     = 1
-	scrubRestMost = 20 * time.Millisecond
+	// scrubRest is how long a scrub rests for the time that it has read, and scrubRestMost the longest. It does after each
+	// table, and after so many bytes of a larger one.
+	scrubRest      = 1
+	scrubRestMost  = 20 * time.Millisecond
+	scrubRestBytes = 1 << 20
 	// maxStale bounds the keys that one look remembers, and touchAtOnce those that are written anew in one commit.
 	maxStale    = 1 << 14
 	touchAtOnce = 256
@@ -109,6 +111,7 @@ type scrub struct {
 	// the journal, or not yet.
 	clean, gone map[uint64]bool
 	bytes       int64
+	rests       int
 }
 
 func (s *scrub) begin() error {
@@ -195,7 +198,6 @@ func (s *scrub) look(ctx context.Context) (stale [][]byte, err error) {
 			if s.clean[t.number] {
 				continue
 			}
-			began := time.Now()
 			keys, err := s.lookInto(ctx, t)
 			if errors.Is(err, fs.ErrNotExist) { // compacted meanwhile, into others
 				again = true
@@ -211,9 +213,6 @@ func (s *scrub) look(ctx context.Context) (stale [][]byte, err error) {
 				}
 			} else {
 				s.clean[t.number] = true
-			}
-			if err := sleep(ctx, min(scrubRest*time.Since(began), scrubRestMost)); err != nil {
-				return nil, err
 			}
 		}
 		if len(stale) > 0 || !again {
@@ -244,11 +243,15 @@ func (s *scrub) lookInto(ctx context.Context, t table) (stale [][]byte, err erro
 	}
 	defer func() { err = errors.Join(err, it.Close()) }()
 	s.bytes += int64(t.size)
-	for kv, n := it.First(), 0; kv != nil; n++ {
-		if n%1024 == 0 && ctx.Err() != nil {
-			return nil, context.Cause(ctx)
-		}
+	read, began := 0, time.Now()
+	for kv := it.First(); kv != nil; {
 		key := kv.K.UserKey
+		if read += len(key) + kv.V.Len(); read >= scrubRestBytes {
+			if err := s.rest(ctx, time.Since(began)); err != nil {
+				return nil, err
+			}
+			read, began = 0, time.Now()
+		}
 		skip, ours := s.skip(key)
 		if !ours {
 			if skip == nil {
@@ -275,7 +278,13 @@ func (s *scrub) lookInto(ctx context.Context, t table) (stale [][]byte, err erro
 	if err := it.Error(); err != nil {
 		return nil, fmt.Errorf("read table %s: %w", path, err)
 	}
-	return stale, nil
+	return stale, s.rest(ctx, time.Since(began))
+}
+
+// rest rests after it has read for so long.
+func (s *scrub) rest(ctx context.Context, took time.Duration) error {
+	s.rests++
+	return sleep(ctx, min(scrubRest*took, scrubRestMost))
 }
 
 // from is a seek to a key without its flags, for whose type Pebble has no public name.
