@@ -353,7 +353,7 @@ func TestScrubWaitsForFilesThatNobodyNeeds(t *testing.T) {
 	}
 	r := b.erasure("person")
 	b.erase(r)
-	s := &scrub{j: b.Journal, job: r, selects: quotesCanary, clean: make(map[uint64]bool)}
+	s := newScrub(b.Journal, r, quotesCanary)
 	if err := errors.Join(s.begin(), s.flush(t.Context())); err != nil {
 		t.Fatal(err)
 	}
@@ -364,8 +364,8 @@ func TestScrubWaitsForFilesThatNobodyNeeds(t *testing.T) {
 	if err := b.db.Compact(t.Context(), []byte{0}, []byte{0xff}, false); err != nil {
 		t.Fatal(err)
 	}
-	if stale, err := s.look(t.Context()); err != nil || len(stale) > 0 || !slices.ContainsFunc(filesWith(t, dir, canary), isTable) {
-		t.Fatalf("%d keys, %v, and %q hold it", len(stale), err, filesWith(t, dir, canary))
+	if err := s.look(t.Context()); err != nil || len(s.found) > 0 || !slices.ContainsFunc(filesWith(t, dir, canary), isTable) {
+		t.Fatalf("%d places, %v, and %q hold it", len(s.found), err, filesWith(t, dir, canary))
 	}
 	if left, err := s.left(t.Context()); err != nil || !left {
 		t.Errorf("none is left: %v, and %q hold it", err, filesWith(t, dir, canary))
@@ -390,10 +390,10 @@ func TestScrubRestsWithinALargeTable(t *testing.T) {
 	b := newBench(t, onePartition, func(o *Options) { o.MemTableBytes = 64 << 20 })
 	for i := range 16 {
 		pub := publication(fmt.Sprint("e", i), 1)
-		pub.Event.Payload = incompressible(512<<10)
+		pub.Event.Payload = incompressible(512 << 10)
 		b.append(pub)
 	}
-	s := &scrub{j: b.Journal, job: b.erasure("person"), selects: quotesCanary, clean: make(map[uint64]bool)}
+	s := newScrub(b.Journal, b.erasure("person"), quotesCanary)
 	if err := errors.Join(s.begin(), s.flush(t.Context()), b.db.Compact(t.Context(), []byte{0}, []byte{0xff}, false)); err != nil {
 		t.Fatal(err)
 	}
@@ -403,7 +403,7 @@ func TestScrubRestsWithinALargeTable(t *testing.T) {
 	}
 	for _, at := range all {
 		before := s.rests
-		if _, err := s.lookInto(t.Context(), at); err != nil {
+		if _, err := s.lookInto(t.Context(), at, nil); err != nil {
 			t.Fatal(err)
 		}
 		if n := s.rests - before; n < int(at.size>>20) {
@@ -412,6 +412,82 @@ func TestScrubRestsWithinALargeTable(t *testing.T) {
 	}
 	if s.bytes < 8<<20 {
 		t.Errorf("%d bytes were looked through", s.bytes)
+	}
+}
+
+// TestScrubCompactsWhatItFinds: what is purged of a large namespace does not have all of it written anew.
+func TestScrubCompactsWhatItFinds(t *testing.T) {
+	dir, change := onDisk(t)
+	b := newBench(t, onePartition, change, func(o *Options) { o.MemTableBytes = 8 << 20 })
+	for i := range 48 {
+		pub := publication(fmt.Sprint("e", i), 1)
+		if i == 0 || i == 47 {
+			pub = carrying(pub.Event.ID, 1)
+		}
+		pub.Event.Payload = append(pub.Event.Payload, incompressible(512<<10)...)
+		b.append(pub)
+	}
+	everything := span{[]byte{0}, []byte{0xff}}
+	if err := errors.Join(b.db.Flush(), b.db.Compact(t.Context(), everything.start, everything.end, false)); err != nil {
+		t.Fatal(err)
+	}
+	total, err := b.db.EstimateDiskUsage(everything.start, everything.end)
+	if err != nil || total < 24<<20 {
+		t.Fatalf("%d bytes, %v", total, err)
+	}
+	r := b.erasure("person")
+	b.erase(r)
+	s := newScrub(b.Journal, r, quotesCanary)
+	if err := errors.Join(s.begin(), s.flush(t.Context()), s.look(t.Context())); err != nil {
+		t.Fatal(err)
+	}
+	spans, err := s.spans()
+	if err != nil || len(spans) == 0 {
+		t.Fatalf("%d spans, %v", len(spans), err)
+	}
+	var some uint64
+	for _, at := range spans {
+		n, err := b.db.EstimateDiskUsage(at.start, at.end)
+		if err != nil {
+			t.Fatal(err)
+		}
+		some += n
+	}
+	if some > total/2 {
+		t.Errorf("%d of %d bytes are to be compacted, in %d spans", some, total, len(spans))
+	}
+	read := s.bytes
+	if err := s.look(t.Context()); err != nil || s.bytes != read || len(s.found) == 0 {
+		t.Errorf("%d bytes are read again of tables that have not changed, %v", s.bytes-read, err)
+	}
+	waitFor(t, func() bool {
+		if _, err = b.Scrub(t.Context(), r, quotesCanary); err != nil && !errors.Is(err, ErrStale) {
+			t.Fatal(err)
+		}
+		return err == nil
+	})
+	if found := filesWith(t, dir, canary); len(found) > 0 {
+		t.Errorf("still held by %q", found)
+	}
+}
+
+// TestManyStalePlacesAreJoined: however much is purged, what is remembered of it is bounded, and spans it all.
+func TestManyStalePlacesAreJoined(t *testing.T) {
+	var all []stale
+	for i := range 5 * maxStale {
+		key := appendEventKey(nil, 0, dayKey(i%(4*maxStale)/maxStale), NamespaceKey(7), uint64(i))
+		all = coarser(append(all, stale{uint64(i / (2 * maxStale)), key, key}))
+		if len(all) > maxStale {
+			t.Fatalf("%d are remembered", len(all))
+		}
+	}
+	for i, at := range all {
+		if bytes.Compare(at.first, at.last) > 0 || !bytes.Equal(spaceOf(at.first), spaceOf(at.last)) {
+			t.Errorf("place %d spans %x to %x", i, at.first, at.last)
+		}
+		if i > 0 && at.table == all[i-1].table && bytes.Compare(all[i-1].last, at.first) >= 0 {
+			t.Errorf("place %d begins at %x, before the end of the one before", i, at.first)
+		}
 	}
 }
 

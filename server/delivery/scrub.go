@@ -18,8 +18,8 @@ import (
 )
 
 // What is purged is still in the journal's files: in tables, until a compaction drops the versions before; in the
-// write-ahead log; in logs that are kept to be written over. A scrub looks for it in every table, has those ranges compacted
-// in which it finds any, and looks again, until there is none, and the files that had any are gone.
+// write-ahead log; in logs that are kept to be written over. A scrub looks for it in every table, has compacted what lies
+// around that which it finds, and looks again, until there is none, and the files that had any are gone.
 
 const (
 	// scrubRest is how long a scrub rests for the time that it has read, and scrubRestMost the longest. It does after each
@@ -27,7 +27,7 @@ const (
 	scrubRest      = 1
 	scrubRestMost  = 20 * time.Millisecond
 	scrubRestBytes = 1 << 20
-	// maxStale bounds the keys that one look remembers, and touchAtOnce those that are written anew in one commit.
+	// maxStale is how many places a look remembers as they are, and touchAtOnce how many keys are written anew in one commit.
 	maxStale    = 1 << 14
 	touchAtOnce = 256
 )
@@ -43,7 +43,7 @@ func (j *Journal) Scrub(ctx context.Context, r *Replay, selects Selects) (Proof,
 		return Proof{}, err
 	}
 	defer leave()
-	s := &scrub{j: j, job: r, selects: selects, clean: make(map[uint64]bool)}
+	s := newScrub(j, r, selects)
 	if err := s.begin(); err != nil {
 		return Proof{}, err
 	}
@@ -54,22 +54,21 @@ func (j *Journal) Scrub(ctx context.Context, r *Replay, selects Selects) (Proof,
 		if err := s.flush(ctx); err != nil {
 			return Proof{}, err
 		}
-		stale, err := s.look(ctx)
-		if err != nil {
+		if err := s.look(ctx); err != nil {
 			return Proof{}, err
 		}
-		if len(stale) == 0 {
+		if len(s.found) == 0 {
 			break
 		}
 		if round == maxRounds {
 			return Proof{}, ErrStale
 		}
 		if round > 0 { // the versions lie together in a table that nothing has been added to
-			if err := s.touch(ctx, stale); err != nil {
+			if err := s.touch(ctx); err != nil {
 				return Proof{}, err
 			}
 		}
-		if err := s.compact(ctx, stale); err != nil {
+		if err := s.compact(ctx); err != nil {
 			return Proof{}, err
 		}
 	}
@@ -95,6 +94,8 @@ func (j *Journal) Scrub(ctx context.Context, r *Replay, selects Selects) (Proof,
 const (
 	// maxRounds is how often a scrub compacts before it gives those some time who read what is old.
 	maxRounds = 4
+	// nearTables is how many tables of the largest size may lie in a range that is compacted as one.
+	nearTables = 4
 	// leaveFor is how long the engine may take to remove files that it has done with.
 	leaveFor = 2 * time.Second
 )
@@ -107,11 +108,24 @@ type scrub struct {
 	// high bounds what the erasure has looked at, by partition; purged tells of deliveries.
 	low, high []uint64
 	purged    []func(LaneKey, uint64) (bool, error)
-	// clean are tables that hold nothing. gone are those whose files were there at the last look although they were no part of
-	// the journal, or not yet.
-	clean, gone map[uint64]bool
-	bytes       int64
-	rests       int
+	// clean says of tables that have been looked through whether they hold nothing; found is where the others that are part of
+	// the journal hold what, table by table and in order.
+	clean map[uint64]bool
+	found []stale
+	// gone are the tables whose files were there at the last look although they were no part of the journal, or not yet.
+	gone  map[uint64]bool
+	bytes int64
+	rests int
+}
+
+// stale is where a table holds what was purged: at these keys, and perhaps between them.
+type stale struct {
+	table       uint64
+	first, last []byte
+}
+
+func newScrub(j *Journal, r *Replay, selects Selects) *scrub {
+	return &scrub{j: j, job: r, selects: selects, clean: make(map[uint64]bool)}
 }
 
 func (s *scrub) begin() error {
@@ -175,54 +189,52 @@ func (s *scrub) tablesOnDisk() (numbers []uint64, err error) {
 	return numbers, nil
 }
 
-// look looks through all tables that it has not found clean before, until there are no others. What is written after it has
-// listed them is made of these; what was there then and is none of them is to be gone at the end.
-func (s *scrub) look(ctx context.Context) (stale [][]byte, err error) {
-	for {
+// look looks through all tables that it has not looked through before, until there are no others: a table does not change.
+// What is written after it has listed them is made of these; what was there then and is none of them is to be gone at the end.
+func (s *scrub) look(ctx context.Context) error {
+	for again := true; again; {
 		all, err := s.tables()
 		if err != nil {
-			return nil, err
+			return err
 		}
 		onDisk, err := s.tablesOnDisk() // after the others: one that was dropped in between is among those
 		if err != nil {
-			return nil, err
+			return err
+		}
+		live := make(map[uint64]bool, len(all))
+		for _, t := range all {
+			live[t.number] = true
 		}
 		s.gone = make(map[uint64]bool)
 		for _, n := range onDisk {
-			if !s.clean[n] && !slices.ContainsFunc(all, func(t table) bool { return t.number == n }) {
+			if !live[n] && !s.clean[n] {
 				s.gone[n] = true
 			}
 		}
-		again := false
+		s.found = slices.DeleteFunc(s.found, func(at stale) bool { return !live[at.table] })
+		again = false
 		for _, t := range all {
-			if s.clean[t.number] {
+			if _, looked := s.clean[t.number]; looked {
 				continue
 			}
-			keys, err := s.lookInto(ctx, t)
+			found, err := s.lookInto(ctx, t, s.found)
 			if errors.Is(err, fs.ErrNotExist) { // compacted meanwhile, into others
 				again = true
 				continue
 			}
 			if err != nil {
-				return nil, err
+				return err
 			}
-			if len(keys) > 0 {
-				stale = append(stale, keys...)
-				if len(stale) >= maxStale { // the rest is found by the next look
-					return stale, nil
-				}
-			} else {
-				s.clean[t.number] = true
-			}
+			s.clean[t.number] = len(found) == 0 || found[len(found)-1].table != t.number
+			s.found = found
 		}
-		if len(stale) > 0 || !again {
-			return stale, nil
-		}
+		again = again && len(s.found) == 0
 	}
+	return nil
 }
 
-// lookInto looks through a table for what is purged, and names the keys.
-func (s *scrub) lookInto(ctx context.Context, t table) (stale [][]byte, err error) {
+// lookInto looks through a table for what is purged, and adds where that is.
+func (s *scrub) lookInto(ctx context.Context, t table, found []stale) (_ []stale, err error) {
 	path := s.j.fs.PathJoin(s.j.dir, fmt.Sprintf("%06d.sst", t.number))
 	f, err := s.j.fs.Open(path)
 	if err != nil {
@@ -265,12 +277,13 @@ func (s *scrub) lookInto(ctx context.Context, t table) (stale [][]byte, err erro
 			if err != nil {
 				return nil, fmt.Errorf("read table %s: %w", path, err)
 			}
-			found, err := s.holds(key, value)
+			holds, err := s.holds(key, value)
 			if err != nil {
 				return nil, err
 			}
-			if found && len(stale) < maxStale {
-				stale = append(stale, bytes.Clone(key))
+			if holds {
+				own := bytes.Clone(key)
+				found = coarser(append(found, stale{t.number, own, own}))
 			}
 		}
 		kv = it.Next()
@@ -278,7 +291,33 @@ func (s *scrub) lookInto(ctx context.Context, t table) (stale [][]byte, err erro
 	if err := it.Error(); err != nil {
 		return nil, fmt.Errorf("read table %s: %w", path, err)
 	}
-	return stale, s.rest(ctx, time.Since(began))
+	return found, s.rest(ctx, time.Since(began))
+}
+
+// coarser joins neighbours in a table once there are too many, unless other namespaces lie between them.
+func coarser(all []stale) []stale {
+	if len(all) < maxStale || len(all)&(len(all)-1) != 0 { // and as many again, if none could be joined
+		return all
+	}
+	n := 0
+	for i := 0; i < len(all); i++ {
+		all[n] = all[i]
+		if i+1 < len(all) && all[i+1].table == all[n].table && bytes.Equal(spaceOf(all[i+1].last), spaceOf(all[n].first)) {
+			i++
+			all[n].last = all[i].last
+		}
+		n++
+	}
+	clear(all[n:])
+	return all[:n]
+}
+
+// spaceOf is what all keys of a kind in a namespace begin with, those of records: of a day.
+func spaceOf(key []byte) []byte {
+	if key[tagOffset] == tagRecord {
+		return key[:bodyOffset+2+8]
+	}
+	return key[:bodyOffset+8]
 }
 
 // rest rests after it has read for so long.
@@ -386,8 +425,14 @@ func (s *scrub) recordHolds(p *partition, key, value []byte) (bool, error) {
 	return s.purged[p.number](LaneKey{ns, SubscriptionKey(binary.BigEndian.Uint64(rest))}, seq)
 }
 
-// touch writes the records of some keys anew, so that a compaction meets the tables that hold what they were before.
-func (s *scrub) touch(ctx context.Context, keys [][]byte) error {
+// touch writes some of the records that are stale anew, so that a compaction meets the tables that hold what they were before.
+func (s *scrub) touch(ctx context.Context) error {
+	var keys [][]byte
+	for _, at := range s.found {
+		if keys = append(keys, at.first); !bytes.Equal(at.first, at.last) {
+			keys = append(keys, at.last)
+		}
+	}
 	for some := range slices.Chunk(keys, touchAtOnce) {
 		byPartition := make(map[uint16][][]byte)
 		for _, key := range some {
@@ -428,18 +473,12 @@ func (c *commit) touch(key []byte) error {
 	return nil
 }
 
-// compact has the ranges compacted in which keys lie.
-func (s *scrub) compact(ctx context.Context, keys [][]byte) error {
-	var spans []span
-	for _, key := range keys {
-		prefix := key[:bodyOffset+8]
-		if key[tagOffset] == tagRecord {
-			prefix = key[:bodyOffset+2+8]
-		}
-		spans = append(spans, span{bytes.Clone(prefix), prefixEnd(prefix)})
+// compact has compacted what lies around that which is stale, as little as can be.
+func (s *scrub) compact(ctx context.Context) error {
+	spans, err := s.spans()
+	if err != nil {
+		return err
 	}
-	slices.SortFunc(spans, func(a, b span) int { return bytes.Compare(a.start, b.start) })
-	spans = slices.CompactFunc(spans, func(a, b span) bool { return bytes.Equal(a.start, b.start) })
 	for _, at := range spans {
 		began := time.Now()
 		if err := s.j.db.Compact(ctx, at.start, at.end, false); err != nil {
@@ -452,6 +491,40 @@ func (s *scrub) compact(ctx context.Context, keys [][]byte) error {
 	return nil
 }
 
+// spans are the ranges around what is stale. A compaction writes whole tables anew: what lies no further apart than a few of
+// them is one range.
+func (s *scrub) spans() (spans []span, err error) {
+	all, err := s.tables()
+	if err != nil {
+		return nil, err
+	}
+	var near uint64
+	for _, t := range all {
+		near = max(near, nearTables*t.size)
+	}
+	var part func(places []stale) error
+	part = func(places []stale) error {
+		at := span{start: places[0].first}
+		for _, p := range places {
+			if bytes.Compare(p.last, at.end) > 0 {
+				at.end = p.last
+			}
+		}
+		at.end = append(bytes.Clone(at.end), 0)
+		size, err := s.j.db.EstimateDiskUsage(at.start, at.end)
+		if err != nil {
+			return fmt.Errorf("measure what was purged: %w", err)
+		}
+		if half := len(places) / 2; half > 0 && size > near {
+			return errors.Join(part(places[:half]), part(places[half:]))
+		}
+		spans = append(spans, at)
+		return nil
+	}
+	err = part(slices.SortedFunc(slices.Values(s.found), func(a, b stale) int { return bytes.Compare(a.first, b.first) }))
+	return spans, err
+}
+
 // left reports whether files are on disk that may hold what was purged.
 func (s *scrub) left(ctx context.Context) (bool, error) {
 	all, err := s.tables()
@@ -459,20 +532,22 @@ func (s *scrub) left(ctx context.Context) (bool, error) {
 		return false, err
 	}
 	for _, t := range all {
-		if !s.gone[t.number] || s.clean[t.number] { // else it was being written
+		if !s.gone[t.number] { // else it was being written
 			continue
 		}
-		keys, err := s.lookInto(ctx, t)
+		found, err := s.lookInto(ctx, t, nil)
 		if err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return false, err
 		}
-		s.clean[t.number] = err == nil && len(keys) == 0
+		if err == nil && len(found) == 0 {
+			delete(s.gone, t.number)
+		}
 	}
 	onDisk, err := s.tablesOnDisk()
 	if err != nil {
 		return false, err
 	}
-	return slices.ContainsFunc(onDisk, func(n uint64) bool { return s.gone[n] && !s.clean[n] }), nil
+	return slices.ContainsFunc(onDisk, func(n uint64) bool { return s.gone[n] }), nil
 }
 
 // emptyLogs has no log hold what was written before. The engine keeps logs that it has done with, to write the next over
