@@ -12,8 +12,10 @@ import (
 // to it that no file of the journal holds any of it (see scrub.go).
 
 const (
-	// eraseStep bounds what one step of an erasure purges.
-	eraseStep = 64
+	// eraseStep bounds the events that one step of an erasure purges, and eraseTargets the deliveries that these were made with:
+	// but for the last event, which is purged as a whole.
+	eraseStep    = 64
+	eraseTargets = 1024
 )
 
 // Selects says whether an erasure is to purge an event. It is called in no particular goroutine and must not block.
@@ -41,8 +43,9 @@ func (j *Journal) BeginErasure(ctx context.Context, r *Replay) error {
 
 // AdvanceErasure makes one step of an erasure in one partition: it looks on, in the order of sequences, until some events
 // are selected or it has looked at enough, and purges those. What a crash has left half purged is purged again. It looks at
-// nothing that was accepted after BeginErasure, or not before its Until.
-func (j *Journal) AdvanceErasure(ctx context.Context, r *Replay, partition uint16, selects Selects) (Advance, error) {
+// nothing that was accepted after BeginErasure, or not before its Until. rest is called between commits of a step that has
+// several: one event may have many deliveries.
+func (j *Journal) AdvanceErasure(ctx context.Context, r *Replay, partition uint16, selects Selects, rest func()) (Advance, error) {
 	leave, err := j.enter()
 	if err != nil {
 		return Advance{}, err
@@ -67,14 +70,14 @@ func (j *Journal) AdvanceErasure(ctx context.Context, r *Replay, partition uint1
 	}
 	counts := step.counts
 	if len(found) > 0 {
-		unread, err := p.eraseEvents(ctx, r, found)
+		unread, err := p.eraseEvents(ctx, r, found, rest)
 		if err != nil {
 			return Advance{}, err
 		}
 		counts.Skipped += unread
 	}
 	if step.done {
-		if err := p.purgeNews(ctx, r.Namespace, p.purgedDeliveries(j.db, r.Namespace)); err != nil {
+		if err := p.purgeNews(ctx, r.Namespace, nil, p.purgedDeliveries(j.db, r.Namespace)); err != nil {
 			return Advance{}, err
 		}
 	}
@@ -97,7 +100,7 @@ func (j *Journal) AdvanceErasure(ctx context.Context, r *Replay, partition uint1
 }
 
 // eraseEvents purges events, and says how many could not be read as a whole.
-func (p *partition) eraseEvents(ctx context.Context, r *Replay, seqs []uint64) (unread int64, err error) {
+func (p *partition) eraseEvents(ctx context.Context, r *Replay, seqs []uint64, rest func()) (unread int64, err error) {
 	aside, err := p.purge(ctx, r.Namespace, seqs, nil, func(c *commit, n PurgeCounts) error {
 		now, err := p.cursor(c.r, r.Namespace, r.Key)
 		if err == nil && now.begun() {
@@ -105,7 +108,7 @@ func (p *partition) eraseEvents(ctx context.Context, r *Replay, seqs []uint64) (
 			c.putCursor(r, &now)
 		}
 		return err
-	})
+	}, rest)
 	if passed := p.passOver(passGone(err)); passed != nil {
 		return 0, passed
 	} else if err != nil {
@@ -118,7 +121,7 @@ func (p *partition) eraseEvents(ctx context.Context, r *Replay, seqs []uint64) (
 		return 1, p.passOver(aside[0])
 	}
 	for _, seq := range seqs { // the others are not to be left half done
-		n, err := p.eraseEvents(ctx, r, []uint64{seq})
+		n, err := p.eraseEvents(ctx, r, []uint64{seq}, rest)
 		if err != nil {
 			return unread, err
 		}
@@ -181,7 +184,8 @@ func (p *partition) lookToErase(ctx context.Context, job *Replay, selects Select
 	if err := w.open(&Picker{Event: func(*Event) (Target, Verdict) { return Target{}, Pass }}); err != nil {
 		return step, nil, err
 	}
-	for len(found) < eraseStep && step.records < advanceLook && step.bytes < advanceBytes {
+	targets := 0
+	for len(found) < eraseStep && targets < eraseTargets && step.records < advanceLook && step.bytes < advanceBytes {
 		seq, _, _, err := w.next()
 		if err != nil {
 			return step, nil, err
@@ -210,12 +214,12 @@ func (p *partition) lookToErase(ctx context.Context, job *Replay, selects Select
 			}
 		case e.Purged != nil:
 			if !e.Purged.done { // cut short
-				found = append(found, seq)
+				found, targets = append(found, seq), targets+e.Matched
 			}
 		default:
 			step.bytes += len(e.Payload)
 			if selects(e) {
-				found = append(found, seq)
+				found, targets = append(found, seq), targets+e.Matched
 			}
 		}
 		if err := ctx.Err(); err != nil {

@@ -40,7 +40,7 @@ func (b *bench) erase(r *Replay) {
 	}
 	for p := range uint16(b.Partitions()) {
 		for done := false; !done; {
-			a, err := b.AdvanceErasure(context.Background(), r, p, quotesCanary)
+			a, err := b.AdvanceErasure(context.Background(), r, p, quotesCanary, func() {})
 			if err != nil {
 				b.t.Fatal(err)
 			}
@@ -268,6 +268,45 @@ func TestErasureReachesWhatAWrongClockHasAhead(t *testing.T) {
 				t.Errorf("%v: %s is not purged: %+v %v", ahead, id, e, err)
 			}
 		}
+	}
+}
+
+// TestStepOfAnErasureIsBoundedByDeliveries: events with many deliveries are purged a few at a time, and others have their turn
+// between the commits of one.
+func TestStepOfAnErasureIsBoundedByDeliveries(t *testing.T) {
+	b := newBench(t, onePartition)
+	var many []int
+	for i := range eraseTargets / 2 {
+		many = append(many, i+1)
+	}
+	for i := range 5 {
+		b.append(carrying(fmt.Sprint("e", i), many...))
+	}
+	r := b.erasure("person")
+	if err := b.BeginErasure(t.Context(), r); err != nil {
+		t.Fatal(err)
+	}
+	var steps []int64
+	rests := 0
+	for done := false; !done; {
+		a, err := b.AdvanceErasure(t.Context(), r, 0, quotesCanary, func() { rests++ })
+		if err != nil {
+			t.Fatal(err)
+		}
+		steps, done = append(steps, a.Created), a.Done
+	}
+	if !slices.Equal(steps, []int64{2, 2, 1}) && !slices.Equal(steps, []int64{2, 2, 1, 0}) {
+		t.Errorf("events by step: %v", steps)
+	}
+	if want := 5 * len(many) / purgeBatch; rests < want {
+		t.Errorf("%d rests, want %d", rests, want)
+	}
+	got, err := b.Replay(acme, r.Key)
+	if err != nil || got.Purged.Events != 5 || got.Purged.Cancelled != int64(5*len(many)) || got.Counts.Scanned != 5 {
+		t.Errorf("purged %+v, %+v, %v", got.Purged, got.Counts, err)
+	}
+	if found := b.quoted(); len(found) > 0 {
+		t.Errorf("quoted by %q", found)
 	}
 }
 

@@ -326,7 +326,7 @@ func (s *sweep) purgeKept(ctx context.Context, ns NamespaceKey, keys [][]byte) e
 			_, stays, err = s.anyStays(c.r, ns, seq, &head)
 		}
 		return err == nil && !stays, p.passOver(err)
-	}, func(*commit, PurgeCounts) error { return nil })
+	}, func(*commit, PurgeCounts) error { return nil }, func() { _ = sleep(ctx, restMost) })
 	if errors.Is(err, ErrNotFound) {
 		return nil
 	}

@@ -100,7 +100,7 @@ func (j *Journal) PurgeEvent(ctx context.Context, ns NamespaceKey, partition uin
 	unread, err := p.purge(ctx, ns, []uint64{seq}, nil, func(_ *commit, n PurgeCounts) error {
 		sum.add(n)
 		return nil
-	})
+	}, func() {})
 	if err != nil {
 		return PurgeCounts{}, err // sum may still be in the committer's hands
 	}
@@ -109,9 +109,9 @@ func (j *Journal) PurgeEvent(ctx context.Context, ns NamespaceKey, partition uin
 
 // purge purges events of a namespace, of which may, unless it is nil, is asked in the commit that begins it. note is told in
 // each commit what that has done, and may add to it. What cannot be read is passed over, and named. ErrNotFound: there was
-// none to purge.
+// none to purge. rest is called between the commits of deliveries, of which an event may have many.
 func (p *partition) purge(ctx context.Context, ns NamespaceKey, seqs []uint64, may func(c *commit, seq uint64) (bool, error),
-	note func(*commit, PurgeCounts) error,
+	note func(*commit, PurgeCounts) error, rest func(),
 ) (unread []error, err error) {
 	passed := make(chan []uint64, 1)
 	if err := p.do(ctx, func(c *commit) error {
@@ -155,13 +155,16 @@ func (p *partition) purge(ctx context.Context, ns NamespaceKey, seqs []uint64, m
 			return nil, err
 		}
 		unread = append(unread, <-aside...)
+		rest()
 	}
 	if len(unread) > 0 {
 		return unread, nil
 	}
-	if err := p.purgeNews(ctx, ns, func(_ LaneKey, seq uint64) (bool, error) {
-		return slices.ContainsFunc(all, func(at rowAt) bool { return at.seq == seq }), nil
-	}); err != nil {
+	own := make(map[uint64]bool)
+	for _, at := range all {
+		own[at.seq] = true
+	}
+	if err := p.purgeNews(ctx, ns, own, func(LaneKey, uint64) (bool, error) { return true, nil }); err != nil {
 		return nil, err
 	}
 	return nil, p.do(ctx, func(c *commit) error {
@@ -463,8 +466,9 @@ func (p *partition) purgedOf(r pebble.Reader, ns NamespaceKey, seq uint64) (bool
 	return head.purged, err
 }
 
-// purgeNews takes what changes of erased deliveries may quote out of what is kept for those who watch.
-func (p *partition) purgeNews(ctx context.Context, ns NamespaceKey, erased func(lane LaneKey, seq uint64) (bool, error)) error {
+// purgeNews takes what changes of erased deliveries may quote out of what is kept for those who watch. Nothing else than some
+// sequences is looked at, unless they are nil.
+func (p *partition) purgeNews(ctx context.Context, ns NamespaceKey, only map[uint64]bool, erased func(lane LaneKey, seq uint64) (bool, error)) error {
 	prefix := appendSpace(nil, p.number, tagNews, ns)
 	var keys, values [][]byte
 	flush := func() error {
@@ -487,7 +491,7 @@ func (p *partition) purgeNews(ctx context.Context, ns NamespaceKey, erased func(
 	}
 	r, _ := p.snapshot()
 	err := p.j.scan(r, prefix, prefixEnd(prefix), func(key, value []byte) error {
-		after, err := stripNews(ns, value, erased)
+		after, err := stripNews(ns, value, only, erased)
 		if err != nil {
 			return p.passOver(p.j.corrupt(key, err))
 		}
@@ -506,8 +510,9 @@ func (p *partition) purgeNews(ctx context.Context, ns NamespaceKey, erased func(
 	return flush()
 }
 
-// stripNews is a row of changes without what those of erased deliveries may quote; nil when there is nothing.
-func stripNews(ns NamespaceKey, value []byte, erased func(lane LaneKey, seq uint64) (bool, error)) ([]byte, error) {
+// stripNews is a row of changes without what those of erased deliveries may quote; nil when there is nothing. Only those of
+// some sequences are decoded, unless they are nil.
+func stripNews(ns NamespaceKey, value []byte, only map[uint64]bool, erased func(lane LaneKey, seq uint64) (bool, error)) ([]byte, error) {
 	d := readRecord(value)
 	first, count, last := d.uint(), d.uint(), d.byte()
 	if d.err != nil {
@@ -517,7 +522,7 @@ func stripNews(ns NamespaceKey, value []byte, erased func(lane LaneKey, seq uint
 	w.uint(first)
 	w.uint(count)
 	w.byte(last)
-	stripped := false
+	stripped, kept := false, d.b // what has not been written yet
 	for body := d.b; len(body) > 0; {
 		if len(body) < changeHead {
 			return nil, errTruncated
@@ -526,28 +531,32 @@ func stripNews(ns NamespaceKey, value []byte, erased func(lane LaneKey, seq uint
 		if size > uint64(len(body)-changeHead) {
 			return nil, errTruncated
 		}
-		head, record := body[:changeHead-4], body[changeHead:changeHead+size]
+		at, record := body, body[changeHead:changeHead+size]
 		body = body[changeHead+size:]
+		seq := binary.BigEndian.Uint64(at[8:])
+		if only != nil && !only[seq] {
+			continue
+		}
 		st, err := decodeStanding(record)
 		if err != nil {
 			return nil, err
 		}
-		if st.strip() {
-			lane := LaneKey{ns, SubscriptionKey(binary.BigEndian.Uint64(head))}
-			gone, err := erased(lane, binary.BigEndian.Uint64(head[8:]))
-			if err != nil {
-				return nil, err
-			}
-			if gone {
-				record, stripped = encodeStanding(nil, &st), true
-			}
+		if !st.strip() {
+			continue
 		}
-		w = append(w, head...)
+		if gone, err := erased(LaneKey{ns, SubscriptionKey(binary.BigEndian.Uint64(at))}, seq); err != nil {
+			return nil, err
+		} else if !gone {
+			continue
+		}
+		record = encodeStanding(nil, &st)
+		w = append(w, kept[:len(kept)-len(at)+changeHead-4]...)
 		w = binary.BigEndian.AppendUint32(w, uint32(len(record)))
 		w = append(w, record...)
+		stripped, kept = true, body
 	}
 	if !stripped {
 		return nil, nil
 	}
-	return w, nil
+	return append(w, kept...), nil
 }

@@ -370,7 +370,7 @@ func (s *scrub) holds(key, value []byte) (bool, error) {
 	case tagRecord:
 		return s.recordHolds(p, key, value)
 	case tagNews:
-		after, err := stripNews(s.job.Namespace, value, purged)
+		after, err := stripNews(s.job.Namespace, value, nil, purged)
 		return after != nil, p.passOver(wrapped(p.j.corrupt(key, err), err))
 	case tagBlocked:
 		lane, _, seq, ok := splitBlocked(key)

@@ -67,11 +67,20 @@ func (r *Runner) eraseStep(ctx context.Context, j *job, partition uint16, select
 		return delivery.Advance{}, context.Cause(ctx)
 	}
 	// Whoever cancels, or stops, waits for a step that has begun.
-	ctx = context.WithoutCancel(ctx)
-	if err := r.note(ctx, j); err != nil {
+	whole := context.WithoutCancel(ctx)
+	if err := r.note(whole, j); err != nil {
 		return delivery.Advance{}, err
 	}
-	return r.journal.AdvanceErasure(ctx, j.Replay, partition, selects)
+	began := time.Now()
+	return r.journal.AdvanceErasure(whole, j.Replay, partition, selects, func() {
+		if ctx.Err() != nil {
+			return
+		}
+		<-r.step // others have their turns meanwhile
+		sleep(ctx, min(restFor*time.Since(began), restMost))
+		r.step <- struct{}{}
+		began = time.Now()
+	})
 }
 
 // prove has files written anew until none holds anything that the erasure selects.

@@ -63,7 +63,7 @@ type Journal interface {
 	CountReplay(ctx context.Context, pick *delivery.Picker, turn func(look func() error) error) (delivery.ReplayCounts, error)
 	OpenIn(ns delivery.NamespaceKey) int64
 	BeginErasure(ctx context.Context, r *delivery.Replay) error
-	AdvanceErasure(ctx context.Context, r *delivery.Replay, partition uint16, selects delivery.Selects) (delivery.Advance, error)
+	AdvanceErasure(ctx context.Context, r *delivery.Replay, partition uint16, selects delivery.Selects, rest func()) (delivery.Advance, error)
 	CountErasure(ctx context.Context, r *delivery.Replay, selects delivery.Selects, turn func(look func() error) error) (*delivery.Replay, error)
 	Scrub(ctx context.Context, r *delivery.Replay, selects delivery.Selects) (delivery.Proof, error)
 	EndErasure(ctx context.Context, ns delivery.NamespaceKey, key uint64, proof delivery.Proof) (*delivery.Replay, error)

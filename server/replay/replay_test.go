@@ -126,7 +126,7 @@ func (j *failing) AdvanceReplay(context.Context, *delivery.Replay, uint16, *deli
 	return delivery.Advance{Done: true}, j.call()
 }
 
-func (j *failing) AdvanceErasure(context.Context, *delivery.Replay, uint16, delivery.Selects) (delivery.Advance, error) {
+func (j *failing) AdvanceErasure(context.Context, *delivery.Replay, uint16, delivery.Selects, func()) (delivery.Advance, error) {
 	return delivery.Advance{Done: true}, j.call()
 }
 
