@@ -134,8 +134,8 @@ func (p *partition) beginCursor(ctx context.Context, r *Replay) (cursor, error) 
 		at, err := p.cursor(c.r, r.Namespace, r.Key)
 		if err == nil && !at.begun() {
 			at = cursor{step: 1, high: c.lastSeq + 1}
-			if r.Spec.Erase { // what a wrong clock has put into the future was accepted before, too
-				at.high = max(at.high, p.ahead.high+1)
+			if r.Spec.Erase {
+				at.reachAhead(p)
 			}
 			c.putCursor(r, &at)
 		}

@@ -19,16 +19,21 @@ const (
 	maxHeals = 1<<healBits - 1
 )
 
+const healShift = seqCounterBits - healBits
+
 // nextSeq is the sequence of the next event.
 func (p *partition) nextSeq(last uint64, now time.Time) uint64 {
 	seq := max(last+1, seqAt(now))
 	if seq > p.ahead.high {
 		return seq
 	}
-	const below = seqCounterBits - healBits
-	floor := seq>>seqCounterBits<<seqCounterBits | uint64(min(p.ahead.times, maxHeals))<<below
+	floor := seq>>seqCounterBits<<seqCounterBits | uint64(min(p.ahead.times, maxHeals))<<healShift
 	return max(seq, floor)
 }
+
+// healsOf is how often a wrong clock had been noticed when a sequence was given that lies where one has been; maxHeals is that
+// often or more.
+func healsOf(seq uint64) int { return int(seq >> healShift & maxHeals) }
 
 // heal brings a partition back whose newest sequence lies further ahead than maxAhead, because the clock was wrong
 // when it was given. New sequences follow the present again; what lies ahead stays readable, is delivered, and

@@ -41,6 +41,13 @@ func (j *Journal) BeginErasure(ctx context.Context, r *Replay) error {
 	return nil
 }
 
+// reachAhead has an erasure that begins look at what a wrong clock has put into the future, too: it was accepted before.
+func (at *cursor) reachAhead(p *partition) {
+	if p.ahead.high >= at.high {
+		at.ahead, at.high = aheadOf{at.high, p.ahead.times}, p.ahead.high+1
+	}
+}
+
 // AdvanceErasure makes one step of an erasure in one partition: it looks on, in the order of sequences, until some events
 // are selected or it has looked at enough, and purges those. What a crash has left half purged is purged again. It looks at
 // nothing that was accepted after BeginErasure, or not before its Until. rest is called between commits of a step that has
@@ -141,7 +148,8 @@ func (j *Journal) CountErasure(ctx context.Context, r *Replay, selects Selects, 
 	sum := *r
 	for _, p := range j.partitions {
 		p.visible.RLock()
-		at := cursor{high: max(p.appliedSeq, p.ahead.high) + 1}
+		at := cursor{high: p.appliedSeq + 1}
+		at.reachAhead(p)
 		p.visible.RUnlock()
 		for !at.done {
 			if err := turn(func() error {
@@ -202,6 +210,9 @@ func (p *partition) lookToErase(ctx context.Context, job *Replay, selects Select
 			step.first = seq
 		}
 		step.seq = seq
+		if !at.before(seq) {
+			continue
+		}
 		step.counts.Scanned++
 		e, err := p.readEvent(r, job.Namespace, seq)
 		if err := p.passOver(passGone(err)); err != nil {

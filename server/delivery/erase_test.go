@@ -538,3 +538,40 @@ func incompressible(n int) []byte {
 }
 
 func isTable(file string) bool { return strings.HasSuffix(file, ".sst") }
+
+// What a wrong clock has put into the future was accepted before, and is purged; what is accepted later is not, wherever the
+// present has come to.
+func TestErasureWhereAClockWasAhead(t *testing.T) {
+	const wrong = 20 * 24 * time.Hour
+	_, change := onDisk(t)
+	b := newBench(t, onePartition, change)
+	b.append(carrying("now", 1))
+	b.clock.add(wrong)
+	b.append(carrying("ahead", 1))
+	for _, job := range b.jobs() {
+		b.succeed(job)
+	}
+	b.flush()
+	b.close()
+	b.clock.add(-wrong)
+	b.open()
+	b.append(carrying("healed", 1))
+	r := b.erasure("gdpr")
+	if err := b.BeginErasure(t.Context(), r); err != nil {
+		t.Fatal(err)
+	}
+	b.clock.add(time.Second)
+	b.append(carrying("after", 1))
+	b.reopen()
+	b.erase(r)
+	b.clock.add(time.Minute)
+	b.append(carrying("later", 1))
+	if proof, err := b.Scrub(t.Context(), r, quotesCanary); err != nil || proof.Bytes == 0 {
+		t.Errorf("%+v, %v", proof, err)
+	}
+	for id, purged := range map[string]bool{"now": true, "ahead": true, "healed": true, "after": false, "later": false} {
+		if e, err := b.Event(acme, id); err != nil || purged != (e.Purged != nil) {
+			t.Errorf("%s: %+v, %v", id, e, err)
+		}
+	}
+}

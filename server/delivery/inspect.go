@@ -188,7 +188,9 @@ func (p *partition) inspectRecord(key, value []byte, sum *Inspection) (err error
 	case kindMade:
 		_, err = decodeMade(value)
 	case kindSwept:
-		_, err = decodeSwept(value)
+		if len(key) == recordPrefix {
+			_, err = decodeSwept(value)
+		}
 	default:
 		err = errBadKey
 	}

@@ -418,7 +418,7 @@ func (c *commit) forget(s *sweep, row rowAt) error {
 	if err != nil {
 		return err
 	}
-	subs, stays, err := s.anyStays(c.r, ns, seq, &head)
+	subs, stays, err := s.anyStays(c.r, kept, ns, seq, &head)
 	if err != nil || stays {
 		return err
 	}
@@ -434,10 +434,10 @@ func (c *commit) forget(s *sweep, row rowAt) error {
 	return c.forgetIn(dayOf(seq), ns, seq, subs)
 }
 
-// anyStays reports whether one of the deliveries of a kept event is to stay, and to whom it went.
-func (s *sweep) anyStays(r pebble.Reader, ns NamespaceKey, seq uint64, head *eventHead) (subs []SubscriptionKey, stays bool, err error) {
+// anyStays reports whether one of the deliveries of an event, which lies in a day or in kept, is to stay, and to whom it went.
+func (s *sweep) anyStays(r pebble.Reader, day dayKey, ns NamespaceKey, seq uint64, head *eventHead) (subs []SubscriptionKey, stays bool, err error) {
 	p := s.p
-	if err := p.targets(r, kept, ns, seq, head, func(list *targetList) { subs = append(subs, list.keys()...) }); err != nil {
+	if err := p.targets(r, day, ns, seq, head, func(list *targetList) { subs = append(subs, list.keys()...) }); err != nil {
 		return nil, false, err
 	}
 	one := func(lane LaneKey, own uint64) error {
@@ -456,7 +456,7 @@ func (s *sweep) anyStays(r pebble.Reader, ns NamespaceKey, seq uint64, head *eve
 		}
 	}
 	if err == nil {
-		err = p.eachReplay(r, kept, ns, seq, func(lane LaneKey, own, _ uint64) error { return one(lane, own) })
+		err = p.eachReplay(r, day, ns, seq, func(lane LaneKey, own, _ uint64) error { return one(lane, own) })
 	}
 	if stays {
 		err = nil

@@ -25,7 +25,8 @@ import (
 //	r | day ns x seq lane own   what a transformer has made of the event for a subscription, and of a dead letter, whose own
 //	                            is 0 otherwise
 //	r | day ns y seq own lane   the event is sent again as that delivery; the job that does so
-//	r | day ns s part           up to which sequence a part of what lies in the day has been erased before the rest
+//	r | day ns s                up to which sequence the payloads of the day have gone before the rest
+//	r | day ns s seq            but for that event's, which was open then
 //	r | 0xffff ns …             kept: the same, of events that outlive their day because a delivery is open; i has
 //	                            the sequence behind it, since an id may come again after a day
 //	f | ns lane                 since when the target has been failing
@@ -206,8 +207,12 @@ func appendMadeKey(b []byte, partition uint16, day dayKey, lane LaneKey, seq, ow
 	return appendU64(appendU64(appendMade(b, partition, day, lane.Namespace, seq), uint64(lane.Subscription)), own)
 }
 
-func appendSweptKey(b []byte, partition uint16, day dayKey, ns NamespaceKey, some part) []byte {
-	return append(appendKind(b, partition, day, ns, kindSwept), byte(some))
+func appendSweptKey(b []byte, partition uint16, day dayKey, ns NamespaceKey) []byte {
+	return appendKind(b, partition, day, ns, kindSwept)
+}
+
+func appendWaitKey(b []byte, partition uint16, day dayKey, ns NamespaceKey, seq uint64) []byte {
+	return appendU64(appendSweptKey(b, partition, day, ns), seq)
 }
 
 func appendJobKey(b []byte, partition uint16, tag byte, ns NamespaceKey, job uint64) []byte {

@@ -13,6 +13,11 @@ import (
 	"github.com/cockroachdb/pebble/v2"
 )
 
+// Parts of what has ended go before the rest of it. What an event carries goes by an event, with all that quotes it, once none
+// of its deliveries is open, those that were made again among them: as PurgeEvent has it go. Where a sweep has found one open,
+// that is noted beside the event, and looked at again each hour. Attempts go by a delivery. Nothing is moved for either, and
+// nothing that others do is slower for it.
+
 // part is what a sweep erases of what has ended.
 type part byte
 
@@ -22,10 +27,14 @@ const (
 	attempts part = 'a'
 )
 
-type partDay struct {
-	part part
-	day  dayKey
-}
+const (
+	// purgeTargets and purgeBytes bound the events that are purged in one commit, by the deliveries that they were made with and
+	// their size; one alone may have more.
+	purgeTargets = 256
+	purgeBytes   = 1 << 20
+	// findAtOnce is how many deliveries are looked up before a sweep rests.
+	findAtOnce = 1024
+)
 
 // of is how long a part is kept that goes before the rest, which is kept for so long; 0 when it does not.
 func (k Parts) of(some part, rest time.Duration) time.Duration {
@@ -45,135 +54,81 @@ func (s *sweep) runParts(ctx context.Context) error {
 		return nil
 	}
 	defer func() { s.part = whole }()
-	tidy := s.now.Sub(s.p.retention.tidiedParts) >= tidyPartsEvery
+	hourly := s.now.Sub(s.p.retention.tidiedParts) >= tidyPartsEvery
 	for _, s.part = range []part{payloads, attempts} {
-		due, err := s.dueParts(ctx)
+		if s.part == attempts && !hourly {
+			continue
+		}
+		due, err := s.dueParts(ctx, hourly)
 		if err != nil {
 			return err
 		}
 		for _, d := range due {
-			if err := s.erase(ctx, d.day, d.fates, s.eraseParts); err != nil {
-				return err
+			for _, f := range d.fates {
+				if err := s.runPart(ctx, d.day, f, hourly); err != nil {
+					return err
+				}
 			}
 		}
-		if tidy {
-			if err := s.tidyParts(ctx); err != nil {
+		if !hourly {
+			continue
+		}
+		for ns, keep := range s.partSpaces() {
+			if err := s.tidyPart(ctx, ns, keep); err != nil {
 				return err
 			}
 		}
 	}
-	if tidy {
+	if hourly {
 		s.p.retention.tidiedParts = s.now
 	}
 	return nil
 }
 
-// eraseParts erases the part of a day, and notes how far.
-func (s *sweep) eraseParts(ctx context.Context, d dayKey, fates []fate) error {
-	for _, f := range fates {
-		run := s.purgePayloads
-		if s.part == attempts {
-			run = s.eraseAttempts
-		}
-		if err := run(ctx, d, f); err != nil {
-			return err
-		}
-		if err := s.do(ctx, func(c *commit) error {
-			c.set(appendSweptKey(nil, s.p.number, d, f.ns, s.part), encodeSwept(f.below))
-			return nil
-		}); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// sweptTo is up to which sequence the part of a namespace's day has been erased.
-func (p *partition) sweptTo(r pebble.Reader, d dayKey, ns NamespaceKey, some part) (seq uint64, err error) {
-	_, err = p.j.get(r, appendSweptKey(nil, p.number, d, ns, some), func(value []byte) (err error) {
-		seq, err = decodeSwept(value)
-		return err
-	})
-	return seq, p.passOver(err) // it is found out again
-}
-
-func encodeSwept(seq uint64) []byte {
-	w := newRecord(nil)
-	w.uint(seq)
-	return w
-}
-
-func decodeSwept(value []byte) (uint64, error) {
-	d := readRecord(value)
-	seq := d.uint()
-	return seq, d.err
-}
-
-// dueParts finds the days and namespaces of which the part is to go. It costs a look at each namespace that keeps it for a
-// shorter time and has anything in a day.
-func (s *sweep) dueParts(ctx context.Context) (due []dueDay, err error) {
-	p := s.p
-	keep, shortest := make(map[NamespaceKey]time.Duration), time.Duration(math.MaxInt64)
+// partSpaces are the namespaces that keep the part for a shorter time than the rest.
+func (s *sweep) partSpaces() map[NamespaceKey]time.Duration {
+	all := make(map[NamespaceKey]time.Duration)
 	for ns, parts := range s.keep.Parts {
 		if d := parts.of(s.part, s.keep.Of(ns)); d > 0 {
-			keep[ns], shortest = d, min(shortest, d)
+			all[ns] = d
 		}
 	}
+	return all
+}
+
+// dueParts finds the days and namespaces of which something of the part may be to go; if not all, only those days of which more
+// goes with each sweep. It costs a look at each namespace that keeps it for a shorter time and has anything in a day.
+func (s *sweep) dueParts(ctx context.Context, all bool) (due []dueDay, err error) {
+	keep := s.partSpaces()
 	if len(keep) == 0 {
 		return nil, nil
 	}
 	spaces := slices.Sorted(maps.Keys(keep))
-	if p.retention.quietParts == nil {
-		p.retention.quietParts = make(map[partDay]time.Time)
-	}
-	seen := make(map[partDay]time.Time)
-	snapshot := p.j.db.NewSnapshot()
+	snapshot := s.p.j.db.NewSnapshot()
 	defer func() { err = errors.Join(err, snapshot.Close()) }()
-	err = p.eachDay(snapshot, 0, func(day dayKey) error {
-		if err := ctx.Err(); err != nil {
+	err = s.p.eachDay(snapshot, 0, func(day dayKey) error {
+		d := dueDay{day: day}
+		if err := ctx.Err(); err != nil || day == kept {
 			return err
 		}
-		if day == kept || s.age(day) < shortest-24*time.Hour {
-			return nil
-		}
-		at := partDay{s.part, day}
-		if until := p.retention.quietParts[at]; s.now.Before(until) {
-			seen[at] = until
-			return nil
-		}
-		d := dueDay{day: day}
-		if err := s.eachOf(snapshot, day, spaces, func(ns NamespaceKey) error {
-			f := fate{ns: ns, below: s.below(day, keep[ns])}
-			if f.below == 0 {
-				return nil
+		if err := s.eachOf(snapshot, day, spaces, func(ns NamespaceKey) {
+			if f := (fate{ns: ns, below: s.below(day, keep[ns])}); f.below > 0 && (all || f.below != math.MaxUint64) {
+				d.fates = append(d.fates, f)
 			}
-			var err error
-			if f.from, err = p.sweptTo(snapshot, day, ns, s.part); err != nil {
-				return err
-			}
-			if any, err := s.any(snapshot, day, f); err != nil || !any {
-				return err
-			}
-			d.fates = append(d.fates, f)
-			return nil
 		}); err != nil {
 			return err
 		}
 		if len(d.fates) > 0 {
 			due = append(due, d)
-		} else if s.age(day) >= 0 {
-			seen[at] = s.now.Add(lookAgain)
 		}
 		return nil
 	})
-	maps.DeleteFunc(p.retention.quietParts, func(at partDay, _ time.Time) bool { return at.part == s.part })
-	maps.Copy(p.retention.quietParts, seen)
 	return due, err
 }
 
 // eachOf visits those of some namespaces that have anything in a day. It costs a seek for each that is in both, and no more than
 // one for each of the fewer.
-func (s *sweep) eachOf(r pebble.Reader, d dayKey, spaces []NamespaceKey, visit func(NamespaceKey) error) error {
+func (s *sweep) eachOf(r pebble.Reader, d dayKey, spaces []NamespaceKey, visit func(NamespaceKey)) error {
 	p := s.p
 	first, last := appendDaySpace(nil, p.number, d, spaces[0]), appendDaySpace(nil, p.number, d, spaces[len(spaces)-1])
 	return p.j.hop(r, first, prefixEnd(last), func(key []byte) ([]byte, error) {
@@ -183,9 +138,7 @@ func (s *sweep) eachOf(r pebble.Reader, d dayKey, spaces []NamespaceKey, visit f
 		}
 		i, found := slices.BinarySearch(spaces, ns)
 		if found {
-			if err := visit(ns); err != nil {
-				return nil, err
-			}
+			visit(ns)
 			i++
 		}
 		if i == len(spaces) {
@@ -195,137 +148,236 @@ func (s *sweep) eachOf(r pebble.Reader, d dayKey, spaces []NamespaceKey, visit f
 	})
 }
 
-// any reports whether there are events, or deliveries that were made again, in what is to go.
-func (s *sweep) any(r pebble.Reader, d dayKey, f fate) (found bool, err error) {
-	for _, kind := range []byte{kindEvent, kindAgain} {
-		prefix := appendKind(nil, s.p.number, d, f.ns, kind)
-		prefix = prefix[:len(prefix):len(prefix)]
-		if err := s.p.j.iterate(r, appendU64(prefix, f.from), appendU64(prefix, f.below), func(it *pebble.Iterator) error {
-			found = found || it.First()
-			return nil
-		}); err != nil || found {
-			return found, err
-		}
+// runPart has the part of a namespace's day go.
+func (s *sweep) runPart(ctx context.Context, d dayKey, f fate, hourly bool) error {
+	if s.part == attempts {
+		return s.eraseAttempts(ctx, d, f.ns, func(seq uint64) bool { return seq < f.below })
 	}
-	return false, nil
-}
-
-// purgePayloads purges what events carry of which nothing is open: what is was moved to kept. Events come last: what is noted
-// of them is that all is purged.
-func (s *sweep) purgePayloads(ctx context.Context, d dayKey, f fate) error {
 	p := s.p
-	prefix := appendKind(nil, p.number, d, f.ns, kindMade)
-	prefix = prefix[:len(prefix):len(prefix)]
-	if err := s.eraseSpan(ctx, appendU64(prefix, f.from), appendU64(prefix, f.below)); err != nil {
+	mark := appendSweptKey(nil, p.number, d, f.ns)
+	if _, err := p.j.get(p.j.db, mark, func(value []byte) error {
+		m, err := decodeSwept(value)
+		if err == nil && m.heals == p.ahead.times { // else there may be sequences below it that came later
+			f.from = m.to
+		}
+		return err
+	}); p.passOver(err) != nil { // one that is damaged is found out again
 		return err
 	}
-	for _, kind := range []byte{kindDelivery, kindAttempt} {
-		if err := s.someOf(ctx, d, f, kind, func(_, value []byte) (bool, error) { return quotes(kind, value), nil }, func(keys [][]byte) error {
-			return s.rewrite(ctx, keys, func(c *commit, key, value []byte) error { return c.stripRecord(kind, key, value) })
-		}); err != nil {
+	if any, err := s.any(d, f); err != nil {
+		return err
+	} else if any {
+		if err := s.purgeSpan(ctx, d, f); err != nil {
 			return err
 		}
-	}
-	return s.someOf(ctx, d, f, kindEvent, func(_, _ []byte) (bool, error) { return true, nil }, func(keys [][]byte) error {
-		return s.rewrite(ctx, keys, func(c *commit, key, value []byte) error { return c.purgeRecord(key, value, true) })
-	})
-}
-
-// rewrite has records written anew as they are in the commit that does it, some at a time. What cannot be read is passed over.
-func (s *sweep) rewrite(ctx context.Context, keys [][]byte, with func(c *commit, key, value []byte) error) error {
-	for some := range slices.Chunk(keys, eraseAtOnce) {
-		if err := s.do(ctx, func(c *commit) error {
-			for _, key := range some {
-				var value []byte
-				found, err := s.p.j.get(c.r, key, func(v []byte) error {
-					value = bytes.Clone(v)
-					return nil
-				})
-				if err == nil && found {
-					err = with(c, key, value)
-				}
-				if err := s.p.passOver(err); err != nil {
-					return err
-				}
-			}
-			return nil
-		}); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// eraseAttempts erases attempts of deliveries that have ended: those of what is open were moved to kept.
-func (s *sweep) eraseAttempts(ctx context.Context, d dayKey, f fate) error {
-	return s.eraseKind(ctx, d, f, kindAttempt)
-}
-
-// tidyParts does the same with what was kept, and has ended since.
-func (s *sweep) tidyParts(ctx context.Context) error {
-	for _, ns := range slices.Sorted(maps.Keys(s.keep.Parts)) {
-		keep := s.keep.Parts[ns].of(s.part, s.keep.Of(ns))
-		if keep <= 0 {
-			continue
-		}
-		tidy := s.tidyPayloads
-		if s.part == attempts {
-			tidy = s.tidyAttempts
-		}
-		if err := tidy(ctx, ns, keep); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// outlived reports whether a kept sequence is older than a part is kept.
-func (s *sweep) outlived(seq uint64, keep time.Duration) bool {
-	if s.ahead(dayOf(seq)) || keep >= walkBelow {
-		return s.age(dayOf(seq)) >= keep
-	}
-	return s.now.Sub(seqTime(seq)) >= keep
-}
-
-func (s *sweep) tidyPayloads(ctx context.Context, ns NamespaceKey, keep time.Duration) error {
-	p := s.p
-	return s.someOf(ctx, kept, fate{ns: ns, below: math.MaxUint64}, kindEvent, func(key, value []byte) (bool, error) {
-		seq, _ := recordSeq(kindEvent, key[recordPrefix:])
-		if !s.outlived(seq, keep) {
-			return false, nil
-		}
-		head, err := decodeHead(value)
-		if err != nil {
-			return false, p.passOver(p.j.corrupt(key, err))
-		}
-		return !head.purged, nil
-	}, func(keys [][]byte) error {
-		for some := range slices.Chunk(keys, tidyBatch) {
-			if err := s.purgeKept(ctx, ns, some); err != nil {
+		if !s.ahead(d) { // else what is given later may come before
+			if err := s.do(ctx, func(c *commit) error {
+				c.set(mark, encodeSwept(swept{f.below, p.ahead.times}))
+				return nil
+			}); err != nil {
 				return err
 			}
 		}
+	}
+	if !hourly {
 		return nil
+	}
+	return s.purgeWaiting(ctx, d, f.ns)
+}
+
+// any reports whether there are events in what is to go.
+func (s *sweep) any(d dayKey, f fate) (found bool, err error) {
+	if f.from >= f.below {
+		return false, nil
+	}
+	lower, upper := appendEventKey(nil, s.p.number, d, f.ns, f.from), appendEventKey(nil, s.p.number, d, f.ns, f.below)
+	err = s.p.j.iterate(s.p.j.db, lower, upper, func(it *pebble.Iterator) error {
+		found = it.First()
+		return nil
+	})
+	return found, err
+}
+
+// purgeSpan purges the events of a day in which nothing is open, and notes of the others that they wait for that.
+func (s *sweep) purgeSpan(ctx context.Context, d dayKey, f fate) error {
+	return s.someOf(ctx, d, f, kindEvent, s.carries, func(keys [][]byte) error {
+		_, err := s.purgeThose(ctx, f.ns, seqsOf(keys), true)
+		return err
 	})
 }
 
-// purgeKept purges those of some kept events of which nothing is to stay.
-func (s *sweep) purgeKept(ctx context.Context, ns NamespaceKey, keys [][]byte) error {
-	p := s.p
+// carries reports whether an event's record has not been purged, or not as a whole.
+func (s *sweep) carries(key, value []byte) (bool, error) {
+	head, err := decodeHead(value)
+	if err == nil && head.purged {
+		var e *Event
+		e, err = decodeEvent(value)
+		return err == nil && !e.Purged.done, s.p.passOver(wrapped(s.p.j.corrupt(key, err), err))
+	}
+	return err == nil, s.p.passOver(wrapped(s.p.j.corrupt(key, err), err))
+}
+
+func seqsOf(keys [][]byte) []uint64 {
 	seqs := make([]uint64, len(keys))
 	for i, key := range keys {
 		seqs[i], _ = recordSeq(kindEvent, key[recordPrefix:])
 	}
+	return seqs
+}
+
+// purgeWaiting looks at the events of a day again that were found open.
+func (s *sweep) purgeWaiting(ctx context.Context, d dayKey, ns NamespaceKey) error {
+	p := s.p
+	prefix := appendSweptKey(nil, p.number, d, ns)
+	for from, end := appendU64(slices.Clone(prefix), 0), prefixEnd(prefix); from != nil; {
+		var keys [][]byte
+		if err := p.j.scan(p.j.db, from, end, func(key, _ []byte) error {
+			if len(keys) == eraseByKey {
+				return errStopped
+			}
+			if len(key) != len(prefix)+8 {
+				return p.j.corrupt(key, errBadKey)
+			}
+			keys = append(keys, bytes.Clone(key))
+			return nil
+		}); errors.Is(err, errStopped) {
+			from = append(bytes.Clone(keys[len(keys)-1]), 0)
+		} else if err != nil {
+			return err
+		} else {
+			from = nil
+		}
+		seqs := make([]uint64, len(keys))
+		for i, key := range keys {
+			seqs[i] = binary.BigEndian.Uint64(key[len(prefix):])
+		}
+		over, err := s.purgeThose(ctx, ns, seqs, false)
+		if err != nil {
+			return err
+		}
+		keys = keys[:0]
+		for _, seq := range over {
+			keys = append(keys, appendWaitKey(nil, p.number, d, ns, seq))
+		}
+		if err := s.eraseKeys(ctx, keys); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// purgeThose purges those of some events of which nothing is open. Of what waits for that it notes so, if it is to. over are
+// those that wait for nothing any more: they are gone, or have been purged.
+func (s *sweep) purgeThose(ctx context.Context, ns NamespaceKey, seqs []uint64, note bool) (over []uint64, err error) {
+	p := s.p
+	var ready, waiting []uint64
+	targets, size, found := 0, 0, 0
+	begin := time.Now()
+	purge := func() error {
+		some := ready
+		ready, targets, size = nil, 0, 0
+		if len(some) == 0 {
+			return nil
+		}
+		return s.purgeReady(ctx, ns, some, note)
+	}
+	for _, seq := range seqs {
+		l, err := s.lookAt(p.j.db, ns, seq)
+		if err := p.passOver(err); err != nil {
+			return nil, err
+		}
+		if err != nil {
+			continue
+		}
+		switch l.stands {
+		case partOver:
+			over = append(over, seq)
+		case partWaits:
+			waiting = append(waiting, seq)
+		case partReady:
+			ready, targets, size = append(ready, seq), targets+l.targets, size+l.size
+			if targets >= purgeTargets || size >= purgeBytes || len(ready) >= tidyBatch {
+				if err := purge(); err != nil {
+					return nil, err
+				}
+			}
+		}
+		if found += l.targets + 1; found >= findAtOnce {
+			if err := sleep(ctx, min(restFor*time.Since(begin), restMost)); err != nil {
+				return nil, err
+			}
+			found, begin = 0, time.Now()
+		}
+	}
+	if err := purge(); err != nil || !note {
+		return over, err
+	}
+	for some := range slices.Chunk(waiting, eraseAtOnce) {
+		if err := s.do(ctx, func(c *commit) error {
+			for _, seq := range some {
+				c.set(appendWaitKey(nil, p.number, dayOf(seq), ns, seq), nil)
+			}
+			return nil
+		}); err != nil {
+			return nil, err
+		}
+	}
+	return over, nil
+}
+
+// partStands is how an event stands of which a part is to go.
+type partStands uint8
+
+const (
+	partOver partStands = iota
+	partWaits
+	partReady
+)
+
+type lookedAt struct {
+	stands        partStands
+	targets, size int
+}
+
+// lookAt reads how an event stands.
+func (s *sweep) lookAt(r pebble.Reader, ns NamespaceKey, seq uint64) (l lookedAt, err error) {
+	p := s.p
+	day, err := p.home(r, ns, seq)
+	if err != nil {
+		return l, err
+	}
+	var head eventHead
+	done := false
+	found, err := p.j.get(r, appendEventKey(nil, p.number, day, ns, seq), func(value []byte) (err error) {
+		l.size = len(value)
+		if head, err = decodeHead(value); err == nil && head.purged {
+			var e *Event
+			if e, err = decodeEvent(value); err == nil {
+				done = e.Purged.done
+			}
+		}
+		return err
+	})
+	if err != nil || !found || done {
+		return l, err
+	}
+	subs, stays, err := s.anyStays(r, day, ns, seq, &head)
+	l.targets = len(subs)
+	if l.stands = partReady; stays && !head.purged {
+		l.stands = partWaits
+	}
+	return l, err
+}
+
+// purgeReady purges events, but for those of which something has been opened meanwhile.
+func (s *sweep) purgeReady(ctx context.Context, ns NamespaceKey, seqs []uint64, note bool) error {
+	p := s.p
 	unread, err := p.purge(ctx, ns, seqs, func(c *commit, seq uint64) (bool, error) {
-		head, err := p.readHead(c.r, kept, ns, seq)
-		if errors.Is(err, ErrNotFound) {
-			return false, nil
+		l, err := s.lookAt(c.r, ns, seq)
+		if err == nil && l.stands == partWaits && note {
+			c.set(appendWaitKey(nil, p.number, dayOf(seq), ns, seq), nil)
 		}
-		stays := true
-		if err == nil {
-			_, stays, err = s.anyStays(c.r, ns, seq, &head)
-		}
-		return err == nil && !stays, p.passOver(err)
+		return err == nil && l.stands == partReady, p.passOver(err)
 	}, func(*commit, PurgeCounts) error { return nil }, func() { _ = sleep(ctx, restMost) })
 	if errors.Is(err, ErrNotFound) {
 		return nil
@@ -339,27 +391,69 @@ func (s *sweep) purgeKept(ctx context.Context, ns NamespaceKey, keys [][]byte) e
 	return sleep(ctx, restMost)
 }
 
-func (s *sweep) tidyAttempts(ctx context.Context, ns NamespaceKey, keep time.Duration) error {
+// eraseAttempts erases the attempts of those deliveries of a day that are old and have ended.
+func (s *sweep) eraseAttempts(ctx context.Context, d dayKey, ns NamespaceKey, old func(seq uint64) bool) error {
 	p := s.p
 	var last rowAt
 	goes := false
-	return s.someOf(ctx, kept, fate{ns: ns, below: math.MaxUint64}, kindAttempt, func(key, _ []byte) (bool, error) {
+	return s.someOf(ctx, d, fate{ns: ns, below: math.MaxUint64}, kindAttempt, func(key, _ []byte) (bool, error) {
 		seq, _ := recordSeq(kindAttempt, key[recordPrefix:])
-		lane := LaneKey{ns, SubscriptionKey(binary.BigEndian.Uint64(key[recordPrefix:]))}
-		at := rowAt{lane, seq}
+		at := rowAt{LaneKey{ns, SubscriptionKey(binary.BigEndian.Uint64(key[recordPrefix:]))}, seq}
 		if at == last {
 			return goes, nil
 		}
 		last, goes = at, false
-		if !s.outlived(seq, keep) {
+		if !old(seq) {
 			return false, nil
 		}
-		place, err := p.find(p.j.db, lane, seq)
+		place, err := p.find(p.j.db, at.lane, seq)
 		if err == nil {
 			var stays bool
-			stays, err = s.stays(p.j.db, lane, place)
+			stays, err = s.stays(p.j.db, at.lane, place)
 			goes = err == nil && !stays
 		}
 		return goes, p.passOver(err)
 	}, func(keys [][]byte) error { return s.eraseKeys(ctx, keys) })
+}
+
+// tidyPart does the same with what was kept, and has ended since.
+func (s *sweep) tidyPart(ctx context.Context, ns NamespaceKey, keep time.Duration) error {
+	old := func(seq uint64) bool {
+		if d := dayOf(seq); s.ahead(d) || keep >= walkBelow {
+			return s.age(d) >= keep
+		}
+		return s.now.Sub(seqTime(seq)) >= keep
+	}
+	if s.part == attempts {
+		return s.eraseAttempts(ctx, kept, ns, old)
+	}
+	return s.someOf(ctx, kept, fate{ns: ns, below: math.MaxUint64}, kindEvent, func(key, value []byte) (bool, error) {
+		if seq, _ := recordSeq(kindEvent, key[recordPrefix:]); !old(seq) {
+			return false, nil
+		}
+		return s.carries(key, value)
+	}, func(keys [][]byte) error {
+		_, err := s.purgeThose(ctx, ns, seqsOf(keys), false)
+		return err
+	})
+}
+
+// swept says up to which sequence payloads have gone, or been noted, in a day of a namespace, as of so many times that a wrong
+// clock had been noticed.
+type swept struct {
+	to    uint64
+	heals int
+}
+
+func encodeSwept(m swept) []byte {
+	w := newRecord(nil)
+	w.uint(m.to)
+	w.int(m.heals)
+	return w
+}
+
+func decodeSwept(value []byte) (swept, error) {
+	d := readRecord(value)
+	m := swept{d.uint(), d.int()}
+	return m, d.err
 }

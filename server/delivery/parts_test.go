@@ -30,13 +30,13 @@ func TestPayloadsGoBeforeTheRest(t *testing.T) {
 	for _, keep := range []time.Duration{time.Hour, 5 * 24 * time.Hour} {
 		t.Run(keep.String(), func(t *testing.T) {
 			b := newBench(t)
-			b.append(carrying("done", 1, 2), carrying("dead", 1), carrying("open", 1, 2), carrying("again", 1), carrying("late", 3))
+			b.append(carrying("done", 1, 2), carrying("dead", 1), carrying("open", 1, 2), carrying("again", 1), carrying("late", 3), carrying("echo", 1))
 			jobs := map[string]Job{}
 			for _, job := range b.jobs() {
 				jobs[fmt.Sprint(job.Event.ID, job.ID.Subscription)] = job
 			}
 			now := b.clock.now()
-			for _, at := range []string{"done1", "done2", "open1", "again1"} {
+			for _, at := range []string{"done1", "done2", "open1", "again1", "echo1"} {
 				job := jobs[at]
 				b.keepMade(&job, canary)
 				b.settle(job, Step{State: Succeeded}, quoting(1, OutcomeSucceeded, now))
@@ -48,6 +48,18 @@ func TestPayloadsGoBeforeTheRest(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
+			// What was made again has a later sequence, and has ended before its event is purged.
+			b.clock.add(20 * time.Minute)
+			echo, err := b.Resend(t.Context(), lane(1), jobs["echo1"].ID, Target{Subscription: "sub-1", UID: uid(1), MaxAttempts: 2, MaxAge: time.Hour}, -1)
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, job := range b.timers(1, b.clock.now().Add(time.Hour)) {
+				if job.ID == echo.ID {
+					b.settle(job, Step{State: Rejected, Reason: "permanent failure: " + canary}, quoting(1, OutcomePermanent, now))
+				}
+			}
+			b.flush()
 			b.clock.add(keep + 25*time.Hour)
 			pub := carrying("new", 1)
 			b.append(pub)
@@ -59,7 +71,7 @@ func TestPayloadsGoBeforeTheRest(t *testing.T) {
 			}
 			carries := func(when string, want ...string) {
 				t.Helper()
-				for _, id := range []string{"done", "dead", "open", "again", "late", "new"} {
+				for _, id := range []string{"done", "dead", "open", "again", "late", "new", "echo"} {
 					e, err := b.Event(acme, id)
 					if err != nil {
 						t.Errorf("%s: event %s: %v", when, id, err)
@@ -71,7 +83,13 @@ func TestPayloadsGoBeforeTheRest(t *testing.T) {
 				}
 			}
 			carries("swept", "open", "again", "late", "new")
-			if n := len(all(t, b, Query{})); n != 9 {
+			if a, err := b.Attempts(acme, echo.ID); err != nil || len(a) != 1 || a[0].Error != "" || len(a[0].ResponseBody) > 0 {
+				t.Errorf("what was made again of a purged event has attempts %+v, %v", a, err)
+			}
+			if a, err := b.Attempts(acme, jobs["open1"].ID); err != nil || len(a) != 1 || a[0].Error == "" {
+				t.Errorf("the sibling of what is open has attempts %+v, %v", a, err)
+			}
+			if n := len(all(t, b, Query{})); n != 11 {
 				t.Errorf("%d deliveries", n)
 			}
 			d := b.delivery(jobs["dead1"].ID)
@@ -166,6 +184,116 @@ func TestAttemptsGoBeforeTheRest(t *testing.T) {
 	if n := attempts(2); n >= 2 {
 		t.Errorf("%d attempts", n)
 	}
+	// Those of a retry long after the day was gone through go, too, when that has ended.
+	b.append(carrying("again", 3))
+	job = b.jobs()[0]
+	b.exhaust(job)
+	b.flush()
+	for range 2 {
+		b.clock.add(3 * time.Hour)
+		b.retainParts(keepParts(Parts{Attempts: time.Hour}))
+		if a, err := b.Attempts(acme, job.ID); err != nil || len(a) != 1 || len(a[0].ResponseBody) > 0 { // the last, in short
+			t.Errorf("attempts %+v, %v", a, err)
+		}
+		if _, err := b.Retry(t.Context(), lane(3), job.ID, -1); err != nil {
+			t.Fatal(err)
+		}
+		b.exhaust(b.timers(3, b.clock.now())[0])
+		b.flush()
+	}
+}
+
+// A sweep that was cut short, before whichever of its commits, is made up for by later ones.
+func TestPayloadsGoAfterAll(t *testing.T) {
+	for cut := 1; cut < 9; cut++ {
+		refuseAt := -1
+		b := newBench(t, onePartition, func(o *Options) {
+			o.refuse = func(uint16) bool {
+				refuseAt--
+				return refuseAt == 0
+			}
+		})
+		b.append(carrying("done", 1, 2), carrying("open", 1), carrying("kept", 2))
+		now := b.clock.now()
+		for _, job := range b.jobs() {
+			step, a := Step{State: Rejected, Reason: "permanent failure: " + canary}, quoting(1, OutcomePermanent, now)
+			if job.Event.ID != "done" {
+				step, a = Step{State: Scheduled, Due: now.Add(30 * time.Hour)}, quoting(1, OutcomeRetryable, now)
+			}
+			b.settle(job, step, a)
+		}
+		b.flush()
+		ends := func(sub int) {
+			for _, job := range b.timers(sub, now.Add(100*time.Hour)) {
+				b.succeed(job)
+			}
+			b.flush()
+		}
+		keep := keepParts(Parts{Payloads: time.Hour})
+		sweep := func() {
+			refuseAt = cut
+			if err := b.Retain(t.Context(), keep); err != nil && !errors.Is(err, ErrRefused) {
+				t.Error(err)
+			}
+			refuseAt = -1
+			b.flush()
+			b.reopen()
+		}
+		b.clock.add(2 * time.Hour)
+		sweep()
+		ends(1)
+		b.clock.add(2 * time.Hour)
+		sweep()
+		// What is open then outlives its day in kept.
+		keep.Of = func(NamespaceKey) time.Duration { return 2 * time.Hour }
+		keep.Shortest = 2 * time.Hour
+		sweep()
+		ends(2)
+		keep.Of, keep.Shortest = func(NamespaceKey) time.Duration { return 0 }, 0
+		b.clock.add(2 * time.Hour)
+		sweep()
+		b.retainParts(keep)
+		b.clock.add(2 * time.Hour)
+		b.retainParts(keep)
+		if found := b.quoted(); len(found) > 0 {
+			t.Errorf("cut before commit %d: quoted by %q", cut, found)
+		}
+		b.close()
+	}
+}
+
+// A day that a wrong clock has been in, and that was swept then, is swept again when it comes.
+func TestPayloadsGoWhereAClockWasAhead(t *testing.T) {
+	const wrong = 70 * time.Hour
+	b := newBench(t, onePartition)
+	b.append(carrying("now", 1))
+	b.clock.add(wrong)
+	b.append(carrying("ahead", 1))
+	for _, job := range b.jobs() {
+		b.succeed(job)
+	}
+	b.flush()
+	b.close()
+	b.clock.add(-wrong)
+	b.open()
+	keep := keepParts(Parts{Payloads: time.Hour})
+	for h := range 100 {
+		b.clock.add(time.Hour)
+		b.append(carrying(fmt.Sprint("h-", h), 1))
+		for _, job := range b.jobs() {
+			b.succeed(job)
+		}
+		b.flush()
+		b.retainParts(keep)
+		if h >= 3 {
+			if e, err := b.Event(acme, fmt.Sprint("h-", h-3)); err != nil || e.Purged == nil {
+				t.Fatalf("%d hours later: %v, %v", h, e, err)
+			}
+		}
+	}
+	if found := b.quoted(); len(found) > 20 {
+		t.Errorf("quoted by %d", len(found))
+	}
 }
 
 // A sweep reads what it has gone through once, also over restarts, and makes no commit where nothing is to go.
@@ -173,6 +301,7 @@ func TestPartsAreSweptOnce(t *testing.T) {
 	b := newBench(t, onePartition)
 	b.append(carrying("e", 1))
 	b.succeed(b.jobs()[0])
+	b.flush()
 	b.clock.add(2 * time.Hour)
 	keep := keepParts(Parts{Payloads: time.Hour, Attempts: time.Hour})
 	b.retainParts(keep)

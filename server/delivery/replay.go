@@ -441,6 +441,21 @@ type cursor struct {
 	ReplayCounts
 	// purged is what an erasure has purged.
 	purged PurgeCounts
+	// ahead is set of an erasure where a wrong clock has put sequences into the future.
+	ahead aheadOf
+}
+
+// aheadOf tells what lay in the future when an erasure began from what has come there since: present was the next sequence,
+// heals how often a wrong clock had been noticed.
+type aheadOf struct {
+	present uint64
+	heals   int
+}
+
+// before reports whether a sequence below high had been given when the erasure began. Where a clock was wrong more often than
+// sequences can tell, all of the future had.
+func (at *cursor) before(seq uint64) bool {
+	return at.ahead.present == 0 || seq < at.ahead.present || at.ahead.heals > maxHeals || healsOf(seq) < at.ahead.heals
 }
 
 // progress is how much of the sequences below a bound the replay has looked at.
@@ -481,8 +496,12 @@ func encodeCursor(b []byte, at *cursor) []byte {
 	for _, n := range [...]int64{at.Scanned, at.Created, at.Skipped} {
 		w.uint(uint64(max(n, 0)))
 	}
-	if at.purged != (PurgeCounts{}) {
+	if at.purged != (PurgeCounts{}) || at.ahead.present > 0 {
 		at.purged.append(&w)
+	}
+	if at.ahead.present > 0 {
+		w.uint(at.ahead.present)
+		w.int(at.ahead.heals)
 	}
 	return w
 }
@@ -494,6 +513,9 @@ func decodeCursor(value []byte) (at cursor, err error) {
 	at.ReplayCounts = d.counts()
 	if d.err == nil && len(d.b) > 0 {
 		at.purged = d.purgeCounts()
+	}
+	if d.err == nil && len(d.b) > 0 {
+		at.ahead = aheadOf{d.uint(), d.int()}
 	}
 	return at, d.err
 }

@@ -27,8 +27,8 @@ const (
 	walkBelow = 2 * day
 	// lookAgain is how long a day is not looked at again whose records are all younger than their retention.
 	lookAgain = time.Hour
-	// tidyEvery is how often kept events are looked through for those that have ended since, and tidyPartsEvery for
-	// those of whom only parts are to go.
+	// tidyEvery is how often kept events are looked through for those that have ended since, and tidyPartsEvery how often events
+	// of which parts wait to go.
 	tidyEvery      = 6 * time.Hour
 	tidyPartsEvery = time.Hour
 )
@@ -58,7 +58,7 @@ type Parts struct {
 // attempts and ids. What is open stays whole, however old, with its event. A retention of two days or more is
 // kept by the day, and so up to a day longer; a shorter one by the sweep; an event id stays known for a day in any
 // case. A sweep costs what it erases, what is open of it, and a look at each day and namespace that is due. Parts that go
-// earlier go by the same rules; of an event that has outlived them because something was open an hour after that has ended.
+// earlier go by the same rules, attempts up to an hour later, and so do payloads that have waited for the end of something.
 func (j *Journal) Retain(ctx context.Context, keep Retention) error {
 	leave, err := j.enter()
 	if err != nil {
@@ -88,8 +88,6 @@ type retention struct {
 	tidied, tidiedParts time.Time
 	// below is how far days have been erased that go hour by hour.
 	below map[spaceDay]uint64
-	// quietParts is quiet for parts.
-	quietParts map[partDay]time.Time
 }
 
 type spaceDay struct {
@@ -141,7 +139,7 @@ func (s *sweep) run(ctx context.Context) error {
 		return err
 	}
 	for _, d := range due {
-		if err := s.erase(ctx, d.day, d.fates, s.eraseRuns); err != nil {
+		if err := s.erase(ctx, d.day, d.fates); err != nil {
 			return err
 		}
 	}
@@ -235,8 +233,8 @@ func (s *sweep) below(d dayKey, keep time.Duration) uint64 {
 	return 0
 }
 
-// erase moves what is open of the given namespaces in a day to kept, then has their records erased.
-func (s *sweep) erase(ctx context.Context, d dayKey, fates []fate, run func(context.Context, dayKey, []fate) error) error {
+// erase moves what is open of the given namespaces in a day to kept, then erases their records.
+func (s *sweep) erase(ctx context.Context, d dayKey, fates []fate) error {
 	p := s.p
 	if err := p.do(ctx, func(c *commit) error {
 		c.sweeping = &sweeping{d, fates}
@@ -251,7 +249,7 @@ func (s *sweep) erase(ctx context.Context, d dayKey, fates []fate, run func(cont
 	}
 	err := s.keepOpen(ctx, d, fates)
 	if err == nil {
-		err = run(ctx, d, fates)
+		err = s.eraseRuns(ctx, d, fates)
 	}
 	// Also when ctx has ended: a day that is not being erased need not move anything.
 	done := p.do(context.WithoutCancel(ctx), func(c *commit) error {

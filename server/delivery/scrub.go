@@ -105,7 +105,8 @@ type scrub struct {
 	j       *Journal
 	job     *Replay
 	selects Selects
-	// high bounds what the erasure has looked at, by partition; purged tells of deliveries.
+	// at is where the erasure stands, low and high bound what it has looked at, by partition; purged tells of deliveries.
+	at        []cursor
 	low, high []uint64
 	purged    []func(LaneKey, uint64) (bool, error)
 	// clean says of tables that have been looked through whether they hold nothing; found is where the others that are part of
@@ -135,7 +136,7 @@ func (s *scrub) begin() error {
 			return err
 		}
 		low, high := s.job.erasedRange(&at)
-		s.low, s.high = append(s.low, low), append(s.high, high)
+		s.at, s.low, s.high = append(s.at, at), append(s.low, low), append(s.high, high)
 		s.purged = append(s.purged, p.purgedDeliveries(s.j.db, s.job.Namespace))
 	}
 	return nil
@@ -404,7 +405,7 @@ func (s *scrub) recordHolds(p *partition, key, value []byte) (bool, error) {
 	}
 	switch kind {
 	case kindEvent:
-		if seq < s.low[p.number] || seq >= s.high[p.number] {
+		if at := &s.at[p.number]; seq < s.low[p.number] || seq >= s.high[p.number] || !at.before(seq) {
 			return false, nil
 		}
 		e, err := decodeEvent(value)
