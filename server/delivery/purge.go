@@ -93,8 +93,8 @@ func (j *Journal) PurgeEvent(ctx context.Context, ns NamespaceKey, partition uin
 	if err != nil {
 		return PurgeCounts{}, err
 	}
-	if e.Purged != nil && e.Purged.done {
-		return PurgeCounts{}, nil
+	if e.Purged != nil && e.Purged.done { // durably, whoever did it: retention does not wait for that
+		return PurgeCounts{}, j.syncs.wait(ctx, j.syncs.written.Load())
 	}
 	var sum PurgeCounts
 	unread, err := p.purge(ctx, ns, []uint64{seq}, nil, func(_ *commit, n PurgeCounts) error {
