@@ -130,12 +130,12 @@ func (r subscriptions) Subscription(lane delivery.LaneKey) *subscription.Subscri
 
 // DeadLetter is the subscription that is named, unless it is gone or disabled: then what ends stays where it is.
 func (r subscriptions) DeadLetter(sub *subscription.Subscription) *delivery.DeadLetter {
-	name := sub.Proto.GetDeadLetter()
+	name := sub.DeadLetter
 	if name == "" {
 		return nil
 	}
 	to := r.Snapshot().Subscription(sub.Namespace, name[strings.LastIndexByte(name, '/')+1:])
-	if to == nil || to.UID == sub.UID || to.NamespaceUID != sub.NamespaceUID || to.Proto.GetState() == grapnelv1.Subscription_STATE_DISABLED {
+	if to == nil || to.UID == sub.UID || to.NamespaceUID != sub.NamespaceUID || to.State == grapnelv1.Subscription_STATE_DISABLED {
 		return nil
 	}
 	return &delivery.DeadLetter{From: sub.ID, To: delivery.Target{
@@ -177,7 +177,7 @@ func (r subscriptions) Closed(lane delivery.LaneKey) string {
 		return "all dispatch is paused"
 	}
 	if n := snapshot.NamespaceByKey(uint64(lane.Namespace)); n != nil {
-		switch n.Proto.GetState() {
+		switch n.State {
 		case grapnelv1.Namespace_STATE_PAUSED:
 			return "its namespace is paused"
 		case grapnelv1.Namespace_STATE_DISABLED:
@@ -284,7 +284,7 @@ func (e engine) Stats(ns string, window time.Duration, top int) (*grapnelv1.Stat
 		// Those of deleted subscriptions count in the total.
 		if sub := snapshot.SubscriptionByKey(uint64(r.Lane.Subscription)); sub != nil {
 			row := stats(r)
-			row.Subscription = sub.Proto.GetName()
+			row.Subscription = sub.Name()
 			per = append(per, row)
 		}
 	}

@@ -33,7 +33,7 @@ func (s *Server) tellIncident(in dispatch.Incident) {
 	if !s.notices.Listens(ns, is) {
 		return
 	}
-	n := notice.Notice{Namespace: ns, Type: is, Subject: sub.Proto.GetName(), Time: time.Now()}
+	n := notice.Notice{Namespace: ns, Type: is, Subject: sub.Name(), Time: time.Now()}
 	state := &notice.State{Subscription: n.Subject, Reason: in.Reason, FailingSince: in.FailingSince, DisableTime: in.DisableTime}
 	switch n.Data = state; in.Kind {
 	case dispatch.Failing:

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"time"
 
-	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
 	"github.com/grapnel/grapnel/server/delivery"
 	"github.com/grapnel/grapnel/server/subscription"
 )
@@ -46,7 +45,7 @@ func (s *Server) sweepOnce(ctx context.Context, keep time.Duration) error {
 		return s.journal.Now().Add(-kept.Of(ns))
 	})}
 	for n := range snapshot.Namespaces("") {
-		if n.Proto.GetState() != grapnelv1.Namespace_STATE_DELETED || n.Proto.GetPurgeTime().AsTime().After(time.Now()) {
+		if !n.Deleted() || n.Proto().GetPurgeTime().AsTime().After(time.Now()) {
 			continue
 		}
 		if err := s.purge(ctx, n); err != nil {

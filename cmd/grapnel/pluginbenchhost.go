@@ -193,10 +193,10 @@ func benchSubscription(w conformance.Work) (*subscription.Subscription, map[stri
 	if err != nil {
 		return nil, nil, err
 	}
-	return &subscription.Subscription{
-		Proto: &grapnelv1.Subscription{
-			Name: "namespaces/bench/subscriptions/bench", Uri: w.URI, Transport: transport, Signers: []*grapnelv1.PluginBinding{signer},
-		},
-		Namespace: "bench", ID: "bench", UID: [16]byte{1}, Revision: 1, AttemptTimeout: benchTimeout, MaxInFlight: 4096, MaxAttempts: 1,
-	}, secrets, nil
+	sub := subscription.Of(&grapnelv1.Subscription{
+		Name: "namespaces/bench/subscriptions/bench", Uri: w.URI, Transport: transport, Signers: []*grapnelv1.PluginBinding{signer},
+	})
+	sub.UID, sub.Revision = [16]byte{1}, 1
+	sub.AttemptTimeout, sub.MaxInFlight, sub.MaxAttempts = benchTimeout, 4096, 1
+	return sub, secrets, nil
 }

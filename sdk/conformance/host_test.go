@@ -78,13 +78,13 @@ func deliver(t *testing.T, signed bool, args ...string) http.Header {
 	if !signed {
 		signers = []*grapnelv1.PluginBinding{{Plugin: "plugins/none"}}
 	}
-	host.Attempt(&subscription.Subscription{
-		Proto: &grapnelv1.Subscription{
-			Name: "namespaces/n/subscriptions/s", Uri: srv.URL, Transport: &grapnelv1.PluginBinding{Plugin: "plugins/raw-http", Config: config},
-			Signers: signers, Transformer: &grapnelv1.PluginBinding{Plugin: "plugins/raw-transform", Config: config},
-		},
-		Namespace: "n", ID: "s", UID: [16]byte{1}, Revision: 1, AttemptTimeout: 10 * time.Second, MaxInFlight: 8, MaxAttempts: 1,
-	}, &delivery.Job{MaxAttempts: 1, Event: &delivery.Event{ID: "1", Source: "/t", Type: "t", Payload: []byte("{}"), UID: "evt_1"}}, done)
+	sub := subscription.Of(&grapnelv1.Subscription{
+		Name: "namespaces/n/subscriptions/s", Uri: srv.URL, Transport: &grapnelv1.PluginBinding{Plugin: "plugins/raw-http", Config: config},
+		Signers: signers, Transformer: &grapnelv1.PluginBinding{Plugin: "plugins/raw-transform", Config: config},
+	})
+	sub.UID, sub.Revision = [16]byte{1}, 1
+	sub.AttemptTimeout, sub.MaxInFlight, sub.MaxAttempts = 10*time.Second, 8, 1
+	host.Attempt(sub, &delivery.Job{MaxAttempts: 1, Event: &delivery.Event{ID: "1", Source: "/t", Type: "t", Payload: []byte("{}"), UID: "evt_1"}}, done)
 	select {
 	case r := <-done:
 		if r.Attempt.Outcome != delivery.OutcomeSucceeded {

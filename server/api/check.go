@@ -34,7 +34,7 @@ func (s *Server) check(ctx context.Context, name string, p *grapnelv1.Subscripti
 	case err != nil:
 		return nil, err
 	default:
-		p = full.Proto
+		p = full.Proto()
 		warnings = subscription.Warnings(p)
 	}
 	missing := s.missingSecrets(p)
@@ -140,7 +140,8 @@ func (s *Server) completeBindings(p *grapnelv1.Subscription, faults []Violation)
 	if err != nil {
 		return false
 	}
-	p.Signers, p.Transport = bare.Proto.GetSigners(), bare.Proto.GetTransport()
+	completed := bare.Proto()
+	p.Signers, p.Transport = completed.GetSigners(), completed.GetTransport()
 	return true
 }
 

@@ -107,18 +107,17 @@ func (d dryRun) match(sub *subscription.Subscription) *grapnelv1.SubscriptionMat
 // destiny is what happens to events that match, from the widest reason to the narrowest.
 func (d dryRun) destiny(sub *subscription.Subscription) (grapnelv1.SubscriptionMatch_Verdict, string) {
 	ns := d.snapshot.Namespace(sub.Namespace)
-	state, why := sub.Proto.GetState(), sub.Proto.GetStateReason()
 	switch {
 	case ns.Disabled():
-		return grapnelv1.SubscriptionMatch_VERDICT_SKIPPED, "the namespace is disabled" + because(ns.Proto.GetStateReason())
-	case state == grapnelv1.Subscription_STATE_DISABLED:
-		return grapnelv1.SubscriptionMatch_VERDICT_SKIPPED, "the subscription is disabled" + because(why)
+		return grapnelv1.SubscriptionMatch_VERDICT_SKIPPED, "the namespace is disabled" + because(ns.Proto().GetStateReason())
+	case sub.State == grapnelv1.Subscription_STATE_DISABLED:
+		return grapnelv1.SubscriptionMatch_VERDICT_SKIPPED, "the subscription is disabled" + because(sub.Proto().GetStateReason())
 	case d.snapshot.Dispatch().Paused:
 		return grapnelv1.SubscriptionMatch_VERDICT_HELD, "all dispatch is paused" + because(d.snapshot.Dispatch().Reason)
-	case ns.Proto.GetState() == grapnelv1.Namespace_STATE_PAUSED:
-		return grapnelv1.SubscriptionMatch_VERDICT_HELD, "the namespace is paused" + because(ns.Proto.GetStateReason())
-	case state == grapnelv1.Subscription_STATE_PAUSED:
-		return grapnelv1.SubscriptionMatch_VERDICT_HELD, "the subscription is paused" + because(why)
+	case ns.State == grapnelv1.Namespace_STATE_PAUSED:
+		return grapnelv1.SubscriptionMatch_VERDICT_HELD, "the namespace is paused" + because(ns.Proto().GetStateReason())
+	case sub.State == grapnelv1.Subscription_STATE_PAUSED:
+		return grapnelv1.SubscriptionMatch_VERDICT_HELD, "the subscription is paused" + because(sub.Proto().GetStateReason())
 	}
 	return grapnelv1.SubscriptionMatch_VERDICT_MATCHED, ""
 }
@@ -294,13 +293,13 @@ func (x *explanation) hindsight(sub *subscription.Subscription, m *grapnelv1.Sub
 	if !matches(m.GetVerdict()) {
 		return m
 	}
-	if created := sub.Proto.GetCreateTime().AsTime(); created.After(x.event.AcceptTime) {
+	if created := sub.CreateTime(); created.After(x.event.AcceptTime) {
 		m.Verdict = grapnelv1.SubscriptionMatch_VERDICT_CREATED_LATER
 		m.Reason = "the subscription was created " + clock(created) + ", after the event had been accepted; a replay with missing_only sends it what it missed"
 		return m
 	}
 	m.Verdict = grapnelv1.SubscriptionMatch_VERDICT_CHANGED
-	m.Reason = "the subscription would match as it is since " + clock(sub.Proto.GetUpdateTime().AsTime()) + "; when the event was accepted it did not"
+	m.Reason = "the subscription would match as it is since " + clock(sub.Proto().GetUpdateTime().AsTime()) + "; when the event was accepted it did not"
 	for _, f := range x.event.Faults {
 		if f.Subscription == sub.ID {
 			m.Reason += ", because its condition could not be evaluated: " + f.Text

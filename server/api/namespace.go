@@ -37,7 +37,7 @@ func (s namespaceService) CreateNamespace(ctx context.Context, r *grapnelv1.Crea
 	if err != nil {
 		return nil, toStatus(err, namespaceName(r.GetNamespaceId()))
 	}
-	return &grapnelv1.CreateNamespaceResponse{Namespace: n.Proto}, nil
+	return &grapnelv1.CreateNamespaceResponse{Namespace: n.Proto()}, nil
 }
 
 // taken says who has the name of a namespace.
@@ -45,9 +45,9 @@ func (s namespaceService) taken(id string) *Error {
 	name := namespaceName(id)
 	e := exists(name, "namespace")
 	if n := s.Registry.Snapshot().Namespace(id); n != nil && n.Deleted() {
-		e.message = name + " is deleted, and its name is taken until it is erased, at " + n.Proto.GetPurgeTime().AsTime().Format(time.RFC3339) +
+		e.message = name + " is deleted, and its name is taken until it is erased, at " + n.Proto().GetPurgeTime().AsTime().Format(time.RFC3339) +
 			"; UndeleteNamespace takes the deletion back"
-		e.metadata["purgeTime"] = n.Proto.GetPurgeTime().AsTime().Format(time.RFC3339)
+		e.metadata["purgeTime"] = n.Proto().GetPurgeTime().AsTime().Format(time.RFC3339)
 	}
 	return e
 }
@@ -63,7 +63,7 @@ func (s namespaceService) GetNamespace(_ context.Context, r *grapnelv1.GetNamesp
 	if n == nil {
 		return nil, notFound(r.GetName(), "namespace")
 	}
-	out := proto.CloneOf(n.Proto)
+	out := n.Proto()
 	out.Usage, out.EffectiveQuota = s.usage(snapshot, n), n.Quota().Proto()
 	return &grapnelv1.GetNamespaceResponse{Namespace: out}, nil
 }
@@ -92,7 +92,7 @@ func (s namespaceService) ListNamespaces(_ context.Context, r *grapnelv1.ListNam
 	page := takePage(s.Registry.Snapshot().Namespaces(after), size,
 		func(n *subscription.Namespace) bool { return r.GetShowDeleted() || !n.Deleted() },
 		func(n *subscription.Namespace) string { return n.ID },
-		func(n *subscription.Namespace) *grapnelv1.Namespace { return n.Proto })
+		func(n *subscription.Namespace) *grapnelv1.Namespace { return n.Proto() })
 	return &grapnelv1.ListNamespacesResponse{Namespaces: page.items, NextPageToken: s.pages.seal(page.next, query...)}, nil
 }
 
@@ -112,7 +112,7 @@ func (s namespaceService) UpdateNamespace(ctx context.Context, r *grapnelv1.Upda
 	if err != nil {
 		return nil, toStatus(err, name)
 	}
-	return &grapnelv1.UpdateNamespaceResponse{Namespace: n.Proto}, nil
+	return &grapnelv1.UpdateNamespaceResponse{Namespace: n.Proto()}, nil
 }
 
 // createMissing makes the namespace that an update did not find; everything in the request counts.
@@ -167,7 +167,7 @@ func (s namespaceService) setState(ctx context.Context, r turn, state grapnelv1.
 	if err != nil {
 		return nil, toStatus(err, r.GetName())
 	}
-	return n.Proto, nil
+	return n.Proto(), nil
 }
 
 // UndeleteNamespace takes a deletion back.
@@ -187,7 +187,7 @@ func (s namespaceService) UndeleteNamespace(ctx context.Context, r *grapnelv1.Un
 	case err != nil:
 		return nil, toStatus(err, r.GetName())
 	}
-	return &grapnelv1.UndeleteNamespaceResponse{Namespace: n.Proto}, nil
+	return &grapnelv1.UndeleteNamespaceResponse{Namespace: n.Proto()}, nil
 }
 
 // NamespaceDeleted is the reason of a delivery that was cancelled for the deletion of its namespace.
@@ -215,7 +215,7 @@ func (s namespaceService) DeleteNamespace(ctx context.Context, r *grapnelv1.Dele
 		return nil, toStatus(err, r.GetName())
 	}
 	s.cancelFirst(ctx, n)
-	return &grapnelv1.DeleteNamespaceResponse{Namespace: n.Proto}, nil
+	return &grapnelv1.DeleteNamespaceResponse{Namespace: n.Proto()}, nil
 }
 
 // cancelFirst cancels what is open in a deleted namespace, as far as one call may, so that a caller of a small one sees

@@ -71,7 +71,7 @@ func (s replayService) CreateReplayJob(ctx context.Context, r *grapnelv1.CreateR
 			return &grapnelv1.CreateReplayJobResponse{ReplayJob: s.replayProto(ns, known)}, nil
 		}
 	}
-	if n := s.Registry.Snapshot().Namespace(ns); n != nil && n.Proto.GetState() == grapnelv1.Namespace_STATE_DISABLED {
+	if n := s.Registry.Snapshot().Namespace(ns); n != nil && n.State == grapnelv1.Namespace_STATE_DISABLED {
 		return nil, invalidState(r.GetParent(), r.GetParent()+" is disabled; ResumeNamespace enables it")
 	}
 	if err := s.replayable(content.GetSubscription(), job.Spec); err != nil {
@@ -179,8 +179,8 @@ func (s replayService) replayable(name string, spec delivery.ReplaySpec) error {
 	if sub == nil {
 		return notFound(name, "subscription")
 	}
-	if sub.Proto.GetState() == grapnelv1.Subscription_STATE_DISABLED {
-		return invalidState(name, "the subscription is disabled: "+sub.Proto.GetStateReason()+"; ResumeSubscription enables it")
+	if sub.State == grapnelv1.Subscription_STATE_DISABLED {
+		return invalidState(name, "the subscription is disabled: "+sub.Proto().GetStateReason()+"; ResumeSubscription enables it")
 	}
 	return nil
 }

@@ -236,10 +236,13 @@ func (s *Server) askUsers(ctx context.Context, ns string, old *grapnelv1.Secret,
 func (s *Server) usesOf(ns, name string) map[use]string {
 	uses := map[use]string{}
 	for sub := range s.Registry.Snapshot().Subscriptions(ns, "") {
-		for _, b := range bindings(sub.Proto) {
+		if !sub.Mentions(name) {
+			continue
+		}
+		for _, b := range bindings(sub.Proto()) {
 			for slot, of := range b.GetSecrets() {
 				if of == name {
-					uses[use{b.GetPlugin(), slot}] = sub.Proto.GetName()
+					uses[use{b.GetPlugin(), slot}] = sub.Name()
 				}
 			}
 		}

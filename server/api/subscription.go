@@ -62,10 +62,9 @@ func (s subscriptionService) CreateSubscription(ctx context.Context, r *grapnelv
 	if err != nil {
 		return nil, toStatus(err, name)
 	}
-	stored := made.Proto
+	stored := made.Proto()
 	if r.GetValidateOnly() {
 		// What identifies a stored one would be another next time.
-		stored = proto.CloneOf(stored)
 		stored.Uid, stored.CreateTime, stored.UpdateTime = "", nil, nil
 	}
 	return &grapnelv1.CreateSubscriptionResponse{Subscription: stored, Warnings: append(warnings, answered...)}, nil
@@ -101,7 +100,7 @@ func (s subscriptionService) GetSubscription(_ context.Context, r *grapnelv1.Get
 	if err != nil {
 		return nil, err
 	}
-	return &grapnelv1.GetSubscriptionResponse{Subscription: sub.Proto, Status: s.status(sub)}, nil
+	return &grapnelv1.GetSubscriptionResponse{Subscription: sub.Proto(), Status: s.status(sub)}, nil
 }
 
 // status tells how a subscription goes.
@@ -152,7 +151,7 @@ func (s subscriptionService) ListSubscriptions(_ context.Context, r *grapnelv1.L
 	list := func(ns, after string) iter.Seq[*subscription.Subscription] { return snapshot.Subscriptions(ns, after) }
 	page := takePage(inNamespaces(snapshot, ns, after, list), size, keep,
 		func(sub *subscription.Subscription) string { return sub.Namespace + "/" + sub.ID },
-		func(sub *subscription.Subscription) *grapnelv1.Subscription { return sub.Proto })
+		func(sub *subscription.Subscription) *grapnelv1.Subscription { return sub.Proto() })
 	return &grapnelv1.ListSubscriptionsResponse{Subscriptions: page.items, NextPageToken: s.pages.seal(page.next, query...)}, nil
 }
 
@@ -194,7 +193,7 @@ func (s subscriptionService) UpdateSubscription(ctx context.Context, r *grapnelv
 	if err != nil {
 		return nil, toStatus(err, name)
 	}
-	return &grapnelv1.UpdateSubscriptionResponse{Subscription: sub.Proto, Warnings: append(warnings, answered...)}, nil
+	return &grapnelv1.UpdateSubscriptionResponse{Subscription: sub.Proto(), Warnings: append(warnings, answered...)}, nil
 }
 
 // chooseRetryForm drops the form of the retry policy that was stored, schedule or backoff, when an update is about the
@@ -313,5 +312,5 @@ func (s subscriptionService) setState(ctx context.Context, r turn, state grapnel
 	if err != nil {
 		return nil, toStatus(err, r.GetName())
 	}
-	return sub.Proto, nil
+	return sub.Proto(), nil
 }

@@ -15,7 +15,7 @@ func subscriptionFilter(text string) (func(*subscription.Subscription) bool, err
 	if err != nil {
 		return nil, err
 	}
-	return func(s *subscription.Subscription) bool { return f.Match(s.Proto) }, nil
+	return func(s *subscription.Subscription) bool { return f.Match(s.Proto()) }, nil
 }
 
 // subscriptionFields are what a filter over subscriptions may name.

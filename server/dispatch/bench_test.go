@@ -83,10 +83,8 @@ func benchmark(b *testing.B, lanes int, attempter dispatch.Attempter) {
 	reg := subs{}
 	keys := make([]delivery.LaneKey, lanes)
 	for i := range lanes {
-		s := &subscription.Subscription{
-			Proto: &grapnelv1.Subscription{State: grapnelv1.Subscription_STATE_ACTIVE, Uri: "https://hooks.example.com/" + fmt.Sprint(i)},
-			UID:   uid(fmt.Sprint("sub", i)), NamespaceUID: uid("acme"), MaxInFlight: 64,
-		}
+		s := subscription.Of(&grapnelv1.Subscription{State: grapnelv1.Subscription_STATE_ACTIVE, Uri: "https://hooks.example.com/" + fmt.Sprint(i)})
+		s.UID, s.NamespaceUID, s.MaxInFlight = uid(fmt.Sprint("sub", i)), uid("acme"), 64
 		keys[i] = laneOf(s)
 		reg[keys[i]] = s
 	}

@@ -230,10 +230,10 @@ func (l *lane) note() {
 
 // newTarget reports whether what is known of the old target says nothing about the new one.
 func newTarget(was, is *subscription.Subscription) bool {
-	a, b := was.Proto, is.Proto
+	a, b := was.Proto(), is.Proto()
 	return a.GetUri() != b.GetUri() || a.GetTransport().GetPlugin() != b.GetTransport().GetPlugin()
 }
 
 func resumed(was, is *subscription.Subscription) bool {
-	return is.Proto.GetState() == grapnelv1.Subscription_STATE_ACTIVE && was.Proto.GetState() != is.Proto.GetState()
+	return is.State == grapnelv1.Subscription_STATE_ACTIVE && was.State != is.State
 }

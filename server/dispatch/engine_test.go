@@ -423,7 +423,7 @@ func TestEngineUsesNewTarget(t *testing.T) {
 		sub := w.sub("orders")
 		w.publishN(sub, 0, 100)
 		time.Sleep(55 * time.Millisecond)
-		w.sub("orders", func(s *subscription.Subscription) { s.Proto.Uri = "https://two.example" })
+		w.sub("orders", func(s *subscription.Subscription) { s.Proto().Uri = "https://two.example" })
 		changed := len(w.receiver.starts())
 		time.Sleep(time.Minute)
 		for i, s := range w.receiver.starts() {

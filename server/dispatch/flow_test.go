@@ -273,7 +273,7 @@ func TestANewTargetHasNoBreaker(t *testing.T) {
 			t.Errorf("status %+v", s)
 		}
 		w.receiver.set(always(time.Millisecond, ok))
-		w.sub("orders", most(16), func(s *subscription.Subscription) { s.Proto.Uri = "https://two.example" })
+		w.sub("orders", most(16), func(s *subscription.Subscription) { s.Proto().Uri = "https://two.example" })
 		time.Sleep(time.Second)
 		if s := w.engine.Status(lane("orders")); !s.Open || s.Breaker != health.BreakerClosed || !s.FailingSince.IsZero() {
 			t.Errorf("status %+v", s)

@@ -42,7 +42,7 @@ func (r *receiver) AttemptBatch(sub *subscription.Subscription, jobs []*delivery
 		keys[job.Order] = true
 		b.ids = append(b.ids, job.ID)
 		r.started = append(r.started, start{
-			job.ID, job.Kind, sub.ID, sub.Proto.GetUri(), job, job.Event, time.Now(), job.Event.AcceptTime,
+			job.ID, job.Kind, sub.ID, sub.Proto().GetUri(), job, job.Event, time.Now(), job.Event.AcceptTime,
 		})
 	}
 	for _, job := range jobs {
@@ -364,7 +364,7 @@ func TestEditsWhileGatheringAndTravelling(t *testing.T) {
 		}, map[delivery.State]int{delivery.Succeeded: 3}},
 		"another target": {func(_ *testing.T, w *world, _ []delivery.ID) {
 			w.sub("orders", most(16), gather, func(s *subscription.Subscription) {
-				s.Proto = &grapnelv1.Subscription{State: grapnelv1.Subscription_STATE_ACTIVE, Uri: "https://two.example"}
+				s.Proto().Uri = "https://two.example"
 			})
 		}, map[delivery.State]int{delivery.Succeeded: 3}},
 		"no batching any more": {func(_ *testing.T, w *world, _ []delivery.ID) { w.sub("orders", most(16)) },
@@ -463,7 +463,8 @@ func TestARequestIsWithinTheBoundsOfItsSubscriptionAsItStarts(t *testing.T) {
 			synctest.Wait()
 			sub := w.sub("orders", most(16), batching(8, time.Second))
 			w.publishN(sub, 0, 7)
-			less := *sub
+			less, policy := *sub, *sub.Policy
+			less.Policy = &policy
 			less.Batching = &subscription.Batching{MaxEvents: 3, MaxBytes: 1 << 20, MaxWait: time.Second}
 			r.mu.Lock()
 			r.after, r.to = after, &less

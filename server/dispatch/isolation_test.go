@@ -275,7 +275,7 @@ func TestANewTargetDoesNotWaitAmongThoseThatHang(t *testing.T) {
 		w := newWorld(t, func(o *dispatch.Options) { o.Slots = 16 })
 		synctest.Wait()
 		w.receiver.set(func(sub *subscription.Subscription, _ *delivery.Job) (time.Duration, *delivery.Result) {
-			if sub.Proto.GetUri() == "https://two.example" {
+			if sub.Proto().GetUri() == "https://two.example" {
 				return time.Millisecond, ok()
 			}
 			return 15 * time.Second, timedOut()
@@ -288,7 +288,7 @@ func TestANewTargetDoesNotWaitAmongThoseThatHang(t *testing.T) {
 		w.publishN(repaired, 0, 5)
 		time.Sleep(5 * time.Minute)
 		begin := time.Now()
-		w.sub("repaired", lasting, func(s *subscription.Subscription) { s.Proto.Uri = "https://two.example" })
+		w.sub("repaired", lasting, func(s *subscription.Subscription) { s.Proto().Uri = "https://two.example" })
 		w.publishN(repaired, 0, 5)
 		time.Sleep(time.Second)
 		n := 0
@@ -412,7 +412,7 @@ func TestHangingReceiversOfASmallPlugin(t *testing.T) {
 		for i := range 300 {
 			w.publishN(w.sub(fmt.Sprint("hangs", i), lasting), uint16(i%16), 20)
 		}
-		moved := w.sub("hangs0", lasting, func(s *subscription.Subscription) { s.Proto.Uri = "https://two.example" })
+		moved := w.sub("hangs0", lasting, func(s *subscription.Subscription) { s.Proto().Uri = "https://two.example" })
 		w.publish(moved, 0)
 		for range 100 {
 			time.Sleep(time.Second)

@@ -370,7 +370,7 @@ func (l *lane) closedBy(sub *subscription.Subscription) string {
 	if reason := l.e.subs.Closed(l.key); reason != "" {
 		return reason
 	}
-	switch sub.Proto.GetState() {
+	switch sub.State {
 	case grapnelv1.Subscription_STATE_PAUSED:
 		return closedPaused
 	case grapnelv1.Subscription_STATE_DISABLED:
@@ -419,7 +419,7 @@ func (l *lane) kick(now time.Time) {
 	l.relieve(now)
 	g := l.gate(now)
 	if g.sub != nil && g.sub != l.originOf {
-		l.born.Store(g.sub.Proto.GetCreateTime().AsTime().UnixNano())
+		l.born.Store(g.sub.CreateTime().UnixNano())
 		l.lookOrigin(g.sub, now)
 		g = l.gate(now)
 	}

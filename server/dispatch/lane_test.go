@@ -140,7 +140,7 @@ func TestANewTargetBeginsANewHealth(t *testing.T) {
 		w.receiver.set(always(10*time.Second, func() *delivery.Result { return slow }))
 		w.publish(sub, 0)
 		time.Sleep(time.Second)
-		sub = w.sub("orders", func(s *subscription.Subscription) { s.Proto.Uri = "https://two.example" })
+		sub = w.sub("orders", func(s *subscription.Subscription) { s.Proto().Uri = "https://two.example" })
 		if s := w.engine.Status(lane("orders")); !s.FailingSince.IsZero() {
 			t.Errorf("a new target is failing since %v", s.FailingSince)
 		}
@@ -448,7 +448,7 @@ func TestPausedLanesCostNoReads(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
 		paused := func(s *subscription.Subscription) {
-			s.Proto.State, s.MaxAge = grapnelv1.Subscription_STATE_PAUSED, 100*time.Hour
+			s.State, s.MaxAge = grapnelv1.Subscription_STATE_PAUSED, 100*time.Hour
 		}
 		const lanes = 50
 		for i := range lanes {

@@ -52,7 +52,7 @@ func newTown(t *testing.T, rnd *rand.Rand) *town {
 		o.Slots = 16 << rnd.IntN(6)
 		o.WindowBytes = 32 << (10 + rnd.IntN(10))
 		o.Window = func(sub *subscription.Subscription) int {
-			if plugin := sub.Proto.GetTransport().GetPlugin(); plugin != "" {
+			if plugin := sub.Proto().GetTransport().GetPlugin(); plugin != "" {
 				return len(plugin) * 8
 			}
 			return 0
@@ -63,8 +63,8 @@ func newTown(t *testing.T, rnd *rand.Rand) *town {
 	m.receiver.set(func(sub *subscription.Subscription, job *delivery.Job) (time.Duration, *delivery.Result) {
 		m.mu.Lock()
 		defer m.mu.Unlock()
-		u, _ := url.Parse(sub.Proto.GetUri())
-		for _, of := range []string{sub.Proto.GetTransport().GetPlugin(), u.Host} {
+		u, _ := url.Parse(sub.Proto().GetUri())
+		for _, of := range []string{sub.Proto().GetTransport().GetPlugin(), u.Host} {
 			if sick := m.sick[of]; sick != nil {
 				return sick(sub, job)
 			}
@@ -91,7 +91,7 @@ func (m *town) settle(id string, change ...func(*subscription.Subscription)) *su
 		s.MaxInFlight = 1 + rnd.IntN(16)
 		on(m.hosts[rnd.IntN(len(m.hosts))])(s)
 		if rnd.IntN(3) == 0 {
-			s.Proto.Transport = &grapnelv1.PluginBinding{Plugin: []string{"a", "bb"}[rnd.IntN(2)]}
+			s.Proto().Transport = &grapnelv1.PluginBinding{Plugin: []string{"a", "bb"}[rnd.IntN(2)]}
 		}
 		s.Ordered = rnd.IntN(3) == 0
 		if rnd.IntN(4) == 0 {
@@ -111,7 +111,7 @@ func (m *town) change(i int, change ...func(*subscription.Subscription)) {
 	old := m.subs[i]
 	keep := func(s *subscription.Subscription) {
 		s.Namespace, s.NamespaceUID = old.Namespace, old.NamespaceUID
-		s.Proto.Uri, s.Proto.Transport = old.Proto.GetUri(), old.Proto.GetTransport()
+		s.Proto().Uri, s.Proto().Transport = old.Proto().GetUri(), old.Proto().GetTransport()
 		s.Ordered, s.Batching, s.MaxRate = old.Ordered, old.Batching, old.MaxRate
 	}
 	m.subs[i] = m.settle(old.ID, append([]func(*subscription.Subscription){keep}, change...)...)
@@ -215,7 +215,7 @@ func (m *town) recover() {
 	clear(m.sick)
 	m.mu.Unlock()
 	for i, s := range m.subs {
-		if is := m.registry.Subscription(laneOf(s)); is == nil || is.Proto.GetState() != grapnelv1.Subscription_STATE_ACTIVE {
+		if is := m.registry.Subscription(laneOf(s)); is == nil || is.State != grapnelv1.Subscription_STATE_ACTIVE {
 			m.change(i)
 		}
 	}
@@ -235,7 +235,7 @@ func (m *town) recover() {
 func (m *town) wantEnded(of func(dispatch.Status) bool) {
 	for _, s := range m.subs {
 		if n, st := m.journal.OpenOf(laneOf(s)), m.engine.Status(laneOf(s)); n > 0 && of(st) {
-			m.t.Errorf("%d are open of %s of %s at %s with %v: %+v", n, s.ID, s.Namespace, s.Proto.GetUri(), s.Batching, st)
+			m.t.Errorf("%d are open of %s of %s at %s with %v: %+v", n, s.ID, s.Namespace, s.Proto().GetUri(), s.Batching, st)
 		}
 	}
 }

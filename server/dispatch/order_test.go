@@ -144,10 +144,10 @@ func TestChangeOfPolicyLetsGoOfKeys(t *testing.T) {
 					w.receiver.set(always(time.Millisecond, ok))
 					if away {
 						w.stop()
-						w.registry.swap(lane("orders"), &subscription.Subscription{
-							Proto:     &grapnelv1.Subscription{State: grapnelv1.Subscription_STATE_ACTIVE},
-							Namespace: "acme", ID: "orders", UID: uid("orders"), NamespaceUID: uid("acme"), MaxInFlight: 4, MaxAttempts: 4, MaxAge: time.Hour,
-						}, false)
+						bare := subscription.Of(&grapnelv1.Subscription{Name: "namespaces/acme/subscriptions/orders", State: grapnelv1.Subscription_STATE_ACTIVE})
+						bare.UID, bare.NamespaceUID = uid("orders"), uid("acme")
+						bare.MaxInFlight, bare.MaxAttempts, bare.MaxAge = 4, 4, time.Hour
+						w.registry.swap(lane("orders"), bare, false)
 						w.start()
 					} else {
 						w.sub("orders", change)
@@ -193,7 +193,7 @@ func TestOrderOutlivesEdits(t *testing.T) {
 			case 2:
 				w.sub("orders", func(s *subscription.Subscription) {
 					s.Ordered = i%8 == 2
-					s.Proto.Uri = []string{"https://one.example", "https://two.example"}[i/4%2]
+					s.Proto().Uri = []string{"https://one.example", "https://two.example"}[i/4%2]
 				})
 			case 3:
 				_, _ = w.engine.Retry(context.Background(), w.begun()[0], lane("orders"), -1)

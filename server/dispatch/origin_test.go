@@ -273,7 +273,7 @@ func TestAHostIsOneOfATransport(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			s.Proto.Transport = &grapnelv1.PluginBinding{Plugin: "http", Config: config}
+			s.Proto().Transport = &grapnelv1.PluginBinding{Plugin: "http", Config: config}
 		}
 		for i := range 20 {
 			w.publishN(w.sub(fmt.Sprint("proxy", i), shared, proxied), 0, 5)

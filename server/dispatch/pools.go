@@ -163,7 +163,7 @@ func (p *pools) of(sub *subscription.Subscription, total int64) *pool {
 	if n <= 0 || int64(n) >= total {
 		return nil
 	}
-	key := poolKey{sub.Proto.GetTransport().GetPlugin(), n}
+	key := poolKey{sub.Proto().GetTransport().GetPlugin(), n}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if len(p.all) >= maxPools {

@@ -148,7 +148,7 @@ func (r *receiver) Attempt(sub *subscription.Subscription, job *delivery.Job, si
 	}
 	r.flying[job.ID] = flight{sub.ID, job, sink}
 	r.started = append(r.started, start{
-		job.ID, job.Kind, sub.ID, sub.Proto.GetUri(), job, job.Event, time.Now(), job.Event.AcceptTime,
+		job.ID, job.Kind, sub.ID, sub.Proto().GetUri(), job, job.Event, time.Now(), job.Event.AcceptTime,
 	})
 	r.now[sub.ID]++
 	r.most[sub.ID] = max(r.most[sub.ID], r.now[sub.ID])
@@ -301,11 +301,11 @@ func (w *world) kill() error {
 
 // sub makes an active subscription, or changes it.
 func (w *world) sub(id string, change ...func(*subscription.Subscription)) *subscription.Subscription {
-	s := &subscription.Subscription{
-		Proto: &grapnelv1.Subscription{
-			State: grapnelv1.Subscription_STATE_ACTIVE, Uri: "https://" + id + ".example", CreateTime: timestamppb.Now(),
-		},
-		Namespace: "acme", ID: id, UID: uid(id), NamespaceUID: uid("acme"),
+	s := subscription.Of(&grapnelv1.Subscription{
+		Name: "namespaces/acme/subscriptions/" + id, State: grapnelv1.Subscription_STATE_ACTIVE, Uri: "https://" + id + ".example", CreateTime: timestamppb.Now(),
+	})
+	s.UID, s.NamespaceUID = uid(id), uid("acme")
+	*s.Policy = subscription.Policy{
 		MaxInFlight: 4, MaxAttempts: 4, MaxAge: time.Hour, AttemptTimeout: 15 * time.Second,
 		Schedule: []time.Duration{5 * time.Second, 5 * time.Minute}, DisableAfter: 30 * time.Minute,
 	}
@@ -330,11 +330,11 @@ func (w *world) remove(id string, deleted bool) {
 
 // on has a subscription's receiver be on a host; else each has one of its own.
 func on(host string) func(*subscription.Subscription) {
-	return func(s *subscription.Subscription) { s.Proto.Uri = "https://" + host + "/" + s.ID }
+	return func(s *subscription.Subscription) { s.Proto().Uri = "https://" + host + "/" + s.ID }
 }
 
 func inState(state grapnelv1.Subscription_State) func(*subscription.Subscription) {
-	return func(s *subscription.Subscription) { s.Proto.State = state }
+	return func(s *subscription.Subscription) { s.State = state }
 }
 
 func inNamespace(name string) func(*subscription.Subscription) {

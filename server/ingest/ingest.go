@@ -206,7 +206,7 @@ func (i *Ingest) admit(ctx context.Context, namespace string, events []*delivery
 	if i.types != nil {
 		types = i.types.In(namespace)
 	}
-	registered := types != nil || ns.Proto.GetRequireEventTypes()
+	registered := types != nil || ns.RequireEventTypes
 	left := 0
 	for k, ev := range events {
 		if size := len(ev.Payload); size > limits.MaxEventBytes {
@@ -251,7 +251,7 @@ func (i *Ingest) admit(ctx context.Context, namespace string, events []*delivery
 func (i *Ingest) checkType(ctx context.Context, ns *subscription.Namespace, types *eventtype.Catalog, ev *delivery.Event) error {
 	t := types.Get(ev.Type)
 	if t == nil {
-		if ns.Proto.GetRequireEventTypes() && (i.types == nil || !i.types.Damaged(ns.ID, ev.Type)) {
+		if ns.RequireEventTypes && (i.types == nil || !i.types.Damaged(ns.ID, ev.Type)) {
 			return &UnregisteredError{Namespace: ns.ID}
 		}
 		return nil
@@ -360,7 +360,7 @@ func targets(snap *subscription.Snapshot, ns *subscription.Namespace, c *subscri
 	}
 	out := make([]delivery.Target, 0, len(subs))
 	for _, sub := range subs {
-		if !until.IsZero() && sub.Proto.GetCreateTime().AsTime().After(until) {
+		if !until.IsZero() && sub.CreateTime().After(until) {
 			continue
 		}
 		out = append(out, delivery.Target{
@@ -368,7 +368,7 @@ func targets(snap *subscription.Snapshot, ns *subscription.Namespace, c *subscri
 			UID:          sub.UID,
 			MaxAttempts:  sub.MaxAttempts,
 			MaxAge:       sub.MaxAge,
-			Skip:         ns.Disabled() || sub.Proto.GetState() == grapnelv1.Subscription_STATE_DISABLED,
+			Skip:         ns.Disabled() || sub.State == grapnelv1.Subscription_STATE_DISABLED,
 			Ordered:      sub.Ordered,
 		})
 	}

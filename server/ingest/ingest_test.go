@@ -24,11 +24,21 @@ type tenants struct{ snapshot *subscription.Snapshot }
 
 func (t tenants) Snapshot() *subscription.Snapshot { return t.snapshot }
 
+func newNamespace(t *testing.T, uid byte, p *grapnelv1.Namespace) *subscription.Namespace {
+	t.Helper()
+	p.Uid = uuid.UUID{15: uid}.String()
+	n, err := subscription.NewNamespace(p)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return n
+}
+
 func newTenants(t *testing.T, quota *grapnelv1.Quota, subs ...*grapnelv1.Subscription) tenants {
 	t.Helper()
 	namespaces := []*subscription.Namespace{
-		{ID: "acme", UID: [16]byte{15: 1}, Proto: &grapnelv1.Namespace{Name: "namespaces/acme", Quota: quota}},
-		{ID: "gone", UID: [16]byte{15: 2}, Proto: &grapnelv1.Namespace{Name: "namespaces/gone", State: grapnelv1.Namespace_STATE_DELETED}},
+		newNamespace(t, 1, &grapnelv1.Namespace{Name: "namespaces/acme", Quota: quota}),
+		newNamespace(t, 2, &grapnelv1.Namespace{Name: "namespaces/gone", State: grapnelv1.Namespace_STATE_DELETED}),
 	}
 	var all []*subscription.Subscription
 	for i, p := range subs {
@@ -249,9 +259,9 @@ func TestQuotasDefaultToNone(t *testing.T) {
 // The same name again has nothing of its predecessor's.
 func TestRateBelongsToTheNamespaceNotItsName(t *testing.T) {
 	named := func(uid byte) *subscription.Snapshot {
-		return subscription.NewSnapshot(1, []*subscription.Namespace{{
-			ID: "acme", UID: [16]byte{uid}, Proto: &grapnelv1.Namespace{Quota: &grapnelv1.Quota{MaxPublishRate: 1}},
-		}}, nil)
+		return subscription.NewSnapshot(1, []*subscription.Namespace{
+			newNamespace(t, uid, &grapnelv1.Namespace{Name: "namespaces/acme", Quota: &grapnelv1.Quota{MaxPublishRate: 1}}),
+		}, nil)
 	}
 	current := named(1)
 	in := ingest.New(ingest.Options{Registry: latest(func() *subscription.Snapshot { return current }), Journal: &shelf{}})

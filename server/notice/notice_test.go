@@ -33,7 +33,7 @@ func newTenants(t *testing.T, listening ...string) tenants {
 	var namespaces []*subscription.Namespace
 	var subs []*subscription.Subscription
 	for _, id := range append([]string{"acme", "deaf"}, listening...) {
-		namespaces = append(namespaces, &subscription.Namespace{ID: id, UID: uid(id), Proto: &grapnelv1.Namespace{State: grapnelv1.Namespace_STATE_ACTIVE}})
+		namespaces = append(namespaces, &subscription.Namespace{ID: id, UID: uid(id), State: grapnelv1.Namespace_STATE_ACTIVE})
 		globs := []string{"grapnel.**"}
 		if id == "deaf" {
 			globs = []string{"**"}
@@ -319,7 +319,7 @@ func TestWhoWantsSomethingElseHearsNothing(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	ns := &subscription.Namespace{ID: notice.System, UID: uid(notice.System), Proto: &grapnelv1.Namespace{State: grapnelv1.Namespace_STATE_ACTIVE}}
+	ns := &subscription.Namespace{ID: notice.System, UID: uid(notice.System), State: grapnelv1.Namespace_STATE_ACTIVE}
 	d := desk{Teller: notice.New(notice.Options{
 		Registry: tenants{subscription.NewSnapshot(1, []*subscription.Namespace{ns}, []*subscription.Subscription{sub})}, Recorder: &shelf{},
 	})}

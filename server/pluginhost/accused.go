@@ -101,7 +101,7 @@ func (c culprit) tenant() string { return check.NamespaceOf(c.name) }
 
 // instanceID is what an instance of a subscription is called towards its process.
 func instanceID(sub *subscription.Subscription, binding string) string {
-	return hex.EncodeToString(sub.UID[:]) + "/" + binding + "@" + sub.Proto.GetName()
+	return hex.EncodeToString(sub.UID[:]) + "/" + binding + "@" + sub.Name()
 }
 
 // culprit is for a process that has ended, by its own doing: whom its report names. It reports false when that is nobody.

@@ -34,7 +34,7 @@ func bombTransport() plugin.Kind {
 func TestCrashOnAnIdleConnectionIsLaidAtItsOwner(t *testing.T) {
 	f := start(t, func(tm *timing) { tm.backoffMin = time.Millisecond; tm.park = 20 * time.Second }, self("plugin-bomb")).ready(t)
 	evil, victim := newSub(t, 1, nil), newSub(t, 2, nil)
-	victim.Proto.Name, victim.Namespace = "namespaces/other/subscriptions/s2", "other"
+	victim.Proto().Name, victim.Namespace = "namespaces/other/subscriptions/s2", "other"
 	pid := func() int { return f.Pids()["test/bomb"] }
 	first := pid()
 	if got := f.attempt(t, evil, newJob(0, "bomb")); got.Outcome != delivery.OutcomeSucceeded {

@@ -16,7 +16,7 @@ import (
 )
 
 func batched(sub *subscription.Subscription) *subscription.Subscription {
-	sub.Proto.Batching = &grapnelv1.Batching{MaxEvents: 100}
+	sub.Proto().Batching = &grapnelv1.Batching{MaxEvents: 100}
 	sub.Batching = &subscription.Batching{MaxEvents: 100, MaxBytes: 1 << 20}
 	return sub
 }
@@ -81,7 +81,7 @@ func TestABatchThatAPluginDiesOf(t *testing.T) {
 func TestBatchesThatAreTooLarge(t *testing.T) {
 	f := platform(t)
 	sub := batched(newSub(t, 1, nil))
-	sub.Proto.Signers = []*grapnelv1.PluginBinding{{Plugin: "plugins/beta"}}
+	sub.Proto().Signers = []*grapnelv1.PluginBinding{{Plugin: "plugins/beta"}}
 	large := func(n int) *delivery.Job {
 		job := newJob(n, "x")
 		job.Event.Payload = []byte(`"` + strings.Repeat("x", platformMaxBody*2/3) + `"`)
@@ -100,8 +100,8 @@ func TestBatchesThatAreTooLarge(t *testing.T) {
 		return job
 	}
 	zipped := batched(newSub(t, 2, nil))
-	zipped.Proto.Signers = sub.Proto.Signers
-	zipped.Proto.PayloadShape = &grapnelv1.PayloadShape{Compression: grapnelv1.PayloadShape_COMPRESSION_GZIP}
+	zipped.Proto().Signers = sub.Proto().Signers
+	zipped.Proto().PayloadShape = &grapnelv1.PayloadShape{Compression: grapnelv1.PayloadShape_COMPRESSION_GZIP}
 	if got := f.together(t, zipped, quoted(1), quoted(2)); got.Cause != delivery.CauseCrowded {
 		t.Errorf("two that are small when compressed: %+v", got)
 	}
@@ -120,7 +120,7 @@ func TestBatchesThatAreTooLarge(t *testing.T) {
 func TestBatchOfASubscriptionThatHasNoneAnyMore(t *testing.T) {
 	f := platform(t)
 	sub := newSub(t, 1, nil)
-	sub.Proto.Signers = []*grapnelv1.PluginBinding{{Plugin: "plugins/beta"}}
+	sub.Proto().Signers = []*grapnelv1.PluginBinding{{Plugin: "plugins/beta"}}
 	if got := f.together(t, sub, newJob(1, "x"), newJob(2, "x")); got.Cause != delivery.CauseCrowded {
 		t.Errorf("%+v", got)
 	}
@@ -133,9 +133,9 @@ func TestBatchOfASubscriptionThatHasNoneAnyMore(t *testing.T) {
 func TestTransportsWithoutBatches(t *testing.T) {
 	f := platform(t)
 	sub := batched(newSub(t, 1, nil))
-	sub.Proto.Uri, sub.Proto.Transport = "mute://receiver", nil
-	sub.Proto.Signers = []*grapnelv1.PluginBinding{{Plugin: "plugins/beta"}}
-	ds, err := f.Check(t.Context(), sub.Proto)
+	sub.Proto().Uri, sub.Proto().Transport = "mute://receiver", nil
+	sub.Proto().Signers = []*grapnelv1.PluginBinding{{Plugin: "plugins/beta"}}
+	ds, err := f.Check(t.Context(), sub.Proto())
 	if err != nil || len(ds) != 1 || ds[0].Field != "subscription.batching" || !strings.Contains(ds[0].Summary, "plugins/mute carries one event") {
 		t.Errorf("%+v, %v", ds, err)
 	}

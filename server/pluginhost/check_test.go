@@ -54,7 +54,7 @@ func TestCheck(t *testing.T) {
 			{Field: "subscription.headers.Webhook-Signature", Code: "plugin.header_conflict", Summary: `the header webhook-signature is set by plugins/standard-webhooks; take it out of headers`}}},
 	} {
 		t.Run(name, func(t *testing.T) {
-			sub := newSub(t, 1, nil).Proto
+			sub := newSub(t, 1, nil).Proto()
 			tt.change(sub)
 			got, err := f.Check(t.Context(), sub)
 			if err != nil {

@@ -22,8 +22,8 @@ import (
 
 func shapedSub(t testing.TB, n byte, ps *grapnelv1.PayloadShape) *subscription.Subscription {
 	sub := newSub(t, n, nil)
-	sub.Proto.Signers = []*grapnelv1.PluginBinding{{Plugin: "plugins/beta"}}
-	sub.Proto.PayloadShape = ps
+	sub.Proto().Signers = []*grapnelv1.PluginBinding{{Plugin: "plugins/beta"}}
+	sub.Proto().PayloadShape = ps
 	return sub
 }
 
@@ -170,7 +170,7 @@ func samePayload(t *testing.T, ev *delivery.Event, data json.RawMessage, encoded
 func TestRawContentTypeAndStaticHeaders(t *testing.T) {
 	f := platform(t)
 	sub := shapedSub(t, 1, &grapnelv1.PayloadShape{ContentType: "application/vnd.acme", Compression: grapnelv1.PayloadShape_COMPRESSION_GZIP})
-	sub.Proto.Headers = map[string]string{"Content-Type": "text/wrong", "Content-Encoding": "br", "X-Kept": "yes"}
+	sub.Proto().Headers = map[string]string{"Content-Type": "text/wrong", "Content-Encoding": "br", "X-Kept": "yes"}
 	got := f.receive(t, sub, newJob(0, "x"))
 	if got.get("content-type") != "application/vnd.acme" || got.get("content-encoding") != "gzip" || got.get("x-kept") != "yes" {
 		t.Errorf("%v", got.Headers)

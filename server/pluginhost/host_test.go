@@ -389,16 +389,15 @@ func newSub(t testing.TB, id byte, config map[string]any) *subscription.Subscrip
 	if err != nil {
 		t.Fatal(err)
 	}
-	return &subscription.Subscription{
-		Proto: &grapnelv1.Subscription{
-			Name: "namespaces/acme/subscriptions/s" + strconv.Itoa(int(id)), Uri: "mem://receiver/path",
-			Headers:   map[string]string{"X-Static": "yes"},
-			Signers:   []*grapnelv1.PluginBinding{{Secrets: map[string]string{"key": keyName}}},
-			Transport: &grapnelv1.PluginBinding{Config: s},
-		},
-		Namespace: "acme", ID: "s" + strconv.Itoa(int(id)), UID: [16]byte{15: id}, Revision: 1,
-		AttemptTimeout: 10 * time.Second, MaxInFlight: 16,
-	}
+	sub := subscription.Of(&grapnelv1.Subscription{
+		Name: "namespaces/acme/subscriptions/s" + strconv.Itoa(int(id)), Uri: "mem://receiver/path",
+		Headers:   map[string]string{"X-Static": "yes"},
+		Signers:   []*grapnelv1.PluginBinding{{Secrets: map[string]string{"key": keyName}}},
+		Transport: &grapnelv1.PluginBinding{Config: s},
+	})
+	sub.UID, sub.Revision = [16]byte{15: id}, 1
+	sub.AttemptTimeout, sub.MaxInFlight = 10*time.Second, 16
+	return sub
 }
 
 func newJob(n int, eventType string) *delivery.Job {

@@ -196,7 +196,7 @@ func TestFloodOfOutput(t *testing.T) {
 	f := start(t, nil, self("plugin-raw", "flood"), self("plugin-signer2")).ready(t)
 	s := newSink()
 	sub := newSub(t, 1, nil)
-	sub.Proto.Signers[0].Plugin = "plugins/other-signer"
+	sub.Proto().Signers[0].Plugin = "plugins/other-signer"
 	for i := range 20 {
 		load(f, sub, s, 50)
 		s.wait(t, (i+1)*50)
@@ -215,7 +215,7 @@ func TestFloodOfOutput(t *testing.T) {
 func TestRepliesThatCannotBeTaken(t *testing.T) {
 	f := start(t, nil, self("plugin-raw", "huge"), self("plugin-signer2")).ready(t)
 	sub := newSub(t, 1, nil)
-	sub.Proto.Signers[0].Plugin = "plugins/other-signer"
+	sub.Proto().Signers[0].Plugin = "plugins/other-signer"
 	if got := f.attempt(t, sub, newJob(0, "x")); !got.Indeterminate || !strings.Contains(got.Error, "larger than 16 MiB") {
 		t.Errorf("got %+v", got)
 	}
@@ -226,7 +226,7 @@ func TestResultsThatNeverCome(t *testing.T) {
 	f := start(t, func(tm *timing) { tm.grace = 200 * time.Millisecond }, self("plugin-raw", "mute"), self("plugin-signer2")).ready(t)
 	sub := newSub(t, 1, nil)
 	sub.AttemptTimeout = 100 * time.Millisecond
-	sub.Proto.Signers[0].Plugin = "plugins/other-signer"
+	sub.Proto().Signers[0].Plugin = "plugins/other-signer"
 	s := newSink()
 	jobs := load(f, sub, s, 10)
 	s.wait(t, 10)
@@ -283,7 +283,7 @@ func TestCloseIsBounded(t *testing.T) {
 			f := start(t, nil, spec, self("plugin-signer2")).ready(t)
 			sub := newSub(t, 1, map[string]any{"delay": "50s"})
 			sub.AttemptTimeout = time.Minute
-			sub.Proto.Signers[0].Plugin = "plugins/other-signer"
+			sub.Proto().Signers[0].Plugin = "plugins/other-signer"
 			s := newSink()
 			pids := f.Pids()
 			if name == "attempts that go on" {
@@ -373,11 +373,9 @@ func runStalledHost() {
 	}()
 	go func() { _ = h.Run(context.Background()) }()
 	_ = h.Ready(ctx)
-	sub := &subscription.Subscription{
-		Proto: &grapnelv1.Subscription{Uri: "mem://x", Signers: []*grapnelv1.PluginBinding{{Secrets: map[string]string{"key": keyName}}}},
-		UID:   [16]byte{1}, Revision: 1, AttemptTimeout: 100 * time.Millisecond, Namespace: "acme",
-	}
-	sub.Proto.Transport = &grapnelv1.PluginBinding{Config: &structpb.Struct{Fields: map[string]*structpb.Value{
+	sub := subscription.Of(&grapnelv1.Subscription{Uri: "mem://x", Signers: []*grapnelv1.PluginBinding{{Secrets: map[string]string{"key": keyName}}}})
+	sub.UID, sub.Revision, sub.AttemptTimeout, sub.Namespace = [16]byte{1}, 1, 100*time.Millisecond, "acme"
+	sub.Proto().Transport = &grapnelv1.PluginBinding{Config: &structpb.Struct{Fields: map[string]*structpb.Value{
 		"delay": structpb.NewStringValue("20ms"),
 	}}}
 	s := newSink()

@@ -9,7 +9,6 @@ import (
 
 	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
 	"github.com/grapnel/grapnel/server/delivery"
-	"github.com/grapnel/grapnel/server/pluginhost/check"
 	"github.com/grapnel/grapnel/server/pluginhost/wire"
 	"github.com/grapnel/grapnel/server/subscription"
 )
@@ -40,15 +39,13 @@ func (h *Host) CheckOwnership(ctx context.Context, sub *grapnelv1.Subscription) 
 	if err != nil {
 		return nil, err
 	}
-	asked := &subscription.Subscription{
-		Proto: sub, Namespace: check.NamespaceOf(sub.GetName()), MaxInFlight: 1,
-		AttemptTimeout: sub.GetAttemptTimeout().AsDuration(),
-	}
+	asked := subscription.Of(sub)
+	asked.MaxInFlight, asked.AttemptTimeout = 1, sub.GetAttemptTimeout().AsDuration()
 	_, _ = rand.Read(asked.UID[:]) // an instance of its own beside the one that serves; it never fails
-	pl := h.newPlan(asked, b)
+	pl := h.newPlan(asked, sub, b)
 	defer h.retire(pl)
 	pl.shape = wire.Empty()
-	pl.ref, err = h.configureOne(pl, asked, b)
+	pl.ref, err = h.configureOne(pl, asked, sub, b)
 	var refused *refusedError
 	switch {
 	case errors.As(err, &refused):

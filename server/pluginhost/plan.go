@@ -399,13 +399,14 @@ type binding struct {
 // configure has the processes take the subscription's instances. An error means that a process is not
 // there; a refusal is a plan.
 func (h *Host) configure(sub *subscription.Subscription) (*plan, error) {
-	transport, err := h.resolve("transport", transportID(&h.kinds, sub.Proto), sub.Proto.GetTransport())
+	message := sub.Proto()
+	transport, err := h.resolve("transport", transportID(&h.kinds, message), message.GetTransport())
 	if err != nil {
 		return nil, err
 	}
 	var bindings []*binding
 	here := 0 // bindings from this one on live in the transport's process
-	for i, pb := range check.Signers(sub.Proto) {
+	for i, pb := range check.Signers(message) {
 		signer, err := h.resolve("signer", check.SignerID(pb), pb)
 		if err != nil {
 			return nil, err
@@ -418,7 +419,7 @@ func (h *Host) configure(sub *subscription.Subscription) (*plan, error) {
 	}
 	all := append(bindings, transport)
 	var transformer *binding
-	if pb := sub.Proto.GetTransformer(); pb != nil {
+	if pb := message.GetTransformer(); pb != nil {
 		transformer, err = h.resolve("transformer", check.TransformerID(pb), pb)
 		switch {
 		case err == nil:
@@ -427,13 +428,13 @@ func (h *Host) configure(sub *subscription.Subscription) (*plan, error) {
 			return nil, err
 		}
 	}
-	pl := h.newPlan(sub, transport)
+	pl := h.newPlan(sub, message, transport)
 	if pl.shape.Batched() && !transport.kind.Proto.GetTransport().GetBatches() {
 		pl.refusal, pl.until = check.NoBatches(transport.kind.Kind), time.Now().Add(refusalAge)
 		return pl, nil
 	}
 	for i, b := range all {
-		ref, err := h.configureOne(pl, sub, b)
+		ref, err := h.configureOne(pl, sub, message, b)
 		var refused *refusedError
 		switch {
 		case errors.As(err, &refused):
@@ -461,11 +462,11 @@ func (h *Host) configure(sub *subscription.Subscription) (*plan, error) {
 	return pl, nil
 }
 
-// newPlan is a plan without instances yet.
-func (h *Host) newPlan(sub *subscription.Subscription, transport *binding) *plan {
+// newPlan is a plan without instances yet. message is the subscription's.
+func (h *Host) newPlan(sub *subscription.Subscription, message *grapnelv1.Subscription, transport *binding) *plan {
 	pl := &plan{
-		uid: sub.UID, revision: sub.Revision, transport: transport.conn, uri: sub.Proto.GetUri(),
-		timeout: sub.AttemptTimeout, grace: h.timing.grace, shape: wire.ShapeOf(sub.Proto), headers: eventHeadersOf(sub.Proto),
+		uid: sub.UID, revision: sub.Revision, transport: transport.conn, uri: message.GetUri(),
+		timeout: sub.AttemptTimeout, grace: h.timing.grace, shape: wire.ShapeOf(message), headers: eventHeadersOf(message),
 		maxBody: int(transport.kind.Proto.GetTransport().GetMaxBodyBytes()),
 	}
 	if pl.timeout <= 0 {
@@ -497,10 +498,10 @@ type refusedError struct{ why string }
 
 func (e *refusedError) Error() string { return e.why }
 
-func (h *Host) configureOne(pl *plan, sub *subscription.Subscription, b *binding) (uint32, error) {
+func (h *Host) configureOne(pl *plan, sub *subscription.Subscription, message *grapnelv1.Subscription, b *binding) (uint32, error) {
 	in := &pluginv1.Instance{
 		Id: instanceID(sub, b.id), Generation: h.generation.Add(1), Ref: b.conn.nextRef(),
-		Kind: b.kind.ID, Tenant: sub.Namespace, ConfigJson: b.config, Target: targetOf(sub.Proto),
+		Kind: b.kind.ID, Tenant: sub.Namespace, ConfigJson: b.config, Target: targetOf(message),
 		MaxInFlight: uint32(max(0, sub.MaxInFlight)), Secrets: map[string]*pluginv1.SecretVersions{},
 	}
 	for slot, name := range b.slots {

@@ -143,9 +143,9 @@ func platform(t *testing.T) *fixture {
 
 func signedBy(t *testing.T, ids ...string) *subscription.Subscription {
 	sub := newSub(t, 1, nil)
-	sub.Proto.Signers = nil
+	sub.Proto().Signers = nil
 	for _, id := range ids {
-		sub.Proto.Signers = append(sub.Proto.Signers, &grapnelv1.PluginBinding{Plugin: "plugins/" + id})
+		sub.Proto().Signers = append(sub.Proto().Signers, &grapnelv1.PluginBinding{Plugin: "plugins/" + id})
 	}
 	return sub
 }
@@ -262,8 +262,8 @@ func TestCheckOwnership(t *testing.T) {
 	f := platform(t)
 	ask := func(uri string, config map[string]any) (*delivery.Attempt, error) {
 		sub := newSub(t, 1, config)
-		sub.Proto.Uri, sub.Proto.Signers = uri, nil
-		return f.CheckOwnership(t.Context(), sub.Proto)
+		sub.Proto().Uri, sub.Proto().Signers = uri, nil
+		return f.CheckOwnership(t.Context(), sub.Proto())
 	}
 	got, err := ask("mem://receiver", map[string]any{"ask": true})
 	if err != nil || got.Outcome != delivery.OutcomeSucceeded || got.ResponseCode != 204 ||

@@ -448,7 +448,7 @@ func (h *Host) park(p *pending) {
 	}
 	h.parking.mu.Unlock()
 	if over {
-		h.unspent(p, h.absence(p.sub.Proto))
+		h.unspent(p, h.absence(p.sub.Proto()))
 	}
 }
 
@@ -494,6 +494,6 @@ func (h *Host) releaseParked(now time.Time) {
 	})
 	h.parking.mu.Unlock()
 	for _, p := range over {
-		h.unspent(p, h.absence(p.sub.Proto))
+		h.unspent(p, h.absence(p.sub.Proto()))
 	}
 }

@@ -427,7 +427,7 @@ func TestSecretsAreNotRepeated(t *testing.T) {
 	f.secrets.set("namespaces/acme/secrets/token", token)
 	for i, mode := range []string{"loud", "leak"} {
 		sub := newSub(t, byte(i+1), map[string]any{"mode": mode})
-		sub.Proto.Transport.Secrets = map[string]string{"token": "namespaces/acme/secrets/token"}
+		sub.Proto().Transport.Secrets = map[string]string{"token": "namespaces/acme/secrets/token"}
 		if got := f.attempt(t, sub, newJob(0, "x")); strings.Contains(got.Error, token) {
 			t.Errorf("result has the secret: %s", got.Error)
 		}

@@ -225,7 +225,7 @@ func TestPluginWithoutTheSDK(t *testing.T) {
 		t.Run(mode, func(t *testing.T) {
 			f := start(t, nil, self("plugin-raw", mode), self("plugin-signer2")).ready(t)
 			sub := newSub(t, 1, nil)
-			sub.Proto.Signers[0].Plugin = "plugins/other-signer"
+			sub.Proto().Signers[0].Plugin = "plugins/other-signer"
 			s := newSink()
 			jobs := load(f, sub, s, 100)
 			s.wait(t, 100)
@@ -249,7 +249,7 @@ func TestAnswersShowNoSecret(t *testing.T) {
 		t.Run(mode, func(t *testing.T) {
 			f := start(t, nil, self("plugin-raw", mode), self("plugin-signer2")).ready(t)
 			sub := newSub(t, 1, nil)
-			sub.Proto.Signers[0].Plugin = "plugins/other-signer"
+			sub.Proto().Signers[0].Plugin = "plugins/other-signer"
 			job := newJob(0, "x")
 			job.Event.Payload = []byte("\xff you sent key-one-value, did you? key-one-v")
 			if got := f.attempt(t, sub, job); string(got.ResponseBody) != "\xff you sent [redacted], did you? [redacted]" {
@@ -265,12 +265,12 @@ func TestNobodySeesWhatIsAnothers(t *testing.T) {
 	f := start(t, nil, self("plugin-raw", "quotes"), self("plugin-signer2")).ready(t)
 	f.secrets.set("namespaces/acme/secrets/token", "tok-canary-12345")
 	mine, theirs := newSub(t, 1, nil), newSub(t, 2, nil)
-	theirs.Proto.Name, theirs.Namespace = "namespaces/other/subscriptions/s2", "other"
+	theirs.Proto().Name, theirs.Namespace = "namespaces/other/subscriptions/s2", "other"
 	for _, sub := range []*subscription.Subscription{mine, theirs} {
-		sub.Proto.Signers[0].Plugin = "plugins/other-signer"
+		sub.Proto().Signers[0].Plugin = "plugins/other-signer"
 	}
-	mine.Proto.Transport.Secrets = map[string]string{"token": "namespaces/acme/secrets/token"}
-	_, err := f.Check(t.Context(), mine.Proto)
+	mine.Proto().Transport.Secrets = map[string]string{"token": "namespaces/acme/secrets/token"}
+	_, err := f.Check(t.Context(), mine.Proto())
 	if err == nil || !strings.Contains(err.Error(), "with token [redacted]") || len(err.Error()) > 1000 {
 		t.Errorf("check: %v", err)
 	}
@@ -303,7 +303,7 @@ func TestHeadersAreBounded(t *testing.T) {
 	for _, mode := range []string{"headers", "headers-unary"} {
 		f := start(t, nil, self("plugin-raw", mode), self("plugin-signer2")).ready(t)
 		sub := newSub(t, 1, nil)
-		sub.Proto.Signers[0].Plugin = "plugins/other-signer"
+		sub.Proto().Signers[0].Plugin = "plugins/other-signer"
 		got := f.attempt(t, sub, newJob(0, "x"))
 		size := 0
 		for _, h := range append(got.ResponseHeaders, got.RequestHeaders...) {
@@ -320,7 +320,7 @@ func TestLyingPluginIsRestarted(t *testing.T) {
 		t.Run(mode, func(t *testing.T) {
 			f := start(t, nil, self("plugin-raw", mode), self("plugin-signer2")).ready(t)
 			sub := newSub(t, 1, nil)
-			sub.Proto.Signers[0].Plugin = "plugins/other-signer"
+			sub.Proto().Signers[0].Plugin = "plugins/other-signer"
 			s := newSink()
 			job := newJob(0, "x")
 			f.Attempt(sub, job, s)

@@ -102,7 +102,7 @@ func TestDisabledPluginIsAnswered(t *testing.T) {
 		"plugins/line": "plugins/line is disabled", "plugins/nobody": "there is no plugin plugins/nobody",
 	} {
 		sub := newSub(t, 1, nil)
-		sub.Proto.Signers[0].Plugin = signer
+		sub.Proto().Signers[0].Plugin = signer
 		if got := f.attempt(t, sub, newJob(0, "x")); got.Cause != delivery.CauseUnspent || got.Error != want {
 			t.Errorf("%s: %+v", signer, got)
 		}

@@ -22,7 +22,7 @@ func TestStatus(t *testing.T) {
 		t.Fatal(err)
 	}
 	sub := newSub(t, 1, map[string]any{"mode": "loud"})
-	sub.Proto.Transport.Secrets = map[string]string{"token": "namespaces/acme/secrets/token"}
+	sub.Proto().Transport.Secrets = map[string]string{"token": "namespaces/acme/secrets/token"}
 	for i := range 100 {
 		f.attempt(t, sub, newJob(i, "x"))
 	}

@@ -96,7 +96,7 @@ func (h *Host) transformFirst(p *pending, pl *plan) {
 
 // awaitTransformer has p wait for the process that its plan was made without, unless it has come up meanwhile.
 func (h *Host) awaitTransformer(p *pending, pl *plan) {
-	pb := p.sub.Proto.GetTransformer()
+	pb := p.sub.Proto().GetTransformer()
 	id := check.TransformerID(pb)
 	_, err := h.resolve("transformer", id, pb)
 	switch {
@@ -104,7 +104,7 @@ func (h *Host) awaitTransformer(p *pending, pl *plan) {
 		h.plans.drop(h, pl)
 		h.restart(p)
 	case h.above != nil && h.above.kinds.absent(id) != "": // a ward is not to be held up by those who wait
-		h.unspent(p, h.absence(p.sub.Proto))
+		h.unspent(p, h.absence(p.sub.Proto()))
 	default:
 		h.park(p)
 	}

@@ -25,7 +25,7 @@ func transformed(t testing.TB, id byte, plugin string, config map[string]any) *s
 		t.Fatal(err)
 	}
 	sub := newSub(t, id, nil)
-	sub.Proto.Transformer = &grapnelv1.PluginBinding{Plugin: "plugins/" + plugin, Config: s}
+	sub.Proto().Transformer = &grapnelv1.PluginBinding{Plugin: "plugins/" + plugin, Config: s}
 	return sub
 }
 

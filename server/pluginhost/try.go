@@ -29,11 +29,12 @@ func (h *Host) TryTransformer(ctx context.Context, sub *grapnelv1.Subscription, 
 	if err != nil {
 		return nil, err
 	}
-	asked := &subscription.Subscription{Proto: sub, Namespace: check.NamespaceOf(sub.GetName()), MaxInFlight: 1, AttemptTimeout: timeout}
+	asked := subscription.Of(sub)
+	asked.MaxInFlight, asked.AttemptTimeout = 1, timeout
 	_, _ = rand.Read(asked.UID[:]) // an instance of its own; it never fails
 	pl := &plan{uid: asked.UID, uri: sub.GetUri(), timeout: timeout, grace: h.timing.grace, shape: wire.ShapeOf(sub)}
 	defer h.retire(pl)
-	ref, err := h.configureOne(pl, asked, b)
+	ref, err := h.configureOne(pl, asked, sub, b)
 	var refused *refusedError
 	switch {
 	case errors.As(err, &refused):

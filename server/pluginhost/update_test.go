@@ -291,7 +291,7 @@ func TestUpgradeMayChangeKinds(t *testing.T) {
 	f := start(t, nil, version("1", "extra"))
 	f.unary(t)
 	sub := newSub(t, 1, nil)
-	sub.Proto.Signers[0].Plugin = "plugins/extra"
+	sub.Proto().Signers[0].Plugin = "plugins/extra"
 	if got := f.attempt(t, sub, newJob(0, "x")); got.Outcome != delivery.OutcomeSucceeded {
 		t.Fatalf("%+v", got)
 	}

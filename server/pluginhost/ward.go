@@ -87,11 +87,12 @@ func (h *Host) admit(p *pending) bool {
 // servedBy are the processes that attempts of a subscription go through, if all are there: but for a transformer's, without
 // which what it has made before is sent.
 func (h *Host) servedBy(sub *subscription.Subscription) ([]*supervisor, bool) {
-	ids := []string{transportID(&h.kinds, sub.Proto)}
-	for _, pb := range check.Signers(sub.Proto) {
+	message := sub.Proto()
+	ids := []string{transportID(&h.kinds, message)}
+	for _, pb := range check.Signers(message) {
 		ids = append(ids, check.SignerID(pb))
 	}
-	if pb := sub.Proto.GetTransformer(); pb != nil && h.kinds.absent(check.TransformerID(pb)) == "" {
+	if pb := message.GetTransformer(); pb != nil && h.kinds.absent(check.TransformerID(pb)) == "" {
 		ids = append(ids, check.TransformerID(pb))
 	}
 	var procs []*supervisor

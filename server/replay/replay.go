@@ -365,7 +365,7 @@ func (r *Runner) picker(one *delivery.Replay) (*delivery.Picker, held) {
 		_, gone := snapshot.Deleted(uint64(one.Namespace))
 		return nil, held{"the namespace is deleted", gone || ns != nil}
 	}
-	if ns.Proto.GetState() == grapnelv1.Namespace_STATE_DISABLED {
+	if ns.State == grapnelv1.Namespace_STATE_DISABLED {
 		return nil, held{"the namespace is disabled", false}
 	}
 	spec := &one.Spec
@@ -424,7 +424,7 @@ func (r *Runner) picker(one *delivery.Replay) (*delivery.Picker, held) {
 }
 
 func disabled(sub *subscription.Subscription) bool {
-	return sub.Proto.GetState() == grapnelv1.Subscription_STATE_DISABLED
+	return sub.State == grapnelv1.Subscription_STATE_DISABLED
 }
 
 func targetOf(sub *subscription.Subscription) delivery.Target {

@@ -11,7 +11,6 @@ import (
 	"testing/synctest"
 	"time"
 
-	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
 	"github.com/grapnel/grapnel/server/delivery"
 	"github.com/grapnel/grapnel/server/replay"
 	"github.com/grapnel/grapnel/server/subscription"
@@ -52,7 +51,7 @@ func TestEndIsNotedInTheEnd(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		uid := [16]byte{15: 7}
 		j := &refusing{one: delivery.Replay{Namespace: delivery.UID(uid).NamespaceKey(), Key: 1, ID: "r", State: delivery.ReplayRunning}, times: 3}
-		snapshot := subscription.NewSnapshot(1, []*subscription.Namespace{{ID: "acme", UID: uid, Proto: &grapnelv1.Namespace{}}}, nil)
+		snapshot := subscription.NewSnapshot(1, []*subscription.Namespace{{ID: "acme", UID: uid}}, nil)
 		told := 0
 		options := replay.Options{
 			Journal: j, Registry: config{snapshot},
@@ -151,7 +150,7 @@ func (j *failing) EndReplay(ctx context.Context, ns delivery.NamespaceKey, key u
 // A fault that may pass is waited for, which a job says, with pauses that grow; only what cannot pass ends it.
 func TestFaultsThatPassEndNoJob(t *testing.T) {
 	uid := [16]byte{15: 7}
-	snapshot := subscription.NewSnapshot(1, []*subscription.Namespace{{ID: "acme", UID: uid, Proto: &grapnelv1.Namespace{}}}, nil)
+	snapshot := subscription.NewSnapshot(1, []*subscription.Namespace{{ID: "acme", UID: uid}}, nil)
 	passing := []error{
 		fmt.Errorf("flush: %w", syscall.ENOSPC), syscall.EMFILE, syscall.EIO, io.ErrUnexpectedEOF, context.Canceled,
 		delivery.ErrRefused, delivery.ErrDiskFull, delivery.ErrStale,

@@ -108,7 +108,7 @@ func TestApproveIsAskedAboutNewTargetsOnly(t *testing.T) {
 	if err := update(func(p *grapnelv1.Subscription) { p.Uri = uri }); !errors.Is(err, a.answer) {
 		t.Errorf("got %v", err)
 	}
-	if got := r.Snapshot().Subscription("acme", "orders").Proto.GetUri(); got != other {
+	if got := r.Snapshot().Subscription("acme", "orders").Proto().GetUri(); got != other {
 		t.Errorf("stored %s although refused", got)
 	}
 }
@@ -133,7 +133,7 @@ func TestApproveSeesWhatIsStored(t *testing.T) {
 		t.Fatal(err)
 	}
 	a.about(t, other, other) // with the first transport, then with the second
-	if p := r.Snapshot().Subscription("acme", "orders").Proto; p.GetUri() != other || p.GetTransport().GetPlugin() != "plugins/other" {
+	if p := r.Snapshot().Subscription("acme", "orders").Proto(); p.GetUri() != other || p.GetTransport().GetPlugin() != "plugins/other" {
 		t.Errorf("stored %v", p)
 	}
 

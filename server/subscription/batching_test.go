@@ -70,7 +70,7 @@ func TestBatchingWarnsOfARate(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if got := strings.Join(subscription.Warnings(s.Proto), "\n"); !strings.Contains(got, "max_rate is of requests") || !strings.Contains(got, "up to 500 a second") {
+	if got := strings.Join(subscription.Warnings(s.Proto()), "\n"); !strings.Contains(got, "max_rate is of requests") || !strings.Contains(got, "up to 500 a second") {
 		t.Errorf("warnings: %s", got)
 	}
 }

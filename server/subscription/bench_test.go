@@ -61,7 +61,7 @@ func (s *store) subscription(ns, id string) {
 	if err != nil {
 		s.b.Fatal(err)
 	}
-	s.put(p.Name, full.Proto)
+	s.put(p.Name, full.Proto())
 }
 
 // BenchmarkRegistry is what writes cost through etcd, by how many subscriptions there are, in one namespace or

@@ -67,12 +67,12 @@ func (e *editor) putNamespace(n *Namespace) {
 // adopt tells the subscriptions of a namespace which one they are in, where it came after them.
 func (e *editor) adopt(n *Namespace) {
 	var strangers []*Subscription
-	e.names.Ascend(named{ns: n.ID}, func(found named) bool {
-		if found.ns == n.ID && found.sub.NamespaceUID != n.UID {
-			strangers = append(strangers, found.sub)
+	e.names.Ascend(named(n.ID, ""), func(found *Subscription) bool {
+		if found.Namespace == n.ID && found.NamespaceUID != n.UID {
+			strangers = append(strangers, found)
 		}
 		// All have the same: one look is enough when the namespace has only changed.
-		return found.ns == n.ID && len(strangers) > 0
+		return found.Namespace == n.ID && len(strangers) > 0
 	})
 	for _, s := range strangers {
 		moved := *s
@@ -91,11 +91,11 @@ func (e *editor) dropNamespace(id string) {
 // put adds or replaces a subscription, which nobody else has yet, and returns what was there.
 func (e *editor) put(s *Subscription) *Subscription {
 	t := e.tenant(s.Namespace)
+	s.Namespace = t.id // one string for all
 	if t.namespace != nil {
 		s.NamespaceUID = t.namespace.UID
 	}
-	replaced, _ := e.names.Set(named{ns: t.id, id: s.ID, sub: s})
-	old := replaced.sub
+	old, _ := e.names.Set(s)
 	t.listen(old, s)
 	if old == nil {
 		t.count++
@@ -103,11 +103,10 @@ func (e *editor) put(s *Subscription) *Subscription {
 		e.unlink(old, s)
 	}
 	e.subs.Set(UIDKey(s.UID), s)
-	if s.Proto.GetDeadLetter() != "" {
+	if s.DeadLetter != "" {
 		e.letters.Set(letterOf(s))
 	}
 	for g := range placesOf(s) {
-		g.ns = t.id // one string for all
 		e.globs.Set(g)
 	}
 	e.step(t, old, s)
@@ -116,16 +115,16 @@ func (e *editor) put(s *Subscription) *Subscription {
 
 // drop removes a subscription and returns it, nil when there was none.
 func (e *editor) drop(ns, id string) *Subscription {
-	found, ok := e.names.Delete(named{ns: ns, id: id})
+	old, ok := e.names.Delete(named(ns, id))
 	if !ok {
 		return nil
 	}
 	t := e.tenant(ns)
 	t.count--
-	t.listen(found.sub, nil)
-	e.unlink(found.sub, nil)
-	e.step(t, found.sub, nil)
-	return found.sub
+	t.listen(old, nil)
+	e.unlink(old, nil)
+	e.step(t, old, nil)
+	return old
 }
 
 // listen counts a subscription that has replaced another one; either may be nil.
@@ -145,7 +144,7 @@ func (e *editor) unlink(old, now *Subscription) {
 			e.subs.Delete(UIDKey(old.UID))
 		}
 	}
-	if old.Proto.GetDeadLetter() != "" {
+	if old.DeadLetter != "" {
 		e.letters.Delete(letterOf(old))
 	}
 	if now != nil && slices.Equal(old.globs, now.globs) {
@@ -158,8 +157,7 @@ func (e *editor) unlink(old, now *Subscription) {
 
 // letterOf is the place of a subscription among those that name a dead_letter.
 func letterOf(s *Subscription) letter {
-	to := s.Proto.GetDeadLetter()
-	return letter{to[strings.LastIndexByte(to, '/')+1:], named{ns: s.Namespace, id: s.ID, sub: s}}
+	return letter{s.DeadLetter[strings.LastIndexByte(s.DeadLetter, '/')+1:], s}
 }
 
 func (e *editor) step(t *tenant, old, now *Subscription) {

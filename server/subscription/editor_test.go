@@ -15,13 +15,13 @@ import (
 )
 
 func bare(ns, id string, uid uint64, globs ...string) *Subscription {
-	s := &Subscription{Namespace: ns, ID: id, Proto: &grapnelv1.Subscription{}, globs: globs}
+	s := &Subscription{Namespace: ns, ID: id, Policy: &Policy{}, globs: globs}
 	binary.BigEndian.PutUint64(s.UID[8:], uid)
 	return s
 }
 
 func bareNamespace(id string, uid uint64) *Namespace {
-	n := &Namespace{ID: id, Proto: &grapnelv1.Namespace{State: grapnelv1.Namespace_STATE_ACTIVE}}
+	n := &Namespace{ID: id, State: grapnelv1.Namespace_STATE_ACTIVE}
 	binary.BigEndian.PutUint64(n.UID[8:], uid)
 	return n
 }
@@ -119,11 +119,11 @@ func TestSnapshotsKeepTheirTime(t *testing.T) {
 					now.namespaces[ns] = n
 					for name, s := range now.subs { // those it took over are copies
 						if s.Namespace == ns {
-							found, _ := e.names.Get(named{ns: ns, id: s.ID})
-							if found.sub.NamespaceUID != n.UID {
-								t.Fatalf("%s is in the namespace %x, not %x", name, found.sub.NamespaceUID, n.UID)
+							found, _ := e.names.Get(named(ns, s.ID))
+							if found.NamespaceUID != n.UID {
+								t.Fatalf("%s is in the namespace %x, not %x", name, found.NamespaceUID, n.UID)
 							}
-							now.subs[name] = found.sub
+							now.subs[name] = found
 						}
 					}
 				case 1:

@@ -35,15 +35,15 @@ func globMatch(glob, s string) bool {
 // globAt is one glob of one subscription, where it is found: under the text that is known of every type it
 // covers.
 type globAt struct {
-	ns string
 	// text is the whole glob, what stands before its first star, or, backwards, what stands behind its last:
 	// the longer of the two tells more.
 	text string
-	kind globKind
+	sub  *Subscription
+	// number is that of the glob among those of the subscription; 0 of one that has none.
+	number int32
+	kind   globKind
 	// after sorts behind everything of the same text; for searching only.
 	after bool
-	sub   *Subscription
-	glob  string
 }
 
 type globKind uint8
@@ -55,7 +55,7 @@ const (
 )
 
 func lessGlob(a, b globAt) bool {
-	if c := strings.Compare(a.ns, b.ns); c != 0 {
+	if c := strings.Compare(a.sub.Namespace, b.sub.Namespace); c != 0 {
 		return c < 0
 	}
 	if a.kind != b.kind {
@@ -67,41 +67,46 @@ func lessGlob(a, b globAt) bool {
 	if a.after != b.after {
 		return b.after
 	}
-	if c := strings.Compare(a.id(), b.id()); c != 0 {
+	if c := strings.Compare(a.sub.ID, b.sub.ID); c != 0 {
 		return c < 0
 	}
-	return a.glob < b.glob
+	return a.glob() < b.glob()
 }
 
-func (g globAt) id() string {
-	if g.sub == nil {
-		return ""
+// glob is the whole glob.
+func (g globAt) glob() string {
+	if len(g.sub.globs) == 0 {
+		return everything
 	}
-	return g.sub.ID
+	return g.sub.globs[g.number]
 }
+
+// everything is the glob of a subscription that has none.
+const everything = "*"
 
 // covers reports whether the glob covers a type under whose text it was found.
 func (g globAt) covers(eventType string) bool {
 	// One star and the text: nothing is left to look at.
-	return g.kind == whole || len(g.glob) == len(g.text)+1 || globMatch(g.glob, eventType)
+	return g.kind == whole || len(g.glob()) == len(g.text)+1 || globMatch(g.glob(), eventType)
 }
 
 // placesOf goes through the globs of a subscription; without any it covers everything.
 func placesOf(s *Subscription) iter.Seq[globAt] {
 	return func(yield func(globAt) bool) {
 		if len(s.globs) == 0 {
-			yield(placeOf(s, "*"))
+			yield(placeOf(s, 0))
 		}
-		for _, glob := range s.globs {
-			if !yield(placeOf(s, glob)) {
+		for i := range s.globs {
+			if !yield(placeOf(s, i)) {
 				return
 			}
 		}
 	}
 }
 
-func placeOf(s *Subscription, glob string) globAt {
-	g := globAt{ns: s.Namespace, sub: s, glob: glob}
+func placeOf(s *Subscription, number int) globAt {
+	g := globAt{sub: s, number: int32(number)} //nolint:gosec // there are few
+	glob := g.glob()
 	first := strings.IndexByte(glob, '*')
 	if first < 0 {
 		g.text = glob
@@ -125,7 +130,7 @@ func backwards(s string) string {
 // find returns the subscriptions of a namespace whose globs cover a type, in the order of their IDs, each
 // once. Its cost goes by what it finds and by globs that share a beginning or an end with the type.
 func find(globs *btree.BTreeG[globAt], ns, eventType string) []*Subscription {
-	f := finder{globs: globs, ns: ns, eventType: eventType, operational: Operational(eventType)}
+	f := finder{globs: globs, ns: ns, at: named(ns, ""), eventType: eventType, operational: Operational(eventType)}
 	f.take(whole, eventType)
 	f.walk(ending, backwards(eventType))
 	// What is under the empty text is most, as a rule, and comes last.
@@ -136,6 +141,7 @@ func find(globs *btree.BTreeG[globAt], ns, eventType string) []*Subscription {
 type finder struct {
 	globs         *btree.BTreeG[globAt]
 	ns, eventType string
+	at            *Subscription // before all of the namespace
 	// operational: the type is.
 	operational  bool
 	found, batch []*Subscription
@@ -166,8 +172,8 @@ func (f *finder) walk(kind globKind, s string) {
 
 // last returns the greatest text that is not above s.
 func (f *finder) last(kind globKind, s string) (text string, ok bool) {
-	f.globs.Descend(globAt{ns: f.ns, kind: kind, text: s, after: true}, func(g globAt) bool {
-		text, ok = g.text, g.ns == f.ns && g.kind == kind
+	f.globs.Descend(globAt{sub: f.at, kind: kind, text: s, after: true}, func(g globAt) bool {
+		text, ok = g.text, g.sub.Namespace == f.ns && g.kind == kind
 		return false
 	})
 	return text, ok
@@ -176,11 +182,11 @@ func (f *finder) last(kind globKind, s string) (text string, ok bool) {
 // take adds the subscriptions under one text.
 func (f *finder) take(kind globKind, text string) {
 	f.batch = f.batch[:0]
-	f.globs.Ascend(globAt{ns: f.ns, kind: kind, text: text}, func(g globAt) bool {
-		if g.ns != f.ns || g.kind != kind || g.text != text {
+	f.globs.Ascend(globAt{sub: f.at, kind: kind, text: text}, func(g globAt) bool {
+		if g.sub.Namespace != f.ns || g.kind != kind || g.text != text {
 			return false
 		}
-		if (!f.operational || Operational(g.glob)) && g.covers(f.eventType) {
+		if (!f.operational || Operational(g.glob())) && g.covers(f.eventType) {
 			f.batch = append(f.batch, g.sub)
 		}
 		return true

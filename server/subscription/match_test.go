@@ -16,7 +16,7 @@ import (
 )
 
 func acme() []*subscription.Namespace {
-	return []*subscription.Namespace{{ID: "acme", Proto: &grapnelv1.Namespace{Name: "namespaces/acme", State: grapnelv1.Namespace_STATE_ACTIVE}}}
+	return []*subscription.Namespace{{ID: "acme", State: grapnelv1.Namespace_STATE_ACTIVE}}
 }
 
 func globs(list ...string) func(*grapnelv1.Subscription) {
@@ -232,7 +232,7 @@ func TestMatchAgainstNaive(t *testing.T) {
 			eventType := word("ab.")
 			var want []string
 			for _, s := range subs {
-				if naive(s.Proto.EventTypes, eventType) {
+				if naive(s.Proto().EventTypes, eventType) {
 					want = append(want, s.ID)
 				}
 			}
@@ -284,7 +284,7 @@ func TestMatchFromManyGoroutines(t *testing.T) {
 }
 
 func TestSnapshotOrder(t *testing.T) {
-	namespaces := append(acme(), &subscription.Namespace{ID: "beta", Proto: &grapnelv1.Namespace{}}, &subscription.Namespace{ID: "a", Proto: &grapnelv1.Namespace{}})
+	namespaces := append(acme(), &subscription.Namespace{ID: "beta"}, &subscription.Namespace{ID: "a"})
 	snap := subscription.NewSnapshot(7, namespaces, []*subscription.Subscription{
 		mustNew(t, "c", globs()), mustNew(t, "a", globs()), mustNew(t, "b", globs()),
 	})

@@ -63,11 +63,11 @@ func (r *Registry) UpdateNamespace(ctx context.Context, id, etag string, mutate 
 		if err := checkEtag(etag, it); err != nil {
 			return nil, nil, err
 		}
-		wanted := proto.CloneOf(n.Proto)
+		wanted := n.Proto()
 		if err := mutate(wanted); err != nil {
 			return nil, nil, err
 		}
-		p := proto.CloneOf(n.Proto)
+		p := n.Proto()
 		p.Labels, p.Quota, p.Weight = wanted.Labels, wanted.Quota, wanted.Weight
 		p.RequireEventTypes = wanted.RequireEventTypes
 		return p, nil, nil
@@ -88,7 +88,7 @@ func (r *Registry) SetNamespaceState(ctx context.Context, id, etag string, state
 		if err := checkEtag(etag, it); err != nil {
 			return nil, nil, err
 		}
-		p := proto.CloneOf(n.Proto)
+		p := n.Proto()
 		p.State, p.StateReason = state, oneLine(reason)
 		return p, nil, nil
 	})
@@ -108,7 +108,7 @@ func (r *Registry) DeleteNamespace(ctx context.Context, id, etag string, force b
 			return nil, nil, err
 		}
 		if err := checkEtag(etag, it); err != nil || n.Deleted() {
-			return n.Proto, nil, err
+			return n.Proto(), nil, err
 		}
 		var conds []keyspace.Cond
 		if !force {
@@ -123,7 +123,7 @@ func (r *Registry) DeleteNamespace(ctx context.Context, id, etag string, force b
 			conds = []keyspace.Cond{keyspace.NoneBelow(subs)}
 		}
 		now := time.Now()
-		p := proto.CloneOf(n.Proto)
+		p := n.Proto()
 		p.UndeletedState, p.UndeletedStateReason = p.State, p.StateReason
 		p.State = grapnelv1.Namespace_STATE_DELETED
 		p.StateReason = "deleted by a caller"
@@ -155,7 +155,7 @@ func (r *Registry) UndeleteNamespace(ctx context.Context, id, etag string) (*Nam
 		if _, erasing := r.Snapshot().Deleted(UIDKey(n.UID)); erasing {
 			return nil, nil, fmt.Errorf("%s: %w and is being erased", it.Key, ErrNamespaceDeleted)
 		}
-		p := proto.CloneOf(n.Proto)
+		p := n.Proto()
 		p.State, p.StateReason = cmp.Or(p.UndeletedState, grapnelv1.Namespace_STATE_ACTIVE), p.UndeletedStateReason
 		p.UndeletedState, p.UndeletedStateReason = 0, ""
 		p.DeleteTime, p.PurgeTime = nil, nil
@@ -186,7 +186,10 @@ func (r *Registry) editNamespace(ctx context.Context, id string, plan func(keysp
 		if err != nil {
 			return keyspace.Txn{}, fmt.Errorf("%s: read uid: %w", key, err)
 		}
-		out = &Namespace{Proto: p, ID: id, UID: uid, Revision: it.Revision}
+		if out, err = compileNamespace(p, id, uid); err != nil {
+			return keyspace.Txn{}, err
+		}
+		out.Revision = it.Revision
 		value, err := marshal(p)
 		if err != nil || it.Err == nil && string(value) == string(it.Value) {
 			return keyspace.Txn{}, err
@@ -199,7 +202,6 @@ func (r *Registry) editNamespace(ctx context.Context, id string, plan func(keysp
 	if revision != 0 {
 		out.Revision = revision
 	}
-	out.Proto.Etag = etag(out.Revision)
 	return out, nil
 }
 

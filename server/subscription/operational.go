@@ -44,7 +44,7 @@ func (s *Snapshot) Covers(ns, eventType string) bool {
 // about reports whether an event is operational and about the subscription itself, which is told nothing of that: what
 // fails there would be told there, and fail.
 func (s *Subscription) about(c *Candidate) bool {
-	return Operational(c.Type) && c.Subject == s.Proto.GetName()
+	return Operational(c.Type) && c.Subject == s.Name()
 }
 
 // others are the subscriptions but for the one that an operational event is about.

@@ -74,7 +74,7 @@ func TestMatchOperational(t *testing.T) {
 			t.Errorf("%s: %q, want %q", id, got, says)
 		}
 	}
-	warnings := subscription.Warnings(mustNew(t, "both", globs("**", "grapnel.**")).Proto)
+	warnings := subscription.Warnings(mustNew(t, "both", globs("**", "grapnel.**")).Proto())
 	if strings.Contains(strings.Join(warnings, "\n"), "covered") {
 		t.Errorf("warned of globs that cover different types: %q", warnings)
 	}
@@ -92,7 +92,7 @@ func TestListens(t *testing.T) {
 	if !listens(ops) {
 		t.Error("one names the prefix, and nobody listens")
 	}
-	changed := mustNew(t, "ops", func(p *grapnelv1.Subscription) { p.Uid, p.EventTypes = ops.Proto.Uid, []string{"order.*"} })
+	changed := mustNew(t, "ops", func(p *grapnelv1.Subscription) { p.Uid, p.EventTypes = ops.Proto().Uid, []string{"order.*"} })
 	if listens(ops, changed) || !listens(changed, ops) {
 		t.Error("who listens does not follow a change")
 	}
@@ -115,7 +115,7 @@ func TestCovers(t *testing.T) {
 	if snap.Covers("other", "grapnel.quota.near") {
 		t.Error("an absent namespace covers something")
 	}
-	changed := mustNew(t, "ops", func(p *grapnelv1.Subscription) { p.Uid, p.EventTypes = quota.Proto.Uid, []string{"grapnel.disk.*"} })
+	changed := mustNew(t, "ops", func(p *grapnelv1.Subscription) { p.Uid, p.EventTypes = quota.Proto().Uid, []string{"grapnel.disk.*"} })
 	after := subscription.NewSnapshot(2, acme(), []*subscription.Subscription{quota, changed})
 	if after.Covers("acme", "grapnel.quota.near") || !after.Covers("acme", "grapnel.disk.filling") {
 		t.Error("what is covered does not follow a change")

@@ -11,7 +11,7 @@ import (
 
 func TestOrigin(t *testing.T) {
 	of := func(uri string, change ...func(*subscription.Subscription)) subscription.Origin {
-		s := &subscription.Subscription{Proto: &grapnelv1.Subscription{Uri: uri, Transport: &grapnelv1.PluginBinding{Plugin: "http"}}}
+		s := subscription.Of(&grapnelv1.Subscription{Uri: uri, Transport: &grapnelv1.PluginBinding{Plugin: "http"}})
 		for _, c := range change {
 			c(s)
 		}
@@ -36,14 +36,14 @@ func TestOrigin(t *testing.T) {
 		t.Error("two paths of a host are two origins")
 	}
 	config := func(s *subscription.Subscription) {
-		s.Proto.Transport.Config, _ = structpb.NewStruct(map[string]any{"proxy": map[string]any{"url": "http://proxy.example"}})
+		s.Proto().Transport.Config, _ = structpb.NewStruct(map[string]any{"proxy": map[string]any{"url": "http://proxy.example"}})
 	}
 	secret := func(ns string) func(*subscription.Subscription) {
 		return func(s *subscription.Subscription) {
-			s.Proto.Transport.Secrets = map[string]string{"client_certificate": "namespaces/" + ns + "/secrets/cert"}
+			s.Proto().Transport.Secrets = map[string]string{"client_certificate": "namespaces/" + ns + "/secrets/cert"}
 		}
 	}
-	plugin := func(s *subscription.Subscription) { s.Proto.Transport.Plugin = "other" }
+	plugin := func(s *subscription.Subscription) { s.Proto().Transport.Plugin = "other" }
 	seen := map[subscription.Origin]bool{plain: true}
 	for _, change := range []func(*subscription.Subscription){config, secret("a"), secret("b"), plugin} {
 		o := of("https://hooks.example.com/a", change)

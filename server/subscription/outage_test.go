@@ -73,7 +73,7 @@ func TestDamagedSubscription(t *testing.T) {
 		t.Fatal(err)
 	}
 	eventually(t, "it is seen", func() bool { return cmp.Equal(r.Broken(), []string{ordersName}) })
-	if got := r.Snapshot().Subscription("acme", "orders"); got == nil || got.Proto.Uri != made.Proto.Uri || len(o.said()) != 0 {
+	if got := r.Snapshot().Subscription("acme", "orders"); got == nil || got.Proto().Uri != made.Proto().Uri || len(o.said()) != 0 {
 		t.Errorf("serving %v", got)
 	}
 	fresh, err := subscription.Open(t.Context(), subscription.Options{Client: etcd.Client, Prefix: prefix(t)})
@@ -90,10 +90,10 @@ func TestDamagedSubscription(t *testing.T) {
 		t.Errorf("built on a damaged value: %v", err)
 	}
 	paused, err := r.SetState(t.Context(), "acme", "orders", made.UID, grapnelv1.Subscription_STATE_PAUSED, "")
-	if err != nil || paused.Proto.Uri != made.Proto.Uri || paused.UID != made.UID {
+	if err != nil || paused.Proto().Uri != made.Proto().Uri || paused.UID != made.UID {
 		t.Fatalf("%v, %v", paused, err)
 	}
-	if got := r.Snapshot().Subscription("acme", "orders"); len(r.Broken()) != 0 || !proto.Equal(got.Proto, paused.Proto) {
+	if got := r.Snapshot().Subscription("acme", "orders"); len(r.Broken()) != 0 || !proto.Equal(got.Proto(), paused.Proto()) {
 		t.Errorf("broken %v, serving %v", r.Broken(), got)
 	}
 	eventually(t, "others see it again", func() bool { return fresh.Snapshot().Subscription("acme", "orders") != nil })
@@ -175,7 +175,7 @@ func TestResyncAfterCompactionWhileAway(t *testing.T) {
 	})
 	want := other.Snapshot()
 	for s := range want.Subscriptions("acme", "") {
-		if got := away.Snapshot().Subscription("acme", s.ID); got == nil || !proto.Equal(got.Proto, s.Proto) {
+		if got := away.Snapshot().Subscription("acme", s.ID); got == nil || !proto.Equal(got.Proto(), s.Proto()) {
 			t.Errorf("%s: %v", s.ID, got)
 		}
 	}
@@ -217,7 +217,7 @@ func TestEtcdOutage(t *testing.T) {
 		_, err := r.SetState(t.Context(), "acme", "orders", [16]byte{}, grapnelv1.Subscription_STATE_PAUSED, "")
 		return err == nil
 	})
-	if r.Snapshot().Subscription("acme", "orders").Proto.State != grapnelv1.Subscription_STATE_PAUSED {
+	if r.Snapshot().Subscription("acme", "orders").Proto().State != grapnelv1.Subscription_STATE_PAUSED {
 		t.Error("the snapshot has not caught up")
 	}
 	eventually(t, "it is healthy", r.Healthy)

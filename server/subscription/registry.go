@@ -35,9 +35,9 @@ type Registry struct {
 	conditions *conditions
 	log        *slog.Logger
 	snapshot   atomic.Pointer[Snapshot]
-	// editor and sharer belong to Open and then to Run.
+	// editor and policies belong to Open and then to Run.
 	editor   *editor
-	sharer   sharer
+	policies sharer
 	onChange []func([]Change)
 
 	// creates bounds concurrent creates under a quota: by what they may overrun it. Near it those of one
@@ -187,7 +187,7 @@ func (n *news) take(c keyspace.Change) error {
 		if err != nil {
 			return err
 		}
-		if was, ok := n.editor.namespaces.Get(UIDKey(namespace.UID)); ok && was.Proto.State != namespace.Proto.State {
+		if was, ok := n.editor.namespaces.Get(UIDKey(namespace.UID)); ok && was.State != namespace.State {
 			n.gates = append(n.gates, Gate{NamespaceUID: namespace.UID, Opened: was.Closed() && !namespace.Closed()})
 		}
 		n.editor.putNamespace(namespace)
@@ -196,11 +196,10 @@ func (n *news) take(c keyspace.Change) error {
 			n.changes = append(n.changes, Change{Old: old, Tombstone: n.tombstone(old)})
 		}
 	default:
-		s, err := decode(c.Key, c.Value, c.Revision, n.registry.conditions)
+		s, err := decode(c.Key, c.Value, c.Revision, n.registry.conditions, &n.registry.policies)
 		if err != nil {
 			return err
 		}
-		n.registry.sharer.share(s)
 		change := Change{Old: n.editor.put(s), New: s}
 		if change.Old != nil && change.Old.UID != s.UID {
 			change.Tombstone = n.tombstone(change.Old)
@@ -254,8 +253,12 @@ func decodeNamespace(key string, value []byte, revision int64) (*Namespace, erro
 	if err != nil {
 		return nil, fmt.Errorf("read uid: %w", err)
 	}
-	p.Etag = etag(revision)
-	return &Namespace{Proto: p, ID: strings.TrimPrefix(p.Name, "namespaces/"), UID: uid, Revision: revision}, nil
+	n, err := compileNamespace(p, strings.TrimPrefix(key, "namespaces/"), uid)
+	if err != nil {
+		return nil, err
+	}
+	n.Revision = revision
+	return n, nil
 }
 
 // namespace reads an item as a namespace, *NotFoundError when it does not exist. In place of a damaged value
@@ -270,8 +273,7 @@ func (r *Registry) namespace(it keyspace.Item) (*Namespace, error) {
 			return nil, it.Err
 		}
 		n := *known
-		n.Proto, n.Revision = proto.CloneOf(known.Proto), it.Revision
-		n.Proto.Etag = etag(it.Revision)
+		n.Revision = it.Revision
 		return &n, nil
 	}
 	n, err := decodeNamespace(it.Key, it.Value, it.Revision)
@@ -285,7 +287,7 @@ func (r *Registry) namespace(it keyspace.Item) (*Namespace, error) {
 func (r *Registry) activeNamespace(it keyspace.Item) (*Namespace, error) {
 	n, err := r.namespace(it)
 	if err == nil && n.Deleted() {
-		err = fmt.Errorf("%s: %w and will be erased on %s", it.Key, ErrNamespaceDeleted, n.Proto.PurgeTime.AsTime().Format("2006-01-02"))
+		err = fmt.Errorf("%s: %w and will be erased on %s", it.Key, ErrNamespaceDeleted, n.Proto().PurgeTime.AsTime().Format("2006-01-02"))
 	}
 	return n, err
 }
@@ -302,11 +304,10 @@ func (r *Registry) subscription(it keyspace.Item) (*Subscription, error) {
 			return nil, it.Err
 		}
 		s := *known
-		s.Proto, s.Revision = proto.CloneOf(known.Proto), it.Revision
-		s.Proto.Etag = etag(it.Revision)
+		s.Revision = it.Revision
 		return &s, nil
 	}
-	s, err := decode(it.Key, it.Value, it.Revision, r.conditions)
+	s, err := decode(it.Key, it.Value, it.Revision, r.conditions, nil)
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", r.space.Key(it.Key), err)
 	}

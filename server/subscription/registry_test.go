@@ -135,24 +135,24 @@ func TestSubscriptionLifecycle(t *testing.T) {
 			case c.New == nil:
 				seen = append(seen, "gone "+c.Old.ID)
 			default:
-				seen = append(seen, "changed "+c.New.ID+" "+c.New.Proto.State.String())
+				seen = append(seen, "changed "+c.New.ID+" "+c.New.Proto().State.String())
 			}
 		}
 	})
 	withNamespace(t, r, 0)
 
 	made := create(t, r, "orders")
-	if got := r.Snapshot().Subscription("acme", "orders"); got == nil || got.Revision != made.Revision || !proto.Equal(got.Proto, made.Proto) {
+	if got := r.Snapshot().Subscription("acme", "orders"); got == nil || got.Revision != made.Revision || !proto.Equal(got.Proto(), made.Proto()) {
 		t.Fatalf("the snapshot holds %v, created was %v", got, made)
 	}
-	if made.Proto.Etag == "" || made.Proto.CreateTime == nil || made.Proto.State != grapnelv1.Subscription_STATE_ACTIVE {
-		t.Errorf("created %v", made.Proto)
+	if made.Proto().Etag == "" || made.Proto().CreateTime == nil || made.Proto().State != grapnelv1.Subscription_STATE_ACTIVE {
+		t.Errorf("created %v", made.Proto())
 	}
 	if _, err := r.CreateSubscription(t.Context(), "acme", "orders", valid(), subscription.CreateOptions{}); !errors.Is(err, subscription.ErrExists) {
 		t.Errorf("created twice: %v", err)
 	}
 
-	updated, err := r.UpdateSubscription(t.Context(), "acme", "orders", made.Proto.Etag, func(p *grapnelv1.Subscription) error {
+	updated, err := r.UpdateSubscription(t.Context(), "acme", "orders", made.Proto().Etag, func(p *grapnelv1.Subscription) error {
 		p.MaxInFlight, p.Signers = 4, nil
 		p.Uid, p.State, p.Name = "x", grapnelv1.Subscription_STATE_DISABLED, "y"
 		return nil
@@ -160,36 +160,36 @@ func TestSubscriptionLifecycle(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if updated.MaxInFlight != 4 || updated.UID != made.UID || updated.Proto.State != grapnelv1.Subscription_STATE_ACTIVE ||
-		updated.Proto.Name != ordersName || updated.Proto.Signers[0].GetPlugin() != "plugins/standard-webhooks" || updated.Proto.Etag == made.Proto.Etag {
-		t.Errorf("updated to %v", updated.Proto)
+	if updated.MaxInFlight != 4 || updated.UID != made.UID || updated.Proto().State != grapnelv1.Subscription_STATE_ACTIVE ||
+		updated.Proto().Name != ordersName || updated.Proto().Signers[0].GetPlugin() != "plugins/standard-webhooks" || updated.Proto().Etag == made.Proto().Etag {
+		t.Errorf("updated to %v", updated.Proto())
 	}
 	var etagErr *subscription.EtagError
-	_, err = r.UpdateSubscription(t.Context(), "acme", "orders", made.Proto.Etag, func(*grapnelv1.Subscription) error { return nil }, subscription.UpdateOptions{})
-	if !errors.As(err, &etagErr) || etagErr.Current != updated.Proto.Etag {
+	_, err = r.UpdateSubscription(t.Context(), "acme", "orders", made.Proto().Etag, func(*grapnelv1.Subscription) error { return nil }, subscription.UpdateOptions{})
+	if !errors.As(err, &etagErr) || etagErr.Current != updated.Proto().Etag {
 		t.Errorf("old etag: %v", err)
 	}
 	same, err := r.UpdateSubscription(t.Context(), "acme", "orders", "", func(*grapnelv1.Subscription) error { return nil }, subscription.UpdateOptions{})
-	if err != nil || same.Proto.Etag != updated.Proto.Etag {
+	if err != nil || same.Proto().Etag != updated.Proto().Etag {
 		t.Errorf("an update without change gave %v, %v", same, err)
 	}
 
 	paused, err := r.SetState(t.Context(), "acme", "orders", made.UID, grapnelv1.Subscription_STATE_PAUSED, "receiver\nmigration")
-	if err != nil || paused.Proto.State != grapnelv1.Subscription_STATE_PAUSED || paused.Proto.StateReason != "receiver migration" {
+	if err != nil || paused.Proto().State != grapnelv1.Subscription_STATE_PAUSED || paused.Proto().StateReason != "receiver migration" {
 		t.Errorf("paused: %v, %v", paused, err)
 	}
 	if _, err := r.SetState(t.Context(), "acme", "orders", [16]byte{1}, grapnelv1.Subscription_STATE_DISABLED, "gone"); !errors.Is(err, subscription.ErrNotFound) {
 		t.Errorf("another uid: %v", err)
 	}
 	resumed, err := r.SetState(t.Context(), "acme", "orders", [16]byte{}, grapnelv1.Subscription_STATE_ACTIVE, "moved")
-	if err != nil || resumed.Proto.State != grapnelv1.Subscription_STATE_ACTIVE || resumed.Proto.StateReason != "moved" {
+	if err != nil || resumed.Proto().State != grapnelv1.Subscription_STATE_ACTIVE || resumed.Proto().StateReason != "moved" {
 		t.Errorf("resumed: %v, %v", resumed, err)
 	}
 
-	if _, err := r.DeleteSubscription(t.Context(), "acme", "orders", made.Proto.Etag, nil); !errors.As(err, &etagErr) {
+	if _, err := r.DeleteSubscription(t.Context(), "acme", "orders", made.Proto().Etag, nil); !errors.As(err, &etagErr) {
 		t.Errorf("deleted with an old etag: %v", err)
 	}
-	if _, err := r.DeleteSubscription(t.Context(), "acme", "orders", resumed.Proto.Etag, nil); err != nil {
+	if _, err := r.DeleteSubscription(t.Context(), "acme", "orders", resumed.Proto().Etag, nil); err != nil {
 		t.Fatal(err)
 	}
 	if r.Snapshot().Subscription("acme", "orders") != nil {
@@ -237,7 +237,7 @@ func TestValidateOnlyStoresNothing(t *testing.T) {
 	r, _ := registry(t, etcd.Client)
 	withNamespace(t, r, 0)
 	s, err := r.CreateSubscription(t.Context(), "acme", "", valid(), subscription.CreateOptions{ValidateOnly: true})
-	if err != nil || s.Proto.Etag != "" || s.MaxAttempts != 10 {
+	if err != nil || s.Proto().Etag != "" || s.MaxAttempts != 10 {
 		t.Errorf("%v, %v", s, err)
 	}
 	create(t, r, "orders")
@@ -269,7 +269,7 @@ func TestUpdateAllowMissing(t *testing.T) {
 		t.Errorf("got %v", err)
 	}
 	s, err := r.UpdateSubscription(t.Context(), "acme", "orders", "", fill, subscription.UpdateOptions{AllowMissing: true})
-	if err != nil || s.Proto.Uid == "" || s.Proto.CreateTime == nil {
+	if err != nil || s.Proto().Uid == "" || s.Proto().CreateTime == nil {
 		t.Errorf("%v, %v", s, err)
 	}
 }
@@ -297,7 +297,7 @@ func TestParallelUpdatesAllLand(t *testing.T) {
 		})
 	}
 	wg.Wait()
-	if got := len(r.Snapshot().Subscription("acme", "orders").Proto.Labels); got != writers*rounds {
+	if got := len(r.Snapshot().Subscription("acme", "orders").Proto().Labels); got != writers*rounds {
 		t.Errorf("%d of %d updates landed", got, writers*rounds)
 	}
 }
@@ -318,7 +318,7 @@ func TestRequestIDMakesCreateIdempotent(t *testing.T) {
 	}
 	wg.Wait()
 	for _, s := range got {
-		if s == nil || s.UID != got[0].UID || s.ID != got[0].ID || s.Proto.Etag != got[0].Proto.Etag {
+		if s == nil || s.UID != got[0].UID || s.ID != got[0].ID || s.Proto().Etag != got[0].Proto().Etag {
 			t.Fatalf("calls gave different subscriptions: %v and %v", s, got[0])
 		}
 	}
@@ -470,7 +470,7 @@ func TestSecretReferences(t *testing.T) {
 func TestNamespaceLifecycle(t *testing.T) {
 	r, _ := registry(t, etcd.Client)
 	n, err := r.CreateNamespace(t.Context(), "acme", &grapnelv1.Namespace{Labels: map[string]string{"a": "b"}})
-	if err != nil || n.Proto.State != grapnelv1.Namespace_STATE_ACTIVE || n.Proto.Etag == "" {
+	if err != nil || n.Proto().State != grapnelv1.Namespace_STATE_ACTIVE || n.Proto().Etag == "" {
 		t.Fatalf("%v, %v", n, err)
 	}
 	if _, err := r.CreateNamespace(t.Context(), "acme", nil); !errors.Is(err, subscription.ErrExists) {
@@ -516,10 +516,10 @@ func TestNamespaceLifecycle(t *testing.T) {
 		t.Error("purged a live namespace")
 	}
 	n, err = r.DeleteNamespace(t.Context(), "acme", "", true)
-	if err != nil || !n.Deleted() || n.Proto.PurgeTime.AsTime().Sub(n.Proto.DeleteTime.AsTime()) != 7*24*time.Hour {
+	if err != nil || !n.Deleted() || n.Proto().PurgeTime.AsTime().Sub(n.Proto().DeleteTime.AsTime()) != 7*24*time.Hour {
 		t.Fatalf("%v, %v", n, err)
 	}
-	if again, err := r.DeleteNamespace(t.Context(), "acme", "", false); err != nil || !proto.Equal(again.Proto, n.Proto) {
+	if again, err := r.DeleteNamespace(t.Context(), "acme", "", false); err != nil || !proto.Equal(again.Proto(), n.Proto()) {
 		t.Errorf("deleted twice: %v, %v", again, err)
 	}
 	nothing := func(*grapnelv1.Subscription) error { return nil }
@@ -575,7 +575,7 @@ func TestPurgeInBatches(t *testing.T) {
 	if err := r.PurgeNamespace(t.Context(), "acme"); err != nil {
 		t.Fatal(err)
 	}
-	if diff := cmp.Diff([]string{other.Proto.Name}, append(keys(t, "namespaces/"), keys(t, "secrets/")...)); diff != "" {
+	if diff := cmp.Diff([]string{other.Proto().Name}, append(keys(t, "namespaces/"), keys(t, "secrets/")...)); diff != "" {
 		t.Errorf("(-want +got):\n%s", diff)
 	}
 }

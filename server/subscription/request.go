@@ -108,7 +108,7 @@ func (r *Registry) made(it keyspace.Item) (*Subscription, error) {
 		return nil, fmt.Errorf("%s: %w", r.space.Key(it.Key), err)
 	}
 	// Both were written by one transaction, so its revision is that of the subscription.
-	made, err := decode(p.Name, value, it.Revision, r.conditions)
+	made, err := decode(p.Name, value, it.Revision, r.conditions, nil)
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", r.space.Key(it.Key), err)
 	}
@@ -119,7 +119,7 @@ func (r *Registry) made(it keyspace.Item) (*Subscription, error) {
 // the name that the call is about, which the snapshot may not show yet. What stands elsewhere is asked of a snapshot in
 // which it has been made: one that does not show it yet says nothing of its end.
 func (r *Registry) current(ctx context.Context, made *Subscription, own keyspace.Item) (*Subscription, error) {
-	if own.Key == made.Proto.GetName() && own.Revision != 0 {
+	if own.Key == made.name && own.Revision != 0 {
 		if now, err := r.subscription(own); err == nil {
 			if now.UID == made.UID {
 				return now, nil

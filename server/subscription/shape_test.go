@@ -82,7 +82,7 @@ func TestPayloadShapeWarnings(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		got := subscription.Warnings(s.Proto)
+		got := subscription.Warnings(s.Proto())
 		ok := len(got) == len(c.want)
 		for i := range c.want {
 			ok = ok && strings.Contains(got[i], c.want[i])

@@ -36,7 +36,7 @@ type trees struct {
 	// namespaces and subs are by UIDKey.
 	namespaces *btree.Map[uint64, *Namespace]
 	subs       *btree.Map[uint64, *Subscription]
-	names      *btree.BTreeG[named]
+	names      *btree.BTreeG[*Subscription]
 	// letters are those that name a dead_letter, by which.
 	letters    *btree.BTreeG[letter]
 	globs      *btree.BTreeG[globAt]
@@ -77,30 +77,30 @@ const treeDegree = 16
 // maxRecent bounds what a snapshot remembers of changes.
 const maxRecent = 32
 
-// named is a subscription in the order of names.
-type named struct {
-	ns, id string
-	sub    *Subscription
-}
+// named is where a subscription of this name is among others, for searching only.
+func named(ns, id string) *Subscription { return &Subscription{Namespace: ns, ID: id} }
 
-func lessName(a, b named) bool {
-	if c := strings.Compare(a.ns, b.ns); c != 0 {
+func lessName(a, b *Subscription) bool {
+	if c := strings.Compare(a.Namespace, b.Namespace); c != 0 {
 		return c < 0
 	}
-	return a.id < b.id
+	return a.ID < b.ID
 }
 
 // letter is a subscription by the ID of its dead_letter.
 type letter struct {
-	to string
-	named
+	to  string
+	sub *Subscription
 }
 
 func lessLetter(a, b letter) bool {
-	if a.ns != b.ns || a.to != b.to {
-		return a.ns < b.ns || a.ns == b.ns && a.to < b.to
+	if c := strings.Compare(a.sub.Namespace, b.sub.Namespace); c != 0 {
+		return c < 0
 	}
-	return a.id < b.id
+	if a.to != b.to {
+		return a.to < b.to
+	}
+	return a.sub.ID < b.sub.ID
 }
 
 func newTrees() trees {
@@ -205,14 +205,14 @@ func (s *Snapshot) Subscription(ns, id string) *Subscription {
 	if s.Namespace(ns) == nil {
 		return nil
 	}
-	found, _ := s.names.Get(named{ns: ns, id: id})
-	return found.sub
+	found, _ := s.names.Get(named(ns, id))
+	return found
 }
 
 // LettersTo returns the first of a namespace's subscriptions that name one as their dead_letter, nil when none does.
 func (s *Snapshot) LettersTo(ns, id string) (first *Subscription) {
-	s.letters.Ascend(letter{to: id, named: named{ns: ns}}, func(n letter) bool {
-		if n.ns == ns && n.to == id {
+	s.letters.Ascend(letter{id, named(ns, "")}, func(n letter) bool {
+		if n.sub.Namespace == ns && n.to == id {
 			first = n.sub
 		}
 		return false
@@ -255,8 +255,8 @@ func (s *Snapshot) Subscriptions(ns, after string) iter.Seq[*Subscription] {
 		if s.Namespace(ns) == nil {
 			return
 		}
-		s.names.Ascend(named{ns: ns, id: after}, func(n named) bool {
-			return n.ns == ns && (n.id == after || yield(n.sub))
+		s.names.Ascend(named(ns, after), func(sub *Subscription) bool {
+			return sub.Namespace == ns && (sub.ID == after || yield(sub))
 		})
 	}
 }

@@ -18,19 +18,33 @@ import (
 	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
 )
 
-// Subscription is one subscription as stored, compiled for matching and dispatch. Immutable.
+// Subscription is one subscription as stored, compiled for matching and dispatch. Immutable. It is kept small, since there
+// may be very many: the message is encoded, see Proto, and the policy shared with others.
 type Subscription struct {
-	// Proto is the stored message with all defaults filled in; it must not be changed.
-	Proto *grapnelv1.Subscription
 	// Namespace and ID are the segments of the name.
 	Namespace string
 	ID        string
-	// UID is Proto.uid, parsed, and NamespaceUID that of its namespace.
+	// UID is the message's uid, parsed, and NamespaceUID that of its namespace.
 	UID, NamespaceUID [16]byte
 	// Revision is etcd's modification revision of the stored value; it rises with each change.
 	Revision int64
+	State    grapnelv1.Subscription_State
+	*Policy
 
-	// What dispatch needs, unpacked.
+	name string
+	// created is the message's create_time, in nanoseconds since 1970.
+	created int64
+	// own is what is encoded of the message beside the name, the etag and what the policy has.
+	own string
+	// whole, when set, is the message itself.
+	whole *grapnelv1.Subscription
+	// globs are parts of own.
+	globs     []string
+	condition *condition
+}
+
+// Policy is how deliveries of a subscription are made, unpacked for dispatch. Subscriptions that have the same share one.
+type Policy struct {
 	AttemptTimeout time.Duration
 	MaxInFlight    int
 	MaxRate        float64
@@ -46,9 +60,11 @@ type Subscription struct {
 	Ordered, BlocksKeys bool
 	// Batching is nil where each delivery has a request of its own.
 	Batching *Batching
+	// DeadLetter is the name of the subscription that gets what ends without success, empty for none.
+	DeadLetter string
 
-	globs     []string
-	condition *condition
+	// encoded is what of the message it was made of.
+	encoded string
 }
 
 // Batching is how many deliveries one request may carry.
@@ -60,15 +76,21 @@ type Batching struct {
 	MaxWait time.Duration
 }
 
-// Namespace is one tenant as stored. Immutable.
+// Namespace is one tenant as stored. Immutable. It is kept small as a Subscription is.
 type Namespace struct {
-	// Proto is the stored message; its quota is to be read through Quota.
-	Proto *grapnelv1.Namespace
-	ID    string
-	// UID is Proto.uid, parsed.
+	ID string
+	// UID is the message's uid, parsed.
 	UID [16]byte
 	// Revision is etcd's modification revision of the stored value; it rises with each change.
 	Revision int64
+	State    grapnelv1.Namespace_State
+	// RequireEventTypes: only events of types that are registered are taken.
+	RequireEventTypes bool
+
+	weight int32
+	quota  *grapnelv1.Quota // nil is that of a message without one
+	// own is what is encoded of the message beside the name and the etag.
+	own string
 }
 
 // Change is one subscription before and after, or news of a deletion or a Gate alone. Old is nil for a new one, New for
@@ -125,17 +147,17 @@ type UpdateOptions struct {
 
 // Deleted reports whether the namespace waits to be erased.
 func (n *Namespace) Deleted() bool {
-	return n.Proto.GetState() == grapnelv1.Namespace_STATE_DELETED
+	return n.State == grapnelv1.Namespace_STATE_DELETED
 }
 
 // Disabled reports whether what is published into the namespace is to be recorded as skipped.
 func (n *Namespace) Disabled() bool {
-	return n.Proto.GetState() == grapnelv1.Namespace_STATE_DISABLED
+	return n.State == grapnelv1.Namespace_STATE_DISABLED
 }
 
 // Closed reports whether no attempts are to be made in the namespace.
 func (n *Namespace) Closed() bool {
-	return n.Proto.GetState() != grapnelv1.Namespace_STATE_ACTIVE
+	return n.State != grapnelv1.Namespace_STATE_ACTIVE
 }
 
 // MaxWeight is the most that a namespace weighs.
@@ -146,7 +168,7 @@ func (n *Namespace) Weight() int {
 	if n == nil {
 		return 1
 	}
-	return int(clamp(n.Proto.GetWeight(), 1, MaxWeight))
+	return int(clamp(n.weight, 1, MaxWeight))
 }
 
 // Quota holds a namespace's limits, defaults filled in.
@@ -168,7 +190,7 @@ type Quota struct {
 
 // Quota returns the limits in force; stored ones that are out of bounds are brought within them.
 func (n *Namespace) Quota() Quota {
-	q := n.Proto.GetQuota()
+	q := n.quota
 	retention := clamp(positive(q.GetRetention().AsDuration(), 72*time.Hour), time.Hour, 90*24*time.Hour)
 	return Quota{
 		MaxSubscriptions:  positive(q.GetMaxSubscriptions(), 0),

@@ -10,6 +10,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/reflect/protoreflect"
 	"google.golang.org/protobuf/testing/protocmp"
 	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/structpb"
@@ -38,7 +39,7 @@ func TestNewFillsDefaults(t *testing.T) {
 		t.Errorf("New changed its argument (-want +got):\n%s", diff)
 	}
 	want := valid()
-	want.Uid = s.Proto.Uid
+	want.Uid = s.Proto().Uid
 	want.Signers = []*grapnelv1.PluginBinding{{Plugin: "plugins/standard-webhooks"}}
 	want.Transport = &grapnelv1.PluginBinding{Plugin: "plugins/http"}
 	want.PayloadShape = &grapnelv1.PayloadShape{
@@ -56,7 +57,7 @@ func TestNewFillsDefaults(t *testing.T) {
 	}
 	want.FailurePolicy = &grapnelv1.FailurePolicy{DisableAfter: durationpb.New(120 * time.Hour)}
 	want.State = grapnelv1.Subscription_STATE_ACTIVE
-	if diff := cmp.Diff(want, s.Proto, protocmp.Transform()); diff != "" {
+	if diff := cmp.Diff(want, s.Proto(), protocmp.Transform()); diff != "" {
 		t.Errorf("stored message (-want +got):\n%s", diff)
 	}
 	if diff := cmp.Diff(delays, s.Schedule); diff != "" {
@@ -249,7 +250,7 @@ func TestWarnings(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			got := subscription.Warnings(s.Proto)
+			got := subscription.Warnings(s.Proto())
 			if len(got) != len(tt.want) {
 				t.Fatalf("got %q, want %q", got, tt.want)
 			}
@@ -262,8 +263,38 @@ func TestWarnings(t *testing.T) {
 	}
 }
 
+// A message that was handed out is the caller's, and has all that was stored.
+func TestProtoIsTheCallers(t *testing.T) {
+	s := mustNew(t, "orders", func(p *grapnelv1.Subscription) {
+		p.EventTypes, p.Labels = []string{"order.*", "*.paid"}, map[string]string{"team": "shop"}
+		p.ProtoReflect().SetUnknown(protoreflect.RawFields{0xf8, 0x3f, 7}) // field 1023, of a later release
+	})
+	before := s.Proto()
+	if got := before.ProtoReflect().GetUnknown(); string(got) != "\xf8\x3f\x07" {
+		t.Errorf("what a later release has stored is %x", got)
+	}
+	spoiled := s.Proto()
+	spoiled.RetryPolicy.Schedule[0].Seconds, spoiled.EventTypes[0], spoiled.Uri = 77, "spoiled", "https://spoiled.example"
+	spoiled.Labels["team"] = "spoiled"
+	if diff := cmp.Diff(before, s.Proto(), protocmp.Transform()); diff != "" {
+		t.Errorf("a caller has changed what is kept (-want +got):\n%s", diff)
+	}
+	if !s.Wants(&subscription.Candidate{Type: "order.made"}) || !s.Wants(&subscription.Candidate{Type: "x.paid"}) || s.Schedule[0] != 5*time.Second {
+		t.Error("a caller has changed what is matched or dispatched")
+	}
+	if s.Name() != before.Name || !s.CreateTime().Equal(before.CreateTime.AsTime()) || s.State != before.State || s.DeadLetter != before.DeadLetter {
+		t.Error("fields differ from the message")
+	}
+	if !s.Mentions("hooks.example.com") || s.Mentions("nowhere.example") {
+		t.Error("what it mentions is not told")
+	}
+}
+
 func TestQuotaDefaults(t *testing.T) {
-	n := &subscription.Namespace{Proto: &grapnelv1.Namespace{Quota: &grapnelv1.Quota{MaxPublishRate: 5}}}
+	n, err := subscription.NewNamespace(&grapnelv1.Namespace{Name: "namespaces/acme", Quota: &grapnelv1.Quota{MaxPublishRate: 5}})
+	if err != nil {
+		t.Fatal(err)
+	}
 	standard := 72 * time.Hour
 	want := subscription.Quota{
 		MaxPublishRate: 5, MaxEventBytes: 262144, Retention: standard, DeadLetterRetention: standard, PayloadRetention: standard, AttemptRetention: standard,
@@ -279,10 +310,13 @@ func TestQuotaBringsRetentionsIntoOrder(t *testing.T) {
 		{48, 24, 72, 1, 48, 48, 1},
 		{48, 96, 24, 0, 96, 24, 48},
 	} {
-		n := &subscription.Namespace{Proto: &grapnelv1.Namespace{Quota: &grapnelv1.Quota{
+		n, err := subscription.NewNamespace(&grapnelv1.Namespace{Name: "namespaces/acme", Quota: &grapnelv1.Quota{
 			Retention: durationpb.New(tt.all * time.Hour), DeadLetterRetention: durationpb.New(tt.dead * time.Hour),
 			PayloadRetention: durationpb.New(tt.payloads * time.Hour), AttemptRetention: durationpb.New(tt.attempts * time.Hour),
-		}}}
+		}})
+		if err != nil {
+			t.Fatal(err)
+		}
 		q := n.Quota()
 		got := [...]time.Duration{q.DeadLetterRetention / time.Hour, q.PayloadRetention / time.Hour, q.AttemptRetention / time.Hour}
 		if want := [...]time.Duration{tt.wantDead, tt.wantPayloads, tt.wantAttempts}; got != want {

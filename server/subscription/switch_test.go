@@ -53,9 +53,9 @@ func TestNamespaceHasAState(t *testing.T) {
 	withNamespace(t, r, 0)
 	o.said()
 	const acme = "acme"
-	etag := r.Snapshot().Namespace(acme).Proto.Etag
+	etag := r.Snapshot().Namespace(acme).Proto().Etag
 	paused, err := r.SetNamespaceState(t.Context(), acme, etag, grapnelv1.Namespace_STATE_PAUSED, "not\npaid")
-	if err != nil || paused.Proto.State != grapnelv1.Namespace_STATE_PAUSED || paused.Proto.StateReason != "not paid" || !paused.Closed() {
+	if err != nil || paused.Proto().State != grapnelv1.Namespace_STATE_PAUSED || paused.Proto().StateReason != "not paid" || !paused.Closed() {
 		t.Fatalf("paused: %v, %v", paused, err)
 	}
 	o.want(t, "a pause", "gate, opened: false")
@@ -66,24 +66,24 @@ func TestNamespaceHasAState(t *testing.T) {
 	if n, err := r.UpdateNamespace(t.Context(), acme, "", func(n *grapnelv1.Namespace) error {
 		n.Labels, n.State = map[string]string{"a": "b"}, grapnelv1.Namespace_STATE_ACTIVE
 		return nil
-	}); err != nil || n.Proto.State != grapnelv1.Namespace_STATE_PAUSED {
+	}); err != nil || n.Proto().State != grapnelv1.Namespace_STATE_PAUSED {
 		t.Errorf("updated: %v, %v", n, err)
 	}
 	deleted, err := r.DeleteNamespace(t.Context(), acme, "", true)
-	if err != nil || deleted.Proto.UndeletedState != grapnelv1.Namespace_STATE_PAUSED || deleted.Proto.StateReason != "deleted by a caller" {
+	if err != nil || deleted.Proto().UndeletedState != grapnelv1.Namespace_STATE_PAUSED || deleted.Proto().StateReason != "deleted by a caller" {
 		t.Fatalf("deleted: %v, %v", deleted, err)
 	}
 	if _, err := r.SetNamespaceState(t.Context(), acme, "", grapnelv1.Namespace_STATE_ACTIVE, ""); !errors.Is(err, subscription.ErrNamespaceDeleted) {
 		t.Errorf("resumed while deleted: %v", err)
 	}
 	back, err := r.UndeleteNamespace(t.Context(), acme, "")
-	if err != nil || back.Proto.State != grapnelv1.Namespace_STATE_PAUSED || back.Proto.StateReason != "not paid" ||
-		back.Proto.UndeletedState != 0 || back.Proto.UndeletedStateReason != "" {
+	if err != nil || back.Proto().State != grapnelv1.Namespace_STATE_PAUSED || back.Proto().StateReason != "not paid" ||
+		back.Proto().UndeletedState != 0 || back.Proto().UndeletedStateReason != "" {
 		t.Errorf("undeleted: %v, %v", back, err)
 	}
 	o.said()
-	resumed, err := r.SetNamespaceState(t.Context(), acme, back.Proto.Etag, grapnelv1.Namespace_STATE_ACTIVE, "")
-	if err != nil || resumed.Closed() || resumed.Proto.StateReason != "" {
+	resumed, err := r.SetNamespaceState(t.Context(), acme, back.Proto().Etag, grapnelv1.Namespace_STATE_ACTIVE, "")
+	if err != nil || resumed.Closed() || resumed.Proto().StateReason != "" {
 		t.Errorf("resumed: %v, %v", resumed, err)
 	}
 	o.want(t, "resuming", "gate, opened: true")
@@ -97,14 +97,14 @@ func TestNamespaceHasAState(t *testing.T) {
 func TestCreatedInAState(t *testing.T) {
 	r, _ := registry(t, etcd.Client)
 	n, err := r.CreateNamespace(t.Context(), "acme", &grapnelv1.Namespace{State: grapnelv1.Namespace_STATE_DISABLED, StateReason: "not yet"})
-	if err != nil || !n.Disabled() || n.Proto.StateReason != "not yet" {
+	if err != nil || !n.Disabled() || n.Proto().StateReason != "not yet" {
 		t.Fatalf("namespace: %v, %v", n, err)
 	}
 	content := valid()
 	o := subscription.CreateOptions{RequestID: uuid.NewString(), State: grapnelv1.Subscription_STATE_PAUSED, StateReason: "no\nreceiver"}
 	for range 2 {
 		s, err := r.CreateSubscription(t.Context(), "acme", "orders", content, o)
-		if err != nil || s.Proto.State != grapnelv1.Subscription_STATE_PAUSED || s.Proto.StateReason != "no receiver" {
+		if err != nil || s.State != grapnelv1.Subscription_STATE_PAUSED || s.Proto().StateReason != "no receiver" {
 			t.Errorf("subscription: %v, %v", s, err)
 		}
 	}

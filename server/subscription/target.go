@@ -9,6 +9,8 @@ import (
 	"strings"
 
 	"google.golang.org/protobuf/proto"
+
+	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
 )
 
 // Origin is what attempts of a subscription connect to, and through what: whether a connection comes about, or an answer in
@@ -23,7 +25,8 @@ type Origin struct {
 
 // Origin of the subscription. It is computed.
 func (s *Subscription) Origin() Origin {
-	u, err := url.Parse(s.Proto.GetUri())
+	p := s.Proto()
+	u, err := url.Parse(p.GetUri())
 	if err != nil || u.Hostname() == "" {
 		return Origin{}
 	}
@@ -42,13 +45,13 @@ func (s *Subscription) Origin() Origin {
 	if port != "" {
 		host += ":" + port
 	}
-	return Origin{Host: scheme + "://" + host, through: s.through()}
+	return Origin{Host: scheme + "://" + host, through: through(p)}
 }
 
-func (s *Subscription) through() [32]byte {
-	b, err := proto.MarshalOptions{Deterministic: true}.Marshal(s.Proto.GetTransport())
+func through(p *grapnelv1.Subscription) [32]byte {
+	b, err := proto.MarshalOptions{Deterministic: true}.Marshal(p.GetTransport())
 	if err != nil {
-		b = []byte(s.Proto.GetUid())
+		b = []byte(p.GetUid())
 	}
 	return sha256.Sum256(b)
 }

@@ -181,8 +181,8 @@ func TestLookupByKey(t *testing.T) {
 	check := func(snap *subscription.Snapshot) {
 		t.Helper()
 		acme := snap.Namespace("acme")
-		if parsed, err := uuid.Parse(acme.Proto.Uid); err != nil || parsed != acme.UID || parsed.Version() != 4 {
-			t.Errorf("namespace uid %q, %v", acme.Proto.Uid, err)
+		if parsed, err := uuid.Parse(acme.Proto().Uid); err != nil || parsed != acme.UID || parsed.Version() != 4 {
+			t.Errorf("namespace uid %q, %v", acme.Proto().Uid, err)
 		}
 		if got := snap.NamespaceByKey(subscription.UIDKey(acme.UID)); got != acme {
 			t.Errorf("namespace %v", got)
@@ -195,7 +195,7 @@ func TestLookupByKey(t *testing.T) {
 		}
 	}
 	check(r.Snapshot())
-	uid := r.Snapshot().Namespace("acme").Proto.Uid
+	uid := r.Snapshot().Namespace("acme").Proto().Uid
 	if _, err := r.UpdateNamespace(t.Context(), "acme", "", func(n *grapnelv1.Namespace) error {
 		n.Uid, n.Labels = "x", map[string]string{"a": "b"}
 		return nil
@@ -206,7 +206,7 @@ func TestLookupByKey(t *testing.T) {
 		t.Fatal(err)
 	}
 	check(r.Snapshot())
-	if r.Snapshot().Namespace("acme").Proto.Uid != uid {
+	if r.Snapshot().Namespace("acme").Proto().Uid != uid {
 		t.Error("an update changed the uid")
 	}
 	if _, err := r.DeleteNamespace(t.Context(), "acme", "", true); err != nil {

@@ -87,7 +87,7 @@ func (r *Registry) UpdateSubscription(ctx context.Context, ns, id, etag string, 
 		if err := checkEtag(etag, it); err != nil {
 			return nil, err
 		}
-		p := proto.CloneOf(old.Proto)
+		p := old.Proto()
 		return p, mutate(p)
 	})
 }
@@ -124,15 +124,17 @@ func (r *Registry) setState(ctx context.Context, ns, id string, uid [16]byte, et
 			return keyspace.Txn{}, err
 		}
 		out = old
-		if old.Proto.State == state && old.Proto.StateReason == oneLine(reason) {
+		p := old.Proto()
+		if p.State == state && p.StateReason == oneLine(reason) {
 			return keyspace.Txn{}, nil
 		}
-		p := proto.CloneOf(old.Proto)
 		p.State, p.StateReason = state, oneLine(reason)
 		if uid == [16]byte{} {
 			p.UpdateTime = timestamppb.Now()
 		}
-		out = compile(p, ns, id, old.UID, old.condition)
+		if out, err = compile(p, ns, id, old.UID, old.condition, nil); err != nil {
+			return keyspace.Txn{}, err
+		}
 		return r.putSubscription(p)
 	})
 	return stored(out, revision, err)
@@ -166,7 +168,7 @@ func (r *Registry) DeleteSubscription(ctx context.Context, ns, id, etag string, 
 			return keyspace.Txn{}, err
 		}
 		ops := []keyspace.Write{grave, keyspace.Delete(name)}
-		for secretName := range secretFields(old.Proto) {
+		for secretName := range secretFields(old.Proto()) {
 			ops = append(ops, keyspace.Delete(refKey(secretName, name)))
 		}
 		return keyspace.Txn{Then: ops}, nil
@@ -277,7 +279,7 @@ func (w *writing) plan(ctx context.Context, n *Namespace, it keyspace.Item, coun
 	if err != nil {
 		return keyspace.Txn{}, err
 	}
-	if old != nil && it.Err == nil && sameContent(p, old.Proto) {
+	if old != nil && it.Err == nil && sameContent(p, old.Proto()) {
 		w.out = old
 		return keyspace.Txn{}, nil
 	}
@@ -300,10 +302,8 @@ func (w *writing) plan(ctx context.Context, n *Namespace, it keyspace.Item, coun
 		w.asked.Etag = etag(it.Revision)
 		return keyspace.Txn{}, errAsk
 	}
-	w.out = compile(p, w.ns, w.id, uid, cond)
-	if w.only {
-		w.out.Revision = it.Revision
-		return keyspace.Txn{}, nil
+	if w.out, err = compile(p, w.ns, w.id, uid, cond, nil); err != nil || w.only {
+		return keyspace.Txn{}, err
 	}
 	txn, err := r.putSubscription(p)
 	if err != nil {
@@ -330,7 +330,7 @@ func (w *writing) plan(ctx context.Context, n *Namespace, it keyspace.Item, coun
 // deadLetterFits refuses a dead_letter that is new and leads nowhere, on to another one, or on from one. The snapshot is
 // asked: what comes to pass at the same time is met when a delivery ends, of which a dead letter is made once at most.
 func (r *Registry) deadLetterFits(old *Subscription, p *grapnelv1.Subscription) error {
-	if p.DeadLetter == "" || old != nil && old.Proto.DeadLetter == p.DeadLetter {
+	if p.DeadLetter == "" || old != nil && old.DeadLetter == p.DeadLetter {
 		return nil
 	}
 	ns, _, id, _ := splitName(p.DeadLetter)
@@ -340,10 +340,10 @@ func (r *Registry) deadLetterFits(old *Subscription, p *grapnelv1.Subscription) 
 	switch to, from := snapshot.Subscription(ns, id), snapshot.LettersTo(ns, own); {
 	case to == nil:
 		c.add("subscription.dead_letter", "dead_letter.exists", "there is no %s; make it first", p.DeadLetter)
-	case to.Proto.DeadLetter != "":
-		c.add("subscription.dead_letter", "dead_letter.loop", "%s has a dead_letter itself, %s; what ends there goes nowhere: want one without", p.DeadLetter, to.Proto.DeadLetter)
+	case to.DeadLetter != "":
+		c.add("subscription.dead_letter", "dead_letter.loop", "%s has a dead_letter itself, %s; what ends there goes nowhere: want one without", p.DeadLetter, to.DeadLetter)
 	case from != nil:
-		c.add("subscription.dead_letter", "dead_letter.loop", "%s is the dead_letter of %s itself; what ends there goes nowhere: want none", p.Name, from.Proto.Name)
+		c.add("subscription.dead_letter", "dead_letter.loop", "%s is the dead_letter of %s itself; what ends there goes nowhere: want none", p.Name, from.Name())
 	}
 	return c.err()
 }
@@ -353,7 +353,7 @@ func (w *writing) mustAsk(old *Subscription, p *grapnelv1.Subscription) bool {
 	if w.approve == nil || w.only {
 		return false
 	}
-	return (old == nil || !sameTarget(old.Proto, p)) && (w.approved == nil || !sameTarget(w.approved, p))
+	return (old == nil || !sameTarget(old.Proto(), p)) && (w.approved == nil || !sameTarget(w.approved, p))
 }
 
 // sameTarget reports whether who has agreed to a has agreed to b.
@@ -432,8 +432,9 @@ func (w *writing) withOutput(content *grapnelv1.Subscription, name string, old *
 	}
 	p.Name, p.Etag = name, ""
 	if old != nil {
-		p.Uid, p.State, p.StateReason = old.Proto.Uid, old.Proto.State, old.Proto.StateReason
-		p.CreateTime, p.UpdateTime = old.Proto.CreateTime, old.Proto.UpdateTime
+		was := old.Proto()
+		p.Uid, p.State, p.StateReason = was.Uid, was.State, was.StateReason
+		p.CreateTime, p.UpdateTime = was.CreateTime, was.UpdateTime
 		return p, old.UID
 	}
 	uid := w.registry.newUID()
@@ -457,7 +458,6 @@ func drawUID(draw func() uuid.UUID, taken func(uint64) bool) uuid.UUID {
 
 // sameContent reports whether an update changes nothing.
 func sameContent(p, old *grapnelv1.Subscription) bool {
-	old = proto.CloneOf(old)
 	old.Etag = ""
 	return proto.Equal(p, old)
 }
@@ -497,7 +497,7 @@ func (r *Registry) secretsExist(ctx context.Context, fields map[string]string) e
 func (r *Registry) refer(txn *keyspace.Txn, name string, old *Subscription, secrets map[string]string) {
 	before := map[string]string{}
 	if old != nil {
-		before = secretFields(old.Proto)
+		before = secretFields(old.Proto())
 	}
 	for _, secretName := range slices.Sorted(maps.Keys(secrets)) {
 		txn.If = append(txn.If, keyspace.Exists(secretKey(secretName)))
@@ -544,7 +544,6 @@ func stored(s *Subscription, revision int64, err error) (*Subscription, error) {
 	}
 	if revision != 0 {
 		s.Revision = revision
-		s.Proto.Etag = etag(revision)
 	}
 	return s, nil
 }
