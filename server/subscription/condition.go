@@ -33,7 +33,10 @@ type conditions struct {
 	env *cel.Env
 }
 
-func newConditions() (*conditions, error) {
+// newConditions returns the ones that all share: they do not change, and are not cheap to make.
+var newConditions = sync.OnceValues(makeConditions)
+
+func makeConditions() (*conditions, error) {
 	registry, err := types.NewRegistry()
 	if err != nil {
 		return nil, fmt.Errorf("make CEL type registry: %w", err)
