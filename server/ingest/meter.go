@@ -74,9 +74,8 @@ type meter struct {
 	tokens float64
 	filled time.Time
 	used   time.Time
-	// perSecond[s%60] counts second s, if stamps[s%60] == s.
-	perSecond [60]int32
-	stamps    [60]int64
+	// seconds are those of the last minute in which something was counted, since 1970.
+	seconds []counted
 	// near is when it was last told that a quota is near.
 	near map[string]time.Time
 }
@@ -123,20 +122,18 @@ func (m *meter) add(now time.Time, n int) (recent int64) {
 	defer m.mu.Unlock()
 	m.used = now
 	s := now.Unix()
-	k := s % 60
-	if m.stamps[k] != s {
-		m.stamps[k], m.perSecond[k] = s, 0
+	if last := len(m.seconds) - 1; last < 0 || m.seconds[last].slot < s {
 		recent = m.within(now, int64(burst/time.Second))
 	}
-	m.perSecond[k] += int32(n)
+	m.seconds = count(m.seconds, s, 60, n)
 	return recent
 }
 
 // within counts the last seconds.
 func (m *meter) within(now time.Time, seconds int64) (sum int64) {
-	for k, s := range m.stamps {
-		if age := now.Unix() - s; age >= 0 && age < seconds {
-			sum += int64(m.perSecond[k])
+	for _, c := range m.seconds {
+		if age := now.Unix() - c.slot; age >= 0 && age < seconds {
+			sum += c.n
 		}
 	}
 	return sum
