@@ -276,6 +276,70 @@ func TestEditKeepsErrorsAndNothingToDo(t *testing.T) {
 	}
 }
 
+// TestEditFromFindsOutWhatIsWrong: a belief that is right spares a reading, and one that is wrong costs no more than that.
+func TestEditFromFindsOutWhatIsWrong(t *testing.T) {
+	s, v := open(t, etcd.Client, "/believe/")
+	run(t, s)
+	keys := []string{"a/k"}
+	var seen []keyspace.Item
+	write := func(value string) func([]keyspace.Item) (keyspace.Txn, error) {
+		return func(items []keyspace.Item) (keyspace.Txn, error) {
+			seen = append(seen, items[0])
+			return keyspace.Txn{Then: []keyspace.Write{keyspace.Put("a/k", []byte(value))}}, nil
+		}
+	}
+	absent := []keyspace.Item{{Key: "a/k", Unread: true}}
+	if _, err := s.EditFrom(t.Context(), keys, absent, write("1")); err != nil || len(seen) != 1 || !seen[0].Unread || v.get()["a/k"] != "1" {
+		t.Errorf("%v, %+v, %q", err, seen, v.get())
+	}
+	seen = nil
+	if _, err := s.EditFrom(t.Context(), keys, absent, write("2")); err != nil || len(seen) != 2 || string(seen[1].Value) != "1" || seen[1].Unread || v.get()["a/k"] != "2" {
+		t.Errorf("%v, %+v, %q", err, seen, v.get())
+	}
+
+	// What is wrong may be what the plan's error is due to, unless that says otherwise.
+	for ends, want := range map[error]int{errors.New("boom"): 2, fmt.Errorf("ask first: %w", keyspace.ErrUnread): 1, nil: 2} {
+		calls := 0
+		_, err := s.EditFrom(t.Context(), keys, absent, func([]keyspace.Item) (keyspace.Txn, error) {
+			calls++
+			return keyspace.Txn{}, ends
+		})
+		if err != ends || calls != want {
+			t.Errorf("%v: %v after %d plans, want %d", ends, err, calls, want)
+		}
+	}
+}
+
+// TestNotSince: a key that has been written later than a revision fails the condition, and one that never was does not.
+func TestNotSince(t *testing.T) {
+	s, v := open(t, etcd.Client, "/notsince/")
+	run(t, s)
+	try := func(revision int64) error {
+		_, err := s.EditFrom(t.Context(), []string{"a/k"}, []keyspace.Item{{Key: "a/k", Unread: true}}, func(items []keyspace.Item) (keyspace.Txn, error) {
+			if !items[0].Unread {
+				return keyspace.Txn{}, errors.New("it was read")
+			}
+			return keyspace.Txn{
+				If:   []keyspace.Cond{keyspace.NotSince("a/mark", revision)},
+				Then: []keyspace.Write{keyspace.Put("a/k", nil), keyspace.Put("a/mark", nil)}, Loose: []string{"a/k"},
+			}, nil
+		})
+		return err
+	}
+	if err := try(1); err != nil {
+		t.Errorf("never written: %v", err)
+	}
+	v.mu.Lock()
+	at := v.revision
+	v.mu.Unlock()
+	if err := try(at - 1); err == nil {
+		t.Error("written since, and not noticed")
+	}
+	if err := try(at); err != nil {
+		t.Errorf("written at that revision: %v", err)
+	}
+}
+
 func TestEditWithoutRunEndsInTime(t *testing.T) {
 	s, _ := open(t, etcd.Client, "/norun/")
 	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)

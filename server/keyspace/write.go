@@ -2,6 +2,7 @@ package keyspace
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"time"
@@ -16,6 +17,8 @@ type Item struct {
 	Revision int64
 	// Err is a *BrokenError when the key exists and its value is damaged; Value is then nil.
 	Err error
+	// Unread is set by who gives it to EditFrom, and so in what plan gets first.
+	Unread bool
 }
 
 // Txn is what a plan wants written if nothing has changed since it read.
@@ -32,6 +35,8 @@ type Txn struct {
 type Cond struct {
 	key   string
 	below bool
+	// by, when set, is NotSince's revision.
+	by int64
 }
 
 // Exists holds while a key exists.
@@ -40,10 +45,16 @@ func Exists(key string) Cond { return Cond{key: key} }
 // NoneBelow holds while no key begins with a prefix. It costs as much as there are keys.
 func NoneBelow(prefix string) Cond { return Cond{key: prefix, below: true} }
 
+// NotSince holds while a key has not been written after a revision.
+func NotSince(key string, revision int64) Cond { return Cond{key: key, by: revision} }
+
 func (c Cond) compare(s *Space) clientv3.Cmp {
 	created := clientv3.CreateRevision(s.prefix + c.key)
-	if c.below {
+	switch {
+	case c.below:
 		return clientv3.Compare(created, "=", 0).WithPrefix()
+	case c.by != 0:
+		return clientv3.Compare(clientv3.ModRevision(s.prefix+c.key), "<", c.by+1)
 	}
 	return clientv3.Compare(created, ">", 0)
 }
@@ -88,6 +99,16 @@ func (w Write) op(s *Space) clientv3.Op {
 // write once Apply has seen it, or zero when plan had nothing to do. An error of plan ends it as it is. Only some are made
 // at once: see turns.
 func (s *Space) Edit(ctx context.Context, keys []string, plan func([]Item) (Txn, error)) (int64, error) {
+	return s.EditFrom(ctx, keys, nil, plan)
+}
+
+// ErrUnread is wrapped by an error of a plan that ends EditFrom whether the keys have been read or not.
+var ErrUnread = errors.New("nothing was read")
+
+// EditFrom is Edit that has plan begin with what its owner believes to be stored, where that is not nil, in place of a first
+// reading. What is wrong with it is found by the condition of the write; then, or when plan has nothing to do or an error that
+// does not wrap ErrUnread, the keys are read.
+func (s *Space) EditFrom(ctx context.Context, keys []string, believed []Item, plan func([]Item) (Txn, error)) (int64, error) {
 	ctx, cancel := s.Bound(ctx)
 	defer cancel()
 	give, err := s.turns.take(ctx)
@@ -96,11 +117,17 @@ func (s *Space) Edit(ctx context.Context, keys []string, plan func([]Item) (Txn,
 	}
 	defer give()
 	for try := 0; ; try++ {
-		items, err := s.read(ctx, keys)
-		if err != nil {
-			return 0, err
+		items := believed
+		if items == nil {
+			if items, err = s.read(ctx, keys); err != nil {
+				return 0, err
+			}
 		}
 		txn, err := plan(items)
+		if believed != nil && (err != nil || len(txn.Then) == 0) && !errors.Is(err, ErrUnread) {
+			believed = nil
+			continue
+		}
 		if err != nil || len(txn.Then) == 0 {
 			return 0, err
 		}
@@ -110,6 +137,10 @@ func (s *Space) Edit(ctx context.Context, keys []string, plan func([]Item) (Txn,
 		}
 		if resp.Succeeded {
 			return resp.Header.Revision, s.Wait(ctx, resp.Header.Revision)
+		}
+		if believed != nil {
+			believed = nil
+			continue
 		}
 		// Someone else was first; writers that step back for different times get past each other.
 		if err := pause(ctx, rand.N(time.Millisecond<<min(try, 5))); err != nil {

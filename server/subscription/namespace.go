@@ -41,7 +41,11 @@ func (r *Registry) CreateNamespace(ctx context.Context, id string, n *grapnelv1.
 		CreateTime:  timestamppb.Now(),
 		Uid:         uuid.UUID(r.newUID()).String(),
 	}
-	return r.editNamespace(ctx, id, func(it keyspace.Item) (*grapnelv1.Namespace, []keyspace.Cond, error) {
+	var believed []keyspace.Item
+	if r.Snapshot().Namespace(id) == nil {
+		believed = []keyspace.Item{{Key: p.Name}}
+	}
+	return r.editNamespaceFrom(ctx, id, believed, func(it keyspace.Item) (*grapnelv1.Namespace, []keyspace.Cond, error) {
 		if it.Revision != 0 && !r.lost(it) {
 			return nil, nil, fmt.Errorf("%s %w", it.Key, ErrExists)
 		}
@@ -165,9 +169,14 @@ func (r *Registry) UndeleteNamespace(ctx context.Context, id, etag string) (*Nam
 
 // editNamespace stores what plan makes of the namespace, unless that is what it is already.
 func (r *Registry) editNamespace(ctx context.Context, id string, plan func(keyspace.Item) (*grapnelv1.Namespace, []keyspace.Cond, error)) (*Namespace, error) {
+	return r.editNamespaceFrom(ctx, id, nil, plan)
+}
+
+// editNamespaceFrom begins with what is believed to be stored, as keyspace.Space.EditFrom does.
+func (r *Registry) editNamespaceFrom(ctx context.Context, id string, believed []keyspace.Item, plan func(keyspace.Item) (*grapnelv1.Namespace, []keyspace.Cond, error)) (*Namespace, error) {
 	var out *Namespace
 	key := namespaceName(id)
-	revision, err := r.space.Edit(ctx, []string{key}, func(items []keyspace.Item) (keyspace.Txn, error) {
+	revision, err := r.space.EditFrom(ctx, []string{key}, believed, func(items []keyspace.Item) (keyspace.Txn, error) {
 		it := items[0]
 		p, conds, err := plan(it)
 		if err != nil {

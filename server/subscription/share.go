@@ -81,6 +81,13 @@ func (n *Namespace) Proto() *grapnelv1.Namespace {
 	return p
 }
 
+// value is the message as it is stored.
+func (n *Namespace) value() ([]byte, error) {
+	p := n.Proto()
+	p.Etag = ""
+	return marshal(p)
+}
+
 // Name is the full resource name.
 func (s *Subscription) Name() string {
 	if s.whole != nil {

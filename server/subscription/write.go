@@ -52,7 +52,7 @@ func (r *Registry) CreateSubscription(ctx context.Context, ns, id string, p *gra
 		return nil, err
 	}
 	w := &writing{
-		registry: r, ns: ns, id: id, only: o.ValidateOnly, request: req, approve: o.Approve,
+		registry: r, ns: ns, id: id, create: true, only: o.ValidateOnly, request: req, approve: o.Approve,
 		state: o.State, reason: oneLine(o.StateReason),
 	}
 	return w.run(ctx, func(_ *Namespace, it keyspace.Item) (*grapnelv1.Subscription, error) {
@@ -183,9 +183,10 @@ func (r *Registry) DeleteSubscription(ctx context.Context, ns, id, etag string, 
 type writing struct {
 	registry *Registry
 	ns, id   string
-	only     bool
-	request  *request
-	approve  Approve
+	// create: it is CreateSubscription.
+	create, only bool
+	request      *request
+	approve      Approve
 	// state and reason are those of a subscription that is made; 0 is ACTIVE.
 	state  grapnelv1.Subscription_State
 	reason string
@@ -199,7 +200,7 @@ type writing struct {
 }
 
 // errAsk ends a plan that approve has to be asked about first.
-var errAsk = errors.New("to be approved")
+var errAsk = fmt.Errorf("to be approved: %w", keyspace.ErrUnread)
 
 // maxAsked bounds how often one write asks: each time somebody else's change has come between.
 const maxAsked = 5
@@ -231,7 +232,7 @@ func (w *writing) attempt(ctx context.Context, change func(*Namespace, keyspace.
 	if w.request != nil {
 		keys = append(keys, w.request.key)
 	}
-	revision, err := r.space.Edit(ctx, keys, func(items []keyspace.Item) (keyspace.Txn, error) {
+	revision, err := r.space.EditFrom(ctx, keys, w.believed(keys), func(items []keyspace.Item) (keyspace.Txn, error) {
 		n, err := r.activeNamespace(items[0])
 		if err != nil {
 			return keyspace.Txn{}, err
@@ -255,7 +256,7 @@ func (w *writing) attempt(ctx context.Context, change func(*Namespace, keyspace.
 		if err != nil {
 			return keyspace.Txn{}, err
 		}
-		return w.plan(ctx, n, items[1], items[2].Revision, p)
+		return w.plan(ctx, n, items[1], items[2], p)
 	})
 	if w.request != nil && errors.Is(err, ErrUnavailable) {
 		r.leases.lost.Store(true)
@@ -263,8 +264,32 @@ func (w *writing) attempt(ctx context.Context, change func(*Namespace, keyspace.
 	return stored(w.out, revision, err)
 }
 
+// believed is what would be read of the keys, as a rule, for something new; nil when that is not known, or etcd seems to be
+// away: nobody's target is to be asked then.
+func (w *writing) believed(keys []string) []keyspace.Item {
+	snapshot := w.registry.Snapshot()
+	n := snapshot.Namespace(w.ns)
+	switch {
+	case !w.create || w.only || !w.registry.Healthy() || n == nil || n.Deleted() || snapshot.Subscription(w.ns, w.id) != nil:
+		return nil
+	case w.request != nil && w.approve != nil && w.approved == nil: // one that was answered before is not to be asked about
+		return nil
+	}
+	value, err := n.value()
+	if err != nil {
+		return nil
+	}
+	items := make([]keyspace.Item, len(keys))
+	for i, key := range keys {
+		items[i].Key = key
+	}
+	items[0].Value, items[0].Revision = value, n.Revision
+	items[2].Unread = true
+	return items
+}
+
 // plan checks the new content in all ways and makes the transaction.
-func (w *writing) plan(ctx context.Context, n *Namespace, it keyspace.Item, counted int64, content *grapnelv1.Subscription) (keyspace.Txn, error) {
+func (w *writing) plan(ctx context.Context, n *Namespace, it, counted keyspace.Item, content *grapnelv1.Subscription) (keyspace.Txn, error) {
 	r := w.registry
 	var old *Subscription
 	if it.Revision != 0 && !r.lost(it) {
@@ -291,9 +316,9 @@ func (w *writing) plan(ctx context.Context, n *Namespace, it keyspace.Item, coun
 	if err := r.deadLetterFits(old, p); err != nil {
 		return keyspace.Txn{}, err
 	}
-	near := false
+	near, conds := false, []keyspace.Cond(nil)
 	if old == nil {
-		if near, err = w.admit(ctx, n, counted); err != nil {
+		if near, conds, err = w.admit(ctx, n, counted); err != nil {
 			return keyspace.Txn{}, err
 		}
 	}
@@ -309,6 +334,7 @@ func (w *writing) plan(ctx context.Context, n *Namespace, it keyspace.Item, coun
 	if err != nil {
 		return keyspace.Txn{}, err
 	}
+	txn.If = conds
 	r.refer(&txn, it.Key, old, secrets)
 	if r.lost(it) {
 		if err := r.unrefer(ctx, &txn, w.ns, it.Key, secrets); err != nil {
@@ -371,38 +397,46 @@ func sameTarget(a, b *grapnelv1.Subscription) bool {
 // writes the quota's key, so that the snapshot shows all of them once it has come to the revision at which
 // that was written last, and what is missing is under way now. Far from the quota creates run side by side;
 // near it each one that lands makes those of other servers beside it fail and count again.
-func (w *writing) admit(ctx context.Context, n *Namespace, counted int64) (near bool, err error) {
+func (w *writing) admit(ctx context.Context, n *Namespace, counted keyspace.Item) (near bool, conds []keyspace.Cond, err error) {
 	r := w.registry
 	limit := n.Quota().MaxSubscriptions
 	if limit == 0 {
-		return false, nil
+		return false, nil, nil
 	}
 	if !w.slot {
 		if err := acquire(ctx, r.creates); err != nil {
-			return false, err
+			return false, nil, err
 		}
 		w.slot = true
 	}
 	// Before the namespace was written last there may have been no quota.
-	if err := r.space.Wait(ctx, max(counted, n.Revision)); err != nil {
-		return false, err
+	if err := r.space.Wait(ctx, max(counted.Revision, n.Revision)); err != nil {
+		return false, nil, err
 	}
-	count := r.Snapshot().Count(w.ns)
-	if count >= limit {
-		return false, &QuotaError{Namespace: w.ns, Quota: "max_subscriptions", Limit: limit}
-	}
-	if count+quotaMargin < limit {
-		return false, nil
+	snapshot := r.Snapshot()
+	count := snapshot.Count(w.ns)
+	switch {
+	case counted.Unread && count+2*quotaMargin >= limit:
+		return false, nil, errNear
+	case counted.Unread: // each create takes a revision, so that few more have been made than are shown
+		return false, []keyspace.Cond{keyspace.NotSince(counted.Key, snapshot.Revision()+quotaMargin)}, nil
+	case count >= limit:
+		return false, nil, &QuotaError{Namespace: w.ns, Quota: "max_subscriptions", Limit: limit}
+	case count+quotaMargin < limit:
+		return false, nil, nil
 	}
 	if w.near == nil {
 		lock := r.near[crc32.ChecksumIEEE([]byte(w.ns))%nearLocks]
 		if err := acquire(ctx, lock); err != nil {
-			return false, err
+			return false, nil, err
 		}
 		w.near = lock
 	}
-	return true, nil
+	return true, nil, nil
 }
+
+// errNear ends a plan that has to know when the last one was created.
+var errNear = errors.New("near the quota")
 
 func (w *writing) release() {
 	if w.slot {
