@@ -7,8 +7,9 @@ import (
 )
 
 // writers is how many edits of a Space are under way at most. Each is synced by etcd and taken in by everybody who follows:
-// more at once would be faster, and take the disk and the processors from what is published meanwhile.
-const writers = 6
+// more at once take the disk and the processors from what is published meanwhile, and are hardly faster where the processors
+// are what is short.
+const writers = 3
 
 // turns are the places of edits. A place rests, after each edit, for as long as that took, so that many writers together
 // use about half of what they could; who writes one thing after the other goes from place to place and never waits.
