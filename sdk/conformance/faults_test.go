@@ -57,7 +57,7 @@ func faults() [][]fault {
 		}, {
 			{"slow-holds-up", "TF-09"}, {"late-transform", "TF-08"}, {"silent-drop", "TF-10"}, {"config-failure", "TF-10"},
 			{"reason-secret", "TF-11"}, {"strict-events", "TF-12"}, {"drain-stops-transforming", "TF-13"}, {"forgets-at-end", "TF-14"},
-			{"half-window", "TF-15"}, {"wrong-made", "TF-16"},
+			{"half-window", "TF-15"}, {"wrong-made", "TF-16"}, {"latest-config", "TF-17"},
 		},
 	}
 }

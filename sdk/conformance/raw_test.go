@@ -50,6 +50,7 @@ type raw struct {
 	describes    int
 	settled      int
 	leaked       [][]byte
+	latest       *rawInstance
 }
 
 type rawInstance struct {
@@ -262,7 +263,7 @@ func (r *raw) put(in *pluginv1.Instance) {
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.instances[in.GetRef()] = i
+	r.instances[in.GetRef()], r.latest = i, i
 }
 
 func (r *raw) get(ref uint32) *rawInstance {

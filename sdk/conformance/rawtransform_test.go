@@ -117,6 +117,11 @@ func (t *rawTransforms) item(req *pluginv1.TransformRequest, item *pluginv1.Tran
 			out.Outcome = rawNotTransformed("transform", "unknown fields")
 			break
 		}
+		if r.is("latest-config") {
+			r.mu.RLock()
+			in = r.latest
+			r.mu.RUnlock()
+		}
 		r.transform(in, e, out)
 	}
 	return out

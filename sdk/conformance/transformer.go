@@ -69,6 +69,8 @@ func transformerCases() []Case {
 			Protects: "that many are what a server has unanswered, which may be busy or suspended"},
 		{ID: "TF-16", Group: g, Title: "what the fixture says comes out of its events", run: transformsFixture,
 			Protects: "receivers read what it makes"},
+		{ID: "TF-17", Group: g, Title: "of several instances each item gets what its own makes", run: transformsApart,
+			Protects: "instances are other tenants'"},
 	}
 }
 
@@ -251,6 +253,7 @@ func makesWithinBounds(t *trial) error {
 
 // notMade says why a transformer may not set a header; empty when it may. Those that signers set depend on the subscription.
 func notMade(name string) string {
+	name = strings.ReplaceAll(name, "_", "-") // many receivers cannot tell them apart
 	switch {
 	case strings.HasPrefix(name, "webhook-"):
 		return "headers that begin with webhook- are the signers'"
@@ -260,8 +263,8 @@ func notMade(name string) string {
 		return "it holds a credential, and what is made is stored and shown"
 	case slices.Contains([]string{"content-type", "traceparent", "content-encoding"}, name):
 		return "the server sets it"
-	case slices.Contains([]string{"host", "user-agent", "connection", "content-length", "expect", "keep-alive", "proxy-connection", "te",
-		"trailer", "transfer-encoding", "upgrade"}, name):
+	case slices.Contains([]string{"host", "user-agent", "accept-encoding", "connection", "content-length", "expect", "http2-settings", "keep-alive", "proxy-connection",
+		"te", "trailer", "transfer-encoding", "upgrade"}, name):
 		return "the transport sets it"
 	}
 	return ""
@@ -649,7 +652,12 @@ func (ses *session) fixtureEvent(u *subject, f EventFixture) error {
 	if err != nil || f.Want == nil {
 		return err
 	}
-	want, made := f.Want, r.GetTransformed()
+	return f.Want.check(r)
+}
+
+// check says in what a result is not what is wanted.
+func (want *WantFixture) check(r *pluginv1.TransformResult) error {
+	made := r.GetTransformed()
 	switch {
 	case want.Dropped != "":
 		if !strings.Contains(r.GetDropped().GetReason(), want.Dropped) {
@@ -711,4 +719,61 @@ func (f EventFixture) event(messageID string) *pluginv1.Event {
 		e.Time = timestamppb.New(f.Time)
 	}
 	return e
+}
+
+// transformsApart configures an instance for each event of a fixture that says what comes of it, and then asks all of them, in one
+// batch and one by one, the first one last.
+func transformsApart(t *trial) error {
+	wanted := func(u *subject) (events []EventFixture) {
+		configs := map[string]bool{}
+		for _, f := range u.fixture.Events {
+			if f.Want != nil {
+				events, configs[string(f.Config)] = append(events, f), true
+			}
+		}
+		if len(configs) < 2 {
+			return nil
+		}
+		return events[:min(len(events), transformWindow/2)]
+	}
+	several := func(u *subject) bool { return u.transformer() && len(wanted(u)) > 0 }
+	if !slices.ContainsFunc(t.s.subjects, several) {
+		return skipf("the fixture has no events with different configurations that say what is wanted")
+	}
+	ses, err := t.session()
+	if err != nil {
+		return err
+	}
+	return t.each("transformer with several configurations", several, func(u *subject) error {
+		var events []*pluginv1.Event
+		var items []*pluginv1.TransformItem
+		for i, f := range wanted(u) {
+			with := *u
+			if len(f.Config) > 0 {
+				with.config = f.Config
+			}
+			in := ses.instance(&with, "")
+			if err := ses.take(in); err != nil {
+				return err
+			}
+			events = append(events, f.event(fmt.Sprint("evt_apart_", i)))
+			items = append(items, newTransform(in.GetRef(), i))
+		}
+		results, err := ses.transformBatch(events, items...)
+		if err != nil {
+			return err
+		}
+		for i, f := range slices.Backward(wanted(u)) {
+			alone, err := ses.transformOne(items[i].GetInstanceRef(), events[i])
+			if err != nil {
+				return err
+			}
+			for _, r := range []*pluginv1.TransformResult{results[i], alone} {
+				if err := f.Want.check(r); err != nil {
+					return fmt.Errorf("event %d (%s), beside instances of other configurations: %w", i, f.Name, err)
+				}
+			}
+		}
+		return nil
+	})
 }
