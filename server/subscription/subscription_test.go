@@ -157,15 +157,18 @@ func TestNewNamesEveryFault(t *testing.T) {
 			{"subscription.header_templates", "batching.headers", "batching"},
 			{"subscription.allowed_event_headers", "batching.headers", "batching"}}},
 		{"headers", func(p *sub) {
-			p.Headers = map[string]string{"Webhook-Id": "x", "X-A": "1", "x-a": "2", "bad name": "x", "X-B": "a\r\nb: c", "Authorization": "Bearer x", "X-S": "whsec_abc", "CE-Id": "1", "Host": "h"}
+			p.Headers = map[string]string{"Webhook-Id": "x", "X-A": "1", "x-a": "2", "bad name": "x", "X-B": "a\r\nb: c", "Authorization": "Bearer x", "X-S": "whsec_abc", "CE-Id": "1", "Host": "h", "webhook_id": "x", "Content_Length": "1", "Accept-Encoding": "br"}
 		}, [][3]string{
+			{`subscription.headers["Accept-Encoding"]`, "headers.reserved", "transport"},
 			{`subscription.headers["Authorization"]`, "headers.reserved", "CreateSecret"},
 			{`subscription.headers["CE-Id"]`, "headers.reserved", "attributes"},
+			{`subscription.headers["Content_Length"]`, "headers.reserved", "transport"},
 			{`subscription.headers["Host"]`, "headers.reserved", "transport"},
 			{`subscription.headers["Webhook-Id"]`, "headers.reserved", "signer"},
 			{`subscription.headers["X-B"]`, "headers.value", "line break"},
 			{`subscription.headers["X-S"]`, "headers.secret", "CreateSecret"},
 			{`subscription.headers["bad name"]`, "headers.name", "bad name"},
+			{`subscription.headers["webhook_id"]`, "headers.reserved", "signer"},
 			{`subscription.headers["x-a"]`, "headers.unique", "X-A"}}},
 		{"labels", func(p *sub) { p.Labels = map[string]string{"": "x", "k": strings.Repeat("x", 64)} }, [][3]string{
 			{`subscription.labels[""]`, "labels.key", "empty"}, {`subscription.labels["k"]`, "string.max_len", "64 characters"}}},

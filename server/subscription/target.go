@@ -147,8 +147,10 @@ func (c *checker) headerValue(at, value string) bool {
 	return false
 }
 
-// reserved says why a header, in lower case, may not be set by a subscription; empty means it may.
+// reserved says why a header, in lower case, may not be set by a subscription; empty means it may. A name with _ is judged as one
+// with -: many receivers (CGI, WSGI) cannot tell them apart.
 func reserved(name string) string {
+	name = strings.ReplaceAll(name, "_", "-")
 	const (
 		hop   = "it belongs to one connection and is set by the transport"
 		event = "it is made from each event"
@@ -165,7 +167,7 @@ func reserved(name string) string {
 		return event
 	case slices.Contains([]string{"host", "user-agent"}, name):
 		return "it is set by the transport"
-	case slices.Contains([]string{"connection", "content-length", "expect", "keep-alive", "proxy-connection",
+	case slices.Contains([]string{"accept-encoding", "connection", "content-length", "expect", "http2-settings", "keep-alive", "proxy-connection",
 		"te", "trailer", "transfer-encoding", "upgrade"}, name):
 		return hop
 	}
