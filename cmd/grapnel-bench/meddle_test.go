@@ -67,7 +67,7 @@ type meddling struct {
 	ended     map[string]ending // by the delivery's name
 	wrong     []string
 	done      map[string]int // edits by kind
-	swept     int            // sweeps that erased history
+	swept     int            // sweeps that erased history, or part of it
 }
 
 // ending is a final state that was seen.
@@ -324,15 +324,13 @@ func (m *meddling) recreate(ctx context.Context, i int) error {
 // sweep has all history erased that is older than some seconds.
 func (m *meddling) sweep(ctx context.Context) error {
 	p, _ := m.server()
-	switch err := p.sweep(ctx, 5*time.Second); {
-	case errors.Is(err, errNoSweep):
+	if err := p.sweep(ctx, 5*time.Second); errors.Is(err, errNoSweep) {
 		return err
-	case err == nil:
-		m.mu.Lock()
-		defer m.mu.Unlock()
-		m.swept++
 	}
-	return nil // a crash; what was erased until then is erased
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.swept++ // also when it was cut short by a crash: what was erased until then is erased
+	return nil
 }
 
 // edit has one of the latest deliveries changed, now and then by a caller who does not wait for the answer.
