@@ -621,15 +621,7 @@ func transformsWholeWindow(t *trial) error {
 }
 
 func transformsFixture(t *trial) error {
-	withEvents := func(u *subject) bool { return u.transformer() && len(u.fixture.Events) > 0 }
-	if !slices.ContainsFunc(t.s.subjects, withEvents) {
-		return skipf("the fixture has no events")
-	}
-	ses, err := t.session()
-	if err != nil {
-		return err
-	}
-	return t.each("transformer with events", withEvents, func(u *subject) error {
+	return t.eachWithEvents("the fixture has no events", func(u *subject) []EventFixture { return u.fixture.Events }, func(ses *session, u *subject) error {
 		for i, f := range u.fixture.Events {
 			if err := ses.fixtureEvent(u, f); err != nil {
 				return fmt.Errorf("event %d (%s): %w", i, f.Name, err)
@@ -637,6 +629,19 @@ func transformsFixture(t *trial) error {
 		}
 		return nil
 	})
+}
+
+// eachWithEvents runs f for every transformer whose fixture has events of some sort, or skips where none has.
+func (t *trial) eachWithEvents(none string, of func(*subject) []EventFixture, f func(*session, *subject) error) error {
+	some := func(u *subject) bool { return u.transformer() && len(of(u)) > 0 }
+	if !slices.ContainsFunc(t.s.subjects, some) {
+		return skipf("%s", none)
+	}
+	ses, err := t.session()
+	if err != nil {
+		return err
+	}
+	return t.each("transformer with events", some, func(u *subject) error { return f(ses, u) })
 }
 
 func (ses *session) fixtureEvent(u *subject, f EventFixture) error {
@@ -736,15 +741,7 @@ func transformsApart(t *trial) error {
 		}
 		return events[:min(len(events), transformWindow/2)]
 	}
-	several := func(u *subject) bool { return u.transformer() && len(wanted(u)) > 0 }
-	if !slices.ContainsFunc(t.s.subjects, several) {
-		return skipf("the fixture has no events with different configurations that say what is wanted")
-	}
-	ses, err := t.session()
-	if err != nil {
-		return err
-	}
-	return t.each("transformer with several configurations", several, func(u *subject) error {
+	return t.eachWithEvents("the fixture has no events with different configurations that say what is wanted", wanted, func(ses *session, u *subject) error {
 		var events []*pluginv1.Event
 		var items []*pluginv1.TransformItem
 		for i, f := range wanted(u) {

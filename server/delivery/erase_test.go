@@ -542,19 +542,9 @@ func isTable(file string) bool { return strings.HasSuffix(file, ".sst") }
 // What a wrong clock has put into the future was accepted before, and is purged; what is accepted later is not, wherever the
 // present has come to.
 func TestErasureWhereAClockWasAhead(t *testing.T) {
-	const wrong = 20 * 24 * time.Hour
 	_, change := onDisk(t)
 	b := newBench(t, onePartition, change)
-	b.append(carrying("now", 1))
-	b.clock.add(wrong)
-	b.append(carrying("ahead", 1))
-	for _, job := range b.jobs() {
-		b.succeed(job)
-	}
-	b.flush()
-	b.close()
-	b.clock.add(-wrong)
-	b.open()
+	b.wasAhead(20 * 24 * time.Hour)
 	b.append(carrying("healed", 1))
 	r := b.erasure("gdpr")
 	if err := b.BeginErasure(t.Context(), r); err != nil {

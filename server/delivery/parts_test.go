@@ -264,18 +264,8 @@ func TestPayloadsGoAfterAll(t *testing.T) {
 
 // A day that a wrong clock has been in, and that was swept then, is swept again when it comes.
 func TestPayloadsGoWhereAClockWasAhead(t *testing.T) {
-	const wrong = 70 * time.Hour
 	b := newBench(t, onePartition)
-	b.append(carrying("now", 1))
-	b.clock.add(wrong)
-	b.append(carrying("ahead", 1))
-	for _, job := range b.jobs() {
-		b.succeed(job)
-	}
-	b.flush()
-	b.close()
-	b.clock.add(-wrong)
-	b.open()
+	b.wasAhead(70 * time.Hour)
 	keep := keepParts(Parts{Payloads: time.Hour})
 	for h := range 100 {
 		b.clock.add(time.Hour)

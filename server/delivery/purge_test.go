@@ -43,6 +43,21 @@ func (b *bench) quoted() (found []string) {
 	return found
 }
 
+// wasAhead has one event delivered now, and one by a clock that is so far ahead; then it is set right, at a restart.
+func (b *bench) wasAhead(wrong time.Duration) {
+	b.t.Helper()
+	b.append(carrying("now", 1))
+	b.clock.add(wrong)
+	b.append(carrying("ahead", 1))
+	for _, job := range b.jobs() {
+		b.succeed(job)
+	}
+	b.flush()
+	b.close()
+	b.clock.add(-wrong)
+	b.open()
+}
+
 func (b *bench) purge(e *Event) PurgeCounts {
 	b.t.Helper()
 	n, err := b.PurgeEvent(context.Background(), acme, e.Partition, e.Seq)

@@ -372,7 +372,10 @@ func (s *scrub) holds(key, value []byte) (bool, error) {
 		return s.recordHolds(p, key, value)
 	case tagNews:
 		after, err := stripNews(s.job.Namespace, value, nil, purged)
-		return after != nil, p.passOver(wrapped(p.j.corrupt(key, err), err))
+		if err != nil {
+			return false, p.passOver(p.j.corrupt(key, err))
+		}
+		return after != nil, nil
 	case tagBlocked:
 		lane, _, seq, ok := splitBlocked(key)
 		w, err := decodeBlocked(value)
@@ -387,13 +390,6 @@ func (s *scrub) holds(key, value []byte) (bool, error) {
 		return false, nil
 	}
 	return purged(lane, row.Seq)
-}
-
-func wrapped(with, err error) error {
-	if err == nil {
-		return nil
-	}
-	return with
 }
 
 // recordHolds is holds for an r key.
