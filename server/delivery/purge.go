@@ -491,9 +491,9 @@ func (p *partition) purgeNews(ctx context.Context, ns NamespaceKey, only map[uin
 	}
 	r, _ := p.snapshot()
 	err := p.j.scan(r, prefix, prefixEnd(prefix), func(key, value []byte) error {
-		after, err := stripNews(ns, value, only, erased)
+		after, err := p.stripNews(ns, key, value, only, erased)
 		if err != nil {
-			return p.passOver(p.j.corrupt(key, err))
+			return p.passOver(err)
 		}
 		if after == nil {
 			return nil
@@ -512,11 +512,11 @@ func (p *partition) purgeNews(ctx context.Context, ns NamespaceKey, only map[uin
 
 // stripNews is a row of changes without what those of erased deliveries may quote; nil when there is nothing. Only those of
 // some sequences are decoded, unless they are nil.
-func stripNews(ns NamespaceKey, value []byte, only map[uint64]bool, erased func(lane LaneKey, seq uint64) (bool, error)) ([]byte, error) {
+func (p *partition) stripNews(ns NamespaceKey, key, value []byte, only map[uint64]bool, erased func(lane LaneKey, seq uint64) (bool, error)) ([]byte, error) {
 	d := readRecord(value)
 	first, count, last := d.uint(), d.uint(), d.byte()
 	if d.err != nil {
-		return nil, d.err
+		return nil, p.j.corrupt(key, d.err)
 	}
 	w := newRecord(nil)
 	w.uint(first)
@@ -525,11 +525,11 @@ func stripNews(ns NamespaceKey, value []byte, only map[uint64]bool, erased func(
 	stripped, kept := false, d.b // what has not been written yet
 	for body := d.b; len(body) > 0; {
 		if len(body) < changeHead {
-			return nil, errTruncated
+			return nil, p.j.corrupt(key, errTruncated)
 		}
 		size := uint64(binary.BigEndian.Uint32(body[changeHead-4:]))
 		if size > uint64(len(body)-changeHead) {
-			return nil, errTruncated
+			return nil, p.j.corrupt(key, errTruncated)
 		}
 		at, record := body, body[changeHead:changeHead+size]
 		body = body[changeHead+size:]
@@ -539,7 +539,7 @@ func stripNews(ns NamespaceKey, value []byte, only map[uint64]bool, erased func(
 		}
 		st, err := decodeStanding(record)
 		if err != nil {
-			return nil, err
+			return nil, p.j.corrupt(key, err)
 		}
 		if !st.strip() {
 			continue

@@ -371,11 +371,8 @@ func (s *scrub) holds(key, value []byte) (bool, error) {
 	case tagRecord:
 		return s.recordHolds(p, key, value)
 	case tagNews:
-		after, err := stripNews(s.job.Namespace, value, nil, purged)
-		if err != nil {
-			return false, p.passOver(p.j.corrupt(key, err))
-		}
-		return after != nil, nil
+		after, err := p.stripNews(s.job.Namespace, key, value, nil, purged)
+		return after != nil, p.passOver(err)
 	case tagBlocked:
 		lane, _, seq, ok := splitBlocked(key)
 		w, err := decodeBlocked(value)
