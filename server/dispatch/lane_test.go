@@ -140,6 +140,7 @@ func TestANewTargetBeginsANewHealth(t *testing.T) {
 		w.receiver.set(always(10*time.Second, func() *delivery.Result { return slow }))
 		w.publish(sub, 0)
 		time.Sleep(time.Second)
+		w.receiver.set(always(time.Millisecond, func() *delivery.Result { return refused(503) })) // the new target, which is tried at once
 		sub = w.sub("orders", func(s *subscription.Subscription) { s.Proto().Uri = "https://two.example" })
 		if s := w.engine.Status(lane("orders")); !s.FailingSince.IsZero() {
 			t.Errorf("a new target is failing since %v", s.FailingSince)
@@ -147,7 +148,6 @@ func TestANewTargetBeginsANewHealth(t *testing.T) {
 		if notes, _ := w.journal.Failing(); len(notes) != 0 {
 			t.Errorf("noted as failing: %v", notes)
 		}
-		w.receiver.set(always(time.Millisecond, func() *delivery.Result { return refused(503) }))
 		for range 10 {
 			w.publish(sub, 0)
 			time.Sleep(time.Minute)
