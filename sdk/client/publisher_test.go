@@ -265,7 +265,8 @@ func TestConnectionsAgeUnnoticed(t *testing.T) {
 					if _, err := r.Wait(t.Context()); err != nil || r.Duplicate() && !stream {
 						t.Errorf("event %d: err %v, duplicate %v", n, err, r.Duplicate())
 					}
-					if took := time.Since(begin); took > time.Second {
+					// Once such a stream is cut, it is a second before the connection ends; then the event is sent again.
+					if took := time.Since(begin); took > 2*time.Second {
 						t.Errorf("event %d took %s", n, took)
 					}
 					time.Sleep(time.Duration(n%97) * time.Second) // of the bubble
