@@ -144,26 +144,39 @@ func (c *conn) openAttempts() error {
 	if err != nil {
 		return fmt.Errorf("send hello: %s", c.said(err.Error()))
 	}
-	var frame wire.Response
-	if err := stream.RecvMsg(&frame); err != nil {
+	var first wire.Response
+	if err := stream.RecvMsg(&first); err != nil {
 		return fmt.Errorf("receive welcome: %s", c.said(err.Error()))
 	}
-	credits := frame.Other.GetWelcome().GetCredits()
+	credits := first.Other.GetWelcome().GetCredits()
 	if credits == 0 {
 		return errors.New("the first frame of the attempt stream is no welcome, or has no credits")
 	}
-	var batch wire.Batch
-	c.attempts = newLink(int(min(credits, maxWindow)), func(b []*pending) error {
-		for _, p := range b {
-			batch.Add(&p.Attempt)
+	var frame attemptFrame
+	c.attempts = newLink(int(min(credits, maxWindow)), func(batch []*pending) error {
+		for _, p := range batch {
+			frame.Add(&p.Attempt)
 		}
-		defer batch.Reset()
-		return stream.SendMsg(&batch)
+		defer frame.Reset()
+		return stream.SendMsg(&frame)
 	})
-	c.attempts.last = true
+	c.attempts.last, frame.link = true, c.attempts
 	c.workers.Go(func() { c.sendAttempts(stream) })
 	c.workers.Go(func() { c.receiveAttempts(stream) })
 	return nil
+}
+
+// attemptFrame is a batch of a link, which learns when it has been read.
+type attemptFrame struct {
+	wire.Batch
+	link *link
+}
+
+// Append implements wire.Writer of internal/wire.
+func (f *attemptFrame) Append(b []byte) []byte {
+	b = f.Batch.Append(b)
+	f.link.read()
+	return b
 }
 
 func (c *conn) sendAttempts(stream grpc.ClientStream) {
@@ -277,10 +290,15 @@ func (c *conn) openUnary() {
 	client := pluginv1.NewTransportServiceClient(c.grpc)
 	var calls sync.WaitGroup
 	c.attempts = newLink(window, func(batch []*pending) error {
-		for _, p := range batch {
+		begin := make([]func(), len(batch))
+		for i, p := range batch {
 			req := p.One()
 			timeout := p.plan.timeout + p.plan.grace*3/4 // before the attempt is overdue
-			calls.Go(func() { c.attemptOne(client, req, timeout) })
+			begin[i] = func() { c.attemptOne(client, req, timeout) }
+		}
+		c.attempts.read()
+		for _, attempt := range begin {
+			calls.Go(attempt)
 		}
 		return nil
 	})

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"runtime"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -21,17 +22,17 @@ var errProtocol = errors.New("protocol fault")
 // One goroutine sends; one receives. A seq is a rising count above the number of its slot, so that an
 // answer finds its attempt without a map, and a wrong one finds nothing.
 type link struct {
-	// send writes a batch; it is called by the sender only.
+	// send writes a batch; it is called by the sender only. It calls read as soon as it does not look at the batch any more,
+	// and before any of it can be answered.
 	send func(batch []*pending) error
 	// last says that what is written is on its way to its receiver; it is set before the first.
 	last bool
+	// done is the count up to which send looks at nothing any more.
+	done atomic.Uint64
 
-	mu   sync.Mutex // guards what follows
-	more sync.Cond
-	idle bool // the sender waits on more
-	// sent is up to where send has done with what was given to it; flushed tells that it has risen.
-	sent    uint64
-	flushed sync.Cond
+	mu      sync.Mutex // guards what follows
+	more    sync.Cond
+	idle    bool // the sender waits on more
 	queue   []*pending
 	head    int
 	slots   []*pending
@@ -102,7 +103,7 @@ const (
 
 func newLink(window int, send func([]*pending) error) *link {
 	l := &link{send: send}
-	l.more.L, l.flushed.L = &l.mu, &l.mu
+	l.more.L = &l.mu
 	l.widen(window)
 	return l
 }
@@ -160,22 +161,15 @@ func (l *link) run() error {
 		if batch, alive = l.next(batch[:0]); !alive {
 			return nil
 		}
-		err := l.send(batch)
-		l.flush()
-		if err != nil {
+		if err := l.send(batch); err != nil {
 			return err
 		}
 		clear(batch)
 	}
 }
 
-// flush notes that the sender has done with all that was given to it.
-func (l *link) flush() {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.sent = l.count
-	l.flushed.Broadcast()
-}
+// read notes that send does not look any more at what it was given. It is the sender's: nobody else raises count.
+func (l *link) read() { l.done.Store(l.count) }
 
 // next waits for work and a free slot. What it returns counts as written.
 func (l *link) next(batch []*pending) ([]*pending, bool) {
@@ -230,8 +224,8 @@ func (l *link) next(batch []*pending) ([]*pending, bool) {
 
 func (l *link) waiting() int { return len(l.queue) - l.head }
 
-// take removes the attempts that seqs answer, in their order. An unknown seq is a protocol fault. One that was guessed waits
-// until the attempt has been sent: the sender reads it.
+// take removes the attempts that seqs answer, in their order. An unknown seq is a protocol fault, and so is one that was
+// guessed: an attempt that the sender still looks at is not taken from under it.
 func (l *link) take(seqs []uint64, to []*pending) ([]*pending, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -240,14 +234,7 @@ func (l *link) take(seqs []uint64, to []*pending) ([]*pending, error) {
 	}
 	for _, seq := range seqs {
 		slot := seq & (maxWindow - 1)
-		known := func() bool { return slot < uint64(len(l.slots)) && l.slots[slot] != nil && l.slots[slot].Seq == seq }
-		for known() && seq>>slotBits > l.sent {
-			l.flushed.Wait()
-		}
-		if l.dead {
-			return to, nil
-		}
-		if !known() {
+		if slot >= uint64(len(l.slots)) || l.slots[slot] == nil || l.slots[slot].Seq != seq || seq>>slotBits > l.done.Load() {
 			return to, fmt.Errorf("%w: an answer to %d, which is unknown or answered", errProtocol, seq)
 		}
 		to = append(to, l.slots[slot])
@@ -278,7 +265,6 @@ func (l *link) kill() (written, queued []*pending) {
 	}
 	l.dead = true
 	l.more.Broadcast()
-	l.flushed.Broadcast()
 	for _, p := range l.slots {
 		if p != nil {
 			written = append(written, p)

@@ -27,7 +27,9 @@ func (c *conn) openSigns() error {
 		for _, p := range batch {
 			b.Add(&p.Attempt)
 		}
-		return stream.Send(b.SignRequest())
+		req := b.SignRequest()
+		c.signs.read()
+		return stream.Send(req)
 	})
 	c.workers.Go(func() {
 		err := c.signs.run()

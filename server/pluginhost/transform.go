@@ -121,7 +121,9 @@ func (c *conn) openTransforms() error {
 		for _, p := range batch {
 			b.Add(&p.Attempt)
 		}
-		return stream.Send(b.TransformRequest())
+		req := b.TransformRequest()
+		c.transforms.read()
+		return stream.Send(req)
 	})
 	c.workers.Go(func() {
 		err := c.transforms.run()

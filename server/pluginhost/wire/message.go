@@ -1,6 +1,7 @@
 package wire
 
 import (
+	"bytes"
 	"strings"
 	"time"
 
@@ -24,7 +25,7 @@ func (f *Batch) SignRequest() *pluginv1.SignRequest {
 	for i, a := range f.attempts {
 		req.Items[i] = &pluginv1.SignItem{
 			Seq: a.Seq, InstanceRef: a.Ref, Content: f.index[i],
-			Created: timestamppb.New(a.Created), Nonce: a.Nonce[:], Headers: headers(a.Headers), Uri: a.URI,
+			Created: timestamppb.New(a.Created), Nonce: bytes.Clone(a.Nonce[:]), Headers: headers(a.Headers), Uri: a.URI,
 		}
 		req.Items[i].Traceparent, req.Items[i].Tracestate = a.Trace.forPlugin()
 	}
@@ -85,7 +86,7 @@ func (a *Attempt) One() *pluginv1.AttemptOneRequest {
 	out := &pluginv1.Attempt{
 		Seq: a.Seq, InstanceRef: a.Ref, AttemptNumber: a.Number, TimeoutMs: uint32(a.Timeout.Milliseconds()),
 		CreatedUnixNano: a.Created.UnixNano(), SignHere: a.SignHere, Headers: headers(a.Headers), Uri: a.URI,
-		OwnershipCheck: a.Ownership, Nonce: a.Nonce[:],
+		OwnershipCheck: a.Ownership, Nonce: bytes.Clone(a.Nonce[:]),
 	}
 	if !a.Ownership {
 		out.Traceparent = string(a.appendTraceparent(nil))
