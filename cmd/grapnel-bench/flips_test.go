@@ -28,7 +28,7 @@ import (
 )
 
 var (
-	flipSeeds = flag.Int("flips.seeds", 3, "how many faults TestFlips puts into data at rest")
+	flipSeeds = flag.Int("flips.seeds", 2, "how many faults TestFlips puts into data at rest")
 	flipFirst = flag.Uint64("flips.first", 0, "the first seed of TestFlips")
 	flipPlace = flag.String("flips.place", "", "only faults in this place, such as wal or etcd-db")
 )

@@ -16,8 +16,8 @@ import (
 )
 
 var (
-	killCycles   = flag.Int("kill.cycles", 10, "how often TestKill kills the server")
-	meddleCycles = flag.Int("kill.meddle", 3, "how often TestKillMeddling ends the server, with each kind of etcd; 0 skips it")
+	killCycles   = flag.Int("kill.cycles", 6, "how often TestKill kills the server")
+	meddleCycles = flag.Int("kill.meddle", 2, "how often TestKillMeddling ends the server, with each kind of etcd; 0 skips it")
 	killSeed     = flag.Uint64("kill.seed", 0, "seed of TestKill and TestKillMeddling; 0 draws one")
 )
 

@@ -25,7 +25,7 @@ import (
 	"github.com/grapnel/grapnel/server/plugindir"
 )
 
-var upgradeTimes = flag.Int("upgrade.times", 2, "how often TestUpgrade replaces the plugin")
+var upgradeTimes = flag.Int("upgrade.times", 1, "how often TestUpgrade replaces the plugin")
 
 // TestUpgrade installs versions of a third party's signer and transport over one another, as an operator does, into
 // the plugin directory of a running server while events pour in. Nothing may be lost and nothing may come twice, for
