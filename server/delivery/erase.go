@@ -84,7 +84,11 @@ func (j *Journal) AdvanceErasure(ctx context.Context, r *Replay, partition uint1
 		counts.Skipped += unread
 	}
 	if step.done {
-		if err := p.purgeNews(ctx, r.Namespace, nil, p.purgedDeliveries(j.db, r.Namespace)); err != nil {
+		left := p.remainsOfEvents(j.db, r.Namespace)
+		if err := p.purgeNews(ctx, r.Namespace, nil, func(lane LaneKey, seq uint64) (bool, error) {
+			of, err := left(lane, seq)
+			return of == remainsPurged, err
+		}); err != nil {
 			return Advance{}, err
 		}
 	}
@@ -240,40 +244,40 @@ func (p *partition) lookToErase(ctx context.Context, job *Replay, selects Select
 	return step, found, nil
 }
 
-// maxKnownPurged bounds what purgedDeliveries remembers.
-const maxKnownPurged = 1 << 16
+// maxKnownRemains bounds what remainsOfEvents remembers.
+const maxKnownRemains = 1 << 16
 
-// purgedDeliveries tells of deliveries of a namespace whether the payload of their event has been purged.
-func (p *partition) purgedDeliveries(r pebble.Reader, ns NamespaceKey) func(lane LaneKey, seq uint64) (bool, error) {
+// remainsOfEvents tells of deliveries of a namespace what there is of their events.
+func (p *partition) remainsOfEvents(r pebble.Reader, ns NamespaceKey) func(lane LaneKey, seq uint64) (remains, error) {
 	type name struct {
 		sub SubscriptionKey
 		seq uint64
 	}
-	known := make(map[name]bool)
-	return func(lane LaneKey, seq uint64) (bool, error) {
+	known := make(map[name]remains)
+	return func(lane LaneKey, seq uint64) (remains, error) {
 		at := name{lane.Subscription, seq}
-		if purged, ok := known[at]; ok {
-			return purged, nil
+		if left, ok := known[at]; ok {
+			return left, nil
 		}
 		origin := seq
 		day, err := p.homeOf(r, lane, seq, true)
 		if err != nil {
-			return false, err
+			return remainsAll, err
 		}
 		if a, err := p.readAgain(r, day, lane, seq); err != nil {
-			return false, err
+			return remainsAll, err
 		} else if a != nil {
 			origin = a.origin
 		}
-		purged, err := p.purgedOf(r, ns, origin)
+		left, err := p.remainsOf(r, ns, origin)
 		if err != nil {
-			return false, err
+			return remainsAll, err
 		}
-		if len(known) >= maxKnownPurged {
+		if len(known) >= maxKnownRemains {
 			clear(known)
 		}
-		known[at] = purged
-		return purged, nil
+		known[at] = left
+		return left, nil
 	}
 }
 

@@ -565,3 +565,63 @@ func TestErasureWhereAClockWasAhead(t *testing.T) {
 		}
 	}
 }
+
+// TestErasureReachesWhatRetentionTakesMeanwhile: what is left in files of events that retention has taken since they were purged is
+// found, too, although nothing says any more whose it was.
+func TestErasureReachesWhatRetentionTakesMeanwhile(t *testing.T) {
+	dir, change := onDisk(t)
+	b := newBench(t, onePartition, change)
+	w := watchOf(t, b.Journal, WatchQuery{Namespace: acme})
+	to := Target{Subscription: "sub-7", UID: uid(7), MaxAttempts: 2, MaxAge: time.Hour}
+	for i := range 20 {
+		b.append(carrying(fmt.Sprint("e", i), 1), carrying(fmt.Sprint("letter", i), 2))
+	}
+	for _, job := range b.jobs() {
+		step := Step{State: Rejected, Reason: "permanent failure: " + canary}
+		if job.ID.Subscription == 2 {
+			step.DeadLetter = &DeadLetter{From: "sub-2", To: to}
+		}
+		b.keepMade(&job, canary)
+		b.settle(job, step, quoting(1, OutcomePermanent, b.clock.now()))
+	}
+	b.flush()
+	if err := b.db.Flush(); err != nil {
+		t.Fatal(err)
+	}
+	w.Close()
+	held := map[string][]byte{}
+	if err := b.scan(b.db, nil, nil, func(key, value []byte) error {
+		if key[tagOffset] == tagRecord && bytes.Contains(value, []byte(canary)) {
+			held[string(key)] = bytes.Clone(value)
+		}
+		return nil
+	}); err != nil || len(held) < 120 {
+		t.Fatalf("%d records hold it, %v", len(held), err)
+	}
+	b.clock.add(100 * time.Hour)
+	r := b.erasure("person")
+	b.erase(r)
+	b.retain(72 * time.Hour)
+	if page, err := b.Events(EventQuery{Namespace: acme}); err != nil || len(page.Events) > 0 {
+		t.Fatalf("%d events, %v", len(page.Events), err)
+	}
+	s := newScrub(b.Journal, r, quotesCanary)
+	if err := s.begin(); err != nil {
+		t.Fatal(err)
+	}
+	for key, value := range held { // as they are in tables, unless these have been compacted
+		if holds, err := s.holds([]byte(key), value); err != nil || !holds {
+			t.Errorf("%s is passed over: %v", keyText([]byte(key)), err)
+		}
+	}
+	waitFor(t, func() bool {
+		_, err := b.Scrub(t.Context(), r, quotesCanary)
+		if err != nil && !errors.Is(err, ErrStale) {
+			t.Fatal(err)
+		}
+		return err == nil
+	})
+	if found := filesWith(t, dir, canary); len(found) > 0 {
+		t.Errorf("still held by %q", found)
+	}
+}

@@ -453,17 +453,35 @@ func stripReason(reason string) string {
 	return said + suffix
 }
 
-// purgedOf reports whether the payload of a delivery's event has been purged.
-func (p *partition) purgedOf(r pebble.Reader, ns NamespaceKey, seq uint64) (bool, error) {
+// remains says what there is of an event.
+type remains uint8
+
+const (
+	remainsAll remains = iota
+	remainsPurged
+	remainsNone // it is retained no longer
+)
+
+// remainsOf says what there is of a delivery's event.
+func (p *partition) remainsOf(r pebble.Reader, ns NamespaceKey, seq uint64) (remains, error) {
 	day, err := p.home(r, ns, seq)
 	if err != nil {
-		return false, err
+		return remainsAll, err
 	}
 	head, err := p.readHead(r, day, ns, seq)
-	if errors.Is(err, ErrNotFound) {
-		return false, nil
+	switch {
+	case errors.Is(err, ErrNotFound):
+		return remainsNone, nil
+	case head.purged:
+		return remainsPurged, err
 	}
-	return head.purged, err
+	return remainsAll, err
+}
+
+// purgedOf reports whether the payload of a delivery's event has been purged.
+func (p *partition) purgedOf(r pebble.Reader, ns NamespaceKey, seq uint64) (bool, error) {
+	left, err := p.remainsOf(r, ns, seq)
+	return left == remainsPurged, err
 }
 
 // purgeNews takes what changes of erased deliveries may quote out of what is kept for those who watch. Nothing else than some

@@ -105,10 +105,10 @@ type scrub struct {
 	j       *Journal
 	job     *Replay
 	selects Selects
-	// at is where the erasure stands, low and high bound what it has looked at, by partition; purged tells of deliveries.
+	// at is where the erasure stands, low and high bound what it has looked at, by partition; remains tells of deliveries.
 	at        []cursor
 	low, high []uint64
-	purged    []func(LaneKey, uint64) (bool, error)
+	remains   []func(LaneKey, uint64) (remains, error)
 	// clean says of tables that have been looked through whether they hold nothing; found is where the others that are part of
 	// the journal hold what, table by table and in order.
 	clean map[uint64]bool
@@ -137,7 +137,7 @@ func (s *scrub) begin() error {
 		}
 		low, high := s.job.erasedRange(&at)
 		s.at, s.low, s.high = append(s.at, at), append(s.low, low), append(s.high, high)
-		s.purged = append(s.purged, p.purgedDeliveries(s.j.db, s.job.Namespace))
+		s.remains = append(s.remains, p.remainsOfEvents(s.j.db, s.job.Namespace))
 	}
 	return nil
 }
@@ -366,10 +366,16 @@ func (s *scrub) skip(key []byte) (next []byte, ours bool) {
 // has counted it.
 func (s *scrub) holds(key, value []byte) (bool, error) {
 	p := s.j.partitions[binary.BigEndian.Uint16(key)]
-	purged := s.purged[p.number]
+	purged := func(lane LaneKey, seq uint64) (bool, error) {
+		left, err := s.remains[p.number](lane, seq)
+		if err != nil {
+			return false, err
+		}
+		return s.isGone(key, left)
+	}
 	switch key[tagOffset] {
 	case tagRecord:
-		return s.recordHolds(p, key, value)
+		return s.recordHolds(p, key, value, purged)
 	case tagNews:
 		after, err := p.stripNews(s.job.Namespace, key, value, nil, purged)
 		return after != nil, p.passOver(err)
@@ -389,8 +395,18 @@ func (s *scrub) holds(key, value []byte) (bool, error) {
 	return purged(lane, row.Seq)
 }
 
+// isGone reports whether what a record quotes of an event is to be nowhere any more: it has been purged, or the event is retained no
+// longer and may have been before, and then the record is there no longer either. Whose one is that outlives its event cannot be told.
+func (s *scrub) isGone(key []byte, left remains) (bool, error) {
+	if left != remainsNone {
+		return left == remainsPurged, nil
+	}
+	there, err := s.j.has(s.j.db, key)
+	return !there && err == nil, err
+}
+
 // recordHolds is holds for an r key.
-func (s *scrub) recordHolds(p *partition, key, value []byte) (bool, error) {
+func (s *scrub) recordHolds(p *partition, key, value []byte, purged func(LaneKey, uint64) (bool, error)) (bool, error) {
 	_, ns, kind, rest, ok := splitRecord(key)
 	seq, hasSeq := recordSeq(kind, rest)
 	if !ok || !hasSeq {
@@ -408,7 +424,11 @@ func (s *scrub) recordHolds(p *partition, key, value []byte) (bool, error) {
 		p.place(e, ns, seq)
 		return s.selects(e), nil
 	case kindMade:
-		return p.purgedOf(s.j.db, ns, seq)
+		left, err := p.remainsOf(s.j.db, ns, seq)
+		if err != nil {
+			return false, err
+		}
+		return s.isGone(key, left)
 	case kindDelivery, kindAttempt:
 		if !quotes(kind, value) {
 			return false, nil
@@ -416,7 +436,7 @@ func (s *scrub) recordHolds(p *partition, key, value []byte) (bool, error) {
 	default:
 		return false, nil
 	}
-	return s.purged[p.number](LaneKey{ns, SubscriptionKey(binary.BigEndian.Uint64(rest))}, seq)
+	return purged(LaneKey{ns, SubscriptionKey(binary.BigEndian.Uint64(rest))}, seq)
 }
 
 // touch writes some of the records that are stale anew, so that a compaction meets the tables that hold what they were before.
