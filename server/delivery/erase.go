@@ -179,10 +179,19 @@ func (j *Journal) CountErasure(ctx context.Context, r *Replay, selects Selects, 
 	return &sum, nil
 }
 
-// erasedRange are the sequences that an erasure looks at in a partition.
+// erasedRange are the sequences that an erasure looks at in a partition. An event's lies at the time when it was accepted, or behind
+// that by as much as a clock had been ahead that was set back.
 func (r *Replay) erasedRange(at *cursor) (low, high uint64) {
 	pick := Picker{Since: r.Spec.Since, Until: r.Spec.Until}
+	if !pick.Until.IsZero() {
+		pick.Until = pick.Until.Add(maxAhead)
+	}
 	return pick.between(at)
+}
+
+// spans reports whether an erasure is about events that were accepted when this one was.
+func (s *ReplaySpec) spans(e *Event) bool {
+	return !e.AcceptTime.Before(s.Since) && (s.Until.IsZero() || e.AcceptTime.Before(s.Until))
 }
 
 // lookToErase looks on from a cursor, in one snapshot, for events that are to be purged.
@@ -217,11 +226,16 @@ func (p *partition) lookToErase(ctx context.Context, job *Replay, selects Select
 		if !at.before(seq) {
 			continue
 		}
-		step.counts.Scanned++
 		e, err := p.readEvent(r, job.Namespace, seq)
 		if err := p.passOver(passGone(err)); err != nil {
 			return step, nil, err
 		}
+		if err == nil {
+			if step.bytes += len(e.Payload); !job.Spec.spans(e) {
+				continue
+			}
+		}
+		step.counts.Scanned++
 		switch {
 		case err != nil:
 			if !errors.Is(err, ErrNotFound) {
@@ -231,11 +245,8 @@ func (p *partition) lookToErase(ctx context.Context, job *Replay, selects Select
 			if !e.Purged.done { // cut short
 				found, targets = append(found, seq), targets+e.Matched
 			}
-		default:
-			step.bytes += len(e.Payload)
-			if selects(e) {
-				found, targets = append(found, seq), targets+e.Matched
-			}
+		case selects(e):
+			found, targets = append(found, seq), targets+e.Matched
 		}
 		if err := ctx.Err(); err != nil {
 			return step, nil, context.Cause(ctx)

@@ -625,3 +625,37 @@ func TestErasureReachesWhatRetentionTakesMeanwhile(t *testing.T) {
 		t.Errorf("still held by %q", found)
 	}
 }
+
+// TestErasureOfATimeGoesByWhenEventsWereAccepted: where a clock was ahead and was set back, what is accepted then has sequences of a
+// time that is still to come.
+func TestErasureOfATimeGoesByWhenEventsWereAccepted(t *testing.T) {
+	b := newBench(t, onePartition)
+	b.clock.add(10 * time.Hour)
+	b.append(carrying("ahead", 1))
+	b.clock.add(-10 * time.Hour)
+	b.reopen()
+	b.append(carrying("before", 1))
+	b.clock.add(time.Hour)
+	since := b.clock.now()
+	b.clock.add(time.Minute)
+	b.append(carrying("within", 1))
+	b.clock.add(time.Minute)
+	until := b.clock.now()
+	b.append(carrying("after", 1))
+	r, err := b.CreateReplay(t.Context(), &Replay{Namespace: acme, ID: "time", Spec: ReplaySpec{Erase: true, Since: since, Until: until}}, 3)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b.erase(r)
+	if _, err := b.Scrub(t.Context(), r, quotesCanary); err != nil {
+		t.Error(err)
+	}
+	for id, purged := range map[string]bool{"ahead": false, "before": false, "within": true, "after": false} {
+		if e, err := b.Event(acme, id); err != nil || purged != (e.Purged != nil) {
+			t.Errorf("%s: %+v, %v", id, e, err)
+		}
+	}
+	if got, err := b.Replay(acme, r.Key); err != nil || got.Counts.Scanned != 1 {
+		t.Errorf("%+v, %v", got, err)
+	}
+}

@@ -418,7 +418,7 @@ func (s *scrub) recordHolds(p *partition, key, value []byte, purged func(LaneKey
 			return false, nil
 		}
 		e, err := decodeEvent(value)
-		if err != nil || e.Purged != nil {
+		if err != nil || e.Purged != nil || !s.job.Spec.spans(e) {
 			return false, nil
 		}
 		p.place(e, ns, seq)
