@@ -172,7 +172,8 @@ func (s *sweep) runPart(ctx context.Context, d dayKey, f fate, hourly bool) erro
 		}
 		if !s.ahead(d) { // else what is given later may come before
 			if err := s.do(ctx, func(c *commit) error {
-				c.set(mark, encodeSwept(swept{f.below, p.ahead.times}))
+				// No further than what there has been: a clock that is set back gives what lies behind that and before below.
+				c.set(mark, encodeSwept(swept{min(f.below, c.lastSeq+1), p.ahead.times}))
 				return nil
 			}); err != nil {
 				return err

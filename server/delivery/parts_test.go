@@ -333,3 +333,28 @@ func TestRetryMeetsTheEndOfPayloads(t *testing.T) {
 		b.close()
 	}
 }
+
+// A sweep by a clock that was ahead, during which nothing was published, has nothing stay that is published once it is set right.
+func TestPayloadsGoAfterASweepByAClockThatWasAhead(t *testing.T) {
+	for _, ahead := range []time.Duration{10 * time.Hour, 5 * 24 * time.Hour} {
+		b := newBench(t, onePartition)
+		keep := keepParts(Parts{Payloads: time.Hour})
+		b.append(carrying("before", 1))
+		b.succeed(b.jobs()[0])
+		b.flush()
+		b.clock.add(ahead)
+		b.reopen()
+		b.retainParts(keep)
+		b.clock.add(-ahead)
+		b.reopen()
+		b.clock.add(time.Minute)
+		b.append(carrying("after", 1))
+		b.succeed(b.jobs()[0])
+		b.flush()
+		b.clock.add(2 * time.Hour)
+		b.retainParts(keep)
+		if found := b.quoted(); len(found) > 0 {
+			t.Errorf("%v ahead: quoted by %q", ahead, found)
+		}
+	}
+}
