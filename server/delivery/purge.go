@@ -488,22 +488,32 @@ func (p *partition) purgedOf(r pebble.Reader, ns NamespaceKey, seq uint64) (bool
 // sequences is looked at, unless they are nil.
 func (p *partition) purgeNews(ctx context.Context, ns NamespaceKey, only map[uint64]bool, erased func(lane LaneKey, seq uint64) (bool, error)) error {
 	prefix := appendSpace(nil, p.number, tagNews, ns)
-	var keys, values [][]byte
+	type row struct{ key, before, after []byte }
+	var rows []row
 	flush := func() error {
-		some, with := keys, values
-		keys, values = nil, nil
+		some := rows
+		rows = nil
 		if len(some) == 0 {
 			return nil
 		}
 		return p.do(ctx, func(c *commit) error {
-			for i, key := range some {
-				if found, err := p.j.has(c.r, key); err != nil {
+			c.firm = true
+			for _, row := range some {
+				var now []byte
+				found, err := p.j.get(c.r, row.key, func(value []byte) error {
+					now = bytes.Clone(value)
+					return nil
+				})
+				if err == nil && found && !bytes.Equal(now, row.before) { // something else of it has been purged meanwhile
+					row.after, err = p.stripNews(ns, row.key, now, only, erased)
+				}
+				if err != nil {
 					return err
-				} else if found { // else it has been trimmed
-					c.set(key, with[i])
+				}
+				if found && row.after != nil { // else it has been trimmed
+					c.set(row.key, row.after)
 				}
 			}
-			c.firm = true
 			return nil
 		})
 	}
@@ -516,8 +526,7 @@ func (p *partition) purgeNews(ctx context.Context, ns NamespaceKey, only map[uin
 		if after == nil {
 			return nil
 		}
-		keys, values = append(keys, bytes.Clone(key)), append(values, after)
-		if len(keys) < newsBatch {
+		if rows = append(rows, row{bytes.Clone(key), bytes.Clone(value), after}); len(rows) < newsBatch {
 			return nil
 		}
 		return flush()

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"sync"
 	"testing"
 	"time"
 )
@@ -227,6 +228,33 @@ func TestPurgeFindsWhatWasKept(t *testing.T) {
 	if n := b.purge(pub.Event); n.Cancelled != 1 {
 		t.Errorf("%+v", n)
 	}
+	if found := b.quoted(); len(found) > 0 {
+		t.Errorf("still quoted by %q", found)
+	}
+}
+
+// Events whose changes were written together are purged at the same time: each purge takes its own out of what is kept for those who
+// watch, and brings nothing of another back.
+func TestPurgesAtATimeBringNothingBack(t *testing.T) {
+	b := newBench(t, onePartition)
+	watchOf(t, b.Journal, WatchQuery{Namespace: acme})
+	for i := range 40 {
+		b.append(carrying(fmt.Sprint("e", i), 1))
+	}
+	jobs := b.jobs()
+	for _, job := range jobs {
+		b.settle(job, Step{State: Rejected, Reason: "permanent failure: " + canary}, quoting(1, OutcomePermanent, b.clock.now()))
+	}
+	b.flush()
+	var all sync.WaitGroup
+	for _, job := range jobs {
+		all.Go(func() {
+			if _, err := b.PurgeEvent(context.Background(), acme, 0, job.Event.Seq); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	all.Wait()
 	if found := b.quoted(); len(found) > 0 {
 		t.Errorf("still quoted by %q", found)
 	}
