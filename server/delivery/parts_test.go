@@ -358,3 +358,59 @@ func TestPayloadsGoAfterASweepByAClockThatWasAhead(t *testing.T) {
 		}
 	}
 }
+
+// What lies between events that are purged together costs nothing: deliveries that were made again, by the thousand, and events
+// that have been purged before.
+func TestPurgePassesByWhatLiesBetween(t *testing.T) {
+	b := newBench(t, onePartition)
+	first, many := carrying("first", 1), carrying("many", 1)
+	b.append(first, many)
+	for _, job := range b.jobs() {
+		b.settle(job, Step{State: Succeeded}, quoting(1, OutcomeSucceeded, b.clock.now()))
+	}
+	b.flush()
+	for range 50 {
+		if _, err := b.Resend(t.Context(), lane(1), idOf(many.Event, 1), many.Targets[0], -1); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, job := range b.timers(1, b.clock.now().Add(time.Hour)) {
+		b.exhaust(job)
+	}
+	b.flush()
+	b.purge(many.Event)
+	last := carrying("last", 1)
+	b.append(last)
+	b.settle(b.jobs()[0], Step{State: Rejected, Reason: "permanent failure: " + canary}, quoting(1, OutcomePermanent, b.clock.now()))
+	b.flush()
+	seqs := []uint64{first.Event.Seq, last.Event.Seq}
+	if err := b.partitions[0].do(t.Context(), func(c *commit) error {
+		for _, kind := range []byte{kindEvent, kindDelivery, kindAttempt} {
+			prefix := appendKind(nil, 0, dayOf(seqs[0]), acme, kind)
+			if kind != kindEvent {
+				prefix = appendU64(prefix, 1)
+			}
+			var visited []uint64
+			if err := c.along(prefix, seqs, func(seq uint64, key, _ []byte) error {
+				if got, ok := recordSeq(kind, key[recordPrefix:]); !ok || got != seq {
+					t.Errorf("%s is visited as of %d", keyText(key), seq)
+				}
+				visited = append(visited, seq)
+				return nil
+			}); err != nil {
+				return err
+			}
+			if want := map[byte][]uint64{kindEvent: seqs, kindDelivery: seqs, kindAttempt: seqs[1:]}[kind]; !slices.Equal(visited, want) {
+				t.Errorf("%c: visited %d, want %d", kind, visited, want)
+			}
+		}
+		return nil
+	}); err != nil {
+		t.Fatal(err)
+	}
+	b.clock.add(2 * time.Hour)
+	b.retainParts(keepParts(Parts{Payloads: time.Hour}))
+	if found := b.quoted(); len(found) > 0 {
+		t.Errorf("quoted by %q", found)
+	}
+}

@@ -395,23 +395,38 @@ func quotes(kind byte, value []byte) bool {
 
 // stripRecord takes out of the record of a delivery or an attempt what may quote its event.
 func (c *commit) stripRecord(kind byte, key, value []byte) error {
+	after, quotes, err := c.p.stripped(kind, key, value)
+	switch {
+	case err != nil || !quotes:
+		return err
+	case after == nil:
+		c.delete(key)
+	default:
+		c.set(key, after)
+	}
+	return nil
+}
+
+// stripped is the record of a delivery or an attempt without what may quote its event, if it does; nil where it is to go.
+func (p *partition) stripped(kind byte, key, value []byte) (after []byte, quotes bool, err error) {
 	if kind == kindAttempt {
 		a, err := decodeAttempt(value)
-		if err != nil {
-			c.delete(key)
-		} else if a.strip() {
-			c.set(key, encodeAttempt(nil, a))
+		switch {
+		case err != nil:
+			return nil, true, nil
+		case !a.strip():
+			return nil, false, nil
 		}
-		return nil
+		return encodeAttempt(nil, a), true, nil
 	}
 	st, err := decodeStanding(value)
 	if err != nil {
-		return c.p.j.corrupt(key, err)
+		return nil, false, p.j.corrupt(key, err)
 	}
-	if st.strip() {
-		c.set(key, encodeStanding(nil, &st))
+	if !st.strip() {
+		return nil, false, nil
 	}
-	return nil
+	return encodeStanding(nil, &st), true, nil
 }
 
 // strip takes away what an attempt may quote of its event, and reports whether there was anything.

@@ -3,8 +3,11 @@ package delivery
 import (
 	"bytes"
 	"cmp"
+	"encoding/binary"
 	"errors"
 	"slices"
+
+	"github.com/cockroachdb/pebble/v2"
 )
 
 // purgedRun is what has become of the first n of some events.
@@ -25,8 +28,9 @@ type runEvent struct {
 }
 
 type runRecord struct {
-	kind       byte
-	key, value []byte
+	key []byte
+	// after is what it is to be; nil where it is to go.
+	after []byte
 }
 
 // purgeRun purges events that lie in a day alone, in ascending order, as many as a commit may: with one look at the day for
@@ -34,21 +38,12 @@ type runRecord struct {
 func (c *commit) purgeRun(s *sweep, d dayKey, ns NamespaceKey, seqs []uint64) (r purgedRun, err error) {
 	p := c.p
 	var run []runEvent
-	lanes := make(map[SubscriptionKey][]int)
-	bounds := func(kind byte, first, last uint64) (lower, upper []byte) {
-		prefix := appendKind(nil, p.number, d, ns, kind)
-		return appendU64(bytes.Clone(prefix), first), appendU64(prefix, last+1)
-	}
+	lanes := make(map[SubscriptionKey][]uint64)
 	size, targets := 0, 0
-	last := seqs[min(len(seqs), tidyBatch)-1]
-	lower, upper := bounds(kindEvent, seqs[0], last)
-	err = p.j.scan(c.r, lower, upper, func(key, value []byte) error {
-		seq, _ := recordSeq(kindEvent, key[recordPrefix:])
-		for r.n < len(seqs) && seqs[r.n] < seq { // gone
+	some := seqs[:min(len(seqs), tidyBatch)]
+	err = c.along(appendKind(nil, p.number, d, ns, kindEvent), some, func(seq uint64, key, value []byte) error {
+		for seqs[r.n] < seq { // gone
 			r.n++
-		}
-		if r.n == len(seqs) || seqs[r.n] != seq {
-			return nil
 		}
 		if size >= purgeBytes || targets >= purgeTargets {
 			return errStopped
@@ -60,7 +55,7 @@ func (c *commit) purgeRun(s *sweep, d dayKey, ns NamespaceKey, seqs []uint64) (r
 			return nil
 		}
 		for _, sub := range head.within.keys() {
-			lanes[sub] = append(lanes[sub], len(run))
+			lanes[sub] = append(lanes[sub], seq)
 		}
 		size, targets = size+len(value), targets+len(head.within.keys())
 		run = append(run, runEvent{seq: seq, key: bytes.Clone(key), value: bytes.Clone(value)})
@@ -68,7 +63,7 @@ func (c *commit) purgeRun(s *sweep, d dayKey, ns NamespaceKey, seqs []uint64) (r
 	})
 	switch {
 	case err == nil:
-		r.n = min(len(seqs), tidyBatch)
+		r.n = len(some)
 	case !errors.Is(err, errStopped):
 		return r, err
 	}
@@ -83,13 +78,15 @@ func (c *commit) purgeRun(s *sweep, d dayKey, ns NamespaceKey, seqs []uint64) (r
 		return &run[i], true
 	}
 	again := make(map[uint64]bool)
+	all := make([]uint64, len(run))
+	for i := range run {
+		all[i] = run[i].seq
+	}
 	for _, kind := range []byte{kindReplay, kindMade} {
-		lower, upper := bounds(kind, run[0].seq, run[len(run)-1].seq)
-		if err := p.j.scan(c.r, lower, upper, func(key, _ []byte) error {
-			seq, _ := recordSeq(kind, key[recordPrefix:])
-			if e, ok := at(seq); ok && kind == kindReplay {
+		if err := c.along(appendKind(nil, p.number, d, ns, kind), all, func(seq uint64, key, _ []byte) error {
+			if e, _ := at(seq); kind == kindReplay {
 				again[seq] = true
-			} else if ok {
+			} else {
 				e.made = append(e.made, bytes.Clone(key))
 			}
 			return nil
@@ -98,7 +95,7 @@ func (c *commit) purgeRun(s *sweep, d dayKey, ns NamespaceKey, seqs []uint64) (r
 		}
 	}
 	for sub, of := range lanes {
-		if err := c.lookAlong(s, d, LaneKey{ns, sub}, run, of); err != nil {
+		if err := c.lookAlong(s, d, LaneKey{ns, sub}, of, at); err != nil {
 			return r, err
 		}
 	}
@@ -113,8 +110,10 @@ func (c *commit) purgeRun(s *sweep, d dayKey, ns NamespaceKey, seqs []uint64) (r
 				c.delete(key)
 			}
 			for _, q := range e.quoting {
-				if err := p.passOver(c.stripRecord(q.kind, q.key, q.value)); err != nil {
-					return r, err
+				if q.after == nil {
+					c.delete(q.key)
+				} else {
+					c.set(q.key, q.after)
 				}
 			}
 			if err := p.passOver(c.purgeRecord(e.key, e.value, true)); err != nil {
@@ -125,23 +124,45 @@ func (c *commit) purgeRun(s *sweep, d dayKey, ns NamespaceKey, seqs []uint64) (r
 	return r, nil
 }
 
-// lookAlong looks at the deliveries of a subscription that some events of a run have: whether they stay, and what quotes.
-func (c *commit) lookAlong(s *sweep, d dayKey, lane LaneKey, run []runEvent, of []int) error {
+// along visits the records of some sequences, which ascend, where these follow a prefix: it comes by what lies between them by seeks.
+func (c *commit) along(prefix []byte, seqs []uint64, visit func(seq uint64, key, value []byte) error) error {
+	prefix = prefix[:len(prefix):len(prefix)]
+	return c.p.j.iterate(c.r, appendU64(prefix, seqs[0]), appendU64(prefix, seqs[len(seqs)-1]+1), func(it *pebble.Iterator) error {
+		for ok := it.First(); ok; {
+			key := it.Key()
+			if len(key) < len(prefix)+8 {
+				return c.p.j.corrupt(key, errBadKey)
+			}
+			seq := binary.BigEndian.Uint64(key[len(prefix):])
+			for seqs[0] < seq {
+				seqs = seqs[1:]
+			}
+			if seqs[0] != seq {
+				ok = it.SeekGE(appendU64(prefix, seqs[0]))
+				continue
+			}
+			value, err := it.ValueAndErr()
+			if err != nil {
+				return err
+			}
+			if err := visit(seq, key, value); err != nil {
+				return err
+			}
+			ok = it.Next()
+		}
+		return nil
+	})
+}
+
+// lookAlong looks at the deliveries of a subscription that some events of a run have, at which at finds them: whether they stay,
+// and what quotes.
+func (c *commit) lookAlong(s *sweep, d dayKey, lane LaneKey, of []uint64, at func(seq uint64) (*runEvent, bool)) error {
 	p := c.p
-	seen := make(map[uint64]*runEvent, len(of))
-	for _, i := range of {
-		seen[run[i].seq] = &run[i]
-	}
 	ended := make(map[uint64]bool, len(of))
-	first, last := run[of[0]].seq, run[of[len(of)-1]].seq
 	for _, kind := range []byte{kindDelivery, kindAttempt} {
 		prefix := appendU64(appendKind(nil, p.number, d, lane.Namespace, kind), uint64(lane.Subscription))
-		if err := p.j.scan(c.r, appendU64(bytes.Clone(prefix), first), appendU64(bytes.Clone(prefix), last+1), func(key, value []byte) error {
-			seq, _ := recordSeq(kind, key[recordPrefix:])
-			e := seen[seq]
-			if e == nil {
-				return nil
-			}
+		if err := c.along(prefix, of, func(seq uint64, key, value []byte) error {
+			e, _ := at(seq)
 			if kind == kindDelivery {
 				st, err := decodeStanding(value)
 				if err != nil {
@@ -156,18 +177,20 @@ func (c *commit) lookAlong(s *sweep, d dayKey, lane LaneKey, run []runEvent, of 
 				}
 				e.stays, ended[seq] = e.stays || stays, true
 			}
-			if quotes(kind, value) {
-				e.quoting = append(e.quoting, runRecord{kind, bytes.Clone(key), bytes.Clone(value)})
+			after, quotes, err := p.stripped(kind, key, value)
+			if quotes {
+				e.quoting = append(e.quoting, runRecord{bytes.Clone(key), after})
 			}
-			return nil
+			return p.passOver(err)
 		}); err != nil {
 			return err
 		}
 	}
-	for seq, e := range seen {
+	for _, seq := range of {
 		if ended[seq] {
 			continue
 		}
+		e, _ := at(seq)
 		place, err := p.find(c.r, lane, seq) // it waits, or was skipped
 		if err == nil {
 			var stays bool
