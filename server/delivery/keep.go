@@ -418,7 +418,7 @@ func (c *commit) forget(s *sweep, row rowAt) error {
 	if err != nil {
 		return err
 	}
-	subs, stays, err := s.anyStays(c.r, kept, ns, seq, &head)
+	subs, stays, err := s.anyStays(c.r, kept, ns, seq, &head, true)
 	if err != nil || stays {
 		return err
 	}
@@ -434,8 +434,9 @@ func (c *commit) forget(s *sweep, row rowAt) error {
 	return c.forgetIn(dayOf(seq), ns, seq, subs)
 }
 
-// anyStays reports whether one of the deliveries of an event, which lies in a day or in kept, is to stay, and to whom it went.
-func (s *sweep) anyStays(r pebble.Reader, day dayKey, ns NamespaceKey, seq uint64, head *eventHead) (subs []SubscriptionKey, stays bool, err error) {
+// anyStays reports whether one of the deliveries of an event, which lies in a day or in kept, is to stay, and to whom it went; not
+// own: of those that were made again.
+func (s *sweep) anyStays(r pebble.Reader, day dayKey, ns NamespaceKey, seq uint64, head *eventHead, own bool) (subs []SubscriptionKey, stays bool, err error) {
 	p := s.p
 	if err := p.targets(r, day, ns, seq, head, func(list *targetList) { subs = append(subs, list.keys()...) }); err != nil {
 		return nil, false, err
@@ -450,10 +451,8 @@ func (s *sweep) anyStays(r pebble.Reader, day dayKey, ns NamespaceKey, seq uint6
 		}
 		return err
 	}
-	for _, sub := range subs {
-		if err = one(LaneKey{ns, sub}, seq); err != nil {
-			break
-		}
+	for i := 0; own && i < len(subs) && err == nil; i++ {
+		err = one(LaneKey{ns, subs[i]}, seq)
 	}
 	if err == nil {
 		err = p.eachReplay(r, day, ns, seq, func(lane LaneKey, own, _ uint64) error { return one(lane, own) })

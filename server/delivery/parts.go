@@ -296,17 +296,19 @@ func (s *sweep) purgeThose(ctx context.Context, ns NamespaceKey, seqs []uint64, 
 	p := s.p
 	var ready, waiting []uint64
 	targets, size, found := 0, 0, 0
-	begin := time.Now()
+	begin, asOf := time.Now(), p.shownIndex()
 	purge := func() error {
 		some := ready
 		ready, targets, size = nil, 0, 0
 		if len(some) == 0 {
 			return nil
 		}
-		return s.purgeReady(ctx, ns, some, note)
+		err := s.purgeReady(ctx, ns, some, note, asOf)
+		asOf = p.shownIndex()
+		return err
 	}
 	for _, seq := range seqs {
-		l, err := s.lookAt(p.j.db, ns, seq)
+		l, err := s.lookAt(p.j.db, ns, seq, true)
 		if err := p.passOver(err); err != nil {
 			return nil, err
 		}
@@ -363,8 +365,8 @@ type lookedAt struct {
 	targets, size int
 }
 
-// lookAt reads how an event stands.
-func (s *sweep) lookAt(r pebble.Reader, ns NamespaceKey, seq uint64) (l lookedAt, err error) {
+// lookAt reads how an event stands; not own: as for its own deliveries, which have ended.
+func (s *sweep) lookAt(r pebble.Reader, ns NamespaceKey, seq uint64, own bool) (l lookedAt, err error) {
 	p := s.p
 	day, err := p.home(r, ns, seq)
 	if err != nil {
@@ -385,7 +387,7 @@ func (s *sweep) lookAt(r pebble.Reader, ns NamespaceKey, seq uint64) (l lookedAt
 	if err != nil || !found || done {
 		return l, err
 	}
-	subs, stays, err := s.anyStays(r, day, ns, seq, &head)
+	subs, stays, err := s.anyStays(r, day, ns, seq, &head, own)
 	l.targets = len(subs)
 	if l.stands = partReady; stays && !head.purged {
 		l.stands = partWaits
@@ -393,11 +395,16 @@ func (s *sweep) lookAt(r pebble.Reader, ns NamespaceKey, seq uint64) (l lookedAt
 	return l, err
 }
 
-// purgeReady purges events, but for those of which something has been opened meanwhile.
-func (s *sweep) purgeReady(ctx context.Context, ns NamespaceKey, seqs []uint64, note bool) error {
+// purgeReady purges events, but for those of which something has been opened since they were looked at: what has ended is only
+// opened again by edits, of which a partition knows the last.
+func (s *sweep) purgeReady(ctx context.Context, ns NamespaceKey, seqs []uint64, note bool, asOf Commit) error {
 	p := s.p
 	unread, err := p.purge(ctx, ns, seqs, func(c *commit, seq uint64) (bool, error) {
-		l, err := s.lookAt(c.r, ns, seq)
+	first, edited := true, false
+		if first { // this edits, too
+			first, edited = false, c.edited || p.lastEdit > asOf
+		}
+		l, err := s.lookAt(c.r, ns, seq, edited)
 		if err == nil && l.stands == partWaits && note {
 			c.set(appendWaitKey(nil, p.number, dayOf(seq), ns, seq), nil)
 		}

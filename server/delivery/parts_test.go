@@ -306,31 +306,50 @@ func TestPartsAreSweptOnce(t *testing.T) {
 	}
 }
 
-// A retry beside a sweep is either refused, since the payload has gone, or keeps it.
+// A retry beside a sweep, or a delivery that is made again, is either refused, since the payload has gone, or keeps it.
 func TestRetryMeetsTheEndOfPayloads(t *testing.T) {
-	for after := range 9 {
-		var m meddler
-		b := newBench(t, onePartition, m.use)
-		b.append(carrying("e", 1))
-		job := b.jobs()[0]
-		b.exhaust(job)
-		b.flush()
-		b.clock.add(2 * time.Hour)
-		var refused error
-		m.sweep(b, after, keepParts(Parts{Payloads: time.Hour}), func() { _, refused = b.Retry(context.Background(), lane(1), job.ID, -1) })
-		b.flush()
-		e, err := b.Event(acme, "e")
-		if err != nil {
-			t.Fatal(err)
+	retry := func(b *bench, job Job) error {
+		_, err := b.Retry(context.Background(), lane(1), job.ID, -1)
+		return err
+	}
+	resend := func(b *bench, job Job) error {
+		_, err := b.Resend(context.Background(), lane(1), job.ID, Target{Subscription: "sub-1", UID: uid(1), MaxAttempts: 1, MaxAge: time.Hour}, -1)
+		return err
+	}
+	var many []int // whose event is purged by itself
+	for i := range 40 {
+		many = append(many, i+1)
+	}
+	for _, subs := range [][]int{{1}, many} {
+		for kind, edit := range map[string]func(*bench, Job) error{"retry": retry, "resend": resend} {
+			for after := range 9 {
+				var m meddler
+				b := newBench(t, onePartition, m.use)
+				b.append(carrying("e", subs...))
+				jobs := b.jobs()
+				for _, job := range jobs {
+					b.exhaust(job)
+				}
+				b.flush()
+				b.clock.add(2 * time.Hour)
+				first := jobs[slices.IndexFunc(jobs, func(job Job) bool { return job.ID.Subscription == 1 })]
+				var refused error
+				m.sweep(b, after, keepParts(Parts{Payloads: time.Hour}), func() { refused = edit(b, first) })
+				b.flush()
+				e, err := b.Event(acme, "e")
+				if err != nil {
+					t.Fatal(err)
+				}
+				open := len(b.timers(1, b.clock.now()))
+				switch {
+				case refused == nil && (open != 1 || e.Purged != nil):
+					t.Errorf("%d targets, %s after %d commits: made, and %d open of %+v", len(subs), kind, after, open, e)
+				case refused != nil && (!errors.Is(refused, ErrPurged) || open != 0 || e.Purged == nil):
+					t.Errorf("%d targets, %s after %d commits: %v, and %d open of %+v", len(subs), kind, after, refused, open, e)
+				}
+				b.close()
+			}
 		}
-		open := len(b.timers(1, b.clock.now()))
-		switch {
-		case refused == nil && (open != 1 || e.Purged != nil):
-			t.Errorf("after %d commits: retried, and %d open of %+v", after, open, e)
-		case refused != nil && (!errors.Is(refused, ErrPurged) || open != 0 || e.Purged == nil):
-			t.Errorf("after %d commits: %v, and %d open of %+v", after, refused, open, e)
-		}
-		b.close()
 	}
 }
 
