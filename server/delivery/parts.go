@@ -53,19 +53,20 @@ func (s *sweep) runParts(ctx context.Context) error {
 	if len(s.keep.Parts) == 0 {
 		return nil
 	}
-	defer func() { s.part = whole }()
 	hourly := s.now.Sub(s.p.retention.tidiedParts) >= tidyPartsEvery
-	for _, s.part = range []part{payloads, attempts} {
-		if s.part == attempts && !hourly {
+	for _, some := range []part{payloads, attempts} {
+		if some == attempts && !hourly {
 			continue
 		}
-		due, err := s.dueParts(ctx, hourly)
+		own := *s // a commit that its caller has left may still read it
+		own.part = some
+		due, err := own.dueParts(ctx, hourly)
 		if err != nil {
 			return err
 		}
 		for _, d := range due {
 			for _, f := range d.fates {
-				if err := s.runPart(ctx, d.day, f, hourly); err != nil {
+				if err := own.runPart(ctx, d.day, f, hourly); err != nil {
 					return err
 				}
 			}
@@ -73,8 +74,8 @@ func (s *sweep) runParts(ctx context.Context) error {
 		if !hourly {
 			continue
 		}
-		for ns, keep := range s.partSpaces() {
-			if err := s.tidyPart(ctx, ns, keep); err != nil {
+		for ns, keep := range own.partSpaces() {
+			if err := own.tidyPart(ctx, ns, keep); err != nil {
 				return err
 			}
 		}
@@ -399,8 +400,8 @@ func (s *sweep) lookAt(r pebble.Reader, ns NamespaceKey, seq uint64, own bool) (
 // opened again by edits, of which a partition knows the last.
 func (s *sweep) purgeReady(ctx context.Context, ns NamespaceKey, seqs []uint64, note bool, asOf Commit) error {
 	p := s.p
-	unread, err := p.purge(ctx, ns, seqs, func(c *commit, seq uint64) (bool, error) {
 	first, edited := true, false
+	unread, err := p.purge(ctx, ns, seqs, func(c *commit, seq uint64) (bool, error) {
 		if first { // this edits, too
 			first, edited = false, c.edited || p.lastEdit > asOf
 		}
