@@ -156,6 +156,34 @@ func (w *watches) load() error {
 		}
 	}
 	w.spaces.Store(&spaces)
+	return w.dropLost(spaces)
+}
+
+// dropLost erases changes that a crash has left of a record that had been given up: nobody would.
+func (w *watches) dropLost(spaces map[NamespaceKey]*watchedSpace) error {
+	b := w.j.db.NewBatch()
+	defer b.Close()
+	for _, p := range w.j.partitions {
+		all := appendTag(nil, p.number, tagNews)
+		if err := w.j.hop(w.j.db, all, prefixEnd(all), func(key []byte) ([]byte, error) {
+			if len(key) < bodyOffset+8 {
+				return append(slices.Clone(key), 0), nil
+			}
+			space := slices.Clone(key[:bodyOffset+8])
+			if spaces[NamespaceKey(binary.BigEndian.Uint64(space[bodyOffset:]))] != nil {
+				return prefixEnd(space), nil
+			}
+			return prefixEnd(space), b.DeleteRange(space, prefixEnd(space), nil)
+		}); err != nil {
+			return err
+		}
+	}
+	if b.Empty() {
+		return nil
+	}
+	if err := b.Commit(pebble.Sync); err != nil {
+		return fmt.Errorf("drop changes that nobody watches: %w", err)
+	}
 	return nil
 }
 
