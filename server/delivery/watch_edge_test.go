@@ -340,3 +340,58 @@ func TestSyncsEndAtOnce(t *testing.T) {
 	s.mu.Unlock()
 	wg.Wait()
 }
+
+// Changes that are put off, since too many wait, are told before what follows them, also where another partition goes on meanwhile.
+func TestPutOffChangesAreToldInTheirPlace(t *testing.T) {
+	b := newBench(t, func(o *Options) { o.Partitions = 2 })
+	in := func(ns NamespaceKey, p uint16, what string) Publication {
+		for i := 0; ; i++ {
+			pub := publication(fmt.Sprint(what, "-", i), 1)
+			if pub.Event.Namespace = ns; partitionOf(ns, pub.Event.ID, 2) == p {
+				return pub
+			}
+		}
+	}
+	w, others := watchOf(t, b.Journal, WatchQuery{Namespace: acme}), watchOf(t, b.Journal, WatchQuery{Namespace: other})
+	ours, theirs, elsewhere := in(acme, 1, "ours"), in(other, 1, "theirs"), in(other, 0, "elsewhere")
+	b.append(ours, theirs, elsewhere)
+	nextOf(t, w)
+	nextOf(t, others)
+	nextOf(t, others)
+	b.append(in(acme, 1, "up"), in(other, 1, "up too"))
+	nextOf(t, w)
+	nextOf(t, others)
+	jobs := map[string]Job{}
+	for _, job := range b.jobs() {
+		jobs[job.Event.ID] = job
+	}
+	s := (*b.watches.spaces.Load())[other]
+	s.mu.Lock() // who puts off, and begins with theirs, is held up
+	shown := b.partitions[1].shownIndex()
+	b.succeed(jobs[theirs.Event.ID])
+	b.succeed(jobs[ours.Event.ID])
+	waitFor(t, func() bool { return b.partitions[1].shownIndex() > shown })
+	b.watches.mu.Lock()
+	b.watches.bytes = maxUntold
+	b.watches.mu.Unlock()
+	shown = b.partitions[0].shownIndex()
+	b.succeed(jobs[elsewhere.Event.ID])
+	waitFor(t, func() bool { return b.partitions[0].shownIndex() > shown })
+	later := in(acme, 1, "later")
+	stored := make(chan []AppendResult, 1)
+	go func() { stored <- b.Append(context.Background(), []Publication{later}) }()
+	soon, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond) // by then it would have been told of what is later
+	ch, err := w.Next(soon)
+	cancel()
+	s.mu.Unlock()
+	if err != nil {
+		ch = nextOf(t, w)
+	}
+	<-stored
+	if want := idOf(ours.Event, 1); ch.ID != want || ch.State != Succeeded {
+		t.Errorf("told of %v of %v, want %v", ch.State, ch.ID, want)
+	}
+	if ch := nextOf(t, w); ch.ID != idOf(later.Event, 1) {
+		t.Errorf("then of %v", ch.ID)
+	}
+}

@@ -359,21 +359,25 @@ func (w *watches) applied(c *commit) {
 	if c.firm { // and all that was written before it
 		w.untold[len(w.untold)-1].ticket = 0
 	}
-	w.bytes += size
-	late := w.bytes > maxUntold
-	var lost []untold
-	if late {
-		lost, w.untold, w.bytes = w.untold, nil, 0
+	if w.bytes += size; w.bytes > maxUntold {
+		w.putOff(spaces)
 	}
 	w.mu.Unlock()
-	for i := range lost {
-		for k := range lost[i].news {
-			if s := spaces[lost[i].news[k].ns]; s != nil {
+	w.signal()
+}
+
+// putOff has all read from the disk what waits to be told, before anything later is: else they would pass over it. mu is held.
+func (w *watches) putOff(spaces map[NamespaceKey]*watchedSpace) {
+	late := make(map[*watchedSpace]bool)
+	for i := range w.untold {
+		for k := range w.untold[i].news {
+			if s := spaces[w.untold[i].news[k].ns]; s != nil && !late[s] {
+				late[s] = true
 				s.putOff()
 			}
 		}
 	}
-	w.signal()
+	w.untold, w.bytes = nil, 0
 }
 
 // tellAll tells those who are up to date what has become durable.
