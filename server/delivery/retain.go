@@ -68,16 +68,20 @@ func (j *Journal) Retain(ctx context.Context, keep Retention) error {
 	j.retaining.Lock()
 	defer j.retaining.Unlock()
 	var erased []span
+	var failed error
 	for _, p := range j.partitions {
 		s := &sweep{p: p, keep: keep, now: j.now()}
 		err := s.run(ctx)
 		erased = append(erased, s.ranges...)
-		if err != nil {
-			return fmt.Errorf("retain in partition %d: %w", p.number, errors.Join(err, j.reclaim(ctx, erased)))
+		if err != nil { // which is no reason to keep what is in the others
+			failed = errors.Join(failed, fmt.Errorf("retain in partition %d: %w", p.number, err))
+		}
+		if ctx.Err() != nil || errors.Is(err, ErrClosed) {
+			break
 		}
 	}
 	j.counts.prune()
-	return j.reclaim(ctx, erased)
+	return errors.Join(failed, j.reclaim(ctx, erased))
 }
 
 // retention is what a partition remembers between sweeps.

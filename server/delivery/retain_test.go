@@ -7,6 +7,8 @@ import (
 	"slices"
 	"testing"
 	"time"
+
+	"github.com/cockroachdb/pebble/v2"
 )
 
 // retain sweeps once, with one retention for all.
@@ -614,5 +616,31 @@ func TestKeptEventsOfOneID(t *testing.T) {
 	b.retain(48 * time.Hour)
 	if got := all(t, b, Query{EventID: "e"}); len(got) != 1 {
 		t.Errorf("%d of 1 are found", len(got))
+	}
+}
+
+// A partition that cannot be swept, since something in it is damaged, holds up no other.
+func TestRetentionGoesOnInOtherPartitions(t *testing.T) {
+	b := newBench(t)
+	for i := range 40 {
+		b.append(publication(fmt.Sprint("e", i), 1))
+	}
+	jobs := b.jobs()
+	for _, job := range jobs {
+		b.succeed(job)
+	}
+	b.flush()
+	if err := b.db.Set(append(appendDay(nil, 0, dayOf(seqAt(b.clock.now()))), 1, 2), nil, pebble.Sync); err != nil {
+		t.Fatal(err)
+	}
+	b.clock.add(100 * time.Hour)
+	var damage *CorruptError
+	if err := b.Retain(t.Context(), keepFor(72*time.Hour)); !errors.As(err, &damage) {
+		t.Errorf("%v", err)
+	}
+	for _, job := range jobs {
+		if _, err := b.Delivery(acme, job.ID); job.ID.Partition != 0 && !errors.Is(err, ErrNotFound) {
+			t.Errorf("%s is left: %v", job.ID, err)
+		}
 	}
 }
