@@ -51,6 +51,7 @@ func (s subscriptionService) WatchSubscriptions(r *grapnelv1.WatchSubscriptionsR
 	defer out.close()
 	heartbeat := heartbeatOf(r)
 	var w *subscription.Watcher
+	again := int64(0) // changes that come first, and have been told
 	// Nobody reads what etcd tells while a message waits: it would pile up.
 	halt := func() {
 		if w != nil {
@@ -76,7 +77,7 @@ func (s subscriptionService) WatchSubscriptions(r *grapnelv1.WatchSubscriptionsR
 		}
 		for quiet := time.Now().Add(heartbeat); ; {
 			if w == nil {
-				w = s.Registry.Watch(ctx, ns, at.revision)
+				w, again = s.Registry.Watch(ctx, ns, at.revision), at.part
 			}
 			changes, err := nextWatched(ctx, w, quiet)
 			if err != nil {
@@ -94,10 +95,18 @@ func (s subscriptionService) WatchSubscriptions(r *grapnelv1.WatchSubscriptionsR
 			}
 			for i, ch := range changes {
 				changes[i] = subscription.Watched{}
-				if i == len(changes)-1 {
-					at.revision = to
-				} else if ch.Revision() != changes[i+1].Revision() {
-					at.revision = ch.Revision()
+				told := again > 0
+				again = max(again-1, 0)
+				switch {
+				case i == len(changes)-1:
+					at.revision, at.part, again = to, 0, 0
+				case ch.Revision() != changes[i+1].Revision():
+					at.revision, at.part, again = ch.Revision(), 0, 0
+				case !told:
+					at.part++
+				}
+				if told {
+					continue
 				}
 				m, err := s.watchedMessage(ctx, f, ch)
 				if err != nil {
@@ -120,7 +129,9 @@ func (s subscriptionService) WatchSubscriptions(r *grapnelv1.WatchSubscriptionsR
 			}
 		}
 		if w != nil {
-			at.revision = max(at.revision, w.Revision())
+			if at.revision < w.Revision() {
+				at.revision, at.part = w.Revision(), 0
+			}
 			w.Ask()
 		}
 	}
@@ -168,16 +179,21 @@ func (s subscriptionService) watchedMessage(ctx context.Context, f *filter.Filte
 	return &grapnelv1.WatchSubscriptionsResponse{Subscription: before, Deleted: true}, nil
 }
 
-// historyToken is a place in the history of a namespace in etcd, or of all.
+// historyToken is a place in the history of a namespace in etcd, or of all: behind a revision, and part changes of the next one that
+// has any. A namespace that is erased has many in one.
 type historyToken struct {
-	cluster  uint64
-	space    delivery.NamespaceKey
-	revision int64
+	cluster        uint64
+	space          delivery.NamespaceKey
+	revision, part int64
 }
 
 func (h historyToken) String() string {
+	places := []uint64{h.cluster, uint64(h.space), uint64(h.revision)}
+	if h.part > 0 {
+		places = append(places, uint64(h.part))
+	}
 	var b []byte
-	for _, v := range []uint64{h.cluster, uint64(h.space), uint64(h.revision)} {
+	for _, v := range places {
 		b = binary.BigEndian.AppendUint64(b, v)
 	}
 	return base64.RawURLEncoding.EncodeToString(b)
@@ -185,12 +201,15 @@ func (h historyToken) String() string {
 
 func parseHistoryToken(text string) (h historyToken, ok bool) {
 	b, err := base64.RawURLEncoding.DecodeString(text)
-	if err != nil || len(b) != 24 {
+	if err != nil || len(b) != 24 && len(b) != 32 {
 		return h, false
 	}
 	h.cluster, h.space = binary.BigEndian.Uint64(b), delivery.NamespaceKey(binary.BigEndian.Uint64(b[8:]))
 	h.revision = int64(binary.BigEndian.Uint64(b[16:]))
-	return h, h.revision > 0
+	if len(b) == 32 {
+		h.part = int64(binary.BigEndian.Uint64(b[24:]))
+	}
+	return h, h.revision > 0 && h.part >= 0
 }
 
 // resumeHistory reads a token of the same history as now.

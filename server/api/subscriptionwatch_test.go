@@ -321,3 +321,39 @@ func TestWatchOfAnErasedNamespaceTellsNothingOfTheNext(t *testing.T) {
 	}
 	refused(t, err, codes.OutOfRange, "RESUME_TOKEN_EXPIRED")
 }
+
+// TestWatchOfAllGoesOnAmongChangesThatWereMadeAtOnce: a namespace that is erased has its subscriptions deleted together, and each is told
+// once, to those who come back in the middle and to those who read slowly.
+func TestWatchOfAllGoesOnAmongChangesThatWereMadeAtOnce(t *testing.T) {
+	st := startStation(t)
+	st.namespace(t, "acme")
+	const all = 120
+	for i := range all {
+		st.subscribe(t, "acme", fmt.Sprintf("s-%03d", i), func(sub *grapnelv1.Subscription) {
+			sub.Headers = map[string]string{"X-Long": strings.Repeat("x", 4000)}
+		})
+	}
+	slow, begin := st.watchSubscriptionsOf(t, "-", "", "")
+	if _, err := st.registry.DeleteNamespace(t.Context(), "acme", "", true); err != nil {
+		t.Fatal(err)
+	}
+	if err := st.registry.PurgeNamespace(t.Context(), "acme"); err != nil {
+		t.Fatal(err)
+	}
+	quick, _ := st.watchSubscriptionsOf(t, "-", "", begin)
+	for i := range all { // as much as may wait for the slow one has come long before the last of these
+		want := fmt.Sprintf("s-%03d deleted", i)
+		what, token := toldOf(t, quick)
+		if what != want {
+			t.Fatalf("told %q, want %q", what, want)
+		}
+		if i%50 == 1 {
+			quick, _ = st.watchSubscriptionsOf(t, "-", "", token)
+		}
+	}
+	for i := range all {
+		if what, _ := toldOf(t, slow); what != fmt.Sprintf("s-%03d deleted", i) {
+			t.Fatalf("the slow one is told %q after %d", what, i)
+		}
+	}
+}
