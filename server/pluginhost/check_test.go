@@ -52,6 +52,11 @@ func TestCheck(t *testing.T) {
 			{Field: "subscription.signers[0]", Code: "config.rejected", Summary: `the key [redacted] is bad`}}},
 		"a static header that the signer sets": {func(s *grapnelv1.Subscription) { s.Headers["Webhook-Signature"] = "x" }, []Diagnostic{
 			{Field: "subscription.headers.Webhook-Signature", Code: "plugin.header_conflict", Summary: `the header webhook-signature is set by plugins/standard-webhooks; take it out of headers`}}},
+		"one that receivers take for the signer's": {func(s *grapnelv1.Subscription) {
+			s.HeaderTemplates, s.AllowedEventHeaders = map[string]string{"Webhook_Signature": "{event.id}"}, []string{"webhook_signature"}
+		}, []Diagnostic{
+			{Field: "subscription.header_templates.Webhook_Signature", Code: "plugin.header_conflict", Summary: `the header webhook_signature is set by plugins/standard-webhooks; take it out of header_templates`},
+			{Field: "subscription.allowed_event_headers[0]", Code: "plugin.header_conflict", Summary: `the header webhook_signature is set by plugins/standard-webhooks; take it out of allowed_event_headers`}}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			sub := newSub(t, 1, nil).Proto()

@@ -151,13 +151,12 @@ func (c *checker) headerTemplate(at, text string) {
 
 // EventHeaderFault says why the header of this name may not depend on an event; empty when it may.
 func EventHeaderFault(name string) string {
-	lower := strings.ToLower(name)
-	switch why := reserved(lower); {
+	switch why := reserved(name); {
 	case !isToken(name) || len(name) > maxHeaderName:
 		return fmt.Sprintf("%.128q is not a header name; want letters, digits and hyphens, such as X-Team", name)
 	case why != "":
 		return fmt.Sprintf("%q cannot be set here: %s", name, why)
-	case lower == "content-encoding":
+	case alike(name) == "content-encoding":
 		return fmt.Sprintf("%q cannot be set here: it says how to read the body, and payload_shape.compression sets it", name)
 	}
 	return ""

@@ -23,7 +23,7 @@ func (c *checker) shape(field string, p *grapnelv1.Subscription) {
 	}
 	c.contentType(field+".content_type", s)
 	for _, name := range sortedKeys(p.Headers) {
-		if strings.EqualFold(name, "content-encoding") && s.Compression == grapnelv1.PayloadShape_COMPRESSION_GZIP {
+		if alike(name) == "content-encoding" && s.Compression == grapnelv1.PayloadShape_COMPRESSION_GZIP {
 			c.add(fmt.Sprintf("subscription.headers[%q]", name), "headers.reserved", "%q cannot be set here: payload_shape.compression sets it", name)
 		}
 	}

@@ -44,6 +44,8 @@ func TestPayloadShape(t *testing.T) {
 		{name: "long", shape: &shape{ContentType: "text/" + strings.Repeat("x", 124)}, field: in + "content_type", text: "129 characters; want at most 128"},
 		{name: "encoding twice", shape: &shape{Compression: gzip}, headers: map[string]string{"Content-Encoding": "br"},
 			field: `subscription.headers["Content-Encoding"]`, text: "compression sets it"},
+		{name: "encoding twice for some", shape: &shape{Compression: gzip}, headers: map[string]string{"content_encoding": "br"},
+			field: `subscription.headers["content_encoding"]`, text: "compression sets it"},
 		{name: "encoding of the publisher", headers: map[string]string{"Content-Encoding": "br"}},
 	} {
 		t.Run(c.name, func(t *testing.T) {

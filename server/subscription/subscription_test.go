@@ -130,10 +130,11 @@ func TestNewNamesEveryFault(t *testing.T) {
 			p.HeaderTemplates = map[string]string{
 				"x-a": "{event.id}", "x-b": "{event.subjekt}", "x-c": "{event.attributes.Tenant}", "x-d": "{event.type", "x-e": "}", "x-f": "plain {{text}}",
 				"x-g": "a\r\nb: {event.id}", "x-h": "{event.attributes.id}", "Cookie": "{event.id}", "content-encoding": "{event.id}", "bad name": "{event.id}",
-				"x-i": "{event.id} of {{{event.attributes.tenant}}}",
+				"x-i": "{event.id} of {{{event.attributes.tenant}}}", "Content_Encoding": "{event.id}",
 			}
 			p.AllowedEventHeaders = []string{"X-I", "x-j", "X-J", "webhook-id", "content-length", ""}
 		}, [][3]string{
+			{`subscription.header_templates["Content_Encoding"]`, "headers.name", "compression"},
 			{`subscription.header_templates["Cookie"]`, "headers.name", "CreateSecret"},
 			{`subscription.header_templates["bad name"]`, "headers.name", "bad name"},
 			{`subscription.header_templates["content-encoding"]`, "headers.name", "compression"},
@@ -338,4 +339,17 @@ func mustNew(t testing.TB, id string, change func(*grapnelv1.Subscription)) *sub
 		t.Fatal(fmt.Errorf("%s: %w", id, err))
 	}
 	return s
+}
+
+// What a transformer makes sets no header of others, however that is spelled.
+func TestMadeHeadersAreNobodyElses(t *testing.T) {
+	for name, want := range map[string]string{
+		"content-encoding": "compression does", "content_encoding": "compression does", "x-house": "a signer does", "X_House": "a signer does",
+		"webhook_id": "set by the signer", "x-houses": "",
+	} {
+		got := subscription.MadeFault("text/plain", [][2]string{{name, "x"}}, []string{"x-house"})
+		if !strings.Contains(got, want) || (got == "") != (want == "") {
+			t.Errorf("%s: %q, want %q", name, got, want)
+		}
+	}
 }

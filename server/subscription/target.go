@@ -147,10 +147,12 @@ func (c *checker) headerValue(at, value string) bool {
 	return false
 }
 
-// reserved says why a header, in lower case, may not be set by a subscription; empty means it may. A name with _ is judged as one
-// with -: many receivers (CGI, WSGI) cannot tell them apart.
+// alike is a header's name as it is judged: in lower case, and with - for _, since many receivers (CGI, WSGI) cannot tell them apart.
+func alike(name string) string { return strings.ReplaceAll(strings.ToLower(name), "_", "-") }
+
+// reserved says why a header may not be set by a subscription; empty means it may.
 func reserved(name string) string {
-	name = strings.ReplaceAll(name, "_", "-")
+	name = alike(name)
 	const (
 		hop   = "it belongs to one connection and is set by the transport"
 		event = "it is made from each event"
