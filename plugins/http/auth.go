@@ -118,7 +118,7 @@ func checkAuth(c Config, u *target, headers []plugin.Header) []plugin.Problem {
 		}
 	}
 	for _, h := range headers {
-		if cred.header != "" && strings.EqualFold(h.Name, cred.header) {
+		if cred.header != "" && alike(h.Name, cred.header) {
 			problems = append(problems, plugin.Problem{
 				Pointer: headerPointer(h.Name), Code: "auth.header_conflict",
 				Summary: fmt.Sprintf("auth type %s sets the header %s; take it out of headers", c.Auth.Type, cred.header),

@@ -383,6 +383,7 @@ func TestCheckAuth(t *testing.T) {
 		{name: "other type's field", config: auth("type", "bearer", "client_id", "a"), secrets: map[string][]string{"token": {"t"}}, want: "/config/auth/client_id auth.field"},
 		{name: "unknown type", config: auth("type", "digest"), want: "/config/auth/type config.enum"},
 		{name: "header taken", config: auth("type", "bearer"), secrets: map[string][]string{"token": {"t"}}, headers: []plugin.Header{{Name: "Authorization", Value: "x"}}, want: "/target/headers/authorization auth.header_conflict"},
+		{name: "header taken for some", config: auth("type", "api_key"), secrets: map[string][]string{"api_key": {"t"}}, headers: []plugin.Header{{Name: "X_Api_Key", Value: "x"}}, want: "/target/headers/x_api_key auth.header_conflict"},
 		{name: "reserved", config: auth("type", "api_key", "name", "Host"), secrets: map[string][]string{"api_key": {"t"}}, want: "/config/auth/name auth.name"},
 		{name: "says something else", config: auth("type", "api_key", "name", "Webhook-Id"), secrets: map[string][]string{"api_key": {"t"}}, want: "/config/auth/name auth.name"},
 		{name: "no parameter", config: auth("type", "api_key", "in", "query"), secrets: map[string][]string{"api_key": {"t"}}, want: "/config/auth/name auth.field"},

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"strings"
 	"time"
 
 	"github.com/grapnel/grapnel/plugins/internal/outbound"
@@ -162,10 +163,15 @@ func (e *conflictError) Error() string {
 	return fmt.Sprintf("%s sets the header %s, and so does a signer of this subscription; take out one of the two", e.by, e.name)
 }
 
+// alike reports whether the names of headers are one for receivers that cannot tell _ from - (CGI, WSGI).
+func alike(a, b string) bool {
+	return len(a) == len(b) && strings.EqualFold(strings.ReplaceAll(a, "_", "-"), strings.ReplaceAll(b, "_", "-"))
+}
+
 // conflict reports whether the header is the instance's own to set.
 func (i *instance) conflict(name string) error {
 	switch {
-	case i.auth.header != "" && name == i.auth.header:
+	case i.auth.header != "" && alike(name, i.auth.header):
 		return &conflictError{name: name, by: "auth"}
 	case i.ownership.Check == checkCloudEvents && name == originHeader:
 		return &conflictError{name: name, by: "ownership"}
