@@ -135,6 +135,36 @@ func TestHeadersOfTheEvent(t *testing.T) {
 	}
 }
 
+// A content type is signed as it arrives, however it was published.
+func TestContentTypeIsSignedAsItArrives(t *testing.T) {
+	t.Parallel()
+	s := servertest.Start(t, servertest.Options{})
+	s.Namespace("acme")
+	receiver := servertest.NewReceiver(t, func(servertest.Request) int { return http.StatusOK })
+	const house = "a-key-of-our-own-house-0002"
+	secret, err := grapnelv1.NewSecretServiceClient(s.Conn).CreateSecret(t.Context(), &grapnelv1.CreateSecretRequest{
+		Parent: "namespaces/acme", SecretId: "house", Plugin: "plugins/hmac", Slot: "key", Value: house,
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	settings, err := structpb.NewStruct(map[string]any{"content": "{header:content-type}.{body}", "headers": map[string]any{"x-house": "{signature}"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.Subscribe("acme", "orders", receiver.URL, func(sub *grapnelv1.Subscription) {
+		sub.Signers = []*grapnelv1.PluginBinding{{Plugin: "plugins/hmac", Config: settings, Secrets: map[string]string{"key": secret.GetSecret().GetName()}}}
+	})
+	if _, err := s.Client.Publish(t.Context(), "acme", client.Event{ID: "o-1", Type: "order.created", ContentType: "text/plain; a=b  ", Data: []byte("x")}); err != nil {
+		t.Fatal(err)
+	}
+	servertest.Await(t, "the request", func() bool { return len(receiver.Requests()) == 1 })
+	r := receiver.Requests()[0]
+	if want := house256(house, r.Header.Get("Content-Type")+".x"); r.Header.Get("X-House") != want {
+		t.Errorf("%q is signed otherwise: %s, want %s", r.Header.Get("Content-Type"), r.Header.Get("X-House"), want)
+	}
+}
+
 func house256(key, text string) string {
 	mac := hmac.New(sha256.New, []byte(key))
 	fmt.Fprint(mac, text)

@@ -127,6 +127,7 @@ func (c Content) headers(yield func(name, value string) bool) {
 }
 
 func baseHeaders(ev *delivery.Event, contentType, encoding string, attributes bool, yield func(name, value string) bool) {
+	contentType = strings.TrimRight(contentType, " ") // else it would arrive otherwise than it is signed
 	ok := (contentType == "" || yield("content-type", contentType)) &&
 		(encoding == "" || yield("content-encoding", encoding)) &&
 		yield("webhook-id", ev.UID)
