@@ -57,7 +57,7 @@ func faults() [][]fault {
 		}, {
 			{"slow-holds-up", "TF-09"}, {"late-transform", "TF-08"}, {"silent-drop", "TF-10"}, {"config-failure", "TF-10"},
 			{"reason-secret", "TF-11"}, {"strict-events", "TF-12"}, {"drain-stops-transforming", "TF-13"}, {"forgets-at-end", "TF-14"},
-			{"half-window", "TF-15"}, {"wrong-made", "TF-16"}, {"latest-config", "TF-17"},
+			{"half-window", "TF-15"}, {"wrong-made", "TF-16 TF-17"}, {"latest-config", "TF-17"}, {"latest-generation", "TF-17"},
 		},
 	}
 }
@@ -133,5 +133,19 @@ func TestEveryCaseHasAFault(t *testing.T) {
 		if !slices.Contains(tried, c.ID) && !slices.Contains(untried, c.ID) {
 			t.Errorf("no fault breaks %s %s", c.ID, c.Title)
 		}
+	}
+}
+
+// A fixture may have more events than are asked at once: of each configuration one is among those.
+func TestEachConfigurationIsAmongManyEvents(t *testing.T) {
+	t.Parallel()
+	fixture := rawFixture()
+	kind := fixture.Kinds["raw-transform"]
+	alike, other := kind.Events[0], kind.Events[3]
+	kind.Events = append(slices.Repeat([]conformance.EventFixture{alike}, 70), other)
+	fixture.Kinds["raw-transform"] = kind
+	report := run(t, conformance.Options{Command: self("plugin-raw", "latest-config"), Fixture: fixture, Only: []string{"TF-17"}})
+	if ids, reasons := failures(report); !slices.Equal(ids, []string{"TF-17"}) {
+		t.Errorf("%q failed:%s", ids, reasons)
 	}
 }

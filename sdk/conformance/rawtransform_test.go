@@ -122,9 +122,31 @@ func (t *rawTransforms) item(req *pluginv1.TransformRequest, item *pluginv1.Tran
 			in = r.latest
 			r.mu.RUnlock()
 		}
+		if r.is("latest-generation") {
+			in = r.latestOf(in.pb.GetId())
+		}
 		r.transform(in, e, out)
 	}
 	return out
+}
+
+// latestOf is the newest generation of an instance.
+func (r *raw) latestOf(id string) (latest *rawInstance) {
+	r.mu.RLock()
+	defer r.mu.RUnlock()
+	for _, i := range r.instances {
+		if i.pb.GetId() == id && i.pb.GetGeneration() >= latest.generation() {
+			latest = i
+		}
+	}
+	return latest
+}
+
+func (i *rawInstance) generation() uint64 {
+	if i == nil {
+		return 0
+	}
+	return i.pb.GetGeneration()
 }
 
 func (i *rawInstance) label() string {

@@ -727,50 +727,72 @@ func (f EventFixture) event(messageID string) *pluginv1.Event {
 }
 
 // transformsApart configures an instance for each event of a fixture that says what comes of it, and then asks all of them, in one
-// batch and one by one, the first one last.
+// batch and one by one, the first one last: instances of their own, and then generations of one.
 func transformsApart(t *trial) error {
-	wanted := func(u *subject) (events []EventFixture) {
+	wanted := func(u *subject) []EventFixture {
+		var events, more []EventFixture // one of each configuration comes first
 		configs := map[string]bool{}
 		for _, f := range u.fixture.Events {
-			if f.Want != nil {
+			switch {
+			case f.Want == nil:
+			case configs[string(f.Config)]:
+				more = append(more, f)
+			default:
 				events, configs[string(f.Config)] = append(events, f), true
 			}
 		}
 		if len(configs) < 2 {
 			return nil
 		}
-		return events[:min(len(events), transformWindow/2)]
+		events = append(events, more...)
+		return events[:min(len(events), batchMax)]
 	}
 	return t.eachWithEvents("the fixture has no events with different configurations that say what is wanted", wanted, func(ses *session, u *subject) error {
-		var events []*pluginv1.Event
-		var items []*pluginv1.TransformItem
-		for i, f := range wanted(u) {
-			with := *u
-			if len(f.Config) > 0 {
-				with.config = f.Config
-			}
-			in := ses.instance(&with, "")
-			if err := ses.take(in); err != nil {
-				return err
-			}
-			events = append(events, f.event(fmt.Sprint("evt_apart_", i)))
-			items = append(items, newTransform(in.GetRef(), i))
-		}
-		results, err := ses.transformBatch(events, items...)
-		if err != nil {
-			return err
-		}
-		for i, f := range slices.Backward(wanted(u)) {
-			alone, err := ses.transformOne(items[i].GetInstanceRef(), events[i])
-			if err != nil {
-				return err
-			}
-			for _, r := range []*pluginv1.TransformResult{results[i], alone} {
-				if err := f.Want.check(r); err != nil {
-					return fmt.Errorf("event %d (%s), beside instances of other configurations: %w", i, f.Name, err)
-				}
+		for _, among := range []string{"instances", "generations"} {
+			if err := ses.transformedApart(u, wanted(u), among == "generations"); err != nil {
+				return fmt.Errorf("beside %s of other configurations: %w", among, err)
 			}
 		}
 		return nil
 	})
+}
+
+func (ses *session) transformedApart(u *subject, wanted []EventFixture, generations bool) error {
+	var events []*pluginv1.Event
+	var items []*pluginv1.TransformItem
+	var first *pluginv1.Instance
+	for i, f := range wanted {
+		with := *u
+		if len(f.Config) > 0 {
+			with.config = f.Config
+		}
+		in := ses.instance(&with, "")
+		if first == nil {
+			first = in
+		}
+		if generations {
+			in.Id, in.Generation = first.GetId(), uint64(i+1)
+		}
+		if err := ses.take(in); err != nil {
+			return err
+		}
+		events = append(events, f.event("evt_fixture"))
+		items = append(items, newTransform(in.GetRef(), i))
+	}
+	results, err := ses.transformBatch(events, items...)
+	if err != nil {
+		return err
+	}
+	for i, f := range slices.Backward(wanted) {
+		alone, err := ses.transformOne(items[i].GetInstanceRef(), events[i])
+		if err != nil {
+			return err
+		}
+		for _, r := range []*pluginv1.TransformResult{results[i], alone} {
+			if err := f.Want.check(r); err != nil {
+				return fmt.Errorf("event %d (%s): %w", i, f.Name, err)
+			}
+		}
+	}
+	return nil
 }
