@@ -26,7 +26,7 @@ import (
 //	                            is 0 otherwise
 //	r | day ns y seq own lane   the event is sent again as that delivery; the job that does so
 //	r | day ns s                up to which sequence the payloads of the day have gone before the rest
-//	r | day ns s seq            but for that event's, which was open then
+//	r | day ns s seq            but for that event's, which was open then; in kept: that event's are being purged
 //	r | 0xffff ns …             kept: the same, of events that outlive their day because a delivery is open; i has
 //	                            the sequence behind it, since an id may come again after a day
 //	f | ns lane                 since when the target has been failing

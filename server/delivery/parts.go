@@ -423,6 +423,39 @@ func (s *sweep) purgeReady(ctx context.Context, ns NamespaceKey, seqs []uint64, 
 	return sleep(ctx, restMost)
 }
 
+// purgeBegun completes purges that were cut short, whoever has begun them. It costs a look at each namespace of which something is kept.
+func (s *sweep) purgeBegun(ctx context.Context) error {
+	p := s.p
+	var begun []rowAt
+	if err := p.eachSpace(p.j.db, kept, func(ns NamespaceKey) error {
+		prefix := appendSweptKey(nil, p.number, kept, ns)
+		return p.j.scan(p.j.db, prefix, prefixEnd(prefix), func(key, _ []byte) error {
+			if len(key) != len(prefix)+8 {
+				return p.j.corrupt(key, errBadKey)
+			}
+			if begun = append(begun, rowAt{LaneKey{Namespace: ns}, binary.BigEndian.Uint64(key[len(prefix):])}); len(begun) == eraseByKey {
+				return errStopped // the next sweep goes on
+			}
+			return nil
+		})
+	}); err != nil && !errors.Is(err, errStopped) {
+		return err
+	}
+	for _, at := range begun {
+		unread, err := p.purge(ctx, at.lane.Namespace, []uint64{at.seq}, nil, func(*commit, PurgeCounts) error { return nil }, func() { _ = sleep(ctx, restMost) })
+		if errors.Is(err, ErrNotFound) { // retained no longer
+			err = s.eraseKeys(ctx, [][]byte{appendWaitKey(nil, p.number, kept, at.lane.Namespace, at.seq)})
+		}
+		for _, one := range unread {
+			err = errors.Join(err, p.passOver(one))
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // eraseAttempts erases the attempts of those deliveries of a day that are old and have ended.
 func (s *sweep) eraseAttempts(ctx context.Context, d dayKey, ns NamespaceKey, old func(seq uint64) bool) error {
 	p := s.p

@@ -506,3 +506,56 @@ func TestSweepIsLeftToItsCommits(t *testing.T) {
 		t.Errorf("quoted by %d", len(found))
 	}
 }
+
+// A purge that was cut short, before whichever of its commits, is completed by a sweep, also where nothing has payloads go any more.
+func TestPurgeThatWasCutShortIsCompleted(t *testing.T) {
+	var many []int
+	for i := range 300 {
+		many = append(many, i+1)
+	}
+	for _, keep := range []Retention{keepParts(Parts{Payloads: time.Hour}), keepFor(30 * 24 * time.Hour)} {
+		for cut := 1; cut < 7; cut++ {
+			refuseAt := -1
+			b := newBench(t, onePartition, func(o *Options) {
+				o.refuse = func(uint16) bool {
+					refuseAt--
+					return refuseAt == 0
+				}
+			})
+			b.append(carrying("e", many...))
+			for _, job := range b.jobs() {
+				b.settle(job, Step{State: Rejected, Reason: "permanent failure: " + canary}, quoting(1, OutcomePermanent, b.clock.now()))
+			}
+			b.flush()
+			b.clock.add(2 * time.Hour)
+			e, err := b.Event(acme, "e")
+			if err != nil {
+				t.Fatal(err)
+			}
+			refuseAt = cut
+			if keep.Parts == nil {
+				_, err = b.PurgeEvent(t.Context(), acme, e.Partition, e.Seq)
+			} else {
+				err = b.Retain(t.Context(), keep)
+			}
+			if err != nil && !errors.Is(err, ErrRefused) {
+				t.Fatal(err)
+			}
+			refuseAt = -1
+			b.reopen()
+			b.retainParts(keepFor(30 * 24 * time.Hour))
+			if e, err = b.Event(acme, "e"); err != nil {
+				t.Fatal(err)
+			}
+			if found := b.quoted(); e.Purged != nil && (len(found) > 0 || !e.Purged.done) || e.Purged == nil && len(found) < 300 {
+				t.Errorf("cut before commit %d: %+v, quoted by %d", cut, e.Purged, len(found))
+			}
+			b.clock.add(100 * 24 * time.Hour)
+			b.retainParts(keepFor(30 * 24 * time.Hour))
+			if n := b.records(); n != 0 {
+				t.Errorf("cut before commit %d: %d records are left", cut, n)
+			}
+			b.close()
+		}
+	}
+}

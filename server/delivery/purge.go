@@ -19,7 +19,7 @@ import (
 //
 // First comes the event itself, in one commit; from there on nothing is sent of it again, so that it has no deliveries but
 // those it has. Then they, some at a time, and last it is noted that this is done. What a crash leaves half done is purged
-// again by whoever purges next, and until then dispatch cancels what it meets.
+// again by whoever purges next, or by a sweep, and until then dispatch cancels what it meets.
 
 // Purged says of an event that its payload has been purged.
 type Purged struct {
@@ -128,6 +128,7 @@ func (p *partition) purge(ctx context.Context, ns NamespaceKey, seqs []uint64, m
 			case err != nil:
 				return err
 			case found:
+				c.set(appendWaitKey(nil, p.number, kept, ns, seq), nil) // until it is done
 				some = append(some, seq)
 			}
 		}
@@ -254,6 +255,7 @@ func withoutPayload(before []byte, e *Event) []byte {
 func (c *commit) purgeDone(ns NamespaceKey, seqs []uint64) (n PurgeCounts, err error) {
 	p := c.p
 	for _, seq := range seqs {
+		c.delete(appendWaitKey(nil, p.number, kept, ns, seq))
 		counted := false
 		if _, err := c.eachCopy(seq, func(day dayKey) []byte { return appendEventKey(nil, p.number, day, ns, seq) }, func(key, value []byte) error {
 			e, err := decodeEvent(value)

@@ -88,8 +88,8 @@ func (j *Journal) Retain(ctx context.Context, keep Retention) error {
 type retention struct {
 	// quiet says until when a day need not be looked at.
 	quiet map[dayKey]time.Time
-	// tidied is when kept was last looked through, and tidiedParts when for parts.
-	tidied, tidiedParts time.Time
+	// tidied is when kept was last looked through, tidiedParts when for parts, and purged when for purges that were cut short.
+	tidied, tidiedParts, purged time.Time
 	// below is how far days have been erased that go hour by hour.
 	below map[spaceDay]uint64
 }
@@ -146,6 +146,12 @@ func (s *sweep) run(ctx context.Context) error {
 		if err := s.erase(ctx, d.day, d.fates); err != nil {
 			return err
 		}
+	}
+	if s.now.Sub(p.retention.purged) >= tidyPartsEvery {
+		if err := s.purgeBegun(ctx); err != nil {
+			return err
+		}
+		p.retention.purged = s.now
 	}
 	if err := s.runParts(ctx); err != nil {
 		return err
