@@ -7,6 +7,7 @@ import (
 	"net/url"
 	"strings"
 
+	"github.com/grapnel/grapnel/internal/header"
 	"github.com/grapnel/grapnel/plugins/internal/outbound"
 	"github.com/grapnel/grapnel/plugins/oauth2"
 	"github.com/grapnel/grapnel/sdk/plugin"
@@ -118,7 +119,7 @@ func checkAuth(c Config, u *target, headers []plugin.Header) []plugin.Problem {
 		}
 	}
 	for _, h := range headers {
-		if cred.header != "" && alike(h.Name, cred.header) {
+		if cred.header != "" && header.Key(h.Name) == header.Key(cred.header) {
 			problems = append(problems, plugin.Problem{
 				Pointer: headerPointer(h.Name), Code: "auth.header_conflict",
 				Summary: fmt.Sprintf("auth type %s sets the header %s; take it out of headers", c.Auth.Type, cred.header),

@@ -5,9 +5,9 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
-	"strings"
 	"time"
 
+	"github.com/grapnel/grapnel/internal/header"
 	"github.com/grapnel/grapnel/plugins/internal/outbound"
 	"github.com/grapnel/grapnel/sdk/plugin"
 )
@@ -163,15 +163,10 @@ func (e *conflictError) Error() string {
 	return fmt.Sprintf("%s sets the header %s, and so does a signer of this subscription; take out one of the two", e.by, e.name)
 }
 
-// alike reports whether the names of headers are one for receivers that cannot tell _ from - (CGI, WSGI).
-func alike(a, b string) bool {
-	return len(a) == len(b) && strings.EqualFold(strings.ReplaceAll(a, "_", "-"), strings.ReplaceAll(b, "_", "-"))
-}
-
 // conflict reports whether the header is the instance's own to set.
 func (i *instance) conflict(name string) error {
 	switch {
-	case i.auth.header != "" && alike(name, i.auth.header):
+	case i.auth.header != "" && header.Key(name) == header.Key(i.auth.header):
 		return &conflictError{name: name, by: "auth"}
 	case i.ownership.Check == checkCloudEvents && name == originHeader:
 		return &conflictError{name: name, by: "ownership"}

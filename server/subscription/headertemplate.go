@@ -6,6 +6,7 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/grapnel/grapnel/internal/header"
 	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
 )
 
@@ -156,7 +157,7 @@ func EventHeaderFault(name string) string {
 		return fmt.Sprintf("%.128q is not a header name; want letters, digits and hyphens, such as X-Team", name)
 	case why != "":
 		return fmt.Sprintf("%q cannot be set here: %s", name, why)
-	case alike(name) == "content-encoding":
+	case header.Key(name) == "content-encoding":
 		return fmt.Sprintf("%q cannot be set here: it says how to read the body, and payload_shape.compression sets it", name)
 	}
 	return ""

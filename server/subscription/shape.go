@@ -6,6 +6,7 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/grapnel/grapnel/internal/header"
 	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
 )
 
@@ -23,7 +24,7 @@ func (c *checker) shape(field string, p *grapnelv1.Subscription) {
 	}
 	c.contentType(field+".content_type", s)
 	for _, name := range sortedKeys(p.Headers) {
-		if alike(name) == "content-encoding" && s.Compression == grapnelv1.PayloadShape_COMPRESSION_GZIP {
+		if header.Key(name) == "content-encoding" && s.Compression == grapnelv1.PayloadShape_COMPRESSION_GZIP {
 			c.add(fmt.Sprintf("subscription.headers[%q]", name), "headers.reserved", "%q cannot be set here: payload_shape.compression sets it", name)
 		}
 	}

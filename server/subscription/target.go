@@ -10,6 +10,7 @@ import (
 
 	"google.golang.org/protobuf/proto"
 
+	"github.com/grapnel/grapnel/internal/header"
 	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
 )
 
@@ -147,12 +148,9 @@ func (c *checker) headerValue(at, value string) bool {
 	return false
 }
 
-// alike is a header's name as it is judged: in lower case, and with - for _, since many receivers (CGI, WSGI) cannot tell them apart.
-func alike(name string) string { return strings.ReplaceAll(strings.ToLower(name), "_", "-") }
-
 // reserved says why a header may not be set by a subscription; empty means it may.
 func reserved(name string) string {
-	name = alike(name)
+	name = header.Key(name)
 	const (
 		hop   = "it belongs to one connection and is set by the transport"
 		event = "it is made from each event"

@@ -5,6 +5,7 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/grapnel/grapnel/internal/header"
 	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
 )
 
@@ -55,9 +56,9 @@ func MadeFault(contentType string, headers [][2]string, signed []string) string 
 			return fmt.Sprintf("%.128q is not a header name; want letters, digits and hyphens, such as X-Team", h[0])
 		case why != "":
 			return fmt.Sprintf("it may not set the header %s: %s", lower, why)
-		case alike(lower) == "content-encoding":
+		case header.Key(lower) == "content-encoding":
 			return fmt.Sprintf("it may not set the header %s: payload_shape.compression does", lower)
-		case slices.ContainsFunc(signed, func(name string) bool { return alike(name) == alike(lower) }):
+		case slices.ContainsFunc(signed, func(name string) bool { return header.Key(name) == header.Key(lower) }):
 			return fmt.Sprintf("it may not set the header %s: a signer does", lower)
 		case slices.Contains(seen, lower):
 			return fmt.Sprintf("it sets the header %s twice", lower)

@@ -15,6 +15,7 @@ import (
 
 	"google.golang.org/grpc"
 
+	"github.com/grapnel/grapnel/internal/header"
 	"github.com/grapnel/grapnel/internal/redact"
 	pluginv1 "github.com/grapnel/grapnel/proto/grapnel/plugin/v1"
 	grapnelv1 "github.com/grapnel/grapnel/proto/grapnel/v1"
@@ -174,18 +175,15 @@ func secretNamespace(name string) (string, bool) {
 	return parts[1], true
 }
 
-// alike is a header's name as it is compared: in lower case, and with - for _, since many receivers cannot tell them apart.
-func alike(name string) string { return strings.ReplaceAll(strings.ToLower(name), "_", "-") }
-
 // HeaderConflicts finds headers that two of a request's sources would both set.
 func HeaderConflicts(sub *grapnelv1.Subscription, bound []Bound) []Diagnostic {
 	var ds []Diagnostic
 	setBy := map[string]Bound{}
 	for _, b := range bound {
 		for _, name := range b.Emits {
-			other, taken := setBy[alike(name)]
+			other, taken := setBy[header.Key(name)]
 			if !taken {
-				setBy[alike(name)] = b
+				setBy[header.Key(name)] = b
 				continue
 			}
 			ds = append(ds, Diagnostic{Field: b.Field + ".plugin", Code: "plugin.header_conflict", Summary: fmt.Sprintf(
@@ -195,7 +193,7 @@ func HeaderConflicts(sub *grapnelv1.Subscription, bound []Bound) []Diagnostic {
 	}
 	own := func(field, place, name string) {
 		// What a transport adds, a subscription may have otherwise.
-		if b, taken := setBy[alike(name)]; taken && b.Kind.Signer() {
+		if b, taken := setBy[header.Key(name)]; taken && b.Kind.Signer() {
 			ds = append(ds, Diagnostic{Field: field, Code: "plugin.header_conflict", Summary: fmt.Sprintf(
 				"the header %s is set by plugins/%s; take it out of %s", strings.ToLower(name), b.Kind.ID, place)})
 		}
