@@ -426,34 +426,52 @@ func (s *sweep) purgeReady(ctx context.Context, ns NamespaceKey, seqs []uint64, 
 // purgeBegun completes purges that were cut short, whoever has begun them. It costs a look at each namespace of which something is kept.
 func (s *sweep) purgeBegun(ctx context.Context) error {
 	p := s.p
-	var begun []rowAt
+	var spaces []NamespaceKey
 	if err := p.eachSpace(p.j.db, kept, func(ns NamespaceKey) error {
-		prefix := appendSweptKey(nil, p.number, kept, ns)
-		return p.j.scan(p.j.db, prefix, prefixEnd(prefix), func(key, _ []byte) error {
-			if len(key) != len(prefix)+8 {
-				return p.j.corrupt(key, errBadKey)
-			}
-			if begun = append(begun, rowAt{LaneKey{Namespace: ns}, binary.BigEndian.Uint64(key[len(prefix):])}); len(begun) == eraseByKey {
-				return errStopped // the next sweep goes on
-			}
-			return nil
-		})
-	}); err != nil && !errors.Is(err, errStopped) {
+		spaces = append(spaces, ns)
+		return nil
+	}); err != nil {
 		return err
 	}
-	for _, at := range begun {
-		unread, err := p.purge(ctx, at.lane.Namespace, []uint64{at.seq}, nil, func(*commit, PurgeCounts) error { return nil }, func() { _ = sleep(ctx, restMost) })
-		if errors.Is(err, ErrNotFound) { // retained no longer
-			err = s.eraseKeys(ctx, [][]byte{appendWaitKey(nil, p.number, kept, at.lane.Namespace, at.seq)})
-		}
-		for _, one := range unread {
-			err = errors.Join(err, p.passOver(one))
-		}
-		if err != nil {
-			return err
+	for _, ns := range spaces {
+		prefix := appendSweptKey(nil, p.number, kept, ns)
+		for from := prefix; ; { // what cannot be purged stays, and holds up nothing behind it
+			var begun [][]byte
+			if err := p.j.scan(p.j.db, from, prefixEnd(prefix), func(key, _ []byte) error {
+				if len(key) != len(prefix)+8 {
+					return p.j.corrupt(key, errBadKey)
+				}
+				if begun = append(begun, bytes.Clone(key)); len(begun) == eraseByKey {
+					return errStopped
+				}
+				return nil
+			}); err != nil && !errors.Is(err, errStopped) {
+				return err
+			}
+			for _, key := range begun {
+				if err := s.completePurge(ctx, ns, key, binary.BigEndian.Uint64(key[len(prefix):])); err != nil {
+					return err
+				}
+			}
+			if len(begun) < eraseByKey {
+				break
+			}
+			from = append(begun[len(begun)-1], 0)
 		}
 	}
 	return nil
+}
+
+// completePurge completes the purge of an event of which the row at key says that it was begun.
+func (s *sweep) completePurge(ctx context.Context, ns NamespaceKey, key []byte, seq uint64) error {
+	unread, err := s.p.purge(ctx, ns, []uint64{seq}, nil, func(*commit, PurgeCounts) error { return nil }, func() { _ = sleep(ctx, restMost) })
+	if errors.Is(err, ErrNotFound) { // retained no longer
+		err = s.eraseKeys(ctx, [][]byte{key})
+	}
+	for _, one := range unread {
+		err = errors.Join(err, s.p.passOver(one))
+	}
+	return err
 }
 
 // eraseAttempts erases the attempts of those deliveries of a day that are old and have ended.
