@@ -30,16 +30,7 @@ func TestHeadersOfTheEvent(t *testing.T) {
 		return http.StatusOK
 	})
 	const house = "a-key-of-our-own-house-0001"
-	secret, err := grapnelv1.NewSecretServiceClient(s.Conn).CreateSecret(t.Context(), &grapnelv1.CreateSecretRequest{
-		Parent: "namespaces/acme", SecretId: "house", Plugin: "plugins/hmac", Slot: "key", Value: house,
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	settings, err := structpb.NewStruct(map[string]any{"content": "{header:x-tenant}.{header:x-request-id}.{body}", "headers": map[string]any{"x-house": "{signature}"}})
-	if err != nil {
-		t.Fatal(err)
-	}
+	signer := houseSigner(t, s, house, "{header:x-tenant}.{header:x-request-id}.{body}")
 	s.Subscribe("acme", "letters", receiver.URL+"/letters", func(sub *grapnelv1.Subscription) {
 		sub.EventTypes = []string{"nothing"}
 		sub.HeaderTemplates = map[string]string{"x-from": "{event.attributes.deadletterfrom} {event.id}"}
@@ -51,7 +42,7 @@ func TestHeadersOfTheEvent(t *testing.T) {
 			"X-Tenant": "{event.attributes.tenant}", "x-about": "{{{event.type}}} {event.subject}", "x-absent": "{event.id}{event.attributes.absent}", "x-key": "{event.ordering_key}",
 		}
 		sub.AllowedEventHeaders = []string{"X-Request-Id", "x-fail", "x-nobody"}
-		sub.Signers = append(sub.Signers, &grapnelv1.PluginBinding{Plugin: "plugins/hmac", Config: settings, Secrets: map[string]string{"key": secret.GetSecret().GetName()}})
+		sub.Signers = append(sub.Signers, signer)
 		sub.RetryPolicy, sub.DeadLetter = &grapnelv1.RetryPolicy{MaxAttempts: 1}, "namespaces/acme/subscriptions/letters"
 	}
 	s.Subscribe("acme", "orders", receiver.URL+"/orders", orders)
@@ -124,7 +115,7 @@ func TestHeadersOfTheEvent(t *testing.T) {
 		"by a signer": {func(sub *grapnelv1.Subscription) { sub.AllowedEventHeaders = []string{"x-house"} }, `"x-house" is among the subscription's own headers too`},
 		"by the transport": {func(sub *grapnelv1.Subscription) {
 			config, _ := structpb.NewStruct(map[string]any{"auth": map[string]any{"type": "api_key", "name": "x-tenant", "in": "header"}})
-			sub.Transport = &grapnelv1.PluginBinding{Plugin: "plugins/http", Config: config, Secrets: map[string]string{"api_key": secret.GetSecret().GetName()}}
+			sub.Transport = &grapnelv1.PluginBinding{Plugin: "plugins/http", Config: config, Secrets: map[string]string{"api_key": signer.GetSecrets()["key"]}}
 		}, "sets the header x-tenant"},
 		"nobody": {func(sub *grapnelv1.Subscription) { sub.HeaderTemplates["x-b"] = "{event.tenant}" }, `subscription.header_templates["x-b"]: {event.tenant} is not a placeholder`},
 	} {
@@ -142,19 +133,8 @@ func TestContentTypeIsSignedAsItArrives(t *testing.T) {
 	s.Namespace("acme")
 	receiver := servertest.NewReceiver(t, func(servertest.Request) int { return http.StatusOK })
 	const house = "a-key-of-our-own-house-0002"
-	secret, err := grapnelv1.NewSecretServiceClient(s.Conn).CreateSecret(t.Context(), &grapnelv1.CreateSecretRequest{
-		Parent: "namespaces/acme", SecretId: "house", Plugin: "plugins/hmac", Slot: "key", Value: house,
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	settings, err := structpb.NewStruct(map[string]any{"content": "{header:content-type}.{body}", "headers": map[string]any{"x-house": "{signature}"}})
-	if err != nil {
-		t.Fatal(err)
-	}
-	s.Subscribe("acme", "orders", receiver.URL, func(sub *grapnelv1.Subscription) {
-		sub.Signers = []*grapnelv1.PluginBinding{{Plugin: "plugins/hmac", Config: settings, Secrets: map[string]string{"key": secret.GetSecret().GetName()}}}
-	})
+	signer := houseSigner(t, s, house, "{header:content-type}.{body}")
+	s.Subscribe("acme", "orders", receiver.URL, func(sub *grapnelv1.Subscription) { sub.Signers = []*grapnelv1.PluginBinding{signer} })
 	if _, err := s.Client.Publish(t.Context(), "acme", client.Event{ID: "o-1", Type: "order.created", ContentType: "text/plain; a=b  ", Data: []byte("x")}); err != nil {
 		t.Fatal(err)
 	}
@@ -163,6 +143,22 @@ func TestContentTypeIsSignedAsItArrives(t *testing.T) {
 	if want := house256(house, r.Header.Get("Content-Type")+".x"); r.Header.Get("X-House") != want {
 		t.Errorf("%q is signed otherwise: %s, want %s", r.Header.Get("Content-Type"), r.Header.Get("X-House"), want)
 	}
+}
+
+// houseSigner signs content with a key of namespaces/acme, into the header x-house.
+func houseSigner(t *testing.T, s *servertest.Server, key, content string) *grapnelv1.PluginBinding {
+	t.Helper()
+	secret, err := grapnelv1.NewSecretServiceClient(s.Conn).CreateSecret(t.Context(), &grapnelv1.CreateSecretRequest{
+		Parent: "namespaces/acme", SecretId: "house", Plugin: "plugins/hmac", Slot: "key", Value: key,
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	settings, err := structpb.NewStruct(map[string]any{"content": content, "headers": map[string]any{"x-house": "{signature}"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &grapnelv1.PluginBinding{Plugin: "plugins/hmac", Config: settings, Secrets: map[string]string{"key": secret.GetSecret().GetName()}}
 }
 
 func house256(key, text string) string {

@@ -208,31 +208,14 @@ func TestErasureLeavesNothingOnDisk(t *testing.T) {
 // counts each event once.
 func TestErasureGoesOnAfterACrash(t *testing.T) {
 	for at := range 6 {
-		fs := vfs.NewCrashableMem()
-		commits, clone := 0, (*vfs.MemFS)(nil)
-		counting := false
-		b := newBench(t, onePartition, func(o *Options) {
-			o.fs = fs
-			o.refuse = func(uint16) bool {
-				if counting {
-					if commits++; commits == at+2 {
-						clone = fs.CrashClone(vfs.CrashCloneCfg{})
-					}
-				}
-				return false
-			}
-		})
+		cut := powerCut{at: at + 2}
+		b := newBench(t, onePartition, cut.options)
 		for i := range 100 {
 			b.append(carrying(fmt.Sprint("e", i), 1, 2), publication(fmt.Sprint("other", i), 1))
 		}
 		r := b.erasure("person-1")
-		counting = true
-		b.erase(r)
-		counting = false
-		if clone == nil {
-			t.Fatalf("%d commits", commits)
-		}
-		after := newBench(t, onePartition, func(o *Options) { o.fs = clone })
+		disk := cut.during(t, func() { b.erase(r) })
+		after := newBench(t, onePartition, func(o *Options) { o.fs = disk })
 		after.erase(r)
 		if found := after.quoted(); len(found) > 0 {
 			t.Errorf("%d: quoted by %q", at, found)
@@ -244,6 +227,39 @@ func TestErasureGoesOnAfterACrash(t *testing.T) {
 			t.Errorf("%d: %v", at, err)
 		}
 	}
+}
+
+// powerCut is a loss of power before the commit at, counted from 1, of what is done during it.
+type powerCut struct {
+	at, commits int
+	counting    bool
+	fs, clone   *vfs.MemFS
+}
+
+// options are those of the journal that it befalls.
+func (p *powerCut) options(o *Options) {
+	p.fs = vfs.NewCrashableMem()
+	o.fs = p.fs
+	o.refuse = func(uint16) bool {
+		if p.counting {
+			if p.commits++; p.commits == p.at {
+				p.clone = p.fs.CrashClone(vfs.CrashCloneCfg{})
+			}
+		}
+		return false
+	}
+}
+
+// during returns the disk as it was then.
+func (p *powerCut) during(t *testing.T, do func()) *vfs.MemFS {
+	t.Helper()
+	p.counting = true
+	do()
+	p.counting = false
+	if p.clone == nil {
+		t.Fatalf("%d commits", p.commits)
+	}
+	return p.clone
 }
 
 // TestErasureReachesWhatAWrongClockHasAhead: what was accepted while the clock was ahead, and after it was set right, was

@@ -8,8 +8,6 @@ import (
 	"slices"
 	"testing"
 	"time"
-
-	"github.com/cockroachdb/pebble/v2/vfs"
 )
 
 // keepParts keeps all for thirty days but for parts of acme.
@@ -383,34 +381,19 @@ func TestPayloadsGoAfterASweepByAClockThatWasAhead(t *testing.T) {
 
 // What a crash has left of changes that nobody could go on with quotes nothing for good.
 func TestChangesThatACrashHasLeftGo(t *testing.T) {
-	fs := vfs.NewCrashableMem()
-	commits, clone := 0, (*vfs.MemFS)(nil)
-	counting := false
-	b := newBench(t, onePartition, func(o *Options) {
-		o.fs = fs
-		o.refuse = func(uint16) bool {
-			if counting {
-				if commits++; commits == 2 {
-					clone = fs.CrashClone(vfs.CrashCloneCfg{})
-				}
-			}
-			return false
-		}
-	})
+	cut := powerCut{at: 2}
+	b := newBench(t, onePartition, cut.options)
 	w := watchOf(t, b.Journal, WatchQuery{Namespace: acme})
 	b.append(carrying("e", 1))
 	b.settle(b.jobs()[0], Step{State: Rejected, Reason: "permanent failure: " + canary}, quoting(1, OutcomePermanent, b.clock.now()))
 	b.flush()
 	w.Close()
-	counting = true
-	if err := b.watches.trim(t.Context(), time.Now().Add(2*newsKept)); err != nil {
-		t.Fatal(err)
-	}
-	counting = false
-	if clone == nil {
-		t.Fatalf("%d commits", commits)
-	}
-	after := newBench(t, onePartition, func(o *Options) { o.fs, o.now = clone, b.clock.now })
+	disk := cut.during(t, func() {
+		if err := b.watches.trim(t.Context(), time.Now().Add(2*newsKept)); err != nil {
+			t.Fatal(err)
+		}
+	})
+	after := newBench(t, onePartition, func(o *Options) { o.fs, o.now = disk, b.clock.now })
 	b.clock.add(2 * time.Hour)
 	after.retainParts(keepParts(Parts{Payloads: time.Hour}))
 	if found := after.quoted(); len(found) > 0 {
